@@ -1,0 +1,331 @@
+"""What a run is: frozen, validated sections. Reading them from presets, files and flags is `config_loading`'s job.
+
+Nothing here imports torch, so that a wrong configuration is refused within a second, on any machine.
+"""
+
+import hashlib
+import json
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+Method = Literal["natural", "at", "alp", "tla", "tla_rn", "tla_sa"]
+DatasetName = Literal[
+    "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "image_folder", "parquet"
+]
+TRIPLET_METHODS = ("tla", "tla_rn", "tla_sa")
+
+
+def parse_fraction(value: object) -> object:
+    """Turn "8/255" into 8/255; leave every other value to pydantic. Nothing is ever evaluated."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError) as error:
+            raise PydanticCustomError("fraction", "not a fraction of two numbers; write it like 8/255") from error
+    return value
+
+
+Pixels = Annotated[float, BeforeValidator(parse_fraction)]
+
+
+def setting(default: Any, text: str, *, unit: str = "", **constraints: Any) -> Any:
+    """A field whose help names its unit and range, taken from the constraints that validate it."""
+    low = next((f"{sign} {constraints[key]:g}" for key, sign in (("gt", ">"), ("ge", ">=")) if key in constraints), "")
+    high = next((f"{sign} {constraints[key]:g}" for key, sign in (("lt", "<"), ("le", "<=")) if key in constraints), "")
+    facts = ", ".join(part for part in (unit, " and ".join(filter(None, (low, high)))) if part)
+    return Field(default, description=f"{text} [{facts}]" if facts else text, **constraints)
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Where images come from, how they are split and augmented."""
+
+    name: DatasetName = setting("digits", "data set; digits comes with the installation")
+    root: str | None = setting(None, "folder, zip file or s3://bucket/prefix that holds the data set")
+    download: bool = setting(False, "fetch the data set into data.root when it is not there (torchvision's sets only)")
+    cache_dir: str = setting("~/.cache/tla-service", "where copies of s3:// roots and unpacked archives are kept, per node")
+    validation_fraction: Pixels = setting(0.1, "share of the training set held out for validation", gt=0, le=0.5)
+    train_limit: int | None = setting(None, "use only this many training images (stratified)", unit="images", ge=2)
+    test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
+    image_size: int | None = setting(None, "resize to this side; needed for image_folder", unit="pixels", ge=4)
+    crop_padding: int = setting(0, "random crop after zero padding by this much; 0 is off", unit="pixels", ge=0, le=64)
+    flip: bool = setting(False, "random horizontal flip")
+    saturation: float = setting(1.0, "random saturation factor in [1/s, s]; 1 is off", ge=1, le=10)
+    residency: Literal["auto", "device", "stream"] = setting(
+        "auto", "keep all images on the device as uint8, or stream them through loaders; auto goes by size"
+    )
+    loader_workers: int = setting(2, "loader processes per worker when streaming", ge=0, le=128)
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    name: str = setting("digits_cnn", "network; --help of jobs/train_tla.py lists them; torchvision:NAME takes theirs")
+    normalization: Literal["default", "none", "per_image", "cifar10", "imagenet"] = setting(
+        "default", "input normalisation inside the network; default is the network's own"
+    )
+    weights: str | None = setting(None, "start from these weights: a checkpoint folder, runs:/... or models:/...")
+
+
+class AttackConfig(Section):
+    """The adversary that training meets: images stay within epsilon of the original and in [0, 1]."""
+
+    norm: Literal["linf", "l2"] = setting("linf", "norm of the perturbation")
+    epsilon: Pixels = setting(8 / 255, "radius of the perturbation", unit="pixels in [0, 1], or L2 length", gt=0)
+    step_size: Pixels = setting(2 / 255, "length of one attack step", unit="as epsilon", gt=0)
+    num_steps: int = setting(7, "gradient steps", ge=1, le=10_000)
+    random_start: bool = setting(True, "start at a random point of the ball")
+    batchnorm: Literal["eval", "train"] = setting(
+        "eval", "BatchNorm while crafting: running or batch statistics; running statistics never change either way"
+    )
+    label_smoothing: bool = setting(True, "craft against the smoothed loss that training minimises (the authors' code)")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.norm == "linf" and self.epsilon > 1:
+            raise wrong("attack.epsilon", self.epsilon, "outside (0, 1]", f"write {self.epsilon:g}/255")
+        if self.step_size > 2 * self.epsilon:
+            raise wrong(
+                "attack.step_size", self.step_size, f"over twice attack.epsilon={self.epsilon:g}, one step leaves the ball",
+                f"use at most {2 * self.epsilon:g}",
+            )
+        return self
+
+
+class EvaluationAttack(Section):
+    """An adversary of the evaluation; what is not given is taken from the training attack."""
+
+    kind: Literal["fgsm", "bim", "pgd", "mim", "cw"] = setting("pgd", "attack; cw is PGD on the logit margin")
+    norm: Literal["linf", "l2"] | None = setting(None, "norm of the perturbation; none: as in training")
+    epsilon: Pixels | None = setting(None, "radius; none: as in training", unit="pixels in [0, 1], or L2 length", gt=0)
+    step_size: Pixels | None = setting(None, "length of one step; none: as in training", unit="as epsilon", gt=0)
+    num_steps: int = setting(20, "gradient steps", ge=1, le=10_000)
+    num_restarts: int = setting(1, "random restarts; an image counts as broken if any of them breaks it", ge=1, le=1000)
+
+
+class EvaluationConfig(Section):
+    """How models are chosen (validation split) and measured (test set, once, at the end). Always float32."""
+
+    validation: EvaluationAttack = setting(EvaluationAttack(), "attack on the validation split: it chooses the best weights")
+    validation_limit: int | None = setting(None, "attack only this many validation images", unit="images", ge=1)
+    every_epochs: int = setting(1, "validate every this many epochs, and after the last", unit="epochs", ge=1)
+    test: dict[str, EvaluationAttack] = setting(
+        {"fgsm": EvaluationAttack(kind="fgsm"), "pgd20": EvaluationAttack()}, "attacks on the test set, by name"
+    )
+    batch_size: int = setting(500, "images a forward pass, per worker", unit="images", ge=1)
+
+
+class LossConfig(Section):
+    """Cross-entropy on adversarial images, the triplet term, the norm penalty, and what the baselines add."""
+
+    triplet_weight: float = setting(0.5, "weight of the triplet term, the paper's lambda_1", ge=0)
+    norm_weight: float = setting(0.001, "weight of the embedding norms, the paper's lambda_2", ge=0)
+    margin: float = setting(0.05, "margin of the triplet hinge, the paper's alpha, in units of D = 1 - |cos|", ge=0, le=1)
+    norm_form: Literal["l2_norms", "mean_squares"] = setting(
+        "l2_norms", "paper: sum of L2 norms times lambda_2; code: mean of squares times lambda_2 times lambda_1"
+    )
+    own_margin_scale: float = setting(1.0, "factor on the margin of triplets with the anchor's own clean image", gt=0)
+    reduction: Literal["mean", "sum"] = setting("mean", "over the batch; paper: sum, code: mean")
+    label_smoothing: float = setting(0.0, "label smoothing of the cross-entropy", ge=0, lt=1)
+    clean_weight: float | None = setting(
+        None, "share of the cross-entropy on clean images; none: 1/2 for alp, else 0", ge=0, le=1
+    )
+    logit_pairing_weight: float = setting(0.5, "weight of the squared logit difference of method alp", ge=0)
+    embedding_match_weight: float = setting(
+        0.0, "weight of the squared distance of clean and adversarial embeddings (the code's match_l2)", ge=0
+    )
+
+
+class MiningConfig(Section):
+    """Where positives and negatives come from."""
+
+    pool: Literal["batch", "separate"] = setting(
+        "batch", "mine in the worker's own clean batch (one forward pass serves all), or in a separate draw"
+    )
+    pool_size: int = setting(500, "images a negative is mined from, with pool: separate", unit="images", ge=1)
+    scope: Literal["worker", "global"] = setting("worker", "mine in the worker's pool, or in all workers' pools together")
+    positives: Literal["own", "same_class", "both"] = setting(
+        "own", "the anchor's own clean image, another image of its class, or a triplet with each (the code)"
+    )
+    similarity: Literal["cosine", "absolute_cosine"] = setting(
+        "absolute_cosine", "closest by |cos|, the loss's own distance (paper), or by the signed cosine (code)"
+    )
+    random_negatives: Literal["other_class", "any"] = setting(
+        "other_class", "what tla_rn draws from: other classes, or all images as the authors' code does"
+    )
+    keep_probability: float = setting(
+        1.0, "chance that a pool image is offered to an anchor; below 1 negatives get easier (the code's --diff_neg)", gt=0, le=1
+    )
+    augment_pool: bool = setting(True, "augment the images of a separate pool")
+    clean_noise: Pixels = setting(0.0, "uniform noise added to clean images after the attack", unit="pixels in [0, 1]", ge=0, le=1)
+    clean_noise_on: Literal["own", "all"] = setting("own", "noise on the anchors' own clean images (code) or all clean ones (paper)")
+    clean_noise_round: bool = setting(False, "round noisy images to 8-bit levels, as the authors' code does")
+
+
+class OptimizerConfig(Section):
+    """The optimiser."""
+
+    name: Literal["sgd", "adam", "adamw"] = setting("sgd", "optimiser")
+    learning_rate: float = setting(0.1, "learning rate at the start", gt=0)
+    momentum: float = setting(0.9, "momentum of sgd, first beta of adam", ge=0, lt=1)
+    nesterov: bool = setting(False, "Nesterov momentum")
+    weight_decay: float = setting(0.0, "L2 weight decay", ge=0)
+    decay: Literal["kernels", "all"] = setting("kernels", "decay convolution and linear kernels only (code), or everything")
+    grad_clip: float | None = setting(None, "clip the gradient's global L2 norm; none is off", gt=0)
+
+
+class ScheduleConfig(Section):
+    """The learning rate over time."""
+
+    name: Literal["constant", "piecewise", "cosine", "cyclic"] = setting("constant", "shape of the schedule")
+    milestones: tuple[int, ...] = setting((), "piecewise: multiply by factor at each of these")
+    unit: Literal["epoch", "step"] = setting("epoch", "unit of milestones and warmup")
+    factor: float = setting(0.1, "piecewise: factor at each milestone", gt=0, lt=1)
+    warmup: float = setting(0.0, "linear warm-up over this long", unit="schedule.unit", ge=0)
+    peak: float = setting(0.4, "cyclic: rise to the full rate at this share of the run", gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise wrong("schedule.milestones", self.milestones, "not in rising order", "sort them, each once")
+        if self.name == "piecewise" and not self.milestones:
+            raise wrong("schedule.milestones", "()", "a piecewise schedule needs milestones", "give some, or constant")
+        return self
+
+
+class TrainingConfig(Section):
+    """Length, batch, precision and weight averaging."""
+
+    epochs: int = setting(10, "passes over the training set", unit="epochs", ge=1)
+    max_steps: int | None = setting(None, "stop after this many optimiser steps", unit="steps", ge=1)
+    global_batch_size: int = setting(128, "images an optimiser step, over all workers", unit="images", ge=2)
+    precision: Literal["float32", "bfloat16", "float64"] = setting(
+        "float32", "bfloat16 runs the network under autocast; losses, signs and projections stay float32"
+    )
+    channels_last: bool = setting(False, "memory layout of images and kernels; faster for convolutions on GPUs")
+    ema_decay: float | None = setting(None, "average the weights with this decay a step and evaluate the average", gt=0, lt=1)
+    batchnorm_roles: Literal["together", "apart"] = setting(
+        "together", "BatchNorm statistics over adversarial and clean images together, or per role (the authors' code)"
+    )
+    log_every_steps: int = setting(50, "progress record every this many steps", unit="steps", ge=1)
+
+
+class ScalingConfig(Section):
+    """Workers and where they run."""
+
+    num_workers: int | Literal["auto"] = setting("auto", "DDP processes; auto: all GPUs of the cluster, else 2 on CPUs")
+    use_gpu: bool | Literal["auto"] = setting("auto", "one GPU share per worker; auto: when the cluster has GPUs")
+    cpus_per_worker: float = setting(1, "CPU cores reserved per worker", unit="cores", gt=0)
+    gpus_per_worker: float = setting(1, "GPU share per worker; below 1 several share a GPU", unit="GPUs", gt=0)
+    max_failures: int = setting(3, "restarts from the last checkpoint before the run gives up", ge=0)
+    storage: str | None = setting(
+        None, "where checkpoints go: a shared folder or s3://bucket/prefix; none: the output folder"
+    )
+    address: str | None = setting(None, "Ray cluster to join; none: RAY_ADDRESS, else a local one for this run")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.num_workers, int) and self.num_workers < 1:
+            raise wrong("scaling.num_workers", self.num_workers, "below 1", "give the number of processes, or auto")
+        return self
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = setting(None, "tracking server; none: MLFLOW_TRACKING_URI, else an SQLite file mlflow.db here")
+    experiment: str = setting("tla", "MLflow experiment", min_length=1)
+    registered_model: str | None = setting(
+        None, 'name to register the best weights under; none: tla-<data.name>; "": do not register'
+    )
+    tags: dict[str, str] = setting({}, "extra tags on the run")
+
+
+class RunConfig(Section):
+    """One training run, complete: what is logged with it, and what starts it again."""
+
+    # What does not change the trained weights, so a resumed run may change it.
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"name", "scaling", "tracking"})
+
+    name: str = setting("", "run name; default: data set, method, seed and a digest of the configuration", pattern=r"^[\w.-]*$")
+    method: Method = setting("tla", "training method")
+    seed: int = setting(0, "seed of the split, the order, the initial weights and every random draw", ge=0, lt=2**31)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    attack: AttackConfig = AttackConfig()
+    loss: LossConfig = LossConfig()
+    mining: MiningConfig = MiningConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def mines_triplets(self) -> bool:
+        """Whether the method has a triplet term."""
+        return self.method in TRIPLET_METHODS
+
+    @property
+    def digest(self) -> str:
+        """Eight hex digits of everything that shapes the trained weights."""
+        fields = self.model_dump(mode="json", exclude=set(self.NOT_IDENTITY))
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def run_name(self) -> str:
+        """The run's name: given, or made of what identifies it, never of the time."""
+        return self.name or f"{self.data.name}-{self.method}-s{self.seed}-{self.digest}"
+
+    @property
+    def registered_model(self) -> str | None:
+        """Name in the model registry, or ``None`` when the run is not to be registered."""
+        name = self.tracking.registered_model
+        return f"tla-{self.data.name.replace('_', '-')}" if name is None else name or None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        workers = self.scaling.num_workers
+        batch = self.training.global_batch_size
+        if isinstance(workers, int) and batch < 2 * workers:
+            raise wrong(
+                "training.global_batch_size", batch, f"under 2 images for each of {workers} workers",
+                f"use at least {2 * workers}, or fewer workers",
+            )
+        if self.mines_triplets and self.loss.triplet_weight == 0:
+            raise wrong(
+                "loss.triplet_weight", 0, f"method {self.method} trains a triplet term", "give a weight above 0, or method at"
+            )
+        if self.method == "alp" and self.loss.logit_pairing_weight == 0:
+            raise wrong(
+                "loss.logit_pairing_weight", 0, "method alp pairs logits", "give a weight above 0, or method at"
+            )
+        if isinstance(workers, int) and self.mining.scope == "global" and self.mining.pool == "separate":
+            if self.mining.pool_size % workers:
+                raise wrong(
+                    "mining.pool_size", self.mining.pool_size, f"not divisible by {workers} workers with mining.scope=global",
+                    f"use {self.mining.pool_size // workers * workers or workers}",
+                )
+        for name, attack in {"validation": self.evaluation.validation, **self.evaluation.test}.items():
+            if (attack.norm or self.attack.norm) == "linf" and (attack.epsilon or 0) > 1:
+                where = "evaluation.validation" if name == "validation" else f"evaluation.test.{name}"
+                raise wrong(f"{where}.epsilon", attack.epsilon, "outside (0, 1]", f"write {attack.epsilon:g}/255")
+        if self.data.root is None and self.data.name != "digits":
+            raise wrong("data.root", None, f"{self.data.name} is not embedded", "give a folder, or s3://bucket/prefix")
+        return self
+
+
+def wrong(field: str, value: object, reason: str, remedy: str) -> PydanticCustomError:
+    """A cross-field error that names its field itself, wherever pydantic raises it."""
+    shown = f"{value:g}" if isinstance(value, float) else str(value)
+    context = {"field": field, "value": shown, "reason": reason, "remedy": remedy}
+    return PydanticCustomError("cross_field", "{field}={value}: {reason}; {remedy}", context)

@@ -1,0 +1,73 @@
+"""What a worker process knows of itself: rank, device, process group, seeds, precision."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """One process of a run.
+
+    Attributes:
+        rank: Index of the process among all, in [0, world_size).
+        local_rank: Index of the process on its node.
+        world_size: Number of processes.
+        device: Where the network and the batches live.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes checkpoints and progress."""
+        return self.rank == 0
+
+
+def mixed_seed(*parts: int) -> int:
+    """One 63-bit seed out of several numbers, well mixed: (0, 1) and (1, 0) share nothing."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator(device: torch.device, *parts: int) -> torch.Generator:
+    """A generator whose draws are a function of the given numbers alone, so no state need be saved to resume."""
+    return torch.Generator(device=device).manual_seed(mixed_seed(*parts))
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[WorkerContext]:
+    """Join the process group that torchrun's environment describes; a lone process needs none.
+
+    Yields:
+        This process's context. The group is left at the end, without a closing barrier: one would hang the
+        healthy ranks whenever another has failed.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    context = WorkerContext(rank, local_rank, world_size, device)
+    if world_size == 1:
+        yield context
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield context
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(values: torch.Tensor, context: WorkerContext) -> torch.Tensor:
+    """Sum a tensor over all workers, in place; every worker gets the sum."""
+    if context.world_size > 1:
+        dist.all_reduce(values)
+    return values
