@@ -207,7 +207,7 @@ class TrainingConfig(Section):
     epochs: int = setting(10, "passes over the training set", unit="epochs", ge=1)
     max_steps: int | None = setting(None, "stop after this many optimiser steps", unit="steps", ge=1)
     global_batch_size: int = setting(128, "images an optimiser step, over all workers", unit="images", ge=2)
-    precision: Literal["float32", "bfloat16", "float64"] = setting(
+    precision: Literal["float32", "bfloat16"] = setting(
         "float32", "bfloat16 runs the network under autocast; losses, signs and projections stay float32"
     )
     channels_last: bool = setting(False, "memory layout of images and kernels; faster for convolutions on GPUs")
@@ -228,6 +228,9 @@ class ScalingConfig(Section):
     max_failures: int = setting(3, "restarts from the last checkpoint before the run gives up", ge=0)
     storage: str | None = setting(
         None, "where checkpoints go: a shared folder or s3://bucket/prefix; none: the output folder"
+    )
+    wait_seconds: float = setting(
+        0, "wait this long for workers that the cluster cannot place yet (autoscaling); 0 refuses them", unit="seconds", ge=0
     )
     address: str | None = setting(None, "Ray cluster to join; none: RAY_ADDRESS, else a local one for this run")
 

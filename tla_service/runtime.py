@@ -71,3 +71,24 @@ def all_reduce_sum(values: torch.Tensor, context: WorkerContext) -> torch.Tensor
     if context.world_size > 1:
         dist.all_reduce(values)
     return values
+
+
+def raise_together(error: Exception | None, context: WorkerContext) -> None:
+    """Raise the first worker's error on all workers, so that none waits for one that has given up.
+
+    Args:
+        error: This worker's error, or None. Every worker must call this at the same point.
+        context: This worker.
+    """
+    errors: list[Exception | None] = [error]
+    if context.world_size > 1:
+        errors = [None] * context.world_size
+        dist.all_gather_object(errors, error)
+    first = next((found for found in errors if found is not None), None)
+    if first is not None:
+        raise first
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Run the network in bfloat16 where the run asks for it; parameters, losses and attacks stay as they are."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

@@ -1,0 +1,172 @@
+"""One gradient loop for FGSM, BIM, PGD, MIM and the L-infinity margin form of C&W.
+
+Definitions: Mao et al. 2019, section 2; C&W's margin as in the authors' evaluation code (kappa = 50).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LogitsFn = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What an adversary may do, and how hard it tries.
+
+    Attributes:
+        kind: `fgsm` is one step of length epsilon; `bim` iterates without a random start; `mim` adds momentum; `cw`
+            ascends the margin between the best wrong class and the true one.
+        norm: Norm of the perturbation.
+        epsilon: Radius: in pixels of [0, 1] for L-infinity, a length for L2. In (0, inf).
+        step_size: Length of one step, in the same unit.
+        num_steps: Gradient steps, at least 1.
+        num_restarts: Random starts tried on each image.
+        random_start: Start at a uniform point of the ball instead of the clean image (`pgd`, `mim` and `cw`).
+        momentum: Share of the running gradient that `mim` keeps.
+        label_smoothing: Smoothing of the cross-entropy that is ascended.
+    """
+
+    kind: Literal["fgsm", "bim", "pgd", "mim", "cw"] = "pgd"
+    norm: Literal["linf", "l2"] = "linf"
+    epsilon: float = 8 / 255
+    step_size: float = 2 / 255
+    num_steps: int = 7
+    num_restarts: int = 1
+    random_start: bool = True
+    momentum: float = 1.0
+    label_smoothing: float = 0.0
+
+    @property
+    def starts_at_random(self) -> bool:
+        """Whether a draw is involved; without one, restarts would repeat themselves."""
+        return self.random_start and self.kind not in ("fgsm", "bim")
+
+
+# The logit margin is held below this confidence (authors' code); beyond it the attack stops pushing.
+CW_CONFIDENCE = 50.0
+
+
+def craft(
+    logits_fn: LogitsFn,
+    images: Tensor,
+    labels: Tensor,
+    attack: Attack,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Attack a batch once, from one start.
+
+    Only the gradient to the images is asked for, so no parameter's `.grad` is touched. Whether BatchNorm uses running
+    statistics is the caller's: pass the bare module in eval mode, never a DDP wrapper.
+
+    Args:
+        logits_fn: Images (N, C, H, W) in [0, 1] to logits (N, K).
+        images: Clean images (N, C, H, W), float, in [0, 1].
+        labels: True classes (N,), int64.
+        attack: The adversary.
+        generator: Source of the random start, on the images' device.
+
+    Returns:
+        Adversarial images (N, C, H, W) in [0, 1], within `attack.epsilon` of `images`; detached.
+    """
+    images = images.detach()
+    steps, step_size = (1, attack.epsilon) if attack.kind == "fgsm" else (attack.num_steps, attack.step_size)
+    adversarial = images
+    if attack.starts_at_random:
+        adversarial = (images + _random_perturbation(images, attack, generator)).clamp(0, 1)
+    velocity = torch.zeros_like(images)
+    for _ in range(steps):
+        adversarial = adversarial.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = _loss(logits_fn(adversarial), labels, attack)
+            (gradient,) = torch.autograd.grad(loss, adversarial)
+        if attack.kind == "mim":
+            velocity = attack.momentum * velocity + gradient / _per_image(gradient.abs().mean((1, 2, 3)))
+            gradient = velocity
+        adversarial = _project(images, adversarial.detach() + step_size * _direction(gradient, attack), attack)
+    return adversarial.detach()
+
+
+def attack_images(
+    logits_fn: LogitsFn,
+    images: Tensor,
+    labels: Tensor,
+    attack: Attack,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attack with all restarts and keep the worst result of each image.
+
+    Restarts only go on against images that still stand; among results that do not break an image, the one with the
+    highest loss is kept. An image that the network gets wrong before any attack counts as broken and stays clean.
+
+    Returns:
+        Adversarial images (N, C, H, W), and whether the network still classifies each correctly (N,), bool.
+    """
+    with torch.no_grad():
+        robust = logits_fn(images).argmax(1) == labels
+    worst = images.clone()
+    highest = torch.full(labels.shape, -torch.inf, dtype=images.dtype, device=images.device)
+    for _ in range(attack.num_restarts if attack.starts_at_random else 1):
+        standing = robust.nonzero().squeeze(1)
+        if len(standing) == 0:
+            break
+        targets = labels[standing]
+        adversarial = craft(logits_fn, images[standing], targets, attack, generator)
+        with torch.no_grad():
+            logits = logits_fn(adversarial)
+            broken = logits.argmax(1) != targets
+            loss = F.cross_entropy(logits, targets, reduction="none").to(highest.dtype)
+        better = broken | (loss > highest[standing])
+        worst[standing[better]] = adversarial[better]
+        highest[standing[better]] = loss[better]
+        robust[standing[broken]] = False
+    return worst, robust
+
+
+def _loss(logits: Tensor, labels: Tensor, attack: Attack) -> Tensor:
+    """What the attack ascends, summed over the batch; in float32 or wider, also under autocast."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if attack.kind != "cw":
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=attack.label_smoothing)
+    true = logits.gather(1, labels[:, None]).squeeze(1)
+    is_true = F.one_hot(labels, logits.shape[1]).bool()
+    best_wrong = logits.masked_fill(is_true, -torch.inf).amax(1)
+    return -F.relu(true - best_wrong + CW_CONFIDENCE).sum()
+
+
+def _random_perturbation(images: Tensor, attack: Attack, generator: torch.Generator | None) -> Tensor:
+    """A draw from the ball, uniform in the cube (L-infinity) or in the ball's volume (L2)."""
+    if attack.norm == "linf":
+        noise = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+        return (2 * noise - 1) * attack.epsilon
+    noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+    radius = torch.rand(len(images), generator=generator, device=images.device, dtype=images.dtype)
+    length = noise.flatten(1).norm(dim=1)
+    return noise * _per_image(attack.epsilon * radius ** (1 / images[0].numel()) / length)
+
+
+def _direction(gradient: Tensor, attack: Attack) -> Tensor:
+    """The steepest step of length one under the attack's norm; zero where the gradient is zero."""
+    if attack.norm == "linf":
+        return gradient.sign()
+    return gradient / _per_image(gradient.flatten(1).norm(dim=1))
+
+
+def _project(images: Tensor, adversarial: Tensor, attack: Attack) -> Tensor:
+    """The nearest point of the ball around `images`, then of [0, 1]; clipping to [0, 1] never leaves the ball."""
+    if attack.norm == "linf":
+        adversarial = torch.maximum(torch.minimum(adversarial, images + attack.epsilon), images - attack.epsilon)
+        return adversarial.clamp(0, 1)
+    perturbation = adversarial - images
+    length = perturbation.flatten(1).norm(dim=1)
+    scale = (attack.epsilon / length.clamp_min(attack.epsilon)).clamp(max=1)
+    return (images + perturbation * _per_image(scale)).clamp(0, 1)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    """(N,) to (N, 1, 1, 1), kept away from zero so that it can divide."""
+    return values.clamp_min(torch.finfo(values.dtype).tiny)[:, None, None, None]

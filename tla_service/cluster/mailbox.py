@@ -1,0 +1,42 @@
+"""Records from workers and the controller to the driver."""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+# Progress of a driver that does not listen is dropped beyond this many records, oldest first.
+MOST_RECORDS = 10_000
+
+
+class Mailbox:
+    """Keeps records until the driver fetches them, and a flag by which the driver asks workers to stop."""
+
+    def __init__(self) -> None:
+        self._records: deque[Mapping[str, Any]] = deque(maxlen=MOST_RECORDS)
+        self._stop = False
+
+    def push(self, record: Mapping[str, Any]) -> bool:
+        """Add a record; answers whether workers should stop."""
+        self._records.append(record)
+        return self._stop
+
+    def fetch(self) -> list[Mapping[str, Any]]:
+        """Take all records out."""
+        records = list(self._records)
+        self._records.clear()
+        return records
+
+    def stop(self) -> None:
+        """Ask the workers to stop at their next chance."""
+        self._stop = True
+
+
+def start_mailbox() -> ActorHandle:
+    """A mailbox on this node, which reserves nothing and ends with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    handle: ActorHandle = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+    return handle

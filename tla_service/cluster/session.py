@@ -1,0 +1,100 @@
+"""Joining a Ray cluster, and whether a run fits it."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ray
+
+from tla_service.config import RunConfig, ScalingConfig
+from tla_service.errors import UnavailableError
+
+# Ray Train polls its workers this often and accepts one report a poll; its default of 2 s would hold back short epochs.
+POLL_SECONDS = "0.5"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Workers and what each reserves."""
+
+    num_workers: int
+    use_gpu: bool
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+    @property
+    def resources_per_worker(self) -> dict[str, float]:
+        """Ray's resource request of a worker."""
+        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
+
+
+@contextlib.contextmanager
+def ray_session(config: RunConfig, *, debug: bool = False) -> Iterator[None]:
+    """Join the cluster that is named or found, else start one on this machine for the time of the block.
+
+    Raises:
+        UnavailableError: No cluster answers at the address given.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+    # Ray's announced defaults; without them it warns about the change on every start.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = config.scaling.address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
+    logging.getLogger("ray.train").setLevel(logging.INFO if debug else logging.WARNING)
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UnavailableError(
+                "scaling.address", address, f"no Ray cluster answers ({reason})", "start one with: ray start --head"
+            ) from error
+    else:
+        ray.init(num_cpus=_local_cpus(config.scaling), **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def place(config: RunConfig) -> Placement:
+    """Decide on workers, and check that the cluster has room for them.
+
+    Raises:
+        UnavailableError: It has not, and the run is not to wait for more nodes; the message shows the arithmetic.
+    """
+    scaling, total = config.scaling, ray.cluster_resources()
+    gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 0.0)
+    use_gpu = gpus > 0 if scaling.use_gpu == "auto" else scaling.use_gpu
+    workers = scaling.num_workers
+    if workers == "auto":
+        # Two images a worker is the least that BatchNorm and mining can work with.
+        most = config.training.global_batch_size // 2
+        workers = min(most, max(1, int(gpus / scaling.gpus_per_worker))) if use_gpu else min(most, 2)
+    placement = Placement(workers, use_gpu, scaling.cpus_per_worker, scaling.gpus_per_worker)
+    _check_pool(config, workers)
+    if scaling.wait_seconds == 0:
+        needed = {name: workers * share for name, share in placement.resources_per_worker.items()}
+        for name, available in (("GPU", gpus), ("CPU", cpus)):
+            if needed.get(name, 0.0) > available:
+                share = placement.resources_per_worker[name]
+                raise UnavailableError(
+                    "scaling.num_workers",
+                    workers,
+                    f"needs {workers} x {share:g} = {needed[name]:g} {name}s, the cluster has {available:g}",
+                    "use fewer workers, or set scaling.wait_seconds if the cluster scales up",
+                )
+    return placement
+
+
+def _check_pool(config: RunConfig, workers: int) -> None:
+    """Fields that depend on each other through a number of workers that was `auto` until now."""
+    RunConfig.model_validate(config.model_dump() | {"scaling": config.scaling.model_dump() | {"num_workers": workers}})
+
+
+def _local_cpus(scaling: ScalingConfig) -> int:
+    """CPUs to declare on this machine: enough for the workers asked for, even on a smaller one."""
+    workers = 2 if scaling.num_workers == "auto" else scaling.num_workers
+    return max(os.cpu_count() or 1, int(-(-workers * scaling.cpus_per_worker // 1)))

@@ -1,0 +1,102 @@
+"""What runs in a Ray Train worker, and in the controller beside it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.actor import ActorHandle
+from ray.train import Checkpoint, UserCallback
+
+from tla_service.config import RunConfig
+from tla_service.errors import UserError
+from tla_service.runtime import WorkerContext
+from tla_service.training.fit import fit
+from tla_service.training.meter import NonFiniteLossError
+
+
+def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
+    """One worker of a run.
+
+    Args:
+        loop: `config` (the run as plain values), `mailbox`, and `weights` (an object reference to a state dict) or
+            None.
+
+    Returns:
+        `result`, a FitResult's fields; or `error`, when the run ended for a reason that a restart would not change:
+        raising it would make Ray try again.
+    """
+    config = RunConfig.model_validate(loop["config"])
+    ray_context = ray.train.get_context()
+    context = WorkerContext(
+        rank=ray_context.get_world_rank(),
+        local_rank=ray_context.get_local_rank(),
+        world_size=ray_context.get_world_size(),
+        device=ray.train.torch.get_device(),
+    )
+    reporter = RayReporter(loop["mailbox"])
+    weights = ray.get(loop["weights"]) if loop["weights"] is not None else None
+    checkpoint = ray.train.get_checkpoint()
+    if context.is_main:
+        reporter.progress({"event": "start", "resumed": checkpoint is not None, "workers": context.world_size})
+    try:
+        if checkpoint is None:
+            result = fit(config, context, reporter, initial_weights=weights)
+        else:
+            with checkpoint.as_directory() as folder:
+                result = fit(config, context, reporter, resume_from=Path(folder))
+    except (UserError, NonFiniteLossError) as error:
+        return {"error": error}
+    return {"result": result.as_dict()}
+
+
+class RayReporter:
+    """Reports to Ray Train (epochs and checkpoints) and to the driver's mailbox (progress in between)."""
+
+    def __init__(self, mailbox: ActorHandle) -> None:
+        self._mailbox = mailbox
+        self._answer: ray.ObjectRef | None = None
+        self._stop = False
+
+    def progress(self, record: Mapping[str, Any]) -> None:
+        """Send the record without waiting; the answer to the one before says whether to stop."""
+        self._read_answer()
+        self._answer = self._mailbox.push.remote(record)
+
+    def report(self, metrics: dict[str, float], checkpoint: Path | None, name: str) -> None:
+        """Hand metrics and checkpoint to Ray; it uploads before this returns, and commits at its next poll."""
+        if checkpoint is None:
+            ray.train.report(metrics)
+        else:
+            # A replayed epoch writes to the same name, so an upload that was never committed leaves no orphan.
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(checkpoint), checkpoint_dir_name=name)
+
+    def stop_requested(self) -> bool:
+        """Whether the driver has asked for a stop."""
+        self._read_answer()
+        return self._stop
+
+    def _read_answer(self) -> None:
+        if self._answer is not None:
+            ready, _ = ray.wait([self._answer], timeout=0)
+            if ready:
+                self._stop = self._stop or ray.get(self._answer)
+                self._answer = None
+
+
+class EpochsToMailbox(UserCallback):
+    """Passes each epoch that all workers have reported to the driver, and each failure; runs in Ray's controller."""
+
+    def __init__(self, mailbox: ActorHandle) -> None:
+        self._mailbox = mailbox
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        """Pass on rank 0's metrics: they are sums over all workers."""
+        self._mailbox.push.remote({"event": "epoch", "metrics": metrics[0], "checkpoint": checkpoint is not None})
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Pass on what went wrong; Ray restarts the workers by itself."""
+        reasons = {rank: str(error).strip().splitlines()[-1] for rank, error in worker_exceptions.items()}
+        self._mailbox.push.remote({"event": "failure", "message": f"workers failed: {reasons}"})

@@ -1,0 +1,1 @@
+"""Evaluation: accuracy under attack, and the pictures of a run."""

@@ -1,0 +1,1 @@
+"""Training: one batch (`step`), one run (`fit`), what is saved (`checkpoint`) and what is told (`reporting`)."""

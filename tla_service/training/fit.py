@@ -1,0 +1,339 @@
+"""A run: epochs of steps, validation, checkpoints, and one look at the test set at the end.
+
+The same call serves a plain process, torchrun and a Ray Train worker; what differs is the Reporter.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from tla_service.config import RunConfig
+from tla_service.data import Dataset, EvaluationBatches, TrainingBatches, load_dataset, split_validation
+from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
+from tla_service.models import build_model
+from tla_service.errors import UserError
+from tla_service.runtime import WorkerContext, mixed_seed, raise_together
+from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
+from tla_service.training.meter import Meter
+from tla_service.training.optimizer import build_optimizer
+from tla_service.training.reporting import Reporter
+from tla_service.training.schedule import learning_rate_factor
+from tla_service.training.step import TrainingStep
+
+
+@dataclass
+class FitResult:
+    """What a run ends with. Plain values only: it crosses process boundaries.
+
+    Attributes:
+        interrupted: Whether a stop was asked for; the run can go on from its last checkpoint.
+        test: Accuracies of the best weights on the test set; empty if interrupted.
+        best: Metrics of the epoch the best weights come from.
+        history: Metrics of every epoch.
+        wall_seconds: Time by phase on rank 0.
+        facts: Data set fingerprint and sizes, workers, device.
+    """
+
+    interrupted: bool
+    test: dict[str, float]
+    best: dict[str, float]
+    history: list[dict[str, float]]
+    wall_seconds: dict[str, float]
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as a dictionary."""
+        return asdict(self)
+
+
+class Phases:
+    """Adds up wall time by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count the time of a block towards a phase."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def fit(
+    config: RunConfig,
+    context: WorkerContext,
+    reporter: Reporter,
+    *,
+    initial_weights: Mapping[str, Tensor] | None = None,
+    resume_from: Path | None = None,
+) -> FitResult:
+    """Train, choose the best weights on the validation split, and measure them once on the test set.
+
+    Args:
+        config: The run.
+        context: This worker; its process group is already up.
+        reporter: Where progress, metrics and checkpoints go.
+        initial_weights: State dict to start from (fine-tuning).
+        resume_from: Checkpoint folder to go on from.
+
+    Returns:
+        Metrics, the same on every rank.
+
+    Raises:
+        NonFiniteLossError: The loss became NaN or infinite; all ranks stop together.
+        UserError: The data or the checkpoint cannot be used.
+    """
+    run = Run(config, context, reporter)
+    run.start(initial_weights, resume_from)
+    while run.state.step < run.total_steps:
+        if not run.train_epoch():
+            return run.result(interrupted=True)
+        run.finish_epoch()
+    return run.result(interrupted=False)
+
+
+class Run:
+    """One worker's part of a run.
+
+    Args:
+        config: The run.
+        context: This worker.
+        reporter: Where progress, metrics and checkpoints go.
+    """
+
+    def __init__(self, config: RunConfig, context: WorkerContext, reporter: Reporter) -> None:
+        self.config, self.context, self.reporter = config, context, reporter
+        self.phases = Phases()
+        with self.phases("data"), failing_together(context):
+            self.dataset = load_dataset(config.data)
+            self.train_rows, self.validation_rows = split_validation(
+                self.dataset.train.labels, config.data.validation_fraction, config.seed
+            )
+            self.batches = training_batches(config, self.dataset, self.train_rows, context)
+        self.total_steps = config.training.epochs * self.batches.steps_per_epoch
+        if config.training.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.training.max_steps)
+
+    def start(self, initial_weights: Mapping[str, Tensor] | None, resume_from: Path | None) -> None:
+        """Build network, optimiser and step; put a checkpoint's state back if there is one."""
+        config, context = self.config, self.context
+        with self.phases("build"), failing_together(context):
+            torch.manual_seed(mixed_seed(config.seed, 0))
+            network = build_model(
+                config.model.name, len(self.dataset.class_names), self.dataset.image_shape, config.model.normalization
+            )
+            if initial_weights is not None:
+                network.load_state_dict(dict(initial_weights))
+            layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
+            network = network.to(context.device, memory_format=layout)  # type: ignore[call-overload]
+            average = None
+            if config.training.ema_decay is not None:
+                update = get_ema_multi_avg_fn(config.training.ema_decay)
+                average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
+            self.state = TrainingState(network, build_optimizer(network, config.optimizer), average)
+            if resume_from is not None:
+                load_checkpoint(resume_from, self.state, config)
+        self.step = TrainingStep(network, config, context)
+
+    def train_epoch(self) -> bool:
+        """Train to the end of the epoch; False if a stop was asked for, with the checkpoint saved."""
+        state, training = self.state, self.config.training
+        epoch, offset = divmod(state.step, self.batches.steps_per_epoch)
+        self.meter = Meter(self.context, state.partial_totals)
+        state.network.train()
+        with self.phases("train"):
+            for batch in self.batches.epoch(epoch, offset):
+                self._set_learning_rate()
+                state.optimizer.zero_grad(set_to_none=True)
+                # Dropout draws from the global generator; this ties its draws to the position too.
+                torch.manual_seed(mixed_seed(self.config.seed, 1, state.step, self.context.rank))
+                totals = self.step.backward(batch, self.config.seed, 2, state.step, self.context.rank)
+                if self.config.optimizer.grad_clip is not None:
+                    nn.utils.clip_grad_norm_(state.network.parameters(), self.config.optimizer.grad_clip)
+                state.optimizer.step()
+                if state.average is not None:
+                    state.average.update_parameters(state.network)
+                self.meter.add(totals)
+                state.step += 1
+                if state.step == self.total_steps:
+                    break
+                if state.step % training.log_every_steps == 0 and self._log(epoch):
+                    self._save(self._epoch_metrics(epoch), stopped=True)
+                    return False
+        return True
+
+    def finish_epoch(self) -> None:
+        """Average BatchNorm statistics over workers, validate, keep the best weights, save and report."""
+        epoch = (self.state.step - 1) // self.batches.steps_per_epoch
+        self.meter.reduce(self.reporter.stop_requested())
+        self.meter.check_finite(self.state.step)
+        average_buffers(self.state.network, self.context)
+        if self.state.average is not None:
+            average_buffers(self.state.average.module, self.context)
+        metrics = self._epoch_metrics(epoch)
+        is_last = self.state.step == self.total_steps
+        due = is_last or (epoch + 1) % self.config.evaluation.every_epochs == 0
+        if due:
+            with self.phases("validation"):
+                measured = self._validate()
+            metrics |= {f"validation/{name}": value for name, value in measured.items()}
+            self._keep_best(metrics)
+        self.state.history.append(metrics)
+        self.state.partial_totals = []
+        if due:
+            self._save(metrics)
+        else:
+            self.reporter.report(metrics, None, "")
+
+    def result(self, *, interrupted: bool) -> FitResult:
+        """Load the best weights into the network, measure them on the test set, and sum the run up."""
+        test: dict[str, float] = {}
+        if not interrupted:
+            with self.phases("test"):
+                self._load_best()
+                attacks = {
+                    name: evaluation_attack(attack, self.config.attack)
+                    for name, attack in self.config.evaluation.test.items()
+                }
+                rows = torch.arange(len(self.dataset.test))
+                test = self._measure(self.dataset.test, rows, attacks, self.state.network)
+        facts = {
+            "data_fingerprint": self.dataset.fingerprint,
+            "training_images": str(len(self.train_rows)),
+            "validation_images": str(len(self.validation_rows)),
+            "test_images": str(len(self.dataset.test)),
+            "workers": str(self.context.world_size),
+            "device": torch.cuda.get_device_name() if self.context.device.type == "cuda" else "cpu",
+        }
+        return FitResult(interrupted, test, self.state.best, self.state.history, self.phases.seconds, facts)
+
+    # ------------------------------------------------------------------------------------------------ the parts
+
+    def _set_learning_rate(self) -> None:
+        factor = learning_rate_factor(
+            self.config.schedule, self.state.step, self.batches.steps_per_epoch, self.total_steps
+        )
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.learning_rate * factor
+
+    def _log(self, epoch: int) -> bool:
+        """Sum the last steps over the workers and tell rank 0's reporter; True if the run is to stop."""
+        self.meter.reduce(self.reporter.stop_requested())
+        self.meter.check_finite(self.state.step)
+        if self.context.is_main:
+            rate = self.meter.images_per_second
+            left = self.total_steps - self.state.step
+            images_a_step = len(self.train_rows) / self.batches.steps_per_epoch
+            record = {
+                "event": "step",
+                "epoch": epoch,
+                "step": self.state.step,
+                "total_steps": self.total_steps,
+                "loss": self.meter.means["train/loss"],
+                "images_per_second": rate,
+                "seconds_left": left * images_a_step / max(rate, 1e-9),
+            }
+            self.reporter.progress(record)
+        return self.meter.stop_requested
+
+    def _epoch_metrics(self, epoch: int) -> dict[str, float]:
+        return {
+            "epoch": float(epoch),
+            "step": float(self.state.step),
+            "learning_rate": float(self.state.optimizer.param_groups[0]["lr"]),
+            "images_per_second": self.meter.images_per_second,
+            **self.meter.means,
+        }
+
+    def _validate(self) -> dict[str, float]:
+        attack = evaluation_attack(self.config.evaluation.validation, self.config.attack)
+        rows = self.validation_rows
+        limit = self.config.evaluation.validation_limit
+        if limit is not None and limit < len(rows):
+            rows = rows[torch.linspace(0, len(rows) - 1, limit).long()]
+        return self._measure(self.dataset.train, rows, {"validation": attack}, self.state.evaluated)
+
+    def _measure(self, source: Any, rows: Tensor, attacks: Mapping[str, Any], network: nn.Module) -> dict[str, float]:
+        batches = EvaluationBatches(source, rows, self.context, batch_size=self.config.evaluation.batch_size)
+        return measure_accuracy(network, batches, attacks, self.context, mixed_seed(self.config.seed, 3))
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        def rank(of: Mapping[str, float]) -> tuple[float, float]:
+            return of["validation/robust_accuracy"], of["validation/clean_accuracy"]
+
+        if not self.state.best or rank(metrics) > rank(self.state.best):
+            self.state.best = metrics
+            # Every rank keeps them: any rank may become rank 0 after a restart, and all need them for the test.
+            self.state.best_weights = cpu_weights(self.state.evaluated)
+
+    def _load_best(self) -> None:
+        self.state.network.load_state_dict(self.state.best_weights)
+
+    def _save(self, metrics: dict[str, float], *, stopped: bool = False) -> None:
+        name = f"step-{self.state.step:09d}"
+        if stopped:
+            self.state.partial_totals = self.meter.epoch_totals
+        facts = {"class_names": list(self.dataset.class_names), "image_shape": list(self.dataset.image_shape)}
+        with self.phases("checkpoint"):
+            if not self.context.is_main:
+                self.reporter.report(metrics, None, name)
+                return
+            with tempfile.TemporaryDirectory(prefix="tla-checkpoint-") as folder:
+                target = Path(folder) / name
+                save_checkpoint(target, self.state, self.config, facts)
+                self.reporter.report(metrics, target, name)
+
+
+@contextmanager
+def failing_together(context: WorkerContext) -> Iterator[None]:
+    """Let a user's error on any worker (data missing on one node, say) end all of them at once."""
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    raise_together(error, context)
+
+
+def training_batches(
+    config: RunConfig, dataset: Dataset, rows: Tensor, context: WorkerContext
+) -> TrainingBatches:
+    """The training split as batches with what the method's mining needs."""
+    mining = config.mining
+    separate = config.mines_triplets and mining.pool == "separate"
+    pool_size = mining.pool_size if separate else 0
+    if mining.scope == "global":
+        pool_size //= context.world_size
+    return TrainingBatches(
+        dataset.train,
+        rows,
+        config.data,
+        context,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.seed,
+        pool_size_per_worker=pool_size,
+        same_class_positives=separate and mining.positives != "own",
+        augment_pool=mining.augment_pool,
+    )
+
+
+def average_buffers(network: nn.Module, context: WorkerContext) -> None:
+    """Make BatchNorm's running statistics the mean over workers: each has seen only its own shards."""
+    if context.world_size == 1:
+        return
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= context.world_size

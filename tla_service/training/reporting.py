@@ -1,0 +1,156 @@
+"""What a run tells the outside: the Reporter protocol, the terminal, JSON lines, and a reporter for one machine."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tla_service.training.checkpoint import MANIFEST
+
+
+class Reporter(Protocol):
+    """What `fit` needs of its surroundings."""
+
+    def progress(self, record: Mapping[str, Any]) -> None:
+        """Take a record of a few steps; called on rank 0 only, and must not wait."""
+
+    def report(self, metrics: dict[str, float], checkpoint: Path | None, name: str) -> None:
+        """Take an epoch's metrics, on every rank; and its checkpoint, a folder on rank 0, to be kept under `name`."""
+
+    def stop_requested(self) -> bool:
+        """Whether this worker was asked to stop; `fit` then saves a checkpoint and returns."""
+
+
+class JsonLines:
+    """Appends records to a file, a JSON object a line, with the time of writing."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record."""
+        self._file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Terminal:
+    """Progress for people: a bar on a terminal, plain lines elsewhere."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._last_line = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, markup=False)
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Show a record of `fit`: of a few steps, or of an epoch."""
+        if record["event"] == "step":
+            self._show_step(record)
+        elif record["event"] == "epoch":
+            self.say(epoch_line(record["metrics"]))
+        else:
+            self.say(str(record.get("message", record["event"])))
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show_step(self, record: Mapping[str, Any]) -> None:
+        if not self._console.is_terminal:
+            if time.monotonic() - self._last_line >= self.SECONDS_BETWEEN_LINES:
+                self._last_line = time.monotonic()
+                self.say(step_line(record))
+            return
+        if self._bar is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._bar.add_task("")
+            self._bar.start()
+        text = f"epoch {record['epoch']}  loss {record['loss']:.4f}  {record['images_per_second']:.0f} images/s"
+        task = self._bar.task_ids[0]
+        self._bar.update(task, description=text, completed=record["step"], total=record["total_steps"])
+
+
+def step_line(record: Mapping[str, Any]) -> str:
+    """One line for a few steps."""
+    left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
+    return (
+        f"epoch {record['epoch']:>3}  step {record['step']}/{record['total_steps']}  loss {record['loss']:.4f}  "
+        f"{record['images_per_second']:.0f} images/s  {left} left"
+    )
+
+
+def epoch_line(metrics: Mapping[str, float]) -> str:
+    """One line for an epoch."""
+    line = f"epoch {metrics['epoch']:>3.0f}  step {metrics['step']:.0f}  loss {metrics['train/loss']:.4f}"
+    if metrics.get("train/triplet"):
+        line += f"  triplet {metrics['train/triplet']:.4f}"
+    if "validation/robust_accuracy" in metrics:
+        clean, robust = metrics["validation/clean_accuracy"], metrics["validation/robust_accuracy"]
+        line += f"  validation clean {clean:.1%} robust {robust:.1%}"
+    return f"{line}  {metrics['images_per_second']:.0f} images/s"
+
+
+class LocalReporter:
+    """Reports to the terminal and a folder: for a plain process, or torchrun on one machine.
+
+    Args:
+        output: Folder for `log.jsonl` and `checkpoints/`; only rank 0 writes to it.
+        is_main: Whether this is rank 0.
+        terminal: Where to show progress.
+    """
+
+    def __init__(self, output: Path, *, is_main: bool = True, terminal: Terminal | None = None) -> None:
+        self.checkpoints = output / "checkpoints"
+        self.interrupted = False
+        self._is_main = is_main
+        self._terminal = terminal or Terminal()
+        self._log = JsonLines(output / "log.jsonl") if is_main else None
+
+    def progress(self, record: Mapping[str, Any]) -> None:
+        """Show and log the record."""
+        if self._log is not None:
+            self._log.write(record)
+            self._terminal.show(record)
+
+    def report(self, metrics: dict[str, float], checkpoint: Path | None, name: str) -> None:
+        """Show and log the epoch; move its checkpoint into place, then drop the one before the previous."""
+        if not self._is_main:
+            return
+        self.progress({"event": "epoch", "metrics": metrics})
+        if checkpoint is not None:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            target = self.checkpoints / name
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(checkpoint, target)
+            for old in self._complete()[:-2]:
+                shutil.rmtree(old)
+
+    def stop_requested(self) -> bool:
+        """Whether `interrupted` was set, by a signal handler say."""
+        return self.interrupted
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, if any."""
+        complete = self._complete()
+        return complete[-1] if complete else None
+
+    def _complete(self) -> list[Path]:
+        return sorted(path.parent for path in self.checkpoints.glob(f"*/{MANIFEST}"))

@@ -1,0 +1,298 @@
+"""One batch: attack, mine, loss, backward, optimiser. Every method goes this one way."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tla_service.attacks import Attack, craft
+from tla_service.config import RunConfig
+from tla_service.data import Batch, StepBatch
+from tla_service.models import ModelOutput
+from tla_service.runtime import WorkerContext, autocast, generator
+from tla_service.training.roles import RoleForward, gather_rows, shard_sizes
+from tla_service.triplets import (
+    LossTerms,
+    Negatives,
+    mine_hardest,
+    mine_random,
+    norm_penalty,
+    pick_positives,
+    triplet_hinge,
+)
+
+# What a step adds up, in this order; all but `images` are sums over images.
+TOTALS = ("total", "cross_entropy", "triplet", "norm", "pairing", "correct", "active_triplets", "without_negative", "images")
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """Embeddings of a batch's triplets.
+
+    Attributes:
+        negatives: Negative of each anchor (N, D).
+        valid: Whether the anchor has one (N,), as 0 and 1.
+        positives: One (embeddings (N, D), margin) for each kind of positive in use.
+    """
+
+    negatives: Tensor
+    valid: Tensor
+    positives: tuple[tuple[Tensor, float], ...]
+
+
+class TrainingStep:
+    """Turns a batch into gradients.
+
+    Args:
+        network: The bare network, on the worker's device. It is attacked as it is, in eval mode: no DDP wrapper, no
+            parameter gradients, no BatchNorm updates.
+        config: The run.
+        context: This worker.
+    """
+
+    def __init__(self, network: nn.Module, config: RunConfig, context: WorkerContext) -> None:
+        self.network, self.config, self.context = network, config, context
+        self.wrapped: nn.Module = RoleForward(network, together=config.training.batchnorm_roles == "together")
+        if context.world_size > 1:
+            devices = [context.device.index] if context.device.type == "cuda" else None
+            # Buffers stay local between epochs and are averaged at their end (`fit`), which uses every worker's
+            # statistics where a broadcast would throw all but rank 0's away, and costs nothing inside a step.
+            self.wrapped = nn.parallel.DistributedDataParallel(
+                self.wrapped, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self.attack = training_attack(config)
+        loss = config.loss
+        default_clean_weight = 0.5 if config.method == "alp" else 0.0
+        self.clean_weight = default_clean_weight if loss.clean_weight is None else loss.clean_weight
+
+    def backward(self, batch: StepBatch, *seeds: int) -> Tensor:
+        """Compute the batch's loss and its gradients, averaged over workers.
+
+        Args:
+            batch: This worker's share of the step.
+            *seeds: Numbers that fix this step's random draws.
+
+        Returns:
+            Sums over this worker's images, in the order of `TOTALS`: a float64 vector on the device.
+        """
+        random = generator(self.context.device, *seeds)
+        terms, totals = self.losses(batch, random)
+        terms.total.backward()
+        return totals
+
+    def losses(self, batch: StepBatch, random: torch.Generator) -> tuple[LossTerms, Tensor]:
+        """The batch's loss, with a graph, and the sums that `backward` returns."""
+        anchors = batch.anchors
+        # DDP averages gradients over workers, whose shards may differ by one image: weighting each image by
+        # world_size / global size makes that average the mean over the global batch (or, for `sum`, its sum).
+        weight = float(self.context.world_size)
+        if self.config.loss.reduction == "mean":
+            weight /= batch.global_size
+        if self.config.method == "natural":
+            (output,) = self._forward(anchors.images)
+            return self._assemble(anchors, output, None, None, weight)
+        adversarial = self._attack(anchors, random)
+        if not self.config.mines_triplets:
+            return self._without_triplets(anchors, adversarial, weight)
+        if self.config.mining.pool == "batch":
+            return self._mine_in_batch(batch, adversarial, random, weight)
+        return self._mine_in_pool(batch, adversarial, random, weight)
+
+    # ------------------------------------------------------------------------------------------------ the roles
+
+    def _without_triplets(self, anchors: Batch, adversarial: Tensor, weight: float) -> tuple[LossTerms, Tensor]:
+        """AT and ALP: the clean images go through the network only where a term uses them."""
+        needs_clean = self.config.method == "alp" or self.clean_weight or self.config.loss.embedding_match_weight
+        if not needs_clean:
+            (output,) = self._forward(adversarial)
+            return self._assemble(anchors, output, None, None, weight)
+        output, clean = self._forward(adversarial, anchors.images)
+        return self._assemble(anchors, output, clean, None, weight)
+
+    def _mine_in_batch(
+        self, batch: StepBatch, adversarial: Tensor, random: torch.Generator, weight: float
+    ) -> tuple[LossTerms, Tensor]:
+        """The cheap mode: one clean pass of the worker's own batch serves positives, pool and negatives."""
+        anchors, mining = batch.anchors, self.config.mining
+        clean_images = self._add_noise(anchors.images, random)
+        output, clean = self._forward(adversarial, clean_images)
+        rows = torch.arange(len(anchors.labels), device=self.context.device)
+        pool, pool_labels = clean.embeddings, anchors.labels
+        if mining.scope == "global":
+            sizes = shard_sizes(batch.global_size, self.context.world_size)
+            pool = gather_rows(pool, sizes, self.context)
+            pool_labels = gather_rows(pool_labels, sizes, self.context)
+            rows = rows + sum(sizes[: self.context.rank])
+        mined = self._mine(output.embeddings, anchors.labels, pool, pool_labels, random)
+        same_class = None
+        if mining.positives != "own":
+            same_class = pool[pick_positives(anchors.labels, pool_labels, rows)]
+        triplets = self._triplets(pool[mined.indices], mined.valid, clean.embeddings, same_class)
+        return self._assemble(anchors, output, clean, triplets, weight)
+
+    def _mine_in_pool(
+        self, batch: StepBatch, adversarial: Tensor, random: torch.Generator, weight: float
+    ) -> tuple[LossTerms, Tensor]:
+        """The authors' way: mine in a separate draw with the network in eval mode, then embed the chosen negatives."""
+        anchors, mining = batch.anchors, self.config.mining
+        assert batch.pool is not None
+        pool_images, pool_labels = batch.pool.images, batch.pool.labels
+        with torch.no_grad(), self._evaluating(), autocast(self.config.training.precision, self.context.device):
+            queries = self.network(adversarial).embeddings
+            pool = self.network(pool_images).embeddings
+        if mining.scope == "global":
+            sizes = [len(pool)] * self.context.world_size
+            pool, pool_labels = (gather_rows(rows, sizes, self.context) for rows in (pool, pool_labels))
+            # The chosen images are embedded again, with a graph, by the worker that uses them.
+            pool_images = gather_rows(pool_images, sizes, self.context)
+        mined = self._mine(queries, anchors.labels, pool, pool_labels, random)
+        noise_on_all = mining.clean_noise_on == "all"
+        negatives = self._add_noise(pool_images[mined.indices], random, apply=noise_on_all)
+        roles = [adversarial, negatives]
+        needs_own = mining.positives != "same_class" or self.clean_weight or self.config.loss.embedding_match_weight
+        if needs_own:
+            roles.append(self._add_noise(anchors.images, random))
+        if mining.positives != "own":
+            assert batch.positives is not None
+            roles.append(self._add_noise(batch.positives.images, random, apply=noise_on_all))
+        output, negative, *others = self._forward(*roles)
+        clean = others.pop(0) if needs_own else None
+        own = clean.embeddings if clean is not None else None
+        same_class = others[0].embeddings if others else None
+        triplets = self._triplets(negative.embeddings, mined.valid, own, same_class)
+        return self._assemble(anchors, output, clean, triplets, weight)
+
+    # ------------------------------------------------------------------------------------------------ the parts
+
+    def _forward(self, *roles: Tensor) -> tuple[ModelOutput, ...]:
+        with autocast(self.config.training.precision, self.context.device):
+            outputs: tuple[ModelOutput, ...] = self.wrapped(*roles)
+        return outputs
+
+    def _attack(self, anchors: Batch, random: torch.Generator) -> Tensor:
+        precision, device = self.config.training.precision, self.context.device
+
+        def logits_fn(images: Tensor) -> Tensor:
+            with autocast(precision, device):
+                logits: Tensor = self.network(images).logits
+            return logits
+
+        if self.config.attack.batchnorm == "train":
+            with kept_buffers(self.network):
+                return craft(logits_fn, anchors.images, anchors.labels, self.attack, random)
+        with self._evaluating():
+            return craft(logits_fn, anchors.images, anchors.labels, self.attack, random)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode for a while: BatchNorm uses its running statistics and leaves them alone."""
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.train()
+
+    def _mine(
+        self, anchors: Tensor, labels: Tensor, pool: Tensor, pool_labels: Tensor, random: torch.Generator
+    ) -> Negatives:
+        mining = self.config.mining
+        if self.config.method == "tla_rn":
+            return mine_random(labels, pool_labels, random, any_class=mining.random_negatives == "any")
+        keep = None
+        if mining.keep_probability < 1:
+            draw = torch.rand(len(labels), len(pool_labels), generator=random, device=labels.device)
+            keep = draw < mining.keep_probability
+        absolute = mining.similarity == "absolute_cosine"
+        return mine_hardest(anchors, labels, pool.detach(), pool_labels, absolute=absolute, keep=keep)
+
+    def _add_noise(self, images: Tensor, random: torch.Generator, *, apply: bool = True) -> Tensor:
+        """Uniform noise on clean images, after the attack (Mao et al. 2019, appendix C)."""
+        mining = self.config.mining
+        if not (apply and mining.clean_noise):
+            return images
+        noise = torch.rand(images.shape, generator=random, device=images.device, dtype=images.dtype)
+        noisy = images + (2 * noise - 1) * mining.clean_noise
+        noisy = (noisy * 255).round() / 255 if mining.clean_noise_round else noisy
+        return noisy.clamp(0, 1)
+
+    def _triplets(self, negatives: Tensor, valid: Tensor, own: Tensor | None, same_class: Tensor | None) -> Triplets:
+        loss, kinds = self.config.loss, self.config.mining.positives
+        positives: list[tuple[Tensor, float]] = []
+        if kinds != "same_class" and own is not None:
+            positives.append((own, loss.margin * loss.own_margin_scale))
+        if same_class is not None:
+            positives.append((same_class, loss.margin))
+        return Triplets(negatives, valid, tuple(positives))
+
+    def _assemble(
+        self, anchors: Batch, output: ModelOutput, clean: ModelOutput | None, triplets: Triplets | None, weight: float
+    ) -> tuple[LossTerms, Tensor]:
+        """Put the terms together, image by image, then weight and sum them."""
+        loss, labels = self.config.loss, anchors.labels
+        cross_entropy = self._cross_entropy(output, labels)
+        none = torch.zeros_like(cross_entropy)
+        triplet, norm, pairing, active, valid = none, none, none, none, torch.ones_like(none)
+        if clean is not None:
+            if self.clean_weight:
+                clean_term = self._cross_entropy(clean, labels)
+                cross_entropy = (1 - self.clean_weight) * cross_entropy + self.clean_weight * clean_term
+            if self.config.method == "alp":
+                pairing = pairing + loss.logit_pairing_weight * squared_distance(output.logits, clean.logits)
+            if loss.embedding_match_weight:
+                match = squared_distance(output.embeddings, clean.embeddings)
+                pairing = pairing + loss.embedding_match_weight * match
+        if triplets is not None:
+            valid = triplets.valid.to(none.dtype)
+            for positives, margin in triplets.positives:
+                pair = (output.embeddings, positives)
+                anchor, positive = reversed(pair) if self.config.method == "tla_sa" else pair
+                hinge = triplet_hinge(anchor, positive, triplets.negatives, margin) * valid
+                triplet, active = triplet + hinge, active + (hinge > 0)
+                norm = norm + norm_penalty((anchor, positive, triplets.negatives), loss.norm_form) * valid
+        # The code multiplies lambda_1 into the norm term as well; the paper does not.
+        norm_weight = loss.norm_weight * (loss.triplet_weight if loss.norm_form == "mean_squares" else 1.0)
+        total = cross_entropy + loss.triplet_weight * triplet + norm_weight * norm + pairing
+        correct = output.logits.argmax(1) == labels
+        with torch.no_grad():
+            columns = (total, cross_entropy, triplet, norm, pairing, correct, active, 1 - valid, torch.ones_like(none))
+            totals = torch.stack([column.double().sum() for column in columns])
+        terms = LossTerms(*(weight * values.sum() for values in (total, cross_entropy, triplet, norm, pairing)))
+        return terms, totals
+
+    def _cross_entropy(self, output: ModelOutput, labels: Tensor) -> Tensor:
+        logits = output.logits.float() if output.logits.dtype == torch.bfloat16 else output.logits
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.config.loss.label_smoothing)
+
+
+def training_attack(config: RunConfig) -> Attack:
+    """The PGD of the training loop (Mao et al. 2019, section 2; cross-entropy only, never the triplet term)."""
+    attack = config.attack
+    return Attack(
+        norm=attack.norm,
+        epsilon=attack.epsilon,
+        step_size=attack.step_size,
+        num_steps=attack.num_steps,
+        random_start=attack.random_start,
+        label_smoothing=config.loss.label_smoothing if attack.label_smoothing else 0.0,
+    )
+
+
+def squared_distance(first: Tensor, second: Tensor) -> Tensor:
+    """Squared L2 distance row by row, (N, D) twice to (N,), in float32 or wider."""
+    wide = (rows.float() if rows.dtype == torch.bfloat16 else rows for rows in (first, second))
+    return (next(wide) - next(wide)).square().sum(1)
+
+
+@contextlib.contextmanager
+def kept_buffers(network: nn.Module) -> Iterator[None]:
+    """Put the network's buffers back afterwards: a forward pass in train mode moves BatchNorm's."""
+    saved = [buffer.clone() for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(network.buffers(), saved, strict=True):
+                buffer.copy_(value)
