@@ -1,6 +1,7 @@
 """Reading a run's configuration: defaults < preset < YAML file < environment < command line."""
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -223,3 +224,10 @@ def _read_file(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a text file"
         raise ConfigError("config", path, f"cannot be read ({reason.lower()})", "give the path of a YAML file") from error
+
+
+def print_config(settings: RunSettings) -> str:
+    """What `--print_config` asks for: the resolved configuration, or the schema that editors check files against."""
+    if settings.print_config == "schema":
+        return json.dumps(RunConfig.model_json_schema(), indent=2)
+    return to_yaml(settings.run_config).rstrip()

@@ -1,0 +1,26 @@
+"""Train a robust classifier on Ray and register it in MLflow.
+
+    python jobs/train_tla.py --preset digits
+    python jobs/train_tla.py --preset mnist --data.root /data/mnist --scaling.num_workers 4
+"""
+
+import sys
+
+from tla_service.config_loading import print_config, load_settings
+from tla_service.job import run_job
+
+
+def main() -> int:
+    """Read the configuration, train, and say where everything is."""
+    settings = load_settings()
+    if settings.print_config:
+        print(print_config(settings))
+        return 0
+    # Imported late: --help and a wrong configuration should not wait for torch, ray and mlflow.
+    from tla_service.cluster.pipeline import train_and_register
+
+    return train_and_register(settings.run_config, settings.output_folder, debug=settings.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main, debug="--debug" in sys.argv))

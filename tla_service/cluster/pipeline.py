@@ -1,0 +1,301 @@
+"""From a configuration to a registered model: check, train on Ray, package, register, sum up."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tla_service import registry
+from tla_service.attacks import craft
+from tla_service.cluster.session import Placement, place, ray_session
+from tla_service.cluster.train import Record, TrainedRun, train_on_ray
+from tla_service.config import RunConfig
+from tla_service.config_loading import load_config_file, to_yaml
+from tla_service.data import Dataset, load_dataset, split_validation
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.evaluation.figures import attack_panel, training_curves
+from tla_service.job import INTERRUPTED
+from tla_service.models import build_model
+from tla_service.runtime import WorkerContext, generator
+from tla_service.training.fit import FitResult, training_batches
+from tla_service.training.reporting import JsonLines, Terminal
+from tla_service.training.step import training_attack
+
+SUMMARY = "summary.json"
+PANEL_IMAGES = 6
+
+
+@dataclass
+class Follower:
+    """Takes the records of a run: shows, logs and tracks them.
+
+    Attributes:
+        terminal: Shows them.
+        lines: `log.jsonl`.
+        metrics: Sends epochs to MLflow.
+        began: When the job began, on the monotonic clock.
+        start_seconds: From there to the first worker's start.
+        restarts: How often workers failed and were started again.
+    """
+
+    terminal: Terminal
+    lines: JsonLines
+    metrics: "registry.RunLog"
+    began: float
+    start_seconds: float = 0.0
+    restarts: int = 0
+
+    def __call__(self, record: Record) -> None:
+        """Take one record."""
+        self.lines.write(record)
+        if record["event"] == "start":
+            self.start_seconds = self.start_seconds or time.monotonic() - self.began
+            verb = "going on from the last checkpoint" if record["resumed"] else "training"
+            self.terminal.say(f"{verb} on {record['workers']} workers")
+            return
+        self.terminal.show(record)
+        if record["event"] == "epoch":
+            self.log_epoch(record["metrics"])
+        elif record["event"] == "failure":
+            self.restarts += 1
+
+    def log_epoch(self, metrics: Mapping[str, float]) -> None:
+        """Send an epoch's metrics; what MLflow has of it already is left out."""
+        self.metrics.log({name: value for name, value in metrics.items() if name != "epoch"}, int(metrics["epoch"]))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the checks before a run found out.
+
+    Attributes:
+        dataset: The data.
+        weights: State dict to start from, or None.
+        described: Data set facts for the tracking server.
+    """
+
+    dataset: Dataset
+    weights: Mapping[str, torch.Tensor] | None
+    described: dict[str, str] = field(default_factory=dict)
+
+
+def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) -> int:
+    """Run a training job to its end.
+
+    Args:
+        config: The run.
+        output: Folder for `summary.json`, `config.yaml`, `log.jsonl`, figures and, unless `scaling.storage` says
+            otherwise, checkpoints.
+        debug: Show what Ray and its workers log.
+
+    Returns:
+        The job's exit code: 0, or 130 after an interrupt.
+
+    Raises:
+        UserError: Something is wrong or missing; found before workers start, as far as it can be.
+    """
+    began = time.monotonic()
+    terminal = Terminal()
+    if _is_finished(config, output, terminal):
+        return 0
+    registry.check_tracking(config.tracking)
+    facts = check_before_start(config)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(to_yaml(config))
+    storage = storage_path(config, output)
+    terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
+    with ray_session(config, debug=debug):
+        placement = place(config)
+        _check_with_workers(config, facts, placement)
+        uri = registry.tracking_uri(config.tracking)
+        run_id = registry.open_run(config, f"{storage}/{config.run_name}", facts=facts.described)
+        stop_system_metrics = registry.start_system_metrics(uri, run_id)
+        metrics = registry.RunLog(uri, run_id, str(output / "unsent"))
+        follower = Follower(terminal, JsonLines(output / "log.jsonl"), metrics, began)
+        status = "FAILED"
+        try:
+            trained = train_on_ray(config, placement, storage, follower, facts.weights)
+            if trained.result.interrupted:
+                status = "KILLED"
+                _write_summary(output, {"status": "interrupted", "run_id": run_id, "checkpoint": trained.checkpoint_path})
+                terminal.say("stopped after a checkpoint; the same command goes on from it")
+                return INTERRUPTED
+            summary = _conclude(config, output, facts, trained, follower, uri, run_id)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            terminal.close()
+            stop_system_metrics()
+            metrics.close()
+            registry.finish_run(uri, run_id, status)
+    _write_summary(output, summary)
+    _show(summary, terminal)
+    return 0
+
+
+def check_before_start(config: RunConfig) -> Facts:
+    """Load what the run starts from, and check that its parts fit, before any worker is claimed.
+
+    Raises:
+        UserError: Data, model or initial weights are missing, or do not fit together.
+    """
+    dataset = load_dataset(config.data)
+    with torch.device("meta"):
+        network = build_model(
+            config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization
+        )
+    weights = None
+    if config.model.weights is not None:
+        weights = registry.load_model(config.model.weights).state_dict()
+        shapes = {name: value.shape for name, value in network.state_dict().items()}
+        if {name: value.shape for name, value in weights.items()} != shapes:
+            raise ConfigError(
+                "model.weights",
+                config.model.weights,
+                f"are not of a {config.model.name} with {len(dataset.class_names)} classes",
+                "set model.name to their network, or start from others",
+            )
+    described = {
+        "data_fingerprint": dataset.fingerprint,
+        "classes": str(len(dataset.class_names)),
+        "training_images": str(len(dataset.train)),
+        "test_images": str(len(dataset.test)),
+    }
+    return Facts(dataset, weights, described)
+
+
+def storage_path(config: RunConfig, output: Path) -> str:
+    """Where checkpoints go."""
+    return config.scaling.storage or str(output / "ray")
+
+
+def _check_with_workers(config: RunConfig, facts: Facts, placement: Placement) -> None:
+    """Pool and batch against the training split, for the number of workers that was decided on."""
+    rows, _ = split_validation(facts.dataset.train.labels, config.data.validation_fraction, config.seed)
+    training_batches(config, facts.dataset, rows, WorkerContext(world_size=placement.num_workers))
+
+
+def _is_finished(config: RunConfig, output: Path, terminal: Terminal) -> bool:
+    """Whether the output folder holds this run's results already; it is shown then, never overwritten.
+
+    Raises:
+        ConfigError: It holds another run.
+    """
+    if (output / "config.yaml").exists() and load_config_file(output / "config.yaml").digest != config.digest:
+        raise ConfigError("output", output, "holds a run with another configuration", "choose another --output or --name")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / ".writable").touch()
+        (output / ".writable").unlink()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UnavailableError("output", output, f"cannot be written ({reason})", "choose another --output") from error
+    if not (output / SUMMARY).exists():
+        return False
+    summary = json.loads((output / SUMMARY).read_text())
+    if summary["status"] != "finished":
+        return False
+    terminal.say(f"this run finished before, nothing to do; to train again choose another --name, --seed or --output")
+    _show(summary, terminal)
+    return True
+
+
+def _conclude(
+    config: RunConfig, output: Path, facts: Facts, trained: TrainedRun, follower: Follower, uri: str, run_id: str
+) -> dict[str, Any]:
+    """Track what is left, draw, package and register; returns the summary."""
+    begin = time.monotonic()
+    result = trained.result
+    for metrics in result.history:
+        follower.log_epoch(metrics)
+    last = int(result.history[-1]["epoch"])
+    follower.metrics.log({f"test/{name}": value for name, value in result.test.items()}, last)
+    figures = draw_figures(config, output / "figures", facts.dataset, trained)
+    files = {f"figures/{path.name}": path for path in figures} | {"log.jsonl": output / "log.jsonl"}
+    registry.log_files(uri, run_id, files)
+    example = facts.dataset.test.fetch(torch.arange(min(4, len(facts.dataset.test)))).float().numpy() / 255
+    packaged = registry.log_model(
+        uri,
+        run_id,
+        state_dict=trained.best_weights,
+        config=config,
+        class_names=facts.dataset.class_names,
+        image_shape=facts.dataset.image_shape,
+        example=example,
+        metrics=result.test,
+        registered_model=config.registered_model,
+        facts=facts.described,
+    )
+    seconds = {"start": follower.start_seconds, **result.wall_seconds, "register": time.monotonic() - begin}
+    seconds["total"] = time.monotonic() - follower.began
+    return {
+        "status": "finished",
+        "run_name": config.run_name,
+        "run_id": run_id,
+        "tracking_uri": uri,
+        "model_uri": packaged.model_uri,
+        "method": config.method,
+        "clean_accuracy": result.test["clean_accuracy"],
+        "robust_accuracy": _robust_accuracies(result),
+        "best_epoch": int(result.best["epoch"]),
+        "validation": {key: value for key, value in result.best.items() if key.startswith("validation/")},
+        "images_per_second": sum(m["images_per_second"] for m in result.history) / len(result.history),
+        "wall_seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "restarts": follower.restarts,
+        "facts": result.facts,
+        "checkpoint": trained.checkpoint_path,
+        "figures": [str(path) for path in figures],
+    }
+
+
+def _robust_accuracies(result: FitResult) -> dict[str, float]:
+    prefix = "robust_accuracy/"
+    named = {name.removeprefix(prefix): value for name, value in result.test.items() if name.startswith(prefix)}
+    return {**named, "worst": result.test["robust_accuracy"]}
+
+
+def draw_figures(config: RunConfig, folder: Path, dataset: Dataset, trained: TrainedRun) -> list[Path]:
+    """Draw the training curves, and a few test images with what the training attack makes of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    training_curves(trained.result.history, folder / "training_curves.png")
+    network = build_model(
+        config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization
+    ).eval()
+    network.load_state_dict(trained.best_weights)
+    rows = torch.arange(min(PANEL_IMAGES, len(dataset.test)))
+    clean, labels = dataset.test.fetch(rows).float() / 255, dataset.test.labels[rows]
+    attack = training_attack(config)
+    adversarial = craft(
+        lambda images: network(images).logits, clean, labels, attack, generator(clean.device, config.seed)
+    )
+    with torch.no_grad():
+        predictions = [network(images).logits.argmax(1).numpy() for images in (clean, adversarial)]
+    attack_panel(
+        clean.numpy(), adversarial.numpy(), labels.numpy(), *predictions, dataset.class_names, folder / "attack.png"
+    )
+    return [folder / "training_curves.png", folder / "attack.png"]
+
+
+def _write_summary(output: Path, summary: Mapping[str, Any]) -> None:
+    partial = output / f".{SUMMARY}"
+    partial.write_text(json.dumps(summary, indent=2))
+    os.replace(partial, output / SUMMARY)
+
+
+def _show(summary: Mapping[str, Any], terminal: Terminal) -> None:
+    terminal.say("")
+    terminal.say(f"clean accuracy            {summary['clean_accuracy']:7.2%}   (test set, best-on-validation weights)")
+    for name, value in summary["robust_accuracy"].items():
+        terminal.say(f"robust accuracy {name:<9} {value:7.2%}")
+    terminal.say(f"model     {summary['model_uri']}")
+    terminal.say(f"tracking  {summary['tracking_uri']}  run {summary['run_id']}")
+    for path in summary["figures"]:
+        terminal.say(f"picture   {path}")
+    terminal.say(f"wall time {summary['wall_seconds']['total']:.0f} s")

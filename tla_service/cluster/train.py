@@ -1,0 +1,179 @@
+"""A training run on Ray, from the driver's side: start the workers, follow them, hand back what they made."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tla_service.cluster.mailbox import start_mailbox
+from tla_service.cluster.session import Placement
+from tla_service.cluster.worker import EpochsToMailbox, train_worker
+from tla_service.config import RunConfig
+from tla_service.errors import UnavailableError
+from tla_service.training.checkpoint import verify_checkpoint
+from tla_service.training.fit import FitResult
+
+Record = Mapping[str, Any]
+FETCH_SECONDS = 0.2
+# A rank that waits for one that is gone gives up after this long.
+COLLECTIVE_TIMEOUT_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What the workers made.
+
+    Attributes:
+        result: Metrics and times.
+        best_weights: State dict of the best weights, on the CPU; empty if the run was interrupted before any.
+        checkpoint_path: Newest checkpoint in storage.
+    """
+
+    result: FitResult
+    best_weights: dict[str, Tensor]
+    checkpoint_path: str
+
+
+def train_on_ray(
+    config: RunConfig,
+    placement: Placement,
+    storage: str,
+    follow: Callable[[Record], None],
+    weights: Mapping[str, Tensor] | None = None,
+) -> TrainedRun:
+    """Run `fit` on Ray Train workers, with restarts; a run of the same name and storage goes on where it stopped.
+
+    The first interrupt (Ctrl-C or SIGTERM) asks the workers to save a checkpoint and stop, the second ends at once.
+
+    Args:
+        config: The run.
+        placement: Workers and their resources.
+        storage: Folder or s3:// prefix for checkpoints.
+        follow: Called in this thread with each record: `start`, `step`, `epoch`, `failure`.
+        weights: State dict to start from.
+
+    Raises:
+        UserError: The workers found something the user can mend.
+        NonFiniteLossError: Training diverged.
+        RuntimeError: It failed more often than `scaling.max_failures`.
+    """
+    mailbox = start_mailbox()
+    loop = {
+        "config": config.model_dump(mode="json"),
+        "mailbox": mailbox,
+        "weights": ray.put(dict(weights)) if weights is not None else None,
+    }
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=loop,
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        scaling_config=ScalingConfig(
+            num_workers=placement.num_workers,
+            use_gpu=placement.use_gpu,
+            resources_per_worker=placement.resources_per_worker,
+        ),
+        run_config=RayRunConfig(
+            name=config.run_name,
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=config.scaling.max_failures),
+            # Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[EpochsToMailbox(mailbox)],
+        ),
+    )
+    try:
+        result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds)
+    except TrainingFailedError as error:
+        cause = str(error).strip().splitlines()[-1]
+        message = f"training failed more than scaling.max_failures={config.scaling.max_failures} times: {cause}"
+        raise RuntimeError(message) from error
+    returned = result.return_value
+    if returned is None or "error" in returned:
+        raise RuntimeError("the workers ended without a result") if returned is None else returned["error"]
+    return _collect(result, FitResult(**returned["result"]))
+
+
+def _collect(result: Result, outcome: FitResult) -> TrainedRun:
+    """Bring the best weights here from the newest checkpoint."""
+    best_weights: dict[str, Tensor] = {}
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as folder:
+        verify_checkpoint(Path(folder))
+        if (Path(folder) / "best.safetensors").exists():
+            best_weights = load_file(Path(folder) / "best.safetensors")
+    return TrainedRun(outcome, best_weights, result.checkpoint.path)
+
+
+def _in_background(call: Callable[[], Result]) -> "Future[Result]":
+    """Run a call in a daemon thread: this thread stays free for records and signals."""
+    future: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="ray-train", daemon=True).start()
+    return future
+
+
+def _follow(
+    future: "Future[Result]", mailbox: ActorHandle, follow: Callable[[Record], None], wait_seconds: float
+) -> Result:
+    """Pass records on until the run has ended."""
+    began, started = time.monotonic(), False
+    with _stop_on_signal(mailbox):
+        while True:
+            done = future.done()
+            for record in ray.get(mailbox.fetch.remote()):
+                started = started or record["event"] == "start"
+                follow(record)
+            if done:
+                return future.result()
+            if not started and wait_seconds and time.monotonic() - began > wait_seconds:
+                raise UnavailableError(
+                    "scaling.wait_seconds",
+                    wait_seconds,
+                    "the cluster has not placed the workers in this time",
+                    "ask for fewer workers, or wait longer",
+                )
+            time.sleep(FETCH_SECONDS)
+
+
+@contextlib.contextmanager
+def _stop_on_signal(mailbox: ActorHandle) -> Iterator[None]:
+    """First SIGINT or SIGTERM: ask the workers to stop; second: KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def handle(_signal: int, _frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        os.write(2, b"stopping after a checkpoint; interrupt again to stop at once\n")
+        mailbox.stop.remote()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

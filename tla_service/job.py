@@ -1,0 +1,39 @@
+"""How a job ends: exit codes, and one line an error instead of a traceback."""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+from tla_service.errors import UserError
+
+INTERRUPTED = 130
+
+
+def run_job(main: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Run a job's main function and turn what it raises into an exit code.
+
+    Returns:
+        What `main` returned, or 0; 2 when the configuration is wrong; 3 when something the job needs is not there; 130
+        when it was interrupted; 1 for everything else. `debug` shows the traceback as well.
+    """
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except ExceptionGroup as group:
+        return max(_tell(error, debug=debug) for error in group.exceptions)
+    except Exception as error:  # noqa: BLE001 - the one place where every error ends
+        return _tell(error, debug=debug)
+
+
+def _tell(error: Exception, *, debug: bool) -> int:
+    if debug or not (isinstance(error, UserError) or type(error) is RuntimeError or _says_enough(error)):
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code if isinstance(error, UserError) else 1
+
+
+def _says_enough(error: Exception) -> bool:
+    """Errors of the training itself, whose message is complete."""
+    return type(error).__module__.startswith("tla_service.")
