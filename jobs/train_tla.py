@@ -6,7 +6,7 @@
 
 import sys
 
-from tla_service.config_loading import print_config, load_settings
+from tla_service.config_loading import load_settings, print_config
 from tla_service.job import run_job
 
 

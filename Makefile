@@ -1,0 +1,31 @@
+# make train   install what is missing, train on embedded data, register the model
+# make test    install what is missing, run the checks and the default tests
+ARGS ?= --preset digits
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test check lock
+
+train: .venv/installed
+	$(BIN)/python jobs/train_tla.py $(ARGS)
+
+test: .venv/installed check
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+# The stamp is written last, so that an interrupted installation is taken up again.
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+lock: .venv/installed
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --generate-hashes \
+		--no-emit-index-url --output-file requirements.lock pyproject.toml requirements.in
