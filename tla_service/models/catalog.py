@@ -85,7 +85,7 @@ def build_model(
         ConfigError: The name or the normalisation is unknown, or the network cannot take these images.
     """
     network = _find(name)
-    if num_classes < 2:  # noqa: PLR2004
+    if num_classes < 2:
         raise ConfigError(
             "model.num_classes", num_classes, "a classifier needs at least two classes", "check the labels of the data"
         )
