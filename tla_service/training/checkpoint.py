@@ -135,6 +135,19 @@ def verify_checkpoint(folder: Path) -> None:
             raise UnavailableError("checkpoint", path, "missing or not what was written (checksum differs)", remedy)
 
 
+def read_weights(folder: str) -> dict[str, Tensor]:
+    """The best weights of a checkpoint folder, on the CPU.
+
+    Raises:
+        UnavailableError: There are none, or a file is damaged.
+    """
+    path = Path(folder).expanduser() / "best.safetensors"
+    if not path.is_file():
+        raise UnavailableError("model.weights", folder, "no best.safetensors in it", "give a checkpoint folder")
+    verify_checkpoint(path.parent)
+    return load_file(path)
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,50 @@
+"""Train on one machine without Ray or MLflow: torch, torchvision and pydantic are enough.
+
+    python -m tla_service.training --preset digits
+    torchrun --nproc-per-node 4 -m tla_service.training --preset cifar10 --data.root /data/cifar10
+
+The output folder holds `summary.json`, `config.yaml`, `log.jsonl` and `checkpoints/`; started again, a run goes on from
+its newest checkpoint. `jobs/train_tla.py` does the same on a cluster, and registers the model.
+"""
+
+import json
+import signal
+import sys
+
+import torch
+
+from tla_service.config_loading import load_settings, print_config, to_yaml
+from tla_service.job import INTERRUPTED, run_job
+from tla_service.runtime import process_group
+from tla_service.training.checkpoint import read_weights
+from tla_service.training.fit import fit
+from tla_service.training.reporting import LocalReporter
+
+
+def main() -> int:
+    """Train in this process, or in this process's part of a torchrun group."""
+    settings = load_settings()
+    if settings.print_config:
+        print(print_config(settings))
+        return 0
+    config, output = settings.run_config, settings.output_folder
+    use_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
+    with process_group(torch.device("cuda" if use_gpu else "cpu")) as context:
+        reporter = LocalReporter(output, is_main=context.is_main)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(reporter, "interrupted", True))
+        if context.is_main:
+            (output / "config.yaml").write_text(to_yaml(config))
+        weights = read_weights(config.model.weights) if config.model.weights else None
+        result = fit(config, context, reporter, initial_weights=weights, resume_from=reporter.latest())
+        if result.interrupted:
+            return INTERRUPTED
+        if context.is_main:
+            (output / "summary.json").write_text(json.dumps({"status": "finished", **result.as_dict()}, indent=2))
+            for name, value in result.test.items():
+                print(f"{name:<28} {value:7.2%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main, debug="--debug" in sys.argv))
