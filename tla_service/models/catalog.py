@@ -50,7 +50,7 @@ def _convolutional(build: Callable[..., ImageClassifier]) -> Callable[[int, Imag
 
 
 _NETWORKS = {
-    "digits_cnn": _Network(build_digits_cnn, min_size=2),
+    "digits_cnn": _Network(build_digits_cnn),
     "small_cnn": _Network(build_small_cnn, min_size=4),
     "mnist_cnn": _Network(build_mnist_cnn, min_size=4),
     "mnist_mlp": _Network(build_mnist_mlp),
