@@ -1,0 +1,128 @@
+"""From every kind of address to the same network, and from a bad one to a sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Packaged, images
+from mlflow import MlflowClient
+from safetensors.torch import save_file
+
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.models import build_model
+from tla_service.registry import load_model, resolve_weights
+from tla_service.registry.tracking import config_yaml
+
+
+@pytest.fixture
+def folder(packaged: Packaged, tmp_path: Path) -> Path:
+    """A copy of the packaged model's folder."""
+    return Path(shutil.copytree(resolve_weights(packaged.model.model_uri, tracking=packaged.uri), tmp_path / "copy"))
+
+
+def test_every_address_gives_the_network_with_gradients_to_the_input(packaged: Packaged, folder: Path) -> None:
+    MlflowClient(packaged.uri).set_registered_model_alias("tla-digits", "champion", "1")
+    addresses = [
+        "models:/tla-digits@champion", "models:/tla-digits/1", f"models:/{packaged.model.model_id}",
+        f"runs:/{packaged.run_id}/model", str(folder), str(folder / "artifacts"),
+    ]
+    for address in addresses:
+        network = load_model(address, tracking=packaged.uri)
+        assert not network.training
+        assert all(parameter.requires_grad for parameter in network.parameters())
+        batch = torch.from_numpy(images()).requires_grad_()
+        logits = network(batch).logits
+        torch.testing.assert_close(logits.detach(), packaged.logits(images()), rtol=0, atol=0)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), batch)
+        assert gradient.abs().max() > 0
+
+
+def test_checkpoint_folder(packaged: Packaged, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    torch.manual_seed(1)
+    network = build_model("digits_cnn", 10, (1, 8, 8)).eval()
+    save_file(network.state_dict(), checkpoint / "best.safetensors")
+    (checkpoint / "config.yaml").write_text(config_yaml(packaged.config))
+    with pytest.raises(UnavailableError, match="not complete: there is no data.json"):
+        load_model(str(checkpoint))
+    (checkpoint / "data.json").write_text(json.dumps({"class_names": list("0123456789"), "image_shape": [1, 8, 8]}))
+    batch = torch.from_numpy(images())
+    torch.testing.assert_close(load_model(str(checkpoint))(batch).logits, network(batch).logits, rtol=0, atol=0)
+    assert resolve_weights(str(checkpoint)) == checkpoint
+
+
+def test_default_store_is_the_environments(packaged: Packaged, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", packaged.uri)
+    load_model("models:/tla-digits/1")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with pytest.raises(UnavailableError, match="there is no tracking store at .*mlflow.db"):
+        load_model("models:/tla-digits/1")
+    assert list((tmp_path / "empty").iterdir()) == [], "asking must not make a store"
+
+
+@pytest.mark.parametrize(
+    ("address", "match"),
+    [
+        ("models:/tla-digits@nobody", "models:/tla-digits@nobody: cannot be fetched .*nobody"),
+        ("models:/tla-digits/77", "cannot be fetched .*77"),
+        ("models:/no-such-model/1", "cannot be fetched .*no-such-model"),
+        ("models:/m-00000000000000000000000000000000", "cannot be fetched"),
+        ("runs:/00000000000000000000000000000000/model", "cannot be fetched"),
+        ("/no/such/folder", "there is no such folder"),
+    ],
+)
+def test_nothing_there(packaged: Packaged, address: str, match: str) -> None:
+    with pytest.raises(UnavailableError, match=match):
+        load_model(address, tracking=packaged.uri)
+
+
+def test_server_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tla_service.registry.connection.time.sleep", lambda _: None)
+    with pytest.raises(UnavailableError, match="cannot be fetched"):
+        load_model("models:/tla-digits/1", tracking="http://127.0.0.1:9")
+
+
+def test_address_that_cannot_be_one() -> None:
+    with pytest.raises(ConfigError, match="write models:/NAME/VERSION"):
+        load_model("models:tla-digits")
+    with pytest.raises(ConfigError, match="names no version"):
+        load_model("models:/tla-digits/latest", tracking="http://127.0.0.1:9")
+
+
+def test_changed_weights_are_refused(folder: Path) -> None:
+    weights = folder / "artifacts" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UnavailableError, match="weights.safetensors was changed"):
+        load_model(str(folder))
+
+
+def test_a_planted_pickle_is_refused(folder: Path) -> None:
+    (folder / "code" / "extra.dat").write_bytes(b"\x80\x04K\x01.")
+    with pytest.raises(UnavailableError, match=r"holds a pickle file \(code/extra.dat\)"):
+        load_model(str(folder))
+
+
+def test_foreign_and_future_models_are_refused(folder: Path) -> None:
+    path = folder / "artifacts" / "model.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps(description | {"format_version": 99}))
+    with pytest.raises(ConfigError, match="format version 99; this installation reads 1"):
+        load_model(str(folder))
+    path.unlink()
+    with pytest.raises(UnavailableError, match="holds no model.json"):
+        load_model(str(folder))
+
+
+def test_weights_of_another_network_are_refused(folder: Path) -> None:
+    path = folder / "artifacts" / "model.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps(description | {"num_classes": 3}))
+    with pytest.raises(UnavailableError, match="the weights are not those of digits_cnn"):
+        load_model(str(folder))

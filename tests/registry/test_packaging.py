@@ -1,0 +1,178 @@
+"""What a model version holds, and that it runs where this project is not."""
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow.pyfunc
+import numpy as np
+import pytest
+import torch
+from conftest import Packaged, TrackingServer, images
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from tla_service.errors import ConfigError
+from tla_service.registry import find_pickles, load_model, resolve_weights
+
+
+def downloaded(packaged: Packaged) -> Path:
+    return resolve_weights(packaged.model.model_uri, tracking=packaged.uri)
+
+
+def pyfunc(packaged: Packaged) -> mlflow.pyfunc.PyFuncModel:
+    return mlflow.pyfunc.load_model(str(downloaded(packaged)))
+
+
+def test_version_is_registered_with_what_finds_it_again(packaged: Packaged) -> None:
+    assert packaged.model.model_uri == "models:/tla-digits/1"
+    found = MlflowClient(packaged.uri).get_model_version("tla-digits", "1")
+    weights = downloaded(packaged) / "artifacts" / "weights.safetensors"
+    assert found.run_id == packaged.run_id
+    expected = {
+        "run_key": "key-1", "method": "tla", "norm": "linf", "epsilon": "0.15", "data_fingerprint": "f00d",
+        "clean_accuracy": "0.900000", "robust_accuracy/pgd20": "0.750000", "model_id": packaged.model.model_id,
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }
+    assert {name: found.tags.get(name) for name in expected} == expected
+    assert packaged.model.digest == expected["weights_sha256"]
+    assert MlflowClient(packaged.uri).get_logged_model(packaged.model.model_id).status == "READY"
+
+
+def test_folder_describes_the_model_and_leaks_no_local_path(packaged: Packaged, tmp_path: Path) -> None:
+    folder = downloaded(packaged)
+    description = json.loads((folder / "artifacts" / "model.json").read_text())
+    assert description["architecture"] == "digits_cnn"
+    assert description["class_names"][3] == "digit 3"
+    assert description["threat_model"] == {"norm": "linf", "epsilon": 0.15}
+    card = (folder / "artifacts" / "model_card.md").read_text()
+    assert "| robust_accuracy/pgd20 | 75.00% |" in card
+    assert "L-infinity norm up to 0.15" in card
+    mlmodel = (folder / "MLmodel").read_text()
+    assert "cloudpickle" not in mlmodel
+    lines = [line for line in mlmodel.splitlines() if "artifact_path" not in line]
+    assert not [line for line in lines if "/tmp" in line or str(Path(__file__).parents[2]) in line]
+    requirements = (folder / "requirements.txt").read_text().split()
+    assert requirements == [
+        f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "numpy", "safetensors", "torch", "torchvision")
+    ]
+    code = folder / "code" / "tla_service"
+    assert {path.name for path in code.iterdir()} == {"__init__.py", "errors.py", "models"}
+    assert (code / "models" / "catalog.py").is_file()
+
+
+def test_no_file_is_a_pickle_and_the_scan_would_find_one(packaged: Packaged, tmp_path: Path) -> None:
+    assert find_pickles(downloaded(packaged)) == []
+    for name, content in (("a.txt", pickle.dumps({"a": 1}, protocol=2)), ("b.txt", pickle.dumps([1], protocol=5)), ("c.pkl", b"")):
+        (tmp_path / name).write_bytes(content)
+    torch.save({"w": torch.zeros(2)}, tmp_path / "d.txt")
+    with zipfile.ZipFile(tmp_path / "e.txt", "w") as archive:
+        archive.writestr("x/data.pkl", b"")
+    (tmp_path / "fine.json").write_text("{}")
+    assert [path.name for path in find_pickles(tmp_path)] == ["a.txt", "b.txt", "c.pkl", "d.txt", "e.txt"]
+
+
+def test_fresh_process_without_this_project_predicts_the_same(packaged: Packaged, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", images())
+    code = (
+        "import json, sys\n"
+        # An editable installation of this project must not help.
+        "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
+        f"sys.path = [entry for entry in sys.path if entry != {str(Path(__file__).parents[2])!r}]\n"
+        "import importlib.util\n"
+        "sys.path = [entry for entry in sys.path if not __import__('os').path.isdir(entry + '/tla_service')]\n"
+        "assert importlib.util.find_spec('tla_service') is None\n"
+        "import mlflow, numpy as np\n"
+        f"mlflow.set_tracking_uri({packaged.uri!r})\n"
+        f"model = mlflow.pyfunc.load_model({packaged.model.model_uri!r})\n"
+        f"out = model.predict(np.load({str(tmp_path / 'images.npy')!r}))\n"
+        "import tla_service\n"
+        "print(json.dumps([tla_service.__file__, out['label'].tolist(), out['probabilities'].tolist()]))\n"
+    )
+    variables = {"PATH": os.environ["PATH"], "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    home, label, probabilities = json.loads(done.stdout.splitlines()[-1])
+    assert "/code/tla_service/" in home
+    expected = torch.softmax(packaged.logits(images()), dim=1).numpy()
+    assert label == expected.argmax(axis=1).tolist()
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_prediction_does_not_depend_on_the_size_of_a_request(packaged: Packaged) -> None:
+    many = images(600)
+    out = pyfunc(packaged).predict(many)
+    assert out["label"].dtype == np.int64
+    assert out["probabilities"].dtype == np.float32
+    np.testing.assert_allclose(out["probabilities"], torch.softmax(packaged.logits(many), dim=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (images()[:, :, :4], r"Shape of input \(5, 1, 4, 8\) does not match"),
+        (images() * np.float32(np.nan), "NaN"),
+        (images() + 1, r"range over \[1.*send \[0, 1\]"),
+        (images() * 255, "divide 8-bit values by 255"),
+        (images()[:0], "at least one"),
+        ((images() * 255).astype(np.uint8), "dtype of input uint8"),
+    ],
+)
+def test_images_that_cannot_be_meant(packaged: Packaged, bad: np.ndarray, match: str) -> None:
+    with pytest.raises(MlflowException, match=match):
+        pyfunc(packaged).predict(bad)
+
+
+def test_shipped_weights_that_were_changed_do_not_run(packaged: Packaged) -> None:
+    folder = downloaded(packaged)
+    weights = folder / "artifacts" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(MlflowException, match="SHA-256 differs"):
+        mlflow.pyfunc.load_model(str(folder))
+
+
+def test_same_weights_of_a_run_are_registered_once(packaged: Packaged) -> None:
+    assert packaged.log() == packaged.model
+    other = packaged.log(state_dict={name: tensor * 2 for name, tensor in packaged.network.state_dict().items()})
+    assert other.version == "2"
+
+
+def test_without_a_name_the_model_is_kept_but_not_registered(packaged: Packaged) -> None:
+    alone = packaged.log(registered_model=None)
+    assert (alone.model_uri, alone.version) == (f"models:/{alone.model_id}", None)
+    assert len(MlflowClient(packaged.uri).search_model_versions()) == 1
+    load_model(alone.model_uri, tracking=packaged.uri)
+
+
+def test_weights_of_another_network_are_never_stored(packaged: Packaged) -> None:
+    with pytest.raises(Exception, match="weights are not those of digits_cnn"):
+        packaged.log(state_dict={"a": torch.zeros(2)})
+    with pytest.raises(ConfigError, match="no finite outputs"):
+        packaged.log(state_dict={name: torch.full_like(t, torch.nan) for name, t in packaged.network.state_dict().items()})
+    with pytest.raises(ConfigError, match="no batch of at least two"):
+        packaged.log(example=images(1))
+    assert len(MlflowClient(packaged.uri).search_model_versions()) == 1
+
+
+def test_saving_leaves_the_import_path_alone(packaged: Packaged) -> None:
+    before = list(sys.path)
+    packaged.log(registered_model=None)
+    assert sys.path == before
+
+
+def test_through_a_server(server: TrackingServer) -> None:
+    packaged = Packaged(server.uri)
+    assert packaged.model.model_uri == "models:/tla-digits/1"
+    network = load_model(f"runs:/{packaged.run_id}/model", tracking=server.uri)
+    with torch.inference_mode():
+        assert torch.equal(network(torch.from_numpy(images())).logits, packaged.logits(images()))

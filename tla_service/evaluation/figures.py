@@ -1,0 +1,187 @@
+"""Pictures of a run: how training went, and what the attack does to single images.
+
+Colours are Okabe and Ito's, told apart by colour-blind readers; line styles and markers tell them apart in grey print.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_DPI = 160
+_BLUE, _ORANGE, _GREEN, _PURPLE, _BLACK = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#000000"
+_LOSSES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("train/loss", "total", {"color": _BLACK, "linestyle": "-", "marker": "o"}),
+    ("train/cross_entropy", "cross-entropy", {"color": _BLUE, "linestyle": "--", "marker": "s"}),
+    ("train/triplet", "triplet", {"color": _ORANGE, "linestyle": "-.", "marker": "^"}),
+    ("train/norm", "norm", {"color": _GREEN, "linestyle": ":", "marker": "D"}),
+)
+_ACCURACIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("validation/clean_accuracy", "clean", {"color": _BLUE, "linestyle": "--", "marker": "s"}),
+    ("validation/robust_accuracy", "under attack", {"color": _ORANGE, "linestyle": "-", "marker": "o"}),
+)
+_MANY_EPOCHS = 40  # from here on markers would touch each other
+
+
+def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw losses and validation accuracies over the epochs, with the epoch marked whose weights are the best.
+
+    The best epoch has the highest validation accuracy under attack; the first of equals, as training chooses it.
+
+    Args:
+        history: One mapping an epoch with ``epoch`` (0, 1, ...) and what was measured then: ``train/loss``,
+            ``train/cross_entropy``, ``train/triplet``, ``train/norm``, and ``validation/clean_accuracy``,
+            ``validation/robust_accuracy`` as fractions. What is missing or not finite is not drawn.
+        path: PNG file to write; its folder is made.
+
+    Raises:
+        ValueError: The history is empty.
+    """
+    if not history:
+        raise ValueError("the history is empty; draw after at least one epoch")
+    figure = _figure(9.0, 3.6)
+    losses, accuracies = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    _draw(losses, history, _LOSSES)
+    losses.set_ylabel("mean training loss per image")
+    losses.set_title("Losses", fontsize=11)
+    _draw(accuracies, history, _ACCURACIES)
+    accuracies.set_ylabel("validation accuracy [%]")
+    accuracies.set_title("Accuracy on held-out images", fontsize=11)
+    accuracies.set_ylim(-0.02, 1.02)
+    accuracies.yaxis.set_major_formatter(_percent())
+    _mark_best(accuracies, history)
+    for axes in (losses, accuracies):
+        _frame(axes, epochs)
+    _save(figure, path)
+
+
+def attack_panel(
+    clean: npt.NDArray[np.floating[Any]],
+    adversarial: npt.NDArray[np.floating[Any]],
+    labels: Sequence[int],
+    clean_predictions: Sequence[int],
+    adversarial_predictions: Sequence[int],
+    class_names: Sequence[str],
+    path: Path,
+) -> None:
+    """Draw a row an image: clean, perturbation, adversarial, with what the network says of the first and the last.
+
+    Perturbations are drawn around mid-grey, all amplified by one factor, which the heading names.
+
+    Args:
+        clean: Images (N,C,H,W) in [0, 1]; C is 1 or 3.
+        adversarial: The same images attacked.
+        labels: True classes (N,).
+        clean_predictions: Predicted classes of the clean images (N,).
+        adversarial_predictions: Predicted classes of the attacked images (N,).
+        class_names: Names by class.
+        path: PNG file to write; its folder is made.
+
+    Raises:
+        ValueError: There is no image, or the shapes differ.
+    """
+    if len(clean) == 0 or clean.shape != adversarial.shape:
+        raise ValueError(f"images {clean.shape} and {adversarial.shape}: give at least one, in equal shapes")
+    count = len(clean)
+    figure = _figure(5.6, 0.5 + 1.85 * count)
+    grid = figure.subplots(count, 3, squeeze=False)
+    difference = adversarial - clean
+    largest = float(np.abs(difference).max())
+    factor = 0.5 / largest if largest > 0 else 1.0
+    amplified = np.clip(0.5 + factor * difference, 0, 1)
+    headings = ("clean", f"perturbation × {factor:.3g}\n(largest {255 * largest:.3g}/255)", "adversarial")
+    for row in range(count):
+        truth = int(labels[row])
+        said = (int(clean_predictions[row]), None, int(adversarial_predictions[row]))
+        for axes, image, prediction in zip(grid[row], (clean[row], amplified[row], adversarial[row]), said, strict=True):
+            _show(axes, image)
+            if prediction is not None:
+                right = prediction == truth
+                text = f"{'✓' if right else '✗'} {class_names[prediction]}"
+                axes.set_xlabel(text, color=_BLUE if right else _ORANGE, fontsize=9, fontweight="normal" if right else "bold")
+        grid[row][0].set_ylabel(f"true: {class_names[truth]}", fontsize=9)
+    for axes, heading in zip(grid[0], headings, strict=True):
+        axes.set_title(heading, fontsize=10)
+    _save(figure, path)
+
+
+def _figure(width_inches: float, height_inches: float) -> "Figure":
+    """A figure with a canvas of its own: pyplot would keep it alive, and choose a screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI, format="png")
+
+
+def _draw(
+    axes: "Axes", history: Sequence[Mapping[str, float]], lines: Sequence[tuple[str, str, Mapping[str, Any]]]
+) -> None:
+    for key, label, style in lines:
+        points = _points(history, key)
+        if points:
+            marker = {"marker": None} if len(points) > _MANY_EPOCHS else {}
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, label=label, linewidth=1.6, markersize=4.5, **{**style, **marker})
+
+
+def _points(history: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
+    return [(row["epoch"], row[key]) for row in history if key in row and np.isfinite(row[key])]
+
+
+def _mark_best(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
+    points = _points(history, "validation/robust_accuracy")
+    if not points:
+        return
+    epoch, accuracy = max(points, key=lambda point: (point[1], -point[0]))
+    axes.axvline(epoch, color=_PURPLE, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
+    axes.plot(
+        [epoch], [accuracy], marker="*", markersize=16, color=_PURPLE, markerfacecolor="none", markeredgewidth=1.6, linestyle="none",
+        zorder=5,
+        label=f"best: {accuracy:.1%}, epoch {epoch:.0f}",
+    )
+
+
+def _frame(axes: "Axes", epochs: Sequence[float]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("epoch")
+    if len(set(epochs)) == 1:  # a single epoch has no extent of its own, so it is given one
+        room = 0.5
+        axes.set_xticks([epochs[0]], [f"{epochs[0]:.0f}"])
+    else:
+        room = 0.03 * (max(epochs) - min(epochs))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.set_xlim(min(epochs) - room, max(epochs) + room)
+    axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(facecolor="white", edgecolor="none", framealpha=0.85, fontsize=8.5, loc="best", handlelength=3.2)
+
+
+def _percent() -> Any:
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(xmax=1, decimals=0)
+
+
+def _show(axes: "Axes", image: npt.NDArray[np.floating[Any]]) -> None:
+    """Draw one (C,H,W) image in [0, 1], pixel by pixel."""
+    pixels = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])

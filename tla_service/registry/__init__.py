@@ -1,0 +1,44 @@
+"""MLflow: tracks runs, packages networks as model versions and loads them again. The only room that imports mlflow.
+
+Importing this package is cheap: each name is fetched from its module at first use, because mlflow takes seconds.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tla_service.registry.connection import check_tracking, tracking_uri
+    from tla_service.registry.loading import find_pickles, load_model, resolve_weights
+    from tla_service.registry.packaging import PackagedModel, log_model
+    from tla_service.registry.run_log import RunLog
+    from tla_service.registry.tracking import finish_run, log_files, open_run, start_system_metrics
+
+__all__ = [
+    "PackagedModel",
+    "RunLog",
+    "check_tracking",
+    "find_pickles",
+    "finish_run",
+    "load_model",
+    "log_files",
+    "log_model",
+    "open_run",
+    "resolve_weights",
+    "start_system_metrics",
+    "tracking_uri",
+]
+
+_MODULES = {
+    "connection": ("check_tracking", "tracking_uri"),
+    "loading": ("find_pickles", "load_model", "resolve_weights"),
+    "packaging": ("PackagedModel", "log_model"),
+    "run_log": ("RunLog",),
+    "tracking": ("finish_run", "log_files", "open_run", "start_system_metrics"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

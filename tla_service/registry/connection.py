@@ -1,0 +1,243 @@
+"""Where runs are tracked, and whether that place can be reached and written: asked before anything is trained."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tla_service.config import TrackingConfig
+from tla_service.errors import ConfigError, UnavailableError, UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+FIELD = "tracking.uri"
+CHECK_TIMEOUT_SECONDS = 5
+_REQUEST_TIMEOUT_SECONDS = 30
+_SQLITE = "sqlite:///"
+_START_ONE = "start one with `mlflow server`, correct the address, or leave tracking.uri out to use a local SQLite file"
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def tracking_uri(config: TrackingConfig) -> str:
+    """The tracking store of a run, in a form that means the same in every process whatever its working folder.
+
+    Args:
+        config: ``uri`` wins over the environment's MLFLOW_TRACKING_URI; without both it is ``mlflow.db`` here.
+    """
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{Path.cwd() / 'mlflow.db'}"
+    path = sqlite_path(uri)
+    return uri.rstrip("/") if path is None else f"{_SQLITE}{path}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The absolute path of the database file of an ``sqlite:///`` address; ``None`` for every other address."""
+    if not uri.startswith(_SQLITE):
+        return None
+    return Path(uri.removeprefix(_SQLITE)).expanduser().absolute()
+
+
+def client(uri: str) -> "MlflowClient":
+    """An MLflow client of a store, which is made first if it is an SQLite file that does not exist yet.
+
+    MLflow's own retries are silent and take four minutes, so they are turned off for this process, unless the
+    environment sets them: what calls the server from here repeats itself, and says so. Progress bars go as well.
+    """
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(_REQUEST_TIMEOUT_SECONDS))
+    from mlflow import MlflowClient
+
+    path = sqlite_path(uri)
+    if path is None or _has_tables(path):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with exclusive(path), quiet("mlflow.store.db.utils", "alembic"):
+        made = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        made.search_registered_models(max_results=1)  # opens the registry's half of the same file
+        return made
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock beside an SQLite file: MLflow lets two processes that make the same tables crash each other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def experiment_id(made: "MlflowClient", name: str, uri: str) -> str:
+    """The id of an experiment, made at first use; beside an SQLite file its artifacts go to ``mlartifacts``."""
+    from mlflow.exceptions import MlflowException
+
+    found = made.get_experiment_by_name(name)
+    if found is not None:
+        if found.lifecycle_stage == "deleted":
+            raise _deleted(name)
+        return str(found.experiment_id)
+    path = sqlite_path(uri)
+    location = None if path is None else (path.parent / "mlartifacts").as_uri()
+    try:
+        return str(made.create_experiment(name, artifact_location=location))
+    except MlflowException:
+        # Another process made it between the question and the answer.
+        found = made.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+def retrying(what: str, action: Callable[[], T], attempts: int = 5, first_wait_seconds: float = 1.0) -> T:
+    """Call something that needs the server; repeat when it is away or busy, waiting twice as long each time.
+
+    Raises:
+        Exception: What the last attempt raised; at once when the server is there and says no.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return action()
+        except Exception as error:
+            if attempt == attempts or not is_passing(error):
+                raise
+            wait = first_wait_seconds * 2 ** (attempt - 1)
+            _log.warning("%s failed (%s); trying again in %.0f s", what, one_line(error), wait)
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same call may succeed later: the server is away, overloaded, or its database is locked."""
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException):
+        return isinstance(error, OSError)  # requests' errors are OSErrors
+    return str(error.error_code) in {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """An error's text without line breaks, cut to ``limit`` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def check_tracking(config: TrackingConfig) -> None:
+    """Find out within seconds whether runs can be tracked; makes the experiment if it is not there.
+
+    Raises:
+        ConfigError: The address can never work.
+        UnavailableError: The store cannot be reached or written now.
+    """
+    uri = tracking_uri(config)
+    scheme = uri.partition(":")[0] if ":" in uri else "file"
+    if scheme in ("http", "https"):
+        _check_server(uri, config.experiment)
+        return
+    if scheme == "file" and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() != "true":
+        remedy = "write sqlite:////folder/mlflow.db, or the http:// address of a server"
+        raise ConfigError(FIELD, uri, "MLflow 3 no longer keeps runs in plain folders", remedy)
+    try:
+        made = client(uri)
+        tag = made.get_experiment(experiment_id(made, config.experiment, uri)).tags.get("tla.project", "tla-service")
+        made.set_experiment_tag(experiment_id(made, config.experiment, uri), "tla.project", tag)
+    except UserError:
+        raise
+    except Exception as error:
+        remedy = "give a path that can be written" if scheme == "sqlite" else _START_ONE
+        raise UnavailableError(FIELD, uri, f"cannot be opened and written ({one_line(error)})", remedy) from error
+
+
+def _check_server(uri: str, experiment: str) -> None:
+    status, answer = _call(uri, "GET", "experiments/get-by-name", params={"experiment_name": experiment})
+    if status == 404 and answer.get("error_code") == "RESOURCE_DOES_NOT_EXIST":
+        status, answer = _call(uri, "POST", "experiments/create", json={"name": experiment})
+        if status == 200 or answer.get("error_code") == "RESOURCE_ALREADY_EXISTS":
+            return
+    elif status == 200:
+        found = answer["experiment"]
+        if found.get("lifecycle_stage") == "deleted":
+            raise _deleted(experiment)
+        body = {"experiment_id": found["experiment_id"], "key": "tla.project", "value": "tla-service"}
+        status, answer = _call(uri, "POST", "experiments/set-experiment-tag", json=body)
+        if status == 200:
+            return
+    raise UnavailableError(FIELD, uri, *_refusal(status, str(answer.get("message", ""))))
+
+
+def _call(uri: str, method: str, endpoint: str, **arguments: Any) -> tuple[int, dict[str, Any]]:
+    """One request with MLflow's credentials and TLS settings, but without its minutes of retries."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    try:
+        response = http_request(
+            get_default_host_creds(uri), f"/api/2.0/mlflow/{endpoint}", method, max_retries=0,
+            timeout=CHECK_TIMEOUT_SECONDS, raise_on_status=False, **arguments,
+        )
+    except (MlflowException, OSError) as error:
+        raise UnavailableError(FIELD, uri, f"no server answers ({_cause(error)})", _START_ONE) from error
+    try:
+        answer = json.loads(response.text)
+    except ValueError:
+        answer = {"message": response.text}
+    return response.status_code, answer if isinstance(answer, dict) else {}
+
+
+def _cause(error: BaseException) -> str:
+    """The words for people at the end of a nested connection error."""
+    text = one_line(error, 2000)
+    known = (
+        ("Connection refused", "connection refused"), ("Name or service not known", "unknown host name"),
+        ("Temporary failure in name resolution", "host name cannot be resolved"), ("imed out", "timed out"),
+        ("CERTIFICATE_VERIFY_FAILED", "its TLS certificate is not trusted"), ("Invalid URL", "not a valid address"),
+    )
+    return next((words for sign, words in known if sign in text), text[-200:])
+
+
+def _refusal(status: int, message: str) -> tuple[str, str]:
+    """Reason and remedy for an HTTP status that is no success."""
+    if status == 401:
+        return "the server refuses the credentials", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    if status == 403 and "Invalid Host header" in message:
+        remedy = "start the server with --allowed-hosts naming this host with and without the port"
+        return "the server refuses this host name (403 Invalid Host header)", remedy
+    if status == 403:
+        return "these credentials may not write here (403)", "ask for EDIT permission, or choose another tracking.experiment"
+    if status == 404:
+        return "something answers, but not an MLflow server (404)", "correct the address"
+    return f"the server answers with status {status} ({message[:200]})", "look into the server's log"
+
+
+def _deleted(experiment: str) -> UnavailableError:
+    remedy = "restore it with `mlflow experiments restore`, or choose another name"
+    return UnavailableError("tracking.experiment", experiment, "this experiment is deleted", remedy)
+
+
+def _has_tables(path: Path) -> bool:
+    """Whether MLflow's last migration has run. It writes its version at the end, in one transaction."""
+    import sqlite3
+
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=20)) as database:
+        return bool(database.execute("SELECT count(*) FROM experiments").fetchone()[0])
+    return False
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Keep the lines about table migrations off the terminal."""
+    before = {name: logging.getLogger(name).level for name in loggers}
+    try:
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

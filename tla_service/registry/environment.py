@@ -1,0 +1,67 @@
+"""What a result depends on beside its configuration: the code's version and the installed packages."""
+
+import getpass
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tla_service
+
+_GIT_TIMEOUT_SECONDS = 10
+
+
+def code_version() -> dict[str, str]:
+    """Tags that say which code ran: package version and, in a git checkout, commit and whether it was changed."""
+    tags = {"tla.version": tla_service.__version__}
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+        tags |= {"tla.git_commit": commit, "mlflow.source.git.commit": commit, "tla.git_dirty": str(bool(changed)).lower()}
+    tags["mlflow.source.name"] = Path(sys.argv[0]).name or "python"
+    try:
+        tags["mlflow.user"] = getpass.getuser()
+    except (KeyError, OSError):
+        # A container may run under a user id that has no name.
+        tags["mlflow.user"] = str(os.getuid())
+    return tags
+
+
+def environment() -> dict[str, Any]:
+    """Python, machine, CUDA and every installed package with its version, as plain JSON."""
+    packages = {
+        str(found.metadata["Name"]): found.version for found in importlib.metadata.distributions() if found.metadata["Name"]
+    }
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch": packages.get("torch"),
+        "ray": packages.get("ray"),
+        "cuda": _torch_cuda(),
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+    }
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA version torch was built for; asking for devices would claim a GPU context in the driver."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch.version.cuda
+
+
+def _git(*arguments: str) -> str | None:
+    """The output of a git command in this package's folder; ``None`` without git or outside a checkout."""
+    folder = Path(tla_service.__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=_GIT_TIMEOUT_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

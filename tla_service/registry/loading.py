@@ -1,0 +1,199 @@
+"""From an address to a real network: of a model version, a run, a packaged folder or a checkpoint."""
+
+import atexit
+import hashlib
+import json
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from tla_service.config import RunConfig, TrackingConfig
+from tla_service.errors import ConfigError, UnavailableError, UserError
+from tla_service.models import build_model
+from tla_service.registry.connection import client, one_line, retrying, sqlite_path, tracking_uri
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+FIELD = "model.weights"
+_SCHEMES = ("models:/", "runs:/")
+_PICKLE_SUFFIXES = {".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt", ".bin", ".cloudpickle", ".dill"}
+
+
+def load_model(uri: str, device: str = "cpu", tracking: str | None = None) -> "torch.nn.Module":
+    """Load a network: its parameters train, and gradients reach its input.
+
+    Nothing that is loaded can run code: weights are safetensors, the network is built by this installation.
+
+    Args:
+        uri: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, ``models:/m-...``, ``runs:/RUN/model``, a packaged model's
+            folder, or a checkpoint folder (``best.safetensors``, ``config.yaml``, ``data.json``).
+        device: Where to put it.
+        tracking: Tracking store of ``models:`` and ``runs:``; default: as :func:`tracking_uri` finds it.
+
+    Returns:
+        The network in eval mode: ``forward(images float32 (N,C,H,W) in [0, 1])`` gives logits and embeddings.
+
+    Raises:
+        ConfigError: The address cannot be one, or names what this installation cannot build.
+        UnavailableError: There is no such model, it was changed, or the server is away.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    folder = resolve_weights(uri, tracking=tracking)
+    files = _checkpoint(folder, uri) if (folder / "best.safetensors").is_file() else _package(folder, uri)
+    weights, architecture, num_classes, image_shape, normalization = files
+    network = build_model(architecture, num_classes, image_shape, normalization)
+    try:
+        network.load_state_dict(load(weights))
+    except (SafetensorError, RuntimeError) as error:
+        reason = f"the weights are not those of {architecture} ({one_line(error)})"
+        raise UnavailableError(FIELD, uri, reason, "choose other weights") from error
+    return network.to(device).eval()
+
+
+def resolve_weights(uri: str, tracking: str | None = None) -> Path:
+    """Bring what an address names to this machine.
+
+    Args:
+        uri: As for :func:`load_model`.
+        tracking: As for :func:`load_model`.
+
+    Returns:
+        A local folder. A download is deleted when the process ends.
+
+    Raises:
+        ConfigError: The address cannot be one.
+        UnavailableError: There is nothing at it, or the server is away.
+    """
+    if not uri.startswith(_SCHEMES):
+        if uri.partition(":")[0] in ("models", "runs"):
+            raise ConfigError(FIELD, uri, "not an address of MLflow", "write models:/NAME/VERSION or runs:/RUN_ID/model")
+        folder = Path(uri).expanduser()
+        if not folder.is_dir():
+            raise UnavailableError(FIELD, uri, "there is no such folder", "give a checkpoint folder, runs:/... or models:/...")
+        return folder
+    store = tracking or _current_store()
+    database = sqlite_path(store)
+    if database is not None and not database.is_file():
+        raise UnavailableError(FIELD, uri, f"there is no tracking store at {database}", "set MLFLOW_TRACKING_URI")
+    target = tempfile.mkdtemp(prefix="tla-weights-")
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    return _download(uri, store, target)
+
+
+def find_pickles(folder: Path) -> list[Path]:
+    """Files that hold Python pickles, by name or by content: loading one runs whatever code it carries."""
+    return [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and _is_pickle(path)]
+
+
+def _is_pickle(path: Path) -> bool:
+    if path.suffix.lower() in _PICKLE_SUFFIXES:
+        return True
+    with path.open("rb") as file:
+        start = file.read(2)
+    if len(start) == 2 and start[0] == 0x80 and start[1] <= 5:  # PROTO opcode of protocols 2 to 5
+        return True
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(Path(name).suffix.lower() in _PICKLE_SUFFIXES for name in archive.namelist())
+    return False
+
+
+def _current_store() -> str:
+    import mlflow
+
+    # What a notebook chose with mlflow.set_tracking_uri counts before our own default.
+    return mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else tracking_uri(TrackingConfig())
+
+
+def _download(uri: str, store: str, target: str) -> Path:
+    from mlflow.artifacts import download_artifacts
+
+    def fetch() -> str:
+        return str(download_artifacts(artifact_uri=_location(uri, store), dst_path=target, tracking_uri=store))
+
+    try:
+        return Path(retrying(f"Fetching {uri}", fetch, attempts=3))
+    except UserError:
+        raise
+    except Exception as error:
+        remedy = f"look at what {store} holds, or set MLFLOW_TRACKING_URI"
+        raise UnavailableError(FIELD, uri, f"cannot be fetched ({one_line(error)})", remedy) from error
+
+
+def _location(uri: str, store: str) -> str:
+    """Where the files of an address are. MLflow would ask the process's global store, whatever store it is given."""
+    made = client(store)
+    kind, _, rest = uri.partition(":/")
+    if kind == "runs":
+        run_id, _, path = rest.strip("/").partition("/")
+        run = made.get_run(run_id)
+        outputs = run.outputs.model_outputs if run.outputs is not None else []
+        models = [made.get_logged_model(output.model_id) for output in outputs]
+        named = [model for model in models if model.name == path and model.status == "READY"]
+        if named:
+            return str(max(named, key=lambda model: model.creation_timestamp).artifact_location)
+        return f"{run.info.artifact_uri}/{path}"
+    name, _, version = rest.rpartition("/")
+    if not name and rest.startswith("m-"):
+        return str(made.get_logged_model(rest).artifact_location)
+    if "@" in rest:
+        name, _, alias = rest.rpartition("@")
+        version = made.get_model_version_by_alias(name, alias).version
+    elif not name or not version.isdecimal():
+        raise ConfigError(FIELD, uri, "names no version", "write models:/NAME/VERSION or models:/NAME@ALIAS")
+    return str(made.get_model_version_download_uri(name, str(version)))
+
+
+def _package(folder: Path, uri: str) -> tuple[bytes, str, int, tuple[int, int, int], str]:
+    """Weights and network of a packaged model, after checking that nobody touched it."""
+    inner = folder / "artifacts" if (folder / "artifacts").is_dir() else folder
+    try:
+        description = _json(inner / "model.json")
+        weights = (inner / "weights.safetensors").read_bytes()
+    except FileNotFoundError as error:
+        reason = f"holds no {Path(error.filename).name}, so it was not packaged by this project"
+        raise UnavailableError(FIELD, uri, reason, "give a model of this project, or a checkpoint folder") from error
+    pickles = find_pickles(folder)
+    if pickles:
+        reason = f"holds a pickle file ({pickles[0].relative_to(folder)}), which could run any code"
+        raise UnavailableError(FIELD, uri, reason, "load a version without it")
+    if description.get("format_version") != FORMAT_VERSION:
+        reason = f"format version {description.get('format_version')}; this installation reads {FORMAT_VERSION}"
+        raise ConfigError(FIELD, uri, reason, "install the version of tla-service that wrote it")
+    expected = description["weights"]["sha256"]
+    if hashlib.sha256(weights).hexdigest() != expected:
+        reason = f"weights.safetensors was changed: its SHA-256 is not {expected[:12]}..."
+        raise UnavailableError(FIELD, uri, reason, "load another version")
+    return (
+        weights, description["architecture"], description["num_classes"], _shape(description["image_shape"]),
+        description["normalization"],
+    )
+
+
+def _checkpoint(folder: Path, uri: str) -> tuple[bytes, str, int, tuple[int, int, int], str]:
+    """Weights and network of a checkpoint folder that training wrote."""
+    try:
+        config = RunConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        data = _json(folder / "data.json")
+    except FileNotFoundError as error:
+        reason = f"the checkpoint is not complete: there is no {Path(error.filename).name}"
+        raise UnavailableError(FIELD, uri, reason, "give another checkpoint") from error
+    weights = (folder / "best.safetensors").read_bytes()
+    return weights, config.model.name, len(data["class_names"]), _shape(data["image_shape"]), config.model.normalization
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _shape(values: list[int]) -> tuple[int, int, int]:
+    channels, height, width = values
+    return channels, height, width
