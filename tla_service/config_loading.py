@@ -40,7 +40,6 @@ class RunSettings(BaseSettings, RunConfig):
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
         env_nested_delimiter="__",
-        nested_model_default_partial_update=True,
         cli_exit_on_error=False,
         cli_avoid_json=True,
         cli_implicit_flags=True,

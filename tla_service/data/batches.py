@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -45,11 +46,13 @@ class StepBatch:
         positives: Another image of each anchor's class, row by row; the anchor's own image, augmented anew, where its
             class has only one. ``None`` unless asked for.
         pool: Images to mine negatives from. ``None`` unless asked for.
+        global_size: Anchors of this step over all workers, which hold shares of it that differ by one at most.
     """
 
     anchors: Batch
     positives: Batch | None
     pool: Batch | None
+    global_size: int
 
 
 class TrainingBatches:
@@ -104,11 +107,9 @@ class TrainingBatches:
         )
         self.steps_per_epoch = self._order.steps_per_epoch
         self._labels = labels.to(context.device)
-        self._resident: torch.Tensor | None = None
+        self._source = source
         self._loader: StepLoader | None = None
-        if _fits(source, config):
-            self._resident = _all_images(source, indices).to(context.device)
-        else:
+        if not _fits(source, config):
             self._loader = StepLoader(source, indices, config.loader_workers, context.device)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
@@ -142,6 +143,11 @@ class TrainingBatches:
     ) -> None:
         self.close()
 
+    @cached_property
+    def _resident(self) -> torch.Tensor:
+        """All training images on the device, as uint8; brought there when the first epoch begins."""
+        return _all_images(self._source, self._indices).to(self._context.device)
+
     def _step_batch(self, epoch: int, step: int, indices: StepIndices, images: torch.Tensor | None) -> StepBatch:
         roles = (
             (Draw.AUGMENT_ANCHORS, indices.anchors),
@@ -156,14 +162,13 @@ class TrainingBatches:
                 continue
             on_device = _moved(places, self._context.device)
             if images is None:
-                assert self._resident is not None
                 pixels = self._resident[on_device]
             else:
                 pixels = images[start : start + len(places)].to(self._context.device, non_blocking=True)
                 start += len(places)
             batches.append(Batch(self._finished(pixels, draw, epoch, step), self._labels[on_device]))
         assert batches[0] is not None
-        return StepBatch(batches[0], batches[1], batches[2])
+        return StepBatch(batches[0], batches[1], batches[2], indices.global_size)
 
     def _finished(self, pixels: torch.Tensor, draw: Draw, epoch: int, step: int) -> torch.Tensor:
         if draw is Draw.AUGMENT_POOL and not self._augment_pool:

@@ -31,11 +31,13 @@ class StepIndices:
         anchors: (n,), int64.
         positives: Another image of each anchor's class (n,), or ``None``.
         pool: Images to mine negatives from (P,), all different, or ``None``.
+        global_size: Anchors of this step over all workers.
     """
 
     anchors: torch.Tensor
     positives: torch.Tensor | None
     pool: torch.Tensor | None
+    global_size: int
 
 
 class ClassMates:
@@ -144,7 +146,8 @@ class StepOrder:
             if self._mates is not None:
                 draws = generator(CPU, Draw.POSITIVES, self._seed, epoch, step, self._rank)
                 positives = self._mates.draw(anchors, draws)
-            yield StepIndices(anchors, positives, None if pool_order is None else self._pool(pool_order, step))
+            pool = None if pool_order is None else self._pool(pool_order, step)
+            yield StepIndices(anchors, positives, pool, len(chunks[step]))
 
     def _permutation(self, draw: Draw, epoch: int) -> torch.Tensor:
         # Step and rank are zeros here, not absent: seeds of different lengths may coincide.
