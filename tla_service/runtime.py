@@ -33,8 +33,9 @@ class WorkerContext:
 
 
 def mixed_seed(*parts: int) -> int:
-    """One 63-bit seed out of several numbers, well mixed: (0, 1) and (1, 0) share nothing."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    """One 63-bit seed out of several numbers, well mixed: (0, 1), (1, 0) and (0, 1, 0) share nothing."""
+    # The count is mixed in because numpy reads trailing zeros as absent.
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def generator(device: torch.device, *parts: int) -> torch.Generator:
