@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow.artifacts
 import pytest
@@ -102,7 +103,17 @@ def test_run_that_was_left_half_described_is_completed(local_uri: str, monkeypat
 
 
 @pytest.mark.parametrize("store", ["local", "server"])
-def test_opening_one_key_at_once_gives_one_run(store: str, local_uri: str, server: TrackingServer) -> None:
+def test_opening_one_key_at_once_gives_one_run(
+    store: str, local_uri: str, server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = tracking_module._find
+
+    def slow_find(*arguments: Any) -> Any:
+        found = find(*arguments)
+        time.sleep(0.3)  # so that all have looked before the first creates
+        return found
+
+    monkeypatch.setattr(tracking_module, "_find", slow_find)
     config = config_for(local_uri if store == "local" else server.uri)
     ids: list[str] = []
     openers = [
