@@ -62,7 +62,7 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     _save(figure, path)
 
 
-def attack_panel(
+def attack_panel(  # noqa: PLR0917 - a picture of seven things
     clean: npt.NDArray[np.floating[Any]],
     adversarial: npt.NDArray[np.floating[Any]],
     labels: Sequence[int],
@@ -96,16 +96,20 @@ def attack_panel(
     largest = float(np.abs(difference).max())
     factor = 0.5 / largest if largest > 0 else 1.0
     amplified = np.clip(0.5 + factor * difference, 0, 1)
-    headings = ("clean", f"perturbation × {factor:.3g}\n(largest {255 * largest:.3g}/255)", "adversarial")
+    headings = ("clean", f"perturbation × {factor:.3g}\n(largest {255 * largest:.3g}/255)", "adversarial")  # noqa: RUF001
     for row in range(count):
         truth = int(labels[row])
         said = (int(clean_predictions[row]), None, int(adversarial_predictions[row]))
-        for axes, image, prediction in zip(grid[row], (clean[row], amplified[row], adversarial[row]), said, strict=True):
+        for axes, image, prediction in zip(
+            grid[row], (clean[row], amplified[row], adversarial[row]), said, strict=True
+        ):
             _show(axes, image)
             if prediction is not None:
                 right = prediction == truth
                 text = f"{'✓' if right else '✗'} {class_names[prediction]}"
-                axes.set_xlabel(text, color=_BLUE if right else _ORANGE, fontsize=9, fontweight="normal" if right else "bold")
+                axes.set_xlabel(
+                    text, color=_BLUE if right else _ORANGE, fontsize=9, fontweight="normal" if right else "bold"
+                )
         grid[row][0].set_ylabel(f"true: {class_names[truth]}", fontsize=9)
     for axes, heading in zip(grid[0], headings, strict=True):
         axes.set_title(heading, fontsize=10)
@@ -149,7 +153,14 @@ def _mark_best(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
     epoch, accuracy = max(points, key=lambda point: (point[1], -point[0]))
     axes.axvline(epoch, color=_PURPLE, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
     axes.plot(
-        [epoch], [accuracy], marker="*", markersize=16, color=_PURPLE, markerfacecolor="none", markeredgewidth=1.6, linestyle="none",
+        [epoch],
+        [accuracy],
+        marker="*",
+        markersize=16,
+        color=_PURPLE,
+        markerfacecolor="none",
+        markeredgewidth=1.6,
+        linestyle="none",
         zorder=5,
         label=f"best: {accuracy:.1%}, epoch {epoch:.0f}",
     )

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from tla_service.config import RunConfig
-from tla_service.registry.connection import client, exclusive, experiment_id, one_line, retrying, sqlite_path, tracking_uri
+from tla_service.registry.connection import (
+    client,
+    exclusive,
+    experiment_id,
+    one_line,
+    retrying,
+    sqlite_path,
+    tracking_uri,
+)
 from tla_service.registry.environment import code_version, environment
 
 if TYPE_CHECKING:
@@ -29,9 +37,7 @@ _SYSTEM_METRICS_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 
 
-def open_run(
-    config: RunConfig, run_key: str, *, facts: Mapping[str, str], parent_run_id: str | None = None
-) -> str:
+def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], parent_run_id: str | None = None) -> str:
     """Open the MLflow run of a key, or continue it when it exists, and describe it.
 
     Parameters in MLflow cannot change, so a continued run keeps those it started with; a configuration that differs
@@ -118,10 +124,10 @@ def start_system_metrics(uri: str, run_id: str) -> Callable[[], None]:
     logger = logging.getLogger("mlflow.system_metrics.system_metrics_monitor")
     logger.setLevel(logging.WARNING)  # it tells of each start and stop, and of GPUs that are not there
     try:
-        monitor = SystemMetricsMonitor(
+        monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
             run_id, sampling_interval=_SYSTEM_METRICS_SECONDS, resume_logging=True, tracking_uri=uri
         )
-        monitor.start()
+        monitor.start()  # type: ignore[no-untyped-call]
     except Exception as error:  # noqa: BLE001 - psutil is missing, the server is away
         _log.warning("System metrics are not logged: %s", one_line(error))
         return lambda: None
@@ -197,7 +203,8 @@ def _log_dataset(made: "MlflowClient", run_id: str, config: RunConfig, facts: Ma
     from mlflow.exceptions import MlflowException
 
     def is_there() -> bool:
-        return bool(made.get_run(run_id).inputs.dataset_inputs)
+        inputs = made.get_run(run_id).inputs
+        return inputs is not None and bool(inputs.dataset_inputs)
 
     if is_there():
         return
