@@ -43,8 +43,7 @@ def file_source(tmp_path_factory: pytest.TempPathFactory) -> FileSource:
 def equal(first: StepBatch, second: StepBatch) -> bool:
     pairs = ((first.anchors, second.anchors), (first.positives, second.positives), (first.pool, second.pool))
     return all(
-        (one is None and two is None)
-        or (torch.equal(one.images, two.images) and torch.equal(one.labels, two.labels))
+        (one is None and two is None) or (torch.equal(one.images, two.images) and torch.equal(one.labels, two.labels))
         for one, two in pairs
     )
 
@@ -184,7 +183,9 @@ def test_roles_are_augmented_apart_and_the_pool_on_request() -> None:
 
     def step(augment_pool: bool) -> StepBatch:
         config = DataConfig(crop_padding=4)
-        batches = TrainingBatches(source, torch.arange(8), config, WorkerContext(), augment_pool=augment_pool, **options)
+        batches = TrainingBatches(
+            source, torch.arange(8), config, WorkerContext(), augment_pool=augment_pool, **options
+        )
         return next(batches.epoch(0))
 
     augmented = step(True)
@@ -197,8 +198,13 @@ def test_roles_are_augmented_apart_and_the_pool_on_request() -> None:
 def test_too_large_a_pool_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"mining\.pool_size=61"):
         TrainingBatches(
-            array_source(), torch.arange(60), DataConfig(), WorkerContext(),
-            global_batch_size=16, seed=0, pool_size_per_worker=61,
+            array_source(),
+            torch.arange(60),
+            DataConfig(),
+            WorkerContext(),
+            global_batch_size=16,
+            seed=0,
+            pool_size_per_worker=61,
         )
 
 

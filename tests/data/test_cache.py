@@ -65,7 +65,10 @@ def test_a_really_full_disk_is_reported() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     with pytest.raises(UnavailableError, match="the disk is full"):
-        with cache.disk_trouble("data.cache_dir", "/dev/full", "free some space"), open("/dev/full", "wb") as handle:
+        with (
+            cache.disk_trouble("data.cache_dir", "/dev/full", "free some space"),
+            Path("/dev/full").open("wb") as handle,
+        ):
             handle.write(b"x" * 100_000)
 
 
@@ -78,10 +81,9 @@ def test_a_cache_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "manifest"
     target.write_text("old")
-    with pytest.raises(KeyboardInterrupt):
-        with cache.whole_file(target) as part:
-            part.write_text("half")
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), cache.whole_file(target) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 

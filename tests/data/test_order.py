@@ -9,13 +9,19 @@ from tla_service.data.order import CPU, ClassMates, Draw, StepOrder
 from tla_service.errors import ConfigError
 from tla_service.runtime import generator
 
-SIZES = {"count": st.integers(8, 200), "batch": st.integers(8, 64), "world": st.integers(1, 4), "epoch": st.integers(0, 5)}
+SIZES = {
+    "count": st.integers(8, 200),
+    "batch": st.integers(8, 64),
+    "world": st.integers(1, 4),
+    "epoch": st.integers(0, 5),
+}
 
 
 def orders(count: int, batch: int, world: int, **options: object) -> list[StepOrder]:
     labels = torch.arange(count) % 3
     return [
-        StepOrder(labels, seed=7, rank=rank, world_size=world, global_batch_size=batch, **options) for rank in range(world)
+        StepOrder(labels, seed=7, rank=rank, world_size=world, global_batch_size=batch, **options)
+        for rank in range(world)
     ]
 
 
@@ -50,7 +56,9 @@ def test_pools_walk_one_permutation_round_and_round(count: int, batch: int, worl
         with pytest.raises(ConfigError, match=rf"mining\.pool_size={pool}: .*use at most {count // world} "):
             orders(count, batch, world, pool_size=pool)
         return
-    ranks = [[step.pool.tolist() for step in order.epoch(epoch)] for order in orders(count, batch, world, pool_size=pool)]
+    ranks = [
+        [step.pool.tolist() for step in order.epoch(epoch)] for order in orders(count, batch, world, pool_size=pool)
+    ]
 
     walked = [index for step in zip(*ranks, strict=True) for slice_ in step for index in slice_]
     for start in range(0, len(walked), count):

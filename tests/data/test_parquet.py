@@ -25,7 +25,9 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def write(path: Path, blobs: list[Any], labels: list[Any], *, plain: bool = False, metadata: Any = None) -> None:
-    images = pa.array(blobs, pa.binary()) if plain else pa.array([{"bytes": blob, "path": None} for blob in blobs], STRUCT)
+    images = (
+        pa.array(blobs, pa.binary()) if plain else pa.array([{"bytes": blob, "path": None} for blob in blobs], STRUCT)
+    )
     table = pa.table({"row": pa.array(["x"] * len(labels)), "image": images, "label": pa.array(labels, pa.int64())})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=3)
@@ -97,7 +99,11 @@ def test_other_layouts_of_the_same_images(
     [
         ({"label_names": "a, b,c"}, ("a", "b", "c")),
         (
-            {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["x", "y", "z"], "_type": "ClassLabel"}}}})},
+            {
+                "huggingface": json.dumps(
+                    {"info": {"features": {"label": {"names": ["x", "y", "z"], "_type": "ClassLabel"}}}}
+                )
+            },
             ("x", "y", "z"),
         ),
         ({"huggingface": "{"}, ("0", "1", "2")),
@@ -122,7 +128,9 @@ def test_rubbish_metadata_is_survived(metadata: dict[bytes, bytes]) -> None:
 @given(
     st.dictionaries(
         st.sampled_from(["image", "img", "label", "labels", "fine_label", "id", "a", "b"]),
-        st.sampled_from([pa.binary(), pa.large_binary(), STRUCT, pa.struct([("x", pa.binary())]), pa.int64(), pa.string()]),
+        st.sampled_from(
+            [pa.binary(), pa.large_binary(), STRUCT, pa.struct([("x", pa.binary())]), pa.int64(), pa.string()]
+        ),
     )
 )
 def test_columns_are_found_by_type_whatever_their_names(fields: dict[str, pa.DataType]) -> None:
@@ -211,8 +219,10 @@ def test_a_cut_cache_is_made_again(folder: Path, make_config: MakeConfig, tmp_pa
         path.write_bytes(path.read_bytes()[:-1])
     after = load_dataset(config)
     assert after.fingerprint == before.fingerprint
-    assert torch.equal(after.train.fetch(torch.arange(8)), load_dataset(make_config(
-        name="parquet", root=str(folder))).train.fetch(torch.arange(8)))
+    assert torch.equal(
+        after.train.fetch(torch.arange(8)),
+        load_dataset(make_config(name="parquet", root=str(folder))).train.fetch(torch.arange(8)),
+    )
 
 
 def test_from_a_bucket(s3: Any, folder: Path, make_config: MakeConfig) -> None:

@@ -105,8 +105,12 @@ def test_an_object_uploaded_in_parts_has_no_md5_and_is_copied(s3: Any, prefix: s
     key, part = f"{prefix}/parts.bin", os.urandom(5 * 2**20)
     upload = s3.client.create_multipart_upload(Bucket=s3.bucket, Key=key)["UploadId"]
     parts = [
-        {"PartNumber": number, "ETag": s3.client.upload_part(
-            Bucket=s3.bucket, Key=key, UploadId=upload, PartNumber=number, Body=body)["ETag"]}
+        {
+            "PartNumber": number,
+            "ETag": s3.client.upload_part(Bucket=s3.bucket, Key=key, UploadId=upload, PartNumber=number, Body=body)[
+                "ETag"
+            ],
+        }
         for number, body in ((1, part), (2, b"tail"))
     ]
     s3.client.complete_multipart_upload(Bucket=s3.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
@@ -184,9 +188,7 @@ def test_content_that_does_not_match_is_tried_again(
     assert times.count(b"first") == 2
 
 
-def test_content_that_never_matches_is_not_used(
-    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_content_that_never_matches_is_not_used(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_chunks", lambda body: iter([body.read()[:3]]))
     monkeypatch.setattr(storage, "_FIRST_PAUSE_SECONDS", 0.01)
     with pytest.raises(UnavailableError, match="cannot be read"):
@@ -206,7 +208,10 @@ def test_two_processes_at_once_download_once(
         "storage._Bucket._download_once = download\n"
     )
     arguments = (f"s3://images/{prefix}", str(tmp_path / "cache"), str(tmp_path / "log"))
-    started = [run_python(f"import sys, warnings; warnings.simplefilter('ignore')\n{code}{MIRROR}", *arguments) for _ in range(2)]
+    started = [
+        run_python(f"import sys, warnings; warnings.simplefilter('ignore')\n{code}{MIRROR}", *arguments)
+        for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=60) for process in started]
 
     assert outputs[0][0] == outputs[1][0] != "", outputs
@@ -260,7 +265,12 @@ def test_a_process_killed_half_way_leaves_nothing_that_is_used(
     ],
 )
 def test_what_is_wrong_is_said_quickly(
-    s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, root: str, changes: dict[str, str | None], message: str,
+    s3: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    root: str,
+    changes: dict[str, str | None],
+    message: str,
     function: Callable[[str], object],
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -358,7 +368,7 @@ def test_without_boto3_the_package_imports_and_says_what_is_missing(
 ) -> None:
     code = (
         "import sys\n"
-        "for name in ('boto3', 'botocore', 'ray', 'mlflow', 'sklearn', 'pyarrow', 'torchvision'): sys.modules[name] = None\n"
+        "for name in 'boto3 botocore ray mlflow sklearn pyarrow torchvision'.split(): sys.modules[name] = None\n"
         "import tla_service.data as data\n"
         "from tla_service.errors import UnavailableError\n"
         "try: data.check_root('s3://b/x')\n"
@@ -369,6 +379,9 @@ def test_without_boto3_the_package_imports_and_says_what_is_missing(
 
 
 def test_importing_the_package_imports_no_optional_library(run_python: Callable[..., "subprocess.Popen[str]"]) -> None:
-    code = "import sys, tla_service.data; print([n for n in ('boto3', 'sklearn', 'pyarrow', 'torchvision') if n in sys.modules])"
+    code = (
+        "import sys, tla_service.data\n"
+        "print([name for name in 'boto3 sklearn pyarrow torchvision'.split() if name in sys.modules])"
+    )
     output, errors = run_python(code).communicate(timeout=60)
     assert output == "[]\n", errors

@@ -10,10 +10,10 @@ from mlflow import MlflowClient
 from safetensors.torch import save_file
 from tracking_server import Packaged, images
 
+from tla_service.config_loading import to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model
 from tla_service.registry import load_model, resolve_weights
-from tla_service.registry.tracking import config_yaml
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_checkpoint_folder(packaged: Packaged, tmp_path: Path) -> None:
     torch.manual_seed(1)
     network = build_model("digits_cnn", 10, (1, 8, 8)).eval()
     save_file(network.state_dict(), checkpoint / "best.safetensors")
-    (checkpoint / "config.yaml").write_text(config_yaml(packaged.config))
+    (checkpoint / "config.yaml").write_text(to_yaml(packaged.config))
     with pytest.raises(UnavailableError, match=r"not complete: there is no data\.json"):
         load_model(str(checkpoint))
     (checkpoint / "data.json").write_text(json.dumps({"class_names": list("0123456789"), "image_shape": [1, 8, 8]}))

@@ -10,7 +10,13 @@ from torch import nn
 from tests.training.conftest import digits_config
 from tla_service.errors import UnavailableError
 from tla_service.training import checkpoint as checkpoint_module
-from tla_service.training.checkpoint import TrainingState, load_checkpoint, read_weights, save_checkpoint, verify_checkpoint
+from tla_service.training.checkpoint import (
+    TrainingState,
+    load_checkpoint,
+    read_weights,
+    save_checkpoint,
+    verify_checkpoint,
+)
 
 FACTS = {"class_names": ["a", "b"], "image_shape": [1, 8, 8]}
 
@@ -61,7 +67,7 @@ def test_a_changed_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(UnavailableError, match="no readable manifest.json"):
+    with pytest.raises(UnavailableError, match=r"no readable manifest\.json"):
         verify_checkpoint(tmp_path)
 
 
@@ -85,5 +91,5 @@ def test_best_weights_are_read_alone(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", state, digits_config(), FACTS)
     weights = read_weights(str(tmp_path / "c"))
     assert all(torch.equal(weights[name], value) for name, value in state.best_weights.items())
-    with pytest.raises(UnavailableError, match="model.weights"):
+    with pytest.raises(UnavailableError, match=r"model\.weights"):
         read_weights(str(tmp_path / "nowhere"))

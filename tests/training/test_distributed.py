@@ -129,7 +129,9 @@ def test_torchrun_trains_and_goes_on_where_it_was_stopped(tmp_path: Path) -> Non
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = "--preset digits --data.train_limit 200 --data.test_limit 40 --training.epochs 2 --evaluation.every_epochs 1"
+    arguments = (
+        "--preset digits --data.train_limit 200 --data.test_limit 40 --training.epochs 2 --evaluation.every_epochs 1"
+    )
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     command = [sys.executable, *launch, "-m", "tla_service.training", *arguments.split(), "--output", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -53,7 +53,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "schedule": {"name": "cosine", "warmup": 1},
     },
     "separate pool, both positives, noise": {
-        "mining": {"pool": "separate", "pool_size": 20, "positives": "both", "clean_noise": 0.05, "keep_probability": 0.5},
+        "mining": {
+            "pool": "separate",
+            "pool_size": 20,
+            "positives": "both",
+            "clean_noise": 0.05,
+            "keep_probability": 0.5,
+        },
         "optimizer": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 1e-3, "grad_clip": 1.0},
     },
     "random negatives": {"method": "tla_rn"},

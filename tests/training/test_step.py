@@ -116,15 +116,23 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "at with clean images": {"method": "at", "loss": {"clean_weight": 0.3, "embedding_match_weight": 0.2}},
     "alp": {"method": "alp"},
     "tla": {"loss": {"margin": 0.3}},
-    "tla, the code's norm": {"loss": {"norm_form": "mean_squares", "norm_weight": 0.5, "margin": 0.3, "triplet_weight": 2}},
+    "tla, the code's norm": {
+        "loss": {"norm_form": "mean_squares", "norm_weight": 0.5, "margin": 0.3, "triplet_weight": 2}
+    },
     "tla, both positives": {"mining": {"positives": "both"}, "loss": {"own_margin_scale": 3.0, "margin": 0.1}},
     "tla, another image": {"mining": {"positives": "same_class"}, "loss": {"margin": 0.2}},
     "tla, clean share": {"loss": {"clean_weight": 0.25, "embedding_match_weight": 0.1, "label_smoothing": 0.2}},
     "switched anchor": {"method": "tla_sa", "loss": {"margin": 0.3}},
     "separate pool": {"mining": {"pool": "separate", "pool_size": POOL}, "loss": {"margin": 0.3}},
-    "separate pool, both": {"mining": {"pool": "separate", "pool_size": POOL, "positives": "both"}, "loss": {"margin": 0.3}},
+    "separate pool, both": {
+        "mining": {"pool": "separate", "pool_size": POOL, "positives": "both"},
+        "loss": {"margin": 0.3},
+    },
     "separate pool, another": {"mining": {"pool": "separate", "pool_size": POOL, "positives": "same_class"}},
-    "separate pool, switched": {"method": "tla_sa", "mining": {"pool": "separate", "pool_size": POOL, "positives": "both"}},
+    "separate pool, switched": {
+        "method": "tla_sa",
+        "mining": {"pool": "separate", "pool_size": POOL, "positives": "both"},
+    },
 }
 
 
@@ -145,7 +153,9 @@ def test_anchors_without_a_negative_are_counted_and_cost_nothing() -> None:
     batch = random_batch(classes=1, pool=POOL)
     for changes in ({}, {"mining": {"pool": "separate", "pool_size": POOL}}, {"method": "tla_rn"}):
         config = digits_config(**changes)
-        terms, totals = TrainingStep(network(), config, WorkerContext()).losses(batch, generator(torch.device("cpu"), 0))
+        terms, totals = TrainingStep(network(), config, WorkerContext()).losses(
+            batch, generator(torch.device("cpu"), 0)
+        )
         sums = dict(zip(TOTALS, totals.tolist(), strict=True))
         assert sums["without_negative"] == sums["images"] == 24
         assert sums["triplet"] == sums["norm"] == sums["active_triplets"] == 0

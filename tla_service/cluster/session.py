@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -41,7 +42,7 @@ def ray_session(config: RunConfig, *, debug: bool = False) -> Iterator[None]:
     # Ray's announced defaults; without them it warns about the change on every start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.scaling.address or os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     logging.getLogger("ray.train").setLevel(logging.INFO if debug else logging.WARNING)
     if address:
         try:
@@ -65,11 +66,13 @@ def place(config: RunConfig) -> Placement:
     Raises:
         UnavailableError: It has not, and the run is not to wait for more nodes; the message shows the arithmetic.
     """
-    scaling, total = config.scaling, ray.cluster_resources()
+    scaling: ScalingConfig = config.scaling
+    total: dict[str, float] = ray.cluster_resources()
     gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 0.0)
     use_gpu = gpus > 0 if scaling.use_gpu == "auto" else scaling.use_gpu
-    workers = scaling.num_workers
-    if workers == "auto":
+    if isinstance(scaling.num_workers, int):
+        workers = scaling.num_workers
+    else:
         # Two images a worker is the least that BatchNorm and mining can work with.
         most = config.training.global_batch_size // 2
         workers = min(most, max(1, int(gpus / scaling.gpus_per_worker))) if use_gpu else min(most, 2)

@@ -192,9 +192,7 @@ class EvaluationBatches:
         UnavailableError: If images cannot be read (while iterating).
     """
 
-    def __init__(
-        self, source: ImageSource, indices: torch.Tensor, context: WorkerContext, *, batch_size: int
-    ) -> None:
+    def __init__(self, source: ImageSource, indices: torch.Tensor, context: WorkerContext, *, batch_size: int) -> None:
         self._source, self._device = source, context.device
         own = indices[context.rank :: context.world_size]
         self._chunks = torch.split(own, batch_size) if len(own) else ()

@@ -49,7 +49,9 @@ def load_dataset(config: DataConfig) -> Dataset:
     if config.train_limit is not None and len(torch.unique(train.labels)) < len(splits.class_names):
         classes = len(splits.class_names)
         raise ConfigError(
-            "data.train_limit", config.train_limit, f"leaves some of the {classes} classes without images",
+            "data.train_limit",
+            config.train_limit,
+            f"leaves some of the {classes} classes without images",
             f"use at least {min(4 * classes, len(splits.train))}",
         )
     facts = [train.digest(), test.digest(), splits.class_names, train.image_shape]

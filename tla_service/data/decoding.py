@@ -87,7 +87,7 @@ def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:
         image = Image.open(io.BytesIO(blob))
         image.load()
     # Pillow's decoders let errors of many kinds through when they meet rubbish.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         reason = f"not a readable image ({type(error).__name__}: {error})"
         raise UnavailableError("data.root", name, reason, "replace or remove the file") from error
     if image.mode[0] in "IF":

@@ -46,16 +46,15 @@ def build_splits(
         return {split: decode(blobs[split], range(len(blobs[split])), decoder) for split in SPLITS}
 
     # Labels are not cached: they are known already, and the key need not cover how they are read.
-    full_key = f"{key}-{decoder_key(decoder.image_shape, decoder.resize)}"
+    full_key = f"{key}-{decoder_key(decoder.image_shape, resize=decoder.resize)}"
     images, digests = cached_tensors(config.cache_dir, full_key, build)
     arrays = [
-        ArraySource(images[split], labels[split], content_digest(labels[split]) + digests[split])
-        for split in SPLITS
+        ArraySource(images[split], labels[split], content_digest(labels[split]) + digests[split]) for split in SPLITS
     ]
     return Splits(arrays[0], arrays[1], class_names)
 
 
-def decoder_key(shape: tuple[int, int, int], resize: bool) -> str:
+def decoder_key(shape: tuple[int, int, int], *, resize: bool) -> str:
     """Part of a cache key: the shape, the resizing, and the decoder's version, as JPEG pixels depend on it."""
     from PIL import __version__
 

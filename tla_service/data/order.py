@@ -110,14 +110,16 @@ class StepOrder:
         self._mates = ClassMates(labels) if same_class_positives else None
         if pool_size * world_size > self._count:
             raise ConfigError(
-                "mining.pool_size", pool_size,
+                "mining.pool_size",
+                pool_size,
                 f"{world_size} workers' pools of {pool_size} need more than the {self._count} training images",
                 f"use at most {self._count // world_size} a worker",
             )
         self.steps_per_epoch = -(-self._count // global_batch_size)
         if self._count < self.steps_per_epoch * world_size or self._count == 0:
             raise ConfigError(
-                "training.global_batch_size", global_batch_size,
+                "training.global_batch_size",
+                global_batch_size,
                 f"{self._count} training images in {self.steps_per_epoch} steps are too few for {world_size} workers",
                 "use a larger batch, fewer workers or more images",
             )

@@ -93,9 +93,7 @@ class FileSource:
         rows: Which of ``blobs`` this source consists of (N,); all when ``None``.
     """
 
-    def __init__(
-        self, blobs: Blobs, labels: torch.Tensor, decoder: Decoder, rows: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, blobs: Blobs, labels: torch.Tensor, decoder: Decoder, rows: torch.Tensor | None = None) -> None:
         self._blobs, self._decoder = blobs, decoder
         self._rows = torch.arange(len(blobs)) if rows is None else rows
         self.labels = labels.to(torch.int64)

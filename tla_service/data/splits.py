@@ -28,7 +28,9 @@ def split_validation(labels: torch.Tensor, fraction: float, seed: int) -> tuple[
     classes, total = len(counts), len(labels)
     if classes == 0 or int(counts.min()) < 2:
         raise ConfigError(
-            "data.validation_fraction", f"{fraction:g}", "a class has fewer than 2 images, it cannot be in both parts",
+            "data.validation_fraction",
+            f"{fraction:g}",
+            "a class has fewer than 2 images, it cannot be in both parts",
             "use more images (data.train_limit), or remove the class",
         )
     held_out = -int(-total * fraction // 1)
@@ -37,9 +39,7 @@ def split_validation(labels: torch.Tensor, fraction: float, seed: int) -> tuple[
         raise ConfigError(
             "data.validation_fraction", f"{fraction:g}", reason, f"use at least {min(0.5, classes / total):.3g}"
         )
-    train, validation = train_test_split(
-        range(total), test_size=held_out, random_state=seed, stratify=labels.numpy()
-    )
+    train, validation = train_test_split(range(total), test_size=held_out, random_state=seed, stratify=labels.numpy())
     return torch.tensor(sorted(train)), torch.tensor(sorted(validation))
 
 

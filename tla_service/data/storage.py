@@ -177,7 +177,7 @@ class _Bucket:
         for attempt in range(_DOWNLOAD_ATTEMPTS):
             try:
                 self._download_once(wanted, part)
-                return
+                break
             except _BrokenError as error:
                 if attempt == _DOWNLOAD_ATTEMPTS - 1:
                     reason = f"{wanted.name} cannot be read ({error})"

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from tla_service.config import RunConfig
+from tla_service.config_loading import to_yaml
 from tla_service.registry.connection import (
     client,
     exclusive,
@@ -69,11 +68,6 @@ def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], paren
         retrying("Continuing the run", lambda: _continue(made, run_id, tags | {RESUMED: str(count)}))
     retrying("Describing the run", lambda: _describe(made, run_id, config, facts, count))
     return run_id
-
-
-def config_yaml(config: RunConfig) -> str:
-    """The whole configuration as YAML; ``RunConfig.model_validate(yaml.safe_load(text))`` gives an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -188,7 +182,7 @@ def _describe(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mappi
         made.log_batch(run_id, params=params[start : start + _PARAMS_PER_REQUEST])
     _log_dataset(made, run_id, config, facts)
     files = {artifact.path for artifact in made.list_artifacts(run_id)}
-    text = config_yaml(config)
+    text = to_yaml(config)
     if "config.yaml" not in files:
         made.log_text(run_id, text, "config.yaml")
     elif dict(flatten(config.model_dump(mode="json"))) != {**there, **fields}:

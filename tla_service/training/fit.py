@@ -18,9 +18,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tla_service.config import RunConfig
 from tla_service.data import Dataset, EvaluationBatches, TrainingBatches, load_dataset, split_validation
+from tla_service.errors import UserError
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
-from tla_service.errors import UserError
 from tla_service.runtime import WorkerContext, mixed_seed, raise_together
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
 from tla_service.training.meter import Meter
@@ -311,9 +311,7 @@ def failing_together(context: WorkerContext) -> Iterator[None]:
     raise_together(error, context)
 
 
-def training_batches(
-    config: RunConfig, dataset: Dataset, rows: Tensor, context: WorkerContext
-) -> TrainingBatches:
+def training_batches(config: RunConfig, dataset: Dataset, rows: Tensor, context: WorkerContext) -> TrainingBatches:
     """The training split as batches with what the method's mining needs."""
     mining = config.mining
     separate = config.mines_triplets and mining.pool == "separate"
@@ -340,4 +338,4 @@ def average_buffers(network: nn.Module, context: WorkerContext) -> None:
     for buffer in network.buffers():
         if buffer.is_floating_point():
             dist.all_reduce(buffer)
-            buffer /= context.world_size
+            buffer.div_(context.world_size)

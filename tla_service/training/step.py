@@ -4,6 +4,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,17 @@ from tla_service.triplets import (
 )
 
 # What a step adds up, in this order; all but `images` are sums over images.
-TOTALS = ("total", "cross_entropy", "triplet", "norm", "pairing", "correct", "active_triplets", "without_negative", "images")
+TOTALS = (
+    "total",
+    "cross_entropy",
+    "triplet",
+    "norm",
+    "pairing",
+    "correct",
+    "active_triplets",
+    "without_negative",
+    "images",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class TrainingStep:
             # statistics where a broadcast would throw all but rank 0's away, and costs nothing inside a step.
             ddp = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.14 and later
-            local_buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+            local_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
             self.wrapped = ddp(self.wrapped, device_ids=devices, gradient_as_bucket_view=True, **local_buffers)
         self.attack = training_attack(config)
         loss = config.loss
