@@ -11,7 +11,7 @@ import torch
 
 from tla_service import registry
 from tla_service.attacks import craft
-from tla_service.cluster.session import Placement, place, ray_session
+from tla_service.cluster.session import Placement, check_storage, place, ray_session
 from tla_service.cluster.train import Record, TrainedRun, train_on_ray
 from tla_service.config import RunConfig
 from tla_service.config_loading import load_config_file, to_yaml
@@ -106,7 +106,8 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
     facts = check_before_start(config)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(to_yaml(config))
-    storage = storage_path(config, output)
+    storage = config.scaling.storage or str(output / "ray")
+    check_storage(storage)
     terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
     with ray_session(config, debug=debug):
         placement = place(config)
@@ -171,11 +172,6 @@ def check_before_start(config: RunConfig) -> Facts:
         "test_images": str(len(dataset.test)),
     }
     return Facts(dataset, weights, described)
-
-
-def storage_path(config: RunConfig, output: Path) -> str:
-    """Where checkpoints go."""
-    return config.scaling.storage or str(output / "ray")
 
 
 def _check_with_workers(config: RunConfig, facts: Facts, placement: Placement) -> None:
