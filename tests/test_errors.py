@@ -1,0 +1,67 @@
+"""Errors name what is wrong and cross process boundaries unharmed."""
+
+import copy
+import inspect
+import pickle
+from pathlib import Path
+
+import pytest
+
+from tla_service import errors
+from tla_service.errors import ConfigError, UnavailableError, UserError
+
+KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Exception)]
+
+
+def test_all_kinds_are_found() -> None:
+    assert {UserError, ConfigError, UnavailableError} <= set(KINDS)
+    assert all(issubclass(kind, UserError) for kind in KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [8, None, "8/255", Path("somewhere"), [1, 2], 0.5, ""])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_survives_pickling(kind: type[UserError], value: object, protocol: int) -> None:
+    error = kind("attack.epsilon", value, "outside [0, 1]", "write 8/255")
+    found = pickle.loads(pickle.dumps(error, protocol))
+    assert type(found) is kind
+    assert (found.subject, found.value, found.reason, found.remedy) == (
+        "attack.epsilon",
+        value,
+        "outside [0, 1]",
+        "write 8/255",
+    )
+    assert str(found) == str(error)
+    assert found.exit_code == error.exit_code
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_survives_copying_and_notes(kind: type[UserError]) -> None:
+    error = kind("path", "x", "is missing", "make it")
+    error.add_note("on worker 3")
+    for found in (copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
+        assert str(found) == "path=x: is missing; make it"
+        assert found.__notes__ == ["on worker 3"]
+
+
+def test_group_of_errors_survives_pickling() -> None:
+    group = ExceptionGroup("wrong", [ConfigError("a", 1, "b", "c"), UnavailableError("d", None, "e", "f")])
+    found = pickle.loads(pickle.dumps(group))
+    assert [str(error) for error in found.exceptions] == ["a=1: b; c", "d: e; f"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(8, "x=8: r; m"), (None, "x: r; m"), (0, "x=0: r; m"), (False, "x=False: r; m"), ("", "x=: r; m")],
+)
+def test_message_shows_the_value_where_there_is_one(value: object, expected: str) -> None:
+    assert str(ConfigError("x", value, "r", "m")) == expected
+
+
+def test_exit_codes_tell_the_kinds_apart() -> None:
+    assert (UserError.exit_code, ConfigError.exit_code, UnavailableError.exit_code) == (1, 2, 3)
+
+
+def test_kinds_can_be_caught_together() -> None:
+    with pytest.raises(UserError):
+        raise ConfigError("a", 1, "b", "c")
