@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import io
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,25 @@ def encoded_fixture() -> Callable[..., bytes]:
 
 
 @pytest.fixture
-def run_python() -> Callable[..., "subprocess.Popen[str]"]:
+def fork() -> Iterator[Callable[..., ForkProcess]]:
+    """Starts a function in a process of its own, with everything imported, and replaced, as it is here."""
+    started: list[ForkProcess] = []
+
+    def start(function: Callable[..., object], *arguments: object) -> ForkProcess:
+        process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+        started.append(process)
+        process.start()
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+        process.close()
+
+
+@pytest.fixture
+def run_python() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     """Starts Python code of this repository in a process of its own."""
     started: list[subprocess.Popen[str]] = []
 
@@ -85,10 +105,7 @@ def run_python() -> Callable[..., "subprocess.Popen[str]"]:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "error"}
         process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         started.append(process)
         return process

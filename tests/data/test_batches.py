@@ -182,10 +182,9 @@ def test_roles_are_augmented_apart_and_the_pool_on_request() -> None:
     options = {"global_batch_size": 8, "seed": 0, "pool_size_per_worker": 8, "same_class_positives": True}
 
     def step(augment_pool: bool) -> StepBatch:
+        every = torch.arange(8)
         config = DataConfig(crop_padding=4)
-        batches = TrainingBatches(
-            source, torch.arange(8), config, WorkerContext(), augment_pool=augment_pool, **options
-        )
+        batches = TrainingBatches(source, every, config, WorkerContext(), augment_pool=augment_pool, **options)
         return next(batches.epoch(0))
 
     augmented = step(True)
@@ -193,6 +192,18 @@ def test_roles_are_augmented_apart_and_the_pool_on_request() -> None:
     assert not any(torch.equal(parts[one], parts[two]) for one, two in ((0, 1), (0, 2), (1, 2)))
     assert torch.equal(step(False).pool.images, images.float() / 255)
     assert torch.equal(step(False).anchors.images, augmented.anchors.images)
+
+
+def test_augmentation_is_drawn_anew_each_epoch_step_and_rank() -> None:
+    image = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).expand(64, -1, -1, -1)
+    source = ArraySource(image, torch.zeros(64, dtype=torch.int64))
+    seen = set()
+    for rank in range(2):
+        context = WorkerContext(rank=rank, world_size=2)
+        config = DataConfig(crop_padding=8)
+        batches = TrainingBatches(source, torch.arange(64), config, context, global_batch_size=32, seed=0)
+        seen |= {tuple(step.anchors.images.flatten().tolist()) for epoch in range(2) for step in batches.epoch(epoch)}
+    assert len(seen) == 8
 
 
 def test_too_large_a_pool_is_refused() -> None:

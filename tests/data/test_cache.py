@@ -2,8 +2,9 @@
 
 import errno
 import os
-import subprocess
+import time
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -12,25 +13,22 @@ import torch
 from tla_service.data import cache
 from tla_service.errors import UnavailableError
 
-BUILD_SLOWLY = """
-import pathlib, sys, time, torch
-from tla_service.data.cache import cached_tensors
-def build():
-    with open(sys.argv[2], "a") as log:
-        log.write("built\\n")
-    time.sleep(1)
-    return {"images": torch.arange(6)}
-print(cached_tensors(sys.argv[1], "key", build)[0]["images"].tolist())
-"""
 
+def test_processes_that_start_together_build_once(tmp_path: Path, fork: Callable[..., ForkProcess]) -> None:
+    def build() -> dict[str, torch.Tensor]:
+        with (tmp_path / "log").open("a") as log:
+            log.write("built\n")
+        time.sleep(0.5)
+        return {"images": torch.arange(6)}
 
-def test_processes_that_start_together_build_once(
-    tmp_path: Path, run_python: Callable[..., "subprocess.Popen[str]"]
-) -> None:
-    started = [run_python(BUILD_SLOWLY, str(tmp_path), str(tmp_path / "log")) for _ in range(3)]
-    outputs = [process.communicate(timeout=60) for process in started]
+    def work() -> None:
+        found, _ = cache.cached_tensors(str(tmp_path), "key", build)
+        assert found["images"].tolist() == [0, 1, 2, 3, 4, 5]
 
-    assert [output for output, _ in outputs] == ["[0, 1, 2, 3, 4, 5]\n"] * 3, outputs
+    started = [fork(work) for _ in range(3)]
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0, 0, 0]
     assert (tmp_path / "log").read_text() == "built\n"
 
 
@@ -64,12 +62,11 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, monkeypatch:
 def test_a_really_full_disk_is_reported() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    with pytest.raises(UnavailableError, match="the disk is full"):
-        with (
-            cache.disk_trouble("data.cache_dir", "/dev/full", "free some space"),
-            Path("/dev/full").open("wb") as handle,
-        ):
-            handle.write(b"x" * 100_000)
+    with (
+        pytest.raises(UnavailableError, match="the disk is full"),
+        cache.disk_trouble("data.cache_dir", "/dev/full", "free some space"),
+    ):
+        Path("/dev/full").write_bytes(b"x" * 100_000)
 
 
 def test_a_cache_that_cannot_be_made_is_reported(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tla_service.config import DataConfig
-from tla_service.data import trees
 from tla_service.data.catalog import load_dataset
 from tla_service.errors import ConfigError, UnavailableError
 
@@ -109,17 +108,13 @@ def test_a_streamed_folders_fingerprint(
 ) -> None:
     config = make_config(name="image_folder", root=str(folder), image_size=6, residency="stream")
     before = load_dataset(config).fingerprint
-    path = folder / "train" / "cat" / "1.png"
+    path = folder / "train" / "cat" / "2.bmp"
     if change == "rename":
-        path.rename(path.with_name("1b.png"))
+        path.rename(path.with_name("2b.bmp"))
     elif change == "grow":
         path.write_bytes(path.read_bytes() + b" ")
     else:
         same_size = bytearray(path.read_bytes())
-        same_size[-20] ^= 1
+        same_size[-1] ^= 1
         path.write_bytes(same_size)
-    assert trees.FolderTree(folder).stamp(trees.FolderTree(folder).names)
-    try:
-        assert load_dataset(config).fingerprint != before
-    except UnavailableError:
-        assert change == "content"
+    assert load_dataset(config).fingerprint != before

@@ -18,11 +18,8 @@ SIZES = {
 
 
 def orders(count: int, batch: int, world: int, **options: object) -> list[StepOrder]:
-    labels = torch.arange(count) % 3
-    return [
-        StepOrder(labels, seed=7, rank=rank, world_size=world, global_batch_size=batch, **options)
-        for rank in range(world)
-    ]
+    shared = {"seed": 7, "world_size": world, "global_batch_size": batch, **options}
+    return [StepOrder(torch.arange(count) % 3, rank=rank, **shared) for rank in range(world)]
 
 
 @settings(deadline=None, max_examples=60)
@@ -56,9 +53,8 @@ def test_pools_walk_one_permutation_round_and_round(count: int, batch: int, worl
         with pytest.raises(ConfigError, match=rf"mining\.pool_size={pool}: .*use at most {count // world} "):
             orders(count, batch, world, pool_size=pool)
         return
-    ranks = [
-        [step.pool.tolist() for step in order.epoch(epoch)] for order in orders(count, batch, world, pool_size=pool)
-    ]
+    made = orders(count, batch, world, pool_size=pool)
+    ranks = [[step.pool.tolist() for step in order.epoch(epoch)] for order in made]
 
     walked = [index for step in zip(*ranks, strict=True) for slice_ in step for index in slice_]
     for start in range(0, len(walked), count):
@@ -124,6 +120,16 @@ def test_positives_match_a_plain_loop(labels: list[int], seed: int) -> None:
     for anchor, value, positive in zip(anchors.tolist(), uniform, found, strict=True):
         others = [place for place, label in enumerate(labels) if label == labels[anchor] and place != anchor]
         assert positive == (others[int(value * len(others))] if others else anchor)
+
+
+def test_positives_are_drawn_anew_each_epoch_step_and_rank() -> None:
+    labels = torch.zeros(60, dtype=torch.int64)
+    for rank in range(2):
+        order = StepOrder(labels, seed=3, rank=rank, world_size=2, global_batch_size=20, same_class_positives=True)
+        for epoch in range(2):
+            for step, found in enumerate(order.epoch(epoch)):
+                draws = generator(CPU, Draw.POSITIVES, 3, epoch, step, rank)
+                assert torch.equal(found.positives, ClassMates(labels).draw(found.anchors, draws))
 
 
 def test_positives_are_uniform() -> None:

@@ -25,9 +25,8 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def write(path: Path, blobs: list[Any], labels: list[Any], *, plain: bool = False, metadata: Any = None) -> None:
-    images = (
-        pa.array(blobs, pa.binary()) if plain else pa.array([{"bytes": blob, "path": None} for blob in blobs], STRUCT)
-    )
+    structs = [{"bytes": blob, "path": None} for blob in blobs]
+    images = pa.array(blobs, pa.binary()) if plain else pa.array(structs, STRUCT)
     table = pa.table({"row": pa.array(["x"] * len(labels)), "image": images, "label": pa.array(labels, pa.int64())})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=3)
@@ -49,8 +48,11 @@ def folder(tmp_path: Path, blobs: list[bytes]) -> Path:
     return root
 
 
-def test_real_cifar10_is_decoded_once(real_data: Path, shared_cache: str) -> None:
-    config = DataConfig(name="parquet", root=str(real_data / "cifar10"), cache_dir=shared_cache)
+def test_real_cifar10_is_decoded_once(real_data: Path, tmp_path: Path, make_config: MakeConfig) -> None:
+    # One of five shards: all of them take half a minute on a busy machine.
+    for name in ("train-00003-of-00005.parquet", "test-00000-of-00001.parquet"):
+        (tmp_path / name).symlink_to(real_data / "cifar10" / name)
+    config = make_config(name="parquet", root=str(tmp_path))
     cifar = load_dataset(config)
     start = time.monotonic()
     again = load_dataset(config)
@@ -58,15 +60,15 @@ def test_real_cifar10_is_decoded_once(real_data: Path, shared_cache: str) -> Non
     by_name = load_dataset(config.model_copy(update={"name": "cifar10"}))
     streamed = load_dataset(config.model_copy(update={"residency": "stream"}))
 
-    assert warm_seconds < 5
-    assert (len(cifar.train), len(cifar.test), cifar.image_shape) == (50_000, 10_000, (3, 32, 32))
-    assert set(cifar.train.labels.bincount().tolist()) == {5000}
+    assert warm_seconds < 1
+    assert (len(cifar.train), len(cifar.test), cifar.image_shape) == (10_000, 10_000, (3, 32, 32))
+    assert set(cifar.test.labels.bincount().tolist()) == {1000}
     assert cifar.class_names[:3] == ("airplane", "automobile", "bird")
-    # The well-known channel means of the training pixels.
-    means = cifar.train.fetch(torch.arange(50_000)).double().mean((0, 2, 3)) / 255
-    assert torch.allclose(means, torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64), atol=2e-4)
+    # The channel means of the test set, known from the original.
+    means = cifar.test.fetch(torch.arange(10_000)).double().mean((0, 2, 3)) / 255
+    assert torch.allclose(means, torch.tensor([0.4942, 0.4851, 0.4504], dtype=torch.float64), atol=2e-4)
     assert cifar.fingerprint == again.fingerprint == by_name.fingerprint
-    rows = torch.arange(0, 50_000, 499)
+    rows = torch.arange(0, 10_000, 99)
     assert isinstance(streamed.train, FileSource)
     assert torch.equal(streamed.train.fetch(rows), cifar.train.fetch(rows))
     assert torch.equal(streamed.train.labels, cifar.train.labels)
@@ -98,14 +100,7 @@ def test_other_layouts_of_the_same_images(
     ("metadata", "names"),
     [
         ({"label_names": "a, b,c"}, ("a", "b", "c")),
-        (
-            {
-                "huggingface": json.dumps(
-                    {"info": {"features": {"label": {"names": ["x", "y", "z"], "_type": "ClassLabel"}}}}
-                )
-            },
-            ("x", "y", "z"),
-        ),
+        ({"huggingface": json.dumps({"info": {"features": {"label": {"names": ["x", "y", "z"]}}}})}, ("x", "y", "z")),
         ({"huggingface": "{"}, ("0", "1", "2")),
         ({"huggingface": "[]", "label_names": b"\xff,b,c"}, ("\ufffd", "b", "c")),
     ],
@@ -128,9 +123,7 @@ def test_rubbish_metadata_is_survived(metadata: dict[bytes, bytes]) -> None:
 @given(
     st.dictionaries(
         st.sampled_from(["image", "img", "label", "labels", "fine_label", "id", "a", "b"]),
-        st.sampled_from(
-            [pa.binary(), pa.large_binary(), STRUCT, pa.struct([("x", pa.binary())]), pa.int64(), pa.string()]
-        ),
+        st.sampled_from([pa.binary(), pa.large_binary(), STRUCT, pa.struct([("x", pa.int8())]), pa.int64()]),
     )
 )
 def test_columns_are_found_by_type_whatever_their_names(fields: dict[str, pa.DataType]) -> None:
@@ -219,10 +212,8 @@ def test_a_cut_cache_is_made_again(folder: Path, make_config: MakeConfig, tmp_pa
         path.write_bytes(path.read_bytes()[:-1])
     after = load_dataset(config)
     assert after.fingerprint == before.fingerprint
-    assert torch.equal(
-        after.train.fetch(torch.arange(8)),
-        load_dataset(make_config(name="parquet", root=str(folder))).train.fetch(torch.arange(8)),
-    )
+    decoded = load_dataset(make_config(name="parquet", root=str(folder)))
+    assert torch.equal(after.train.fetch(torch.arange(8)), decoded.train.fetch(torch.arange(8)))
 
 
 def test_from_a_bucket(s3: Any, folder: Path, make_config: MakeConfig) -> None:

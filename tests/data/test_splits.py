@@ -11,11 +11,11 @@ from tla_service.errors import ConfigError
 
 @settings(deadline=None, max_examples=30)
 @given(
-    per_class=st.lists(st.integers(8, 40), min_size=2, max_size=5), fraction=st.floats(0.2, 0.5), seed=st.integers(0, 9)
+    per_class=st.lists(st.integers(8, 40), min_size=2, max_size=5),
+    fraction=st.floats(0.2, 0.5),
+    seed=st.integers(0, 9),
 )
-def test_validation_is_disjoint_covering_sorted_and_stratified(
-    per_class: list[int], fraction: float, seed: int
-) -> None:
+def test_validation_is_disjoint_covering_and_stratified(per_class: list[int], fraction: float, seed: int) -> None:
     labels = torch.cat([torch.full((count,), label) for label, count in enumerate(per_class)])
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     train, validation = split_validation(labels, fraction, seed)

@@ -2,22 +2,21 @@
 
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from tla_service.data import storage
 from tla_service.data.mirror import ObjectChangedError, RemoteObject
 from tla_service.data.storage import check_root, local_root
 from tla_service.errors import ConfigError, UnavailableError
-
-MIRROR = "import sys; from tla_service.data.storage import local_root; print(local_root(sys.argv[1], sys.argv[2]))"
 
 
 @pytest.fixture
@@ -101,22 +100,28 @@ def test_a_lost_manifest_costs_a_check_not_a_download(
     assert fetched == []
 
 
-def test_an_object_uploaded_in_parts_has_no_md5_and_is_copied(s3: Any, prefix: str, tmp_path: Path) -> None:
+def test_an_object_uploaded_in_parts_has_no_md5_and_is_checked_by_its_size(
+    s3: Any, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     key, part = f"{prefix}/parts.bin", os.urandom(5 * 2**20)
     upload = s3.client.create_multipart_upload(Bucket=s3.bucket, Key=key)["UploadId"]
-    parts = [
-        {
-            "PartNumber": number,
-            "ETag": s3.client.upload_part(Bucket=s3.bucket, Key=key, UploadId=upload, PartNumber=number, Body=body)[
-                "ETag"
-            ],
-        }
-        for number, body in ((1, part), (2, b"tail"))
-    ]
+    parts = []
+    for number, body in ((1, part), (2, b"tail")):
+        sent = s3.client.upload_part(Bucket=s3.bucket, Key=key, UploadId=upload, PartNumber=number, Body=body)
+        parts.append({"PartNumber": number, "ETag": sent["ETag"]})
     s3.client.complete_multipart_upload(Bucket=s3.bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
     assert "-" in s3.client.head_object(Bucket=s3.bucket, Key=key)["ETag"]
 
+    original, times = storage._chunks, []
+
+    def cut_once(body: Any) -> Iterator[bytes]:
+        content = b"".join(original(body))
+        times.append(len(content))
+        yield content[:-1] if len(content) > len(part) and times.count(len(content)) == 1 else content
+
+    monkeypatch.setattr(storage, "_chunks", cut_once)
     assert (mirror(prefix, tmp_path) / "parts.bin").read_bytes() == part + b"tail"
+    assert times.count(len(part) + 4) == 2
 
 
 def test_a_root_may_be_a_single_object(prefix: str, tmp_path: Path) -> None:
@@ -165,8 +170,9 @@ def test_the_store_itself_refuses_another_version(s3: Any, prefix: str, tmp_path
     with storage._Bucket(f"s3://images/{prefix}") as bucket:
         (listed,) = [item for item in bucket.objects() if item.name == "a.bin"]
         s3.put(f"{prefix}/a.bin", b"later")
-        with pytest.raises(ObjectChangedError):
+        with pytest.raises(ObjectChangedError) as caught:
             bucket.download(listed, tmp_path / "part")
+    assert isinstance(caught.value.__cause__, ClientError)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
@@ -193,52 +199,64 @@ def test_content_that_never_matches_is_not_used(prefix: str, tmp_path: Path, mon
     monkeypatch.setattr(storage, "_FIRST_PAUSE_SECONDS", 0.01)
     with pytest.raises(UnavailableError, match="cannot be read"):
         mirror(prefix, tmp_path)
-    assert set(contents(tmp_path / "cache").values()) <= {b"", b"{}"} | {
-        body for name, body in contents(tmp_path / "cache").items() if name.endswith("manifest.json")
-    }
+    used = {name for name in contents(tmp_path / "cache") if "/objects/" in name}
+    assert {name.rpartition("/")[2] for name in used} <= {"empty"}
 
 
 def test_two_processes_at_once_download_once(
-    s3: Any, prefix: str, tmp_path: Path, run_python: Callable[..., "subprocess.Popen[str]"]
+    prefix: str, tmp_path: Path, fork: Callable[..., ForkProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = (
-        "from tla_service.data import storage; original = storage._Bucket._download_once\n"
-        "def download(self, wanted, part):\n"
-        "    open(sys.argv[3], 'a').write(wanted.name + chr(10)); original(self, wanted, part)\n"
-        "storage._Bucket._download_once = download\n"
-    )
-    arguments = (f"s3://images/{prefix}", str(tmp_path / "cache"), str(tmp_path / "log"))
-    started = [
-        run_python(f"import sys, warnings; warnings.simplefilter('ignore')\n{code}{MIRROR}", *arguments)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=60) for process in started]
+    original = storage._Bucket._download_once
 
-    assert outputs[0][0] == outputs[1][0] != "", outputs
-    assert contents(Path(outputs[0][0].strip()))["a.bin"] == b"first"
+    def download(self: Any, wanted: RemoteObject, part: Path) -> None:
+        with (tmp_path / "log").open("a") as log:
+            log.write(f"{wanted.name}\n")
+        # Long enough for the other process to arrive.
+        time.sleep(0.5)
+        original(self, wanted, part)
+
+    def work() -> None:
+        assert contents(mirror(prefix, tmp_path))["a.bin"] == b"first"
+
+    monkeypatch.setattr(storage._Bucket, "_download_once", download)
+    started = [fork(work) for _ in range(2)]
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0, 0]
     assert sorted((tmp_path / "log").read_text().split()) == ["a.bin", "deep/er/b.bin", "empty"]
 
 
 def test_a_process_killed_half_way_leaves_nothing_that_is_used(
-    s3: Any, prefix: str, tmp_path: Path, run_python: Callable[..., "subprocess.Popen[str]"], fetched: list[str]
+    s3: Any, prefix: str, tmp_path: Path, fork: Callable[..., ForkProcess], fetched: list[str]
 ) -> None:
     body = os.urandom(300_000)
     s3.put(f"{prefix}/z.bin", body)
-    # Writes half of one object, then waits to be killed; the others get through.
-    code = (
-        "import sys, time; from tla_service.data import storage; original = storage._chunks\n"
-        "def chunks(body):\n"
-        "    content = b''.join(original(body))\n"
-        "    if len(content) < 100000: yield content; return\n"
-        "    yield content[:150000]\n"
-        "    time.sleep(1); print('half', flush=True); time.sleep(60)\n"
-        "storage._chunks = chunks\n"
-    )
-    process = run_python(code + MIRROR, f"s3://images/{prefix}", str(tmp_path / "cache"))
-    assert process.stdout is not None
-    assert process.stdout.readline() == "half\n", process.communicate()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    original = storage._chunks
+
+    def chunks(response: Any) -> Iterator[bytes]:
+        content = b"".join(original(response))
+        if content != body:
+            yield content
+            return
+        # Half of one object, when the others are through; then it waits to be killed.
+        yield content[:150_000]
+        while sum(path.is_file() for path in (tmp_path / "cache").rglob("objects/**/[!.]*")) < 3:
+            time.sleep(0.01)
+        (tmp_path / "half").touch()
+        time.sleep(60)
+
+    def work() -> None:
+        storage._chunks = chunks
+        mirror(prefix, tmp_path)
+
+    process = fork(work)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "half").exists():
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.join()
     left = contents(tmp_path / "cache")
     assert any(name.endswith(".part") for name in left)
     assert not any(name.endswith("/z.bin") for name in left)
@@ -301,8 +319,6 @@ def test_a_silent_endpoint_is_given_up(monkeypatch: pytest.MonkeyPatch, s3: Any)
 
 
 def test_denied_objects_are_reported(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from botocore.exceptions import ClientError
-
     original = storage._connect
 
     def connect(root: str) -> Any:
@@ -363,12 +379,13 @@ def test_unreadable_roots_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         check_root(str(tmp_path))
 
 
-def test_without_boto3_the_package_imports_and_says_what_is_missing(
+def test_the_package_imports_without_optional_libraries_and_says_what_is_missing(
     run_python: Callable[..., "subprocess.Popen[str]"],
 ) -> None:
     code = (
         "import sys\n"
-        "for name in 'boto3 botocore ray mlflow sklearn pyarrow torchvision'.split(): sys.modules[name] = None\n"
+        "for name in ('boto3', 'botocore', 'ray', 'mlflow', 'sklearn', 'pyarrow', 'torchvision'):\n"
+        "    sys.modules[name] = None\n"
         "import tla_service.data as data\n"
         "from tla_service.errors import UnavailableError\n"
         "try: data.check_root('s3://b/x')\n"
@@ -376,12 +393,3 @@ def test_without_boto3_the_package_imports_and_says_what_is_missing(
     )
     output, errors = run_python(code).communicate(timeout=60)
     assert output == "data.root=s3://b/x: boto3 is not installed; pip install boto3\n", errors
-
-
-def test_importing_the_package_imports_no_optional_library(run_python: Callable[..., "subprocess.Popen[str]"]) -> None:
-    code = (
-        "import sys, tla_service.data\n"
-        "print([name for name in 'boto3 sklearn pyarrow torchvision'.split() if name in sys.modules])"
-    )
-    output, errors = run_python(code).communicate(timeout=60)
-    assert output == "[]\n", errors
