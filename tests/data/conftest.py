@@ -105,7 +105,10 @@ def run_python() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "error"}
         process = subprocess.Popen(
             [sys.executable, "-c", code, *arguments],
-            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         started.append(process)
         return process

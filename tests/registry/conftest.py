@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tracking_server import Packaged, TrackingServer
+
+from tests.registry.tracking_server import Packaged, TrackingServer
 
 
 @pytest.fixture(scope="session")

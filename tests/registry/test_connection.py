@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from tracking_server import TrackingServer
 
+from tests.registry.tracking_server import TrackingServer
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.registry import check_tracking, tracking_uri

@@ -8,8 +8,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import save_file
-from tracking_server import Packaged, images
 
+from tests.registry.tracking_server import Packaged, images
 from tla_service.config_loading import to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model

@@ -16,8 +16,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from tracking_server import Packaged, TrackingServer, images
 
+from tests.registry.tracking_server import Packaged, TrackingServer, images
 from tla_service.errors import ConfigError
 from tla_service.registry import find_pickles, load_model, resolve_weights
 

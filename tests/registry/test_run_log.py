@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from tracking_server import TrackingServer, config_for
 
+from tests.registry.tracking_server import TrackingServer, config_for
 from tla_service.registry import RunLog, open_run
 from tla_service.registry import run_log as run_log_module
 

@@ -10,8 +10,8 @@ import mlflow.artifacts
 import pytest
 import yaml
 from mlflow import MlflowClient
-from tracking_server import TrackingServer, config_for
 
+from tests.registry.tracking_server import TrackingServer, config_for
 from tla_service.config import RunConfig
 from tla_service.registry import finish_run, log_files, open_run, start_system_metrics
 from tla_service.registry import tracking as tracking_module

@@ -124,7 +124,10 @@ def check_storage(storage: str) -> None:
     except (OSError, ArrowInvalid, TimeoutError) as error:
         reason = " ".join(str(error).split())[:300] or f"no answer within {STORAGE_SECONDS} seconds"
         raise UnavailableError(
-            "scaling.storage", storage, f"cannot be written ({reason})", "check bucket, credentials and AWS_ENDPOINT_URL_S3"
+            "scaling.storage",
+            storage,
+            f"cannot be written ({reason})",
+            "check bucket, credentials and AWS_ENDPOINT_URL_S3",
         ) from error
 
 
