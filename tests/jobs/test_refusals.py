@@ -1,0 +1,177 @@
+"""What a user can get wrong: the right exit code and one message each, before Ray starts or a worker is claimed."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from jobs import train_tla
+from tla_service.job import run_job
+
+Run = Callable[..., tuple[int, str]]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the training job in this process; Ray must not be started."""
+    import ray
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+
+    def fail(*_: Any, **__: Any) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.setattr(ray, "init", fail)
+
+    def call(*arguments: str, **environment: str) -> tuple[int, str]:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["train_tla.py", *arguments])
+        code = run_job(train_tla.main)
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def one_class_folder(folder: Path) -> str:
+    for split in ("train", "test"):
+        (folder / "set" / split / "cat").mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "set" / split / "cat" / f"{number}.png")
+    return str(folder / "set")
+
+
+WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
+    "unknown flag": (("--loss.margn", "0.1"), "--loss.margn: no such flag; did you mean --loss.margin?"),
+    "misspelt miner": (("--mining.pool", "bach"), "mining.pool=bach: not one of batch, separate; did you mean batch?"),
+    "epsilon in 8-bit levels": (("--attack.epsilon", "8"), "attack.epsilon=8: outside (0, 1]; write 8/255"),
+    "step beyond the ball": (
+        ("--attack.epsilon", "0.01", "--attack.step_size", "0.5"),
+        "attack.step_size=0.5: over twice",
+    ),
+    "no such preset": (("--preset", "digit"), "preset=digit: no such preset; did you mean digits?"),
+    "no such file": (("--config", "nowhere.yaml"), "config=nowhere.yaml: cannot be read"),
+    "no epochs": (("--training.epochs", "0"), "training.epochs=0: "),
+    "a word for a number": (("--loss.margin", "wide"), "loss.margin=wide: "),
+    "method without its weight": (
+        ("--loss.triplet_weight", "0"),
+        "loss.triplet_weight=0: method tla trains a triplet term",
+    ),
+    "batch under the workers": (
+        ("--training.global_batch_size", "4", "--scaling.num_workers", "8"),
+        "training.global_batch_size=4: under 2 images for each of 8 workers",
+    ),
+    "unevenly shared pool": (
+        (
+            "--mining.pool",
+            "separate",
+            "--mining.pool_size",
+            "10",
+            "--mining.scope",
+            "global",
+            "--scaling.num_workers",
+            "4",
+        ),
+        "mining.pool_size=10: not divisible by 4 workers",
+    ),
+    "set that is not embedded": (("--data.name", "cifar10"), "data.root"),
+    "unknown network": (("--model.name", "preact_resnet18"), "model.name=preact_resnet18: there is no such network"),
+    "network too large": (("--model.name", "torchvision:inception_v3"), "model.name=torchvision:inception_v3: "),
+    "plain folder for tracking": (("--tracking.uri", "file:/tmp/mlruns"), "tracking.uri=file:/tmp/mlruns: "),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_SETTINGS.values(), ids=WRONG_SETTINGS.keys())
+def test_a_wrong_setting_ends_with_2(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    code, error = run(*arguments)
+    assert code == 2, error
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_several_wrong_settings_are_all_named(run: Run) -> None:
+    code, error = run("--training.epochs", "0", "--loss.margin", "-1")
+    assert code == 2
+    assert [line.split(":")[1].split("=")[0].strip() for line in error.splitlines()] == [
+        "loss.margin",
+        "training.epochs",
+    ]
+
+
+def test_an_unknown_setting_in_a_file_ends_with_2(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("loss: {margn: 0.1}")
+    code, error = run("--config", "run.yaml")
+    assert (code, error) == (2, "error: loss.margn=0.1: no such setting; did you mean margin?\n")
+
+
+def test_a_misspelt_variable_ends_with_2(run: Run) -> None:
+    code, error = run(TLA_LOSS_MARGIN="0.1")
+    assert code == 2
+    assert "TLA_LOSS_MARGIN=0.1: no such setting" in error
+
+
+def test_a_single_class_ends_with_2(run: Run, tmp_path: Path) -> None:
+    root = one_class_folder(tmp_path)
+    code, error = run("--data.name", "image_folder", "--data.root", root, "--data.image_size", "8")
+    assert code == 2, error
+    assert "class" in error
+
+
+def test_a_folder_with_another_run_ends_with_2_and_stays(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    _, printed = run("--print_config", "yaml")
+    from tla_service.config_loading import load_settings, to_yaml
+
+    (tmp_path / "out" / "config.yaml").write_text(to_yaml(load_settings(["--loss.margin", "0.2"]).run_config))
+    before = (tmp_path / "out" / "config.yaml").read_text()
+    code, error = run("--output", str(tmp_path / "out"))
+    assert code == 2
+    assert "holds a run with another configuration" in error
+    assert (tmp_path / "out" / "config.yaml").read_text() == before
+
+
+MISSING: dict[str, tuple[tuple[str, ...], str]] = {
+    "data": (("--data.name", "mnist", "--data.root", "/nowhere/mnist"), "data.root=/nowhere/mnist: "),
+    "tracking server": (("--tracking.uri", "http://127.0.0.1:1"), "tracking.uri=http://127.0.0.1:1: no server answers"),
+    "weights": (("--model.weights", "/nowhere/weights"), "model.weights=/nowhere/weights: there is no such folder"),
+    "registered model": (("--model.weights", "models:/nobody@champion"), "model.weights=models:/nobody@champion: "),
+    "place for results": (("--output", "/dev/null/out"), "output=/dev/null/out: cannot be written"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISSING.values(), ids=MISSING.keys())
+def test_what_is_missing_ends_with_3(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    code, error = run(*arguments)
+    assert code == 3, error
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--data.root", "--scaling.storage"])
+def test_an_unreachable_bucket_ends_with_3(run: Run, flag: str) -> None:
+    name = ("--data.name", "mnist") if flag == "--data.root" else ()
+    keys = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "wrong"}
+    code, error = run(*name, flag, "s3://bucket/prefix", AWS_ENDPOINT_URL_S3="http://127.0.0.1:1", **keys)
+    assert code == 3, error
+    assert error.startswith(f"error: {flag.removeprefix('--')}=s3://bucket/prefix: ")
+
+
+def test_an_address_without_a_cluster_ends_with_3(tmp_path: Path) -> None:
+    """In a process of its own, since Ray is really asked; and as a user sees it, without a traceback."""
+    command = [sys.executable, str(ROOT / "jobs" / "train_tla.py"), "--preset", "digits"]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    arguments = ["--scaling.address", "127.0.0.1:1"]
+    done = subprocess.run(
+        command + arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 3, done.stderr
+    assert "scaling.address=127.0.0.1:1: no Ray cluster answers" in done.stderr
+    assert "Traceback" not in done.stderr
