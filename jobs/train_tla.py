@@ -1,7 +1,7 @@
 """Train a robust classifier on Ray and register it in MLflow.
 
-    python jobs/train_tla.py --preset digits
-    python jobs/train_tla.py --preset mnist --data.root /data/mnist --scaling.num_workers 4
+python jobs/train_tla.py --preset digits
+python jobs/train_tla.py --preset mnist --data.root /data/mnist --scaling.num_workers 4
 """
 
 import sys

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from config_refusal import file_of, refusal, refusals
 
+from tests.config_refusal import file_of, refusal, refusals
 from tla_service.config_loading import load_settings
 
 # Arguments; then the message's field=value, and what its reason and its remedy must contain.

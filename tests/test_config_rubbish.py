@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import yaml
-from config_refusal import file_of, refusals
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.config_refusal import file_of, refusals
 from tla_service.config import RunConfig
 from tla_service.config_loading import RunSettings
 

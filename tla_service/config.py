@@ -51,7 +51,9 @@ class DataConfig(Section):
     name: DatasetName = setting("digits", "data set; digits comes with the installation")
     root: str | None = setting(None, "folder, zip file or s3://bucket/prefix that holds the data set")
     download: bool = setting(False, "fetch the data set into data.root when it is not there (torchvision's sets only)")
-    cache_dir: str = setting("~/.cache/tla-service", "where copies of s3:// roots and unpacked archives are kept, per node")
+    cache_dir: str = setting(
+        "~/.cache/tla-service", "where copies of s3:// roots and unpacked archives are kept, per node"
+    )
     validation_fraction: Pixels = setting(0.1, "share of the training set held out for validation", gt=0, le=0.5)
     train_limit: int | None = setting(None, "use only this many training images (stratified)", unit="images", ge=2)
     test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
@@ -94,7 +96,9 @@ class AttackConfig(Section):
             raise wrong("attack.epsilon", self.epsilon, "outside (0, 1]", f"write {self.epsilon:g}/255")
         if self.step_size > 2 * self.epsilon:
             raise wrong(
-                "attack.step_size", self.step_size, f"over twice attack.epsilon={self.epsilon:g}, one step leaves the ball",
+                "attack.step_size",
+                self.step_size,
+                f"over twice attack.epsilon={self.epsilon:g}, one step leaves the ball",
                 f"use at most {2 * self.epsilon:g}",
             )
         return self
@@ -114,7 +118,9 @@ class EvaluationAttack(Section):
 class EvaluationConfig(Section):
     """How models are chosen (validation split) and measured (test set, once, at the end). Always float32."""
 
-    validation: EvaluationAttack = setting(EvaluationAttack(), "attack on the validation split: it chooses the best weights")
+    validation: EvaluationAttack = setting(
+        EvaluationAttack(), "attack on the validation split: it chooses the best weights"
+    )
     validation_limit: int | None = setting(None, "attack only this many validation images", unit="images", ge=1)
     every_epochs: int = setting(1, "validate every this many epochs, and after the last", unit="epochs", ge=1)
     test: dict[str, EvaluationAttack] = setting(
@@ -128,7 +134,9 @@ class LossConfig(Section):
 
     triplet_weight: float = setting(0.5, "weight of the triplet term, the paper's lambda_1", ge=0)
     norm_weight: float = setting(0.001, "weight of the embedding norms, the paper's lambda_2", ge=0)
-    margin: float = setting(0.05, "margin of the triplet hinge, the paper's alpha, in units of D = 1 - |cos|", ge=0, le=1)
+    margin: float = setting(
+        0.05, "margin of the triplet hinge, the paper's alpha, in units of D = 1 - |cos|", ge=0, le=1
+    )
     norm_form: Literal["l2_norms", "mean_squares"] = setting(
         "l2_norms", "paper: sum of L2 norms times lambda_2; code: mean of squares times lambda_2 times lambda_1"
     )
@@ -151,7 +159,9 @@ class MiningConfig(Section):
         "batch", "mine in the worker's own clean batch (one forward pass serves all), or in a separate draw"
     )
     pool_size: int = setting(500, "images a negative is mined from, with pool: separate", unit="images", ge=1)
-    scope: Literal["worker", "global"] = setting("worker", "mine in the worker's pool, or in all workers' pools together")
+    scope: Literal["worker", "global"] = setting(
+        "worker", "mine in the worker's pool, or in all workers' pools together"
+    )
     positives: Literal["own", "same_class", "both"] = setting(
         "own", "the anchor's own clean image, another image of its class, or a triplet with each (the code)"
     )
@@ -162,11 +172,18 @@ class MiningConfig(Section):
         "other_class", "what tla_rn draws from: other classes, or all images as the authors' code does"
     )
     keep_probability: float = setting(
-        1.0, "chance that a pool image is offered to an anchor; below 1 negatives get easier (the code's --diff_neg)", gt=0, le=1
+        1.0,
+        "chance that a pool image is offered to an anchor; below 1 negatives get easier (the code's --diff_neg)",
+        gt=0,
+        le=1,
     )
     augment_pool: bool = setting(True, "augment the images of a separate pool")
-    clean_noise: Pixels = setting(0.0, "uniform noise added to clean images after the attack", unit="pixels in [0, 1]", ge=0, le=1)
-    clean_noise_on: Literal["own", "all"] = setting("own", "noise on the anchors' own clean images (code) or all clean ones (paper)")
+    clean_noise: Pixels = setting(
+        0.0, "uniform noise added to clean images after the attack", unit="pixels in [0, 1]", ge=0, le=1
+    )
+    clean_noise_on: Literal["own", "all"] = setting(
+        "own", "noise on the anchors' own clean images (code) or all clean ones (paper)"
+    )
     clean_noise_round: bool = setting(False, "round noisy images to 8-bit levels, as the authors' code does")
 
 
@@ -178,7 +195,9 @@ class OptimizerConfig(Section):
     momentum: float = setting(0.9, "momentum of sgd, first beta of adam", ge=0, lt=1)
     nesterov: bool = setting(False, "Nesterov momentum")
     weight_decay: float = setting(0.0, "L2 weight decay", ge=0)
-    decay: Literal["kernels", "all"] = setting("kernels", "decay convolution and linear kernels only (code), or everything")
+    decay: Literal["kernels", "all"] = setting(
+        "kernels", "decay convolution and linear kernels only (code), or everything"
+    )
     grad_clip: float | None = setting(None, "clip the gradient's global L2 norm; none is off", gt=0)
 
 
@@ -211,7 +230,9 @@ class TrainingConfig(Section):
         "float32", "bfloat16 runs the network under autocast; losses, signs and projections stay float32"
     )
     channels_last: bool = setting(False, "memory layout of images and kernels; faster for convolutions on GPUs")
-    ema_decay: float | None = setting(None, "average the weights with this decay a step and evaluate the average", gt=0, lt=1)
+    ema_decay: float | None = setting(
+        None, "average the weights with this decay a step and evaluate the average", gt=0, lt=1
+    )
     batchnorm_roles: Literal["together", "apart"] = setting(
         "together", "BatchNorm statistics over adversarial and clean images together, or per role (the authors' code)"
     )
@@ -230,7 +251,10 @@ class ScalingConfig(Section):
         None, "where checkpoints go: a shared folder or s3://bucket/prefix; none: the output folder"
     )
     wait_seconds: float = setting(
-        0, "wait this long for workers that the cluster cannot place yet (autoscaling); 0 refuses them", unit="seconds", ge=0
+        0,
+        "wait this long for workers that the cluster cannot place yet (autoscaling); 0 refuses them",
+        unit="seconds",
+        ge=0,
     )
     address: str | None = setting(None, "Ray cluster to join; none: RAY_ADDRESS, else a local one for this run")
 
@@ -258,7 +282,9 @@ class RunConfig(Section):
     # What does not change the trained weights, so a resumed run may change it.
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"name", "scaling", "tracking"})
 
-    name: str = setting("", "run name; default: data set, method, seed and a digest of the configuration", pattern=r"^[\w.-]*$")
+    name: str = setting(
+        "", "run name; default: data set, method, seed and a digest of the configuration", pattern=r"^[\w.-]*$"
+    )
     method: Method = setting("tla", "training method")
     seed: int = setting(0, "seed of the split, the order, the initial weights and every random draw", ge=0, lt=2**31)
     data: DataConfig = DataConfig()
@@ -301,23 +327,30 @@ class RunConfig(Section):
         batch = self.training.global_batch_size
         if isinstance(workers, int) and batch < 2 * workers:
             raise wrong(
-                "training.global_batch_size", batch, f"under 2 images for each of {workers} workers",
+                "training.global_batch_size",
+                batch,
+                f"under 2 images for each of {workers} workers",
                 f"use at least {2 * workers}, or fewer workers",
             )
         if self.mines_triplets and self.loss.triplet_weight == 0:
             raise wrong(
-                "loss.triplet_weight", 0, f"method {self.method} trains a triplet term", "give a weight above 0, or method at"
+                "loss.triplet_weight",
+                0,
+                f"method {self.method} trains a triplet term",
+                "give a weight above 0, or method at",
             )
         if self.method == "alp" and self.loss.logit_pairing_weight == 0:
             raise wrong(
                 "loss.logit_pairing_weight", 0, "method alp pairs logits", "give a weight above 0, or method at"
             )
-        if isinstance(workers, int) and self.mining.scope == "global" and self.mining.pool == "separate":
-            if self.mining.pool_size % workers:
-                raise wrong(
-                    "mining.pool_size", self.mining.pool_size, f"not divisible by {workers} workers with mining.scope=global",
-                    f"use {self.mining.pool_size // workers * workers or workers}",
-                )
+        shared_pool = self.mining.scope == "global" and self.mining.pool == "separate"
+        if isinstance(workers, int) and shared_pool and self.mining.pool_size % workers:
+            raise wrong(
+                "mining.pool_size",
+                self.mining.pool_size,
+                f"not divisible by {workers} workers with mining.scope=global",
+                f"use {self.mining.pool_size // workers * workers or workers}",
+            )
         for name, attack in {"validation": self.evaluation.validation, **self.evaluation.test}.items():
             if (attack.norm or self.attack.norm) == "linf" and (attack.epsilon or 0) > 1:
                 where = "evaluation.validation" if name == "validation" else f"evaluation.test.{name}"

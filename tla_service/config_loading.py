@@ -40,7 +40,6 @@ class RunSettings(BaseSettings, RunConfig):
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
         env_nested_delimiter="__",
-        nested_model_default_partial_update=True,
         cli_exit_on_error=False,
         cli_avoid_json=True,
         cli_implicit_flags=True,
@@ -53,7 +52,9 @@ class RunSettings(BaseSettings, RunConfig):
     config: Path | None = Field(None, description="YAML file with any of these settings")
     output: Path | None = Field(None, description="folder for results; default runs/<run name>")
     debug: bool = Field(False, description="show tracebacks")
-    print_config: Literal["", "yaml", "schema"] = Field("", description="print the resolved configuration or its JSON schema, and stop")
+    print_config: Literal["", "yaml", "schema"] = Field(
+        "", description="print the resolved configuration or its JSON schema, and stop"
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -223,7 +224,9 @@ def _read_file(path: str) -> str:
         return Path(path).expanduser().read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a text file"
-        raise ConfigError("config", path, f"cannot be read ({reason.lower()})", "give the path of a YAML file") from error
+        raise ConfigError(
+            "config", path, f"cannot be read ({reason.lower()})", "give the path of a YAML file"
+        ) from error
 
 
 def print_config(settings: RunSettings) -> str:

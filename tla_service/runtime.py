@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ class WorkerContext:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -33,8 +33,9 @@ class WorkerContext:
 
 
 def mixed_seed(*parts: int) -> int:
-    """One 63-bit seed out of several numbers, well mixed: (0, 1) and (1, 0) share nothing."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+    """One 63-bit seed out of several numbers, well mixed: (0, 1), (1, 0) and (0, 1, 0) share nothing."""
+    # The count is mixed in because numpy reads trailing zeros as absent.
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def generator(device: torch.device, *parts: int) -> torch.Generator:

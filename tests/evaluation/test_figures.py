@@ -10,11 +10,21 @@ from matplotlib.figure import Figure
 from tla_service.evaluation import figures
 from tla_service.evaluation.figures import attack_panel, training_curves
 
-KEYS = ("train/loss", "train/cross_entropy", "train/triplet", "train/norm", "validation/clean_accuracy", "validation/robust_accuracy")
+KEYS = (
+    "train/loss",
+    "train/cross_entropy",
+    "train/triplet",
+    "train/norm",
+    "validation/clean_accuracy",
+    "validation/robust_accuracy",
+)
 
 
 def history(*robust: float) -> list[dict[str, float]]:
-    return [{"epoch": epoch, **dict.fromkeys(KEYS, 0.5), "validation/robust_accuracy": value} for epoch, value in enumerate(robust)]
+    return [
+        {"epoch": epoch, **dict.fromkeys(KEYS, 0.5), "validation/robust_accuracy": value}
+        for epoch, value in enumerate(robust)
+    ]
 
 
 @pytest.fixture
@@ -82,7 +92,7 @@ def test_panel_shows_clean_perturbation_adversarial(channels: int, tmp_path: Pat
     attack_panel(clean, adversarial, [0, 1], [0, 1], [1, 1], ["cat", "dog"], tmp_path / "panel.png")
     assert dots_per_inch(tmp_path / "panel.png") >= 150
     cells = drawn[0].axes
-    assert [axes.get_title() for axes in cells[:3]] == ["clean", "perturbation × 5\n(largest 25.5/255)", "adversarial"]
+    assert [axes.get_title() for axes in cells[:3]] == ["clean", "perturbation × 5\n(largest 25.5/255)", "adversarial"]  # noqa: RUF001
     assert [axes.get_xlabel() for axes in cells] == ["✓ cat", "", "✗ dog", "✓ dog", "", "✓ dog"]
     amplified = [np.asarray(axes.images[0].get_array()).reshape(8, 8, -1)[0, 0, 0] for axes in (cells[1], cells[4])]
     np.testing.assert_allclose(amplified, [1.0, 0.25], atol=1e-5)

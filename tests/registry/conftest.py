@@ -1,63 +1,13 @@
-"""A real tracking server, a store of its own for every test, and a small network to package."""
+"""A tracking server for the session, and a store of its own for every test."""
 
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from tla_service.config import RunConfig
-from tla_service.models import build_model
-from tla_service.registry import PackagedModel, log_model, open_run
-
-START_SECONDS = 240  # 10 on an idle machine
-
-
-class TrackingServer:
-    """`mlflow server` on a port of its own; started, killed and started again over the same database."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [
-            sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", str(self.folder / "store"),
-            "--allowed-hosts", f"127.0.0.1:{self.port}",
-        ]
-        with (self.folder / "server.log").open("ab") as log:
-            # The job runner takes seconds to start and serves features that nothing here uses.
-            variables = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=variables)
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                    return
-            except OSError:
-                time.sleep(0.1)
-        self.kill()
-        raise AssertionError((self.folder / "server.log").read_text())
-
-    def kill(self) -> None:
-        """End the server and its worker at once, as a crash would."""
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+from tests.registry.tracking_server import Packaged, TrackingServer
 
 
 @pytest.fixture(scope="session")
@@ -92,38 +42,6 @@ def local_uri(template: Path, tmp_path: Path) -> str:
     path = tmp_path / "mlflow.db"
     path.write_bytes(template.read_bytes())
     return f"sqlite:///{path}"
-
-
-def config_for(uri: str, **changes: object) -> RunConfig:
-    return RunConfig.model_validate({"tracking": {"uri": uri}, **changes})
-
-
-def images(count: int = 5) -> np.ndarray:
-    return np.random.default_rng(0).random((count, 1, 8, 8), dtype=np.float32)
-
-
-class Packaged:
-    """A network, and what MLflow made of it."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.config = config_for(uri, attack={"epsilon": 0.15, "step_size": 0.05})
-        self.run_id = open_run(self.config, "key-1", facts={"data_fingerprint": "f00d"})
-        torch.manual_seed(0)
-        self.network = build_model("digits_cnn", 10, (1, 8, 8)).eval()
-        self.model = self.log()
-
-    def log(self, registered_model: str | None = "tla-digits", **changes: object) -> PackagedModel:
-        arguments = {
-            "state_dict": self.network.state_dict(), "config": self.config, "class_names": [f"digit {i}" for i in range(10)],
-            "image_shape": (1, 8, 8), "example": images(), "metrics": {"clean_accuracy": 0.9, "robust_accuracy/pgd20": 0.75},
-            "facts": {"data_fingerprint": "f00d", "train_images": "1000"},
-        }
-        return log_model(self.uri, self.run_id, registered_model=registered_model, **(arguments | changes))  # type: ignore[arg-type]
-
-    def logits(self, batch: np.ndarray) -> torch.Tensor:
-        with torch.inference_mode():
-            return self.network(torch.from_numpy(batch)).logits
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TrackingServer
 from mlflow import MlflowClient
 
+from tests.registry.tracking_server import TrackingServer
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.registry import check_tracking, tracking_uri
@@ -36,14 +36,14 @@ def test_server_is_accepted_and_gets_the_experiment(server: TrackingServer) -> N
 
 def test_host_name_the_server_does_not_allow(server: TrackingServer) -> None:
     uri = server.uri.replace("127.0.0.1", "localhost")
-    with pytest.raises(UnavailableError, match="Invalid Host header.*--allowed-hosts"):
+    with pytest.raises(UnavailableError, match=r"Invalid Host header.*--allowed-hosts"):
         check_tracking(TrackingConfig(uri=uri))
 
 
 def test_deleted_experiment_is_named(server: TrackingServer) -> None:
     client = MlflowClient(server.uri)
     client.delete_experiment(client.create_experiment("gone"))
-    with pytest.raises(UnavailableError, match="tracking.experiment=gone: this experiment is deleted"):
+    with pytest.raises(UnavailableError, match=r"tracking.experiment=gone: this experiment is deleted"):
         check_tracking(TrackingConfig(uri=server.uri, experiment="gone"))
 
 
@@ -110,7 +110,7 @@ def test_plain_folders_are_explained() -> None:
 
 def test_sqlite_path_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UnavailableError, match="cannot be opened and written.*give a path that can be written"):
+    with pytest.raises(UnavailableError, match=r"cannot be opened and written.*give a path that can be written"):
         check_tracking(TrackingConfig(uri=f"sqlite:///{tmp_path}/file/mlflow.db"))
 
 
@@ -127,7 +127,9 @@ def test_two_processes_make_the_same_store(tmp_path: Path) -> None:
         f"check_tracking(TrackingConfig(uri='sqlite:///{tmp_path}/mlflow.db'))\n"
     )
     command = [sys.executable, "-c", code]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(2)
+    ]
     errors = [process.communicate(timeout=90)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

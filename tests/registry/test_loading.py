@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Packaged, images
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
+from tests.registry.tracking_server import Packaged, images
+from tla_service.config_loading import to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model
 from tla_service.registry import load_model, resolve_weights
-from tla_service.registry.tracking import config_yaml
 
 
 @pytest.fixture
@@ -25,8 +25,12 @@ def folder(packaged: Packaged, tmp_path: Path) -> Path:
 def test_every_address_gives_the_network_with_gradients_to_the_input(packaged: Packaged, folder: Path) -> None:
     MlflowClient(packaged.uri).set_registered_model_alias("tla-digits", "champion", "1")
     addresses = [
-        "models:/tla-digits@champion", "models:/tla-digits/1", f"models:/{packaged.model.model_id}",
-        f"runs:/{packaged.run_id}/model", str(folder), str(folder / "artifacts"),
+        "models:/tla-digits@champion",
+        "models:/tla-digits/1",
+        f"models:/{packaged.model.model_id}",
+        f"runs:/{packaged.run_id}/model",
+        str(folder),
+        str(folder / "artifacts"),
     ]
     for address in addresses:
         network = load_model(address, tracking=packaged.uri)
@@ -45,8 +49,8 @@ def test_checkpoint_folder(packaged: Packaged, tmp_path: Path) -> None:
     torch.manual_seed(1)
     network = build_model("digits_cnn", 10, (1, 8, 8)).eval()
     save_file(network.state_dict(), checkpoint / "best.safetensors")
-    (checkpoint / "config.yaml").write_text(config_yaml(packaged.config))
-    with pytest.raises(UnavailableError, match="not complete: there is no data.json"):
+    (checkpoint / "config.yaml").write_text(to_yaml(packaged.config))
+    with pytest.raises(UnavailableError, match=r"not complete: there is no data\.json"):
         load_model(str(checkpoint))
     (checkpoint / "data.json").write_text(json.dumps({"class_names": list("0123456789"), "image_shape": [1, 8, 8]}))
     batch = torch.from_numpy(images())
@@ -60,7 +64,7 @@ def test_default_store_is_the_environments(packaged: Packaged, monkeypatch: pyte
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(UnavailableError, match="there is no tracking store at .*mlflow.db"):
+    with pytest.raises(UnavailableError, match=r"there is no tracking store at .*mlflow\.db"):
         load_model("models:/tla-digits/1")
     assert list((tmp_path / "empty").iterdir()) == [], "asking must not make a store"
 
@@ -99,7 +103,7 @@ def test_changed_weights_are_refused(folder: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(UnavailableError, match="weights.safetensors was changed"):
+    with pytest.raises(UnavailableError, match=r"weights\.safetensors was changed"):
         load_model(str(folder))
 
 
@@ -116,7 +120,7 @@ def test_foreign_and_future_models_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="format version 99; this installation reads 1"):
         load_model(str(folder))
     path.unlink()
-    with pytest.raises(UnavailableError, match="holds no model.json"):
+    with pytest.raises(UnavailableError, match=r"holds no model\.json"):
         load_model(str(folder))
 
 

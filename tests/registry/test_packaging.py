@@ -14,10 +14,10 @@ import mlflow.pyfunc
 import numpy as np
 import pytest
 import torch
-from conftest import Packaged, TrackingServer, images
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from tests.registry.tracking_server import Packaged, TrackingServer, images
 from tla_service.errors import ConfigError
 from tla_service.registry import find_pickles, load_model, resolve_weights
 
@@ -36,8 +36,14 @@ def test_version_is_registered_with_what_finds_it_again(packaged: Packaged) -> N
     weights = downloaded(packaged) / "artifacts" / "weights.safetensors"
     assert found.run_id == packaged.run_id
     expected = {
-        "run_key": "key-1", "method": "tla", "norm": "linf", "epsilon": "0.15", "data_fingerprint": "f00d",
-        "clean_accuracy": "0.900000", "robust_accuracy/pgd20": "0.750000", "model_id": packaged.model.model_id,
+        "run_key": "key-1",
+        "method": "tla",
+        "norm": "linf",
+        "epsilon": "0.15",
+        "data_fingerprint": "f00d",
+        "clean_accuracy": "0.900000",
+        "robust_accuracy/pgd20": "0.750000",
+        "model_id": packaged.model.model_id,
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
     assert {name: found.tags.get(name) for name in expected} == expected
@@ -69,7 +75,11 @@ def test_folder_describes_the_model_and_leaks_no_local_path(packaged: Packaged, 
 
 def test_no_file_is_a_pickle_and_the_scan_would_find_one(packaged: Packaged, tmp_path: Path) -> None:
     assert find_pickles(downloaded(packaged)) == []
-    for name, content in (("a.txt", pickle.dumps({"a": 1}, protocol=2)), ("b.txt", pickle.dumps([1], protocol=5)), ("c.pkl", b"")):
+    for name, content in (
+        ("a.txt", pickle.dumps({"a": 1}, protocol=2)),
+        ("b.txt", pickle.dumps([1], protocol=5)),
+        ("c.pkl", b""),
+    ):
         (tmp_path / name).write_bytes(content)
     torch.save({"w": torch.zeros(2)}, tmp_path / "d.txt")
     with zipfile.ZipFile(tmp_path / "e.txt", "w") as archive:
@@ -95,9 +105,19 @@ def test_fresh_process_without_this_project_predicts_the_same(packaged: Packaged
         "import tla_service\n"
         "print(json.dumps([tla_service.__file__, out['label'].tolist(), out['probabilities'].tolist()]))\n"
     )
-    variables = {"PATH": os.environ["PATH"], "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    variables = {
+        "PATH": os.environ["PATH"],
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-I", "-c", code],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     home, label, probabilities = json.loads(done.stdout.splitlines()[-1])
@@ -158,7 +178,9 @@ def test_weights_of_another_network_are_never_stored(packaged: Packaged) -> None
     with pytest.raises(Exception, match="weights are not those of digits_cnn"):
         packaged.log(state_dict={"a": torch.zeros(2)})
     with pytest.raises(ConfigError, match="no finite outputs"):
-        packaged.log(state_dict={name: torch.full_like(t, torch.nan) for name, t in packaged.network.state_dict().items()})
+        packaged.log(
+            state_dict={name: torch.full_like(t, torch.nan) for name, t in packaged.network.state_dict().items()}
+        )
     with pytest.raises(ConfigError, match="no batch of at least two"):
         packaged.log(example=images(1))
     assert len(MlflowClient(packaged.uri).search_model_versions()) == 1

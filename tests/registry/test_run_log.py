@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TrackingServer, config_for
 from mlflow import MlflowClient
 
+from tests.registry.tracking_server import TrackingServer, config_for
 from tla_service.registry import RunLog, open_run
 from tla_service.registry import run_log as run_log_module
 

@@ -4,13 +4,14 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow.artifacts
 import pytest
 import yaml
-from conftest import TrackingServer, config_for
 from mlflow import MlflowClient
 
+from tests.registry.tracking_server import TrackingServer, config_for
 from tla_service.config import RunConfig
 from tla_service.registry import finish_run, log_files, open_run, start_system_metrics
 from tla_service.registry import tracking as tracking_module
@@ -25,7 +26,11 @@ def text_of(uri: str, run_id: str, name: str) -> str:
 
 def test_run_holds_every_field_and_the_configuration_loads_again(local_uri: str) -> None:
     config = config_for(
-        local_uri, method="tla_rn", seed=3, attack={"epsilon": "8/255"}, schedule={"name": "piecewise", "milestones": [3, 5]},
+        local_uri,
+        method="tla_rn",
+        seed=3,
+        attack={"epsilon": "8/255"},
+        schedule={"name": "piecewise", "milestones": [3, 5]},
         tracking={"uri": local_uri, "tags": {"team": "vision"}},
     )
     run_id = open_run(config, "it's a key", facts=FACTS)
@@ -43,7 +48,9 @@ def test_run_holds_every_field_and_the_configuration_loads_again(local_uri: str)
                 leaves[prefix + name] = value
 
     walk(config.model_dump(mode="json"), "")
-    shown = {name: value if isinstance(leaves[name], str) else json.loads(value) for name, value in run.data.params.items()}
+    shown = {
+        name: value if isinstance(leaves[name], str) else json.loads(value) for name, value in run.data.params.items()
+    }
     assert shown == leaves
     assert run.data.params["attack.epsilon"] == str(8 / 255)
     assert run.data.params["schedule.milestones"] == "[3, 5]"
@@ -86,19 +93,32 @@ def test_run_that_was_left_half_described_is_completed(local_uri: str, monkeypat
         raise KeyboardInterrupt
 
     config = config_for(local_uri)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(tracking_module, "_describe", crash)
-        open_run(config, "half", facts=FACTS)
+        with pytest.raises(KeyboardInterrupt):
+            open_run(config, "half", facts=FACTS)
     run_id = open_run(config, "half", facts=FACTS)
     assert MlflowClient(local_uri).get_run(run_id).data.params["loss.margin"] == "0.05"
     assert RunConfig.model_validate(yaml.safe_load(text_of(local_uri, run_id, "config.yaml"))) == config
 
 
 @pytest.mark.parametrize("store", ["local", "server"])
-def test_opening_one_key_at_once_gives_one_run(store: str, local_uri: str, server: TrackingServer) -> None:
+def test_opening_one_key_at_once_gives_one_run(
+    store: str, local_uri: str, server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = tracking_module._find
+
+    def slow_find(*arguments: Any) -> Any:
+        found = find(*arguments)
+        time.sleep(0.3)  # so that all have looked before the first creates
+        return found
+
+    monkeypatch.setattr(tracking_module, "_find", slow_find)
     config = config_for(local_uri if store == "local" else server.uri)
     ids: list[str] = []
-    openers = [threading.Thread(target=lambda: ids.append(open_run(config, f"race-{store}", facts={}))) for _ in range(4)]
+    openers = [
+        threading.Thread(target=lambda: ids.append(open_run(config, f"race-{store}", facts={}))) for _ in range(4)
+    ]
     for opener in openers:
         opener.start()
     for opener in openers:
@@ -116,7 +136,9 @@ def test_files_are_stored_under_the_names_asked_for(server: TrackingServer, tmp_
     assert text_of(server.uri, run_id, "local-name.txt") == "content"
 
 
-def test_system_metrics_arrive(local_uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_system_metrics_arrive(
+    local_uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(tracking_module, "_SYSTEM_METRICS_SECONDS", 0.1)
     run_id = open_run(config_for(local_uri), "system", facts={})
     stop = start_system_metrics(local_uri, run_id)

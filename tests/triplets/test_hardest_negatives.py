@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from triplets import oracle
 
 from tla_service.triplets import Negatives, mine_hardest, mining
-from triplets import oracle
 
 
 def check_against_loop(

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from torch import Tensor
+from triplets import oracle
 
 from tla_service.triplets import norm_penalty, triplet_hinge
-from triplets import oracle
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
 DTYPES = list(TOLERANCE)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from triplets import oracle
 
 from tla_service.triplets import mine_random, pick_positives
-from triplets import oracle
 
 
 def chi_square(counts: list[int]) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 # Progress of a driver that does not listen is dropped beyond this many records, oldest first.
@@ -35,8 +34,7 @@ class Mailbox:
         self._stop = True
 
 
-def start_mailbox() -> ActorHandle:
-    """A mailbox on this node, which reserves nothing and ends with the driver."""
+def start_mailbox() -> Any:
+    """The handle of a mailbox on this node, which reserves nothing and ends with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    handle: ActorHandle = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
-    return handle
+    return ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()

@@ -1,18 +1,17 @@
 """From a configuration to a registered model: check, train on Ray, package, register, sum up."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from tla_service import registry
 from tla_service.attacks import craft
-from tla_service.cluster.session import Placement, place, ray_session
+from tla_service.cluster.session import Placement, check_storage, place, ray_session
 from tla_service.cluster.train import Record, TrainedRun, train_on_ray
 from tla_service.config import RunConfig
 from tla_service.config_loading import load_config_file, to_yaml
@@ -107,7 +106,8 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
     facts = check_before_start(config)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(to_yaml(config))
-    storage = storage_path(config, output)
+    storage = config.scaling.storage or str(output / "ray")
+    check_storage(storage)
     terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
     with ray_session(config, debug=debug):
         placement = place(config)
@@ -117,12 +117,14 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
         stop_system_metrics = registry.start_system_metrics(uri, run_id)
         metrics = registry.RunLog(uri, run_id, str(output / "unsent"))
         follower = Follower(terminal, JsonLines(output / "log.jsonl"), metrics, began)
-        status = "FAILED"
+        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
             trained = train_on_ray(config, placement, storage, follower, facts.weights)
             if trained.result.interrupted:
                 status = "KILLED"
-                _write_summary(output, {"status": "interrupted", "run_id": run_id, "checkpoint": trained.checkpoint_path})
+                _write_summary(
+                    output, {"status": "interrupted", "run_id": run_id, "checkpoint": trained.checkpoint_path}
+                )
                 terminal.say("stopped after a checkpoint; the same command goes on from it")
                 return INTERRUPTED
             summary = _conclude(config, output, facts, trained, follower, uri, run_id)
@@ -153,7 +155,8 @@ def check_before_start(config: RunConfig) -> Facts:
         )
     weights = None
     if config.model.weights is not None:
-        weights = registry.load_model(config.model.weights).state_dict()
+        uri = registry.tracking_uri(config.tracking)
+        weights = registry.load_model(config.model.weights, tracking=uri).state_dict()
         shapes = {name: value.shape for name, value in network.state_dict().items()}
         if {name: value.shape for name, value in weights.items()} != shapes:
             raise ConfigError(
@@ -171,11 +174,6 @@ def check_before_start(config: RunConfig) -> Facts:
     return Facts(dataset, weights, described)
 
 
-def storage_path(config: RunConfig, output: Path) -> str:
-    """Where checkpoints go."""
-    return config.scaling.storage or str(output / "ray")
-
-
 def _check_with_workers(config: RunConfig, facts: Facts, placement: Placement) -> None:
     """Pool and batch against the training split, for the number of workers that was decided on."""
     rows, _ = split_validation(facts.dataset.train.labels, config.data.validation_fraction, config.seed)
@@ -189,7 +187,9 @@ def _is_finished(config: RunConfig, output: Path, terminal: Terminal) -> bool:
         ConfigError: It holds another run.
     """
     if (output / "config.yaml").exists() and load_config_file(output / "config.yaml").digest != config.digest:
-        raise ConfigError("output", output, "holds a run with another configuration", "choose another --output or --name")
+        raise ConfigError(
+            "output", output, "holds a run with another configuration", "choose another --output or --name"
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / ".writable").touch()
@@ -202,7 +202,7 @@ def _is_finished(config: RunConfig, output: Path, terminal: Terminal) -> bool:
     summary = json.loads((output / SUMMARY).read_text())
     if summary["status"] != "finished":
         return False
-    terminal.say(f"this run finished before, nothing to do; to train again choose another --name, --seed or --output")
+    terminal.say("this run finished before, nothing to do; to train again choose another --name, --seed or --output")
     _show(summary, terminal)
     return True
 
@@ -220,7 +220,7 @@ def _conclude(
     figures = draw_figures(config, output / "figures", facts.dataset, trained)
     files = {f"figures/{path.name}": path for path in figures} | {"log.jsonl": output / "log.jsonl"}
     registry.log_files(uri, run_id, files)
-    example = facts.dataset.test.fetch(torch.arange(min(4, len(facts.dataset.test)))).float().numpy() / 255
+    example = facts.dataset.test.fetch(torch.arange(min(4, len(facts.dataset.test)))).float().div(255).numpy()
     packaged = registry.log_model(
         uri,
         run_id,
@@ -276,9 +276,9 @@ def draw_figures(config: RunConfig, folder: Path, dataset: Dataset, trained: Tra
         lambda images: network(images).logits, clean, labels, attack, generator(clean.device, config.seed)
     )
     with torch.no_grad():
-        predictions = [network(images).logits.argmax(1).numpy() for images in (clean, adversarial)]
+        before, after = (network(images).logits.argmax(1).tolist() for images in (clean, adversarial))
     attack_panel(
-        clean.numpy(), adversarial.numpy(), labels.numpy(), *predictions, dataset.class_names, folder / "attack.png"
+        clean.numpy(), adversarial.numpy(), labels.tolist(), before, after, dataset.class_names, folder / "attack.png"
     )
     return [folder / "training_curves.png", folder / "attack.png"]
 
@@ -286,7 +286,7 @@ def draw_figures(config: RunConfig, folder: Path, dataset: Dataset, trained: Tra
 def _write_summary(output: Path, summary: Mapping[str, Any]) -> None:
     partial = output / f".{SUMMARY}"
     partial.write_text(json.dumps(summary, indent=2))
-    os.replace(partial, output / SUMMARY)
+    partial.replace(output / SUMMARY)
 
 
 def _show(summary: Mapping[str, Any], terminal: Terminal) -> None:

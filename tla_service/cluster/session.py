@@ -3,16 +3,22 @@
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+from pyarrow import ArrowInvalid
+from pyarrow.fs import FileSystem
 
 from tla_service.config import RunConfig, ScalingConfig
 from tla_service.errors import UnavailableError
 
 # Ray Train polls its workers this often and accepts one report a poll; its default of 2 s would hold back short epochs.
 POLL_SECONDS = "0.5"
+STORAGE_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ def ray_session(config: RunConfig, *, debug: bool = False) -> Iterator[None]:
     # Ray's announced defaults; without them it warns about the change on every start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.scaling.address or os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     logging.getLogger("ray.train").setLevel(logging.INFO if debug else logging.WARNING)
     if address:
         try:
@@ -65,11 +71,13 @@ def place(config: RunConfig) -> Placement:
     Raises:
         UnavailableError: It has not, and the run is not to wait for more nodes; the message shows the arithmetic.
     """
-    scaling, total = config.scaling, ray.cluster_resources()
+    scaling: ScalingConfig = config.scaling
+    total: dict[str, float] = ray.cluster_resources()
     gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 0.0)
     use_gpu = gpus > 0 if scaling.use_gpu == "auto" else scaling.use_gpu
-    workers = scaling.num_workers
-    if workers == "auto":
+    if isinstance(scaling.num_workers, int):
+        workers = scaling.num_workers
+    else:
         # Two images a worker is the least that BatchNorm and mining can work with.
         most = config.training.global_batch_size // 2
         workers = min(most, max(1, int(gpus / scaling.gpus_per_worker))) if use_gpu else min(most, 2)
@@ -87,6 +95,40 @@ def place(config: RunConfig) -> Placement:
                     "use fewer workers, or set scaling.wait_seconds if the cluster scales up",
                 )
     return placement
+
+
+def check_storage(storage: str) -> None:
+    """Write and delete a small file where checkpoints will go.
+
+    Raises:
+        UnavailableError: That fails, or takes longer than `STORAGE_SECONDS`.
+    """
+    if not storage.startswith("s3://"):
+        return  # a local folder is made by Ray; the output folder has been tried by then
+    probe = Future[None]()
+
+    def write() -> None:
+        try:
+            filesystem, path = FileSystem.from_uri(storage)
+            with filesystem.open_output_stream(f"{path}/.writable") as file:
+                file.write(b"ok")
+            filesystem.delete_file(f"{path}/.writable")
+            probe.set_result(None)
+        except (OSError, ArrowInvalid) as error:
+            probe.set_exception(error)
+
+    # A thread, because an unreachable store keeps pyarrow waiting for minutes.
+    threading.Thread(target=write, daemon=True).start()
+    try:
+        probe.result(STORAGE_SECONDS)
+    except (OSError, ArrowInvalid, TimeoutError) as error:
+        reason = " ".join(str(error).split())[:300] or f"no answer within {STORAGE_SECONDS} seconds"
+        raise UnavailableError(
+            "scaling.storage",
+            storage,
+            f"cannot be written ({reason})",
+            "check bucket, credentials and AWS_ENDPOINT_URL_S3",
+        ) from error
 
 
 def _check_pool(config: RunConfig, workers: int) -> None:

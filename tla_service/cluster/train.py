@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -78,7 +77,7 @@ def train_on_ray(
         "weights": ray.put(dict(weights)) if weights is not None else None,
     }
     trainer = TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type]
         train_loop_config=loop,
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
         scaling_config=ScalingConfig(
@@ -92,7 +91,7 @@ def train_on_ray(
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
             # Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=[EpochsToMailbox(mailbox)],
+            callbacks=[EpochsToMailbox(mailbox)],  # type: ignore[list-item]
         ),
     )
     try:
@@ -101,7 +100,7 @@ def train_on_ray(
         cause = str(error).strip().splitlines()[-1]
         message = f"training failed more than scaling.max_failures={config.scaling.max_failures} times: {cause}"
         raise RuntimeError(message) from error
-    returned = result.return_value
+    returned: dict[str, Any] | None = result.return_value  # type: ignore[attr-defined]
     if returned is None or "error" in returned:
         raise RuntimeError("the workers ended without a result") if returned is None else returned["error"]
     return _collect(result, FitResult(**returned["result"]))
@@ -132,15 +131,14 @@ def _in_background(call: Callable[[], Result]) -> "Future[Result]":
     return future
 
 
-def _follow(
-    future: "Future[Result]", mailbox: ActorHandle, follow: Callable[[Record], None], wait_seconds: float
-) -> Result:
+def _follow(future: "Future[Result]", mailbox: Any, follow: Callable[[Record], None], wait_seconds: float) -> Result:
     """Pass records on until the run has ended."""
     began, started = time.monotonic(), False
     with _stop_on_signal(mailbox):
         while True:
             done = future.done()
-            for record in ray.get(mailbox.fetch.remote()):
+            records: list[Record] = ray.get(mailbox.fetch.remote())
+            for record in records:
                 started = started or record["event"] == "start"
                 follow(record)
             if done:
@@ -156,7 +154,7 @@ def _follow(
 
 
 @contextlib.contextmanager
-def _stop_on_signal(mailbox: ActorHandle) -> Iterator[None]:
+def _stop_on_signal(mailbox: Any) -> Iterator[None]:
     """First SIGINT or SIGTERM: ask the workers to stop; second: KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield

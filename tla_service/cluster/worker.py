@@ -7,7 +7,6 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-from ray.actor import ActorHandle
 from ray.train import Checkpoint, UserCallback
 
 from tla_service.config import RunConfig
@@ -36,7 +35,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         world_size=ray_context.get_world_size(),
         device=ray.train.torch.get_device(),
     )
-    reporter = RayReporter(loop["mailbox"])
+    reporter = RayReporter(loop["mailbox"], is_main=context.is_main)
     weights = ray.get(loop["weights"]) if loop["weights"] is not None else None
     checkpoint = ray.train.get_checkpoint()
     if context.is_main:
@@ -55,9 +54,10 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
 class RayReporter:
     """Reports to Ray Train (epochs and checkpoints) and to the driver's mailbox (progress in between)."""
 
-    def __init__(self, mailbox: ActorHandle) -> None:
+    def __init__(self, mailbox: Any, *, is_main: bool) -> None:
         self._mailbox = mailbox
-        self._answer: ray.ObjectRef | None = None
+        self._is_main = is_main
+        self._answer: Any = None
         self._stop = False
 
     def progress(self, record: Mapping[str, Any]) -> None:
@@ -66,8 +66,15 @@ class RayReporter:
         self._answer = self._mailbox.push.remote(record)
 
     def report(self, metrics: dict[str, float], checkpoint: Path | None, name: str) -> None:
-        """Hand metrics and checkpoint to Ray; it uploads before this returns, and commits at its next poll."""
-        if checkpoint is None:
+        """Hand metrics and checkpoint to Ray; it uploads before this returns, and commits at its next poll.
+
+        An epoch without a checkpoint goes to the mailbox instead: Ray takes one report a poll, and all workers would
+        wait for it.
+        """
+        if not name:
+            if self._is_main:
+                self.progress({"event": "epoch", "metrics": metrics})
+        elif checkpoint is None:
             ray.train.report(metrics)
         else:
             # A replayed epoch writes to the same name, so an upload that was never committed leaves no orphan.
@@ -89,7 +96,7 @@ class RayReporter:
 class EpochsToMailbox(UserCallback):
     """Passes each epoch that all workers have reported to the driver, and each failure; runs in Ray's controller."""
 
-    def __init__(self, mailbox: ActorHandle) -> None:
+    def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:

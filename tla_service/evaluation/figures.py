@@ -32,7 +32,8 @@ _MANY_EPOCHS = 40  # from here on markers would touch each other
 def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """Draw losses and validation accuracies over the epochs, with the epoch marked whose weights are the best.
 
-    The best epoch has the highest validation accuracy under attack; the first of equals, as training chooses it.
+    The best epoch has the highest validation accuracy under attack, then on clean images; the first of equals, as
+    training chooses it.
 
     Args:
         history: One mapping an epoch with ``epoch`` (0, 1, ...) and what was measured then: ``train/loss``,
@@ -48,8 +49,11 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     figure = _figure(9.0, 3.6)
     losses, accuracies = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    _draw(losses, history, _LOSSES)
-    losses.set_ylabel("mean training loss per image")
+    # The terms differ by orders of magnitude, so the axis is logarithmic; a term that is zero all along is left out.
+    if any(value > 0 for key, _, _ in _LOSSES for _, value in _points(history, key)):
+        losses.set_yscale("log")
+    _draw(losses, history, [line for line in _LOSSES if any(value for _, value in _points(history, line[0]))])
+    losses.set_ylabel("mean per training image, before weighting")
     losses.set_title("Losses", fontsize=11)
     _draw(accuracies, history, _ACCURACIES)
     accuracies.set_ylabel("validation accuracy [%]")
@@ -96,16 +100,20 @@ def attack_panel(
     largest = float(np.abs(difference).max())
     factor = 0.5 / largest if largest > 0 else 1.0
     amplified = np.clip(0.5 + factor * difference, 0, 1)
-    headings = ("clean", f"perturbation × {factor:.3g}\n(largest {255 * largest:.3g}/255)", "adversarial")
+    headings = ("clean", f"perturbation × {factor:.3g}\n(largest {255 * largest:.3g}/255)", "adversarial")  # noqa: RUF001
     for row in range(count):
         truth = int(labels[row])
         said = (int(clean_predictions[row]), None, int(adversarial_predictions[row]))
-        for axes, image, prediction in zip(grid[row], (clean[row], amplified[row], adversarial[row]), said, strict=True):
+        for axes, image, prediction in zip(
+            grid[row], (clean[row], amplified[row], adversarial[row]), said, strict=True
+        ):
             _show(axes, image)
             if prediction is not None:
                 right = prediction == truth
                 text = f"{'✓' if right else '✗'} {class_names[prediction]}"
-                axes.set_xlabel(text, color=_BLUE if right else _ORANGE, fontsize=9, fontweight="normal" if right else "bold")
+                axes.set_xlabel(
+                    text, color=_BLUE if right else _ORANGE, fontsize=9, fontweight="normal" if right else "bold"
+                )
         grid[row][0].set_ylabel(f"true: {class_names[truth]}", fontsize=9)
     for axes, heading in zip(grid[0], headings, strict=True):
         axes.set_title(heading, fontsize=10)
@@ -146,10 +154,18 @@ def _mark_best(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
     points = _points(history, "validation/robust_accuracy")
     if not points:
         return
-    epoch, accuracy = max(points, key=lambda point: (point[1], -point[0]))
+    clean = dict(_points(history, "validation/clean_accuracy"))
+    epoch, accuracy = max(points, key=lambda point: (point[1], clean.get(point[0], 0.0), -point[0]))
     axes.axvline(epoch, color=_PURPLE, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
     axes.plot(
-        [epoch], [accuracy], marker="*", markersize=16, color=_PURPLE, markerfacecolor="none", markeredgewidth=1.6, linestyle="none",
+        [epoch],
+        [accuracy],
+        marker="*",
+        markersize=16,
+        color=_PURPLE,
+        markerfacecolor="none",
+        markeredgewidth=1.6,
+        linestyle="none",
         zorder=5,
         label=f"best: {accuracy:.1%}, epoch {epoch:.0f}",
     )

@@ -56,9 +56,7 @@ def measure_accuracy(
     return {"clean_accuracy": clean / total, "robust_accuracy": unbroken / total, **named}
 
 
-def _count(
-    network: nn.Module, batch: Batch, attacks: Mapping[str, Attack], random: torch.Generator
-) -> torch.Tensor:
+def _count(network: nn.Module, batch: Batch, attacks: Mapping[str, Attack], random: torch.Generator) -> torch.Tensor:
     """Images, images right when clean, images right under every attack, then under each attack."""
 
     def logits_fn(images: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ class PerImageStandardization(nn.Module):
         return centered / variance.clamp_min(smallest_std**2).sqrt()
 
     def extra_repr(self) -> str:
+        """What printing the network shows of this layer."""
         return f"pixel_range={self.pixel_range:g}"
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-import torchvision.models  # type: ignore[import-untyped]
+import torchvision.models
 from torch import Tensor, nn
 
 from tla_service.errors import ConfigError

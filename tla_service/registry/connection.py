@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -154,17 +155,17 @@ def check_tracking(config: TrackingConfig) -> None:
 
 def _check_server(uri: str, experiment: str) -> None:
     status, answer = _call(uri, "GET", "experiments/get-by-name", params={"experiment_name": experiment})
-    if status == 404 and answer.get("error_code") == "RESOURCE_DOES_NOT_EXIST":
+    if status == HTTPStatus.NOT_FOUND and answer.get("error_code") == "RESOURCE_DOES_NOT_EXIST":
         status, answer = _call(uri, "POST", "experiments/create", json={"name": experiment})
-        if status == 200 or answer.get("error_code") == "RESOURCE_ALREADY_EXISTS":
+        if status == HTTPStatus.OK or answer.get("error_code") == "RESOURCE_ALREADY_EXISTS":
             return
-    elif status == 200:
+    elif status == HTTPStatus.OK:
         found = answer["experiment"]
         if found.get("lifecycle_stage") == "deleted":
             raise _deleted(experiment)
         body = {"experiment_id": found["experiment_id"], "key": "tla.project", "value": "tla-service"}
         status, answer = _call(uri, "POST", "experiments/set-experiment-tag", json=body)
-        if status == 200:
+        if status == HTTPStatus.OK:
             return
     raise UnavailableError(FIELD, uri, *_refusal(status, str(answer.get("message", ""))))
 
@@ -176,9 +177,14 @@ def _call(uri: str, method: str, endpoint: str, **arguments: Any) -> tuple[int, 
     from mlflow.utils.rest_utils import http_request
 
     try:
-        response = http_request(
-            get_default_host_creds(uri), f"/api/2.0/mlflow/{endpoint}", method, max_retries=0,
-            timeout=CHECK_TIMEOUT_SECONDS, raise_on_status=False, **arguments,
+        response = http_request(  # type: ignore[no-untyped-call]
+            get_default_host_creds(uri),  # type: ignore[no-untyped-call]
+            f"/api/2.0/mlflow/{endpoint}",
+            method,
+            max_retries=0,
+            timeout=CHECK_TIMEOUT_SECONDS,
+            raise_on_status=False,
+            **arguments,
         )
     except (MlflowException, OSError) as error:
         raise UnavailableError(FIELD, uri, f"no server answers ({_cause(error)})", _START_ONE) from error
@@ -193,23 +199,28 @@ def _cause(error: BaseException) -> str:
     """The words for people at the end of a nested connection error."""
     text = one_line(error, 2000)
     known = (
-        ("Connection refused", "connection refused"), ("Name or service not known", "unknown host name"),
-        ("Temporary failure in name resolution", "host name cannot be resolved"), ("imed out", "timed out"),
-        ("CERTIFICATE_VERIFY_FAILED", "its TLS certificate is not trusted"), ("Invalid URL", "not a valid address"),
+        ("Connection refused", "connection refused"),
+        ("Name or service not known", "unknown host name"),
+        ("Temporary failure in name resolution", "host name cannot be resolved"),
+        ("imed out", "timed out"),
+        ("CERTIFICATE_VERIFY_FAILED", "its TLS certificate is not trusted"),
+        ("Invalid URL", "not a valid address"),
     )
     return next((words for sign, words in known if sign in text), text[-200:])
 
 
 def _refusal(status: int, message: str) -> tuple[str, str]:
     """Reason and remedy for an HTTP status that is no success."""
-    if status == 401:
-        return "the server refuses the credentials", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    if status == 403 and "Invalid Host header" in message:
+    if status == HTTPStatus.UNAUTHORIZED:
+        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        return "the server refuses the credentials", remedy
+    if status == HTTPStatus.FORBIDDEN and "Invalid Host header" in message:
         remedy = "start the server with --allowed-hosts naming this host with and without the port"
         return "the server refuses this host name (403 Invalid Host header)", remedy
-    if status == 403:
-        return "these credentials may not write here (403)", "ask for EDIT permission, or choose another tracking.experiment"
-    if status == 404:
+    if status == HTTPStatus.FORBIDDEN:
+        remedy = "ask for EDIT permission, or choose another tracking.experiment"
+        return "these credentials may not write here (403)", remedy
+    if status == HTTPStatus.NOT_FOUND:
         return "something answers, but not an MLflow server (404)", "correct the address"
     return f"the server answers with status {status} ({message[:200]})", "look into the server's log"
 

@@ -20,7 +20,11 @@ def code_version() -> dict[str, str]:
     commit = _git("rev-parse", "HEAD")
     if commit:
         changed = _git("status", "--porcelain", "--untracked-files=no")
-        tags |= {"tla.git_commit": commit, "mlflow.source.git.commit": commit, "tla.git_dirty": str(bool(changed)).lower()}
+        tags |= {
+            "tla.git_commit": commit,
+            "mlflow.source.git.commit": commit,
+            "tla.git_dirty": str(bool(changed)).lower(),
+        }
     tags["mlflow.source.name"] = Path(sys.argv[0]).name or "python"
     try:
         tags["mlflow.user"] = getpass.getuser()
@@ -33,7 +37,9 @@ def code_version() -> dict[str, str]:
 def environment() -> dict[str, Any]:
     """Python, machine, CUDA and every installed package with its version, as plain JSON."""
     packages = {
-        str(found.metadata["Name"]): found.version for found in importlib.metadata.distributions() if found.metadata["Name"]
+        str(found.metadata["Name"]): found.version
+        for found in importlib.metadata.distributions()
+        if found.metadata["Name"]
     }
     return {
         "python": platform.python_version(),
@@ -60,7 +66,11 @@ def _git(*arguments: str) -> str | None:
     folder = Path(tla_service.__file__).parent
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=_GIT_TIMEOUT_SECONDS, check=False
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_SECONDS,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT_VERSION = 1
+_PICKLE_STARTS = {bytes((0x80, protocol)) for protocol in range(2, 6)}
 FIELD = "model.weights"
 _SCHEMES = ("models:/", "runs:/")
 _PICKLE_SUFFIXES = {".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt", ".bin", ".cloudpickle", ".dill"}
@@ -31,8 +32,8 @@ def load_model(uri: str, device: str = "cpu", tracking: str | None = None) -> "t
     Nothing that is loaded can run code: weights are safetensors, the network is built by this installation.
 
     Args:
-        uri: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, ``models:/m-...``, ``runs:/RUN/model``, a packaged model's
-            folder, or a checkpoint folder (``best.safetensors``, ``config.yaml``, ``data.json``).
+        uri: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, ``models:/m-...``, ``runs:/RUN/model``, a packaged
+            model's folder, or a checkpoint folder (``best.safetensors``, ``config.yaml``, ``data.json``).
         device: Where to put it.
         tracking: Tracking store of ``models:`` and ``runs:``; default: as :func:`tracking_uri` finds it.
 
@@ -74,10 +75,14 @@ def resolve_weights(uri: str, tracking: str | None = None) -> Path:
     """
     if not uri.startswith(_SCHEMES):
         if uri.partition(":")[0] in ("models", "runs"):
-            raise ConfigError(FIELD, uri, "not an address of MLflow", "write models:/NAME/VERSION or runs:/RUN_ID/model")
+            raise ConfigError(
+                FIELD, uri, "not an address of MLflow", "write models:/NAME/VERSION or runs:/RUN_ID/model"
+            )
         folder = Path(uri).expanduser()
         if not folder.is_dir():
-            raise UnavailableError(FIELD, uri, "there is no such folder", "give a checkpoint folder, runs:/... or models:/...")
+            raise UnavailableError(
+                FIELD, uri, "there is no such folder", "give a checkpoint folder, runs:/... or models:/..."
+            )
         return folder
     store = tracking or _current_store()
     database = sqlite_path(store)
@@ -98,7 +103,7 @@ def _is_pickle(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         start = file.read(2)
-    if len(start) == 2 and start[0] == 0x80 and start[1] <= 5:  # PROTO opcode of protocols 2 to 5
+    if start in _PICKLE_STARTS:
         return True
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -110,7 +115,8 @@ def _current_store() -> str:
     import mlflow
 
     # What a notebook chose with mlflow.set_tracking_uri counts before our own default.
-    return mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else tracking_uri(TrackingConfig())
+    is_chosen = mlflow.is_tracking_uri_set()  # type: ignore[no-untyped-call]
+    return mlflow.get_tracking_uri() if is_chosen else tracking_uri(TrackingConfig())
 
 
 def _download(uri: str, store: str, target: str) -> Path:
@@ -173,7 +179,10 @@ def _package(folder: Path, uri: str) -> tuple[bytes, str, int, tuple[int, int, i
         reason = f"weights.safetensors was changed: its SHA-256 is not {expected[:12]}..."
         raise UnavailableError(FIELD, uri, reason, "load another version")
     return (
-        weights, description["architecture"], description["num_classes"], _shape(description["image_shape"]),
+        weights,
+        description["architecture"],
+        description["num_classes"],
+        _shape(description["image_shape"]),
         description["normalization"],
     )
 

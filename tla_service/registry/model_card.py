@@ -1,5 +1,6 @@
 """The page that travels with a model version: what it is, how well it does, and what it must not be trusted with."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ def model_card(description: Mapping[str, Any]) -> str:
         f"# {description['architecture']} trained with {description['method']}",
         "",
         f"Classifies {channels}x{height}x{width} images (float32 in [0, 1]) into {description['num_classes']} classes: "
-        + _listed(description["class_names"]) + ".",
+        + _listed(description["class_names"])
+        + ".",
         "",
         "## Robustness",
         "",
@@ -54,7 +56,7 @@ def model_card(description: Mapping[str, Any]) -> str:
 def _radius(threat: Mapping[str, Any]) -> str:
     epsilon = float(threat["epsilon"])
     levels = epsilon * 255
-    near_level = abs(levels - round(levels)) < 1e-6
+    near_level = math.isclose(levels, round(levels), abs_tol=1e-6)
     size = f"{round(levels)}/255" if near_level else f"{epsilon:g}"
     norm = {"linf": "L-infinity", "l2": "L2"}.get(threat["norm"], threat["norm"])
     return f"{norm} norm up to {size}, pixels in [0, 1]"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tla_service.models import build_model
 
 _BATCH_SIZE = 256  # bounds memory whatever the size of a request
+_SURELY_8_BIT = 2.0
 
 
 class RobustClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined, misc]
@@ -38,12 +39,14 @@ class RobustClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined,
         expected = self.description["weights"]["sha256"]
         if hashlib.sha256(weights.read_bytes()).hexdigest() != expected:
             raise MlflowException.invalid_parameter_value(
-                f"{weights.name}: SHA-256 differs from the recorded {expected}; the file was changed, load another version"
+                f"{weights.name}: SHA-256 differs from the recorded one: the file was changed; load another version"
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.image_shape = tuple(self.description["image_shape"])
         network = build_model(
-            self.description["architecture"], self.description["num_classes"], self.image_shape,
+            self.description["architecture"],
+            self.description["num_classes"],
+            self.image_shape,
             self.description["normalization"],
         )
         network.load_state_dict(load_file(weights))
@@ -51,7 +54,10 @@ class RobustClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined,
 
     # MLflow reads this annotation, and warns of every one it does not know, such as numpy.typing's.
     def predict(
-        self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None  # type: ignore[type-arg]
+        self,
+        context: Any,  # noqa: ARG002
+        model_input: np.ndarray,
+        params: dict[str, Any] | None = None,  # noqa: ARG002 - MLflow passes all
     ) -> dict[str, npt.NDArray[Any]]:
         """Classify images.
 
@@ -78,7 +84,7 @@ class RobustClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined,
     def _checked(self, model_input: Any) -> npt.NDArray[np.float32]:
         wanted = f"(N, {', '.join(map(str, self.image_shape))})"
         images = np.ascontiguousarray(model_input)
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
+        if images.ndim != 1 + len(self.image_shape) or images.shape[1:] != self.image_shape:
             raise MlflowException.invalid_parameter_value(f"images have shape {images.shape}; send {wanted}")
         if len(images) == 0:
             raise MlflowException.invalid_parameter_value("there are no images; send at least one")
@@ -88,7 +94,7 @@ class RobustClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined,
             raise MlflowException.invalid_parameter_value("images hold NaN or infinite values; send numbers in [0, 1]")
         low, high = float(images.min()), float(images.max())
         if low < 0 or high > 1:
-            hint = "; divide 8-bit values by 255" if high > 1.5 else ""
+            hint = "; divide 8-bit values by 255" if high >= _SURELY_8_BIT else ""
             raise MlflowException.invalid_parameter_value(f"images range over [{low:g}, {high:g}]; send [0, 1]{hint}")
         return images.astype(np.float32, copy=False)
 

@@ -174,10 +174,12 @@ class RunLog:
 
     def _failed(self, error: Exception, failures: int) -> None:
         self._known = None  # the request may have arrived all the same, so ask again what is there
-        if failures == 2 and not self._away:  # a single failure is often a closed connection
+        if failures > 1 and not self._away:  # a single failure is often a closed connection
             _log.warning(
                 "The tracking server %s is away (%s); metrics are kept in %s until it is back",
-                self._uri, one_line(error), self._path,
+                self._uri,
+                one_line(error),
+                self._path,
             )
             self._away = True
         wait = min(_FIRST_WAIT_SECONDS * 2 ** min(failures - 1, 10), _LAST_WAIT_SECONDS)
@@ -221,6 +223,8 @@ class RunLog:
             self._unasked = set(api.get_run(self._run_id).data.metrics)
             self._known = {}
         if key not in self._known:
-            steps = {point.step for point in api.get_metric_history(self._run_id, key)} if key in self._unasked else set()
+            steps = (
+                {point.step for point in api.get_metric_history(self._run_id, key)} if key in self._unasked else set()
+            )
             self._known[key] = steps
         return self._known[key]

@@ -9,10 +9,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from tla_service.config import RunConfig
-from tla_service.registry.connection import client, exclusive, experiment_id, one_line, retrying, sqlite_path, tracking_uri
+from tla_service.config_loading import to_yaml
+from tla_service.registry.connection import (
+    client,
+    exclusive,
+    experiment_id,
+    one_line,
+    retrying,
+    sqlite_path,
+    tracking_uri,
+)
 from tla_service.registry.environment import code_version, environment
 
 if TYPE_CHECKING:
@@ -29,9 +36,7 @@ _SYSTEM_METRICS_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 
 
-def open_run(
-    config: RunConfig, run_key: str, *, facts: Mapping[str, str], parent_run_id: str | None = None
-) -> str:
+def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], parent_run_id: str | None = None) -> str:
     """Open the MLflow run of a key, or continue it when it exists, and describe it.
 
     Parameters in MLflow cannot change, so a continued run keeps those it started with; a configuration that differs
@@ -63,11 +68,6 @@ def open_run(
         retrying("Continuing the run", lambda: _continue(made, run_id, tags | {RESUMED: str(count)}))
     retrying("Describing the run", lambda: _describe(made, run_id, config, facts, count))
     return run_id
-
-
-def config_yaml(config: RunConfig) -> str:
-    """The whole configuration as YAML; ``RunConfig.model_validate(yaml.safe_load(text))`` gives an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -118,10 +118,10 @@ def start_system_metrics(uri: str, run_id: str) -> Callable[[], None]:
     logger = logging.getLogger("mlflow.system_metrics.system_metrics_monitor")
     logger.setLevel(logging.WARNING)  # it tells of each start and stop, and of GPUs that are not there
     try:
-        monitor = SystemMetricsMonitor(
+        monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
             run_id, sampling_interval=_SYSTEM_METRICS_SECONDS, resume_logging=True, tracking_uri=uri
         )
-        monitor.start()
+        monitor.start()  # type: ignore[no-untyped-call]
     except Exception as error:  # noqa: BLE001 - psutil is missing, the server is away
         _log.warning("System metrics are not logged: %s", one_line(error))
         return lambda: None
@@ -182,7 +182,7 @@ def _describe(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mappi
         made.log_batch(run_id, params=params[start : start + _PARAMS_PER_REQUEST])
     _log_dataset(made, run_id, config, facts)
     files = {artifact.path for artifact in made.list_artifacts(run_id)}
-    text = config_yaml(config)
+    text = to_yaml(config)
     if "config.yaml" not in files:
         made.log_text(run_id, text, "config.yaml")
     elif dict(flatten(config.model_dump(mode="json"))) != {**there, **fields}:
@@ -197,7 +197,8 @@ def _log_dataset(made: "MlflowClient", run_id: str, config: RunConfig, facts: Ma
     from mlflow.exceptions import MlflowException
 
     def is_there() -> bool:
-        return bool(made.get_run(run_id).inputs.dataset_inputs)
+        inputs = made.get_run(run_id).inputs
+        return inputs is not None and bool(inputs.dataset_inputs)
 
     if is_there():
         return

@@ -6,7 +6,6 @@ functions of (seed, epoch, step, rank), so the position stands in for the state 
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -86,7 +85,7 @@ def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
         checksums = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(checksums, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -18,9 +18,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tla_service.config import RunConfig
 from tla_service.data import Dataset, EvaluationBatches, TrainingBatches, load_dataset, split_validation
+from tla_service.errors import UserError
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
-from tla_service.errors import UserError
 from tla_service.runtime import WorkerContext, mixed_seed, raise_together
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
 from tla_service.training.meter import Meter
@@ -98,9 +98,8 @@ def fit(
     run = Run(config, context, reporter)
     run.start(initial_weights, resume_from)
     while run.state.step < run.total_steps:
-        if not run.train_epoch():
+        if not (run.train_epoch() and run.finish_epoch()):
             return run.result(interrupted=True)
-        run.finish_epoch()
     return run.result(interrupted=False)
 
 
@@ -148,7 +147,7 @@ class Run:
         self.step = TrainingStep(network, config, context)
 
     def train_epoch(self) -> bool:
-        """Train to the end of the epoch; False if a stop was asked for, with the checkpoint saved."""
+        """Train to the end of the epoch; False if a stop was asked for on the way: the checkpoint is saved then."""
         state, training = self.state, self.config.training
         epoch, offset = divmod(state.step, self.batches.steps_per_epoch)
         self.meter = Meter(self.context, state.partial_totals)
@@ -167,15 +166,20 @@ class Run:
                     state.average.update_parameters(state.network)
                 self.meter.add(totals)
                 state.step += 1
-                if state.step == self.total_steps:
+                if state.step == self.total_steps or state.step % self.batches.steps_per_epoch == 0:
                     break
                 if state.step % training.log_every_steps == 0 and self._log(epoch):
-                    self._save(self._epoch_metrics(epoch), stopped=True)
+                    state.partial_totals = self.meter.epoch_totals
+                    self._save(self._epoch_metrics(epoch))
                     return False
         return True
 
-    def finish_epoch(self) -> None:
-        """Average BatchNorm statistics over workers, validate, keep the best weights, save and report."""
+    def finish_epoch(self) -> bool:
+        """Average BatchNorm statistics over workers, validate, keep the best weights, save and report.
+
+        Returns:
+            False if the run is to stop here before its end.
+        """
         epoch = (self.state.step - 1) // self.batches.steps_per_epoch
         self.meter.reduce(self.reporter.stop_requested())
         self.meter.check_finite(self.state.step)
@@ -192,10 +196,12 @@ class Run:
             self._keep_best(metrics)
         self.state.history.append(metrics)
         self.state.partial_totals = []
-        if due:
+        stopping = self.meter.stop_requested and not is_last
+        if due or stopping:
             self._save(metrics)
         else:
             self.reporter.report(metrics, None, "")
+        return not stopping
 
     def result(self, *, interrupted: bool) -> FitResult:
         """Load the best weights into the network, measure them on the test set, and sum the run up."""
@@ -281,10 +287,8 @@ class Run:
     def _load_best(self) -> None:
         self.state.network.load_state_dict(self.state.best_weights)
 
-    def _save(self, metrics: dict[str, float], *, stopped: bool = False) -> None:
+    def _save(self, metrics: dict[str, float]) -> None:
         name = f"step-{self.state.step:09d}"
-        if stopped:
-            self.state.partial_totals = self.meter.epoch_totals
         facts = {"class_names": list(self.dataset.class_names), "image_shape": list(self.dataset.image_shape)}
         with self.phases("checkpoint"):
             if not self.context.is_main:
@@ -307,9 +311,7 @@ def failing_together(context: WorkerContext) -> Iterator[None]:
     raise_together(error, context)
 
 
-def training_batches(
-    config: RunConfig, dataset: Dataset, rows: Tensor, context: WorkerContext
-) -> TrainingBatches:
+def training_batches(config: RunConfig, dataset: Dataset, rows: Tensor, context: WorkerContext) -> TrainingBatches:
     """The training split as batches with what the method's mining needs."""
     mining = config.mining
     separate = config.mines_triplets and mining.pool == "separate"
@@ -336,4 +338,4 @@ def average_buffers(network: nn.Module, context: WorkerContext) -> None:
     for buffer in network.buffers():
         if buffer.is_floating_point():
             dist.all_reduce(buffer)
-            buffer /= context.world_size
+            buffer.div_(context.world_size)

@@ -21,7 +21,13 @@ class Reporter(Protocol):
         """Take a record of a few steps; called on rank 0 only, and must not wait."""
 
     def report(self, metrics: dict[str, float], checkpoint: Path | None, name: str) -> None:
-        """Take an epoch's metrics, on every rank; and its checkpoint, a folder on rank 0, to be kept under `name`."""
+        """Take an epoch's metrics, on every rank.
+
+        Args:
+            metrics: Plain numbers, the same on every rank.
+            checkpoint: On rank 0, the folder of the epoch's checkpoint, if it has one; it is gone after the call.
+            name: What to keep the checkpoint under; the same on every rank, empty when there is none.
+        """
 
     def stop_requested(self) -> bool:
         """Whether this worker was asked to stop; `fit` then saves a checkpoint and returns."""

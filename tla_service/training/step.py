@@ -1,8 +1,10 @@
 """One batch: attack, mine, loss, backward, optimiser. Every method goes this one way."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,17 @@ from tla_service.triplets import (
 )
 
 # What a step adds up, in this order; all but `images` are sums over images.
-TOTALS = ("total", "cross_entropy", "triplet", "norm", "pairing", "correct", "active_triplets", "without_negative", "images")
+TOTALS = (
+    "total",
+    "cross_entropy",
+    "triplet",
+    "norm",
+    "pairing",
+    "correct",
+    "active_triplets",
+    "without_negative",
+    "images",
+)
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,10 @@ class TrainingStep:
             devices = [context.device.index] if context.device.type == "cuda" else None
             # Buffers stay local between epochs and are averaged at their end (`fit`), which uses every worker's
             # statistics where a broadcast would throw all but rank 0's away, and costs nothing inside a step.
-            self.wrapped = nn.parallel.DistributedDataParallel(
-                self.wrapped, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            ddp = nn.parallel.DistributedDataParallel
+            renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.14 and later
+            local_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+            self.wrapped = ddp(self.wrapped, device_ids=devices, gradient_as_bucket_view=True, **local_buffers)
         self.attack = training_attack(config)
         loss = config.loss
         default_clean_weight = 0.5 if config.method == "alp" else 0.0

@@ -1,0 +1,62 @@
+"""Validation splits and limits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tla_service.data.splits import split_validation, stratified_subset
+from tla_service.errors import ConfigError
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    per_class=st.lists(st.integers(8, 40), min_size=2, max_size=5),
+    fraction=st.floats(0.2, 0.5),
+    seed=st.integers(0, 9),
+)
+def test_validation_is_disjoint_covering_and_stratified(per_class: list[int], fraction: float, seed: int) -> None:
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(per_class)])
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    train, validation = split_validation(labels, fraction, seed)
+
+    assert sorted([*train.tolist(), *validation.tolist()]) == list(range(len(labels)))
+    assert train.tolist() == sorted(train.tolist())
+    assert validation.tolist() == sorted(validation.tolist())
+    assert train.dtype == validation.dtype == torch.int64
+    for label, count in enumerate(per_class):
+        assert abs(int((labels[validation] == label).sum()) - fraction * count) <= 1.5
+
+
+def test_the_split_is_a_function_of_the_seed() -> None:
+    labels = torch.arange(100) % 4
+    assert torch.equal(split_validation(labels, 0.1, 3)[1], split_validation(labels, 0.1, 3)[1])
+    assert not torch.equal(split_validation(labels, 0.1, 3)[1], split_validation(labels, 0.1, 4)[1])
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1], [0] * 30 + [1] * 30, []])
+def test_what_cannot_be_split_is_refused(labels: list[int]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.01"):
+        split_validation(torch.tensor(labels, dtype=torch.int64), 0.01, 0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=80), count=st.integers(1, 90))
+def test_limits_keep_shares_and_are_nested(labels: list[int], count: int) -> None:
+    classes = torch.tensor(labels)
+    chosen = stratified_subset(classes, count)
+
+    assert len(chosen) == min(count, len(labels)) == len(set(chosen.tolist()))
+    assert chosen.tolist() == sorted(chosen.tolist())
+    assert set(chosen.tolist()) <= set(stratified_subset(classes, count + 1).tolist())
+    for label in set(labels):
+        expected = labels.count(label) * len(chosen) / len(labels)
+        # Each class's own rounding, and as many ties as there are other classes.
+        assert abs(int((classes[chosen] == label).sum()) - expected) < len(set(labels)) + 1
+
+
+def test_ties_do_not_favour_the_first_classes() -> None:
+    labels = torch.arange(1000) % 100
+    chosen = labels[stratified_subset(labels, 50)]
+    assert len(set(chosen.tolist())) == 50
+    assert 30 < float(chosen.float().mean()) < 70

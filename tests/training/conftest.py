@@ -1,0 +1,87 @@
+"""A small run on real digits, and a reporter that keeps everything in memory and on disk."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tla_service.config import RunConfig
+from tla_service.data import Batch, StepBatch
+
+IMAGES = 24
+
+
+def digits_config(**changes: Mapping[str, Any] | Any) -> RunConfig:
+    """A run of seconds; `changes` are sections or top-level fields."""
+    fields: dict[str, Any] = {
+        "data": {"name": "digits", "train_limit": 200, "test_limit": 50},
+        "model": {"name": "digits_cnn"},
+        "attack": {"epsilon": 0.15, "step_size": 0.05, "num_steps": 2},
+        "optimizer": {"name": "adam", "learning_rate": 0.003},
+        "training": {"epochs": 4, "global_batch_size": 50, "log_every_steps": 2},
+        "evaluation": {"validation": {"num_steps": 2}, "test": {"pgd2": {"num_steps": 2}}},
+    }
+    for name, value in changes.items():
+        fields[name] = fields.get(name, {}) | value if isinstance(value, Mapping) else value
+    return RunConfig.model_validate(fields)
+
+
+def random_batch(
+    count: int = IMAGES, *, classes: int = 4, seed: int = 0, pool: int = 0, dtype: torch.dtype = torch.float64
+) -> StepBatch:
+    """Random 8x8 images with random labels; every class occurs."""
+    draws = torch.Generator().manual_seed(seed)
+
+    def batch(size: int, labels: torch.Tensor | None = None) -> Batch:
+        images = torch.rand(size, 1, 8, 8, generator=draws, dtype=dtype)
+        own = torch.randperm(size, generator=draws) % classes if labels is None else labels
+        return Batch(images, own)
+
+    anchors = batch(count)
+    return StepBatch(anchors, batch(count, anchors.labels), batch(pool) if pool else None, count)
+
+
+class KeepingReporter:
+    """Keeps reports; copies checkpoints out; asks for a stop after a number of steps, if told to.
+
+    Args:
+        folder: Where checkpoints are copied to.
+        stop_after: Ask for a stop when this many step records have come.
+    """
+
+    def __init__(self, folder: Path, stop_after: int | None = None) -> None:
+        self.folder, self.stop_after = folder, stop_after
+        self.records: list[Mapping[str, Any]] = []
+        self.metrics: list[dict[str, float]] = []
+        self.checkpoints: list[Path] = []
+
+    def progress(self, record: Mapping[str, Any]) -> None:
+        self.records.append(record)
+
+    def report(self, metrics: dict[str, float], checkpoint: Path | None, name: str) -> None:
+        self.metrics.append(metrics)
+        if checkpoint is not None:
+            self.checkpoints.append(checkpoint.rename(self.folder / name))
+
+    def stop_requested(self) -> bool:
+        return self.stop_after is not None and len(self.records) >= self.stop_after
+
+
+@pytest.fixture
+def reporter(tmp_path: Path) -> KeepingReporter:
+    return KeepingReporter(tmp_path)
+
+
+@pytest.fixture
+def new_reporter(tmp_path: Path) -> Callable[..., KeepingReporter]:
+    made = []
+
+    def make(**arguments: Any) -> KeepingReporter:
+        folder = tmp_path / f"reporter-{len(made)}"
+        folder.mkdir()
+        made.append(KeepingReporter(folder, **arguments))
+        return made[-1]
+
+    return make

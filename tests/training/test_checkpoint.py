@@ -1,0 +1,95 @@
+"""Checkpoints are whole, verified and free of code."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.training.conftest import digits_config
+from tla_service.errors import UnavailableError
+from tla_service.training import checkpoint as checkpoint_module
+from tla_service.training.checkpoint import (
+    TrainingState,
+    load_checkpoint,
+    read_weights,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+FACTS = {"class_names": ["a", "b"], "image_shape": [1, 8, 8]}
+
+
+def small_state(seed: int = 0) -> TrainingState:
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3))
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.rand(4, 1, 8, 8)).sum().backward()
+    optimizer.step()
+    best = {name: value.clone() for name, value in network.state_dict().items()}
+    return TrainingState(network, optimizer, step=7, best_weights=best, best={"epoch": 1.0}, history=[{"epoch": 0.0}])
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    state, other = small_state(0), small_state(1)
+    save_checkpoint(tmp_path / "c", state, digits_config(), FACTS)
+    load_checkpoint(tmp_path / "c", other, digits_config())
+    for name, value in state.network.state_dict().items():
+        assert torch.equal(other.network.state_dict()[name], value)
+    assert other.step == 7
+    assert other.best == {"epoch": 1.0}
+    assert other.history == [{"epoch": 0.0}]
+    ours, theirs = state.optimizer.state_dict()["state"], other.optimizer.state_dict()["state"]
+    assert all(torch.equal(ours[key]["exp_avg"], theirs[key]["exp_avg"]) for key in ours)
+
+
+def test_channels_last_weights_are_saved_and_come_back(tmp_path: Path) -> None:
+    state, other = small_state(0), small_state(1)
+    state.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    save_checkpoint(tmp_path / "c", state, digits_config(), FACTS)
+    load_checkpoint(tmp_path / "c", other, digits_config())
+    assert torch.equal(other.network.state_dict()["0.weight"], state.network.state_dict()["0.weight"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "best.safetensors", "optimizer.pt", "state.json", "config.yaml"])
+def test_a_changed_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    save_checkpoint(tmp_path / "c", small_state(), digits_config(), FACTS)
+    path = tmp_path / "c" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UnavailableError, match=f"{name}: missing or not what was written"):
+        verify_checkpoint(tmp_path / "c")
+    path.unlink()
+    with pytest.raises(UnavailableError, match=f"{name}: missing or not what was written"):
+        verify_checkpoint(tmp_path / "c")
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match=r"no readable manifest\.json"):
+        verify_checkpoint(tmp_path)
+
+
+def test_a_failure_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path / "c", small_state(0), digits_config(), FACTS)
+    before = json.loads((tmp_path / "c" / "manifest.json").read_text())
+
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "to_yaml", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path / "c", small_state(1), digits_config(), FACTS)
+    verify_checkpoint(tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "manifest.json").read_text()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_best_weights_are_read_alone(tmp_path: Path) -> None:
+    state = small_state()
+    save_checkpoint(tmp_path / "c", state, digits_config(), FACTS)
+    weights = read_weights(str(tmp_path / "c"))
+    assert all(torch.equal(weights[name], value) for name, value in state.best_weights.items())
+    with pytest.raises(UnavailableError, match=r"model\.weights"):
+        read_weights(str(tmp_path / "nowhere"))

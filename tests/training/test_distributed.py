@@ -1,0 +1,149 @@
+"""Several real gloo processes against one: the same global batch, the same loss, negatives and gradients."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.training.conftest import digits_config, random_batch
+from tla_service.data import Batch, StepBatch
+from tla_service.errors import UnavailableError
+from tla_service.models import build_model
+from tla_service.runtime import WorkerContext, generator, raise_together
+from tla_service.training import step as step_module
+from tla_service.training.fit import average_buffers
+from tla_service.training.roles import shard_sizes
+from tla_service.training.step import TrainingStep
+
+pytestmark = pytest.mark.distributed
+
+CPU = torch.device("cpu")
+# 22 images over 4 workers are 6, 6, 5, 5: shards that differ in size must not change the mean.
+IMAGES, POOL = 22, 16
+CASES: dict[str, dict[str, Any]] = {
+    "at": {"method": "at"},
+    "alp": {"method": "alp"},
+    "tla in the batch": {"mining": {"scope": "global", "positives": "both"}, "loss": {"margin": 0.5}},
+    "tla in the batch, summed": {"mining": {"scope": "global"}, "loss": {"margin": 0.5, "reduction": "sum"}},
+    "switched anchor": {"method": "tla_sa", "mining": {"scope": "global"}, "loss": {"margin": 0.5}},
+    "separate pool": {
+        "mining": {"scope": "global", "pool": "separate", "pool_size": POOL, "positives": "both"},
+        "loss": {"margin": 0.5, "norm_form": "mean_squares"},
+    },
+}
+
+
+def shard(batch: Batch, rank: int, world_size: int) -> Batch:
+    return Batch(batch.images.tensor_split(world_size)[rank], batch.labels.tensor_split(world_size)[rank])
+
+
+def run_case(changes: dict[str, Any], context: WorkerContext) -> dict[str, torch.Tensor]:
+    """One step on this worker's share: sums, mined pool rows, gradients."""
+    changes = changes | {"attack": {"random_start": False}}
+    config = digits_config(**changes)
+    torch.manual_seed(3)
+    network = build_model("digits_cnn", 4, (1, 8, 8)).double()
+    whole = random_batch(IMAGES, pool=POOL)
+    assert whole.positives is not None
+    assert whole.pool is not None
+    parts = [shard(part, context.rank, context.world_size) for part in (whole.anchors, whole.positives, whole.pool)]
+    mined: list[torch.Tensor] = []
+    original = step_module.mine_hardest
+
+    def remember(*arguments: Any, **options: Any) -> Any:
+        found = original(*arguments, **options)
+        mined.append(found.indices)
+        return found
+
+    step_module.mine_hardest = remember
+    try:
+        totals = TrainingStep(network, config, context).backward(StepBatch(*parts, IMAGES), 0)
+    finally:
+        step_module.mine_hardest = original
+    gradients = {f"gradient {name}": parameter.grad for name, parameter in network.named_parameters()}
+    return {"totals": totals, "mined": torch.cat(mined) if mined else torch.zeros(0), **gradients}  # type: ignore[dict-item]
+
+
+def worker(rank: int, world_size: int, folder: str) -> None:
+    """One process: every case, then what else needs several; results go to a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    context = WorkerContext(rank, rank, world_size, CPU)
+    results: dict[str, Any] = {name: run_case(changes, context) for name, changes in CASES.items()}
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean.fill_(float(rank))  # type: ignore[union-attr]
+    average_buffers(norm, context)
+    results["buffers"] = norm.running_mean
+    try:
+        raise_together(UnavailableError("data.root", "/x", "missing", "give it") if rank == 1 else None, context)
+    except UnavailableError as error:
+        results["error"] = str(error)
+    torch.save(results, f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def gathered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp(f"world-{request.param}")
+    mp.spawn(worker, args=(request.param, str(folder)), nprocs=request.param)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_workers_together_equal_one_process(gathered: list[dict[str, Any]], name: str) -> None:
+    alone = run_case(CASES[name], WorkerContext())
+    together = [results[name] for results in gathered]
+    totals = torch.stack([part["totals"] for part in together]).sum(0)
+    torch.testing.assert_close(totals, alone["totals"], rtol=1e-10, atol=1e-10)
+    assert torch.equal(torch.cat([part["mined"] for part in together]), alone["mined"])
+    for gradient in (key for key in alone if key.startswith("gradient")):
+        for part in together:
+            torch.testing.assert_close(part[gradient], alone[gradient], rtol=1e-10, atol=1e-10)
+
+
+def test_buffers_become_the_mean_over_workers(gathered: list[dict[str, Any]]) -> None:
+    mean = (len(gathered) - 1) / 2
+    assert all(results["buffers"].tolist() == [mean, mean] for results in gathered)
+
+
+def test_one_workers_error_ends_all(gathered: list[dict[str, Any]]) -> None:
+    assert {results["error"] for results in gathered} == {"data.root=/x: missing; give it"}
+
+
+def test_shards_are_cut_as_tensor_split_cuts() -> None:
+    for total in range(1, 30):
+        for world_size in range(1, 6):
+            expected = [len(part) for part in torch.arange(total).tensor_split(world_size)]
+            assert shard_sizes(total, world_size) == expected
+
+
+def test_torchrun_trains_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """Two torchrun processes, without Ray: max_steps stops nothing here, a finished half is taken up again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (
+        "--preset digits --data.train_limit 200 --data.test_limit 40 --training.epochs 2 --evaluation.every_epochs 1"
+    )
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command = [sys.executable, *launch, "-m", "tla_service.training", *arguments.split(), "--output", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "clean_accuracy" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000000002", "step-000000004"]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "epoch" not in again.stdout
+
+
+def test_generators_depend_on_every_part() -> None:
+    draws = {float(torch.rand((), generator=generator(CPU, *parts))) for parts in ((0, 1), (1, 0), (0, 0), (0, 1, 0))}
+    assert len(draws) == 4

@@ -1,0 +1,209 @@
+"""Whole runs: exact resumption, the choice of weights, one look at the test set, and how runs end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.training.conftest import KeepingReporter, digits_config
+from tla_service.models import build_model
+from tla_service.runtime import WorkerContext
+from tla_service.training import fit as fit_module
+from tla_service.training.checkpoint import load_checkpoint, read_weights
+from tla_service.training.fit import Run, average_buffers, fit
+from tla_service.training.meter import NonFiniteLossError
+
+NewReporter = Callable[..., KeepingReporter]
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint / "model.safetensors") | {
+        f"best.{name}": value for name, value in load_file(checkpoint / "best.safetensors").items()
+    }
+
+
+def same_history(first: list[dict[str, float]], second: list[dict[str, float]]) -> bool:
+    def without_time(history: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [{name: value for name, value in epoch.items() if name != "images_per_second"} for epoch in history]
+
+    return without_time(first) == without_time(second)
+
+
+class WithDropout(nn.Module):
+    """The digits network with dropout on its images: draws from torch's global generator."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.dropout = network, nn.Dropout(0.2)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.network(self.dropout(images))
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "tla": {},
+    "average and augmentation": {
+        "training": {"ema_decay": 0.9},
+        "data": {"crop_padding": 1, "flip": True},
+        "schedule": {"name": "cosine", "warmup": 1},
+    },
+    "separate pool, both positives, noise": {
+        "mining": {
+            "pool": "separate",
+            "pool_size": 20,
+            "positives": "both",
+            "clean_noise": 0.05,
+            "keep_probability": 0.5,
+        },
+        "optimizer": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 1e-3, "grad_clip": 1.0},
+    },
+    "random negatives": {"method": "tla_rn"},
+}
+
+
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS.keys())
+@pytest.mark.parametrize("stop_after", [None, 3], ids=["epoch end", "mid epoch"])
+def test_four_epochs_equal_two_and_two_bit_for_bit(
+    new_reporter: NewReporter, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], stop_after: int | None
+) -> None:
+    monkeypatch.setattr(fit_module, "build_model", lambda *args: WithDropout(build_model(*args)))
+    config = digits_config(**changes)
+    whole, first, second = new_reporter(), new_reporter(stop_after=stop_after), new_reporter()
+    uninterrupted = fit(config, WorkerContext(), whole)
+
+    before = fit(config, WorkerContext(), first)
+    assert before.interrupted == (stop_after is not None)
+    begin = first.checkpoints[-1] if stop_after else first.checkpoints[1]
+    resumed = fit(config, WorkerContext(), second, resume_from=begin)
+
+    ours, theirs = weights_of(second.checkpoints[-1]), weights_of(whole.checkpoints[-1])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert same_history(resumed.history, uninterrupted.history)
+    assert resumed.test == uninterrupted.test
+    assert len(resumed.history) == config.training.epochs
+
+
+def test_a_stop_in_the_middle_of_an_epoch_keeps_its_sums(new_reporter: NewReporter) -> None:
+    config = digits_config(training={"log_every_steps": 1})
+    stopped = new_reporter(stop_after=1)
+    assert fit(config, WorkerContext(), stopped).interrupted
+    assert stopped.checkpoints[-1].name == "step-000000002"
+
+
+def test_the_best_weights_are_chosen_on_validation_and_tested_once(
+    reporter: KeepingReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    robust = iter([0.2, 0.9, 0.9, 0.1])
+    measured: list[str] = []
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def measure(self: Run, source: Any, rows: torch.Tensor, attacks: Any, network: nn.Module) -> dict[str, float]:
+        measured.append("test" if source is self.dataset.test else "validation")
+        seen.append({name: value.clone() for name, value in network.state_dict().items()})
+        value = next(robust, 0.5)
+        return {"robust_accuracy": value, "clean_accuracy": 0.95 if len(seen) == 3 else 0.9}
+
+    monkeypatch.setattr(Run, "_measure", measure)
+    result = fit(digits_config(), WorkerContext(), reporter)
+    assert measured == ["validation"] * 4 + ["test"]
+    # Epochs 1 and 2 tie on robust accuracy; the clean one decides.
+    assert result.best["epoch"] == 2
+    assert all(torch.equal(seen[2][name], seen[4][name]) for name in seen[2])
+    saved = read_weights(str(reporter.checkpoints[-1]))
+    assert all(torch.equal(saved[name], seen[2][name]) for name in saved)
+
+
+def test_with_an_average_the_average_is_what_counts(reporter: KeepingReporter) -> None:
+    config = digits_config(training={"ema_decay": 0.5, "epochs": 1})
+    run = Run(config, WorkerContext(), reporter)
+    run.start(None, None)
+    by_hand: dict[str, torch.Tensor] = {}
+    original = run.state.optimizer.step
+
+    def step() -> None:
+        original()
+        for name, value in run.state.network.state_dict().items():
+            by_hand[name] = value.clone() if name not in by_hand else 0.5 * by_hand[name] + 0.5 * value
+
+    run.state.optimizer.step = step  # type: ignore[method-assign]
+    assert run.train_epoch()
+    run.finish_epoch()
+    for name, value in by_hand.items():
+        torch.testing.assert_close(run.state.best_weights[name], value)
+
+
+def test_max_steps_ends_a_run_within_an_epoch(reporter: KeepingReporter) -> None:
+    result = fit(digits_config(training={"max_steps": 6}), WorkerContext(), reporter)
+    assert [epoch["step"] for epoch in result.history] == [4, 6]
+    assert result.test
+
+
+def test_a_finished_checkpoint_trains_no_more(new_reporter: NewReporter) -> None:
+    first, second = new_reporter(), new_reporter()
+    done = fit(digits_config(training={"epochs": 1}), WorkerContext(), first)
+    again = fit(digits_config(training={"epochs": 1}), WorkerContext(), second, resume_from=first.checkpoints[-1])
+    assert second.metrics == []
+    assert again.test == done.test
+    assert again.history == done.history
+
+
+def test_validation_every_other_epoch_saves_only_then(reporter: KeepingReporter) -> None:
+    result = fit(digits_config(training={"epochs": 3}, evaluation={"every_epochs": 2}), WorkerContext(), reporter)
+    validated = ["validation/robust_accuracy" in epoch for epoch in result.history]
+    assert validated == [False, True, True]
+    assert [path.name for path in reporter.checkpoints] == ["step-000000008", "step-000000012"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(reporter: KeepingReporter) -> None:
+    config = digits_config(optimizer={"name": "sgd", "learning_rate": 1e20})
+    with pytest.raises(NonFiniteLossError, match=r"not finite by step \d+; lower optimizer.learning_rate"):
+        fit(config, WorkerContext(), reporter)
+
+
+def test_training_starts_from_given_weights(reporter: KeepingReporter) -> None:
+    torch.manual_seed(5)
+    weights = build_model("digits_cnn", 10, (1, 8, 8)).state_dict()
+    run = Run(digits_config(), WorkerContext(), reporter)
+    run.start(weights, None)
+    started = run.state.network.state_dict()
+    assert all(torch.equal(started[name], weights[name]) for name in weights)
+
+
+def test_progress_tells_step_rate_and_time_left(reporter: KeepingReporter) -> None:
+    fit(digits_config(), WorkerContext(), reporter)
+    steps = [record for record in reporter.records if record["event"] == "step"]
+    assert [record["step"] for record in steps] == [2, 6, 10, 14]  # an epoch's end is told by its report
+    assert all(record["total_steps"] == 16 and record["images_per_second"] > 0 for record in steps)
+    assert all(record["seconds_left"] >= 0 for record in steps)
+
+
+def test_training_makes_the_network_robust(reporter: KeepingReporter) -> None:
+    """Learning happens at all: far above the 10% of chance after a few epochs, and better than at the start."""
+    config = digits_config(data={"train_limit": 800}, training={"epochs": 8})
+    result = fit(config, WorkerContext(), reporter)
+    assert result.history[-1]["train/loss"] < 0.7 * result.history[0]["train/loss"]
+    assert result.test["clean_accuracy"] > 0.6
+    assert result.test["robust_accuracy"] > 0.3
+
+
+def test_a_single_worker_averages_no_buffers() -> None:
+    network = nn.BatchNorm2d(3)
+    average_buffers(network, WorkerContext())
+    assert torch.equal(network.running_mean, torch.zeros(3))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(reporter: KeepingReporter) -> None:
+    from tla_service.errors import ConfigError
+
+    fit(digits_config(training={"epochs": 1}), WorkerContext(), reporter)
+    other = digits_config(training={"epochs": 1}, loss={"margin": 0.2})
+    run = Run(other, WorkerContext(), reporter)
+    run.start(None, None)
+    with pytest.raises(ConfigError, match="has checkpoints of another configuration"):
+        load_checkpoint(reporter.checkpoints[-1], run.state, other)

@@ -1,0 +1,22 @@
+"""Where images come from: data sets by name, splits, batches."""
+
+from tla_service.data.batches import Batch, EvaluationBatches, StepBatch, TrainingBatches
+from tla_service.data.catalog import load_dataset
+from tla_service.data.sources import ArraySource, Dataset, FileSource, ImageSource
+from tla_service.data.splits import split_validation
+from tla_service.data.storage import check_root, local_root
+
+__all__ = [
+    "ArraySource",
+    "Batch",
+    "Dataset",
+    "EvaluationBatches",
+    "FileSource",
+    "ImageSource",
+    "StepBatch",
+    "TrainingBatches",
+    "check_root",
+    "load_dataset",
+    "local_root",
+    "split_validation",
+]

@@ -1,0 +1,59 @@
+"""Random crops, flips and colour for whole batches, on the device."""
+
+import torch
+from torch.nn import functional
+
+from tla_service.config import DataConfig
+
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """Pixels 0..255 (N, C, H, W), uint8, to [0, 1], float32."""
+    return images.to(torch.float32).div_(255)
+
+
+def augment(images: torch.Tensor, config: DataConfig, draws: torch.Generator) -> torch.Tensor:
+    """Crop, flip and change the saturation of every image at random, as far as the configuration asks for it.
+
+    Every step is one operation on the whole batch; nothing waits for the device.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        config: ``crop_padding`` (zero padding, then a random crop of the old size), ``flip`` (horizontal, of half the
+            images) and ``saturation`` s (RGB only: the distance from grey times a factor uniform in [1/s, s]).
+        draws: Generator on the images' device.
+
+    Returns:
+        Images (N, C, H, W), float32 in [0, 1].
+    """
+    if config.crop_padding or config.flip:
+        images = _crop_and_flip(images, config.crop_padding, draws, flip=config.flip)
+    unit = to_unit(images)
+    if config.saturation > 1 and images.shape[1] == 3:
+        unit = _saturate(unit, config.saturation, draws)
+    return unit
+
+
+def _crop_and_flip(images: torch.Tensor, padding: int, draws: torch.Generator, *, flip: bool) -> torch.Tensor:
+    count, channels, height, width = images.shape
+    device = images.device
+    rows = torch.arange(height, device=device).expand(count, height)
+    columns = torch.arange(width, device=device).expand(count, width)
+    if flip:
+        flipped = torch.randint(0, 2, (count, 1), generator=draws, device=device).bool()
+        columns = torch.where(flipped, width - 1 - columns, columns)
+    if padding:
+        images = functional.pad(images, (padding, padding, padding, padding))
+        rows = rows + torch.randint(0, 2 * padding + 1, (count, 1), generator=draws, device=device)
+        columns = columns + torch.randint(0, 2 * padding + 1, (count, 1), generator=draws, device=device)
+    places = (rows[:, :, None] * images.shape[3] + columns[:, None, :]).reshape(count, 1, -1)
+    picked = images.flatten(2).gather(2, places.expand(count, channels, -1))
+    return picked.reshape(count, channels, height, width)
+
+
+def _saturate(unit: torch.Tensor, most: float, draws: torch.Generator) -> torch.Tensor:
+    shape = (len(unit), 1, 1, 1)
+    factor = torch.rand(shape, generator=draws, device=unit.device) * (most - 1 / most) + 1 / most
+    grey = sum(weight * unit[:, channel : channel + 1] for channel, weight in enumerate(_LUMA))
+    return (grey + factor * (unit - grey)).clamp_(0, 1)

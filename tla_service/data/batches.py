@@ -1,0 +1,234 @@
+"""Batches: from image sources to tensors on the device, in an order that can be resumed at any step."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from tla_service.config import DataConfig
+from tla_service.data.augmentation import augment, to_unit
+from tla_service.data.encoded import RESIDENT_BYTES
+from tla_service.data.order import Draw, StepIndices, StepOrder
+from tla_service.data.sources import ArraySource, ImageSource
+from tla_service.data.streaming import StepLoader
+from tla_service.runtime import WorkerContext, generator
+
+_READ_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images and their classes.
+
+    Attributes:
+        images: (N, C, H, W), float32 in [0, 1], on the device.
+        labels: (N,), int64, on the device.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        """Number of images, N."""
+        return self.labels.numel()
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one worker needs for one step.
+
+    Attributes:
+        anchors: Images to attack.
+        positives: Another image of each anchor's class, row by row; the anchor's own image, augmented anew, where its
+            class has only one. ``None`` unless asked for.
+        pool: Images to mine negatives from. ``None`` unless asked for.
+        global_size: Anchors of this step over all workers, which hold shares of it that differ by one at most.
+    """
+
+    anchors: Batch
+    positives: Batch | None
+    pool: Batch | None
+    global_size: int
+
+
+class TrainingBatches:
+    """Training batches of one worker.
+
+    Everything is a function of (seed, epoch, step, rank, world size), so a run can go on at any step. Images are kept
+    on the device as uint8, or read by loader processes; on the CPU both give the same batches, bit for bit.
+
+    Args:
+        source: Images.
+        indices: Which of them to train on (N,), int64, each once.
+        config: The data section: augmentation, residency, loaders.
+        context: This worker.
+        global_batch_size: Images a step over all workers, at most; steps of an epoch differ by at most one image.
+        seed: The run's seed.
+        pool_size_per_worker: Images of the mining pool a step; 0 for none.
+        same_class_positives: Whether to draw another image of each anchor's class.
+        augment_pool: Whether the pool is augmented.
+
+    Attributes:
+        steps_per_epoch: Steps an epoch, ceil(N / global_batch_size).
+
+    Raises:
+        ConfigError: If the pools need more images than there are, or some worker would get none.
+        UnavailableError: If images cannot be read (also while iterating).
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        indices: torch.Tensor,
+        config: DataConfig,
+        context: WorkerContext,
+        *,
+        global_batch_size: int,
+        seed: int,
+        pool_size_per_worker: int = 0,
+        same_class_positives: bool = False,
+        augment_pool: bool = True,
+    ) -> None:
+        self._indices, self._config, self._context = indices, config, context
+        self._seed, self._augment_pool = seed, augment_pool
+        labels = source.labels[indices]
+        self._order = StepOrder(
+            labels,
+            seed=seed,
+            rank=context.rank,
+            world_size=context.world_size,
+            global_batch_size=global_batch_size,
+            pool_size=pool_size_per_worker,
+            same_class_positives=same_class_positives,
+        )
+        self.steps_per_epoch = self._order.steps_per_epoch
+        self._labels = labels.to(context.device)
+        self._source = source
+        self._loader: StepLoader | None = None
+        if not _fits(source, config):
+            self._loader = StepLoader(source, indices, config.loader_workers, context.device)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
+        """Batches of an epoch.
+
+        Args:
+            epoch: Epoch, from 0.
+            start_step: First step wanted; a run that resumes gets the tail it would have seen.
+
+        Yields:
+            One batch a step. A second epoch may only be started when the first was exhausted or closed.
+        """
+        steps = self._order.epoch(epoch, start_step)
+        if self._loader is None:
+            for step, indices in enumerate(steps, start=start_step):
+                yield self._step_batch(epoch, step, indices, None)
+        else:
+            for step, (indices, images) in enumerate(self._loader.read(steps), start=start_step):
+                yield self._step_batch(epoch, step, indices, images)
+
+    def close(self) -> None:
+        """End the loader processes, if there are any. The object cannot be used afterwards."""
+        if self._loader is not None:
+            self._loader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @cached_property
+    def _resident(self) -> torch.Tensor:
+        """All training images on the device, as uint8; brought there when the first epoch begins."""
+        return _all_images(self._source, self._indices).to(self._context.device)
+
+    def _step_batch(self, epoch: int, step: int, indices: StepIndices, images: torch.Tensor | None) -> StepBatch:
+        roles = (
+            (Draw.AUGMENT_ANCHORS, indices.anchors),
+            (Draw.AUGMENT_POSITIVES, indices.positives),
+            (Draw.AUGMENT_POOL, indices.pool),
+        )
+        batches: list[Batch | None] = []
+        start = 0
+        for draw, places in roles:
+            if places is None:
+                batches.append(None)
+                continue
+            on_device = _moved(places, self._context.device)
+            if images is None:
+                pixels = self._resident[on_device]
+            else:
+                pixels = images[start : start + len(places)].to(self._context.device, non_blocking=True)
+                start += len(places)
+            batches.append(Batch(self._finished(pixels, draw, epoch, step), self._labels[on_device]))
+        assert batches[0] is not None
+        return StepBatch(batches[0], batches[1], batches[2], indices.global_size)
+
+    def _finished(self, pixels: torch.Tensor, draw: Draw, epoch: int, step: int) -> torch.Tensor:
+        if draw is Draw.AUGMENT_POOL and not self._augment_pool:
+            return to_unit(pixels)
+        draws = generator(self._context.device, draw, self._seed, epoch, step, self._context.rank)
+        return augment(pixels, self._config, draws)
+
+
+class EvaluationBatches:
+    """Images of one worker in order, as they are: no augmentation. Can be iterated again and again.
+
+    Rank r of W gets ``indices[r::W]``: every image is in exactly one worker's batches, none is padded.
+
+    Args:
+        source: Images.
+        indices: Which of them (N,), int64.
+        context: This worker.
+        batch_size: Images a batch; the last one may be smaller.
+
+    Raises:
+        UnavailableError: If images cannot be read (while iterating).
+    """
+
+    def __init__(self, source: ImageSource, indices: torch.Tensor, context: WorkerContext, *, batch_size: int) -> None:
+        self._source, self._device = source, context.device
+        own = indices[context.rank :: context.world_size]
+        self._chunks = torch.split(own, batch_size) if len(own) else ()
+
+    def __len__(self) -> int:
+        """Number of batches; 0 when there are fewer images than workers."""
+        return len(self._chunks)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches; the next one is read while the present one is in use."""
+        if not self._chunks:
+            return
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(self._source.fetch, self._chunks[0])
+            for place, chunk in enumerate(self._chunks):
+                images = coming.result()
+                if place + 1 < len(self._chunks):
+                    coming = reader.submit(self._source.fetch, self._chunks[place + 1])
+                yield Batch(to_unit(_moved(images, self._device)), _moved(self._source.labels[chunk], self._device))
+
+
+def _fits(source: ImageSource, config: DataConfig) -> bool:
+    """Whether the images are to be kept on the device."""
+    if config.residency != "auto":
+        return config.residency == "device"
+    return isinstance(source, ArraySource) and source.images.numel() < RESIDENT_BYTES
+
+
+def _all_images(source: ImageSource, indices: torch.Tensor) -> torch.Tensor:
+    """The chosen images (N, C, H, W), uint8, in the order of the indices."""
+    if isinstance(source, ArraySource):
+        whole = len(indices) == len(source) and torch.equal(indices, torch.arange(len(source)))
+        return source.images if whole else source.images[indices]
+    return torch.cat([source.fetch(chunk) for chunk in torch.split(indices, _READ_AT_ONCE)])
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to the device without waiting for it: from page-locked memory a copy can run beside the computation."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

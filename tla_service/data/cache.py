@@ -1,0 +1,192 @@
+"""Files kept per node: locks between processes, writes that are whole or absent, decoded images."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from tla_service.errors import UnavailableError
+
+LOG = logging.getLogger(__name__)
+PART_SUFFIX = ".part"
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOLCK: "the file system has no locks",
+    errno.EOPNOTSUPP: "the file system has no locks",
+}
+
+
+@contextlib.contextmanager
+def disk_trouble(field: str, folder: Path | str, remedy: str) -> Iterator[None]:
+    """Turn trouble with files into a message.
+
+    Args:
+        field: Setting that named the folder.
+        folder: What the message shows when the error names no file.
+        remedy: What to do about it.
+
+    Raises:
+        UnavailableError: Instead of any ``OSError`` inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+        raise UnavailableError(field, error.filename or folder, reason, remedy) from error
+
+
+def cache_folder(cache_dir: str, *parts: str) -> Path:
+    """Make a folder of the cache and return it.
+
+    Raises:
+        UnavailableError: If it cannot be made or written to.
+    """
+    with disk_trouble("data.cache_dir", cache_dir, "give a folder that can be written"):
+        try:
+            folder = Path(cache_dir).expanduser().joinpath(*parts)
+        except RuntimeError as error:  # No HOME, as in some containers.
+            raise UnavailableError("data.cache_dir", cache_dir, "no home folder", "give an absolute path") from error
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock between processes; the system frees it even when the holder is killed.
+
+    Args:
+        path: Lock file, created when missing and left behind: removing it would let two processes hold it.
+    """
+    with disk_trouble("data.cache_dir", path, "give a local folder that can be written"):
+        handle = path.open("a")
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                LOG.info("waiting for another process to finish %s", path.with_suffix(""))
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        except BaseException:
+            handle.close()
+            raise
+    with handle:
+        yield
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write a file that appears complete or not at all, even when the process is killed or the power fails.
+
+    Yields:
+        A temporary file of the same folder to write to; it is flushed and renamed to ``path`` at the end.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=PART_SUFFIX)
+    os.close(descriptor)
+    part = Path(name)
+    try:
+        yield part
+        with part.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def files_key(paths: Iterable[Path], *settings: object) -> str:
+    """A name for what is derived from files: it changes with their paths, sizes, times or the settings.
+
+    Files of an s3:// mirror are rewritten when their ETag changes, so their times stand for it.
+    """
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in paths:
+        with disk_trouble("data.root", path, "check the folder"):
+            stat = path.stat()
+            digest.update(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def content_digest(*tensors: torch.Tensor) -> str:
+    """SHA-256 of shapes, types and every byte; about 0.7 s a GB."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy().data.cast("B") if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def cached_tensors(
+    cache_dir: str, key: str, build: Callable[[], dict[str, torch.Tensor]]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors built once a node and read back ever after; processes that start together build once.
+
+    The file is mapped into memory, so the workers of a node share one copy. Treat the tensors as read-only.
+
+    Args:
+        cache_dir: The cache.
+        key: Name that changes whenever the result of ``build`` would.
+        build: Makes the tensors.
+
+    Returns:
+        The tensors, and a digest of each one's content.
+
+    Raises:
+        UnavailableError: If the cache cannot be written.
+    """
+    path = cache_folder(cache_dir, "decoded") / f"{key}.safetensors"
+    found = _read_tensors(path)
+    if found is not None:
+        return found
+    with locked(path.with_suffix(".lock")):
+        found = _read_tensors(path)
+        if found is None:
+            tensors = build()
+            with disk_trouble("data.cache_dir", path.parent, "free some space, or give another folder"):
+                _write_tensors(path, tensors)
+            # Read back rather than handed on: the builder, too, uses the shared mapping.
+            del tensors
+            found = _read_tensors(path)
+    if found is None:
+        raise UnavailableError("data.cache_dir", path, "cannot be read back after writing", "check the disk")
+    return found
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    metadata = {name: content_digest(tensor) for name, tensor in tensors.items()}
+    with whole_file(path) as part:
+        try:
+            save_file(tensors, part, metadata)
+        except SafetensorError as error:
+            # Rust reports a full disk in words only.
+            number = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
+            raise OSError(number, str(error), str(path)) from error
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """Map the file, or ``None`` when it is missing or unreadable (then it is built again)."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+        return load_file(path), metadata
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, ValueError) as error:
+        LOG.warning("building %s again: %s", path, error)
+        return None

@@ -1,0 +1,84 @@
+"""Data sets by name."""
+
+import hashlib
+import json
+
+import torch
+
+from tla_service.config import DataConfig
+from tla_service.data.digits import load_digits
+from tla_service.data.image_folder import load_image_folder
+from tla_service.data.parquet import load_parquet
+from tla_service.data.sources import Dataset, Splits, StoredSource
+from tla_service.data.splits import stratified_subset
+from tla_service.data.tiny_imagenet import load_tiny_imagenet
+from tla_service.data.torchvision_sets import load_cifar, load_mnist
+from tla_service.errors import ConfigError, UnavailableError
+
+_LOADERS = {
+    "digits": load_digits,
+    "mnist": load_mnist,
+    "fashion_mnist": load_mnist,
+    "cifar10": load_cifar,
+    "cifar100": load_cifar,
+    "tiny_imagenet": load_tiny_imagenet,
+    "image_folder": load_image_folder,
+    "parquet": load_parquet,
+}
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Load a data set by name.
+
+    Archives and s3:// roots are copied, and images decoded, into ``data.cache_dir`` once a node; processes that
+    start together share the work. A root is never written to, except by ``data.download``.
+
+    Args:
+        config: The data section.
+
+    Returns:
+        Training and test images, cut down to ``train_limit`` and ``test_limit``.
+
+    Raises:
+        ConfigError: If settings do not fit the set, or a class has no training images.
+        UnavailableError: If the set is not there, not readable or damaged.
+    """
+    splits = _LOADERS[config.name](config)
+    _check(config, splits)
+    train, test = _limited(splits.train, config.train_limit), _limited(splits.test, config.test_limit)
+    if config.train_limit is not None and len(torch.unique(train.labels)) < len(splits.class_names):
+        classes = len(splits.class_names)
+        raise ConfigError(
+            "data.train_limit",
+            config.train_limit,
+            f"leaves some of the {classes} classes without images",
+            f"use at least {min(4 * classes, len(splits.train))}",
+        )
+    facts = [train.digest(), test.digest(), splits.class_names, train.image_shape]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return Dataset(config.name, train, test, splits.class_names, train.image_shape, fingerprint)
+
+
+def _limited(source: StoredSource, limit: int | None) -> StoredSource:
+    return source if limit is None or limit >= len(source) else source.subset(stratified_subset(source.labels, limit))
+
+
+def _check(config: DataConfig, splits: Splits) -> None:
+    """Refuse what cannot be trained on."""
+    train, test, names = splits
+    if len(names) < 2:
+        raise ConfigError("data.name", config.name, "has one class only", "give a set of at least two classes")
+    if not len(train) or not len(test):
+        part = "test" if len(train) else "training"
+        raise UnavailableError("data.root", config.root, f"has no {part} images", "point it at a whole data set")
+    counts = train.labels.bincount(minlength=len(names))
+    if len(counts) > len(names) or int(test.labels.max()) >= len(names):
+        reason = f"has labels beyond its {len(names)} classes"
+        raise UnavailableError("data.root", config.root, reason, "mend the labels")
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        reason = f"{len(empty)} classes have no training images, {names[empty[0]]!r} first"
+        raise ConfigError("data.name", config.name, reason, "add images, or remove the class")
+    if train.image_shape != test.image_shape:
+        reason = f"training images are {train.image_shape}, test images {test.image_shape}"
+        raise ConfigError("data.image_size", config.image_size, reason, "give a side to resize all to")

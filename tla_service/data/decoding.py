@@ -1,0 +1,189 @@
+"""Encoded images (PNG, JPEG, WebP, ...) to uint8 tensors."""
+
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tla_service.errors import ConfigError, UnavailableError
+
+# Enough to tell a grey set from a colour set with a few grey images.
+_PROBED = 64
+_CHUNK = 256
+_GREY_MODES = frozenset({"1", "L", "LA"})
+
+
+class Blobs(Protocol):
+    """Encoded images by number."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def read(self, row: int) -> bytes:
+        """The encoded image."""
+
+    def name(self, row: int) -> str:
+        """What to call it in a message."""
+
+    def stamp(self) -> str:
+        """Hex digits that change with names, sizes, order, and content as far as that is cheap."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How to decode every image of a set.
+
+    Attributes:
+        image_shape: Channels (1 or 3), height, width (C, H, W) of the result.
+        resize: Whether to take the largest centred square and resize it (bilinear, antialiased); otherwise an
+            image of another size is refused.
+    """
+
+    image_shape: tuple[int, int, int]
+    resize: bool
+
+    def __call__(self, blob: bytes, name: str) -> np.ndarray:
+        """Decode one image to (C, H, W), uint8.
+
+        Raises:
+            UnavailableError: If it is no readable image.
+            ConfigError: If its size differs and ``resize`` is off.
+        """
+        channels, height, width = self.image_shape
+        image = open_image(blob, name, "L" if channels == 1 else "RGB")
+        if self.resize:
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            box = (left, top, left + side, top + side)
+            # Cropped first: with resize's own box the filter reads pixels outside the square.
+            image = image.crop(box).resize((width, height), Image.Resampling.BILINEAR)
+        elif image.size != (width, height):
+            found, wanted = f"{image.width}x{image.height}", f"{width}x{height}"
+            raise ConfigError(
+                "data.image_size", None, f"{name} has {found} pixels, others {wanted}", "give the side to resize all to"
+            )
+        pixels = np.asarray(image)
+        return pixels[None] if channels == 1 else np.moveaxis(pixels, 2, 0)
+
+
+def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:
+    """Read an image and convert it.
+
+    Args:
+        blob: Its encoded bytes.
+        name: What to call it in a message.
+        mode: Pillow mode to convert to; ``None`` leaves it as it is.
+
+    Raises:
+        UnavailableError: If the bytes are no image, damaged, or of more than 8 bits a channel.
+    """
+    try:
+        image = Image.open(io.BytesIO(blob))
+        image.load()
+    # Pillow's decoders let errors of many kinds through when they meet rubbish.
+    except Exception as error:
+        reason = f"not a readable image ({type(error).__name__}: {error})"
+        raise UnavailableError("data.root", name, reason, "replace or remove the file") from error
+    if image.mode[0] in "IF":
+        raise UnavailableError("data.root", name, "has more than 8 bits a channel", "convert it to 8 bits")
+    if mode is None or image.mode == mode:
+        return image
+    # Pillow wants palettes with transparency to pass through RGBA.
+    return (image.convert("RGBA") if image.mode == "P" else image).convert(mode)
+
+
+def probe(blobs: Blobs, image_size: int | None, *, colour: bool | None = None) -> Decoder:
+    """Choose a decoder by looking at up to 64 images, evenly spread.
+
+    Args:
+        blobs: The training images.
+        image_size: Side to resize to, in pixels; ``None`` keeps the size of the first image.
+        colour: Whether images are RGB; ``None``: they are unless every image looked at is grey.
+    """
+    rows = evenly_spread(len(blobs), _PROBED if colour is None else 1)
+    images = [open_image(blobs.read(row), blobs.name(row)) for row in rows]
+    if colour is None:
+        colour = any(image.mode not in _GREY_MODES for image in images)
+    width, height = images[0].size if image_size is None else (image_size, image_size)
+    return Decoder((3 if colour else 1, height, width), resize=image_size is not None)
+
+
+def decode(blobs: Blobs, rows: Sequence[int], decoder: Decoder, threads: int | None = None) -> torch.Tensor:
+    """Decode images.
+
+    Args:
+        blobs: Where they are.
+        rows: Which ones.
+        decoder: How.
+        threads: How many to decode at a time; ``None``: one a core. Pillow decodes outside the interpreter lock.
+
+    Returns:
+        Images (len(rows), C, H, W), uint8.
+    """
+    images = np.empty((len(rows), *decoder.image_shape), np.uint8)
+
+    def fill(start: int) -> None:
+        for place in range(start, min(start + size, len(rows))):
+            row = rows[place]
+            images[place] = decoder(blobs.read(row), blobs.name(row))
+
+    if threads is None:
+        threads = min(16, usable_cores())
+    size = max(1, min(_CHUNK, -(-len(rows) // threads)))
+    _run(fill, range(0, len(rows), size), threads)
+    return torch.from_numpy(images)
+
+
+def _run(work: Callable[[int], None], items: Iterable[int], threads: int) -> None:
+    if threads <= 1:
+        for item in items:
+            work(item)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            # The first damaged file ends it; the rest of the queue would be wasted work.
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def usable_cores() -> int:
+    """Processor cores this process may run on, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def resized(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Resize images that are in memory.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        side: Height and width of the result, in pixels.
+
+    Returns:
+        Images (N, C, side, side), uint8; bilinear, antialiased.
+    """
+    if images.shape[2:] == (side, side):
+        return images
+    chunks = [_resized(chunk, side) for chunk in torch.split(images, 4096)]
+    return torch.cat(chunks)
+
+
+def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
+    exact = torch.nn.functional.interpolate(
+        images.to(torch.float32), size=(side, side), mode="bilinear", align_corners=False, antialias=True
+    )
+    return exact.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def evenly_spread(count: int, wanted: int) -> list[int]:
+    """Up to ``wanted`` numbers in [0, count), evenly spread and rising, the first among them."""
+    return sorted({place * count // wanted for place in range(wanted)}) if count else []

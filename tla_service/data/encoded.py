@@ -1,0 +1,61 @@
+"""From encoded images to sources: decoded once into the cache, or left where they are."""
+
+from collections.abc import Mapping
+
+import torch
+
+from tla_service.config import DataConfig
+from tla_service.data.cache import cached_tensors, content_digest
+from tla_service.data.decoding import Blobs, decode, probe
+from tla_service.data.sources import SPLITS, ArraySource, FileSource, Split, Splits, StoredSource
+
+# The largest training set, as decoded uint8 pixels, that data.residency=auto keeps in memory.
+RESIDENT_BYTES = 4 * 2**30
+
+
+def build_splits(
+    config: DataConfig,
+    key: str,
+    blobs: Mapping[Split, Blobs],
+    labels: Mapping[Split, torch.Tensor],
+    class_names: tuple[str, ...],
+    *,
+    colour: bool | None = None,
+) -> Splits:
+    """Choose between memory and decoding on demand, by the size of the training set and ``data.residency``.
+
+    Args:
+        config: The data section.
+        key: Changes with the files, their order and what is in them; part of a file name.
+        blobs: Encoded images of both splits.
+        labels: Their classes, (N,) each.
+        class_names: Name of every class.
+        colour: Whether to make RGB images; ``None``: unless all are grey.
+
+    Returns:
+        Both splits, as arrays in the cache or as files.
+    """
+    decoder = probe(blobs["train"], config.image_size, colour=colour)
+    channels, height, width = decoder.image_shape
+    size = len(blobs["train"]) * channels * height * width
+    if config.residency == "stream" or (config.residency == "auto" and size >= RESIDENT_BYTES):
+        sources: list[StoredSource] = [FileSource(blobs[split], labels[split], decoder) for split in SPLITS]
+        return Splits(sources[0], sources[1], class_names)
+
+    def build() -> dict[str, torch.Tensor]:
+        return {split: decode(blobs[split], range(len(blobs[split])), decoder) for split in SPLITS}
+
+    # Labels are not cached: they are known already, and the key need not cover how they are read.
+    full_key = f"{key}-{decoder_key(decoder.image_shape, resize=decoder.resize)}"
+    images, digests = cached_tensors(config.cache_dir, full_key, build)
+    arrays = [
+        ArraySource(images[split], labels[split], content_digest(labels[split]) + digests[split]) for split in SPLITS
+    ]
+    return Splits(arrays[0], arrays[1], class_names)
+
+
+def decoder_key(shape: tuple[int, int, int], *, resize: bool) -> str:
+    """Part of a cache key: the shape, the resizing, and the decoder's version, as JPEG pixels depend on it."""
+    from PIL import __version__
+
+    return f"{'x'.join(map(str, shape))}{'r' if resize else ''}-{__version__}"

@@ -1,0 +1,160 @@
+"""Which images a step uses: a function of seed, epoch, step, rank and world size alone, never of earlier draws."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from tla_service.errors import ConfigError
+from tla_service.runtime import generator
+
+CPU = torch.device("cpu")
+
+
+class Draw(IntEnum):
+    """What a random draw is for; the first part of its seed, so that no two purposes share numbers."""
+
+    ORDER = 0xDA7A01
+    POOL_ORDER = 0xDA7A02
+    POSITIVES = 0xDA7A03
+    AUGMENT_ANCHORS = 0xDA7A04
+    AUGMENT_POSITIVES = 0xDA7A05
+    AUGMENT_POOL = 0xDA7A06
+
+
+@dataclass(frozen=True)
+class StepIndices:
+    """One worker's images of one step, as places in the training set.
+
+    Attributes:
+        anchors: (n,), int64.
+        positives: Another image of each anchor's class (n,), or ``None``.
+        pool: Images to mine negatives from (P,), all different, or ``None``.
+        global_size: Anchors of this step over all workers.
+    """
+
+    anchors: torch.Tensor
+    positives: torch.Tensor | None
+    pool: torch.Tensor | None
+    global_size: int
+
+
+class ClassMates:
+    """Draws another image of the same class.
+
+    Args:
+        labels: Class of every image (N,), int64.
+    """
+
+    def __init__(self, labels: torch.Tensor) -> None:
+        self._by_class = labels.argsort(stable=True)
+        counts = labels.bincount()
+        starts = counts.cumsum(0) - counts
+        self._first, self._count = starts[labels], counts[labels]
+        self._place = torch.empty_like(labels)
+        self._place[self._by_class] = torch.arange(len(labels))
+        self._place -= self._first
+
+    def draw(self, anchors: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
+        """Another image of each anchor's class, uniformly; the anchor itself where its class has no other.
+
+        Args:
+            anchors: Places (n,), int64.
+            draws: On the CPU.
+
+        Returns:
+            Places (n,), int64.
+        """
+        others = self._count[anchors] - 1
+        # Float64 keeps the product below `others`, and the draw uniform to one part in 10^10 even for huge classes.
+        pick = (torch.rand(len(anchors), generator=draws, dtype=torch.float64) * others).to(torch.int64)
+        own = self._place[anchors]
+        pick = torch.where(others > 0, pick + (pick >= own), own)
+        return self._by_class[self._first[anchors] + pick]
+
+
+class StepOrder:
+    """The steps of every epoch, as one worker sees them.
+
+    An epoch's permutation is the same on all ranks. It is cut into ``steps_per_epoch`` chunks and each chunk into a
+    shard for every rank, sizes differing by at most one each time: every image is used once an epoch, none is padded
+    or dropped, and the images of a step do not depend on the number of workers.
+
+    Args:
+        labels: Class of every training image (N,), int64.
+        seed: The run's seed.
+        rank: This worker, in [0, world_size).
+        world_size: Number of workers.
+        global_batch_size: Images a step, over all workers, at most.
+        pool_size: Images of this worker's pool a step; 0 for none.
+        same_class_positives: Whether to draw positives.
+
+    Raises:
+        ConfigError: If the pools of a step need more images than there are, or a worker would get none in some step.
+    """
+
+    def __init__(
+        self,
+        labels: torch.Tensor,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        global_batch_size: int,
+        pool_size: int = 0,
+        same_class_positives: bool = False,
+    ) -> None:
+        self._count, self._seed, self._rank, self._world_size = len(labels), seed, rank, world_size
+        self._pool_size = pool_size
+        self._mates = ClassMates(labels) if same_class_positives else None
+        if pool_size * world_size > self._count:
+            raise ConfigError(
+                "mining.pool_size",
+                pool_size,
+                f"{world_size} workers' pools of {pool_size} need more than the {self._count} training images",
+                f"use at most {self._count // world_size} a worker",
+            )
+        self.steps_per_epoch = -(-self._count // global_batch_size)
+        if self._count < self.steps_per_epoch * world_size or self._count == 0:
+            raise ConfigError(
+                "training.global_batch_size",
+                global_batch_size,
+                f"{self._count} training images in {self.steps_per_epoch} steps are too few for {world_size} workers",
+                "use a larger batch, fewer workers or more images",
+            )
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepIndices]:
+        """The steps of an epoch from ``start_step`` on; the same ones, whatever was drawn before.
+
+        Args:
+            epoch: Epoch, from 0.
+            start_step: First step wanted, in [0, steps_per_epoch]; the last means none.
+
+        Raises:
+            ValueError: If ``start_step`` is outside.
+        """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step={start_step}: outside [0, {self.steps_per_epoch}]")
+        return self._steps(epoch, start_step)
+
+    def _steps(self, epoch: int, start_step: int) -> Iterator[StepIndices]:
+        order = self._permutation(Draw.ORDER, epoch)
+        chunks = order.tensor_split(self.steps_per_epoch)
+        pool_order = self._permutation(Draw.POOL_ORDER, epoch) if self._pool_size else None
+        for step in range(start_step, self.steps_per_epoch):
+            anchors = chunks[step].tensor_split(self._world_size)[self._rank]
+            positives = None
+            if self._mates is not None:
+                draws = generator(CPU, Draw.POSITIVES, self._seed, epoch, step, self._rank)
+                positives = self._mates.draw(anchors, draws)
+            pool = None if pool_order is None else self._pool(pool_order, step)
+            yield StepIndices(anchors, positives, pool, len(chunks[step]))
+
+    def _permutation(self, draw: Draw, epoch: int) -> torch.Tensor:
+        # Step and rank are zeros here, not absent: seeds of different lengths may coincide.
+        return torch.randperm(self._count, generator=generator(CPU, draw, self._seed, epoch, 0, 0))
+
+    def _pool(self, order: torch.Tensor, step: int) -> torch.Tensor:
+        start = (step * self._world_size + self._rank) * self._pool_size
+        return order[torch.arange(start, start + self._pool_size) % self._count]

@@ -1,0 +1,116 @@
+"""Encoded images laid end to end in one file of the cache, for formats that cannot be read at random."""
+
+import hashlib
+import logging
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tla_service.data.cache import cache_folder, cached_tensors, disk_trouble, whole_file
+from tla_service.errors import UnavailableError
+
+LOG = logging.getLogger(__name__)
+
+
+class PackedBlobs:
+    """Encoded images of one packed file.
+
+    Args:
+        path: The file.
+        offsets: Where each image begins, and where the last one ends (N + 1,), int64, in bytes.
+        digest: SHA-256 of the file's content.
+        origins: Name and first row of every original file, in order.
+    """
+
+    def __init__(self, path: Path, offsets: torch.Tensor, digest: str, origins: list[tuple[str, int]]) -> None:
+        self._path, self._offsets, self._digest, self._origins = path, offsets, digest, origins
+        self._descriptor: int | None = None
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._offsets) - 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def read(self, row: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            UnavailableError: If the cache was removed or cut meanwhile.
+        """
+        with disk_trouble("data.cache_dir", self._path, "start again: the file is then packed again"):
+            if self._descriptor is None:
+                self._descriptor = os.open(self._path, os.O_RDONLY)
+            start, end = self._offsets[row : row + 2].tolist()
+            # Reads at a place of their own need no shared file position: threads and forked loaders do not meet.
+            blob = os.pread(self._descriptor, end - start, start)
+        if len(blob) != end - start:
+            raise UnavailableError("data.cache_dir", self._path, "is cut short", "remove it and start again")
+        return blob
+
+    def name(self, row: int) -> str:
+        """The original file and the row in it."""
+        file, first = self._origins[bisect_right([first for _, first in self._origins], row) - 1]
+        return f"{file}, row {row - first}"
+
+    def stamp(self) -> str:
+        """Covers every byte, and where each image begins."""
+        return hashlib.sha256(self._digest.encode() + self._offsets.numpy().tobytes()).hexdigest()
+
+
+def pack(
+    cache_dir: str, key: str, rows: Callable[[], Iterator[tuple[bytes, int]]], origins: list[tuple[str, int]]
+) -> tuple[PackedBlobs, torch.Tensor]:
+    """Lay images end to end, once a node.
+
+    Args:
+        cache_dir: The cache.
+        key: Changes with the images.
+        rows: Makes an iterator over encoded images and their labels.
+        origins: Name and first row of every original file, in order.
+
+    Returns:
+        The images, and their labels (N,), int64.
+
+    Raises:
+        UnavailableError: If the cache cannot be written.
+    """
+    path = cache_folder(cache_dir, "packed") / f"{key}.blobs"
+    index = _index(cache_dir, key, path, rows)
+    expected = int(index["offsets"][-1])
+    if not path.is_file() or path.stat().st_size != expected:
+        LOG.warning("packing %s again: it is missing or cut short", path)
+        (cache_folder(cache_dir, "decoded") / f"{key}-index.safetensors").unlink(missing_ok=True)
+        index = _index(cache_dir, key, path, rows)
+    digest = bytes(index["digest"].tolist()).hex()
+    return PackedBlobs(path, index["offsets"], digest, origins), index["labels"]
+
+
+def _index(
+    cache_dir: str, key: str, path: Path, rows: Callable[[], Iterator[tuple[bytes, int]]]
+) -> dict[str, torch.Tensor]:
+    def build() -> dict[str, torch.Tensor]:
+        offsets, labels, digest = [0], [], hashlib.sha256()
+        remedy = "free some space, or give another folder"
+        with disk_trouble("data.cache_dir", path, remedy), whole_file(path) as part, part.open("wb") as handle:
+            for blob, label in rows():
+                handle.write(blob)
+                digest.update(blob)
+                offsets.append(offsets[-1] + len(blob))
+                labels.append(label)
+        return {
+            "offsets": torch.tensor(offsets),
+            "labels": torch.tensor(labels, dtype=torch.int64),
+            "digest": torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8),
+        }
+
+    return cached_tensors(cache_dir, f"{key}-index", build)[0]

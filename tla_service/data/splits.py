@@ -1,0 +1,69 @@
+"""Which images are for training and which for validation; stratified subsets."""
+
+import torch
+
+from tla_service.errors import ConfigError
+
+_LIMIT_SEED = 0
+
+
+def split_validation(labels: torch.Tensor, fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hold out a stratified share of the training set.
+
+    Args:
+        labels: Class of every image (N,), int64.
+        fraction: Share to hold out, in (0, 1); rounded up to whole images.
+        seed: Chooses the images.
+
+    Returns:
+        Indices of the training and of the validation images, int64, each sorted; disjoint, together all of [0, N).
+
+    Raises:
+        ConfigError: If some class is too small, or the share too small to hold one image of each class.
+    """
+    from sklearn.model_selection import train_test_split
+
+    counts = labels.bincount()
+    counts = counts[counts > 0]
+    classes, total = len(counts), len(labels)
+    if classes == 0 or int(counts.min()) < 2:
+        raise ConfigError(
+            "data.validation_fraction",
+            f"{fraction:g}",
+            "a class has fewer than 2 images, it cannot be in both parts",
+            "use more images (data.train_limit), or remove the class",
+        )
+    held_out = -int(-total * fraction // 1)
+    if held_out < classes or total - held_out < classes:
+        reason = f"{held_out} of {total} images for validation, with {classes} classes to cover in both parts"
+        raise ConfigError(
+            "data.validation_fraction", f"{fraction:g}", reason, f"use at least {min(0.5, classes / total):.3g}"
+        )
+    train, validation = train_test_split(range(total), test_size=held_out, random_state=seed, stratify=labels.numpy())
+    return torch.tensor(sorted(train)), torch.tensor(sorted(validation))
+
+
+def stratified_subset(labels: torch.Tensor, count: int) -> torch.Tensor:
+    """Choose images so that classes keep their shares; the same ones every time, and more of them with a larger count.
+
+    Args:
+        labels: Class of every image (N,), int64.
+        count: How many to choose.
+
+    Returns:
+        Indices (min(count, N),), int64, sorted.
+    """
+    total = len(labels)
+    if count >= total:
+        return torch.arange(total)
+    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(_LIMIT_SEED))
+    # The k-th of a class's n images stands at (k + 1/2) / n: cutting that line anywhere takes the same share of each.
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    counts = labels.bincount()
+    place = torch.arange(total) - (counts.cumsum(0) - counts)[labels[by_class]]
+    position = (place + 0.5) / counts[labels[by_class]]
+    # Ties between classes go by the shuffle, or the lowest classes would win all of them.
+    tie = torch.empty(total, dtype=torch.int64)
+    tie[shuffled] = torch.arange(total)
+    order = tie[by_class].argsort()
+    return by_class[order[position[order].argsort(stable=True)]][:count].sort().values

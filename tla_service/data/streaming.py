@@ -1,0 +1,102 @@
+"""Reading the images of coming steps in loader processes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils import data
+
+from tla_service.data.decoding import usable_cores
+from tla_service.data.order import StepIndices
+from tla_service.data.sources import ImageSource
+from tla_service.errors import UserError
+
+
+class StepLoader:
+    """Reads whole steps ahead: one loader process reads all images of one step.
+
+    Args:
+        source: Images.
+        indices: The training images (N,), int64; steps name places in it.
+        workers: Loader processes, at most one a core; 0 reads in this process.
+        device: Where the images go: for a GPU they are put in page-locked memory.
+    """
+
+    def __init__(self, source: ImageSource, indices: torch.Tensor, workers: int, device: torch.device) -> None:
+        # More processes than cores only wait for each other, and torch warns of them.
+        workers = min(workers, usable_cores())
+        self._steps = _StepSampler(indices)
+        self._loader: data.DataLoader[torch.Tensor | UserError] | None = data.DataLoader(
+            _StepImages(source),
+            batch_sampler=self._steps,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            # Of its own, or every epoch would draw from the global generator and shift what others draw from it.
+            generator=torch.Generator(),
+        )
+
+    def read(self, steps: Iterator[StepIndices]) -> Iterator[tuple[StepIndices, torch.Tensor]]:
+        """Read the images of some steps, in their order.
+
+        Args:
+            steps: Which images; consumed ahead of what is yielded.
+
+        Yields:
+            Each step with its images (n, C, H, W), uint8: anchors, then positives, then pool.
+
+        Raises:
+            UserError: If images cannot be read.
+        """
+        assert self._loader is not None, "closed"
+        self._steps.begin(steps)
+        for images in self._loader:
+            if isinstance(images, UserError):
+                raise images
+            yield self._steps.handed_out.pop(0), images
+
+    def close(self) -> None:
+        """End the loader processes."""
+        # The iterator that persistent workers live in ends them when it is released.
+        self._loader = None
+
+
+class _StepSampler(data.Sampler[list[int]]):
+    """Hands the steps' images to the loader, and remembers the steps until their images arrive."""
+
+    def __init__(self, indices: torch.Tensor) -> None:
+        self._indices = indices
+        self._steps: Iterator[StepIndices] = iter(())
+        self.handed_out: list[StepIndices] = []
+
+    def begin(self, steps: Iterator[StepIndices]) -> None:
+        self._steps, self.handed_out = steps, []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self._steps:
+            self.handed_out.append(step)
+            parts = [part for part in (step.anchors, step.positives, step.pool) if part is not None]
+            # A list: a tensor would be put in shared memory, one file descriptor a step.
+            yield self._indices[torch.cat(parts)].tolist()
+
+
+class _StepImages(data.Dataset[torch.Tensor]):
+    """What runs in the loader processes."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self._source = source
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._source.fetch(torch.tensor([index]))
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor | UserError:
+        try:
+            return self._source.fetch(torch.tensor(indices))
+        except UserError as error:
+            # Returned, not raised: the loader would rebuild it from its text alone and lose what it is.
+            return error
+
+
+def _as_it_is(images: Any) -> Any:
+    return images

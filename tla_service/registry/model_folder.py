@@ -1,0 +1,147 @@
+"""The folder of a packaged network: safetensors, a description, a card, the code that runs it, and no pickle."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import tla_service
+from tla_service.config import RunConfig
+from tla_service.registry.connection import quiet
+from tla_service.registry.loading import FORMAT_VERSION
+from tla_service.registry.model_card import model_card
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+    from mlflow.models.model import Model
+
+_SHIPPED = ("__init__.py", "errors.py", "models")
+_REQUIREMENTS = ("mlflow", "numpy", "safetensors", "torch", "torchvision")
+_ENTRY = Path(__file__).with_name("pyfunc_entry.py")
+
+
+def write_source(
+    folder: Path,
+    *,
+    state_dict: Mapping[str, torch.Tensor],
+    config: RunConfig,
+    class_names: Sequence[str],
+    image_shape: tuple[int, int, int],
+    metrics: Mapping[str, float],
+    facts: Mapping[str, str],
+    run_key: str,
+) -> dict[str, Any]:
+    """Write weights, description, card and code to a new folder; returns the description, the content of model.json."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    weights = folder / "weights.safetensors"
+    save_file({name: _storable(tensor) for name, tensor in state_dict.items()}, weights)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "architecture": config.model.name,
+        "num_classes": len(class_names),
+        "image_shape": list(image_shape),
+        "normalization": config.model.normalization,
+        "class_names": list(class_names),
+        "method": config.method,
+        "threat_model": {"norm": config.attack.norm, "epsilon": config.attack.epsilon},
+        "metrics": {name: float(value) for name, value in metrics.items()},
+        "facts": dict(facts),
+        "run_key": run_key,
+        "config_digest": config.digest,
+        "weights": {"file": weights.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()},
+    }
+    (folder / "model.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+    (folder / "model_card.md").write_text(model_card(description), encoding="utf-8")
+    package = folder / "code" / "tla_service"
+    package.mkdir(parents=True)
+    home = Path(tla_service.__file__).parent
+    for name in _SHIPPED:
+        if (home / name).is_dir():
+            shutil.copytree(home / name, package / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        else:
+            shutil.copy(home / name, package / name)
+    return description
+
+
+def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray[np.float32]) -> None:
+    """Turn what :func:`write_source` wrote into MLflow's folder of a model.
+
+    Args:
+        model: MLflow's description, with the id of the logged model.
+        source: Folder that :func:`write_source` filled.
+        folder: Folder to make.
+        example: Images (n,C,H,W), stored as the input example.
+    """
+    with warnings.catch_warnings():
+        # MLflow warns of a type hint of its own while it imports.
+        warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")
+        import mlflow.pyfunc
+
+    names = {"weights": "weights.safetensors", "model": "model.json", "card": "model_card.md"}
+    shape = example.shape[1:]
+    classes = json.loads((source / "model.json").read_text(encoding="utf-8"))["num_classes"]
+    with _unchanged_path(), quiet("mlflow.pyfunc"):
+        mlflow.pyfunc.save_model(
+            path=str(folder),
+            mlflow_model=model,
+            python_model=str(_ENTRY),
+            code_paths=[str(source / "code" / "tla_service")],
+            artifacts={name: str(source / file) for name, file in names.items()},
+            signature=_signature(shape, classes),
+            input_example=np.ascontiguousarray(example, dtype=np.float32),
+            pip_requirements=requirements(),
+        )
+    # MLflow notes paths of this machine, and a cloudpickle version although nothing here is pickled.
+    flavor = model.flavors["python_function"]
+    flavor.pop("cloudpickle_version", None)
+    flavor["model_code_path"] = _ENTRY.name
+    for artifact in flavor["artifacts"].values():
+        artifact["uri"] = artifact["path"]
+    model.save(str(folder / "MLmodel"))
+    for cache in list(folder.rglob("__pycache__")):
+        shutil.rmtree(cache)
+
+
+def requirements() -> list[str]:
+    """What a version needs, pinned to what is installed; ``+cpu`` and ``+cu130`` go: PyPI has no such versions."""
+    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS]
+
+
+def _storable(tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 (or integer) copy that shares no memory, as safetensors demands."""
+    kept = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+    return kept.clone(memory_format=torch.contiguous_format)
+
+
+def _signature(image_shape: tuple[int, ...], classes: int) -> "ModelSignature":
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    outputs = [
+        TensorSpec(np.dtype(np.int64), (-1,), "label"),
+        TensorSpec(np.dtype(np.float32), (-1, classes), "probabilities"),
+    ]
+    inputs = [TensorSpec(np.dtype(np.float32), (-1, *image_shape))]
+    return ModelSignature(inputs=Schema([*inputs]), outputs=Schema([*outputs]))
+
+
+@contextlib.contextmanager
+def _unchanged_path() -> Iterator[None]:
+    """Undo what MLflow adds to ``sys.path`` while it saves: folders that are about to be deleted."""
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
