@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from attacks import oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.attacks import oracle
 from tla_service.attacks import Attack, attack_images, craft
 
 KINDS = ("fgsm", "bim", "pgd", "mim", "cw")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from attacks import oracle
 from torch import Tensor
 
+from tests.attacks import oracle
 from tla_service.attacks import Attack, attack_images, craft
 
 RESTARTS = Attack(kind="pgd", epsilon=0.2, step_size=0.01, num_steps=1, num_restarts=6)

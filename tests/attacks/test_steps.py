@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attacks import oracle
 from torch import Tensor
 
+from tests.attacks import oracle
 from tla_service.attacks import Attack, craft
 
 SHAPE = (2, 2, 3)

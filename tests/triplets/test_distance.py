@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from triplets import oracle
 
+from tests.triplets import oracle
 from tla_service.triplets import angular_distance, cosine_similarity
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}

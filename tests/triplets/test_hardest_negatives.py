@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from triplets import oracle
 
+from tests.triplets import oracle
 from tla_service.triplets import Negatives, mine_hardest, mining
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 from torch import Tensor
-from triplets import oracle
 
+from tests.triplets import oracle
 from tla_service.triplets import norm_penalty, triplet_hinge
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from triplets import oracle
 
+from tests.triplets import oracle
 from tla_service.triplets import mine_random, pick_positives
 
 
