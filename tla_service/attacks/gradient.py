@@ -153,7 +153,9 @@ def _direction(gradient: Tensor, attack: Attack) -> Tensor:
     """The steepest step of length one under the attack's norm; zero where the gradient is zero."""
     if attack.norm == "linf":
         return gradient.sign()
-    return gradient / _per_image(gradient.flatten(1).norm(dim=1))
+    # A saturated network's gradient can be so small that its squares vanish: bring its largest entry to one first.
+    scaled = gradient / _per_image(gradient.abs().amax((1, 2, 3)))
+    return scaled / _per_image(scaled.flatten(1).norm(dim=1))
 
 
 def _project(images: Tensor, adversarial: Tensor, attack: Attack) -> Tensor:

@@ -17,7 +17,7 @@ from tla_service.config import RunConfig, ScalingConfig
 from tla_service.errors import UnavailableError
 
 # Ray Train polls its workers this often and accepts one report a poll; its default of 2 s would hold back short epochs.
-POLL_SECONDS = "0.5"
+POLL_SECONDS = "0.2"
 STORAGE_SECONDS = 20
 
 
@@ -58,7 +58,8 @@ def ray_session(config: RunConfig, *, debug: bool = False) -> Iterator[None]:
                 "scaling.address", address, f"no Ray cluster answers ({reason})", "start one with: ray start --head"
             ) from error
     else:
-        ray.init(num_cpus=_local_cpus(config.scaling), **quiet)
+        # No dashboard: it takes seconds to start, and ends with the run.
+        ray.init(num_cpus=_local_cpus(config.scaling), include_dashboard=False, **quiet)
     try:
         yield
     finally:

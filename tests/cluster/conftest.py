@@ -1,0 +1,96 @@
+"""The job as a user runs it: a process of its own, with folders and a Ray session of its own."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+QUICK = shlex.split(
+    "--preset digits --data.train_limit 200 --data.test_limit 40 --training.epochs 4 --evaluation.every_epochs 1 "
+    "--training.global_batch_size 50"
+)
+
+
+class Job:
+    """A training job in a folder of its own.
+
+    Args:
+        folder: Where it runs: its tracking store and its output are there.
+        arguments: What to add to the quick run.
+    """
+
+    def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.folder, self.output = folder, folder / "output"
+        command = [
+            sys.executable,
+            str(ROOT / "jobs" / "train_tla.py"),
+            *QUICK,
+            "--output",
+            str(self.output),
+            *arguments,
+        ]
+        variables = {
+            name: value for name, value in os.environ.items() if not name.startswith(("TLA_", "RAY_", "MLFLOW_"))
+        }
+        variables |= {"RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true", **(environment or {})}
+        # A session of its own, so that a signal to the group reaches what Ray started, and nothing else.
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def wait(self, seconds: float = 240) -> str:
+        """What it printed, once it has ended."""
+        printed, _ = self.process.communicate(timeout=seconds)
+        return printed
+
+    def wait_for_epoch(self, epoch: int, seconds: float = 180) -> None:
+        """Return as soon as the log tells of an epoch with a checkpoint."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            told = [record["metrics"]["epoch"] for record in self.records() if record["event"] == "epoch"]
+            if told and max(told) >= epoch:
+                return
+            if self.process.poll() is not None:
+                pytest.fail(f"the job ended early:\n{self.wait()}")
+            time.sleep(0.2)
+        pytest.fail(f"no epoch {epoch} within {seconds} seconds")
+
+    def records(self) -> list[dict[str, Any]]:
+        """What the log holds so far; a line being written is left out."""
+        path = self.output / "log.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def summary(self) -> dict[str, Any]:
+        """The summary it wrote."""
+        return dict(json.loads((self.output / "summary.json").read_text()))
+
+    def end(self) -> None:
+        """Kill what is left of it and of the Ray session it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def start_job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+
+    def start(*arguments: str, **options: Any) -> Job:
+        jobs.append(Job(tmp_path, *arguments, **options))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.end()
