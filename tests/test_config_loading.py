@@ -2,6 +2,7 @@
 
 import os
 import re
+from importlib import resources
 from itertools import combinations
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def write(folder: Path, text: str, name: str = "run.yaml") -> list[str]:
 
 # -------------------------------------------------------------------------------------------- precedence
 
-DEFAULT, PRESET, FILE, ENVIRONMENT, FLAG = 8 / 255, 0.15, 0.2, 0.25, 0.3
+DIGITS = yaml.safe_load((resources.files("tla_service") / "presets" / "digits.yaml").read_text())
+DEFAULT, PRESET, FILE, ENVIRONMENT, FLAG = 8 / 255, DIGITS["attack"]["epsilon"], 0.21, 0.25, 0.3
 
 
 SOURCES = ("preset", "file", "environment", "flag")
@@ -54,8 +56,8 @@ def test_precedence(folder: Path, monkeypatch: pytest.MonkeyPatch, sources: tupl
     assert found.attack.epsilon == expected
     assert found.run_config.attack.epsilon == expected
     # The rest of the section still comes from the sources below.
-    assert found.attack.step_size == (0.0375 if "preset" in sources else 2 / 255)
-    assert found.training.epochs == (30 if "preset" in sources else 10)
+    assert found.attack.step_size == (DIGITS["attack"]["step_size"] if "preset" in sources else 2 / 255)
+    assert found.training.epochs == (DIGITS["training"]["epochs"] if "preset" in sources else 10)
 
 
 def test_sources_fill_one_section_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

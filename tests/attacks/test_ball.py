@@ -124,11 +124,12 @@ def test_empty_batch_stays_empty(norm: str) -> None:
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_narrow_logits_are_judged_in_float32(kind: str, narrow: torch.dtype) -> None:
+def test_narrow_logits_are_judged_in_float32(kind: str, norm: str, narrow: torch.dtype) -> None:
     network = oracle.small_network((1, 3, 3), 4)
     images, labels = torch.rand(6, 1, 3, 3), torch.randint(4, (6,))
-    attack = Attack(kind=kind, epsilon=0.1, step_size=0.03, num_steps=4, num_restarts=2)  # type: ignore[arg-type]
+    attack = Attack(kind=kind, norm=norm, epsilon=0.1, step_size=0.03, num_steps=4, num_restarts=2)  # type: ignore[arg-type]
     narrowly, widely = (
         craft(fn, images, labels, attack, torch.Generator().manual_seed(5))
         for fn in (lambda x: network(x).to(narrow), lambda x: network(x).to(narrow).float())
