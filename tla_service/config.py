@@ -5,7 +5,7 @@ Nothing here imports torch, so that a wrong configuration is refused within a se
 
 import hashlib
 import json
-from fractions import Fraction
+import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -22,19 +22,23 @@ def parse_fraction(value: object) -> object:
     """Turn "8/255" into 8/255; leave every other value to pydantic. Nothing is ever evaluated."""
     if isinstance(value, str) and "/" in value:
         try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError) as error:
-            raise PydanticCustomError("fraction", "not a fraction of two numbers; write it like 8/255") from error
+            above, below = (float(part) for part in value.split("/"))
+            quotient = above / below
+        except (ValueError, ZeroDivisionError):
+            quotient = math.nan
+        if not math.isfinite(quotient):
+            raise PydanticCustomError("fraction", "not a fraction of two numbers; write it like 8/255")
+        return quotient
     return value
 
 
-Pixels = Annotated[float, BeforeValidator(parse_fraction)]
+Pixels = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | str)]
 
 
 def setting(default: Any, text: str, *, unit: str = "", **constraints: Any) -> Any:
     """A field whose help names its unit and range, taken from the constraints that validate it."""
-    low = next((f"{sign} {constraints[key]:g}" for key, sign in (("gt", ">"), ("ge", ">=")) if key in constraints), "")
-    high = next((f"{sign} {constraints[key]:g}" for key, sign in (("lt", "<"), ("le", "<=")) if key in constraints), "")
+    low = next((f"{sign} {constraints[key]}" for key, sign in (("gt", ">"), ("ge", ">=")) if key in constraints), "")
+    high = next((f"{sign} {constraints[key]}" for key, sign in (("lt", "<"), ("le", "<=")) if key in constraints), "")
     facts = ", ".join(part for part in (unit, " and ".join(filter(None, (low, high)))) if part)
     return Field(default, description=f"{text} [{facts}]" if facts else text, **constraints)
 
@@ -279,11 +283,17 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """One training run, complete: what is logged with it, and what starts it again."""
 
-    # What does not change the trained weights, so a resumed run may change it.
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"name", "scaling", "tracking"})
+    # What does not shape the trained weights: a run may go on with other values of these.
+    NOT_IDENTITY: ClassVar[dict[str, Any]] = {
+        "name": True,
+        "scaling": True,
+        "tracking": True,
+        "data": {"root", "download", "cache_dir", "residency", "loader_workers"},
+        "training": {"log_every_steps"},
+    }
 
     name: str = setting(
-        "", "run name; default: data set, method, seed and a digest of the configuration", pattern=r"^[\w.-]*$"
+        "", "run name; default: data set, method, seed and a digest of the configuration", pattern=r"^([\w-][\w.-]*)?$"
     )
     method: Method = setting("tla", "training method")
     seed: int = setting(0, "seed of the split, the order, the initial weights and every random draw", ge=0, lt=2**31)
@@ -307,7 +317,7 @@ class RunConfig(Section):
     @property
     def digest(self) -> str:
         """Eight hex digits of everything that shapes the trained weights."""
-        fields = self.model_dump(mode="json", exclude=set(self.NOT_IDENTITY))
+        fields = self.model_dump(mode="json", exclude=self.NOT_IDENTITY)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
@@ -351,10 +361,11 @@ class RunConfig(Section):
                 f"not divisible by {workers} workers with mining.scope=global",
                 f"use {self.mining.pool_size // workers * workers or workers}",
             )
-        for name, attack in {"validation": self.evaluation.validation, **self.evaluation.test}.items():
-            if (attack.norm or self.attack.norm) == "linf" and (attack.epsilon or 0) > 1:
-                where = "evaluation.validation" if name == "validation" else f"evaluation.test.{name}"
-                raise wrong(f"{where}.epsilon", attack.epsilon, "outside (0, 1]", f"write {attack.epsilon:g}/255")
+        attacks = {f"evaluation.test.{name}": attack for name, attack in self.evaluation.test.items()}
+        for where, attack in {"evaluation.validation": self.evaluation.validation, **attacks}.items():
+            epsilon = self.attack.epsilon if attack.epsilon is None else attack.epsilon
+            if (attack.norm or self.attack.norm) == "linf" and epsilon > 1:
+                raise wrong(f"{where}.epsilon", epsilon, "outside (0, 1]", f"write {epsilon:g}/255")
         if self.data.root is None and self.data.name != "digits":
             raise wrong("data.root", None, f"{self.data.name} is not embedded", "give a folder, or s3://bucket/prefix")
         return self

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import types
 import typing
 from collections.abc import Sequence
 from importlib import resources
@@ -93,10 +94,11 @@ class _NamedFile(YamlConfigSettingsSource):
         text = _read_preset(name) if self._field == "preset" else _read_file(name)
         try:
             values = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            # Besides its own, yaml lets through what its scalars raise: !!int x, 2020-99-99, !!bool x.
             reason = " ".join(str(error).split())
             raise ConfigError(self._field, name, f"not valid YAML ({reason})", "mend the file") from error
-        if not isinstance(values, dict):
+        if not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
             raise ConfigError(self._field, name, "holds no settings", "write them as 'section: {field: value}'")
         return values
 
@@ -119,7 +121,7 @@ def load_settings(arguments: Sequence[str] | None = None) -> RunSettings:
         found = {str(mended.subject): mended for mended in map(explain, error.errors(include_url=False))}
         errors = list(found.values())
     except SettingsError as error:
-        errors = [_explain_flag(str(error))]
+        errors = [_explain_variable() or _explain_flag(str(error))]
     if len(errors) == 1:
         raise errors[0] from None
     raise ExceptionGroup("the configuration is wrong", errors) from None
@@ -140,22 +142,61 @@ def explain(error: ErrorDetails) -> ConfigError:
     context = error.get("ctx", {})
     if error["type"] == "cross_field":
         return ConfigError(context["field"], context["value"], context["reason"], context["remedy"])
-    location = [str(part) for part in error["loc"] if not str(part).startswith(("function", "lax", "literal["))]
+    location = [str(part) for part in error["loc"] if part != "[key]"]
     known = _field_at(location)
-    union_member = error["type"] != "extra_forbidden" and len(location) > 1 and known is None
-    if union_member and _field_at(location[:-1]) is not None:
-        # The last part names a member of a union, such as `int` of `int | "auto"`.
-        known, location = _field_at(location[:-1]), location[:-1]
+    inner = error["type"] != "extra_forbidden" and len(location) > 1 and known is None
+    while inner and known is None and len(location) > 1:
+        above = _field_at(location[:-1])
+        if above is None or _is_union(above.annotation):
+            # The last part names a member of a union, such as `int` of `int | "auto"`, or a validator.
+            location = location[:-1]
+        known = above
     name = ".".join(location)
-    value = error["input"]
+    value = _shown(error["input"])
     if error["type"] == "extra_forbidden":
         return ConfigError(name, value, "no such setting", _suggest(location[-1], _names_at(location[:-1])))
     reason = error["msg"][0].lower() + error["msg"][1:]
-    if error["type"] == "literal_error":
+    if error["type"] == "literal_error" and not (known is not None and _is_union(known.annotation)):
         choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
         return ConfigError(name, value, f"not one of {', '.join(choices)}", _suggest(str(value), choices))
+    section = _section_at(location)
+    if section is not None:
+        return ConfigError(name, value, reason, f"write settings under it: {', '.join(section.model_fields)}")
     described = known.description if known is not None and known.description else "see --help"
     return ConfigError(name, value, reason, f"it is: {described}")
+
+
+def _is_union(annotation: Any) -> bool:
+    members = [member for member in typing.get_args(annotation) if member is not type(None)]
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType) and len(members) > 1
+
+
+def _shown(value: object) -> object:
+    """The value, unless Python refuses to print it."""
+    try:
+        str(value)
+    except (ValueError, RecursionError):
+        return f"<{type(value).__name__} too large to print>"
+    return value
+
+
+def _explain_variable() -> ConfigError | None:
+    """A variable of a section or a list that is no JSON; pydantic-settings does not say which."""
+    for variable, text in os.environ.items():
+        if variable.upper().startswith(ENV_PREFIX):
+            location = variable.upper().removeprefix(ENV_PREFIX).lower().split("__")
+            field = _field_at(location)
+            composite = field is not None and (
+                _section_at(location) is not None or typing.get_origin(field.annotation) in (dict, tuple)
+            )
+            if composite:
+                try:
+                    json.loads(text)
+                except ValueError:
+                    return ConfigError(
+                        variable, text, "not valid JSON", "write it as JSON, or set its fields one by one"
+                    )
+    return None
 
 
 def _suggest(word: str, choices: Sequence[str]) -> str:
@@ -208,14 +249,16 @@ def _refuse_unknown_variables() -> None:
     for variable in os.environ:
         if variable.startswith(ENV_PREFIX):
             top = variable.removeprefix(ENV_PREFIX).lower().split("__")[0]
-            if top not in RunSettings.model_fields and not top.startswith("test_"):
+            path = variable.removeprefix(ENV_PREFIX).lower().split("__")
+            plain = len(path) > 1 and top in RunSettings.model_fields and _section_at(path[:1]) is None
+            if plain or (top not in RunSettings.model_fields and not top.startswith("test_")):
                 remedy = "sections and fields are joined by two underscores, as in TLA_LOSS__MARGIN"
                 raise ConfigError(variable, os.environ[variable], "no such setting", remedy)
 
 
 def _read_preset(name: str) -> str:
     if name not in preset_names():
-        raise ConfigError("preset", name, "no such preset", _suggest(name, preset_names()))
+        raise ConfigError("preset", name, "no such preset", _suggest(str(name), preset_names()))
     return (resources.files("tla_service") / "presets" / f"{name}.yaml").read_text()
 
 

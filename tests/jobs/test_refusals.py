@@ -127,7 +127,6 @@ def test_a_single_class_ends_with_2(run: Run, tmp_path: Path) -> None:
 
 def test_a_folder_with_another_run_ends_with_2_and_stays(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    _, printed = run("--print_config", "yaml")
     from tla_service.config_loading import load_settings, to_yaml
 
     (tmp_path / "out" / "config.yaml").write_text(to_yaml(load_settings(["--loss.margin", "0.2"]).run_config))

@@ -106,6 +106,7 @@ def attack_images(
     Returns:
         Adversarial images (N, C, H, W), and whether the network still classifies each correctly (N,), bool.
     """
+    images = images.detach()
     with torch.no_grad():
         robust = logits_fn(images).argmax(1) == labels
     worst = images.clone()
@@ -146,7 +147,7 @@ def _random_perturbation(images: Tensor, attack: Attack, generator: torch.Genera
     noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
     radius = torch.rand(len(images), generator=generator, device=images.device, dtype=images.dtype)
     length = noise.flatten(1).norm(dim=1)
-    return noise * _per_image(attack.epsilon * radius ** (1 / images[0].numel()) / length)
+    return noise * _per_image(attack.epsilon * radius ** (1 / images.shape[1:].numel()) / length)
 
 
 def _direction(gradient: Tensor, attack: Attack) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ from tla_service.errors import UnavailableError
 # Ray Train polls its workers this often and accepts one report a poll; its default of 2 s would hold back short epochs.
 POLL_SECONDS = "0.2"
 STORAGE_SECONDS = 20
+CONNECT_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def ray_session(config: RunConfig, *, debug: bool = False) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     logging.getLogger("ray.train").setLevel(logging.INFO if debug else logging.WARNING)
     if address:
+        _check_address(address)
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -130,6 +133,18 @@ def check_storage(storage: str) -> None:
             f"cannot be written ({reason})",
             "check bucket, credentials and AWS_ENDPOINT_URL_S3",
         ) from error
+
+
+def _check_address(address: str) -> None:
+    """Knock at host:port first: Ray itself waits for minutes where nobody answers."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # "auto" or "local": Ray knows at once
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        reason = f"no Ray cluster answers ({(error.strerror or str(error)).lower()})"
+        raise UnavailableError("scaling.address", address, reason, "start one with: ray start --head") from error
 
 
 def _check_pool(config: RunConfig, workers: int) -> None:
