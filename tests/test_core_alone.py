@@ -1,0 +1,57 @@
+"""The core imports and trains without ray, mlflow and boto3; imports are quick and do nothing."""
+
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tla_service
+
+WITHOUT = "import sys\nfor name in ('ray', 'mlflow', 'boto3', 'botocore', 'optuna'): sys.modules[name] = None\n"
+CORE_ROOMS = ("attacks", "data", "evaluation", "models", "training", "triplets")
+
+
+def run_python(code: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TLA_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_every_module_of_the_core_imports_without_cluster_libraries() -> None:
+    root = Path(tla_service.__file__).parent
+    names = [f"tla_service.{module.name}" for module in pkgutil.iter_modules([str(root)]) if not module.ispkg]
+    for room in CORE_ROOMS:
+        found = pkgutil.walk_packages([str(root / room)], f"tla_service.{room}.")
+        names += [module.name for module in found if not module.name.endswith("__main__")]
+    assert len(names) > 40
+    done = run_python(WITHOUT + f"import importlib\nfor name in {names}: importlib.import_module(name)")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_core_trains_without_cluster_libraries(tmp_path: Path) -> None:
+    arguments = ["--preset", "digits", "--data.train_limit", "200", "--data.test_limit", "40", "--training.epochs", "1"]
+    code = f"{WITHOUT}sys.argv[1:1] = []\nimport runpy\nrunpy.run_module('tla_service.training', run_name='__main__')"
+    done = run_python(code, *arguments, "--output", str(tmp_path / "run"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "clean_accuracy" in done.stdout
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "module", ["tla_service", "tla_service.config", "tla_service.config_loading", "tla_service.registry"]
+)
+def test_reading_a_configuration_imports_no_heavy_library(module: str) -> None:
+    heavy = "{'torch', 'ray', 'mlflow', 'boto3', 'sklearn', 'matplotlib', 'pyarrow'}"
+    done = run_python(f"import sys, {module}\nprint(sorted({heavy} & set(sys.modules)))")
+    assert done.stdout.strip() == "[]", done.stderr
