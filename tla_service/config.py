@@ -5,48 +5,17 @@ Nothing here imports torch, so that a wrong configuration is refused within a se
 
 import hashlib
 import json
-import math
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import model_validator
+
+from tla_service.config_fields import Pixels, Section, setting, wrong
 
 Method = Literal["natural", "at", "alp", "tla", "tla_rn", "tla_sa"]
 DatasetName = Literal[
     "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "image_folder", "parquet"
 ]
 TRIPLET_METHODS = ("tla", "tla_rn", "tla_sa")
-
-
-def parse_fraction(value: object) -> object:
-    """Turn "8/255" into 8/255; leave every other value to pydantic. Nothing is ever evaluated."""
-    if isinstance(value, str) and "/" in value:
-        try:
-            above, below = (float(part) for part in value.split("/"))
-            quotient = above / below
-        except (ValueError, ZeroDivisionError):
-            quotient = math.nan
-        if not math.isfinite(quotient):
-            raise PydanticCustomError("fraction", "not a fraction of two numbers; write it like 8/255")
-        return quotient
-    return value
-
-
-Pixels = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | str)]
-
-
-def setting(default: Any, text: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A field whose help names its unit and range, taken from the constraints that validate it."""
-    low = next((f"{sign} {constraints[key]}" for key, sign in (("gt", ">"), ("ge", ">=")) if key in constraints), "")
-    high = next((f"{sign} {constraints[key]}" for key, sign in (("lt", "<"), ("le", "<=")) if key in constraints), "")
-    facts = ", ".join(part for part in (unit, " and ".join(filter(None, (low, high)))) if part)
-    return Field(default, description=f"{text} [{facts}]" if facts else text, **constraints)
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown names are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -369,10 +338,3 @@ class RunConfig(Section):
         if self.data.root is None and self.data.name != "digits":
             raise wrong("data.root", None, f"{self.data.name} is not embedded", "give a folder, or s3://bucket/prefix")
         return self
-
-
-def wrong(field: str, value: object, reason: str, remedy: str) -> PydanticCustomError:
-    """A cross-field error that names its field itself, wherever pydantic raises it."""
-    shown = f"{value:g}" if isinstance(value, float) else str(value)
-    context = {"field": field, "value": shown, "reason": reason, "remedy": remedy}
-    return PydanticCustomError("cross_field", "{field}={value}: {reason}; {remedy}", context)

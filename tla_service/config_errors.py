@@ -1,0 +1,141 @@
+"""What is wrong with a configuration, in one line an error: field, value, reason, remedy."""
+
+import difflib
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from tla_service.errors import ConfigError
+
+
+class Explainer:
+    """Explains errors in the terms of one tree of settings.
+
+    Args:
+        root: The settings class.
+        prefix: What environment variables of it begin with.
+    """
+
+    def __init__(self, root: type[BaseModel], prefix: str) -> None:
+        self._root, self._prefix = root, prefix
+
+    def explain(self, error: ErrorDetails) -> ConfigError:
+        """Say what pydantic found."""
+        context = error.get("ctx", {})
+        if error["type"] == "cross_field":
+            return ConfigError(context["field"], context["value"], context["reason"], context["remedy"])
+        location, known = self._locate(error)
+        name, value = ".".join(location), _shown(error["input"])
+        if error["type"] == "extra_forbidden":
+            return ConfigError(name, value, "no such setting", suggest(location[-1], self._names_at(location[:-1])))
+        if error["type"] == "literal_error" and not (known is not None and _is_union(known.annotation)):
+            choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
+            return ConfigError(name, value, f"not one of {', '.join(choices)}", suggest(str(value), choices))
+        reason = error["msg"][0].lower() + error["msg"][1:]
+        section = self._section_at(location)
+        if section is not None:
+            return ConfigError(name, value, reason, f"write settings under it: {', '.join(section.model_fields)}")
+        described = known.description if known is not None and known.description else "see --help"
+        return ConfigError(name, value, reason, f"it is: {described}")
+
+    def explain_flag(self, message: str) -> ConfigError:
+        """Say what the argument parser complains of."""
+        unknown = re.search(r"unrecognized arguments: (--)?(\S+)", message)
+        if unknown is None:
+            return ConfigError("command line", None, message.removeprefix("error parsing CLI: "), "see --help")
+        flag = unknown[2].split("=")[0]
+        close = difflib.get_close_matches(flag, self._all_flags(), n=1, cutoff=0.5)
+        remedy = f"did you mean --{close[0]}?" if close else "see --help"
+        return ConfigError(f"{unknown[1] or ''}{flag}", None, "no such flag", remedy)
+
+    def broken_variable(self) -> ConfigError | None:
+        """Find the variable of a section or a list that is no JSON; pydantic-settings does not say which."""
+        for variable, path in self._variables():
+            field = self._field_at(path)
+            composite = field is not None and typing.get_origin(field.annotation) in (dict, tuple)
+            if field is not None and (composite or self._section_at(path) is not None):
+                try:
+                    json.loads(os.environ[variable])
+                except ValueError:
+                    remedy = "write it as JSON, or set its fields one by one"
+                    return ConfigError(variable, os.environ[variable], "not valid JSON", remedy)
+        return None
+
+    def unknown_variable(self) -> ConfigError | None:
+        """Find a variable with our prefix that sets nothing; pydantic-settings ignores those."""
+        for variable, path in self._variables():
+            known = path[0] in self._root.model_fields
+            below_a_value = len(path) > 1 and self._section_at(path[:1]) is None
+            if (not known or below_a_value) and not path[0].startswith("test_"):
+                remedy = "sections and fields are joined by two underscores, as in TLA_LOSS__MARGIN"
+                return ConfigError(variable, os.environ[variable], "no such setting", remedy)
+        return None
+
+    def _variables(self) -> list[tuple[str, list[str]]]:
+        """Environment variables with our prefix, and the path of names each stands for."""
+        ours = [name for name in os.environ if name.upper().startswith(self._prefix)]
+        return [(name, name[len(self._prefix) :].lower().split("__")) for name in ours]
+
+    def _locate(self, error: ErrorDetails) -> tuple[list[str], Any]:
+        """The path of names of the field at fault, and the field."""
+        location = [str(part) for part in error["loc"] if part != "[key]"]
+        known = self._field_at(location)
+        if error["type"] == "extra_forbidden":
+            return location, known
+        while known is None and len(location) > 1:
+            known = self._field_at(location[:-1])
+            if known is None or _is_union(known.annotation):
+                # The last part names a member of a union, such as `int` of `int | "auto"`, or a validator.
+                location = location[:-1]
+        return location, known
+
+    def _section_at(self, location: Sequence[str]) -> type[BaseModel] | None:
+        """The section that a path of names leads to, through dictionaries too."""
+        section: Any = self._root
+        for name in location:
+            if not (isinstance(section, type) and issubclass(section, BaseModel)):
+                # A dictionary's values: evaluation.test.NAME
+                section = typing.get_args(section)[-1] if typing.get_args(section) else None
+                continue
+            field = section.model_fields.get(name)
+            section = field.annotation if field else None
+        return section if isinstance(section, type) and issubclass(section, BaseModel) else None
+
+    def _field_at(self, location: Sequence[str]) -> Any:
+        section = self._section_at(location[:-1]) if location else None
+        return section.model_fields.get(location[-1]) if section is not None else None
+
+    def _names_at(self, location: Sequence[str]) -> list[str]:
+        section = self._section_at(location)
+        return list(section.model_fields) if section is not None else []
+
+    def _all_flags(self) -> list[str]:
+        top = list(self._root.model_fields)
+        return [*top, *(f"{name}.{field}" for name in top for field in self._names_at([name]))]
+
+
+def suggest(word: str, choices: Sequence[str]) -> str:
+    """The choice that was probably meant, or all of them."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"
+
+
+def _is_union(annotation: Any) -> bool:
+    members = [member for member in typing.get_args(annotation) if member is not type(None)]
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType) and len(members) > 1
+
+
+def _shown(value: object) -> object:
+    """The value, unless Python refuses to print it."""
+    try:
+        str(value)
+    except (ValueError, RecursionError):
+        return f"<{type(value).__name__} too large to print>"
+    return value

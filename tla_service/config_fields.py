@@ -1,0 +1,45 @@
+"""What configuration fields are made of: help with unit and range, fractions, errors that name their field."""
+
+import math
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+
+def parse_fraction(value: object) -> object:
+    """Turn "8/255" into 8/255; leave every other value to pydantic. Nothing is ever evaluated."""
+    if isinstance(value, str) and "/" in value:
+        try:
+            above, below = (float(part) for part in value.split("/"))
+            quotient = above / below
+        except (ValueError, ZeroDivisionError):
+            quotient = math.nan
+        if not math.isfinite(quotient):
+            raise PydanticCustomError("fraction", "not a fraction of two numbers; write it like 8/255")
+        return quotient
+    return value
+
+
+Pixels = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | str)]
+
+
+def setting(default: Any, text: str, *, unit: str = "", **constraints: Any) -> Any:
+    """A field whose help names its unit and range, taken from the constraints that validate it."""
+    low = next((f"{sign} {constraints[key]}" for key, sign in (("gt", ">"), ("ge", ">=")) if key in constraints), "")
+    high = next((f"{sign} {constraints[key]}" for key, sign in (("lt", "<"), ("le", "<=")) if key in constraints), "")
+    facts = ", ".join(part for part in (unit, " and ".join(filter(None, (low, high)))) if part)
+    return Field(default, description=f"{text} [{facts}]" if facts else text, **constraints)
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def wrong(field: str, value: object, reason: str, remedy: str) -> PydanticCustomError:
+    """A cross-field error that names its field itself, wherever pydantic raises it."""
+    shown = f"{value:g}" if isinstance(value, float) else str(value)
+    context = {"field": field, "value": shown, "reason": reason, "remedy": remedy}
+    return PydanticCustomError("cross_field", "{field}={value}: {reason}; {remedy}", context)
