@@ -68,7 +68,7 @@ def _check_tracked(summary: dict[str, str], tmp_path: Path) -> None:
     assert epochs == [0, 1, 2, 3]
     assert run.data.metrics["test/clean_accuracy"] == summary["clean_accuracy"]
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert {"config.yaml", "figures", "log.jsonl"} <= artifacts
+    assert {"config.yaml", "figures", "log.jsonl", "checkpoint"} <= artifacts
     assert {"figures/training_curves.png", "figures/attack.png"} <= {
         item.path for item in client.list_artifacts(run.info.run_id, "figures")
     }

@@ -21,8 +21,9 @@ from tla_service.evaluation.figures import attack_panel, training_curves
 from tla_service.job import INTERRUPTED
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, generator
-from tla_service.training.fit import FitResult, training_batches
+from tla_service.training.fit import training_batches
 from tla_service.training.reporting import JsonLines, Terminal
+from tla_service.training.result import FitResult
 from tla_service.training.step import training_attack
 
 SUMMARY = "summary.json"
@@ -88,8 +89,8 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
 
     Args:
         config: The run.
-        output: Folder for `summary.json`, `config.yaml`, `log.jsonl`, figures and, unless `scaling.storage` says
-            otherwise, checkpoints.
+        output: Folder for `summary.json`, `config.yaml`, `log.jsonl`, figures, the newest checkpoint and, unless
+            `scaling.storage` says otherwise, what Ray keeps.
         debug: Show what Ray and its workers log.
 
     Returns:
@@ -119,11 +120,11 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
         follower = Follower(terminal, JsonLines(output / "log.jsonl"), metrics, began)
         status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
         try:
-            trained = train_on_ray(config, placement, storage, follower, facts.weights)
+            trained = train_on_ray(config, placement, storage, output / "checkpoint", follower, facts.weights)
             if trained.result.interrupted:
                 status = "KILLED"
                 _write_summary(
-                    output, {"status": "interrupted", "run_id": run_id, "checkpoint": trained.checkpoint_path}
+                    output, {"status": "interrupted", "run_id": run_id, "checkpoint": str(trained.checkpoint)}
                 )
                 terminal.say("stopped after a checkpoint; the same command goes on from it")
                 return INTERRUPTED
@@ -219,6 +220,8 @@ def _conclude(
     follower.metrics.log({f"test/{name}": value for name, value in result.test.items()}, last)
     figures = draw_figures(config, output / "figures", facts.dataset, trained)
     files = {f"figures/{path.name}": path for path in figures} | {"log.jsonl": output / "log.jsonl"}
+    # The last weights and all it takes to go on; the best weights, in it too, are what gets packaged below.
+    files |= {f"checkpoint/{path.name}": path for path in trained.checkpoint.iterdir()}
     registry.log_files(uri, run_id, files)
     example = facts.dataset.test.fetch(torch.arange(min(4, len(facts.dataset.test)))).float().div(255).numpy()
     packaged = registry.log_model(
@@ -250,7 +253,7 @@ def _conclude(
         "wall_seconds": {name: round(value, 2) for name, value in seconds.items()},
         "restarts": follower.restarts,
         "facts": result.facts,
-        "checkpoint": trained.checkpoint_path,
+        "checkpoint": str(trained.checkpoint),
         "figures": [str(path) for path in figures],
     }
 

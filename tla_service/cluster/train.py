@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
@@ -24,7 +25,7 @@ from tla_service.cluster.worker import EpochsToMailbox, train_worker
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
 from tla_service.training.checkpoint import verify_checkpoint
-from tla_service.training.fit import FitResult
+from tla_service.training.result import FitResult
 
 Record = Mapping[str, Any]
 FETCH_SECONDS = 0.2
@@ -39,18 +40,19 @@ class TrainedRun:
     Attributes:
         result: Metrics and times.
         best_weights: State dict of the best weights, on the CPU; empty if the run was interrupted before any.
-        checkpoint_path: Newest checkpoint in storage.
+        checkpoint: Copy of the newest checkpoint, with the last and the best weights.
     """
 
     result: FitResult
     best_weights: dict[str, Tensor]
-    checkpoint_path: str
+    checkpoint: Path
 
 
 def train_on_ray(
     config: RunConfig,
     placement: Placement,
     storage: str,
+    copy_to: Path,
     follow: Callable[[Record], None],
     weights: Mapping[str, Tensor] | None = None,
 ) -> TrainedRun:
@@ -62,6 +64,7 @@ def train_on_ray(
         config: The run.
         placement: Workers and their resources.
         storage: Folder or s3:// prefix for checkpoints.
+        copy_to: Local folder to bring the newest checkpoint to at the end; replaced if it is there.
         follow: Called in this thread with each record: `start`, `step`, `epoch`, `failure`.
         weights: State dict to start from.
 
@@ -103,18 +106,12 @@ def train_on_ray(
     returned: dict[str, Any] | None = result.return_value  # type: ignore[attr-defined]
     if returned is None or "error" in returned:
         raise RuntimeError("the workers ended without a result") if returned is None else returned["error"]
-    return _collect(result, FitResult(**returned["result"]))
-
-
-def _collect(result: Result, outcome: FitResult) -> TrainedRun:
-    """Bring the best weights here from the newest checkpoint."""
-    best_weights: dict[str, Tensor] = {}
     assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as folder:
-        verify_checkpoint(Path(folder))
-        if (Path(folder) / "best.safetensors").exists():
-            best_weights = load_file(Path(folder) / "best.safetensors")
-    return TrainedRun(outcome, best_weights, result.checkpoint.path)
+    shutil.rmtree(copy_to, ignore_errors=True)
+    result.checkpoint.to_directory(copy_to)
+    verify_checkpoint(copy_to)
+    best = copy_to / "best.safetensors"
+    return TrainedRun(FitResult(**returned["result"]), load_file(best) if best.exists() else {}, copy_to)
 
 
 def _in_background(call: Callable[[], Result]) -> "Future[Result]":

@@ -4,10 +4,8 @@ The same call serves a plain process, torchrun and a Ray Train worker; what diff
 """
 
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,49 +24,9 @@ from tla_service.training.checkpoint import TrainingState, cpu_weights, load_che
 from tla_service.training.meter import Meter
 from tla_service.training.optimizer import build_optimizer
 from tla_service.training.reporting import Reporter
+from tla_service.training.result import FitResult, Phases
 from tla_service.training.schedule import learning_rate_factor
 from tla_service.training.step import TrainingStep
-
-
-@dataclass
-class FitResult:
-    """What a run ends with. Plain values only: it crosses process boundaries.
-
-    Attributes:
-        interrupted: Whether a stop was asked for; the run can go on from its last checkpoint.
-        test: Accuracies of the best weights on the test set; empty if interrupted.
-        best: Metrics of the epoch the best weights come from.
-        history: Metrics of every epoch.
-        wall_seconds: Time by phase on rank 0.
-        facts: Data set fingerprint and sizes, workers, device.
-    """
-
-    interrupted: bool
-    test: dict[str, float]
-    best: dict[str, float]
-    history: list[dict[str, float]]
-    wall_seconds: dict[str, float]
-    facts: dict[str, str] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary."""
-        return asdict(self)
-
-
-class Phases:
-    """Adds up wall time by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Count the time of a block towards a phase."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
 def fit(

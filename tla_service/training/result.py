@@ -1,0 +1,48 @@
+"""What a run ends with, and where its time went."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class FitResult:
+    """What a run ends with. Plain values only: it crosses process boundaries.
+
+    Attributes:
+        interrupted: Whether a stop was asked for; the run can go on from its last checkpoint.
+        test: Accuracies of the best weights on the test set; empty if interrupted.
+        best: Metrics of the epoch the best weights come from.
+        history: Metrics of every epoch.
+        wall_seconds: Time by phase on rank 0.
+        facts: Data set fingerprint and sizes, workers, device.
+    """
+
+    interrupted: bool
+    test: dict[str, float]
+    best: dict[str, float]
+    history: list[dict[str, float]]
+    wall_seconds: dict[str, float]
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as a dictionary."""
+        return asdict(self)
+
+
+class Phases:
+    """Adds up wall time by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count the time of a block towards a phase."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
