@@ -1,0 +1,151 @@
+"""Write the tables of all settings into docs/configuration.md, from the fields that validate them.
+
+python docs/make_configuration.py
+"""
+
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from tla_service.config import EvaluationAttack, RunConfig
+from tla_service.config_fields import parse_fraction
+from tla_service.config_loading import RunSettings, load_settings
+from tla_service.models.names import MODEL_DESCRIPTIONS, TORCHVISION_PREFIX
+
+PAGE = Path(__file__).with_name("configuration.md")
+BEGIN = "<!-- settings: written by docs/make_configuration.py -->"
+END = "<!-- end of settings -->"
+EXAMPLE = re.compile(r"digits-tla-s0-[0-9a-f]{8}")
+_HEAD = ("| setting | type or choices | default | range, unit | meaning |", "|---|---|---|---|---|")
+_NETWORKS_HEAD = ("| network | what |", "|---|---|")
+_TYPES = {
+    bool: "`true`, `false`",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    Path: "path",
+    tuple[int, ...]: "list of whole numbers",
+    dict[str, str]: "mapping of text to text",
+    dict[str, EvaluationAttack]: "mapping of names to attacks",
+}
+
+
+def page_with_tables(page: str) -> str:
+    """The page with the tables of all settings between its two markers, and the run name of its examples renewed."""
+    before, found_begin, rest = page.partition(BEGIN)
+    _, found_end, after = rest.partition(END)
+    if not (found_begin and found_end):
+        raise ValueError(f"{PAGE} needs the lines {BEGIN!r} and {END!r}, in this order")
+    example = load_settings(["--preset", "digits"]).run_config.run_name
+    before, after = (EXAMPLE.sub(example, part) for part in (before, after))
+    return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
+
+
+def tables() -> str:
+    """All settings as Markdown: the run, its sections, an attack of the evaluation, networks, what is not the run."""
+    sections = {name: kind for name, field in RunConfig.model_fields.items() if (kind := _section(field)) is not None}
+    own = [name for name in RunConfig.model_fields if name not in sections]
+    beside = [name for name in RunSettings.model_fields if name not in RunConfig.model_fields]
+    blocks = [_block("The run", "What a run is called, and what it does.", _rows(RunConfig, own))]
+    for name, kind in sections.items():
+        blocks.append(_block(f"`{name}`", kind.__doc__ or "", _rows(kind, list(kind.model_fields), f"{name}.")))
+    attack = list(EvaluationAttack.model_fields)
+    text = (
+        f"{EvaluationAttack.__doc__} These are the fields of `evaluation.validation` and of every entry of "
+        "`evaluation.test`."
+    )
+    blocks.append(_block("Attacks of the evaluation", text, _rows(EvaluationAttack, attack)))
+    networks = [_row(f"`{name}`", _plain(text)) for name, text in MODEL_DESCRIPTIONS.items()]
+    networks.append(_row(f"`{TORCHVISION_PREFIX}NAME`", "a classifier of torchvision, such as `torchvision:resnet18`"))
+    blocks.append("\n".join(["### Networks", "", "What `model.name` takes.", "", *_NETWORKS_HEAD, *networks, ""]))
+    text = "Not part of the run: not in `config.yaml`, not in MLflow's parameters."
+    blocks.append(_block("Beside the run", text, _rows(RunSettings, beside)))
+    return "\n".join(blocks)
+
+
+def _block(title: str, text: str, rows: Iterator[str]) -> str:
+    return "\n".join([f"### {title}", "", text, "", *_HEAD, *rows, ""])
+
+
+def _rows(section: type[BaseModel], names: list[str], prefix: str = "") -> Iterator[str]:
+    for name in names:
+        field = section.model_fields[name]
+        meaning, facts = _split_facts(field.description or "the fields are below")
+        yield _row(f"`{prefix}{name}`", _type(field), _default(field), _plain(facts), _plain(meaning))
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """Text that no renderer takes for a tag."""
+    return text.replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _split_facts(description: str) -> tuple[str, str]:
+    """A description `text [facts]` in its two parts; facts may hold brackets themselves."""
+    if not description.endswith("]"):
+        return description, ""
+    depth = 0
+    for place in range(len(description) - 1, -1, -1):
+        depth += {"]": 1, "[": -1}.get(description[place], 0)
+        if depth == 0:
+            return description[:place].rstrip(), description[place + 1 : -1]
+    return description, ""
+
+
+def _takes_fractions(field: FieldInfo) -> bool:
+    members = (field.annotation, *typing.get_args(field.annotation))
+    metadata = [*field.metadata, *(data for member in members for data in getattr(member, "__metadata__", ()))]
+    return any(getattr(data, "func", None) is parse_fraction for data in metadata)
+
+
+def _type(field: FieldInfo) -> str:
+    if _section(field) is not None:
+        return "section"
+    members = [field.annotation]
+    if typing.get_origin(field.annotation) in (typing.Union, types.UnionType):
+        members = list(typing.get_args(field.annotation))
+    return " or ".join(_member(member, fraction=_takes_fractions(field)) for member in members)
+
+
+def _member(kind: object, *, fraction: bool) -> str:
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(f"`{choice}`" if choice else "empty" for choice in typing.get_args(kind))
+    if kind is types.NoneType:
+        return "none"
+    return "number or fraction" if fraction and kind is float else _TYPES[kind]  # type: ignore[index]
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "none"
+    if isinstance(value, dict) and value:
+        return ", ".join(f"`{name}`" for name in value)
+    if isinstance(value, BaseModel):
+        shown = "{" + ", ".join(f"{name}: {item}" for name, item in value.model_dump(exclude_none=True).items()) + "}"
+    elif isinstance(value, bool):
+        shown = str(value).lower()
+    elif isinstance(value, float) and _takes_fractions(field) and value and (value * 255).is_integer():
+        shown = f"{value * 255:g}/255"
+    else:
+        shown = f"{value:g}" if isinstance(value, float) else ("" if value in ((), {}) else str(value))
+    return f"`{shown}`" if shown else "empty"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,140 @@
+"""The documentation agrees with the code: generated tables, links, commands, and the presets' values."""
+
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from tla_service.config import RunConfig
+from tla_service.config_fields import parse_fraction
+from tla_service.config_loading import RunSettings, load_settings, preset_names
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENTRY = re.compile(r"jobs/\w+\.py|tla_service\.training\b|\bARGS=")
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Lines of the page's code blocks, continued ones joined, without comments."""
+    for block in re.findall(r"^```[a-z]*\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield re.sub(r"(^|\s)#.*", "", line).strip()
+
+
+OURS = [(page.name, line) for page in PAGES for line in commands(page) if ENTRY.search(line)]
+
+
+def arguments(line: str) -> list[str]:
+    """What a command gives to our program."""
+    entry = list(ENTRY.finditer(line))[-1]
+    rest = line[entry.end() :]
+    return shlex.split(shlex.split(rest)[0]) if entry[0] == "ARGS=" else shlex.split(rest.split(">")[0])
+
+
+def flags(section: type[BaseModel] = RunSettings, prefix: str = "") -> set[str]:
+    """Every flag of the settings."""
+    found = set()
+    for name, field in section.model_fields.items():
+        found |= {f"--{prefix}{name}", f"--no-{prefix}{name}"}
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= flags(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def flags_of_job(line: str) -> set[str]:
+    """Flags that a job script defines itself."""
+    scripts = re.findall(r"jobs/\w+\.py", line)
+    return {
+        flag for script in scripts for flag in re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / script).read_text())
+    }
+
+
+def test_the_tables_of_settings_are_the_generated_ones() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    generate = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))["page_with_tables"]
+    assert page == generate(page), "run: python docs/make_configuration.py"
+
+
+def test_every_setting_is_in_the_tables() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    for flag in flags():
+        name = flag.removeprefix("--")
+        if not name.startswith(("no-", "evaluation.validation.")) and name not in RunConfig.model_fields:
+            assert f"\n| `{name}` |" in page, name
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_is_explained(preset: str) -> None:
+    assert f"\n| `{preset}` |" in (ROOT / "docs" / "configuration.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file) if file else page
+        assert linked.exists(), target
+        if anchor and linked.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)", linked.read_text(), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, (
+                target
+            )
+
+
+def test_there_are_commands_to_check() -> None:
+    assert {name for name, _ in OURS} >= {"configuration.md", "operations.md"}
+
+
+@pytest.mark.parametrize(("page", "line"), OURS)
+def test_every_flag_of_a_command_exists(page: str, line: str) -> None:
+    shown = {argument.split("=")[0] for argument in arguments(line) if argument.startswith("--")}
+    assert shown <= flags() | flags_of_job(line) | {"--help"}, page
+
+
+@pytest.mark.parametrize(
+    ("page", "line"), [(page, line) for page, line in OURS if not re.search("compare_methods|--help", line)]
+)
+def test_every_command_is_a_valid_configuration(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = arguments(line)
+    if "--config" in given:  # a file that the reader writes
+        place = given.index("--config")
+        del given[place : place + 2]
+    for name, value in re.findall(r"\b(TLA_\w+)=(\S+)", line[: line.index("python")] if "python" in line else ""):
+        monkeypatch.setenv(name, value)
+    load_settings(given)
+
+
+def differences() -> list[tuple[str, str, str]]:
+    """Setting, preset and value as the method's table of differences shows them."""
+    text = (
+        (ROOT / "docs" / "method.md").read_text().partition("## Where paper and code differ")[2].partition("\n## ")[0]
+    )
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    presets = [cell.strip("`") for cell in rows[0][4:]]
+    return [
+        (row[3].strip("`"), preset, cell)
+        for row in rows[2:]
+        for preset, cell in zip(presets, row[4:], strict=True)
+    ]  # fmt: skip
+
+
+def test_the_table_of_differences_covers_the_presets_of_paper_and_code() -> None:
+    assert {preset for _, preset, _ in differences()} == set(preset_names()) - {"digits", "mnist_small"}
+
+
+@pytest.mark.parametrize("preset", sorted({preset for _, preset, _ in differences()}))
+def test_the_table_of_differences_shows_the_presets_values(preset: str) -> None:
+    config = load_settings(["--preset", preset, "--data.root", "/data"]).run_config.model_dump(mode="json")
+    for setting, shown_for, cell in differences():
+        if shown_for == preset:
+            found = re.fullmatch(r"[PC=] `(.+)`", cell)
+            assert found, (setting, cell)
+            section, _, name = setting.partition(".")
+            assert config[section][name] == parse_fraction(yaml.safe_load(found[1])), setting
