@@ -29,7 +29,9 @@ def train(folder: Path, arguments: list[str]) -> dict[str, float]:
         with (folder / "printed.txt").open("w") as printed:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(command, check=True, stdout=printed, stderr=subprocess.STDOUT, env=environment)
-    return dict(json.loads((folder / "summary.json").read_text())["test"])
+    summary = json.loads((folder / "summary.json").read_text())
+    robust = {f"robust_accuracy {name}": value for name, value in summary["robust_accuracy"].items()}
+    return {"clean_accuracy": summary["clean_accuracy"], **robust}
 
 
 def cell(values: list[float]) -> str:
@@ -72,7 +74,7 @@ def main() -> None:
     lines += [
         "",
         f"Accuracy on the test set in percent, mean and standard deviation over {options.seeds} seeds, of the weights "
-        "that were best on validation. `robust accuracy` counts an image only if no attack in the table breaks it.",
+        "that were best on validation. `worst` counts an image only if no attack in the table breaks it.",
         f"Made by `{command}` at {commit.strip() or tla_service.__version__} on {os.cpu_count()} CPU cores "
         f"({platform.machine()}), one core a run.",
     ]

@@ -23,4 +23,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(main, debug="--debug" in sys.argv))
+    sys.exit(run_job(main))

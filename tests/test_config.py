@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tla_service.config import (
     EvaluationConfig,
     LossConfig,
     MiningConfig,
+    ModelConfig,
     OptimizerConfig,
     RunConfig,
     ScalingConfig,
@@ -243,3 +245,16 @@ def test_json_schema_allows_fractions() -> None:
     for name in ("epsilon", "step_size"):
         allowed = {option.get("type") for option in attack[name].get("anyOf", [attack[name]])}
         assert {"number", "string"} <= allowed
+
+
+def test_the_schema_beside_the_presets_is_the_present_one() -> None:
+    path = resources.files("tla_service") / "presets" / "run.schema.json"
+    remedy = "run: python jobs/train_tla.py --print_config schema > tla_service/presets/run.schema.json"
+    assert json.loads(path.read_text()) == RunConfig.model_json_schema(), remedy
+
+
+def test_the_help_names_every_network() -> None:
+    from tla_service.models.names import model_names
+
+    described = ModelConfig.model_fields["name"].description or ""
+    assert [name for name in model_names() if name not in described] == []

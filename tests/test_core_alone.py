@@ -44,7 +44,7 @@ def test_the_core_trains_without_cluster_libraries(tmp_path: Path) -> None:
     code = f"{WITHOUT}sys.argv[1:1] = []\nimport runpy\nrunpy.run_module('tla_service.training', run_name='__main__')"
     done = run_python(code, *arguments, "--output", str(tmp_path / "run"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "clean_accuracy" in done.stdout
+    assert "clean accuracy" in done.stdout
     assert (tmp_path / "run" / "summary.json").exists()
 
 

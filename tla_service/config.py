@@ -43,7 +43,11 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The network."""
 
-    name: str = setting("digits_cnn", "network; --help of jobs/train_tla.py lists them; torchvision:NAME takes theirs")
+    name: str = setting(
+        "digits_cnn",
+        "network: digits_cnn, small_cnn, mnist_cnn, mnist_mlp, wrn_32_10, wrn_28_10, wrn_34_10, preact_resnet_18, "
+        "tiny_resnet50_stride2, tiny_resnet50_stride1, tiny_resnet20_stride1, or torchvision:NAME",
+    )
     normalization: Literal["default", "none", "per_image", "cifar10", "imagenet"] = setting(
         "default", "input normalisation inside the network; default is the network's own"
     )
@@ -257,7 +261,7 @@ class RunConfig(Section):
         "name": True,
         "scaling": True,
         "tracking": True,
-        "data": {"root", "download", "cache_dir", "residency", "loader_workers"},
+        "data": {"root", "download", "cache_dir", "loader_workers"},
         "training": {"log_every_steps"},
     }
 

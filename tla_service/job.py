@@ -1,5 +1,6 @@
 """How a job ends: exit codes, and one line an error instead of a traceback."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -9,13 +10,17 @@ from tla_service.errors import UserError
 INTERRUPTED = 130
 
 
-def run_job(main: Callable[[], int | None], *, debug: bool = False) -> int:
+def run_job(main: Callable[[], int | None]) -> int:
     """Run a job's main function and turn what it raises into an exit code.
+
+    With `--debug` or `TLA_DEBUG=true` the traceback is shown as well; both are looked at here, because the error may be
+    one of reading them.
 
     Returns:
         What `main` returned, or 0; 2 when the configuration is wrong; 3 when something the job needs is not there; 130
-        when it was interrupted; 1 for everything else. `debug` shows the traceback as well.
+        when it was interrupted; 1 for everything else.
     """
+    debug = "--debug" in sys.argv or os.environ.get("TLA_DEBUG", "").lower() in ("1", "true", "yes", "on")
     try:
         return main() or 0
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ def test_a_job_trains_evaluates_and_registers_and_is_not_repeated(
     assert summary["facts"]["workers"] == "2"
     assert set(summary["robust_accuracy"]) == {"fgsm", "pgd50x3", "worst"}
     assert 0 <= summary["robust_accuracy"]["worst"] <= summary["clean_accuracy"] <= 1
-    assert set(summary["wall_seconds"]) >= {"start", "data", "train", "validation", "test", "register", "total"}
+    assert set(summary["wall_seconds"]) >= {"start", "data", "train", "validation", "test", "register"}
     assert all(Path(figure).stat().st_size > 10_000 for figure in summary["figures"])
     assert summary["model_uri"] in printed
     config = load_config_file(job.output / "config.yaml")

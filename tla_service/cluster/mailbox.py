@@ -29,6 +29,10 @@ class Mailbox:
         self._records.clear()
         return records
 
+    def stop_asked(self) -> bool:
+        """Whether workers should stop."""
+        return self._stop
+
     def stop(self) -> None:
         """Ask the workers to stop at their next chance."""
         self._stop = True

@@ -1,6 +1,6 @@
 """From a configuration to a registered model: check, train on Ray, package, register, sum up."""
 
-import json
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,6 @@ from tla_service.attacks import craft
 from tla_service.cluster.session import Placement, check_storage, place, ray_session
 from tla_service.cluster.train import Record, TrainedRun, train_on_ray
 from tla_service.config import RunConfig
-from tla_service.config_loading import load_config_file, to_yaml
 from tla_service.data import Dataset, load_dataset, split_validation
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.figures import attack_panel, training_curves
@@ -22,11 +21,10 @@ from tla_service.job import INTERRUPTED
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, generator
 from tla_service.training.fit import training_batches
+from tla_service.training.output import open_output, show_summary, summarize, write_summary
 from tla_service.training.reporting import JsonLines, Terminal
-from tla_service.training.result import FitResult
 from tla_service.training.step import training_attack
 
-SUMMARY = "summary.json"
 PANEL_IMAGES = 6
 
 
@@ -101,12 +99,13 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
     """
     began = time.monotonic()
     terminal = Terminal()
-    if _is_finished(config, output, terminal):
+    finished = open_output(config, output)
+    if finished is not None:
+        terminal.say("this run has finished before; to train again choose another --name, --seed or --output")
+        show_summary(finished, terminal)
         return 0
     registry.check_tracking(config.tracking)
     facts = check_before_start(config)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(to_yaml(config))
     storage = config.scaling.storage or str(output / "ray")
     check_storage(storage)
     terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
@@ -123,7 +122,7 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
             trained = train_on_ray(config, placement, storage, output / "checkpoint", follower, facts.weights)
             if trained.result.interrupted:
                 status = "KILLED"
-                _write_summary(
+                write_summary(
                     output, {"status": "interrupted", "run_id": run_id, "checkpoint": str(trained.checkpoint)}
                 )
                 terminal.say("stopped after a checkpoint; the same command goes on from it")
@@ -137,10 +136,18 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
             terminal.close()
             stop_system_metrics()
             metrics.close()
-            registry.finish_run(uri, run_id, status)
-    _write_summary(output, summary)
-    _show(summary, terminal)
+            _close_run(uri, run_id, status)
+    write_summary(output, summary)
+    show_summary(summary, terminal)
     return 0
+
+
+def _close_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    """Close the run in MLflow; a server that is away must not hide how the run ended."""
+    try:
+        registry.finish_run(uri, run_id, status)
+    except UnavailableError as error:
+        print(f"warning: {error}", file=sys.stderr)  # noqa: T201
 
 
 def check_before_start(config: RunConfig) -> Facts:
@@ -181,33 +188,6 @@ def _check_with_workers(config: RunConfig, facts: Facts, placement: Placement) -
     training_batches(config, facts.dataset, rows, WorkerContext(world_size=placement.num_workers))
 
 
-def _is_finished(config: RunConfig, output: Path, terminal: Terminal) -> bool:
-    """Whether the output folder holds this run's results already; it is shown then, never overwritten.
-
-    Raises:
-        ConfigError: It holds another run.
-    """
-    if (output / "config.yaml").exists() and load_config_file(output / "config.yaml").digest != config.digest:
-        raise ConfigError(
-            "output", output, "holds a run with another configuration", "choose another --output or --name"
-        )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / ".writable").touch()
-        (output / ".writable").unlink()
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UnavailableError("output", output, f"cannot be written ({reason})", "choose another --output") from error
-    if not (output / SUMMARY).exists():
-        return False
-    summary = json.loads((output / SUMMARY).read_text())
-    if summary["status"] != "finished":
-        return False
-    terminal.say("this run finished before, nothing to do; to train again choose another --name, --seed or --output")
-    _show(summary, terminal)
-    return True
-
-
 def _conclude(
     config: RunConfig, output: Path, facts: Facts, trained: TrainedRun, follower: Follower, uri: str, run_id: str
 ) -> dict[str, Any]:
@@ -236,32 +216,20 @@ def _conclude(
         registered_model=config.registered_model,
         facts=facts.described,
     )
-    seconds = {"start": follower.start_seconds, **result.wall_seconds, "register": time.monotonic() - begin}
-    seconds["total"] = time.monotonic() - follower.began
-    return {
-        "status": "finished",
-        "run_name": config.run_name,
+    summary = summarize(config, result, trained.checkpoint)
+    register_seconds = round(time.monotonic() - begin, 2)
+    return summary | {
         "run_id": run_id,
         "tracking_uri": uri,
         "model_uri": packaged.model_uri,
-        "method": config.method,
-        "clean_accuracy": result.test["clean_accuracy"],
-        "robust_accuracy": _robust_accuracies(result),
-        "best_epoch": int(result.best["epoch"]),
-        "validation": {key: value for key, value in result.best.items() if key.startswith("validation/")},
-        "images_per_second": sum(m["images_per_second"] for m in result.history) / len(result.history),
-        "wall_seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "wall_seconds": {
+            "start": round(follower.start_seconds, 2),
+            **summary["wall_seconds"],
+            "register": register_seconds,
+        },
         "restarts": follower.restarts,
-        "facts": result.facts,
-        "checkpoint": str(trained.checkpoint),
         "figures": [str(path) for path in figures],
     }
-
-
-def _robust_accuracies(result: FitResult) -> dict[str, float]:
-    prefix = "robust_accuracy/"
-    named = {name.removeprefix(prefix): value for name, value in result.test.items() if name.startswith(prefix)}
-    return {**named, "worst": result.test["robust_accuracy"]}
 
 
 def draw_figures(config: RunConfig, folder: Path, dataset: Dataset, trained: TrainedRun) -> list[Path]:
@@ -284,21 +252,3 @@ def draw_figures(config: RunConfig, folder: Path, dataset: Dataset, trained: Tra
         clean.numpy(), adversarial.numpy(), labels.tolist(), before, after, dataset.class_names, folder / "attack.png"
     )
     return [folder / "training_curves.png", folder / "attack.png"]
-
-
-def _write_summary(output: Path, summary: Mapping[str, Any]) -> None:
-    partial = output / f".{SUMMARY}"
-    partial.write_text(json.dumps(summary, indent=2))
-    partial.replace(output / SUMMARY)
-
-
-def _show(summary: Mapping[str, Any], terminal: Terminal) -> None:
-    terminal.say("")
-    terminal.say(f"clean accuracy            {summary['clean_accuracy']:7.2%}   (test set, best-on-validation weights)")
-    for name, value in summary["robust_accuracy"].items():
-        terminal.say(f"robust accuracy {name:<9} {value:7.2%}")
-    terminal.say(f"model     {summary['model_uri']}")
-    terminal.say(f"tracking  {summary['tracking_uri']}  run {summary['run_id']}")
-    for path in summary["figures"]:
-        terminal.say(f"picture   {path}")
-    terminal.say(f"wall time {summary['wall_seconds']['total']:.0f} s")

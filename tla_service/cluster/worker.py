@@ -81,8 +81,10 @@ class RayReporter:
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(checkpoint), checkpoint_dir_name=name)
 
     def stop_requested(self) -> bool:
-        """Whether the driver has asked for a stop."""
+        """Whether the driver has asked for a stop: the answer to the question before this one, without waiting."""
         self._read_answer()
+        if self._is_main and self._answer is None:
+            self._answer = self._mailbox.stop_asked.remote()
         return self._stop
 
     def _read_answer(self) -> None:

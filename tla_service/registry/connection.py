@@ -98,14 +98,19 @@ def retrying(what: str, action: Callable[[], T], attempts: int = 5, first_wait_s
     """Call something that needs the server; repeat when it is away or busy, waiting twice as long each time.
 
     Raises:
-        Exception: What the last attempt raised; at once when the server is there and says no.
+        UnavailableError: It was away or busy each time.
+        Exception: What the call raised, at once, when the server is there and says no.
     """
     for attempt in range(1, attempts + 1):
         try:
             return action()
         except Exception as error:
-            if attempt == attempts or not is_passing(error):
+            if not is_passing(error):
                 raise
+            if attempt == attempts:
+                reason = f"{what[0].lower()}{what[1:]} failed ({one_line(error)})"
+                remedy = "bring the server back and give the same command again: what is done is not repeated"
+                raise UnavailableError("MLflow", None, reason, remedy) from error
             wait = first_wait_seconds * 2 ** (attempt - 1)
             _log.warning("%s failed (%s); trying again in %.0f s", what, one_line(error), wait)
             time.sleep(wait)

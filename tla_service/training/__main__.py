@@ -7,18 +7,18 @@ The output folder holds `summary.json`, `config.yaml`, `log.jsonl` and `checkpoi
 its newest checkpoint. `jobs/train_tla.py` does the same on a cluster, and registers the model.
 """
 
-import json
 import signal
 import sys
 
 import torch
 
-from tla_service.config_loading import load_settings, print_config, to_yaml
+from tla_service.config_loading import load_settings, print_config
 from tla_service.job import INTERRUPTED, run_job
 from tla_service.runtime import process_group
 from tla_service.training.checkpoint import read_weights
 from tla_service.training.fit import fit
-from tla_service.training.reporting import LocalReporter
+from tla_service.training.output import open_output, show_summary, summarize, write_summary
+from tla_service.training.reporting import LocalReporter, Terminal
 
 
 def main() -> int:
@@ -30,21 +30,34 @@ def main() -> int:
     config, output = settings.run_config, settings.output_folder
     use_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
     with process_group(torch.device("cuda" if use_gpu else "cpu")) as context:
+        finished = open_output(config, output)
         reporter = LocalReporter(output, is_main=context.is_main)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(reporter, "interrupted", True))
-        if context.is_main:
-            (output / "config.yaml").write_text(to_yaml(config))
+        if finished is not None:
+            if context.is_main:
+                show_summary(finished, Terminal())
+            return 0
+        stop_on_signals(reporter)
         weights = read_weights(config.model.weights) if config.model.weights else None
         result = fit(config, context, reporter, initial_weights=weights, resume_from=reporter.latest())
         if result.interrupted:
             return INTERRUPTED
         if context.is_main:
-            (output / "summary.json").write_text(json.dumps({"status": "finished", **result.as_dict()}, indent=2))
-            for name, value in result.test.items():
-                print(f"{name:<28} {value:7.2%}")
+            summary = summarize(config, result, reporter.latest())
+            write_summary(output, summary)
+            show_summary(summary, Terminal())
     return 0
 
 
+def stop_on_signals(reporter: LocalReporter) -> None:
+    """First SIGINT or SIGTERM: stop after a checkpoint; second: at once."""
+
+    def handle(number: int, _frame: object) -> None:
+        reporter.interrupted = True
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
 if __name__ == "__main__":
-    sys.exit(run_job(main, debug="--debug" in sys.argv))
+    sys.exit(run_job(main))

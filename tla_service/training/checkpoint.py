@@ -67,7 +67,7 @@ def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
         folder: Where to write; replaced if it is there.
         state: What to save.
         config: The run, saved beside the weights.
-        data_facts: Class names and image shape, which a loader needs to rebuild the network.
+        data_facts: Class names and image shape, which a loader needs to rebuild the network, and the fingerprint.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -90,12 +90,18 @@ def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig) -> None:
+def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any]) -> None:
     """Put a saved state back, in place.
+
+    Args:
+        folder: The checkpoint.
+        state: Network, optimiser and average of the same kind; filled in.
+        config: The run.
+        data_facts: As for `save_checkpoint`.
 
     Raises:
         UnavailableError: A file is missing or does not have the content that was written.
-        ConfigError: The checkpoint is of a run with another configuration.
+        ConfigError: The checkpoint is of a run with another configuration, or on other data.
     """
     verify_checkpoint(folder)
     saved = json.loads((folder / "state.json").read_text())
@@ -106,6 +112,9 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig) -> No
             f"has checkpoints of another configuration ({folder / 'config.yaml'} differs)",
             "choose another --name, or start from that config.yaml",
         )
+    if json.loads((folder / "data.json").read_text()) != dict(data_facts):
+        reason = "the data set is not the one that this run began with"
+        raise ConfigError("data.root", config.data.root, reason, "bring the data back, or choose another --name")
     device = next(state.network.parameters()).device
     state.network.load_state_dict(load_file(folder / "model.safetensors"))
     if state.average is not None:
@@ -123,7 +132,7 @@ def verify_checkpoint(folder: Path) -> None:
     Raises:
         UnavailableError: One is missing or differs.
     """
-    remedy = "delete this folder to fall back on an earlier checkpoint"
+    remedy = "put the file back, or train under another --name, if need be from the weights of another checkpoint"
     try:
         checksums = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:

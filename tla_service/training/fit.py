@@ -101,7 +101,7 @@ class Run:
                 average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
             self.state = TrainingState(network, build_optimizer(network, config.optimizer), average)
             if resume_from is not None:
-                load_checkpoint(resume_from, self.state, config)
+                load_checkpoint(resume_from, self.state, config, self._data_facts)
         self.step = TrainingStep(network, config, context)
 
     def train_epoch(self) -> bool:
@@ -185,6 +185,14 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------ the parts
 
+    @property
+    def _data_facts(self) -> dict[str, Any]:
+        return {
+            "class_names": list(self.dataset.class_names),
+            "image_shape": list(self.dataset.image_shape),
+            "fingerprint": self.dataset.fingerprint,
+        }
+
     def _set_learning_rate(self) -> None:
         factor = learning_rate_factor(
             self.config.schedule, self.state.step, self.batches.steps_per_epoch, self.total_steps
@@ -247,14 +255,13 @@ class Run:
 
     def _save(self, metrics: dict[str, float]) -> None:
         name = f"step-{self.state.step:09d}"
-        facts = {"class_names": list(self.dataset.class_names), "image_shape": list(self.dataset.image_shape)}
         with self.phases("checkpoint"):
             if not self.context.is_main:
                 self.reporter.report(metrics, None, name)
                 return
             with tempfile.TemporaryDirectory(prefix="tla-checkpoint-") as folder:
                 target = Path(folder) / name
-                save_checkpoint(target, self.state, self.config, facts)
+                save_checkpoint(target, self.state, self.config, self._data_facts)
                 self.reporter.report(metrics, target, name)
 
 

@@ -1,0 +1,92 @@
+"""The output folder of a run: what it holds, and that no run writes over another."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tla_service.config import RunConfig
+from tla_service.config_loading import load_config_file, to_yaml
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.training.reporting import Terminal
+from tla_service.training.result import FitResult
+
+SUMMARY, CONFIG = "summary.json", "config.yaml"
+
+
+def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
+    """Make the folder ready for a run.
+
+    Args:
+        config: The run; it is written to `config.yaml`.
+        output: The folder, made if it is missing.
+
+    Returns:
+        The summary, if this run has finished there before; else None.
+
+    Raises:
+        ConfigError: The folder holds a run of another configuration.
+        UnavailableError: It cannot be written.
+    """
+    if (output / CONFIG).exists() and load_config_file(output / CONFIG).digest != config.digest:
+        remedy = "choose another --output or --name"
+        raise ConfigError("output", output, "holds a run with another configuration", remedy)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / CONFIG).write_text(to_yaml(config))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UnavailableError("output", output, f"cannot be written ({reason})", "choose another --output") from error
+    if not (output / SUMMARY).exists():
+        return None
+    summary: dict[str, Any] = json.loads((output / SUMMARY).read_text())
+    return summary if summary["status"] == "finished" else None
+
+
+def summarize(config: RunConfig, result: FitResult, checkpoint: Path | None) -> dict[str, Any]:
+    """What every finished run can say of itself.
+
+    Args:
+        config: The run.
+        result: How it went.
+        checkpoint: Its newest checkpoint.
+    """
+    prefix = "robust_accuracy/"
+    robust = {name.removeprefix(prefix): value for name, value in result.test.items() if name.startswith(prefix)}
+    rates = [epoch["images_per_second"] for epoch in result.history]
+    return {
+        "status": "finished",
+        "run_name": config.run_name,
+        "method": config.method,
+        "seed": config.seed,
+        "clean_accuracy": result.test["clean_accuracy"],
+        "robust_accuracy": {**robust, "worst": result.test["robust_accuracy"]},
+        "best_epoch": int(result.best["epoch"]),
+        "validation": {key: value for key, value in result.best.items() if key.startswith("validation/")},
+        "images_per_second": sum(rates) / len(rates),
+        "wall_seconds": {name: round(value, 2) for name, value in result.wall_seconds.items()},
+        "facts": result.facts,
+        "checkpoint": str(checkpoint),
+    }
+
+
+def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json`, whole or not at all."""
+    partial = output / f".{SUMMARY}"
+    partial.write_text(json.dumps(summary, indent=2))
+    partial.replace(output / SUMMARY)
+
+
+def show_summary(summary: Mapping[str, Any], terminal: Terminal) -> None:
+    """Tell people the figures, and where everything is."""
+    terminal.say("")
+    terminal.say(f"clean accuracy            {summary['clean_accuracy']:7.2%}   (test set, best-on-validation weights)")
+    for name, value in summary["robust_accuracy"].items():
+        terminal.say(f"robust accuracy {name:<9} {value:7.2%}")
+    if "model_uri" in summary:
+        terminal.say(f"model      {summary['model_uri']}")
+        terminal.say(f"tracking   {summary['tracking_uri']}  run {summary['run_id']}")
+    terminal.say(f"checkpoint {summary['checkpoint']}")
+    for path in summary.get("figures", ()):
+        terminal.say(f"picture    {path}")
+    terminal.say(f"wall time  {sum(summary['wall_seconds'].values()):.0f} s")
