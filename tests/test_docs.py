@@ -138,3 +138,8 @@ def test_the_table_of_differences_shows_the_presets_values(preset: str) -> None:
             assert found, (setting, cell)
             section, _, name = setting.partition(".")
             assert config[section][name] == parse_fraction(yaml.safe_load(found[1])), setting
+
+
+def test_the_readme_shows_the_table_that_the_command_wrote() -> None:
+    table = (ROOT / "docs" / "results" / "digits.md").read_text().strip()
+    assert f"<!-- digits: begin -->\n{table}\n<!-- digits: end -->" in (ROOT / "README.md").read_text()

@@ -25,7 +25,7 @@ from tla_service.training.output import open_output, show_summary, summarize, wr
 from tla_service.training.reporting import JsonLines, Terminal
 from tla_service.training.step import training_attack
 
-PANEL_IMAGES = 6
+PANEL_IMAGES = 4
 
 
 @dataclass

@@ -39,6 +39,7 @@ def main() -> int:
         stop_on_signals(reporter)
         weights = read_weights(config.model.weights) if config.model.weights else None
         result = fit(config, context, reporter, initial_weights=weights, resume_from=reporter.latest())
+        reporter.close()
         if result.interrupted:
             return INTERRUPTED
         if context.is_main:

@@ -153,6 +153,12 @@ class LocalReporter:
         """Whether `interrupted` was set, by a signal handler say."""
         return self.interrupted
 
+    def close(self) -> None:
+        """Take the progress bar down and close the log."""
+        self._terminal.close()
+        if self._log is not None:
+            self._log.close()
+
     def latest(self) -> Path | None:
         """The newest complete checkpoint, if any."""
         complete = self._complete()
