@@ -137,6 +137,15 @@ def test_a_folder_with_another_run_ends_with_2_and_stays(run: Run, tmp_path: Pat
     assert (tmp_path / "out" / "config.yaml").read_text() == before
 
 
+def test_a_refused_run_leaves_the_folder_free_for_the_mended_one(run: Run, tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    assert run("--output", output, "--model.name", "digitscnn")[0] == 2
+    assert list((tmp_path / "out").iterdir()) == []
+    code, error = run("--output", output, "--tracking.uri", "http://127.0.0.1:1")
+    assert code == 3
+    assert "no server answers" in error
+
+
 MISSING: dict[str, tuple[tuple[str, ...], str]] = {
     "data": (("--data.name", "mnist", "--data.root", "/nowhere/mnist"), "data.root=/nowhere/mnist: "),
     "tracking server": (("--tracking.uri", "http://127.0.0.1:1"), "tracking.uri=http://127.0.0.1:1: no server answers"),

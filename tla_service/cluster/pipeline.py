@@ -1,6 +1,5 @@
 """From a configuration to a registered model: check, train on Ray, package, register, sum up."""
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from tla_service.job import INTERRUPTED
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, generator
 from tla_service.training.fit import training_batches
-from tla_service.training.output import open_output, show_summary, summarize, write_summary
+from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
 from tla_service.training.reporting import JsonLines, Terminal
 from tla_service.training.step import training_attack
 
@@ -112,6 +111,7 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
     with ray_session(config, debug=debug):
         placement = place(config)
         _check_with_workers(config, facts, placement)
+        write_config(config, output)
         uri = registry.tracking_uri(config.tracking)
         run_id = registry.open_run(config, f"{storage}/{config.run_name}", facts=facts.described)
         stop_system_metrics = registry.start_system_metrics(uri, run_id)
@@ -136,18 +136,19 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
             terminal.close()
             stop_system_metrics()
             metrics.close()
-            _close_run(uri, run_id, status)
+            follower.lines.close()
+            _close_run(uri, run_id, status, terminal)
     write_summary(output, summary)
     show_summary(summary, terminal)
     return 0
 
 
-def _close_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+def _close_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"], terminal: Terminal) -> None:
     """Close the run in MLflow; a server that is away must not hide how the run ended."""
     try:
         registry.finish_run(uri, run_id, status)
     except UnavailableError as error:
-        print(f"warning: {error}", file=sys.stderr)  # noqa: T201
+        terminal.say(f"warning: {error}")
 
 
 def check_before_start(config: RunConfig) -> Facts:
@@ -157,10 +158,7 @@ def check_before_start(config: RunConfig) -> Facts:
         UserError: Data, model or initial weights are missing, or do not fit together.
     """
     dataset = load_dataset(config.data)
-    with torch.device("meta"):
-        network = build_model(
-            config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization
-        )
+    network = build_model(config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization)
     weights = None
     if config.model.weights is not None:
         uri = registry.tracking_uri(config.tracking)

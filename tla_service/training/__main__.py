@@ -17,7 +17,7 @@ from tla_service.job import INTERRUPTED, run_job
 from tla_service.runtime import process_group
 from tla_service.training.checkpoint import read_weights
 from tla_service.training.fit import fit
-from tla_service.training.output import open_output, show_summary, summarize, write_summary
+from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
 from tla_service.training.reporting import LocalReporter, Terminal
 
 
@@ -37,6 +37,8 @@ def main() -> int:
                 show_summary(finished, Terminal())
             return 0
         stop_on_signals(reporter)
+        if context.is_main:
+            write_config(config, output)
         weights = read_weights(config.model.weights) if config.model.weights else None
         result = fit(config, context, reporter, initial_weights=weights, resume_from=reporter.latest())
         reporter.close()

@@ -15,10 +15,10 @@ SUMMARY, CONFIG = "summary.json", "config.yaml"
 
 
 def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
-    """Make the folder ready for a run.
+    """Make sure that a run can use the folder.
 
     Args:
-        config: The run; it is written to `config.yaml`.
+        config: The run.
         output: The folder, made if it is missing.
 
     Returns:
@@ -33,7 +33,8 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
         raise ConfigError("output", output, "holds a run with another configuration", remedy)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / CONFIG).write_text(to_yaml(config))
+        (output / ".writable").touch()
+        (output / ".writable").unlink()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UnavailableError("output", output, f"cannot be written ({reason})", "choose another --output") from error
@@ -41,6 +42,11 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
         return None
     summary: dict[str, Any] = json.loads((output / SUMMARY).read_text())
     return summary if summary["status"] == "finished" else None
+
+
+def write_config(config: RunConfig, output: Path) -> None:
+    """Write `config.yaml`, which makes the folder this run's: once all checks have passed, not before."""
+    (output / CONFIG).write_text(to_yaml(config))
 
 
 def summarize(config: RunConfig, result: FitResult, checkpoint: Path | None) -> dict[str, Any]:
