@@ -7,7 +7,7 @@ outcome is positive; these are arguments here, and their defaults are this proje
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import floor, log, pi
 from typing import Any, Literal, Self
@@ -26,7 +26,8 @@ Rule = Literal["likeliest", "predicted"]
 Scores = npt.NDArray[np.float64]
 Correct = npt.NDArray[np.bool_]
 
-_RULES: tuple[Rule, ...] = ("likeliest", "predicted")
+_RULES: tuple[Rule, ...] = ("likeliest", "predicted")  # by number in a file
+_TABLES = ("classes", "means", "whitening", "log_determinants")
 # The score of an image whose predicted class has no Gaussian: below every density, yet finite, as ROC curves need.
 _NO_GAUSSIAN = float(np.finfo(np.float32).min)
 _ROWS_AT_ONCE = 2048
@@ -53,15 +54,9 @@ class Detector:
     rule: Rule = "likeliest"
 
     def log_densities(self, embeddings: Floats) -> Scores:
-        """Log densities (N, G) of embeddings (N, D) under each Gaussian, in nats.
-
-        Raises:
-            ValueError: The embeddings are not finite or not of width D.
-        """
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.means.shape[1]:
-            raise ValueError(f"embeddings {embeddings.shape}: this detector wants (N, {self.means.shape[1]})")
-        if not np.isfinite(embeddings).all():
-            raise ValueError("embeddings are not finite: they have no density")
+        """Log densities (N, G) in nats of embeddings (N, D); ValueError if these are not finite or not of width D."""
+        if embeddings.shape[1:] != self.means.shape[1:] or not np.isfinite(embeddings).all():
+            raise ValueError(f"embeddings {embeddings.shape}: want finite ones, (N, {self.means.shape[1]})")
         densities = np.empty((len(embeddings), len(self.classes)))
         for start in range(0, len(embeddings), _ROWS_AT_ONCE):
             rows = self._prepared(embeddings[start : start + _ROWS_AT_ONCE])
@@ -75,10 +70,7 @@ class Detector:
         return unit_rows(embeddings) if self.normalize else embeddings.astype(np.float64)
 
     def score(self, images: Embedded) -> Scores:
-        """Log density of each image (N,) under the class that `rule` names; higher is more trustworthy.
-
-        A predicted class without a Gaussian scores below everything.
-        """
+        """Log density (N,) under the class that `rule` names; one without a Gaussian scores below everything."""
         densities = self.log_densities(images.embeddings)
         if self.rule == "likeliest":
             return densities.max(1)
@@ -88,20 +80,14 @@ class Detector:
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Everything as arrays of numbers, fit for a safetensors file."""
-        return {
-            "classes": self.classes,
-            "means": self.means,
-            "whitening": self.whitening,
-            "log_determinants": self.log_determinants,
-            "normalize": np.array([self.normalize], np.int64),
-            "rule": np.array([_RULES.index(self.rule)], np.int64),
-        }
+        settings = {"normalize": np.array([self.normalize], np.int64), "rule": np.array([_RULES.index(self.rule)])}
+        return {name: getattr(self, name) for name in _TABLES} | settings
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
         """What :meth:`to_arrays` gave, as a detector; a missing array raises KeyError."""
-        tables = {name: arrays[name] for name in ("classes", "means", "whitening", "log_determinants")}
-        return cls(**tables, normalize=bool(arrays["normalize"][0]), rule=_RULES[int(arrays["rule"][0])])
+        settings = bool(arrays["normalize"][0]), _RULES[int(arrays["rule"][0])]
+        return cls(*(arrays[name] for name in _TABLES), *settings)
 
 
 @dataclass(frozen=True)
@@ -125,9 +111,9 @@ class DetectionResult:
     high: float
     num_correct: int
     num_wrong: int
-    false_accepts: Scores = field(default_factory=partial(np.empty, 0))
-    true_accepts: Scores = field(default_factory=partial(np.empty, 0))
-    thresholds: Scores = field(default_factory=partial(np.empty, 0))
+    false_accepts: Scores
+    true_accepts: Scores
+    thresholds: Scores
     reason: str = ""
 
 
@@ -146,14 +132,14 @@ def fit_detector(
     Args:
         training: Embedded natural training images.
         attacked: Attacked training images to fit to as well; the default fits to natural ones only.
-        covariance: `full` gives each class its own, `tied` one that all share, around their own means (its memory
-            does not grow with the classes), `diagonal` each class its own variances.
-        shrinkage: `ledoit_wolf` draws the estimate towards a multiple of the identity, as needed where a class has
-            fewer images than dimensions; `none` takes it as it is. A diagonal one is never shrunk.
+        covariance: `full` gives each class its own, `diagonal` its own variances, `tied` one that all share, around
+            their own means: its memory does not grow with the classes.
+        shrinkage: `ledoit_wolf` draws a covariance that is not diagonal towards a multiple of the identity, as a class
+            with fewer images than dimensions needs; `none` takes it as it is.
         normalize: Scale embeddings to length one: the learned metric is blind to length.
         rule: Whose log density is the score. The paper's is the likeliest class's.
-        variance_floor: Added to every variance, as a share of the mean variance within classes: dimensions that never
-            vary, as dead units, would have no density otherwise. Above 0.
+        variance_floor: Added to every variance, as a share of the mean variance within classes, so that units which
+            never vary have a density. Above 0.
 
     Returns:
         The detector. A class with a single image takes the shared covariance: one point has none of its own.
@@ -171,15 +157,11 @@ def fit_detector(
         reason = f"the {len(rows)} training embeddings do not vary within any class"
         raise ConfigError("covariance", covariance, reason, "fit to more images of each class")
     lowest = variance_floor * mean_variance
-    shared = [_factor(within, covariance, shrinkage, lowest)] if covariance == "tied" or counts.min() == 1 else []
-    factors = (
-        shared
-        if covariance == "tied"
-        else [
-            _factor(within[place == at], covariance, shrinkage, lowest) if count > 1 else shared[0]
-            for at, count in enumerate(counts)
-        ]
-    )
+    if covariance == "tied":
+        groups = [within]
+    else:
+        groups = [within[place == at] if count > 1 else within for at, count in enumerate(counts)]
+    factors = [_factor(group, covariance, shrinkage, lowest) for group in groups]
     diagonals = [factor if factor.ndim == 1 else np.diagonal(factor) for factor in factors]
     log_determinants = np.resize([np.log(diagonal).sum() for diagonal in diagonals], len(classes))
     return Detector(classes, means, np.stack(factors), log_determinants, normalize, rule)
@@ -201,14 +183,13 @@ def threshold_for(scores: Scores, correct: Correct, false_rejection_rate: float)
     Raises:
         ConfigError: The rate is outside [0, 1), or no image is classified correctly.
     """
-    if not 0 <= false_rejection_rate < 1:
-        raise ConfigError("false_rejection_rate", false_rejection_rate, "outside [0, 1)", "0.05 rejects one in 20")
     accepted = np.sort(scores[correct])
-    if not len(accepted):
-        reason = f"none of the {len(scores)} validation images is classified correctly"
-        raise ConfigError("false_rejection_rate", false_rejection_rate, reason, "train longer, or give other images")
+    if not 0 <= false_rejection_rate < 1 or not len(accepted):
+        reason = f"outside [0, 1), or none of the {len(scores)} validation images is classified correctly"
+        raise ConfigError("false_rejection_rate", false_rejection_rate, reason, "0.05 rejects one in 20")
     # A product such as 0.29 * 100 falls short of the whole number it means.
-    return float(accepted[floor(false_rejection_rate * len(accepted) + 1e-9)])
+    rejected = floor(false_rejection_rate * len(accepted) + 1e-9)
+    return float(accepted[min(rejected, len(accepted) - 1)])
 
 
 def measure_detection(
@@ -225,10 +206,8 @@ def measure_detection(
         num_resamples: Draws of the bootstrap (percentile interval); 0 for no interval.
 
     Returns:
-        The curve; without one, and with the reason, where all rows are right or all are wrong.
-
-    Raises:
-        ValueError: Scores are not finite, or shapes differ.
+        The curve; without one, and with the reason, where all rows are right or all are wrong. Scores that are not
+        finite raise ValueError.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -238,7 +217,8 @@ def measure_detection(
     if right == 0 or wrong == 0:
         which = "every image is" if right else "none of the images is"
         reason = f"{which} classified correctly ({right} of {len(correct)}): there is nothing to tell apart"
-        return DetectionResult(np.nan, np.nan, np.nan, right, wrong, reason=reason)
+        none = np.empty(0)
+        return DetectionResult(np.nan, np.nan, np.nan, right, wrong, none, none, none, reason)
     interval = _bootstrap(scores, correct, images, num_resamples, seed)
     return DetectionResult(float(roc_auc_score(correct, scores)), *interval, right, wrong, *roc_curve(correct, scores))
 
@@ -258,34 +238,27 @@ def detect_misclassified(
 
     Args:
         detector: Fitted to training images.
-        bank: Embedded training images.
+        bank: Embedded training images, at least `k`.
         natural: Embedded test images.
-        adversarial: The same images attacked, row by row, beyond the training epsilon in the paper.
+        adversarial: The same images attacked, row by row (ValueError if not); in the paper, beyond the training epsilon.
         seed: Fixes the bootstrap.
-        k: Neighbour of the k-NN score; at most the size of the bank.
-        metric: Its distance.
+        k: Neighbour whose distance is the k-NN score.
+        metric: That distance.
         num_resamples: Draws of the bootstrap.
 
     Returns:
         Results by score: `gaussian` (with the detector's rule), `max_softmax`, `neighbours`.
-
-    Raises:
-        ValueError: `natural` and `adversarial` are not the same images.
-        ConfigError: The bank has fewer than `k` images.
     """
     if not np.array_equal(natural.labels, adversarial.labels):
         raise ValueError("natural and adversarial images differ in their labels: give the same images in one order")
-    both = Embedded.joined(natural, adversarial)
-    images = np.tile(np.arange(len(natural)), 2)
+    both, images = Embedded.joined(natural, adversarial), np.tile(np.arange(len(natural)), 2)
     scores = {
         "gaussian": detector.score(both),
         "max_softmax": both.max_softmax,
         "neighbours": neighbour_score(both, bank, k=k, metric=metric),
     }
-    return {
-        name: measure_detection(values, both.correct, seed=seed, images=images, num_resamples=num_resamples)
-        for name, values in scores.items()
-    }
+    measured = partial(measure_detection, correct=both.correct, seed=seed, images=images, num_resamples=num_resamples)
+    return {name: measured(values) for name, values in scores.items()}
 
 
 def _factor(centred: Scores, covariance: Covariance, shrinkage: Shrinkage, lowest: float) -> Scores:
