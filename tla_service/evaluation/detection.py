@@ -86,8 +86,8 @@ class Detector:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
         """What :meth:`to_arrays` gave, as a detector; a missing array raises KeyError."""
-        settings = bool(arrays["normalize"][0]), _RULES[int(arrays["rule"][0])]
-        return cls(*(arrays[name] for name in _TABLES), *settings)
+        tables = {name: arrays[name] for name in _TABLES}
+        return cls(**tables, normalize=bool(arrays["normalize"][0]), rule=_RULES[int(arrays["rule"][0])])
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def detect_misclassified(
         detector: Fitted to training images.
         bank: Embedded training images, at least `k`.
         natural: Embedded test images.
-        adversarial: The same images attacked, row by row (ValueError if not); in the paper, beyond the training epsilon.
+        adversarial: The same images attacked, row by row (ValueError if not); the paper exceeds the training epsilon.
         seed: Fixes the bootstrap.
         k: Neighbour whose distance is the k-NN score.
         metric: That distance.
