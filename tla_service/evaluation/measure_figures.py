@@ -173,8 +173,8 @@ def class_map(projection: Projection, class_names: Sequence[str], path: Path) ->
         groups.append((f"attacked, {len(ranked) - len(own)} other classes", ~np.isin(said, own)))
     for (label, members), mark in zip(groups, _MARKS, strict=False):
         points = projection.adversarial[members]
-        axes.scatter(
-            *points.T, s=30, alpha=0.85, edgecolors="white", linewidths=0.4, label=_counted(label, members), **mark
+        _dots(
+            axes, points, s=30, alpha=0.85, edgecolors="white", linewidths=0.4, label=_counted(label, members), **mark
         )
     _finish_map(axes, f"True class {name}: natural and attacked images")
     _save(figure, path)
@@ -199,10 +199,10 @@ def pair_map(projection: Projection, source: int, target: int, class_names: Sequ
     for klass, mark in ((source, _MARKS[0]), (target, _MARKS[2])):
         members = projection.natural_labels == klass
         label = _counted(f"natural {class_names[klass]}", members)
-        axes.scatter(*projection.natural[members].T, s=18, alpha=0.75, linewidths=0, label=label, **mark)
+        _dots(axes, projection.natural[members], s=18, alpha=0.75, linewidths=0, label=label, **mark)
     label = _counted(f"attacked {class_names[source]},\ntaken for {class_names[target]}", projection.adversarial_labels)
     style: dict[str, Any] = {"color": _ORANGE, "marker": "^", "edgecolors": _BLACK, "linewidths": 0.5}
-    axes.scatter(*projection.adversarial.T, s=34, label=label, **style)
+    _dots(axes, projection.adversarial, s=34, label=label, **style)
     _finish_map(axes, f"{class_names[source]} attacked into {class_names[target]}")
     _save(figure, path)
 
@@ -256,6 +256,10 @@ def _judge(cell: "Axes", name: str, *, right: bool) -> None:
     )
     for spine in cell.spines.values():
         spine.set(edgecolor=colour, linewidth=2.4, linestyle="-" if right else (0, (2, 1.2)), capstyle="butt")
+
+
+def _dots(axes: "Axes", points: Floats, **style: Any) -> None:
+    axes.scatter(points[:, 0], points[:, 1], **style)
 
 
 def _finish_map(axes: "Axes", title: str) -> None:
