@@ -152,14 +152,8 @@ def class_map(projection: Projection, class_names: Sequence[str], path: Path) ->
     axes: Axes = figure.subplots()
     truth = int(projection.natural_labels[0])
     name = class_names[truth]
-    axes.scatter(
-        *projection.natural.T,
-        s=14,
-        color=_GREY,
-        alpha=0.7,
-        linewidths=0,
-        label=f"natural {name} ({len(projection.natural)})",
-    )
+    label = f"natural {name} ({len(projection.natural)})"
+    _dots(axes, projection.natural, s=14, color=_GREY, alpha=0.7, linewidths=0, label=label)
     said = projection.adversarial_predictions
     classes, counts = np.unique(said, return_counts=True)
     # The commonest predictions get a mark of their own; what remains shares the last one.
@@ -228,7 +222,7 @@ def shift_bars(ratios: Mapping[str, ShiftRatios], path: Path) -> None:
         tallest = max([1.0, *(found for _, of_class in values for found in of_class if not np.isnan(found))])
         for place, (mean, of_class) in enumerate(values):
             found = of_class[~np.isnan(of_class)]
-            missing = f"\nwithout {len(of_class) - len(found)} classes" if len(found) < len(of_class) else ""
+            missing = f"\nclasses left out: {len(of_class) - len(found)}" if len(found) < len(of_class) else ""
             text = f"{mean:.3f}{missing}" if len(found) else "undefined"
             axes.text(place, 1.04 * tallest, text, ha="center", va="bottom", fontsize=9)
             if len(found):
