@@ -73,6 +73,13 @@ def test_metrics_differ_where_they_should() -> None:
     assert nearest(query, bank, 3, metric="euclidean")[0].tolist() == [[1, 0, 2]]
 
 
+def test_tight_clusters_far_from_zero_keep_their_distances() -> None:
+    bank = (1000 + np.array([[0.0, 0.0], [0.25, 0.0], [0.5, 0.0]])).astype(np.float32)
+    indices, found = nearest(bank[2:], bank, 3, metric="euclidean")
+    assert indices.tolist() == [[2, 1, 0]]
+    np.testing.assert_allclose(found, [[0, 0.25, 0.5]], atol=1e-4)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
 def test_the_lower_row_comes_first_of_equals(count: int) -> None:
     bank = np.array([[1, 1], [0, 1], [1, 0], [0, 2], [1, 0], [0, 4]], np.float32)
