@@ -1,0 +1,296 @@
+"""Detection of misclassified images from their embeddings (Mao et al. 2019, section 5.3 and Fig. 5).
+
+One Gaussian a class is fitted to training embeddings; an image whose embedding no class holds likely is rejected. The
+task is misclassification: natural and attacked test images together, the correctly classified ones are the positives.
+The paper leaves open what the Gaussians are fitted to, their covariance, whether embeddings are scaled, and which
+outcome is positive; these are arguments here, and their defaults are this project's choice.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import floor, log, pi
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tla_service.errors import ConfigError
+from tla_service.evaluation.embedding import Embedded, Floats, Integers, unit_rows
+from tla_service.evaluation.neighbours import Metric, neighbour_score
+
+Covariance = Literal["full", "tied", "diagonal"]
+Shrinkage = Literal["ledoit_wolf", "none"]
+Rule = Literal["likeliest", "predicted"]
+Scores = npt.NDArray[np.float64]
+Correct = npt.NDArray[np.bool_]
+
+_RULES: tuple[Rule, ...] = ("likeliest", "predicted")  # by number in a file
+_TABLES = ("classes", "means", "whitening", "log_determinants")
+# The score of an image whose predicted class has no Gaussian: below every density, yet finite, as ROC curves need.
+_NO_GAUSSIAN = float(np.finfo(np.float32).min)
+_ROWS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Gaussians by class, as plain arrays.
+
+    Attributes:
+        classes: Classes that have a Gaussian (G,), int64, ascending.
+        means: (G, D), float64.
+        whitening: Factor W of each precision matrix W Wᵀ: (G, D, D), (1, D, D) where tied, (G, D) where diagonal.
+        log_determinants: log |det W| of each (G,).
+        normalize: Whether embeddings are scaled to length one first.
+        rule: Whose log density is the score: the likeliest class's, or the predicted class's.
+    """
+
+    classes: Integers
+    means: Scores
+    whitening: Scores
+    log_determinants: Scores
+    normalize: bool = True
+    rule: Rule = "likeliest"
+
+    def log_densities(self, embeddings: Floats) -> Scores:
+        """Log densities (N, G) in nats of embeddings (N, D); ValueError if these are not finite or not of width D."""
+        if embeddings.shape[1:] != self.means.shape[1:] or not np.isfinite(embeddings).all():
+            raise ValueError(f"embeddings {embeddings.shape}: want finite ones, (N, {self.means.shape[1]})")
+        densities = np.empty((len(embeddings), len(self.classes)))
+        for start in range(0, len(embeddings), _ROWS_AT_ONCE):
+            rows = self._prepared(embeddings[start : start + _ROWS_AT_ONCE])
+            for place, mean in enumerate(self.means):
+                factor = self.whitening[place % len(self.whitening)]
+                white = (rows - mean) * factor if factor.ndim == 1 else (rows - mean) @ factor
+                densities[start : start + len(rows), place] = -0.5 * (white**2).sum(1)
+        return densities + self.log_determinants - 0.5 * self.means.shape[1] * log(2 * pi)
+
+    def _prepared(self, embeddings: Floats) -> Scores:
+        return unit_rows(embeddings) if self.normalize else embeddings.astype(np.float64)
+
+    def score(self, images: Embedded) -> Scores:
+        """Log density (N,) under the class that `rule` names; one without a Gaussian scores below everything."""
+        densities = self.log_densities(images.embeddings)
+        if self.rule == "likeliest":
+            return densities.max(1)
+        places = np.searchsorted(self.classes, images.predictions).clip(max=len(self.classes) - 1)
+        scores = densities[np.arange(len(images)), places]
+        return np.where(self.classes[places] == images.predictions, scores, _NO_GAUSSIAN)
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything as arrays of numbers, fit for a safetensors file."""
+        settings = {"normalize": np.array([self.normalize], np.int64), "rule": np.array([_RULES.index(self.rule)])}
+        return {name: getattr(self, name) for name in _TABLES} | settings
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
+        """What :meth:`to_arrays` gave, as a detector; a missing array raises KeyError."""
+        tables = {name: arrays[name] for name in _TABLES}
+        return cls(**tables, normalize=bool(arrays["normalize"][0]), rule=_RULES[int(arrays["rule"][0])])
+
+
+@dataclass(frozen=True)
+class DetectionResult:
+    """How well a score tells correctly classified images (positives) from misclassified ones.
+
+    Attributes:
+        auc: Area under the ROC curve in [0, 1]; NaN where undefined.
+        low: Lower end of the 95% interval, NaN likewise.
+        high: Its upper end.
+        num_correct: Correctly classified images.
+        num_wrong: Misclassified images.
+        false_accepts: Share of misclassified images accepted at each threshold, ascending; empty where undefined.
+        true_accepts: Share of correctly classified images accepted.
+        thresholds: Scores from which on an image is accepted; the first is infinite.
+        reason: Why the AUC is undefined, or empty.
+    """
+
+    auc: float
+    low: float
+    high: float
+    num_correct: int
+    num_wrong: int
+    false_accepts: Scores
+    true_accepts: Scores
+    thresholds: Scores
+    reason: str = ""
+
+
+def fit_detector(
+    training: Embedded,
+    *,
+    attacked: Embedded | None = None,
+    covariance: Covariance = "full",
+    shrinkage: Shrinkage = "ledoit_wolf",
+    normalize: bool = True,
+    rule: Rule = "likeliest",
+    variance_floor: float = 1e-6,
+) -> Detector:
+    """Fit one Gaussian to each class that has training images, by true class.
+
+    Args:
+        training: Embedded natural training images.
+        attacked: Attacked training images to fit to as well; the default fits to natural ones only.
+        covariance: `full` gives each class its own, `diagonal` its own variances, `tied` one that all share, around
+            their own means: its memory does not grow with the classes.
+        shrinkage: `ledoit_wolf` draws a covariance that is not diagonal towards a multiple of the identity, as a class
+            with fewer images than dimensions needs; `none` takes it as it is.
+        normalize: Scale embeddings to length one: the learned metric is blind to length.
+        rule: Whose log density is the score. The paper's is the likeliest class's.
+        variance_floor: Added to every variance, as a share of the mean variance within classes, so that units which
+            never vary have a density. Above 0.
+
+    Returns:
+        The detector. A class with a single image takes the shared covariance: one point has none of its own.
+
+    Raises:
+        ConfigError: No class varies at all, so that there is nothing to fit.
+    """
+    images = training if attacked is None else Embedded.joined(training, attacked)
+    rows = unit_rows(images.embeddings) if normalize else images.embeddings.astype(np.float64)
+    classes, place, counts = np.unique(images.labels, return_inverse=True, return_counts=True)
+    means = np.stack([rows[images.labels == klass].mean(0) for klass in classes])
+    within = rows - means[place]
+    mean_variance = float((within**2).mean())
+    if mean_variance <= np.finfo(np.float64).eps * float((rows**2).mean()):
+        reason = f"the {len(rows)} training embeddings do not vary within any class"
+        raise ConfigError("covariance", covariance, reason, "fit to more images of each class")
+    lowest = variance_floor * mean_variance
+    if covariance == "tied":
+        groups = [within]
+    else:
+        groups = [within[place == at] if count > 1 else within for at, count in enumerate(counts)]
+    factors = [_factor(group, covariance, shrinkage, lowest) for group in groups]
+    diagonals = [factor if factor.ndim == 1 else np.diagonal(factor) for factor in factors]
+    log_determinants = np.resize([np.log(diagonal).sum() for diagonal in diagonals], len(classes))
+    return Detector(classes, means, np.stack(factors), log_determinants, normalize, rule)
+
+
+def threshold_for(scores: Scores, correct: Correct, false_rejection_rate: float) -> float:
+    """The highest threshold that rejects no more than a share of the correctly classified images.
+
+    An image is rejected when its score is below the threshold. Fix it on validation images, never on test images.
+
+    Args:
+        scores: Scores of validation images (N,).
+        correct: Whether each is classified correctly (N,).
+        false_rejection_rate: Share of correctly classified images that may be rejected, in [0, 1).
+
+    Returns:
+        The threshold: a score of one of the images.
+
+    Raises:
+        ConfigError: The rate is outside [0, 1), or no image is classified correctly.
+    """
+    accepted = np.sort(scores[correct])
+    if not 0 <= false_rejection_rate < 1 or not len(accepted):
+        reason = f"outside [0, 1), or none of the {len(scores)} validation images is classified correctly"
+        raise ConfigError("false_rejection_rate", false_rejection_rate, reason, "0.05 rejects one in 20")
+    # A product such as 0.29 * 100 falls short of the whole number it means.
+    rejected = floor(false_rejection_rate * len(accepted) + 1e-9)
+    return float(accepted[min(rejected, len(accepted) - 1)])
+
+
+def measure_detection(
+    scores: Scores, correct: Correct, *, seed: int, images: Integers | None = None, num_resamples: int = 1000
+) -> DetectionResult:
+    """ROC curve and AUC of a score, with a 95% bootstrap interval.
+
+    Args:
+        scores: Higher is more trustworthy (N,), finite.
+        correct: Whether each row is classified correctly (N,): the positives.
+        seed: Fixes the bootstrap.
+        images: Which image each row shows (N,). Rows of one image, clean and attacked, are drawn together: they are
+            not independent. By default each row is an image of its own.
+        num_resamples: Draws of the bootstrap (percentile interval); 0 for no interval.
+
+    Returns:
+        The curve; without one, and with the reason, where all rows are right or all are wrong. Scores that are not
+        finite raise ValueError.
+    """
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    if scores.shape != correct.shape or scores.ndim != 1 or not np.isfinite(scores).all():
+        raise ValueError(f"scores {scores.shape} and outcomes {correct.shape}: want finite scores, equal shapes (N,)")
+    right, wrong = int(correct.sum()), int((~correct).sum())
+    if right == 0 or wrong == 0:
+        which = "every image is" if right else "none of the images is"
+        reason = f"{which} classified correctly ({right} of {len(correct)}): there is nothing to tell apart"
+        none = np.empty(0)
+        return DetectionResult(np.nan, np.nan, np.nan, right, wrong, none, none, none, reason)
+    interval = _bootstrap(scores, correct, images, num_resamples, seed)
+    return DetectionResult(float(roc_auc_score(correct, scores)), *interval, right, wrong, *roc_curve(correct, scores))
+
+
+def detect_misclassified(
+    detector: Detector,
+    bank: Embedded,
+    natural: Embedded,
+    adversarial: Embedded,
+    *,
+    seed: int,
+    k: int = 50,
+    metric: Metric = "angular",
+    num_resamples: int = 1000,
+) -> dict[str, DetectionResult]:
+    """Measure the detector and the baselines on natural and attacked test images together.
+
+    Args:
+        detector: Fitted to training images.
+        bank: Embedded training images, at least `k`.
+        natural: Embedded test images.
+        adversarial: The same images attacked, row by row (ValueError if not); the paper exceeds the training epsilon.
+        seed: Fixes the bootstrap.
+        k: Neighbour whose distance is the k-NN score.
+        metric: That distance.
+        num_resamples: Draws of the bootstrap.
+
+    Returns:
+        Results by score: `gaussian` (with the detector's rule), `max_softmax`, `neighbours`.
+    """
+    if not np.array_equal(natural.labels, adversarial.labels):
+        raise ValueError("natural and adversarial images differ in their labels: give the same images in one order")
+    both, images = Embedded.joined(natural, adversarial), np.tile(np.arange(len(natural)), 2)
+    scores = {
+        "gaussian": detector.score(both),
+        "max_softmax": both.max_softmax,
+        "neighbours": neighbour_score(both, bank, k=k, metric=metric),
+    }
+    measured = partial(measure_detection, correct=both.correct, seed=seed, images=images, num_resamples=num_resamples)
+    return {name: measured(values) for name, values in scores.items()}
+
+
+def _factor(centred: Scores, covariance: Covariance, shrinkage: Shrinkage, lowest: float) -> Scores:
+    """Upper triangular W with W Wᵀ the inverse of the rows' covariance; its diagonal (D,) where that is all."""
+    from sklearn.covariance import EmpiricalCovariance, LedoitWolf
+
+    if covariance == "diagonal":
+        return 1 / np.sqrt((centred**2).mean(0) + lowest)
+    estimator = LedoitWolf if shrinkage == "ledoit_wolf" else EmpiricalCovariance
+    estimate = estimator(store_precision=False, assume_centered=True).fit(centred).covariance_
+    identity = torch.eye(len(estimate), dtype=torch.float64)
+    lower = torch.linalg.cholesky(torch.from_numpy(estimate) + lowest * identity)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.T.contiguous().numpy()
+
+
+def _bootstrap(
+    scores: Scores, correct: Correct, images: Integers | None, num_resamples: int, seed: int
+) -> tuple[float, float]:
+    """The middle 95% of AUCs over images drawn anew; a draw without both outcomes is left out."""
+    groups = np.arange(len(scores)) if images is None else np.unique(images, return_inverse=True)[1]
+    # AUC by ranks: sorting once instead of at every draw makes a thousand draws take seconds.
+    values, ranks = np.unique(scores, return_inverse=True)
+    random, count, found = np.random.default_rng(seed), int(groups.max()) + 1, []
+    for _ in range(num_resamples):
+        weights = np.bincount(random.integers(count, size=count), minlength=count)[groups]
+        right = np.bincount(ranks, weights * correct, minlength=len(values))
+        wrong = np.bincount(ranks, weights * ~correct, minlength=len(values))
+        if right.sum() and wrong.sum():
+            below = np.cumsum(wrong) - wrong / 2
+            found.append(float((right * below).sum() / (right.sum() * wrong.sum())))
+    if not found:
+        return np.nan, np.nan
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)

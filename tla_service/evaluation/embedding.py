@@ -1,0 +1,197 @@
+"""Where a network puts images: embeddings and logits of clean and of attacked images, in float32."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from tla_service.attacks import Attack, LogitsFn, attack_images, craft
+from tla_service.data import Batch
+from tla_service.errors import ConfigError
+from tla_service.runtime import generator
+from tla_service.triplets.distance import SMALLEST_SQUARE
+
+Floats = npt.NDArray[np.floating[Any]]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Images as a network sees them, row by row.
+
+    Attributes:
+        embeddings: Penultimate activations (N, D), float32.
+        logits: (N, K), float32.
+        labels: True classes (N,), int64.
+
+    Raises:
+        ValueError: The numbers of rows differ, or an array has the wrong number of dimensions.
+        ConfigError: Embeddings or logits are not finite: no measure of them would mean anything.
+    """
+
+    embeddings: Floats
+    logits: Floats
+    labels: Integers
+
+    def __post_init__(self) -> None:
+        shapes = (self.embeddings.shape, self.logits.shape, self.labels.shape)
+        if [len(shape) for shape in shapes] != [2, 2, 1] or len({shape[0] for shape in shapes}) != 1:
+            raise ValueError(f"embeddings, logits and labels of shapes {shapes}: want (N, D), (N, K) and (N,)")
+        finite = np.isfinite(self.embeddings).all(axis=1), np.isfinite(self.logits).all(axis=1)
+        broken: npt.NDArray[np.bool_] = ~np.logical_and(*finite)
+        if broken.any():
+            reason = f"gives embeddings or logits that are not finite for {broken.sum()} of {len(broken)} images"
+            raise ConfigError("model", None, reason, "evaluate another checkpoint: this one has diverged")
+
+    def __len__(self) -> int:
+        """Number of images, N."""
+        return len(self.labels)
+
+    @property
+    def predictions(self) -> Integers:
+        """Predicted classes (N,), int64; the lowest class of equals."""
+        return self.logits.argmax(1).astype(np.int64)
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Whether each image is classified correctly (N,)."""
+        return self.predictions == self.labels
+
+    @property
+    def max_softmax(self) -> npt.NDArray[np.float64]:
+        """The largest class probability of each image (N,), in [1/K, 1]."""
+        shifted = self.logits.astype(np.float64) - self.logits.max(1, keepdims=True)
+        return 1 / np.exp(shifted).sum(1)
+
+    def subset(self, indices: Integers) -> Self:
+        """The rows at `indices` (n,), in that order."""
+        return type(self)(self.embeddings[indices], self.logits[indices], self.labels[indices])
+
+    @classmethod
+    def joined(cls, *parts: Self) -> Self:
+        """All rows of all parts, part after part."""
+        return cls(
+            np.concatenate([part.embeddings for part in parts]),
+            np.concatenate([part.logits for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+        )
+
+
+def unit_rows(embeddings: Floats) -> npt.NDArray[np.float64]:
+    """Embeddings (N, D) scaled to length one, in float64; all zeros stay so, as in the learned metric."""
+    rows = embeddings.astype(np.float64)
+    return rows / np.sqrt((rows**2).sum(1, keepdims=True) + SMALLEST_SQUARE)
+
+
+def embed(network: nn.Module, batches: Iterable[Batch]) -> Embedded:
+    """Embed images as they are.
+
+    The network runs in eval mode and float32, also under a surrounding autocast; its mode is restored afterwards.
+    Memory holds one batch and the (N, D + K) result, never the images.
+
+    Args:
+        network: The bare network, on the batches' device.
+        batches: Images in the order wanted.
+
+    Returns:
+        The embedded images, in the order given.
+
+    Raises:
+        ValueError: There is no image.
+        ConfigError: Embeddings or logits are not finite.
+    """
+    with _evaluating(network):
+        return _collect(_forward(network, batch.images, batch.labels) for batch in batches)
+
+
+def embed_attacked(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    attack: Attack,
+    seed: int,
+    *,
+    attack_wrong: bool = True,
+    keep_images: int = 0,
+) -> tuple[Embedded, Floats | None]:
+    """Attack images and embed the result.
+
+    Args:
+        network: The bare network, on the batches' device.
+        batches: Clean images in the order wanted.
+        attack: The adversary; among restarts, an image keeps its worst.
+        seed: Fixes the random starts, together with the division into batches.
+        attack_wrong: Whether images that the network gets wrong when clean are attacked as well, once. For accuracy
+            alone they need not be, but a shift or a score measured on them would be that of clean images.
+        keep_images: How many of the first attacked images to return; this bounds the memory they take.
+
+    Returns:
+        The embedded adversarial images in the order given, with the true classes as labels; and the first of them,
+        (min(keep_images, N), C, H, W), float32 in [0, 1], or None where `keep_images` is 0.
+
+    Raises:
+        ValueError: There is no image.
+        ConfigError: Embeddings or logits are not finite.
+    """
+    kept: list[Floats] = []
+
+    def logits_fn(images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = network(images).logits
+        return logits
+
+    def attacked() -> Iterator[Embedded]:
+        room = keep_images
+        for index, batch in enumerate(batches):
+            random = generator(batch.images.device, seed, index)
+            images = _attack(logits_fn, batch, attack, random, attack_wrong=attack_wrong)
+            if room > 0:
+                kept.append(images[:room].float().cpu().numpy())
+                room -= len(kept[-1])
+            yield _forward(network, images, batch.labels)
+
+    with _evaluating(network):
+        embedded = _collect(attacked())
+    return embedded, np.concatenate(kept) if kept else None
+
+
+def _attack(
+    logits_fn: LogitsFn, batch: Batch, attack: Attack, random: torch.Generator, *, attack_wrong: bool
+) -> torch.Tensor:
+    adversarial, _ = attack_images(logits_fn, batch.images, batch.labels, attack, random)
+    if attack_wrong:
+        with torch.no_grad():
+            wrong = (logits_fn(batch.images).argmax(1) != batch.labels).nonzero().squeeze(1)
+        if len(wrong):
+            adversarial[wrong] = craft(logits_fn, batch.images[wrong], batch.labels[wrong], attack, random)
+    return adversarial
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode and full precision inside; the mode as it was afterwards."""
+    was_training = network.training
+    kind = next((parameter.device.type for parameter in network.parameters()), "cpu")
+    network.eval()
+    try:
+        with torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        network.train(was_training)
+
+
+@torch.no_grad()
+def _forward(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Embedded:
+    output = network(images)
+    embeddings, logits = (tensor.float().cpu().numpy() for tensor in (output.embeddings, output.logits))
+    return Embedded(embeddings, logits, labels.cpu().numpy())
+
+
+def _collect(parts: Iterable[Embedded]) -> Embedded:
+    found = list(parts)
+    if not found:
+        raise ValueError("there are no images to embed; give at least one batch")
+    return Embedded.joined(*found)
