@@ -26,6 +26,7 @@ _STAGES = {
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
 }
+ALL_STAGES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 # The DLR loss divides by the distance of the 1st to the 3rd logit; its targeted form reads the 4th.
 _FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 _SQUARE_FEWEST_ROWS = 5  # in L2 and L1 it lays tiles of a fifth of the image's height
@@ -159,9 +160,7 @@ def _stages(version: str, classes: int, only: Collection[str] | None) -> tuple[l
     return stages, left_out
 
 
-def _library(
-    logits_fn: LogitsFn, norm: str, epsilon: float, seed: int, version: str, device: torch.device
-) -> Any:
+def _library(logits_fn: LogitsFn, norm: str, epsilon: float, seed: int, version: str, device: torch.device) -> Any:
     from pyautoattack import AutoAttack
 
     def logits(images: Tensor) -> Tensor:
@@ -181,7 +180,7 @@ class _ToImagesOnly(torch.autograd.Function):
         return ctx.logits.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # FAB asks for one class after another on the same graph.
         (to_images,) = torch.autograd.grad(ctx.logits, ctx.inner, gradient, retain_graph=True)
         return to_images, None

@@ -17,13 +17,25 @@ class Interval(NamedTuple):
         estimate: The share measured, in [0, 1]; NaN when nothing was counted.
         low: Lower end.
         high: Upper end.
-        count: Images it was measured on.
+        images: Number of images it was measured on.
     """
 
     estimate: float
     low: float
     high: float
-    count: int
+    images: int
+
+
+class AttackAccuracy(NamedTuple):
+    """Accuracy under one attack.
+
+    Attributes:
+        overall: Over all images.
+        per_class: By class; a class without images has the estimate NaN.
+    """
+
+    overall: Interval
+    per_class: tuple[Interval, ...]
 
 
 class PairedDifference(NamedTuple):
@@ -36,7 +48,7 @@ class PairedDifference(NamedTuple):
         p_value: McNemar's exact two-sided test that both are equally often right.
         first_only: Images that only the first gets right.
         second_only: Images that only the second gets right.
-        count: Images compared.
+        images: Number of images compared.
     """
 
     difference: float
@@ -45,7 +57,7 @@ class PairedDifference(NamedTuple):
     p_value: float
     first_only: int
     second_only: int
-    count: int
+    images: int
 
 
 def wilson_interval(successes: int, count: int, confidence: float = CONFIDENCE) -> Interval:
@@ -69,6 +81,19 @@ def wilson_interval(successes: int, count: int, confidence: float = CONFIDENCE) 
 
     ends: Any = binomtest(successes, count).proportion_ci(confidence, method="wilson")
     return Interval(successes / count, float(ends.low), float(ends.high), count)
+
+
+def class_accuracy(correct: BoolArray, labels: npt.NDArray[np.integer[Any]], num_classes: int) -> AttackAccuracy:
+    """Accuracy over all images and by class, each with its interval.
+
+    Args:
+        correct: Whether each image is classified right (N,).
+        labels: True classes (N,), in [0, num_classes).
+        num_classes: K.
+    """
+    rows = [correct[labels == k] for k in range(num_classes)]
+    per_class = tuple(wilson_interval(int(row.sum()), len(row)) for row in rows)
+    return AttackAccuracy(wilson_interval(int(correct.sum()), len(correct)), per_class)
 
 
 def paired_difference(first: BoolArray, second: BoolArray, confidence: float = CONFIDENCE) -> PairedDifference:
