@@ -1,17 +1,40 @@
 """Is the robustness real? Checks for gradient masking, each with its figure, threshold and meaning."""
 
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tla_service.attacks import Attack
 from tla_service.evaluation import audit_checks as checks
-from tla_service.evaluation.audit_checks import Audit, Check, Thresholds
+from tla_service.evaluation.audit_checks import Check, Thresholds
 from tla_service.evaluation.outcomes import STANDS
 from tla_service.evaluation.suite import as_pixels, clean_logits, evaluating, float32, logits_of
 
 __all__ = ["Audit", "Check", "Thresholds", "audit"]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All checks of a network.
+
+    Attributes:
+        checks: In the order of running.
+        images: How many images they were measured on.
+    """
+
+    checks: tuple[Check, ...]
+    images: int
+
+    @property
+    def trusted(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON report."""
+        return {"trusted": self.trusted, "images": self.images, "checks": [asdict(check) for check in self.checks]}
 
 
 def audit(

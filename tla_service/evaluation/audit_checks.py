@@ -6,8 +6,7 @@ Tramer et al. 2020. Thresholds are settings of this project, wide enough for the
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -66,28 +65,6 @@ class Check:
     passed: bool
     statement: str
     meaning: str
-
-
-@dataclass(frozen=True)
-class Audit:
-    """All checks of a network.
-
-    Attributes:
-        checks: In the order of running.
-        images: How many images they were measured on.
-    """
-
-    checks: tuple[Check, ...]
-    images: int
-
-    @property
-    def trusted(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a JSON report."""
-        return {"trusted": self.trusted, "images": self.images, "checks": [asdict(check) for check in self.checks]}
 
 
 @dataclass(frozen=True)
