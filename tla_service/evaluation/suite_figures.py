@@ -149,7 +149,7 @@ def class_bars(result: AttackAccuracy, class_names: Sequence[str], path: Path, *
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(_percent())
     axes.set_ylabel("accuracy [%], with 95% interval")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(title, fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     # Above the bars: inside the axes it would cover some of them.
     axes.legend(edgecolor="none", facecolor="none", fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
@@ -157,14 +157,16 @@ def class_bars(result: AttackAccuracy, class_names: Sequence[str], path: Path, *
 
 
 def _scale(axes: "Axes", axis: str, x: Sequence[float]) -> None:
-    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     axes.set_xlabel(_AXES[axis])
     if axis == "epsilon":
         axes.set_xlim(left=0)
         return
     if axis == "restarts":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+        every = max(1, round(x[-1] / 10 + 0.49))
+        axes.xaxis.set_major_locator(FixedLocator([1.0, *(n for n in x if n % every == 0)]))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
         return
     # Zero steps, the clean images, has no place on a purely logarithmic axis.
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)
