@@ -108,7 +108,8 @@ def load_outcome(path: Path) -> ShardOutcome:
         UnavailableError: There is no such file, or it is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, because numpy leaves the file of a damaged archive open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             broken_at = {name.removeprefix("broken_at/"): file[name] for name in file if name.startswith("broken_at/")}
             return ShardOutcome(file["indices"], file["labels"], broken_at, json.loads(str(file["left_out"])))
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
