@@ -253,6 +253,11 @@ def test_columns_in_l2_and_at_another_radius_keep_their_steps(data_name: str) ->
         assert evaluation_attack(l2.attacks[name], AttackConfig()).epsilon == l2.epsilon
 
 
+def test_a_radius_of_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match="epsilon=0: leaves nothing"):
+        paper_columns("mnist", epsilon=0)
+
+
 def test_sets_the_paper_lacks_have_columns_too() -> None:
     assert paper_columns("fashion_mnist") == paper_columns("mnist")
     assert paper_columns("image_folder") == paper_columns("cifar10")

@@ -19,6 +19,7 @@ import numpy as np
 
 from tla_service.attacks import Attack
 from tla_service.config import EvaluationAttack
+from tla_service.errors import ConfigError
 from tla_service.evaluation.intervals import Interval, wilson_interval
 from tla_service.evaluation.outcomes import ShardOutcome
 
@@ -131,9 +132,15 @@ def paper_columns(data_name: str, norm: Norm = "linf", epsilon: float | None = N
             CIFAR-10's.
         norm: Norm of the perturbations.
         epsilon: Another radius; step sizes keep their share of it. None: the table's.
+
+    Raises:
+        ConfigError: The radius is not above 0.
     """
+    if epsilon is not None and not epsilon > 0:
+        raise ConfigError("epsilon", epsilon, "leaves nothing to attack with", "give a radius above 0, such as 8/255")
     table = _TABLES.get(_LIKE.get(data_name, data_name), _TABLES["cifar10"])
-    radius = epsilon or (table.epsilon if norm == "linf" else table.l2_epsilon)
+    usual = table.epsilon if norm == "linf" else table.l2_epsilon
+    radius = usual if epsilon is None else epsilon
     made = {
         name: EvaluationAttack.model_validate(
             {

@@ -91,8 +91,10 @@ def class_heat_map(
     last = list(accuracies.values())[-1]
     order = sorted(range(len(class_names)), key=lambda k: _or_above(last.per_class[k].estimate))
     table = [[result.per_class[k].estimate for result in accuracies.values()] for k in order]
-    table.append([result.overall.estimate for result in accuracies.values()])
     readable = len(class_names) <= _READABLE_CLASSES
+    # Among many classes a single row could not be seen.
+    whole = 1 if readable else 1 + len(class_names) // _READABLE_CLASSES
+    table += [[result.overall.estimate for result in accuracies.values()]] * whole
     height = 1.5 + (0.27 * len(table) if readable else 5.0)
     figure = _figure(max(4.2, 1.6 + 0.62 * len(accuracies)), height)
     axes = figure.subplots()
@@ -104,7 +106,7 @@ def class_heat_map(
         axes.set_yticks(range(len(table)), [*(class_names[k] for k in order), "all classes"])
         _write_cells(axes, table)
     else:
-        axes.set_yticks([len(order)], ["all classes"])
+        axes.set_yticks([len(order) + (whole - 1) / 2], ["all classes"])
         axes.set_ylabel(f"{len(order)} classes, the weakest first")
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=11)
