@@ -1,0 +1,184 @@
+"""The audit passes an honestly trained network and fails masked ones, naming the checks."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tla_service.attacks import Attack, craft
+from tla_service.config import DataConfig
+from tla_service.data import load_dataset
+from tla_service.errors import ConfigError
+from tla_service.evaluation.audit import Audit, Thresholds, audit
+from tla_service.models import build_model
+from tla_service.models.output import ModelOutput
+
+CPU = torch.device("cpu")
+ATTACK = Attack(epsilon=0.15, step_size=0.02, num_steps=15)
+IMAGES = 60
+
+
+class Masked(nn.Module):
+    """A network behind something that spoils gradients and adds no robustness."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        output: ModelOutput = self.network(images)
+        return output
+
+
+class LargeLogits(Masked):
+    """The softmax saturates, so the cross-entropy has no gradient."""
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        output = super().forward(images)
+        return ModelOutput(output.logits * 1e4, output.embeddings)
+
+
+class Quantised(Masked):
+    """Rounding has a gradient of zero."""
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        return super().forward((images * 8).round() / 8)
+
+
+class Saturated(Masked):
+    """A steep squashing of the pixels: gradients are there, and mislead."""
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        return super().forward((200 * (images - 0.5)).sigmoid())
+
+
+class HangsOnRounding(Masked):
+    """Adds what the rounding of bfloat16 turns into something else."""
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        output = super().forward(images)
+        # 1.001 is 1 in bfloat16.
+        rounding = 1.001 - F.linear(torch.tensor([[1.001]]), torch.ones(1, 1)).float()
+        return ModelOutput(output.logits + 1e6 * rounding * torch.eye(10)[0], output.embeddings)
+
+
+@cache
+def trained(seed: int, robust: bool) -> nn.Module:
+    """A digits network after a little training; adversarial if it is to be robust."""
+    data = load_dataset(DataConfig(name="digits"))
+    images, labels = data.train.fetch(torch.arange(len(data.train))).float() / 255, data.train.labels
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = build_model("digits_cnn", 10, (1, 8, 8))
+        optimizer = torch.optim.Adam(network.parameters(), 0.005)
+        attack = Attack(epsilon=0.15, step_size=0.08, num_steps=3)
+        for epoch in range(10 if robust else 4):
+            for batch in torch.randperm(len(labels)).split(128):
+                pixels = images[batch]
+                if robust and epoch > 1:
+                    pixels = craft(lambda x: network(x).logits, pixels, labels[batch], attack)
+                optimizer.zero_grad()
+                F.cross_entropy(network(pixels).logits, labels[batch]).backward()
+                optimizer.step()
+    return network.eval()
+
+
+def audited(network: nn.Module, *, surrogate: nn.Module | None = None, **changes: Any) -> Audit:
+    data = load_dataset(DataConfig(name="digits"))
+    chosen = torch.arange(IMAGES)
+    settings: dict[str, Any] = {"seed": 0, "batch_size": 64, "device": CPU, "square_queries": 200} | changes
+    return audit(network, data.test.fetch(chosen), data.test.labels[chosen], ATTACK, surrogate=surrogate, **settings)
+
+
+def failed(result: Audit) -> set[str]:
+    return {check.name for check in result.checks if not check.passed}
+
+
+def test_an_honest_network_is_trusted() -> None:
+    network = trained(0, robust=True)
+    result = audited(network, surrogate=trained(1, robust=False))
+    assert failed(result) == set()
+    assert result.trusted
+    assert len(result.checks) == 11
+    assert len({check.name for check in result.checks}) == 11
+    assert all(check.statement and check.meaning for check in result.checks)
+    assert not network.training
+    assert result.as_dict()["trusted"] is True
+    assert result.as_dict()["images"] == IMAGES
+
+
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [
+        (
+            LargeLogits,
+            {"gradients_do_not_vanish", "accuracy_at_large_epsilon", "cross_entropy_against_margin"}
+            | {"white_box_against_transfer", "white_box_against_square"},
+        ),
+        (
+            Quantised,
+            {"gradients_do_not_vanish", "accuracy_at_large_epsilon"}
+            | {"white_box_against_transfer", "white_box_against_square"},
+        ),
+        (Saturated, {"white_box_against_transfer", "white_box_against_square"}),
+    ],
+)
+def test_a_masked_network_is_found_out(mask: type[Masked], found: set[str]) -> None:
+    """The robust accuracy that PGD reports for it is far too high, and the audit says why not to believe it."""
+    result = audited(mask(trained(0, robust=False)), surrogate=trained(1, robust=False))
+    assert not result.trusted
+    assert failed(result) >= found
+    zero = next(check for check in result.checks if check.name == "gradients_do_not_vanish")
+    assert mask is Saturated or (zero.figure is not None and zero.figure > 0.5)
+
+
+def test_rounding_that_decides_is_found_out() -> None:
+    result = audited(HangsOnRounding(trained(0, robust=True)), surrogate=trained(1, robust=False))
+    assert "bfloat16_agrees_with_float32" in failed(result)
+
+
+def test_a_check_that_could_not_run_is_not_passed() -> None:
+    result = audited(trained(0, robust=True))
+    assert failed(result) == {"white_box_against_transfer"}
+    assert not result.trusted
+    missing = next(check for check in result.checks if not check.passed)
+    assert missing.figure is None
+    assert "no surrogate" in missing.statement
+
+
+def test_an_attack_stopped_early_is_found_out() -> None:
+    network, surrogate = trained(0, robust=True), trained(1, robust=False)
+    data = load_dataset(DataConfig(name="digits"))
+    chosen = torch.arange(IMAGES)
+    short = Attack(epsilon=0.15, step_size=0.005, num_steps=4)
+    result = audit(
+        network,
+        data.test.fetch(chosen),
+        data.test.labels[chosen],
+        short,
+        surrogate=surrogate,
+        seed=0,
+        batch_size=64,
+        device=CPU,
+        square_queries=20,
+    )
+    assert failed(result) >= {"more_steps_gain_little", "loss_has_settled", "iterative_against_single_step"}
+
+
+def test_thresholds_decide() -> None:
+    strict = Thresholds(**dict.fromkeys(vars(Thresholds()), -2.0) | {"bfloat16": 2.0})
+    result = audited(trained(0, robust=True), surrogate=trained(1, robust=False), thresholds=strict, square_queries=5)
+    assert failed(result) == {check.name for check in result.checks}
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    class Nothing(Masked):
+        def forward(self, images: Tensor) -> ModelOutput:
+            output = super().forward(images)
+            return ModelOutput(output.logits * float("nan"), output.embeddings)
+
+    with pytest.raises(ConfigError, match="not finite"):
+        audited(Nothing(trained(1, robust=False)))

@@ -1,0 +1,281 @@
+"""The suite: fates of images, shards, files, sweeps."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tla_service.attacks import Attack, attack_images, craft
+from tla_service.config import AttackConfig
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.evaluation.outcomes import (
+    STANDS,
+    ShardOutcome,
+    compare_outcomes,
+    load_outcome,
+    merge_outcomes,
+    save_outcome,
+)
+from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, restart_curve, step_sweep, sweep_curve
+from tla_service.evaluation.robustness import evaluation_attack
+from tla_service.evaluation.suite import evaluate_shard, restart_fates
+from tla_service.models.output import ModelOutput
+
+CPU = torch.device("cpu")
+PGD = Attack(kind="pgd", epsilon=0.03, step_size=0.01, num_steps=1, num_restarts=4)
+
+
+class Wavy(nn.Module):
+    """Small, and rough enough that restarts matter."""
+
+    def __init__(self, seed: int = 0, classes: int = 3) -> None:
+        super().__init__()
+        draws = torch.Generator().manual_seed(seed)
+        self.hidden = nn.Parameter(torch.randn(16, 6, generator=draws))
+        self.output = nn.Parameter(torch.randn(6, classes, generator=draws))
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        embeddings = (6 * (images - 0.5).flatten(1) @ self.hidden).sin()
+        return ModelOutput(embeddings @ self.output, embeddings)
+
+
+def pictures(network: nn.Module, count: int = 40) -> tuple[Tensor, Tensor]:
+    """uint8 images, the first of every five labelled wrongly."""
+    images = torch.randint(60, 200, (count, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(9))
+    labels = network(images.float() / 255).logits.argmax(1)
+    labels[::5] = (labels[::5] + 1) % 3
+    return images, labels
+
+
+def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attacks: Any = None, **changes: Any) -> ShardOutcome:
+    settings = {"seed": 0, "batch_size": 16, "device": CPU} | changes
+    return evaluate_shard(network, images, labels, {"pgd": PGD} if attacks is None else attacks, **settings)
+
+
+def logits(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda images: network(images).logits
+
+
+def test_fates_equal_attacks_with_so_many_restarts() -> None:
+    network = Wavy()
+    images, labels = pictures(network)
+    pixels = images.float() / 255
+    fates = restart_fates(logits(network), pixels, labels, PGD, torch.Generator().manual_seed(5))
+    for restarts in range(1, 5):
+        attack = Attack(kind="pgd", epsilon=0.03, step_size=0.01, num_steps=1, num_restarts=restarts)
+        _, robust = attack_images(logits(network), pixels, labels, attack, torch.Generator().manual_seed(5))
+        assert torch.equal(robust, (fates == STANDS) | (fates > restarts))
+    assert set(fates.tolist()) >= {STANDS, 0, 1, 2}
+
+
+def test_standing_counts_restarts_by_hand() -> None:
+    outcome = ShardOutcome(np.arange(5), np.zeros(5, dtype=np.int64), {"pgd": np.array([0, 1, 2, 7, STANDS])})
+    assert outcome.standing("pgd").tolist() == [False, False, False, False, True]
+    assert outcome.standing("pgd", 1).tolist() == [False, False, True, True, True]
+    assert outcome.standing("pgd", 6).tolist() == [False, False, False, True, True]
+    with pytest.raises(ConfigError, match="attack=fgsm: was not run; choose from pgd"):
+        outcome.standing("fgsm")
+
+
+def test_clean_accuracy_and_training_mode() -> None:
+    network = Wavy()
+    images, labels = pictures(network)
+    outcome = evaluate(network, images, labels, {})
+    assert outcome.standing("clean").tolist() == [i % 5 != 0 for i in range(40)]
+    assert network.training
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_shards_and_other_attacks_do_not_change_a_fate() -> None:
+    network = Wavy()
+    images, labels = pictures(network)
+    whole = evaluate(network, images, labels)
+    more = {"fgsm": Attack(kind="fgsm", epsilon=0.05), "pgd": PGD}
+    later = evaluate(network, images[16:], labels[16:], more, indices=range(16, 40))
+    first = evaluate(network, images[:16], labels[:16], more)
+    merged = merge_outcomes([later, first])
+    assert merged.indices.tolist() == list(range(40))
+    assert merged.labels.tolist() == labels.tolist()
+    assert merged.broken_at["pgd"].tolist() == whole.broken_at["pgd"].tolist()
+    assert set(merged.broken_at) == {"clean", "fgsm", "pgd"}
+    again = evaluate(network, images, labels, seed=1)
+    assert again.broken_at["pgd"].tolist() != whole.broken_at["pgd"].tolist()
+
+
+def test_transfer_scores_the_surrogates_images() -> None:
+    network, surrogate = Wavy(0), Wavy(1)
+    images, labels = pictures(network)
+    bim = Attack(kind="bim", epsilon=0.08, step_size=0.02, num_steps=5)
+    outcome = evaluate(network, images, labels, {"bim": bim}, transfer={"transfer": bim}, surrogate=surrogate)
+    pixels = images.float() / 255
+    crafted = craft(logits(surrogate), pixels, labels, bim)
+    clean = network(pixels).logits.argmax(1) == labels
+    expected = clean & (network(crafted).logits.argmax(1) == labels)
+    assert outcome.standing("transfer").tolist() == expected.tolist()
+    assert outcome.standing("transfer").sum() > outcome.standing("bim").sum()
+
+
+def test_autoattack_is_no_weaker_and_says_what_it_left_out() -> None:
+    network = Wavy()
+    images, labels = pictures(network, 15)
+    outcome = evaluate(network, images, labels, autoattack=("linf", 0.03))
+    assert outcome.standing("autoattack").sum() <= outcome.standing("pgd").sum()
+    assert not (outcome.standing("autoattack") & ~outcome.standing("clean")).any()
+    assert set(outcome.left_out) == {"apgd-t"}
+    assert merge_outcomes([outcome]).left_out == outcome.left_out
+
+
+def test_float32_whatever_surrounds_it() -> None:
+    seen = []
+
+    class Watching(Wavy):
+        def forward(self, images: Tensor) -> ModelOutput:
+            seen.append((images.dtype, torch.is_autocast_enabled("cpu"), torch.backends.cudnn.allow_tf32))
+            return super().forward(images)
+
+    network = Watching()
+    images, labels = pictures(Wavy())
+    before = torch.backends.cudnn.allow_tf32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        evaluate(network, images, labels)
+    assert set(seen) == {(torch.float32, False, False)}
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_outcome_survives_the_disk(tmp_path: Path) -> None:
+    network = Wavy()
+    images, labels = pictures(network, 10)
+    outcome = ShardOutcome(**(vars(evaluate(network, images, labels)) | {"left_out": {"apgd-t": "needs 4 classes"}}))
+    save_outcome(outcome, tmp_path / "shards" / "0.npz")
+    back = load_outcome(tmp_path / "shards" / "0.npz")
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["0.npz"]
+    assert back.indices.tolist() == outcome.indices.tolist()
+    assert back.labels.tolist() == outcome.labels.tolist()
+    assert {k: v.tolist() for k, v in back.broken_at.items()} == {k: v.tolist() for k, v in outcome.broken_at.items()}
+    assert back.left_out == outcome.left_out
+
+
+@pytest.mark.parametrize("keep", [0, 10, 300])
+def test_damaged_files_are_named(tmp_path: Path, keep: int) -> None:
+    network = Wavy()
+    path = tmp_path / "0.npz"
+    save_outcome(evaluate(network, *pictures(network, 10)), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UnavailableError, match=r"shard=.*0\.npz: cannot be read"):
+        load_outcome(path)
+
+
+def test_shards_that_do_not_fit_are_refused() -> None:
+    network = Wavy()
+    images, labels = pictures(network, 10)
+    outcome = evaluate(network, images, labels)
+    with pytest.raises(ValueError, match="two shards"):
+        merge_outcomes([outcome, outcome])
+    with pytest.raises(ValueError, match="attacked differently"):
+        merge_outcomes([outcome, evaluate(network, images, labels, {}, indices=range(10, 20))])
+    with pytest.raises(ValueError, match="no outcome"):
+        merge_outcomes([])
+
+
+def test_comparison_is_image_by_image() -> None:
+    def outcome(fates: list[int]) -> ShardOutcome:
+        return ShardOutcome(np.arange(4), np.zeros(4, dtype=np.int64), {"pgd": np.array(fates)})
+
+    result = compare_outcomes(outcome([STANDS, STANDS, 1, 0]), outcome([STANDS, 2, 2, STANDS]), "pgd")
+    assert (result.first_only, result.second_only, result.difference) == (1, 1, 0)
+    other = ShardOutcome(np.arange(1, 5), np.zeros(4, dtype=np.int64), {"pgd": np.zeros(4, dtype=np.int64)})
+    with pytest.raises(ConfigError, match="different images"):
+        compare_outcomes(outcome([0, 0, 0, 0]), other, "pgd")
+
+
+class Broken(Wavy):
+    def forward(self, images: Tensor) -> ModelOutput:
+        output = super().forward(images)
+        return ModelOutput(output.logits * math.nan, output.embeddings)
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "message"),
+    [
+        (Broken(), {}, "not finite"),
+        (Wavy(classes=2), {}, "knows 2 classes"),
+        (Wavy(), {"images": torch.zeros(40, 1, 5, 5)}, "cannot take 1x5x5 images"),
+        (Wavy(), {"attacks": {"pgd": Attack(epsilon=0.0)}}, r"pgd\.epsilon=0\.0: leaves nothing"),
+        (Wavy(), {"transfer": {"bb": PGD}}, "there is none"),
+        (Wavy(), {"attacks": {"clean": PGD}}, "attacks=clean: this name is taken"),
+        (Wavy(), {"images": torch.zeros(3, 1, 4, 4)}, "there are 40 labels"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_message(network: nn.Module, changes: dict[str, Any], message: str) -> None:
+    images, _ = pictures(Wavy())
+    labels = torch.arange(40) % 3
+    with pytest.raises(ConfigError, match=message) as caught:
+        evaluate(network, **({"images": images, "labels": labels} | changes))
+    assert "\n" not in str(caught.value)
+
+
+TABLE_1 = {
+    "mnist": (0.3, ["fgsm 1", "bim 40", "cw 40", "pgd 40", "pgd 100", "20pgd 100", "mim 200", "bb 100"]),
+    "cifar10": (8 / 255, ["fgsm 1", "bim 7", "cw 30", "pgd 7", "pgd 20", "20pgd 20", "mim 40", "bb 7"]),
+    "tiny_imagenet": (8 / 255, ["fgsm 1", "bim 10", "cw 10", "pgd 10", "pgd 20", "20pgd 20", "mim 40", "bb 10"]),
+}
+
+
+@pytest.mark.parametrize("data_name", TABLE_1)
+def test_columns_are_the_papers(data_name: str) -> None:
+    epsilon, expected = TABLE_1[data_name]
+    columns = paper_columns(data_name)
+    restarts = {1: "", 20: "20"}
+    white = [f"{restarts[a.num_restarts]}{a.kind} {a.num_steps}" for a in columns.attacks.values()]
+    black = [f"bb {attack.num_steps}" for attack in columns.transfer.values()]
+    assert white + black == expected
+    assert columns.epsilon == epsilon
+    for name, attack in {**columns.attacks, **columns.transfer}.items():
+        assert (attack.norm, attack.epsilon) == ("linf", epsilon)
+        assert name == "fgsm" or f"{attack.kind}{attack.num_steps}" in name
+        assert attack.kind == "fgsm" or attack.num_steps * (attack.step_size or 0) >= epsilon, "it reaches the edge"
+
+
+@pytest.mark.parametrize("data_name", [*TABLE_1, "digits"])
+def test_columns_in_l2_and_at_another_radius_keep_their_steps(data_name: str) -> None:
+    usual, l2, wide = paper_columns(data_name), paper_columns(data_name, "l2"), paper_columns(data_name, epsilon=0.5)
+    assert list(l2.attacks) == list(usual.attacks)
+    for name, attack in usual.attacks.items():
+        share = (attack.step_size or 0) / usual.epsilon
+        assert l2.attacks[name].norm == "l2"
+        assert (l2.attacks[name].step_size or 0) / l2.epsilon == pytest.approx(share)
+        assert (wide.attacks[name].step_size or 0) / 0.5 == pytest.approx(share)
+        assert evaluation_attack(l2.attacks[name], AttackConfig()).epsilon == l2.epsilon
+
+
+def test_a_radius_of_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match="epsilon=0: leaves nothing"):
+        paper_columns("mnist", epsilon=0)
+
+
+def test_sets_the_paper_lacks_have_columns_too() -> None:
+    assert paper_columns("fashion_mnist") == paper_columns("mnist")
+    assert paper_columns("image_folder") == paper_columns("cifar10")
+
+
+def test_curves_are_the_accuracies_of_their_points() -> None:
+    network = Wavy()
+    images, labels = pictures(network)
+    by_radius, by_steps = epsilon_sweep(PGD, (0.1, 0.02)), step_sweep(PGD, 9, points=4)
+    assert [round(a.step_size / a.epsilon, 6) for a in by_radius.values()] == [0.333333, 0.333333]
+    assert [a.num_steps for a in by_steps.values()] == [1, 2, 4, 9]
+    outcome = evaluate(network, images, labels, {**by_radius, **by_steps, "pgd": PGD})
+    curve = sweep_curve(outcome, "epsilon")
+    assert curve.x == (0, 0.02, 0.1)
+    clean, *rest = [point.estimate for point in curve.accuracy]
+    assert clean == outcome.standing("clean").mean()
+    assert rest == [outcome.standing(f"epsilon={x}").mean() for x in (0.02, 0.1)]
+    assert sweep_curve(outcome, "steps").x == (0, 1, 2, 4, 9)
+    restarts = restart_curve(outcome, "pgd", 4)
+    assert [point.estimate for point in restarts.accuracy] == [outcome.standing("pgd", k).mean() for k in (1, 2, 3, 4)]
+    assert restart_curve(outcome, "pgd", 4, steps_each=3).x == (3, 6, 9, 12)

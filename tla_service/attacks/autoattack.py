@@ -1,0 +1,214 @@
+"""AutoAttack through its authors' package, on any number of classes, with each image's fate.
+
+Source: Croce and Hein 2020, arXiv 2003.01690. The package's targeted APGD needs four logits and stops on fewer; what
+cannot run is left out here by name instead.
+"""
+
+import logging
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tla_service.attacks.gradient import LogitsFn
+from tla_service.errors import ConfigError
+
+AutoAttackNorm = Literal["linf", "l2", "l1"]
+Version = Literal["standard", "plus", "rand"]
+
+_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+_STAGES = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+ALL_STAGES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+# The DLR loss divides by the distance of the 1st to the 3rd logit; its targeted form reads the 4th.
+_FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
+_SQUARE_FEWEST_ROWS = 5  # in L2 and L1 it lays tiles of a fifth of the image's height
+_LOGGER = "auto-attack"
+
+
+@dataclass(frozen=True)
+class AutoAttackResult:
+    """What AutoAttack did to each image.
+
+    Attributes:
+        adversarial: Images (N, C, H, W); those that were not broken, or were wrong from the start, stay clean.
+        robust: Whether the network is right after all stages (N,), bool.
+        standing: For ``clean`` and each stage in the order of running: whether the image stands after it (N,), bool.
+        left_out: Stages of the version that were not run, and why.
+        warnings: What the package says of this network, such as that it seems randomised.
+    """
+
+    adversarial: Tensor
+    robust: Tensor
+    standing: dict[str, Tensor]
+    left_out: dict[str, str]
+    warnings: tuple[str, ...]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages that were run, in their order."""
+        return tuple(name for name in self.standing if name != "clean")
+
+    @property
+    def broken_by(self) -> list[str | None]:
+        """For each image the stage that broke it, ``clean`` if it was wrong from the start, None if it stands."""
+        fates: list[str | None] = [None] * len(self.robust)
+        for stage in reversed(self.standing):
+            for image in (~self.standing[stage]).nonzero().flatten().tolist():
+                fates[image] = stage
+        return fates
+
+
+def run_autoattack(
+    logits_fn: LogitsFn,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: AutoAttackNorm,
+    epsilon: float,
+    seed: int,
+    version: Version = "standard",
+    batch_size: int,
+    only: Collection[str] | None = None,
+    square_queries: int = 5000,
+) -> AutoAttackResult:
+    """Run AutoAttack's stages one after another, each on the images that still stand.
+
+    With three classes ``standard`` runs ``apgd-dlr`` in the place of ``apgd-t``; with two neither can run. Targeted
+    stages take as many targets as there are other classes, nine at most. Global random states are restored.
+
+    Args:
+        logits_fn: Images (N, C, H, W) in [0, 1] to logits (N, K); in eval mode, not a DDP wrapper. No parameter's
+            ``.grad`` is touched.
+        images: Clean images (N, C, H, W), float32, in [0, 1]; any C.
+        labels: True classes (N,), int64.
+        norm: Norm of the perturbation.
+        epsilon: Radius, in pixels of [0, 1] (L-infinity) or as a length.
+        seed: Fixes every draw; the package starts each batch of each stage from it.
+        version: The package's: ``standard``, ``plus``, or ``rand`` for randomised networks.
+        batch_size: Images a forward pass.
+        only: Run only these stages of the version; None: all.
+        square_queries: Queries of the Square attack; the package's own number is 5000.
+
+    Raises:
+        ConfigError: A setting is not one of AutoAttack's, or the logits are not finite.
+    """
+    _check(norm, epsilon, version, only)
+    images = images.detach()
+    with torch.no_grad():
+        logits = torch.cat([logits_fn(part) for part in images.split(batch_size)])
+    if not logits.isfinite().all():
+        raise ConfigError("model", None, "gives logits that are not finite on clean images", "choose other weights")
+    stages, left_out = _stages(version, logits.shape[1], only)
+    if "square" in stages and norm != "linf" and images.shape[2] < _SQUARE_FEWEST_ROWS:
+        stages.remove("square")
+        left_out["square"] = f"needs images of {_SQUARE_FEWEST_ROWS} rows in {norm}, these have {images.shape[2]}"
+    standing = {"clean": logits.argmax(1) == labels}
+    adversarial, robust = images.clone(), standing["clean"].clone()
+    with _undisturbed(images.device) as messages:
+        library = _library(logits_fn, _NORMS[norm], epsilon, seed, version, images.device)
+        library.square.n_queries = square_queries
+        targets = min(library.fab.n_target_classes, logits.shape[1] - 1)
+        library.fab.n_target_classes = targets
+        library.apgd_targeted.n_target_classes = min(library.apgd_targeted.n_target_classes, logits.shape[1] - 1)
+        for stage in stages:
+            left = robust.nonzero().squeeze(1)
+            if len(left):
+                library.attacks_to_run = [stage]
+                result, predicted = library.run_standard_evaluation(images[left], labels[left], batch_size=batch_size)
+                broken = predicted != labels[left]
+                adversarial[left[broken]] = result[broken]
+                robust[left[broken]] = False
+            standing[stage] = robust.clone()
+    return AutoAttackResult(adversarial, robust, standing, left_out, tuple(dict.fromkeys(messages)))
+
+
+def _check(norm: str, epsilon: float, version: str, only: Collection[str] | None) -> None:
+    if norm not in _NORMS:
+        raise ConfigError("norm", norm, "is none of AutoAttack's", f"choose from {', '.join(_NORMS)}")
+    if not epsilon > 0:
+        raise ConfigError("epsilon", epsilon, "leaves nothing to attack with", "give a radius above 0")
+    if version not in _STAGES:
+        raise ConfigError("version", version, "is none of AutoAttack's", f"choose from {', '.join(_STAGES)}")
+    known = {*_STAGES[version], "apgd-dlr"}
+    unknown = sorted(set(only or ()) - known)
+    if unknown:
+        raise ConfigError("only", unknown[0], f"is no stage of {version}", f"choose from {', '.join(sorted(known))}")
+
+
+def _stages(version: str, classes: int, only: Collection[str] | None) -> tuple[list[str], dict[str, str]]:
+    """Stages to run on this many classes, and those left out with the reason."""
+    stages, left_out = [], {}
+    for stage in _STAGES[version]:
+        needed = _FEWEST_CLASSES.get(stage, 2)
+        if only is not None and stage not in only:
+            left_out[stage] = "not asked for"
+        elif classes >= needed:
+            stages.append(stage)
+        else:
+            left_out[stage] = f"needs {needed} classes, there are {classes}"
+            if version == "standard" and classes >= _FEWEST_CLASSES["apgd-dlr"]:
+                left_out[stage] += "; apgd-dlr runs in its place"
+                stages.append("apgd-dlr")
+    return stages, left_out
+
+
+def _library(logits_fn: LogitsFn, norm: str, epsilon: float, seed: int, version: str, device: torch.device) -> Any:
+    from pyautoattack import AutoAttack
+
+    def logits(images: Tensor) -> Tensor:
+        return _ToImagesOnly.apply(images, logits_fn) if torch.is_grad_enabled() else logits_fn(images).float()
+
+    return AutoAttack(logits, eps=epsilon, norm=norm, seed=seed, version=version, device=device)
+
+
+class _ToImagesOnly(torch.autograd.Function):
+    """Logits whose gradient goes to the images alone: the package calls ``backward``, which fills parameters too."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, logits_fn: LogitsFn) -> Tensor:
+        ctx.inner = images.detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.logits = logits_fn(ctx.inner).float()
+        return ctx.logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # FAB asks for one class after another on the same graph.
+        (to_images,) = torch.autograd.grad(ctx.logits, ctx.inner, gradient, retain_graph=True)
+        return to_images, None
+
+
+class _Keep(logging.Handler):
+    """Keeps warnings instead of printing them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[list[str]]:
+    """Undo the package's changes to the process: it seeds the global generators, drops the trace function and logs."""
+    logger, handler, trace = logging.getLogger(_LOGGER), _Keep(), sys.gettrace()
+    propagated = logger.propagate
+    logger.propagate = False
+    logger.addHandler(handler)
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield handler.messages
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
+        sys.settrace(trace)

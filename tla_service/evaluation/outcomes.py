@@ -1,0 +1,116 @@
+"""Each image's fate under each attack, as plain arrays.
+
+Shards are merged, kept for a rerun, and compared between models image by image.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.evaluation.intervals import BoolArray, PairedDifference, paired_difference
+
+IntArray = npt.NDArray[np.int64]
+STANDS = -1
+
+
+@dataclass(frozen=True)
+class ShardOutcome:
+    """The fate of some images.
+
+    Attributes:
+        indices: Number of each image in its test set (N,).
+        labels: True classes (N,).
+        broken_at: By attack, (N,): 0 where the network is wrong before any attack, r where the r-th restart (or the
+            r-th of AutoAttack's ``ALL_STAGES``) broke the image, STANDS where none did. ``clean`` is among the attacks.
+        left_out: AutoAttack's stages that could not run on this network, and why.
+    """
+
+    indices: IntArray
+    labels: IntArray
+    broken_at: dict[str, IntArray]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def standing(self, attack: str, restarts: int | None = None) -> BoolArray:
+        """Whether each image is still classified right (N,).
+
+        Args:
+            attack: Its name; ``clean`` for no attack.
+            restarts: Count only this many of its restarts; None: all.
+
+        Raises:
+            ConfigError: The attack was not run.
+        """
+        if attack not in self.broken_at:
+            raise ConfigError("attack", attack, "was not run", f"choose from {', '.join(self.broken_at)}")
+        broken_at = self.broken_at[attack]
+        standing: BoolArray = (
+            broken_at == STANDS if restarts is None else (broken_at == STANDS) | (broken_at > restarts)
+        )
+        return standing
+
+
+def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
+    """Put shards together, in the order of the test set.
+
+    Raises:
+        ValueError: There is none, an image occurs twice, or the shards were attacked differently.
+    """
+    if not outcomes:
+        raise ValueError("there is no outcome to merge")
+    names = list(outcomes[0].broken_at)
+    if any(set(outcome.broken_at) != set(names) for outcome in outcomes):
+        raise ValueError("the shards were attacked differently; evaluate them with one set of attacks")
+    indices = np.concatenate([outcome.indices for outcome in outcomes])
+    order = np.argsort(indices)
+    if (np.diff(indices[order]) == 0).any():
+        raise ValueError("an image is in two shards; each belongs in one")
+    labels = np.concatenate([outcome.labels for outcome in outcomes])[order]
+    broken_at = {name: np.concatenate([outcome.broken_at[name] for outcome in outcomes])[order] for name in names}
+    left_out = {stage: why for outcome in outcomes for stage, why in outcome.left_out.items()}
+    return ShardOutcome(indices[order], labels, broken_at, left_out)
+
+
+def compare_outcomes(first: ShardOutcome, second: ShardOutcome, attack: str) -> PairedDifference:
+    """Compare two networks under one attack, on the images of both.
+
+    Raises:
+        ConfigError: The attack was not run on one of them, or they were evaluated on different images.
+    """
+    same = np.array_equal(first.indices, second.indices) and np.array_equal(first.labels, second.labels)
+    if not same:
+        reason = "the models were evaluated on different images"
+        raise ConfigError("compare", attack, reason, "evaluate both on the same test set")
+    return paired_difference(first.standing(attack), second.standing(attack))
+
+
+def save_outcome(outcome: ShardOutcome, path: Path) -> None:
+    """Write an outcome as ``.npz``; a reader sees all of it or nothing, also when the writer is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {f"broken_at/{name}": fates for name, fates in outcome.broken_at.items()}
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        left_out = np.array(json.dumps(outcome.left_out))
+        np.savez_compressed(file, indices=outcome.indices, labels=outcome.labels, left_out=left_out, **arrays)
+    part.replace(path)
+
+
+def load_outcome(path: Path) -> ShardOutcome:
+    """Read what :func:`save_outcome` wrote.
+
+    Raises:
+        UnavailableError: There is no such file, or it is damaged.
+    """
+    try:
+        # Opened here, because numpy leaves the file of a damaged archive open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            broken_at = {name.removeprefix("broken_at/"): file[name] for name in file if name.startswith("broken_at/")}
+            return ShardOutcome(file["indices"], file["labels"], broken_at, json.loads(str(file["left_out"])))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise UnavailableError("shard", path, f"cannot be read ({error})", "delete it; it is made again") from error
