@@ -133,7 +133,6 @@ def test_unknown_name(name: str, match: str) -> None:
     [
         ("mnist_cnn", (1, 3, 28), "cannot take 1x3x28 images: it needs at least 4x4"),
         ("small_cnn", (1, 28, 3), "at least 4x4"),
-        ("digits_cnn", (1, 1, 1), "at least 2x2"),
         ("wrn_32_10", (3, 30, 32), "multiples of 4"),
         ("wrn_32_10", (3, 32, 33), "multiples of 4"),
         ("wrn_28_10", (3, 0, 32), "at least 1x1"),

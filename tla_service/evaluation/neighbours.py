@@ -149,7 +149,7 @@ def neighbour_accuracy(
         ValueError: There is no query.
         ConfigError: The bank has fewer than `k` images.
     """
-    from scipy.stats import binomtest  # type: ignore[import-untyped]
+    from scipy.stats import binomtest
 
     if len(queries) == 0:
         raise ValueError("there are no queries; give at least one")

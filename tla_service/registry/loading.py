@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tla_service.config import RunConfig, TrackingConfig
-from tla_service.errors import ConfigError, UnavailableError, UserError
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model
 from tla_service.registry.connection import client, one_line, retrying, sqlite_path, tracking_uri
 
@@ -127,7 +127,7 @@ def _download(uri: str, store: str, target: str) -> Path:
 
     try:
         return Path(retrying(f"Fetching {uri}", fetch, attempts=3))
-    except UserError:
+    except ConfigError:
         raise
     except Exception as error:
         remedy = f"look at what {store} holds, or set MLFLOW_TRACKING_URI"
