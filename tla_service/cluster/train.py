@@ -82,7 +82,11 @@ def train_on_ray(
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
         train_loop_config=loop,
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        # NCCL refuses two workers on one GPU; gloo does not.
+        torch_config=TorchConfig(
+            backend="gloo" if placement.use_gpu and placement.gpus_per_worker < 1 else None,
+            timeout_s=COLLECTIVE_TIMEOUT_SECONDS,
+        ),
         scaling_config=ScalingConfig(
             num_workers=placement.num_workers,
             use_gpu=placement.use_gpu,

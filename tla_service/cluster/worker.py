@@ -7,6 +7,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+import torch
 from ray.train import Checkpoint, UserCallback
 
 from tla_service.config import RunConfig
@@ -35,6 +36,9 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         world_size=ray_context.get_world_size(),
         device=ray.train.torch.get_device(),
     )
+    if context.device.type == "cuda":
+        # Ray shows a node's GPUs to all its workers; NCCL's object collectives go by the current one.
+        torch.cuda.set_device(context.device)
     reporter = RayReporter(loop["mailbox"], is_main=context.is_main)
     weights = ray.get(loop["weights"]) if loop["weights"] is not None else None
     checkpoint = ray.train.get_checkpoint()
