@@ -17,8 +17,6 @@ from pyarrow.fs import FileSystem
 from tla_service.config import RunConfig, ScalingConfig
 from tla_service.errors import UnavailableError
 
-# Ray Train polls its workers this often and accepts one report a poll; its default of 2 s would hold back short epochs.
-POLL_SECONDS = "0.2"
 STORAGE_SECONDS = 20
 CONNECT_SECONDS = 5
 
@@ -45,7 +43,6 @@ def ray_session(config: RunConfig, *, debug: bool = False) -> Iterator[None]:
     Raises:
         UnavailableError: No cluster answers at the address given.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     # Ray's announced defaults; without them it warns about the change on every start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.scaling.address or os.environ.get("RAY_ADDRESS")
