@@ -82,6 +82,10 @@ WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         "mining.pool_size=10: not divisible by 4 workers",
     ),
+    "pool larger than the set": (
+        ("--mining.pool", "separate", "--mining.pool_size", "5000"),
+        "mining.pool_size=5000: ",
+    ),
     "set that is not embedded": (("--data.name", "cifar10"), "data.root"),
     "unknown network": (("--model.name", "preact_resnet18"), "model.name=preact_resnet18: there is no such network"),
     "network too large": (("--model.name", "torchvision:inception_v3"), "model.name=torchvision:inception_v3: "),

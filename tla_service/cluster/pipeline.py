@@ -10,7 +10,7 @@ import torch
 
 from tla_service import registry
 from tla_service.attacks import craft
-from tla_service.cluster.session import Placement, check_storage, place, ray_session
+from tla_service.cluster.session import check_storage, place, ray_session
 from tla_service.cluster.train import Record, TrainedRun, train_on_ray
 from tla_service.config import RunConfig
 from tla_service.data import Dataset, load_dataset, split_validation
@@ -110,7 +110,7 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
     terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
     with ray_session(config, debug=debug):
         placement = place(config)
-        _check_with_workers(config, facts, placement)
+        _check_split(config, facts.dataset, placement.num_workers)
         write_config(config, output)
         uri = registry.tracking_uri(config.tracking)
         run_id = registry.open_run(config, f"{storage}/{config.run_name}", facts=facts.described)
@@ -158,6 +158,7 @@ def check_before_start(config: RunConfig) -> Facts:
         UserError: Data, model or initial weights are missing, or do not fit together.
     """
     dataset = load_dataset(config.data)
+    _check_split(config, dataset, 1)
     network = build_model(config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization)
     weights = None
     if config.model.weights is not None:
@@ -180,10 +181,10 @@ def check_before_start(config: RunConfig) -> Facts:
     return Facts(dataset, weights, described)
 
 
-def _check_with_workers(config: RunConfig, facts: Facts, placement: Placement) -> None:
-    """Pool and batch against the training split, for the number of workers that was decided on."""
-    rows, _ = split_validation(facts.dataset.train.labels, config.data.validation_fraction, config.seed)
-    training_batches(config, facts.dataset, rows, WorkerContext(world_size=placement.num_workers))
+def _check_split(config: RunConfig, dataset: Dataset, num_workers: int) -> None:
+    """Pool and batch against the training split: what one worker cannot have, more of them cannot have either."""
+    rows, _ = split_validation(dataset.train.labels, config.data.validation_fraction, config.seed)
+    training_batches(config, dataset, rows, WorkerContext(world_size=num_workers))
 
 
 def _conclude(
