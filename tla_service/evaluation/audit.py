@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from tla_service.attacks import Attack
 from tla_service.evaluation import audit_checks as checks
 from tla_service.evaluation.audit_checks import Check, Thresholds
+from tla_service.evaluation.mode import evaluating, float32
 from tla_service.evaluation.outcomes import STANDS
-from tla_service.evaluation.suite import as_pixels, clean_logits, evaluating, float32, logits_of
+from tla_service.evaluation.suite import as_pixels, clean_logits, logits_of
 
 __all__ = ["Audit", "Check", "Thresholds", "audit"]
 

@@ -1,7 +1,6 @@
 """Where a network puts images: embeddings and logits of clean and of attacked images, in float32."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,6 +12,7 @@ from torch import nn
 from tla_service.attacks import Attack, LogitsFn, attack_images, craft
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
+from tla_service.evaluation.mode import evaluating, float32
 from tla_service.runtime import generator
 from tla_service.triplets.distance import SMALLEST_SQUARE
 
@@ -105,7 +105,7 @@ def embed(network: nn.Module, batches: Iterable[Batch]) -> Embedded:
         ValueError: There is no image.
         ConfigError: Embeddings or logits are not finite.
     """
-    with _evaluating(network):
+    with evaluating(network), float32(_device(network)):
         return _collect(_forward(network, batch.images, batch.labels) for batch in batches)
 
 
@@ -153,7 +153,7 @@ def embed_attacked(
                 room -= len(kept[-1])
             yield _forward(network, images, batch.labels)
 
-    with _evaluating(network):
+    with evaluating(network), float32(_device(network)):
         embedded = _collect(attacked())
     return embedded, np.concatenate(kept) if kept else None
 
@@ -170,17 +170,9 @@ def _attack(
     return adversarial
 
 
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode and full precision inside; the mode as it was afterwards."""
-    was_training = network.training
-    kind = next((parameter.device.type for parameter in network.parameters()), "cpu")
-    network.eval()
-    try:
-        with torch.autocast(kind, enabled=False):
-            yield
-    finally:
-        network.train(was_training)
+def _device(network: nn.Module) -> torch.device:
+    """Where the network is; one without parameters counts as on the CPU."""
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from torch import nn
 from tla_service.attacks import Attack, attack_images
 from tla_service.config import AttackConfig, EvaluationAttack
 from tla_service.data import Batch
+from tla_service.evaluation.mode import evaluating, float32
 from tla_service.runtime import WorkerContext, all_reduce_sum, generator
 
 
@@ -43,14 +44,10 @@ def measure_accuracy(
         `clean_accuracy`, `robust_accuracy/NAME` for each attack and `robust_accuracy`, the share of images that no
         attack breaks; fractions in [0, 1].
     """
-    was_training = network.training
-    network.eval()
     counts = torch.zeros(len(attacks) + 3, dtype=torch.float64, device=context.device)
-    try:
+    with evaluating(network), float32(context.device):
         for index, batch in enumerate(batches):
             counts += _count(network, batch, attacks, generator(context.device, seed, context.rank, index))
-    finally:
-        network.train(was_training)
     total, clean, unbroken, *robust = all_reduce_sum(counts, context).tolist()
     named = {f"robust_accuracy/{name}": count / total for name, count in zip(attacks, robust, strict=True)}
     return {"clean_accuracy": clean / total, "robust_accuracy": unbroken / total, **named}

@@ -1,7 +1,6 @@
 """The robustness suite: each image's fate under each attack, one shard of the test set at a time."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from tla_service.attacks import Attack, LogitsFn, craft
 from tla_service.attacks.autoattack import ALL_STAGES, AutoAttackNorm, run_autoattack
 from tla_service.errors import ConfigError
+from tla_service.evaluation.mode import evaluating, float32
 from tla_service.evaluation.outcomes import STANDS, ShardOutcome
-from tla_service.runtime import autocast, generator
+from tla_service.runtime import generator
 
 
 def evaluate_shard(
@@ -158,31 +158,6 @@ def clean_logits(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:
     if not logits.isfinite().all():
         raise ConfigError("model", None, "gives logits that are not finite on clean images", "choose other weights")
     return logits
-
-
-@contextlib.contextmanager
-def float32(device: torch.device) -> Iterator[None]:
-    """Compute in full float32: neither autocast nor the 19-bit TF32 that GPUs otherwise use in convolutions."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with autocast("float32", device):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
-
-
-@contextlib.contextmanager
-def evaluating(*networks: nn.Module | None) -> Iterator[None]:
-    """Put networks in eval mode, and back."""
-    before = [(network, network.training) for network in networks if network is not None]
-    for network, _ in before:
-        network.eval()
-    try:
-        yield
-    finally:
-        for network, was_training in before:
-            network.train(was_training)
 
 
 def _check(

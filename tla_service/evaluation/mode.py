@@ -1,0 +1,34 @@
+"""The state that every evaluation runs in: eval mode, and float32 whatever the process's settings."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from tla_service.runtime import autocast
+
+
+@contextlib.contextmanager
+def float32(device: torch.device) -> Iterator[None]:
+    """Compute in full float32: neither autocast nor the 19-bit TF32 that GPUs otherwise use in convolutions."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with autocast("float32", device):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+
+
+@contextlib.contextmanager
+def evaluating(*networks: nn.Module | None) -> Iterator[None]:
+    """Put networks in eval mode, and back."""
+    before = [(network, network.training) for network in networks if network is not None]
+    for network, _ in before:
+        network.eval()
+    try:
+        yield
+    finally:
+        for network, was_training in before:
+            network.train(was_training)
