@@ -1,6 +1,7 @@
 """The output folder of a run: what it holds, and that no run writes over another."""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
         raise ConfigError("output", output, "holds a run with another configuration", remedy)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        (output / ".writable").touch()
-        (output / ".writable").unlink()
+        # A nameless file: several workers may try at once.
+        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UnavailableError("output", output, f"cannot be written ({reason})", "choose another --output") from error
@@ -46,7 +47,7 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
 
 def write_config(config: RunConfig, output: Path) -> None:
     """Write `config.yaml`, which makes the folder this run's: once all checks have passed, not before."""
-    (output / CONFIG).write_text(to_yaml(config))
+    _write_whole(output / CONFIG, to_yaml(config))
 
 
 def summarize(config: RunConfig, result: FitResult, checkpoint: Path | None) -> dict[str, Any]:
@@ -78,9 +79,14 @@ def summarize(config: RunConfig, result: FitResult, checkpoint: Path | None) -> 
 
 def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json`, whole or not at all."""
-    partial = output / f".{SUMMARY}"
-    partial.write_text(json.dumps(summary, indent=2))
-    partial.replace(output / SUMMARY)
+    _write_whole(output / SUMMARY, json.dumps(summary, indent=2))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that another worker reads all of it or none."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def show_summary(summary: Mapping[str, Any], terminal: Terminal) -> None:
