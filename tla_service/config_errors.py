@@ -68,15 +68,18 @@ class Explainer:
                     return ConfigError(variable, os.environ[variable], "not valid JSON", remedy)
         return None
 
-    def unknown_variable(self) -> ConfigError | None:
-        """Find a variable with our prefix that sets nothing; pydantic-settings ignores those."""
+    def unknown_variable(self, *others: type[BaseModel]) -> ConfigError | None:
+        """Find a variable with our prefix that sets nothing, here or in `others`; pydantic-settings ignores those."""
+        explainers = [self, *(Explainer(root, self._prefix) for root in others)]
         for variable, path in self._variables():
-            known = path[0] in self._root.model_fields
-            below_a_value = len(path) > 1 and self._section_at(path[:1]) is None
-            if (not known or below_a_value) and not path[0].startswith("test_"):
+            if not (path[0].startswith("test_") or any(explainer._sets(path) for explainer in explainers)):
                 remedy = "sections and fields are joined by two underscores, as in TLA_LOSS__MARGIN"
                 return ConfigError(variable, os.environ[variable], "no such setting", remedy)
         return None
+
+    def _sets(self, path: Sequence[str]) -> bool:
+        below_a_value = len(path) > 1 and self._section_at(path[:1]) is None
+        return path[0] in self._root.model_fields and not below_a_value
 
     def _variables(self) -> list[tuple[str, list[str]]]:
         """Environment variables with our prefix, and the path of names each stands for."""

@@ -1,11 +1,11 @@
-"""Reading a run's configuration: defaults < preset < YAML file < environment < command line."""
+"""Reading a job's configuration: defaults < preset < YAML file < environment < command line."""
 
 import json
 import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -30,8 +30,11 @@ def preset_names() -> list[str]:
     return sorted(path.name.removesuffix(".yaml") for path in files.iterdir() if path.name.endswith(".yaml"))
 
 
-class RunSettings(BaseSettings, RunConfig):
-    """A run's configuration and what a job needs beside it."""
+class JobSettings(BaseSettings):
+    """What every job takes: settings from a file, the environment and the command line.
+
+    A job's own settings are a subclass; `read_settings` reads it. A subclass with a field `preset` takes presets too.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
@@ -44,13 +47,8 @@ class RunSettings(BaseSettings, RunConfig):
         extra="forbid",
     )
 
-    preset: str | None = Field(None, description="start from this preset: " + ", ".join(preset_names()))
     config: Path | None = Field(None, description="YAML file with any of these settings")
-    output: Path | None = Field(None, description="folder for results; default runs/<run name>")
     debug: bool = Field(False, description="show tracebacks")
-    print_config: Literal["", "yaml", "schema"] = Field(
-        "", description="print the resolved configuration or its JSON schema, and stop"
-    )
 
     @classmethod
     def settings_customise_sources(
@@ -62,7 +60,20 @@ class RunSettings(BaseSettings, RunConfig):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The command line comes first by itself; then the environment, the file, the preset."""
-        return init_settings, env_settings, _NamedFile(settings_cls, "config"), _NamedFile(settings_cls, "preset")
+        files = [_NamedFile(settings_cls, name) for name in ("config", "preset") if name in settings_cls.model_fields]
+        return init_settings, env_settings, *files
+
+
+class RunSettings(JobSettings, RunConfig):
+    """A run's configuration and what the training job needs beside it."""
+
+    model_config = JobSettings.model_config
+
+    preset: str | None = Field(None, description="start from this preset: " + ", ".join(preset_names()))
+    output: Path | None = Field(None, description="folder for results; default runs/<run name>")
+    print_config: Literal["", "yaml", "schema"] = Field(
+        "", description="print the resolved configuration or its JSON schema, and stop"
+    )
 
     @property
     def run_config(self) -> RunConfig:
@@ -98,23 +109,35 @@ class _NamedFile(YamlConfigSettingsSource):
         return values
 
 
+Settings = TypeVar("Settings", bound=JobSettings)
+
+
 def load_settings(arguments: Sequence[str] | None = None) -> RunSettings:
-    """Read the configuration from all sources.
+    """Read a run's configuration from all sources; see `read_settings`."""
+    return read_settings(RunSettings, arguments)
+
+
+def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
+    """Read a job's settings from all sources.
+
+    Environment variables of a run (``TLA_TRACKING__URI``) may be set for every job of a cluster: a job that has no such
+    setting passes over them.
 
     Args:
+        kind: The job's settings.
         arguments: Command line without the program's name; None takes `sys.argv`.
 
     Raises:
         ConfigError: One field is wrong.
         ExceptionGroup: Several are; a ConfigError each.
     """
-    explainer = Explainer(RunSettings, ENV_PREFIX)
-    unknown = explainer.unknown_variable()
+    explainer = Explainer(kind, ENV_PREFIX)
+    unknown = explainer.unknown_variable(RunSettings)
     if unknown is not None:
         raise unknown
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return RunSettings(_cli_parse_args=arguments)
+        return kind(_cli_parse_args=arguments)
     except ValidationError as error:
         found = {str(mended.subject): mended for mended in map(explainer.explain, error.errors(include_url=False))}
         errors = list(found.values())
