@@ -1,0 +1,321 @@
+"""What an evaluation found, as plain data: the content of `report.json`, which the promotion gate reads too."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tla_service.errors import UnavailableError
+
+FORMAT: Literal[1] = 1
+REPORT_FILE, OUTCOME_FILE, PAGE_FILE = "report.json", "outcome.npz", "report.html"
+
+
+class _Part(BaseModel):
+    """A part of a report; figures that are undefined are None, as JSON has no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+
+class Share(_Part):
+    """A share of images with its 95% Wilson interval.
+
+    Attributes:
+        estimate: In [0, 1]; None where nothing was counted.
+        low: Lower end.
+        high: Upper end.
+        images: Number of images it was measured on.
+    """
+
+    estimate: float | None
+    low: float
+    high: float
+    images: int
+
+
+class Accuracy(Share):
+    """Accuracy under one attack, or on clean images.
+
+    Attributes:
+        per_class: By class, in label order.
+    """
+
+    per_class: tuple[Share, ...] = ()
+
+
+class Difference(_Part):
+    """Accuracy of this model less another's on the same images, with a paired test.
+
+    Attributes:
+        difference: In [-1, 1].
+        low: Lower end of its 95% interval (Newcombe).
+        high: Upper end.
+        p_value: McNemar's exact two-sided test.
+        images: Number of images compared.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    images: int
+
+
+class ModelFacts(_Part):
+    """Which network was evaluated.
+
+    Attributes:
+        uri: As it was asked for.
+        name: Registered name, if it is a registered version.
+        version: Its number.
+        run_id: MLflow run that trained it.
+        weights_sha256: Of the weights file that was evaluated, 64 hex digits.
+        architecture: Name of the network.
+        method: How it was trained.
+        seed: Seed of that training; None where it is not known.
+    """
+
+    uri: str
+    name: str | None = None
+    version: str | None = None
+    run_id: str | None = None
+    weights_sha256: str
+    architecture: str
+    method: str
+    seed: int | None = None
+
+
+class DataFacts(_Part):
+    """What it was evaluated on.
+
+    Attributes:
+        name: Data set.
+        split: Always the test set: nothing is chosen on it.
+        images: Number of test images.
+        fingerprint: Digest of the data set's content.
+        class_names: In label order.
+        trained_on: Fingerprint of the set the model was trained on; None where it is not known.
+    """
+
+    name: str
+    split: Literal["test"] = "test"
+    images: int
+    fingerprint: str
+    class_names: tuple[str, ...]
+    trained_on: str | None = None
+
+
+class ThreatModel(_Part):
+    """What the adversary may do: perturbations up to ``epsilon`` in ``norm``, pixels in [0, 1]."""
+
+    norm: Literal["linf", "l2"]
+    epsilon: float
+
+
+class AttackFacts(_Part):
+    """How an attack was run; a transfer attack was crafted on the surrogate."""
+
+    kind: str
+    norm: str
+    epsilon: float
+    step_size: float
+    num_steps: int
+    num_restarts: int
+    transfer: bool = False
+
+
+class AutoAttackFacts(_Part):
+    """How AutoAttack was run, and what it says about the other attacks.
+
+    Attributes:
+        stages: Its parts that ran.
+        left_out: Its parts that cannot run on this network, and why.
+        broken_by: Images that each part was the first to break.
+        strongest: The strongest of the other attacks on the same images.
+        gap: Accuracy under that attack less accuracy under AutoAttack, on the same images.
+        weak: Whether the gap shows, beyond noise, that the other attacks are weak.
+    """
+
+    stages: tuple[str, ...]
+    left_out: dict[str, str]
+    broken_by: dict[str, int]
+    strongest: str
+    gap: Difference
+    weak: bool
+
+
+class CurveFacts(_Part):
+    """Accuracy along one axis."""
+
+    attack: str
+    axis: Literal["epsilon", "steps", "restarts", "l0", "l1"]
+    x: tuple[float, ...]
+    accuracy: tuple[Share, ...]
+
+
+class SparseFacts(_Part):
+    """Smallest perturbations that a minimum-norm attack found.
+
+    Attributes:
+        norm: l0 (changed values of a pixel's channels) or l1.
+        images: Number of images.
+        wrong: Images misclassified when clean: their perturbation is 0.
+        median: Median size over all images; None where most were not broken.
+        curve: Accuracy against the size allowed.
+    """
+
+    norm: Literal["l0", "l1"]
+    images: int
+    wrong: int
+    median: float | None
+    curve: CurveFacts
+
+
+class CheckFacts(_Part):
+    """One check of the audit."""
+
+    name: str
+    figure: float | None
+    threshold: float
+    passed: bool
+    statement: str
+    meaning: str
+
+
+class AuditFacts(_Part):
+    """Whether the robustness is real; `trusted` only if every check passed."""
+
+    trusted: bool
+    images: int
+    checks: tuple[CheckFacts, ...]
+
+
+class DetectionScore(_Part):
+    """How well a score finds misclassified images: area under the ROC curve with its 95% bootstrap interval."""
+
+    auc: float | None
+    low: float | None
+    high: float | None
+    reason: str = ""
+
+
+class DetectionFacts(DetectionScore):
+    """Detection of misclassified images, natural and attacked together; `auc` is that of the class Gaussians.
+
+    Attributes:
+        epsilon: Radius of the attacked images.
+        num_correct: Correctly classified ones among both.
+        num_wrong: Misclassified ones.
+        baselines: The same for other scores.
+        settings: The choices that the paper leaves open.
+    """
+
+    epsilon: float
+    num_correct: int
+    num_wrong: int
+    baselines: dict[str, DetectionScore]
+    settings: dict[str, str | float | bool]
+
+
+class NeighbourFacts(_Part):
+    """Accuracy of a vote among the k nearest training images."""
+
+    k: int
+    bank: int
+    clean: Share
+    attacked: Share
+
+
+class ShiftFacts(_Part):
+    """Shift ratios at one radius: r (higher is better) and r' (lower is better)."""
+
+    epsilon: float
+    r: float | None
+    r_prime: float | None
+    left_out_of_r: int
+    left_out_of_r_prime: int
+
+
+class Compared(_Part):
+    """Another model measured on the same images.
+
+    Attributes:
+        model: Which.
+        accuracy: By attack.
+        difference: Accuracy of the report's model less this one's, by attack.
+        detection: As for the report's model, where measured.
+        neighbours: Likewise.
+        shift: Likewise.
+    """
+
+    model: ModelFacts
+    accuracy: dict[str, Accuracy]
+    difference: dict[str, Difference]
+    detection: DetectionFacts | None = None
+    neighbours: NeighbourFacts | None = None
+    shift: tuple[ShiftFacts, ...] = ()
+
+
+class Report(_Part):
+    """An evaluation of one model.
+
+    Attributes:
+        format: Version of this format.
+        accuracy: By attack, ``clean`` and ``autoattack`` among them, ``worst`` for images that no attack breaks.
+        attacks: How each white-box and transfer attack was run.
+        outcome: File beside the report with every image's fate under every attack.
+        code: Version of the code, and the commit where it is known.
+        seed: Seed of every random draw.
+        settings: Digest of the evaluation's settings.
+        seconds: Wall time of the measurements.
+        hardware: Workers and what they ran on.
+    """
+
+    format: Literal[1] = FORMAT
+    model: ModelFacts
+    data: DataFacts
+    threat_model: ThreatModel
+    accuracy: dict[str, Accuracy]
+    attacks: dict[str, AttackFacts]
+    outcome: str = OUTCOME_FILE
+    autoattack: AutoAttackFacts | None = None
+    curves: tuple[CurveFacts, ...] = ()
+    sparse: tuple[SparseFacts, ...] = ()
+    audit: AuditFacts | None = None
+    detection: DetectionFacts | None = None
+    neighbours: NeighbourFacts | None = None
+    shift: tuple[ShiftFacts, ...] = ()
+    compared: tuple[Compared, ...] = ()
+    surrogate: ModelFacts | None = None
+    code: dict[str, str] = {}
+    seed: int
+    settings: str
+    seconds: float
+    hardware: str
+
+
+def artifact_folder(weights_sha256: str) -> str:
+    """Where a report is among the artifacts of the run that trained the model."""
+    return f"evaluation/{weights_sha256[:12]}"
+
+
+def read_report(path: Path) -> Report:
+    """Read `report.json`.
+
+    Raises:
+        UnavailableError: There is none, or it is damaged or of another format.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        return Report.model_validate(content)
+    except (OSError, ValueError, ValidationError) as error:
+        reason = f"cannot be read ({' '.join(str(error).split())[:200]})"
+        raise UnavailableError("report", path, reason, "evaluate the model again") from error
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write `report.json`, whole or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    partial.replace(path)
