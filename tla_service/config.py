@@ -106,6 +106,18 @@ class EvaluationConfig(Section):
     batch_size: int = setting(500, "images a forward pass, per worker", unit="images", ge=1)
 
 
+class DetectionConfig(Section):
+    """The detector of misclassified images that a registered model carries: Gaussians over training embeddings."""
+
+    covariance: Literal["tied", "full", "diagonal"] = setting(
+        "tied", "one covariance for all classes, one a class (its size grows with them), or variances only"
+    )
+    false_rejection_rate: float = setting(
+        0.05, "share of correctly classified validation images that the threshold rejects at most", ge=0, lt=1
+    )
+    training_limit: int = setting(20_000, "fit to at most this many training images", unit="images", ge=2)
+
+
 class LossConfig(Section):
     """Cross-entropy on adversarial images, the triplet term, the norm penalty, and what the baselines add."""
 
@@ -263,6 +275,7 @@ class RunConfig(Section):
         "tracking": True,
         "data": {"root", "download", "cache_dir", "loader_workers"},
         "training": {"log_every_steps"},
+        "detection": True,
     }
 
     name: str = setting(
@@ -279,6 +292,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    detection: DetectionConfig = DetectionConfig()
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()
 

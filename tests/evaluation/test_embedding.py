@@ -8,7 +8,8 @@ from torch import nn
 from tla_service.attacks import Attack
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
-from tla_service.evaluation.embedding import Embedded, embed, embed_attacked, unit_rows
+from tla_service.evaluation.embedding import Embedded, embed, embed_attacked
+from tla_service.inference.detector import unit_rows
 from tla_service.models import ModelOutput
 
 

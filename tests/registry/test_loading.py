@@ -1,7 +1,9 @@
 """From every kind of address to the same network, and from a bad one to a sentence."""
 
 import json
+import py_compile
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tla_service.config_loading import to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model
 from tla_service.registry import load_model, resolve_weights
+from tla_service.registry.integrity import write_manifest
 
 
 @pytest.fixture
@@ -98,13 +101,56 @@ def test_address_that_cannot_be_one() -> None:
         load_model("models:/tla-digits/latest", tracking="http://127.0.0.1:9")
 
 
-def test_changed_weights_are_refused(folder: Path) -> None:
-    weights = folder / "artifacts" / "weights.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(UnavailableError, match=r"weights\.safetensors was changed"):
+@pytest.mark.parametrize(
+    "file", ["artifacts/weights.safetensors", "artifacts/model.json", "pyfunc_entry.py", "MLmodel"]
+)
+def test_a_changed_byte_is_refused(folder: Path, file: str) -> None:
+    content = bytearray((folder / file).read_bytes())
+    content[-2] ^= 1
+    (folder / file).write_bytes(content)
+    with pytest.raises(UnavailableError, match=f"{file} was changed"):
         load_model(str(folder))
+
+
+def test_a_missing_and_a_new_file_are_refused(folder: Path) -> None:
+    (folder / "code" / "sitecustomize.py").write_text("")
+    with pytest.raises(UnavailableError, match=r"holds a file that was not packaged \(code/sitecustomize.py\)"):
+        load_model(str(folder))
+    (folder / "code" / "sitecustomize.py").unlink()
+    (folder / "requirements.txt").unlink()
+    with pytest.raises(UnavailableError, match=r"requirements\.txt is missing"):
+        load_model(str(folder))
+
+
+def test_a_new_list_of_files_does_not_hide_a_change(packaged: Packaged) -> None:
+    """Who can write the artifacts can write the list as well; the registry knows its digest."""
+    location = MlflowClient(packaged.uri).get_model_version_download_uri("tla-digits", "1")
+    stored = Path(location.removeprefix("file://"))
+    (stored / "code" / "tla_service" / "errors.py").write_text("raise SystemExit")
+    write_manifest(stored)
+    load_model(str(stored))  # a bare folder has nobody else to ask
+    for address in ("models:/tla-digits/1", f"runs:/{packaged.run_id}/model", f"models:/{packaged.model.model_id}"):
+        with pytest.raises(UnavailableError, match=r"manifest\.json was changed"):
+            load_model(address, tracking=packaged.uri)
+
+
+def test_compiled_sources_are_tolerated_and_planted_ones_refused(folder: Path) -> None:
+    """Python leaves them where MLflow loads a model in place."""
+    source = folder / "code" / "tla_service" / "errors.py"
+    cache = source.parent / "__pycache__" / f"errors.{sys.implementation.cache_tag}.pyc"
+    py_compile.compile(str(source), cfile=str(cache))
+    load_model(str(folder))
+    other = folder.parent / "errors.py"
+    other.write_text("print('anything')")
+    py_compile.compile(str(other), cfile=str(cache))
+    with pytest.raises(UnavailableError, match="was not packaged"):
+        load_model(str(folder))
+
+
+def test_logits_alone_for_other_toolboxes(packaged: Packaged, folder: Path) -> None:
+    bare = load_model(str(folder), logits_only=True)
+    assert not bare.training
+    torch.testing.assert_close(bare(torch.from_numpy(images())).detach(), packaged.logits(images()), rtol=0, atol=0)
 
 
 def test_a_planted_pickle_is_refused(folder: Path) -> None:
@@ -117,10 +163,15 @@ def test_foreign_and_future_models_are_refused(folder: Path) -> None:
     path = folder / "artifacts" / "model.json"
     description = json.loads(path.read_text())
     path.write_text(json.dumps(description | {"format_version": 99}))
-    with pytest.raises(ConfigError, match="format version 99; this installation reads 1"):
+    write_manifest(folder)
+    with pytest.raises(ConfigError, match="format version 99; this installation reads 2"):
         load_model(str(folder))
     path.unlink()
+    write_manifest(folder)
     with pytest.raises(UnavailableError, match=r"holds no model\.json"):
+        load_model(str(folder))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UnavailableError, match=r"no readable manifest\.json, so it was not packaged by this project"):
         load_model(str(folder))
 
 
@@ -128,5 +179,6 @@ def test_weights_of_another_network_are_refused(folder: Path) -> None:
     path = folder / "artifacts" / "model.json"
     description = json.loads(path.read_text())
     path.write_text(json.dumps(description | {"num_classes": 3}))
+    write_manifest(folder)
     with pytest.raises(UnavailableError, match="the weights are not those of digits_cnn"):
         load_model(str(folder))

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import mlflow.pyfunc
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from tests.inference.files import encoded
 from tests.registry.tracking_server import Packaged, TrackingServer, images
 from tla_service.errors import ConfigError
+from tla_service.evaluation.embedding import Embedded
 from tla_service.registry import find_pickles, load_model, resolve_weights
 
 
@@ -28,6 +31,12 @@ def downloaded(packaged: Packaged) -> Path:
 
 def pyfunc(packaged: Packaged) -> mlflow.pyfunc.PyFuncModel:
     return mlflow.pyfunc.load_model(str(downloaded(packaged)))
+
+
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 def test_version_is_registered_with_what_finds_it_again(packaged: Packaged) -> None:
@@ -66,10 +75,11 @@ def test_folder_describes_the_model_and_leaks_no_local_path(packaged: Packaged, 
     assert not [line for line in lines if "/tmp" in line or str(Path(__file__).parents[2]) in line]
     requirements = (folder / "requirements.txt").read_text().split()
     assert requirements == [
-        f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "numpy", "safetensors", "torch", "torchvision")
+        f"{name}=={version(name).split('+')[0]}"
+        for name in ("mlflow", "numpy", "pillow", "safetensors", "torch", "torchvision")
     ]
     code = folder / "code" / "tla_service"
-    assert {path.name for path in code.iterdir()} == {"__init__.py", "errors.py", "models"}
+    assert {path.name for path in code.iterdir()} == {"__init__.py", "errors.py", "inference", "models"}
     assert (code / "models" / "catalog.py").is_file()
 
 
@@ -81,11 +91,15 @@ def test_no_file_is_a_pickle_and_the_scan_would_find_one(packaged: Packaged, tmp
         ("c.pkl", b""),
     ):
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "old.txt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    length = 640  # 0x280: a header of this length starts with the first two bytes of a pickle
+    fine = json.dumps({"w": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).ljust(length).encode()
+    (tmp_path / "fine.safetensors").write_bytes(length.to_bytes(8, "little") + fine)
     torch.save({"w": torch.zeros(2)}, tmp_path / "d.txt")
     with zipfile.ZipFile(tmp_path / "e.txt", "w") as archive:
         archive.writestr("x/data.pkl", b"")
     (tmp_path / "fine.json").write_text("{}")
-    assert [path.name for path in find_pickles(tmp_path)] == ["a.txt", "b.txt", "c.pkl", "d.txt", "e.txt"]
+    assert [path.name for path in find_pickles(tmp_path)] == ["a.txt", "b.txt", "c.pkl", "d.txt", "e.txt", "old.txt"]
 
 
 def test_fresh_process_without_this_project_predicts_the_same(packaged: Packaged, tmp_path: Path) -> None:
@@ -135,28 +149,63 @@ def test_prediction_does_not_depend_on_the_size_of_a_request(packaged: Packaged)
     np.testing.assert_allclose(out["probabilities"], torch.softmax(packaged.logits(many), dim=1), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("bad", "match"),
-    [
-        (images()[:, :, :4], r"Shape of input \(5, 1, 4, 8\) does not match"),
-        (images() * np.float32(np.nan), "NaN"),
-        (images() + 1, r"range over \[1.*send \[0, 1\]"),
-        (images() * 255, "divide 8-bit values by 255"),
-        (images()[:0], "at least one"),
-        ((images() * 255).astype(np.uint8), "dtype of input uint8"),
-    ],
-)
-def test_images_that_cannot_be_meant(packaged: Packaged, bad: np.ndarray, match: str) -> None:
-    with pytest.raises(MlflowException, match=match):
-        pyfunc(packaged).predict(bad)
+def test_every_form_of_an_image_through_mlflow(packaged: Packaged) -> None:
+    model = pyfunc(packaged)
+    pixels = np.random.default_rng(3).integers(0, 256, (4, 1, 8, 8), dtype=np.uint8)
+    expected = model.predict(pixels.astype(np.float32) / 255)
+    pngs = [encoded(image) for image in pixels]
+    for sent in (pixels, pngs, pd.DataFrame({"image": pngs}), pixels.tolist()):
+        for name, values in model.predict(sent).items():
+            np.testing.assert_array_equal(values, expected[name])
+
+
+def test_the_verdict_is_the_detectors(packaged: Packaged) -> None:
+    many = images(60)
+    out = pyfunc(packaged).predict(many, params={"embedding": True})
+    with torch.inference_mode():
+        output = packaged.network(torch.from_numpy(many))
+    np.testing.assert_allclose(out["embedding"], output.embeddings, atol=1e-5)
+    seen = Embedded(output.embeddings.numpy(), output.logits.numpy(), out["label"])
+    expected = packaged.rejector.detector.score(seen)
+    np.testing.assert_allclose(out["detection_score"], expected, rtol=1e-5)
+    assert out["accepted"].tolist() == (expected >= packaged.rejector.threshold).tolist()
+    assert 0 < out["accepted"].sum() < 60
+    assert set(pyfunc(packaged).predict(many)) == {"label", "probabilities", "detection_score", "accepted"}
+
+
+def test_a_version_without_a_detector_leaves_its_outputs_out(packaged: Packaged) -> None:
+    alone = packaged.log(registered_model=None, rejector=None)
+    model = mlflow.pyfunc.load_model(str(resolve_weights(alone.model_uri, tracking=packaged.uri)))
+    assert set(model.predict(images())) == {"label", "probabilities"}
+    assert [spec.name for spec in model.metadata.signature.outputs] == ["label", "probabilities"]
+
+
+def test_a_loaded_model_tells_its_classes_and_its_signature(packaged: Packaged) -> None:
+    meta = pyfunc(packaged).metadata
+    assert meta.metadata["class_names"][3] == "digit 3"
+    assert meta.metadata["detector"]["false_rejection_rate"] == 0.5
+    assert str(meta.signature.inputs) == "[Tensor('float32', (-1, 1, 8, 8))]"
+    assert meta.signature.params.to_dict()[0]["name"] == "embedding"
+
+
+def test_images_that_cannot_be_meant_are_refused_without_an_echo(packaged: Packaged) -> None:
+    with pytest.raises(MlflowException, match="hold NaN") as caught:
+        pyfunc(packaged).predict(images() * np.float32(np.nan))
+    assert caught.value.error_code == "INVALID_PARAMETER_VALUE"
+    caught.value.message = "Failed to predict data [all of it]"
+    assert caught.value.message.startswith("images hold NaN")
+
+
+def test_a_changed_detector_does_not_run(packaged: Packaged) -> None:
+    folder = downloaded(packaged)
+    flip_last_bit(folder / "artifacts" / "detector.safetensors")
+    with pytest.raises(MlflowException, match=r"detector\.safetensors: SHA-256 differs"):
+        mlflow.pyfunc.load_model(str(folder))
 
 
 def test_shipped_weights_that_were_changed_do_not_run(packaged: Packaged) -> None:
     folder = downloaded(packaged)
-    weights = folder / "artifacts" / "weights.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    flip_last_bit(folder / "artifacts" / "weights.safetensors")
     with pytest.raises(MlflowException, match="SHA-256 differs"):
         mlflow.pyfunc.load_model(str(folder))
 

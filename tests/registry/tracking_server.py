@@ -13,6 +13,9 @@ import numpy as np
 import torch
 
 from tla_service.config import RunConfig
+from tla_service.evaluation.detection import fit_detector
+from tla_service.evaluation.embedding import Embedded
+from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
 from tla_service.registry import PackagedModel, log_model, open_run
 
@@ -86,7 +89,16 @@ class Packaged:
         self.run_id = open_run(self.config, "key-1", facts={"data_fingerprint": "f00d"})
         torch.manual_seed(0)
         self.network = build_model("digits_cnn", 10, (1, 8, 8)).eval()
+        self.rejector = self._fitted()
         self.model = self.log()
+
+    def _fitted(self) -> Rejector:
+        """A detector of images like `images()`, with a threshold that rejects half of them."""
+        with torch.inference_mode():
+            output = self.network(torch.from_numpy(images(200)))
+        seen = Embedded(output.embeddings.numpy(), output.logits.numpy(), np.arange(200) % 10)
+        detector = fit_detector(seen, covariance="tied")
+        return Rejector(detector, float(np.median(detector.score(seen))), 0.5, 200, 200)
 
     def log(self, registered_model: str | None = "tla-digits", **changes: object) -> PackagedModel:
         arguments = {
@@ -97,6 +109,7 @@ class Packaged:
             "example": images(),
             "metrics": {"clean_accuracy": 0.9, "robust_accuracy/pgd20": 0.75},
             "facts": {"data_fingerprint": "f00d", "train_images": "1000"},
+            "rejector": self.rejector,
         }
         return log_model(self.uri, self.run_id, registered_model=registered_model, **(arguments | changes))  # type: ignore[arg-type]
 

@@ -16,6 +16,7 @@ from tla_service.config import RunConfig
 from tla_service.data import Dataset, load_dataset, split_validation
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.figures import attack_panel, training_curves
+from tla_service.inference.detector import Rejector
 from tla_service.job import INTERRUPTED
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, generator
@@ -214,6 +215,7 @@ def _conclude(
         metrics=result.test,
         registered_model=config.registered_model,
         facts=facts.described,
+        rejector=Rejector.from_arrays(result.rejector) if result.rejector else None,
     )
     summary = summarize(config, result, trained.checkpoint)
     register_seconds = round(time.monotonic() - begin, 2)

@@ -46,10 +46,10 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         reporter.progress({"event": "start", "resumed": checkpoint is not None, "workers": context.world_size})
     try:
         if checkpoint is None:
-            result = fit(config, context, reporter, initial_weights=weights)
+            result = fit(config, context, reporter, initial_weights=weights, with_rejector=True)
         else:
             with checkpoint.as_directory() as folder:
-                result = fit(config, context, reporter, resume_from=Path(folder))
+                result = fit(config, context, reporter, resume_from=Path(folder), with_rejector=True)
     except (UserError, NonFiniteLossError) as error:
         return {"error": error}
     return {"result": result.as_dict()}

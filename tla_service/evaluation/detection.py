@@ -6,88 +6,32 @@ The paper leaves open what the Gaussians are fitted to, their covariance, whethe
 outcome is positive; these are arguments here, and their defaults are this project's choice.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import floor, log, pi
-from typing import Any, Literal, Self
+from math import floor
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tla_service.errors import ConfigError
-from tla_service.evaluation.embedding import Embedded, Floats, Integers, unit_rows
+from tla_service.evaluation.embedding import Embedded
 from tla_service.evaluation.neighbours import Metric, neighbour_score
+from tla_service.inference.detector import Detector, Integers, Rule, Scores, unit_rows
+
+__all__ = [
+    "DetectionResult",
+    "Detector",
+    "detect_misclassified",
+    "fit_detector",
+    "measure_detection",
+    "threshold_for",
+]
 
 Covariance = Literal["full", "tied", "diagonal"]
 Shrinkage = Literal["ledoit_wolf", "none"]
-Rule = Literal["likeliest", "predicted"]
-Scores = npt.NDArray[np.float64]
 Correct = npt.NDArray[np.bool_]
-
-_RULES: tuple[Rule, ...] = ("likeliest", "predicted")  # by number in a file
-_TABLES = ("classes", "means", "whitening", "log_determinants")
-# The score of an image whose predicted class has no Gaussian: below every density, yet finite, as ROC curves need.
-_NO_GAUSSIAN = float(np.finfo(np.float32).min)
-_ROWS_AT_ONCE = 2048
-
-
-@dataclass(frozen=True)
-class Detector:
-    """Gaussians by class, as plain arrays.
-
-    Attributes:
-        classes: Classes that have a Gaussian (G,), int64, ascending.
-        means: (G, D), float64.
-        whitening: Factor W of each precision matrix W Wᵀ: (G, D, D), (1, D, D) where tied, (G, D) where diagonal.
-        log_determinants: log |det W| of each (G,).
-        normalize: Whether embeddings are scaled to length one first.
-        rule: Whose log density is the score: the likeliest class's, or the predicted class's.
-    """
-
-    classes: Integers
-    means: Scores
-    whitening: Scores
-    log_determinants: Scores
-    normalize: bool = True
-    rule: Rule = "likeliest"
-
-    def log_densities(self, embeddings: Floats) -> Scores:
-        """Log densities (N, G) in nats of embeddings (N, D); ValueError if these are not finite or not of width D."""
-        if embeddings.shape[1:] != self.means.shape[1:] or not np.isfinite(embeddings).all():
-            raise ValueError(f"embeddings {embeddings.shape}: want finite ones, (N, {self.means.shape[1]})")
-        densities = np.empty((len(embeddings), len(self.classes)))
-        for start in range(0, len(embeddings), _ROWS_AT_ONCE):
-            rows = self._prepared(embeddings[start : start + _ROWS_AT_ONCE])
-            for place, mean in enumerate(self.means):
-                factor = self.whitening[place % len(self.whitening)]
-                white = (rows - mean) * factor if factor.ndim == 1 else (rows - mean) @ factor
-                densities[start : start + len(rows), place] = -0.5 * (white**2).sum(1)
-        return densities + self.log_determinants - 0.5 * self.means.shape[1] * log(2 * pi)
-
-    def _prepared(self, embeddings: Floats) -> Scores:
-        return unit_rows(embeddings) if self.normalize else embeddings.astype(np.float64)
-
-    def score(self, images: Embedded) -> Scores:
-        """Log density (N,) under the class that `rule` names; one without a Gaussian scores below everything."""
-        densities = self.log_densities(images.embeddings)
-        if self.rule == "likeliest":
-            return densities.max(1)
-        places = np.searchsorted(self.classes, images.predictions).clip(max=len(self.classes) - 1)
-        scores = densities[np.arange(len(images)), places]
-        return np.where(self.classes[places] == images.predictions, scores, _NO_GAUSSIAN)
-
-    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything as arrays of numbers, fit for a safetensors file."""
-        settings = {"normalize": np.array([self.normalize], np.int64), "rule": np.array([_RULES.index(self.rule)])}
-        return {name: getattr(self, name) for name in _TABLES} | settings
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
-        """What :meth:`to_arrays` gave, as a detector; a missing array raises KeyError."""
-        tables = {name: arrays[name] for name in _TABLES}
-        return cls(**tables, normalize=bool(arrays["normalize"][0]), rule=_RULES[int(arrays["rule"][0])])
 
 
 @dataclass(frozen=True)

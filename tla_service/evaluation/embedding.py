@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,8 @@ from tla_service.attacks import Attack, LogitsFn, attack_images, craft
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
 from tla_service.evaluation.mode import evaluating, float32
+from tla_service.inference.detector import Floats, Integers
 from tla_service.runtime import generator
-from tla_service.triplets.distance import SMALLEST_SQUARE
-
-Floats = npt.NDArray[np.floating[Any]]
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -80,12 +77,6 @@ class Embedded:
             np.concatenate([part.logits for part in parts]),
             np.concatenate([part.labels for part in parts]),
         )
-
-
-def unit_rows(embeddings: Floats) -> npt.NDArray[np.float64]:
-    """Embeddings (N, D) scaled to length one, in float64; all zeros stay so, as in the learned metric."""
-    rows = embeddings.astype(np.float64)
-    return rows / np.sqrt((rows**2).sum(1, keepdims=True) + SMALLEST_SQUARE)
 
 
 def embed(network: nn.Module, batches: Iterable[Batch]) -> Embedded:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 
 from tla_service.errors import ConfigError
-from tla_service.evaluation.embedding import Embedded, Floats, Integers, unit_rows
+from tla_service.evaluation.embedding import Embedded
+from tla_service.inference.detector import Floats, Integers, unit_rows
 from tla_service.triplets import angular_distance, cosine_similarity
 
 Values = npt.NDArray[np.float64]

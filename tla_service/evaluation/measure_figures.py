@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tla_service.evaluation.detection import DetectionResult
-from tla_service.evaluation.embedding import Floats, Integers
 from tla_service.evaluation.figures import _BLACK, _BLUE, _GREEN, _ORANGE, _PURPLE, _figure, _percent, _save, _show
 from tla_service.evaluation.geometry import Projection, ShiftRatios
 from tla_service.evaluation.neighbours import Retrieval
+from tla_service.inference.detector import Floats, Integers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

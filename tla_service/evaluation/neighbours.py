@@ -8,7 +8,8 @@ import numpy.typing as npt
 import torch
 
 from tla_service.errors import ConfigError
-from tla_service.evaluation.embedding import Embedded, Floats, Integers
+from tla_service.evaluation.embedding import Embedded
+from tla_service.inference.detector import Floats, Integers
 from tla_service.triplets import cosine_similarity
 
 Metric = Literal["angular", "cosine", "euclidean"]

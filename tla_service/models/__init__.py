@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tla_service.models.catalog import build_model
-    from tla_service.models.classifier import ImageClassifier
+    from tla_service.models.classifier import ImageClassifier, LogitsOnly
     from tla_service.models.names import model_names
     from tla_service.models.output import ModelOutput
 
-__all__ = ["ImageClassifier", "ModelOutput", "build_model", "model_names"]
+__all__ = ["ImageClassifier", "LogitsOnly", "ModelOutput", "build_model", "model_names"]
 
 _HOMES = {
     "ImageClassifier": "tla_service.models.classifier",
+    "LogitsOnly": "tla_service.models.classifier",
     "ModelOutput": "tla_service.models.output",
     "build_model": "tla_service.models.catalog",
     "model_names": "tla_service.models.names",

@@ -44,3 +44,20 @@ class ImageClassifier(nn.Module):
         """
         embeddings = self.embed(self.normalization(images))
         return ModelOutput(logits=self.classifier(embeddings), embeddings=embeddings)
+
+
+class LogitsOnly(nn.Module):
+    """A network that returns logits alone, as attack toolboxes and RobustBench expect of a model.
+
+    Args:
+        classifier: The network; shared, not copied.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, H, W) in [0, 1]."""
+        logits: Tensor = self.classifier(images).logits
+        return logits

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tla_service.registry.connection import check_tracking, tracking_uri
-    from tla_service.registry.loading import find_pickles, load_model, resolve_weights
+    from tla_service.registry.integrity import find_pickles
+    from tla_service.registry.loading import load_model, resolve_weights
     from tla_service.registry.packaging import PackagedModel, log_model
     from tla_service.registry.run_log import RunLog
     from tla_service.registry.tracking import finish_run, log_files, open_run, start_system_metrics
@@ -30,7 +31,8 @@ __all__ = [
 
 _MODULES = {
     "connection": ("check_tracking", "tracking_uri"),
-    "loading": ("find_pickles", "load_model", "resolve_weights"),
+    "integrity": ("find_pickles",),
+    "loading": ("load_model", "resolve_weights"),
     "packaging": ("PackagedModel", "log_model"),
     "run_log": ("RunLog",),
     "tracking": ("finish_run", "log_files", "open_run", "start_system_metrics"),

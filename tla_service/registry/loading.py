@@ -1,41 +1,47 @@
 """From an address to a real network: of a model version, a run, a packaged folder or a checkpoint."""
 
 import atexit
-import hashlib
 import json
 import shutil
 import tempfile
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from tla_service.config import RunConfig, TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.models import build_model
+from tla_service.models import LogitsOnly, build_model
 from tla_service.registry.connection import client, one_line, retrying, sqlite_path, tracking_uri
+from tla_service.registry.integrity import MANIFEST, verify_package
 
 if TYPE_CHECKING:
     import torch
+    from mlflow import MlflowClient
 
-FORMAT_VERSION = 1
-_PICKLE_STARTS = {bytes((0x80, protocol)) for protocol in range(2, 6)}
+FORMAT_VERSION = 2
+PACKAGE_DIGEST = "package_sha256"  # tag with the digest of the list of files
 FIELD = "model.weights"
 _SCHEMES = ("models:/", "runs:/")
-_PICKLE_SUFFIXES = {".pkl", ".pickle", ".joblib", ".pt", ".pth", ".ckpt", ".bin", ".cloudpickle", ".dill"}
+T = TypeVar("T")
 
 
-def load_model(uri: str, device: str = "cpu", tracking: str | None = None) -> "torch.nn.Module":
+def load_model(
+    uri: str, device: str = "cpu", tracking: str | None = None, *, logits_only: bool = False
+) -> "torch.nn.Module":
     """Load a network: its parameters train, and gradients reach its input.
 
-    Nothing that is loaded can run code: weights are safetensors, the network is built by this installation.
+    Nothing that is loaded can run code: weights are safetensors, the network is built by this installation. Every file
+    of a packaged model is compared with the digest it was packaged with.
 
     Args:
         uri: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, ``models:/m-...``, ``runs:/RUN/model``, a packaged
             model's folder, or a checkpoint folder (``best.safetensors``, ``config.yaml``, ``data.json``).
         device: Where to put it.
         tracking: Tracking store of ``models:`` and ``runs:``; default: as :func:`tracking_uri` finds it.
+        logits_only: Give a module that returns logits (N, K) alone, as RobustBench, AutoAttack and other toolboxes
+            expect; ``.classifier`` is the network itself.
 
     Returns:
         The network in eval mode: ``forward(images float32 (N,C,H,W) in [0, 1])`` gives logits and embeddings.
@@ -47,8 +53,8 @@ def load_model(uri: str, device: str = "cpu", tracking: str | None = None) -> "t
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    folder = resolve_weights(uri, tracking=tracking)
-    files = _checkpoint(folder, uri) if (folder / "best.safetensors").is_file() else _package(folder, uri)
+    folder, digest = _fetch(uri, tracking)
+    files = _checkpoint(folder, uri) if (folder / "best.safetensors").is_file() else _package(folder, uri, digest)
     weights, architecture, num_classes, image_shape, normalization = files
     network = build_model(architecture, num_classes, image_shape, normalization)
     try:
@@ -56,7 +62,8 @@ def load_model(uri: str, device: str = "cpu", tracking: str | None = None) -> "t
     except (SafetensorError, RuntimeError) as error:
         reason = f"the weights are not those of {architecture} ({one_line(error)})"
         raise UnavailableError(FIELD, uri, reason, "choose other weights") from error
-    return network.to(device).eval()
+    network = network.to(device).eval()
+    return LogitsOnly(network).eval() if logits_only else network
 
 
 def resolve_weights(uri: str, tracking: str | None = None) -> Path:
@@ -73,6 +80,11 @@ def resolve_weights(uri: str, tracking: str | None = None) -> Path:
         ConfigError: The address cannot be one.
         UnavailableError: There is nothing at it, or the server is away.
     """
+    return _fetch(uri, tracking)[0]
+
+
+def _fetch(uri: str, tracking: str | None) -> tuple[Path, str | None]:
+    """The local folder of an address, and the digest of its list of files, if a registry keeps one."""
     if not uri.startswith(_SCHEMES):
         if uri.partition(":")[0] in ("models", "runs"):
             raise ConfigError(
@@ -83,32 +95,15 @@ def resolve_weights(uri: str, tracking: str | None = None) -> Path:
             raise UnavailableError(
                 FIELD, uri, "there is no such folder", "give a checkpoint folder, runs:/... or models:/..."
             )
-        return folder
+        return folder, None
     store = tracking or _current_store()
     database = sqlite_path(store)
     if database is not None and not database.is_file():
         raise UnavailableError(FIELD, uri, f"there is no tracking store at {database}", "set MLFLOW_TRACKING_URI")
     target = tempfile.mkdtemp(prefix="tla-weights-")
     atexit.register(shutil.rmtree, target, ignore_errors=True)
-    return _download(uri, store, target)
-
-
-def find_pickles(folder: Path) -> list[Path]:
-    """Files that hold Python pickles, by name or by content: loading one runs whatever code it carries."""
-    return [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and _is_pickle(path)]
-
-
-def _is_pickle(path: Path) -> bool:
-    if path.suffix.lower() in _PICKLE_SUFFIXES:
-        return True
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start in _PICKLE_STARTS:
-        return True
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return any(Path(name).suffix.lower() in _PICKLE_SUFFIXES for name in archive.namelist())
-    return False
+    location, digest = _locate(uri, store)
+    return _download(uri, location, store, target), digest
 
 
 def _current_store() -> str:
@@ -119,14 +114,19 @@ def _current_store() -> str:
     return mlflow.get_tracking_uri() if is_chosen else tracking_uri(TrackingConfig())
 
 
-def _download(uri: str, store: str, target: str) -> Path:
+def _download(uri: str, location: str, store: str, target: str) -> Path:
     from mlflow.artifacts import download_artifacts
 
     def fetch() -> str:
-        return str(download_artifacts(artifact_uri=_location(uri, store), dst_path=target, tracking_uri=store))
+        return str(download_artifacts(artifact_uri=location, dst_path=target, tracking_uri=store))
 
+    return Path(_asking(uri, store, fetch))
+
+
+def _asking(uri: str, store: str, question: Callable[[], T]) -> T:
+    """Ask the store something about an address; what goes wrong becomes a sentence."""
     try:
-        return Path(retrying(f"Fetching {uri}", fetch, attempts=3))
+        return retrying(f"Fetching {uri}", question, attempts=3)
     except ConfigError:
         raise
     except Exception as error:
@@ -134,9 +134,15 @@ def _download(uri: str, store: str, target: str) -> Path:
         raise UnavailableError(FIELD, uri, f"cannot be fetched ({one_line(error)})", remedy) from error
 
 
-def _location(uri: str, store: str) -> str:
-    """Where the files of an address are. MLflow would ask the process's global store, whatever store it is given."""
-    made = client(store)
+def _locate(uri: str, store: str) -> tuple[str, str | None]:
+    """Where the files of an address are, and the digest of their list.
+
+    MLflow would ask the process's global store, whatever store it is given.
+    """
+    return _asking(uri, store, lambda: _location(uri, client(store)))
+
+
+def _location(uri: str, made: "MlflowClient") -> tuple[str, str | None]:
     kind, _, rest = uri.partition(":/")
     if kind == "runs":
         run_id, _, path = rest.strip("/").partition("/")
@@ -144,40 +150,38 @@ def _location(uri: str, store: str) -> str:
         outputs = run.outputs.model_outputs if run.outputs is not None else []
         models = [made.get_logged_model(output.model_id) for output in outputs]
         named = [model for model in models if model.name == path and model.status == "READY"]
-        if named:
-            return str(max(named, key=lambda model: model.creation_timestamp).artifact_location)
-        return f"{run.info.artifact_uri}/{path}"
+        if not named:
+            return f"{run.info.artifact_uri}/{path}", None
+        newest = max(named, key=lambda model: model.creation_timestamp)
+        return str(newest.artifact_location), newest.tags.get(PACKAGE_DIGEST)
     name, _, version = rest.rpartition("/")
     if not name and rest.startswith("m-"):
-        return str(made.get_logged_model(rest).artifact_location)
+        model = made.get_logged_model(rest)
+        return str(model.artifact_location), model.tags.get(PACKAGE_DIGEST)
     if "@" in rest:
         name, _, alias = rest.rpartition("@")
         version = made.get_model_version_by_alias(name, alias).version
     elif not name or not version.isdecimal():
         raise ConfigError(FIELD, uri, "names no version", "write models:/NAME/VERSION or models:/NAME@ALIAS")
-    return str(made.get_model_version_download_uri(name, str(version)))
+    found = made.get_model_version(name, str(version))
+    return str(made.get_model_version_download_uri(name, str(version))), found.tags.get(PACKAGE_DIGEST)
 
 
-def _package(folder: Path, uri: str) -> tuple[bytes, str, int, tuple[int, int, int], str]:
+def _package(folder: Path, uri: str, digest: str | None) -> tuple[bytes, str, int, tuple[int, int, int], str]:
     """Weights and network of a packaged model, after checking that nobody touched it."""
-    inner = folder / "artifacts" if (folder / "artifacts").is_dir() else folder
+    # The folder of the artifacts alone is an address too; the list of files lies above it.
+    is_inner = folder.name == "artifacts" and (folder.parent / MANIFEST).is_file()
+    verify_package(folder.parent if is_inner else folder, FIELD, uri, digest)
+    artifacts = folder if is_inner else folder / "artifacts"
     try:
-        description = _json(inner / "model.json")
-        weights = (inner / "weights.safetensors").read_bytes()
+        description = _json(artifacts / "model.json")
+        weights = (artifacts / "weights.safetensors").read_bytes()
     except FileNotFoundError as error:
         reason = f"holds no {Path(error.filename).name}, so it was not packaged by this project"
         raise UnavailableError(FIELD, uri, reason, "give a model of this project, or a checkpoint folder") from error
-    pickles = find_pickles(folder)
-    if pickles:
-        reason = f"holds a pickle file ({pickles[0].relative_to(folder)}), which could run any code"
-        raise UnavailableError(FIELD, uri, reason, "load a version without it")
     if description.get("format_version") != FORMAT_VERSION:
         reason = f"format version {description.get('format_version')}; this installation reads {FORMAT_VERSION}"
         raise ConfigError(FIELD, uri, reason, "install the version of tla-service that wrote it")
-    expected = description["weights"]["sha256"]
-    if hashlib.sha256(weights).hexdigest() != expected:
-        reason = f"weights.safetensors was changed: its SHA-256 is not {expected[:12]}..."
-        raise UnavailableError(FIELD, uri, reason, "load another version")
     return (
         weights,
         description["architecture"],

@@ -15,6 +15,7 @@ def model_card(description: Mapping[str, Any]) -> str:
         Markdown.
     """
     threat = description["threat_model"]
+    detector = description["detector"]
     channels, height, width = description["image_shape"]
     lines = [
         f"# {description['architecture']} trained with {description['method']}",
@@ -39,8 +40,15 @@ def model_card(description: Mapping[str, Any]) -> str:
         "```python",
         "import mlflow",
         'model = mlflow.pyfunc.load_model("models:/NAME/VERSION")',
-        'model.predict(images)  # float32 (N, C, H, W) in [0, 1] -> {"label", "probabilities"}',
+        "answer = model.predict(images)  # (N, C, H, W) float32 in [0, 1] or uint8, or a list of PNG or JPEG bytes",
+        'answer["label"], answer["probabilities"]  # int64 (N,), float32 (N, K)',
+        *(['answer["detection_score"], answer["accepted"]  # float64 (N,), bool (N,)'] if detector else []),
+        'model.predict(images, params={"embedding": True})["embedding"]  # float32 (N, D)',
         "```",
+        "",
+        "## Trust",
+        "",
+        *_trust(detector),
         "",
         "## Origin",
         "",
@@ -51,6 +59,18 @@ def model_card(description: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _trust(detector: Mapping[str, Any] | None) -> list[str]:
+    if detector is None:
+        return ["This version holds no detector of misclassified images."]
+    return [
+        "`detection_score` is the log density of an image's embedding under Gaussians fitted to "
+        f"{detector['training_images']} training images. `accepted` is false where it is below "
+        f"{detector['threshold']:.6g}. This threshold rejects at most {detector['false_rejection_rate']:.2%} of the "
+        f"correctly classified ones among {detector['validation_images']} validation images that were not trained on. "
+        "An attacker who knows the detector can aim at it as well."
+    ]
 
 
 def _radius(threat: Mapping[str, Any]) -> str:

@@ -1,7 +1,6 @@
-"""The folder of a packaged network: safetensors, a description, a card, the code that runs it, and no pickle."""
+"""The folder of a packaged network: safetensors, a description, a card, the code that runs it, and a list of it all."""
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -17,7 +16,9 @@ import torch
 
 import tla_service
 from tla_service.config import RunConfig
+from tla_service.inference.detector import Rejector
 from tla_service.registry.connection import quiet
+from tla_service.registry.integrity import sha256, write_manifest
 from tla_service.registry.loading import FORMAT_VERSION
 from tla_service.registry.model_card import model_card
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
     from mlflow.models.model import Model
 
-_SHIPPED = ("__init__.py", "errors.py", "models")
-_REQUIREMENTS = ("mlflow", "numpy", "safetensors", "torch", "torchvision")
+_SHIPPED = ("__init__.py", "errors.py", "models", "inference")
+_REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "torch", "torchvision")
 _ENTRY = Path(__file__).with_name("pyfunc_entry.py")
 
 
@@ -40,8 +41,10 @@ def write_source(
     metrics: Mapping[str, float],
     facts: Mapping[str, str],
     run_key: str,
+    rejector: Rejector | None,
 ) -> dict[str, Any]:
-    """Write weights, description, card and code to a new folder; returns the description, the content of model.json."""
+    """Write weights, detector, description, card and code to a new folder; returns the content of model.json."""
+    from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
     folder.mkdir()
@@ -60,8 +63,20 @@ def write_source(
         "facts": dict(facts),
         "run_key": run_key,
         "config_digest": config.digest,
-        "weights": {"file": weights.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()},
+        "weights": {"file": weights.name, "sha256": sha256(weights)},
+        "detector": None,
     }
+    if rejector is not None:
+        detector = folder / "detector.safetensors"
+        save_arrays(rejector.to_arrays(), detector)
+        description["detector"] = {
+            "file": detector.name,
+            "sha256": sha256(detector),
+            "threshold": rejector.threshold,
+            "false_rejection_rate": rejector.false_rejection_rate,
+            "training_images": rejector.training_images,
+            "validation_images": rejector.validation_images,
+        }
     (folder / "model.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
     (folder / "model_card.md").write_text(model_card(description), encoding="utf-8")
     package = folder / "code" / "tla_service"
@@ -75,7 +90,7 @@ def write_source(
     return description
 
 
-def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray[np.float32]) -> None:
+def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray[np.float32]) -> str:
     """Turn what :func:`write_source` wrote into MLflow's folder of a model.
 
     Args:
@@ -83,15 +98,19 @@ def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray
         source: Folder that :func:`write_source` filled.
         folder: Folder to make.
         example: Images (n,C,H,W), stored as the input example.
+
+    Returns:
+        The SHA-256 of the list of its files, ``manifest.json``.
     """
     with warnings.catch_warnings():
         # MLflow warns of a type hint of its own while it imports.
         warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")
         import mlflow.pyfunc
 
+    description = json.loads((source / "model.json").read_text(encoding="utf-8"))
     names = {"weights": "weights.safetensors", "model": "model.json", "card": "model_card.md"}
-    shape = example.shape[1:]
-    classes = json.loads((source / "model.json").read_text(encoding="utf-8"))["num_classes"]
+    if description["detector"] is not None:
+        names["detector"] = description["detector"]["file"]
     with _unchanged_path(), quiet("mlflow.pyfunc"):
         mlflow.pyfunc.save_model(
             path=str(folder),
@@ -99,7 +118,8 @@ def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray
             python_model=str(_ENTRY),
             code_paths=[str(source / "code" / "tla_service")],
             artifacts={name: str(source / file) for name, file in names.items()},
-            signature=_signature(shape, classes),
+            signature=_signature(description),
+            metadata=_metadata(description),
             input_example=np.ascontiguousarray(example, dtype=np.float32),
             pip_requirements=requirements(),
         )
@@ -112,6 +132,7 @@ def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray
     model.save(str(folder / "MLmodel"))
     for cache in list(folder.rglob("__pycache__")):
         shutil.rmtree(cache)
+    return write_manifest(folder)
 
 
 def requirements() -> list[str]:
@@ -125,16 +146,30 @@ def _storable(tensor: torch.Tensor) -> torch.Tensor:
     return kept.clone(memory_format=torch.contiguous_format)
 
 
-def _signature(image_shape: tuple[int, ...], classes: int) -> "ModelSignature":
+def _metadata(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What a client may ask the loaded model for (``model.metadata.metadata``) without reading files."""
+    names = ("architecture", "method", "threat_model", "class_names", "image_shape", "detector")
+    return {name: description[name] for name in names}
+
+
+def _signature(description: Mapping[str, Any]) -> "ModelSignature":
     from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     outputs = [
         TensorSpec(np.dtype(np.int64), (-1,), "label"),
-        TensorSpec(np.dtype(np.float32), (-1, classes), "probabilities"),
+        TensorSpec(np.dtype(np.float32), (-1, description["num_classes"]), "probabilities"),
     ]
-    inputs = [TensorSpec(np.dtype(np.float32), (-1, *image_shape))]
-    return ModelSignature(inputs=Schema([*inputs]), outputs=Schema([*outputs]))
+    if description["detector"] is not None:
+        outputs.append(TensorSpec(np.dtype(np.float64), (-1,), "detection_score"))
+        outputs.append(TensorSpec(np.dtype(np.bool_), (-1,), "accepted"))
+    inputs = [TensorSpec(np.dtype(np.float32), (-1, *description["image_shape"]))]
+    params = [ParamSpec("embedding", "boolean", default=False)]
+    signature = ModelSignature(inputs=Schema([*inputs]), outputs=Schema([*outputs]), params=ParamSchema(params))
+    # Tells MLflow that `predict` checks its input itself. A tensor schema could not say "float32, or uint8, or encoded
+    # images", and MLflow would refuse what it does not say.
+    signature._is_signature_from_type_hint = True
+    return signature
 
 
 @contextlib.contextmanager

@@ -13,8 +13,10 @@ import torch
 
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
+from tla_service.inference.detector import Rejector
 from tla_service.registry.connection import client, retrying
-from tla_service.registry.loading import find_pickles, load_model
+from tla_service.registry.integrity import find_pickles
+from tla_service.registry.loading import PACKAGE_DIGEST, load_model
 from tla_service.registry.model_folder import save_folder, write_source
 from tla_service.registry.tracking import FINGERPRINT, RUN_KEY
 
@@ -54,6 +56,7 @@ def log_model(
     metrics: Mapping[str, float],
     registered_model: str | None,
     facts: Mapping[str, str],
+    rejector: Rejector | None = None,
 ) -> PackagedModel:
     """Package a network, check that the package loads, store it with its run and register it.
 
@@ -70,6 +73,8 @@ def log_model(
         metrics: Test figures: ``clean_accuracy``, ``robust_accuracy/NAME`` as fractions.
         registered_model: Name in the registry; ``None`` stores the model without registering it.
         facts: Data fingerprint (``data_fingerprint``) and what else the card should tell.
+        rejector: Detector of misclassified images, fitted to training images, with its threshold fixed on validation
+            images; ``None`` leaves its outputs out.
 
     Raises:
         ConfigError: The example does not fit, or the weights are not of this network.
@@ -90,13 +95,14 @@ def log_model(
             metrics=metrics,
             facts=facts,
             run_key=run_key,
+            rejector=rejector,
         )
         digest = str(description["weights"]["sha256"])
         tags = _version_tags(description)
         earlier = _registered_before(made, registered_model, run_id, digest)
         if earlier is not None:
             return earlier
-        model_id = _store(made, run_id, source, example[:_EXAMPLE_IMAGES], tags)
+        model_id, tags[PACKAGE_DIGEST] = _store(made, run_id, source, example[:_EXAMPLE_IMAGES], tags)
     if registered_model is None:
         return PackagedModel(f"models:/{model_id}", None, model_id, digest)
     version = retrying("Registering the model", lambda: _register(made, registered_model, run_id, model_id, tags))
@@ -105,8 +111,8 @@ def log_model(
 
 def _store(
     made: "MlflowClient", run_id: str, source: Path, example: npt.NDArray[np.float32], tags: Mapping[str, str]
-) -> str:
-    """Write the model folder, check it, and store it as a logged model of the run; returns the model's id."""
+) -> tuple[str, str]:
+    """Write the model folder, check it, and store it as a logged model of the run; returns its id and digest."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.models.model import Model
 
@@ -121,15 +127,16 @@ def _store(
         # The run knows of the model by its outputs: this is what runs:/RUN/model looks up.
         made.log_outputs(run_id, models=[LoggedModelOutput(model_id, 0)])
         model = Model(artifact_path=logged.artifact_location, model_uuid=model_id, run_id=run_id, model_id=model_id)
-        save_folder(model, source, folder, example)
+        digest = save_folder(model, source, folder, example)
         _check(folder, example)
         retrying("Storing the model", lambda: made.log_model_artifacts(model_id, str(folder)))
+        made.set_logged_model_tags(model_id, {PACKAGE_DIGEST: digest})
     except BaseException:
         with contextlib.suppress(Exception):
             made.finalize_logged_model(model_id, "FAILED")
         raise
     made.finalize_logged_model(model_id, "READY")
-    return model_id
+    return model_id, digest
 
 
 def _check(folder: Path, example: npt.NDArray[np.float32]) -> None:

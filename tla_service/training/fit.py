@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from tla_service.runtime import WorkerContext, mixed_seed, raise_together
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
 from tla_service.training.meter import Meter
 from tla_service.training.optimizer import build_optimizer
+from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
 from tla_service.training.result import FitResult, Phases
 from tla_service.training.schedule import learning_rate_factor
@@ -36,6 +38,7 @@ def fit(
     *,
     initial_weights: Mapping[str, Tensor] | None = None,
     resume_from: Path | None = None,
+    with_rejector: bool = False,
 ) -> FitResult:
     """Train, choose the best weights on the validation split, and measure them once on the test set.
 
@@ -45,9 +48,10 @@ def fit(
         reporter: Where progress, metrics and checkpoints go.
         initial_weights: State dict to start from (fine-tuning).
         resume_from: Checkpoint folder to go on from.
+        with_rejector: Fit the detector that is packaged with the best weights as well.
 
     Returns:
-        Metrics, the same on every rank.
+        Metrics, the same on every rank; the detector on rank 0 only.
 
     Raises:
         NonFiniteLossError: The loss became NaN or infinite; all ranks stop together.
@@ -58,7 +62,7 @@ def fit(
     while run.state.step < run.total_steps:
         if not (run.train_epoch() and run.finish_epoch()):
             return run.result(interrupted=True)
-    return run.result(interrupted=False)
+    return run.result(interrupted=False, with_rejector=with_rejector)
 
 
 class Run:
@@ -161,9 +165,10 @@ class Run:
             self.reporter.report(metrics, None, "")
         return not stopping
 
-    def result(self, *, interrupted: bool) -> FitResult:
+    def result(self, *, interrupted: bool, with_rejector: bool = False) -> FitResult:
         """Load the best weights into the network, measure them on the test set, and sum the run up."""
         test: dict[str, float] = {}
+        rejector: dict[str, npt.NDArray[Any]] = {}
         if not interrupted:
             with self.phases("test"):
                 self._load_best()
@@ -173,6 +178,16 @@ class Run:
                 }
                 rows = torch.arange(len(self.dataset.test))
                 test = self._measure(self.dataset.test, rows, attacks, self.state.network)
+        if with_rejector and not interrupted and self.context.is_main:
+            with self.phases("detector"):
+                rejector = fit_rejector(
+                    self.state.network,
+                    self.dataset.train,
+                    self.train_rows,
+                    self.validation_rows,
+                    self.config,
+                    self.context.device,
+                )
         facts = {
             "data_fingerprint": self.dataset.fingerprint,
             "training_images": str(len(self.train_rows)),
@@ -181,7 +196,7 @@ class Run:
             "workers": str(self.context.world_size),
             "device": torch.cuda.get_device_name() if self.context.device.type == "cuda" else "cpu",
         }
-        return FitResult(interrupted, test, self.state.best, self.state.history, self.phases.seconds, facts)
+        return FitResult(interrupted, test, self.state.best, self.state.history, self.phases.seconds, facts, rejector)
 
     # ------------------------------------------------------------------------------------------------ the parts
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy.typing as npt
+
 
 @dataclass
 class FitResult:
@@ -18,6 +20,8 @@ class FitResult:
         history: Metrics of every epoch.
         wall_seconds: Time by phase on rank 0.
         facts: Data set fingerprint and sizes, workers, device.
+        rejector: Arrays of the detector and its threshold (:class:`tla_service.inference.detector.Rejector`); empty
+            where none was asked for or none can be fitted.
     """
 
     interrupted: bool
@@ -26,6 +30,7 @@ class FitResult:
     history: list[dict[str, float]]
     wall_seconds: dict[str, float]
     facts: dict[str, str] = field(default_factory=dict)
+    rejector: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as a dictionary."""

@@ -1,0 +1,127 @@
+"""Whatever a client sends as images, checked, as one array."""
+
+import base64
+import binascii
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_IMAGES = 10_000  # in one request
+_FORMATS = ("PNG", "JPEG")
+_SURELY_8_BIT = 2.0
+
+Images = npt.NDArray[np.float32] | npt.NDArray[np.uint8]
+
+
+class BadImages(ValueError):  # noqa: N818 - what a client reads is its message, not its name
+    """Images that cannot be classified; the message says what was wrong and what to send."""
+
+
+def read_images(sent: Any, image_shape: tuple[int, int, int], *, max_images: int = MAX_IMAGES) -> Images:
+    """Check images of any accepted kind and make one array of them.
+
+    Args:
+        sent: One of: an array (N,C,H,W), float in [0, 1] or uint8; nested lists of such numbers, floats or, for 8-bit
+            values, whole numbers; encoded images, as a list of PNG or JPEG bytes, an array or a data frame's only
+            column of them; the same in base64, as JSON has no bytes.
+        image_shape: (C, H, W) of the network.
+        max_images: More are refused.
+
+    Returns:
+        (N, C, H, W), float32 in [0, 1] or uint8.
+
+    Raises:
+        BadImages: They have another shape, are not numbers, hold NaN, leave the range, are too many or none, or cannot
+            be decoded.
+    """
+    if hasattr(sent, "columns") and hasattr(sent, "iloc"):  # a pandas.DataFrame; pandas need not be there
+        if len(sent.columns) != 1:
+            raise BadImages(f"the table has {len(sent.columns)} columns; send one column of encoded images")
+        sent = sent.iloc[:, 0].tolist()
+    if isinstance(sent, bytes | bytearray | str):
+        sent = [sent]
+    if isinstance(sent, np.ndarray) and sent.dtype.kind in "SUO":
+        sent = sent.tolist()
+    if not isinstance(sent, Sequence | np.ndarray):
+        raise BadImages(f"images are a {type(sent).__name__}; send an array {_wanted(image_shape)} or encoded images")
+    if len(sent) == 0:
+        raise BadImages("there are no images; send at least one")
+    if len(sent) > max_images:
+        raise BadImages(f"there are {len(sent)} images; send at most {max_images} at once")
+    if isinstance(sent[0], bytes | bytearray | str):
+        return np.stack([_decode(number, image, image_shape) for number, image in enumerate(sent)])
+    return _checked(sent, image_shape)
+
+
+def _checked(sent: Sequence[Any] | npt.NDArray[Any], image_shape: tuple[int, int, int]) -> Images:
+    is_array = isinstance(sent, np.ndarray)
+    try:
+        images = np.ascontiguousarray(sent)
+    except (ValueError, TypeError, OverflowError):
+        raise BadImages(f"images are no array of numbers; send {_wanted(image_shape)}") from None
+    if images.ndim != 4 or images.shape[1:] != image_shape:
+        raise BadImages(f"images have shape {images.shape}; send {_wanted(image_shape)}")
+    if images.dtype == np.uint8:
+        return images
+    if np.issubdtype(images.dtype, np.floating):
+        if not np.isfinite(images).all():
+            raise BadImages("images hold NaN or infinite values; send numbers in [0, 1]")
+        low, high = float(images.min()), float(images.max())
+        if low < 0 or high > 1:
+            hint = "; send 8-bit values as uint8, or divide them by 255" if high >= _SURELY_8_BIT else ""
+            raise BadImages(f"images range over [{low:g}, {high:g}]; send [0, 1]{hint}")
+        return images.astype(np.float32, copy=False)
+    if is_array or not np.issubdtype(images.dtype, np.integer):
+        raise BadImages(f"images are {images.dtype}; send floats in [0, 1], or uint8")
+    return _whole_numbers(images)
+
+
+def _whole_numbers(images: npt.NDArray[Any]) -> Images:
+    """Whole numbers of a JSON document, which has no types: 8-bit values, unless they could be fractions too."""
+    low, high = int(images.min()), int(images.max())
+    if low < 0 or high > 255:
+        raise BadImages(f"images range over [{low}, {high}]; send 8-bit values in [0, 255], or floats in [0, 1]")
+    if high == 1:
+        raise BadImages("images hold only 0 and 1, as whole numbers; write 0.0 and 1.0 for black and white")
+    return images.astype(np.uint8)
+
+
+def _decode(number: int, image: object, image_shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
+    """One encoded image as (C, H, W), uint8."""
+    from PIL import Image
+
+    if isinstance(image, str):
+        try:
+            image = base64.b64decode(image, validate=True)
+        except (binascii.Error, ValueError):
+            raise BadImages(f"image {number} is not base64; send PNG or JPEG bytes in base64") from None
+    if not isinstance(image, bytes | bytearray):
+        raise BadImages(f"image {number} is a {type(image).__name__}; send all images encoded, or none")
+    channels, height, width = image_shape
+    try:
+        opened = Image.open(io.BytesIO(image), formats=_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadImages(f"image {number} has far too many pixels; send {width}x{height}") from None
+    except Exception:  # noqa: BLE001 - Pillow's readers let errors of many kinds through
+        raise BadImages(f"image {number} is no PNG or JPEG; send one of these") from None
+    # Looked at before any pixel is decoded, so that a small file cannot unpack to a huge image.
+    if opened.size != (width, height):
+        found = f"{opened.width}x{opened.height}"
+        raise BadImages(f"image {number} has {found} pixels (width x height); send {width}x{height}")
+    try:
+        opened.load()
+    except Exception as error:  # noqa: BLE001 - as above
+        raise BadImages(f"image {number} is damaged ({error}); send the whole file") from None
+    if opened.mode[0] in "IF":
+        raise BadImages(f"image {number} has more than 8 bits a channel; convert it to 8 bits")
+    # As in training: palettes with transparency pass through RGBA.
+    whole = opened.convert("RGBA") if opened.mode == "P" else opened
+    pixels = np.asarray(whole.convert("L" if channels == 1 else "RGB"))
+    return pixels[None] if channels == 1 else np.moveaxis(pixels, 2, 0)
+
+
+def _wanted(image_shape: tuple[int, int, int]) -> str:
+    return f"(N, {', '.join(map(str, image_shape))})"
