@@ -20,11 +20,11 @@ def code_version() -> dict[str, str]:
     commit = _git("rev-parse", "HEAD")
     if commit:
         changed = _git("status", "--porcelain", "--untracked-files=no")
-        tags |= {
-            "tla.git_commit": commit,
-            "mlflow.source.git.commit": commit,
-            "tla.git_dirty": str(bool(changed)).lower(),
-        }
+        tags["tla.git_dirty"] = str(bool(changed)).lower()
+    else:
+        commit = os.environ.get("GIT_COMMIT")  # the image's builder says what it was built from
+    if commit:
+        tags |= {"tla.git_commit": commit, "mlflow.source.git.commit": commit}
     tags["mlflow.source.name"] = Path(sys.argv[0]).name or "python"
     try:
         tags["mlflow.user"] = getpass.getuser()

@@ -1,0 +1,74 @@
+# syntax=docker/dockerfile:1
+# One image for every part of the service: Ray's head and workers, a job's driver, the MLflow server, Serve replicas.
+#
+#   docker build --tag tla-service:0.1.0 .                                 with CUDA, as torch's wheel on PyPI brings it
+#   docker build --tag tla-service:0.1.0-cpu --build-arg VARIANT=cpu .     without
+#
+# What is installed is what requirements.lock pins, by hash; tests run on the same lock.
+ARG PYTHON_IMAGE=python:3.11.16-slim-bookworm@sha256:2e32f7d302adc1c37428355c1e646897c0c53f4fd60b6a551245fb90ee129f91
+
+FROM ${PYTHON_IMAGE} AS dependencies
+ARG VARIANT=cuda
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /build
+COPY requirements.lock deploy/image/torch-cpu.txt ./
+# Every pinned file is fetched and compared with its hash. Without CUDA, torch and torchvision come from PyTorch's own
+# index instead, and the libraries that only they need stay away.
+RUN case "${VARIANT}" in \
+        cuda) cp requirements.lock wanted.txt ;; \
+        cpu) awk '/^[a-z]/ { drop = /^(torch|torchvision|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==/ && !/^nvidia-ml-py==/ } !drop' \
+                requirements.lock > wanted.txt \
+            && vision="$(sed -n 's/^torchvision==\([0-9.]*\).*/\1/p' requirements.lock)+cpu" \
+            && index=https://download.pytorch.org/whl/cpu \
+            && pip wheel --require-hashes --no-deps --wheel-dir /wheels --index-url "${index}" --requirement torch-cpu.txt \
+            && pip wheel --no-deps --wheel-dir /wheels --index-url "${index}" "torchvision==${vision}" ;; \
+        *) echo "VARIANT is cuda or cpu, not ${VARIANT}" >&2; exit 2 ;; \
+    esac \
+    && pip wheel --require-hashes --no-deps --wheel-dir /wheels --requirement wanted.txt
+COPY pyproject.toml ./
+# From those files alone pip takes what the service needs; linters and test tools stay behind in this stage.
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = project['optional-dependencies']; print(*project['dependencies'], *extras['serve'], *extras['server'], *extras['export'], sep='\n')" > needed.txt \
+    && python -m venv --without-pip /opt/tla \
+    && pip --python /opt/tla/bin/python install --no-index --find-links /wheels --requirement needed.txt
+
+FROM dependencies AS package
+RUN python -m venv /opt/build \
+    && /opt/build/bin/pip install --no-index --find-links /wheels hatchling
+COPY README.md LICENSE ./
+COPY tla_service tla_service
+RUN /opt/build/bin/pip wheel --no-deps --no-index --no-build-isolation --wheel-dir /package .
+
+FROM ${PYTHON_IMAGE} AS service
+ARG VARIANT=cuda
+ARG REVISION
+LABEL org.opencontainers.image.title="tla-service" \
+      org.opencontainers.image.description="Train, track and serve adversarially robust image classifiers" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.11.16-slim-bookworm"
+# wget: KubeRay's health probes call it. A version pinned here would fail with Debian's next security update.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 --user-group tla \
+    && install --directory --owner=1000 --group=1000 /cache /tmp/ray /home/tla/.mlflow /home/tla/service/runs
+COPY --from=dependencies /opt/tla /opt/tla
+WORKDIR /home/tla/service
+COPY --chown=1000:1000 jobs jobs
+# The project itself comes last: a change of its code rebuilds a small layer.
+RUN --mount=type=bind,from=package,source=/package,target=/package \
+    pip --python /opt/tla/bin/python install --no-cache-dir --no-deps --no-index /package/*.whl
+ENV PATH=/opt/tla/bin:${PATH} \
+    PYTHONPATH=/home/tla/service \
+    PYTHONUNBUFFERED=1 \
+    RAY_AUTH_MODE=token \
+    RAY_USAGE_STATS_ENABLED=0 \
+    MLFLOW_DISABLE_TELEMETRY=true \
+    GIT_COMMIT=${REVISION}
+USER 1000:1000
+# Of a Ray node, head or worker. What runs the image for something else brings its own.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=6 \
+    CMD ["wget", "--quiet", "--tries=1", "--output-document=-", "http://127.0.0.1:52365/api/local_raylet_healthz"]
+CMD ["python", "jobs/train_tla.py", "--help"]

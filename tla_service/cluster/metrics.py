@@ -1,0 +1,83 @@
+"""What a run tells Prometheus, through Ray's own exporter on the driver's node (port: ray start --metrics-export-port).
+
+All of it is set in the driver, from records that reach it anyway: training waits for none of it. Ray puts `ray_` before
+each name. Gauges end with the driver; Ray's agent on the node keeps counters.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ray.util.metrics import Counter, Gauge
+
+from tla_service.config import RunConfig
+
+Outcome = Literal["finished", "interrupted", "loss_not_finite", "failed"]
+GAUGES = {
+    "tla_step": "optimiser steps done",
+    "tla_total_steps": "optimiser steps of the whole run",
+    "tla_epoch": "epoch under way, or the last one",
+    "tla_loss": "training loss, mean over the epoch so far",
+    "tla_images_per_second": "training images a second, over all workers",
+    "tla_clean_accuracy": "accuracy on clean validation images, a fraction",
+    "tla_robust_accuracy": "accuracy on attacked validation images, a fraction",
+    "tla_workers": "workers of the run",
+    "tla_last_progress_timestamp_seconds": "when workers last reported anything, in seconds since 1970",
+    "tla_unsent_bytes": "metrics on disk that MLflow has not confirmed",
+}
+COUNTERS = {
+    "tla_worker_restarts_total": "how often workers failed and were started again",
+    "tla_runs_ended_total": "runs that ended, by outcome",
+}
+_OF_RECORDS = {
+    "step": "tla_step",
+    "total_steps": "tla_total_steps",
+    "epoch": "tla_epoch",
+    "loss": "tla_loss",
+    "images_per_second": "tla_images_per_second",
+    "workers": "tla_workers",
+}
+_OF_EPOCHS = {
+    "step": "tla_step",
+    "epoch": "tla_epoch",
+    "train/loss": "tla_loss",
+    "images_per_second": "tla_images_per_second",
+    "validation/clean_accuracy": "tla_clean_accuracy",
+    "validation/robust_accuracy": "tla_robust_accuracy",
+}
+
+
+class RunMetrics:
+    """The metrics of one run, labelled with its name, method and data set. Needs a Ray session.
+
+    Args:
+        config: The run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        labels = {"run": config.run_name, "method": config.method, "dataset": config.data.name}
+        self._gauges = {name: Gauge(name, text, tuple(labels)) for name, text in GAUGES.items()}
+        # Ray adds the ending itself.
+        self._counters = {
+            name: Counter(name.removesuffix("_total"), text, (*labels, "outcome")) for name, text in COUNTERS.items()
+        }
+        for metric in (*self._gauges.values(), *self._counters.values()):
+            metric.set_default_tags(labels)
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Take what a record tells: `start`, `step`, `epoch` or `failure`."""
+        self._gauges["tla_last_progress_timestamp_seconds"].set(time.time())
+        if record["event"] == "failure":
+            self._counters["tla_worker_restarts_total"].inc(tags={"outcome": "restarted"})
+        told, names = (record["metrics"], _OF_EPOCHS) if record["event"] == "epoch" else (record, _OF_RECORDS)
+        for key, name in names.items():
+            if key in told:
+                self._gauges[name].set(told[key])
+
+    def unsent(self, size: int) -> None:
+        """Tell how many bytes of metrics wait for MLflow."""
+        self._gauges["tla_unsent_bytes"].set(size)
+
+    def ended(self, outcome: Outcome) -> None:
+        """Count the run as ended; Ray sends what is left when the session closes."""
+        self._counters["tla_runs_ended_total"].inc(tags={"outcome": outcome})
