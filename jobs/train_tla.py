@@ -19,7 +19,8 @@ def main() -> int:
     # Imported late: --help and a wrong configuration should not wait for torch, ray and mlflow.
     from tla_service.cluster.pipeline import train_and_register
 
-    return train_and_register(settings.run_config, settings.output_folder, debug=settings.debug)
+    json_logs = settings.log_format == "json"
+    return train_and_register(settings.run_config, settings.output_folder, debug=settings.debug, json_logs=json_logs)
 
 
 if __name__ == "__main__":

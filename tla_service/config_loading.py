@@ -71,6 +71,9 @@ class RunSettings(JobSettings, RunConfig):
 
     preset: str | None = Field(None, description="start from this preset: " + ", ".join(preset_names()))
     output: Path | None = Field(None, description="folder for results; default runs/<run name>")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="progress and log as text, or as JSON lines with run, run id and rank"
+    )
     print_config: Literal["", "yaml", "schema"] = Field(
         "", description="print the resolved configuration or its JSON schema, and stop"
     )

@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 mkdir -p secrets data
 chmod 700 secrets
 
-word() { python3 -c 'import secrets; print(secrets.token_hex(24), end="")'; }
+word() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
 once() { if [ -e "secrets/$1" ]; then cat > /dev/null; else cat > "secrets/$1" && echo "made secrets/$1"; fi; }
 
 word | once ray_auth_token

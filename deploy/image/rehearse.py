@@ -10,7 +10,6 @@ place of the base image's, and the host's network and kernel as they are.
 
 import argparse
 import json
-import os
 import re
 import shlex
 import shutil
@@ -63,7 +62,9 @@ class Build:
         """Debian with Python, made once."""
         target = self.work / "base"
         if not (target / "usr/bin/python").exists():
-            subprocess.run(["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", target], check=True)
+            subprocess.run(
+                ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", target], check=True
+            )
         return target
 
     def put(self, rest: str) -> None:
@@ -71,7 +72,7 @@ class Build:
         *sources, target = [word for word in shlex.split(rest) if not word.startswith("--")]
         flags = dict(re.findall(r"--(\w+)=(\S+)", rest))
         origin = self.work / flags["from"] if "from" in flags else self.context
-        destination = self.root / os.path.join(self.folder, target).lstrip("/")
+        destination = self.root / str(Path(self.folder, target)).lstrip("/")
         for source in sources:
             found = origin / source.lstrip("/")
             into = destination / found.name if target.endswith("/") else destination

@@ -23,7 +23,9 @@ def test_it_fits_the_schema(name: str) -> None:
     FITS.validate(FILES[name])
 
 
-@pytest.mark.parametrize(("right", "wrong"), [("healthcheck", "healthchek"), ("shm_size", "shmsize"), ("ports", "port")])
+@pytest.mark.parametrize(
+    ("right", "wrong"), [("healthcheck", "healthchek"), ("shm_size", "shmsize"), ("ports", "port")]
+)
 def test_a_misspelt_key_does_not_fit(right: str, wrong: str) -> None:
     text = re.sub(rf"^    {right}:", f"    {wrong}:", (FOLDER / "compose.yaml").read_text(), flags=re.MULTILINE)
     with pytest.raises(jsonschema.ValidationError, match=wrong):

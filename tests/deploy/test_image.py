@@ -45,7 +45,10 @@ def test_the_base_image_is_pinned_by_digest_and_used_by_all_stages() -> None:
 def test_everything_from_the_index_is_compared_with_a_hash() -> None:
     fetching = [rest for keyword, rest in STEPS if keyword == "RUN" and re.search(r"\bpip\b", rest)]
     commands = [
-        command for rest in fetching for command in re.split(r"&&|;;", rest) if re.search(r"\bpip\b.*(install|wheel)", command)
+        command
+        for rest in fetching
+        for command in re.split(r"&&|;;", rest)
+        if re.search(r"\bpip\b.*(install|wheel)", command)
     ]
     assert len(commands) >= 5
     unchecked = [command for command in commands if "--require-hashes" not in command and "--no-index" not in command]

@@ -10,6 +10,7 @@ import torch
 
 from tla_service import registry
 from tla_service.attacks import craft
+from tla_service.cluster.metrics import Outcome, RunMetrics
 from tla_service.cluster.session import check_storage, place, ray_session
 from tla_service.cluster.train import Record, TrainedRun, train_on_ray
 from tla_service.config import RunConfig
@@ -18,14 +19,18 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.figures import attack_panel, training_curves
 from tla_service.inference.detector import Rejector
 from tla_service.job import INTERRUPTED
+from tla_service.logs import log_as_json
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, generator
 from tla_service.training.fit import training_batches
+from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
-from tla_service.training.reporting import JsonLines, Terminal
+from tla_service.training.reporting import JsonLines, JsonTerminal, Terminal
 from tla_service.training.step import training_attack
 
 PANEL_IMAGES = 4
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+OUTCOMES: dict[Status, Outcome] = {"FINISHED": "finished", "KILLED": "interrupted", "FAILED": "failed"}
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Follower:
         terminal: Shows them.
         lines: `log.jsonl`.
         metrics: Sends epochs to MLflow.
+        gauges: Tells Prometheus.
         began: When the job began, on the monotonic clock.
         start_seconds: From there to the first worker's start.
         restarts: How often workers failed and were started again.
@@ -44,6 +50,7 @@ class Follower:
     terminal: Terminal
     lines: JsonLines
     metrics: "registry.RunLog"
+    gauges: RunMetrics
     began: float
     start_seconds: float = 0.0
     restarts: int = 0
@@ -51,6 +58,8 @@ class Follower:
     def __call__(self, record: Record) -> None:
         """Take one record."""
         self.lines.write(record)
+        self.gauges.take(record)
+        self.gauges.unsent(self.metrics.unsent_bytes())
         if record["event"] == "start":
             self.start_seconds = self.start_seconds or time.monotonic() - self.began
             verb = "going on from the last checkpoint" if record["resumed"] else "training"
@@ -61,6 +70,12 @@ class Follower:
             self.log_epoch(record["metrics"])
         elif record["event"] == "failure":
             self.restarts += 1
+
+    def close(self) -> None:
+        """Take progress down; send what waits for MLflow, as long as that takes no longer than half a minute."""
+        self.terminal.close()
+        self.metrics.close()
+        self.lines.close()
 
     def log_epoch(self, metrics: Mapping[str, float]) -> None:
         """Send an epoch's metrics; what MLflow has of it already is left out."""
@@ -82,7 +97,7 @@ class Facts:
     described: dict[str, str] = field(default_factory=dict)
 
 
-def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) -> int:
+def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, json_logs: bool = False) -> int:
     """Run a training job to its end.
 
     Args:
@@ -90,6 +105,7 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
         output: Folder for `summary.json`, `config.yaml`, `log.jsonl`, figures, the newest checkpoint and, unless
             `scaling.storage` says otherwise, what Ray keeps.
         debug: Show what Ray and its workers log.
+        json_logs: Write progress and log as JSON lines, with run, run id and rank.
 
     Returns:
         The job's exit code: 0, or 130 after an interrupt.
@@ -98,7 +114,7 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
         UserError: Something is wrong or missing; found before workers start, as far as it can be.
     """
     began = time.monotonic()
-    terminal = Terminal()
+    terminal, labels = _open_terminal(config, json_logs=json_logs)
     finished = open_output(config, output)
     if finished is not None:
         terminal.say("this run has finished before; to train again choose another --name, --seed or --output")
@@ -117,10 +133,21 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
         run_id = registry.open_run(config, f"{storage}/{config.run_name}", facts=facts.described)
         stop_system_metrics = registry.start_system_metrics(uri, run_id)
         metrics = registry.RunLog(uri, run_id, str(output / "unsent"))
-        follower = Follower(terminal, JsonLines(output / "log.jsonl"), metrics, began)
-        status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+        follower = Follower(terminal, JsonLines(output / "log.jsonl"), metrics, RunMetrics(config), began)
+        status: Status = "FAILED"
+        outcome: Outcome | None = None
+        labels["run_id"] = run_id
         try:
-            trained = train_on_ray(config, placement, storage, output / "checkpoint", follower, facts.weights)
+            terminal.say(f"MLflow: {registry.run_page(uri, run_id)}")
+            trained = train_on_ray(
+                config,
+                placement,
+                storage,
+                output / "checkpoint",
+                follower,
+                facts.weights,
+                labels if json_logs else None,
+            )
             if trained.result.interrupted:
                 status = "KILLED"
                 write_summary(
@@ -133,18 +160,29 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False) 
         except KeyboardInterrupt:
             status = "KILLED"
             raise
+        except NonFiniteLossError:
+            outcome = "loss_not_finite"
+            raise
         finally:
-            terminal.close()
+            follower.gauges.ended(outcome or OUTCOMES[status])
             stop_system_metrics()
-            metrics.close()
-            follower.lines.close()
+            follower.close()
             _close_run(uri, run_id, status, terminal)
     write_summary(output, summary)
     show_summary(summary, terminal)
     return 0
 
 
-def _close_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"], terminal: Terminal) -> None:
+def _open_terminal(config: RunConfig, *, json_logs: bool) -> tuple[Terminal, dict[str, Any]]:
+    """Where progress is shown, and the labels of JSON lines; the run's id is put there once it is known."""
+    labels = {"run": config.run_name, "run_id": "", "rank": "driver"}
+    if not json_logs:
+        return Terminal(), labels
+    log_as_json(labels)
+    return JsonTerminal(labels), labels
+
+
+def _close_run(uri: str, run_id: str, status: Status, terminal: Terminal) -> None:
     """Close the run in MLflow; a server that is away must not hide how the run ended."""
     try:
         registry.finish_run(uri, run_id, status)

@@ -58,6 +58,7 @@ def train_on_ray(
     copy_to: Path,
     follow: Callable[[Record], None],
     weights: Mapping[str, Tensor] | None = None,
+    log_labels: Mapping[str, Any] | None = None,
 ) -> TrainedRun:
     """Run `fit` on Ray Train workers, with restarts; a run of the same name and storage goes on where it stopped.
 
@@ -70,6 +71,7 @@ def train_on_ray(
         copy_to: Local folder to bring the newest checkpoint to at the end; replaced if it is there.
         follow: Called in this thread with each record: `start`, `step`, `epoch`, `failure`.
         weights: State dict to start from.
+        log_labels: Fields of the workers' log lines, which are then JSON; none: they log as text.
 
     Raises:
         UserError: The workers found something the user can mend.
@@ -83,6 +85,7 @@ def train_on_ray(
         "config": config.model_dump(mode="json"),
         "mailbox": mailbox,
         "weights": ray.put(dict(weights)) if weights is not None else None,
+        "log_labels": dict(log_labels) if log_labels is not None else None,
     }
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]

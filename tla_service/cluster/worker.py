@@ -12,6 +12,7 @@ from ray.train import Checkpoint, UserCallback
 
 from tla_service.config import RunConfig
 from tla_service.errors import UserError
+from tla_service.logs import log_as_json
 from tla_service.runtime import WorkerContext
 from tla_service.training.fit import fit
 from tla_service.training.meter import NonFiniteLossError
@@ -21,8 +22,8 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     """One worker of a run.
 
     Args:
-        loop: `config` (the run as plain values), `mailbox`, and `weights` (an object reference to a state dict) or
-            None.
+        loop: `config` (the run as plain values), `mailbox`, `weights` (an object reference to a state dict, or None)
+            and `log_labels` (fields of JSON log lines; None: log as text).
 
     Returns:
         `result`, a FitResult's fields; or `error`, when the run ended for a reason that a restart would not change:
@@ -30,6 +31,8 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     """
     config = RunConfig.model_validate(loop["config"])
     ray_context = ray.train.get_context()
+    if loop["log_labels"] is not None:
+        log_as_json({**loop["log_labels"], "rank": ray_context.get_world_rank()})
     context = WorkerContext(
         rank=ray_context.get_world_rank(),
         local_rank=ray_context.get_local_rank(),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tla_service.registry.loading import load_model, resolve_weights
     from tla_service.registry.packaging import PackagedModel, log_model
     from tla_service.registry.run_log import RunLog
-    from tla_service.registry.tracking import finish_run, log_files, open_run, start_system_metrics
+    from tla_service.registry.tracking import finish_run, log_files, open_run, run_page, start_system_metrics
 
 __all__ = [
     "PackagedModel",
@@ -25,6 +25,7 @@ __all__ = [
     "log_model",
     "open_run",
     "resolve_weights",
+    "run_page",
     "start_system_metrics",
     "tracking_uri",
 ]
@@ -35,7 +36,7 @@ _MODULES = {
     "loading": ("load_model", "resolve_weights"),
     "packaging": ("PackagedModel", "log_model"),
     "run_log": ("RunLog",),
-    "tracking": ("finish_run", "log_files", "open_run", "start_system_metrics"),
+    "tracking": ("finish_run", "log_files", "open_run", "run_page", "start_system_metrics"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

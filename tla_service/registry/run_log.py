@@ -87,6 +87,11 @@ class RunLog:
         with self._changed:
             return self._changed.wait_for(lambda: self._pending_bytes() == 0, timeout_seconds)
 
+    def unsent_bytes(self) -> int:
+        """How much of what was logged the server has not confirmed yet, as it lies on disk."""
+        with self._changed:
+            return self._pending_bytes()
+
     def close(self, timeout_seconds: float = 30.0) -> bool:
         """Send what is left and stop. What cannot be sent in time stays on disk for the next log of this run.
 

@@ -79,6 +79,22 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)
 
 
+def run_page(uri: str, run_id: str) -> str:
+    """Where people look at a run: its page on a server, or the command that shows a local store.
+
+    Args:
+        uri: Tracking store.
+        run_id: MLflow run.
+    """
+    if not uri.startswith("http"):
+        return f"run {run_id}, shown by: mlflow ui --backend-store-uri {uri}"
+    made = client(uri)
+    experiment = retrying("Reading the run", lambda: made.get_run(run_id)).info.experiment_id
+    # An address may carry a name and a password, which no log must show.
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}/#/experiments/{experiment}/runs/{run_id}"
+
+
 def log_files(uri: str, run_id: str, files: Mapping[str, Path]) -> None:
     """Store files with a run, repeating while the server is away.
 

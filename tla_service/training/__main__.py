@@ -14,11 +14,12 @@ import torch
 
 from tla_service.config_loading import load_settings, print_config
 from tla_service.job import INTERRUPTED, run_job
+from tla_service.logs import log_as_json
 from tla_service.runtime import process_group
 from tla_service.training.checkpoint import read_weights
 from tla_service.training.fit import fit
 from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
-from tla_service.training.reporting import LocalReporter, Terminal
+from tla_service.training.reporting import JsonTerminal, LocalReporter, Terminal
 
 
 def main() -> int:
@@ -31,10 +32,15 @@ def main() -> int:
     use_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
     with process_group(torch.device("cuda" if use_gpu else "cpu")) as context:
         finished = open_output(config, output)
-        reporter = LocalReporter(output, is_main=context.is_main)
+        terminal = Terminal()
+        if settings.log_format == "json":
+            labels = {"run": config.run_name, "rank": context.rank}
+            log_as_json(labels)
+            terminal = JsonTerminal(labels)
+        reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
         if finished is not None:
             if context.is_main:
-                show_summary(finished, Terminal())
+                show_summary(finished, terminal)
             return 0
         stop_on_signals(reporter)
         if context.is_main:
@@ -47,7 +53,7 @@ def main() -> int:
         if context.is_main:
             summary = summarize(config, result, reporter.latest())
             write_summary(output, summary)
-            show_summary(summary, Terminal())
+            show_summary(summary, terminal)
     return 0
 
 

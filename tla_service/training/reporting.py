@@ -11,6 +11,7 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tla_service.logs import json_line
 from tla_service.training.checkpoint import MANIFEST
 
 
@@ -92,6 +93,32 @@ class Terminal:
         text = f"epoch {record['epoch']}  loss {record['loss']:.4f}  {record['images_per_second']:.0f} images/s"
         task = self._bar.task_ids[0]
         self._bar.update(task, description=text, completed=record["step"], total=record["total_steps"])
+
+
+class JsonTerminal(Terminal):
+    """Progress for machines: every record and every word as a JSON line.
+
+    Args:
+        labels: Fields of every line. What is put into the mapping later is in the lines from then on.
+        stream: Where to; standard output if not given.
+    """
+
+    def __init__(self, labels: Mapping[str, Any], stream: TextIO | None = None) -> None:
+        super().__init__(stream)
+        self._labels, self._stream = labels, stream or sys.stdout
+
+    def say(self, text: str) -> None:
+        """Write a line with a message; an empty one, which is for the eye, is left out."""
+        if text:
+            self._write("info", {"message": text})
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Write a record."""
+        self._write("warning" if record["event"] == "failure" else "info", record)
+
+    def _write(self, level: str, fields: Mapping[str, Any]) -> None:
+        self._stream.write(json_line(level, {**self._labels, **fields}) + "\n")
+        self._stream.flush()
 
 
 def step_line(record: Mapping[str, Any]) -> str:
