@@ -82,6 +82,12 @@ tests:
 """
 
 
+def test_kubernetes_gets_the_same_rules() -> None:
+    resources = yaml.safe_load_all((FOLDER / "kube-monitoring.yaml").read_text())
+    rules = next(resource for resource in resources if resource["kind"] == "PrometheusRule")
+    assert rules["spec"] == yaml.safe_load((FOLDER / "alerts.yaml").read_text())
+
+
 @pytest.mark.skipif(PROMTOOL is None, reason="alert rules: put promtool on the PATH, or set TLA_TEST_PROMTOOL to it")
 def test_the_rules_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
     rules = yaml.safe_load((FOLDER / "alerts.yaml").read_text())
