@@ -14,7 +14,7 @@ from tla_service.config import RunConfig, TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import LogitsOnly, build_model
 from tla_service.registry.connection import client, one_line, retrying, sqlite_path, tracking_uri
-from tla_service.registry.integrity import MANIFEST, verify_package
+from tla_service.registry.integrity import MANIFEST, sha256, verify_package
 
 if TYPE_CHECKING:
     import torch
@@ -167,23 +167,49 @@ def _location(uri: str, made: "MlflowClient") -> tuple[str, str | None]:
     return str(made.get_model_version_download_uri(name, str(version))), found.tags.get(PACKAGE_DIGEST)
 
 
-def _package(folder: Path, uri: str, digest: str | None) -> tuple[bytes, str, int, tuple[int, int, int], str]:
-    """Weights and network of a packaged model, after checking that nobody touched it."""
+def open_package(uri: str, tracking: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """Bring a packaged model to this machine and make sure that nobody touched it.
+
+    Args:
+        uri: As for :func:`load_model`; not a checkpoint.
+        tracking: As for :func:`load_model`.
+
+    Returns:
+        The local folder of its artifacts, and the content of ``model.json``.
+
+    Raises:
+        ConfigError: The address cannot be one, or the package is of another format.
+        UnavailableError: There is no such model, it was changed, or the server is away.
+    """
+    folder, digest = _fetch(uri, tracking)
+    return _opened(folder, uri, digest)
+
+
+def _opened(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict[str, Any]]:
     # The folder of the artifacts alone is an address too; the list of files lies above it.
     is_inner = folder.name == "artifacts" and (folder.parent / MANIFEST).is_file()
     verify_package(folder.parent if is_inner else folder, FIELD, uri, digest)
     artifacts = folder if is_inner else folder / "artifacts"
     try:
         description = _json(artifacts / "model.json")
-        weights = (artifacts / "weights.safetensors").read_bytes()
     except FileNotFoundError as error:
-        reason = f"holds no {Path(error.filename).name}, so it was not packaged by this project"
+        reason = "holds no model.json, so it was not packaged by this project"
         raise UnavailableError(FIELD, uri, reason, "give a model of this project, or a checkpoint folder") from error
     if description.get("format_version") != FORMAT_VERSION:
         reason = f"format version {description.get('format_version')}; this installation reads {FORMAT_VERSION}"
         raise ConfigError(FIELD, uri, reason, "install the version of tla-service that wrote it")
+    weights = description["weights"]
+    if sha256(artifacts / weights["file"]) != weights["sha256"]:
+        reason = f"{weights['file']} was changed: its SHA-256 is not {weights['sha256'][:12]}..."
+        raise UnavailableError(FIELD, uri, reason, "load another version")
+    return artifacts, description
+
+
+def _package(folder: Path, uri: str, digest: str | None) -> tuple[bytes, str, int, tuple[int, int, int], str]:
+    """Weights and network of a packaged model, after checking that nobody touched it."""
+    artifacts, description = _opened(folder, uri, digest)
     return (
-        weights,
+        (artifacts / description["weights"]["file"]).read_bytes(),
         description["architecture"],
         description["num_classes"],
         _shape(description["image_shape"]),

@@ -1,0 +1,107 @@
+"""The registry's lock holds against threads, slow contenders and dead holders."""
+
+import threading
+import time
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from tla_service.errors import UnavailableError
+from tla_service.registry import lock
+from tla_service.registry.connection import client
+from tla_service.registry.lock import LockLostError, registry_lock
+
+
+def names(uri: str) -> list[str]:
+    return [model.name for model in MlflowClient(uri).search_registered_models()]
+
+
+def test_one_at_a_time(local_uri: str) -> None:
+    inside, most, total = 0, 0, 0
+
+    def work() -> None:
+        nonlocal inside, most, total
+        with registry_lock(client(local_uri), "x") as held:
+            inside += 1
+            most = max(most, inside)
+            before = total
+            time.sleep(0.01)
+            assert held is not None
+            held.check()
+            total = before + 1
+            inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, total) == (1, 8)
+    assert names(local_uri) == ["x-lock-00000008"]
+
+
+def test_different_names_do_not_wait_for_each_other(local_uri: str) -> None:
+    made = client(local_uri)
+    with registry_lock(made, "x"), registry_lock(made, "x-lock"), registry_lock(made, "y", timeout_seconds=0.5):
+        pass
+
+
+def test_a_dead_holder_is_passed_over_and_finds_out(local_uri: str) -> None:
+    made = client(local_uri)
+    dead = lock.HeldLock(made, "x-lock-", lock._acquire(made, "x-lock-", lambda: True, 1, 60) or 0, 60)
+    dead.check()
+    began = time.monotonic()
+    with registry_lock(made, "x", stale_seconds=0.6) as held:
+        assert time.monotonic() - began > 0.6
+        assert held.generation == 2
+        held.check()
+        with pytest.raises(LockLostError):
+            dead.check()
+
+
+def test_a_holder_that_took_too_long_stops_before_the_next_write(local_uri: str) -> None:
+    with registry_lock(client(local_uri), "x", stale_seconds=0.3) as held:
+        time.sleep(0.15)
+        with pytest.raises(LockLostError, match="give the same command again"):
+            held.check()
+
+
+def test_waiting_ends(local_uri: str) -> None:
+    made = client(local_uri)
+    with registry_lock(made, "x"):
+        with pytest.raises(UnavailableError, match="other promotions held the lock"):
+            with registry_lock(made, "x", timeout_seconds=0.2):
+                pass
+
+
+def test_who_no_longer_wants_it_goes(local_uri: str) -> None:
+    made = client(local_uri)
+    with registry_lock(made, "x"):
+        with registry_lock(made, "x", wanted=lambda: False) as other:
+            assert other is None
+    assert names(local_uri) == ["x-lock-00000001"]
+
+
+def test_a_slow_contender_takes_back_a_generation_that_has_been_and_gone(local_uri: str) -> None:
+    made = client(local_uri)
+    for _ in range(2):
+        with registry_lock(made, "x"):
+            pass
+    with registry_lock(made, "x") as held:
+        assert not lock._take(made, "x-lock-", 2), "it read generation 1 as the highest, long ago"
+        held.check()
+    assert names(local_uri) == ["x-lock-00000003"]
+
+
+def test_a_success_whose_answer_was_lost_is_recognised(local_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = client(local_uri)
+    create = made.create_registered_model
+
+    def create_and_lose(*arguments: object, **others: object) -> None:
+        create(*arguments, **others)  # type: ignore[arg-type]
+        raise MlflowException("the connection was reset")
+
+    monkeypatch.setattr(made, "create_registered_model", create_and_lose)
+    assert lock._take(made, "x-lock-", 1)
+    assert not lock._take(made, "x-lock-", 1)

@@ -1,0 +1,248 @@
+"""The gate lets through what it should, explains itself, and undoes."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from jobs import promote_model
+from tests.registry.evaluations import evaluate, fates, register_another, report_on
+from tests.registry.tracking_server import Packaged
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.job import run_job
+from tla_service.registry.gate_rules import GateRules
+from tla_service.registry.promotion import Decision, promote, roll_back
+
+RULES = GateRules(min_clean_accuracy=0.9, min_autoattack_accuracy=0.5, min_detection_auc=0.7)
+GOOD = fates(clean=390, autoattack=300)
+
+
+def attempt(packaged: Packaged, version: str, rules: GateRules = RULES) -> Decision:
+    return promote(packaged.config.tracking, "tla-digits", version, "champion", rules)
+
+
+def aliases(packaged: Packaged) -> dict[str, str]:
+    return {name: str(at) for name, at in MlflowClient(packaged.uri).get_registered_model("tla-digits").aliases.items()}
+
+
+def failed(decision: Decision) -> dict[str, str]:
+    return {finding.rule: finding.explanation for finding in decision.findings if not finding.passed}
+
+
+def records(packaged: Packaged) -> list[dict[str, str]]:
+    """Tags of every recorded decision, the first one first."""
+    made = MlflowClient(packaged.uri)
+    experiment = made.get_experiment_by_name("tla-promotions").experiment_id
+    return [run.data.tags for run in made.search_runs([experiment], order_by=["attributes.start_time ASC"])]
+
+
+def test_a_good_version_is_promoted_and_the_decision_recorded(packaged: Packaged) -> None:
+    evaluate(packaged, "1", GOOD)
+    decision = attempt(packaged, "1")
+    assert (decision.verdict, failed(decision)) == ("promoted", {})
+    assert aliases(packaged) == {"champion": "1"}
+    tags = MlflowClient(packaged.uri).get_model_version("tla-digits", "1").tags
+    assert tags["tla.champion.decision"] == "promoted"
+    rules = {finding["rule"]: finding["explanation"] for finding in json.loads(tags["tla.champion.findings"])}
+    assert rules["clean accuracy"].startswith("97.5% (95.")
+    (record,) = records(packaged)
+    assert record["tla.promotion"] == "promoted"
+    assert json.loads(record["tla.promotion.rules"])["min_clean_accuracy"] == 0.9
+    assert attempt(packaged, "1").verdict == "unchanged"
+    assert [record["tla.promotion"] for record in records(packaged)] == ["promoted", "unchanged"]
+
+
+POOR: dict[str, tuple[dict[str, Any], str, str]] = {
+    "clean": ({"outcome": fates(350, 300)}, "clean accuracy", "87.5%"),
+    "autoattack": ({"outcome": fates(390, 190)}, "AutoAttack accuracy", "47.5%"),
+    "few images": ({"outcome": fates(80, 80, images=80)}, "images", "80 test images; at least 100"),
+    "audit failed": ({"audit": {"trusted": False, "images": 9, "checks": []}}, "audit", "does not trust"),
+    "no audit": ({"audit": None}, "audit", "no audit"),
+    "no detection": ({"detection": None}, "detection", "was not measured"),
+}
+
+
+@pytest.mark.parametrize(("changes", "rule", "words"), POOR.values(), ids=POOR.keys())
+def test_a_poor_version_is_refused_with_the_reason(
+    packaged: Packaged, changes: dict[str, Any], rule: str, words: str
+) -> None:
+    changes = {"outcome": GOOD} | changes
+    evaluate(packaged, "1", changes.pop("outcome"), **changes)
+    decision = attempt(packaged, "1")
+    assert decision.verdict == "refused"
+    assert set(failed(decision)) == {rule}
+    assert words in failed(decision)[rule]
+    assert aliases(packaged) == {}
+    assert MlflowClient(packaged.uri).get_model_version("tla-digits", "1").tags["tla.champion.decision"] == "refused"
+
+
+def test_an_unevaluated_version_is_refused(packaged: Packaged) -> None:
+    decision = attempt(packaged, "1")
+    assert decision.verdict == "refused"
+    assert "run jobs/evaluate_tla.py --model models:/tla-digits/1" in failed(decision)["version evaluated"]
+
+
+def test_the_tags_of_an_evaluation_convince_nobody(packaged: Packaged) -> None:
+    made = MlflowClient(packaged.uri)
+    for name, value in {
+        "tla.accuracy.clean": "1.0",
+        "tla.accuracy.autoattack": "1.0",
+        "tla.audit.trusted": "true",
+    }.items():
+        made.set_model_version_tag("tla-digits", "1", name, value)
+    assert "version evaluated" in failed(attempt(packaged, "1"))
+
+
+def test_a_report_on_other_weights_is_refused(packaged: Packaged, tmp_path: Path) -> None:
+    sha256 = MlflowClient(packaged.uri).get_model_version("tla-digits", "1").tags["weights_sha256"]
+    evaluate(packaged, register_another(packaged), GOOD, log_as=sha256)
+    assert "its report is about other weights" in failed(attempt(packaged, "1"))["version evaluated"]
+
+
+def test_an_embellished_report_is_refused(packaged: Packaged) -> None:
+    better = report_on("0" * 64, GOOD).model_dump()["accuracy"]
+    evaluate(packaged, "1", fates(clean=390, autoattack=10), accuracy=better)
+    assert "the report says 75.00% of 400, the images' fates 10 of 400" in failed(attempt(packaged, "1"))["figures"]
+
+
+def test_tampered_files_are_refused(packaged: Packaged) -> None:
+    evaluate(packaged, "1", GOOD)
+    location = MlflowClient(packaged.uri).get_model_version_download_uri("tla-digits", "1").removeprefix("file://")
+    weights = Path(location) / "artifacts" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "weights.safetensors was changed" in failed(attempt(packaged, "1"))["version intact"]
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (Path(location) / "extra.pkl").write_bytes(b"")
+    assert "holds a pickle file" in failed(attempt(packaged, "1"))["version intact"]
+
+
+def test_a_foreign_model_is_refused(packaged: Packaged, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "MLmodel").write_text("flavors: {}")
+    MlflowClient(packaged.uri).create_model_version("tla-digits", str(tmp_path / "foreign"), run_id=packaged.run_id)
+    assert "was not registered by this project" in failed(attempt(packaged, "2"))["version intact"]
+
+
+def test_a_worse_version_does_not_replace_the_champion(packaged: Packaged) -> None:
+    evaluate(packaged, "1", GOOD)
+    second = register_another(packaged)
+    evaluate(packaged, second, fates(clean=390, autoattack=280))
+    assert attempt(packaged, "1").verdict == "promoted"
+    decision = attempt(packaged, second)
+    assert decision.verdict == "refused"
+    assert set(failed(decision)) == {"autoattack not worse"}
+    assert "-5.00 points" in failed(decision)["autoattack not worse"]
+    assert "p = 1.9e-06" in failed(decision)["autoattack not worse"]
+    assert aliases(packaged) == {"champion": "1"}
+    tolerant = RULES.model_copy(update={"not_worse": False})
+    assert attempt(packaged, second, tolerant).verdict == "promoted"
+    assert aliases(packaged) == {"champion": second, "previous": "1"}
+
+
+def test_small_losses_are_refused_by_size_and_by_significance(packaged: Packaged) -> None:
+    """One point on shuffled images is noise to a paired test, and more than may be lost; one that it can see is not."""
+    evaluate(packaged, "1", fates(300, 250, shuffle=1))
+    second = register_another(packaged)
+    evaluate(packaged, second, fates(296, 250, shuffle=2))
+    rules = GateRules(min_detection_auc=0.7)
+    assert attempt(packaged, "1", rules).verdict == "promoted"
+    assert set(failed(attempt(packaged, second, rules))) == {"clean not worse"}
+    assert attempt(packaged, second, rules.model_copy(update={"max_drop": 0.02})).verdict == "promoted"
+    third = register_another(packaged, 3.0)
+    evaluate(packaged, third, fates(288, 250, shuffle=2))
+    decision = attempt(packaged, third, rules.model_copy(update={"max_drop": 0.5}))
+    assert "p = 0.0078" in failed(decision)["clean not worse"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"data": {"name": "digits", "images": 400, "fingerprint": "beef", "class_names": []}},
+            "data f00d against beef",
+        ),
+        ({"threat_model": {"norm": "linf", "epsilon": 0.01}}, "epsilon 0.15 against 0.01"),
+        ({"outcome": fates(300, 250, images=300)}, "other clean images"),
+    ],
+)
+def test_only_what_was_measured_alike_is_compared(packaged: Packaged, changes: dict[str, Any], words: str) -> None:
+    changes = {"outcome": GOOD} | changes
+    evaluate(packaged, "1", changes.pop("outcome"), **changes)
+    second = register_another(packaged)
+    evaluate(packaged, second, GOOD)
+    assert attempt(packaged, "1").verdict == "promoted"
+    assert words in failed(attempt(packaged, second))["comparable"]
+
+
+def test_a_champion_that_was_tampered_with_stops_the_gate(packaged: Packaged) -> None:
+    evaluate(packaged, "1", GOOD)
+    second = register_another(packaged)
+    evaluate(packaged, second, GOOD)
+    assert attempt(packaged, "1").verdict == "promoted"
+    location = MlflowClient(packaged.uri).get_model_version_download_uri("tla-digits", "1").removeprefix("file://")
+    (Path(location) / "MLmodel").write_text("flavors: {}")
+    assert set(failed(attempt(packaged, second))) == {"champion intact"}
+
+
+def test_rollback_walks_back_through_the_champions(packaged: Packaged) -> None:
+    versions = ["1", register_another(packaged), register_another(packaged, 3.0)]
+    for place, version in enumerate(versions):
+        evaluate(packaged, version, fates(clean=390, autoattack=300 + place))
+        assert attempt(packaged, version).verdict == "promoted"
+    assert aliases(packaged) == {"champion": "3", "previous": "2"}
+    decision = roll_back(packaged.config.tracking, "tla-digits", "champion")
+    assert (decision.verdict, decision.version, decision.replaced) == ("rolled back", "2", "3")
+    assert aliases(packaged) == {"champion": "2", "previous": "1"}
+    roll_back(packaged.config.tracking, "tla-digits", "champion")
+    assert aliases(packaged) == {"champion": "1"}
+    with pytest.raises(ConfigError, match="no version that carried 'champion' before"):
+        roll_back(packaged.config.tracking, "tla-digits", "champion")
+    sequence = [int(record["tla.promotion.sequence"]) for record in records(packaged)]
+    assert sequence == sorted(set(sequence))
+    assert [record["tla.promotion"] for record in records(packaged)] == 3 * ["promoted"] + 2 * ["rolled back"]
+
+
+def test_rollback_does_not_bring_back_what_was_changed(packaged: Packaged) -> None:
+    evaluate(packaged, "1", GOOD)
+    second = register_another(packaged)
+    evaluate(packaged, second, GOOD)
+    for version in ("1", second):
+        attempt(packaged, version)
+    location = MlflowClient(packaged.uri).get_model_version_download_uri("tla-digits", "1").removeprefix("file://")
+    (Path(location) / "conda.yaml").write_text("")
+    with pytest.raises(UnavailableError, match=r"conda\.yaml was changed"):
+        roll_back(packaged.config.tracking, "tla-digits", "champion")
+    assert aliases(packaged)["champion"] == second
+
+
+def test_the_job_explains_itself(
+    packaged: Packaged, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["promote_model.py", "--tracking.uri", packaged.uri, *arguments])
+        code = run_job(promote_model.main)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    code, out, _ = job("--model", "tla-digits", "--version", "1")
+    assert code == 4
+    assert "REFUSED version evaluated" in out
+    evaluate(packaged, "1", GOOD)
+    code, out, _ = job("--model", "tla-digits", "--version", "1", "--rules.min_autoattack_accuracy", "0.9")
+    assert (code, "REFUSED AutoAttack accuracy" in out) == (4, True)
+    code, out, _ = job("--model", "tla-digits", "--version", "1")
+    assert (code, out.splitlines()[-1]) == (0, "promoted: models:/tla-digits@champion is version 1")
+    assert job("--model", "tla-digits", "--version", "9")[0] == 3
+    assert job("--model", "nobody", "--version", "1")[0] == 3
+    assert job("--model", "tla-digits", "--version", "1", "--rollback")[0] == 2
+    assert job("--model", "tla-digits")[0] == 2
+    code, _, error = job("--model", "tla-digits", "--version", "1", "--alias", "v3")
+    assert (code, error.count("\n")) == (2, 1)
+    code, _, error = job("--model", "tla-digits", "--version", "1", "--rules.max_drop", "3")
+    assert (code, error.startswith("error: rules.max_drop=3: ")) == (2, True)
