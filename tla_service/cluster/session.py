@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from pyarrow import ArrowInvalid
@@ -36,8 +36,15 @@ class Placement:
         return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
 
 
+class _Scaled(Protocol):
+    """Any configuration with a scaling section."""
+
+    @property
+    def scaling(self) -> ScalingConfig: ...
+
+
 @contextlib.contextmanager
-def ray_session(config: RunConfig, *, debug: bool = False) -> Iterator[None]:
+def ray_session(config: _Scaled, *, debug: bool = False) -> Iterator[None]:
     """Join the cluster that is named or found, else start one on this machine for the time of the block.
 
     Raises:

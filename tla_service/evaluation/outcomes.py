@@ -17,6 +17,7 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.intervals import BoolArray, PairedDifference, paired_difference
 
 IntArray = npt.NDArray[np.int64]
+Arrays = dict[str, npt.NDArray[Any]]
 STANDS = -1
 
 
@@ -90,15 +91,45 @@ def compare_outcomes(first: ShardOutcome, second: ShardOutcome, attack: str) -> 
     return paired_difference(first.standing(attack), second.standing(attack))
 
 
-def save_outcome(outcome: ShardOutcome, path: Path) -> None:
-    """Write an outcome as ``.npz``; a reader sees all of it or nothing, also when the writer is killed."""
+def outcome_arrays(outcome: ShardOutcome) -> Arrays:
+    """An outcome as plain arrays; :func:`outcome_from` makes it again."""
+    fates = {f"broken_at/{name}": broken_at for name, broken_at in outcome.broken_at.items()}
+    left_out = np.array(json.dumps(outcome.left_out))
+    return {"indices": outcome.indices, "labels": outcome.labels, "left_out": left_out, **fates}
+
+
+def outcome_from(arrays: Arrays) -> ShardOutcome:
+    """What :func:`outcome_arrays` took apart; a missing array raises KeyError."""
+    broken_at = {name.removeprefix("broken_at/"): arrays[name] for name in arrays if name.startswith("broken_at/")}
+    return ShardOutcome(arrays["indices"], arrays["labels"], broken_at, json.loads(str(arrays["left_out"])))
+
+
+def save_arrays(arrays: Arrays, path: Path) -> None:
+    """Write arrays as ``.npz``; a reader sees all of them or nothing, also when the writer is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {f"broken_at/{name}": fates for name, fates in outcome.broken_at.items()}
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
-        left_out = np.array(json.dumps(outcome.left_out))
-        np.savez_compressed(file, indices=outcome.indices, labels=outcome.labels, left_out=left_out, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     part.replace(path)
+
+
+def load_arrays(path: Path) -> Arrays:
+    """Read what :func:`save_arrays` wrote.
+
+    Raises:
+        UnavailableError: There is no such file, or it is damaged.
+    """
+    try:
+        # Opened here, because numpy leaves the file of a damaged archive open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return {name: file[name] for name in file}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise UnavailableError("shard", path, f"cannot be read ({error})", "delete it; it is made again") from error
+
+
+def save_outcome(outcome: ShardOutcome, path: Path) -> None:
+    """Write an outcome as ``.npz``, whole or not at all."""
+    save_arrays(outcome_arrays(outcome), path)
 
 
 def load_outcome(path: Path) -> ShardOutcome:
@@ -108,9 +139,6 @@ def load_outcome(path: Path) -> ShardOutcome:
         UnavailableError: There is no such file, or it is damaged.
     """
     try:
-        # Opened here, because numpy leaves the file of a damaged archive open.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            broken_at = {name.removeprefix("broken_at/"): file[name] for name in file if name.startswith("broken_at/")}
-            return ShardOutcome(file["indices"], file["labels"], broken_at, json.loads(str(file["left_out"])))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise UnavailableError("shard", path, f"cannot be read ({error})", "delete it; it is made again") from error
+        return outcome_from(load_arrays(path))
+    except (KeyError, ValueError) as error:
+        raise UnavailableError("outcome", path, f"cannot be read ({error})", "delete it; it is made again") from error

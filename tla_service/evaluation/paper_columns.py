@@ -24,7 +24,7 @@ from tla_service.evaluation.intervals import Interval, wilson_interval
 from tla_service.evaluation.outcomes import ShardOutcome
 
 Norm = Literal["linf", "l2"]
-Axis = Literal["epsilon", "steps", "restarts"]
+Axis = Literal["epsilon", "steps", "restarts", "l0", "l1"]
 
 
 class Columns(NamedTuple):
@@ -45,7 +45,7 @@ class Curve(NamedTuple):
     """Accuracy along one axis.
 
     Attributes:
-        axis: What varies: the radius, the total of gradient steps, or the restarts.
+        axis: What varies: the radius, the total of gradient steps, the restarts, or the size of a sparse perturbation.
         x: Its values, rising.
         accuracy: Accuracy at each.
     """

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tla_service.errors import UnavailableError
 
 FORMAT: Literal[1] = 1
-REPORT_FILE, OUTCOME_FILE, PAGE_FILE = "report.json", "outcome.npz", "report.html"
+REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, PAGE_FILE = "report.json", "outcome.npz", "autoattack.npz", "report.html"
 
 
 class _Part(BaseModel):
@@ -135,6 +135,7 @@ class AutoAttackFacts(_Part):
         strongest: The strongest of the other attacks on the same images.
         gap: Accuracy under that attack less accuracy under AutoAttack, on the same images.
         weak: Whether the gap shows, beyond noise, that the other attacks are weak.
+        outcome: File beside the report with the fate of each image that AutoAttack was run on.
     """
 
     stages: tuple[str, ...]
@@ -143,6 +144,7 @@ class AutoAttackFacts(_Part):
     strongest: str
     gap: Difference
     weak: bool
+    outcome: str = AUTOATTACK_FILE
 
 
 class CurveFacts(_Part):
@@ -264,7 +266,8 @@ class Report(_Part):
         format: Version of this format.
         accuracy: By attack, ``clean`` and ``autoattack`` among them, ``worst`` for images that no attack breaks.
         attacks: How each white-box and transfer attack was run.
-        outcome: File beside the report with every image's fate under every attack.
+        outcome: File beside the report with each image's fate under the attacks of the table, AutoAttack not among
+            them: it may have been run on fewer images.
         code: Version of the code, and the commit where it is known.
         seed: Seed of every random draw.
         settings: Digest of the evaluation's settings.

@@ -23,6 +23,8 @@ _AXES = {
     "epsilon": "radius ε of the perturbation",
     "steps": "gradient steps, all restarts together",
     "restarts": "random restarts",
+    "l0": "values changed (L0 norm of the perturbation)",
+    "l1": "sum of changes (L1 norm of the perturbation)",
 }
 _READABLE_CLASSES = 25  # more rows than this leave no room for names and figures in the cells
 
@@ -162,7 +164,7 @@ def _scale(axes: "Axes", axis: str, x: Sequence[float]) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
     axes.set_xlabel(_AXES[axis])
-    if axis == "epsilon":
+    if axis in ("epsilon", "l0", "l1"):
         axes.set_xlim(left=0)
         return
     if axis == "restarts":

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from tla_service.registry.connection import check_tracking, tracking_uri
     from tla_service.registry.integrity import find_pickles
     from tla_service.registry.loading import load_model, resolve_weights
+    from tla_service.registry.environment import code_facts
+    from tla_service.registry.evaluation_log import log_evaluation
     from tla_service.registry.packaging import PackagedModel, log_model
     from tla_service.registry.run_log import RunLog
     from tla_service.registry.tracking import finish_run, log_files, open_run, run_page, start_system_metrics
@@ -18,9 +20,11 @@ __all__ = [
     "PackagedModel",
     "RunLog",
     "check_tracking",
+    "code_facts",
     "find_pickles",
     "finish_run",
     "load_model",
+    "log_evaluation",
     "log_files",
     "log_model",
     "open_run",
@@ -34,6 +38,8 @@ _MODULES = {
     "connection": ("check_tracking", "tracking_uri"),
     "integrity": ("find_pickles",),
     "loading": ("load_model", "resolve_weights"),
+    "environment": ("code_facts",),
+    "evaluation_log": ("log_evaluation",),
     "packaging": ("PackagedModel", "log_model"),
     "run_log": ("RunLog",),
     "tracking": ("finish_run", "log_files", "open_run", "run_page", "start_system_metrics"),

@@ -34,6 +34,14 @@ def code_version() -> dict[str, str]:
     return tags
 
 
+def code_facts() -> dict[str, str]:
+    """Version and, in a git checkout, commit of the code, for reports."""
+    tags = code_version()
+    changed = " with changes" if tags.get("tla.git_dirty") == "true" else ""
+    facts = {"version": tags["tla.version"]}
+    return facts | ({"commit": tags["tla.git_commit"][:12] + changed} if "tla.git_commit" in tags else {})
+
+
 def environment() -> dict[str, Any]:
     """Python, machine, CUDA and every installed package with its version, as plain JSON."""
     packages = {

@@ -1,0 +1,243 @@
+"""What an evaluation runs: the attacks, the radii, and which images."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tla_service.attacks import Attack
+from tla_service.config import AttackConfig
+from tla_service.data import Dataset
+from tla_service.data.splits import stratified_subset
+from tla_service.errors import ConfigError
+from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, step_sweep
+from tla_service.evaluation.robustness import evaluation_attack
+from tla_service.evaluation.settings import EvaluateSettings
+from tla_service.evaluation.tasks import (
+    AuditMeasurement,
+    EmbeddingMeasurement,
+    FateMeasurement,
+    Measurement,
+    NormMeasurement,
+    Task,
+)
+
+Norm = Literal["linf", "l2"]
+
+_EPSILON_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+_DETECTION_FACTOR = 1.5
+
+
+class _Level(NamedTuple):
+    epsilon: float
+    steps: int
+
+
+# Radii and steps at which the paper attacks test images for detection, in L-infinity (caption of Fig. 5).
+_DETECTION = {"mnist": _Level(0.3, 100), "cifar10": _Level(25 / 255, 20), "tiny_imagenet": _Level(25 / 255, 30)}
+# The radius of Tables 2 and 3 that is not among the others.
+_SHIFT = {"mnist": _Level(0.03, 40)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The attacks of an evaluation.
+
+    Attributes:
+        norm: Norm of the threat model.
+        epsilon: Its radius.
+        columns: White-box attacks by name.
+        transfer: Attacks crafted on the surrogate.
+        is_paper: Whether these are the paper's columns at the paper's radius.
+        iterative: The strongest of them with one start: curves, audit, neighbours and pictures rest on it.
+        detection: The attack of the detection test.
+        shift: Attacks of the shift ratios by radius, rising; among them the two above.
+        seed: Seed of every draw.
+        batch_size: Images a forward pass, and a shard.
+    """
+
+    norm: Norm
+    epsilon: float
+    columns: dict[str, Attack]
+    transfer: dict[str, Attack]
+    is_paper: bool
+    iterative: str
+    detection: Attack
+    shift: dict[float, Attack]
+    seed: int
+    batch_size: int
+
+    @property
+    def strongest(self) -> Attack:
+        """The attack that curves, audit, neighbours and pictures rest on."""
+        return replace(self.columns[self.iterative], num_restarts=1)
+
+    @property
+    def restarted(self) -> str | None:
+        """The attack with the most restarts, or None where none has any."""
+        name = max(self.columns, key=lambda name: self.columns[name].num_restarts)
+        return name if self.columns[name].num_restarts > 1 else None
+
+
+def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float, *, has_surrogate: bool) -> Plan:
+    """Decide on the attacks.
+
+    Args:
+        settings: What the job was told; its threat model wins.
+        data_name: Data set, for the paper's columns.
+        norm: Norm that the model was trained for.
+        epsilon: Radius that it was trained for.
+        has_surrogate: Without one transfer attacks are left out.
+
+    Raises:
+        ConfigError: None of the attacks is iterative, or one is called as a measure is.
+    """
+    norm = settings.norm or norm
+    epsilon = settings.epsilon or epsilon
+    training = AttackConfig(norm=norm, epsilon=epsilon, step_size=epsilon / 10)
+    columns = paper_columns(data_name, norm, epsilon)
+    if settings.attacks:
+        white = {name: evaluation_attack(entry, training) for name, entry in settings.attacks.items()}
+        black: dict[str, Attack] = {}
+    else:
+        white = {name: evaluation_attack(entry, training) for name, entry in columns.attacks.items()}
+        black = {name: evaluation_attack(entry, training) for name, entry in columns.transfer.items()}
+    iterative = {name: attack for name, attack in white.items() if attack.kind == "pgd"}
+    if not iterative:
+        remedy = 'add one, such as --attacks \'{"pgd50": {"num_steps": 50}}\''
+        raise ConfigError("attacks", ", ".join(white), "none of them is PGD, which curves and audit need", remedy)
+    usual = paper_columns(data_name, norm).epsilon
+    return Plan(
+        norm=norm,
+        epsilon=epsilon,
+        columns=white,
+        transfer=black if has_surrogate else {},
+        is_paper=not settings.attacks and norm == "linf" and epsilon == usual,
+        iterative=max(iterative, key=lambda name: iterative[name].num_steps),
+        detection=_detection_attack(settings, data_name, norm, epsilon),
+        shift=_shift_attacks(settings, data_name, norm, epsilon),
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+    )
+
+
+def _pgd(norm: Norm, epsilon: float, steps: int, step_size: float | None = None) -> Attack:
+    return Attack(kind="pgd", norm=norm, epsilon=epsilon, step_size=step_size or 2.5 * epsilon / steps, num_steps=steps)
+
+
+def _detection_attack(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> Attack:
+    paper = _DETECTION.get(data_name) if norm == "linf" else None
+    chosen = settings.detection
+    radius = chosen.epsilon or (paper.epsilon if paper else min(_DETECTION_FACTOR * epsilon, 1.0))
+    return _pgd(norm, radius, chosen.num_steps or (paper.steps if paper else 50), chosen.step_size)
+
+
+def _shift_attacks(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> dict[float, Attack]:
+    detection = _detection_attack(settings, data_name, norm, epsilon)
+    small = _SHIFT.get(data_name) if norm == "linf" else None
+    attacks = {detection.epsilon: detection} | ({small.epsilon: _pgd(norm, *small)} if small else {})
+    return dict(sorted(attacks.items()))
+
+
+def radius_name(epsilon: float) -> str:
+    """Name of the task that embeds images attacked at a radius."""
+    return f"attacked-{epsilon:.6g}"
+
+
+def attack_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str) -> list[Task]:
+    """The table of attacks and AutoAttack, for the model and those it is compared with."""
+    counts = settings.images
+    measures: list[tuple[str, int | None, Measurement]] = [
+        ("columns", counts.attacks, FateMeasurement(plan.columns, plan.transfer, None, plan.seed, plan.batch_size))
+    ]
+    if counts.autoattack:
+        stage = FateMeasurement({}, {}, (plan.norm, plan.epsilon), plan.seed, plan.batch_size)
+        measures.append(("autoattack", counts.autoattack, stage))
+    return [_task(name, model, dataset, count, plan, measure) for name, count, measure in measures]
+
+
+def embedding_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str, bank: npt.NDArray[np.int64]
+) -> list[Task]:  # fmt: skip
+    """Embeddings of test images, natural and attacked, and of the training images in `bank`."""
+    count = settings.images.representation
+    if not count:
+        return []
+    attacks = {radius_name(plan.epsilon): plan.strongest}
+    attacks |= {radius_name(epsilon): attack for epsilon, attack in plan.shift.items() if epsilon != plan.epsilon}
+    if plan.detection.epsilon == plan.epsilon:
+        attacks["larger"] = plan.detection
+    tasks = [_task("natural", model, dataset, count, plan, EmbeddingMeasurement(None, plan.seed, plan.batch_size))]
+    tasks += [
+        _task(name, model, dataset, count, plan, EmbeddingMeasurement(attack, plan.seed, plan.batch_size))
+        for name, attack in attacks.items()
+    ]
+    measure = EmbeddingMeasurement(None, plan.seed, plan.batch_size)
+    return [*tasks, Task("bank", model, "train", bank, plan.batch_size, measure)]
+
+
+def detection_name(plan: Plan) -> str:
+    """Name of the task that embeds the attacked images of the detection test."""
+    return "larger" if plan.detection.epsilon == plan.epsilon else radius_name(plan.detection.epsilon)
+
+
+def single_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str) -> list[Task]:
+    """Curves, minimum norms and the audit, for the model alone."""
+    counts, attack = settings.images, plan.strongest
+    tasks: list[Task] = []
+
+    def add(name: str, count: int, measurement: Measurement) -> None:
+        if count:
+            tasks.append(_task(name, model, dataset, count, plan, measurement))
+
+    radii = tuple(plan.epsilon * factor for factor in _EPSILON_FACTORS)
+    radii = tuple(radius for radius in radii if plan.norm == "l2" or radius <= 1)
+    single = replace(attack, kind="fgsm", num_steps=1, step_size=attack.epsilon)
+    sweeps = {
+        "epsilon-iterative": epsilon_sweep(attack, radii),
+        "epsilon-single": epsilon_sweep(single, radii),
+        "steps": step_sweep(attack, attack.num_steps),
+    }
+    for name, attacks in sweeps.items():
+        add(name, counts.curves, FateMeasurement(attacks, {}, None, plan.seed, plan.batch_size))
+    for norm in ("l0", "l1"):
+        add(norm, counts.sparse, NormMeasurement(norm, plan.batch_size))
+    if counts.audit:
+        rows = _rows(dataset, counts.audit)
+        audit = AuditMeasurement(attack, plan.seed, plan.batch_size)
+        tasks.append(Task("audit", model, "test", rows, len(rows), audit))
+    return tasks
+
+
+def query_task(plan: Plan, model: str, rows: npt.NDArray[np.int64]) -> Task:
+    """Embeddings and pixels of a few attacked test images, for the pictures."""
+    measure = EmbeddingMeasurement(plan.strongest, plan.seed, len(rows), keep_images=len(rows))
+    return Task("queries", model, "test", rows, len(rows), measure)
+
+
+def _task(name: str, model: str, dataset: Dataset, count: int | None, plan: Plan, measurement: Measurement) -> Task:
+    return Task(name, model, "test", _rows(dataset, count), plan.batch_size, measurement)
+
+
+def _rows(dataset: Dataset, count: int | None) -> npt.NDArray[np.int64]:
+    labels = dataset.test.labels
+    return stratified_subset(labels, len(labels) if count is None else count).numpy()
+
+
+def bank_rows(training_rows: torch.Tensor, labels: torch.Tensor, count: int) -> npt.NDArray[np.int64]:
+    """Training images to fit to, of the training split alone: those it was validated on are not among them.
+
+    Args:
+        training_rows: Rows of the training split (n,).
+        labels: Class of every training image (N,).
+        count: How many at most, stratified.
+    """
+    chosen: npt.NDArray[np.int64] = training_rows[stratified_subset(labels[training_rows], count)].numpy()
+    return chosen
+
+
+def attack_names(plan: Plan) -> Mapping[str, Attack]:
+    """All attacks of the table."""
+    return {**plan.columns, **plan.transfer}

@@ -1,0 +1,219 @@
+"""The figures of a report, each with a heading and a caption that says what to look for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tla_service.data import Dataset
+from tla_service.errors import ConfigError
+from tla_service.evaluation.embedding import Floats, Integers
+from tla_service.evaluation.figures import attack_panel
+from tla_service.evaluation.findings import Findings, accuracies, norm_curve
+from tla_service.evaluation.geometry import ShiftRatios, project, select_class, select_pair
+from tla_service.evaluation.measure_figures import class_map, pair_map, retrieval_panel, roc_curves, shift_bars
+from tla_service.evaluation.neighbours import retrieve
+from tla_service.evaluation.plan import Plan, radius_name
+from tla_service.evaluation.settings import EvaluateSettings
+from tla_service.evaluation.suite_figures import accuracy_curves, class_bars, class_heat_map
+from tla_service.evaluation.tasks import EmbeddedImages
+
+_SCORES = {"gaussian": "class Gaussians", "max_softmax": "max softmax", "neighbours": "k-th neighbour"}
+_CIFAR_DEER, _CIFAR_TRUCK, _CIFAR_BIRD = 4, 9, 2
+_FEWEST_POINTS = 20  # t-SNE of fewer shows nothing
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """A figure of the page.
+
+    Attributes:
+        path: PNG file.
+        section: Where it belongs: accuracy, curves, sparse, detection, neighbours, shift or examples.
+        title: Heading.
+        caption: What it shows, and what to look for.
+    """
+
+    path: Path
+    section: str
+    title: str
+    caption: str
+
+
+class Figures:
+    """Draws the figures of a report into a folder.
+
+    Args:
+        folder: Made if it is missing.
+        found: What was measured.
+        plan: How.
+        class_names: In label order.
+    """
+
+    def __init__(self, folder: Path, found: Findings, plan: Plan, class_names: tuple[str, ...]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._found, self._plan, self._names = folder, found, plan, class_names
+        self.drawn: list[ReportFigure] = []
+
+    def _add(self, name: str, section: str, title: str, caption: str) -> Path:
+        path = self._folder / f"{name}.png"
+        self.drawn.append(ReportFigure(path, section, title, caption))
+        return path
+
+    def accuracy(self) -> None:
+        """Accuracy by class under each attack, and by class under the strongest."""
+        table = accuracies(self._found, self._plan, len(self._names))
+        path = self._add(
+            "classes", "accuracy", "By class", "Accuracy by class and attack in percent, the weakest class on top."
+        )
+        class_heat_map(table, self._names, path)
+        name = "autoattack" if "autoattack" in table else "worst"
+        path = self._add(
+            "weakest_classes",
+            "accuracy",
+            f"By class under {name}",
+            "Whiskers are 95% Wilson intervals; the line is the whole test set. A class far below it is where an "
+            "attacker will begin.",
+        )
+        class_bars(table[name], self._names, path)
+
+    def curves(self) -> None:
+        """Accuracy along radius, steps and restarts."""
+        about = {
+            "epsilon": (
+                "Against the radius",
+                "Iterative attacks must be the stronger ones and reach zero as the radius grows; where they do not, "
+                "gradients mislead.",
+            ),
+            "steps": (
+                "Against gradient steps",
+                "A curve that still falls at its right end asks for more steps; bands are 95% intervals.",
+            ),
+            "restarts": ("Against restarts", "What each further random start breaks, worst start per image."),
+        }
+        for axis, curves in self._found.curves.items():
+            title, caption = about[axis]
+            marked = (self._plan.epsilon, f"ε = {self._plan.epsilon:.4g}") if axis == "epsilon" else None
+            accuracy_curves(curves, self._add(f"accuracy_{axis}", "curves", title, caption), marked=marked)
+        for norm, norms in self._found.norms.items():
+            what = "values changed" if norm == "l0" else "absolute changes"
+            caption = (
+                f"Share of images without a successful perturbation of that size, by the smallest that FMN found "
+                f"({what}). The model was not trained for this norm."
+            )
+            path = self._add(f"accuracy_{norm}", "sparse", f"Against {norm.upper()} perturbations", caption)
+            accuracy_curves({"FMN": norm_curve(norms, norm)}, path)
+
+    def detection(self) -> None:
+        """ROC curves of the detection scores."""
+        if not self._found.detection:
+            return
+        caption = (
+            f"Natural and attacked test images together, ε = {self._plan.detection.epsilon:.4g}; positives are the "
+            "correctly classified ones."
+        )
+        path = self._add("detection", "detection", "Misclassified images", caption)
+        roc_curves({_SCORES[name]: result for name, result in self._found.detection.items()}, path)
+
+    def shift(self, others: Mapping[str, Findings], own_name: str) -> None:
+        """Shift ratios of this model and those it is compared with."""
+        if not self._found.shift:
+            return
+        ratios: dict[str, ShiftRatios] = {}
+        for name, each in {own_name: self._found, **others}.items():
+            for epsilon, found in each.shift.items():
+                ratios[f"{name}\nε = {epsilon:.3g}"] = found
+        caption = (
+            "r compares attacked images mistaken for a class with its natural images, r' those crafted from it; both "
+            "over the spread of the natural images."
+        )
+        shift_bars(ratios, self._add("shift", "shift", "Shift ratios", caption))
+
+    def maps(self, settings: EvaluateSettings, data_name: str) -> None:
+        """t-SNE of one class and of one pair."""
+        attacked_name = radius_name(self._plan.epsilon)
+        if attacked_name not in self._found.embedded:
+            return
+        natural, attacked = (self._found.embedded[name].embedded for name in ("natural", attacked_name))
+        confusion = np.zeros((len(self._names), len(self._names)), dtype=np.int64)
+        np.add.at(confusion, (attacked.labels, attacked.predictions), 1)
+        np.fill_diagonal(confusion, 0)
+        is_cifar = data_name == "cifar10"
+        klass = settings.pictures.tsne_class
+        if klass is None:
+            klass = _CIFAR_DEER if is_cifar else int(confusion.sum(1).argmax())
+        pair = settings.pictures.tsne_pair
+        if pair is None:
+            source, target = divmod(int(confusion.argmax()), len(self._names))
+            pair = (_CIFAR_TRUCK, _CIFAR_BIRD) if is_cifar else (source, target)
+        _check_classes(klass, pair, len(self._names))
+        chosen = select_class(natural, attacked, klass)
+        if len(chosen.natural) + len(chosen.adversarial) >= _FEWEST_POINTS:
+            path = self._add(
+                "class_map",
+                "shift",
+                f"t-SNE of class {self._names[klass]}",
+                "Natural images and attacked ones by prediction (Fig. 1): attacked images inside the class's own "
+                "cloud are those that the metric holds.",
+            )
+            class_map(project(natural, attacked, chosen, seed=self._plan.seed), self._names, path)
+        if pair[0] != pair[1]:
+            both = select_pair(natural, attacked, *pair)
+            if len(both.natural) + len(both.adversarial) >= _FEWEST_POINTS:
+                title = f"t-SNE of {self._names[pair[0]]} attacked into {self._names[pair[1]]}"
+                caption = "Natural images of both classes and the attacked ones that cross over (Fig. 2)."
+                path = self._add("pair_map", "shift", title, caption)
+                pair_map(project(natural, attacked, both, seed=self._plan.seed), *pair, self._names, path)
+
+    def queries(self, attacked: EmbeddedImages, dataset: Dataset, settings: EvaluateSettings) -> None:
+        """Retrieval panel and attack panel of a few test images."""
+        bank = self._found.embedded["bank"]
+        natural = self._found.embedded["natural"]
+        place = {int(row): at for at, row in enumerate(natural.rows)}
+        clean = natural.embedded.subset(np.array([place[int(row)] for row in attacked.rows]))
+        metric = settings.neighbours.metric
+        count = min(3, len(bank.embedded))
+        found = retrieve(
+            clean, attacked.embedded, bank.embedded, np.arange(len(attacked.rows)), count=count, metric=metric
+        )
+
+        def fetch(source: str, rows: Integers) -> Floats:
+            images = (dataset.train if source == "train" else dataset.test).fetch(torch.from_numpy(rows.reshape(-1)))
+            pixels: Floats = (images.float() / 255).numpy()
+            return pixels.reshape(*rows.shape, *images.shape[1:])
+
+        pixels = fetch("test", attacked.rows)
+        path = self._add(
+            "retrieval",
+            "neighbours",
+            "Nearest training images",
+            "Each query clean, then attacked; a solid frame and a tick mark neighbours of the query's class (Fig. 4).",
+        )
+        retrieval_panel(
+            found,
+            pixels,
+            attacked.pixels,
+            fetch("train", bank.rows[found.clean_neighbours]),
+            fetch("train", bank.rows[found.attacked_neighbours]),
+            self._names,
+            path,
+        )
+        caption = f"Test images, what {self._plan.iterative} (one start) makes of them, and the difference."
+        attack_panel(
+            pixels,
+            attacked.pixels,
+            clean.labels.tolist(),
+            clean.predictions.tolist(),
+            attacked.embedded.predictions.tolist(),
+            self._names,
+            self._add("attack", "accuracy", "Attacked images", caption),
+        )
+
+
+def _check_classes(klass: int, pair: tuple[int, int], num_classes: int) -> None:
+    for field, values in (("pictures.tsne_class", (klass,)), ("pictures.tsne_pair", pair)):
+        if not all(0 <= value < num_classes for value in values):
+            shown = values[0] if len(values) == 1 else values
+            raise ConfigError(field, shown, f"there are classes 0 to {num_classes - 1}", "choose among them")

@@ -1,0 +1,160 @@
+"""What the evaluation job can be told: the model, the threat model, how many images each measure takes."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from tla_service.config import DataConfig, DatasetName, EvaluationAttack, ScalingConfig, TrackingConfig
+from tla_service.config_fields import Pixels, Section, setting, wrong
+from tla_service.config_loading import JobSettings
+
+
+class EvaluatedData(Section):
+    """The data set; what is not given is as in the run that trained the model."""
+
+    name: DatasetName | None = setting(None, "data set; none: as the model was trained on")
+    root: str | None = setting(None, "folder, zip file or s3://bucket/prefix that holds it; none: as in training")
+    cache_dir: str | None = setting(None, "where copies are kept, per node; none: as in training")
+    test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
+
+
+class ImageCounts(Section):
+    """How many images each measure takes (stratified, always the same ones); 0 leaves it out."""
+
+    attacks: int | None = setting(None, "test images for the table of attacks; none: all", unit="images", ge=1)
+    autoattack: int = setting(1000, "test images for AutoAttack", unit="images", ge=0)
+    curves: int = setting(500, "test images for accuracy against radius and steps", unit="images", ge=0)
+    sparse: int = setting(100, "test images for the L0 and L1 minimum-norm attacks", unit="images", ge=0)
+    audit: int = setting(256, "test images for the audit", unit="images", ge=0)
+    representation: int = setting(
+        10_000, "test images for detection, k-NN, shift ratios and t-SNE", unit="images", ge=0
+    )
+    bank: int = setting(10_000, "training images that Gaussians are fitted to and neighbours found in", ge=1)
+
+
+class DetectionSettings(Section):
+    """Detection of misclassified images; each field is a choice that the paper leaves open."""
+
+    epsilon: Pixels | None = setting(
+        None,
+        "radius of the attacked images; none: the paper's (MNIST 0.3, CIFAR-10 and Tiny ImageNet 25/255), else 1.5 "
+        "times the threat model's",
+        unit="pixels in [0, 1], or L2 length",
+        gt=0,
+    )
+    num_steps: int | None = setting(None, "attack steps; none: the paper's (100, 20, 30), else 50", ge=1, le=10_000)
+    step_size: Pixels | None = setting(None, "length of one step; none: 2.5 radii over all steps", gt=0)
+    covariance: Literal["full", "tied", "diagonal"] = setting("full", "covariance of the class Gaussians")
+    shrinkage: Literal["ledoit_wolf", "none"] = setting("ledoit_wolf", "shrinkage of the covariance")
+    normalize: bool = setting(True, "scale embeddings to length one before")
+    rule: Literal["likeliest", "predicted"] = setting("likeliest", "whose log density is the score")
+
+
+class NeighbourSettings(Section):
+    """Classification and retrieval by the nearest training images."""
+
+    k: int = setting(50, "neighbours that vote; the paper's K", ge=1)
+    metric: Literal["angular", "cosine", "euclidean"] = setting("angular", "distance; angular is the learned metric")
+
+
+class PictureSettings(Section):
+    """What the pictures show."""
+
+    queries: int = setting(4, "queries of the retrieval panel", ge=1, le=12)
+    tsne_class: int | None = setting(
+        None, "class of the first t-SNE picture; none: deer for CIFAR-10 (Fig. 1), else the one that attacks break most"
+    )
+    tsne_pair: tuple[int, int] | None = setting(
+        None,
+        "true class and wrong prediction of the second; none: truck and bird for CIFAR-10 (Fig. 2), else the "
+        "commonest pair",
+    )
+
+
+class EvaluateSettings(JobSettings):
+    """An evaluation, complete."""
+
+    # What does not shape the figures: an evaluation may go on with other values of these.
+    NOT_IDENTITY: ClassVar[dict[str, Any]] = {
+        "config": True, "debug": True, "output": True, "log": True, "scaling": True, "tracking": True,
+        "data": {"root", "cache_dir"},
+    }  # fmt: skip
+
+    model: str = setting("", "model to evaluate: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/..., or a folder")
+    compare: tuple[str, ...] = setting((), "other models to set beside it: --compare A B C")
+    surrogate: str | None = setting(
+        None, "independently trained model that transfer attacks are crafted on; the audit needs one"
+    )
+    output: Path | None = Field(None, description="folder of the report; default reports/<digest of the weights>")
+    norm: Literal["linf", "l2"] | None = setting(None, "norm of the threat model; none: as in training")
+    epsilon: Pixels | None = setting(
+        None, "radius of the threat model; none: as in training", unit="pixels in [0, 1], or L2 length", gt=0
+    )
+    attacks: dict[str, EvaluationAttack] = setting({}, "attacks by name; none: the paper's columns for the data set")
+    seed: int = setting(0, "seed of every random draw", ge=0, lt=2**31)
+    batch_size: int = setting(200, "images a forward pass, and a shard: the most work a killed worker loses", ge=2)
+    log: bool = setting(True, "log report and figures to the model's MLflow run, and tag its version")
+    data: EvaluatedData = EvaluatedData()
+    images: ImageCounts = ImageCounts()
+    detection: DetectionSettings = DetectionSettings()
+    neighbours: NeighbourSettings = NeighbourSettings()
+    pictures: PictureSettings = PictureSettings()
+    scaling: ScalingConfig = ScalingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def digest(self) -> str:
+        """Eight hex digits of everything that shapes the figures, but the weights and the data."""
+        fields = self.model_dump(mode="json", exclude=self.NOT_IDENTITY)
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+
+    def data_config(self, trained: DataConfig | None) -> DataConfig:
+        """The data set: that of the training run, with what is given here in its place.
+
+        Args:
+            trained: The data section of the run that trained the model; None where it is not known.
+
+        Raises:
+            ConfigError: It is not known, and not given.
+        """
+        from tla_service.errors import ConfigError
+
+        given = self.data.model_dump(exclude_none=True)
+        if trained is None and "name" not in given:
+            remedy = "give data.name, and data.root unless it is digits"
+            raise ConfigError("data.name", None, "the model does not say what it was trained on", remedy)
+        if trained is None or given.get("name", trained.name) != trained.name:
+            return DataConfig.model_validate(given)
+        return DataConfig.model_validate(trained.model_dump(exclude={"test_limit"}) | given)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.model:
+            raise wrong("model", "", "no model is named", "give --model models:/NAME@ALIAS, runs:/... or a folder")
+        for name in ("clean", "autoattack", "worst"):
+            if name in self.attacks:
+                raise wrong(f"attacks.{name}", name, "this name is taken", "call the attack otherwise")
+        if self.norm != "l2" and self.epsilon is not None and self.epsilon > 1:
+            raise wrong("epsilon", self.epsilon, "outside (0, 1]", f"write {self.epsilon:g}/255")
+        return self
+
+
+def spread_lists(arguments: Sequence[str], names: Sequence[str] = ("compare",)) -> list[str]:
+    """Turn ``--compare A B C`` into ``--compare A --compare B --compare C``, which is what the parser takes."""
+    spread: list[str] = []
+    flag = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument.removeprefix("--")
+            flag = argument if name in names else ""
+            if not flag:
+                spread.append(argument)
+        elif flag:
+            spread += [flag, argument]
+        else:
+            spread.append(argument)
+    return spread

@@ -1,0 +1,255 @@
+"""Measurements cut into shards: each shard's result is a few arrays, kept as a file and put together at the end."""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from tla_service.attacks import Attack
+from tla_service.attacks.autoattack import AutoAttackNorm
+from tla_service.attacks.minimum_norm import SparseNorm, minimum_norms
+from tla_service.data import Batch
+from tla_service.evaluation.audit import audit
+from tla_service.evaluation.embedding import Embedded, Floats, embed, embed_attacked
+from tla_service.evaluation.mode import evaluating, float32
+from tla_service.evaluation.outcomes import (
+    Arrays,
+    ShardOutcome,
+    merge_outcomes,
+    outcome_arrays,
+    outcome_from,
+)
+from tla_service.evaluation.suite import as_pixels, evaluate_shard, logits_of
+from tla_service.runtime import mixed_seed
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The images of one shard, and where to compute.
+
+    Attributes:
+        images: (N, C, H, W), uint8.
+        labels: (N,), int64.
+        rows: Number of each image in its set (N,).
+        device: Where the networks are.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Rows
+    device: torch.device
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The images as float32 in [0, 1] on the device."""
+        for start in range(0, len(self.labels), size):
+            part = slice(start, start + size)
+            yield Batch(as_pixels(self.images[part], self.device), self.labels[part].to(self.device))
+
+
+class Measurement(Protocol):
+    """Something measured shard by shard. `run` goes on in a worker, `merge` puts the shards together."""
+
+    def run(self, network: nn.Module, surrogate: nn.Module | None, shard: Shard) -> Arrays:
+        """Measure one shard."""
+
+    def merge(self, parts: Sequence[Arrays]) -> Any:
+        """The result over all shards, in their order."""
+
+
+@dataclass(frozen=True)
+class FateMeasurement:
+    """Each image's fate under attacks; merged to a ShardOutcome."""
+
+    attacks: Mapping[str, Attack]
+    transfer: Mapping[str, Attack]
+    autoattack: tuple[AutoAttackNorm, float] | None
+    seed: int
+    batch_size: int
+
+    def run(self, network: nn.Module, surrogate: nn.Module | None, shard: Shard) -> Arrays:
+        """Attack the images."""
+        outcome = evaluate_shard(
+            network,
+            shard.images,
+            shard.labels,
+            self.attacks,
+            indices=shard.rows.tolist(),
+            transfer=self.transfer,
+            surrogate=surrogate,
+            autoattack=self.autoattack,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            device=shard.device,
+        )
+        return outcome_arrays(outcome)
+
+    def merge(self, parts: Sequence[Arrays]) -> ShardOutcome:
+        """All images' fates."""
+        return merge_outcomes([outcome_from(part) for part in parts])
+
+
+@dataclass(frozen=True)
+class EmbeddedImages:
+    """Embedded images, and the pixels of those that were kept.
+
+    Attributes:
+        embedded: Row by row.
+        rows: Number of each image in its set (N,).
+        pixels: The first images as they were embedded (n, C, H, W), float32 in [0, 1].
+    """
+
+    embedded: Embedded
+    rows: Rows
+    pixels: Floats
+
+
+@dataclass(frozen=True)
+class EmbeddingMeasurement:
+    """Where the network puts images, natural or attacked; merged to EmbeddedImages."""
+
+    attack: Attack | None
+    seed: int
+    batch_size: int
+    keep_images: int = 0
+
+    def run(self, network: nn.Module, surrogate: nn.Module | None, shard: Shard) -> Arrays:  # noqa: ARG002 - protocol
+        """Embed the images."""
+        batches = shard.batches(self.batch_size)
+        kept: Floats | None = None
+        if self.attack is None:
+            found = embed(network, batches)
+        else:
+            seed = mixed_seed(self.seed, int(shard.rows[0]))
+            found, kept = embed_attacked(network, batches, self.attack, seed, keep_images=self.keep_images)
+        pixels = np.empty((0, *shard.images.shape[1:]), np.float32) if kept is None else kept
+        return {
+            "embeddings": found.embeddings,
+            "logits": found.logits,
+            "labels": found.labels,
+            "rows": shard.rows,
+            "pixels": pixels,
+        }
+
+    def merge(self, parts: Sequence[Arrays]) -> EmbeddedImages:
+        """All embedded images."""
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        embedded = Embedded(joined["embeddings"], joined["logits"], joined["labels"])
+        return EmbeddedImages(embedded, joined["rows"], joined["pixels"])
+
+
+@dataclass(frozen=True)
+class NormMeasurement:
+    """The smallest perturbation found for each image; merged to norms (N,): 0 where wrong when clean, else infinite."""
+
+    norm: SparseNorm
+    batch_size: int
+    steps: int = 100
+
+    def run(self, network: nn.Module, surrogate: nn.Module | None, shard: Shard) -> Arrays:  # noqa: ARG002 - protocol
+        """Attack the images."""
+        # The library's backward pass reaches every parameter that wants a gradient: a copy wants none.
+        still = copy.deepcopy(network).requires_grad_(requires_grad=False)
+        with evaluating(still), float32(shard.device):
+            found = [
+                minimum_norms(logits_of(still), batch.images, batch.labels, self.norm, steps=self.steps)
+                for batch in shard.batches(self.batch_size)
+            ]
+        return {"norms": torch.cat(found).cpu().numpy()}
+
+    def merge(self, parts: Sequence[Arrays]) -> npt.NDArray[np.float64]:
+        """All images' norms."""
+        return np.concatenate([part["norms"] for part in parts]).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class AuditMeasurement:
+    """The audit; one shard, merged to the audit as a dictionary."""
+
+    attack: Attack
+    seed: int
+    batch_size: int
+
+    def run(self, network: nn.Module, surrogate: nn.Module | None, shard: Shard) -> Arrays:
+        """Run every check."""
+        found = audit(
+            network,
+            shard.images,
+            shard.labels,
+            self.attack,
+            surrogate=surrogate,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            device=shard.device,
+        )
+        return {"audit": np.array(json.dumps(found.as_dict()))}
+
+    def merge(self, parts: Sequence[Arrays]) -> dict[str, Any]:
+        """The audit."""
+        (only,) = parts
+        found: dict[str, Any] = json.loads(str(only["audit"]))
+        return found
+
+
+@dataclass(frozen=True)
+class Task:
+    """A measurement of one model on some images.
+
+    Attributes:
+        name: What is measured.
+        model: First digits of the weights' SHA-256: a file of another model cannot be taken for this one's.
+        split: Where the images are.
+        rows: Which images.
+        shard_size: Images a shard.
+        measurement: What is done with them.
+    """
+
+    name: str
+    model: str
+    split: Literal["train", "test"]
+    rows: Rows = field(repr=False)
+    shard_size: int
+    measurement: Measurement
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Model and name, by which the result is found."""
+        return self.model, self.name
+
+    def shards(self) -> Iterator[tuple[str, Rows]]:
+        """Each shard's file, relative to the folder of shards, and its rows."""
+        for start in range(0, len(self.rows), self.shard_size):
+            yield f"{self.model}/{self.name}-{start:07d}.npz", self.rows[start : start + self.shard_size]
+
+
+def run_here(
+    task: Task, network: nn.Module, surrogate: nn.Module | None, images: Tensor, labels: Tensor, device: torch.device
+) -> Any:
+    """Run all shards of a task in this process, and merge them.
+
+    Args:
+        task: What to measure.
+        network: The network, on the device.
+        surrogate: An independently trained one.
+        images: The whole split (N, C, H, W), uint8.
+        labels: Its classes (N,).
+        device: Where the networks are.
+    """
+    parts = [
+        task.measurement.run(network, surrogate, Shard(images[rows], labels[rows], rows, device))
+        for _, rows in task.shards()
+    ]
+    return task.measurement.merge(parts)
+
+
+def shard_file(folder: Path, name: str) -> Path:
+    """Where a shard's result is kept."""
+    return folder / "shards" / name

@@ -1,0 +1,89 @@
+"""Where an evaluation goes in MLflow: files and metrics with the run, tags and card with the registered versions."""
+
+import functools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tla_service.evaluation.report import Report, artifact_folder
+from tla_service.registry.connection import client, retrying
+from tla_service.registry.evaluation_card import evaluation_card
+from tla_service.registry.tracking import log_files
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple[str, ...]:
+    """Log a report to the run that trained its model, and tag every registered version of these weights.
+
+    Repeating it replaces what an earlier evaluation of the same weights left.
+
+    Args:
+        uri: Tracking store.
+        report: With `model.run_id`.
+        files: Name below the report's artifact folder -> local file.
+
+    Returns:
+        The versions that were tagged, as ``NAME/VERSION``.
+
+    Raises:
+        UnavailableError: The server is away.
+    """
+    run_id = report.model.run_id
+    assert run_id is not None
+    folder = artifact_folder(report.model.weights_sha256)
+    log_files(uri, run_id, {f"{folder}/{name}": path for name, path in files.items()})
+    made = client(uri)
+    retrying("Logging the figures", lambda: _log_metrics(made, run_id, report))
+    versions = retrying("Finding versions", lambda: _versions(made, report))
+    for name, version in versions:
+        retrying("Tagging the version", functools.partial(_describe, made, name, version, report))
+    return tuple(f"{name}/{version}" for name, version in versions)
+
+
+def evaluation_tags(report: Report) -> dict[str, str]:
+    """What a registered version says of its evaluation."""
+    tags = {
+        "tla.report": artifact_folder(report.model.weights_sha256),
+        "tla.weights_sha256": report.model.weights_sha256,
+        "tla.evaluated_on": report.data.fingerprint,
+        "tla.audit.trusted": "not run" if report.audit is None else str(report.audit.trusted).lower(),
+    }
+    shown = ("clean", "worst", "autoattack")
+    tags |= {
+        f"tla.accuracy.{name}": f"{report.accuracy[name].estimate:.6f}" for name in shown if name in report.accuracy
+    }
+    if report.detection is not None and report.detection.auc is not None:
+        tags["tla.detection.auc"] = f"{report.detection.auc:.6f}"
+    return tags
+
+
+def _versions(made: "MlflowClient", report: Report) -> list[tuple[str, str]]:
+    """Registered versions of the run whose weights are the evaluated ones."""
+    found = made.search_model_versions(f"run_id='{report.model.run_id}'")
+    sha256 = report.model.weights_sha256
+    return [(each.name, str(each.version)) for each in found if each.tags.get("weights_sha256") == sha256]
+
+
+def _describe(made: "MlflowClient", name: str, version: str, report: Report) -> None:
+    for key, value in evaluation_tags(report).items():
+        made.set_model_version_tag(name, version, key, value)
+    made.update_model_version(name, version, description=evaluation_card(report))
+
+
+def _log_metrics(made: "MlflowClient", run_id: str, report: Report) -> None:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    values = {f"evaluation/accuracy/{name}": found.estimate for name, found in report.accuracy.items()}
+    if report.detection is not None:
+        values["evaluation/detection_auc"] = report.detection.auc
+    if report.neighbours is not None:
+        values["evaluation/neighbours/clean"] = report.neighbours.clean.estimate
+        values["evaluation/neighbours/attacked"] = report.neighbours.attacked.estimate
+    if report.audit is not None:
+        values["evaluation/audit_trusted"] = float(report.audit.trusted)
+    metrics = [Metric(name, value, now, 0) for name, value in values.items() if value is not None]
+    made.log_batch(run_id, metrics=metrics)
