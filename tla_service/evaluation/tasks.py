@@ -17,7 +17,7 @@ from tla_service.attacks.autoattack import AutoAttackNorm
 from tla_service.attacks.minimum_norm import SparseNorm, minimum_norms
 from tla_service.data import Batch
 from tla_service.evaluation.audit import audit
-from tla_service.evaluation.embedding import Embedded, Floats, embed, embed_attacked
+from tla_service.evaluation.embedding import Embedded, embed, embed_attacked
 from tla_service.evaluation.mode import evaluating, float32
 from tla_service.evaluation.outcomes import (
     Arrays,
@@ -27,6 +27,7 @@ from tla_service.evaluation.outcomes import (
     outcome_from,
 )
 from tla_service.evaluation.suite import as_pixels, evaluate_shard, logits_of
+from tla_service.inference.detector import Floats
 from tla_service.runtime import mixed_seed
 
 Rows = npt.NDArray[np.int64]

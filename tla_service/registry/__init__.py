@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tla_service.registry.connection import check_tracking, tracking_uri
-    from tla_service.registry.integrity import find_pickles
-    from tla_service.registry.loading import load_model, resolve_weights
     from tla_service.registry.environment import code_facts
     from tla_service.registry.evaluation_log import log_evaluation
+    from tla_service.registry.integrity import find_pickles
+    from tla_service.registry.loading import load_model, resolve_weights
     from tla_service.registry.packaging import PackagedModel, log_model
     from tla_service.registry.run_log import RunLog
     from tla_service.registry.tracking import finish_run, log_files, open_run, run_page, start_system_metrics

@@ -50,6 +50,13 @@ def load_model(
         ConfigError: The address cannot be one, or names what this installation cannot build.
         UnavailableError: There is no such model, it was changed, or the server is away.
     """
+    network, _ = load_with_folder(uri, tracking)
+    network = network.to(device)
+    return LogitsOnly(network).eval() if logits_only else network
+
+
+def load_with_folder(uri: str, tracking: str | None = None) -> tuple["torch.nn.Module", Path]:
+    """As :func:`load_model`, on the CPU, and the local folder that it came from."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -62,8 +69,7 @@ def load_model(
     except (SafetensorError, RuntimeError) as error:
         reason = f"the weights are not those of {architecture} ({one_line(error)})"
         raise UnavailableError(FIELD, uri, reason, "choose other weights") from error
-    network = network.to(device).eval()
-    return LogitsOnly(network).eval() if logits_only else network
+    return network.eval(), folder
 
 
 def resolve_weights(uri: str, tracking: str | None = None) -> Path:

@@ -12,7 +12,7 @@ from tla_service.config import RunConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.report import ModelFacts
 from tla_service.registry.connection import client, one_line
-from tla_service.registry.loading import load_model, resolve_weights
+from tla_service.registry.loading import load_with_folder
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +64,7 @@ def load_subject(uri: str, field: str, tracking: str) -> Subject:
         UnavailableError: There is no such model, it was changed, or the server is away.
     """
     try:
-        folder = resolve_weights(uri, tracking)
-        network = load_model(str(folder))
+        network, folder = load_with_folder(uri, tracking)
     except (ConfigError, UnavailableError) as error:
         raise type(error)(field, uri, error.reason, error.remedy) from error
     if (folder / "best.safetensors").is_file():
