@@ -1,0 +1,232 @@
+"""From tasks to the report and its page, on a small trained network."""
+
+import json
+import re
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.evaluation.subjects import digits, settings, trained
+from tla_service.attacks import Attack, attack_images
+from tla_service.errors import UnavailableError
+from tla_service.evaluation import findings as fd
+from tla_service.evaluation import report as rp
+from tla_service.evaluation.outcomes import STANDS, ShardOutcome
+from tla_service.evaluation.page import size, write_page
+from tla_service.evaluation.plan import (
+    Plan,
+    attack_tasks,
+    bank_rows,
+    detection_name,
+    embedding_tasks,
+    make_plan,
+    query_task,
+    radius_name,
+    single_tasks,
+)
+from tla_service.evaluation.report_figures import Figures
+from tla_service.evaluation.suite import restart_fates
+from tla_service.evaluation.tasks import Task, run_here
+
+pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
+
+CPU = torch.device("cpu")
+MODEL = "0123456789ab"
+
+
+def plan() -> Plan:
+    return make_plan(settings(), "digits", "linf", 0.15, has_surrogate=False)
+
+
+def run(task: Task, seed: int = 0) -> Any:
+    source = digits().train if task.split == "train" else digits().test
+    rows = torch.arange(len(source))
+    return run_here(task, trained(seed), None, source.fetch(rows), source.labels, CPU)
+
+
+@cache
+def found(seed: int = 0) -> fd.Findings:
+    data = digits()
+    bank = bank_rows(torch.arange(len(data.train)), data.train.labels, 200)
+    tasks = [*attack_tasks(plan(), settings(), data, MODEL), *embedding_tasks(plan(), settings(), data, MODEL, bank)]
+    tasks += single_tasks(plan(), settings(), data, MODEL)
+    return fd.gather({task.key: run(task, seed) for task in tasks}, MODEL, plan(), settings())
+
+
+def report(**changes: Any) -> rp.Report:
+    own = found()
+    facts = rp.ModelFacts(
+        uri="models:/<b>digits</b>/1", weights_sha256="0" * 64, architecture="digits_cnn", method="tla"
+    )
+    other = rp.Compared(
+        model=facts.model_copy(update={"uri": "other", "method": "at"}),
+        accuracy=fd.accuracy_facts(fd.accuracies(found(1), plan(), 10)),
+        difference=fd.differences(own, found(1), plan()),
+    )
+    fields = {
+        "model": facts,
+        "data": rp.DataFacts(name="digits", images=60, fingerprint="f", class_names=digits().class_names),
+        "threat_model": rp.ThreatModel(norm="linf", epsilon=0.15),
+        "accuracy": fd.accuracy_facts(fd.accuracies(own, plan(), 10)),
+        "attacks": fd.attack_facts(plan()),
+        "autoattack": fd.autoattack_facts(own, plan()),
+        "curves": fd.curve_facts(own, plan()),
+        "sparse": fd.sparse_facts(own),
+        "detection": fd.detection_facts(own, plan(), settings()),
+        "neighbours": fd.neighbour_facts(own, plan(), settings()),
+        "shift": fd.shift_facts(own),
+        "compared": (other,),
+        "seed": 0,
+        "settings": "d",
+        "seconds": 1.0,
+        "hardware": "this",
+    }
+    return rp.Report.model_validate(fields | changes)
+
+
+def test_accuracies_are_those_of_plain_counting() -> None:
+    images, labels = digits().test.fetch(torch.arange(60)).float() / 255, digits().test.labels
+
+    def logits(pixels: torch.Tensor) -> torch.Tensor:
+        return trained()(pixels).logits
+
+    table = fd.accuracies(found(), plan(), 10)
+    clean = (logits(images).argmax(1) == labels).float().mean().item()
+    assert table["clean"].overall.estimate == pytest.approx(clean)
+    _, standing = attack_images(logits, images, labels, plan().columns["fgsm"])
+    assert table["fgsm"].overall.estimate == pytest.approx(standing.float().mean().item())
+    assert table["worst"].overall.estimate <= min(table[name].overall.estimate for name in plan().columns)
+    assert table["autoattack"].overall.images == 20
+    assert table["pgd5x2"].overall.estimate < table["clean"].overall.estimate
+
+
+def test_shards_do_not_depend_on_how_many_there_are_of_other_tasks() -> None:
+    task = attack_tasks(plan(), settings(), digits(), MODEL)[0]
+    assert [len(rows) for _, rows in task.shards()] == [25, 25, 10]
+    again = run(task)
+    np.testing.assert_array_equal(again.broken_at["pgd5x2"], found().outcome.broken_at["pgd5x2"])
+
+
+def test_restarts_are_counted_per_image() -> None:
+    outcome = found().outcome
+    fates = outcome.broken_at["pgd5x2"]
+    assert set(fates.tolist()) <= {STANDS, 0, 1, 2}
+    images, labels = digits().test.fetch(torch.arange(25)).float() / 255, digits().test.labels[:25]
+    one = Attack(kind="pgd", epsilon=0.15, step_size=0.05, num_steps=5, random_start=False)
+    assert (restart_fates(lambda x: trained()(x).logits, images, labels, one) != STANDS).any()
+
+
+def test_embeddings_of_shards_are_those_of_the_whole() -> None:
+    natural = found().embedded["natural"]
+    with torch.no_grad():
+        whole = trained()(digits().test.fetch(torch.from_numpy(natural.rows)).float() / 255)
+    np.testing.assert_allclose(natural.embedded.embeddings, whole.embeddings.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_detection_meets_a_larger_radius_than_training() -> None:
+    assert plan().detection.epsilon == pytest.approx(1.5 * 0.15)
+    assert detection_name(plan()) == radius_name(0.225)
+    assert make_plan(settings(), "mnist", "linf", 0.3, has_surrogate=False).detection.epsilon == 0.3
+    assert make_plan(settings(), "cifar10", "linf", 8 / 255, has_surrogate=False).detection.epsilon == 25 / 255
+
+
+def test_the_papers_columns_are_known_as_such() -> None:
+    papers = make_plan(settings(attacks={}), "cifar10", "linf", 8 / 255, has_surrogate=True)
+    assert papers.is_paper
+    assert (papers.iterative, papers.restarted, list(papers.transfer)) == ("pgd20", "pgd20x20", ["transfer_pgd7"])
+    assert not make_plan(settings(attacks={}), "cifar10", "linf", 4 / 255, has_surrogate=True).is_paper
+    assert not make_plan(settings(attacks={}), "cifar10", "l2", 0.5, has_surrogate=True).is_paper
+
+
+def outcome(standing: list[bool], attack: str) -> ShardOutcome:
+    rows = np.arange(len(standing))
+    fates = np.where(standing, STANDS, 1).astype(np.int64)
+    return ShardOutcome(rows, np.zeros_like(rows), {"clean": np.full(len(rows), STANDS), attack: fates})
+
+
+@pytest.mark.parametrize(("ours", "weak"), [(90, True), (52, False), (50, False)])
+def test_weak_attacks_are_told_apart_from_noise(ours: int, weak: bool) -> None:
+    table = outcome([True] * ours + [False] * (100 - ours), "pgd5x2")
+    table.broken_at["fgsm"] = np.full(100, STANDS)
+    strong = outcome([True] * 50 + [False] * 50, "autoattack")
+    facts = fd.autoattack_facts(fd.Findings(outcome=table, autoattack=strong), plan())
+    assert facts is not None
+    assert (facts.strongest, facts.weak) == ("pgd5x2", weak)
+    assert facts.gap.difference == pytest.approx(ours / 100 - 0.5)
+
+
+def test_norm_curves_count_what_stands() -> None:
+    curve = fd.norm_curve(np.array([0.0, 1.0, 2.0, 2.0, np.inf]), "l0")
+    assert curve.x == (0.0, 1.0, 2.0)
+    assert [point.estimate for point in curve.accuracy] == [0.8, 0.6, 0.2]
+
+
+def test_report_is_read_back_and_is_plain_json(tmp_path: Path) -> None:
+    path = tmp_path / rp.REPORT_FILE
+    rp.write_report(report(), path)
+    assert rp.read_report(path) == report()
+    json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 99}'])
+def test_a_damaged_report_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(UnavailableError, match="evaluate the model again"):
+        rp.read_report(tmp_path / "report.json")
+
+
+class Page(HTMLParser):
+    """Counts what a page is made of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images: list[dict[str, str | None]] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "img":
+            self.images.append(values)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
+    figures = Figures(tmp_path / "figures", found(), plan(), digits().class_names)
+    figures.accuracy()
+    figures.curves()
+    figures.detection()
+    figures.shift({"AT": found(1)}, "TLA")
+    figures.maps(settings(), "digits")
+    natural = found().embedded["natural"]
+    figures.queries(run(query_task(plan(), MODEL, natural.rows[:2])), digits(), settings())
+    assert len({figure.path for figure in figures.drawn}) == len(figures.drawn) >= 11
+    write_page(report(), figures.drawn, tmp_path / "report.html", same_attacks=False)
+    page = Page((tmp_path / "report.html").read_text())
+    assert len(page.images) == len(figures.drawn)
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert all(image["alt"] for image in page.images)
+    for figure in figures.drawn:
+        assert figure.path.stat().st_size > 5000
+        assert figure.title in page.text
+    assert "<b>digits</b>" in page.text  # a name is text, never markup
+    assert re.search(r"TLA less AT", page.text)
+    assert "Not audited" in page.text
+
+
+def test_page_shows_the_papers_figures_only_in_its_setting(tmp_path: Path) -> None:
+    write_page(report(), [], tmp_path / "report.html", same_attacks=True)
+    assert "the paper has no digits" in (tmp_path / "report.html").read_text()
+
+
+def test_radii_read_as_people_write_them() -> None:
+    assert [size(8 / 255), size(0.3), size(0.15), size(8 / 255, "l2")] == ["8/255", "0.3", "0.15", "0.03137"]

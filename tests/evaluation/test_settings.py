@@ -1,0 +1,72 @@
+"""What the evaluation job can be told."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.evaluation.subjects import settings
+from tla_service.config import DataConfig
+from tla_service.config_loading import read_settings
+from tla_service.errors import ConfigError
+from tla_service.evaluation.settings import EvaluateSettings, spread_lists
+
+
+def read(*arguments: str) -> EvaluateSettings:
+    return read_settings(EvaluateSettings, spread_lists(arguments))
+
+
+def test_compare_takes_several_models() -> None:
+    found = read("--model", "a", "--compare", "b", "c", "--compare", "d", "--epsilon", "8/255")
+    assert found.compare == ("b", "c", "d")
+    assert found.epsilon == pytest.approx(8 / 255)
+
+
+@given(st.lists(st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=4), max_size=4))
+def test_spreading_keeps_what_is_no_list(words: list[str]) -> None:
+    assert spread_lists(["--model", *words]) == ["--model", *words]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "remedy"),
+    [
+        ([], "model", "--model"),
+        (["--model", "a", "--epsilon", "0"], "epsilon", "radius"),
+        (["--model", "a", "--epsilon", "8"], "epsilon", "8/255"),
+        (["--model", "a", "--attacks", '{"x": {"kind": "deepfool"}}'], "attacks.x.kind", "fgsm"),
+        (["--model", "a", "--attacks", '{"worst": {}}'], "attacks.worst", "otherwise"),
+        (["--model", "a", "--images.autoatack", "5"], "images.autoatack", "images.autoattack"),
+        (["--model", "a", "--batch_size", "1"], "batch_size", "batch_size"),
+    ],
+)
+def test_refuses(arguments: list[str], field: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read(*arguments)
+    assert field in str(refused.value)
+    assert remedy in str(refused.value)
+
+
+def test_digest_names_what_shapes_the_figures_alone() -> None:
+    plain = settings()
+    assert settings(output=Path("elsewhere"), log=False, scaling={"num_workers": 7}).digest == plain.digest
+    assert settings(data={"root": "/other"}).digest == plain.digest
+    assert settings(seed=1).digest != plain.digest
+    assert settings(data={"test_limit": 5}).digest != plain.digest
+
+
+def test_data_are_those_of_training_unless_given() -> None:
+    trained = DataConfig(name="mnist", root="/there", train_limit=500, test_limit=10)
+    chosen = settings(data={"root": "/here"}).data_config(trained)
+    assert (chosen.name, chosen.root, chosen.train_limit, chosen.test_limit) == ("mnist", "/here", 500, None)
+    assert settings(data={"name": "digits"}).data_config(trained).root is None
+    with pytest.raises(ConfigError, match=r"data\.name"):
+        settings().data_config(None)
+
+
+def test_a_variable_of_the_training_job_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLA_LOSS__MARGIN", "0.1")
+    assert read("--model", "a").model == "a"
+    monkeypatch.setenv("TLA_LOS__MARGIN", "0.1")
+    with pytest.raises(ConfigError, match="TLA_LOS__MARGIN"):
+        read("--model", "a")
