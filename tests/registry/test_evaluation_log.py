@@ -49,10 +49,7 @@ def test_only_versions_of_the_evaluated_weights_are_tagged(uri: str, tmp_path: P
     made.create_registered_model("tla-digits")
     for sha256 in ("a" * 64, "b" * 64):
         made.create_model_version("tla-digits", str(tmp_path), run_id=run_id, tags={"weights_sha256": sha256})
-    facts = ModelFacts(
-        uri="models:/m-1", run_id=run_id, weights_sha256="a" * 64, architecture="digits_cnn", method="tla"
-    )
-    found = report(model=facts)
+    found = report(run_id, "a" * 64)
     page = tmp_path / "report.html"
     page.write_text("page")
     for _ in range(2):  # again changes nothing
