@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from tla_service.config import RunConfig
 from tla_service.config_fields import parse_fraction
-from tla_service.config_loading import RunSettings, load_settings, preset_names
+from tla_service.config_loading import JobSettings, RunSettings, preset_names, read_settings
+from tla_service.evaluation.settings import EvaluateSettings, spread_lists
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +27,8 @@ def commands(page: Path) -> Iterator[str]:
             yield re.sub(r"(^|\s)#.*", "", line).strip()
 
 
+# What each job reads its command line into; all others read a run's settings.
+JOBS: dict[str, type[JobSettings]] = {"jobs/evaluate_tla.py": EvaluateSettings}
 OURS = [(page.name, line) for page in PAGES for line in commands(page) if ENTRY.search(line)]
 
 
@@ -44,6 +47,11 @@ def flags(section: type[BaseModel] = RunSettings, prefix: str = "") -> set[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found |= flags(field.annotation, f"{prefix}{name}.")
     return found
+
+
+def settings_of(line: str) -> type[JobSettings]:
+    """What a command's job reads."""
+    return next((kind for script, kind in JOBS.items() if script in line), RunSettings)
 
 
 def flags_of_job(line: str) -> set[str]:
@@ -95,7 +103,7 @@ def test_there_are_commands_to_check() -> None:
 @pytest.mark.parametrize(("page", "line"), OURS)
 def test_every_flag_of_a_command_exists(page: str, line: str) -> None:
     shown = {argument.split("=")[0] for argument in arguments(line) if argument.startswith("--")}
-    assert shown <= flags() | flags_of_job(line) | {"--help"}, page
+    assert shown <= flags(settings_of(line)) | flags_of_job(line) | {"--help"}, page
 
 
 @pytest.mark.parametrize(
@@ -108,7 +116,7 @@ def test_every_command_is_a_valid_configuration(page: str, line: str, monkeypatc
         del given[place : place + 2]
     for name, value in re.findall(r"\b(TLA_\w+)=(\S+)", line[: line.index("python")] if "python" in line else ""):
         monkeypatch.setenv(name, value)
-    load_settings(given)
+    read_settings(settings_of(line), spread_lists(given))
 
 
 def differences() -> list[tuple[str, str, str]]:
@@ -131,7 +139,7 @@ def test_the_table_of_differences_covers_the_presets_of_paper_and_code() -> None
 
 @pytest.mark.parametrize("preset", sorted({preset for _, preset, _ in differences()}))
 def test_the_table_of_differences_shows_the_presets_values(preset: str) -> None:
-    config = load_settings(["--preset", preset, "--data.root", "/data"]).run_config.model_dump(mode="json")
+    config = read_settings(RunSettings, ["--preset", preset, "--data.root", "/data"]).run_config.model_dump(mode="json")
     for setting, shown_for, cell in differences():
         if shown_for == preset:
             found = re.fullmatch(r"[PC=] `(.+)`", cell)
