@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from tla_service.config import RunConfig
 from tla_service.config_fields import parse_fraction
 from tla_service.config_loading import JobSettings, RunSettings, preset_names, read_settings
-from tla_service.evaluation.settings import EvaluateSettings, spread_lists
+from tla_service.report.settings import EvaluateSettings, spread_lists
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,8 +10,8 @@ from mlflow import MlflowClient
 from tests.registry.tracking_server import Packaged
 from tla_service.evaluation.intervals import class_accuracy
 from tla_service.evaluation.outcomes import STANDS, ShardOutcome, save_outcome
-from tla_service.evaluation.report import Report, artifact_folder, write_report
 from tla_service.registry.tracking import log_files
+from tla_service.report.schema import Report, artifact_folder, write_report
 
 IMAGES = 400
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from tla_service.config import RunConfig, TrackingConfig
-from tla_service.evaluation import report as rp
-from tla_service.evaluation.report import artifact_folder
 from tla_service.registry import log_evaluation, open_run
 from tla_service.registry.connection import client
+from tla_service.report import schema as rp
+from tla_service.report.schema import artifact_folder
 
 
 def report(run_id: str, sha256: str) -> rp.Report:

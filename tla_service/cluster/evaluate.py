@@ -14,12 +14,14 @@ from tla_service.cluster.session import ray_session
 from tla_service.cluster.shards import NetworkSource, Slots, find_slots, run_tasks
 from tla_service.data import split_validation
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.evaluation import findings as fd
-from tla_service.evaluation import report as rp
 from tla_service.evaluation.neighbours import pick_queries
 from tla_service.evaluation.outcomes import save_outcome
-from tla_service.evaluation.page import method_name, percent, write_page
-from tla_service.evaluation.plan import (
+from tla_service.registry.subject import Subject
+from tla_service.report import findings as fd
+from tla_service.report import schema as rp
+from tla_service.report.figures import Figures, ReportFigure
+from tla_service.report.page import method_name, percent, write_page
+from tla_service.report.plan import (
     Plan,
     attack_tasks,
     bank_rows,
@@ -28,9 +30,7 @@ from tla_service.evaluation.plan import (
     query_task,
     single_tasks,
 )
-from tla_service.evaluation.report_figures import Figures, ReportFigure
-from tla_service.evaluation.settings import EvaluateSettings
-from tla_service.registry.subject import Subject
+from tla_service.report.settings import EvaluateSettings
 from tla_service.training.reporting import Terminal
 
 _IDENTITY = "evaluation.json"

@@ -7,9 +7,9 @@ import torch
 
 from tla_service.data import Dataset, load_dataset
 from tla_service.errors import ConfigError
-from tla_service.evaluation.settings import EvaluateSettings
 from tla_service.evaluation.suite import as_pixels, clean_logits, logits_of
 from tla_service.registry.subject import Subject, load_subject
+from tla_service.report.settings import EvaluateSettings
 
 _PROBE_IMAGES = 2
 

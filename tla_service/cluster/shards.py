@@ -14,8 +14,8 @@ from tla_service.config import ScalingConfig
 from tla_service.data import Dataset
 from tla_service.errors import UnavailableError
 from tla_service.evaluation.outcomes import Arrays, load_arrays, save_arrays
-from tla_service.evaluation.tasks import Measurement, Rows, Shard, Task, shard_file
 from tla_service.models import build_model
+from tla_service.report.tasks import Measurement, Rows, Shard, Task, shard_file
 
 _AHEAD = 2  # shards in flight per slot: one measured, one waiting; more would only hold images in memory
 

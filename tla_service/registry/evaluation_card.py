@@ -1,7 +1,7 @@
 """The model card of an evaluated version, as the registry shows it: what it withstands, and what it is not for."""
 
-from tla_service.evaluation.page import describe, markdown_table, percent, size
-from tla_service.evaluation.report import Report, artifact_folder
+from tla_service.report.page import describe, markdown_table, percent, size
+from tla_service.report.schema import Report, artifact_folder
 
 _NORMS = {"linf": "L-infinity", "l2": "L2"}
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tla_service.evaluation.report import Report, artifact_folder
 from tla_service.registry.connection import client, retrying
 from tla_service.registry.evaluation_card import evaluation_card
 from tla_service.registry.tracking import log_files
+from tla_service.report.schema import Report, artifact_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from tla_service.errors import UnavailableError, UserError
 from tla_service.evaluation.outcomes import ShardOutcome, load_outcome
-from tla_service.evaluation.report import REPORT_FILE, Report, artifact_folder, read_report
 from tla_service.registry.connection import one_line, retrying
 from tla_service.registry.gate import Evaluated, Finding, refused
 from tla_service.registry.loading import PACKAGE_DIGEST, open_package
+from tla_service.report.schema import REPORT_FILE, Report, artifact_folder, read_report
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

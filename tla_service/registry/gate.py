@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from tla_service.errors import UserError
 from tla_service.evaluation.intervals import PairedDifference, paired_difference
 from tla_service.evaluation.outcomes import ShardOutcome
-from tla_service.evaluation.report import Accuracy, Report
 from tla_service.registry.gate_rules import GateRules
+from tla_service.report.schema import Accuracy, Report
 
 _COMPARED = ("clean", "autoattack")
 

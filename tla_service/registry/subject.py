@@ -10,9 +10,9 @@ import yaml
 
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.evaluation.report import ModelFacts
 from tla_service.registry.connection import client, one_line
 from tla_service.registry.loading import load_with_folder
+from tla_service.report.schema import ModelFacts
 
 if TYPE_CHECKING:
     import torch

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tla_service.evaluation.paper_results import differences_from_paper, paper_row
-from tla_service.evaluation.report import AttackFacts, Compared, DetectionScore, Report, Share
-from tla_service.evaluation.report_figures import ReportFigure
+from tla_service.report.figures import ReportFigure
+from tla_service.report.paper_results import differences_from_paper, paper_row
+from tla_service.report.schema import AttackFacts, Compared, DetectionScore, Report, Share
 
 _KINDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD", "mim": "MIM", "cw": "C&W"}
 _METHODS = {
@@ -40,7 +40,7 @@ def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, s
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("tla_service.evaluation", "templates"),
+        loader=PackageLoader("tla_service.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.evaluation.subjects import settings
+from tests.report.subjects import settings
 from tla_service.config import DataConfig
 from tla_service.config_loading import read_settings
 from tla_service.errors import ConfigError
-from tla_service.evaluation.settings import EvaluateSettings, spread_lists
+from tla_service.report.settings import EvaluateSettings, spread_lists
 
 
 def read(*arguments: str) -> EvaluateSettings:

@@ -10,15 +10,15 @@ import torch
 from tla_service.data import Dataset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.figures import attack_panel
-from tla_service.evaluation.findings import Findings, accuracies, norm_curve
 from tla_service.evaluation.geometry import ShiftRatios, project, select_class, select_pair
 from tla_service.evaluation.measure_figures import class_map, pair_map, retrieval_panel, roc_curves, shift_bars
 from tla_service.evaluation.neighbours import retrieve
-from tla_service.evaluation.plan import Plan, radius_name
-from tla_service.evaluation.settings import EvaluateSettings
 from tla_service.evaluation.suite_figures import accuracy_curves, class_bars, class_heat_map
-from tla_service.evaluation.tasks import EmbeddedImages
 from tla_service.inference.detector import Floats, Integers
+from tla_service.report.findings import Findings, accuracies, norm_curve
+from tla_service.report.plan import Plan, radius_name
+from tla_service.report.settings import EvaluateSettings
+from tla_service.report.tasks import EmbeddedImages
 
 _SCORES = {"gaussian": "class Gaussians", "max_softmax": "max softmax", "neighbours": "k-th neighbour"}
 _CIFAR_DEER, _CIFAR_TRUCK, _CIFAR_BIRD = 4, 9, 2

@@ -7,8 +7,8 @@ from torch import nn
 
 from tla_service.config import DataConfig
 from tla_service.data import Dataset, load_dataset
-from tla_service.evaluation.settings import EvaluateSettings
 from tla_service.models import build_model
+from tla_service.report.settings import EvaluateSettings
 
 
 @cache

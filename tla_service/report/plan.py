@@ -15,8 +15,8 @@ from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, step_sweep
 from tla_service.evaluation.robustness import evaluation_attack
-from tla_service.evaluation.settings import EvaluateSettings
-from tla_service.evaluation.tasks import (
+from tla_service.report.settings import EvaluateSettings
+from tla_service.report.tasks import (
     AuditMeasurement,
     EmbeddingMeasurement,
     FateMeasurement,

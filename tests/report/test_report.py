@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.evaluation.subjects import digits, settings, trained
+from tests.report.subjects import digits, settings, trained
 from tla_service.attacks import Attack, attack_images
 from tla_service.errors import UnavailableError
-from tla_service.evaluation import findings as fd
-from tla_service.evaluation import report as rp
 from tla_service.evaluation.outcomes import STANDS, ShardOutcome
-from tla_service.evaluation.page import size, write_page
-from tla_service.evaluation.plan import (
+from tla_service.evaluation.suite import restart_fates
+from tla_service.report import findings as fd
+from tla_service.report import schema as rp
+from tla_service.report.figures import Figures
+from tla_service.report.page import size, write_page
+from tla_service.report.plan import (
     Plan,
     attack_tasks,
     bank_rows,
@@ -29,9 +31,7 @@ from tla_service.evaluation.plan import (
     radius_name,
     single_tasks,
 )
-from tla_service.evaluation.report_figures import Figures
-from tla_service.evaluation.suite import restart_fates
-from tla_service.evaluation.tasks import Task, run_here
+from tla_service.report.tasks import Task, run_here
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
 

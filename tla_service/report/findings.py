@@ -9,7 +9,6 @@ import numpy as np
 
 from tla_service.attacks import Attack
 from tla_service.attacks.autoattack import ALL_STAGES
-from tla_service.evaluation import report as rp
 from tla_service.evaluation.detection import DetectionResult, detect_misclassified, fit_detector
 from tla_service.evaluation.geometry import ShiftRatios, shift_ratios
 from tla_service.evaluation.intervals import (
@@ -22,9 +21,10 @@ from tla_service.evaluation.intervals import (
 from tla_service.evaluation.neighbours import neighbour_accuracy
 from tla_service.evaluation.outcomes import ShardOutcome
 from tla_service.evaluation.paper_columns import Curve, restart_curve, sweep_curve
-from tla_service.evaluation.plan import Plan, detection_name, radius_name
-from tla_service.evaluation.settings import EvaluateSettings
-from tla_service.evaluation.tasks import EmbeddedImages
+from tla_service.report import schema as rp
+from tla_service.report.plan import Plan, detection_name, radius_name
+from tla_service.report.settings import EvaluateSettings
+from tla_service.report.tasks import EmbeddedImages
 
 # Below this, AutoAttack's lead is what a fair attack of fewer steps leaves; above, the others are weak.
 WEAK_GAP = 0.02
