@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tla_service.registry.integrity import find_pickles
     from tla_service.registry.loading import load_model, resolve_weights
     from tla_service.registry.packaging import PackagedModel, log_model
+    from tla_service.registry.probe import probe_tracking
     from tla_service.registry.run_log import RunLog
     from tla_service.registry.tracking import finish_run, log_files, open_run, run_page, start_system_metrics
 
@@ -28,6 +29,7 @@ __all__ = [
     "log_files",
     "log_model",
     "open_run",
+    "probe_tracking",
     "resolve_weights",
     "run_page",
     "start_system_metrics",
@@ -41,6 +43,7 @@ _MODULES = {
     "environment": ("code_facts",),
     "evaluation_log": ("log_evaluation",),
     "packaging": ("PackagedModel", "log_model"),
+    "probe": ("probe_tracking",),
     "run_log": ("RunLog",),
     "tracking": ("finish_run", "log_files", "open_run", "run_page", "start_system_metrics"),
 }

@@ -1,0 +1,29 @@
+"""Try out what training needs of this machine or cluster, and say what to mend.
+
+python jobs/doctor.py
+ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/doctor.py --scaling.storage s3://bucket/runs
+"""
+
+import sys
+
+from tla_service.checkup_settings import CheckupSettings
+from tla_service.config_loading import read_settings
+from tla_service.errors import UnavailableError
+from tla_service.job import run_job
+
+
+def main() -> int:
+    """Examine, print the table, and fail if anything did."""
+    settings = read_settings(CheckupSettings)
+    # Imported late: --help and a wrong configuration should not wait for torch, ray and mlflow.
+    from tla_service.cluster.checkup.examine import examine
+    from tla_service.cluster.checkup.finding import table, verdict
+
+    findings = list(examine(settings))
+    print(table(findings))
+    print(verdict(findings))
+    return UnavailableError.exit_code if any(finding.state == "FAIL" for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))
