@@ -42,12 +42,12 @@ if [ "$(id -u)" = 0 ] && ip netns add "$SPACE-probe" 2> /dev/null; then
         ip -n "$name" route add default via "$NET.254"
     done
     HEAD="$NET.1" WORKER="$NET.2" HOST="$NET.254"
-    inside() { local name="$1"; shift; ip netns exec "$SPACE-$name" "$@"; }
+    AT_HEAD=(ip netns exec "$SPACE-head") AT_WORKER=(ip netns exec "$SPACE-worker") AT_CLIENT=(ip netns exec "$SPACE-client")
     say "networks: head $HEAD, worker $WORKER, client $NET.3, services $HOST"
 else
     SPACES=()
     HEAD=127.0.0.1 WORKER=127.0.0.1 HOST=127.0.0.1
-    inside() { shift; "$@"; }
+    AT_HEAD=() AT_WORKER=() AT_CLIENT=()
     say "networks: one for all (namespaces need root)"
 fi
 
@@ -98,7 +98,8 @@ answers() { "$PYTHON" -c 'import sys, urllib.request; urllib.request.urlopen(sys
 start_store() {
     if [ -z "${SMOKE_BUCKET:-}" ]; then
         : "${TLA_TEST_S3_SERVER:?set TLA_TEST_S3_SERVER to a script that starts an S3 store, or SMOKE_BUCKET and AWS_*}"
-        "$PYTHON" "$TLA_TEST_S3_SERVER" start "$WORK/s3" --port $((PORT + 10)) --bucket "$BUCKET" > "$WORK/secrets/store"
+        "$PYTHON" "$TLA_TEST_S3_SERVER" start "$WORK/s3" --port $((PORT + 10)) --bucket "$BUCKET" \
+            > "$WORK/secrets/store" 2> "$WORK/logs/store.log"
         # shellcheck disable=SC1091
         . "$WORK/secrets/store"
         if [ "$HOST" != 127.0.0.1 ]; then # such a store listens to this machine alone
@@ -113,6 +114,7 @@ start_store() {
 
 start_database() {
     local programs data="$WORK/postgres" run=()
+    DATABASE="postgresql+psycopg2://mlflow@127.0.0.1:$((PORT + 20))/postgres"
     programs="$(dirname "$(command -v initdb || find /usr/lib/postgresql -name initdb | sort | tail -n 1)")"
     mkdir "$data"
     if [ "$(id -u)" = 0 ]; then # PostgreSQL refuses root
@@ -120,28 +122,29 @@ start_database() {
         run=(runuser -u nobody --)
     fi
     word > "$WORK/secrets/database"
+    cp "$WORK/secrets/database" "$data.password" && chmod 600 "$data.password"
+    [ "$(id -u)" != 0 ] || chown nobody "$data.password"
     (cd / && "${run[@]}" "$programs/initdb" --pgdata="$data" --username=mlflow --auth=scram-sha-256 --no-sync \
-        --pwfile=<(cat "$WORK/secrets/database")) > "$WORK/logs/initdb.log" 2>&1
+        --pwfile="$data.password") > "$WORK/logs/initdb.log" 2>&1
+    rm "$data.password"
     (cd / && launch postgres "${run[@]}" "$programs/postgres" -D "$data" -p $((PORT + 20)) -h 127.0.0.1 \
         -c unix_socket_directories="$data")
-    PGPASSWORD="$(cat "$WORK/secrets/database")"
-    export PGPASSWORD
-    await PostgreSQL 30 "$programs/psql" -h 127.0.0.1 -p $((PORT + 20)) -U mlflow -d postgres -c 'select 1'
-    "$programs/createdb" -h 127.0.0.1 -p $((PORT + 20)) -U mlflow mlflow
+    await PostgreSQL 30 env PGPASSWORD="$(cat "$WORK/secrets/database")" "$PYTHON" -c \
+        'import sys, psycopg2; psycopg2.connect(sys.argv[1]).close()' "${DATABASE/+psycopg2/}"
     say "PostgreSQL on port $((PORT + 20))"
 }
 
 start_tracking() {
-    local database="postgresql://mlflow@127.0.0.1:$((PORT + 20))/mlflow"
     TRACKING="http://$HOST:$((PORT + 21))"
     word > "$WORK/secrets/admin"; word > "$WORK/secrets/trainer"; word > "$WORK/secrets/session"
-    sed "s|^database_uri = .*|database_uri = $database|" "$ROOT/deploy/compose/mlflow_auth.ini" > "$WORK/auth.ini"
+    sed "s|^database_uri = .*|database_uri = $DATABASE|" "$ROOT/deploy/compose/mlflow_auth.ini" > "$WORK/auth.ini"
     launch mlflow env "${STORE[@]}" MLFLOW_AUTH_CONFIG_PATH="$WORK/auth.ini" MLFLOW_DISABLE_TELEMETRY=true \
-        MLFLOW_AUTH_ADMIN_PASSWORD="$(cat "$WORK/secrets/admin")" MLFLOW_BACKEND_STORE_URI="$database" \
+        MLFLOW_AUTH_ADMIN_PASSWORD="$(cat "$WORK/secrets/admin")" MLFLOW_BACKEND_STORE_URI="$DATABASE" \
+        PGPASSWORD="$(cat "$WORK/secrets/database")" \
         MLFLOW_FLASK_SERVER_SECRET_KEY="$(cat "$WORK/secrets/session")" HOME="$WORK/home" \
         "$BIN/mlflow" server --app-name basic-auth --host "$HOST" --port $((PORT + 21)) --workers 1 --serve-artifacts \
         --artifacts-destination "s3://$BUCKET/mlflow" --allowed-hosts "$HOST,$HOST:$((PORT + 21))"
-    await "MLflow" 120 answers "$TRACKING/health"
+    await "MLflow" 180 answers "$TRACKING/health"
     env "${STORE[@]}" HOME="$WORK/home" MLFLOW_TRACKING_URI="$TRACKING" "$PYTHON" "$ROOT/deploy/setup_accounts.py" \
         --bucket "$BUCKET" --user trainer --user-password-file "$WORK/secrets/trainer" \
         --admin-password-file "$WORK/secrets/admin" > "$WORK/logs/setup.log" 2>&1
@@ -156,21 +159,21 @@ start_cluster() {
     local node=(env "${STORE[@]}" "${ACCOUNT[@]}" "TLA_SCALING__STORAGE=s3://$BUCKET/runs" HOME="$WORK/home"
         PATH="$BIN:$PATH" RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$WORK/secrets/token" OMP_NUM_THREADS=1
         MLFLOW_DISABLE_TELEMETRY=true "$BIN/ray" start --block --num-cpus 1 --disable-usage-stats)
-    launch head inside head "${node[@]}" --head --node-ip-address "$HEAD" --port $((PORT + 1)) --temp-dir "$WORK/ray" \
+    launch head "${AT_HEAD[@]}" "${node[@]}" --head --node-ip-address "$HEAD" --port $((PORT + 1)) --temp-dir "$WORK/ray" \
         --dashboard-host "$HEAD" --dashboard-port $((PORT + 2)) --ray-client-server-port $((PORT + 3)) \
         --dashboard-agent-listen-port $((PORT + 4)) --metrics-export-port $((PORT + 5))
-    await "Ray's head" 90 inside client "$PYTHON" -c \
+    await "Ray's head" 90 "${AT_CLIENT[@]}" "$PYTHON" -c \
         "import socket; socket.create_connection(('$HEAD', $((PORT + 2))), 1)"
-    launch worker inside worker "${node[@]}" --address "$HEAD:$((PORT + 1))" --node-ip-address "$WORKER" \
+    launch worker "${AT_WORKER[@]}" "${node[@]}" --address "$HEAD:$((PORT + 1))" --node-ip-address "$WORKER" \
         --dashboard-agent-listen-port $((PORT + 6)) --metrics-export-port $((PORT + 7))
-    await "the head's agent" 60 inside head answers "http://$HEAD:$((PORT + 4))/api/local_raylet_healthz"
-    await "the worker's agent" 60 inside worker answers "http://$WORKER:$((PORT + 6))/api/local_raylet_healthz"
+    await "the head's agent" 60 "${AT_HEAD[@]}" answers "http://$HEAD:$((PORT + 4))/api/local_raylet_healthz"
+    await "the worker's agent" 60 "${AT_WORKER[@]}" answers "http://$WORKER:$((PORT + 6))/api/local_raylet_healthz"
     say "Ray's head at $ADDRESS, a worker at $WORKER"
 }
 
 # What the client has: a token, an account of MLflow, and nothing of the store.
 client() {
-    inside client env -i HOME="$WORK/client" PATH="$BIN:/usr/bin:/bin" RAY_AUTH_MODE=token "${ACCOUNT[@]}" \
+    "${AT_CLIENT[@]}" env -i HOME="$WORK/client" PATH="$BIN:/usr/bin:/bin" RAY_AUTH_MODE=token "${ACCOUNT[@]}" \
         RAY_AUTH_TOKEN_PATH="$WORK/secrets/token" MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 "$@"
 }
 submit() {
@@ -182,7 +185,7 @@ QUICK=(--preset digits --data.train_limit 200 --data.test_limit 40 --training.ep
 
 # ------------------------------------------------------------------------------------------------------------- steps
 step_token() {
-    if inside client env -i HOME="$WORK/client" PATH="$BIN:/usr/bin:/bin" RAY_AUTH_MODE=disabled \
+    if "${AT_CLIENT[@]}" env -i HOME="$WORK/client" PATH="$BIN:/usr/bin:/bin" RAY_AUTH_MODE=disabled \
         "$BIN/ray" job list --address "$ADDRESS" > "$WORK/logs/no-token.log" 2>&1; then
         fail "the head answers without a token"
     fi

@@ -86,3 +86,10 @@ def test_ray_asks_for_a_token() -> None:
     environment = SERVICES["ray-head"]["environment"]
     assert environment["RAY_AUTH_MODE"] == "token"
     assert environment["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray_auth_token"
+
+
+def test_the_database_is_spoken_to_with_the_driver_that_is_installed() -> None:
+    # Without a driver's name SQLAlchemy takes psycopg 3, which is not in the lock.
+    files = [*FOLDER.glob("*.*"), *(ROOT / "deploy" / "kubernetes").rglob("*.yaml"), ROOT / "deploy" / "smoke.sh"]
+    text = "".join(path.read_text() for path in files)
+    assert set(re.findall(r"postgresql[+\w]*://", text)) == {"postgresql+psycopg2://"}
