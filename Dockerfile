@@ -57,7 +57,8 @@ RUN apt-get update \
 COPY --from=dependencies /opt/tla /opt/tla
 WORKDIR /home/tla/service
 COPY --chown=1000:1000 jobs jobs
-COPY --chown=1000:1000 deploy/setup_accounts.py deploy/
+# Scripts that stand alone: the serving application, accounts.
+COPY --chown=1000:1000 deploy/*.py deploy/
 # The project itself comes last: a change of its code rebuilds a small layer.
 RUN --mount=type=bind,from=package,source=/package,target=/package \
     pip --python /opt/tla/bin/python install --no-cache-dir --no-deps --no-index /package/*.whl

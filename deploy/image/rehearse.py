@@ -73,8 +73,7 @@ class Build:
         flags = dict(re.findall(r"--(\w+)=(\S+)", rest))
         origin = self.work / flags["from"] if "from" in flags else self.context
         destination = self.root / str(Path(self.folder, target)).lstrip("/")
-        for source in sources:
-            found = origin / source.lstrip("/")
+        for found in [path for source in sources for path in sorted(origin.glob(source.lstrip("/")))]:
             into = destination / found.name if target.endswith("/") else destination
             into.parent.mkdir(parents=True, exist_ok=True)
             links = ["--link"] if "from" in flags else []

@@ -212,6 +212,16 @@ def test_jobs_go_on_after_a_new_cluster() -> None:
         assert job["spec"]["rayClusterSpec"].get("enableInTreeAutoscaling", False) == is_sweep
 
 
+def test_the_model_is_served_with_settings_that_serving_knows(built: dict[str, list[dict[str, Any]]]) -> None:
+    settings = pytest.importorskip("tla_service.serving.settings")
+    for overlay in ("gpu-cloud", "kind"):
+        (service,) = [found for found in built[f"{overlay}/serve"] if found["kind"] == "RayService"]
+        (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+        module, _, _ = application["import_path"].partition(":")
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+        assert settings.ServeSettings.model_validate(application["args"]).gpus_per_replica == (overlay == "gpu-cloud")
+
+
 def test_everything_not_named_is_refused_by_the_network() -> None:
     policies = [resource for _, resource in WRITTEN if resource["kind"] == "NetworkPolicy"]
     deny = next(policy for policy in policies if policy["metadata"]["name"] == "deny-all")
