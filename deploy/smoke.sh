@@ -41,11 +41,13 @@ if [ "$(id -u)" = 0 ] && ip netns add "$SPACE-probe" 2> /dev/null; then
         ip -n "$name" link set eth0 up
         ip -n "$name" route add default via "$NET.254"
     done
+    # All of them have this machine's name, by which gloo would look for an address.
+    SOCKETS=(GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0)
     HEAD="$NET.1" WORKER="$NET.2" HOST="$NET.254"
     AT_HEAD=(ip netns exec "$SPACE-head") AT_WORKER=(ip netns exec "$SPACE-worker") AT_CLIENT=(ip netns exec "$SPACE-client")
     say "networks: head $HEAD, worker $WORKER, client $NET.3, services $HOST"
 else
-    SPACES=()
+    SPACES=() SOCKETS=()
     HEAD=127.0.0.1 WORKER=127.0.0.1 HOST=127.0.0.1
     AT_HEAD=() AT_WORKER=() AT_CLIENT=()
     say "networks: one for all (namespaces need root)"
@@ -158,7 +160,7 @@ start_cluster() {
     ADDRESS="http://$HEAD:$((PORT + 2))"
     local node=(env "${STORE[@]}" "${ACCOUNT[@]}" "TLA_SCALING__STORAGE=s3://$BUCKET/runs" HOME="$WORK/home"
         PATH="$BIN:$PATH" RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$WORK/secrets/token" OMP_NUM_THREADS=1
-        MLFLOW_DISABLE_TELEMETRY=true "$BIN/ray" start --block --num-cpus 1 --disable-usage-stats)
+        MLFLOW_DISABLE_TELEMETRY=true "${SOCKETS[@]}" "$BIN/ray" start --block --num-cpus 1 --disable-usage-stats)
     launch head "${AT_HEAD[@]}" "${node[@]}" --head --node-ip-address "$HEAD" --port $((PORT + 1)) --temp-dir "$WORK/ray" \
         --dashboard-host "$HEAD" --dashboard-port $((PORT + 2)) --ray-client-server-port $((PORT + 3)) \
         --dashboard-agent-listen-port $((PORT + 4)) --metrics-export-port $((PORT + 5))
