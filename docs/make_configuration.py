@@ -1,4 +1,4 @@
-"""Write the tables of all settings into docs/configuration.md, from the fields that validate them.
+"""Write the tables of all settings into docs/configuration.md and sweeps.md, from the fields that validate them.
 
 python docs/make_configuration.py
 """
@@ -16,8 +16,10 @@ from tla_service.config import EvaluationAttack, RunConfig
 from tla_service.config_fields import parse_fraction
 from tla_service.config_loading import RunSettings, load_settings
 from tla_service.models.names import MODEL_DESCRIPTIONS, TORCHVISION_PREFIX
+from tla_service.tuning.settings import Dimension, Objective, SweepConfig, TuneSettings
 
 PAGE = Path(__file__).with_name("configuration.md")
+SWEEPS = PAGE.with_name("sweeps.md")
 BEGIN = "<!-- settings: written by docs/make_configuration.py -->"
 END = "<!-- end of settings -->"
 EXAMPLE = re.compile(r"digits-tla-s0-[0-9a-f]{8}")
@@ -32,6 +34,11 @@ _TYPES = {
     tuple[int, ...]: "list of whole numbers",
     dict[str, str]: "mapping of text to text",
     dict[str, EvaluationAttack]: "mapping of names to attacks",
+    dict[str, Dimension]: "mapping of fields to what is searched",
+    dict[str, dict[str, typing.Any]]: "mapping of names to fields",
+    tuple[str, ...]: "list of text",
+    tuple[typing.Any, ...]: "list",
+    tuple[Objective, ...]: "list of `robust_accuracy`, `clean_accuracy`",
 }
 
 
@@ -44,6 +51,23 @@ def page_with_tables(page: str) -> str:
     example = load_settings(["--preset", "digits"]).run_config.run_name
     before, after = (EXAMPLE.sub(example, part) for part in (before, after))
     return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
+
+
+def sweeps_with_tables(page: str) -> str:
+    """The page on sweeps with its tables between the two markers."""
+    before, found_begin, rest = page.partition(BEGIN)
+    _, found_end, after = rest.partition(END)
+    if not (found_begin and found_end):
+        raise ValueError(f"{SWEEPS} needs the lines {BEGIN!r} and {END!r}, in this order")
+    text = f"{Dimension.__doc__} These are the fields of every entry of `sweep.space`."
+    beside = [name for name in TuneSettings.model_fields if name not in RunSettings.model_fields and name != "sweep"]
+    blocks = [
+        _block("`sweep`", SweepConfig.__doc__ or "", _rows(SweepConfig, list(SweepConfig.model_fields), "sweep.")),
+        _block("A searched setting", text, _rows(Dimension, list(Dimension.model_fields))),
+        _block("Beside the sweep", "Besides those of a run.", _rows(TuneSettings, beside)),
+    ]
+    written = "\n".join(blocks)
+    return f"{before}{BEGIN}\n\n{written}\n{END}{after}"
 
 
 def tables() -> str:
@@ -149,3 +173,4 @@ def _default(field: FieldInfo) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page_with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    SWEEPS.write_text(sweeps_with_tables(SWEEPS.read_text(encoding="utf-8")), encoding="utf-8")

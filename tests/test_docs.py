@@ -12,8 +12,9 @@ from pydantic import BaseModel
 
 from tla_service.config import RunConfig
 from tla_service.config_fields import parse_fraction
-from tla_service.config_loading import JobSettings, RunSettings, preset_names, read_settings
+from tla_service.config_loading import JobSettings, RunSettings, preset_names, read_settings, sweep_preset_names
 from tla_service.report.settings import EvaluateSettings, spread_lists
+from tla_service.tuning.settings import Dimension, SweepConfig, TuneSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,7 +29,7 @@ def commands(page: Path) -> Iterator[str]:
 
 
 # What each job reads its command line into; all others read a run's settings.
-JOBS: dict[str, type[JobSettings]] = {"jobs/evaluate_tla.py": EvaluateSettings}
+JOBS: dict[str, type[JobSettings]] = {"jobs/evaluate_tla.py": EvaluateSettings, "jobs/tune_tla.py": TuneSettings}
 OURS = [(page.name, line) for page in PAGES for line in commands(page) if ENTRY.search(line)]
 
 
@@ -74,6 +75,21 @@ def test_every_setting_is_in_the_tables() -> None:
         name = flag.removeprefix("--")
         if not name.startswith(("no-", "evaluation.validation.")) and name not in RunConfig.model_fields:
             assert f"\n| `{name}` |" in page, name
+
+
+def test_the_tables_of_a_sweeps_settings_are_the_generated_ones() -> None:
+    page = (ROOT / "docs" / "sweeps.md").read_text()
+    generate = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))["sweeps_with_tables"]
+    assert page == generate(page), "run: python docs/make_configuration.py"
+    for name in SweepConfig.model_fields:
+        assert f"\n| `sweep.{name}` |" in page, name
+    for name in Dimension.model_fields:
+        assert f"\n| `{name}` |" in page, name
+
+
+@pytest.mark.parametrize("study", sweep_preset_names())
+def test_every_study_is_explained(study: str) -> None:
+    assert f"\n| `{study}` |" in (ROOT / "docs" / "sweeps.md").read_text()
 
 
 @pytest.mark.parametrize("preset", preset_names())

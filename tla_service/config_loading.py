@@ -22,11 +22,18 @@ from tla_service.config_errors import Explainer, suggest
 from tla_service.errors import ConfigError
 
 ENV_PREFIX = "TLA_"
+_FILES = ("config", "study", "preset")  # each may name the next
 
 
 def preset_names() -> list[str]:
     """Names that `--preset` takes."""
     files = resources.files("tla_service") / "presets"
+    return sorted(path.name.removesuffix(".yaml") for path in files.iterdir() if path.name.endswith(".yaml"))
+
+
+def sweep_preset_names() -> list[str]:
+    """Names that `--study` takes."""
+    files = resources.files("tla_service") / "presets" / "sweeps"
     return sorted(path.name.removesuffix(".yaml") for path in files.iterdir() if path.name.endswith(".yaml"))
 
 
@@ -59,8 +66,8 @@ class JobSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The command line comes first by itself; then the environment, the file, the preset."""
-        files = [_NamedFile(settings_cls, name) for name in ("config", "preset") if name in settings_cls.model_fields]
+        """The command line comes first by itself; then the environment, the file, the sweep's preset, the run's."""
+        files = [_NamedFile(settings_cls, name) for name in _FILES if name in settings_cls.model_fields]
         return init_settings, env_settings, *files
 
 
@@ -90,7 +97,7 @@ class RunSettings(JobSettings, RunConfig):
 
 
 class _NamedFile(YamlConfigSettingsSource):
-    """A YAML file that another setting names: `preset` or `config`."""
+    """A YAML file that another setting names."""
 
     def __init__(self, settings_cls: type[BaseSettings], field: str) -> None:
         super().__init__(settings_cls, yaml_file=None)
@@ -100,7 +107,7 @@ class _NamedFile(YamlConfigSettingsSource):
         name = self.current_state.get(self._field)
         if name is None:
             return {}
-        text = _read_preset(name) if self._field == "preset" else _read_file(name)
+        text = _READERS[self._field](name)
         try:
             values = yaml.safe_load(text) or {}
         except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
@@ -167,6 +174,12 @@ def _read_preset(name: str) -> str:
     return (resources.files("tla_service") / "presets" / f"{name}.yaml").read_text()
 
 
+def _read_study(name: str) -> str:
+    if name not in sweep_preset_names():
+        raise ConfigError("study", name, "no such study", suggest(str(name), sweep_preset_names()))
+    return (resources.files("tla_service") / "presets" / "sweeps" / f"{name}.yaml").read_text()
+
+
 def _read_file(path: str) -> str:
     try:
         return Path(path).expanduser().read_text()
@@ -175,6 +188,9 @@ def _read_file(path: str) -> str:
         raise ConfigError(
             "config", path, f"cannot be read ({reason.lower()})", "give the path of a YAML file"
         ) from error
+
+
+_READERS = {"config": _read_file, "study": _read_study, "preset": _read_preset}
 
 
 def print_config(settings: RunSettings) -> str:

@@ -27,13 +27,17 @@ class Job:
     Args:
         folder: Where it runs: its tracking store and its output are there.
         arguments: What to add to the quick run.
+        environment: Variables to set.
+        script: The job.
     """
 
-    def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, environment: dict[str, str] | None = None, script: str = "train_tla.py"
+    ) -> None:
         self.folder, self.output = folder, folder / "output"
         command = [
             sys.executable,
-            str(ROOT / "jobs" / "train_tla.py"),
+            str(ROOT / "jobs" / script),
             *QUICK,
             "--output",
             str(self.output),

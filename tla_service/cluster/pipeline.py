@@ -127,7 +127,7 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, 
     terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
     with ray_session(config, debug=debug):
         placement = place(config)
-        _check_split(config, facts.dataset, placement.num_workers)
+        check_split(config, facts.dataset, placement.num_workers)
         write_config(config, output)
         uri = registry.tracking_uri(config.tracking)
         run_id = registry.open_run(config, f"{storage}/{config.run_name}", facts=facts.described)
@@ -197,7 +197,7 @@ def check_before_start(config: RunConfig) -> Facts:
         UserError: Data, model or initial weights are missing, or do not fit together.
     """
     dataset = load_dataset(config.data)
-    _check_split(config, dataset, 1)
+    check_split(config, dataset, 1)
     network = build_model(config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization)
     weights = None
     if config.model.weights is not None:
@@ -220,7 +220,7 @@ def check_before_start(config: RunConfig) -> Facts:
     return Facts(dataset, weights, described)
 
 
-def _check_split(config: RunConfig, dataset: Dataset, num_workers: int) -> None:
+def check_split(config: RunConfig, dataset: Dataset, num_workers: int) -> None:
     """Pool and batch against the training split: what one worker cannot have, more of them cannot have either."""
     rows, _ = split_validation(dataset.train.labels, config.data.validation_fraction, config.seed)
     training_batches(config, dataset, rows, WorkerContext(world_size=num_workers))

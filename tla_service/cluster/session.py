@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from typing import Any, Protocol
 import ray
 from pyarrow import ArrowInvalid
 from pyarrow.fs import FileSystem
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 
 from tla_service.config import RunConfig, ScalingConfig
 from tla_service.errors import UnavailableError
 
 STORAGE_SECONDS = 20
 CONNECT_SECONDS = 5
+DASHBOARD_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,14 @@ class _Scaled(Protocol):
 
 
 @contextlib.contextmanager
-def ray_session(config: _Scaled, *, debug: bool = False) -> Iterator[None]:
+def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False) -> Iterator[None]:
     """Join the cluster that is named or found, else start one on this machine for the time of the block.
+
+    Args:
+        config: The run, or whatever names the cluster.
+        debug: Show what Ray and its workers log.
+        dashboard: Start the dashboard with a cluster of our own. It takes seconds; what cleans up behind a killed Ray
+            Train run asks it who is alive.
 
     Raises:
         UnavailableError: No cluster answers at the address given.
@@ -65,8 +75,7 @@ def ray_session(config: _Scaled, *, debug: bool = False) -> Iterator[None]:
                 "scaling.address", address, f"no Ray cluster answers ({reason})", "start one with: ray start --head"
             ) from error
     else:
-        # No dashboard: it takes seconds to start, and ends with the run.
-        ray.init(num_cpus=_local_cpus(config.scaling), include_dashboard=False, **quiet)
+        ray.init(num_cpus=_local_cpus(config.scaling), include_dashboard=dashboard, **quiet)
     try:
         yield
     finally:
@@ -103,6 +112,31 @@ def place(config: RunConfig) -> Placement:
                     "use fewer workers, or set scaling.wait_seconds if the cluster scales up",
                 )
     return placement
+
+
+def check_dashboard() -> None:
+    """See that the cluster's dashboard answers who is alive.
+
+    Ray Train frees the places of a run that was killed only when the dashboard says so. Without it every trial that is
+    stopped early would keep its workers' places, and the others would wait for ever.
+
+    Raises:
+        UnavailableError: It does not answer within `DASHBOARD_SECONDS`.
+    """
+    deadline = time.monotonic() + DASHBOARD_SECONDS
+    while True:
+        try:
+            list_nodes(limit=1, timeout=CONNECT_SECONDS)
+        except (RayStateApiException, OSError, RuntimeError) as error:
+            if time.monotonic() > deadline:
+                reason = f"the cluster's dashboard does not answer ({' '.join(str(error).split())[:200]})"
+                remedy = "install ray[default] and start the head with its dashboard"
+                raise UnavailableError(
+                    "scaling.address", ray.get_runtime_context().gcs_address, reason, remedy
+                ) from error
+            time.sleep(1)
+        else:
+            return
 
 
 def check_storage(storage: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.torch import load_file
@@ -60,9 +60,7 @@ def train_on_ray(
     weights: Mapping[str, Tensor] | None = None,
     log_labels: Mapping[str, Any] | None = None,
 ) -> TrainedRun:
-    """Run `fit` on Ray Train workers, with restarts; a run of the same name and storage goes on where it stopped.
-
-    The first interrupt (Ctrl-C or SIGTERM) asks the workers to save a checkpoint and stop, the second ends at once.
+    """Run `fit` as `fit_on_ray` does, and fetch what the workers made.
 
     Args:
         config: The run.
@@ -72,6 +70,45 @@ def train_on_ray(
         follow: Called in this thread with each record: `start`, `step`, `epoch`, `failure`.
         weights: State dict to start from.
         log_labels: Fields of the workers' log lines, which are then JSON; none: they log as text.
+
+    Raises:
+        Exception: As `fit_on_ray`.
+    """
+    result, checkpoint = fit_on_ray(config, placement, storage, follow, weights, log_labels, with_rejector=True)
+    shutil.rmtree(copy_to, ignore_errors=True)
+    checkpoint.to_directory(copy_to)
+    verify_checkpoint(copy_to)
+    best = copy_to / "best.safetensors"
+    return TrainedRun(result, load_file(best) if best.exists() else {}, copy_to)
+
+
+def fit_on_ray(
+    config: RunConfig,
+    placement: Placement,
+    storage: str,
+    follow: Callable[[Record], None],
+    weights: Mapping[str, Tensor] | None = None,
+    log_labels: Mapping[str, Any] | None = None,
+    *,
+    measure_test: bool = True,
+    with_rejector: bool = False,
+) -> tuple[FitResult, Checkpoint]:
+    """Run `fit` on Ray Train workers, with restarts; a run of the same name and storage goes on where it stopped.
+
+    The first interrupt (Ctrl-C or SIGTERM) asks the workers to save a checkpoint and stop, the second ends at once.
+
+    Args:
+        config: The run.
+        placement: Workers and their resources.
+        storage: Folder or s3:// prefix for checkpoints.
+        follow: Called in this thread with each record: `start`, `step`, `epoch`, `failure`. What it raises ends this.
+        weights: State dict to start from.
+        log_labels: Fields of the workers' log lines, which are then JSON; none: they log as text.
+        measure_test: Whether to measure the best weights on the test set.
+        with_rejector: Whether to fit the detector that is packaged with them.
+
+    Returns:
+        Metrics and times, and the newest checkpoint in the storage.
 
     Raises:
         UserError: The workers found something the user can mend.
@@ -86,6 +123,8 @@ def train_on_ray(
         "mailbox": mailbox,
         "weights": ray.put(dict(weights)) if weights is not None else None,
         "log_labels": dict(log_labels) if log_labels is not None else None,
+        "measure_test": measure_test,
+        "with_rejector": with_rejector,
     }
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
@@ -119,11 +158,7 @@ def train_on_ray(
     if returned is None or "error" in returned:
         raise RuntimeError("the workers ended without a result") if returned is None else returned["error"]
     assert result.checkpoint is not None
-    shutil.rmtree(copy_to, ignore_errors=True)
-    result.checkpoint.to_directory(copy_to)
-    verify_checkpoint(copy_to)
-    best = copy_to / "best.safetensors"
-    return TrainedRun(FitResult(**returned["result"]), load_file(best) if best.exists() else {}, copy_to)
+    return FitResult(**returned["result"]), result.checkpoint
 
 
 def _in_background(call: Callable[[], Result]) -> "Future[Result]":

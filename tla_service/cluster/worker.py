@@ -22,8 +22,9 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     """One worker of a run.
 
     Args:
-        loop: `config` (the run as plain values), `mailbox`, `weights` (an object reference to a state dict, or None)
-            and `log_labels` (fields of JSON log lines; None: log as text).
+        loop: `config` (the run as plain values), `mailbox`, `weights` (an object reference to a state dict, or None),
+            `log_labels` (fields of JSON log lines; None: log as text), `measure_test` and `with_rejector` (what `fit`
+            is to do at the end).
 
     Returns:
         `result`, a FitResult's fields; or `error`, when the run ended for a reason that a restart would not change:
@@ -47,12 +48,13 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     checkpoint = ray.train.get_checkpoint()
     if context.is_main:
         reporter.progress({"event": "start", "resumed": checkpoint is not None, "workers": context.world_size})
+    ends = {name: loop[name] for name in ("measure_test", "with_rejector")}
     try:
         if checkpoint is None:
-            result = fit(config, context, reporter, initial_weights=weights, with_rejector=True)
+            result = fit(config, context, reporter, initial_weights=weights, **ends)
         else:
             with checkpoint.as_directory() as folder:
-                result = fit(config, context, reporter, resume_from=Path(folder), with_rejector=True)
+                result = fit(config, context, reporter, resume_from=Path(folder), **ends)
     except (UserError, NonFiniteLossError) as error:
         return {"error": error}
     return {"result": result.as_dict()}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tla_service.registry.packaging import PackagedModel, log_model
     from tla_service.registry.probe import probe_tracking
     from tla_service.registry.run_log import RunLog
-    from tla_service.registry.tracking import finish_run, log_files, open_run, run_page, start_system_metrics
+    from tla_service.registry.tracking import finish_run, log_files, open_run, run_page, start_system_metrics, tag_run
 
 __all__ = [
     "PackagedModel",
@@ -33,6 +33,7 @@ __all__ = [
     "resolve_weights",
     "run_page",
     "start_system_metrics",
+    "tag_run",
     "tracking_uri",
 ]
 
@@ -45,7 +46,7 @@ _MODULES = {
     "packaging": ("PackagedModel", "log_model"),
     "probe": ("probe_tracking",),
     "run_log": ("RunLog",),
-    "tracking": ("finish_run", "log_files", "open_run", "run_page", "start_system_metrics"),
+    "tracking": ("finish_run", "log_files", "open_run", "run_page", "start_system_metrics", "tag_run"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

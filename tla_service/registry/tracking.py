@@ -123,6 +123,21 @@ def finish_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KIL
     retrying("Closing the run", lambda: made.set_terminated(run_id, status))
 
 
+def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run; those of the same names are replaced.
+
+    Args:
+        uri: Tracking store.
+        run_id: MLflow run.
+        tags: Names and values; empty values are left out.
+    """
+    from mlflow.entities import RunTag
+
+    made = client(uri)
+    entities = [RunTag(name, value[:_TAG_LENGTH]) for name, value in tags.items() if value]
+    retrying("Tagging the run", lambda: made.log_batch(run_id, tags=entities))
+
+
 def start_system_metrics(uri: str, run_id: str) -> Callable[[], None]:
     """Log processor, memory, disk, network and GPU use of this machine with a run, every ten seconds.
 

@@ -38,6 +38,7 @@ def fit(
     *,
     initial_weights: Mapping[str, Tensor] | None = None,
     resume_from: Path | None = None,
+    measure_test: bool = True,
     with_rejector: bool = False,
 ) -> FitResult:
     """Train, choose the best weights on the validation split, and measure them once on the test set.
@@ -48,6 +49,7 @@ def fit(
         reporter: Where progress, metrics and checkpoints go.
         initial_weights: State dict to start from (fine-tuning).
         resume_from: Checkpoint folder to go on from.
+        measure_test: Leave the test set alone if False: runs that are compared to choose among them must not see it.
         with_rejector: Fit the detector that is packaged with the best weights as well.
 
     Returns:
@@ -62,7 +64,7 @@ def fit(
     while run.state.step < run.total_steps:
         if not (run.train_epoch() and run.finish_epoch()):
             return run.result(interrupted=True)
-    return run.result(interrupted=False, with_rejector=with_rejector)
+    return run.result(interrupted=False, measure_test=measure_test, with_rejector=with_rejector)
 
 
 class Run:
@@ -165,13 +167,14 @@ class Run:
             self.reporter.report(metrics, None, "")
         return not stopping
 
-    def result(self, *, interrupted: bool, with_rejector: bool = False) -> FitResult:
-        """Load the best weights into the network, measure them on the test set, and sum the run up."""
+    def result(self, *, interrupted: bool, measure_test: bool = True, with_rejector: bool = False) -> FitResult:
+        """Load the best weights into the network, measure them on the test set if wanted, and sum the run up."""
         test: dict[str, float] = {}
         rejector: dict[str, npt.NDArray[Any]] = {}
         if not interrupted:
+            self._load_best()
+        if measure_test and not interrupted:
             with self.phases("test"):
-                self._load_best()
                 attacks = {
                     name: evaluation_attack(attack, self.config.attack)
                     for name, attack in self.config.evaluation.test.items()

@@ -15,7 +15,7 @@ class FitResult:
 
     Attributes:
         interrupted: Whether a stop was asked for; the run can go on from its last checkpoint.
-        test: Accuracies of the best weights on the test set; empty if interrupted.
+        test: Accuracies of the best weights on the test set; empty if interrupted or not asked for.
         best: Metrics of the epoch the best weights come from.
         history: Metrics of every epoch.
         wall_seconds: Time by phase on rank 0.

@@ -1,0 +1,36 @@
+"""Search for better settings on Ray Tune.
+
+python jobs/tune_tla.py --preset digits --sweep.num_samples 8
+python jobs/tune_tla.py --preset cifar10 --data.root s3://bucket/cifar10 --sweep.num_samples 64 --then_train 3
+"""
+
+import sys
+from pathlib import Path
+
+from tla_service.config_loading import read_settings
+from tla_service.job import run_job
+from tla_service.tuning.settings import TuneSettings, sweep_yaml
+from tla_service.tuning.space import Space
+
+
+def main() -> int:
+    """Read the configuration, search, and say what is best."""
+    settings = read_settings(TuneSettings)
+    run = settings.run_config
+    if settings.print_config:
+        print(sweep_yaml(run, settings.sweep).rstrip())
+        return 0
+    space = Space(run, settings.sweep)
+    # Imported late: --help and a wrong space should not wait for torch, ray and mlflow.
+    from tla_service.cluster.sweep import run_sweep
+    from tla_service.cluster.sweep_winner import train_winner
+
+    output = (settings.output or Path("runs") / space.name).expanduser().absolute()
+    code = run_sweep(run, space, output, resume=settings.resume, debug=settings.debug)
+    if code == 0 and settings.then_train:
+        code = train_winner(output, settings.then_train, debug=settings.debug)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

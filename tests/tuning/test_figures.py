@@ -1,0 +1,84 @@
+"""Pictures are drawn from whatever trials there are; what they show is computed right."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.tuning.conftest import run_config, space_of, trial_of
+from tla_service.config_loading import read_settings, sweep_preset_names
+from tla_service.tuning.figures import draw_all, pareto_front
+from tla_service.tuning.importance import importances
+from tla_service.tuning.settings import TuneSettings
+from tla_service.tuning.space import Space
+from tla_service.tuning.studies import PAPER, _ours
+from tla_service.tuning.trial import Trial
+
+
+def trials_of(space: Space, count: int, seed: int = 0) -> list[Trial]:
+    """Trials whose outcome depends on the margin alone, with some stopped and one failed."""
+    rng = np.random.default_rng(seed)
+    trials = []
+    for number in range(count):
+        point = space.random(rng)
+        assert point is not None
+        robust = 0.8 - 2 * abs(point["loss.margin"] - 0.08)
+        status = "stopped" if number % 3 == 1 else "finished"
+        trials.append(trial_of(number, [robust / 2, robust], point=point, status=status))
+    trials[-1] = Trial(count - 1, trials[-1].point, "failed", reason="the loss is not finite")
+    return trials
+
+
+def test_every_picture_is_drawn(tmp_path: Path) -> None:
+    space = space_of(run=run_config(mining={"pool": "separate", "pool_size": 100}))
+    paths = draw_all(trials_of(space, 12), space, tmp_path / "figures")
+    assert {path.stem for path in paths} == {"parallel_coordinates", "clean_and_robust", "importance"}
+    assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_a_single_trial_and_none_are_drawn_too(tmp_path: Path) -> None:
+    space = space_of()
+    assert draw_all([], space, tmp_path) == []
+    one = trials_of(space, 2)[:1]
+    assert [path.stem for path in draw_all(one, space, tmp_path)] == ["parallel_coordinates", "clean_and_robust"]
+    assert draw_all([Trial(0, one[0].point, "failed")], space, tmp_path) == []
+
+
+def test_the_setting_that_matters_is_found() -> None:
+    space = space_of()
+    found = importances([trial for trial in trials_of(space, 25) if trial.reports], space)
+    assert max(found, key=lambda name: found[name][0]) == "loss.margin"
+    assert found["loss.margin"][0] > 0.5
+    assert sum(share for share, _ in found.values()) == pytest.approx(1)
+
+
+def test_the_front_holds_what_no_other_beats() -> None:
+    rng = np.random.default_rng(0)
+    points = [(float(a), float(b)) for a, b in rng.integers(0, 12, (40, 2))]
+    expected = {p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)}
+    assert set(pareto_front(points)) == expected
+
+
+@pytest.mark.parametrize("study", sweep_preset_names())
+def test_each_study_covers_the_papers_values_and_ends_in_its_picture(study: str, tmp_path: Path) -> None:
+    settings = read_settings(TuneSettings, ["--study", study, "--data.root", "/data"])
+    space = Space(settings.run_config, settings.sweep)
+    paper = PAPER[settings.sweep.picture]
+    labels = [f"{choice:g}" if isinstance(choice, float) else str(choice) for choice in space.axes[0].choices]
+    assert all(labels == list(line) for line in paper.accuracies.values())
+    assert len(settings.run_config.evaluation.test) >= len(paper.accuracies)
+    trials = []
+    for number, point in enumerate(space.grid()):
+        trial = trial_of(number, [0.7], point=point, status="finished")
+        trial.test = {f"robust_accuracy/{name}": 0.7 + number / 100 for name in settings.run_config.evaluation.test}
+        trials.append(trial)
+    path = tmp_path / f"{settings.sweep.picture}.png"
+    assert path in draw_all(trials, space, tmp_path)
+    assert path.stat().st_size > 10_000
+
+
+def test_seeds_are_averaged() -> None:
+    trials = [trial_of(n, [0.5], point={"loss.margin": 0.1, "seed": n}, status="finished") for n in range(2)]
+    for trial, value in zip(trials, (0.6, 0.8), strict=True):
+        trial.test = {"robust_accuracy/pgd": value, "clean_accuracy": 0.9}
+    assert _ours(trials, "loss.margin") == {"pgd": {"0.1": (pytest.approx(0.7), pytest.approx(0.1414, abs=1e-3))}}

@@ -1,0 +1,188 @@
+"""Points and the runs they stand for."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tests.tuning.conftest import run_config, space_of
+from tla_service.config import RunConfig
+from tla_service.config_loading import load_settings
+from tla_service.errors import ConfigError
+
+BATCH = "training.global_batch_size"
+
+
+def test_the_default_space_is_the_papers_around_the_runs_own_sizes() -> None:
+    space = space_of()
+    assert [axis.name for axis in space.axes] == [
+        BATCH,
+        "loss.triplet_weight",
+        "loss.norm_weight",
+        "loss.margin",
+    ]
+    assert space.axes[0].choices == (32, 64, 128)
+    assert (space.axes[1].low, space.axes[1].high, space.axes[1].log) == (0.1, 8, True)
+    separate = space_of(run=run_config(mining={"pool": "separate", "pool_size": 100}))
+    assert separate.axes[-1].choices == (50, 100, 200, 400)
+    assert [axis.name for axis in space_of(run=run_config(method="at")).axes] == [BATCH]
+
+
+def test_random_points_stay_in_their_ranges_and_fill_them() -> None:
+    space = space_of(
+        {"loss.norm_weight": {"low": 1e-5, "high": 1e-2, "log": True}, "attack.num_steps": {"low": 1, "high": 3}}
+    )
+    rng = np.random.default_rng(0)
+    points = [space.random(rng) for _ in range(400)]
+    weights = [point["loss.norm_weight"] for point in points if point is not None]
+    assert len(weights) == 400
+    assert min(weights) >= 1e-5
+    assert max(weights) <= 1e-2
+    # On a logarithmic scale a third of the draws lies in each of the three decades.
+    inside = [sum(10**low <= weight < 10 ** (low + 1) for weight in weights) for low in (-5, -4, -3)]
+    assert all(abs(count - 400 / 3) < 40 for count in inside)
+    steps = [point["attack.num_steps"] for point in points if point is not None]
+    assert set(steps) == {1, 2, 3}
+    assert all(type(step) is int for step in steps)
+
+
+@pytest.mark.parametrize(("rule", "rate"), [("linear", 0.2), ("sqrt", 0.1 * math.sqrt(2)), ("none", 0.1)])
+def test_the_learning_rate_follows_the_batch_size_by_the_named_rule(rule: str, rate: float) -> None:
+    space = space_of({BATCH: [64, 128]}, learning_rate_rule=rule)
+    assert space.apply({BATCH: 128}).optimizer.learning_rate == pytest.approx(rate)
+    assert space.apply({BATCH: 64}).optimizer.learning_rate == pytest.approx(0.1)
+
+
+def test_what_is_counted_in_steps_follows_batch_size_and_length() -> None:
+    run = run_config(
+        training={"epochs": 10, "global_batch_size": 50, "max_steps": 1000},
+        schedule={"name": "piecewise", "unit": "step", "milestones": [800, 900], "warmup": 100},
+    )
+    space = space_of({BATCH: [50, 100]}, run=run, trial_epochs=5)
+    found = space.apply({BATCH: 100})
+    assert (found.training.epochs, found.training.max_steps) == (5, 250)
+    assert found.schedule.milestones == (200, 225)
+    assert found.schedule.warmup == 25
+    full = space.apply({BATCH: 100}, full_length=True)
+    assert (full.training.epochs, full.training.max_steps) == (10, 500)
+    assert full.schedule.milestones == (400, 450)
+
+
+def test_all_trials_are_measured_by_the_attack_of_the_run() -> None:
+    run = load_settings(["--preset", "digits"]).run_config
+    space = space_of({"attack.epsilon": [0.05, 0.15]}, run=run)
+    found = space.apply({"attack.epsilon": 0.05})
+    assert found.attack.epsilon == 0.05
+    assert found.evaluation.validation.epsilon == 0.15
+    assert {attack.epsilon for attack in found.evaluation.test.values()} == {0.15}
+    # What is trained afterwards is evaluated as a run with these settings is.
+    assert space.apply({"attack.epsilon": 0.05}, full_length=True).evaluation == run.evaluation
+
+
+def test_a_point_of_the_runs_own_values_is_the_run() -> None:
+    run = load_settings(["--preset", "cifar10", "--data.root", "/data"]).run_config
+    space = space_of({BATCH: [50, 100], "loss.margin": {"low": 0.005, "high": 0.2}}, run=run)
+    assert space.apply({BATCH: 50, "loss.margin": 0.03}, full_length=True) == run
+
+
+def test_variants_set_several_fields_together() -> None:
+    space = space_of(
+        {
+            "pool": {
+                "variants": {"1": {"method": "tla_rn"}, "250": {"mining.pool": "separate", "mining.pool_size": 250}}
+            },
+            "seed": [0, 1],
+        },
+        searcher="grid",
+    )
+    assert len(space.grid()) == 4
+    assert space.apply({"pool": "1", "seed": 1}).method == "tla_rn"
+    assert space.apply({"pool": "250", "seed": 1}).mining.pool_size == 250
+
+
+def test_constraints_and_the_runs_own_rules_thin_out_a_grid() -> None:
+    run = run_config(mining={"pool": "separate", "scope": "global"}, scaling={"num_workers": 4})
+    space = space_of(
+        {BATCH: [4, 64, 128], "mining.pool_size": [62, 64, 512]},
+        run=run,
+        searcher="grid",
+        constraints=[f"mining.pool_size <= 4 * {BATCH}"],
+    )
+    # 4 images are under two a worker; 62 is not divisible by four workers; 512 is over 4 x 64.
+    assert [(point[BATCH], point["mining.pool_size"]) for point in space.grid()] == [(64, 64), (128, 64), (128, 512)]
+
+
+REFUSED = {
+    "unknown field": (
+        {"loss.margn": [0.1]},
+        {},
+        "sweep.space.loss.margn: the run has no field loss.margn; did you mean",
+    ),
+    "empty list": ({"loss.margin": []}, {}, r"sweep.space.loss.margin=\[\]: no values"),
+    "no variants": ({"pool": {"variants": {}}}, {}, r"sweep.space.pool=\[\]: no values"),
+    "bounds swapped": (
+        {"loss.margin": {"low": 0.2, "high": 0.1}},
+        {},
+        "sweep.space.loss.margin.low=0.2: not below high=0.1",
+    ),
+    "zero on a log scale": (
+        {"loss.margin": {"low": 0, "high": 0.1, "log": True}},
+        {},
+        "sweep.space.loss.margin.low=0: a logarithmic scale has no zero",
+    ),
+    "half a range": ({"loss.margin": {"low": 0}}, {}, "a range has a low and a high end"),
+    "nothing": ({"loss.margin": {}}, {}, "needs one of"),
+    "range and list": ({"loss.margin": {"low": 0, "high": 0.1, "values": [0.1]}}, {}, "needs one of"),
+    "range of words": ({"method": {"low": 0, "high": 1}}, {}, "sweep.space.method: is no number"),
+    "section": ({"loss": [1]}, {}, "sweep.space.loss: is a section"),
+    "value outside": (
+        {"loss.margin": [0.1, 2]},
+        {},
+        "sweep.space.loss.margin=2: input should be less than or equal to 1",
+    ),
+    "end outside": ({"loss.margin": {"low": 0.5, "high": 2}}, {}, "sweep.space.loss.margin=2.0: input should be less"),
+    "no such method": ({"method": ["tla", "tlq"]}, {}, "sweep.space.method=tlq: not one of"),
+    "what is measured": ({"evaluation.validation.num_steps": [1, 2]}, {}, "must be the same for all trials"),
+    "where it runs": ({"scaling.num_workers": [1, 2]}, {}, "must be the same for all trials"),
+    "twice": ({"loss.margin": [0.1, 0.1]}, {}, "a value is in it twice"),
+    "two axes set one field": (
+        {"loss.margin": [0.1], "kind": {"variants": {"a": {"loss.margin": 0.2}}}},
+        {},
+        "sweep.space.kind: loss.margin is set by loss.margin too",
+    ),
+    "constraint on nothing": ({}, {"constraints": ["loss.margn > 0"]}, "the run has no field loss.margn"),
+    "constraint that is none": ({}, {"constraints": ["loss.margin"]}, "not a comparison"),
+    "constraint with code": ({}, {"constraints": ["__import__('os').system('true') == 0"]}, "is no number, field or"),
+    "constraint between kinds": ({}, {"constraints": ["method < 3"]}, "cannot be computed"),
+    "nothing allowed": (
+        {"loss.margin": {"low": 0.1, "high": 0.2}},
+        {"constraints": ["loss.margin > 0.5"]},
+        r"sweep.constraints: none of 1000 random points is allowed; .* breaks: loss.margin > 0.5",
+    ),
+    "no grid point allowed": (
+        {"loss.triplet_weight": [0]},
+        {"searcher": "grid"},
+        "sweep.space: no point of the grid is allowed; .* breaks: loss.triplet_weight=0",
+    ),
+    "grid over a range": ({"loss.margin": {"low": 0, "high": 0.1}}, {"searcher": "grid"}, "a grid needs a list"),
+    "test set in a search": ({}, {"measure_test": True}, "test images would take part in a search"),
+    "grace beyond the trial": ({}, {"grace_epochs": 28}, "sweep.grace_epochs=28: longer than a trial of 27 epochs"),
+}
+
+
+@pytest.mark.parametrize(("space", "sweep", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_spaces_are_refused(space: dict[str, object], sweep: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        space_of(space, **sweep)
+
+
+def test_every_point_is_a_valid_run() -> None:
+    space = space_of(
+        run=run_config(mining={"pool": "separate", "pool_size": 104, "scope": "global"}, scaling={"num_workers": 8})
+    )
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        point = space.random(rng)
+        assert point is not None
+        assert isinstance(space.apply(point), RunConfig)
+        assert point["mining.pool_size"] % 8 == 0

@@ -1,0 +1,157 @@
+"""A searched setting: its values, and whether it can be searched at all."""
+
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tla_service.config import RunConfig
+from tla_service.config_errors import suggest
+from tla_service.errors import ConfigError
+from tla_service.tuning.settings import Dimension
+
+# What shapes how a trial is measured, or where it runs: searching it would compare different things.
+_FIXED = ("name", "scaling", "tracking", "evaluation", "data.name", "data.root", "data.validation_fraction")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A searched setting, checked.
+
+    Attributes:
+        name: Field of the run, or the name of a group of variants.
+        low: Least value of a range.
+        high: Greatest value.
+        log: Whether draws are even on a logarithmic scale.
+        whole: Whether values are whole numbers.
+        choices: What is chosen from, if it is no range: values, or names of variants.
+        variants: Fields that each variant sets.
+    """
+
+    name: str
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    whole: bool = False
+    choices: tuple[Any, ...] = ()
+    variants: Mapping[str, Mapping[str, Any]] | None = None
+
+    def draw(self, rng: np.random.Generator) -> Any:
+        """A random value."""
+        if self.choices:
+            return self.choices[int(rng.integers(len(self.choices)))]
+        if self.whole and not self.log:
+            return int(rng.integers(int(self.low), int(self.high) + 1))
+        if self.log:
+            value = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+        else:
+            value = rng.uniform(self.low, self.high)
+        value = min(max(value, self.low), self.high)
+        return round(value) if self.whole else float(value)
+
+    def fields(self, value: Any) -> Mapping[str, Any]:
+        """What a value of this axis sets in the run."""
+        return self.variants[value] if self.variants is not None else {self.name: value}
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value lies on this axis."""
+        return value in self.choices if self.choices else self.low <= value <= self.high
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """All choices, or the two ends of the range."""
+        if self.choices:
+            return self.choices
+        return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
+
+
+def axis_of(name: str, dimension: Dimension) -> Axis:
+    """The axis of a setting as it was configured.
+
+    Args:
+        name: Field of the run, or the name of a group of variants.
+        dimension: What to search.
+
+    Raises:
+        ConfigError: It cannot be searched, or not so.
+    """
+    where = f"sweep.space.{name}"
+    is_range = dimension.low is not None or dimension.high is not None
+    kinds = [is_range, dimension.values is not None, dimension.variants is not None]
+    if sum(kinds) != 1:
+        raise ConfigError(where, None, "needs one of: low and high; values; variants", "give exactly one of them")
+    if dimension.variants is not None:
+        _check_some(where, dimension.variants)
+        for fields in dimension.variants.values():
+            for path in fields:
+                _annotation(path, where)
+        return Axis(name, choices=tuple(dimension.variants), variants=dimension.variants)
+    annotation = _annotation(name, where)
+    if dimension.values is not None:
+        _check_some(where, dimension.values)
+        return Axis(name, choices=dimension.values)
+    whole = _is_number(annotation, int) and not _is_number(annotation, float)
+    if not (whole or _is_number(annotation, float)):
+        raise ConfigError(where, None, "is no number, so it has no range", "give a list of values")
+    low, high = dimension.low, dimension.high
+    if low is None or high is None:
+        raise ConfigError(where, None, "a range has a low and a high end", "give both")
+    if low >= high:
+        raise ConfigError(f"{where}.low", f"{low:g}", f"not below high={high:g}", "swap them, or give a list of values")
+    if dimension.log and low <= 0:
+        raise ConfigError(f"{where}.low", f"{low:g}", "a logarithmic scale has no zero", "use a low end above 0")
+    return Axis(name, low=low, high=high, log=dimension.log, whole=whole)
+
+
+def _check_some(where: str, given: Any) -> None:
+    if len(given) == 0:
+        raise ConfigError(where, "[]", "no values to choose from", "give at least one")
+    if isinstance(given, tuple) and len({repr(value) for value in given}) < len(given):
+        raise ConfigError(where, shown(given), "a value is in it twice", "give each once")
+
+
+def _annotation(path: str, where: str) -> Any:
+    """The type of a run's field.
+
+    Raises:
+        ConfigError: There is no such field, or it must be the same for all trials.
+    """
+    if any(path == fixed or path.startswith(f"{fixed}.") for fixed in _FIXED):
+        raise ConfigError(where, None, f"{path} must be the same for all trials", "set it for the run instead")
+    section: Any = RunConfig
+    for name in path.split("."):
+        field = getattr(section, "model_fields", {}).get(name)
+        if field is None:
+            raise ConfigError(where, None, f"the run has no field {path}", suggest(path, list(_paths(RunConfig))))
+        section = field.annotation
+    if hasattr(section, "model_fields"):
+        raise ConfigError(where, None, "is a section", f"search a field of it: {', '.join(section.model_fields)}")
+    return section
+
+
+def _paths(section: Any, prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if hasattr(field.annotation, "model_fields"):
+            yield from _paths(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _is_number(annotation: Any, kind: type) -> bool:
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_number(member, kind) for member in typing.get_args(annotation))
+    if origin is typing.Annotated:
+        return _is_number(typing.get_args(annotation)[0], kind)
+    return annotation is kind
+
+
+def shown(value: Any) -> str:
+    """A value, or a point's values with their names, for people."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={shown(item)}" for name, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

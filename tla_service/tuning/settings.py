@@ -1,0 +1,107 @@
+"""What a sweep is. Nothing here imports torch: a wrong space is refused within a second."""
+
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from tla_service.config import RunConfig
+from tla_service.config_fields import Pixels, Section, setting
+from tla_service.config_loading import RunSettings, sweep_preset_names
+
+Objective = Literal["robust_accuracy", "clean_accuracy"]
+
+
+class Dimension(Section):
+    """One searched setting: a range, a list of values, or named variants that set several fields together."""
+
+    low: Pixels | None = setting(None, "least value of a range")
+    high: Pixels | None = setting(None, "greatest value of a range")
+    log: bool = setting(False, "draw evenly on a logarithmic scale")
+    values: tuple[Any, ...] | None = setting(None, "values to choose from; a list alone means this")
+    variants: dict[str, dict[str, Any]] | None = setting(None, "name -> fields and their values")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, given: Any) -> Any:
+        return {"values": given} if isinstance(given, list | tuple) else given
+
+
+class SweepConfig(Section):
+    """The search: space, searcher, scheduler, budget."""
+
+    # What may change when a sweep goes on: how much of it is done, and where.
+    NOT_IDENTITY: ClassVar[dict[str, Any]] = {
+        "name": True,
+        "num_samples": True,
+        "max_hours": True,
+        "max_gpu_hours": True,
+        "max_concurrent": True,
+        "on_deck": True,
+        "failures_in_a_row": True,
+    }
+
+    name: str = setting("", "name; default: data set, method and a digest of the sweep", pattern=r"^([\w-][\w.-]*)?$")
+    space: dict[str, Dimension] = setting(
+        {},
+        "field of the run -> [values], {low, high, log} or {variants}; none: the paper's weights and margin, batch and "
+        "pool size around the run's own",
+    )
+    constraints: tuple[str, ...] = setting(
+        (), 'what a point must satisfy, such as "mining.pool_size >= 2 * training.global_batch_size"'
+    )
+    learning_rate_rule: Literal["linear", "sqrt", "none"] = setting(
+        "linear", "how the learning rate follows the batch size: in proportion, by its square root, or not at all"
+    )
+    searcher: Literal["tpe", "random", "grid"] = setting("tpe", "what chooses the next point; tpe is Optuna's")
+    startup_trials: int = setting(10, "points that tpe draws at random first", unit="trials", ge=1)
+    own_first: bool = setting(True, "try the run's own settings first, if they lie in the space; not on a grid")
+    objectives: tuple[Objective, ...] = setting(
+        ("robust_accuracy",), "validation accuracies to raise; the first ranks trials and stops them", min_length=1
+    )
+    scheduler: Literal["asha", "none"] = setting("asha", "stop trials early that are behind, or none")
+    grace_epochs: int | None = setting(
+        None, "asha: no trial is stopped before this; none: a ninth of a trial", unit="epochs", ge=1
+    )
+    reduction_factor: float = setting(3, "asha: one in this many goes on from a rung to the next", gt=1)
+    trial_epochs: int | None = setting(None, "length of a trial; none: as the run", unit="epochs", ge=1)
+    num_samples: int | None = setting(None, "trials; none: 16, or all points of a grid", unit="trials", ge=1)
+    max_hours: float | None = setting(None, "stop after this much wall time, all attempts together", unit="h", gt=0)
+    max_gpu_hours: float | None = setting(
+        None, "stop when workers have used this many GPU hours (worker hours, without GPUs)", unit="h", gt=0
+    )
+    max_concurrent: int | None = setting(
+        None, "trials at a time; none: as many as the cluster has room for", unit="trials", ge=1
+    )
+    on_deck: int = setting(
+        1,
+        "trials whose processes wait, started, for the next place; they reserve memory alone",
+        unit="trials",
+        ge=0,
+        le=8,
+    )
+    failures_in_a_row: int = setting(5, "give up when this many trials fail one after another", unit="trials", ge=1)
+    measure_test: bool = setting(
+        False, "measure each trial on the test set at its end; for a study of a grid, never for a choice"
+    )
+    picture: Literal["", "pool_size", "triplet_weight", "margin"] = setting(
+        "", "draw the trials beside the paper's figures on this; the first axis is drawn along"
+    )
+    seed: int = setting(0, "seed of the searcher", ge=0, lt=2**31)
+
+
+class TuneSettings(RunSettings):
+    """A sweep's configuration: the run that is varied, the search, and what the job needs beside them."""
+
+    model_config = RunSettings.model_config
+
+    sweep: SweepConfig = SweepConfig()
+    study: str | None = Field(None, description="start from this sweep: " + ", ".join(sweep_preset_names()))
+    resume: bool = Field(False, description="go on with the sweep if it was begun before")
+    then_train: int = Field(0, ge=0, description="train the winner at full length with this many seeds [>= 0]")
+
+
+def sweep_yaml(run: RunConfig, sweep: SweepConfig) -> str:
+    """All settings of a sweep as a file that the job takes with `--config`."""
+    fields = run.model_dump(mode="json") | {"sweep": sweep.model_dump(mode="json", exclude_defaults=True)}
+    return str(yaml.safe_dump(fields, sort_keys=False))

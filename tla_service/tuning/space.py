@@ -1,0 +1,247 @@
+"""The space of a sweep: checked before anything starts; points of it, and the runs that points stand for."""
+
+import hashlib
+import itertools
+import json
+import math
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from tla_service.config import RunConfig
+from tla_service.config_errors import Explainer
+from tla_service.errors import ConfigError
+from tla_service.tuning.axes import Axis, axis_of, shown
+from tla_service.tuning.constraints import Constraint
+from tla_service.tuning.settings import Dimension, SweepConfig
+
+Point = dict[str, Any]
+TRIES = 1000  # random points before a space counts as empty
+MOST_GRID_POINTS = 100_000
+_BATCH = "training.global_batch_size"
+
+
+class Space:
+    """What a sweep searches.
+
+    Args:
+        run: The run that is varied.
+        sweep: The search.
+
+    Raises:
+        ConfigError: A field is unknown or may not be searched, a range or a list is wrong, or no point is allowed.
+    """
+
+    def __init__(self, run: RunConfig, sweep: SweepConfig) -> None:
+        self.run, self.sweep = run, sweep
+        self._full = run.model_dump(mode="json")
+        self._fields = _copy(self._full)
+        _freeze_evaluation(self._fields)
+        given = sweep.space or default_space(run)
+        self.axes = tuple(axis_of(name, dimension) for name, dimension in given.items())
+        self.constraints = tuple(Constraint(text) for text in sweep.constraints)
+        for constraint in self.constraints:
+            constraint.check(self._fields)
+        _check_overlap(self.axes)
+        self._check_sweep()
+        self._check_values()
+        self._check_not_empty()
+
+    @property
+    def name(self) -> str:
+        """The sweep's name: given, or made of what identifies it, never of the time."""
+        fields = self.sweep.model_dump(mode="json", exclude=self.sweep.NOT_IDENTITY)
+        digest = hashlib.sha256(json.dumps([self.run.digest, fields], sort_keys=True).encode()).hexdigest()[:8]
+        return self.sweep.name or f"{self.run.data.name}-{self.run.method}-sweep-{digest}"
+
+    def apply(self, point: Point, *, full_length: bool = False) -> RunConfig:
+        """The run of a point.
+
+        Learning rate and whatever is counted in optimiser steps follow the batch size and the length of a trial, so
+        that every trial sees as many images.
+
+        Args:
+            point: A value for each axis.
+            full_length: As long as the run, and evaluated as it is: what is trained after a sweep.
+
+        Raises:
+            ValidationError: The fields do not go together.
+        """
+        fields = _copy(self._full if full_length else self._fields)
+        for axis in self.axes:
+            for path, value in axis.fields(point[axis.name]).items():
+                _put(fields, path, value)
+        self._follow_batch_size(fields, None if full_length else self.sweep.trial_epochs)
+        return RunConfig.model_validate(fields)
+
+    def allows(self, point: Point) -> bool:
+        """Whether the point's run is valid and satisfies all constraints."""
+        return self._refusal(point) is None
+
+    def alone(self, axis: Axis, value: Any) -> RunConfig | None:
+        """The run with one axis at a value and everything else as it was; None if these do not go together."""
+        fields = _copy(self._fields)
+        for path, single in axis.fields(value).items():
+            _put(fields, path, single)
+        try:
+            return RunConfig.model_validate(fields)
+        except ValidationError:
+            return None
+
+    def own_point(self) -> Point | None:
+        """The run's own settings as a point; None if they lie outside the space, or belong to no single variant."""
+        point: Point = {}
+        for axis in self.axes:
+            names = axis.choices if axis.variants is not None else (_get(self._fields, axis.name),)
+            same = [name for name in names if all(_get(self._fields, p) == v for p, v in axis.fields(name).items())]
+            if len(same) != 1 or not axis.holds(same[0]):
+                return None
+            point[axis.name] = same[0]
+        return point if self.allows(point) else None
+
+    def random(self, rng: np.random.Generator) -> Point | None:
+        """An allowed random point, or None if there is none in `TRIES` draws."""
+        for _ in range(TRIES):
+            point = {axis.name: axis.draw(rng) for axis in self.axes}
+            if self.allows(point):
+                return point
+        return None
+
+    def grid(self) -> list[Point]:
+        """All allowed points, the last axis changing first."""
+        names = [axis.name for axis in self.axes]
+        points = (
+            dict(zip(names, values, strict=True)) for values in itertools.product(*(a.choices for a in self.axes))
+        )
+        return [point for point in points if self.allows(point)]
+
+    # ------------------------------------------------------------------------------------------------ checks
+
+    def _refusal(self, point: Point) -> str | None:
+        try:
+            fields = self.apply(point).model_dump(mode="json")
+        except ValidationError as error:
+            return str(Explainer(RunConfig, "").explain(error.errors(include_url=False)[0]))
+        broken = next((constraint for constraint in self.constraints if not constraint.holds(fields)), None)
+        return None if broken is None else broken.text
+
+    def _check_sweep(self) -> None:
+        sweep = self.sweep
+        if sweep.searcher == "grid":
+            ranges = [axis.name for axis in self.axes if not axis.choices]
+            if ranges:
+                raise ConfigError(f"sweep.space.{ranges[0]}", None, "a grid needs a list of values", "give one")
+            size = math.prod(len(axis.choices) for axis in self.axes)
+            if size > MOST_GRID_POINTS:
+                raise ConfigError(
+                    "sweep.searcher", "grid", f"{size} points are too many", "search at random, or by tpe"
+                )
+        if sweep.measure_test and (sweep.searcher != "grid" or sweep.scheduler != "none"):
+            raise ConfigError(
+                "sweep.measure_test",
+                True,
+                "test images would take part in a search",
+                "use it with sweep.searcher=grid and sweep.scheduler=none",
+            )
+        epochs = sweep.trial_epochs or self.run.training.epochs
+        if sweep.scheduler == "asha" and sweep.grace_epochs is not None and sweep.grace_epochs > epochs:
+            reason = f"longer than a trial of {epochs} epochs"
+            raise ConfigError("sweep.grace_epochs", sweep.grace_epochs, reason, "use fewer, or sweep.scheduler=none")
+
+    def _check_values(self) -> None:
+        """Each value alone: wrong types and ranges are found, and what several fields make of it is left for later."""
+        for axis in self.axes:
+            for value in axis.ends:
+                fields = _copy(self._fields)
+                for path, single in axis.fields(value).items():
+                    _put(fields, path, single)
+                try:
+                    RunConfig.model_validate(fields)
+                except ValidationError as error:
+                    found = next((one for one in error.errors(include_url=False) if one["type"] != "cross_field"), None)
+                    if found is not None:
+                        wrong = Explainer(RunConfig, "").explain(found)
+                        raise ConfigError(f"sweep.space.{axis.name}", value, wrong.reason, wrong.remedy) from error
+
+    def _check_not_empty(self) -> None:
+        if self.sweep.searcher == "grid":
+            found, how = bool(self.grid()), "no point of the grid is allowed"
+        else:
+            rng = np.random.default_rng(self.sweep.seed)
+            found, how = self.random(rng) is not None, f"none of {TRIES} random points is allowed"
+        if not found:
+            rng = np.random.default_rng(self.sweep.seed)
+            example = {axis.name: axis.draw(rng) for axis in self.axes}
+            reason = f"{how}; {shown(example)} breaks: {self._refusal(example)}"
+            subject = "sweep.constraints" if self.constraints else "sweep.space"
+            raise ConfigError(subject, None, reason, "widen the space, or drop a constraint")
+
+    def _follow_batch_size(self, fields: dict[str, Any], trial_epochs: int | None) -> None:
+        training, schedule = fields["training"], fields["schedule"]
+        ratio = training["global_batch_size"] / self.run.training.global_batch_size
+        power = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.sweep.learning_rate_rule]
+        fields["optimizer"]["learning_rate"] *= ratio**power
+        shorter = 1.0
+        if trial_epochs is not None:
+            shorter = trial_epochs / training["epochs"]
+            training["epochs"] = trial_epochs
+        if training["max_steps"] is not None:
+            training["max_steps"] = max(1, round(training["max_steps"] * shorter / ratio))
+        scale = shorter / ratio if schedule["unit"] == "step" else shorter
+        schedule["warmup"] *= scale
+        schedule["milestones"] = sorted({max(1, round(milestone * scale)) for milestone in schedule["milestones"]})
+
+
+def default_space(run: RunConfig) -> dict[str, Dimension]:
+    """The paper's weights and margin over wide ranges, and sizes around the run's own."""
+    batch = run.training.global_batch_size
+    space = {_BATCH: Dimension(values=(max(2, batch // 2), batch, 2 * batch))}
+    if run.mines_triplets:
+        space |= {
+            "loss.triplet_weight": Dimension(low=0.1, high=8, log=True),
+            "loss.norm_weight": Dimension(low=1e-5, high=1e-2, log=True),
+            "loss.margin": Dimension(low=0.005, high=0.2),
+        }
+        if run.mining.pool == "separate":
+            pool = run.mining.pool_size
+            space["mining.pool_size"] = Dimension(values=(max(1, pool // 2), pool, 2 * pool, 4 * pool))
+    return space
+
+
+def _check_overlap(axes: tuple[Axis, ...]) -> None:
+    owners: dict[str, str] = {}
+    for axis in axes:
+        paths = {path for value in axis.choices or (axis.low,) for path in axis.fields(value)}
+        for path in paths:
+            if path in owners:
+                reason = f"{path} is set by {owners[path]} too"
+                raise ConfigError(f"sweep.space.{axis.name}", None, reason, "let one of them set it")
+            owners[path] = axis.name
+
+
+def _freeze_evaluation(fields: dict[str, Any]) -> None:
+    """Give evaluation attacks what they would take from the training attack: all trials are measured alike."""
+    evaluation = fields["evaluation"]
+    for attack in (evaluation["validation"], *evaluation["test"].values()):
+        for name in ("norm", "epsilon", "step_size"):
+            if attack[name] is None:
+                attack[name] = fields["attack"][name]
+
+
+def _put(fields: dict[str, Any], path: str, value: Any) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        fields = fields[section]
+    fields[name] = value
+
+
+def _get(fields: dict[str, Any], path: str) -> Any:
+    value: Any = fields
+    for name in path.split("."):
+        value = value[name]
+    return value
+
+
+def _copy(value: Any) -> Any:
+    return {name: _copy(item) for name, item in value.items()} if isinstance(value, dict) else value

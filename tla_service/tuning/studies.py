@@ -1,0 +1,142 @@
+"""Studies that end in a picture of the paper, with its figures on the left and ours on the right."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tla_service.evaluation.figures import _BLUE, _GREEN, _ORANGE, _figure, _save
+from tla_service.tuning.space import Space
+from tla_service.tuning.trial import Trial
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": _ORANGE, "linestyle": "-", "marker": "o"},
+    {"color": _BLUE, "linestyle": "--", "marker": "s"},
+    {"color": _GREEN, "linestyle": "-.", "marker": "^"},
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the paper found.
+
+    Attributes:
+        source: Where it says so, and on which data.
+        along: What varies.
+        accuracies: By attack, accuracy by the value of what varies.
+    """
+
+    source: str
+    along: str
+    accuracies: Mapping[str, Mapping[str, float]]
+
+
+PAPER = {
+    "pool_size": Study(
+        "Mao et al. 2019, poster, read from its bars: CIFAR-10",
+        "images negatives are mined from (1: random negatives)",
+        {
+            "C&W": {"1": 0.4967, "250": 0.5049, "500": 0.5130, "1000": 0.5089, "2000": 0.5057},
+            "PGD": {"1": 0.4995, "250": 0.5073, "500": 0.5046, "1000": 0.5122, "2000": 0.5020},
+            "MIM": {"1": 0.4963, "250": 0.5032, "500": 0.5008, "1000": 0.5074, "2000": 0.4979},
+        },
+    ),
+    "triplet_weight": Study(
+        "Mao et al. 2019, table 8: MNIST",
+        "triplet weight λ₁ (0: adversarial training)",
+        {"PGD-100": {"0": 0.9482, "0.025": 0.9631, "0.5": 0.9696, "1": 0.9657, "2": 0.9672, "4": 0.9626}},
+    ),
+    "margin": Study(
+        "Mao et al. 2019, table 9: MNIST, λ₁ = 2",
+        "margin α",  # noqa: RUF001
+        {"PGD-100": {"0": 0.9660, "0.025": 0.9647, "0.05": 0.9672, "0.1": 0.9636, "0.2": 0.9635}},
+    ),
+}
+
+
+def study_figure(trials: Sequence[Trial], space: Space, path: Path) -> bool:
+    """Draw the paper's figures and ours side by side, each on its own scale of the same span.
+
+    Ours are on the test set if the sweep measures it, else on the validation split; means over trials that differ in
+    the other settings (seeds), with their standard deviation.
+
+    Args:
+        trials: Those with a report.
+        space: What was searched; its first axis is drawn along.
+        path: PNG file to write; its folder is made.
+
+    Returns:
+        False if no trial has finished: then nothing is drawn.
+    """
+    from matplotlib.ticker import PercentFormatter
+
+    study, axis = PAPER[space.sweep.picture], space.axes[0]
+    finished = [trial for trial in trials if trial.status == "finished"]
+    if not finished:
+        return False
+    found = _ours(finished, axis.name)
+    order = [f"{choice:g}" if isinstance(choice, float) else str(choice) for choice in axis.choices]
+    figure = _figure(10.4, 4.0)
+    left, right = figure.subplots(1, 2)
+    theirs = {name: {label: (value, 0.0) for label, value in line.items()} for name, line in study.accuracies.items()}
+    _draw(left, theirs, order)
+    _draw(right, found, order)
+    left.set_title(study.source, fontsize=10)
+    run = space.run
+    seeds = max(len([t for t in finished if t.point[axis.name] == choice]) for choice in axis.choices)
+    each = f"{seeds} trials each" if seeds > 1 else "one trial each"
+    where = "test" if space.sweep.measure_test else "validation"
+    title = f"ours: {run.data.name}, {run.model.name}, {where} set, {each}"
+    right.set_title(title, fontsize=10)
+    span = 1.15 * max(_span(axes) for axes in (left, right))
+    for axes in (left, right):
+        middle = sum(axes.get_ylim()) / 2
+        axes.set_ylim(middle - span / 2, middle + span / 2)
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
+        axes.set_xlabel(study.along)
+        axes.set_ylabel("accuracy under attack [%]")
+    _save(figure, path)
+    return True
+
+
+def _ours(trials: Sequence[Trial], axis: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """By attack and value of the axis: mean and standard deviation of the accuracy."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for trial in trials:
+        best, prefix = trial.best(), "robust_accuracy/"
+        label = f"{trial.point[axis]:g}" if isinstance(trial.point[axis], float) else str(trial.point[axis])
+        measured = {name.removeprefix(prefix): value for name, value in trial.test.items() if name.startswith(prefix)}
+        if not measured and best is not None:
+            measured = {"validation attack": best["validation/robust_accuracy"]}
+        for name, value in measured.items():
+            values.setdefault(name, {}).setdefault(label, []).append(value)
+    return {
+        name: {
+            label: (statistics.mean(each), statistics.stdev(each) if len(each) > 1 else 0.0)
+            for label, each in line.items()
+        }
+        for name, line in values.items()
+    }
+
+
+def _draw(axes: "Axes", lines: Mapping[str, Mapping[str, tuple[float, float]]], order: Sequence[str]) -> None:
+    for (name, line), style in zip(lines.items(), _STYLES * len(lines), strict=False):
+        places = [place for place, label in enumerate(order) if label in line]
+        means, spreads = zip(*(line[order[place]] for place in places), strict=True)
+        errors = spreads if any(spreads) else None
+        axes.errorbar(places, means, yerr=errors, label=name, linewidth=1.6, markersize=5, capsize=3, **style)
+    axes.set_xticks(range(len(order)), order)
+    axes.set_xlim(-0.3, len(order) - 0.7)
+    axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(facecolor="white", edgecolor="none", framealpha=0.85, fontsize=8.5, loc="best", handlelength=3.2)
+
+
+def _span(axes: "Axes") -> float:
+    low, high = axes.get_ylim()
+    return float(high - low)
