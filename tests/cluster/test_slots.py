@@ -52,6 +52,12 @@ def test_trials_under_way(
     assert room.slots == min(cpus // 2, most or 100)
 
 
+def test_nothing_is_on_deck_before_every_place_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
+    room = Room(Placement(2, False, 1, 1), None, 1)
+    assert [room.limit(trained) for trained in (0, 1, 2)] == [2, 2, 3]
+
+
 def test_room_follows_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}]
     monkeypatch.setattr(slots.ray, "nodes", lambda: nodes)

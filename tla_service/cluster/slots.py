@@ -30,8 +30,13 @@ class Room:
         self._fit = 0
         self.slots = 0  # the most that ever fitted together
 
-    def limit(self) -> int:
-        """Trials that may be under way now, those on deck included."""
+    def limit(self, trained: int | None = None) -> int:
+        """Trials that may be under way now, those on deck included.
+
+        Args:
+            trained: How many of those under way have begun to train. None is taken on deck before every place is
+                taken: its start would hold up theirs.
+        """
         if time.monotonic() - self._asked > ASK_SECONDS:
             self._asked = time.monotonic()
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -39,6 +44,8 @@ class Room:
             self.slots = max(self.slots, self._fit if self._most is None else min(self._fit, self._most))
         if self._most is not None and self._most < self._fit:
             return self._most  # one on deck would find a place
+        if trained is not None and trained < self._fit:
+            return self._fit
         return self._fit + self._on_deck
 
 

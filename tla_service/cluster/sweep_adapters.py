@@ -32,7 +32,7 @@ class Suggestions(_Stateless, Searcher):
     def suggest(self, trial_id: str) -> Any:
         """A trial's number and its run; None for not now; or Ray Tune's word for the end."""
         with self._watch:
-            if len(self._under_way) >= self._room.limit():
+            if len(self._under_way) >= self._room.limit(self._conductor.num_training):
                 return None
             chosen = self._conductor.choose()
             if chosen is not None:

@@ -128,6 +128,12 @@ class Conductor:
         return seconds * (self._gpus_a_trial or self._num_workers) / 3600
 
     @property
+    def num_training(self) -> int:
+        """Trials whose workers train now."""
+        here = [trial for trial in self.trials if trial.status == "running" and trial.attempts]
+        return sum(trial.attempts[-1].chosen >= self.began and trial.attempts[-1].trained > 0 for trial in here)
+
+    @property
     def has_begun(self) -> bool:
         """Whether workers of any trial have trained since this conductor began."""
         return any(stay.trained for trial in self.trials for stay in trial.attempts if stay.chosen >= self.began)
