@@ -205,7 +205,7 @@ def _conduct(sweep: Sweep, journal: Journal, *, debug: bool) -> int:
                 _tune(sweep, conductor, watch, attempt=lease.attempt, debug=debug)
         if watch.error is not None:
             raise watch.error
-        conclude(conductor, sweep.run, sweep.output, log, slots=max(1, sweep.room.slots))
+        conclude(conductor, sweep.run, sweep.output, log, slots=max(1, sweep.room.slots), attempt=lease.attempt)
         status = "KILLED" if watch.interrupted else "FAILED" if conductor.failed_for else "FINISHED"
     finally:
         log.close(status)

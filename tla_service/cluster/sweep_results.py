@@ -16,7 +16,9 @@ from tla_service.tuning.trial import Trial, winner
 WINNER, SUMMARY = "best.yaml", "sweep.json"
 
 
-def conclude(conductor: Conductor, run: RunConfig, output: Path, log: SweepLog, *, slots: int) -> dict[str, Any]:
+def conclude(
+    conductor: Conductor, run: RunConfig, output: Path, log: SweepLog, *, slots: int, attempt: int
+) -> dict[str, Any]:
     """Write, draw, track and tell what came out, so far.
 
     Args:
@@ -25,6 +27,7 @@ def conclude(conductor: Conductor, run: RunConfig, output: Path, log: SweepLog, 
         output: Folder for the files.
         log: Where to show and track.
         slots: Trials at a time.
+        attempt: Which attempt at the sweep this is: the step of its figures in MLflow.
 
     Returns:
         What `sweep.json` holds.
@@ -58,7 +61,7 @@ def conclude(conductor: Conductor, run: RunConfig, output: Path, log: SweepLog, 
         metrics |= {
             f"best/{name}": value for name, value in (best.best() or {}).items() if name.startswith("validation/")
         }
-    log.store(files, metrics)
+    log.store(files, metrics, attempt)
     _tell(conductor, best, costs, output, log)
     return summary
 

@@ -72,12 +72,12 @@ class SweepLog:
         """Show a line."""
         self._terminal.say(text)
 
-    def store(self, files: Mapping[str, Path], metrics: Mapping[str, float]) -> None:
+    def store(self, files: Mapping[str, Path], metrics: Mapping[str, float], attempt: int) -> None:
         """Give files and figures to the parent run; a server that is away leaves them in the output folder."""
         try:
             registry.log_files(self.uri, self.run_id, files)
             with contextlib.closing(registry.RunLog(self.uri, self.run_id, self._output / "unsent")) as log:
-                log.log(metrics, 0)
+                log.log(metrics, attempt)
         except UserError as error:
             self.say(f"warning: {error}")
 
