@@ -89,6 +89,8 @@ def parallel_coordinates(trials: Sequence[Trial], space: Space, objective: str, 
     for trial in sorted(trials, key=lambda trial: trial.value(objective) or -1.0):
         value = trial.value(objective)
         heights = [_height(axis, trial.point[axis.name]) for axis in space.axes]
+        if value is None and trial.status != "failed":
+            continue  # it has not come to its first validation yet
         if value is None:
             axes.plot([*range(axes_count)], [*heights, -0.08], color="#999999", linestyle=":", linewidth=1)
             axes.plot([axes_count - 1], [-0.08], marker="x", color="#999999", clip_on=False)
@@ -100,7 +102,7 @@ def parallel_coordinates(trials: Sequence[Trial], space: Space, objective: str, 
         axes.plot(heights, color=shade(scale(value)), linestyle=style, linewidth=3 if trial is best else 1.8, zorder=5)
     for place, axis in enumerate(space.axes):
         _scale(axes, place, [(_height(axis, value), _short(value)) for value in _ticks(axis)])
-    _scale(axes, axes_count - 1, [((v - low) / (high - low), f"{v:.0%}") for v in _round_ticks(low, high)])
+    _scale(axes, axes_count - 1, [((v - low) / (high - low), f"{v:.1%}") for v in _round_ticks(low, high)])
     names = [_SYMBOLS.get(axis.name, axis.name) for axis in space.axes]
     axes.set_xticks(range(axes_count), [*names, f"validation\n{objective.replace('_', ' ')}"])
     axes.tick_params(axis="x", length=0)
