@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def checkpoint(folder: Path, classes: int = 10, shape: tuple[int, int, int] = (1
     """Random weights as training leaves them."""
     folder.mkdir()
     config = RunConfig()
-    torch.manual_seed(len(folder.name))
+    torch.manual_seed(crc32(folder.name.encode()))
     network = build_model(config.model.name, classes, shape)
     weights = {name: value.clone() for name, value in network.state_dict().items()}
     if spoil:
