@@ -75,7 +75,12 @@ def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False
                 "scaling.address", address, f"no Ray cluster answers ({reason})", "start one with: ray start --head"
             ) from error
     else:
-        ray.init(num_cpus=_local_cpus(config.scaling), include_dashboard=dashboard, **quiet)
+        try:
+            ray.init(num_cpus=_local_cpus(config.scaling), include_dashboard=dashboard, **quiet)
+        except Exception as error:  # Ray raises no class of its own here
+            reason = f"does not start on this machine ({' '.join(str(error).split())[:200]})"
+            remedy = "look for load, want of memory or a full disk, and give the same command again"
+            raise UnavailableError("Ray", None, reason, remedy) from error
     try:
         yield
     finally:
