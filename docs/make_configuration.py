@@ -1,4 +1,4 @@
-"""Write the tables of all settings into docs/configuration.md and sweeps.md, from the fields that validate them.
+"""Write the tables of all settings into configuration.md, sweeps.md and evaluation.md, from the fields that validate them.
 
 python docs/make_configuration.py
 """
@@ -16,10 +16,11 @@ from tla_service.config import EvaluationAttack, RunConfig
 from tla_service.config_fields import parse_fraction
 from tla_service.config_loading import RunSettings, load_settings
 from tla_service.models.names import MODEL_DESCRIPTIONS, TORCHVISION_PREFIX
+from tla_service.report.settings import EvaluateSettings
 from tla_service.tuning.settings import Dimension, Objective, SweepConfig, TuneSettings
 
 PAGE = Path(__file__).with_name("configuration.md")
-SWEEPS = PAGE.with_name("sweeps.md")
+SWEEPS, EVALUATION = PAGE.with_name("sweeps.md"), PAGE.with_name("evaluation.md")
 BEGIN = "<!-- settings: written by docs/make_configuration.py -->"
 END = "<!-- end of settings -->"
 EXAMPLE = re.compile(r"digits-tla-s0-[0-9a-f]{8}")
@@ -36,6 +37,7 @@ _TYPES = {
     dict[str, EvaluationAttack]: "mapping of names to attacks",
     dict[str, Dimension]: "mapping of fields to what is searched",
     dict[str, dict[str, typing.Any]]: "mapping of names to fields",
+    tuple[int, int]: "two whole numbers",
     tuple[str, ...]: "list of text",
     tuple[typing.Any, ...]: "list",
     tuple[Objective, ...]: "list of `robust_accuracy`, `clean_accuracy`",
@@ -44,21 +46,12 @@ _TYPES = {
 
 def page_with_tables(page: str) -> str:
     """The page with the tables of all settings between its two markers, and the run name of its examples renewed."""
-    before, found_begin, rest = page.partition(BEGIN)
-    _, found_end, after = rest.partition(END)
-    if not (found_begin and found_end):
-        raise ValueError(f"{PAGE} needs the lines {BEGIN!r} and {END!r}, in this order")
     example = load_settings(["--preset", "digits"]).run_config.run_name
-    before, after = (EXAMPLE.sub(example, part) for part in (before, after))
-    return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
+    return _between_markers(EXAMPLE.sub(example, page), tables())
 
 
 def sweeps_with_tables(page: str) -> str:
     """The page on sweeps with its tables between the two markers."""
-    before, found_begin, rest = page.partition(BEGIN)
-    _, found_end, after = rest.partition(END)
-    if not (found_begin and found_end):
-        raise ValueError(f"{SWEEPS} needs the lines {BEGIN!r} and {END!r}, in this order")
     text = f"{Dimension.__doc__} These are the fields of every entry of `sweep.space`."
     beside = [name for name in TuneSettings.model_fields if name not in RunSettings.model_fields and name != "sweep"]
     blocks = [
@@ -66,8 +59,28 @@ def sweeps_with_tables(page: str) -> str:
         _block("A searched setting", text, _rows(Dimension, list(Dimension.model_fields))),
         _block("Beside the sweep", "Besides those of a run.", _rows(TuneSettings, beside)),
     ]
-    written = "\n".join(blocks)
-    return f"{before}{BEGIN}\n\n{written}\n{END}{after}"
+    return _between_markers(page, "\n".join(blocks))
+
+
+def evaluation_with_tables(page: str) -> str:
+    """The page on evaluation with its tables between the two markers."""
+    shared = {"scaling", "tracking"}
+    fields = {name: field for name, field in EvaluateSettings.model_fields.items() if name not in shared}
+    sections = {name: kind for name, field in fields.items() if (kind := _section(field)) is not None}
+    own = [name for name in fields if name not in sections]
+    text = "`scaling` and `tracking` are those of a run."
+    blocks = [_block("The evaluation", text, _rows(EvaluateSettings, own))]
+    for name, kind in sections.items():
+        blocks.append(_block(f"`{name}`", kind.__doc__ or "", _rows(kind, list(kind.model_fields), f"{name}.")))
+    return _between_markers(page, "\n".join(blocks))
+
+
+def _between_markers(page: str, text: str) -> str:
+    before, found_begin, rest = page.partition(BEGIN)
+    _, found_end, after = rest.partition(END)
+    if not (found_begin and found_end):
+        raise ValueError(f"the page needs the lines {BEGIN!r} and {END!r}, in this order")
+    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 
 
 def tables() -> str:
@@ -174,3 +187,4 @@ def _default(field: FieldInfo) -> str:
 if __name__ == "__main__":
     PAGE.write_text(page_with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     SWEEPS.write_text(sweeps_with_tables(SWEEPS.read_text(encoding="utf-8")), encoding="utf-8")
+    EVALUATION.write_text(evaluation_with_tables(EVALUATION.read_text(encoding="utf-8")), encoding="utf-8")

@@ -87,6 +87,13 @@ def test_the_tables_of_a_sweeps_settings_are_the_generated_ones() -> None:
         assert f"\n| `{name}` |" in page, name
 
 
+def test_the_tables_of_an_evaluations_settings_are_the_generated_ones() -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    generate = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))["evaluation_with_tables"]
+    assert page == generate(page), "run: python docs/make_configuration.py"
+    assert "\n| `images.autoattack` |" in page
+
+
 @pytest.mark.parametrize("study", sweep_preset_names())
 def test_every_study_is_explained(study: str) -> None:
     assert f"\n| `{study}` |" in (ROOT / "docs" / "sweeps.md").read_text()
