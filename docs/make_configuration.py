@@ -1,4 +1,4 @@
-"""Write the tables of all settings into configuration.md, sweeps.md and evaluation.md, from the fields that validate them.
+"""Write the tables of settings into configuration.md, sweeps.md and evaluation.md, from the fields that validate them.
 
 python docs/make_configuration.py
 """
