@@ -9,7 +9,7 @@ import sys
 
 from tla_service.config_loading import read_settings
 from tla_service.job import run_job
-from tla_service.registry.promotion_settings import PromoteSettings
+from tla_service.registry.job_settings import PromoteSettings
 
 REFUSED = 4
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mlflow import MlflowClient
+from pyautoattack import AutoAttack
 from safetensors.torch import save_file
 
 from tests.registry.tracking_server import Packaged, images
@@ -145,6 +146,19 @@ def test_compiled_sources_are_tolerated_and_planted_ones_refused(folder: Path) -
     py_compile.compile(str(other), cfile=str(cache))
     with pytest.raises(UnavailableError, match="was not packaged"):
         load_model(str(folder))
+
+
+def test_autoattack_runs_on_a_loaded_model_as_it_is(folder: Path) -> None:
+    """RobustBench's evaluation is this: a module from images in [0, 1] to logits, handed to AutoAttack."""
+    bare = load_model(str(folder), logits_only=True)
+    batch = torch.from_numpy(images(16))
+    labels = bare(batch).argmax(1)
+    adversary = AutoAttack(bare, norm="Linf", eps=0.3, version="custom", attacks=["apgd-ce"], device="cpu")
+    adversary.verbose = False
+    adversarial = adversary.run_standard_evaluation(batch, labels, batch_size=16)
+    adversarial = adversarial[0] if isinstance(adversarial, tuple) else adversarial
+    assert (adversarial - batch).abs().max() <= 0.3 + 1e-6
+    assert (bare(adversarial).argmax(1) == labels).float().mean() < 1
 
 
 def test_logits_alone_for_other_toolboxes(packaged: Packaged, folder: Path) -> None:

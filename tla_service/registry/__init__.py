@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tla_service.registry.environment import code_facts
     from tla_service.registry.evaluation_log import log_evaluation
     from tla_service.registry.integrity import find_pickles
-    from tla_service.registry.loading import load_model, resolve_weights
+    from tla_service.registry.loading import load_model, open_package, pin_version, resolve_weights
     from tla_service.registry.packaging import PackagedModel, log_model
     from tla_service.registry.probe import probe_tracking
     from tla_service.registry.run_log import RunLog
@@ -28,7 +28,9 @@ __all__ = [
     "log_evaluation",
     "log_files",
     "log_model",
+    "open_package",
     "open_run",
+    "pin_version",
     "probe_tracking",
     "resolve_weights",
     "run_page",
@@ -40,7 +42,7 @@ __all__ = [
 _MODULES = {
     "connection": ("check_tracking", "tracking_uri"),
     "integrity": ("find_pickles",),
-    "loading": ("load_model", "resolve_weights"),
+    "loading": ("load_model", "open_package", "pin_version", "resolve_weights"),
     "environment": ("code_facts",),
     "evaluation_log": ("log_evaluation",),
     "packaging": ("PackagedModel", "log_model"),

@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -87,6 +88,23 @@ def resolve_weights(uri: str, tracking: str | None = None) -> Path:
         UnavailableError: There is nothing at it, or the server is away.
     """
     return _fetch(uri, tracking)[0]
+
+
+def pin_version(uri: str, tracking: str | None = None) -> str:
+    """The version that an address names now, as ``models:/NAME/VERSION``: an alias may move, a version does not.
+
+    Raises:
+        ConfigError: It is not the address of a registered version.
+        UnavailableError: There is no such version, or the server is away.
+    """
+    name, _, alias = uri.removeprefix("models:/").rpartition("@")
+    if not uri.startswith("models:/") or not name:
+        if not re.fullmatch(r"models:/[^/@]+/\d+", uri):
+            raise ConfigError("model", uri, "names no registered version", "write models:/NAME@ALIAS or models:/NAME/N")
+        return uri
+    store = tracking or _current_store()
+    found = _asking(uri, store, lambda: client(store).get_model_version_by_alias(name, alias))
+    return f"models:/{name}/{found.version}"
 
 
 def _fetch(uri: str, tracking: str | None) -> tuple[Path, str | None]:

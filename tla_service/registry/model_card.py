@@ -18,7 +18,7 @@ def model_card(description: Mapping[str, Any]) -> str:
     detector = description["detector"]
     channels, height, width = description["image_shape"]
     lines = [
-        f"# {description['architecture']} trained with {description['method']}",
+        f"# {description['architecture']}, {_training(description['method'])}",
         "",
         f"Classifies {channels}x{height}x{width} images (float32 in [0, 1]) into {description['num_classes']} classes: "
         + _listed(description["class_names"])
@@ -54,11 +54,15 @@ def model_card(description: Mapping[str, Any]) -> str:
         "",
         *(f"- {name}: {value}" for name, value in sorted(description["facts"].items())),
         f"- run key: {description['run_key']}",
-        f"- configuration digest: {description['config_digest']}",
+        *([f"- configuration digest: {description['config_digest']}"] if description["config_digest"] else []),
         f"- weights SHA-256: `{description['weights']['sha256']}`",
         "",
     ]
     return "\n".join(lines)
+
+
+def _training(method: str) -> str:
+    return "trained elsewhere" if method == "imported" else f"trained with {method}"
 
 
 def _trust(detector: Mapping[str, Any] | None) -> list[str]:

@@ -42,6 +42,7 @@ def write_source(
     facts: Mapping[str, str],
     run_key: str,
     rejector: Rejector | None,
+    method: str | None,
 ) -> dict[str, Any]:
     """Write weights, detector, description, card and code to a new folder; returns the content of model.json."""
     from safetensors.numpy import save_file as save_arrays
@@ -57,12 +58,12 @@ def write_source(
         "image_shape": list(image_shape),
         "normalization": config.model.normalization,
         "class_names": list(class_names),
-        "method": config.method,
+        "method": method or config.method,
         "threat_model": {"norm": config.attack.norm, "epsilon": config.attack.epsilon},
         "metrics": {name: float(value) for name, value in metrics.items()},
         "facts": dict(facts),
         "run_key": run_key,
-        "config_digest": config.digest,
+        "config_digest": config.digest if method is None else "",
         "weights": {"file": weights.name, "sha256": sha256(weights)},
         "detector": None,
     }

@@ -57,6 +57,7 @@ def log_model(
     registered_model: str | None,
     facts: Mapping[str, str],
     rejector: Rejector | None = None,
+    method: str | None = None,
 ) -> PackagedModel:
     """Package a network, check that the package loads, store it with its run and register it.
 
@@ -75,6 +76,7 @@ def log_model(
         facts: Data fingerprint (``data_fingerprint``) and what else the card should tell.
         rejector: Detector of misclassified images, fitted to training images, with its threshold fixed on validation
             images; ``None`` leaves its outputs out.
+        method: How it was trained, where that is not as the configuration says.
 
     Raises:
         ConfigError: The example does not fit, or the weights are not of this network.
@@ -96,6 +98,7 @@ def log_model(
             facts=facts,
             run_key=run_key,
             rejector=rejector,
+            method=method,
         )
         digest = str(description["weights"]["sha256"])
         tags = _version_tags(description)

@@ -1,0 +1,27 @@
+"""Write a registered model as torch.export's pt2 and as ONNX, and compare what they compute.
+
+python jobs/export_model.py --model models:/tla-digits@champion --output export
+"""
+
+import sys
+
+from tla_service.config_loading import read_settings
+from tla_service.job import run_job
+from tla_service.registry.job_settings import ExportSettings
+
+
+def main() -> int:
+    """Read the settings, export, and say how exact each file is."""
+    settings = read_settings(ExportSettings)
+    # Imported late: --help and wrong settings should not wait for torch and mlflow.
+    from tla_service.registry import tracking_uri
+    from tla_service.registry.exporting import export_model
+
+    uri = tracking_uri(settings.tracking)
+    for made in export_model(settings.model, settings.output, settings.formats, uri):
+        print(f"{made.path}: equal to the network within {made.difference:.1e} of its largest output")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,26 @@
+"""Register weights that were trained elsewhere: a state dict of one of the networks this project knows.
+
+python jobs/import_model.py --file wrn.safetensors --model.name wrn_28_10 --data.name cifar10 --data.root /data/cifar10
+"""
+
+import sys
+
+from tla_service.config_loading import read_settings
+from tla_service.job import run_job
+from tla_service.registry.job_settings import ImportSettings
+
+
+def main() -> int:
+    """Read the settings, import, and say what to do next."""
+    settings = read_settings(ImportSettings)
+    # Imported late: --help and wrong settings should not wait for torch and mlflow.
+    from tla_service.registry.importing import import_model
+
+    packaged, figures = import_model(settings)
+    print(f"{packaged.model_uri}: clean accuracy {figures['clean_accuracy']:.2%} on the test set")
+    print(f"its robustness: python jobs/evaluate_tla.py --model {packaged.model_uri}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(main))

@@ -1,0 +1,101 @@
+"""What leaves this project computes the same, and asks for nothing of it when it is loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs import export_model as job
+from tests.registry.tracking_server import Packaged, config_for, images
+from tla_service.job import run_job
+from tla_service.models import build_model
+from tla_service.registry import exporting, log_model
+from tla_service.registry.exporting import export_model
+
+
+def test_pt2_computes_what_the_network_does(packaged: Packaged, tmp_path: Path) -> None:
+    (made,) = export_model(packaged.model.model_uri, tmp_path, ("pt2",), packaged.uri)
+    loaded = torch.export.load(made.path).module()
+    with torch.inference_mode():
+        logits, embeddings = loaded(torch.from_numpy(images(9)))
+    torch.testing.assert_close(logits, packaged.logits(images(9)), atol=1e-5, rtol=0)
+    assert embeddings.shape == (9, 128)
+
+
+@pytest.mark.slow
+def test_both_formats_compute_what_the_network_does(packaged: Packaged, tmp_path: Path) -> None:
+    made = export_model(packaged.model.model_uri, tmp_path / "out", ("pt2", "onnx"), packaged.uri)
+    assert [export.path.name for export in made] == ["model.pt2", "model.onnx"]
+    assert all(export.difference < 1e-5 for export in made)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "detector.safetensors", "model.json", "model.onnx", "model.pt2", "model_card.md"
+    }  # fmt: skip
+    np.save(tmp_path / "images.npy", images(9))
+    code = (
+        "import sys; sys.path = [entry for entry in sys.path if entry]\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
+        "import numpy as np, onnxruntime, torch\n"
+        "images = np.load('images.npy')\n"
+        "assert not [name for name in sys.modules if name.startswith('tla_service')]\n"
+        "a = torch.export.load('out/model.pt2').module()(torch.from_numpy(images))[0].detach().numpy()\n"
+        "b = onnxruntime.InferenceSession('out/model.onnx').run(['logits'], {'images': images})[0]\n"
+        "np.save('pt2.npy', a); np.save('onnx.npy', b)\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True, timeout=120)
+    for name in ("pt2", "onnx"):
+        np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), packaged.logits(images(9)), atol=1e-5)
+
+
+def test_an_export_that_computes_something_else_is_not_left_behind(
+    packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = exporting._write_pt2
+
+    def wrong(program: object, path: Path) -> exporting.Run:
+        run = right(program, path)  # type: ignore[arg-type]
+        return lambda batch: [output * 1.01 for output in run(batch)]
+
+    monkeypatch.setattr(exporting, "_write_pt2", wrong)
+    with pytest.raises(RuntimeError, match=r"model\.pt2 differs from the network"):
+        export_model(packaged.model.model_uri, tmp_path / "out", ("pt2",), packaged.uri)
+    assert not (tmp_path / "out" / "model.pt2").exists()
+
+
+def test_the_job(packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["export_model.py", "--tracking.uri", packaged.uri, *arguments])
+        return run_job(job.main)
+
+    assert call() == 2
+    assert call("--model", "models:/tla-digits/1", "--formats", "tflite") == 2
+    assert call("--model", "models:/tla-digits/9") == 3
+    output = str(tmp_path / "out")
+    assert call("--model", "models:/tla-digits/1", "--output", output, "--formats", "pt2") == 0
+    assert (tmp_path / "out" / "model.pt2").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["preact_resnet_18", "wrn_32_10", "tiny_resnet20_stride1", "mnist_cnn"])
+def test_the_papers_networks(local_uri: str, tmp_path: Path, name: str) -> None:
+    shape = (1, 28, 28) if name == "mnist_cnn" else (3, 32, 32)
+    config = config_for(local_uri, model={"name": name})
+    from tla_service.registry import open_run
+
+    torch.manual_seed(0)
+    made = log_model(
+        local_uri,
+        open_run(config, "key", facts={}),
+        state_dict=build_model(name, 10, shape).state_dict(),
+        config=config,
+        class_names=[str(label) for label in range(10)],
+        image_shape=shape,
+        example=np.random.default_rng(0).random((2, *shape), dtype=np.float32),
+        metrics={},
+        registered_model=None,
+        facts={},
+    )
+    for export in export_model(made.model_uri, tmp_path / "out", ("pt2", "onnx"), local_uri):
+        assert export.difference < 1e-4

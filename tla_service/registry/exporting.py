@@ -1,0 +1,137 @@
+"""A model outside this project: as torch.export's ``pt2`` and as ONNX, each compared with the network it came from."""
+
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tla_service.errors import UnavailableError
+from tla_service.registry.job_settings import Format
+from tla_service.registry.loading import load_model, open_package
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+BATCHES = (1, 2, 7)  # of the comparison: another one than the example's, and one image alone
+# What another order of additions may change in float32; logits are compared on the scale of the largest.
+RELATIVE_TOLERANCE = 1e-4
+_OUTPUTS = ("logits", "embeddings")
+Run = Callable[[npt.NDArray[np.float32]], Sequence[npt.NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file and how far its outputs are from the network's.
+
+    Attributes:
+        path: The file.
+        difference: Largest difference of an output, over the largest output; over all batches compared.
+    """
+
+    path: Path
+    difference: float
+
+
+def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: str | None = None) -> list[Exported]:
+    """Write a packaged model in other formats, and compare what they compute.
+
+    Each takes images (N, C, H, W), float32 in [0, 1], N of any size, and gives logits and embeddings. The description,
+    the card and the detector are copied beside them.
+
+    Args:
+        uri: As for :func:`tla_service.registry.load_model`; not a checkpoint.
+        folder: Where to write; made if it is missing.
+        formats: Which.
+        tracking: Tracking store.
+
+    Raises:
+        UserError: There is no such model, it was changed, or a format's packages are missing.
+        RuntimeError: An export computes something else; its file is removed.
+    """
+    artifacts, description = open_package(uri, tracking)
+    network = load_model(str(artifacts))
+    shape = tuple(description["image_shape"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("model.json", "model_card.md", "detector.safetensors"):
+        if (artifacts / name).is_file():
+            shutil.copy(artifacts / name, folder / name)
+    program = _program(network, shape)
+    makers = {"pt2": _write_pt2, "onnx": _write_onnx}
+    found = []
+    for kind in formats:
+        path = folder / f"model.{kind}"
+        difference = _compare(makers[kind](program, path), network, shape)
+        if not difference <= RELATIVE_TOLERANCE:
+            path.unlink()
+            raise RuntimeError(f"{path.name} differs from the network by {difference:.2g} of its largest output")
+        found.append(Exported(path, difference))
+    return found
+
+
+class _Plain(torch.nn.Module):
+    """A network that gives a plain tuple: a file must not ask for a class of this project when it is loaded."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (N, K) and embeddings (N, D)."""
+        output = self.network(images)
+        return output.logits, output.embeddings
+
+
+def _program(network: torch.nn.Module, shape: tuple[int, ...]) -> "ExportedProgram":
+    """The network as a graph, for batches of any size."""
+    example = torch.rand(2, *shape)  # one image alone would be taken for a constant
+    return torch.export.export(
+        _Plain(network).eval(), (example,), dynamic_shapes={"images": {0: torch.export.Dim.AUTO}}
+    )
+
+
+def _write_pt2(program: "ExportedProgram", path: Path) -> Run:
+    torch.export.save(program, path)
+    loaded = torch.export.load(path).module()
+
+    def run(images: npt.NDArray[np.float32]) -> Sequence[npt.NDArray[np.float32]]:
+        with torch.inference_mode():
+            return [output.numpy() for output in loaded(torch.from_numpy(images))]
+
+    return run
+
+
+def _write_onnx(program: "ExportedProgram", path: Path) -> Run:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+    except ImportError as error:
+        remedy = "pip install 'tla-service[export]', or leave onnx out of --formats"
+        raise UnavailableError("formats", "onnx", f"a package is missing ({error.name})", remedy) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.onnx warns of its own parts
+        made = torch.onnx.export(program, verbose=False, output_names=list(_OUTPUTS), optimize=True)
+    assert made is not None
+    made.save(str(path), external_data=False)
+    session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(list(_OUTPUTS), {name: images})
+
+
+def _compare(run: Run, network: torch.nn.Module, shape: tuple[int, ...]) -> float:
+    random = np.random.default_rng(0)
+    worst = 0.0
+    for size in BATCHES:
+        images = random.random((size, *shape), dtype=np.float32)
+        with torch.inference_mode():
+            expected = [output.numpy() for output in network(torch.from_numpy(images))]
+        for found, wanted in zip(run(images), expected, strict=True):
+            if found.shape != wanted.shape:
+                return float("inf")
+            worst = max(worst, float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-12)))
+    return worst

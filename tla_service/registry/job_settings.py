@@ -1,0 +1,72 @@
+"""What the jobs on registered models can be told; read without torch or mlflow."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from tla_service.config import DataConfig, DetectionConfig, ModelConfig, TrackingConfig
+from tla_service.config_fields import Pixels, setting, wrong
+from tla_service.config_loading import JobSettings
+from tla_service.registry.gate_rules import GateRules
+
+Format = Literal["pt2", "onnx"]
+
+
+class PromoteSettings(JobSettings):
+    """A promotion, complete."""
+
+    model: str = setting("", "registered model, without a version")
+    version: str = setting("", "number of the version to promote", pattern=r"^\d*$")
+    alias: str = setting("champion", "alias to give it", min_length=1)
+    rollback: bool = Field(False, description="give the alias back to the version that carried it before")
+    rules: GateRules = GateRules()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.model:
+            raise wrong("model", "", "no model is named", "give --model NAME")
+        if not self.version and not self.rollback:
+            raise wrong("version", "", "no version is named", "give --version N, or --rollback")
+        if self.version and self.rollback:
+            raise wrong("version", self.version, "a rollback goes to the version before", "leave it out")
+        return self
+
+
+class ExportSettings(JobSettings):
+    """An export, complete."""
+
+    model: str = setting("", "model to export: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/... or a folder")
+    output: Path = Field(Path("export"), description="folder of the files")
+    formats: tuple[Format, ...] = setting(("pt2", "onnx"), "formats to write: --formats pt2,onnx")
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.model:
+            raise wrong("model", "", "no model is named", "give --model models:/NAME@ALIAS")
+        if not self.formats:
+            raise wrong("formats", "()", "nothing to write", "give pt2, onnx, or both")
+        return self
+
+
+class ImportSettings(JobSettings):
+    """An import, complete."""
+
+    file: str = setting("", "weights: a .safetensors file, or a .pt file that torch.load reads with weights_only=True")
+    name: str | None = setting(None, "name to register them under; none: tla-<data.name>", min_length=1)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    norm: Literal["linf", "l2"] = setting("linf", "norm of the perturbations they were trained against")
+    epsilon: Pixels = setting(8 / 255, "radius of these", unit="pixels in [0, 1], or L2 length", gt=0)
+    source: str = setting("", "where they come from: a paper, an address; goes to the model card")
+    detection: DetectionConfig = DetectionConfig()
+    seed: int = setting(0, "seed of the validation split that the detector's threshold is fixed on", ge=0, lt=2**31)
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.file:
+            raise wrong("file", "", "no weights are named", "give --file weights.safetensors")
+        return self

@@ -1,0 +1,173 @@
+"""The Ray Serve application: replicas that classify, and one that counts.
+
+| request | answer |
+|---|---|
+| `GET /` | the model: address, classes, image shape, detector |
+| `GET /health` | 200 once the model is loaded |
+| `GET /metrics` | requests, latencies and verdicts, for Prometheus |
+| `POST /predict` | labels, probabilities, detection scores, verdicts |
+"""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from tla_service.errors import ConfigError
+from tla_service.inference.images import BadImages
+from tla_service.serving.bodies import ENCODED, JSON, NPY, parse_body
+from tla_service.serving.metrics import Meter
+from tla_service.serving.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+
+def build_app(settings: ServeSettings) -> Application:
+    """The application, bound to the version that the address names now.
+
+    An alias is looked up once, here: replicas that start later serve the same version. Deploy again to follow it.
+
+    Raises:
+        ConfigError: The address names no registered version.
+        UnavailableError: There is no such version, or the registry is away.
+    """
+    from tla_service.config import TrackingConfig
+    from tla_service.registry import pin_version, tracking_uri
+
+    uri = tracking_uri(TrackingConfig(uri=settings.tracking_uri))
+    model = pin_version(settings.model, uri)
+    options: dict[str, Any] = {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica}
+    classifier = Classifier.options(  # type: ignore[attr-defined]
+        num_replicas=settings.replicas,
+        ray_actor_options=options,
+        max_queued_requests=settings.max_waiting_requests,
+        max_ongoing_requests=2 * settings.max_batch_images,
+    )
+    return classifier.bind(settings, model, uri, Meter.bind(model))  # type: ignore[attr-defined]
+
+
+class RequestError(Exception):
+    """A request that is answered with an HTTP status of its own."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(status, message)
+        self.status, self.message = status, message
+
+
+@serve.deployment
+class Classifier:
+    """A replica: one copy of the model.
+
+    Args:
+        settings: Of the application.
+        model: ``models:/NAME/VERSION``.
+        uri: Registry.
+        meter: Counts answers.
+    """
+
+    def __init__(self, settings: ServeSettings, model: str, uri: str, meter: "DeploymentHandle[Any]") -> None:
+        from tla_service.inference.predictor import Predictor
+        from tla_service.registry import open_package
+
+        self._settings, self._model, self._meter = settings, model, meter
+        artifacts, self._description = open_package(model, uri)
+        self._predictor = Predictor.load(Path(artifacts), "cuda" if settings.gpus_per_replica else "cpu")
+        self._classify.set_max_batch_size(settings.max_batch_images)  # type: ignore[attr-defined]
+        self._classify.set_batch_wait_timeout_s(settings.batch_wait_seconds)  # type: ignore[attr-defined]
+
+    async def __call__(self, request: "Request") -> "Response":
+        """Answer a request; whatever is wrong with it is said in one sentence."""
+        from starlette.responses import JSONResponse
+
+        route = f"{request.method} {request.url.path.rstrip('/') or '/'}"
+        if route == "GET /":
+            return JSONResponse(self._facts())
+        if route == "GET /health":
+            return JSONResponse({"status": "ok", "model": self._model})
+        if route == "GET /metrics":
+            from starlette.responses import PlainTextResponse
+
+            return PlainTextResponse(await self._meter.text.remote(), media_type="text/plain; version=0.0.4")
+        if route != "POST /predict":
+            return JSONResponse({"error": "there is GET /, /health, /metrics and POST /predict"}, status_code=404)
+        began = time.perf_counter()
+        accepted = rejected = 0
+        try:
+            answer, accepted, rejected = await self._predict(request)
+            status = 200
+        except RequestError as error:
+            answer, status = {"error": error.message}, error.status
+        self._meter.count.remote(status, time.perf_counter() - began, accepted, rejected)
+        return JSONResponse(answer, status_code=status)
+
+    async def _predict(self, request: "Request") -> tuple[dict[str, Any], int, int]:
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type not in (JSON, NPY, *ENCODED):
+            raise RequestError(415, f"send {', '.join((JSON, NPY, *ENCODED))}, not {content_type or 'nothing'}")
+        body = await self._body(request)
+        shape, most = self._predictor.image_shape, self._settings.max_request_images
+        try:
+            images, embedding = await asyncio.to_thread(parse_body, body, content_type, shape, most)
+        except BadImages as error:
+            raise RequestError(400, str(error)) from None
+        # Small enough for a batch each; the batcher puts them together again.
+        size = self._settings.max_batch_images
+        chunks = [images[start : start + size] for start in range(0, len(images), size)]
+        parts = await asyncio.gather(*(self._classify(chunk) for chunk in chunks))
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if not embedding:
+            del found["embedding"]
+        rejected = int((~found["accepted"]).sum()) if "accepted" in found else 0
+        names = [self._predictor.class_names[label] for label in found["label"]]
+        answer = {"model": self._model, "class": names, **{name: found[name].tolist() for name in found}}
+        return answer, len(images) - rejected, rejected
+
+    async def _body(self, request: "Request") -> bytes:
+        """The body, as long as it is not too large: a client's word for its length is not relied on."""
+        limit, parts, size = self._settings.max_request_bytes, [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise RequestError(413, f"the body is over {limit} bytes; send the images in several requests")
+            parts.append(part)
+        return b"".join(parts)
+
+    @serve.batch(batch_size_fn=lambda batch: sum(len(images) for images in batch))
+    async def _classify(self, batch: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Classify the images of several requests at once; the event loop stays free for more."""
+        found = await asyncio.to_thread(self._predictor.predict, np.concatenate(batch), embedding=True)
+        ends = np.cumsum([len(images) for images in batch])
+        return [
+            {name: values[end - len(images) : end] for name, values in found.items()}
+            for images, end in zip(batch, ends, strict=True)
+        ]
+
+    def _facts(self) -> dict[str, Any]:
+        names = ("architecture", "method", "threat_model", "class_names", "image_shape", "detector")
+        facts = {name: self._description[name] for name in names}
+        return {"model": self._model, **facts, "weights_sha256": self._description["weights"]["sha256"]}
+
+
+def app(arguments: dict[str, Any]) -> Application:
+    """What Serve calls with the ``args`` of its configuration.
+
+    Raises:
+        ConfigError: A field is wrong.
+    """
+    from pydantic import ValidationError
+
+    try:
+        settings = ServeSettings.model_validate(arguments)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"]) or "args"
+        shown = ", ".join(ServeSettings.model_fields)
+        raise ConfigError(name, first["input"], first["msg"].lower(), f"the settings are {shown}") from error
+    return build_app(settings)
