@@ -23,9 +23,13 @@ from tests.registry.tracking_server import Packaged
 from tests.serving.test_bodies import npy
 from tla_service.errors import ConfigError
 from tla_service.registry.connection import client
-from tla_service.serving.app import app
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore"),  # Ray Serve warns of its own use of pydantic and of its sockets
+]
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
 
 
@@ -41,6 +45,8 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> Packaged:
 def address(packaged: Packaged) -> Iterator[str]:
     import ray
     from ray import serve
+
+    from tla_service.serving.app import app
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -143,6 +149,8 @@ def test_metrics_count_what_was_answered(address: str) -> None:
 
 
 def test_wrong_settings_and_missing_models_are_refused(packaged: Packaged) -> None:
+    from tla_service.serving.app import app
+
     with pytest.raises(ConfigError, match="replicas=0"):
         app({"model": "models:/tla-digits/1", "replicas": 0})
     with pytest.raises(ConfigError, match="names no registered version"):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -165,20 +166,22 @@ class _Promotion:
                 raise
             raise ConfigError("alias", alias, f"MLflow refuses it ({one_line(error)})", "choose another") from error
         self._tag_decision(decision, run_id)
-        self.made.set_terminated(run_id, "FINISHED")
+        retrying("Closing the record", lambda: self.made.set_terminated(run_id, "FINISHED"))
         return decision
 
     def _finish(self, decision: Decision) -> Decision:
         """Record a decision that changes nothing."""
         run_id = self._record(decision)
         self._tag_decision(decision, run_id)
-        self.made.set_terminated(run_id, "FINISHED")
+        retrying("Closing the record", lambda: self.made.set_terminated(run_id, "FINISHED"))
         return decision
 
     def _record(self, decision: Decision) -> str:
         """A run of its own for each decision: versions keep their last one only."""
+        key = uuid.uuid4().hex
         tags = {
             "tla.promotion": decision.verdict,
+            "tla.promotion.id": key,
             "tla.promotion.model": decision.model,
             "tla.promotion.version": decision.version,
             "tla.promotion.alias": decision.alias,
@@ -192,7 +195,10 @@ class _Promotion:
 
         def create() -> str:
             experiment = experiment_id(self.made, EXPERIMENT, self.uri)
-            return str(self.made.create_run(experiment, run_name=name, tags=tags).info.run_id)
+            # An attempt whose answer was lost may have made it.
+            made = self.made.search_runs([experiment], f"tags.`tla.promotion.id` = '{key}'", max_results=1)
+            run = made[0] if made else self.made.create_run(experiment, run_name=name, tags=tags)
+            return str(run.info.run_id)
 
         return retrying("Recording the decision", create)
 
