@@ -12,7 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from tla_service.config import EvaluationAttack, RunConfig
+from tla_service.config import RunConfig
+from tla_service.config_adversary import EvaluationAttack
 from tla_service.config_fields import parse_fraction
 from tla_service.config_loading import RunSettings, load_settings
 from tla_service.models.names import MODEL_DESCRIPTIONS, TORCHVISION_PREFIX

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tla_service.config import EvaluationAttack, EvaluationConfig, RunConfig, TrackingConfig
+from tla_service.config import EvaluationConfig, RunConfig, TrackingConfig
+from tla_service.config_adversary import EvaluationAttack
 from tla_service.config_loading import RunSettings, load_config_file, load_settings, print_config, to_yaml
 from tla_service.errors import ConfigError
 

@@ -9,13 +9,17 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from tla_service.config_adversary import AttackConfig, EvaluationAttack
 from tla_service.config_fields import Pixels, Section, setting, wrong
 
-Method = Literal["natural", "at", "alp", "tla", "tla_rn", "tla_sa"]
+Method = Literal["natural", "at", "alp", "tla", "tla_rn", "tla_sa", "trades", "mart"]
 DatasetName = Literal[
     "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "image_folder", "parquet"
 ]
+RobustTerm = Literal["cross_entropy", "trades", "mart"]
 TRIPLET_METHODS = ("tla", "tla_rn", "tla_sa")
+# The papers' weights of the divergence (Zhang et al. 2019, section 5; Wang et al. 2020, section 4).
+ROBUST_WEIGHTS = {"cross_entropy": 0.0, "trades": 6.0, "mart": 5.0}
 
 
 class DataConfig(Section):
@@ -54,44 +58,6 @@ class ModelConfig(Section):
     weights: str | None = setting(None, "start from these weights: a checkpoint folder, runs:/... or models:/...")
 
 
-class AttackConfig(Section):
-    """The adversary that training meets: images stay within epsilon of the original and in [0, 1]."""
-
-    norm: Literal["linf", "l2"] = setting("linf", "norm of the perturbation")
-    epsilon: Pixels = setting(8 / 255, "radius of the perturbation", unit="pixels in [0, 1], or L2 length", gt=0)
-    step_size: Pixels = setting(2 / 255, "length of one attack step", unit="as epsilon", gt=0)
-    num_steps: int = setting(7, "gradient steps", ge=1, le=10_000)
-    random_start: bool = setting(True, "start at a random point of the ball")
-    batchnorm: Literal["eval", "train"] = setting(
-        "eval", "BatchNorm while crafting: running or batch statistics; running statistics never change either way"
-    )
-    label_smoothing: bool = setting(True, "craft against the smoothed loss that training minimises (the authors' code)")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.norm == "linf" and self.epsilon > 1:
-            raise wrong("attack.epsilon", self.epsilon, "outside (0, 1]", f"write {self.epsilon:g}/255")
-        if self.step_size > 2 * self.epsilon:
-            raise wrong(
-                "attack.step_size",
-                self.step_size,
-                f"over twice attack.epsilon={self.epsilon:g}, one step leaves the ball",
-                f"use at most {2 * self.epsilon:g}",
-            )
-        return self
-
-
-class EvaluationAttack(Section):
-    """An adversary of the evaluation; what is not given is taken from the training attack."""
-
-    kind: Literal["fgsm", "bim", "pgd", "mim", "cw"] = setting("pgd", "attack; cw is PGD on the logit margin")
-    norm: Literal["linf", "l2"] | None = setting(None, "norm of the perturbation; none: as in training")
-    epsilon: Pixels | None = setting(None, "radius; none: as in training", unit="pixels in [0, 1], or L2 length", gt=0)
-    step_size: Pixels | None = setting(None, "length of one step; none: as in training", unit="as epsilon", gt=0)
-    num_steps: int = setting(20, "gradient steps", ge=1, le=10_000)
-    num_restarts: int = setting(1, "random restarts; an image counts as broken if any of them breaks it", ge=1, le=1000)
-
-
 class EvaluationConfig(Section):
     """How models are chosen (validation split) and measured (test set, once, at the end). Always float32."""
 
@@ -121,6 +87,12 @@ class DetectionConfig(Section):
 class LossConfig(Section):
     """Cross-entropy on adversarial images, the triplet term, the norm penalty, and what the baselines add."""
 
+    robust_term: Literal["auto", "cross_entropy", "trades", "mart"] = setting(
+        "auto", "term on labels: adversarial cross-entropy, or that of TRADES or MART; auto: by the method"
+    )
+    robust_weight: float | None = setting(
+        None, "weight of the divergence in TRADES' or MART's term; none: the papers', 6 and 5", gt=0
+    )
     triplet_weight: float = setting(0.5, "weight of the triplet term, the paper's lambda_1", ge=0)
     norm_weight: float = setting(0.001, "weight of the embedding norms, the paper's lambda_2", ge=0)
     margin: float = setting(
@@ -302,6 +274,25 @@ class RunConfig(Section):
         return self.method in TRIPLET_METHODS
 
     @property
+    def robust_term(self) -> RobustTerm:
+        """The term on labels, by the method where it is not set."""
+        by_method: RobustTerm = self.method if self.method in ("trades", "mart") else "cross_entropy"
+        return by_method if self.loss.robust_term == "auto" else self.loss.robust_term
+
+    @property
+    def robust_weight(self) -> float:
+        """Weight of the divergence in the term on labels."""
+        given = self.loss.robust_weight
+        return ROBUST_WEIGHTS[self.robust_term] if given is None else given
+
+    @property
+    def attack_objective(self) -> Literal["cross_entropy", "kl"]:
+        """What the training attack ascends: TRADES its divergence, all others the cross-entropy."""
+        if self.attack.objective != "auto":
+            return self.attack.objective
+        return "kl" if self.robust_term == "trades" else "cross_entropy"
+
+    @property
     def digest(self) -> str:
         """Eight hex digits of everything that shapes the trained weights."""
         fields = self.model_dump(mode="json", exclude=self.NOT_IDENTITY)
@@ -340,6 +331,7 @@ class RunConfig(Section):
             raise wrong(
                 "loss.logit_pairing_weight", 0, "method alp pairs logits", "give a weight above 0, or method at"
             )
+        self._check_terms()
         shared_pool = self.mining.scope == "global" and self.mining.pool == "separate"
         if isinstance(workers, int) and shared_pool and self.mining.pool_size % workers:
             raise wrong(
@@ -356,3 +348,24 @@ class RunConfig(Section):
         if self.data.root is None and self.data.name != "digits":
             raise wrong("data.root", None, f"{self.data.name} is not embedded", "give a folder, or s3://bucket/prefix")
         return self
+
+    def _check_terms(self) -> None:
+        """What the method, the term on labels and the attack make of one another."""
+        term, method = self.robust_term, self.method
+        has_own = method in ("natural", "alp", "trades", "mart")
+        if has_own and term != (method if method in ("trades", "mart") else "cross_entropy"):
+            reason = f"method {method} has a term of its own"
+            raise wrong("loss.robust_term", term, reason, f"leave it out, or take method {term} or tla")
+        if self.loss.clean_weight and term != "cross_entropy":
+            reason = f"the {term} term has its own share of clean images"
+            raise wrong("loss.clean_weight", self.loss.clean_weight, reason, "leave it out, or set loss.robust_weight")
+        if self.loss.robust_weight is not None and term == "cross_entropy":
+            reason = f"method {method} has no divergence to weight"
+            remedy = "leave it out, or set loss.robust_term to trades or mart"
+            raise wrong("loss.robust_weight", self.loss.robust_weight, reason, remedy)
+        if self.attack_objective == "kl" and not self.attack.random_start and self.attack.kind == "pgd":
+            reason = "the divergence from an image to itself has no gradient"
+            remedy = "set it to true, or attack.objective to cross_entropy"
+            raise wrong("attack.random_start", "False", reason, remedy)
+        if self.attack.awp and method == "natural":
+            raise wrong("attack.awp", "True", "method natural meets no adversary", "leave it out, or take method at")

@@ -30,6 +30,14 @@ IMAGES, POOL = 22, 16
 CASES: dict[str, dict[str, Any]] = {
     "at": {"method": "at"},
     "alp": {"method": "alp"},
+    "trades": {"method": "trades"},
+    "tla on mart with adversarial weights": {
+        "mining": {"scope": "global"},
+        "loss": {"robust_term": "mart", "margin": 0.5},
+        "attack": {"awp": True, "awp_gamma": 0.1},
+    },
+    "n_fgsm": {"method": "at", "attack": {"kind": "n_fgsm", "noise": 0.0}},
+    "free": {"mining": {"scope": "global"}, "loss": {"margin": 0.5}, "attack": {"kind": "free", "free_replays": 3}},
     "tla in the batch": {"mining": {"scope": "global", "positives": "both"}, "loss": {"margin": 0.5}},
     "tla in the batch, summed": {"mining": {"scope": "global"}, "loss": {"margin": 0.5, "reduction": "sum"}},
     "switched anchor": {"method": "tla_sa", "mining": {"scope": "global"}, "loss": {"margin": 0.5}},
@@ -45,9 +53,10 @@ def shard(batch: Batch, rank: int, world_size: int) -> Batch:
 
 
 def run_case(changes: dict[str, Any], context: WorkerContext) -> dict[str, torch.Tensor]:
-    """One step on this worker's share: sums, mined pool rows, gradients."""
-    changes = changes | {"attack": {"random_start": False}}
-    config = digits_config(**changes)
+    """One step on this worker's share: sums, pool rows mined each time (times, N), gradients."""
+    # Each worker draws for its own images: what several workers share with one is what is made without a draw.
+    still = {"objective": "cross_entropy", "random_start": False}
+    config = digits_config(**changes | {"attack": changes.get("attack", {}) | still})
     torch.manual_seed(3)
     network = build_model("digits_cnn", 4, (1, 8, 8)).double()
     whole = random_batch(IMAGES, pool=POOL)
@@ -63,12 +72,18 @@ def run_case(changes: dict[str, Any], context: WorkerContext) -> dict[str, torch
         return found
 
     step_module.mine_hardest = remember
+    step = TrainingStep(network, config, context)
+    step.adversary.first_perturbation = lambda images, _random: torch.zeros_like(images)  # type: ignore[method-assign]
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     try:
-        totals = TrainingStep(network, config, context).backward(StepBatch(*parts, IMAGES), 0)
+        for sums in step.updates(StepBatch(*parts, IMAGES), 0):
+            totals = sums
+            if config.attack.kind == "free":  # the weights move between its updates
+                optimizer.step()
     finally:
         step_module.mine_hardest = original
     gradients = {f"gradient {name}": parameter.grad for name, parameter in network.named_parameters()}
-    return {"totals": totals, "mined": torch.cat(mined) if mined else torch.zeros(0), **gradients}  # type: ignore[dict-item]
+    return {"totals": totals, "mined": torch.stack(mined) if mined else torch.zeros(1, 0), **gradients}  # type: ignore[dict-item]
 
 
 def worker(rank: int, world_size: int, folder: str) -> None:
@@ -102,7 +117,7 @@ def test_workers_together_equal_one_process(gathered: list[dict[str, Any]], name
     together = [results[name] for results in gathered]
     totals = torch.stack([part["totals"] for part in together]).sum(0)
     torch.testing.assert_close(totals, alone["totals"], rtol=1e-10, atol=1e-10)
-    assert torch.equal(torch.cat([part["mined"] for part in together]), alone["mined"])
+    assert torch.equal(torch.cat([part["mined"] for part in together], 1), alone["mined"])
     for gradient in (key for key in alone if key.startswith("gradient")):
         for part in together:
             torch.testing.assert_close(part[gradient], alone[gradient], rtol=1e-10, atol=1e-10)

@@ -13,6 +13,7 @@ from tla_service.data import StepBatch
 from tla_service.models import build_model
 from tla_service.models.output import ModelOutput
 from tla_service.runtime import WorkerContext, generator
+from tla_service.training import adversary as adversary_module
 from tla_service.training import step as step_module
 from tla_service.training.step import TOTALS, TrainingStep
 
@@ -32,7 +33,7 @@ def shifted(images: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def fixed_attack(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if "real_attack" not in request.keywords:
-        monkeypatch.setattr(step_module, "craft", lambda _logits, images, *_: shifted(images))
+        monkeypatch.setattr(adversary_module, "craft", lambda _logits, images, *_: shifted(images))
 
 
 def cosine(first: list[float], second: list[float]) -> float:
@@ -66,8 +67,7 @@ def expected_total(config: RunConfig, net: nn.Module, batch: StepBatch) -> float
     total = 0.0
     clean_weight = (0.5 if config.method == "alp" else 0.0) if loss.clean_weight is None else loss.clean_weight
     for row, label in enumerate(labels):
-        total += (1 - clean_weight) * cross_entropy(adversarial_logits[row], label, loss.label_smoothing)
-        total += clean_weight * cross_entropy(clean_logits[row], label, loss.label_smoothing)
+        total += label_term(config, clean_weight, adversarial_logits[row], clean_logits[row], label)
         if config.method == "alp":
             pairs = zip(adversarial_logits[row], clean_logits[row], strict=True)
             total += loss.logit_pairing_weight * sum((a - b) ** 2 for a, b in pairs)
@@ -90,6 +90,26 @@ def expected_total(config: RunConfig, net: nn.Module, batch: StepBatch) -> float
                 norm = sum(sum(value * value for value in member) / len(member) for member in members)
                 total += loss.triplet_weight * (hinge + loss.norm_weight * norm)
     return total
+
+
+def softmax(logits: list[float]) -> list[float]:
+    powers = [math.exp(value) for value in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def label_term(config: RunConfig, clean_weight: float, attacked: list[float], clean: list[float], label: int) -> float:
+    """Cross-entropy, or TRADES' (Zhang et al. 2019, eq. 5) or MART's term (Wang et al. 2020, eqs. 8 to 10)."""
+    smoothing, term = config.loss.label_smoothing, config.robust_term
+    p, q = softmax(clean), softmax(attacked)
+    divergence = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    if term == "trades":
+        return cross_entropy(clean, label, smoothing) + config.robust_weight * divergence
+    if term == "mart":
+        wrong = max(q[k] for k in range(len(q)) if k != label)
+        boosted = cross_entropy(attacked, label, smoothing) - math.log(1 - wrong)
+        return boosted + config.robust_weight * divergence * (1 - p[label])
+    adversarial_share = (1 - clean_weight) * cross_entropy(attacked, label, smoothing)
+    return adversarial_share + clean_weight * cross_entropy(clean, label, smoothing)
 
 
 def positives(
@@ -129,6 +149,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "loss": {"margin": 0.3},
     },
     "separate pool, another": {"mining": {"pool": "separate", "pool_size": POOL, "positives": "same_class"}},
+    "trades": {"method": "trades"},
+    "trades, smoothed and lighter": {"method": "trades", "loss": {"robust_weight": 1.5, "label_smoothing": 0.1}},
+    "mart": {"method": "mart"},
+    "mart, with a pull of embeddings": {
+        "method": "mart",
+        "loss": {"robust_weight": 2.0, "embedding_match_weight": 0.3, "label_smoothing": 0.1},
+    },
+    "tla on trades": {"loss": {"robust_term": "trades", "margin": 0.3}},
+    "tla on mart, separate pool": {
+        "loss": {"robust_term": "mart", "margin": 0.3},
+        "mining": {"pool": "separate", "pool_size": POOL, "positives": "same_class"},
+    },
     "separate pool, switched": {
         "method": "tla_sa",
         "mining": {"pool": "separate", "pool_size": POOL, "positives": "both"},
@@ -215,7 +247,7 @@ def test_an_attack_leaves_network_gradients_and_statistics_alone(mode: str) -> N
     step = TrainingStep(net, config, WorkerContext())
     before = {name: value.clone() for name, value in net.state_dict().items()}
     batch = random_batch()
-    adversarial = step._attack(batch.anchors, generator(torch.device("cpu"), 0))
+    adversarial = step.adversary.craft(batch.anchors, generator(torch.device("cpu"), 0))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
     assert all(module.training for module in net.modules())

@@ -1,5 +1,5 @@
 """Adversaries: functions of a network's logits, images and labels."""
 
-from tla_service.attacks.gradient import Attack, LogitsFn, attack_images, craft
+from tla_service.attacks.gradient import Attack, LogitsFn, attack_images, craft, craft_noisy_step
 
-__all__ = ["Attack", "LogitsFn", "attack_images", "craft"]
+__all__ = ["Attack", "LogitsFn", "attack_images", "craft", "craft_noisy_step"]

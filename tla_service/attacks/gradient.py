@@ -29,6 +29,8 @@ class Attack:
         random_start: Start at a uniform point of the ball instead of the clean image (`pgd`, `mim` and `cw`).
         momentum: Share of the running gradient that `mim` keeps.
         label_smoothing: Smoothing of the cross-entropy that is ascended.
+        objective: `kl` ascends the divergence of the prediction from that on the clean image instead of the
+            cross-entropy, starting a hair's breadth away from it (TRADES: Zhang et al. 2019, algorithm 1).
     """
 
     kind: Literal["fgsm", "bim", "pgd", "mim", "cw"] = "pgd"
@@ -40,6 +42,7 @@ class Attack:
     random_start: bool = True
     momentum: float = 1.0
     label_smoothing: float = 0.0
+    objective: Literal["cross_entropy", "kl"] = "cross_entropy"
 
     @property
     def starts_at_random(self) -> bool:
@@ -49,6 +52,8 @@ class Attack:
 
 # The logit margin is held below this confidence (authors' code); beyond it the attack stops pushing.
 CW_CONFIDENCE = 50.0
+# At the clean image itself the divergence has no gradient: TRADES starts at this times a normal draw from it.
+_KL_START = 0.001
 
 
 def craft(
@@ -79,16 +84,48 @@ def craft(
     if attack.starts_at_random:
         adversarial = (images + _random_perturbation(images, attack, generator)).clamp(0, 1)
     velocity = torch.zeros_like(images)
+    clean = _clean_log_probabilities(logits_fn, images) if attack.objective == "kl" else None
     for _ in range(steps):
         adversarial = adversarial.detach().requires_grad_()
         with torch.enable_grad():
-            loss = _loss(logits_fn(adversarial), labels, attack)
+            loss = _loss(logits_fn(adversarial), labels, attack, clean)
             (gradient,) = torch.autograd.grad(loss, adversarial)
         if attack.kind == "mim":
             velocity = attack.momentum * velocity + gradient / _per_image(gradient.abs().mean((1, 2, 3)))
             gradient = velocity
         adversarial = _project(images, adversarial.detach() + step_size * _direction(gradient, attack), attack)
     return adversarial.detach()
+
+
+def craft_noisy_step(
+    logits_fn: LogitsFn,
+    images: Tensor,
+    labels: Tensor,
+    attack: Attack,
+    noise: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """N-FGSM (de Jorge et al. 2022): noise, then one step of length epsilon, without a projection back to the ball.
+
+    Args:
+        logits_fn: As for `craft`.
+        images: Clean images (N, C, H, W), float, in [0, 1].
+        labels: True classes (N,), int64.
+        attack: Its epsilon and loss; L-infinity.
+        noise: Half width of the uniform noise in epsilons, the paper's k.
+        generator: Source of the noise.
+
+    Returns:
+        Images (N, C, H, W) in [0, 1], within (noise + 1) epsilons of `images`; detached.
+    """
+    images = images.detach()
+    draw = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+    noisy = (images + (2 * draw - 1) * noise * attack.epsilon).clamp(0, 1).requires_grad_()
+    clean = _clean_log_probabilities(logits_fn, images) if attack.objective == "kl" else None
+    with torch.enable_grad():
+        loss = _loss(logits_fn(noisy), labels, attack, clean)
+        (gradient,) = torch.autograd.grad(loss, noisy)
+    return (noisy.detach() + attack.epsilon * gradient.sign()).clamp(0, 1)
 
 
 def attack_images(
@@ -128,9 +165,20 @@ def attack_images(
     return worst, robust
 
 
-def _loss(logits: Tensor, labels: Tensor, attack: Attack) -> Tensor:
+def _clean_log_probabilities(logits_fn: LogitsFn, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.log_softmax(_wide(logits_fn(images)), dim=1)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def _loss(logits: Tensor, labels: Tensor, attack: Attack, clean: Tensor | None = None) -> Tensor:
     """What the attack ascends, summed over the batch; in float32 or wider, also under autocast."""
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    logits = _wide(logits)
+    if clean is not None:
+        return F.kl_div(F.log_softmax(logits, dim=1), clean, reduction="sum", log_target=True)
     if attack.kind != "cw":
         return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=attack.label_smoothing)
     true = logits.gather(1, labels[:, None]).squeeze(1)
@@ -140,7 +188,9 @@ def _loss(logits: Tensor, labels: Tensor, attack: Attack) -> Tensor:
 
 
 def _random_perturbation(images: Tensor, attack: Attack, generator: torch.Generator | None) -> Tensor:
-    """A draw from the ball, uniform in the cube (L-infinity) or in the ball's volume (L2)."""
+    """A draw from the ball, uniform in the cube (L-infinity) or in the ball's volume (L2); tiny for `kl`."""
+    if attack.objective == "kl":
+        return _KL_START * torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
     if attack.norm == "linf":
         noise = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
         return (2 * noise - 1) * attack.epsilon

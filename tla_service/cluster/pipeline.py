@@ -22,11 +22,11 @@ from tla_service.job import INTERRUPTED
 from tla_service.logs import log_as_json
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, generator
+from tla_service.training.adversary import training_attack
 from tla_service.training.fit import training_batches
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
 from tla_service.training.reporting import JsonLines, JsonTerminal, Terminal
-from tla_service.training.step import training_attack
 
 PANEL_IMAGES = 4
 Status = Literal["FINISHED", "FAILED", "KILLED"]

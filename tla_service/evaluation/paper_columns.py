@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from tla_service.attacks import Attack
-from tla_service.config import EvaluationAttack
+from tla_service.config_adversary import EvaluationAttack
 from tla_service.errors import ConfigError
 from tla_service.evaluation.intervals import Interval, wilson_interval
 from tla_service.evaluation.outcomes import ShardOutcome

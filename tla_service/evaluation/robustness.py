@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tla_service.attacks import Attack, attack_images
-from tla_service.config import AttackConfig, EvaluationAttack
+from tla_service.config_adversary import AttackConfig, EvaluationAttack
 from tla_service.data import Batch
 from tla_service.evaluation.mode import evaluating, float32
 from tla_service.runtime import WorkerContext, all_reduce_sum, generator

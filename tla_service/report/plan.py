@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from tla_service.attacks import Attack
-from tla_service.config import AttackConfig
+from tla_service.config_adversary import AttackConfig
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tla_service.config import DataConfig, DatasetName, EvaluationAttack, ScalingConfig, TrackingConfig
+from tla_service.config import DataConfig, DatasetName, ScalingConfig, TrackingConfig
+from tla_service.config_adversary import EvaluationAttack
 from tla_service.config_fields import Pixels, Section, setting, wrong
 from tla_service.config_loading import JobSettings
 

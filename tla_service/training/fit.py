@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tla_service.config import RunConfig
-from tla_service.data import Dataset, EvaluationBatches, TrainingBatches, load_dataset, split_validation
+from tla_service.data import Dataset, EvaluationBatches, StepBatch, TrainingBatches, load_dataset, split_validation
 from tla_service.errors import UserError
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, mixed_seed, raise_together
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
+from tla_service.training.guard import COLLAPSED, collapses, has_collapsed, message
 from tla_service.training.meter import Meter
 from tla_service.training.optimizer import build_optimizer
 from tla_service.training.rejector import fit_rejector
@@ -109,6 +110,8 @@ class Run:
             if resume_from is not None:
                 load_checkpoint(resume_from, self.state, config, self._data_facts)
         self.step = TrainingStep(network, config, context)
+        if has_collapsed(self.state.history):
+            self._after_collapse()
 
     def train_epoch(self) -> bool:
         """Train to the end of the epoch; False if a stop was asked for on the way: the checkpoint is saved then."""
@@ -119,16 +122,7 @@ class Run:
         with self.phases("train"):
             for batch in self.batches.epoch(epoch, offset):
                 self._set_learning_rate()
-                state.optimizer.zero_grad(set_to_none=True)
-                # Dropout draws from the global generator; this ties its draws to the position too.
-                torch.manual_seed(mixed_seed(self.config.seed, 1, state.step, self.context.rank))
-                totals = self.step.backward(batch, self.config.seed, 2, state.step, self.context.rank)
-                if self.config.optimizer.grad_clip is not None:
-                    nn.utils.clip_grad_norm_(state.network.parameters(), self.config.optimizer.grad_clip)
-                state.optimizer.step()
-                if state.average is not None:
-                    state.average.update_parameters(state.network)
-                self.meter.add(totals)
+                self.meter.add(self._update(batch))
                 state.step += 1
                 if state.step == self.total_steps or state.step % self.batches.steps_per_epoch == 0:
                     break
@@ -158,7 +152,12 @@ class Run:
                 measured = self._validate()
             metrics |= {f"validation/{name}": value for name, value in measured.items()}
             self._keep_best(metrics)
+            if not has_collapsed(self.state.history) and collapses(metrics, self.state.best, self.config):
+                metrics[COLLAPSED] = 1.0
         self.state.history.append(metrics)
+        if COLLAPSED in metrics:
+            self._answer_collapse(metrics)
+            is_last = self.state.step == self.total_steps
         self.state.partial_totals = []
         stopping = self.meter.stop_requested and not is_last
         if due or stopping:
@@ -202,6 +201,41 @@ class Run:
         return FitResult(interrupted, test, self.state.best, self.state.history, self.phases.seconds, facts, rejector)
 
     # ------------------------------------------------------------------------------------------------ the parts
+
+    def _update(self, batch: StepBatch) -> Tensor:
+        """Move the weights by a batch: once, or as often as free training replays it. Returns the last sums."""
+        state, position = self.state, (self.state.step, self.context.rank)
+        # Dropout draws from the global generator; this ties its draws to the position too.
+        torch.manual_seed(mixed_seed(self.config.seed, 1, *position))
+        totals = torch.empty(0)
+        state.optimizer.zero_grad(set_to_none=True)
+        for sums in self.step.updates(batch, self.config.seed, 2, *position):
+            totals = sums
+            if self.config.optimizer.grad_clip is not None:
+                nn.utils.clip_grad_norm_(state.network.parameters(), self.config.optimizer.grad_clip)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            if state.average is not None:
+                state.average.update_parameters(state.network)
+        return totals
+
+    def _answer_collapse(self, metrics: Mapping[str, float]) -> None:
+        """Say what happened, and put the best weights back where training goes on from them."""
+        config, state = self.config, self.state
+        if self.context.is_main:
+            self.reporter.progress({"event": "collapse", "message": message(metrics, state.best, config)})
+        if config.attack.on_collapse == "pgd":
+            self._load_best()
+            state.optimizer = build_optimizer(state.network, config.optimizer)
+            if state.average is not None:
+                state.average.module.load_state_dict(state.best_weights)
+        self._after_collapse()
+
+    def _after_collapse(self) -> None:
+        if self.config.attack.on_collapse == "pgd":
+            self.step.adversary.kind = "pgd"
+        else:
+            self.total_steps = self.state.step
 
     @property
     def _data_facts(self) -> dict[str, Any]:

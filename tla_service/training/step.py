@@ -1,21 +1,20 @@
 """One batch: attack, mine, loss, backward, optimiser. Every method goes this one way."""
 
-import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tla_service.attacks import Attack, craft
 from tla_service.config import RunConfig
 from tla_service.data import Batch, StepBatch
 from tla_service.models import ModelOutput
 from tla_service.runtime import WorkerContext, autocast, generator
+from tla_service.training.adversary import Adversary, in_eval_mode, kept_buffers, moved_weights
 from tla_service.training.roles import RoleForward, gather_rows, shard_sizes
+from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
 from tla_service.triplets import (
     LossTerms,
     Negatives,
@@ -76,10 +75,42 @@ class TrainingStep:
             renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.14 and later
             local_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
             self.wrapped = ddp(self.wrapped, device_ids=devices, gradient_as_bucket_view=True, **local_buffers)
-        self.attack = training_attack(config)
+        self.adversary = Adversary(network, config, context)
         loss = config.loss
         default_clean_weight = 0.5 if config.method == "alp" else 0.0
         self.clean_weight = default_clean_weight if loss.clean_weight is None else loss.clean_weight
+        # Terms that compare an image with its adversarial version, or look at it alone.
+        self.needs_clean = (
+            config.method == "alp"
+            or config.robust_term != "cross_entropy"
+            or bool(self.clean_weight or loss.embedding_match_weight)
+        )
+
+    def updates(self, batch: StepBatch, *seeds: int) -> Iterator[Tensor]:
+        """Compute the gradients of each update that a batch leads to: one, or as many as free training replays it.
+
+        The caller moves the weights between them, and clears the gradients.
+
+        Args:
+            batch: This worker's share of the step.
+            *seeds: Numbers that fix this step's random draws.
+
+        Yields:
+            Sums as `backward` returns them.
+        """
+        if self.adversary.kind != "free" or self.config.method == "natural":
+            yield self.backward(batch, *seeds)
+            return
+        random = generator(self.context.device, *seeds)
+        images = batch.anchors.images
+        perturbation = self.adversary.first_perturbation(images, random)
+        for _ in range(self.config.attack.free_replays):
+            adversarial = (images + perturbation).clamp(0, 1).requires_grad_()
+            terms, totals = self.objective(batch, adversarial, random)
+            terms.total.backward()
+            yield totals
+            assert adversarial.grad is not None
+            perturbation = self.adversary.next_perturbation(perturbation, adversarial.grad)
 
     def backward(self, batch: StepBatch, *seeds: int) -> Tensor:
         """Compute the batch's loss and its gradients, averaged over workers.
@@ -92,22 +123,34 @@ class TrainingStep:
             Sums over this worker's images, in the order of `TOTALS`: a float64 vector on the device.
         """
         random = generator(self.context.device, *seeds)
-        terms, totals = self.losses(batch, random)
-        terms.total.backward()
-        return totals
+        adversarial = self._craft(batch.anchors, random)
+        if not self.config.attack.awp:
+            return self._descend(batch, adversarial, random)
+        before = random.get_state()
+        with kept_buffers(self.network):
+            self._descend(batch, adversarial, random)
+        # The same noise and negatives again, at the moved weights.
+        random.set_state(before)
+        with moved_weights(self.network, self.config.attack.awp_gamma):
+            return self._descend(batch, adversarial, random)
 
     def losses(self, batch: StepBatch, random: torch.Generator) -> tuple[LossTerms, Tensor]:
         """The batch's loss, with a graph, and the sums that `backward` returns."""
+        return self.objective(batch, self._craft(batch.anchors, random), random)
+
+    def objective(
+        self, batch: StepBatch, adversarial: Tensor | None, random: torch.Generator
+    ) -> tuple[LossTerms, Tensor]:
+        """The loss on a batch whose adversarial images (N, C, H, W) are made; none for natural training."""
         anchors = batch.anchors
         # DDP averages gradients over workers, whose shards may differ by one image: weighting each image by
         # world_size / global size makes that average the mean over the global batch (or, for `sum`, its sum).
         weight = float(self.context.world_size)
         if self.config.loss.reduction == "mean":
             weight /= batch.global_size
-        if self.config.method == "natural":
+        if adversarial is None:
             (output,) = self._forward(anchors.images)
             return self._assemble(anchors, output, None, None, weight)
-        adversarial = self._attack(anchors, random)
         if not self.config.mines_triplets:
             return self._without_triplets(anchors, adversarial, weight)
         if self.config.mining.pool == "batch":
@@ -117,9 +160,8 @@ class TrainingStep:
     # ------------------------------------------------------------------------------------------------ the roles
 
     def _without_triplets(self, anchors: Batch, adversarial: Tensor, weight: float) -> tuple[LossTerms, Tensor]:
-        """AT and ALP: the clean images go through the network only where a term uses them."""
-        needs_clean = self.config.method == "alp" or self.clean_weight or self.config.loss.embedding_match_weight
-        if not needs_clean:
+        """Without triplets the clean images go through the network only where a term uses them."""
+        if not self.needs_clean:
             (output,) = self._forward(adversarial)
             return self._assemble(anchors, output, None, None, weight)
         output, clean = self._forward(adversarial, anchors.images)
@@ -153,7 +195,7 @@ class TrainingStep:
         anchors, mining = batch.anchors, self.config.mining
         assert batch.pool is not None
         pool_images, pool_labels = batch.pool.images, batch.pool.labels
-        with torch.no_grad(), self._evaluating(), autocast(self.config.training.precision, self.context.device):
+        with torch.no_grad(), in_eval_mode(self.network), autocast(self.config.training.precision, self.context.device):
             queries = self.network(adversarial).embeddings
             pool = self.network(pool_images).embeddings
         if mining.scope == "global":
@@ -165,7 +207,7 @@ class TrainingStep:
         noise_on_all = mining.clean_noise_on == "all"
         negatives = self._add_noise(pool_images[mined.indices], random, apply=noise_on_all)
         roles = [adversarial, negatives]
-        needs_own = mining.positives != "same_class" or self.clean_weight or self.config.loss.embedding_match_weight
+        needs_own = mining.positives != "same_class" or self.needs_clean
         if needs_own:
             roles.append(self._add_noise(anchors.images, random))
         if mining.positives != "own":
@@ -185,28 +227,13 @@ class TrainingStep:
             outputs: tuple[ModelOutput, ...] = self.wrapped(*roles)
         return outputs
 
-    def _attack(self, anchors: Batch, random: torch.Generator) -> Tensor:
-        precision, device = self.config.training.precision, self.context.device
+    def _craft(self, anchors: Batch, random: torch.Generator) -> Tensor | None:
+        return None if self.config.method == "natural" else self.adversary.craft(anchors, random)
 
-        def logits_fn(images: Tensor) -> Tensor:
-            with autocast(precision, device):
-                logits: Tensor = self.network(images).logits
-            return logits
-
-        if self.config.attack.batchnorm == "train":
-            with kept_buffers(self.network):
-                return craft(logits_fn, anchors.images, anchors.labels, self.attack, random)
-        with self._evaluating():
-            return craft(logits_fn, anchors.images, anchors.labels, self.attack, random)
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode for a while: BatchNorm uses its running statistics and leaves them alone."""
-        self.network.eval()
-        try:
-            yield
-        finally:
-            self.network.train()
+    def _descend(self, batch: StepBatch, adversarial: Tensor | None, random: torch.Generator) -> Tensor:
+        terms, totals = self.objective(batch, adversarial, random)
+        terms.total.backward()
+        return totals
 
     def _mine(
         self, anchors: Tensor, labels: Tensor, pool: Tensor, pool_labels: Tensor, random: torch.Generator
@@ -245,18 +272,9 @@ class TrainingStep:
     ) -> tuple[LossTerms, Tensor]:
         """Put the terms together, image by image, then weight and sum them."""
         loss, labels = self.config.loss, anchors.labels
-        cross_entropy = self._cross_entropy(output, labels)
-        none = torch.zeros_like(cross_entropy)
-        triplet, norm, pairing, active, valid = none, none, none, none, torch.ones_like(none)
-        if clean is not None:
-            if self.clean_weight:
-                clean_term = self._cross_entropy(clean, labels)
-                cross_entropy = (1 - self.clean_weight) * cross_entropy + self.clean_weight * clean_term
-            if self.config.method == "alp":
-                pairing = pairing + loss.logit_pairing_weight * squared_distance(output.logits, clean.logits)
-            if loss.embedding_match_weight:
-                match = squared_distance(output.embeddings, clean.embeddings)
-                pairing = pairing + loss.embedding_match_weight * match
+        label_term, pairing = self._label_term(output, clean, labels)
+        none = torch.zeros_like(label_term)
+        triplet, norm, active, valid = none, none, none, torch.ones_like(none)
         if triplets is not None:
             valid = triplets.valid.to(none.dtype)
             for positives, margin in triplets.positives:
@@ -267,45 +285,32 @@ class TrainingStep:
                 norm = norm + norm_penalty((anchor, positive, triplets.negatives), loss.norm_form) * valid
         # The code multiplies lambda_1 into the norm term as well; the paper does not.
         norm_weight = loss.norm_weight * (loss.triplet_weight if loss.norm_form == "mean_squares" else 1.0)
-        total = cross_entropy + loss.triplet_weight * triplet + norm_weight * norm + pairing
+        total = label_term + loss.triplet_weight * triplet + norm_weight * norm + pairing
         correct = output.logits.argmax(1) == labels
         with torch.no_grad():
-            columns = (total, cross_entropy, triplet, norm, pairing, correct, active, 1 - valid, torch.ones_like(none))
+            columns = (total, label_term, triplet, norm, pairing, correct, active, 1 - valid, torch.ones_like(none))
             totals = torch.stack([column.double().sum() for column in columns])
-        terms = LossTerms(*(weight * values.sum() for values in (total, cross_entropy, triplet, norm, pairing)))
+        terms = LossTerms(*(weight * values.sum() for values in (total, label_term, triplet, norm, pairing)))
         return terms, totals
 
-    def _cross_entropy(self, output: ModelOutput, labels: Tensor) -> Tensor:
-        logits = output.logits.float() if output.logits.dtype == torch.bfloat16 else output.logits
-        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.config.loss.label_smoothing)
-
-
-def training_attack(config: RunConfig) -> Attack:
-    """The PGD of the training loop (Mao et al. 2019, section 2; cross-entropy only, never the triplet term)."""
-    attack = config.attack
-    return Attack(
-        norm=attack.norm,
-        epsilon=attack.epsilon,
-        step_size=attack.step_size,
-        num_steps=attack.num_steps,
-        random_start=attack.random_start,
-        label_smoothing=config.loss.label_smoothing if attack.label_smoothing else 0.0,
-    )
-
-
-def squared_distance(first: Tensor, second: Tensor) -> Tensor:
-    """Squared L2 distance row by row, (N, D) twice to (N,), in float32 or wider."""
-    wide = (rows.float() if rows.dtype == torch.bfloat16 else rows for rows in (first, second))
-    return (next(wide) - next(wide)).square().sum(1)
-
-
-@contextlib.contextmanager
-def kept_buffers(network: nn.Module) -> Iterator[None]:
-    """Put the network's buffers back afterwards: a forward pass in train mode moves BatchNorm's."""
-    saved = [buffer.clone() for buffer in network.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(network.buffers(), saved, strict=True):
-                buffer.copy_(value)
+    def _label_term(self, output: ModelOutput, clean: ModelOutput | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The term on labels, and what pairs clean with adversarial images, (N,) each."""
+        loss, smoothing, kind = self.config.loss, self.config.loss.label_smoothing, self.config.robust_term
+        adversarial_term = cross_entropy(output.logits, labels, smoothing)
+        pairing = torch.zeros_like(adversarial_term)
+        if clean is None:
+            return adversarial_term, pairing
+        if loss.embedding_match_weight:
+            pairing = pairing + loss.embedding_match_weight * squared_distance(output.embeddings, clean.embeddings)
+        if kind == "cross_entropy" and not (self.clean_weight or self.config.method == "alp"):
+            return adversarial_term, pairing
+        clean_term = cross_entropy(clean.logits, labels, smoothing)
+        if kind == "trades":
+            return clean_term, pairing + self.config.robust_weight * divergence(clean.logits, output.logits)
+        if kind == "mart":
+            doubt = 1 - (-cross_entropy(clean.logits, labels)).exp()
+            paired = self.config.robust_weight * divergence(clean.logits, output.logits) * doubt
+            return adversarial_term + runner_up(output.logits, labels), pairing + paired
+        if self.config.method == "alp":
+            pairing = pairing + loss.logit_pairing_weight * squared_distance(output.logits, clean.logits)
+        return (1 - self.clean_weight) * adversarial_term + self.clean_weight * clean_term, pairing

@@ -1,0 +1,158 @@
+"""Adversarial weights, free training, N-FGSM and the guard, against the papers' formulas in plain loops."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.training.conftest import KeepingReporter, digits_config, random_batch
+from tests.training.test_step import network
+from tla_service.runtime import WorkerContext, generator
+from tla_service.training import fit as fit_module
+from tla_service.training.fit import fit
+from tla_service.training.guard import has_collapsed
+from tla_service.training.step import TrainingStep
+
+CPU = torch.device("cpu")
+NewReporter = Callable[..., KeepingReporter]
+
+
+def gradients(net: torch.nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+    loss = F.cross_entropy(net(images).logits, labels)
+    return list(torch.autograd.grad(loss, list(net.parameters())))
+
+
+def test_adversarial_weights_are_the_papers_update() -> None:
+    """w <- w - rate * gradient(w + v), v = gamma * |w| * g / |g| kernel by kernel (Wu et al. 2020, eqs. 8 to 10)."""
+    gamma, batch = 0.05, random_batch()
+    net, oracle = network(), network()
+    config = digits_config(method="at", attack={"awp": True, "awp_gamma": gamma})
+    step = TrainingStep(net, config, WorkerContext())
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    step.backward(batch, 7)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    adversarial = step.adversary.craft(batch.anchors, generator(CPU, 7))
+    ascent = gradients(oracle, adversarial, batch.anchors.labels)
+    with torch.no_grad():
+        for parameter, gradient in zip(oracle.parameters(), ascent, strict=True):
+            if parameter.ndim > 1:
+                parameter.add_(gamma * parameter.norm() * gradient / gradient.norm())
+    expected = gradients(oracle, adversarial, batch.anchors.labels)
+    plain = gradients(net, adversarial, batch.anchors.labels)
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+    assert any(not torch.allclose(a, b) for a, b in zip(expected, plain, strict=True))
+
+
+def test_adversarial_weights_move_batchnorm_once_and_draw_the_same_noise() -> None:
+    from tla_service.models import build_model
+
+    batch = random_batch(pool=12)
+    mining = {"pool": "separate", "pool_size": 12, "clean_noise": 0.1}
+    moved, found = {}, {}
+    for awp in (False, True):
+        torch.manual_seed(0)
+        net = build_model("mnist_cnn", 4, (1, 8, 8)).double().train()
+        config = digits_config(mining=mining, attack={"awp": awp, "awp_gamma": 1e-12})
+        found[awp] = TrainingStep(net, config, WorkerContext()).backward(batch, 3)
+        moved[awp] = dict(net.named_buffers())
+    for name, value in moved[False].items():
+        torch.testing.assert_close(moved[True][name], value)
+    torch.testing.assert_close(found[True], found[False])
+
+
+def test_free_training_is_the_papers_loop() -> None:
+    """Images and weights by one backward pass, the perturbation kept between replays (Shafahi et al. 2019, alg. 1)."""
+    replays, epsilon, rate, batch = 3, 0.15, 0.1, random_batch()
+    net, oracle = network(), network()
+    config = digits_config(method="at", attack={"kind": "free", "free_replays": replays, "epsilon": epsilon})
+    step = TrainingStep(net, config, WorkerContext())
+    optimizer = torch.optim.SGD(net.parameters(), lr=rate)
+    updates = 0
+    for _ in step.updates(batch, 5):
+        optimizer.step()
+        optimizer.zero_grad()
+        updates += 1
+    assert updates == replays
+    images, labels = batch.anchors.images, batch.anchors.labels
+    perturbation = step.adversary.first_perturbation(images, generator(CPU, 5))
+    assert perturbation.abs().max() <= epsilon
+    for _ in range(replays):
+        adversarial = (images + perturbation).clamp(0, 1).requires_grad_()
+        loss = F.cross_entropy(oracle(adversarial).logits, labels)
+        to_images, *to_weights = torch.autograd.grad(loss, [adversarial, *oracle.parameters()])
+        with torch.no_grad():
+            for parameter, gradient in zip(oracle.parameters(), to_weights, strict=True):
+                parameter.sub_(rate * gradient)
+        perturbation = (perturbation + epsilon * to_images.sign()).clamp(-epsilon, epsilon)
+    for trained, expected in zip(net.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(trained, expected, rtol=1e-9, atol=1e-12)
+
+
+CHEAP = {"attack": {"kind": "n_fgsm", "on_collapse": "stop"}, "training": {"epochs": 4}}
+
+
+def collapse_in(monkeypatch: pytest.MonkeyPatch, *robust: float) -> None:
+    """Let validation find these robust accuracies, one an epoch, then the last for ever."""
+    values = list(robust)
+
+    def validate(run: Any) -> dict[str, float]:
+        found = values.pop(0) if len(values) > 1 else values[0]
+        return {"robust_accuracy": found, "clean_accuracy": 0.9}
+
+    monkeypatch.setattr(fit_module.Run, "_validate", validate)
+
+
+def test_a_collapse_ends_the_run_with_its_best_weights(
+    monkeypatch: pytest.MonkeyPatch, reporter: KeepingReporter
+) -> None:
+    collapse_in(monkeypatch, 0.4, 0.6, 0.2)
+    result = fit(digits_config(method="at", **CHEAP), WorkerContext(), reporter)
+    assert [epoch["validation/robust_accuracy"] for epoch in result.history] == [0.4, 0.6, 0.2]
+    assert result.best["epoch"] == 1
+    assert result.test
+    told = [record["message"] for record in reporter.records if record["event"] == "collapse"]
+    assert told == [
+        "single-step training collapsed in epoch 2: robust accuracy on validation 20.0%, before 60.0%; "
+        "the run ends with the best weights"
+    ]
+
+
+def test_after_a_collapse_training_goes_on_with_pgd_also_when_resumed(
+    monkeypatch: pytest.MonkeyPatch, new_reporter: NewReporter
+) -> None:
+    config = digits_config(method="at", **CHEAP | {"attack": {"kind": "n_fgsm", "on_collapse": "pgd"}})
+    weights = []
+    for resume in (False, True):
+        collapse_in(monkeypatch, 0.5, 0.1)
+        reporter = new_reporter()
+        result = fit(config, WorkerContext(), reporter)
+        if resume:
+            again = new_reporter()
+            collapse_in(monkeypatch, 0.1)
+            result = fit(config, WorkerContext(), again, resume_from=reporter.checkpoints[1])
+            reporter = again
+        assert len(result.history) == 4
+        assert has_collapsed(result.history)
+        weights.append((reporter.checkpoints[-1] / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "robust"),
+    [
+        ({"attack": {"num_steps": 2}}, (0.6, 0.1)),  # many steps are not watched
+        ({"attack": {"kind": "n_fgsm"}}, (0.6, 0.31)),  # a dip is no collapse
+        ({"attack": {"kind": "free", "free_replays": 2, "on_collapse": "ignore"}}, (0.6, 0.1)),
+    ],
+)
+def test_other_runs_go_on(
+    monkeypatch: pytest.MonkeyPatch, reporter: KeepingReporter, changes: dict[str, Any], robust: tuple[float, ...]
+) -> None:
+    collapse_in(monkeypatch, *robust)
+    result = fit(digits_config(method="at", training={"epochs": 3}, **changes), WorkerContext(), reporter)
+    assert len(result.history) == 3
+    assert not has_collapsed(result.history)

@@ -1,0 +1,77 @@
+"""The adversaries of a run: the one that training meets, and those of the evaluation."""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from tla_service.config_fields import Pixels, Section, setting, wrong
+
+
+class AttackConfig(Section):
+    """The adversary that training meets: images stay within epsilon of the original and in [0, 1]."""
+
+    norm: Literal["linf", "l2"] = setting("linf", "norm of the perturbation")
+    epsilon: Pixels = setting(8 / 255, "radius of the perturbation", unit="pixels in [0, 1], or L2 length", gt=0)
+    step_size: Pixels = setting(2 / 255, "length of one attack step", unit="as epsilon", gt=0)
+    num_steps: int = setting(7, "gradient steps", ge=1, le=10_000)
+    random_start: bool = setting(True, "start at a random point of the ball")
+    kind: Literal["pgd", "n_fgsm", "free"] = setting(
+        "pgd",
+        "pgd; n_fgsm: one step of epsilon from large noise, not projected (fast); free: replays each batch, images and "
+        "weights move by the same backward pass",
+    )
+    noise: float = setting(2.0, "n_fgsm: uniform noise before the step, the paper's k", unit="epsilons", ge=0, le=10)
+    free_replays: int = setting(
+        8, "free: updates from each batch, the paper's m; divide the epochs by it", ge=2, le=100
+    )
+    on_collapse: Literal["stop", "pgd", "ignore"] = setting(
+        "stop",
+        "when single-step training (n_fgsm, free, one step of pgd) breaks down under the validation attack: end with "
+        "the best weights, go on from them with num_steps of pgd, or do nothing",
+    )
+    collapse_drop: float = setting(
+        0.5, "what counts as that: robust accuracy lower than the best so far by this share of it", gt=0, lt=1
+    )
+    objective: Literal["auto", "cross_entropy", "kl"] = setting(
+        "auto", "what it ascends; auto: TRADES' divergence from the clean prediction for trades, else cross-entropy"
+    )
+    awp: bool = setting(False, "also move the weights against the loss before each update (adversarial weights)")
+    awp_gamma: float = setting(0.005, "how far, as a share of each kernel's norm", gt=0, le=1)
+    batchnorm: Literal["eval", "train"] = setting(
+        "eval", "BatchNorm while crafting: running or batch statistics; running statistics never change either way"
+    )
+    label_smoothing: bool = setting(True, "craft against the smoothed loss that training minimises (the authors' code)")
+
+    @property
+    def is_single_step(self) -> bool:
+        """Whether catastrophic overfitting is to be watched for."""
+        return self.kind != "pgd" or self.num_steps == 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.norm == "linf" and self.epsilon > 1:
+            raise wrong("attack.epsilon", self.epsilon, "outside (0, 1]", f"write {self.epsilon:g}/255")
+        if self.step_size > 2 * self.epsilon:
+            raise wrong(
+                "attack.step_size",
+                self.step_size,
+                f"over twice attack.epsilon={self.epsilon:g}, one step leaves the ball",
+                f"use at most {2 * self.epsilon:g}",
+            )
+        if self.norm == "l2" and self.kind != "pgd":
+            raise wrong("attack.kind", self.kind, "is defined for linf only", "use pgd with attack.norm=l2")
+        if self.awp and self.kind == "free":
+            reason = "free training moves weights and images by one backward pass, adversarial weights need another"
+            raise wrong("attack.awp", "True", reason, "use attack.kind pgd or n_fgsm")
+        return self
+
+
+class EvaluationAttack(Section):
+    """An adversary of the evaluation; what is not given is taken from the training attack."""
+
+    kind: Literal["fgsm", "bim", "pgd", "mim", "cw"] = setting("pgd", "attack; cw is PGD on the logit margin")
+    norm: Literal["linf", "l2"] | None = setting(None, "norm of the perturbation; none: as in training")
+    epsilon: Pixels | None = setting(None, "radius; none: as in training", unit="pixels in [0, 1], or L2 length", gt=0)
+    step_size: Pixels | None = setting(None, "length of one step; none: as in training", unit="as epsilon", gt=0)
+    num_steps: int = setting(20, "gradient steps", ge=1, le=10_000)
+    num_restarts: int = setting(1, "random restarts; an image counts as broken if any of them breaks it", ge=1, le=1000)
