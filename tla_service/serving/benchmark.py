@@ -1,4 +1,4 @@
-"""How fast a served model answers: latency and throughput over HTTP, with real clients in processes' threads."""
+"""How fast a served model answers: latency and throughput over HTTP, with real clients in threads of this process."""
 
 import http.client
 import io
@@ -16,7 +16,7 @@ import numpy as np
 
 from tla_service.errors import UnavailableError
 
-_KEPT_SHARE = 0.2  # of the time, spent on warming up
+_WARM_UP_SHARE = 0.2  # of the time, before it
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def measure(address: str, clients: int, images: int, seconds: float) -> Load:
     np.save(stream, random.integers(0, 256, (images, *image_shape(address)), dtype=np.uint8))
     body = stream.getvalue()
     begin = time.perf_counter()
-    counting, end = begin + _KEPT_SHARE * seconds, begin + (1 + _KEPT_SHARE) * seconds
+    counting, end = begin + _WARM_UP_SHARE * seconds, begin + (1 + _WARM_UP_SHARE) * seconds
 
     def client(_: int) -> list[float]:
         connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
