@@ -63,6 +63,8 @@ launch() {
 finish() {
     local code=$?
     set +e
+    # PostgreSQL waits for its clients at TERM, and gives its shared memory back at INT.
+    [ -e "$WORK/pids/postgres" ] && kill -INT -- "-$(cat "$WORK/pids/postgres")" 2> /dev/null && sleep 1
     for file in "$WORK"/pids/*; do
         [ -e "$file" ] && kill -TERM -- "-$(cat "$file")" 2> /dev/null
     done
@@ -94,7 +96,8 @@ await() {
     done
     fail "$what was not ready within $seconds s"
 }
-answers() { "$PYTHON" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=2)' "$1"; }
+# A command, not a function: it runs in other networks too.
+ANSWERS=("$PYTHON" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=2)')
 
 # ---------------------------------------------------------------------------------------------------------- services
 start_store() {
@@ -146,7 +149,7 @@ start_tracking() {
         MLFLOW_FLASK_SERVER_SECRET_KEY="$(cat "$WORK/secrets/session")" HOME="$WORK/home" \
         "$BIN/mlflow" server --app-name basic-auth --host "$HOST" --port $((PORT + 21)) --workers 1 --serve-artifacts \
         --artifacts-destination "s3://$BUCKET/mlflow" --allowed-hosts "$HOST,$HOST:$((PORT + 21))"
-    await "MLflow" 180 answers "$TRACKING/health"
+    await "MLflow" 180 "${ANSWERS[@]}" "$TRACKING/health"
     env "${STORE[@]}" HOME="$WORK/home" MLFLOW_TRACKING_URI="$TRACKING" "$PYTHON" "$ROOT/deploy/setup_accounts.py" \
         --bucket "$BUCKET" --user trainer --user-password-file "$WORK/secrets/trainer" \
         --admin-password-file "$WORK/secrets/admin" > "$WORK/logs/setup.log" 2>&1
@@ -168,8 +171,8 @@ start_cluster() {
         "import socket; socket.create_connection(('$HEAD', $((PORT + 2))), 1)"
     launch worker "${AT_WORKER[@]}" "${node[@]}" --address "$HEAD:$((PORT + 1))" --node-ip-address "$WORKER" \
         --dashboard-agent-listen-port $((PORT + 6)) --metrics-export-port $((PORT + 7))
-    await "the head's agent" 60 "${AT_HEAD[@]}" answers "http://$HEAD:$((PORT + 4))/api/local_raylet_healthz"
-    await "the worker's agent" 60 "${AT_WORKER[@]}" answers "http://$WORKER:$((PORT + 6))/api/local_raylet_healthz"
+    await "the head's agent" 60 "${AT_HEAD[@]}" "${ANSWERS[@]}" "http://$HEAD:$((PORT + 4))/api/local_raylet_healthz"
+    await "the worker's agent" 60 "${AT_WORKER[@]}" "${ANSWERS[@]}" "http://$WORKER:$((PORT + 6))/api/local_raylet_healthz"
     say "Ray's head at $ADDRESS, a worker at $WORKER"
 }
 
