@@ -14,8 +14,10 @@ import torch
 from tests.report.subjects import digits, settings, trained
 from tla_service.attacks import Attack, attack_images
 from tla_service.errors import UnavailableError
+from tla_service.evaluation.detection import fit_detector
 from tla_service.evaluation.outcomes import STANDS, ShardOutcome
 from tla_service.evaluation.suite import restart_fates
+from tla_service.inference.detector import Rejector
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
 from tla_service.report.figures import Figures
@@ -141,6 +143,21 @@ def test_the_papers_columns_are_known_as_such() -> None:
     assert (papers.iterative, papers.restarted, list(papers.transfer)) == ("pgd20", "pgd20x20", ["transfer_pgd7"])
     assert not make_plan(settings(attacks={}), "cifar10", "linf", 4 / 255, has_surrogate=True).is_paper
     assert not make_plan(settings(attacks={}), "cifar10", "l2", 0.5, has_surrogate=True).is_paper
+
+
+def test_the_shipped_detector_is_measured_at_its_own_threshold() -> None:
+    own = found()
+    results = {(MODEL, "columns"): own.outcome} | {(MODEL, name): each for name, each in own.embedded.items()}
+    detector = fit_detector(own.embedded["bank"].embedded, covariance="tied")
+    natural, attacked = (own.embedded[name].embedded for name in ("natural", detection_name(plan())))
+    threshold = float(np.median(detector.score(natural)))
+    shipped = fd.gather(results, MODEL, plan(), settings(), Rejector(detector, threshold, 0.05, 200, 50)).shipped
+    assert shipped is not None
+    right = [score < threshold for each in (natural, attacked) for score in detector.score(each)[each.correct]]
+    wrong = [score < threshold for each in (natural, attacked) for score in detector.score(each)[~each.correct]]
+    assert shipped.false_rejections.estimate == pytest.approx(np.mean(right))
+    assert shipped.detected.estimate == pytest.approx(np.mean(wrong))
+    assert shipped.false_rejections.images + shipped.detected.images == 120
 
 
 def outcome(standing: list[bool], attack: str) -> ShardOutcome:

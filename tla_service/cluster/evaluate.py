@@ -65,7 +65,7 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
         return 0
     terminal.say(f"evaluating {subject.facts.uri} on {dataset.name}, output in {output}")
     results, slots = _measure(settings, plan, models, output, terminal)
-    found = {each.key: fd.gather(results, each.key, plan, settings) for each in models.all}
+    found = {each.key: fd.gather(results, each.key, plan, settings, each.rejector) for each in models.all}
     report = _report(settings, plan, models, found, slots, time.monotonic() - began)
     figures = _draw(settings, plan, models, found, results, output / "figures")
     files = _write(report, found[subject.key], figures, plan, output)

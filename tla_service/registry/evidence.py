@@ -9,13 +9,11 @@ from tla_service.evaluation.outcomes import ShardOutcome, load_outcome
 from tla_service.registry.connection import one_line, retrying
 from tla_service.registry.gate import Evaluated, Finding, refused
 from tla_service.registry.loading import PACKAGE_DIGEST, open_package
-from tla_service.report.schema import REPORT_FILE, Report, artifact_folder, read_report
+from tla_service.report.schema import AUTOATTACK_FILE, REPORT_FILE, Report, artifact_folder, read_report
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
-
-_AUTOATTACK_FILE = "autoattack.npz"  # beside the outcome, where AutoAttack had images of its own
 
 
 def examine(
@@ -111,7 +109,7 @@ def _evaluation(made: "MlflowClient", version: "ModelVersion", sha256: str) -> t
 
 def _fates(folder: Path, report: Report) -> dict[str, ShardOutcome]:
     outcomes: dict[str, ShardOutcome] = {}
-    files = [folder / Path(report.outcome).name, folder / _AUTOATTACK_FILE]
+    files = [folder / Path(report.outcome).name, folder / AUTOATTACK_FILE]
     for path in [files[0], *(path for path in files[1:] if path.is_file())]:
         outcome = load_outcome(path)
         outcomes |= dict.fromkeys(outcome.broken_at, outcome) | outcomes

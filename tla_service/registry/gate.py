@@ -49,7 +49,9 @@ def judge(candidate: Evaluated, rules: GateRules) -> list[Finding]:
     """Hold a version against the rules that concern it alone."""
     report = candidate.report
     trusted = report.audit is not None and report.audit.trusted
-    auc = report.detection.auc if report.detection is not None else None
+    measured = report.detection
+    # What a user of the version gets is the detector that it ships with.
+    auc = None if measured is None else measured.auc if measured.shipped is None else measured.shipped.auc
     return [
         *_figures(candidate),
         _at_least("clean accuracy", report.accuracy.get("clean"), rules.min_clean_accuracy),

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
+from safetensors.numpy import load_file
 
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.inference.detector import Rejector
 from tla_service.registry.connection import client, one_line
 from tla_service.registry.loading import load_with_folder
 from tla_service.report.schema import ModelFacts
@@ -32,6 +34,7 @@ class Subject:
         epsilon: Radius that it was trained for.
         config: The run that trained it; None where it is not known.
         trained_on: Fingerprint of the data it was trained on; None where it is not known.
+        rejector: The detector it ships with; None where it has none.
     """
 
     facts: ModelFacts
@@ -43,6 +46,7 @@ class Subject:
     epsilon: float
     config: RunConfig | None
     trained_on: str | None
+    rejector: Rejector | None = None
 
     @property
     def key(self) -> str:
@@ -123,7 +127,14 @@ def _of_package(uri: str, folder: Path, network: "torch.nn.Module", tracking: st
         epsilon=described["threat_model"]["epsilon"],
         config=config,
         trained_on=described.get("facts", {}).get("data_fingerprint"),
+        rejector=_rejector(inner, described),
     )
+
+
+def _rejector(folder: Path, described: dict[str, Any]) -> Rejector | None:
+    """The detector in a packaged model; its file was compared with its digest when the package was opened."""
+    facts = described.get("detector")
+    return None if facts is None else Rejector.from_arrays(load_file(folder / facts["file"]))
 
 
 def _version(uri: str, tracking: str) -> tuple[str | None, str | None]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from tla_service.attacks import Attack
 from tla_service.attacks.autoattack import ALL_STAGES
-from tla_service.evaluation.detection import DetectionResult, detect_misclassified, fit_detector
+from tla_service.evaluation.detection import DetectionResult, detect_misclassified, fit_detector, measure_detection
+from tla_service.evaluation.embedding import Embedded
 from tla_service.evaluation.geometry import ShiftRatios, shift_ratios
 from tla_service.evaluation.intervals import (
     AttackAccuracy,
@@ -21,6 +22,7 @@ from tla_service.evaluation.intervals import (
 from tla_service.evaluation.neighbours import neighbour_accuracy
 from tla_service.evaluation.outcomes import ShardOutcome
 from tla_service.evaluation.paper_columns import Curve, restart_curve, sweep_curve
+from tla_service.inference.detector import Rejector
 from tla_service.report import schema as rp
 from tla_service.report.plan import Plan, detection_name, radius_name
 from tla_service.report.settings import EvaluateSettings
@@ -40,6 +42,7 @@ class Findings:
         autoattack: Fates under AutoAttack, on its images.
         embedded: By task name: natural, attacked at each radius, bank.
         detection: Scores' results by name.
+        shipped: The model's own detector on the same images.
         shift: Ratios by radius.
         curves: By the name of what varies.
         norms: Smallest perturbations by norm.
@@ -50,14 +53,29 @@ class Findings:
     autoattack: ShardOutcome | None = None
     embedded: dict[str, EmbeddedImages] = field(default_factory=dict)
     detection: dict[str, DetectionResult] = field(default_factory=dict)
+    shipped: rp.ShippedFacts | None = None
     shift: dict[float, ShiftRatios] = field(default_factory=dict)
     curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
     norms: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] | None = None
 
 
-def gather(results: Mapping[tuple[str, str], Any], model: str, plan: Plan, settings: EvaluateSettings) -> Findings:
-    """Sort the results of one model's tasks, and compute what follows from embeddings."""
+def gather(
+    results: Mapping[tuple[str, str], Any],
+    model: str,
+    plan: Plan,
+    settings: EvaluateSettings,
+    rejector: Rejector | None = None,
+) -> Findings:
+    """Sort the results of one model's tasks, and compute what follows from embeddings.
+
+    Args:
+        results: By model and task name.
+        model: Whose are wanted.
+        plan: How they were measured.
+        settings: The evaluation's.
+        rejector: The detector that the model ships with.
+    """
     mine = {name: result for (key, name), result in results.items() if key == model}
     found = Findings(outcome=mine["columns"], autoattack=mine.get("autoattack"), audit=mine.get("audit"))
     found.embedded = {name: result for name, result in mine.items() if isinstance(result, EmbeddedImages)}
@@ -78,12 +96,27 @@ def gather(results: Mapping[tuple[str, str], Any], model: str, plan: Plan, setti
         found.detection = detect_misclassified(
             detector, bank, natural, attacked, seed=plan.seed, k=k, metric=settings.neighbours.metric
         )
+        if rejector is not None:
+            found.shipped = _shipped(rejector, Embedded.joined(natural, attacked), plan.seed)
         levels = {plan.epsilon: radius_name(plan.epsilon), plan.detection.epsilon: detection_name(plan)}
         levels = {epsilon: radius_name(epsilon) for epsilon in plan.shift} | levels
         found.shift = {
             epsilon: shift_ratios(natural, found.embedded[name].embedded) for epsilon, name in sorted(levels.items())
         }
     return found
+
+
+def _shipped(rejector: Rejector, both: Embedded, seed: int) -> rp.ShippedFacts:
+    """The model's own detector on natural and attacked images, at its own threshold."""
+    scores, images = rejector.detector.score(both), np.tile(np.arange(len(both) // 2), 2)
+    rejected = scores < rejector.threshold
+    right, wrong = rejected[both.correct], rejected[~both.correct]
+    return rp.ShippedFacts(
+        **_score(measure_detection(scores, both.correct, seed=seed, images=images)).model_dump(),
+        threshold=rejector.threshold,
+        false_rejections=share(wilson_interval(int(right.sum()), len(right))),
+        detected=share(wilson_interval(int(wrong.sum()), len(wrong))),
+    )
 
 
 def _curves(mine: Mapping[str, Any], outcome: ShardOutcome, plan: Plan) -> dict[str, dict[str, Curve]]:
@@ -250,6 +283,7 @@ def detection_facts(found: Findings, plan: Plan, settings: EvaluateSettings) -> 
         num_wrong=main.num_wrong,
         baselines={name: _score(result) for name, result in found.detection.items() if name != "gaussian"},
         settings=chosen | attack,
+        shipped=found.shipped,
     )
 
 

@@ -202,8 +202,24 @@ class DetectionScore(_Part):
     reason: str = ""
 
 
+class ShippedFacts(DetectionScore):
+    """The detector that travels with the model, at the threshold it ships with.
+
+    Attributes:
+        threshold: Images below it are rejected.
+        false_rejections: Correctly classified test images that it rejects, natural and attacked together.
+        detected: Misclassified ones that it rejects.
+    """
+
+    threshold: float
+    false_rejections: Share
+    detected: Share
+
+
 class DetectionFacts(DetectionScore):
     """Detection of misclassified images, natural and attacked together; `auc` is that of the class Gaussians.
+
+    These are fitted anew, by the settings of the evaluation; the detector that a model ships with is measured beside.
 
     Attributes:
         epsilon: Radius of the attacked images.
@@ -211,6 +227,7 @@ class DetectionFacts(DetectionScore):
         num_wrong: Misclassified ones.
         baselines: The same for other scores.
         settings: The choices that the paper leaves open.
+        shipped: The model's own detector; None where it has none.
     """
 
     epsilon: float
@@ -218,6 +235,7 @@ class DetectionFacts(DetectionScore):
     num_wrong: int
     baselines: dict[str, DetectionScore]
     settings: dict[str, str | float | bool]
+    shipped: ShippedFacts | None = None
 
 
 class NeighbourFacts(_Part):
