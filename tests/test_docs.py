@@ -15,6 +15,7 @@ from tla_service.config_fields import parse_fraction
 from tla_service.config_loading import JobSettings, RunSettings, preset_names, read_settings, sweep_preset_names
 from tla_service.registry.job_settings import ExportSettings, ImportSettings, PromoteSettings
 from tla_service.report.settings import EvaluateSettings, spread_lists
+from tla_service.results.settings import ReproduceSettings
 from tla_service.tuning.settings import Dimension, SweepConfig, TuneSettings
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +37,7 @@ JOBS: dict[str, type[JobSettings]] = {
     "jobs/promote_model.py": PromoteSettings,
     "jobs/export_model.py": ExportSettings,
     "jobs/import_model.py": ImportSettings,
+    "jobs/reproduce_paper.py": ReproduceSettings,
 }
 OURS = [(page.name, line) for page in PAGES for line in commands(page) if ENTRY.search(line)]
 

@@ -143,6 +143,18 @@ def verify_checkpoint(folder: Path) -> None:
             raise UnavailableError("checkpoint", path, "missing or not what was written (checksum differs)", remedy)
 
 
+def keep_best_only(folder: Path) -> None:
+    """Drop what only a run that goes on needs: the rest is enough to load the best weights."""
+    kept = ("best.safetensors", "config.yaml", "data.json")
+    checksums = json.loads((folder / MANIFEST).read_text())
+    partial = folder / f".{MANIFEST}"
+    partial.write_text(json.dumps({name: value for name, value in checksums.items() if name in kept}, indent=1))
+    partial.replace(folder / MANIFEST)
+    for path in folder.iterdir():
+        if path.name not in (*kept, MANIFEST):
+            path.unlink()
+
+
 def read_weights(folder: str) -> dict[str, Tensor]:
     """The best weights of a checkpoint folder, on the CPU.
 

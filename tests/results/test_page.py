@@ -1,0 +1,57 @@
+"""The page: our figures from the runs alone, what is missing with its command, and a reading that follows them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.results.conftest import settings_of
+from tla_service.results.page import write_page
+
+Finished = Callable[..., None]
+
+
+def page_of(tmp_path: Path, *flags: str) -> str:
+    output = ("--state", str(tmp_path / "state"), "--output", str(tmp_path / "page.md"))
+    return write_page(settings_of("--table", "mnist", "--data.root", "/data", *output, *flags)).read_text()
+
+
+def test_without_runs_every_cell_is_empty_and_the_command_is_there(tmp_path: Path) -> None:
+    page = page_of(tmp_path)
+    assert "33 runs: `natural-s0`" in page  # 6 methods and 5 pool sizes, 3 seeds each
+    assert "python jobs/reproduce_paper.py --table mnist --seeds 3 --data.root /data/mnist" in page
+    assert "an estimate, not a measurement" in page
+    assert "96.79" not in page
+
+
+def test_the_papers_figures_are_never_in_our_rows(tmp_path: Path, finished: Finished) -> None:
+    finished(tmp_path / "state", "tla-s0", 0.9, 0.5)
+    page = page_of(tmp_path)
+    accuracy = page.partition("## Accuracy")[2].partition("## ")[0]
+    rows = {line.split("|")[1].strip(): line for line in accuracy.splitlines() if line.startswith("| ")}
+    assert "99.52" in rows["*TLA, paper*"]
+    assert [cell.strip() for cell in rows["TLA"].split("|")[2:6]] == ["1", "90.0", "50.0", "45.0"]
+    assert rows["AT"].replace("|", "").split() == ["AT", "0"]
+    assert "99.52" not in rows["TLA"]
+    assert (tmp_path / "pictures" / "mnist-methods.png").stat().st_size > 1000
+    assert "200 test images, the paper's 10000" in page
+
+
+def test_reduced_settings_stand_without_the_papers(tmp_path: Path, finished: Finished) -> None:
+    finished(tmp_path / "state", "tla-s0", 0.9, 0.5)
+    page = page_of(tmp_path, "--budget", "30")
+    assert "**Reduced settings**" in page
+    assert "108 steps of 256 images" in page
+    assert "*TLA, paper*" not in page
+
+
+def test_the_reading_follows_the_intervals(tmp_path: Path, finished: Finished) -> None:
+    for seed in range(3):
+        finished(tmp_path / "state", f"tla-s{seed}", 0.90 + 0.001 * seed, 0.70 + 0.001 * seed)
+        finished(tmp_path / "state", f"at-s{seed}", 0.95 + 0.002 * seed, 0.60 + 0.002 * seed)
+        finished(tmp_path / "state", f"alp-s{seed}", 0.90 + 0.03 * seed, 0.75 - 0.04 * seed)
+    page = page_of(tmp_path)
+    lines = {label: next(line for line in page.splitlines() if line.startswith(f"- TLA less {label}"))
+             for label in ("AT", "ALP")}  # fmt: skip
+    assert "clean -5.1 [-5.3, -4.9] **worse**" in lines["AT"]
+    assert "pgd100 +9.9 [+9.7, +10.1] **better**" in lines["AT"]
+    assert "3 seeds in common" in lines["AT"]
+    assert lines["ALP"].count("undecided") >= 3

@@ -1,0 +1,90 @@
+"""What a table trains and measures, in which order, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.results.conftest import settings_of
+from tla_service.config_loading import load_settings
+from tla_service.errors import ConfigError
+from tla_service.results.schedule import Scheduler, open_state
+from tla_service.results.tables import measures, run_config, units
+
+
+@pytest.mark.parametrize("table", ["mnist", "cifar10", "tiny_imagenet"])
+def test_without_a_budget_runs_are_the_presets(table: str) -> None:
+    settings = settings_of("--table", table, "--data.root", "/data")
+    for unit in units(settings):
+        ours, preset = run_config(settings, unit), load_settings(["--preset", table, "--data.root", "/data"]).run_config
+        assert ours.training == preset.training
+        assert ours.loss == preset.loss
+        assert (ours.method, ours.seed) == (unit.method, unit.seed)
+        assert ours.mining.pool_size == (unit.pool_size or preset.mining.pool_size)
+    assert "attacks" not in measures(settings, next(units(settings)))  # the paper's columns, transfer among them
+
+
+@pytest.mark.parametrize("table", ["mnist", "cifar10", "tiny_imagenet", "digits"])
+def test_a_budget_shortens_all_runs_alike(table: str) -> None:
+    root = () if table == "digits" else ("--data.root", "/data")
+    settings = settings_of("--table", table, "--budget", "60", *root)
+    todo = list(units(settings))
+    assert {run_config(settings, unit).training.max_steps for unit in todo} == {215}
+    assert len({run_config(settings, unit).model.name for unit in todo}) == 1
+    assert measures(settings, todo[0])["images"]["autoattack"] == 500
+    assert all(attack["num_restarts"] == 1 for attack in measures(settings, todo[0])["attacks"].values())
+
+
+def test_seeds_come_one_after_another_and_lend_surrogates() -> None:
+    found = [unit for unit in units(settings_of("--table", "digits", "--seeds", "2")) if unit.pool_size is None]
+    assert [unit.seed for unit in found] == [0] * 6 + [1] * 6
+    assert {unit.name: unit.surrogate for unit in found}["tla-s1"] == "tla-s0"
+    alone = next(units(settings_of("--table", "digits", "--seeds", "1")))
+    assert alone.surrogate is None
+
+
+def test_the_next_stage_measures_before_it_trains_more(tmp_path: Path) -> None:
+    settings = settings_of(
+        "--table", "digits", "--seeds", "2", "--methods", "at", "--no-pools", "--state", str(tmp_path)
+    )
+    todo = list(units(settings))
+    scheduler = Scheduler(settings, 1, lambda _text: None)
+
+    def upcoming() -> tuple[str, str] | None:
+        found = scheduler._next(todo)
+        return (found[0].name, found[1]) if found else None
+
+    assert upcoming() == ("at-s0", "train")
+    for name in ("at-s0", "at-s1"):
+        assert upcoming() == (name, "train")  # the surrogate first
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text("{}")
+    assert upcoming() == ("at-s0", "measure")
+    scheduler.failed["at-s0"] = "killed"
+    assert upcoming() == ("at-s1", "measure")
+    (tmp_path / "at-s1" / "measured.json").write_text("{}")
+    assert upcoming() is None
+
+
+def test_a_folder_of_another_table_is_refused(tmp_path: Path) -> None:
+    open_state(settings_of("--table", "digits", "--budget", "5", "--state", str(tmp_path)))
+    open_state(settings_of("--table", "digits", "--budget", "5", "--state", str(tmp_path), "--seeds", "9"))
+    with pytest.raises(ConfigError, match="holds another table or other settings"):
+        open_state(settings_of("--table", "digits", "--state", str(tmp_path)))
+    assert json.loads((tmp_path / "table.json").read_text()) == {"table": "digits", "settings": "5-minutes"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--table mnist", "data.root=None: mnist is not embedded; give a folder"),
+        ("--table digits --methods at --methods at", "methods=at,at: names a method twice"),
+        ("--table digits --budget 0", "budget=0: .*greater than 0"),
+        ("--table imagenet", "table=imagenet: .*not one of"),
+    ],
+)
+def test_wrong_settings_are_refused(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings_of(*flags.split())
+    assert re.match(message, str(caught.value))

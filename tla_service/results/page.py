@@ -1,0 +1,163 @@
+"""The page of a table: our figures with intervals, the paper's beside them, what is missing, and what it all says."""
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from tla_service.registry.environment import code_facts
+from tla_service.report.paper_results import differences_from_paper, paper_row
+from tla_service.results.figures import Estimate, Row, difference, over_seeds, read_row
+from tla_service.results.pictures import method_bars, pool_curve
+from tla_service.results.settings import PAPER_METHODS, ReproduceSettings
+from tla_service.results.tables import POOL_SIZES, run_config, share_of_budget, units
+
+NAMES = {"natural": "UM", "at": "AT", "alp": "ALP", "tla_rn": "TLA-RN", "tla_sa": "TLA-SA", "tla": "TLA"}
+# Processor or device hours of one run with the paper's settings: an estimate from its passes, not a measurement.
+_GPU_HOURS = {"mnist": 3, "cifar10": 15, "tiny_imagenet": 40, "digits": 0.1}
+
+
+def command(settings: ReproduceSettings) -> str:
+    """What makes the page."""
+    parts = ["python jobs/reproduce_paper.py --table", settings.table]
+    if settings.budget is not None:
+        parts.append(f"--budget {settings.budget:g}")
+    parts.append(f"--seeds {settings.seeds}")
+    if settings.methods != PAPER_METHODS:
+        parts.append(f"--methods {' '.join(settings.methods)}")
+    if not settings.pools:
+        parts.append("--no-pools")
+    if settings.data.root is not None:
+        parts.append(f"--data.root /data/{settings.table}")
+    return " ".join(parts)
+
+
+def write_page(settings: ReproduceSettings) -> Path:
+    """Write the page and its pictures from the runs that have finished; returns where."""
+    state, path = settings.state_folder, settings.page
+    todo = list(units(settings))
+    rows = [
+        read_row(NAMES.get(method, method), [u for u in todo if u.method == method and u.pool_size is None], state)
+        for method in settings.methods
+    ]
+    pools = {size: read_row(str(size), [u for u in todo if u.pool_size == size], state) for size in POOL_SIZES}
+    pools = {size: row for size, row in pools.items() if row.units}
+    measured = [row for row in rows if row.units]
+    lines = [f"# {settings.table}: the paper's table, remade", "", *_settings(settings, rows), ""]
+    if measured:
+        first = measured[0].measured[0]
+        columns = ["clean", *first["columns"]]
+        strong = [name for name in (first["iterative"], "autoattack") if name in first["accuracy"]]
+        columns += [name for name in ("autoattack",) if name in first["accuracy"]]
+        pictures = path.parent / "pictures"
+        method_bars(measured, ["clean", *strong], pictures / f"{settings.table}-methods.png")
+        lines += [f"![Methods](pictures/{settings.table}-methods.png)", ""]
+        lines += ["## Accuracy, %", "", *_table(settings, rows, columns), ""]
+        radii = [f"{ratio['epsilon']:.3g}" for ratio in first["shift"]]
+        if first["detection"] is not None:
+            names = ["detection", "neighbours clean", "neighbours attacked"]
+            names += [f"{kind} {radius}" for radius in radii for kind in ("r", "r'")]
+            lines += ["## Representation", "", *_table(settings, rows, names), ""]
+            lines += ["Detection is the area under the ROC curve and neighbours are accuracies, both in percent; r is "
+                      "better high, r' low.", ""]  # fmt: skip
+        if pools:
+            pool_curve(pools, ["clean", first["iterative"]], pictures / f"{settings.table}-pools.png")
+            lines += ["## Size of the pool", "", f"![Pool sizes](pictures/{settings.table}-pools.png)", ""]
+            lines += [*_table(settings, list(pools.values()), ["clean", first["iterative"]], head="pool"), ""]
+        lines += ["## What it says", "", *_reading(rows, ["clean", *strong, "detection", "neighbours attacked"]), ""]
+    lines += _missing(settings, rows, pools)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines).rstrip() + "\n")
+    return path
+
+
+def _settings(settings: ReproduceSettings, rows: Sequence[Row]) -> list[str]:
+    code = code_facts()
+    devices = sorted({measured["device"] for row in rows for measured in row.measured}) or ["none"]
+    config = run_config(settings, next(iter(units(settings))))
+    made = (
+        f"Made by `{command(settings)}` at {code.get('commit', code['version'])} on {', '.join(devices)} "
+        f"({os.cpu_count()} cores, {platform.machine()})."
+    )
+    lines = [made]
+    if settings.budget is not None:
+        steps, attack = config.training.max_steps, config.attack
+        lines += ["", f"**Reduced settings**, {share_of_budget(settings):.0%} of their full length: network "
+                  f"`{config.model.name}`, {steps} steps of {config.training.global_batch_size} images, PGD-"
+                  f"{attack.num_steps} while training. These are not the paper's settings, and figures are not to be "
+                  "compared with its own."]  # fmt: skip
+    images = max((m["accuracy"]["clean"]["images"] for row in rows for m in row.measured), default=0)
+    same = all(measured["is_paper"] for row in rows for measured in row.measured)
+    apart = differences_from_paper(settings.table, config.model.name, images, same_attacks=same)
+    if apart and images:
+        lines += ["", f"What sets it apart from the paper's table: {'; '.join(apart)}."]
+    lines += ["", "Cells are means over seeds with Student's 95% interval, of the weights that were best on "
+              "validation. Rows called *paper* hold its own figures; none of them is in a row of ours."]  # fmt: skip
+    return lines
+
+
+def _table(settings: ReproduceSettings, rows: Sequence[Row], names: Sequence[str], head: str = "method") -> list[str]:
+    lines = [f"| {head} | seeds | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for row in rows:
+        cells = [_cell(over_seeds(row.values(name)), percent=name.split()[0] not in ("r", "r'")) for name in names]
+        lines.append(f"| {row.label} | {len(row.units)} | " + " | ".join(cells) + " |")
+        method = next((method for method, label in NAMES.items() if label == row.label), None)
+        paper = paper_row(settings.table, method) if method and settings.budget is None else None
+        if paper is not None and "clean" in names:
+            printed = [f"{paper.accuracy[name]:.2f}" if name in paper.accuracy else "" for name in names]
+            lines.append(f"| *{row.label}, paper* | | " + " | ".join(printed) + " |")
+    return lines
+
+
+def _cell(estimate: Estimate | None, *, percent: bool) -> str:
+    if estimate is None:
+        return ""
+    scale, digits = (100, 1) if percent else (1, 3)
+    text = f"{scale * estimate.value:.{digits}f}"
+    if math.isnan(estimate.low):
+        return text
+    return f"{text} [{scale * estimate.low:.{digits}f}, {scale * estimate.high:.{digits}f}]"
+
+
+def _reading(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """TLA against each baseline, measure by measure: decided only where the interval leaves zero out."""
+    by_label = {row.label: row for row in rows if row.units}
+    ours = by_label.pop("TLA", None)
+    if ours is None:
+        return ["TLA has not been measured yet."]
+    lines = []
+    for other in by_label.values():
+        if other.label == "UM":
+            continue
+        verdicts = []
+        for name in names:
+            found = difference(ours, other, name)
+            if found is None:
+                continue
+            shown = f"{name} {100 * found.value:+.1f}"
+            if math.isnan(found.low):
+                verdicts.append(f"{shown} (one seed, no interval)")
+                continue
+            says = "**better**" if found.low > 0 else "**worse**" if found.high < 0 else "undecided"
+            verdicts.append(f"{shown} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] {says}")
+        seeds = len({unit.seed for unit in ours.units} & {unit.seed for unit in other.units})
+        over = f"{seeds} seeds in common" if seeds > 1 else "one seed in common: intervals are over test images"
+        lines.append(f"- TLA less {other.label}, in points ({over}): {'; '.join(verdicts)}.")
+    note = "*Undecided* means that the interval holds zero: by these runs nobody can say which is better."
+    return [*lines, "", note] if lines else ["There is no baseline to compare TLA with yet."]
+
+
+def _missing(settings: ReproduceSettings, rows: Sequence[Row], pools: dict[int, Row]) -> list[str]:
+    """What has not been run, and what it takes."""
+    done = {unit.name for row in (*rows, *pools.values()) for unit in row.units}
+    left = [unit.name for unit in units(settings) if unit.name not in done]
+    if not left:
+        return []
+    if settings.budget is None:
+        hours = len(left) * _GPU_HOURS[settings.table]
+        takes = f"about {hours:g} hours of one H100-class GPU, run one after another: an estimate, not a measurement"
+    else:
+        takes = f"about {settings.budget * len(left) / max(1, len(left) + len(done)):.0f} minutes on two CPU cores"
+    return ["## Not run yet", "", f"{len(left)} runs: {', '.join(f'`{name}`' for name in left)}.", "",
+            f"`{command(settings)}` makes them, in {takes}."]  # fmt: skip

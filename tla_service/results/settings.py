@@ -1,0 +1,72 @@
+"""What the job that remakes a table of the paper can be told."""
+
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from tla_service.config import Method, TrackingConfig
+from tla_service.config_fields import Section, setting, wrong
+from tla_service.config_loading import JobSettings
+
+TableName = Literal["mnist", "cifar10", "tiny_imagenet", "digits"]
+PAPER_METHODS: tuple[Method, ...] = ("natural", "at", "alp", "tla_rn", "tla_sa", "tla")
+
+
+class TableData(Section):
+    """Where the images are."""
+
+    root: str | None = setting(None, "folder, zip file or s3://bucket/prefix that holds the data set")
+
+
+class ReproduceSettings(JobSettings):
+    """A table to remake."""
+
+    table: TableName = setting("mnist", "which table; digits is the same on embedded data, for trying things out")
+    budget: float | None = setting(
+        None,
+        "reduced settings that two CPU cores finish in about this long; none: the paper's settings",
+        unit="minutes",
+        gt=0,
+        le=600,
+    )
+    seeds: int = setting(3, "runs of each method", ge=1, le=100)
+    methods: tuple[Method, ...] = setting(PAPER_METHODS, "methods of the table")
+    pools: bool = setting(True, "also the study of pool sizes (1, 250, 500, 1000, 2000) with method tla")
+    minutes: float | None = setting(
+        None, "stop after this long and keep everything; the same command goes on", unit="minutes", gt=0
+    )
+    side_by_side: int | None = setting(None, "runs at a time; none: one a core, or four on a GPU", ge=1, le=256)
+    state: Path | None = Field(None, description="folder of the runs; default runs/tables/<table>[-<budget>]")
+    output: Path | None = Field(None, description="Markdown page to write; default docs/results/<table>.md")
+    log: bool = setting(True, "log every run's figures to MLflow, where it is installed")
+    data: TableData = TableData()
+    tracking: TrackingConfig = TrackingConfig(experiment="tla-results")
+
+    @property
+    def budget_name(self) -> str:
+        """What the settings are called: `paper`, or the budget's minutes."""
+        return "paper" if self.budget is None else f"{self.budget:g}-minutes"
+
+    @property
+    def state_folder(self) -> Path:
+        """Where runs are kept, as an absolute path."""
+        return (self.state or Path("runs/tables") / f"{self.table}-{self.budget_name}").expanduser().absolute()
+
+    @property
+    def page(self) -> Path:
+        """Where the page goes."""
+        return (self.output or Path("docs/results") / f"{self.table}.md").expanduser()
+
+    def slots(self, *, has_gpu: bool) -> int:
+        """Runs at a time."""
+        return self.side_by_side or (4 if has_gpu else os.cpu_count() or 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data.root is None and self.table != "digits":
+            raise wrong("data.root", None, f"{self.table} is not embedded", "give a folder, or s3://bucket/prefix")
+        if len(set(self.methods)) < len(self.methods):
+            raise wrong("methods", ",".join(self.methods), "names a method twice", "name each once")
+        return self
