@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.test_core_alone import WITHOUT
 
 ROOT = Path(__file__).parents[2]
@@ -13,6 +15,8 @@ FLAGS = "--table digits --budget 1 --seeds 1 --methods at --no-pools --side_by_s
 CODE = WITHOUT + f"import runpy; runpy.run_path({str(ROOT / 'jobs' / 'reproduce_paper.py')!r}, run_name='__main__')"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_table_is_made_in_pieces(tmp_path: Path) -> None:
     def reproduce(*more: str) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TLA_")}
@@ -22,7 +26,7 @@ def test_a_table_is_made_in_pieces(tmp_path: Path) -> None:
             env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=400,
             check=False,
         )
 
