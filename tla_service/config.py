@@ -126,6 +126,11 @@ class MiningConfig(Section):
     positives: Literal["own", "same_class", "both"] = setting(
         "own", "the anchor's own clean image, another image of its class, or a triplet with each (the code)"
     )
+    queries: Literal["final", "last_step"] = setting(
+        "final",
+        "what a separate pool is searched with: embeddings of the final adversarial images, or those that the attack's "
+        "last step has computed anyway",
+    )
     similarity: Literal["cosine", "absolute_cosine"] = setting(
         "absolute_cosine", "closest by |cos|, the loss's own distance (paper), or by the signed cosine (code)"
     )
@@ -200,6 +205,21 @@ class TrainingConfig(Section):
     log_every_steps: int = setting(50, "progress record every this many steps", unit="steps", ge=1)
 
 
+class SpeedConfig(Section):
+    """How the same step is computed faster: results change by rounding only. More switches are in other sections."""
+
+    fold_batchnorm: bool = setting(
+        True, "attack a twin of the network whose BatchNorms are multiplied into the convolutions before them"
+    )
+    compile: Literal["none", "attack", "all"] = setting(
+        "none", "torch.compile the attacked network, or the update's as well; pays on GPUs, slower on CPUs"
+    )
+    cuda_graphs: bool = setting(False, "capture the attack's steps as one CUDA graph; GPUs only")
+    fused_optimizer: bool = setting(True, "update all parameters in one kernel")
+    overlap_reduction: bool = setting(True, "send gradients to other workers while the backward pass goes on")
+    tune_kernels: bool = setting(False, "let cuDNN time its kernels and take the fastest; runs then differ in rounding")
+
+
 class ScalingConfig(Section):
     """Workers and where they run."""
 
@@ -244,6 +264,7 @@ class RunConfig(Section):
     NOT_IDENTITY: ClassVar[dict[str, Any]] = {
         "name": True,
         "scaling": True,
+        "speed": True,
         "tracking": True,
         "data": {"root", "download", "cache_dir", "loader_workers"},
         "training": {"log_every_steps"},
@@ -263,6 +284,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()
+    speed: SpeedConfig = SpeedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     detection: DetectionConfig = DetectionConfig()
     scaling: ScalingConfig = ScalingConfig()

@@ -1,5 +1,13 @@
 """Adversaries: functions of a network's logits, images and labels."""
 
-from tla_service.attacks.gradient import Attack, LogitsFn, attack_images, craft, craft_noisy_step
+from tla_service.attacks.gradient import (
+    Attack,
+    LogitsFn,
+    attack_images,
+    climb,
+    craft,
+    craft_noisy_step,
+    starting_point,
+)
 
-__all__ = ["Attack", "LogitsFn", "attack_images", "craft", "craft_noisy_step"]
+__all__ = ["Attack", "LogitsFn", "attack_images", "climb", "craft", "craft_noisy_step", "starting_point"]

@@ -78,22 +78,35 @@ def craft(
     Returns:
         Adversarial images (N, C, H, W) in [0, 1], within `attack.epsilon` of `images`; detached.
     """
+    return climb(logits_fn, images, starting_point(images, attack, generator), labels, attack)
+
+
+def starting_point(images: Tensor, attack: Attack, generator: torch.Generator | None = None) -> Tensor:
+    """Where the attack starts: a random point of the ball and of [0, 1], or the images themselves."""
+    images = images.detach()
+    if not attack.starts_at_random:
+        return images
+    return (images + _random_perturbation(images, attack, generator)).clamp(0, 1)
+
+
+def climb(logits_fn: LogitsFn, images: Tensor, start: Tensor, labels: Tensor, attack: Attack) -> Tensor:
+    """The steps of `craft`, from a given start; draws nothing and never waits for the device."""
     images = images.detach()
     steps, step_size = (1, attack.epsilon) if attack.kind == "fgsm" else (attack.num_steps, attack.step_size)
-    adversarial = images
-    if attack.starts_at_random:
-        adversarial = (images + _random_perturbation(images, attack, generator)).clamp(0, 1)
-    velocity = torch.zeros_like(images)
+    adversarial = start
+    velocity = torch.zeros_like(images) if attack.kind == "mim" else None
+    project = _projection(images, attack)
     clean = _clean_log_probabilities(logits_fn, images) if attack.objective == "kl" else None
     for _ in range(steps):
         adversarial = adversarial.detach().requires_grad_()
         with torch.enable_grad():
             loss = _loss(logits_fn(adversarial), labels, attack, clean)
             (gradient,) = torch.autograd.grad(loss, adversarial)
-        if attack.kind == "mim":
+        if velocity is not None:
             velocity = attack.momentum * velocity + gradient / _per_image(gradient.abs().mean((1, 2, 3)))
             gradient = velocity
-        adversarial = _project(images, adversarial.detach() + step_size * _direction(gradient, attack), attack)
+        # In place: the direction is a tensor of its own, and nothing else of its size need be written.
+        adversarial = project(_direction(gradient, attack).mul_(step_size).add_(adversarial.detach()))
     return adversarial.detach()
 
 
@@ -209,15 +222,20 @@ def _direction(gradient: Tensor, attack: Attack) -> Tensor:
     return scaled / _per_image(scaled.flatten(1).norm(dim=1))
 
 
-def _project(images: Tensor, adversarial: Tensor, attack: Attack) -> Tensor:
-    """The nearest point of the ball around `images`, then of [0, 1]; clipping to [0, 1] never leaves the ball."""
+def _projection(images: Tensor, attack: Attack) -> Callable[[Tensor], Tensor]:
+    """To the nearest point of the ball around `images`, then of [0, 1]; clipping to [0, 1] never leaves the ball."""
     if attack.norm == "linf":
-        adversarial = torch.maximum(torch.minimum(adversarial, images + attack.epsilon), images - attack.epsilon)
-        return adversarial.clamp(0, 1)
-    perturbation = adversarial - images
-    length = perturbation.flatten(1).norm(dim=1)
-    scale = (attack.epsilon / length.clamp_min(attack.epsilon)).clamp(max=1)
-    return (images + perturbation * _per_image(scale)).clamp(0, 1)
+        # Two intervals that both hold the image: one clamp to what they share.
+        lowest, highest = (images - attack.epsilon).clamp_min(0), (images + attack.epsilon).clamp_max(1)
+        return lambda adversarial: adversarial.clamp_(lowest, highest)
+
+    def project(adversarial: Tensor) -> Tensor:
+        perturbation = adversarial - images
+        length = perturbation.flatten(1).norm(dim=1)
+        scale = (attack.epsilon / length.clamp_min(attack.epsilon)).clamp(max=1)
+        return (images + perturbation * _per_image(scale)).clamp(0, 1)
+
+    return project
 
 
 def _per_image(values: Tensor) -> Tensor:

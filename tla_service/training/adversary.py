@@ -1,50 +1,93 @@
 """The adversary that training meets: which images it makes, and how it moves weights."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from tla_service.attacks import Attack, craft, craft_noisy_step
+from tla_service.attacks import Attack, LogitsFn, climb, craft, craft_noisy_step, starting_point
 from tla_service.config import RunConfig
 from tla_service.data import Batch
+from tla_service.models import ModelOutput
+from tla_service.models.frozen import FrozenTwin
 from tla_service.runtime import WorkerContext, autocast
+from tla_service.training.cuda_graph import GraphedClimb
+
+# Batches of an epoch come in at most two sizes; a third graph would only hold memory.
+_MOST_GRAPHS = 2
 
 
 class Adversary:
-    """Makes adversarial images of a batch.
+    """Makes adversarial images of a batch, and embeds images as it sees them.
 
     Args:
-        network: The bare network. It is attacked as it is: no DDP wrapper, no parameter gradients, no BatchNorm
-            updates.
+        network: The bare network, never a DDP wrapper: attacking that would reduce gradients and broadcast buffers at
+            every attack step. Its frozen twin is attacked: no parameter gradients, no BatchNorm updates.
         config: The run.
         context: This worker.
 
     Attributes:
         kind: As configured; `pgd` once single-step training has collapsed and `attack.on_collapse` says so.
+        last_embeddings: Embeddings (N, D) of the images that the last attack's last step started from, without a graph.
     """
 
     def __init__(self, network: nn.Module, config: RunConfig, context: WorkerContext) -> None:
         self._network, self._config, self._context = network, config, context
         self._attack = training_attack(config)
         self.kind = config.attack.kind
+        self.last_embeddings: Tensor | None = None
+        self._twin = FrozenTwin(network, fold_batchnorm=config.speed.fold_batchnorm)
+        self._run: Callable[[Tensor], ModelOutput] = self._twin
+        if config.speed.compile != "none":
+            self._run = torch.compile(self._twin.module)
+        self._graphs: dict[torch.Size, GraphedClimb] = {}
 
     def craft(self, anchors: Batch, random: torch.Generator) -> Tensor:
         """Adversarial images (N, C, H, W) of the batch's, detached."""
-        precision, device = self._config.training.precision, self._context.device
+        if self._config.attack.batchnorm == "train":
+            with kept_buffers(self._network):
+                return self._make(self._logits_in_train_mode, anchors, random)
+        self._twin.refresh()
+        if self._config.speed.cuda_graphs and self.kind == "pgd":
+            return self._replay(anchors, random)
+        return self._make(self._logits, anchors, random)
 
-        def logits_fn(images: Tensor) -> Tensor:
-            with autocast(precision, device):
-                logits: Tensor = self._network(images).logits
-            return logits
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings (N, D) of images in eval mode, without a graph."""
+        self._twin.refresh()
+        with torch.no_grad(), autocast(self._config.training.precision, self._context.device):
+            return self._twin(images).embeddings
 
-        keeping = kept_buffers if self._config.attack.batchnorm == "train" else in_eval_mode
-        with keeping(self._network):
-            if self.kind == "n_fgsm":
-                noise = self._config.attack.noise
-                return craft_noisy_step(logits_fn, anchors.images, anchors.labels, self._attack, noise, random)
-            return craft(logits_fn, anchors.images, anchors.labels, self._attack, random)
+    def _make(self, logits_fn: LogitsFn, anchors: Batch, random: torch.Generator) -> Tensor:
+        if self.kind == "n_fgsm":
+            noise = self._config.attack.noise
+            return craft_noisy_step(logits_fn, anchors.images, anchors.labels, self._attack, noise, random)
+        return craft(logits_fn, anchors.images, anchors.labels, self._attack, random)
+
+    def _replay(self, anchors: Batch, random: torch.Generator) -> Tensor:
+        start = starting_point(anchors.images, self._attack, random)
+        graph = self._graphs.get(anchors.images.shape)
+        if graph is None and len(self._graphs) == _MOST_GRAPHS:
+            return climb(self._logits, anchors.images, start, anchors.labels, self._attack)
+        if graph is None:
+            graph = GraphedClimb(self._logits, anchors, start, self._attack)
+            graph.embeddings = self.last_embeddings
+            self._graphs[anchors.images.shape] = graph
+        self.last_embeddings = graph.embeddings
+        return graph(anchors, start)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with autocast(self._config.training.precision, self._context.device):
+            output = self._run(images)
+        self.last_embeddings = output.embeddings.detach()
+        return output.logits
+
+    def _logits_in_train_mode(self, images: Tensor) -> Tensor:
+        with autocast(self._config.training.precision, self._context.device):
+            output: ModelOutput = self._network(images)
+        self.last_embeddings = output.embeddings.detach()
+        return output.logits
 
     def first_perturbation(self, images: Tensor, random: torch.Generator) -> Tensor:
         """Where free training starts on a batch: uniform in the ball, (N, C, H, W)."""
@@ -96,16 +139,6 @@ def moved_weights(network: nn.Module, gamma: float) -> Iterator[None]:
         with torch.no_grad():
             for kernel, value in zip(kernels, saved, strict=True):
                 kernel.copy_(value)
-
-
-@contextlib.contextmanager
-def in_eval_mode(network: nn.Module) -> Iterator[None]:
-    """Eval mode for a while: BatchNorm uses its running statistics and leaves them alone."""
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train()
 
 
 @contextlib.contextmanager

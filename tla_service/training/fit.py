@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tla_service.config import RunConfig
-from tla_service.data import Dataset, EvaluationBatches, StepBatch, TrainingBatches, load_dataset, split_validation
+from tla_service.data import (
+    Dataset,
+    EvaluationBatches,
+    ImageSource,
+    StepBatch,
+    TrainingBatches,
+    load_dataset,
+    split_validation,
+)
 from tla_service.errors import UserError
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
@@ -106,7 +114,7 @@ class Run:
             if config.training.ema_decay is not None:
                 update = get_ema_multi_avg_fn(config.training.ema_decay)
                 average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
-            self.state = TrainingState(network, build_optimizer(network, config.optimizer), average)
+            self.state = TrainingState(network, build_optimizer(network, config), average)
             if resume_from is not None:
                 load_checkpoint(resume_from, self.state, config, self._data_facts)
         self.step = TrainingStep(network, config, context)
@@ -226,7 +234,7 @@ class Run:
             self.reporter.progress({"event": "collapse", "message": message(metrics, state.best, config)})
         if config.attack.on_collapse == "pgd":
             self._load_best()
-            state.optimizer = build_optimizer(state.network, config.optimizer)
+            state.optimizer = build_optimizer(state.network, config)
             if state.average is not None:
                 state.average.module.load_state_dict(state.best_weights)
         self._after_collapse()
@@ -330,13 +338,20 @@ def failing_together(context: WorkerContext) -> Iterator[None]:
 
 def training_batches(config: RunConfig, dataset: Dataset, rows: Tensor, context: WorkerContext) -> TrainingBatches:
     """The training split as batches with what the method's mining needs."""
+    return training_batches_of(config, dataset.train, rows, context)
+
+
+def training_batches_of(
+    config: RunConfig, source: ImageSource, rows: Tensor, context: WorkerContext
+) -> TrainingBatches:
+    """Some of a source's images as batches with what the method's mining needs."""
     mining = config.mining
     separate = config.mines_triplets and mining.pool == "separate"
     pool_size = mining.pool_size if separate else 0
     if mining.scope == "global":
         pool_size //= context.world_size
     return TrainingBatches(
-        dataset.train,
+        source,
         rows,
         config.data,
         context,

@@ -12,7 +12,7 @@ from tla_service.config import RunConfig
 from tla_service.data import Batch, StepBatch
 from tla_service.models import ModelOutput
 from tla_service.runtime import WorkerContext, autocast, generator
-from tla_service.training.adversary import Adversary, in_eval_mode, kept_buffers, moved_weights
+from tla_service.training.adversary import Adversary, kept_buffers, moved_weights
 from tla_service.training.roles import RoleForward, gather_rows, shard_sizes
 from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
 from tla_service.triplets import (
@@ -39,6 +39,9 @@ TOTALS = (
 )
 
 
+_EVERYTHING_MIB = 2**20
+
+
 @dataclass(frozen=True)
 class Triplets:
     """Embeddings of a batch's triplets.
@@ -58,8 +61,8 @@ class TrainingStep:
     """Turns a batch into gradients.
 
     Args:
-        network: The bare network, on the worker's device. It is attacked as it is, in eval mode: no DDP wrapper, no
-            parameter gradients, no BatchNorm updates.
+        network: The bare network, on the worker's device. Its frozen twin is attacked: no DDP wrapper, no parameter
+            gradients, no BatchNorm updates.
         config: The run.
         context: This worker.
     """
@@ -67,6 +70,10 @@ class TrainingStep:
     def __init__(self, network: nn.Module, config: RunConfig, context: WorkerContext) -> None:
         self.network, self.config, self.context = network, config, context
         self.wrapped: nn.Module = RoleForward(network, together=config.training.batchnorm_roles == "together")
+        if config.speed.tune_kernels:
+            torch.backends.cudnn.benchmark = True
+        if config.speed.compile == "all":
+            self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
         if context.world_size > 1:
             devices = [context.device.index] if context.device.type == "cuda" else None
             # Buffers stay local between epochs and are averaged at their end (`fit`), which uses every worker's
@@ -74,7 +81,15 @@ class TrainingStep:
             ddp = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.14 and later
             local_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-            self.wrapped = ddp(self.wrapped, device_ids=devices, gradient_as_bucket_view=True, **local_buffers)
+            # One bucket for everything is full, and sent, only when the backward pass has ended.
+            bucket_mib = None if config.speed.overlap_reduction else _EVERYTHING_MIB
+            self.wrapped = ddp(
+                self.wrapped,
+                device_ids=devices,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=bucket_mib,
+                **local_buffers,
+            )
         self.adversary = Adversary(network, config, context)
         loss = config.loss
         default_clean_weight = 0.5 if config.method == "alp" else 0.0
@@ -195,9 +210,9 @@ class TrainingStep:
         anchors, mining = batch.anchors, self.config.mining
         assert batch.pool is not None
         pool_images, pool_labels = batch.pool.images, batch.pool.labels
-        with torch.no_grad(), in_eval_mode(self.network), autocast(self.config.training.precision, self.context.device):
-            queries = self.network(adversarial).embeddings
-            pool = self.network(pool_images).embeddings
+        queries = self.adversary.last_embeddings if mining.queries == "last_step" else self.adversary.embed(adversarial)
+        assert queries is not None
+        pool = self.adversary.embed(pool_images)
         if mining.scope == "global":
             sizes = [len(pool)] * self.context.world_size
             pool, pool_labels = (gather_rows(rows, sizes, self.context) for rows in (pool, pool_labels))

@@ -1,0 +1,141 @@
+"""The frozen twin is the network in eval mode: the same function, now and after every update, and no more."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tla_service.models import build_model
+from tla_service.models.frozen import FrozenTwin
+from tla_service.models.normalization import PerImageStandardization
+from tla_service.models.output import ModelOutput
+from tla_service.models.tiny_imagenet_resnet import build_tiny_resnet20
+from tla_service.models.wide_resnet import MadryWideResNet, WideResNet
+
+
+def lived_in(network: nn.Module, images: Tensor) -> nn.Module:
+    """In float64 and train mode, with statistics, scales and shifts that are not the initial ones."""
+    network = network.double().train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    for _ in range(2):
+        network(images)
+    return network
+
+
+NETWORKS: dict[str, tuple[Any, tuple[int, int, int], int]] = {
+    "mnist_cnn": (lambda: build_model("mnist_cnn", 5, (1, 8, 8)), (1, 8, 8), 4),
+    "preact_resnet_18": (lambda: build_model("preact_resnet_18", 5, (3, 8, 8)), (3, 8, 8), 8),
+    "madry": (
+        lambda: MadryWideResNet(8, 1, num_classes=5, in_channels=3, normalization=PerImageStandardization()),
+        (3, 8, 8),
+        4,  # three second BatchNorms, and the first behind the stem
+    ),
+    "wide": (lambda: WideResNet(10, 1, num_classes=5, in_channels=3, normalization=nn.Identity()), (3, 8, 8), 3),
+    "tiny": (
+        lambda: build_tiny_resnet20(num_classes=5, in_channels=3, normalization=PerImageStandardization()),
+        (3, 16, 16),
+        1,
+    ),
+    "torchvision": (lambda: build_model("torchvision:resnet18", 5, (3, 32, 32)), (3, 32, 32), 20),
+    "no BatchNorm": (lambda: build_model("digits_cnn", 5, (1, 8, 8)), (1, 8, 8), 0),
+}
+
+
+def outputs(network: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, embeddings, and a gradient to the images."""
+    images = images.clone().requires_grad_()
+    output: ModelOutput = network(images)
+    (gradient,) = torch.autograd.grad(output.logits.square().sum(), images)
+    return output.logits.detach(), output.embeddings.detach(), gradient
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_twin_is_the_network_in_eval_mode_before_and_after_updates(name: str, fold: bool) -> None:
+    build, shape, folds = NETWORKS[name]
+    images = torch.rand(4, *shape, dtype=torch.float64)
+    network = lived_in(build(), images)
+    twin = FrozenTwin(network, fold_batchnorm=fold)
+    assert twin.folded >= folds if fold else twin.folded == 0
+    optimizer = torch.optim.SGD(network.parameters(), 0.01)
+    for _ in range(2):
+        for expected, found in zip(outputs(network.eval(), images), outputs(twin, images), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+        network.train()
+        optimizer.zero_grad()
+        network(images).logits.square().mean().backward()
+        optimizer.step()
+        twin.refresh()
+    other = lived_in(build(), images)
+    network.load_state_dict(other.state_dict())
+    twin.refresh()
+    for expected, found in zip(outputs(other.eval(), images), outputs(twin, images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+def test_a_twin_that_was_not_refreshed_is_behind() -> None:
+    """What makes the test above able to fail."""
+    images = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    network = lived_in(build_model("mnist_cnn", 5, (1, 8, 8)), images)
+    twin = FrozenTwin(network)
+    with torch.no_grad():
+        network.body[1].running_mean += 1  # type: ignore[index, operator, union-attr]
+    assert not torch.allclose(outputs(twin, images)[0], outputs(network.eval(), images)[0])
+
+
+def test_the_network_keeps_its_mode_gradients_and_statistics() -> None:
+    images = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    network = lived_in(build_model("preact_resnet_18", 5, (3, 8, 8)), images)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    twin = FrozenTwin(network)
+    outputs(twin, images)
+    assert all(module.training for module in network.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in twin.module.parameters())
+
+
+def test_only_folded_weights_are_copies() -> None:
+    network = build_model("mnist_cnn", 5, (1, 8, 8))
+    own = {parameter.data_ptr() for parameter in network.parameters()}
+    copies = [value for value in FrozenTwin(network).module.parameters() if value.data_ptr() not in own]
+    assert len(copies) == 2 * 4  # weight and bias of the four convolutions
+
+
+class ValueDependent(nn.Module):
+    """A network that no tracer follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        features = self.norm(self.convolution(images))
+        rows = features.mean((2, 3)) if features.sum() > 0 else features.amax((2, 3))
+        return ModelOutput(rows, rows)
+
+
+def test_a_network_that_cannot_be_traced_is_left_as_it_is() -> None:
+    images = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    network = lived_in(ValueDependent(), images)
+    twin = FrozenTwin(network)
+    assert twin.folded == 0
+    assert torch.equal(twin(images).logits, network.eval()(images).logits)
+
+
+def test_a_convolution_with_a_second_reader_is_not_folded() -> None:
+    class Shared(ValueDependent):
+        def forward(self, images: Tensor) -> ModelOutput:
+            features = self.convolution(images)
+            rows = (self.norm(features) + features).mean((2, 3))
+            return ModelOutput(rows, rows)
+
+    images = torch.rand(4, 1, 8, 8, dtype=torch.float64)
+    network = lived_in(Shared(), images)
+    twin = FrozenTwin(network)
+    assert twin.folded == 0
+    assert torch.equal(twin(images).logits, network.eval()(images).logits)

@@ -1,0 +1,118 @@
+"""Timing that a noisy machine does not spoil: candidates take turns, and ratios are taken within a turn."""
+
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import psutil
+import torch
+
+
+class Spread(NamedTuple):
+    """A median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        """Median and quartiles; of fewer than four values, their extremes."""
+        if len(values) < 4:
+            return cls(statistics.median(values), min(values), max(values))
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+@dataclass
+class Times:
+    """Seconds of each candidate's turns, in order, by the wall clock and in CPU time of the process."""
+
+    wall: dict[str, list[float]] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
+
+    def seconds(self, name: str) -> Spread:
+        """Wall-clock seconds a turn."""
+        return Spread.of(self.wall[name])
+
+    def ratio(self, above: str, below: str, clock: str = "wall") -> Spread:
+        """Time of one candidate over another's, turn by turn."""
+        turns = self.cpu if clock == "cpu" else self.wall
+        return Spread.of([first / second for first, second in zip(turns[above], turns[below], strict=True)])
+
+
+def synchronize() -> None:
+    """Wait for the device, if there is one to wait for."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def take_turns(
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int, burn_in: int = 1, repeats: int = 1
+) -> Times:
+    """Time candidates round by round, each once a round, between synchronisations.
+
+    Args:
+        candidates: What to run, by name.
+        rounds: Timed rounds; every second one goes the other way round.
+        burn_in: Runs of each candidate before.
+        repeats: Runs in a row that make one turn.
+    """
+    for run in candidates.values():
+        for _ in range(burn_in):
+            run()
+    times = Times({name: [] for name in candidates}, {name: [] for name in candidates})
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            for name in list(candidates)[:: -1 if turn % 2 else 1]:
+                synchronize()
+                wall, cpu = time.perf_counter(), time.process_time()
+                for _ in range(repeats):
+                    candidates[name]()
+                synchronize()
+                times.wall[name].append((time.perf_counter() - wall) / repeats)
+                times.cpu[name].append((time.process_time() - cpu) / repeats)
+    finally:
+        gc.enable()
+    return times
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Bytes at most in use inside the block beyond what was in use before it, as the list's one entry.
+
+    On a GPU what torch has allocated, on a CPU the process's resident memory, looked at every millisecond.
+    """
+    result: list[int] = [0]
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield result
+        torch.cuda.synchronize()
+        result[0] = torch.cuda.max_memory_allocated() - before
+        return
+    process, ended = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            result[0] = max(result[0], process.memory_info().rss - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield result
+    finally:
+        ended.set()
+        watcher.join()

@@ -1,0 +1,137 @@
+"""A network's frozen twin, which attacks go through: eval mode, no parameter gradients, BatchNorm folded away."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tla_service.models.output import ModelOutput
+
+
+class FrozenTwin:
+    """A second view of a network in eval mode.
+
+    The twin shares the network's storage, so it follows every update that is made in place (optimisers,
+    `load_state_dict`, BatchNorm's statistics). Nothing in it asks for a gradient: neither eager nor compiled code
+    computes one for a weight, and the network itself stays in train mode.
+
+    In eval mode BatchNorm is an affine map a channel, so behind a convolution it can be multiplied into its weights:
+    the same function up to rounding, without reading and writing the activations once more. Folded weights are the
+    only copies; `refresh` renews them after an update.
+
+    Args:
+        network: The network; it must stay on its device, in its memory format.
+        fold_batchnorm: Fold each BatchNorm that alone follows a convolution. A network that cannot be traced, or that
+            has none, is left as it is.
+
+    Attributes:
+        module: The twin.
+        folded: How many BatchNorms were folded.
+    """
+
+    def __init__(self, network: nn.Module, *, fold_batchnorm: bool = True) -> None:
+        self.module = _sharing_copy(network)
+        self._folds: list[_Fold] = []
+        if fold_batchnorm:
+            self._fold_batchnorms()
+        self.refresh()
+
+    @property
+    def folded(self) -> int:
+        """Number of BatchNorms that were folded."""
+        return len(self._folds)
+
+    def __call__(self, images: Tensor) -> ModelOutput:
+        """Logits and embeddings of images (N, C, H, W), as the network gives them in eval mode."""
+        output: ModelOutput = self.module(images)
+        return output
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute the folded weights anew; to be called after every update of the network."""
+        for fold in self._folds:
+            fold.refresh()
+
+    def _fold_batchnorms(self) -> None:
+        if not any(isinstance(module, nn.BatchNorm2d) for module in self.module.modules()):
+            return
+        try:
+            graph = _BatchNormTracer().trace(self.module)
+        except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, NotImplementedError):
+            return  # its forward depends on values or shapes: attacked as it is
+        traced = fx.GraphModule(self.module, graph)
+        for convolution, norm in _foldable(traced):
+            self._folds.append(_fold(traced, convolution, norm))
+        traced.graph.lint()
+        traced.recompile()
+        self.module = traced
+
+
+class _Fold:
+    """One convolution with the BatchNorm behind it multiplied in."""
+
+    def __init__(self, source: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        self._source, self._norm = source, norm
+        self.target = copy.deepcopy(source)
+        like = source.weight
+        self.target.weight = nn.Parameter(torch.empty_like(like), requires_grad=False)
+        self.target.bias = nn.Parameter(like.new_empty(source.out_channels), requires_grad=False)
+
+    def refresh(self) -> None:
+        norm, target = self._norm, self.target
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert target.bias is not None
+        scale = (norm.running_var + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        torch.mul(self._source.weight, scale[:, None, None, None], out=target.weight)
+        mean = norm.running_mean if self._source.bias is None else norm.running_mean - self._source.bias
+        target.bias.copy_(-mean * scale if norm.bias is None else norm.bias - mean * scale)
+
+
+class _BatchNormTracer(fx.Tracer):
+    """Traces down to BatchNorms and to whatever holds none."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002 - torch's signature
+        inside = any(isinstance(module, _BatchNorm) for module in m.modules())
+        return isinstance(m, _BatchNorm) or not inside
+
+
+def _sharing_copy(network: nn.Module) -> nn.Module:
+    """A copy of the modules around the same tensors, none of which asks for a gradient; in eval mode."""
+    tensors: dict[int, Tensor] = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in network.parameters()
+    }
+    tensors |= {id(buffer): buffer.detach() for buffer in network.buffers()}
+    return copy.deepcopy(network, tensors).eval()
+
+
+def _foldable(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Calls of a convolution whose only reader is a BatchNorm with running statistics; both called once."""
+    modules = dict(traced.named_modules())
+    calls = [node for node in traced.graph.nodes if node.op == "call_module"]
+    times = {node.target: sum(other.target == node.target for other in calls) for node in calls}
+    for node in calls:
+        before = node.args[0] if node.args else None
+        norm = modules[node.target]
+        if not (isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None):
+            continue
+        if not (isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1):
+            continue
+        if isinstance(modules[before.target], nn.Conv2d) and times[before.target] == times[node.target] == 1:
+            yield before, node
+
+
+def _fold(traced: fx.GraphModule, convolution: fx.Node, norm: fx.Node) -> _Fold:
+    """Put the folded convolution in the convolution's place and take the BatchNorm out of the graph."""
+    old, affine = traced.get_submodule(str(convolution.target)), traced.get_submodule(str(norm.target))
+    assert isinstance(old, nn.Conv2d)
+    assert isinstance(affine, nn.BatchNorm2d)
+    fold = _Fold(old, affine)
+    traced.set_submodule(str(convolution.target), fold.target)
+    norm.replace_all_uses_with(convolution)
+    traced.graph.erase_node(norm)
+    return fold
