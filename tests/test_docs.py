@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from tla_service.benchmark.settings import BenchmarkSettings
 from tla_service.config import RunConfig
 from tla_service.config_fields import parse_fraction
 from tla_service.config_loading import JobSettings, RunSettings, preset_names, read_settings, sweep_preset_names
@@ -33,6 +34,7 @@ def commands(page: Path) -> Iterator[str]:
 # What each job reads its command line into; all others read a run's settings.
 JOBS: dict[str, type[JobSettings]] = {
     "jobs/evaluate_tla.py": EvaluateSettings,
+    "jobs/benchmark.py": BenchmarkSettings,
     "jobs/tune_tla.py": TuneSettings,
     "jobs/promote_model.py": PromoteSettings,
     "jobs/export_model.py": ExportSettings,

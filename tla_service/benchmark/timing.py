@@ -91,7 +91,7 @@ def take_turns(
 def peak_memory() -> Iterator[list[int]]:
     """Bytes at most in use inside the block beyond what was in use before it, as the list's one entry.
 
-    On a GPU what torch has allocated, on a CPU the process's resident memory, looked at every millisecond.
+    On a GPU what torch has allocated, on a CPU the process's resident memory, looked at every other millisecond.
     """
     result: list[int] = [0]
     if torch.cuda.is_initialized():
@@ -106,7 +106,7 @@ def peak_memory() -> Iterator[list[int]]:
     before = process.memory_info().rss
 
     def watch() -> None:
-        while not ended.wait(0.001):
+        while not ended.wait(0.002):
             result[0] = max(result[0], process.memory_info().rss - before)
 
     watcher = threading.Thread(target=watch)
