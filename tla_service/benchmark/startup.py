@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,8 @@ def _measure_job(results: Results) -> None:
             command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
         )
         assert process.stdout is not None
+        watchdog = threading.Timer(_DEADLINE, process.kill)
+        watchdog.start()
         seen: dict[str, float] = {}
         tail: list[str] = []
         for line in process.stdout:
@@ -75,7 +78,8 @@ def _measure_job(results: Results) -> None:
             for name, mark in _MARKS:
                 if mark in line and name not in seen:
                     seen[name] = time.monotonic() - began
-        process.wait(timeout=_DEADLINE)
+        process.wait()
+        watchdog.cancel()
     if process.returncode:
         print("the submitted job failed:\n" + "".join(tail))
         return
