@@ -129,16 +129,16 @@ def check_dashboard() -> None:
         UnavailableError: It does not answer within `DASHBOARD_SECONDS`.
     """
     deadline = time.monotonic() + DASHBOARD_SECONDS
+    # Named, because this machine may have other clusters too.
+    address = ray.get_runtime_context().gcs_address
     while True:
         try:
-            list_nodes(limit=1, timeout=CONNECT_SECONDS)
+            list_nodes(address=address, limit=1, timeout=CONNECT_SECONDS)
         except (RayStateApiException, OSError, RuntimeError) as error:
             if time.monotonic() > deadline:
                 reason = f"the cluster's dashboard does not answer ({' '.join(str(error).split())[:200]})"
                 remedy = "install ray[default] and start the head with its dashboard"
-                raise UnavailableError(
-                    "scaling.address", ray.get_runtime_context().gcs_address, reason, remedy
-                ) from error
+                raise UnavailableError("scaling.address", address, reason, remedy) from error
             time.sleep(1)
         else:
             return
