@@ -48,7 +48,7 @@ def promote_many(uri: str, versions: list[str], begin: float, results: "multipro
         time.sleep(max(0.0, begin - time.time()))
         try:
             return promote(TrackingConfig(uri=uri), "tla-digits", version, "champion", RULES).verdict
-        except Exception as error:  # told, or the test would wait for a verdict that never comes
+        except Exception as error:  # noqa: BLE001 - or the test would wait for a verdict that never comes
             return f"failed: {error}"
 
     with ThreadPoolExecutor(len(versions)) as pool:
