@@ -174,9 +174,9 @@ def _scale(axes: "Axes", axis: str, x: Sequence[float]) -> None:
         return
     # Zero steps, the clean images, has no place on a purely logarithmic axis.
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)
-    # Over three decades there is no room for three ticks each.
-    factors = (1, 2, 5) if x[-1] <= 1000 else (1, 5)
-    tens = [factor * 10.0**power for power in range(6) for factor in factors]
+    # The last number of steps is what readers look for: it gets a tick, and room to its left.
+    tens = [factor * 10.0**power for power in range(6) for factor in (1, 2, 5) if factor * 10.0**power <= x[-1] / 2.5]
+    tens.append(x[-1])
     axes.xaxis.set_major_locator(FixedLocator([tick for tick in (0.0, *tens) if x[0] <= tick <= x[-1]]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
