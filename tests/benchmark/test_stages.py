@@ -46,6 +46,7 @@ def test_steps_and_attacks_are_measured_beside_other_libraries() -> None:
     assert results.tables["Attacks"]["rows"][0][1] == "ours"
 
 
+@pytest.mark.slow
 def test_parts_are_measured() -> None:
     results = Results()
     stages.measure_parts(WORK, quick(), results, {})

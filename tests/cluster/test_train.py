@@ -82,6 +82,7 @@ def test_more_workers_than_the_cluster_has_is_refused_with_the_arithmetic(start_
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_fails_once_with_the_reason(start_job: Callable[..., Job]) -> None:
     job = start_job("--optimizer.name", "sgd", "--optimizer.learning_rate", "1e25")
     printed = job.wait()
