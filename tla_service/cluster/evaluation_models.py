@@ -54,8 +54,10 @@ def load_models(settings: EvaluateSettings, uri: str) -> Models:
         twice = next(settings.compare[at] for at in range(len(others)) if keys[at + 1] in keys[: at + 1])
         raise ConfigError("compare", twice, "these weights are named twice", "name each model once")
     if surrogate is not None and surrogate.key in keys:
-        remedy = "train the same configuration with another --seed"
-        raise ConfigError("surrogate", settings.surrogate, "is the model under evaluation itself", remedy)
+        itself = "is the model under evaluation itself"
+        other = "is compared too: for that model a transferred attack would be a white-box one"
+        remedy = "name another, such as the same configuration trained with another --seed"
+        raise ConfigError("surrogate", settings.surrogate, itself if surrogate.key == keys[0] else other, remedy)
     dataset = load_dataset(settings.data_config(subject.config.data if subject.config is not None else None))
     named = [("model", subject), *(("compare", other) for other in others)]
     for field, each in [*named, *([("surrogate", surrogate)] if surrogate is not None else [])]:
