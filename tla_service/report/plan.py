@@ -1,6 +1,5 @@
 """What an evaluation runs: the attacks, the radii, and which images."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -236,8 +235,3 @@ def bank_rows(training_rows: torch.Tensor, labels: torch.Tensor, count: int) -> 
     """
     chosen: npt.NDArray[np.int64] = training_rows[stratified_subset(labels[training_rows], count)].numpy()
     return chosen
-
-
-def attack_names(plan: Plan) -> Mapping[str, Attack]:
-    """All attacks of the table."""
-    return {**plan.columns, **plan.transfer}
