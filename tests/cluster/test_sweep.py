@@ -5,6 +5,8 @@ import json
 import os
 import shlex
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,7 +68,24 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
+def neighbour() -> Iterator[None]:
+    """Another cluster on this machine: Ray Train must not ask that one who is alive."""
+    code = """import ray, sys
+ray.init("local", num_cpus=0, include_dashboard=False)
+print("up", flush=True)
+sys.stdin.read()
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        yield
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(neighbour: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
     """The sweep when nothing is killed."""
     sweep = Sweep(tmp_path_factory.mktemp("sweep"))
     try:

@@ -61,17 +61,18 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
     finished = _open_folder(output, identity(settings, models))
     if finished:
         terminal.say("this evaluation has finished before; choose another --output to make it again")
-        _show(rp.read_report(output / rp.REPORT_FILE), output, terminal)
+        report = rp.read_report(output / rp.REPORT_FILE)
+        # Again: the first time MLflow may have been away by then. What is there already is not written twice.
+        _log(settings, uri, report, _written(output), terminal)
+        _show(report, output, terminal)
         return 0
     terminal.say(f"evaluating {subject.facts.uri} on {dataset.name}, output in {output}")
     results, slots = _measure(settings, plan, models, output, terminal)
     found = {each.key: fd.gather(results, each.key, plan, settings, each.rejector) for each in models.all}
     report = _report(settings, plan, models, found, slots, time.monotonic() - began)
     figures = _draw(settings, plan, models, found, results, output / "figures")
-    files = _write(report, found[subject.key], figures, plan, output)
-    if settings.log and report.model.run_id is not None:
-        tagged = registry.log_evaluation(uri, report, files)
-        terminal.say(f"logged to run {report.model.run_id} at {uri}" + "".join(f", tagged {each}" for each in tagged))
+    _write(report, found[subject.key], figures, plan, output)
+    _log(settings, uri, report, _written(output), terminal)
     _show(report, output, terminal)
     return 0
 
@@ -231,18 +232,28 @@ def _draw(
     return figures.drawn
 
 
-def _write(
-    report: rp.Report, found: fd.Findings, figures: list[ReportFigure], plan: Plan, output: Path
-) -> dict[str, Path]:
-    """Write the report, the page last: it marks the evaluation as finished. Returns what is to be logged."""
+def _write(report: rp.Report, found: fd.Findings, figures: list[ReportFigure], plan: Plan, output: Path) -> None:
+    """Write the report, the page last: it marks the evaluation as finished."""
     save_outcome(found.outcome, output / rp.OUTCOME_FILE)
-    names = [rp.REPORT_FILE, rp.OUTCOME_FILE, rp.PAGE_FILE]
     if found.autoattack is not None:
         save_outcome(found.autoattack, output / rp.AUTOATTACK_FILE)
-        names.append(rp.AUTOATTACK_FILE)
     rp.write_report(report, output / rp.REPORT_FILE)
     write_page(report, figures, output / rp.PAGE_FILE, same_attacks=plan.is_paper)
-    return {name: output / name for name in names} | {f"figures/{each.path.name}": each.path for each in figures}
+
+
+def _written(output: Path) -> dict[str, Path]:
+    """Files of a report that is finished, by their names in MLflow."""
+    names = (rp.REPORT_FILE, rp.OUTCOME_FILE, rp.PAGE_FILE, rp.AUTOATTACK_FILE)
+    found = [output / name for name in names] + sorted((output / "figures").glob("*"))
+    return {path.relative_to(output).as_posix(): path for path in found if path.is_file()}
+
+
+def _log(
+    settings: EvaluateSettings, uri: str, report: rp.Report, files: Mapping[str, Path], terminal: Terminal
+) -> None:
+    if settings.log and report.model.run_id is not None:
+        tagged = registry.log_evaluation(uri, report, files)
+        terminal.say(f"logged to run {report.model.run_id} at {uri}" + "".join(f", tagged {each}" for each in tagged))
 
 
 def _show(report: rp.Report, output: Path, terminal: Terminal) -> None:

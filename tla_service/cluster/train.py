@@ -16,6 +16,7 @@ import ray
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -149,7 +150,8 @@ def fit_on_ray(
         ),
     )
     try:
-        result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds)
+        with _cluster_named():
+            result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds)
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]
         message = f"training failed more than scaling.max_failures={config.scaling.max_failures} times: {cause}"
@@ -159,6 +161,25 @@ def fit_on_ray(
         raise RuntimeError("the workers ended without a result") if returned is None else returned["error"]
     assert result.checkpoint is not None
     return FitResult(**returned["result"]), result.checkpoint
+
+
+@contextlib.contextmanager
+def _cluster_named() -> Iterator[None]:
+    """Tell Ray Train's processes which cluster is theirs.
+
+    Its cleaner asks the one cluster it finds whether a run still lives. Where there are two it gives up, and the places
+    of a stopped trial stay taken; or it asks the wrong one, and frees the places of a run that lives.
+    """
+    before = os.environ.get("RAY_ADDRESS")
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")  # there is no public way to an environment of the controller
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def _in_background(call: Callable[[], Result]) -> "Future[Result]":
