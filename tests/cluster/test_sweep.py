@@ -104,7 +104,7 @@ def test_a_sweep_ends_with_a_table_pictures_and_a_winner(undisturbed: Sweep) -> 
     assert [trial["number"] for trial in trials] == list(range(5))
     assert {trial["status"] for trial in trials} <= {"finished", "stopped"}
     assert all(len(trial["attempts"]) == 1 and not trial["test"] for trial in trials)
-    rows = list(csv.DictReader((output / "trials.csv").open()))
+    rows = list(csv.DictReader((output / "trials.csv").read_text().splitlines()))
     assert [row["status"] for row in rows] == [trial["status"] for trial in trials]
     summary = json.loads((output / "sweep.json").read_text())
     assert 0 < summary["overhead"]["busy_share"] < 1
