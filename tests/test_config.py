@@ -21,15 +21,13 @@ from tla_service.config import (
     LossConfig,
     MiningConfig,
     ModelConfig,
-    OptimizerConfig,
     RunConfig,
     ScalingConfig,
-    ScheduleConfig,
     Section,
     TrackingConfig,
-    TrainingConfig,
 )
 from tla_service.config_loading import load_settings, preset_names, to_yaml
+from tla_service.config_training import OptimizerConfig, ScheduleConfig, TrainingConfig
 from tla_service.models.names import model_names
 
 SECTIONS = Section.__subclasses__()

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from tla_service.config_fields import Pixels, Section, setting, wrong
+from tla_service.config_fields import Pixels, Section, epsilon_in_levels, setting, wrong
 
 
 class AttackConfig(Section):
@@ -50,7 +50,7 @@ class AttackConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.norm == "linf" and self.epsilon > 1:
-            raise wrong("attack.epsilon", self.epsilon, "outside (0, 1]", f"write {self.epsilon:g}/255")
+            raise epsilon_in_levels("attack.epsilon", self.epsilon)
         if self.step_size > 2 * self.epsilon:
             raise wrong(
                 "attack.step_size",

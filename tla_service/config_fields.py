@@ -43,3 +43,8 @@ def wrong(field: str, value: object, reason: str, remedy: str) -> PydanticCustom
     shown = f"{value:g}" if isinstance(value, float) else str(value)
     context = {"field": field, "value": shown, "reason": reason, "remedy": remedy}
     return PydanticCustomError("cross_field", "{field}={value}: {reason}; {remedy}", context)
+
+
+def epsilon_in_levels(field: str, value: float) -> PydanticCustomError:
+    """An L-infinity radius above 1: pixels are in [0, 1], so it must be meant in 8-bit levels."""
+    return wrong(field, value, "outside (0, 1]", f"write {value:g}/255")

@@ -1,23 +1,18 @@
 """What a user of the evaluation job can get wrong: one message each, before Ray starts, and nothing lost."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from zlib import crc32
 
-import pytest
 import torch
 from safetensors.torch import save_file
 
-from jobs import evaluate_tla
+from tests.jobs.conftest import Run
 from tla_service.config import RunConfig
 from tla_service.config_loading import to_yaml
-from tla_service.job import run_job
 from tla_service.models import build_model
 
-Run = Callable[..., tuple[int, str]]
+JOB = "evaluate_tla"
 
 
 def checkpoint(folder: Path, classes: int = 10, shape: tuple[int, int, int] = (1, 8, 8), spoil: bool = False) -> str:
@@ -36,29 +31,7 @@ def checkpoint(folder: Path, classes: int = 10, shape: tuple[int, int, int] = (1
     return str(folder)
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the job in this process; Ray must not be started."""
-    import ray
-
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-
-    def fail(*_: Any, **__: Any) -> None:
-        pytest.fail("Ray was started")
-
-    monkeypatch.setattr(ray, "init", fail)
-
-    def call(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["evaluate_tla.py", *arguments])
-        code = run_job(evaluate_tla.main)
-        return code, capsys.readouterr().err
-
-    return call
-
-
-def test_models_that_do_not_fit(run: Run, tmp_path: Path) -> None:
+def test_models_that_do_not_fit(run_in_process: Run, tmp_path: Path) -> None:
     good = checkpoint(tmp_path / "good")
     cases = [
         (["--model", checkpoint(tmp_path / "wide", shape=(1, 12, 12))], "takes 1x12x12 images, digits has 1x8x8"),
@@ -69,48 +42,48 @@ def test_models_that_do_not_fit(run: Run, tmp_path: Path) -> None:
         (["--model", good, "--surrogate", good], "surrogate="),
     ]
     for arguments, said in cases:
-        code, message = run(*arguments)
+        code, message = run_in_process(*arguments)
         assert code == 2, message
         assert said in message
         assert message.count("\n") == 1
         assert "Traceback" not in message
 
 
-def test_models_that_are_not_there(run: Run, tmp_path: Path) -> None:
+def test_models_that_are_not_there(run_in_process: Run, tmp_path: Path) -> None:
     for address in ("nowhere", "models:/nothing/1", "runs:/0123/model"):
-        code, message = run("--model", address)
+        code, message = run_in_process("--model", address)
         assert (code, message.count("\n")) == (3, 1), message
         assert message.startswith(f"error: model={address}")
-    code, message = run("--model", "models:nothing")
+    code, message = run_in_process("--model", "models:nothing")
     assert code == 2
     assert "models:/NAME/VERSION" in message
 
 
-def test_attacks_that_cannot_be(run: Run, tmp_path: Path) -> None:
+def test_attacks_that_cannot_be(run_in_process: Run, tmp_path: Path) -> None:
     good = checkpoint(tmp_path / "good")
     for arguments, said in [
         (["--epsilon", "0"], "epsilon"),
         (["--attacks", '{"a": {"kind": "jsma"}}'], "fgsm, bim, pgd, mim, cw"),
         (["--attacks", '{"a": {"kind": "fgsm"}}'], "none of them is PGD"),
     ]:
-        code, message = run("--model", good, *arguments)
+        code, message = run_in_process("--model", good, *arguments)
         assert code == 2, message
         assert said in message
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(run: Run, tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_else_is_left_alone(run_in_process: Run, tmp_path: Path) -> None:
     good = checkpoint(tmp_path / "good")
     output = tmp_path / "report"
     output.mkdir()
     (output / "thesis.tex").write_text("years of work")
-    code, message = run("--model", good, "--output", str(output))
+    code, message = run_in_process("--model", good, "--output", str(output))
     assert code == 2
     assert "holds other files" in message
     assert [path.name for path in output.iterdir()] == ["thesis.tex"]
     (output / "thesis.tex").unlink()
     (output / "evaluation.json").write_text('{"settings": "another"}')
     (output / "report.html").write_text("an earlier report")
-    code, message = run("--model", good, "--output", str(output))
+    code, message = run_in_process("--model", good, "--output", str(output))
     assert code == 2
     assert "other weights, data or settings" in message
     assert (output / "report.html").read_text() == "an earlier report"

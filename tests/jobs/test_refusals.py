@@ -3,42 +3,15 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
-from jobs import train_tla
-from tla_service.job import run_job
+from tests.jobs.conftest import Run
 
-Run = Callable[..., tuple[int, str]]
+JOB = "train_tla"
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the training job in this process; Ray must not be started."""
-    import ray
-
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "AWS_ENDPOINT_URL_S3"):
-        monkeypatch.delenv(name, raising=False)
-
-    def fail(*_: Any, **__: Any) -> None:
-        pytest.fail("Ray was started")
-
-    monkeypatch.setattr(ray, "init", fail)
-
-    def call(*arguments: str, **environment: str) -> tuple[int, str]:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["train_tla.py", *arguments])
-        code = run_job(train_tla.main)
-        return code, capsys.readouterr().err
-
-    return call
 
 
 def one_class_folder(folder: Path) -> str:
@@ -94,15 +67,15 @@ WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG_SETTINGS.values(), ids=WRONG_SETTINGS.keys())
-def test_a_wrong_setting_ends_with_2(run: Run, arguments: tuple[str, ...], message: str) -> None:
-    code, error = run(*arguments)
+def test_a_wrong_setting_ends_with_2(run_in_process: Run, arguments: tuple[str, ...], message: str) -> None:
+    code, error = run_in_process(*arguments)
     assert code == 2, error
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
 
 
-def test_several_wrong_settings_are_all_named(run: Run) -> None:
-    code, error = run("--training.epochs", "0", "--loss.margin", "-1")
+def test_several_wrong_settings_are_all_named(run_in_process: Run) -> None:
+    code, error = run_in_process("--training.epochs", "0", "--loss.margin", "-1")
     assert code == 2
     assert [line.split(":")[1].split("=")[0].strip() for line in error.splitlines()] == [
         "loss.margin",
@@ -110,42 +83,42 @@ def test_several_wrong_settings_are_all_named(run: Run) -> None:
     ]
 
 
-def test_an_unknown_setting_in_a_file_ends_with_2(run: Run, tmp_path: Path) -> None:
+def test_an_unknown_setting_in_a_file_ends_with_2(run_in_process: Run, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("loss: {margn: 0.1}")
-    code, error = run("--config", "run.yaml")
+    code, error = run_in_process("--config", "run.yaml")
     assert (code, error) == (2, "error: loss.margn=0.1: no such setting; did you mean margin?\n")
 
 
-def test_a_misspelt_variable_ends_with_2(run: Run) -> None:
-    code, error = run(TLA_LOSS_MARGIN="0.1")
+def test_a_misspelt_variable_ends_with_2(run_in_process: Run) -> None:
+    code, error = run_in_process(TLA_LOSS_MARGIN="0.1")
     assert code == 2
     assert "TLA_LOSS_MARGIN=0.1: no such setting" in error
 
 
-def test_a_single_class_ends_with_2(run: Run, tmp_path: Path) -> None:
+def test_a_single_class_ends_with_2(run_in_process: Run, tmp_path: Path) -> None:
     root = one_class_folder(tmp_path)
-    code, error = run("--data.name", "image_folder", "--data.root", root, "--data.image_size", "8")
+    code, error = run_in_process("--data.name", "image_folder", "--data.root", root, "--data.image_size", "8")
     assert code == 2, error
     assert "class" in error
 
 
-def test_a_folder_with_another_run_ends_with_2_and_stays(run: Run, tmp_path: Path) -> None:
+def test_a_folder_with_another_run_ends_with_2_and_stays(run_in_process: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     from tla_service.config_loading import load_settings, to_yaml
 
     (tmp_path / "out" / "config.yaml").write_text(to_yaml(load_settings(["--loss.margin", "0.2"]).run_config))
     before = (tmp_path / "out" / "config.yaml").read_text()
-    code, error = run("--output", str(tmp_path / "out"))
+    code, error = run_in_process("--output", str(tmp_path / "out"))
     assert code == 2
     assert "holds a run with another configuration" in error
     assert (tmp_path / "out" / "config.yaml").read_text() == before
 
 
-def test_a_refused_run_leaves_the_folder_free_for_the_mended_one(run: Run, tmp_path: Path) -> None:
+def test_a_refused_run_leaves_the_folder_free_for_the_mended_one(run_in_process: Run, tmp_path: Path) -> None:
     output = str(tmp_path / "out")
-    assert run("--output", output, "--model.name", "digitscnn")[0] == 2
+    assert run_in_process("--output", output, "--model.name", "digitscnn")[0] == 2
     assert list((tmp_path / "out").iterdir()) == []
-    code, error = run("--output", output, "--tracking.uri", "http://127.0.0.1:1")
+    code, error = run_in_process("--output", output, "--tracking.uri", "http://127.0.0.1:1")
     assert code == 3
     assert "no server answers" in error
 
@@ -160,18 +133,18 @@ MISSING: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISSING.values(), ids=MISSING.keys())
-def test_what_is_missing_ends_with_3(run: Run, arguments: tuple[str, ...], message: str) -> None:
-    code, error = run(*arguments)
+def test_what_is_missing_ends_with_3(run_in_process: Run, arguments: tuple[str, ...], message: str) -> None:
+    code, error = run_in_process(*arguments)
     assert code == 3, error
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("flag", ["--data.root", "--scaling.storage"])
-def test_an_unreachable_bucket_ends_with_3(run: Run, flag: str) -> None:
+def test_an_unreachable_bucket_ends_with_3(run_in_process: Run, flag: str) -> None:
     name = ("--data.name", "mnist") if flag == "--data.root" else ()
     keys = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "wrong"}
-    code, error = run(*name, flag, "s3://bucket/prefix", AWS_ENDPOINT_URL_S3="http://127.0.0.1:1", **keys)
+    code, error = run_in_process(*name, flag, "s3://bucket/prefix", AWS_ENDPOINT_URL_S3="http://127.0.0.1:1", **keys)
     assert code == 3, error
     assert error.startswith(f"error: {flag.removeprefix('--')}=s3://bucket/prefix: ")
 

@@ -1,38 +1,12 @@
 """What can be wrong with a sweep: one message each, before anything starts."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from jobs import tune_tla
-from tla_service.job import run_job
+from tests.jobs.conftest import Run
 
-Run = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the job in this process; Ray must not be started."""
-    import ray
-
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "AWS_ENDPOINT_URL_S3"):
-        monkeypatch.delenv(name, raising=False)
-
-    def fail(*_: Any, **__: Any) -> None:
-        pytest.fail("Ray was started")
-
-    monkeypatch.setattr(ray, "init", fail)
-
-    def call(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["tune_tla.py", *arguments])
-        code = run_job(tune_tla.main)
-        return code, capsys.readouterr().err
-
-    return call
+JOB = "tune_tla"
 
 
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
@@ -68,14 +42,14 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG.keys())
-def test_a_wrong_sweep_ends_with_2(run: Run, arguments: tuple[str, ...], message: str) -> None:
-    code, error = run("--preset", "digits", *arguments)
+def test_a_wrong_sweep_ends_with_2(run_in_process: Run, arguments: tuple[str, ...], message: str) -> None:
+    code, error = run_in_process("--preset", "digits", *arguments)
     assert code == 2, error
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
 
 
-def test_a_sweep_that_was_begun_is_not_begun_again_nor_changed(run: Run, tmp_path: Path) -> None:
+def test_a_sweep_that_was_begun_is_not_begun_again_nor_changed(run_in_process: Run, tmp_path: Path) -> None:
     from tla_service.config_loading import read_settings
     from tla_service.tuning.settings import TuneSettings, sweep_yaml
 
@@ -84,20 +58,22 @@ def test_a_sweep_that_was_begun_is_not_begun_again_nor_changed(run: Run, tmp_pat
     journal.mkdir(parents=True)
     (journal / "sweep.yaml").write_text(sweep_yaml(settings.run_config, settings.sweep))
     arguments = ("--preset", "digits", "--sweep.name", "mine", "--output", str(tmp_path / "out"))
-    code, error = run(*arguments)
+    code, error = run_in_process(*arguments)
     assert (code, "there is such a sweep" in error, "give --resume to go on with it" in error) == (2, True, True)
-    code, error = run(*arguments, "--resume", "--sweep.seed", "1")
+    code, error = run_in_process(*arguments, "--resume", "--sweep.seed", "1")
     assert (code, "sweep.name=mine: is a sweep with other settings" in error) == (2, True)
-    code, error = run(*arguments, "--resume", "--loss.margin", "0.1")
+    code, error = run_in_process(*arguments, "--resume", "--loss.margin", "0.1")
     assert (code, "sweep.name=mine: is a sweep with other settings" in error) == (2, True)
-    code, error = run(*arguments, "--resume", "--scaling.num_workers", "3")
+    code, error = run_in_process(*arguments, "--resume", "--scaling.num_workers", "3")
     assert (code, "scaling.num_workers=3: the sweep began with 2" in error) == (2, True)
     # A larger budget is no other sweep: what is refused then is the tracking server.
-    code, error = run(*arguments, "--resume", "--sweep.num_samples", "99", "--tracking.uri", "http://127.0.0.1:1")
+    code, error = run_in_process(
+        *arguments, "--resume", "--sweep.num_samples", "99", "--tracking.uri", "http://127.0.0.1:1"
+    )
     assert (code, "no server answers" in error) == (3, True)
 
 
-def test_what_is_missing_ends_with_3(run: Run) -> None:
-    code, error = run("--preset", "digits", "--tracking.uri", "http://127.0.0.1:1")
+def test_what_is_missing_ends_with_3(run_in_process: Run) -> None:
+    code, error = run_in_process("--preset", "digits", "--tracking.uri", "http://127.0.0.1:1")
     assert code == 3
     assert "no server answers" in error

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DatasetName, ScalingConfig, TrackingConfig
 from tla_service.config_adversary import EvaluationAttack
-from tla_service.config_fields import Pixels, Section, setting, wrong
+from tla_service.config_fields import Pixels, Section, epsilon_in_levels, setting, wrong
 from tla_service.config_loading import JobSettings
 
 
@@ -140,7 +140,7 @@ class EvaluateSettings(JobSettings):
             if name in self.attacks:
                 raise wrong(f"attacks.{name}", name, "this name is taken", "call the attack otherwise")
         if self.norm != "l2" and self.epsilon is not None and self.epsilon > 1:
-            raise wrong("epsilon", self.epsilon, "outside (0, 1]", f"write {self.epsilon:g}/255")
+            raise epsilon_in_levels("epsilon", self.epsilon)
         return self
 
 
