@@ -67,7 +67,7 @@ CPU_WORKLOADS = {
     "small_cnn": Workload("small_cnn", (1, 28, 28), 256, 7, 0.3, 0.075, _ADAM),
     "small_cnn_40": Workload("small_cnn", (1, 28, 28), 128, 40, 0.3, 0.01, _ADAM),
     "mnist_cnn": Workload("mnist_cnn", (1, 28, 28), 16, 7, 0.3, 0.075, _ADAM),
-    "preact_resnet_18": Workload("preact_resnet_18", (3, 32, 32), 4, 7, 8 / 255, 2 / 255, _SGD),
+    "resnet_18": Workload("torchvision:resnet18", (3, 32, 32), 32, 7, 8 / 255, 2 / 255, _SGD),
 }
 GPU_WORKLOADS = {
     "preact_resnet_18": Workload("preact_resnet_18", (3, 32, 32), 512, 10, 8 / 255, 2 / 255, _SGD),
