@@ -56,6 +56,7 @@ class Play:
         self.space, self.storage, self.slots = space, storage, slots
         self.trained: dict[int, list[int]] = {}
         self.checkpoints: dict[int, int] = {}
+        self.running: list[tuple[Trial, int]] = []
         self.listener = Silent()
 
     def run(self, events: int | None = None) -> Conductor:
@@ -69,13 +70,16 @@ class Play:
                     raise KilledError
 
         conductor = Conductor(self.space, "play", Journal(str(self.storage)), self.listener, num_workers=2)
-        running: list[tuple[Trial, int]] = []
+        self.running = running = []
         while True:
             while len(running) < self.slots and (chosen := conductor.choose()) is not None:
                 trial, run = chosen
                 assert run.name == f"play-{trial.number:04d}"
-                conductor.take(trial.number, {"event": "start", "time": time.time(), "resumed": False})
-                running.append((trial, self.checkpoints.get(trial.number, 0)))
+                epoch = self.checkpoints.get(trial.number, 0)
+                history = [metrics(trial, done) for done in range(epoch)]
+                start = {"event": "start", "time": time.time(), "resumed": epoch > 0, "history": history}
+                if not conductor.take(trial.number, start):
+                    running.append((trial, epoch))
                 tick()
             if not running:
                 return conductor
@@ -84,13 +88,22 @@ class Play:
                 conductor.take(trial.number, {"event": "end", "history": [], "test": {}, "wall_seconds": {}})
                 tick()
                 continue
-            self.trained.setdefault(trial.number, []).append(epoch)
-            if (epoch + 1) % 3 == 0:
-                self.checkpoints[trial.number] = epoch + 1
+            self.train(trial, epoch)
             stop = conductor.take(trial.number, {"event": "epoch", "time": 0.0, "metrics": metrics(trial, epoch)})
-            tick()
             if not stop:
                 running.append((trial, epoch + 1))
+            tick()
+
+    def train(self, trial: Trial, epoch: int) -> None:
+        self.trained.setdefault(trial.number, []).append(epoch)
+        if (epoch + 1) % 3 == 0:
+            self.checkpoints[trial.number] = epoch + 1
+
+    def train_on(self, epochs: int) -> None:
+        """What workers still do after their driver was killed, and nobody hears of."""
+        for trial, epoch in self.running:
+            for unheard in range(epoch, min(27, epoch + epochs)):
+                self.train(trial, unheard)
 
 
 def metrics(trial: Trial, epoch: int) -> dict[str, float]:
@@ -139,6 +152,7 @@ def test_a_driver_killed_again_and_again_comes_to_the_same_end(play: Callable[..
             break
         except KilledError:
             kills += 1
+            killed.train_on(int(rng.integers(0, 8)))
     assert kills > 2
     assert told(trials) == expected
     # Each trial ended once, whatever happened; and none goes back behind its last checkpoint.

@@ -57,13 +57,16 @@ class Follower:
 
     def __call__(self, record: Record) -> None:
         """Take one record."""
-        self.lines.write(record)
+        history = record.get("history", ())
+        self.lines.write({name: value for name, value in record.items() if name != "history"})
         self.gauges.take(record)
         self.gauges.unsent(self.metrics.unsent_bytes())
         if record["event"] == "start":
             self.start_seconds = self.start_seconds or time.monotonic() - self.began
             verb = "going on from the last checkpoint" if record["resumed"] else "training"
             self.terminal.say(f"{verb} on {record['workers']} workers")
+            for metrics in history:
+                self.log_epoch(metrics)
             return
         self.terminal.show(record)
         if record["event"] == "epoch":

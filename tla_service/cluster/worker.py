@@ -14,6 +14,7 @@ from tla_service.config import RunConfig
 from tla_service.errors import UserError
 from tla_service.logs import log_as_json
 from tla_service.runtime import WorkerContext
+from tla_service.training.checkpoint import read_history
 from tla_service.training.fit import fit
 from tla_service.training.meter import NonFiniteLossError
 
@@ -46,14 +47,14 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     reporter = RayReporter(loop["mailbox"], is_main=context.is_main)
     weights = ray.get(loop["weights"]) if loop["weights"] is not None else None
     checkpoint = ray.train.get_checkpoint()
-    if context.is_main:
-        reporter.progress({"event": "start", "resumed": checkpoint is not None, "workers": context.world_size})
     ends = {name: loop[name] for name in ("measure_test", "with_rejector")}
     try:
         if checkpoint is None:
+            reporter.start(context, None)
             result = fit(config, context, reporter, initial_weights=weights, **ends)
         else:
             with checkpoint.as_directory() as folder:
+                reporter.start(context, Path(folder))
                 result = fit(config, context, reporter, resume_from=Path(folder), **ends)
     except (UserError, NonFiniteLossError) as error:
         return {"error": error}
@@ -68,6 +69,16 @@ class RayReporter:
         self._is_main = is_main
         self._answer: Any = None
         self._stop = False
+
+    def start(self, context: WorkerContext, checkpoint: Path | None) -> None:
+        """Tell that the workers are up, and what was done by the checkpoint they go on from.
+
+        A driver that was killed may have missed epochs that its workers still did.
+        """
+        if self._is_main:
+            history = read_history(checkpoint) if checkpoint is not None else []
+            resumed = {"resumed": checkpoint is not None, "history": history}
+            self.progress({"event": "start", "workers": context.world_size, **resumed})
 
     def progress(self, record: Mapping[str, Any]) -> None:
         """Send the record without waiting; the answer to the one before says whether to stop."""

@@ -126,6 +126,17 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
     state.best, state.history = saved["best"], saved["history"]
 
 
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """Metrics of each epoch that was done by a checkpoint.
+
+    Raises:
+        UnavailableError: As `verify_checkpoint`.
+    """
+    verify_checkpoint(folder)
+    history: list[dict[str, float]] = json.loads((folder / "state.json").read_text())["history"]
+    return history
+
+
 def verify_checkpoint(folder: Path) -> None:
     """Compare every file with the checksum it was written with.
 

@@ -163,6 +163,7 @@ class Conductor:
             case "start":
                 attempt.trained = attempt.trained or record["time"]
                 self._listener.told(trial, "goes on from its last checkpoint" if record["resumed"] else "trains")
+                return any(self._epoch(trial, metrics) for metrics in record["history"])
             case "epoch":
                 attempt.last_epoch = record["time"]
                 return self._epoch(trial, record["metrics"])
