@@ -99,6 +99,11 @@ class LossConfig(Section):
     margin: float = setting(
         0.05, "margin of the triplet hinge, the paper's alpha, in units of D = 1 - |cos|", ge=0, le=1
     )
+    triplet_layer: Literal["embedding", "logits", "lower", "middle"] = setting(
+        "embedding",
+        "what triplets are made of: the embedding, the logits, or with model.name mnist_cnn an earlier layer "
+        "(the paper's table 10)",
+    )
     norm_form: Literal["l2_norms", "mean_squares"] = setting(
         "l2_norms", "paper: sum of L2 norms times lambda_2; code: mean of squares times lambda_2 times lambda_1"
     )
@@ -323,5 +328,8 @@ class RunConfig(Section):
             reason = "the divergence from an image to itself has no gradient"
             remedy = "set it to true, or attack.objective to cross_entropy"
             raise wrong("attack.random_start", "False", reason, remedy)
+        if self.loss.triplet_layer != "embedding" and not self.mines_triplets:
+            reason = f"method {method} makes no triplets"
+            raise wrong("loss.triplet_layer", self.loss.triplet_layer, reason, "leave it out, or take method tla")
         if self.attack.awp and method == "natural":
             raise wrong("attack.awp", "True", "method natural meets no adversary", "leave it out, or take method at")

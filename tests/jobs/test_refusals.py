@@ -34,6 +34,14 @@ WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
     "no such file": (("--config", "nowhere.yaml"), "config=nowhere.yaml: cannot be read"),
     "no epochs": (("--training.epochs", "0"), "training.epochs=0: "),
     "a word for a number": (("--loss.margin", "wide"), "loss.margin=wide: "),
+    "layer that the network lacks": (
+        ("--loss.triplet_layer", "lower"),
+        "loss.triplet_layer=lower: SmallCNN has no layer of this name; take embedding or logits",
+    ),
+    "layer without triplets": (
+        ("--method", "at", "--loss.triplet_layer", "logits"),
+        "loss.triplet_layer=logits: method at makes no triplets; leave it out",
+    ),
     "method without its weight": (
         ("--loss.triplet_weight", "0"),
         "loss.triplet_weight=0: method tla trains a triplet term",

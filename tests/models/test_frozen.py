@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tla_service.models import build_model
+from tla_service.models.classifier import AtLayer
 from tla_service.models.frozen import FrozenTwin
 from tla_service.models.normalization import PerImageStandardization
 from tla_service.models.output import ModelOutput
@@ -28,6 +29,7 @@ def lived_in(network: nn.Module, images: Tensor) -> nn.Module:
 
 NETWORKS: dict[str, tuple[Any, tuple[int, int, int], int]] = {
     "mnist_cnn": (lambda: build_model("mnist_cnn", 5, (1, 8, 8)), (1, 8, 8), 4),
+    "mnist_cnn at a layer": (lambda: AtLayer(build_model("mnist_cnn", 5, (1, 8, 8)), "middle"), (1, 8, 8), 4),
     "preact_resnet_18": (lambda: build_model("preact_resnet_18", 5, (3, 8, 8)), (3, 8, 8), 8),
     "madry": (
         lambda: MadryWideResNet(8, 1, num_classes=5, in_channels=3, normalization=PerImageStandardization()),

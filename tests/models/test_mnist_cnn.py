@@ -3,7 +3,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tla_service.errors import ConfigError
 from tla_service.models import build_model
+from tla_service.models.classifier import AtLayer
 
 
 def _convolution(channels_in: int, channels_out: int) -> int:
@@ -68,3 +70,26 @@ def test_batch_norm_moves_a_tenth_of_the_way() -> None:
     network(images)
     assert first_norm.running_mean is not None
     torch.testing.assert_close(first_norm.running_mean, 0.1 * first_linear(images.flatten(1)).mean(0))
+
+
+@pytest.mark.parametrize(("layer", "number"), [("lower", 1), ("middle", 3)])
+def test_hidden_layers_are_what_the_second_and_fourth_batchnorm_give(layer: str, number: int) -> None:
+    network = build_model("mnist_cnn", 10, (1, 12, 12))
+    images, seen = torch.rand(3, 1, 12, 12), []
+    norm = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)][number]
+    norm.register_forward_hook(lambda _module, _arguments, result: seen.append(result))
+    network.eval()
+    output = AtLayer(network, layer)(images)
+    assert torch.equal(output.embeddings, seen[0].flatten(1))
+    assert torch.equal(output.logits, network(images).logits)
+
+
+def test_logits_can_be_the_embeddings() -> None:
+    network = build_model("small_cnn", 10, (1, 12, 12))
+    output = AtLayer(network, "logits")(torch.rand(3, 1, 12, 12))
+    assert torch.equal(output.embeddings, output.logits)
+
+
+def test_a_network_without_the_layer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.triplet_layer=lower: SmallCNN has no layer of this name"):
+        AtLayer(build_model("small_cnn", 10, (1, 12, 12)), "lower")

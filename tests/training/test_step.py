@@ -10,7 +10,7 @@ from torch import nn
 from tests.training.conftest import digits_config, random_batch
 from tla_service.config import RunConfig
 from tla_service.data import StepBatch
-from tla_service.models import build_model
+from tla_service.models import ImageClassifier, build_model
 from tla_service.models.output import ModelOutput
 from tla_service.runtime import WorkerContext, generator
 from tla_service.training import adversary as adversary_module
@@ -20,7 +20,7 @@ from tla_service.training.step import TOTALS, TrainingStep
 POOL = 12
 
 
-def network(seed: int = 0) -> nn.Module:
+def network(seed: int = 0) -> ImageClassifier:
     torch.manual_seed(seed)
     return build_model("digits_cnn", 4, (1, 8, 8)).double()
 
@@ -53,7 +53,8 @@ def expected_total(config: RunConfig, net: nn.Module, batch: StepBatch) -> float
 
     def run(images: torch.Tensor) -> tuple[list[list[float]], list[list[float]]]:
         output: ModelOutput = net(images)
-        return output.logits.tolist(), output.embeddings.tolist()
+        seen = output.logits if loss.triplet_layer == "logits" else output.embeddings
+        return output.logits.tolist(), seen.tolist()
 
     labels = batch.anchors.labels.tolist()
     if config.method == "natural":
@@ -149,6 +150,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "loss": {"margin": 0.3},
     },
     "separate pool, another": {"mining": {"pool": "separate", "pool_size": POOL, "positives": "same_class"}},
+    "triplets of logits": {"loss": {"triplet_layer": "logits", "margin": 0.3}},
+    "triplets of logits, separate pool": {
+        "mining": {"pool": "separate", "pool_size": POOL, "positives": "both"},
+        "loss": {"triplet_layer": "logits"},
+    },
     "trades": {"method": "trades"},
     "trades, smoothed and lighter": {"method": "trades", "loss": {"robust_weight": 1.5, "label_smoothing": 0.1}},
     "mart": {"method": "mart"},

@@ -21,6 +21,7 @@ from tla_service.inference.detector import Rejector
 from tla_service.job import INTERRUPTED
 from tla_service.logs import log_as_json
 from tla_service.models import build_model
+from tla_service.models.classifier import seen_by_triplets
 from tla_service.runtime import WorkerContext, generator
 from tla_service.training.adversary import training_attack
 from tla_service.training.fit import training_batches
@@ -202,6 +203,7 @@ def check_before_start(config: RunConfig) -> Facts:
     dataset = load_dataset(config.data)
     check_split(config, dataset, 1)
     network = build_model(config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization)
+    seen_by_triplets(network, config.loss.triplet_layer)
     weights = None
     if config.model.weights is not None:
         uri = registry.tracking_uri(config.tracking)

@@ -29,6 +29,7 @@ from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
 from tla_service.job import INTERRUPTED
 from tla_service.models import build_model
+from tla_service.models.classifier import seen_by_triplets
 from tla_service.training.output import open_output
 from tla_service.training.reporting import Terminal
 from tla_service.tuning.conductor import Conductor
@@ -110,17 +111,20 @@ def check_ends(space: Space, facts: Facts, num_workers: int) -> None:
     """
     dataset = facts.dataset
     for axis in space.axes:
-        networks = set()
+        networks = {(space.run.model, space.run.loss.triplet_layer)}
         for value in axis.ends:
             found = space.alone(axis, value)
             if found is None:
                 continue
             try:
                 check_split(found, dataset, num_workers)
-                if found.model != space.run.model and found.model not in networks:
-                    networks.add(found.model)
+                if (found.model, found.loss.triplet_layer) not in networks:
+                    networks.add((found.model, found.loss.triplet_layer))
                     model = found.model
-                    build_model(model.name, len(dataset.class_names), dataset.image_shape, model.normalization)
+                    network = build_model(
+                        model.name, len(dataset.class_names), dataset.image_shape, model.normalization
+                    )
+                    seen_by_triplets(network, found.loss.triplet_layer)
             except ConfigError as error:
                 reason = f"{error.subject}={error.value}: {error.reason}"
                 raise ConfigError(f"sweep.space.{axis.name}", value, reason, error.remedy) from error

@@ -1,7 +1,11 @@
 """The one shape that every network has: normalise, embed, classify linearly."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from torch import Tensor, nn
 
+from tla_service.errors import ConfigError
 from tla_service.models.output import ModelOutput
 
 
@@ -14,6 +18,8 @@ class ImageClassifier(nn.Module):
     """
 
     fc: nn.Linear
+    layers: Mapping[str, int] = MappingProxyType({})
+    """Hidden layers that have a name, as places in what `embed_with` runs."""
 
     def __init__(self, normalization: nn.Module) -> None:
         super().__init__()
@@ -31,6 +37,10 @@ class ImageClassifier(nn.Module):
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps normalised images (N, C, H, W) to embeddings (N, D)."""
+        raise NotImplementedError
+
+    def embed_with(self, normalized: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+        """As :meth:`embed`, with the activations of one of :attr:`layers`, of any shape (N, ...)."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> ModelOutput:
@@ -61,3 +71,36 @@ class LogitsOnly(nn.Module):
         """Logits (N, K) of images (N, C, H, W) in [0, 1]."""
         logits: Tensor = self.classifier(images).logits
         return logits
+
+
+class AtLayer(nn.Module):
+    """A network whose embeddings are taken from another layer, flattened (Mao et al. 2019, Table 10).
+
+    Args:
+        classifier: The network; shared, not copied.
+        layer: `logits`, or one of the network's :attr:`~ImageClassifier.layers`.
+
+    Raises:
+        ConfigError: The network has no layer of this name.
+    """
+
+    def __init__(self, classifier: ImageClassifier, layer: str) -> None:
+        super().__init__()
+        if layer != "logits" and layer not in classifier.layers:
+            reason = f"{type(classifier).__name__} has no layer of this name"
+            raise ConfigError("loss.triplet_layer", layer, reason, "take embedding or logits, or model.name mnist_cnn")
+        self.classifier, self.layer = classifier, layer
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        """Logits (N, K) of images (N, C, H, W) in [0, 1], and the layer's activations (N, D)."""
+        if self.layer == "logits":
+            logits: Tensor = self.classifier(images).logits
+            return ModelOutput(logits=logits, embeddings=logits)
+        normalized = self.classifier.normalization(images)
+        embeddings, activations = self.classifier.embed_with(normalized, self.layer)
+        return ModelOutput(logits=self.classifier.classifier(embeddings), embeddings=activations.flatten(1))
+
+
+def seen_by_triplets(classifier: ImageClassifier, layer: str) -> nn.Module:
+    """The network as the triplet term sees it: itself, or an :class:`AtLayer`."""
+    return classifier if layer == "embedding" else AtLayer(classifier, layer)

@@ -1,11 +1,16 @@
 """The paper's MNIST networks: a modified LeNet (Mao et al. 2019, Table 5) and the authors' multilayer perceptron."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from tla_service.models.classifier import ImageClassifier
 from tla_service.models.initialization import initialize_truncated_normal
 
 _WIDTH = 1024
+# What the authors' code hands out: the second and the fourth BatchNorm, before the ReLU. That Table 10's lower and
+# middle layers are these is our reading.
+_CNN_LAYERS: Mapping[str, int] = {"lower": 4, "middle": 11}
 _BATCH_NORM_EPS = 1e-3  # TensorFlow's default, which the authors' code leaves as it is; torch's is 1e-5
 
 
@@ -18,10 +23,18 @@ class MnistNetwork(ImageClassifier):
         body: Maps normalised images to embeddings (N, 1024).
         num_classes: K.
         normalization: Applied to the images first.
+        layers: Places in the body that have a name.
     """
 
-    def __init__(self, body: nn.Sequential, num_classes: int, normalization: nn.Module) -> None:
+    def __init__(
+        self,
+        body: nn.Sequential,
+        num_classes: int,
+        normalization: nn.Module,
+        layers: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__(normalization)
+        self.layers = layers or {}
         self.body = body
         self.fc = nn.Linear(_WIDTH, num_classes)
         initialize_truncated_normal(self)
@@ -30,6 +43,15 @@ class MnistNetwork(ImageClassifier):
         """Maps (N, C, H, W) to embeddings (N, 1024), non-negative."""
         embeddings: Tensor = self.body(normalized)
         return embeddings
+
+    def embed_with(self, normalized: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+        """Embeddings (N, 1024), and a layer's activations (N, C', H', W')."""
+        hidden, activations = normalized, normalized
+        for place, module in enumerate(self.body):
+            hidden = module(hidden)
+            if place == self.layers[layer]:
+                activations = hidden
+        return hidden, activations
 
 
 def build_mnist_cnn(num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module) -> MnistNetwork:
@@ -51,7 +73,7 @@ def build_mnist_cnn(num_classes: int, image_shape: tuple[int, int, int], normali
         nn.Flatten(),
         *_hidden(256 * (height // 4) * (width // 4)),
     )
-    return MnistNetwork(body, num_classes, normalization)
+    return MnistNetwork(body, num_classes, normalization, _CNN_LAYERS)
 
 
 def build_mnist_mlp(num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module) -> MnistNetwork:

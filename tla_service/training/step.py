@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tla_service.config import RunConfig
 from tla_service.data import Batch, StepBatch
-from tla_service.models import ModelOutput
+from tla_service.models import ImageClassifier, ModelOutput
+from tla_service.models.classifier import seen_by_triplets
 from tla_service.runtime import WorkerContext, autocast, generator
 from tla_service.training.adversary import Adversary, kept_buffers, moved_weights
 from tla_service.training.roles import RoleForward, gather_rows, shard_sizes
@@ -67,9 +68,10 @@ class TrainingStep:
         context: This worker.
     """
 
-    def __init__(self, network: nn.Module, config: RunConfig, context: WorkerContext) -> None:
+    def __init__(self, network: ImageClassifier, config: RunConfig, context: WorkerContext) -> None:
         self.network, self.config, self.context = network, config, context
-        self.wrapped: nn.Module = RoleForward(network, together=config.training.batchnorm_roles == "together")
+        seen = seen_by_triplets(network, config.loss.triplet_layer)
+        self.wrapped: nn.Module = RoleForward(seen, together=config.training.batchnorm_roles == "together")
         if config.speed.tune_kernels:
             torch.backends.cudnn.benchmark = True
         if config.speed.compile == "all":
@@ -90,7 +92,7 @@ class TrainingStep:
                 bucket_cap_mb=bucket_mib,
                 **local_buffers,
             )
-        self.adversary = Adversary(network, config, context)
+        self.adversary = Adversary(seen, config, context)
         loss = config.loss
         default_clean_weight = 0.5 if config.method == "alp" else 0.0
         self.clean_weight = default_clean_weight if loss.clean_weight is None else loss.clean_weight

@@ -84,7 +84,7 @@ class SweepConfig(Section):
     measure_test: bool = setting(
         False, "measure each trial on the test set at its end; for a study of a grid, never for a choice"
     )
-    picture: Literal["", "pool_size", "triplet_weight", "margin"] = setting(
+    picture: Literal["", "pool_size", "triplet_weight", "margin", "layer"] = setting(
         "", "draw the trials beside the paper's figures on this; the first axis is drawn along"
     )
     seed: int = setting(0, "seed of the searcher", ge=0, lt=2**31)
