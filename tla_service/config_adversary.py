@@ -14,6 +14,13 @@ class AttackConfig(Section):
     epsilon: Pixels = setting(8 / 255, "radius of the perturbation", unit="pixels in [0, 1], or L2 length", gt=0)
     step_size: Pixels = setting(2 / 255, "length of one attack step", unit="as epsilon", gt=0)
     num_steps: int = setting(7, "gradient steps", ge=1, le=10_000)
+    warmup: float = setting(
+        0.0,
+        "share of the run over which epsilon and step_size grow to their full length; a large radius can keep a network "
+        "from learning anything at first",
+        ge=0,
+        le=1,
+    )
     random_start: bool = setting(True, "start at a random point of the ball")
     kind: Literal["pgd", "n_fgsm", "free"] = setting(
         "pgd",

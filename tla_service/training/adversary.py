@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Adversary:
 
     def __init__(self, network: nn.Module, config: RunConfig, context: WorkerContext) -> None:
         self._network, self._config, self._context = network, config, context
-        self._attack = training_attack(config)
+        self._full = self._attack = training_attack(config)
         self.kind = config.attack.kind
         self.last_embeddings: Tensor | None = None
         self._twin = FrozenTwin(network, fold_batchnorm=config.speed.fold_batchnorm)
@@ -43,13 +44,20 @@ class Adversary:
             self._run = torch.compile(self._twin.module)
         self._graphs: dict[torch.Size, GraphedClimb] = {}
 
+    def grow(self, done: float) -> None:
+        """Set the radius for the share of the run that is done; it grows in proportion until `attack.warmup`."""
+        share = min(1.0, done / self._config.attack.warmup) if self._config.attack.warmup else 1.0
+        epsilon, step_size = share * self._full.epsilon, share * self._full.step_size
+        self._attack = self._full if share == 1 else replace(self._full, epsilon=epsilon, step_size=step_size)
+
     def craft(self, anchors: Batch, random: torch.Generator) -> Tensor:
         """Adversarial images (N, C, H, W) of the batch's, detached."""
         if self._config.attack.batchnorm == "train":
             with kept_buffers(self._network):
                 return self._make(self._logits_in_train_mode, anchors, random)
         self._twin.refresh()
-        if self._config.speed.cuda_graphs and self.kind == "pgd":
+        # A graph has its radius fixed.
+        if self._config.speed.cuda_graphs and self.kind == "pgd" and self._attack is self._full:
             return self._replay(anchors, random)
         return self._make(self._logits, anchors, random)
 

@@ -213,6 +213,7 @@ class Run:
     def _update(self, batch: StepBatch) -> Tensor:
         """Move the weights by a batch: once, or as often as free training replays it. Returns the last sums."""
         state, position = self.state, (self.state.step, self.context.rank)
+        self.step.adversary.grow((state.step + 1) / self.total_steps)
         # Dropout draws from the global generator; this ties its draws to the position too.
         torch.manual_seed(mixed_seed(self.config.seed, 1, *position))
         totals = torch.empty(0)
