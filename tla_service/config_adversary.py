@@ -16,8 +16,8 @@ class AttackConfig(Section):
     num_steps: int = setting(7, "gradient steps", ge=1, le=10_000)
     warmup: float = setting(
         0.0,
-        "share of the run over which epsilon and step_size grow to their full length; a large radius can keep a network "
-        "from learning anything at first",
+        "share of the run over which epsilon and step_size grow to their full length; under a large radius a fresh "
+        "network may learn nothing",
         ge=0,
         le=1,
     )

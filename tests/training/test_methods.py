@@ -12,6 +12,7 @@ from tests.training.conftest import KeepingReporter, digits_config, random_batch
 from tests.training.test_step import network
 from tla_service.runtime import WorkerContext, generator
 from tla_service.training import fit as fit_module
+from tla_service.training.adversary import Adversary
 from tla_service.training.fit import fit
 from tla_service.training.guard import has_collapsed
 from tla_service.training.step import TrainingStep
@@ -156,3 +157,24 @@ def test_other_runs_go_on(
     result = fit(digits_config(method="at", training={"epochs": 3}, **changes), WorkerContext(), reporter)
     assert len(result.history) == 3
     assert not has_collapsed(result.history)
+
+
+def test_the_radius_grows_in_proportion_until_the_warmup_ends() -> None:
+    config = digits_config(method="at", attack={"warmup": 0.5, "num_steps": 5, "step_size": 0.1, "epsilon": 0.15})
+    adversary, batch = TrainingStep(network(), config, WorkerContext()).adversary, random_batch()
+
+    def reached(done: float) -> Tensor:
+        adversary.grow(done)
+        return (adversary.craft(batch.anchors, generator(CPU, 1)) - batch.anchors.images).abs().amax()
+
+    for done, epsilon in ((0.1, 0.03), (0.25, 0.075), (0.5, 0.15), (0.9, 0.15)):
+        torch.testing.assert_close(reached(done), torch.tensor(epsilon, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_training_meets_each_radius_at_its_step(monkeypatch: pytest.MonkeyPatch, new_reporter: NewReporter) -> None:
+    """The share is of all steps, whichever epoch they are in, and of the run's own after a resumption."""
+    shares: list[float] = []
+    monkeypatch.setattr(Adversary, "grow", lambda _self, done: shares.append(done))
+    config = digits_config(method="at", attack={"warmup": 0.5}, training={"epochs": 2})
+    fit(config, WorkerContext(), new_reporter())
+    assert shares == pytest.approx([(step + 1) / len(shares) for step in range(len(shares))])
