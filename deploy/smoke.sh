@@ -210,7 +210,7 @@ step_train() {
 step_sweep() {
     if [ ! -e "$ROOT/jobs/tune_tla.py" ]; then say "no sweeps here"; return; fi
     submit sweep jobs/tune_tla.py "${QUICK[@]}" --scaling.num_workers 1 --sweep.num_samples 2 --output "$WORK/runs/sweep"
-    say "swept: $(tail -n 3 "$WORK/logs/job-sweep.log" | tr '\n' ' ' | cut -c 1-120)"
+    say "swept: $(grep -o '[0-9]* trials: .*' "$WORK/logs/job-sweep.log" | tail -n 1)"
 }
 step_pull() {
     (cd "$WORK/client" && client "$PYTHON" - "$WORK/runs/train/summary.json" > "$WORK/logs/pull.log" 2>&1 <<'PULL'

@@ -21,7 +21,7 @@ class BenchmarkSettings(JobSettings):
         "compile (minutes on a CPU) runs only when named",
     )
     workloads: list[str] = Field([], description="only these networks of the suite; default: all")
-    rounds: int = Field(5, description="timed rounds, each of which runs every candidate once", ge=2)
+    rounds: int = Field(3, description="timed rounds at least, each of which runs every candidate once", ge=2)
     clock: Literal["wall", "cpu"] = Field(
         "wall", description="what ratios of single-process stages are taken of; cpu ignores other programs' load"
     )

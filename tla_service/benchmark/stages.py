@@ -15,6 +15,8 @@ from tla_service.benchmark.workloads import FullStep, Workload
 from tla_service.runtime import WorkerContext, generator
 from tla_service.triplets import mine_hardest
 
+# On a CPU runs of a quarter of a second vary by a tenth and more; this many seconds of them give a firm median.
+LEAST_SECONDS = {"cpu": 30.0, "cuda": 0.0}
 LITERAL: dict[str, Any] = {
     "mining": {"pool": "separate", "positives": "both"},
     "training": {"batchnorm_roles": "apart"},
@@ -67,7 +69,7 @@ def measure_steps(work: dict[str, Workload], settings: BenchmarkSettings, result
             "TLA, literal": literal,
         }
         theirs = dict(PeerWork(workload, context).steps()) if workload.num_steps <= 10 else {}
-        times = take_turns(ours | theirs, rounds=settings.rounds)
+        times = take_turns(ours | theirs, rounds=settings.rounds, least_seconds=LEAST_SECONDS[settings.device])
         with peak_memory() as memory:
             tla()
         flops = floors[1].flops()
@@ -116,7 +118,7 @@ def measure_attacks(work: dict[str, Workload], settings: BenchmarkSettings, resu
         peers = dict(PeerWork(workload, context).attacks())
         craft = partial(ours.adversary.craft, batch, generator(context.device, 0))
         candidates: dict[str, Callable[[], object]] = {"ours": craft, **peers}
-        times = take_turns(candidates, rounds=settings.rounds)
+        times = take_turns(candidates, rounds=settings.rounds, least_seconds=LEAST_SECONDS[settings.device])
         for name in candidates:
             rate = workload.batch_size / times.seconds(name).median
             rows.append([workload.name, name, f"{rate:.1f}", str(times.ratio(name, "ours", settings.clock))])
@@ -144,7 +146,12 @@ def measure_switches(
         for changes in (side for _, *sides in switches for side in sides):
             if str(changes) not in built:
                 built[str(changes)] = FullStep(workload, context, **merged(base, sized(changes, workload)))
-        times = take_turns(built, rounds=settings.rounds, burn_in=3 if settings.device == "cuda" else 1)
+        times = take_turns(
+            built,
+            rounds=settings.rounds,
+            least_seconds=LEAST_SECONDS[settings.device],
+            burn_in=3 if settings.device == "cuda" else 1,
+        )
         for name, with_it, without in switches:
             ratio = times.ratio(str(without), str(with_it), settings.clock)
             rows.append([workload.name, f"`{name}`", str(ratio)])

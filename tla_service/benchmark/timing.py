@@ -1,11 +1,13 @@
 """Timing that a noisy machine does not spoil: candidates take turns, and ratios are taken within a turn."""
 
+import ctypes
 import gc
+import itertools
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -56,13 +58,19 @@ def synchronize() -> None:
 
 
 def take_turns(
-    candidates: Mapping[str, Callable[[], object]], *, rounds: int, burn_in: int = 1, repeats: int = 1
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    least_seconds: float = 0.0,
+    burn_in: int = 1,
+    repeats: int = 1,
 ) -> Times:
     """Time candidates round by round, each once a round, between synchronisations.
 
     Args:
         candidates: What to run, by name.
-        rounds: Timed rounds; every second one goes the other way round.
+        rounds: Timed rounds, at least; every second one goes the other way round.
+        least_seconds: More rounds follow until this long has passed: short runs need many for a firm median.
         burn_in: Runs of each candidate before.
         repeats: Runs in a row that make one turn.
     """
@@ -73,7 +81,10 @@ def take_turns(
     gc.collect()
     gc.disable()
     try:
-        for turn in range(rounds):
+        began = time.perf_counter()
+        for turn in itertools.count():
+            if turn >= rounds and time.perf_counter() - began >= least_seconds:
+                break
             for name in list(candidates)[:: -1 if turn % 2 else 1]:
                 synchronize()
                 wall, cpu = time.perf_counter(), time.process_time()
@@ -103,6 +114,7 @@ def peak_memory() -> Iterator[list[int]]:
         result[0] = torch.cuda.max_memory_allocated() - before
         return
     process, ended = psutil.Process(), threading.Event()
+    _give_back()
     before = process.memory_info().rss
 
     def watch() -> None:
@@ -116,3 +128,10 @@ def peak_memory() -> Iterator[list[int]]:
     finally:
         ended.set()
         watcher.join()
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: what is in use again afterwards would not show."""
+    gc.collect()
+    with suppress(AttributeError, OSError):  # glibc has it, other C libraries do not
+        ctypes.CDLL(None).malloc_trim(0)
