@@ -55,6 +55,11 @@ def test_turns_time_each_candidate_once_a_round() -> None:
     assert times.ratio("slow", "quick", "cpu").low >= 0
 
 
+def test_short_runs_take_more_rounds() -> None:
+    times = take_turns({"run": lambda: time.sleep(0.01)}, rounds=1, least_seconds=0.1)
+    assert 2 <= len(times.wall["run"]) <= 11
+
+
 def test_peak_memory_sees_what_is_gone_again() -> None:
     with peak_memory() as memory:
         block = bytearray(b"x") * (64 * 2**20)
