@@ -35,6 +35,15 @@ def test_the_papers_figures_are_never_in_our_rows(tmp_path: Path, finished: Fini
     assert "200 test images, the paper's 10000" in page
 
 
+def test_the_modern_recipe_has_a_page_without_the_papers_figures(tmp_path: Path, finished: Finished) -> None:
+    finished(tmp_path / "state", "tla-s0", 0.9, 0.5)
+    page = page_of(tmp_path, "--recipe", "modern")
+    assert "| TRADES | 0 |" in page
+    assert "paper*" not in page
+    assert "`python jobs/reproduce_paper.py --table mnist --seeds 3 --recipe modern --data.root /data/mnist`" in page
+    assert (tmp_path / "pictures" / "mnist-modern-methods.png").exists()
+
+
 def test_reduced_settings_stand_without_the_papers(tmp_path: Path, finished: Finished) -> None:
     finished(tmp_path / "state", "tla-s0", 0.9, 0.5)
     page = page_of(tmp_path, "--budget", "30")

@@ -25,6 +25,20 @@ def test_without_a_budget_runs_are_the_presets(table: str) -> None:
     assert "attacks" not in measures(settings, next(units(settings)))  # the paper's columns, transfer among them
 
 
+@pytest.mark.parametrize("table", ["mnist", "cifar10", "tiny_imagenet"])
+def test_the_modern_recipe_is_its_preset_for_every_method(table: str) -> None:
+    settings = settings_of("--table", table, "--recipe", "modern", "--data.root", "/data")
+    todo = list(units(settings))
+    assert [unit.method for unit in todo] == ["at", "trades", "tla"] * 3
+    preset = load_settings(["--preset", f"modern_{table}", "--data.root", "/data"]).run_config
+    for unit in todo:
+        ours = run_config(settings, unit)
+        assert (ours.training, ours.optimizer, ours.attack) == (preset.training, preset.optimizer, preset.attack)
+        assert ours.robust_weight == {"trades": 1.0 if table == "mnist" else 6.0}.get(unit.method, 0.0)
+    assert settings.state_folder.name == f"{table}-modern"
+    assert settings.page.name == f"{table}-modern.md"
+
+
 @pytest.mark.parametrize("table", ["mnist", "cifar10", "tiny_imagenet", "digits"])
 def test_a_budget_shortens_all_runs_alike(table: str) -> None:
     root = () if table == "digits" else ("--data.root", "/data")
@@ -88,3 +102,10 @@ def test_wrong_settings_are_refused(flags: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         settings_of(*flags.split())
     assert re.match(message, str(caught.value))
+
+
+def test_the_modern_recipe_is_not_shortened() -> None:
+    with pytest.raises(ConfigError, match="budget=30: the modern recipe has no reduced settings"):
+        settings_of("--table", "mnist", "--data.root", "/data", "--recipe", "modern", "--budget", "30")
+    with pytest.raises(ConfigError, match="recipe=modern: there is no such preset for digits"):
+        settings_of("--table", "digits", "--recipe", "modern")

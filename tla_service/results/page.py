@@ -10,12 +10,22 @@ from tla_service.registry.environment import code_facts
 from tla_service.report.paper_results import differences_from_paper, paper_row
 from tla_service.results.figures import Estimate, Row, difference, over_seeds, read_row
 from tla_service.results.pictures import method_bars, pool_curve
-from tla_service.results.settings import PAPER_METHODS, ReproduceSettings
+from tla_service.results.settings import ReproduceSettings
 from tla_service.results.tables import POOL_SIZES, run_config, share_of_budget, units
 
-NAMES = {"natural": "UM", "at": "AT", "alp": "ALP", "tla_rn": "TLA-RN", "tla_sa": "TLA-SA", "tla": "TLA"}
-# Processor or device hours of one run with the paper's settings: an estimate from its passes, not a measurement.
+NAMES: dict[str, str] = {
+    "natural": "UM",
+    "at": "AT",
+    "alp": "ALP",
+    "trades": "TRADES",
+    "mart": "MART",
+    "tla_rn": "TLA-RN",
+    "tla_sa": "TLA-SA",
+    "tla": "TLA",
+}
+# Device hours of one run, measuring included: estimates from its passes, not measurements.
 _GPU_HOURS = {"mnist": 3, "cifar10": 15, "tiny_imagenet": 40, "digits": 0.1}
+_MODERN_GPU_HOURS = {"mnist": 1, "cifar10": 1, "tiny_imagenet": 3}
 
 
 def command(settings: ReproduceSettings) -> str:
@@ -24,7 +34,9 @@ def command(settings: ReproduceSettings) -> str:
     if settings.budget is not None:
         parts.append(f"--budget {settings.budget:g}")
     parts.append(f"--seeds {settings.seeds}")
-    if settings.methods != PAPER_METHODS:
+    if settings.recipe != "paper":
+        parts.append(f"--recipe {settings.recipe}")
+    if settings.methods:
         parts.append(f"--methods {' '.join(settings.methods)}")
     if not settings.pools:
         parts.append("--no-pools")
@@ -39,20 +51,21 @@ def write_page(settings: ReproduceSettings) -> Path:
     todo = list(units(settings))
     rows = [
         read_row(NAMES.get(method, method), [u for u in todo if u.method == method and u.pool_size is None], state)
-        for method in settings.methods
+        for method in settings.all_methods
     ]
     pools = {size: read_row(str(size), [u for u in todo if u.pool_size == size], state) for size in POOL_SIZES}
     pools = {size: row for size, row in pools.items() if row.units}
     measured = [row for row in rows if row.units]
-    lines = [f"# {settings.table}: the paper's table, remade", "", *_settings(settings, rows), ""]
+    title = "the paper's table, remade" if settings.recipe == "paper" else "what to train today, against its baselines"
+    lines = [f"# {settings.table}: {title}", "", *_settings(settings, rows), ""]
     if measured:
         first = measured[0].measured[0]
         columns = ["clean", *first["columns"]]
         strong = [name for name in (first["iterative"], "autoattack") if name in first["accuracy"]]
         columns += [name for name in ("autoattack",) if name in first["accuracy"]]
         pictures = path.parent / "pictures"
-        method_bars(measured, ["clean", *strong], pictures / f"{settings.table}-methods.png")
-        lines += [f"![Methods](pictures/{settings.table}-methods.png)", ""]
+        method_bars(measured, ["clean", *strong], pictures / f"{settings.page_name}-methods.png")
+        lines += [f"![Methods](pictures/{settings.page_name}-methods.png)", ""]
         lines += ["## Accuracy, %", "", *_table(settings, rows, columns), ""]
         radii = [f"{ratio['epsilon']:.3g}" for ratio in first["shift"]]
         if first["detection"] is not None:
@@ -62,8 +75,8 @@ def write_page(settings: ReproduceSettings) -> Path:
             lines += ["Detection is the area under the ROC curve and neighbours are accuracies, both in percent; r is "
                       "better high, r' low.", ""]  # fmt: skip
         if pools:
-            pool_curve(pools, ["clean", first["iterative"]], pictures / f"{settings.table}-pools.png")
-            lines += ["## Size of the pool", "", f"![Pool sizes](pictures/{settings.table}-pools.png)", ""]
+            pool_curve(pools, ["clean", first["iterative"]], pictures / f"{settings.page_name}-pools.png")
+            lines += ["## Size of the pool", "", f"![Pool sizes](pictures/{settings.page_name}-pools.png)", ""]
             lines += [*_table(settings, list(pools.values()), ["clean", first["iterative"]], head="pool"), ""]
         lines += ["## What it says", "", *_reading(rows, ["clean", *strong, "detection", "neighbours attacked"]), ""]
     lines += _missing(settings, rows, pools)
@@ -91,10 +104,12 @@ def _settings(settings: ReproduceSettings, rows: Sequence[Row]) -> list[str]:
     images = max((m["accuracy"]["clean"]["images"] for row in rows for m in row.measured), default=0)
     same = all(measured["is_paper"] for row in rows for measured in row.measured)
     apart = differences_from_paper(settings.table, config.model.name, images, same_attacks=same)
-    if apart and images:
+    if apart and images and settings.recipe == "paper":
         lines += ["", f"What sets it apart from the paper's table: {'; '.join(apart)}."]
-    lines += ["", "Cells are means over seeds with Student's 95% interval, of the weights that were best on "
-              "validation. Rows called *paper* hold its own figures; none of them is in a row of ours."]  # fmt: skip
+    cells = "Cells are means over seeds with Student's 95% interval, of the weights that were best on validation."
+    if settings.budget_name == "paper":
+        cells += " Rows called *paper* hold its own figures; none of them is in a row of ours."
+    lines += ["", cells]
     return lines
 
 
@@ -104,7 +119,7 @@ def _table(settings: ReproduceSettings, rows: Sequence[Row], names: Sequence[str
         cells = [_cell(over_seeds(row.values(name)), percent=name.split()[0] not in ("r", "r'")) for name in names]
         lines.append(f"| {row.label} | {len(row.units)} | " + " | ".join(cells) + " |")
         method = next((method for method, label in NAMES.items() if label == row.label), None)
-        paper = paper_row(settings.table, method) if method and settings.budget is None else None
+        paper = paper_row(settings.table, method) if method and settings.budget_name == "paper" else None
         if paper is not None and "clean" in names:
             printed = [f"{paper.accuracy[name]:.2f}" if name in paper.accuracy else "" for name in names]
             lines.append(f"| *{row.label}, paper* | | " + " | ".join(printed) + " |")
@@ -156,7 +171,8 @@ def _missing(settings: ReproduceSettings, rows: Sequence[Row], pools: dict[int, 
     if not left:
         return []
     if settings.budget is None:
-        hours = len(left) * _GPU_HOURS[settings.table]
+        each = _GPU_HOURS if settings.recipe == "paper" else _MODERN_GPU_HOURS
+        hours = len(left) * each[settings.table]
         takes = f"about {hours:g} hours of one H100-class GPU, run one after another: an estimate, not a measurement"
     else:
         takes = f"about {settings.budget * len(left) / max(1, len(left) + len(done)):.0f} minutes on two CPU cores"

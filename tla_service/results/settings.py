@@ -1,6 +1,7 @@
 """What the job that remakes a table of the paper can be told."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -11,7 +12,10 @@ from tla_service.config_fields import Section, setting, wrong
 from tla_service.config_loading import JobSettings
 
 TableName = Literal["mnist", "cifar10", "tiny_imagenet", "digits"]
-PAPER_METHODS: tuple[Method, ...] = ("natural", "at", "alp", "tla_rn", "tla_sa", "tla")
+RECIPE_METHODS: Mapping[str, tuple[Method, ...]] = {
+    "paper": ("natural", "at", "alp", "tla_rn", "tla_sa", "tla"),
+    "modern": ("at", "trades", "tla"),
+}
 
 
 class TableData(Section):
@@ -24,6 +28,9 @@ class ReproduceSettings(JobSettings):
     """A table to remake."""
 
     table: TableName = setting("mnist", "which table; digits is the same on embedded data, for trying things out")
+    recipe: Literal["paper", "modern"] = setting(
+        "paper", "the paper's settings, or the preset modern_<table>: the same recipe for every method"
+    )
     budget: float | None = setting(
         None,
         "reduced settings that two CPU cores finish in about this long; none: the paper's settings",
@@ -32,22 +39,38 @@ class ReproduceSettings(JobSettings):
         le=600,
     )
     seeds: int = setting(3, "runs of each method", ge=1, le=100)
-    methods: tuple[Method, ...] = setting(PAPER_METHODS, "methods of the table")
-    pools: bool = setting(True, "also the study of pool sizes (1, 250, 500, 1000, 2000) with method tla")
+    methods: tuple[Method, ...] = setting(
+        (), "methods of the table; none: the paper's six, or with the modern recipe at, trades and tla"
+    )
+    pools: bool = setting(
+        True, "with the paper's recipe also the study of pool sizes (1, 250, 500, 1000, 2000) with method tla"
+    )
     minutes: float | None = setting(
         None, "stop after this long and keep everything; the same command goes on", unit="minutes", gt=0
     )
     side_by_side: int | None = setting(None, "runs at a time; none: one a core, or four on a GPU", ge=1, le=256)
     state: Path | None = Field(None, description="folder of the runs; default runs/tables/<table>[-<budget>]")
-    output: Path | None = Field(None, description="Markdown page to write; default docs/results/<table>.md")
+    output: Path | None = Field(
+        None, description="Markdown page to write; default docs/results/<table>.md, or <table>-modern.md"
+    )
     log: bool = setting(True, "log every run's figures to MLflow, where it is installed")
     data: TableData = TableData()
     tracking: TrackingConfig = TrackingConfig(experiment="tla-results")
 
     @property
     def budget_name(self) -> str:
-        """What the settings are called: `paper`, or the budget's minutes."""
-        return "paper" if self.budget is None else f"{self.budget:g}-minutes"
+        """What the settings are called: the recipe, or the budget's minutes."""
+        return self.recipe if self.budget is None else f"{self.budget:g}-minutes"
+
+    @property
+    def page_name(self) -> str:
+        """What the page and its pictures are called."""
+        return self.table if self.recipe == "paper" else f"{self.table}-{self.recipe}"
+
+    @property
+    def all_methods(self) -> tuple[Method, ...]:
+        """The table's methods."""
+        return self.methods or RECIPE_METHODS[self.recipe]
 
     @property
     def state_folder(self) -> Path:
@@ -57,7 +80,7 @@ class ReproduceSettings(JobSettings):
     @property
     def page(self) -> Path:
         """Where the page goes."""
-        return (self.output or Path("docs/results") / f"{self.table}.md").expanduser()
+        return (self.output or Path("docs/results") / f"{self.page_name}.md").expanduser()
 
     def slots(self, *, has_gpu: bool) -> int:
         """Runs at a time."""
@@ -67,6 +90,11 @@ class ReproduceSettings(JobSettings):
     def _check(self) -> Self:
         if self.data.root is None and self.table != "digits":
             raise wrong("data.root", None, f"{self.table} is not embedded", "give a folder, or s3://bucket/prefix")
+        if self.recipe == "modern" and self.table == "digits":
+            raise wrong("recipe", "modern", "there is no such preset for digits", "take recipe paper")
+        if self.recipe == "modern" and self.budget is not None:
+            reason = "the modern recipe has no reduced settings"
+            raise wrong("budget", self.budget, reason, "leave it out, or take recipe paper")
         if len(set(self.methods)) < len(self.methods):
             raise wrong("methods", ",".join(self.methods), "names a method twice", "name each once")
         return self

@@ -19,6 +19,8 @@ _REDUCED_FLAGS = {
     "cifar10": ("--model.name", "small_cnn", "--training.global_batch_size", "256", "--mining.pool", "batch"),
     "tiny_imagenet": ("--model.name", "small_cnn", "--training.global_batch_size", "256", "--mining.pool", "batch"),
 }
+# TRADES' weight on MNIST (Zhang et al. 2019, section 5.3.1).
+_MODERN_FLAGS = {("mnist", "trades"): ("--loss.robust_weight", "1")}
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,10 @@ class Unit:
 def units(settings: ReproduceSettings) -> Iterator[Unit]:
     """All runs, seed by seed, so that a table cut short has all methods; the study last."""
     for seed in range(settings.seeds):
-        for method in settings.methods:
+        for method in settings.all_methods:
             other = f"{method}-s{(seed + 1) % settings.seeds}" if settings.seeds > 1 else None
             yield Unit(f"{method}-s{seed}", method, seed, surrogate=other)
-    if settings.pools:
+    if settings.pools and settings.recipe == "paper":
         for seed in range(settings.seeds if settings.budget is None else 1):
             for size in POOL_SIZES:
                 yield Unit(f"tla-pool{size}-s{seed}", "tla", seed, pool_size=size)
@@ -61,6 +63,9 @@ def run_config(settings: ReproduceSettings, unit: Unit) -> RunConfig:
     """The run's configuration: what the preset says, shortened where there is a budget."""
     preset: str = settings.table
     flags: list[str] = []
+    if settings.recipe == "modern":
+        preset = f"modern_{settings.table}"
+        flags += _MODERN_FLAGS.get((settings.table, unit.method), ())
     if settings.budget is not None:
         preset = _REDUCED_PRESET.get(settings.table, settings.table)
         steps = max(2, round(FULL_STEPS * share_of_budget(settings)))
