@@ -62,7 +62,7 @@ RUNS: dict[str, dict[str, Any]] = {
         },
         "optimizer": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 1e-3, "grad_clip": 1.0},
     },
-    "random negatives": {"method": "tla_rn"},
+    "random negatives, a growing radius": {"method": "tla_rn", "attack": {"warmup": 0.8}},
 }
 
 
