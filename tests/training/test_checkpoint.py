@@ -13,6 +13,7 @@ from tla_service.training import checkpoint as checkpoint_module
 from tla_service.training.checkpoint import (
     TrainingState,
     load_checkpoint,
+    read_history,
     read_weights,
     save_checkpoint,
     verify_checkpoint,
@@ -64,6 +65,16 @@ def test_a_changed_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
     path.unlink()
     with pytest.raises(UnavailableError, match=f"{name}: missing or not what was written"):
         verify_checkpoint(tmp_path / "c")
+
+
+def test_the_history_is_read_alone_and_a_damaged_one_stops_nobody(tmp_path: Path) -> None:
+    """One worker reads it before all of them load: only what all do together may fail."""
+    save_checkpoint(tmp_path / "c", small_state(), digits_config(), FACTS)
+    assert read_history(tmp_path / "c") == [{"epoch": 0.0}]
+    (tmp_path / "c" / "state.json").write_bytes(b'{"history": [')
+    assert read_history(tmp_path / "c") == []
+    (tmp_path / "c" / "state.json").unlink()
+    assert read_history(tmp_path / "c") == []
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:

@@ -127,13 +127,11 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
-    """Metrics of each epoch that was done by a checkpoint.
-
-    Raises:
-        UnavailableError: As `verify_checkpoint`.
-    """
-    verify_checkpoint(folder)
-    history: list[dict[str, float]] = json.loads((folder / "state.json").read_text())["history"]
+    """Metrics of each epoch that was done by a checkpoint; none of a damaged one, which `load_checkpoint` refuses."""
+    try:
+        history: list[dict[str, float]] = json.loads((folder / "state.json").read_text())["history"]
+    except (OSError, ValueError, KeyError):
+        return []
     return history
 
 
