@@ -67,3 +67,4 @@ def test_only_versions_of_the_evaluated_weights_are_tagged(uri: str, tmp_path: P
     assert stored == {f"{artifact_folder('a' * 64)}/report.html", f"{artifact_folder('a' * 64)}/figures"}
     measured = made.get_run(run_id).data.metrics["evaluation/accuracy/autoattack"]
     assert measured == 0.5
+    assert len(made.get_metric_history(run_id, "evaluation/accuracy/autoattack")) == 1

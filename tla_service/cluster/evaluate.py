@@ -62,7 +62,7 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
     if finished:
         terminal.say("this evaluation has finished before; choose another --output to make it again")
         report = rp.read_report(output / rp.REPORT_FILE)
-        # Again: the first time MLflow may have been away by then. What is there already is not written twice.
+        # Again: the first time MLflow may have been away by then.
         _log(settings, uri, report, _written(output), terminal)
         _show(report, output, terminal)
         return 0

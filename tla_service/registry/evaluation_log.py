@@ -1,7 +1,6 @@
 """Where an evaluation goes in MLflow: files and metrics with the run, tags and card with the registered versions."""
 
 import functools
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 from tla_service.registry.connection import client, retrying
 from tla_service.registry.evaluation_card import evaluation_card
 from tla_service.registry.tracking import log_files
-from tla_service.report.schema import Report, artifact_folder
+from tla_service.report.schema import PAGE_FILE, Report, artifact_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
 def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple[str, ...]:
     """Log a report to the run that trained its model, and tag every registered version of these weights.
 
-    Repeating it replaces what an earlier evaluation of the same weights left.
+    Repeating it changes nothing; another evaluation of the same weights replaces what an earlier one left.
 
     Args:
         uri: Tracking store.
         report: With `model.run_id`.
-        files: Name below the report's artifact folder -> local file.
+        files: Name below the report's artifact folder -> local file; the page among them.
 
     Returns:
         The versions that were tagged, as ``NAME/VERSION``.
@@ -36,7 +35,9 @@ def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple
     folder = artifact_folder(report.model.weights_sha256)
     log_files(uri, run_id, {f"{folder}/{name}": path for name, path in files.items()})
     made = client(uri)
-    retrying("Logging the figures", lambda: _log_metrics(made, run_id, report))
+    # Metrics are of the time when the page was written: MLflow keeps one of several that are alike.
+    written = int(files[PAGE_FILE].stat().st_mtime * 1000)
+    retrying("Logging the figures", lambda: _log_metrics(made, run_id, report, written))
     versions = retrying("Finding versions", lambda: _versions(made, report))
     for name, version in versions:
         retrying("Tagging the version", functools.partial(_describe, made, name, version, report))
@@ -73,10 +74,9 @@ def _describe(made: "MlflowClient", name: str, version: str, report: Report) -> 
     made.update_model_version(name, version, description=evaluation_card(report))
 
 
-def _log_metrics(made: "MlflowClient", run_id: str, report: Report) -> None:
+def _log_metrics(made: "MlflowClient", run_id: str, report: Report, milliseconds: int) -> None:
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
     values = {f"evaluation/accuracy/{name}": found.estimate for name, found in report.accuracy.items()}
     if report.detection is not None:
         values["evaluation/detection_auc"] = report.detection.auc
@@ -85,5 +85,5 @@ def _log_metrics(made: "MlflowClient", run_id: str, report: Report) -> None:
         values["evaluation/neighbours/attacked"] = report.neighbours.attacked.estimate
     if report.audit is not None:
         values["evaluation/audit_trusted"] = float(report.audit.trusted)
-    metrics = [Metric(name, value, now, 0) for name, value in values.items() if value is not None]
+    metrics = [Metric(name, value, milliseconds, 0) for name, value in values.items() if value is not None]
     made.log_batch(run_id, metrics=metrics)
