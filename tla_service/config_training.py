@@ -69,6 +69,9 @@ class SpeedConfig(Section):
         "none", "torch.compile the attacked network, or the update's as well; pays on GPUs, slower on CPUs"
     )
     cuda_graphs: bool = setting(False, "capture the attack's steps as one CUDA graph; GPUs only")
+    keep_freed_memory: bool = setting(
+        True, "on a CPU, keep freed memory for the next step instead of handing it back to the system in between"
+    )
     fused_optimizer: bool = setting(True, "update all parameters in one kernel")
     overlap_reduction: bool = setting(True, "send gradients to other workers while the backward pass goes on")
     tune_kernels: bool = setting(False, "let cuDNN time its kernels and take the fastest; runs then differ in rounding")

@@ -16,6 +16,7 @@ from tla_service.errors import UnavailableError
 from tla_service.evaluation.outcomes import Arrays, load_arrays, save_arrays
 from tla_service.models import build_model
 from tla_service.report.tasks import Measurement, Rows, Shard, Task, shard_file
+from tla_service.runtime import keep_freed_memory
 
 _AHEAD = 2  # shards in flight per slot: one measured, one waiting; more would only hold images in memory
 
@@ -196,6 +197,7 @@ def _measure(
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+        keep_freed_memory()
     other = surrogate.build(device) if surrogate is not None else None
     # Arrays that Ray hands out are read-only, which torch warns of.
     shard = Shard(images.clone(), labels.clone(), rows.copy(), device)

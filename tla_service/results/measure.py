@@ -20,10 +20,12 @@ from tla_service.errors import UnavailableError
 from tla_service.evaluation.outcomes import load_arrays, save_arrays, save_outcome
 from tla_service.job import run_job
 from tla_service.models import build_model
+from tla_service.registry.environment import code_facts
 from tla_service.report import findings as fd
 from tla_service.report.plan import Plan, attack_tasks, bank_rows, embedding_tasks, make_plan
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.tasks import Shard, Task, shard_file
+from tla_service.runtime import keep_freed_memory
 from tla_service.training.checkpoint import MANIFEST, read_weights
 from tla_service.training.output import CONFIG
 
@@ -32,6 +34,7 @@ ORDER, MEASURED, OUTCOME, AUTOATTACK = "measure.json", "measured.json", "outcome
 
 def main() -> int:
     """Measure the run in the folder of the command line, from where it was stopped."""
+    keep_freed_memory()
     folder = Path(sys.argv[1])
     order = json.loads((folder / ORDER).read_text())
     settings = EvaluateSettings(**order["settings"])
@@ -60,6 +63,8 @@ def main() -> int:
     figures = _figures(found, plan, settings, dataset)
     figures["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     figures["seconds"] = _seconds(folder)
+    code = code_facts()
+    figures["code"] = code.get("commit", code["version"])
     partial = folder / f".{MEASURED}"
     partial.write_text(json.dumps(figures, indent=1))
     partial.replace(folder / MEASURED)

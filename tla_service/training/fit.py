@@ -28,7 +28,7 @@ from tla_service.data import (
 from tla_service.errors import UserError
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
-from tla_service.runtime import WorkerContext, mixed_seed, raise_together
+from tla_service.runtime import WorkerContext, keep_freed_memory, mixed_seed, raise_together
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
 from tla_service.training.guard import COLLAPSED, collapses, has_collapsed, message
 from tla_service.training.meter import Meter
@@ -88,6 +88,8 @@ class Run:
     def __init__(self, config: RunConfig, context: WorkerContext, reporter: Reporter) -> None:
         self.config, self.context, self.reporter = config, context, reporter
         self.phases = Phases()
+        if config.speed.keep_freed_memory and context.device.type == "cpu":
+            keep_freed_memory()
         with self.phases("data"), failing_together(context):
             self.dataset = load_dataset(config.data)
             self.train_rows, self.validation_rows = split_validation(
