@@ -1,10 +1,14 @@
-"""Memory that is kept between steps, seen by the page faults that it saves."""
+"""Memory that is kept between steps, seen by the page faults that it saves; and what the hardware is called."""
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from tla_service.runtime import hardware
 
 _FAULTS = """
 import resource, sys, torch
@@ -30,3 +34,9 @@ def test_kept_memory_is_used_again_without_page_faults() -> None:
     pages = 10 * 48_000_000 // 4096
     assert faults("default") > pages // 2
     assert faults("kept") < pages // 100
+
+
+def test_a_processor_has_a_name_and_cores() -> None:
+    name, _, cores = hardware(torch.device("cpu")).rpartition(", ")
+    assert name
+    assert cores == f"{os.cpu_count()} cores"

@@ -3,8 +3,10 @@
 import contextlib
 import ctypes
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -92,6 +94,16 @@ def raise_together(error: Exception | None, context: WorkerContext) -> None:
     first = next((found for found in errors if found is not None), None)
     if first is not None:
         raise first
+
+
+def hardware(device: torch.device) -> str:
+    """What a figure was measured on, for people: the GPU's name, or the processor's and how many cores it has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def keep_freed_memory() -> None:

@@ -25,7 +25,7 @@ from tla_service.report import findings as fd
 from tla_service.report.plan import Plan, attack_tasks, bank_rows, embedding_tasks, make_plan
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.tasks import Shard, Task, shard_file
-from tla_service.runtime import keep_freed_memory
+from tla_service.runtime import hardware, keep_freed_memory
 from tla_service.training.checkpoint import MANIFEST, read_weights
 from tla_service.training.output import CONFIG
 
@@ -61,7 +61,7 @@ def main() -> int:
     if found.autoattack is not None:
         save_outcome(found.autoattack, folder / AUTOATTACK)
     figures = _figures(found, plan, settings, dataset)
-    figures["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    figures["device"] = hardware(device)
     figures["seconds"] = _seconds(folder)
     code = code_facts()
     figures["code"] = code.get("commit", code["version"])
