@@ -10,7 +10,7 @@ import pytest
 
 from tla_service.config_loading import read_settings
 from tla_service.evaluation.outcomes import ShardOutcome, save_outcome
-from tla_service.results.measure import MEASURED, OUTCOME
+from tla_service.results.measure import AUTOATTACK, MEASURED, OUTCOME
 from tla_service.results.settings import ReproduceSettings
 
 IMAGES = 200
@@ -39,12 +39,15 @@ def finished() -> Callable[..., None]:
             "is_paper": False,
             "columns": ["pgd100"],
             "iterative": "pgd100",
-            "device": "cpu",
+            "device": "a processor, 2 cores",
+            "code": "0123abcd",
             "seconds": {},
         }
         (folder / MEASURED).write_text(json.dumps(figures))
         rows = np.arange(IMAGES)
         fates = {name: np.where(rows < value * IMAGES, -1, 0) for name, value in (("clean", clean), ("pgd100", robust))}
+        fates["autoattack"] = np.where(rows < (robust - 0.05) * IMAGES, -1, 0)
         save_outcome(ShardOutcome(rows, rows % 10, fates), folder / OUTCOME)
+        save_outcome(ShardOutcome(rows, rows % 10, fates), folder / AUTOATTACK)
 
     return write

@@ -11,7 +11,8 @@ Finished = Callable[..., None]
 
 def page_of(tmp_path: Path, *flags: str) -> str:
     output = ("--state", str(tmp_path / "state"), "--output", str(tmp_path / "page.md"))
-    return write_page(settings_of("--table", "mnist", "--data.root", "/data", *output, *flags)).read_text()
+    settings = settings_of("--table", "mnist", "--data.root", "/data", *output, *flags)
+    return write_page(settings, tmp_path / "state").read_text()
 
 
 def test_without_runs_every_cell_is_empty_and_the_command_is_there(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tests.results.conftest import settings_of
 from tla_service.config_loading import load_settings
 from tla_service.errors import ConfigError
+from tla_service.results.places import LocalPlaces
 from tla_service.results.schedule import Scheduler, open_state
 from tla_service.results.tables import measures, run_config, units
 
@@ -63,7 +64,7 @@ def test_the_next_stage_measures_before_it_trains_more(tmp_path: Path) -> None:
         "--table", "digits", "--seeds", "2", "--methods", "at", "--no-pools", "--state", str(tmp_path)
     )
     todo = list(units(settings))
-    scheduler = Scheduler(settings, 1, lambda _text: None)
+    scheduler = Scheduler(settings, LocalPlaces(1), lambda _text: None)
 
     def upcoming() -> tuple[str, str] | None:
         found = scheduler._next(todo)

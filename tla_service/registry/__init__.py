@@ -15,13 +15,24 @@ if TYPE_CHECKING:
     from tla_service.registry.packaging import PackagedModel, log_model
     from tla_service.registry.probe import probe_tracking
     from tla_service.registry.run_log import RunLog
-    from tla_service.registry.tracking import finish_run, log_files, open_run, run_page, start_system_metrics, tag_run
+    from tla_service.registry.tracking import (
+        fetch_files,
+        find_finished,
+        finish_run,
+        log_files,
+        open_run,
+        run_page,
+        start_system_metrics,
+        tag_run,
+    )
 
 __all__ = [
     "PackagedModel",
     "RunLog",
     "check_tracking",
     "code_facts",
+    "fetch_files",
+    "find_finished",
     "find_pickles",
     "finish_run",
     "load_model",
@@ -48,7 +59,16 @@ _MODULES = {
     "packaging": ("PackagedModel", "log_model"),
     "probe": ("probe_tracking",),
     "run_log": ("RunLog",),
-    "tracking": ("finish_run", "log_files", "open_run", "run_page", "start_system_metrics", "tag_run"),
+    "tracking": (
+        "fetch_files",
+        "find_finished",
+        "finish_run",
+        "log_files",
+        "open_run",
+        "run_page",
+        "start_system_metrics",
+        "tag_run",
+    ),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -5,7 +5,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,6 +109,45 @@ def log_files(uri: str, run_id: str, files: Mapping[str, Path]) -> None:
     made = client(uri)
     for target, source in files.items():
         retrying(f"Storing {target}", functools.partial(_log_file, made, run_id, target, source))
+
+
+def find_finished(config: RunConfig, run_key: str) -> str | None:
+    """The finished MLflow run of a key, if there is one.
+
+    Args:
+        config: Any configuration with the tracking section of the run.
+        run_key: As given to `open_run`.
+
+    Raises:
+        UnavailableError: The server cannot be reached.
+    """
+    uri = tracking_uri(config.tracking)
+    made = client(uri)
+    experiment = retrying("Finding the experiment", lambda: experiment_id(made, config.tracking.experiment, uri))
+    found = retrying("Finding the run", lambda: _find(made, experiment, run_key))
+    return next((str(run.info.run_id) for run in found if run.info.status == "FINISHED"), None)
+
+
+def fetch_files(uri: str, run_id: str, names: Sequence[str], folder: Path) -> None:
+    """Copy files of a run into a folder, those of the names that it has.
+
+    Args:
+        uri: Tracking store.
+        run_id: MLflow run.
+        names: Names among the run's artifacts, without folders.
+        folder: Where they go; files of the same names are replaced.
+
+    Raises:
+        UnavailableError: The server cannot be reached.
+    """
+    made = client(uri)
+    folder.mkdir(parents=True, exist_ok=True)
+    there = {artifact.path for artifact in retrying("Listing files", lambda: made.list_artifacts(run_id))}
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+        if name in there:
+            fetch = functools.partial(made.download_artifacts, run_id, name, str(folder))
+            retrying(f"Fetching {name}", fetch)
 
 
 def finish_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:

@@ -1,12 +1,9 @@
 """The page of a table: our figures with intervals, the paper's beside them, what is missing, and what it all says."""
 
 import math
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from tla_service.registry.environment import code_facts
 from tla_service.report.paper_results import differences_from_paper, paper_row
 from tla_service.results.figures import Estimate, Row, difference, over_seeds, read_row
 from tla_service.results.pictures import method_bars, pool_curve
@@ -45,9 +42,14 @@ def command(settings: ReproduceSettings) -> str:
     return " ".join(parts)
 
 
-def write_page(settings: ReproduceSettings) -> Path:
-    """Write the page and its pictures from the runs that have finished; returns where."""
-    state, path = settings.state_folder, settings.page
+def write_page(settings: ReproduceSettings, state: Path) -> Path:
+    """Write the page and its pictures from the runs that have finished; returns where.
+
+    Args:
+        settings: The table.
+        state: Holds a folder of each run.
+    """
+    path = settings.page
     todo = list(units(settings))
     rows = [
         read_row(NAMES.get(method, method), [u for u in todo if u.method == method and u.pool_size is None], state)
@@ -86,14 +88,11 @@ def write_page(settings: ReproduceSettings) -> Path:
 
 
 def _settings(settings: ReproduceSettings, rows: Sequence[Row]) -> list[str]:
-    code = code_facts()
-    devices = sorted({measured["device"] for row in rows for measured in row.measured}) or ["none"]
-    config = run_config(settings, next(iter(units(settings))))
-    made = (
-        f"Made by `{command(settings)}` at {code.get('commit', code['version'])} on {', '.join(devices)} "
-        f"({os.cpu_count()} cores, {platform.machine()})."
+    devices, commits = (
+        ", ".join(sorted({measured[name] for row in rows for measured in row.measured})) for name in ("device", "code")
     )
-    lines = [made]
+    config = run_config(settings, next(iter(units(settings))))
+    lines = [f"Made by `{command(settings)}`" + (f"; runs measured at {commits} on {devices}." if commits else ".")]
     if settings.budget is not None:
         steps, attack = config.training.max_steps, config.attack
         grows = f", epsilon growing over the first {attack.warmup:.0%}" if attack.warmup else ""

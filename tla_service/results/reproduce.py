@@ -1,25 +1,35 @@
 """From settings to the page of a table."""
 
 import importlib.util
+import os
 import signal
 from pathlib import Path
 
 import torch
 
-from tla_service.registry.environment import code_facts
-from tla_service.results.figures import Row, read_row
+from tla_service.errors import UserError
 from tla_service.results.page import write_page
+from tla_service.results.places import LocalPlaces, Places
 from tla_service.results.schedule import Scheduler, open_state
 from tla_service.results.settings import ReproduceSettings
 from tla_service.results.tables import Unit, run_config, units
 from tla_service.training.reporting import Terminal
 
 UNFINISHED = 75
-_LOGGED = "logged.txt"
+_ON_ONE_GPU = 4  # small networks leave most of a large GPU idle
 
 
-def reproduce(settings: ReproduceSettings) -> int:
+def reproduce_here(settings: ReproduceSettings) -> int:
+    """Remake a table on this machine; see `reproduce`."""
+    fit = _ON_ONE_GPU if torch.cuda.is_available() else os.cpu_count() or 1
+    return reproduce(settings, LocalPlaces(settings.side_by_side or fit))
+
+
+def reproduce(settings: ReproduceSettings, places: Places) -> int:
     """Train and measure what is missing, then write the page from what there is.
+
+    Where MLflow is installed every finished run is logged there, and the page and its pictures are made from what
+    MLflow then has.
 
     Returns:
         0 when the table is whole, 75 (try again) when the time was up before.
@@ -34,48 +44,30 @@ def reproduce(settings: ReproduceSettings) -> int:
     todo = list(units(settings))
     for unit in todo:
         run_config(settings, unit)  # a wrong one is refused before anything runs
-    slots = settings.slots(has_gpu=torch.cuda.is_available())
-    terminal.say(f"{len(todo)} runs in {state}, {slots} at a time")
+    tracked = settings.log and importlib.util.find_spec("mlflow") is not None
+    if tracked:
+        from tla_service import registry
+
+        registry.check_tracking(settings.tracking)
+    terminal.say(f"{len(todo)} runs in {state}, {places}")
     try:
-        finished = Scheduler(settings, slots, terminal.say).run(todo)
+        finished = Scheduler(settings, places, terminal.say).run(todo)
     finally:
-        page = write_page(settings)
-        terminal.say(f"page  {page}")
-    if settings.log and importlib.util.find_spec("mlflow") is not None:
-        _log(settings, todo, state, page, terminal)
+        source = _tracked(settings, todo, state, terminal) if tracked else state
+        terminal.say(f"page  {write_page(settings, source)}")
     if not finished:
         terminal.say("the time is up; the same command goes on")
         return UNFINISHED
     return 0
 
 
-def _log(settings: ReproduceSettings, todo: list[Unit], state: Path, page: Path, terminal: Terminal) -> None:
-    """An MLflow run for each finished one that has none yet: its settings, its figures, the page."""
-    from tla_service import registry
+def _tracked(settings: ReproduceSettings, todo: list[Unit], state: Path, terminal: Terminal) -> Path:
+    """Log what has finished, and fetch all that MLflow has of the table; the state folder when it is away."""
+    from tla_service.results.track import fetch_runs, log_runs
 
-    uri = registry.tracking_uri(settings.tracking)
-    for unit in todo:
-        row = read_row(unit.name, [unit], state)
-        if not row.units or (state / unit.name / _LOGGED).exists():
-            continue
-        config = run_config(settings, unit)
-        config = config.model_copy(update={"tracking": settings.tracking})
-        key = f"results/{settings.table}/{settings.budget_name}/{unit.name}/{config.digest}"
-        run_id = registry.open_run(config, key, facts=code_facts())
-        log = registry.RunLog(uri, run_id, state / unit.name / "unsent")
-        log.log(_metrics(row), 0)
-        log.close()
-        files = {"measured.json": row.folders[0] / "measured.json", f"results/{page.name}": page}
-        registry.log_files(uri, run_id, files)
-        registry.finish_run(uri, run_id)
-        (state / unit.name / _LOGGED).write_text(run_id)
-        terminal.say(f"{unit.name}: logged to run {run_id} at {uri}")
-
-
-def _metrics(row: Row) -> dict[str, float]:
-    (measured,) = row.measured
-    found = {f"test/{name}": result["estimate"] for name, result in measured["accuracy"].items()}
-    for name in ("detection", "neighbours clean", "neighbours attacked"):
-        values = row.values(name)
-        found |= {f"test/{name.replace(' ', '_')}": value for value in values}
-    return {name: float(value) for name, value in found.items()}
+    try:
+        log_runs(settings, todo, state, terminal.say)
+        return fetch_runs(settings, todo, state)
+    except UserError as error:
+        terminal.say(f"{error}; the page is made from {state} meanwhile")
+        return state

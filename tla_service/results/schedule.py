@@ -1,26 +1,24 @@
-"""Runs of a table as processes side by side; what has finished is never repeated."""
+"""Runs of a table side by side; what has finished is never repeated."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tla_service.config_loading import to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.job import INTERRUPTED
 from tla_service.results.measure import MEASURED, ORDER
+from tla_service.results.places import LOST, PRINTED, Places, Running, Stage, Work
 from tla_service.results.settings import ReproduceSettings
 from tla_service.results.tables import Unit, measures, run_config
 from tla_service.training.checkpoint import MANIFEST, keep_best_only
 from tla_service.training.output import SUMMARY
 
-Stage = Literal["train", "measure"]
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 60.0
 IDENTITY = "table.json"
@@ -57,19 +55,20 @@ def is_measured(folder: Path) -> bool:
 
 @dataclass
 class Scheduler:
-    """Keeps the machine full until all is done or time is up.
+    """Keeps places busy until all is done or time is up.
 
     Args:
         settings: The table.
-        slots: Processes at a time; cores are shared out between them.
+        places: Where runs are worked on.
         say: Told of progress.
     """
 
     settings: ReproduceSettings
-    slots: int
+    places: Places
     say: Callable[[str], None]
-    running: dict[tuple[str, Stage], subprocess.Popen[bytes]] = field(default_factory=dict)
+    running: dict[tuple[str, Stage], Running] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    losses: Counter[str] = field(default_factory=Counter)
 
     def run(self, todo: Sequence[Unit]) -> bool:
         """Train and measure; False if the time was up before all had finished.
@@ -89,7 +88,7 @@ class Scheduler:
             self._stop()
         if self.failed:
             name, why = next(iter(self.failed.items()))
-            log = self.settings.state_folder / name / "printed.txt"
+            log = self.settings.state_folder / name / PRINTED
             raise UnavailableError("run", name, f"failed ({why})", f"read {log}, then give the same command again")
         return True
 
@@ -105,57 +104,57 @@ class Scheduler:
         return next(((unit, "train") for unit in free if not is_trained(state / unit.name)), None)
 
     def _start(self, todo: Sequence[Unit]) -> bool:
-        """Fill free slots; whether there is more to do."""
+        """Fill free places; whether there is more to do."""
         found = self._next(todo)
-        while found is not None and len(self.running) < self.slots:
+        while found is not None and len(self.running) < self.places.count:
             unit, stage = found
-            self.running[unit.name, stage] = self._process(unit, stage)
+            self.running[unit.name, stage] = self._begin(unit, stage)
             self.say(f"{unit.name}: {stage}")
             found = self._next(todo)
         return found is not None
 
-    def _process(self, unit: Unit, stage: Stage) -> subprocess.Popen[bytes]:
-        folder = self.settings.state_folder / unit.name
+    def _begin(self, unit: Unit, stage: Stage) -> Running:
+        state = self.settings.state_folder
+        folder = state / unit.name
         folder.mkdir(exist_ok=True)
         config = run_config(self.settings, unit)
         if stage == "train":
             (folder / "run.yaml").write_text(to_yaml(config))
-            command = ["-m", "tla_service.training", "--config", str(folder / "run.yaml"), "--output", str(folder)]
         else:
-            _slim(folder)
+            for name in (unit.name, unit.surrogate):
+                if name is not None:
+                    _slim(state / name)
             order: dict[str, Any] = {"settings": measures(self.settings, unit), "root": config.data.root}
             (folder / ORDER).write_text(json.dumps(order | {"surrogate": unit.surrogate}, indent=1))
-            command = ["-m", "tla_service.results.measure", str(folder)]
-        threads = str(max(1, (os.cpu_count() or 1) // self.slots))
-        with (folder / "printed.txt").open("ab") as printed:
-            return subprocess.Popen(
-                [sys.executable, *command],
-                stdout=printed,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": threads},
-            )
+        return self.places.start(Work(unit.name, stage, unit.surrogate if stage == "measure" else None), state)
 
     def _reap(self) -> None:
-        for (name, stage), process in list(self.running.items()):
-            code = process.poll()
+        for (name, stage), running in list(self.running.items()):
+            code = running.poll()
             if code is None:
                 continue
             del self.running[name, stage]
+            if code == LOST:
+                self._lose(name, stage)
+                continue
             if code != 0:
                 self.failed[name] = f"{stage} ended with exit code {code}"
             self.say(f"{name}: {stage} done" if code == 0 else f"{name}: {self.failed[name]}")
 
+    def _lose(self, name: str, stage: Stage) -> None:
+        """A worker died with its work: another goes on from what it had handed over, a few times."""
+        self.losses[name] += 1
+        allowed = self.settings.scaling.max_failures
+        if self.losses[name] > allowed:
+            self.failed[name] = f"{stage} lost its worker more than scaling.max_failures={allowed} times"
+        self.say(f"{name}: {self.failed.get(name, f'{stage} lost its worker; it goes on elsewhere')}")
+
     def _stop(self) -> None:
-        """Ask what still runs to save and end; training writes a checkpoint, measuring loses its shard."""
-        for process in self.running.values():
-            process.terminate()
-        for (name, _), process in self.running.items():
-            try:
-                code = process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                code = process.wait()
-            if code not in (0, INTERRUPTED):
+        """Ask what still runs to save and end."""
+        for running in self.running.values():
+            running.stop()
+        for (name, _), running in self.running.items():
+            if running.finish(_STOP_SECONDS) not in (0, INTERRUPTED):
                 self.say(f"{name}: stopped")
         self.running.clear()
 

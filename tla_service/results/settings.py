@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tla_service.config import Method, TrackingConfig
+from tla_service.config import Method, ScalingConfig, TrackingConfig
 from tla_service.config_fields import Section, setting, wrong
 from tla_service.config_loading import JobSettings
 
@@ -22,6 +22,12 @@ class TableData(Section):
     """Where the images are."""
 
     root: str | None = setting(None, "folder, zip file or s3://bucket/prefix that holds the data set")
+
+
+class TableTracking(TrackingConfig):
+    """MLflow, with an experiment of its own for the runs of tables."""
+
+    experiment: str = setting("tla-results", "MLflow experiment", min_length=1)
 
 
 class ReproduceSettings(JobSettings):
@@ -48,14 +54,20 @@ class ReproduceSettings(JobSettings):
     minutes: float | None = setting(
         None, "stop after this long and keep everything; the same command goes on", unit="minutes", gt=0
     )
-    side_by_side: int | None = setting(None, "runs at a time; none: one a core, or four on a GPU", ge=1, le=256)
+    side_by_side: int | None = setting(
+        None, "runs at a time; none: one a core, or four on a GPU; on a cluster as many as fit", ge=1, le=256
+    )
     state: Path | None = Field(None, description="folder of the runs; default runs/tables/<table>[-<budget>]")
     output: Path | None = Field(
         None, description="Markdown page to write; default docs/results/<table>.md, or <table>-modern.md"
     )
     log: bool = setting(True, "log every run's figures to MLflow, where it is installed")
     data: TableData = TableData()
-    tracking: TrackingConfig = TrackingConfig(experiment="tla-results")
+    scaling: ScalingConfig = Field(
+        ScalingConfig(),
+        description="with scaling.address or RAY_ADDRESS runs go to that cluster, each to a worker of its own",
+    )
+    tracking: TableTracking = TableTracking()
 
     @property
     def budget_name(self) -> str:
@@ -82,9 +94,10 @@ class ReproduceSettings(JobSettings):
         """Where the page goes."""
         return (self.output or Path("docs/results") / f"{self.page_name}.md").expanduser()
 
-    def slots(self, *, has_gpu: bool) -> int:
-        """Runs at a time."""
-        return self.side_by_side or (4 if has_gpu else os.cpu_count() or 1)
+    @property
+    def on_cluster(self) -> bool:
+        """Whether a Ray cluster is named."""
+        return bool(self.scaling.address or os.environ.get("RAY_ADDRESS"))
 
     @model_validator(mode="after")
     def _check(self) -> Self:

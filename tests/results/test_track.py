@@ -1,0 +1,68 @@
+"""A table's runs in a real MLflow store: logged once each, and the page made of what the store has."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from tests.results.conftest import settings_of
+from tla_service.evaluation.outcomes import load_outcome
+from tla_service.results.page import write_page
+from tla_service.results.settings import ReproduceSettings
+from tla_service.results.tables import units
+from tla_service.results.track import fetch_runs, log_runs
+
+Finished = Callable[..., None]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> ReproduceSettings:
+    flags = ["--table", "digits", "--budget", "30", "--seeds", "2", "--methods", "at", "--methods", "tla", "--no-pools"]
+    flags += ["--state", str(tmp_path / "state"), "--output", str(tmp_path / "page.md")]
+    return settings_of(*flags, "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_the_page_is_made_of_the_runs_in_mlflow(
+    tmp_path: Path, settings: ReproduceSettings, finished: Finished
+) -> None:
+    state, todo, said = tmp_path / "state", list(units(settings)), []
+    for name, robust in (("at-s0", 0.5), ("tla-s0", 0.6), ("tla-s1", 0.7)):
+        finished(state, name, 0.9, robust)
+    log_runs(settings, todo, state, said.append)
+    log_runs(settings, todo, state, said.append)  # again: nothing is logged twice
+    assert len(said) == 3
+    made = mlflow.MlflowClient(tracking_uri=settings.tracking.uri)
+    experiment = made.get_experiment_by_name("tla-results")
+    runs = {run.info.run_name: run for run in made.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"at-s0", "tla-s0", "tla-s1"}
+    assert runs["tla-s1"].data.metrics["test/pgd100"] == 0.7
+    assert runs["tla-s1"].data.params["seed"] == "1"
+    assert runs["tla-s1"].info.status == "FINISHED"
+
+    # Another machine, which has no state of its own, makes the same page.
+    shutil.rmtree(state)
+    fetched = fetch_runs(settings, todo, state)
+    assert json.loads((fetched / "tla-s0" / "measured.json").read_text())["accuracy"]["pgd100"]["estimate"] == 0.6
+    assert load_outcome(fetched / "at-s0" / "outcome.npz").standing("pgd100").mean() == 0.5
+    page = write_page(settings, fetched).read_text()
+    assert "| TLA | 2 | 90.0 [90.0, 90.0] | 65.0 [1.5, 128.5] |" in page
+    assert "| AT | 1 | 90.0 | 50.0 |" in page
+    assert "1 runs: `at-s1`." in page
+    assert "runs measured at 0123abcd on a processor, 2 cores." in page
+
+
+def test_figures_that_are_measured_again_replace_the_fetched_ones(
+    tmp_path: Path, settings: ReproduceSettings, finished: Finished
+) -> None:
+    state, todo = tmp_path / "state", list(units(settings))
+    finished(state, "tla-s0", 0.9, 0.6)
+    log_runs(settings, todo, state, lambda _text: None)
+    fetch_runs(settings, todo, state)
+    shutil.rmtree(state / "tla-s0")
+    finished(state, "tla-s0", 0.9, 0.4)
+    log_runs(settings, todo, state, lambda _text: None)
+    fetched = fetch_runs(settings, todo, state)
+    assert json.loads((fetched / "tla-s0" / "measured.json").read_text())["accuracy"]["pgd100"]["estimate"] == 0.4
