@@ -105,8 +105,22 @@ def test_wrong_settings_are_refused(flags: str, message: str) -> None:
     assert re.match(message, str(caught.value))
 
 
-def test_the_modern_recipe_is_not_shortened() -> None:
-    with pytest.raises(ConfigError, match="budget=30: the modern recipe has no reduced settings"):
-        settings_of("--table", "mnist", "--data.root", "/data", "--recipe", "modern", "--budget", "30")
+@pytest.mark.parametrize("table", ["mnist", "cifar10", "tiny_imagenet"])
+def test_the_shortened_modern_recipe_is_the_same_for_every_method(table: str) -> None:
+    settings = settings_of("--table", table, "--recipe", "modern", "--budget", "22.5", "--data.root", "/data")
+    runs = [run_config(settings, unit) for unit in units(settings)]
+    assert [run.method for run in runs] == ["at", "trades", "tla"] * 3
+    assert {run.training.max_steps for run in runs} == {215}
+    first, preset = runs[0], load_settings(["--preset", f"modern_{table}", "--data.root", "/data"]).run_config
+    for run in runs:
+        assert (run.training, run.optimizer, run.attack, run.schedule) == (
+            first.training, first.optimizer, first.attack, first.schedule,
+        )  # fmt: skip
+        assert run.optimizer.weight_decay == preset.optimizer.weight_decay
+        assert run.loss.label_smoothing == preset.loss.label_smoothing
+    assert settings.state_folder.name == f"{table}-modern-22.5-minutes"
+
+
+def test_digits_have_no_modern_recipe() -> None:
     with pytest.raises(ConfigError, match="recipe=modern: there is no such preset for digits"):
         settings_of("--table", "digits", "--recipe", "modern")

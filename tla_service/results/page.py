@@ -95,11 +95,12 @@ def _settings(settings: ReproduceSettings, rows: Sequence[Row]) -> list[str]:
     lines = [f"Made by `{command(settings)}`" + (f"; runs measured at {commits} on {devices}." if commits else ".")]
     if settings.budget is not None:
         steps, attack = config.training.max_steps, config.attack
+        whose = "the paper's" if settings.recipe == "paper" else f"those of preset `modern_{settings.table}`"
         grows = f", epsilon growing over the first {attack.warmup:.0%}" if attack.warmup else ""
         lines += ["", f"**Reduced settings**, {share_of_budget(settings):.0%} of their full length: network "
                   f"`{config.model.name}`, {steps} steps of {config.training.global_batch_size} images, PGD-"
-                  f"{attack.num_steps} while training{grows}. These are not the paper's settings, and figures are not "
-                  "to be compared with its own."]  # fmt: skip
+                  f"{attack.num_steps} while training{grows}. The settings are not {whose}, and figures are not to be "
+                  "compared with published ones."]  # fmt: skip
     images = max((m["accuracy"]["clean"]["images"] for row in rows for m in row.measured), default=0)
     same = all(measured["is_paper"] for row in rows for measured in row.measured)
     apart = differences_from_paper(settings.table, config.model.name, images, same_attacks=same)

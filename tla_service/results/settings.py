@@ -71,8 +71,9 @@ class ReproduceSettings(JobSettings):
 
     @property
     def budget_name(self) -> str:
-        """What the settings are called: the recipe, or the budget's minutes."""
-        return self.recipe if self.budget is None else f"{self.budget:g}-minutes"
+        """What the settings are called: the recipe, the budget's minutes, or both."""
+        parts = [self.recipe] if self.recipe != "paper" or self.budget is None else []
+        return "-".join(parts + ([f"{self.budget:g}-minutes"] if self.budget is not None else []))
 
     @property
     def page_name(self) -> str:
@@ -105,9 +106,6 @@ class ReproduceSettings(JobSettings):
             raise wrong("data.root", None, f"{self.table} is not embedded", "give a folder, or s3://bucket/prefix")
         if self.recipe == "modern" and self.table == "digits":
             raise wrong("recipe", "modern", "there is no such preset for digits", "take recipe paper")
-        if self.recipe == "modern" and self.budget is not None:
-            reason = "the modern recipe has no reduced settings"
-            raise wrong("budget", self.budget, reason, "leave it out, or take recipe paper")
         if len(set(self.methods)) < len(self.methods):
             raise wrong("methods", ",".join(self.methods), "names a method twice", "name each once")
         return self
