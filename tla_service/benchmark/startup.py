@@ -1,6 +1,7 @@
-"""Where the seconds go before the first step: imports, the command line, and a job submitted to a Ray cluster."""
+"""Where the seconds go before the first step: imports, the command line, a submitted job, and a sweep's trials."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -27,6 +28,8 @@ _MARKS = (
     ("first step logged", '"event": "step"'),
     ("run ended, model registered", '"clean accuracy'),
 )
+# Four short trials of two workers, one after another.
+_SWEEP = "--training.epochs 3 --scaling.num_workers 2 --sweep.num_samples 4 --sweep.scheduler none"
 _DEADLINE = 240
 _ROUNDS = 3
 
@@ -47,6 +50,7 @@ def measure_startup(results: Results) -> None:
     results.table("Start", ["what", "ms", "quartiles"], rows)
     if shutil.which("ray", path=_path()) is not None:
         _measure_job(results)
+        _measure_trials(results)
 
 
 def _measure_job(results: Results) -> None:
@@ -90,6 +94,24 @@ def _measure_job(results: Results) -> None:
             before = seen[name]
     results.raw["submitted job"] = seen
     results.table("Submitted job", ["until", "s", "s since `ray job submit`"], rows)
+
+
+def _measure_trials(results: Results) -> None:
+    with tempfile.TemporaryDirectory(prefix="tla-") as folder:
+        command = [sys.executable, str(_ROOT / "jobs" / "tune_tla.py"), *_QUICK.split(), *_SWEEP.split()]
+        command += ["--output", f"{folder}/sweep", "--tracking.uri", f"sqlite:///{folder}/mlflow.db"]
+        done = subprocess.run(
+            command, env=_environment(), cwd=folder, capture_output=True, text=True, timeout=2 * _DEADLINE, check=False
+        )
+        summary = Path(folder, "sweep", "sweep.json")
+        if done.returncode or not summary.exists():
+            print(f"the sweep failed:\n{done.stdout}\n{done.stderr}")
+            return
+        costs = json.loads(summary.read_text())["overhead"]
+    results.raw["sweep"] = costs
+    rows = [["choice to first training step", f"{costs['start_seconds']:.1f}"]]
+    rows.append(["last epoch to a free place", f"{costs['end_seconds']:.1f}"])
+    results.table("Trials", ["of a sweep's trial", "s, median"], rows)
 
 
 @contextlib.contextmanager
