@@ -21,8 +21,8 @@ _REDUCED_FLAGS = {
     "cifar10": ("--model.name", "small_cnn", "--training.global_batch_size", "256", "--mining.pool", "batch"),
     "tiny_imagenet": ("--model.name", "small_cnn", "--training.global_batch_size", "256", "--mining.pool", "batch"),
 }
-# The modern recipe in so few steps: a rate that rises and falls once, and averages over ten steps, not a thousand (0.9 was
-# better than 0.98 for all three methods, on validation).
+# The modern recipe in so few steps: a rate that rises and falls once, and averages over ten steps, not a thousand (0.9
+# was better than 0.98 for all three methods, on validation).
 _REDUCED_MODERN = (
     "--model.name small_cnn --training.global_batch_size 256 --training.epochs 2 --training.ema_decay 0.9 "
     "--no-training.channels_last --schedule.name cyclic --schedule.warmup 0 --evaluation.every_epochs 1 "
