@@ -65,3 +65,16 @@ def test_the_reading_follows_the_intervals(tmp_path: Path, finished: Finished) -
     assert "pgd100 +9.9 [+9.7, +10.1] **better**" in lines["AT"]
     assert "3 seeds in common" in lines["AT"]
     assert lines["ALP"].count("undecided") >= 3
+
+
+def test_the_batch_as_pool_is_compared_with_a_pool_of_its_own(tmp_path: Path, finished: Finished) -> None:
+    for seed in range(3):
+        finished(tmp_path / "state", f"tla-s{seed}", 0.90, 0.70 + 0.01 * seed)
+        finished(tmp_path / "state", f"tla-pool250-s{seed}", 0.90, 0.68 + 0.011 * seed)
+        finished(tmp_path / "state", f"tla-pool2000-s{seed}", 0.90, 0.10)
+    page = page_of(tmp_path, "--budget", "30")
+    assert "| 250 | 3 |" in page
+    assert "less TLA with a separate pool of 250, in points (3 seeds in common)" in page
+    assert "pgd100 +1.9 [+1.7, +2.1] **better**" in page
+    # The paper's settings have a pool of their own, so there is nothing to compare.
+    assert "separate pool of" not in page_of(tmp_path)

@@ -8,7 +8,7 @@ from tla_service.report.paper_results import differences_from_paper, paper_row
 from tla_service.results.figures import Estimate, Row, difference, over_seeds, read_row
 from tla_service.results.pictures import method_bars, pool_curve
 from tla_service.results.settings import ReproduceSettings
-from tla_service.results.tables import POOL_SIZES, run_config, share_of_budget, units
+from tla_service.results.tables import POOL_SIZES, Unit, run_config, share_of_budget, units
 
 NAMES: dict[str, str] = {
     "natural": "UM",
@@ -77,14 +77,30 @@ def write_page(settings: ReproduceSettings, state: Path) -> Path:
             lines += ["Detection is the area under the ROC curve and neighbours are accuracies, both in percent; r is "
                       "better high, r' low.", ""]  # fmt: skip
         if pools:
-            pool_curve(pools, ["clean", first["iterative"]], pictures / f"{settings.page_name}-pools.png")
-            lines += ["## Size of the pool", "", f"![Pool sizes](pictures/{settings.page_name}-pools.png)", ""]
-            lines += [*_table(settings, list(pools.values()), ["clean", first["iterative"]], head="pool"), ""]
+            lines += _study(settings, measured, pools, ["clean", first["iterative"]])
         lines += ["## What it says", "", *_reading(rows, ["clean", *strong, "detection", "neighbours attacked"]), ""]
     lines += _missing(settings, rows, pools)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n")
     return path
+
+
+def _study(settings: ReproduceSettings, rows: Sequence[Row], pools: dict[int, Row], names: list[str]) -> list[str]:
+    """The study of pool sizes; where the table's TLA takes its own batch as the pool, that beside a separate one."""
+    picture = f"{settings.page_name}-pools.png"
+    pool_curve(pools, names, settings.page.parent / "pictures" / picture)
+    lines = ["## Size of the pool", "", f"![Pool sizes](pictures/{picture})", ""]
+    lines += [*_table(settings, list(pools.values()), names, head="pool"), ""]
+    config = run_config(settings, Unit("", "tla", 0))
+    shared = next((row for row in rows if row.label == NAMES["tla"]), None)
+    if config.mining.pool == "batch" and shared is not None:
+        batch = config.training.global_batch_size
+        nearest = min(pools, key=lambda size: abs(size - batch))
+        compared = _compared(shared, pools[nearest], names)
+        lines += [f"The table's TLA mines in its own batch of {batch} images (`mining.pool: batch`), which costs less "
+                  f"than a pool of its own. It, less TLA with a separate pool of {nearest}, in points {compared}.",
+                  ""]  # fmt: skip
+    return lines
 
 
 def _settings(settings: ReproduceSettings, rows: Sequence[Row]) -> list[str]:
@@ -142,26 +158,28 @@ def _reading(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     ours = by_label.pop("TLA", None)
     if ours is None:
         return ["TLA has not been measured yet."]
-    lines = []
-    for other in by_label.values():
-        if other.label == "UM":
-            continue
-        verdicts = []
-        for name in names:
-            found = difference(ours, other, name)
-            if found is None:
-                continue
-            shown = f"{name} {100 * found.value:+.1f}"
-            if math.isnan(found.low):
-                verdicts.append(f"{shown} (one seed, no interval)")
-                continue
-            says = "**better**" if found.low > 0 else "**worse**" if found.high < 0 else "undecided"
-            verdicts.append(f"{shown} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] {says}")
-        seeds = len({unit.seed for unit in ours.units} & {unit.seed for unit in other.units})
-        over = f"{seeds} seeds in common" if seeds > 1 else "one seed in common: intervals are over test images"
-        lines.append(f"- TLA less {other.label}, in points ({over}): {'; '.join(verdicts)}.")
+    others = [other for other in by_label.values() if other.label != NAMES["natural"]]
+    lines = [f"- TLA less {other.label}, in points {_compared(ours, other, names)}." for other in others]
     note = "*Undecided* means that the interval holds zero: by these runs nobody can say which is better."
     return [*lines, "", note] if lines else ["There is no baseline to compare TLA with yet."]
+
+
+def _compared(ours: Row, other: Row, names: Sequence[str]) -> str:
+    """Differences measure by measure, and on which seeds they rest."""
+    verdicts = []
+    for name in names:
+        found = difference(ours, other, name)
+        if found is None:
+            continue
+        shown = f"{name} {100 * found.value:+.1f}"
+        if math.isnan(found.low):
+            verdicts.append(f"{shown} (one seed, no interval)")
+            continue
+        says = "**better**" if found.low > 0 else "**worse**" if found.high < 0 else "undecided"
+        verdicts.append(f"{shown} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] {says}")
+    seeds = len({unit.seed for unit in ours.units} & {unit.seed for unit in other.units})
+    over = f"{seeds} seeds in common" if seeds > 1 else "one seed in common: intervals are over test images"
+    return f"({over}): {'; '.join(verdicts)}"
 
 
 def _missing(settings: ReproduceSettings, rows: Sequence[Row], pools: dict[int, Row]) -> list[str]:

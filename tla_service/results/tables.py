@@ -62,7 +62,7 @@ def units(settings: ReproduceSettings) -> Iterator[Unit]:
             other = f"{method}-s{(seed + 1) % settings.seeds}" if settings.seeds > 1 else None
             yield Unit(f"{method}-s{seed}", method, seed, surrogate=other)
     if settings.pools and settings.recipe == "paper":
-        for seed in range(settings.seeds if settings.budget is None else 1):
+        for seed in range(settings.seeds):
             for size in POOL_SIZES:
                 yield Unit(f"tla-pool{size}-s{seed}", "tla", seed, pool_size=size)
 
