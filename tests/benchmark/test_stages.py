@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tla_service.benchmark import peers, stages, workers
+from tla_service.benchmark import parts, peers, stages, switches, workers
 from tla_service.benchmark import run as run_module
 from tla_service.benchmark.floor import Floor
 from tla_service.benchmark.gpu import check_numerics
@@ -41,8 +41,10 @@ def test_steps_and_attacks_are_measured_beside_other_libraries() -> None:
     stages.measure_steps(WORK, quick(), results, {})
     stages.measure_attacks(WORK, quick(), results)
     names = {row[1] for row in results.tables["Steps"]["rows"]}
-    assert {"AT", "TLA, pool: batch", "TLA, literal", "floor of AT", "floor of TLA", "backward() loop"} <= names
+    assert {"AT", "TLA, pool: batch", *stages.LITERAL, "floor of AT", "floor of TLA", "backward() loop"} <= names
     assert results.ratios["cpu small_cnn: TLA over AT"]["bar"] == 1.2
+    assert results.ratios["cpu small_cnn: literal TLA over AT"]["bar"] == 1.5
+    assert results.ratios["cpu small_cnn: literal TLA with two positives over AT"]["bar"] is None
     assert all(spread["median"] > 0 for spread in results.ratios.values())  # type: ignore[operator]
     assert results.tables["Attacks"]["rows"][0][1] == "ours"
 
@@ -50,15 +52,17 @@ def test_steps_and_attacks_are_measured_beside_other_libraries() -> None:
 @pytest.mark.slow
 def test_parts_are_measured() -> None:
     results = Results()
-    stages.measure_parts(WORK, quick(), results, {})
+    parts.measure_parts(WORK, quick(), results, {})
+    rows = [row[1] for row in results.tables["Parts"]["rows"]]
+    assert rows[:3] == ["wait for data", "augmentation", "attack"]
     shares = [float(row[3].rstrip(" %")) for row in results.tables["Parts"]["rows"] if "alone" not in row[1]]
     assert sum(shares) == pytest.approx(100, abs=0.5)
 
 
 def test_a_switch_is_measured_against_the_step_without_it() -> None:
     results = Results()
-    chosen = [switch for switch in stages.COMMON_SWITCHES if switch[0].startswith(("speed", "mining"))]
-    stages.measure_switches(WORK, quick(), results, chosen, {})
+    chosen = [switch for switch in switches.CPU_SWITCHES if switch[0].startswith(("speed", "mining"))]
+    switches.measure_switches(WORK, quick(), results, chosen, {})
     assert [row[1].strip("`") for row in results.tables["Switches"]["rows"]] == [name for name, _, _ in chosen]
 
 
@@ -71,6 +75,9 @@ def test_two_workers_send_each_gradient_once_and_nothing_during_the_attack() -> 
     assert found["attack bytes"] == 0
     network = FullStep(CPU_WORKLOADS["small_cnn"], ALONE).network
     assert found["step bytes"] == sum(parameter.nbytes for parameter in network.parameters())
+    (row,) = results.tables["Communication"]["rows"]
+    assert len(row) == len(results.tables["Communication"]["columns"])
+    assert min(found["reduction"]) > 0
 
 
 def test_numerics_pass_where_they_can_run_and_catch_a_wrong_variant(monkeypatch: pytest.MonkeyPatch) -> None:

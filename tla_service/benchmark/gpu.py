@@ -10,7 +10,8 @@ import torch
 from tla_service.attacks.autoattack import run_autoattack
 from tla_service.benchmark.results import Results
 from tla_service.benchmark.settings import BenchmarkSettings
-from tla_service.benchmark.stages import COMMON_SWITCHES, Changes, context_of, merged
+from tla_service.benchmark.stages import Changes, context_of, merged
+from tla_service.benchmark.switches import COMMON_SWITCHES
 from tla_service.benchmark.timing import take_turns
 from tla_service.benchmark.workloads import FullStep, Workload
 from tla_service.data import Batch

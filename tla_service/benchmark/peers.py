@@ -2,15 +2,16 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tla_service.benchmark.elsewhere import Candidates, elsewhere
 from tla_service.benchmark.workloads import CLASSES, Workload
 from tla_service.models import LogitsOnly, build_model
 from tla_service.runtime import WorkerContext
@@ -19,17 +20,40 @@ CraftFn = Callable[[], Tensor]
 LIBRARIES = {"torchattacks": "torchattacks", "foolbox": "foolbox", "ART": "art"}
 
 
+@contextlib.contextmanager
+def peers(
+    kind: Literal["steps", "attacks"], workload: Workload, context: WorkerContext
+) -> Iterator[Mapping[str, Callable[[], object]]]:
+    """Other libraries' steps or attacks by name, of those that are installed.
+
+    On a CPU they run in a process of their own, whose allocator is as their users have it: this process keeps the
+    memory that it frees. On a GPU torch allocates for all, and a second process would need a second CUDA context.
+    """
+    installed = [name for name, module in LIBRARIES.items() if find_spec(module) is not None]
+    if context.device.type == "cuda":
+        yield dict(_built(kind, workload, context, installed))
+        return
+    with elsewhere(_built, kind, workload, context, installed) as found:
+        yield found
+
+
+def _built(kind: str, workload: Workload, context: WorkerContext, libraries: Collection[str]) -> Candidates:
+    work = PeerWork(workload, context, libraries)
+    return work.steps() if kind == "steps" else work.attacks()
+
+
 class PeerWork:
     """One network and batch for other libraries, in float32 and eager mode.
 
     Args:
         workload: What.
         context: Where.
+        libraries: Those of `LIBRARIES` to use.
     """
 
-    def __init__(self, workload: Workload, context: WorkerContext) -> None:
+    def __init__(self, workload: Workload, context: WorkerContext, libraries: Collection[str]) -> None:
         torch.manual_seed(0)
-        self.workload, self.device = workload, context.device
+        self.workload, self.device, self.libraries = workload, context.device, libraries
         network = build_model(workload.model, CLASSES, workload.image_shape)
         self.network = LogitsOnly(network).to(context.device)
         self.images = torch.rand(workload.batch_size, *workload.image_shape, device=context.device)
@@ -40,11 +64,11 @@ class PeerWork:
             self.optimizer = torch.optim.SGD(network.parameters(), settings.learning_rate, momentum=settings.momentum)
 
     def attacks(self) -> Iterator[tuple[str, CraftFn]]:
-        """PGD of each library that is installed, and of a loop that calls `backward()`."""
+        """PGD of each library, and of a loop that calls `backward()`."""
         yield "backward() loop", self.backward_loop
         makers = {"torchattacks": self._torchattacks, "foolbox": self._foolbox, "ART": self._art}
         for name, make in makers.items():
-            if find_spec(LIBRARIES[name]) is not None:
+            if name in self.libraries:
                 yield name, make()
 
     def steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -52,7 +76,7 @@ class PeerWork:
         for name, craft in self.attacks():
             if name != "ART":
                 yield name, partial(self._step, craft)
-        if find_spec(LIBRARIES["ART"]) is not None:
+        if "ART" in self.libraries:
             yield "ART AdversarialTrainerMadryPGD", self._art_trainer()
 
     def backward_loop(self) -> Tensor:

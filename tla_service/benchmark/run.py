@@ -8,11 +8,12 @@ from functools import partial
 
 import torch
 
-from tla_service.benchmark import stages
+from tla_service.benchmark import parts, stages, switches
 from tla_service.benchmark.results import Results, facts, keep_ratios, read_ratios, worsened
 from tla_service.benchmark.settings import CPU_STAGES, GPU_STAGES, BenchmarkSettings
 from tla_service.benchmark.workloads import CPU_WORKLOADS, GPU_WORKLOADS, Workload
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.runtime import keep_freed_memory
 
 # What a GPU is measured with; the parts that differ from the defaults are among its switches.
 GPU_BASE: stages.Changes = {
@@ -43,6 +44,7 @@ def run_benchmark(settings: BenchmarkSettings) -> int:
         torch.backends.cudnn.benchmark = True
     else:
         torch.set_num_threads(1)
+        keep_freed_memory()  # as a run does
     results = Results(facts())
     for stage in wanted:
         if on_gpu and time.monotonic() - began > settings.seconds:
@@ -95,16 +97,16 @@ def _cpu_stages() -> dict[str, Stage]:
     from tla_service.benchmark.startup import measure_startup
     from tla_service.benchmark.workers import measure_scaling
 
-    switches, compiled = stages.COMMON_SWITCHES, stages.COMPILE_SWITCHES
+    measured, compiled = switches.CPU_SWITCHES, switches.COMPILE_SWITCHES
     return {
         "steps": partial(stages.measure_steps, base={}),
         "attacks": stages.measure_attacks,
-        "switches": partial(stages.measure_switches, switches=switches, base={}),
-        "parts": partial(stages.measure_parts, base={}),
+        "switches": partial(switches.measure_switches, switches=measured, base={}),
+        "parts": partial(parts.measure_parts, base={}),
         "mining": lambda _work, settings, results: stages.measure_mining(settings, results),
         "scaling": measure_scaling,
         "startup": lambda _work, _settings, results: measure_startup(results),
-        "compile": partial(stages.measure_switches, switches=compiled, base={}, title="Compiled"),
+        "compile": partial(switches.measure_switches, switches=compiled, base={}, title="Compiled"),
     }
 
 
@@ -114,8 +116,8 @@ def _gpu_stages() -> dict[str, Stage]:
     return {
         "numerics": gpu.check_numerics,
         "steps": partial(stages.measure_steps, base=GPU_BASE),
-        "switches": partial(stages.measure_switches, switches=gpu.SWITCHES, base=GPU_BASE),
-        "parts": partial(stages.measure_parts, base=GPU_BASE),
+        "switches": partial(switches.measure_switches, switches=gpu.SWITCHES, base=GPU_BASE),
+        "parts": partial(parts.measure_parts, base=GPU_BASE),
         "epochs": partial(gpu.measure_epochs, base=GPU_BASE),
         "accuracy": partial(gpu.measure_accuracy_of_precisions, base=GPU_BASE),
     }

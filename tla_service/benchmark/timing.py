@@ -36,7 +36,7 @@ class Spread(NamedTuple):
 
 @dataclass
 class Times:
-    """Seconds of each candidate's turns, in order, by the wall clock and in CPU time of the process."""
+    """Seconds of each candidate's turns, in order, by the wall clock and in CPU time."""
 
     wall: dict[str, list[float]] = field(default_factory=dict)
     cpu: dict[str, list[float]] = field(default_factory=dict)
@@ -68,7 +68,8 @@ def take_turns(
     """Time candidates round by round, each once a round, between synchronisations.
 
     Args:
-        candidates: What to run, by name.
+        candidates: What to run, by name. CPU time is this process's, and that in a candidate's own attribute
+            `cpu_seconds`, if it has one because it runs elsewhere.
         rounds: Timed rounds, at least; every second one goes the other way round.
         least_seconds: More rounds follow until this long has passed: short runs need many for a firm median.
         burn_in: Runs of each candidate before.
@@ -86,16 +87,22 @@ def take_turns(
             if turn >= rounds and time.perf_counter() - began >= least_seconds:
                 break
             for name in list(candidates)[:: -1 if turn % 2 else 1]:
+                run = candidates[name]
                 synchronize()
-                wall, cpu = time.perf_counter(), time.process_time()
+                wall, cpu = time.perf_counter(), _cpu_seconds(run)
                 for _ in range(repeats):
-                    candidates[name]()
+                    run()
                 synchronize()
                 times.wall[name].append((time.perf_counter() - wall) / repeats)
-                times.cpu[name].append((time.process_time() - cpu) / repeats)
+                times.cpu[name].append((_cpu_seconds(run) - cpu) / repeats)
     finally:
         gc.enable()
     return times
+
+
+def _cpu_seconds(run: Callable[[], object]) -> float:
+    elsewhere: float = getattr(run, "cpu_seconds", 0.0)
+    return time.process_time() + elsewhere
 
 
 @contextmanager

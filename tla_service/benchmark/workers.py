@@ -1,5 +1,6 @@
-"""One worker against two on gloo, one core each, and what they send each other."""
+"""One worker against two on gloo, one core each, and what they send each other, in bytes and in time."""
 
+import gc
 import json
 import os
 import tempfile
@@ -17,15 +18,18 @@ from tla_service.benchmark.results import Results
 from tla_service.benchmark.settings import BenchmarkSettings
 from tla_service.benchmark.timing import Spread, take_turns
 from tla_service.benchmark.workloads import CPU_WORKLOADS, FullStep, Workload
-from tla_service.runtime import WorkerContext
+from tla_service.runtime import WorkerContext, keep_freed_memory
 
 WORLD = 2
 _CPU = torch.device("cpu")
-_BARS = {"two workers, same batch each": 2 / 1.85}
+_SAME, _HALF = "two workers, same batch each", "two workers, half the batch each"
+_LATE = "two workers, reduction after the backward pass"
+_REDUCTIONS = 20  # a small network's takes a millisecond
+_BARS = {_SAME: 2 / 1.85}
 
 
 def measure_scaling(work: dict[str, Workload], settings: BenchmarkSettings, results: Results) -> None:
-    """Weak and strong scaling from one process to two, and the bytes of a step."""
+    """Weak and strong scaling from one process to two, and the bytes of a step and their time."""
     rows, sent = [], []
     for key, workload in work.items():
         if workload.num_steps > 10:
@@ -34,23 +38,27 @@ def measure_scaling(work: dict[str, Workload], settings: BenchmarkSettings, resu
             spawn(_worker, args=(key, settings.rounds, folder), nprocs=WORLD)
             found = json.loads((Path(folder) / "found.json").read_text())
         alone = found["wall"]["one worker"]
-        for name in ("two workers, same batch each", "two workers, half the batch each"):
-            weak = name.startswith("two workers, same")
+        for name in (_SAME, _HALF):
             slower = [two / one for two, one in zip(found["wall"][name], alone, strict=True)]
             spread = Spread.of(slower)
-            faster = (WORLD if weak else 1) / spread.median
+            faster = (WORLD if name == _SAME else 1) / spread.median
             rows.append([workload.name, name, f"{faster:.2f}", str(spread)])
             bar = _BARS.get(name)
             results.ratio(f"cpu {key}: {name}, step time over one worker's", spread, bar)
         sent.append([workload.name, *(f"{found[part]:,}" for part in ("attack bytes", "step bytes", "buckets"))])
+        reduction = Spread.of([1000 * seconds for seconds in found["reduction"]])
+        late = [late / same for late, same in zip(found["wall"][_LATE], found["wall"][_SAME], strict=True)]
+        sent[-1] += [str(reduction), str(Spread.of(late))]
         results.raw[f"scaling {key}"] = found
     results.table("Scaling", ["network", "workers", "speed-up over one", "step time over one worker's"], rows)
     columns = ["network", "bytes reduced in the attack", "bytes reduced in the update", "buckets"]
+    columns += ["reduction alone, ms (quartiles)", "step with it after the backward pass, over during (quartiles)"]
     results.table("Communication", columns, sent)
 
 
 def _worker(rank: int, key: str, rounds: int, folder: str) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a run does
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
@@ -62,6 +70,8 @@ def _worker(rank: int, key: str, rounds: int, folder: str) -> None:
         if rank == 0:
             (Path(folder) / "found.json").write_text(json.dumps(found))
     finally:
+        # DDP wrappers hold the group in cycles; one that is left when the interpreter ends aborts it.
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -79,9 +89,9 @@ def _measured(rank: int, workload: Workload, rounds: int) -> dict[str, Any]:
     )
     steps = {
         "one worker": alone,
-        "two workers, same batch each": same,
-        "two workers, half the batch each": half,
-        "two workers, reduction after the backward pass": late,
+        _SAME: same,
+        _HALF: half,
+        _LATE: late,
     }
 
     def turn(step: FullStep) -> None:
@@ -98,23 +108,35 @@ def _measured(rank: int, workload: Workload, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for name, step in steps.items():
             wall[name] += lone_turn(step)[""]
-    return {"wall": wall, **_counted(workload, context)}
+    attack, update = _bytes_reduced(workload, context)
+    counts = {"attack bytes": sum(attack), "step bytes": sum(update), "buckets": len(attack) + len(update)}
+    return {"wall": wall, "reduction": _reduction_alone(update, rounds), **counts}
 
 
-def _counted(workload: Workload, context: WorkerContext) -> dict[str, int]:
-    """Bytes and buckets that go through all-reduce in one step, and how many of them during the attack."""
+def _reduction_alone(buckets: list[int], rounds: int) -> list[float]:
+    """Seconds of an all-reduce of buckets of so many bytes, with no computation beside it."""
+    gradients = [torch.zeros(num_bytes // 4) for num_bytes in buckets]
+
+    def reduce() -> None:
+        for bucket in gradients:
+            dist.all_reduce(bucket)
+
+    return take_turns({"": reduce}, rounds=max(rounds, _REDUCTIONS), burn_in=3).wall[""]
+
+
+def _bytes_reduced(workload: Workload, context: WorkerContext) -> tuple[list[int], list[int]]:
+    """Bytes of each bucket that goes through all-reduce: in an attack, and in a whole step after it."""
     step = FullStep(workload, context)
     step()
-    counts = {"bytes": 0, "buckets": 0}
+    seen: list[int] = []
 
     def hook(group: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        counts["bytes"] += bucket.buffer().nbytes
-        counts["buckets"] += 1
+        seen.append(bucket.buffer().nbytes)
         return allreduce_hook(group, bucket)
 
     assert isinstance(step.step.wrapped, torch.nn.parallel.DistributedDataParallel)
     step.step.wrapped.register_comm_hook(dist.group.WORLD, hook)
     step.adversary.craft(step.next_batch().anchors, torch.Generator())
-    attack = counts["bytes"]
+    attack = list(seen)
     step()
-    return {"attack bytes": attack, "step bytes": counts["bytes"] - attack, "buckets": counts["buckets"]}
+    return attack, seen[len(attack) :]

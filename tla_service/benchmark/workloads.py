@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tla_service.config import RunConfig
-from tla_service.data import ArraySource, StepBatch, TrainingBatches
+from tla_service.data import ArraySource, RawBatch, StepBatch, TrainingBatches
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext
 from tla_service.training.adversary import Adversary
@@ -102,9 +102,13 @@ class FullStep:
         """What attacks."""
         return self.step.adversary
 
+    def next_raw(self) -> RawBatch:
+        """The next batch, read."""
+        return next(self._upcoming)
+
     def next_batch(self) -> StepBatch:
         """The next batch, read and augmented."""
-        return next(self._upcoming)
+        return self.batches.augmented(self.next_raw())
 
     def __call__(self) -> None:
         """One step."""
@@ -114,10 +118,10 @@ class FullStep:
         self.optimizer.step()
         self._count += 1
 
-    def _endless(self) -> Iterator[StepBatch]:
+    def _endless(self) -> Iterator[RawBatch]:
         epoch = 0
         while True:
-            yield from self.batches.epoch(epoch)
+            yield from self.batches.read(epoch)
             epoch += 1
 
 

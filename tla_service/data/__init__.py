@@ -1,6 +1,6 @@
 """Where images come from: data sets by name, splits, batches."""
 
-from tla_service.data.batches import Batch, EvaluationBatches, StepBatch, TrainingBatches
+from tla_service.data.batches import Batch, EvaluationBatches, RawBatch, StepBatch, TrainingBatches
 from tla_service.data.catalog import load_dataset
 from tla_service.data.sources import ArraySource, Dataset, FileSource, ImageSource
 from tla_service.data.splits import split_validation
@@ -13,6 +13,7 @@ __all__ = [
     "EvaluationBatches",
     "FileSource",
     "ImageSource",
+    "RawBatch",
     "StepBatch",
     "TrainingBatches",
     "check_root",

@@ -18,6 +18,8 @@ from tla_service.data.streaming import StepLoader
 from tla_service.runtime import WorkerContext, generator
 
 _READ_AT_ONCE = 1024
+# Of anchors, positives and pool.
+_DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,24 @@ class StepBatch:
     anchors: Batch
     positives: Batch | None
     pool: Batch | None
+    global_size: int
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """A step's images as they are read: no augmentation yet.
+
+    Attributes:
+        epoch: Epoch of the step, from 0.
+        step: Step of the epoch, from 0.
+        roles: Images (N, C, H, W), uint8, and labels (N,) of anchors, positives and pool, on the device; ``None`` for
+            what was not asked for.
+        global_size: As the batch's.
+    """
+
+    epoch: int
+    step: int
+    roles: tuple[tuple[torch.Tensor, torch.Tensor] | None, ...]
     global_size: int
 
 
@@ -122,13 +142,27 @@ class TrainingBatches:
         Yields:
             One batch a step. A second epoch may only be started when the first was exhausted or closed.
         """
+        for raw in self.read(epoch, start_step):
+            yield self.augmented(raw)
+
+    def read(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
+        """What `epoch` augments, under the same conditions."""
         steps = self._order.epoch(epoch, start_step)
         if self._loader is None:
             for step, indices in enumerate(steps, start=start_step):
-                yield self._step_batch(epoch, step, indices, None)
+                yield self._raw(epoch, step, indices, None)
         else:
             for step, (indices, images) in enumerate(self._loader.read(steps), start=start_step):
-                yield self._step_batch(epoch, step, indices, images)
+                yield self._raw(epoch, step, indices, images)
+
+    def augmented(self, raw: RawBatch) -> StepBatch:
+        """The batch of what was read: always the same one."""
+        batches = [
+            None if role is None else Batch(self._finished(role[0], draw, raw), role[1])
+            for draw, role in zip(_DRAWS, raw.roles, strict=True)
+        ]
+        assert batches[0] is not None
+        return StepBatch(batches[0], batches[1], batches[2], raw.global_size)
 
     def close(self) -> None:
         """End the loader processes, if there are any. The object cannot be used afterwards."""
@@ -148,17 +182,12 @@ class TrainingBatches:
         """All training images on the device, as uint8; brought there when the first epoch begins."""
         return _all_images(self._source, self._indices).to(self._context.device)
 
-    def _step_batch(self, epoch: int, step: int, indices: StepIndices, images: torch.Tensor | None) -> StepBatch:
-        roles = (
-            (Draw.AUGMENT_ANCHORS, indices.anchors),
-            (Draw.AUGMENT_POSITIVES, indices.positives),
-            (Draw.AUGMENT_POOL, indices.pool),
-        )
-        batches: list[Batch | None] = []
+    def _raw(self, epoch: int, step: int, indices: StepIndices, images: torch.Tensor | None) -> RawBatch:
+        roles: list[tuple[torch.Tensor, torch.Tensor] | None] = []
         start = 0
-        for draw, places in roles:
+        for places in (indices.anchors, indices.positives, indices.pool):
             if places is None:
-                batches.append(None)
+                roles.append(None)
                 continue
             on_device = _moved(places, self._context.device)
             if images is None:
@@ -166,14 +195,13 @@ class TrainingBatches:
             else:
                 pixels = images[start : start + len(places)].to(self._context.device, non_blocking=True)
                 start += len(places)
-            batches.append(Batch(self._finished(pixels, draw, epoch, step), self._labels[on_device]))
-        assert batches[0] is not None
-        return StepBatch(batches[0], batches[1], batches[2], indices.global_size)
+            roles.append((pixels, self._labels[on_device]))
+        return RawBatch(epoch, step, tuple(roles), indices.global_size)
 
-    def _finished(self, pixels: torch.Tensor, draw: Draw, epoch: int, step: int) -> torch.Tensor:
+    def _finished(self, pixels: torch.Tensor, draw: Draw, raw: RawBatch) -> torch.Tensor:
         if draw is Draw.AUGMENT_POOL and not self._augment_pool:
             return to_unit(pixels)
-        draws = generator(self._context.device, draw, self._seed, epoch, step, self._context.rank)
+        draws = generator(self._context.device, draw, self._seed, raw.epoch, raw.step, self._context.rank)
         return augment(pixels, self._config, draws)
 
 
