@@ -57,7 +57,7 @@ def facts(found: dict[str, Any]) -> str:
     """Where the figures come from."""
     load = max(found["load before"], found.get("load after", 0))
     return (
-        f"`{found['command']}`, seed 0, at {found['commit']}: {found['device']}, {found['cores']} cores, torch "
+        f"`{found['command']}`, seed 0, at {found['commit']}: {found['device']}, torch "
         f"{found['torch']}, Python {found['python']}; {found.get('seconds', '?')} s, load average up to {load:.1f}."
     )
 

@@ -13,6 +13,7 @@ import torch
 
 from tla_service import __version__
 from tla_service.benchmark.timing import Spread
+from tla_service.runtime import hardware
 
 # A ratio that grew by more than this share is reported.
 TOLERANCE = 0.10
@@ -50,8 +51,7 @@ def facts() -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_initialized() else _cpu_name(),
-        "cores": os.cpu_count(),
+        "device": hardware(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit.strip() or __version__,
@@ -91,9 +91,3 @@ def markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table's lines."""
     lines = [columns, ["---"] * len(columns), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.machine()
