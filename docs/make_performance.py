@@ -56,9 +56,14 @@ def lines(columns: list[str], rows: list[list[str]]) -> str:
 def facts(found: dict[str, Any]) -> str:
     """Where the figures come from."""
     load = max(found["load before"], found.get("load after", 0))
+    again = "".join(
+        f" Stage {stage} was measured again: `{run['command']}` at {run['commit']}, {run['device']}."
+        for stage, run in found.get("again", {}).items()
+    )
     return (
         f"`{found['command']}`, seed 0, at {found['commit']}: {found['device']}, torch "
         f"{found['torch']}, Python {found['python']}; {found.get('seconds', '?')} s, load average up to {load:.1f}."
+        f"{again}"
     )
 
 

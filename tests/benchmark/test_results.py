@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tla_service.benchmark.results import Results, keep_ratios, read_ratios, worsened
+from tla_service.benchmark.results import Results, keep_ratios, read_ratios, read_results, worsened
 from tla_service.benchmark.scaling_model import Cluster, efficiency
 from tla_service.benchmark.timing import Spread, Times, peak_memory, take_turns
+from tla_service.errors import UnavailableError
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +37,29 @@ def test_kept_ratios_stay_beside_new_ones(tmp_path: Path) -> None:
     keep_ratios(path, {"first": ratio(1.0), "second": ratio(2.0)})
     keep_ratios(path, {"second": ratio(2.5)})
     assert read_ratios(path) == {"first": 1.0, "second": 2.5}
+
+
+def test_stages_that_are_measured_again_take_the_place_of_the_earlier_ones(tmp_path: Path) -> None:
+    def results(commit: str, **ratios: float) -> Results:
+        facts = {"command": "python jobs/benchmark.py", "commit": commit, "device": "one", "load before": 0.0}
+        return Results(facts, {name: {"columns": [], "rows": [[commit]]} for name in ratios},
+                       {name: ratio(value) for name, value in ratios.items()}, dict(ratios))  # fmt: skip
+
+    path = tmp_path / "found.json"
+    results("aaa", steps=1.0, scaling=2.0).write(path)
+    results("bbb", scaling=3.0).on_top_of(read_results(path), ["scaling"]).write(path)
+    results("ccc", mining=4.0).on_top_of(read_results(path), ["mining"]).write(path)
+    found = read_results(path)
+    assert found.raw == {"steps": 1.0, "scaling": 3.0, "mining": 4.0}
+    assert {name: table["rows"][0][0] for name, table in found.tables.items()} == {
+        "steps": "aaa", "scaling": "bbb", "mining": "ccc",
+    }  # fmt: skip
+    assert found.ratios["scaling"]["median"] == 3.0
+    assert found.facts["commit"] == "aaa"
+    assert {stage: run["commit"] for stage, run in found.facts["again"].items()} == {"scaling": "bbb", "mining": "ccc"}
+    path.write_text('{"not": "results"}')
+    with pytest.raises(UnavailableError, match="holds no results of a benchmark"):
+        read_results(path)
 
 
 def test_ratios_are_taken_turn_by_turn() -> None:

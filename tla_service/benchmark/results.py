@@ -13,6 +13,7 @@ import torch
 
 from tla_service import __version__
 from tla_service.benchmark.timing import Spread
+from tla_service.errors import UnavailableError
 from tla_service.runtime import hardware
 
 # A ratio that grew by more than this share is reported.
@@ -37,12 +38,36 @@ class Results:
         """Keep a ratio that should be low, with the bar it is held to."""
         self.ratios[name] = {"median": spread.median, "low": spread.low, "high": spread.high, "bar": bar}
 
+    def on_top_of(self, earlier: "Results", stages: list[str]) -> "Results":
+        """An earlier run's results with these in the place of what the stages measured there.
+
+        Args:
+            earlier: What is kept of: everything that these results have not.
+            stages: What was measured again, for the facts.
+        """
+        again = {stage: {name: self.facts[name] for name in ("command", "commit", "device")} for stage in stages}
+        took = {name: value for name, value in self.facts.items() if name.startswith("seconds of ")}
+        facts = earlier.facts | took | {"again": earlier.facts.get("again", {}) | again}
+        return Results(facts, earlier.tables | self.tables, earlier.ratios | self.ratios, earlier.raw | self.raw)
+
     def write(self, path: Path) -> None:
         """Write everything as JSON, a stage after the other, so that a run that is cut short leaves what it has."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(self.__dict__, indent=1) + "\n")
         partial.replace(path)
+
+
+def read_results(path: Path) -> Results:
+    """What an earlier run has written.
+
+    Raises:
+        UnavailableError: The file is something else.
+    """
+    try:
+        return Results(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UnavailableError("output", path, "holds no results of a benchmark", "choose another --output") from error
 
 
 def facts() -> dict[str, Any]:

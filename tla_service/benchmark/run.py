@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from tla_service.benchmark import parts, stages, switches
-from tla_service.benchmark.results import Results, facts, keep_ratios, read_ratios, worsened
+from tla_service.benchmark.results import Results, facts, keep_ratios, read_ratios, read_results, worsened
 from tla_service.benchmark.settings import CPU_STAGES, GPU_STAGES, BenchmarkSettings
 from tla_service.benchmark.workloads import CPU_WORKLOADS, GPU_WORKLOADS, Workload
 from tla_service.errors import ConfigError, UnavailableError
@@ -46,6 +46,8 @@ def run_benchmark(settings: BenchmarkSettings) -> int:
         torch.set_num_threads(1)
         keep_freed_memory()  # as a run does
     results = Results(facts())
+    # Of some stages alone, the rest of what the file holds is kept.
+    earlier = read_results(settings.output) if settings.stages and settings.output.exists() else None
     for stage in wanted:
         if on_gpu and time.monotonic() - began > settings.seconds:
             print(f"no time left for {stage}")
@@ -54,11 +56,17 @@ def run_benchmark(settings: BenchmarkSettings) -> int:
         with _one_core(stage):
             offered[stage](work, settings, results)
         results.facts[f"seconds of {stage}"] = round(time.monotonic() - start, 1)
-        results.write(settings.output)
+        _write(settings, results, earlier)
     results.facts["seconds"] = round(time.monotonic() - began)
     results.facts["load after"] = os.getloadavg()[0]
-    results.write(settings.output)
+    _write(settings, results, earlier)
     return _guard(settings, results)
+
+
+def _write(settings: BenchmarkSettings, results: Results, earlier: Results | None) -> None:
+    if earlier is not None:
+        results = results.on_top_of(earlier, settings.stages)
+    results.write(settings.output)
 
 
 def _guard(settings: BenchmarkSettings, results: Results) -> int:

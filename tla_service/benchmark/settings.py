@@ -18,7 +18,7 @@ class BenchmarkSettings(JobSettings):
     stages: list[str] = Field(
         [],
         description=f"only these; default: all of {', '.join(CPU_STAGES)}, or with cuda {', '.join(GPU_STAGES)}; "
-        "compile (minutes on a CPU) runs only when named",
+        "compile (minutes on a CPU) runs only when named. What the output file holds of other stages is kept",
     )
     workloads: list[str] = Field([], description="only these networks of the suite; default: all")
     rounds: int = Field(3, description="timed rounds at least, each of which runs every candidate once", ge=2)
