@@ -101,6 +101,8 @@ def _measured(rank: int, workload: Workload, rounds: int) -> dict[str, Any]:
     def turn(step: FullStep) -> None:
         if step is not alone or rank == 0:
             step()
+        if step is apart:
+            dist.barrier()  # the slower of the two counts, as it does for workers that wait for each other
 
     def lone_turn(step: FullStep) -> dict[str, list[float]]:
         dist.barrier()
