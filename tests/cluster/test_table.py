@@ -21,7 +21,8 @@ FLAGS = "--table digits --budget 2 --seeds 1 --methods at tla --no-pools --scali
 
 def test_a_worker_gets_its_run_and_of_the_surrogate_the_weights(tmp_path: Path) -> None:
     for name in ("tla-s0", "tla-s1", "at-s0"):
-        for file in ("config.yaml", "log.jsonl", "checkpoints/000004/best.safetensors", "checkpoints/000004/.partial"):
+        for file in ("config.yaml", "log.jsonl", "checkpoints/000004/best.safetensors", "checkpoints/000004/.partial",
+                     "checkpoints/.000005-x/best.safetensors"):  # fmt: skip
             path = tmp_path / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{name} {file}")

@@ -123,13 +123,13 @@ class Worker:
         shutil.rmtree(self._state, ignore_errors=True)
 
     def _look(self) -> dict[str, tuple[int, int]]:
-        """Size and time of each of the run's files; what is being written has a name with a dot in front."""
+        """Size and time of each of the run's files."""
         folder = self._state / self._work.name
         found = {}
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(self._state)
             try:
-                if path.is_file() and not any(part.startswith(".") for part in name.parts):
+                if path.is_file() and _is_whole(name):
                     found[name.as_posix()] = (path.stat().st_size, path.stat().st_mtime_ns)
             except FileNotFoundError:
                 continue
@@ -218,7 +218,7 @@ def files_for(work: Work, state: Path) -> Iterator[tuple[str, bytes]]:
         folders += [other / "checkpoints", other / CONFIG]
     for folder in folders:
         for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
-            if path.is_file() and not path.name.startswith("."):
+            if path.is_file() and _is_whole(path.relative_to(state)):
                 yield path.relative_to(state).as_posix(), path.read_bytes()
 
 
@@ -230,6 +230,11 @@ def write_files(state: Path, files: Files) -> None:
         partial = path.with_name(f".{path.name}")
         partial.write_bytes(files[name])
         partial.replace(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """What is being written, or was when a process was killed, has a dot in front of its name or its folder's."""
+    return not any(part.startswith(".") for part in path.parts)
 
 
 def _is_ready(reference: Any) -> bool:
