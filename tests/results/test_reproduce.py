@@ -40,7 +40,7 @@ def test_a_table_is_made_in_pieces(tmp_path: Path) -> None:
     found = json.loads((run / "measured.json").read_text())
     assert found["accuracy"]["clean"]["images"] == 20
     assert found["accuracy"]["autoattack"]["estimate"] <= found["accuracy"]["clean"]["estimate"]
-    assert len(found["shift"]) == 1
+    assert [ratios["epsilon"] for ratios in found["shift"]] == pytest.approx([0.15, 0.225])
     assert not (run / "shards").exists()
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert sorted(path.name for path in checkpoint.iterdir()) == [
