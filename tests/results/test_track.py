@@ -66,3 +66,13 @@ def test_figures_that_are_measured_again_replace_the_fetched_ones(
     log_runs(settings, todo, state, lambda _text: None)
     fetched = fetch_runs(settings, todo, state)
     assert json.loads((fetched / "tla-s0" / "measured.json").read_text())["accuracy"]["pgd100"]["estimate"] == 0.4
+
+
+def test_another_store_gets_the_runs_as_well(tmp_path: Path, settings: ReproduceSettings, finished: Finished) -> None:
+    state, todo = tmp_path / "state", list(units(settings))
+    finished(state, "tla-s0", 0.9, 0.6)
+    log_runs(settings, todo, state, lambda _text: None)
+    tracking = settings.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/other.db"})
+    elsewhere = settings.model_copy(update={"tracking": tracking})
+    log_runs(elsewhere, todo, state, lambda _text: None)
+    assert (fetch_runs(elsewhere, todo, tmp_path / "fresh") / "tla-s0" / "measured.json").exists()

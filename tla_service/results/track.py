@@ -17,7 +17,7 @@ _FILES = (MEASURED, OUTCOME, AUTOATTACK)
 
 
 def log_runs(settings: ReproduceSettings, todo: Sequence[Unit], state: Path, say: Callable[[str], None]) -> None:
-    """An MLflow run for each finished one that has none yet: its settings, its figures, each image's fate.
+    """An MLflow run for each finished one that this store has not: its settings, its figures, each image's fate.
 
     Raises:
         UnavailableError: MLflow is away; the next call logs what is missing.
@@ -25,9 +25,13 @@ def log_runs(settings: ReproduceSettings, todo: Sequence[Unit], state: Path, say
     uri = registry.tracking_uri(settings.tracking)
     for unit in todo:
         row = read_row(unit.name, [unit], state)
-        if not row.units or (state / unit.name / _LOGGED).exists():
+        if not row.units:
             continue
         config, key = _identity(settings, unit)
+        mark = state / unit.name / _LOGGED
+        # The run's own id, as the state may have been logged to another store before.
+        if mark.exists() and registry.find_finished(config, key) == mark.read_text():
+            continue
         run_id = registry.open_run(config, key, facts=code_facts())
         log = registry.RunLog(uri, run_id, state / unit.name / "unsent")
         log.log(_metrics(row), 0)
@@ -35,7 +39,7 @@ def log_runs(settings: ReproduceSettings, todo: Sequence[Unit], state: Path, say
         paths = [row.folders[0] / name for name in _FILES]
         registry.log_files(uri, run_id, {path.name: path for path in paths if path.exists()})
         registry.finish_run(uri, run_id)
-        (state / unit.name / _LOGGED).write_text(run_id)
+        mark.write_text(run_id)
         say(f"{unit.name}: logged to run {run_id} at {uri}")
 
 
