@@ -160,7 +160,19 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None) 
 
 def load_config_file(path: Path) -> RunConfig:
     """Read a resolved configuration, as written by `to_yaml`."""
-    return RunConfig.model_validate(yaml.safe_load(path.read_text()))
+    return _from_yaml(path.read_text())
+
+
+def same_run(text: str, config: RunConfig) -> bool:
+    """Whether a `config.yaml` is of this run: equal in everything that shapes its weights, by this version's rules."""
+    try:
+        return _from_yaml(text).digest == config.digest
+    except (ValueError, yaml.YAMLError):
+        return False
+
+
+def _from_yaml(text: str) -> RunConfig:
+    return RunConfig.model_validate(yaml.safe_load(text))
 
 
 def to_yaml(config: RunConfig) -> str:

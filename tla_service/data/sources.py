@@ -149,8 +149,8 @@ class Dataset:
     """
 
     name: str
-    train: ImageSource
-    test: ImageSource
+    train: StoredSource
+    test: StoredSource
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     fingerprint: str
