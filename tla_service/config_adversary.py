@@ -69,7 +69,9 @@ class AttackConfig(Section):
             raise wrong("attack.kind", self.kind, "is defined for linf only", "use pgd with attack.norm=l2")
         if self.on_collapse == "pgd" and self.num_steps == 1:
             reason = "attack.num_steps=1 makes that a single step too, which would collapse again"
-            raise wrong("attack.on_collapse", "pgd", reason, "set attack.num_steps to 2 or more, or take stop or ignore")
+            raise wrong(
+                "attack.on_collapse", "pgd", reason, "set attack.num_steps to 2 or more, or take stop or ignore"
+            )
         if self.awp and self.kind == "free":
             reason = "free training moves weights and images by one backward pass, adversarial weights need another"
             raise wrong("attack.awp", "True", reason, "use attack.kind pgd or n_fgsm")

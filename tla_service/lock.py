@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from tla_service.errors import ConfigError, UnavailableError
 
@@ -55,7 +55,7 @@ def locked_folder(folder: Path, setting: str) -> Iterator[None]:
     """Hold a folder against every other process, of other machines too where the file system passes locks on.
 
     The lock is of the process, as POSIX has it: children do not inherit it, and it is free the moment the process is
-    gone, however it ended. The file stays, as removing it would let two processes hold it.
+    gone, however it ended.
 
     Args:
         folder: The folder, made if it is missing.
@@ -69,19 +69,7 @@ def locked_folder(folder: Path, setting: str) -> Iterator[None]:
     if path in _held:
         # Opening and closing the file again would free the lock.
         raise in_use(setting, folder, Holder.here())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        reason = f"cannot be written ({(error.strerror or str(error)).lower()})"
-        raise UnavailableError(setting, folder, reason, f"choose another --{setting}") from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise in_use(setting, folder, _read_holder(path)) from None
-        except OSError as error:
-            _log.warning("%s: its file system has no locks (%s); use it from one process at a time", folder, error)
+    with _acquired(path, folder, setting) as file:
         _held.add(path)
         try:
             file.truncate(0)
@@ -90,12 +78,35 @@ def locked_folder(folder: Path, setting: str) -> Iterator[None]:
             yield
         finally:
             _held.discard(path)
+            path.unlink(missing_ok=True)
+
+
+def _acquired(path: Path, folder: Path, setting: str) -> IO[str]:
+    """The lock file, open and locked."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            reason = f"cannot be written ({(error.strerror or str(error)).lower()})"
+            raise UnavailableError(setting, folder, reason, f"choose another --{setting}") from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise in_use(setting, folder, _read_holder(path)) from None
+        except OSError as error:
+            _log.warning("%s: its file system has no locks (%s); use it from one process at a time", folder, error)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its last holder has removed it in between
 
 
 def _read_holder(path: Path) -> Holder | None:
     """Who the file says holds it; it is written just after the lock was taken."""
     deadline = time.monotonic() + _READ_SECONDS
-    while time.monotonic() < deadline:
+    while path.exists() and time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError, TypeError):
             return Holder(**json.loads(path.read_text()))
         time.sleep(0.05)

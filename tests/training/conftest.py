@@ -72,6 +72,7 @@ class KeepingReporter:
         if metrics is not None:
             self.metrics.append(metrics)
         if checkpoint is not None:
+            assert checkpoint == self.destination(name)
             self.checkpoints.append(checkpoint)
 
     def stop_requested(self) -> bool:

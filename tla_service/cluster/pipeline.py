@@ -47,7 +47,6 @@ class Follower:
         metrics: Sends epochs to MLflow.
         gauges: Tells Prometheus.
         began: When the job began, on the monotonic clock.
-        check: Raises when the run is no longer this driver's.
         start_seconds: From there to the first worker's start.
         restarts: How often workers failed and were started again.
     """
@@ -57,13 +56,11 @@ class Follower:
     metrics: "registry.RunLog"
     gauges: RunMetrics
     began: float
-    check: Callable[[], None]
     start_seconds: float = 0.0
     restarts: int = 0
 
     def __call__(self, record: Record) -> None:
         """Take one record."""
-        self.check()
         if record["event"] == "placed":
             self.start_seconds = self.start_seconds or time.monotonic() - self.began
             return
@@ -157,19 +154,25 @@ def _train(
         run_id = registry.open_run(config, f"{storage}/{config.run_name}", facts=facts.described)
         stop_system_metrics = registry.start_system_metrics(uri, run_id)
         metrics = registry.RunLog(uri, run_id, str(output / "unsent"))
-        follower = Follower(terminal, JsonLines(output / LOG), metrics, RunMetrics(config), began, check)
+        follower = Follower(terminal, JsonLines(output / LOG), metrics, RunMetrics(config), began)
         status: Status = "FAILED"
         outcome: Outcome | None = None
+
+        def follow(record: Record) -> None:
+            check()
+            if record["event"] == "start":
+                write_config(config, output)
+            follower(record)
+
         labels["run_id"] = run_id
         try:
             terminal.say(f"MLflow: {registry.run_page(uri, run_id)}")
-            write_config(config, output)
             trained = train_on_ray(
                 config,
                 placement,
                 storage,
                 output / "checkpoint",
-                follower,
+                follow,
                 facts.weights,
                 labels if json_logs else None,
             )

@@ -125,6 +125,11 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
     for group, own in zip(optimizer["param_groups"], state.optimizer.param_groups, strict=True):
         group.update({name: value for name, value in own.items() if name != "params"})
     state.optimizer.load_state_dict(optimizer)
+    # A fused step walks through memory: each tensor of the state must lie as its parameter does.
+    for parameter, tensors in state.optimizer.state.items():
+        for name, value in tensors.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                tensors[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     best = folder / "best.safetensors"
     state.best_weights = load_file(best) if best.exists() else {}
     state.step, state.partial_totals = saved["step"], saved["partial_totals"]

@@ -10,12 +10,10 @@ from tla_service.config import RunConfig
 from tla_service.config_loading import RunSettings, load_config_file, same_run, to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import write_whole
-from tla_service.training.reporting import LOG, Terminal
+from tla_service.training.reporting import Terminal
 from tla_service.training.result import FitResult
 
 SUMMARY, CONFIG = "summary.json", "config.yaml"
-# What a run makes: until then its folder is free for another configuration.
-_MADE = (SUMMARY, "checkpoint", "checkpoints/step-*", "ray/*/step-*")
 
 
 def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
@@ -49,7 +47,7 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
         UnavailableError: It cannot be written.
     """
     try:
-        if _is_taken(output, config):
+        if (output / CONFIG).exists() and not same_run((output / CONFIG).read_text(), config):
             remedy = "choose another --output or --name"
             raise ConfigError("output", output, "holds a run with another configuration", remedy)
         output.mkdir(parents=True, exist_ok=True)
@@ -77,17 +75,8 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
     return summary
 
 
-def _is_taken(output: Path, config: RunConfig) -> bool:
-    """Whether the folder holds what a run of another configuration has made."""
-    if not (output / CONFIG).exists() or same_run((output / CONFIG).read_text(), config):
-        return False
-    log = output / LOG  # checkpoints may be in a storage elsewhere
-    trained = log.exists() and '"event": "epoch"' in log.read_text()
-    return trained or any(found for pattern in _MADE for found in output.glob(pattern))
-
-
 def write_config(config: RunConfig, output: Path) -> None:
-    """Write `config.yaml`, which makes the folder this run's: once all checks have passed, not before."""
+    """Write `config.yaml`, which makes the folder this run's: once training begins, so a refused run keeps none."""
     write_whole(output / CONFIG, to_yaml(config))
 
 
