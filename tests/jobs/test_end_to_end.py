@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from jobs import train_tla
-from tests.cluster.conftest import QUICK, Cluster, Job, free_port
+from tests.cluster.conftest import QUICK, ROOT, Cluster, Job, free_port
 from tla_service.config_loading import load_config_file
 from tla_service.data import load_dataset
 from tla_service.evaluation.outcomes import load_outcome
@@ -164,7 +164,7 @@ def test_a_finished_run_is_not_repeated(
     monkeypatch.chdir(trained.folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     before = trained.summary()
-    monkeypatch.setattr(sys, "argv", ["train_tla.py", *trained.arguments])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "jobs" / "train_tla.py"), *trained.arguments])
     assert run_job(train_tla.main) == 0
     printed = capsys.readouterr().out
     assert "finished before" in printed
