@@ -31,8 +31,9 @@ from tla_service.registry import load_model
 from tla_service.report.schema import read_report
 from tla_service.training import __main__ as training
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
+SECONDS = 400  # for a job that takes 20 to 40 on an idle machine
 # Long enough to be killed in the middle: eight epochs, each with a checkpoint.
 RUN = ("--training.epochs", "8", "--attack.num_steps", "20")
 EVALUATION = shlex.split(
@@ -41,7 +42,7 @@ EVALUATION = shlex.split(
     """--attacks '{"fgsm": {"kind": "fgsm"}, "pgd10": {"num_steps": 10}}'"""
 )
 SWEEP = shlex.split(
-    "--sweep.num_samples 3 --sweep.name small --sweep.searcher random --training.epochs 3 --scaling.num_workers 1 "
+    "--sweep.num_samples 2 --sweep.name small --sweep.searcher random --training.epochs 3 --scaling.num_workers 1 "
     """--sweep.space '{"loss.margin": {"low": 0.01, "high": 0.3}}'"""
 )
 
@@ -74,12 +75,12 @@ def start(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def trained(start: Callable[..., Job]) -> Job:
     """A run whose driver was killed, with the Ray session of its own, and that was resumed on the cluster."""
     first = start(*RUN, joins=False)
-    first.wait_for_epoch(2)
+    first.wait_for_epoch(2, SECONDS)
     first.process.send_signal(signal.SIGKILL)
     first.process.wait()
     assert not (first.output / "summary.json").exists()
     second = start(*RUN, folder=first.folder)
-    second.printed = second.wait()
+    second.printed = second.wait(SECONDS)
     assert second.process.returncode == 0, second.printed
     return second
 
@@ -133,7 +134,7 @@ def test_a_job_trains_tests_and_registers(trained: Job) -> None:
 
 def test_more_workers_than_the_cluster_has_are_refused_with_the_arithmetic(start: Callable[..., Job]) -> None:
     job = start("--scaling.num_workers", "3", "--scaling.use_gpu", "true")
-    printed = job.wait()
+    printed = job.wait(SECONDS)
     assert job.process.returncode == 3
     assert "scaling.num_workers=3: needs 3 x 1 = 3 GPUs, the cluster has 0" in printed
     assert "Traceback" not in printed
@@ -185,7 +186,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -212,7 +213,7 @@ def test_an_evaluation_writes_and_logs_a_report(trained: Job, start: Callable[..
     uri, output = trained.summary()["model_uri"], trained.folder / "report"
     arguments = ("--model", uri, *EVALUATION)
     job = start(*arguments, folder=trained.folder, script="evaluate_tla.py", preset=(), output=output)
-    printed = job.wait()
+    printed = job.wait(SECONDS)
     assert job.process.returncode == 0, printed
     assert "Traceback" not in printed
 
@@ -223,26 +224,27 @@ def test_an_evaluation_writes_and_logs_a_report(trained: Job, start: Callable[..
     # Which images the model gets right without an attack, by the registered model itself.
     outcome = load_outcome(output / "outcome.npz")
     config = load_config_file(trained.output / "config.yaml")
-    images = load_dataset(config.data).test.fetch(torch.from_numpy(outcome.rows)).float() / 255
+    images = load_dataset(config.data).test.fetch(torch.from_numpy(outcome.indices)).float() / 255
     with torch.inference_mode():
         predicted = load_model(uri, tracking=trained.summary()["tracking_uri"])(images).logits.argmax(1).numpy()
-    assert ((predicted == outcome.labels) == (outcome.broken_at["clean"] < 0)).all()
+    right = predicted == outcome.labels
+    assert (outcome.standing("clean") == right).all()
     for attack in ("fgsm", "pgd10"):
-        assert (outcome.broken_at[attack] < 0).sum() <= (outcome.broken_at["clean"] < 0).sum()
+        assert not outcome.standing(attack)[~right].any()
     logged = artifacts(trained, trained.summary()["run_id"])
     assert any(name.endswith("report.html") for name in logged)
 
 
 def test_a_sweep_finds_a_winner(start: Callable[..., Job]) -> None:
     job = start(*SWEEP, script="tune_tla.py")
-    printed = job.wait()
+    printed = job.wait(SECONDS)
     assert job.process.returncode == 0, printed
     assert "Traceback" not in printed
 
     rows = list(csv.DictReader((job.output / "trials.csv").read_text().splitlines()))
-    assert len(rows) == 3
+    assert len(rows) == 2
     assert {row["status"] for row in rows} <= {"finished", "stopped"}
-    assert len({row["loss.margin"] for row in rows}) == 3
+    assert len({row["loss.margin"] for row in rows}) == 2
     robust = next(name for name in rows[0] if name.endswith("robust_accuracy"))
     best = max(rows, key=lambda row: float(row[robust]))
     winner = load_config_file(job.output / "best.yaml")
@@ -259,5 +261,5 @@ def test_a_sweep_finds_a_winner(start: Callable[..., Job]) -> None:
     runs = client(job).search_runs([experiment.experiment_id])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(children) == 3
+    assert len(children) == 2
     assert {run.info.status for run in runs} == {"FINISHED"}
