@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,14 +42,14 @@ def stored_evaluations(made: "MlflowClient", run_id: str, weights_sha256: str) -
 def _report(made: "MlflowClient", run_id: str, folder: str) -> Report | None:
     """The report in a folder of the run's artifacts; None where it cannot be read."""
     with tempfile.TemporaryDirectory(prefix="tla-evaluation-") as scratch:
-        path = fetch(made, run_id, folder, Path(scratch), [REPORT_FILE]) / REPORT_FILE
+        fetch(made, run_id, folder, Path(scratch), [REPORT_FILE])
         with contextlib.suppress(UnavailableError):
-            return read_report(path)
+            return read_report(Path(scratch) / REPORT_FILE)
     return None
 
 
-def fetch(made: "MlflowClient", run_id: str, folder: str, target: Path, wanted: Sequence[str]) -> Path:
-    """Copy files of an evaluation, those of the names that it has; returns where they are.
+def fetch(made: "MlflowClient", run_id: str, folder: str, target: Path, wanted: Sequence[str]) -> None:
+    """Copy files of an evaluation into a local folder, those of the names that it has.
 
     Raises:
         UnavailableError: The server is away, or a file cannot be fetched.
@@ -56,12 +57,14 @@ def fetch(made: "MlflowClient", run_id: str, folder: str, target: Path, wanted: 
     for name in sorted(_names(made, run_id, folder) & set(wanted)):
         path = f"{folder}/{name}"
         try:
-            retrying(f"Fetching {name}", functools.partial(made.download_artifacts, run_id, path, str(target)))
+            download = functools.partial(made.download_artifacts, run_id, path, str(target))
+            fetched = Path(retrying(f"Fetching {name}", download))
+            if fetched != target / name:
+                shutil.copyfile(fetched, target / name)
         except UserError:
             raise
         except Exception as error:
             raise UnavailableError("evaluation", path, f"cannot be fetched ({one_line(error)})", "try again") from error
-    return target / folder
 
 
 def other_reports(made: "MlflowClient", run_id: str, report: Report) -> dict[str, Report]:

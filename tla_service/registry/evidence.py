@@ -168,9 +168,9 @@ def _evaluated(made: "MlflowClient", package: Package, threat: ThreatModel) -> E
     with tempfile.TemporaryDirectory(prefix="tla-evidence-") as scratch:
         try:
             files = [REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE]
-            folder = fetch(made, run_id, stored[threat.slug], Path(scratch), files)
-            report = read_report(folder / REPORT_FILE)
-            outcomes = _outcomes(folder, report)
+            fetch(made, run_id, stored[threat.slug], Path(scratch), files)
+            report = read_report(Path(scratch) / REPORT_FILE)
+            outcomes = _outcomes(Path(scratch), report)
         except UserError as error:
             raise UnavailableError(
                 "version", address, f"its evaluation cannot be used ({error.reason})", again

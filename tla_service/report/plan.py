@@ -51,7 +51,8 @@ class Plan:
         columns: White-box attacks by name.
         transfer: Attacks crafted on the surrogate.
         is_paper: Whether these are the paper's columns at the paper's radius.
-        iterative: The strongest PGD under the threat model, with one start: curves, audit, neighbours and pictures rest on it.
+        iterative: The strongest PGD under the threat model: with one start, curves, audit, neighbours and pictures rest
+            on it.
         detection: The attack of the detection test.
         shift: Attacks of the shift ratios by radius, rising; among them the two above.
         seed: Seed of every draw.
