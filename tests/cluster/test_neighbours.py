@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 
 class Head:
-    """An unrelated `ray start --head`, as anybody would give it: its dashboard takes Ray's default port if it is free."""
+    """An unrelated `ray start --head`; its dashboard takes the default port if that is free."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
