@@ -63,9 +63,7 @@ def test_adversarial_weights_keep_the_negatives_mined_before_they_moved(pool: st
     gamma, batch = 0.3, random_batch(pool=12)
     net, oracle = network(), network()
     loss = {"margin": 0.5, "norm_weight": 0.0}
-    config = digits_config(
-        loss=loss, mining={"pool": pool, "pool_size": 12}, attack={"awp": True, "awp_gamma": gamma}
-    )
+    config = digits_config(loss=loss, mining={"pool": pool, "pool_size": 12}, attack={"awp": True, "awp_gamma": gamma})
     step = TrainingStep(net, config, WorkerContext())
     step.backward(batch, 7)
     labels, clean = batch.anchors.labels, batch.anchors.images

@@ -95,6 +95,7 @@ def place(config: RunConfig) -> Placement:
     """Decide on workers, and check that the cluster has room for them.
 
     Raises:
+        ConfigError: A step cannot be shared among that many workers.
         UnavailableError: It has not, and the run is not to wait for more nodes; the message shows the arithmetic.
     """
     scaling: ScalingConfig = config.scaling
@@ -108,7 +109,7 @@ def place(config: RunConfig) -> Placement:
         most = config.training.global_batch_size // 2
         workers = min(most, max(1, int(gpus / scaling.gpus_per_worker))) if use_gpu else min(most, 2)
     placement = Placement(workers, use_gpu, scaling.cpus_per_worker, scaling.gpus_per_worker)
-    _check_pool(config, workers)
+    config.check_workers(workers)
     if scaling.wait_seconds == 0:
         needed = {name: workers * share for name, share in placement.resources_per_worker.items()}
         for name, available in (("GPU", gpus), ("CPU", cpus)):
@@ -212,11 +213,6 @@ def _check_address(address: str) -> None:
     except OSError as error:
         reason = f"no Ray cluster answers ({(error.strerror or str(error)).lower()})"
         raise UnavailableError("scaling.address", address, reason, "start one with: ray start --head") from error
-
-
-def _check_pool(config: RunConfig, workers: int) -> None:
-    """Fields that depend on each other through a number of workers that was `auto` until now."""
-    RunConfig.model_validate(config.model_dump() | {"scaling": config.scaling.model_dump() | {"num_workers": workers}})
 
 
 def _local_cpus(scaling: ScalingConfig) -> int:
