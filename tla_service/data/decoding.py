@@ -2,10 +2,11 @@
 
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from tla_service.errors import ConfigError, UnavailableError
 # Enough to tell a grey set from a colour set with a few grey images.
 _PROBED = 64
 _CHUNK = 256
+# Formats with an unmistakable header; some of Pillow's others match almost any bytes.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "QOI")
 _GREY_MODES = frozenset({"1", "L", "LA"})
 
 
@@ -70,6 +73,19 @@ class Decoder:
             )
         pixels = np.asarray(image)
         return pixels[None] if channels == 1 else np.moveaxis(pixels, 2, 0)
+
+
+def is_image(handle: IO[bytes]) -> bool:
+    """Whether a file has the header of an image in a common format, whatever its name; reads little more than that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its size: decoding warns again
+        try:
+            Image.open(handle, formats=_FORMATS).close()
+        except Image.DecompressionBombError:
+            return True
+        except (OSError, ValueError):  # UnidentifiedImageError is an OSError
+            return False
+    return True
 
 
 def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:
