@@ -2,7 +2,6 @@
 
 import io
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,9 @@ _PROBED = 64
 _CHUNK = 256
 # Formats with an unmistakable header; some of Pillow's others match almost any bytes.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "QOI")
+# Two letters of text make these; a look at the whole header decides.
+_TEXT_LIKE = frozenset({"BMP", "PPM"})
+_PREFIX = 16  # bytes that Pillow's plugins look at
 _GREY_MODES = frozenset({"1", "L", "LA"})
 
 
@@ -76,15 +78,19 @@ class Decoder:
 
 
 def is_image(handle: IO[bytes]) -> bool:
-    """Whether a file has the header of an image in a common format, whatever its name; reads little more than that."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about its size: decoding warns again
-        try:
-            Image.open(handle, formats=_FORMATS).close()
-        except Image.DecompressionBombError:
-            return True
-        except (OSError, ValueError):  # UnidentifiedImageError is an OSError
-            return False
+    """Whether a file begins like an image of a common format, whatever its name."""
+    Image.init()
+    start = handle.read(_PREFIX)
+    # A plugin that is not installed answers with a text.
+    likely = [name for name in _FORMATS if Image.OPEN[name][1](start) is True]
+    if not set(likely) & _TEXT_LIKE:
+        return bool(likely)
+    try:
+        Image.open(handle, formats=likely).close()
+    except Image.DecompressionBombError:
+        return True
+    except (OSError, ValueError):  # UnidentifiedImageError is an OSError
+        return False
     return True
 
 

@@ -9,7 +9,7 @@ from tla_service.data.decoding import Blobs
 from tla_service.data.encoded import build_splits
 from tla_service.data.members import TEST_SPLITS, listed, notice
 from tla_service.data.packed import PackedBlobs, pack
-from tla_service.data.parquet_columns import find_image_column, find_label_column, no_label_column
+from tla_service.data.parquet_columns import find_image_column, find_label_columns, no_label_column
 from tla_service.data.parquet_files import Shard, find_splits, open_shards, read_column
 from tla_service.data.parquet_labels import Labels, number_classes, read_labels
 from tla_service.data.sources import Split, Splits
@@ -52,8 +52,11 @@ def load_parquet(config: DataConfig) -> Splits:
 
 def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:
     """The labels of a split, or ``None`` if it has no column of them."""
-    column = find_label_column(shards[0].schema, config.label_column)
-    return None if column is None else read_labels(config.cache_dir, shards, column)
+    columns = find_label_columns(shards[0].schema, config.label_column)
+    if len(columns) > 1:
+        text = "%s: labels are read from column %r, not from %s; data.label_column chooses another"
+        notice(text, shards[0].path, columns[0], listed(columns[1:]))
+    return read_labels(config.cache_dir, shards, columns[0]) if columns else None
 
 
 def _labelled_test(config: DataConfig, root: Path, found: dict[str, list[Path]]) -> Labels:
@@ -63,11 +66,11 @@ def _labelled_test(config: DataConfig, root: Path, found: dict[str, list[Path]])
         labels = _labels(config, open_shards(found[name], root, config.root))
         if labels is not None and not labels.all_missing:
             if name != splits[0]:
-                text = "%s has no labels; testing on the %s files instead (training never sees them)"
+                text = "%s has no labels; testing on the %s files instead (validation during training uses part of the training images)"
                 notice(text, found[splits[0]][0], name)
             return labels
-    nor = "".join(f", nor have the {name} files" for name in splits[1:])
-    remedy = "add labels under the name of the training column, or labelled validation-*.parquet files"
+    nor = "".join(f", and neither have the {name} files" for name in splits[1:])
+    remedy = "add labels in a column named as in the training files, or labelled validation-*.parquet files"
     raise UnavailableError("data.root", found[splits[0]][0], f"has no labels{nor}", remedy)
 
 

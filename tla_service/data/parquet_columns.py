@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING
 
-from tla_service.errors import ConfigError
+from tla_service.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -22,7 +22,8 @@ def find_image_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) 
         wanted: ``data.image_column``; ``None``: the only column of image bytes, or the one with a usual name.
 
     Raises:
-        ConfigError: If there is no such column, or several and none has a usual name.
+        ConfigError: If ``wanted`` is no such column, or there are several and none has a usual name.
+        UnavailableError: If there is none.
     """
     fitting = [field.name for field in schema if _holds_images(field.type)]
     if wanted is not None:
@@ -32,32 +33,35 @@ def find_image_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) 
     named = _known(fitting, IMAGE_NAMES)
     if named or len(fitting) == 1:
         return named[0] if named else fitting[0]
-    many = f"several columns of image bytes, none called {' or '.join(IMAGE_NAMES)}"
-    reason = f"{shown} has {many if fitting else 'no column of image bytes'} among {_columns(schema)}"
-    raise ConfigError("data.image_column", None, reason, "set it to the column of encoded images")
+    if not fitting:
+        reason = f"{shown} has no column of encoded images (bytes), but {_columns(schema)}"
+        raise UnavailableError("data.root", None, reason, "store the images themselves, not their paths or pixels")
+    names = f"{', '.join(IMAGE_NAMES[:-1])} or {IMAGE_NAMES[-1]}"
+    reason = f"{shown} has several columns of image bytes, none named {names}: {', '.join(fitting)}"
+    raise ConfigError("data.image_column", None, reason, "set it to the column that holds the images")
 
 
-def find_label_column(schema: "pyarrow.Schema", wanted: str | None) -> str | None:
-    """The column of labels: integers, text or booleans, dictionary-encoded or not.
+def find_label_columns(schema: "pyarrow.Schema", wanted: str | None) -> list[str]:
+    """The columns that can be the labels: integers, text or booleans, dictionary-encoded or not.
 
     Args:
         schema: The file's schema.
-        wanted: ``data.label_column``; ``None``: the first of ``LABEL_NAMES`` that is there.
+        wanted: ``data.label_column``; ``None``: those that have one of ``LABEL_NAMES``.
 
     Returns:
-        Its name; ``None`` if there is none.
+        Their names, the preferred one first.
     """
     fitting = [field.name for field in schema if label_kind(field.type) is not None]
-    named = _known(fitting, LABEL_NAMES) if wanted is None else [name for name in fitting if name == wanted]
-    return named[0] if named else None
+    return _known(fitting, LABEL_NAMES) if wanted is None else [name for name in fitting if name == wanted]
 
 
 def no_label_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) -> ConfigError:
     """The error for a file without a label column."""
-    if wanted is None:
-        kinds = f"called {' or '.join(LABEL_NAMES)} with integers, text or booleans"
-        reason = f"{shown} has no column {kinds} among {_columns(schema)}"
-        return ConfigError("data.label_column", None, reason, "set it to the column of labels")
+    if wanted is None and not (named := _known(schema.names, LABEL_NAMES)):
+        names = f"{', '.join(LABEL_NAMES[:-1])} or {LABEL_NAMES[-1]}"
+        reason = f"{shown} has no column named {names}, but {_columns(schema)}"
+        return ConfigError("data.label_column", None, reason, "set it to the column that holds the labels")
+    wanted = named[0] if wanted is None else wanted
     if wanted in schema.names:
         reason = f"is {_short(schema.field(wanted).type)} in {shown}; labels are integers, text or booleans"
         return ConfigError("data.label_column", wanted, reason, "cast the column, or give another one")

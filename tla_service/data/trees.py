@@ -102,8 +102,9 @@ class FolderTree:
         Raises:
             UnavailableError: If it is gone or may not be read.
         """
-        with disk_trouble("data.root", self.path / name, _FIX):
-            return (self.path / name).open("rb")
+        path = self.path / name
+        with disk_trouble("data.root", path, _FIX):
+            return path.open("rb", buffering=0)
 
     def describe(self, name: str) -> str:
         """Its full path."""

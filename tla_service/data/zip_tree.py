@@ -7,7 +7,7 @@ import posixpath
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,32 +34,34 @@ class ZipTree:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.folders: set[str] = set()
         self._handles: dict[int, zipfile.ZipFile] = {}
         # Size and checksum; None for a link to nothing.
         self._entries: dict[str, tuple[int, int] | None] = {}
         # What the archive calls an entry, where that is another name.
         self._stored: dict[str, str] = {}
         links: dict[str, str] = {}
+        folders: set[str] = set()
         for entry in self._open().infolist():
             inside = self._inside(entry)
             name = posixpath.normpath(inside)
-            if not is_member(name):
-                continue
+            folders.add(name if inside.endswith("/") else posixpath.dirname(name))
             if inside.endswith("/"):
-                self.folders.update(_folders([f"{name}/"]))
                 continue
-            if entry.flag_bits & _ENCRYPTED:
+            if entry.flag_bits & _ENCRYPTED and is_member(name):
                 remedy = "unpack it with its password and point data.root at the folder"
                 raise UnavailableError("data.root", path, "is encrypted", remedy)
             self._add(name, (entry.file_size, entry.CRC), entry.filename)
             if stat.S_ISLNK(entry.external_attr >> 16):
                 links[name] = self.read(name).decode("utf-8", errors="replace")
-        self.folders.update(_folders(self._entries))
-        for name, target in self._followed(links).items():
-            self._resolve(name, target)
-        self.folders.update(_folders(self._entries))
+        folders = _with_parents(folders)
+        # Hidden files are kept until here: links that are part of the set may lead to them.
+        # Links to files go first: linked folders may hold some.
+        for name, target in sorted(self._followed(links).items(), key=lambda pair: pair[1] in folders):
+            self._resolve(name, target, is_folder=target in folders)
+        self._entries = {name: entry for name, entry in self._entries.items() if is_member(name)}
         self.names = sorted(self._entries)
+        folders |= _with_parents({posixpath.dirname(name) for name in self.names})
+        self.folders = {name for name in folders if is_member(name)}
 
     def _add(self, name: str, entry: tuple[int, int] | None, stored: str) -> None:
         self._entries[name] = entry
@@ -89,14 +91,16 @@ class ZipTree:
                 if at not in links:
                     break
                 at = posixpath.normpath(posixpath.join(posixpath.dirname(at), links[at]))
-            if at == "." or f"{link}/".startswith(f"{at}/"):
+            if at in links:
+                at = ""  # links that lead to each other lead nowhere
+            elif at == "." or f"{link}/".startswith(f"{at}/"):
                 raise link_loop(self.describe(link))
-            found[link] = "" if at in links else at
+            found[link] = at
         return found
 
-    def _resolve(self, link: str, target: str) -> None:
+    def _resolve(self, link: str, target: str, *, is_folder: bool) -> None:
         """Give a link the content of its target."""
-        if target not in self.folders:
+        if not is_folder:
             self._add(link, self._entries.get(target), self._stored.get(target, target))
             return
         del self._entries[link]
@@ -166,10 +170,10 @@ class ZipTree:
         return hashlib.sha256(f"{self.path.absolute()}{self.stamp(names)}".encode()).hexdigest()[:24]
 
 
-def _folders(names: Iterable[str]) -> set[str]:
-    """All folders that files are in."""
+def _with_parents(folders: set[str]) -> set[str]:
+    """Folders and all those above them."""
     found = set()
-    for folder in {posixpath.dirname(name) for name in names} - {"", "."}:
+    for folder in folders - {"", "."}:
         parts = folder.split("/")
         found |= {"/".join(parts[:count]) for count in range(1, len(parts) + 1)}
     return found
