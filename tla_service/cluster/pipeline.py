@@ -15,12 +15,12 @@ from tla_service.cluster.metrics import Outcome, RunMetrics
 from tla_service.cluster.session import check_storage, place, ray_session
 from tla_service.cluster.storage import RunFolder, earlier_name
 from tla_service.cluster.train import Record, TrainedRun, train_on_ray
-from tla_service.config import RunConfig
+from tla_service.config import RunConfig, TrackingConfig
 from tla_service.data import Dataset, load_dataset, split_validation
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.figures import attack_panel, training_curves
 from tla_service.inference.detector import Rejector
-from tla_service.job import INTERRUPTED
+from tla_service.job import INTERRUPTED, next_command
 from tla_service.lock import locked_folder
 from tla_service.logs import log_as_json
 from tla_service.models import build_model
@@ -125,7 +125,7 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, 
         if finished is None:
             return _train(config, output, held, terminal, labels, debug=debug, json_logs=json_logs)
     terminal.say("this run has finished before; to train again choose another --name, --seed or --output")
-    show_summary(finished, terminal)
+    _show_end(finished, terminal)
     return 0
 
 
@@ -197,7 +197,7 @@ def _train(
             follower.close()
             _close_run(uri, run_id, status, terminal)
     write_summary(output, summary)
-    show_summary(summary, terminal)
+    _show_end(summary, terminal)
     return 0
 
 
@@ -209,6 +209,15 @@ def _claim_storage(
     if config.scaling.storage is None:  # it is in the output folder, which is held
         return config, lambda: None
     return config, held.enter_context(RunFolder(storage, config.run_name).held(terminal.say))
+
+
+def _show_end(summary: Mapping[str, Any], terminal: Terminal) -> None:
+    """Show the summary and, on the last line, how to evaluate the model: registered or not, its address serves."""
+    show_summary(summary, terminal)
+    uri = summary["tracking_uri"]
+    # Where the flag, and not the environment, said where to track.
+    where = [] if registry.tracking_uri(TrackingConfig()) == uri else ["--tracking.uri", uri]
+    terminal.say(next_command("evaluate_tla.py", "--model", summary["model_uri"], *where))
 
 
 def _open_terminal(config: RunConfig, *, json_logs: bool) -> tuple[Terminal, dict[str, Any]]:
@@ -261,7 +270,8 @@ def check_before_start(config: RunConfig) -> Facts:
 
 def check_split(config: RunConfig, dataset: Dataset, num_workers: int) -> None:
     """Pool and batch against the training split: what one worker cannot have, more of them cannot have either."""
-    rows, _ = split_validation(dataset.train.labels, config.data.validation_fraction, config.seed)
+    labels, fraction = dataset.train.labels, config.data.validation_fraction
+    rows, _ = split_validation(labels, fraction, config.seed, dataset.class_names)
     training_batches(config, dataset, rows, WorkerContext(world_size=num_workers))
 
 

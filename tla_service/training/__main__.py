@@ -36,6 +36,7 @@ def main() -> int:
     use_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
     terminal = Terminal()
     with process_group(torch.device("cuda" if use_gpu else "cpu")) as context, contextlib.ExitStack() as locks:
+        config.check_workers(context.world_size)
         with failing_together(context):
             if context.is_main:
                 locks.enter_context(locked_folder(output, "output"))
