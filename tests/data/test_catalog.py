@@ -63,6 +63,26 @@ def test_digits_values_are_those_of_scikit_learn() -> None:
     assert {(tuple(image.flatten().tolist()), int(label)) for image, label in found} <= originals
 
 
+def test_the_gates_images_are_the_same_under_every_limit() -> None:
+    def gate(config: DataConfig) -> tuple[set[bytes], set[bytes]]:
+        data = catalog.load_dataset(config)
+        images = [image.numpy().tobytes() for image in data.test.fetch(torch.arange(len(data.test)))]
+        sides = [
+            {image for image, own in zip(images, data.gate.tolist(), strict=True) if own is side}
+            for side in (True, False)
+        ]
+        return sides[0], sides[1]
+
+    gates, others = gate(DataConfig())
+    assert (len(gates), len(others)) == (110, 340)
+    assert gate(DataConfig(train_limit=100)) == (gates, others)
+    few, rest = gate(DataConfig(test_limit=90))
+    assert len(few | rest) == 90
+    assert few
+    assert few <= gates
+    assert rest <= others
+
+
 def test_limits_cut_both_parts_and_change_the_fingerprint(make_config: MakeConfig) -> None:
     whole = catalog.load_dataset(make_config())
     cut = catalog.load_dataset(make_config(train_limit=100, test_limit=3))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tla_service.data.splits import split_validation, stratified_subset
+from tla_service.data.splits import gate_images, split_validation, stratified_subset
 from tla_service.errors import ConfigError
 
 
@@ -60,3 +60,20 @@ def test_ties_do_not_favour_the_first_classes() -> None:
     chosen = labels[stratified_subset(labels, 50)]
     assert len(set(chosen.tolist())) == 50
     assert 30 < float(chosen.float().mean()) < 70
+
+
+@settings(deadline=None, max_examples=30)
+@given(per_class=st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(any), count=st.integers(1, 400))
+def test_images_of_the_gate_are_a_quarter_of_each_class_and_of_each_subset(per_class: list[int], count: int) -> None:
+    labels = torch.cat([torch.full((size,), label) for label, size in enumerate(per_class)])
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(count))]
+    gate = gate_images(labels)
+    assert torch.equal(gate, gate_images(labels))
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[stratified_subset(labels, count)] = True
+    for label in range(len(per_class)):
+        for rows in (labels == label, chosen & (labels == label)):
+            # Of every four images of a class one is the gate's, and never the first.
+            assert int(rows.sum()) // 4 <= int((gate & rows).sum()) <= (int(rows.sum()) + 2) // 4
+    first = stratified_subset(labels, 1)
+    assert not gate[first].any()
