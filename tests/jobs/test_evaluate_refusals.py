@@ -65,6 +65,9 @@ def test_attacks_that_cannot_be(run_in_process: Run, tmp_path: Path) -> None:
         (["--epsilon", "0"], "epsilon"),
         (["--attacks", '{"a": {"kind": "jsma"}}'], "fgsm, bim, pgd, mim, cw"),
         (["--attacks", '{"a": {"kind": "fgsm"}}'], "none of them is PGD"),
+        # Curves and audit must not rest on an attack of another radius.
+        (["--attacks", '{"a": {"epsilon": 0.001, "step_size": 0.001}}'], "none of them is PGD with norm linf"),
+        (["--data.test_limit", "100", "--images.autoattack", "1"], "all of which are set aside for the promotion gate"),
     ]:
         code, message = run_in_process("--model", good, *arguments)
         assert code == 2, message
