@@ -84,6 +84,12 @@ def test_every_place_of_the_files_gives_the_same(folder: Path, make_config: Make
     assert len({item.fingerprint for item in found}) == 1
 
 
+def test_several_sets_in_one_root_are_refused(folder: Path, make_config: MakeConfig) -> None:
+    shutil.copytree(folder / "tiny-imagenet-200", folder / "old" / "set")
+    with pytest.raises(ConfigError, match=r"data\.root=.*: holds 2 data sets: old/set, tiny-imagenet-200; point it at"):
+        load_dataset(make_config(name="tiny_imagenet", root=str(folder)))
+
+
 def test_a_smaller_side(folder: Path, make_config: MakeConfig) -> None:
     assert load_dataset(make_config(name="tiny_imagenet", root=str(folder), image_size=4)).image_shape == (3, 4, 4)
 

@@ -124,7 +124,7 @@ def _from_parquet(config: DataConfig, root: Path, channels: int) -> Splits | Non
     if splits.train.image_shape[0] != channels:
         # The root may hold another set: files are found at any depth.
         reason = (
-            f"its Parquet files hold images of {splits.train.image_shape[0]} channels, {config.name} has {channels}"
+            f"its Parquet files hold {splits.train.image_shape[0]}-channel images, {config.name} has {channels}"
         )
         raise ConfigError("data.root", config.root, reason, "point it at this set's folder, or set data.name=parquet")
     return splits
