@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pyarrow import parquet as pq
 
 from tla_service.config import DataConfig
@@ -47,6 +48,7 @@ def folder(tmp_path: Path, blobs: list[bytes]) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_real_cifar10_is_decoded_once(real_data: Path, tmp_path: Path, make_config: MakeConfig) -> None:
     # One of five shards: all of them take half a minute on a busy machine.
     for name in ("train-00003-of-00005.parquet", "test-00000-of-00001.parquet"):
@@ -71,6 +73,38 @@ def test_real_cifar10_is_decoded_once(real_data: Path, tmp_path: Path, make_conf
     assert isinstance(streamed.train, FileSource)
     assert torch.equal(streamed.train.fetch(rows), cifar.train.fetch(rows))
     assert torch.equal(streamed.train.labels, cifar.train.labels)
+
+
+def test_cifar10_as_hubs_publish_it(
+    tmp_path: Path, encoded: Callable[..., bytes], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column `img` of lossless WebP, shards, class names in the metadata; decoded once, streamed alike."""
+    draws, names = np.random.default_rng(0), [f"class {number}" for number in range(10)]
+    pixels = draws.integers(0, 256, (110, 32, 32, 3), np.uint8)
+    labels = [row % 10 for row in range(110)]
+    for name, rows in (("train-00000-of-00002", range(50)), ("train-00001-of-00002", range(50, 100)),
+                       ("test-00000-of-00001", range(100, 110))):  # fmt: skip
+        images = [{"bytes": encoded(pixels[row], "WEBP", lossless=True), "path": None} for row in rows]
+        own = pa.array([labels[row] for row in rows], pa.int64())
+        table = pa.table({"img": pa.array(images, STRUCT), "label": own})
+        pq.write_table(table.replace_schema_metadata({"label_names": ",".join(names)}), tmp_path / f"{name}.parquet")
+    config = make_config(name="cifar10", root=str(tmp_path))
+    cifar = load_dataset(config)
+    by_format = load_dataset(config.model_copy(update={"name": "parquet"}))
+    streamed = load_dataset(config.model_copy(update={"residency": "stream"}))
+    opened: list[Any] = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or original(file))
+    again = load_dataset(config)
+
+    assert (len(cifar.train), len(cifar.test), cifar.image_shape) == (100, 10, (3, 32, 32))
+    assert list(cifar.class_names) == names
+    assert cifar.train.labels.tolist() == labels[:100]
+    assert cifar.fingerprint == by_format.fingerprint == again.fingerprint
+    assert np.array_equal(again.train.fetch(torch.arange(100)).numpy(), pixels[:100].transpose(0, 3, 1, 2))
+    assert len(opened) <= 64  # those that are looked at for their shape
+    assert isinstance(streamed.train, FileSource)
+    assert np.array_equal(streamed.train.fetch(torch.arange(100)).numpy(), pixels[:100].transpose(0, 3, 1, 2))
 
 
 def test_files_and_rows_keep_their_order(folder: Path, make_config: MakeConfig) -> None:

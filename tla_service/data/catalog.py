@@ -12,7 +12,7 @@ from tla_service.data.image_folder import load_image_folder
 from tla_service.data.members import listed, notice
 from tla_service.data.parquet import load_parquet
 from tla_service.data.sources import Dataset, Splits, StoredSource
-from tla_service.data.splits import stratified_subset
+from tla_service.data.splits import gate_images, stratified_subset
 from tla_service.data.tiny_imagenet import load_tiny_imagenet
 from tla_service.data.torchvision_sets import load_cifar, load_mnist
 from tla_service.errors import ConfigError, UnavailableError
@@ -52,6 +52,9 @@ def load_dataset(config: DataConfig) -> Dataset:
     splits = _LOADERS[config.name](config)
     _check(config, splits)
     train, test = _limited(splits.train, config.train_limit), _limited(splits.test, config.test_limit)
+    gate = gate_images(splits.test.labels)
+    if len(test) < len(gate):
+        gate = gate[stratified_subset(splits.test.labels, len(test))]
     if config.train_limit is not None and len(torch.unique(train.labels)) < len(splits.class_names):
         classes = len(splits.class_names)
         raise ConfigError(
@@ -62,7 +65,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         )
     facts = [train.digest(), test.digest(), splits.class_names, train.image_shape]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return Dataset(config.name, train, test, splits.class_names, train.image_shape, fingerprint)
+    return Dataset(config.name, train, test, gate, splits.class_names, train.image_shape, fingerprint)
 
 
 def _limited(source: StoredSource, limit: int | None) -> StoredSource:

@@ -9,6 +9,7 @@ from tla_service.data.members import listed
 from tla_service.errors import ConfigError
 
 _LIMIT_SEED = 0
+_GATE_EVERY = 4  # the share of test images set aside for the promotion gate is one in so many
 
 
 def split_validation(
@@ -64,14 +65,39 @@ def stratified_subset(labels: torch.Tensor, count: int) -> torch.Tensor:
     total = len(labels)
     if count >= total:
         return torch.arange(total)
-    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(_LIMIT_SEED))
+    shuffled, by_class, place = _shuffled_by_class(labels)
     # The k-th of a class's n images stands at (k + 1/2) / n: cutting that line anywhere takes the same share of each.
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    counts = labels.bincount()
-    place = torch.arange(total) - (counts.cumsum(0) - counts)[labels[by_class]]
-    position = (place + 0.5) / counts[labels[by_class]]
+    position = (place + 0.5) / labels.bincount()[labels[by_class]]
     # Ties between classes go by the shuffle, or the lowest classes would win all of them.
     tie = torch.empty(total, dtype=torch.int64)
     tie[shuffled] = torch.arange(total)
     order = tie[by_class].argsort()
     return by_class[order[position[order].argsort(stable=True)]][:count].sort().values
+
+
+def gate_images(labels: torch.Tensor) -> torch.Tensor:
+    """Which test images are set aside for the promotion gate: one in four of each class, chosen by the labels alone.
+
+    Every fourth image of a class, in the order in which :func:`stratified_subset` takes them: each of its subsets
+    holds about a quarter of gate images, too, and the first image of a class is never one.
+
+    Args:
+        labels: Class of every image of the whole test set (N,), int64.
+
+    Returns:
+        (N,), bool.
+    """
+    _, by_class, place = _shuffled_by_class(labels)
+    gate = torch.zeros(len(labels), dtype=torch.bool)
+    # Classes begin at different places, or rounding would favour one side in all of them at once.
+    gate[by_class] = place % _GATE_EVERY == 1 + labels[by_class] % (_GATE_EVERY - 1)
+    return gate
+
+
+def _shuffled_by_class(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A fixed shuffle of N images; the same sorted by class; and each of these images' number within its class."""
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_LIMIT_SEED))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    counts = labels.bincount()
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    return shuffled, by_class, place

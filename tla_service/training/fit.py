@@ -348,6 +348,7 @@ def training_batches_of(
     config: RunConfig, source: ImageSource, rows: Tensor, context: WorkerContext
 ) -> TrainingBatches:
     """Some of a source's images as batches with what the method's mining needs."""
+    config.check_workers(context.world_size)
     mining = config.mining
     separate = config.mines_triplets and mining.pool == "separate"
     pool_size = mining.pool_size if separate else 0
