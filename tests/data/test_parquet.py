@@ -283,7 +283,7 @@ def test_without_test_labels_the_validation_files_are_used(
     root = hub(tmp_path, blobs, **splits)
     found = load_dataset(make_config(name="parquet", root=root))
     assert found.test.labels.tolist() == [2, 1, 0]
-    assert f"{root}/test-00000-of-00001.parquet has no labels; testing on the {spelling} files" in caplog.text
+    assert f"{root}/test-00000-of-00001.parquet has no labels; testing on the {spelling} files (" in caplog.text
     assert f"data.root={root}: files left out: test-00000-of-00001.parquet" in caplog.text
 
 
@@ -311,6 +311,12 @@ def test_files_that_are_not_used_and_shards_that_are_missing_are_said(
     assert f"{folder}/train-00000-of-00002.parquet: only 1 of 2 files are there" in caplog.messages
     left_out = f"data.root={folder}: files left out: Train-1.parquet, validation-00000-of-00001.parquet"
     assert left_out in caplog.messages
+
+
+def test_a_zip_file_is_refused_in_words(tmp_path: Path, make_config: MakeConfig) -> None:
+    (tmp_path / "hub.zip").write_bytes(b"PK")
+    with pytest.raises(UnavailableError, match=r"hub\.zip: is a file, not a folder of Parquet files; unpack it"):
+        load_dataset(make_config(name="parquet", root=str(tmp_path / "hub.zip")))
 
 
 def test_an_empty_file_among_others_does_no_harm(folder: Path, blobs: list[bytes], make_config: MakeConfig) -> None:

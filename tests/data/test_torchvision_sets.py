@@ -90,6 +90,19 @@ def test_parquet_files_of_another_set_are_refused(
         load_dataset(make_config(name="cifar10", root=str(tmp_path / "grey")))
 
 
+def test_own_files_go_before_parquet_files_elsewhere_in_the_root(
+    small_mnist: Path, make_config: MakeConfig, encoded: Callable[..., bytes]
+) -> None:
+    expected = load_dataset(make_config(name="mnist", root=str(small_mnist)))
+    (small_mnist / "other").mkdir()
+    for part in ("train", "test"):
+        table = pa.table({"image": [encoded(np.zeros((8, 8), np.uint8))] * 4, "label": [0, 1] * 2})
+        pq.write_table(table, small_mnist / "other" / f"{part}-0.parquet")
+    assert load_dataset(make_config(name="mnist", root=str(small_mnist))).fingerprint == expected.fingerprint
+    with pytest.raises(ConfigError, match=r"data\.label_column=label: data\.root is not read as Parquet files"):
+        load_dataset(make_config(name="mnist", root=str(small_mnist), label_column="label"))
+
+
 def test_packed_unpacked_and_bare_folders_agree(small_mnist: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     from torchvision.datasets import MNIST
 
