@@ -116,6 +116,36 @@ def test_what_cannot_be_trained_on_is_refused(
         load_made(made)
 
 
+@pytest.mark.parametrize("label", [-1, 2, 2**40])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_labels_beyond_the_classes_are_refused_before_they_are_counted(
+    load_made: Callable[..., Dataset], part: str, label: int
+) -> None:
+    made = splits([0, 1, label], [0]) if part == "train" else splits([0, 1], [0, label])
+    with pytest.raises(UnavailableError, match="has labels beyond its 2 classes; correct the labels"):
+        load_made(made)
+
+
+def test_classes_without_test_images_are_said(
+    load_made: Callable[..., Dataset], caplog: pytest.LogCaptureFixture
+) -> None:
+    load_made(splits([0, 1, 2], [1], ("a", "b", "c")))
+    assert caplog.messages == ["data.root=None: 2 classes have no test images: a, c"]
+
+
+def test_classes_that_look_alike_are_said(load_made: Callable[..., Dataset], caplog: pytest.LogCaptureFixture) -> None:
+    load_made(splits([0, 1, 2, 3], [0, 1, 2, 3], ("A", "a", "Cat", "cat ")))
+    assert caplog.messages == ["data.root=None: classes 'Cat' and 'cat ' differ only in case or spaces"]
+
+
+@pytest.mark.parametrize("field", ["label_column", "image_column"])
+@pytest.mark.parametrize("name", ["digits", "tiny_imagenet", "image_folder", "mnist", "cifar10"])
+def test_columns_are_for_parquet_only(make_config: MakeConfig, tmp_path: Any, name: str, field: str) -> None:
+    config = make_config(name=name, root=str(tmp_path), image_size=8, **{field: "x"})
+    with pytest.raises(ConfigError, match=rf"data\.{field}=x: .*; leave it out"):
+        catalog.load_dataset(config)
+
+
 def test_parts_of_different_shapes_are_refused(load_made: Callable[..., Dataset]) -> None:
     made = splits([0, 1], [0])
     other = ArraySource(torch.zeros(1, 1, 3, 3, dtype=torch.uint8), torch.tensor([0]))

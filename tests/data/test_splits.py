@@ -34,6 +34,30 @@ def test_the_split_is_a_function_of_the_seed() -> None:
     assert not torch.equal(split_validation(labels, 0.1, 3)[1], split_validation(labels, 0.1, 4)[1])
 
 
+def test_a_class_of_one_image_is_named() -> None:
+    labels = torch.tensor([0, 0, 0, 2, 3, 3, 5])
+    names = ["cat", "dog", "eel", "fox", "gnu", "hen"]
+    reason = r"data\.validation_fraction=0\.5: each of the classes 'eel', 'hen' has a single training image"
+    with pytest.raises(ConfigError, match=reason):
+        split_validation(labels, 0.5, 0, names)
+    with pytest.raises(ConfigError, match=r"class 'eel' has a single training image, .*; add images, remove the class"):
+        split_validation(labels[:-1], 0.5, 0, names)
+    with pytest.raises(ConfigError, match=r"class 2 has a single training image"):
+        split_validation(labels[:-1], 0.5, 0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(classes=st.integers(2, 1500), per_class=st.integers(2, 9), extra=st.integers(0, 50))
+def test_the_share_that_is_asked_for_is_enough(classes: int, per_class: int, extra: int) -> None:
+    labels = torch.arange(classes * per_class + extra) % classes
+    with pytest.raises(ConfigError) as caught:
+        split_validation(labels, 1e-6, 0)
+    asked = float(caught.value.remedy.rpartition(" ")[2])
+    train, validation = split_validation(labels, asked, 0)
+    assert len(validation) >= classes
+    assert len(train) >= classes
+
+
 @pytest.mark.parametrize("labels", [[0, 0, 0, 1], [0] * 30 + [1] * 30, []])
 def test_what_cannot_be_split_is_refused(labels: list[int]) -> None:
     with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.01"):

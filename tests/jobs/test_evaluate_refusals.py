@@ -15,7 +15,13 @@ from tla_service.models import build_model
 JOB = "evaluate_tla"
 
 
-def checkpoint(folder: Path, classes: int = 10, shape: tuple[int, int, int] = (1, 8, 8), spoil: bool = False) -> str:
+def checkpoint(
+    folder: Path,
+    classes: int = 10,
+    shape: tuple[int, int, int] = (1, 8, 8),
+    spoil: bool = False,
+    names: list[str] | None = None,
+) -> str:
     """Random weights as training leaves them."""
     folder.mkdir()
     config = RunConfig()
@@ -26,7 +32,7 @@ def checkpoint(folder: Path, classes: int = 10, shape: tuple[int, int, int] = (1
         next(iter(weights.values())).fill_(float("nan"))
     save_file(weights, folder / "best.safetensors")
     (folder / "config.yaml").write_text(to_yaml(config))
-    names = [str(number) for number in range(classes)]
+    names = names or [str(number) for number in range(classes)]
     (folder / "data.json").write_text(json.dumps({"class_names": names, "image_shape": shape, "fingerprint": "f"}))
     return str(folder)
 
@@ -39,6 +45,10 @@ def test_models_that_do_not_fit(run_in_process: Run, tmp_path: Path) -> None:
         (["--model", checkpoint(tmp_path / "broken", spoil=True)], "logits that are not finite"),
         (["--model", good, "--compare", checkpoint(tmp_path / "lacks", classes=9)], "compare="),
         (["--model", good, "--compare", good], "named twice"),
+        (
+            ["--model", checkpoint(tmp_path / "turned", names=list("0123456798"))],
+            "its class '9' is number 8, in digits it is number 9; evaluate it on data with the classes in its order",
+        ),
         (["--model", good, "--surrogate", good], "surrogate="),
     ]
     for arguments, said in cases:
