@@ -17,7 +17,6 @@ from pyarrow import parquet as pq
 
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
-from tla_service.data.parquet import find_columns
 from tla_service.data.sources import FileSource
 from tla_service.errors import ConfigError, UnavailableError, UserError
 
@@ -146,35 +145,6 @@ def test_class_names_from_the_metadata(
     assert load_dataset(make_config(name="parquet", root=str(folder))).class_names == names
 
 
-@settings(deadline=None)
-@given(st.dictionaries(st.sampled_from([b"huggingface", b"label_names", b"x"]), st.binary(max_size=30)))
-def test_rubbish_metadata_is_survived(metadata: dict[bytes, bytes]) -> None:
-    schema = pa.schema([("image", pa.binary()), ("label", pa.int8())], metadata=metadata)
-    assert find_columns(schema, Path("x")).label == "label"
-
-
-@settings(deadline=None)
-@given(
-    st.dictionaries(
-        st.sampled_from(["image", "img", "label", "labels", "fine_label", "id", "a", "b"]),
-        st.sampled_from([pa.binary(), pa.large_binary(), STRUCT, pa.struct([("x", pa.int8())]), pa.int64()]),
-    )
-)
-def test_columns_are_found_by_type_whatever_their_names(fields: dict[str, pa.DataType]) -> None:
-    images = {name for name, kind in fields.items() if kind in (pa.binary(), pa.large_binary(), STRUCT)}
-    labels = {name for name, kind in fields.items() if kind == pa.int64()}
-    schema = pa.schema(list(fields.items()))
-    if not images or not labels:
-        with pytest.raises(UnavailableError, match="no column of"):
-            find_columns(schema, Path("x.parquet"))
-        return
-    found = find_columns(schema, Path("x.parquet"))
-    assert found.image in images
-    assert found.label in labels
-    assert found.image == "image" or "image" not in images
-    assert found.label == "label" or "label" not in labels
-
-
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_rubbish_files_are_named(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
@@ -194,8 +164,8 @@ def test_rubbish_files_are_named(tmp_path_factory: pytest.TempPathFactory, data:
     [
         (None, 1, r"row 1: no image bytes"),
         (b"rubbish", 1, r"row 1: not a readable image"),
-        (b"", None, r"row 1: no usable label \(None\)"),
-        (b"", -1, r"row 1: no usable label \(-1\)"),
+        (b"", None, r"row 1: has no label \(None\)"),
+        (b"", -1, r"row 1: has no label \(-1\)"),
     ],
 )
 def test_bad_rows_are_named(

@@ -236,7 +236,8 @@ def check_before_start(config: RunConfig) -> Facts:
 
 def check_split(config: RunConfig, dataset: Dataset, num_workers: int) -> None:
     """Pool and batch against the training split: what one worker cannot have, more of them cannot have either."""
-    rows, _ = split_validation(dataset.train.labels, config.data.validation_fraction, config.seed)
+    labels, fraction = dataset.train.labels, config.data.validation_fraction
+    rows, _ = split_validation(labels, fraction, config.seed, dataset.class_names)
     training_batches(config, dataset, rows, WorkerContext(world_size=num_workers))
 
 

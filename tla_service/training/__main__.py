@@ -31,6 +31,7 @@ def main() -> int:
     config, output = settings.run_config, settings.output_folder
     use_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
     with process_group(torch.device("cuda" if use_gpu else "cpu")) as context:
+        config.check_workers(context.world_size)
         finished = open_output(config, output)
         terminal = Terminal()
         if settings.log_format == "json":
