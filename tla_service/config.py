@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from tla_service.config_adversary import AttackConfig, EvaluationAttack
-from tla_service.config_fields import Pixels, Section, epsilon_in_levels, setting, wrong
+from tla_service.config_bounds import ImageShape, Trouble, length_trouble
+from tla_service.config_fields import Pixels, Section, setting, wrong
 from tla_service.config_training import OptimizerConfig, ScheduleConfig, SpeedConfig, TrainingConfig
 
 Method = Literal["natural", "at", "alp", "tla", "tla_rn", "tla_sa", "trades", "mart"]
@@ -270,6 +271,22 @@ class RunConfig(Section):
         name = self.tracking.registered_model
         return f"tla-{self.data.name.replace('_', '-')}" if name is None else name or None
 
+    def attack_trouble(self, shape: ImageShape | None) -> Trouble | None:
+        """What is wrong with the lengths of its attacks, on images of a shape (C, H, W) if that is known.
+
+        Asked where a run begins, not where one is read: what was trained before this was checked must still load.
+        """
+        own, steps = self.attack, self.attack.num_steps if self.attack.kind == "pgd" else None
+        found = [length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)]
+        attacks = {f"evaluation.test.{name}": attack for name, attack in self.evaluation.test.items()}
+        for where, attack in {"evaluation.validation": self.evaluation.validation, **attacks}.items():
+            norm = attack.norm or own.norm
+            epsilon = own.epsilon if attack.epsilon is None else attack.epsilon
+            step_size = own.step_size if attack.step_size is None else attack.step_size
+            own_step = None if attack.kind == "fgsm" else step_size
+            found.append(length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape))
+        return next(filter(None, found), None)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         workers = self.scaling.num_workers
@@ -301,11 +318,6 @@ class RunConfig(Section):
                 f"not divisible by {workers} workers with mining.scope=global",
                 f"use {self.mining.pool_size // workers * workers or workers}",
             )
-        attacks = {f"evaluation.test.{name}": attack for name, attack in self.evaluation.test.items()}
-        for where, attack in {"evaluation.validation": self.evaluation.validation, **attacks}.items():
-            epsilon = self.attack.epsilon if attack.epsilon is None else attack.epsilon
-            if (attack.norm or self.attack.norm) == "linf" and epsilon > 1:
-                raise epsilon_in_levels(f"{where}.epsilon", epsilon)
         if self.data.root is None and self.data.name != "digits":
             raise wrong("data.root", None, f"{self.data.name} is not embedded", "give a folder, or s3://bucket/prefix")
         return self

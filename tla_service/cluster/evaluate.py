@@ -25,6 +25,7 @@ from tla_service.report.plan import (
     Plan,
     attack_tasks,
     bank_rows,
+    check_plan,
     embedding_tasks,
     make_plan,
     query_task,
@@ -58,6 +59,7 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
     subject, dataset = models.subject, models.dataset
     output = (settings.output or Path("reports") / subject.key).expanduser().absolute()
     plan = make_plan(settings, dataset.name, subject.norm, subject.epsilon, has_surrogate=models.surrogate is not None)
+    check_plan(plan, dataset.image_shape)
     finished = _open_folder(output, identity(settings, models))
     if finished:
         terminal.say("this evaluation has finished before; choose another --output to make it again")

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DatasetName, ScalingConfig, TrackingConfig
 from tla_service.config_adversary import EvaluationAttack
-from tla_service.config_fields import Pixels, Section, epsilon_in_levels, setting, wrong
+from tla_service.config_bounds import length_trouble
+from tla_service.config_fields import Pixels, Section, setting, wrong
 from tla_service.config_loading import JobSettings
 
 
@@ -139,9 +140,27 @@ class EvaluateSettings(JobSettings):
         for name in ("clean", "autoattack", "worst"):
             if name in self.attacks:
                 raise wrong(f"attacks.{name}", name, "this name is taken", "call the attack otherwise")
-        if self.norm != "l2" and self.epsilon is not None and self.epsilon > 1:
-            raise epsilon_in_levels("epsilon", self.epsilon)
+        self._check_lengths()
         return self
+
+    def _check_lengths(self) -> None:
+        """As far as they are given here; `check_plan` checks what they become."""
+        detection = self.detection
+        given = [("", None, self.epsilon, None, None)]
+        given += [("detection", None, detection.epsilon, detection.step_size, detection.num_steps)]
+        given += [(f"attacks.{name}", a.norm, a.epsilon, _step(a), a.num_steps) for name, a in self.attacks.items()]
+        for where, own_norm, epsilon, step_size, num_steps in given:
+            if epsilon is None:
+                continue
+            norm = own_norm or self.norm
+            trouble = length_trouble(where, norm or "linf", epsilon, step_size, num_steps)
+            if trouble is not None:
+                by_norm = norm is None and epsilon > 1
+                raise wrong(*trouble[:3], f"{trouble.remedy}, or give --norm l2" if by_norm else trouble.remedy)
+
+
+def _step(attack: EvaluationAttack) -> float | None:
+    return None if attack.kind == "fgsm" else attack.step_size
 
 
 def spread_lists(arguments: Sequence[str], names: Sequence[str] = ("compare",)) -> list[str]:

@@ -25,7 +25,7 @@ from tla_service.data import (
     load_dataset,
     split_validation,
 )
-from tla_service.errors import UserError
+from tla_service.errors import ConfigError, UserError
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, keep_freed_memory, mixed_seed, raise_together
@@ -92,6 +92,7 @@ class Run:
             keep_freed_memory()
         with self.phases("data"), failing_together(context):
             self.dataset = load_dataset(config.data)
+            check_lengths(config, self.dataset)
             self.train_rows, self.validation_rows = split_validation(
                 self.dataset.train.labels, config.data.validation_fraction, config.seed
             )
@@ -337,6 +338,17 @@ def failing_together(context: WorkerContext) -> Iterator[None]:
     except UserError as caught:
         error = caught
     raise_together(error, context)
+
+
+def check_lengths(config: RunConfig, dataset: Dataset) -> None:
+    """Refuse radii and step sizes that make no sense on these images.
+
+    Raises:
+        ConfigError: One does not.
+    """
+    trouble = config.attack_trouble(dataset.image_shape)
+    if trouble is not None:
+        raise ConfigError(*trouble)
 
 
 def training_batches(config: RunConfig, dataset: Dataset, rows: Tensor, context: WorkerContext) -> TrainingBatches:
