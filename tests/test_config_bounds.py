@@ -26,7 +26,8 @@ def test_the_remedy_of_a_radius_is_accepted(epsilon: float) -> None:
     found = length_trouble("a", "l2", epsilon, shape=(3, 32, 32))
     assert found is not None
     advice = found.remedy.removeprefix("write ").removeprefix("use at most ")
-    value = float(advice.split("/")[0]) / float((advice.split("/") + ["1"])[1])
+    above, _, below = advice.partition("/")
+    value = float(above) / float(below or 1)
     assert length_trouble("a", "l2", value, shape=(3, 32, 32)) is None
 
 

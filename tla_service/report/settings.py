@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DatasetName, ScalingConfig, TrackingConfig
 from tla_service.config_adversary import EvaluationAttack
-from tla_service.config_bounds import length_trouble
+from tla_service.config_bounds import Norm, length_trouble
 from tla_service.config_fields import Pixels, Section, setting, wrong
 from tla_service.config_loading import JobSettings
 
@@ -146,21 +146,21 @@ class EvaluateSettings(JobSettings):
     def _check_lengths(self) -> None:
         """As far as they are given here; `check_plan` checks what they become."""
         detection = self.detection
-        given = [("", None, self.epsilon, None, None)]
-        given += [("detection", None, detection.epsilon, detection.step_size, detection.num_steps)]
-        given += [(f"attacks.{name}", a.norm, a.epsilon, _step(a), a.num_steps) for name, a in self.attacks.items()]
-        for where, own_norm, epsilon, step_size, num_steps in given:
-            if epsilon is None:
-                continue
-            norm = own_norm or self.norm
-            trouble = length_trouble(where, norm or "linf", epsilon, step_size, num_steps)
-            if trouble is not None:
-                by_norm = norm is None and epsilon > 1
-                raise wrong(*trouble[:3], f"{trouble.remedy}, or give --norm l2" if by_norm else trouble.remedy)
+        self._check_length("", self.norm, self.epsilon)
+        self._check_length("detection", self.norm, detection.epsilon, detection.step_size, detection.num_steps)
+        for name, attack in self.attacks.items():
+            step_size = None if attack.kind == "fgsm" else attack.step_size
+            norm = attack.norm or self.norm
+            self._check_length(f"attacks.{name}", norm, attack.epsilon, step_size, attack.num_steps)
 
-
-def _step(attack: EvaluationAttack) -> float | None:
-    return None if attack.kind == "fgsm" else attack.step_size
+    @staticmethod
+    def _check_length(
+        where: str, norm: Norm | None, epsilon: float | None, step_size: float | None = None, steps: int | None = None
+    ) -> None:
+        trouble = length_trouble(where, norm or "linf", epsilon, step_size, steps) if epsilon is not None else None
+        if trouble is not None:
+            other = ", or give --norm l2" if norm is None and trouble.field.endswith("epsilon") else ""
+            raise wrong(*trouble[:3], trouble.remedy + other)
 
 
 def spread_lists(arguments: Sequence[str], names: Sequence[str] = ("compare",)) -> list[str]:

@@ -133,7 +133,8 @@ def _as_field(field: FieldInfo, value: Any) -> Any:
     if isinstance(value, bool):
         return value
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(typing.Annotated[field.annotation, field])
+        annotated: Any = typing.Annotated[field.annotation, field]
+        adapter = TypeAdapter(annotated)
         return adapter.dump_python(adapter.validate_python(value), mode="json")
     except ValidationError:
         return value
