@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from tla_service.config_adversary import AttackConfig, EvaluationAttack
-from tla_service.config_bounds import ImageShape, Trouble, length_trouble
-from tla_service.config_fields import Pixels, Section, setting, wrong
+from tla_service.config_bounds import ImageShape, length_trouble
+from tla_service.config_fields import Pixels, Section, Trouble, setting, wrong
+from tla_service.config_names import attack_trouble, experiment_trouble, model_trouble, tag_trouble
 from tla_service.config_training import OptimizerConfig, ScheduleConfig, SpeedConfig, TrainingConfig
 
 Method = Literal["natural", "at", "alp", "tla", "tla_rn", "tla_sa", "trades", "mart"]
@@ -196,6 +197,14 @@ class TrackingConfig(Section):
     )
     tags: dict[str, str] = setting({}, "extra tags on the run")
 
+    def trouble(self) -> Trouble | None:
+        """What is wrong with names that MLflow will be given. Asked where a run begins, not where one is read."""
+        found = [experiment_trouble("tracking.experiment", self.experiment)]
+        found += [tag_trouble("tracking.tags", key, value) for key, value in self.tags.items()]
+        if self.registered_model:
+            found.append(model_trouble("tracking.registered_model", self.registered_model))
+        return next(filter(None, found), None)
+
 
 class RunConfig(Section):
     """One training run, complete: what is logged with it, and what starts it again."""
@@ -212,7 +221,10 @@ class RunConfig(Section):
     }
 
     name: str = setting(
-        "", "run name; default: data set, method, seed and a digest of the configuration", pattern=r"^([\w-][\w.-]*)?$"
+        "",
+        "run name; default: data set, method, seed and a digest of the configuration",
+        pattern=r"^([\w-][\w.-]*)?$",
+        max_length=240,
     )
     method: Method = setting("tla", "training method")
     seed: int = setting(0, "seed of the split, the order, the initial weights and every random draw", ge=0, lt=2**31)

@@ -1,7 +1,9 @@
 """Which radii and step sizes make sense. Every section that holds an attack asks here."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
+
+from tla_service.config_fields import Trouble
 
 Norm = Literal["linf", "l2"]
 ImageShape = tuple[int, int, int]
@@ -20,15 +22,6 @@ _SHAPES: dict[str, ImageShape] = {
     "cifar100": (3, 32, 32),
     "tiny_imagenet": (3, 64, 64),
 }
-
-
-class Trouble(NamedTuple):
-    """What is wrong with a field, as the arguments of a ConfigError."""
-
-    field: str
-    value: str
-    reason: str
-    remedy: str
 
 
 def known_shape(data_name: str, image_size: int | None) -> ImageShape | None:

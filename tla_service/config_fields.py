@@ -2,7 +2,7 @@
 
 import math
 import typing
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -50,6 +50,15 @@ class Section(BaseModel):
 def _takes_bool(annotation: Any) -> bool:
     members = typing.get_args(annotation)
     return annotation in (bool, Any) or any(_takes_bool(member) for member in members)
+
+
+class Trouble(NamedTuple):
+    """What is wrong with a field, as the arguments of a ConfigError."""
+
+    field: str
+    value: str
+    reason: str
+    remedy: str
 
 
 def wrong(field: str, value: object, reason: str, remedy: str) -> PydanticCustomError:

@@ -17,10 +17,11 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from tla_service.config import RunConfig
+from tla_service.config import RunConfig, TrackingConfig
 from tla_service.config_bounds import known_shape
 from tla_service.config_errors import Explainer, suggest
 from tla_service.config_fields import wrong
+from tla_service.config_names import attack_trouble
 from tla_service.config_yaml import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError
 
@@ -60,6 +61,14 @@ class JobSettings(BaseSettings):
     config: Path | None = Field(None, description="YAML file with any of these settings")
     debug: bool = Field(False, description="show tracebacks")
 
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        tracking = getattr(self, "tracking", None)
+        trouble = tracking.trouble() if isinstance(tracking, TrackingConfig) else None
+        if trouble is not None:
+            raise wrong(*trouble)
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -91,6 +100,7 @@ class RunSettings(JobSettings, RunConfig):
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
         trouble = self.attack_trouble(known_shape(self.data.name, self.data.image_size))
+        trouble = trouble or attack_trouble("evaluation.test", self.evaluation.test)
         if trouble is not None:
             raise wrong(*trouble)
         return self

@@ -12,6 +12,7 @@ from tla_service.config import DataConfig, DatasetName, ScalingConfig, TrackingC
 from tla_service.config_adversary import EvaluationAttack
 from tla_service.config_bounds import Norm, length_trouble
 from tla_service.config_fields import Pixels, Section, setting, wrong
+from tla_service.config_names import attack_trouble
 from tla_service.config_loading import JobSettings
 
 
@@ -137,9 +138,9 @@ class EvaluateSettings(JobSettings):
     def _check(self) -> Self:
         if not self.model:
             raise wrong("model", "", "no model is named", "give --model models:/NAME@ALIAS, runs:/... or a folder")
-        for name in ("clean", "autoattack", "worst"):
-            if name in self.attacks:
-                raise wrong(f"attacks.{name}", name, "this name is taken", "call the attack otherwise")
+        trouble = attack_trouble("attacks", self.attacks, ("clean", "autoattack", "worst"))
+        if trouble is not None:
+            raise wrong(*trouble)
         self._check_lengths()
         return self
 
