@@ -55,14 +55,14 @@ def test_every_job_with_a_tracking_section_asks() -> None:
     for kind, arguments in ((EvaluateSettings, ["--model=a"]), (PromoteSettings, ["--model=a", "--version=1"])):
         with pytest.raises(ConfigError, match=r"^tracking\.experiment= : "):
             read_settings(kind, [*arguments, "--tracking.experiment= "])  # type: ignore[type-var]
-    with pytest.raises(ConfigError, match="^name=a/b: a registered model's name cannot hold /"):
+    with pytest.raises(ConfigError, match=r"^name=a/b: a registered model's name cannot hold /"):
         read_settings(ImportSettings, ["--file=w.pt", "--name=a/b"])
-    with pytest.raises(ConfigError, match="^epsilon=8: outside .*write 8/255"):
+    with pytest.raises(ConfigError, match=r"^epsilon=8: outside .*write 8/255"):
         read_settings(ImportSettings, ["--file=w.pt", "--epsilon=8"])
     with pytest.raises(ConfigError, match=r"^attacks=a%: MLflow takes"):
         read_settings(EvaluateSettings, ["--model=a", '--attacks={"a%": {}}'])
     for alias in ("latest", "v3", "a b", "a/b"):
-        with pytest.raises(ConfigError, match="^alias="):
+        with pytest.raises(ConfigError, match=r"^alias="):
             read_settings(PromoteSettings, ["--model=a", "--version=1", f"--alias={alias}"])
 
 

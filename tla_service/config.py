@@ -12,7 +12,7 @@ from pydantic import model_validator
 from tla_service.config_adversary import AttackConfig, EvaluationAttack
 from tla_service.config_bounds import ImageShape, length_trouble
 from tla_service.config_fields import Pixels, Section, Trouble, setting, wrong
-from tla_service.config_names import attack_trouble, experiment_trouble, model_trouble, tag_trouble
+from tla_service.config_names import experiment_trouble, model_trouble, tag_trouble
 from tla_service.config_training import OptimizerConfig, ScheduleConfig, SpeedConfig, TrainingConfig
 
 Method = Literal["natural", "at", "alp", "tla", "tla_rn", "tla_sa", "trades", "mart"]

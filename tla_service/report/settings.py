@@ -12,8 +12,8 @@ from tla_service.config import DataConfig, DatasetName, ScalingConfig, TrackingC
 from tla_service.config_adversary import EvaluationAttack
 from tla_service.config_bounds import Norm, length_trouble
 from tla_service.config_fields import Pixels, Section, setting, wrong
-from tla_service.config_names import attack_trouble
 from tla_service.config_loading import JobSettings
+from tla_service.config_names import attack_trouble
 
 
 class EvaluatedData(Section):

@@ -25,7 +25,7 @@ from tla_service.data import (
     load_dataset,
     split_validation,
 )
-from tla_service.errors import ConfigError, UserError
+from tla_service.errors import UserError
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, keep_freed_memory, mixed_seed, raise_together
@@ -33,6 +33,7 @@ from tla_service.training.checkpoint import TrainingState, cpu_weights, load_che
 from tla_service.training.guard import COLLAPSED, collapses, has_collapsed, message
 from tla_service.training.meter import Meter
 from tla_service.training.optimizer import build_optimizer
+from tla_service.training.precheck import check_start
 from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
 from tla_service.training.result import FitResult, Phases
@@ -92,11 +93,11 @@ class Run:
             keep_freed_memory()
         with self.phases("data"), failing_together(context):
             self.dataset = load_dataset(config.data)
-            check_lengths(config, self.dataset)
             self.train_rows, self.validation_rows = split_validation(
                 self.dataset.train.labels, config.data.validation_fraction, config.seed
             )
             self.batches = training_batches(config, self.dataset, self.train_rows, context)
+            check_start(config, self.dataset, self.train_rows, context.world_size)
         self.total_steps = config.training.epochs * self.batches.steps_per_epoch
         if config.training.max_steps is not None:
             self.total_steps = min(self.total_steps, config.training.max_steps)
@@ -338,17 +339,6 @@ def failing_together(context: WorkerContext) -> Iterator[None]:
     except UserError as caught:
         error = caught
     raise_together(error, context)
-
-
-def check_lengths(config: RunConfig, dataset: Dataset) -> None:
-    """Refuse radii and step sizes that make no sense on these images.
-
-    Raises:
-        ConfigError: One does not.
-    """
-    trouble = config.attack_trouble(dataset.image_shape)
-    if trouble is not None:
-        raise ConfigError(*trouble)
 
 
 def training_batches(config: RunConfig, dataset: Dataset, rows: Tensor, context: WorkerContext) -> TrainingBatches:
