@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import ray
 from pyarrow import ArrowInvalid
 from pyarrow.fs import FileSystem
+from ray._private.services import get_webui_url_from_internal_kv
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
@@ -38,6 +39,8 @@ _STORAGE_REMEDIES = {
 }
 CONNECT_SECONDS = 5
 DASHBOARD_SECONDS = 60
+# An address that refuses every connection: TCP port 1 is reserved.
+NO_DASHBOARD = "http://127.0.0.1:1"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class _Scaled(Protocol):
 
 @contextlib.contextmanager
 def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False) -> Iterator[None]:
-    """Join the cluster that is named or found, else start one on this machine for the time of the block.
+    """Join the cluster that is named, else start one on this machine for the time of the block.
 
     Args:
         config: The run, or whatever names the cluster.
@@ -92,7 +95,8 @@ def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False
     else:
         _check_temporary_folder()
         try:
-            ray.init(num_cpus=_local_cpus(config.scaling), include_dashboard=dashboard, **quiet)
+            # "local": without it Ray joins a cluster that somebody else started on this machine.
+            ray.init("local", num_cpus=_local_cpus(config.scaling), include_dashboard=dashboard, **quiet)
         except Exception as error:  # Ray raises no class of its own here
             reason = f"does not start on this machine ({' '.join(str(error).split())[:200]})"
             remedy = f"look at load, memory and the logs in {_temporary_folder()[1]}/ray/session_latest/logs"
@@ -132,6 +136,7 @@ def place(config: RunConfig) -> Placement:
     """Decide on workers, and check that the cluster has room for them.
 
     Raises:
+        ConfigError: A step cannot be shared among that many workers.
         UnavailableError: It has not, and the run is not to wait for more nodes; the message shows the arithmetic.
     """
     scaling: ScalingConfig = config.scaling
@@ -145,7 +150,7 @@ def place(config: RunConfig) -> Placement:
         most = config.training.global_batch_size // 2
         workers = min(most, max(1, int(gpus / scaling.gpus_per_worker))) if use_gpu else min(most, 2)
     placement = Placement(workers, use_gpu, scaling.cpus_per_worker, scaling.gpus_per_worker)
-    _check_pool(config, workers)
+    config.check_workers(workers)
     if scaling.wait_seconds == 0:
         needed = {name: workers * share for name, share in placement.resources_per_worker.items()}
         for name, available in (("GPU", gpus), ("CPU", cpus)):
@@ -160,6 +165,26 @@ def place(config: RunConfig) -> Placement:
     return placement
 
 
+@contextlib.contextmanager
+def own_dashboard() -> Iterator[None]:
+    """Point Ray's state API at the dashboard of the cluster that this process has joined, and at no other.
+
+    A cluster without a dashboard announces Ray's default address all the same, where the dashboard of another cluster
+    on this machine may listen; and the environment may name one, for `ray job submit`. Asked whether a run is alive,
+    that one answers no, and Ray Train removes the run's workers.
+    """
+    url = get_webui_url_from_internal_kv()  # empty without a dashboard; the state API does not tell the difference
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{url}" if url else NO_DASHBOARD
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_API_SERVER_ADDRESS"]
+        else:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
 def check_dashboard() -> None:
     """See that the cluster's dashboard answers who is alive.
 
@@ -170,13 +195,13 @@ def check_dashboard() -> None:
         UnavailableError: It does not answer within `DASHBOARD_SECONDS`.
     """
     deadline = time.monotonic() + DASHBOARD_SECONDS
-    # Named, because this machine may have other clusters too.
-    address = ray.get_runtime_context().gcs_address
     while True:
         try:
-            list_nodes(address=address, limit=1, timeout=CONNECT_SECONDS)
+            with own_dashboard():
+                list_nodes(limit=1, timeout=CONNECT_SECONDS)
         except (RayStateApiException, OSError, RuntimeError) as error:
             if time.monotonic() > deadline:
+                address = ray.get_runtime_context().gcs_address
                 reason = f"the cluster's dashboard does not answer ({' '.join(str(error).split())[:200]})"
                 remedy = "install ray[default] and start the head with its dashboard"
                 raise UnavailableError("scaling.address", address, reason, remedy) from error
@@ -240,11 +265,6 @@ def _check_address(address: str) -> None:
     except OSError as error:
         reason = f"no Ray cluster answers ({(error.strerror or str(error)).lower()})"
         raise UnavailableError("scaling.address", address, reason, "start one with: ray start --head") from error
-
-
-def _check_pool(config: RunConfig, workers: int) -> None:
-    """Fields that depend on each other through a number of workers that was `auto` until now."""
-    RunConfig.model_validate(config.model_dump() | {"scaling": config.scaling.model_dump() | {"num_workers": workers}})
 
 
 def _local_cpus(scaling: ScalingConfig) -> int:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tla_service.cluster.mailbox import start_mailbox
-from tla_service.cluster.session import Placement
+from tla_service.cluster.session import Placement, own_dashboard
 from tla_service.cluster.worker import EpochsToMailbox, train_worker
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
@@ -120,6 +120,7 @@ def fit_on_ray(
     """
     if placement.num_workers <= FEW_WORKERS:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+    ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # no public way leads to the environment of the controller
     mailbox = start_mailbox()
     loop = {
         "config": config.model_dump(mode="json"),
@@ -151,7 +152,7 @@ def fit_on_ray(
         ),
     )
     try:
-        with _cluster_named():
+        with own_dashboard():
             result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds)
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]
@@ -162,25 +163,6 @@ def fit_on_ray(
         raise RuntimeError("the workers ended without a result") if returned is None else returned["error"]
     assert result.checkpoint is not None
     return FitResult(**returned["result"]), result.checkpoint
-
-
-@contextlib.contextmanager
-def _cluster_named() -> Iterator[None]:
-    """Tell Ray Train's processes which cluster is theirs.
-
-    Its cleaner asks the one cluster it finds whether a run still lives. Where there are two it gives up, and the places
-    of a stopped trial stay taken; or it asks the wrong one, and frees the places of a run that lives.
-    """
-    before = os.environ.get("RAY_ADDRESS")
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")  # there is no public way to an environment of the controller
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["RAY_ADDRESS"]
-        else:
-            os.environ["RAY_ADDRESS"] = before
 
 
 def _in_background(call: Callable[[], Result]) -> "Future[Result]":

@@ -94,7 +94,7 @@ class Run:
         with self.phases("data"), failing_together(context):
             self.dataset = load_dataset(config.data)
             self.train_rows, self.validation_rows = split_validation(
-                self.dataset.train.labels, config.data.validation_fraction, config.seed
+                self.dataset.train.labels, config.data.validation_fraction, config.seed, self.dataset.class_names
             )
             self.batches = training_batches(config, self.dataset, self.train_rows, context)
             check_start(config, self.dataset, self.train_rows, context.world_size)
@@ -350,6 +350,7 @@ def training_batches_of(
     config: RunConfig, source: ImageSource, rows: Tensor, context: WorkerContext
 ) -> TrainingBatches:
     """Some of a source's images as batches with what the method's mining needs."""
+    config.check_workers(context.world_size)
     mining = config.mining
     separate = config.mines_triplets and mining.pool == "separate"
     pool_size = mining.pool_size if separate else 0
