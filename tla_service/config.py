@@ -37,6 +37,14 @@ class DataConfig(Section):
     train_limit: int | None = setting(None, "use only this many training images (stratified)", unit="images", ge=2)
     test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
     image_size: int | None = setting(None, "resize to this side; needed for image_folder", unit="pixels", ge=4)
+    label_column: str | None = setting(
+        None,
+        "column of labels in parquet files; none: one called label, labels, fine_label, target or class",
+        min_length=1,
+    )
+    image_column: str | None = setting(
+        None, "column of encoded images in parquet files; none: the only one, or one with a usual name", min_length=1
+    )
     crop_padding: int = setting(0, "random crop after zero padding by this much; 0 is off", unit="pixels", ge=0, le=64)
     flip: bool = setting(False, "random horizontal flip")
     saturation: float = setting(1.0, "random saturation factor in [1/s, s]; 1 is off", ge=1, le=10)
@@ -258,6 +266,10 @@ class RunConfig(Section):
     def digest(self) -> str:
         """Eight hex digits of everything that shapes the trained weights."""
         fields = self.model_dump(mode="json", exclude=self.NOT_IDENTITY)
+        for name in ("label_column", "image_column"):
+            # Runs that were started before there were these settings keep their digest.
+            if fields["data"][name] is None:
+                del fields["data"][name]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
     @property

@@ -1,9 +1,11 @@
 """How a job ends: exit codes, and one line an error instead of a traceback."""
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from tla_service.errors import UserError
 
@@ -30,6 +32,18 @@ def run_job(main: Callable[[], int | None]) -> int:
         return max(_tell(error, debug=debug) for error in group.exceptions)
     except Exception as error:  # noqa: BLE001 - the one place where every error ends
         return _tell(error, debug=debug)
+
+
+def next_command(job: str, *arguments: str) -> str:
+    """The line that says which job to run next, as it can be typed in the shell that started this one.
+
+    Args:
+        job: File name of the job, next to the one that is running.
+        arguments: Its command line.
+    """
+    python, folder = Path(sys.executable), Path.cwd()
+    interpreter = str(python.relative_to(folder)) if python.is_relative_to(folder) else "python"
+    return f"next: {shlex.join([interpreter, str(Path(sys.argv[0]).with_name(job)), *arguments])}"
 
 
 def _tell(error: Exception, *, debug: bool) -> int:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pyarrow import parquet as pq
 
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
-from tla_service.data.parquet import find_columns
 from tla_service.data.sources import FileSource
 from tla_service.errors import ConfigError, UnavailableError, UserError
 
@@ -48,6 +48,7 @@ def folder(tmp_path: Path, blobs: list[bytes]) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_real_cifar10_is_decoded_once(real_data: Path, tmp_path: Path, make_config: MakeConfig) -> None:
     # One of five shards: all of them take half a minute on a busy machine.
     for name in ("train-00003-of-00005.parquet", "test-00000-of-00001.parquet"):
@@ -72,6 +73,38 @@ def test_real_cifar10_is_decoded_once(real_data: Path, tmp_path: Path, make_conf
     assert isinstance(streamed.train, FileSource)
     assert torch.equal(streamed.train.fetch(rows), cifar.train.fetch(rows))
     assert torch.equal(streamed.train.labels, cifar.train.labels)
+
+
+def test_cifar10_as_hubs_publish_it(
+    tmp_path: Path, encoded: Callable[..., bytes], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column `img` of lossless WebP, shards, class names in the metadata; decoded once, streamed alike."""
+    draws, names = np.random.default_rng(0), [f"class {number}" for number in range(10)]
+    pixels = draws.integers(0, 256, (110, 32, 32, 3), np.uint8)
+    labels = [row % 10 for row in range(110)]
+    for name, rows in (("train-00000-of-00002", range(50)), ("train-00001-of-00002", range(50, 100)),
+                       ("test-00000-of-00001", range(100, 110))):  # fmt: skip
+        images = [{"bytes": encoded(pixels[row], "WEBP", lossless=True), "path": None} for row in rows]
+        own = pa.array([labels[row] for row in rows], pa.int64())
+        table = pa.table({"img": pa.array(images, STRUCT), "label": own})
+        pq.write_table(table.replace_schema_metadata({"label_names": ",".join(names)}), tmp_path / f"{name}.parquet")
+    config = make_config(name="cifar10", root=str(tmp_path))
+    cifar = load_dataset(config)
+    by_format = load_dataset(config.model_copy(update={"name": "parquet"}))
+    streamed = load_dataset(config.model_copy(update={"residency": "stream"}))
+    opened: list[Any] = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or original(file))
+    again = load_dataset(config)
+
+    assert (len(cifar.train), len(cifar.test), cifar.image_shape) == (100, 10, (3, 32, 32))
+    assert list(cifar.class_names) == names
+    assert cifar.train.labels.tolist() == labels[:100]
+    assert cifar.fingerprint == by_format.fingerprint == again.fingerprint
+    assert np.array_equal(again.train.fetch(torch.arange(100)).numpy(), pixels[:100].transpose(0, 3, 1, 2))
+    assert len(opened) <= 64  # those that are looked at for their shape
+    assert isinstance(streamed.train, FileSource)
+    assert np.array_equal(streamed.train.fetch(torch.arange(100)).numpy(), pixels[:100].transpose(0, 3, 1, 2))
 
 
 def test_files_and_rows_keep_their_order(folder: Path, make_config: MakeConfig) -> None:
@@ -112,35 +145,6 @@ def test_class_names_from_the_metadata(
     assert load_dataset(make_config(name="parquet", root=str(folder))).class_names == names
 
 
-@settings(deadline=None)
-@given(st.dictionaries(st.sampled_from([b"huggingface", b"label_names", b"x"]), st.binary(max_size=30)))
-def test_rubbish_metadata_is_survived(metadata: dict[bytes, bytes]) -> None:
-    schema = pa.schema([("image", pa.binary()), ("label", pa.int8())], metadata=metadata)
-    assert find_columns(schema, Path("x")).label == "label"
-
-
-@settings(deadline=None)
-@given(
-    st.dictionaries(
-        st.sampled_from(["image", "img", "label", "labels", "fine_label", "id", "a", "b"]),
-        st.sampled_from([pa.binary(), pa.large_binary(), STRUCT, pa.struct([("x", pa.int8())]), pa.int64()]),
-    )
-)
-def test_columns_are_found_by_type_whatever_their_names(fields: dict[str, pa.DataType]) -> None:
-    images = {name for name, kind in fields.items() if kind in (pa.binary(), pa.large_binary(), STRUCT)}
-    labels = {name for name, kind in fields.items() if kind == pa.int64()}
-    schema = pa.schema(list(fields.items()))
-    if not images or not labels:
-        with pytest.raises(UnavailableError, match="no column of"):
-            find_columns(schema, Path("x.parquet"))
-        return
-    found = find_columns(schema, Path("x.parquet"))
-    assert found.image in images
-    assert found.label in labels
-    assert found.image == "image" or "image" not in images
-    assert found.label == "label" or "label" not in labels
-
-
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_rubbish_files_are_named(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
@@ -160,8 +164,8 @@ def test_rubbish_files_are_named(tmp_path_factory: pytest.TempPathFactory, data:
     [
         (None, 1, r"row 1: no image bytes"),
         (b"rubbish", 1, r"row 1: not a readable image"),
-        (b"", None, r"row 1: no usable label \(None\)"),
-        (b"", -1, r"row 1: no usable label \(-1\)"),
+        (b"", None, r"row 1: has no label \(None\)"),
+        (b"", -1, r"row 1: has no label \(-1\)"),
     ],
 )
 def test_bad_rows_are_named(

@@ -43,6 +43,7 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_real_mnist_from_its_archives_leaves_the_root_alone(real_data: Path, shared_cache: str) -> None:
     root = real_data / "mnist"
     before = files(root)
@@ -57,6 +58,7 @@ def test_real_mnist_from_its_archives_leaves_the_root_alone(real_data: Path, sha
     assert (round(float(pixels.mean()), 4), round(float(pixels.std()), 4)) == (0.1307, 0.3081)
 
 
+@pytest.mark.slow
 def test_the_real_files_read_as_torchvision_reads_them(real_data: Path, shared_cache: str, tmp_path: Path) -> None:
     from torchvision.datasets import MNIST
 
@@ -71,14 +73,21 @@ def test_the_real_files_read_as_torchvision_reads_them(real_data: Path, shared_c
 
 
 def test_packed_unpacked_and_bare_folders_agree(small_mnist: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+    from torchvision.datasets import MNIST
+
     raw = small_mnist / "MNIST" / "raw"
+    before = files(small_mnist)
     packed = load_dataset(make_config(name="mnist", root=str(small_mnist)))
+    assert files(small_mnist) == before
     bare = load_dataset(make_config(name="mnist", root=str(raw)))
     for path in list(raw.glob("*.gz")):
         (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
     unpacked = load_dataset(make_config(name="mnist", root=str(small_mnist), cache_dir=str(tmp_path / "other")))
     assert packed.fingerprint == bare.fingerprint == unpacked.fingerprint
+    theirs = MNIST(small_mnist, train=False)
+    assert torch.equal(packed.test.fetch(torch.arange(10))[:, 0], theirs.data)
+    assert torch.equal(packed.test.labels, theirs.targets)
     assert load_dataset(make_config(name="mnist", root=str(small_mnist), image_size=32)).image_shape == (1, 32, 32)
 
 

@@ -13,12 +13,12 @@ from tla_service.attacks import craft
 from tla_service.cluster.metrics import Outcome, RunMetrics
 from tla_service.cluster.session import check_storage, place, ray_session
 from tla_service.cluster.train import Record, TrainedRun, train_on_ray
-from tla_service.config import RunConfig
+from tla_service.config import RunConfig, TrackingConfig
 from tla_service.data import Dataset, load_dataset, split_validation
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.figures import attack_panel, training_curves
 from tla_service.inference.detector import Rejector
-from tla_service.job import INTERRUPTED
+from tla_service.job import INTERRUPTED, next_command
 from tla_service.logs import log_as_json
 from tla_service.models import build_model
 from tla_service.models.classifier import seen_by_triplets
@@ -122,7 +122,7 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, 
     finished = open_output(config, output)
     if finished is not None:
         terminal.say("this run has finished before; to train again choose another --name, --seed or --output")
-        show_summary(finished, terminal)
+        _show_end(finished, terminal)
         return 0
     registry.check_tracking(config.tracking)
     facts = check_before_start(config)
@@ -173,8 +173,17 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, 
             follower.close()
             _close_run(uri, run_id, status, terminal)
     write_summary(output, summary)
-    show_summary(summary, terminal)
+    _show_end(summary, terminal)
     return 0
+
+
+def _show_end(summary: Mapping[str, Any], terminal: Terminal) -> None:
+    """Show the summary and, on the last line, how to evaluate the model: registered or not, its address serves."""
+    show_summary(summary, terminal)
+    uri = summary["tracking_uri"]
+    # Where the flag, and not the environment, said where to track.
+    where = [] if registry.tracking_uri(TrackingConfig()) == uri else ["--tracking.uri", uri]
+    terminal.say(next_command("evaluate_tla.py", "--model", summary["model_uri"], *where))
 
 
 def _open_terminal(config: RunConfig, *, json_logs: bool) -> tuple[Terminal, dict[str, Any]]:
@@ -227,7 +236,8 @@ def check_before_start(config: RunConfig) -> Facts:
 
 def check_split(config: RunConfig, dataset: Dataset, num_workers: int) -> None:
     """Pool and batch against the training split: what one worker cannot have, more of them cannot have either."""
-    rows, _ = split_validation(dataset.train.labels, config.data.validation_fraction, config.seed)
+    labels, fraction = dataset.train.labels, config.data.validation_fraction
+    rows, _ = split_validation(labels, fraction, config.seed, dataset.class_names)
     training_batches(config, dataset, rows, WorkerContext(world_size=num_workers))
 
 

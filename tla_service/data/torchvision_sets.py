@@ -17,7 +17,8 @@ import torch
 from tla_service.config import DataConfig
 from tla_service.data.cache import cache_folder, disk_trouble, files_key, locked, whole_file
 from tla_service.data.decoding import resized
-from tla_service.data.parquet import find_splits, load_parquet
+from tla_service.data.parquet import load_parquet
+from tla_service.data.parquet_files import find_splits
 from tla_service.data.sources import ArraySource, Splits
 from tla_service.data.storage import required_root
 from tla_service.errors import ConfigError, UnavailableError
@@ -44,8 +45,8 @@ def load_mnist(config: DataConfig) -> Splits:
         UnavailableError: If the set is not there, damaged, or cannot be fetched.
     """
     root = _root(config)
-    if find_splits(root) is not None:
-        return load_parquet(config)
+    if (splits := _from_parquet(config, root, channels=1)) is not None:
+        return splits
     folder_name, class_names = _IDX_SETS[config.name]
     folder = _idx_folder(root, folder_name, config.cache_dir)
     if folder is None and config.download:
@@ -69,8 +70,8 @@ def load_cifar(config: DataConfig) -> Splits:
         UnavailableError: If the set is not there, damaged, or cannot be fetched.
     """
     root = _root(config)
-    if find_splits(root) is not None:
-        return load_parquet(config)
+    if (splits := _from_parquet(config, root, channels=3)) is not None:
+        return splits
     from torchvision import datasets
 
     kind = getattr(datasets, _CIFAR_SETS[config.name])
@@ -109,6 +110,24 @@ def _root(config: DataConfig) -> Path:
     if config.download and (config.root or "").startswith("s3://"):
         raise ConfigError("data.download", True, "an s3:// root is only read", "upload the set, or give a local root")
     return required_root(config)
+
+
+def _from_parquet(config: DataConfig, root: Path, channels: int) -> Splits | None:
+    """The set from Parquet files, if the root has some."""
+    if find_splits(root) is None:
+        for name in ("label_column", "image_column"):
+            if getattr(config, name) is not None:
+                reason = "there are no Parquet files in data.root"
+                raise ConfigError(f"data.{name}", getattr(config, name), reason, "leave it out")
+        return None
+    splits = load_parquet(config)
+    if splits.train.image_shape[0] != channels:
+        # The root may hold another set: files are found at any depth.
+        reason = (
+            f"its Parquet files hold images of {splits.train.image_shape[0]} channels, {config.name} has {channels}"
+        )
+        raise ConfigError("data.root", config.root, reason, "point it at this set's folder, or set data.name=parquet")
+    return splits
 
 
 def _missing(config: DataConfig, path: Path) -> UnavailableError:

@@ -14,7 +14,7 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.inference.detector import Rejector
 from tla_service.registry.connection import client, one_line
 from tla_service.registry.loading import load_with_folder
-from tla_service.report.schema import ModelFacts
+from tla_service.report.schema import ModelFacts, ThreatModel
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +85,7 @@ def _of_checkpoint(uri: str, folder: Path, network: "torch.nn.Module") -> Subjec
         architecture=config.model.name,
         method=config.method,
         seed=config.seed,
+        trained_for=ThreatModel(norm=config.attack.norm, epsilon=config.attack.epsilon),
     )
     return Subject(
         facts=facts,
@@ -116,6 +117,7 @@ def _of_package(uri: str, folder: Path, network: "torch.nn.Module", tracking: st
         architecture=described["architecture"],
         method=described["method"],
         seed=config.seed if config is not None else None,
+        trained_for=ThreatModel.model_validate(described["threat_model"]),
     )
     return Subject(
         facts=facts,

@@ -21,6 +21,8 @@ class EvaluatedData(Section):
     root: str | None = setting(None, "folder, zip file or s3://bucket/prefix that holds it; none: as in training")
     cache_dir: str | None = setting(None, "where copies are kept, per node; none: as in training")
     test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
+    label_column: str | None = setting(None, "column of labels in parquet files; none: as in training", min_length=1)
+    image_column: str | None = setting(None, "column of images in parquet files; none: as in training", min_length=1)
 
 
 class ImageCounts(Section):
@@ -82,7 +84,7 @@ class EvaluateSettings(JobSettings):
     # What does not shape the figures: an evaluation may go on with other values of these.
     NOT_IDENTITY: ClassVar[dict[str, Any]] = {
         "config": True, "debug": True, "output": True, "log": True, "scaling": True, "tracking": True,
-        "data": {"root", "cache_dir"},
+        "data": {"root", "cache_dir", "label_column", "image_column"},
     }  # fmt: skip
 
     model: str = setting("", "model to evaluate: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/..., or a folder")

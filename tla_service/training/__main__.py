@@ -38,11 +38,11 @@ def main() -> int:
             labels = {"run": config.run_name, "rank": context.rank}
             log_as_json(labels)
             terminal = JsonTerminal(labels)
-        reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
         if finished is not None:
             if context.is_main:
                 show_summary(finished, terminal)
             return 0
+        reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
         stop_on_signals(reporter)
         if context.is_main:
             write_config(config, output)

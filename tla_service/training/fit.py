@@ -93,7 +93,7 @@ class Run:
         with self.phases("data"), failing_together(context):
             self.dataset = load_dataset(config.data)
             self.train_rows, self.validation_rows = split_validation(
-                self.dataset.train.labels, config.data.validation_fraction, config.seed
+                self.dataset.train.labels, config.data.validation_fraction, config.seed, self.dataset.class_names
             )
             self.batches = training_batches(config, self.dataset, self.train_rows, context)
         self.total_steps = config.training.epochs * self.batches.steps_per_epoch
