@@ -19,7 +19,7 @@ class Mailbox:
 
 def test_a_checkpoint_within_an_epoch_is_no_epoch(tmp_path: Path) -> None:
     mailbox = Mailbox()
-    callback = EpochsToMailbox(mailbox)
+    callback = EpochsToMailbox(mailbox, 2)
     metrics = {"epoch": 0.0, "train/loss": 1.0}
     callback.after_report(None, [metrics, metrics], None)
     callback.after_report(None, [{}, {}], Checkpoint.from_directory(tmp_path / "step-000000006"))
@@ -28,7 +28,7 @@ def test_a_checkpoint_within_an_epoch_is_no_epoch(tmp_path: Path) -> None:
 
 def test_the_last_two_checkpoints_stay_whoever_wrote_the_others(tmp_path: Path) -> None:
     """Of an earlier attempt there are one that is whole and a damaged one, which is written again."""
-    callback = EpochsToMailbox(Mailbox())
+    callback = EpochsToMailbox(Mailbox(), 2)
     there = []
     for name in ("step-2", "step-4"):
         (tmp_path / name).mkdir()

@@ -128,24 +128,29 @@ class RayReporter:
 
 
 class EpochsToMailbox(UserCallback):
-    """Passes each epoch that all workers have reported to the driver, and each failure; runs in Ray's controller."""
+    """Passes each epoch that all workers have reported to the driver, and each failure; runs in Ray's controller.
 
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
+    Args:
+        mailbox: The driver's.
+        keep: How many checkpoints stay.
+    """
+
+    def __init__(self, mailbox: Any, keep: int) -> None:
+        self._mailbox, self._keep = mailbox, keep
         self._kept: list[str] = []
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        """Pass on rank 0's metrics, which are sums over all workers; keep the last two checkpoints.
+        """Pass on rank 0's metrics, which are sums over all workers; keep the last checkpoints.
 
-        Ray would keep two of its record, which knows nothing of those from before a restart.
+        Ray would keep as many of its record, which knows nothing of those from before a restart.
         """
         if metrics[0]:  # empty with a checkpoint in the middle of an epoch
             self._mailbox.push.remote({"event": "epoch", "metrics": metrics[0], "checkpoint": checkpoint is not None})
         if checkpoint is None:
             return
         folder, _, name = checkpoint.path.rpartition("/")
-        self._kept = [*(kept for kept in self._kept if kept != name), name][-2:]
-        if len(self._kept) == 2:
+        self._kept = [*(kept for kept in self._kept if kept != name), name][-self._keep :]
+        if len(self._kept) == self._keep:
             files: Any = checkpoint.filesystem
             with contextlib.suppress(OSError):
                 for info in files.get_file_info(FileSelector(folder)):
