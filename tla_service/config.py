@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from tla_service.config_adversary import AttackConfig, EvaluationAttack
-from tla_service.config_fields import Pixels, Section, epsilon_in_levels, setting, wrong
+from tla_service.config_bounds import ImageShape, length_trouble
+from tla_service.config_fields import Pixels, Section, Trouble, setting, wrong
+from tla_service.config_names import experiment_trouble, model_trouble, tag_trouble
 from tla_service.config_training import OptimizerConfig, ScheduleConfig, SpeedConfig, TrainingConfig
 from tla_service.errors import ConfigError
 
@@ -204,6 +206,14 @@ class TrackingConfig(Section):
     )
     tags: dict[str, str] = setting({}, "extra tags on the run")
 
+    def trouble(self) -> Trouble | None:
+        """What is wrong with names that MLflow will be given. Asked where a run begins, not where one is read."""
+        found = [experiment_trouble("tracking.experiment", self.experiment)]
+        found += [tag_trouble("tracking.tags", key, value) for key, value in self.tags.items()]
+        if self.registered_model:
+            found.append(model_trouble("tracking.registered_model", self.registered_model))
+        return next(filter(None, found), None)
+
 
 class RunConfig(Section):
     """One training run, complete: what is logged with it, and what starts it again."""
@@ -220,7 +230,10 @@ class RunConfig(Section):
     }
 
     name: str = setting(
-        "", "run name; default: data set, method, seed and a digest of the configuration", pattern=r"^([\w-][\w.-]*)?$"
+        "",
+        "run name; default: data set, method, seed and a digest of the configuration",
+        pattern=r"^([\w-][\w.-]*)?$",
+        max_length=240,
     )
     method: Method = setting("tla", "training method")
     seed: int = setting(0, "seed of the split, the order, the initial weights and every random draw", ge=0, lt=2**31)
@@ -283,6 +296,22 @@ class RunConfig(Section):
         name = self.tracking.registered_model
         return f"tla-{self.data.name.replace('_', '-')}" if name is None else name or None
 
+    def attack_trouble(self, shape: ImageShape | None) -> Trouble | None:
+        """What is wrong with the lengths of its attacks, on images of a shape (C, H, W) if that is known.
+
+        Asked where a run begins, not where one is read: what was trained before this was checked must still load.
+        """
+        own, steps = self.attack, self.attack.num_steps if self.attack.kind == "pgd" else None
+        found = [length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)]
+        attacks = {f"evaluation.test.{name}": attack for name, attack in self.evaluation.test.items()}
+        for where, attack in {"evaluation.validation": self.evaluation.validation, **attacks}.items():
+            norm = attack.norm or own.norm
+            epsilon = own.epsilon if attack.epsilon is None else attack.epsilon
+            step_size = own.step_size if attack.step_size is None else attack.step_size
+            own_step = None if attack.kind == "fgsm" else step_size
+            found.append(length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape))
+        return next(filter(None, found), None)
+
     def check_workers(self, workers: int) -> None:
         """See that every step can be shared among this many workers; their number may be known late.
 
@@ -319,11 +348,6 @@ class RunConfig(Section):
                 "loss.logit_pairing_weight", 0, "method alp pairs logits", "give a weight above 0, or method at"
             )
         self._check_terms()
-        attacks = {f"evaluation.test.{name}": attack for name, attack in self.evaluation.test.items()}
-        for where, attack in {"evaluation.validation": self.evaluation.validation, **attacks}.items():
-            epsilon = self.attack.epsilon if attack.epsilon is None else attack.epsilon
-            if (attack.norm or self.attack.norm) == "linf" and epsilon > 1:
-                raise epsilon_in_levels(f"{where}.epsilon", epsilon)
         if self.data.root is None and self.data.name != "digits":
             raise wrong("data.root", None, f"{self.data.name} is not embedded", "give a folder, or s3://bucket/prefix")
         return self

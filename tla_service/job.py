@@ -49,7 +49,8 @@ def next_command(job: str, *arguments: str) -> str:
 def _tell(error: Exception, *, debug: bool) -> int:
     if debug or not (isinstance(error, UserError) or type(error) is RuntimeError or _says_enough(error)):
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr)
+    text = " ".join(str(error).split("\n")) if isinstance(error, UserError) else str(error)
+    print(f"error: {text}", file=sys.stderr)
     return error.exit_code if isinstance(error, UserError) else 1
 
 

@@ -185,18 +185,6 @@ def test_images_of_several_sizes_need_a_side(
     assert load_dataset(make_config(name="parquet", root=str(folder), image_size=6)).image_shape == (3, 6, 6)
 
 
-def test_labels_beyond_the_names_are_refused(folder: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
-    write(folder / "train-00000-of-00002.parquet", blobs[:4], [0, 1, 2, 0], metadata={"label_names": "a,b"})
-    with pytest.raises(UnavailableError, match="label 2, but only 2 class names"):
-        load_dataset(make_config(name="parquet", root=str(folder)))
-
-
-def test_a_missing_class_is_refused(folder: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
-    write(folder / "test-00000-of-00001.parquet", blobs[8:], [4, 1])
-    with pytest.raises(ConfigError, match=r"data\.name=parquet: 2 classes have no training images, '3' first"):
-        load_dataset(make_config(name="parquet", root=str(folder)))
-
-
 def test_a_file_without_rows_is_refused(folder: Path, make_config: MakeConfig) -> None:
     write(folder / "test-00000-of-00001.parquet", [], [])
     with pytest.raises(UnavailableError, match=r"test-00000-of-00001\.parquet: holds no rows"):
@@ -207,6 +195,139 @@ def test_files_that_differ_in_their_columns_are_refused(folder: Path, make_confi
     pq.write_table(pa.table({"other": [1, 2]}), folder / "train-00001-of-00002.parquet")
     with pytest.raises(UnavailableError, match=r"train-00001-of-00002\.parquet"):
         load_dataset(make_config(name="parquet", root=str(folder)))
+
+
+def hub(root: Path, blobs: list[bytes], **splits: dict[str, list[Any]]) -> str:
+    """Write one file per split, with an image in every row and the columns given."""
+    for name, columns in splits.items():
+        count = len(next(iter(columns.values())))
+        images = [blobs[row % len(blobs)] for row in range(count)]
+        root.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": images, **columns}), root / f"{name}-00000-of-00001.parquet")
+    return str(root)
+
+
+def test_other_integer_columns_are_no_labels(tmp_path: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
+    columns = {"fold": [0, 1, 2, 3] * 3, "width": [500] * 12, "label": ["dog", "cat"] * 6}
+    root = hub(tmp_path / "text", blobs, train=columns, test=columns)
+    found = load_dataset(make_config(name="parquet", root=root))
+    assert found.class_names == ("cat", "dog")
+    assert found.train.labels.tolist() == [1, 0] * 6
+
+    columns = {"image_id": list(range(12)), "breed_id": [0, 1, 1] * 4}
+    root = hub(tmp_path / "named", blobs, train=columns, test=columns)
+    with pytest.raises(
+        ConfigError, match=r"data\.label_column: .*image_id \(int64\), breed_id \(int64\); set"
+    ) as caught:
+        load_dataset(make_config(name="parquet", root=root))
+    assert caught.value.exit_code == 2
+    found = load_dataset(make_config(name="parquet", root=root, label_column="breed_id"))
+    assert found.train.labels.tolist() == [0, 1, 1] * 4
+
+
+def test_one_of_several_label_columns_is_said(
+    tmp_path: Path, blobs: list[bytes], make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = {"target": [0, 1, 2, 3] * 3, "fine_label": [0, 1, 1] * 4}
+    root = hub(tmp_path, blobs, train=columns, test=columns)
+    assert load_dataset(make_config(name="parquet", root=root)).train.labels.tolist() == [0, 1, 1] * 4
+    text = "labels are read from column 'fine_label', not from target; data.label_column chooses another"
+    assert sum(message.endswith(text) for message in caplog.messages) == 2
+    chosen = load_dataset(make_config(name="parquet", root=root, label_column="target"))
+    assert chosen.train.labels.tolist() == [0, 1, 2, 3] * 3
+    assert len(caplog.messages) == 2
+
+
+def test_one_of_several_image_columns(tmp_path: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
+    columns = {"label": [0, 1] * 4, "mask": blobs[8:] * 4}
+    root = hub(tmp_path / "named", blobs, train=columns, test=columns)
+    plain = load_dataset(make_config(name="parquet", root=root))
+    masks = load_dataset(make_config(name="parquet", root=root, image_column="mask"))
+    assert torch.equal(masks.train.fetch(torch.arange(2)), masks.train.fetch(torch.arange(2, 4)))
+    assert not torch.equal(masks.train.fetch(torch.arange(2)), plain.train.fetch(torch.arange(2)))
+
+
+@pytest.mark.parametrize("places", [("digits", "letters"), ("data", "old/data"), (".", "old")])
+def test_several_sets_in_one_root_are_refused(
+    tmp_path: Path, blobs: list[bytes], make_config: MakeConfig, places: tuple[str, str]
+) -> None:
+    for place in places:
+        hub(tmp_path / place, blobs, train={"label": [0, 1] * 4}, test={"label": [0, 1]})
+    with pytest.raises(ConfigError, match=rf"data\.root=.*: holds 2 data sets: {places[0]}, {places[1]}; point it at"):
+        load_dataset(make_config(name="parquet", root=str(tmp_path)))
+
+
+def test_splits_in_folders_of_their_own_are_one_set(
+    tmp_path: Path, blobs: list[bytes], make_config: MakeConfig
+) -> None:
+    hub(tmp_path / "train", blobs, train={"label": [0, 1] * 4})
+    hub(tmp_path / "test", blobs, test={"label": [0, 1]})
+    assert len(load_dataset(make_config(name="parquet", root=str(tmp_path))).train) == 8
+
+
+NO_LABELS = {"minus": {"label": [-1] * 4}, "null": {"label": pa.nulls(4, pa.int64())}, "absent": {"row": [1] * 4}}
+NO_LABELS |= {"typeless": {"label": pa.nulls(4)}, "not numbers": {"label": [float("nan")] * 4}}
+
+
+@pytest.mark.parametrize("kind", NO_LABELS)
+@pytest.mark.parametrize("spelling", ["validation", "valid", "val", "dev"])
+def test_without_test_labels_the_validation_files_are_used(
+    tmp_path: Path,
+    blobs: list[bytes],
+    make_config: MakeConfig,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    spelling: str,
+) -> None:
+    splits = {"train": {"label": [0, 1, 2] * 4}, "test": NO_LABELS[kind], spelling: {"label": [2, 1, 0]}}
+    root = hub(tmp_path, blobs, **splits)
+    found = load_dataset(make_config(name="parquet", root=root))
+    assert found.test.labels.tolist() == [2, 1, 0]
+    assert f"{root}/test-00000-of-00001.parquet has no labels; testing on the {spelling} files (" in caplog.text
+    assert f"data.root={root}: files left out: test-00000-of-00001.parquet" in caplog.text
+
+
+@pytest.mark.parametrize("kind", NO_LABELS)
+def test_without_any_test_labels_the_remedy_says_what_is_missing(
+    tmp_path: Path, blobs: list[bytes], make_config: MakeConfig, kind: str
+) -> None:
+    splits = {"train": {"label": [0, 1] * 4}, "test": NO_LABELS[kind]}
+    root = hub(tmp_path, blobs, **splits)
+    message = r"test-00000-of-00001\.parquet: has no labels; add labels in .*, or labelled validation-\*\.parquet files"
+    with pytest.raises(UnavailableError, match=message):
+        load_dataset(make_config(name="parquet", root=root))
+    hub(tmp_path, blobs, validation=NO_LABELS[kind])
+    with pytest.raises(UnavailableError, match=r"has no labels, and neither have the validation files; add"):
+        load_dataset(make_config(name="parquet", root=root))
+
+
+def test_files_that_are_not_used_and_shards_that_are_missing_are_said(
+    folder: Path, blobs: list[bytes], make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "train-00001-of-00002.parquet").rename(folder / "Train-1.parquet")
+    hub(folder, blobs, validation={"label": [0, 1, 2]})
+    found = load_dataset(make_config(name="parquet", root=str(folder)))
+    assert (len(found.train), len(found.test)) == (4, 2)
+    assert f"{folder}/train-00000-of-00002.parquet: only 1 of 2 files are there" in caplog.messages
+    left_out = f"data.root={folder}: files left out: Train-1.parquet, validation-00000-of-00001.parquet"
+    assert left_out in caplog.messages
+
+
+def test_a_zip_file_is_refused_in_words(tmp_path: Path, make_config: MakeConfig) -> None:
+    (tmp_path / "hub.zip").write_bytes(b"PK")
+    with pytest.raises(UnavailableError, match=r"hub\.zip: is a file, not a folder of Parquet files; unpack it"):
+        load_dataset(make_config(name="parquet", root=str(tmp_path / "hub.zip")))
+
+
+def test_an_empty_file_among_others_does_no_harm(folder: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
+    expected = load_dataset(make_config(name="parquet", root=str(folder)))
+    write(folder / "train-00000-of-00001.parquet", [], [])
+    assert load_dataset(make_config(name="parquet", root=str(folder))).fingerprint == expected.fingerprint
+
+
+def test_the_fingerprint_is_that_of_earlier_versions(folder: Path, make_config: MakeConfig) -> None:
+    # A run that was stopped before labels were checked by their values must resume.
+    assert load_dataset(make_config(name="parquet", root=str(folder))).fingerprint == "230727e83385b502"
 
 
 def test_a_cut_cache_is_made_again(folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:

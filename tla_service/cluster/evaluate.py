@@ -26,6 +26,7 @@ from tla_service.report.plan import (
     Plan,
     attack_tasks,
     bank_rows,
+    check_plan,
     embedding_tasks,
     make_plan,
     query_task,
@@ -59,6 +60,7 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
     models = load_models(settings, uri)
     subject, dataset = models.subject, models.dataset
     plan = make_plan(settings, dataset.name, subject.norm, subject.epsilon, has_surrogate=models.surrogate is not None)
+    check_plan(plan, dataset.image_shape)
     tasks = _tasks(settings, plan, models)
     output = (settings.output or Path("reports") / _folder_name(subject, plan)).expanduser().absolute()
     finished = _open_folder(output, identity(settings, models))

@@ -33,6 +33,8 @@ FETCH_SECONDS = 0.2
 # Ray's controller polls its workers and accepts one report a poll; its default of 2 s holds back the short epochs of
 # small runs, and spares it work in large ones.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
+# Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
+KEPT = 2
 # A rank that waits for one that is gone gives up after this long.
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 
@@ -145,8 +147,7 @@ def fit_on_ray(
             name=config.run_name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-            # Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
             callbacks=[EpochsToMailbox(mailbox)],  # type: ignore[list-item]
         ),
     )

@@ -177,5 +177,5 @@ def load_outcome(path: Path) -> ShardOutcome:
     """
     try:
         return outcome_from(load_arrays(path))
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UnavailableError("outcome", path, f"cannot be read ({error})", "delete it; it is made again") from error

@@ -4,7 +4,8 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from tla_service.config_fields import Pixels, Section, epsilon_in_levels, setting, wrong
+from tla_service.config_bounds import length_trouble
+from tla_service.config_fields import Pixels, Section, setting, wrong
 from tla_service.report.schema import ThreatModel
 
 
@@ -43,6 +44,8 @@ class GateRules(Section):
             raise wrong("rules.epsilon", self.epsilon, "a radius without its norm", "give rules.norm, too")
         if self.norm is not None and self.epsilon is None:
             raise wrong("rules.norm", self.norm, "a norm without its radius", "give rules.epsilon, too")
-        if self.norm == "linf" and self.epsilon is not None and self.epsilon > 1:
-            raise epsilon_in_levels("rules.epsilon", self.epsilon)
+        threat = self.threat_model
+        trouble = None if threat is None else length_trouble("rules", threat.norm, threat.epsilon)
+        if trouble is not None:
+            raise wrong(*trouble)
         return self

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from safetensors.numpy import load_file
 
 from tla_service.config import RunConfig
+from tla_service.config_yaml import read_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.inference.detector import Rejector
 from tla_service.registry.connection import client, one_line
@@ -170,4 +170,4 @@ def _run_config(tracking: str, run_id: str) -> RunConfig | None:
 
 def _yaml(path: Path) -> dict[str, Any]:
     """A YAML file, or JSON, which is YAML too."""
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return dict(read_yaml(path, "model"))

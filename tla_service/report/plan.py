@@ -9,6 +9,7 @@ import torch
 
 from tla_service.attacks import Attack
 from tla_service.config_adversary import AttackConfig
+from tla_service.config_bounds import ImageShape, length_trouble
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
@@ -127,6 +128,22 @@ def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: f
         seed=settings.seed,
         batch_size=settings.batch_size,
     )
+
+
+def check_plan(plan: Plan, shape: ImageShape) -> None:
+    """Refuse radii and step sizes that make no sense on images of a shape (C, H, W).
+
+    Raises:
+        ConfigError: One does not.
+    """
+    named = {f"attacks.{name}": attack for name, attack in plan.columns.items()} | {"detection": plan.detection}
+    found = [length_trouble("", plan.norm, plan.epsilon, shape=shape)]
+    for where, attack in named.items():
+        step_size = None if attack.kind == "fgsm" else attack.step_size
+        found.append(length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps, shape))
+    trouble = next(filter(None, found), None)
+    if trouble is not None:
+        raise ConfigError(*trouble)
 
 
 def _pgd(norm: Norm, epsilon: float, steps: int, step_size: float | None = None) -> Attack:
