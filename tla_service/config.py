@@ -218,14 +218,16 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """One training run, complete: what is logged with it, and what starts it again."""
 
-    # What does not shape the trained weights: a run may go on with other values of these.
+    # What shapes neither the trained weights, but for rounding, nor the choice of the best: a run may resume with other
+    # values of these. How a computation is distributed over workers and batches counts as rounding.
     NOT_IDENTITY: ClassVar[dict[str, Any]] = {
         "name": True,
         "scaling": True,
         "speed": True,
         "tracking": True,
-        "data": {"root", "download", "cache_dir", "loader_workers"},
-        "training": {"log_every_steps"},
+        "data": {"root", "download", "cache_dir", "residency", "loader_workers", "test_limit"},
+        "training": {"channels_last", "log_every_steps"},
+        "evaluation": {"test", "batch_size"},
         "detection": True,
     }
 
@@ -277,18 +279,23 @@ class RunConfig(Section):
 
     @property
     def digest(self) -> str:
-        """Eight hex digits of everything that shapes the trained weights."""
-        fields = self.model_dump(mode="json", exclude=self.NOT_IDENTITY)
-        for name in ("label_column", "image_column"):
-            # Runs that were started before there were these settings keep their digest.
-            if fields["data"][name] is None:
-                del fields["data"][name]
+        """Eight hex digits of everything that shapes the trained weights.
+
+        Of what differs from the defaults only, so that a setting that a later version adds changes no digest.
+        """
+        dumped = self.model_dump(mode="json", exclude=self.NOT_IDENTITY, exclude_defaults=True)
+        fields = {name: value for name, value in dumped.items() if value != {}}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def run_name(self) -> str:
         """The run's name: given, or made of what identifies it, never of the time."""
-        return self.name or f"{self.data.name}-{self.method}-s{self.seed}-{self.digest}"
+        return self.name or f"{self.name_stem}-{self.digest}"
+
+    @property
+    def name_stem(self) -> str:
+        """What a name that is made begins with."""
+        return f"{self.data.name}-{self.method}-s{self.seed}"
 
     @property
     def registered_model(self) -> str | None:

@@ -35,7 +35,7 @@ class AttackConfig(Section):
     on_collapse: Literal["stop", "pgd", "ignore"] = setting(
         "stop",
         "when single-step training (n_fgsm, free, one step of pgd) breaks down under the validation attack: end with "
-        "the best weights, go on from them with num_steps of pgd, or do nothing",
+        "the best weights, go on from them with num_steps (at least 2) of pgd, or do nothing",
     )
     collapse_drop: float = setting(
         0.5, "what counts as that: robust accuracy lower than the best so far by this share of it", gt=0, lt=1
@@ -62,6 +62,11 @@ class AttackConfig(Section):
             raise wrong(*trouble)
         if self.norm == "l2" and self.kind != "pgd":
             raise wrong("attack.kind", self.kind, "is defined for linf only", "use pgd with attack.norm=l2")
+        if self.on_collapse == "pgd" and self.num_steps == 1:
+            reason = "attack.num_steps=1 makes that a single step too, which would collapse again"
+            raise wrong(
+                "attack.on_collapse", "pgd", reason, "set attack.num_steps to 2 or more, or take stop or ignore"
+            )
         if self.awp and self.kind == "free":
             reason = "free training moves weights and images by one backward pass, adversarial weights need another"
             raise wrong("attack.awp", "True", reason, "use attack.kind pgd or n_fgsm")

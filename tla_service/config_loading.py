@@ -188,6 +188,14 @@ def load_config_file(path: Path) -> RunConfig:
         raise ConfigError("config", path, f"holds a wrong setting ({found.subject}: {found.reason})", remedy) from error
 
 
+def same_run(text: str, config: RunConfig) -> bool:
+    """Whether a `config.yaml` is of this run: equal in everything that shapes its weights, by this version's rules."""
+    try:
+        return RunConfig.model_validate(parse_yaml(text, "config", "config.yaml")).digest == config.digest
+    except (ValidationError, ConfigError):
+        return False
+
+
 def to_yaml(config: RunConfig) -> str:
     """The complete configuration as YAML; `--config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

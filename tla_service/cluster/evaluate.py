@@ -17,6 +17,7 @@ from tla_service.data import split_validation
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.neighbours import pick_queries
 from tla_service.evaluation.outcomes import ShardOutcome, save_outcome
+from tla_service.files import write_whole
 from tla_service.registry.subject import Subject
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
@@ -112,9 +113,7 @@ def _open_folder(output: Path, mine: Mapping[str, Any]) -> bool:
             reason = "holds a report of other weights, data or settings"
             raise ConfigError("output", output, reason, "choose another --output, or delete it")
         output.mkdir(parents=True, exist_ok=True)
-        partial = mark.with_name(f".{mark.name}")
-        partial.write_text(json.dumps(mine, indent=1))
-        partial.replace(mark)
+        write_whole(mark, json.dumps(mine, indent=1))
     except (OSError, ValueError) as error:
         reason = f"cannot be written ({' '.join(str(error).split())})"
         raise UnavailableError("output", output, reason, "choose another --output") from error

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.intervals import BoolArray, PairedDifference, paired_difference
+from tla_service.files import whole_file
 
 IntArray = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -144,10 +145,8 @@ def outcome_from(arrays: Arrays) -> ShardOutcome:
 def save_arrays(arrays: Arrays, path: Path) -> None:
     """Write arrays as ``.npz``; a reader sees all of them or nothing, also when the writer is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with whole_file(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    part.replace(path)
 
 
 def load_arrays(path: Path) -> Arrays:

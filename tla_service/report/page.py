@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tla_service.evaluation.intervals import wilson_interval
+from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
 from tla_service.report.paper_results import differences_from_paper, paper_row
 from tla_service.report.schema import AttackFacts, Compared, DetectionScore, Report, Share
@@ -67,9 +68,7 @@ def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, s
         paper=None if apart else paper_row(report.data.name, report.model.method),
         method=method_name,
     )
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, content)
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tla_service.errors import UnavailableError
+from tla_service.files import write_whole
 
 FORMAT: Literal[1] = 1
 REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, PAGE_FILE = "report.json", "outcome.npz", "autoattack.npz", "report.html"
@@ -381,6 +382,4 @@ def read_report(path: Path) -> Report:
 
 def write_report(report: Report, path: Path) -> None:
     """Write `report.json`, whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(report.model_dump_json(indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, report.model_dump_json(indent=1))
