@@ -6,7 +6,7 @@ from typing import Any
 from tla_service.config import RunConfig
 from tla_service.tuning.settings import SweepConfig
 from tla_service.tuning.space import Space
-from tla_service.tuning.trial import Status, Trial
+from tla_service.tuning.trials import Status, Trial
 
 
 def run_config(**changes: Any) -> RunConfig:

@@ -37,7 +37,6 @@ class SweepConfig(Section):
         "max_hours": True,
         "max_gpu_hours": True,
         "max_concurrent": True,
-        "on_deck": True,
         "failures_in_a_row": True,
     }
 
@@ -66,19 +65,12 @@ class SweepConfig(Section):
     reduction_factor: float = setting(3, "asha: one in this many goes on from a rung to the next", gt=1)
     trial_epochs: int | None = setting(None, "length of a trial; none: as the run", unit="epochs", ge=1)
     num_samples: int | None = setting(None, "trials; none: 16, or all points of a grid", unit="trials", ge=1)
-    max_hours: float | None = setting(None, "stop after this much wall time, all attempts together", unit="h", gt=0)
+    max_hours: float | None = setting(None, "stop after this much wall time, over all attempts", unit="h", gt=0)
     max_gpu_hours: float | None = setting(
         None, "stop when workers have used this many GPU hours (worker hours, without GPUs)", unit="h", gt=0
     )
     max_concurrent: int | None = setting(
-        None, "trials at a time; none: as many as the cluster has room for", unit="trials", ge=1
-    )
-    on_deck: int = setting(
-        1,
-        "trials whose processes wait, started, for the next place; they reserve memory alone",
-        unit="trials",
-        ge=0,
-        le=8,
+        None, "trials at a time; none: as many as fit, and one that waits for the next place", unit="trials", ge=1
     )
     failures_in_a_row: int = setting(5, "give up when this many trials fail one after another", unit="trials", ge=1)
     measure_test: bool = setting(
