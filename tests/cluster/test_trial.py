@@ -1,5 +1,7 @@
 """How a trial reports and how it ends: in one line, and at once where another attempt would end the same."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,9 +10,11 @@ from tests.tuning.conftest import space_of
 from tla_service.cluster import trial
 from tla_service.cluster.session import Placement
 from tla_service.cluster.trial import reason_of, run_trial
+from tla_service.cluster.tune import Budget, Plan
 from tla_service.errors import UnavailableError
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.result import FitResult
+from tla_service.tuning.trials import Trial
 
 OUT_OF_MEMORY = "workers failed: {0: 'torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.'}"
 
@@ -61,6 +65,27 @@ def test_a_run_that_had_finished_before_still_reports_its_curve(
     epoch = {"epoch": 4.0, "validation/robust_accuracy": 0.5, "validation/clean_accuracy": 0.8}
     play(monkeypatch, history=[epoch])
     assert (sent[-1]["curve"], sent[-1]["metrics"]) == ([[5, 0.5, 0.8]], [epoch])
+
+
+def test_storage_that_is_away_is_not_the_trials_fault(
+    monkeypatch: pytest.MonkeyPatch, sent: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    error = UnavailableError("scaling.storage", "s3://x", "cannot be written", "repair it")
+
+    def follow(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(trial, "fit_on_ray", follow)
+    space = space_of({"loss.margin": [0.1]})
+    run_trial({"trial": {"number": 0, "point": {"loss.margin": 0.1}}}, space, Placement(2, False, 1, 1), "/x", None)
+    (report,) = sent
+    known = Trial(0, {})
+    known.add_attempt(report | {"time_total_s": 1.0, "done": True})
+    assert known.status == "running"  # --resume takes it up
+    budget = Budget(Plan(space, str(tmp_path), Placement(2, False, 1, 1), None, 1))
+    budget.on_trial_result(0, [], SimpleNamespace(trial_id="0"), report)  # type: ignore[arg-type]
+    assert budget.stop_all()
+    assert str(budget.error) == str(error)
 
 
 def test_reasons_are_one_line() -> None:

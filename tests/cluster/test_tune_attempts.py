@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,14 +37,26 @@ def test_a_snapshot_that_cannot_be_read_is_refused_and_not_taken_for_none(tmp_pa
         read_trials(str(tmp_path))
 
 
-def test_a_snapshot_that_cannot_be_copied_ends_the_sweep(tmp_path: Path) -> None:
+def test_a_snapshot_that_cannot_be_copied_for_long_ends_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     staged = tmp_path / "staged"
     staged.mkdir()
     (staged / "experiment_state-1.json").write_text("{}")
     (tmp_path / "tune-001").write_text("in the way")
     budget = Budget(plan_of(space_of(SPACE), tmp_path / "none"))
     trial: Any = SimpleNamespace(storage=SimpleNamespace(experiment_driver_staging_path=str(staged)))
-    ours.Snapshots(str(tmp_path / "tune-001"), budget).on_step_end(0, [trial])
+    snapshots = ours.Snapshots(str(tmp_path / "tune-001"), budget)
+    snapshots.on_step_end(0, [trial])
+    assert not budget.stop_all()  # storage may be away for a while
+    (tmp_path / "tune-001").unlink()
+    snapshots.on_step_end(0, [trial])
+    assert (tmp_path / "tune-001" / SNAPSHOT).read_text() == "{}"
+    shutil.rmtree(tmp_path / "tune-001")
+    (tmp_path / "tune-001").write_text("in the way")
+    (staged / "experiment_state-2.json").write_text("{}")
+    monkeypatch.setattr(ours, "OUTAGE_SECONDS", -1)
+    snapshots.on_step_end(0, [trial])
     assert budget.stop_all()
     assert isinstance(budget.error, UnavailableError)
 
@@ -117,8 +130,13 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture
 def run_played(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Budget]:
     monkeypatch.setattr(ours, "run_trial", play)
-    for name in ("TUNE_GLOBAL_CHECKPOINT_S", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"):
-        monkeypatch.setenv(name, "")  # put back afterwards
+    for name in (
+        "GLOBAL_CHECKPOINT_S",
+        "DISABLE_AUTO_CALLBACK_LOGGERS",
+        "DISABLE_SIGINT_HANDLER",
+        "PRINT_ALL_TRIAL_ERRORS",
+    ):
+        monkeypatch.setenv(f"TUNE_{name}", "")  # put back afterwards
 
     def run(plan: Plan, stop_at: tuple[int, int] | None = None) -> Budget:
         budget = Budget(plan)
@@ -182,6 +200,15 @@ def test_a_trial_whose_process_dies_again_and_again_has_failed(
     trials = read_trials(str(tmp_path))
     assert [trial.status for trial in trials] == ["failed", "finished"]
     assert trials[0].reason.startswith("its process died 4 times")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_space_that_runs_out_ends_the_sweep(run_played: Callable[..., Budget], tmp_path: Path) -> None:
+    plan = plan_of(space_of({"loss.margin": [0.05, 0.1]}, num_samples=9, scheduler="none"), tmp_path)
+    for _ in range(2):
+        run_played(plan)
+        assert [trial.status for trial in read_trials(str(tmp_path))] == ["finished", "finished"]
 
 
 @pytest.mark.ray

@@ -91,7 +91,7 @@ def test_workers_time_runs_from_their_first_start() -> None:
 
 def test_attempts_add_up() -> None:
     trial = Trial(3, {"loss.margin": 0.1})
-    trial.add_attempt({})
+    trial.add_attempt({"trial_id": "a"})  # what Ray Tune knows of a trial before its first report
     assert (trial.status, trial.attempts) == ("running", 1)
     progress = Progress()
     progress.add(start())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tla_service.cluster.session import Placement
 from tla_service.cluster.train import Record, fit_on_ray
+from tla_service.errors import UnavailableError
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Progress
 
@@ -48,6 +49,9 @@ def run_trial(
     try:
         run = space.trial(config["trial"]["number"], config["trial"]["point"], placement.num_workers)
         result, _ = fit_on_ray(run, placement, storage, follow, weights, measure_test=space.sweep.measure_test)
+    except UnavailableError as error:  # storage or data are away: that ends the sweep, and the trial can be resumed
+        tune.report(progress.report(outcome="unavailable", reason=error.reason, error=error.args))
+        return
     except Exception as error:  # noqa: BLE001 - whatever ends a trial is recorded with it and does not end the sweep
         tune.report(progress.report(outcome="failed", reason=reason_of(error)))
         return

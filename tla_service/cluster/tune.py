@@ -36,6 +36,7 @@ from tla_service.tuning.trials import Trial, best_of
 
 DEFAULT_SAMPLES = 16
 SNAPSHOT, SNAPSHOT_SECONDS = "trials.json", "2"
+OUTAGE_SECONDS = 600.0
 PROCESS_RESTARTS = 3
 _ASKS = 100  # suggestions that may be refused before a point is drawn at random
 
@@ -88,6 +89,7 @@ def run_trials(plan: Plan, budget: "Budget", log: tune.Callback, *, debug: bool 
         return
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = SNAPSHOT_SECONDS
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the snapshot and MLflow have it all
+    os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "1" if debug else "0"  # the log has them in a line
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # the budget takes note of signals
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables; --debug shows them
     attempt = f"tune-{len(attempts(plan.storage)) + 1:03d}"
@@ -182,12 +184,13 @@ class Snapshots(tune.Callback):
 
     Args:
         attempt: Folder or s3:// prefix of the attempt.
-        budget: Ends the sweep if the copy cannot be written.
+        budget: Ends the sweep if no copy could be written for `OUTAGE_SECONDS`.
     """
 
     def __init__(self, attempt: str, budget: "Budget") -> None:
         self._attempt, self._budget = Storage(attempt), budget
         self._copied: float | None = None
+        self._last_success = time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         """Copy the snapshot, if there is a new one."""
@@ -195,11 +198,13 @@ class Snapshots(tune.Callback):
             return
         staged = sorted(Path(trials[0].storage.experiment_driver_staging_path).glob("experiment_state-*"))
         if staged and (written := staged[-1].stat().st_mtime) != self._copied:
-            self._copied = written
             try:
                 self._attempt.write(SNAPSHOT, staged[-1].read_bytes())
             except UnavailableError as error:
-                self._budget.fail(error)
+                if time.monotonic() - self._last_success > OUTAGE_SECONDS:
+                    self._budget.fail(error)
+            else:
+                self._copied, self._last_success = written, time.monotonic()
 
     def on_experiment_end(self, trials: list[TuneTrial], **info: Any) -> None:
         """Copy the last one."""
@@ -368,6 +373,8 @@ class Budget(Stopper, tune.Callback):
     ) -> None:
         """Count its workers' time; the first report comes with their start."""
         self._has_begun = True
+        if result["error"]:
+            self.fail(UnavailableError(*result["error"]))
         self._running[trial.trial_id] = (result["worker_seconds"], time.monotonic())
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:

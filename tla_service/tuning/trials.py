@@ -11,6 +11,7 @@ from tla_service.tuning.settings import Objective
 from tla_service.tuning.space import Point, Space
 
 Status = Literal["running", "finished", "stopped", "failed"]
+Outcome = Literal["running", "finished", "failed", "unavailable"]
 Report = dict[str, Any]
 
 
@@ -76,16 +77,24 @@ class Progress:
     def report(
         self,
         message: str = "",
-        outcome: Literal["running", "finished", "failed"] = "running",
+        outcome: Outcome = "running",
         reason: str = "",
         test: Mapping[str, float] | None = None,
+        error: Sequence[Any] = (),
     ) -> Report:
         """The next report: plain values for `tune.report`.
 
         Accuracies are those of the best score so far, 0 before the first validation and for a failed trial. A failed
         trial has 0 epochs, so that the scheduler compares no other with it.
+
+        Args:
+            message: For people.
+            outcome: How the trial ended, if it did; `unavailable`: it cannot go on, and not because of its point.
+            reason: Why.
+            test: Accuracies on the test set.
+            error: Arguments of the UnavailableError.
         """
-        best = best_of(self._curve) if outcome != "failed" else None
+        best = best_of(self._curve) if outcome in ("running", "finished") else None
         metrics, self._metrics = self._metrics, []
         return {
             "epochs": self._curve[-1].epochs if best is not None else 0,
@@ -99,6 +108,7 @@ class Progress:
             "outcome": outcome,
             "reason": reason,
             "test": dict(test or {}),
+            "error": list(error),
         }
 
 
@@ -134,17 +144,19 @@ class Trial:
         """Take what an attempt at the sweep knows of the trial.
 
         Args:
-            report: Its last report, with what Ray Tune adds (`done`, `time_total_s`); empty if it made none.
+            report: Its last report, with what Ray Tune adds (`done`, `time_total_s`); that alone if it made none.
             deaths: How often its process died, if that ended it.
         """
         self.attempts += 1
-        if report:
+        if "outcome" in report:
             self.curve = [Score(*each) for each in report["curve"]] or self.curve
-            self.status, self.reason, self.test = report["outcome"], report["reason"], dict(report["test"])
+            outcome: Outcome = report["outcome"]
+            self.status = "running" if outcome == "unavailable" else outcome
+            self.reason, self.test = report["reason"], dict(report["test"])
             self.restarts += report["restarts"]
             self.seconds += report["time_total_s"]
             self.worker_seconds += report["worker_seconds"]
-            if self.status == "running" and report.get("done"):
+            if outcome == "running" and report.get("done"):
                 self.status, self.reason = "stopped", f"behind the others at epoch {self.epochs}"
         if deaths and self.status == "running":
             self.status, self.reason = "failed", f"its process died {deaths} times (killed, or its node was lost)"
