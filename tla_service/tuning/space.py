@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,14 @@ class Space:
         self._follow_batch_size(fields, None if full_length else self.sweep.trial_epochs)
         return RunConfig.model_validate(fields)
 
+    def trial(self, number: int, point: Point, num_workers: int) -> RunConfig:
+        """The run of a trial, named by its number and point: checkpoints under that name are of this point."""
+        run = self.apply(point)
+        # Trials queue for workers as long as others take, so none of them alone may give up waiting.
+        scaling = run.scaling.model_copy(update={"num_workers": num_workers, "wait_seconds": 0.0})
+        digest = hashlib.sha256(key_of(point).encode()).hexdigest()[:6]
+        return run.model_copy(update={"name": f"{self.name}-{number:04d}-{digest}", "scaling": scaling})
+
     def allows(self, point: Point) -> bool:
         """Whether the point's run is valid and satisfies all constraints."""
         return self._refusal(point) is None
@@ -102,11 +111,11 @@ class Space:
             point[axis.name] = same[0]
         return point if self.allows(point) else None
 
-    def random(self, rng: np.random.Generator) -> Point | None:
-        """An allowed random point, or None if there is none in `TRIES` draws."""
+    def random(self, rng: np.random.Generator, tried: Collection[str] = ()) -> Point | None:
+        """An allowed random point whose key is not among those tried, or None if there is none in `TRIES` draws."""
         for _ in range(TRIES):
             point = {axis.name: axis.draw(rng) for axis in self.axes}
-            if self.allows(point):
+            if key_of(point) not in tried and self.allows(point):
                 return point
         return None
 
@@ -155,6 +164,9 @@ class Space:
                 "test images would take part in a search",
                 "use it with sweep.searcher=grid and sweep.scheduler=none",
             )
+        if self.run.scaling.wait_seconds > 0 and sweep.max_concurrent is None:
+            reason = "with scaling.wait_seconds the cluster may grow, so its present size sets no limit"
+            raise ConfigError("sweep.max_concurrent", None, reason, "set it to the trials that may run at a time")
         epochs = sweep.trial_epochs or self.run.training.epochs
         if sweep.scheduler == "asha" and sweep.grace_epochs is not None and sweep.grace_epochs > epochs:
             reason = f"longer than a trial of {epochs} epochs"
@@ -219,6 +231,11 @@ class Space:
         scale = shorter / ratio if schedule["unit"] == "step" else shorter
         schedule["warmup"] *= scale
         schedule["milestones"] = sorted({max(1, round(milestone * scale)) for milestone in schedule["milestones"]})
+
+
+def key_of(point: Point) -> str:
+    """A point as text: equal points, equal text."""
+    return json.dumps(point, sort_keys=True)
 
 
 def default_space(run: RunConfig) -> dict[str, Dimension]:
