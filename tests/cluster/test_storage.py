@@ -19,7 +19,7 @@ from tla_service.config_loading import to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 
 RECORD = "checkpoint_manager_snapshot.json"
-LEASE = "driver.json"
+LEASE = "held_by.json"
 
 
 def make_folder(tmp_path: Path, record: str | None, *checkpoints: str) -> RunFolder:

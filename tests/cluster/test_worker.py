@@ -32,10 +32,10 @@ def test_the_last_two_checkpoints_stay_whoever_wrote_the_others(tmp_path: Path) 
     there = []
     for name in ("step-2", "step-4"):
         (tmp_path / name).mkdir()
-    (tmp_path / "driver.json").write_text("")
+    (tmp_path / "held_by.json").write_text("")
     for name in ("step-4", "step-4", "step-6", "step-8"):
         (tmp_path / name).mkdir(exist_ok=True)
         callback.after_report(None, [{"epoch": 0.0}], Checkpoint.from_directory(tmp_path / name))
-        there.append(sorted(path.name for path in tmp_path.iterdir() if path.name != "driver.json"))
+        there.append(sorted(path.name for path in tmp_path.iterdir() if path.name != "held_by.json"))
     assert there == [["step-2", "step-4"], ["step-2", "step-4"], ["step-4", "step-6"], ["step-6", "step-8"]]
-    assert (tmp_path / "driver.json").exists()
+    assert (tmp_path / "held_by.json").exists()

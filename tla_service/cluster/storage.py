@@ -26,7 +26,7 @@ from tla_service.lock import Holder, in_use
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 30.0  # a holder elsewhere that is silent this long is taken for dead
-_LEASE = "driver.json"
+_LEASE = "held_by.json"
 _LEASE_FIELDS = {"host", "pid", "since", "command", "machine", "began", "id"}
 
 
