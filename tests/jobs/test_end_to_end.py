@@ -161,7 +161,7 @@ def test_the_registered_model_predicts_and_has_gradients(trained: Job, monkeypat
 
 
 def test_a_finished_run_is_not_repeated(
-    trained: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Job, s3: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import ray
 
