@@ -13,12 +13,13 @@ from typing import Any
 import yaml
 
 from tla_service import registry
+from tla_service.cluster.attempts import attempts, read_trials
 from tla_service.cluster.pipeline import Facts, check_before_start, check_split, train_and_register
 from tla_service.cluster.session import Placement, check_dashboard, check_storage, place, ray_session
 from tla_service.cluster.slots import count_slots, workers_per_trial
 from tla_service.cluster.storage import Storage
 from tla_service.cluster.trial_log import RunStatus, TrialLog
-from tla_service.cluster.tune import Budget, Plan, attempts, read_trials, run_trials
+from tla_service.cluster.tune import Budget, Plan, run_trials
 from tla_service.config import RunConfig
 from tla_service.config_loading import load_config_file, to_yaml
 from tla_service.errors import ConfigError, UnavailableError
