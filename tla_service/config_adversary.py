@@ -4,7 +4,8 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from tla_service.config_fields import Pixels, Section, epsilon_in_levels, setting, wrong
+from tla_service.config_bounds import length_trouble
+from tla_service.config_fields import Pixels, Section, setting, wrong
 
 
 class AttackConfig(Section):
@@ -56,15 +57,9 @@ class AttackConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.norm == "linf" and self.epsilon > 1:
-            raise epsilon_in_levels("attack.epsilon", self.epsilon)
-        if self.step_size > 2 * self.epsilon:
-            raise wrong(
-                "attack.step_size",
-                self.step_size,
-                f"over twice attack.epsilon={self.epsilon:g}, one step leaves the ball",
-                f"use at most {2 * self.epsilon:g}",
-            )
+        trouble = length_trouble("attack", self.norm, self.epsilon, self.step_size)
+        if trouble is not None:
+            raise wrong(*trouble)
         if self.norm == "l2" and self.kind != "pgd":
             raise wrong("attack.kind", self.kind, "is defined for linf only", "use pgd with attack.norm=l2")
         if self.awp and self.kind == "free":

@@ -14,7 +14,8 @@ from tla_service.runtime import WorkerContext
 from tla_service.training import fit as fit_module
 from tla_service.training.checkpoint import load_checkpoint, read_weights
 from tla_service.training.fit import Run, average_buffers, fit
-from tla_service.training.meter import NonFiniteLossError
+from tla_service.training.meter import METRIC_NAMES, NonFiniteLossError
+from tla_service.training.step import TOTALS
 
 NewReporter = Callable[..., KeepingReporter]
 
@@ -89,11 +90,33 @@ def test_four_epochs_equal_two_and_two_bit_for_bit(
     assert len(resumed.history) == config.training.epochs
 
 
-def test_a_stop_in_the_middle_of_an_epoch_keeps_its_sums(new_reporter: NewReporter) -> None:
-    config = digits_config(training={"log_every_steps": 1})
-    stopped = new_reporter(stop_after=1)
+def test_a_stop_in_the_middle_of_an_epoch_keeps_its_sums(
+    new_reporter: NewReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The epoch's means are those over the steps before the stop and after it, added up by hand."""
+    of_steps: list[list[float]] = []
+    original = Run._update
+
+    def update(self: Run, batch: Any) -> torch.Tensor:
+        totals = original(self, batch)
+        of_steps.append(totals.tolist())
+        return totals
+
+    monkeypatch.setattr(Run, "_update", update)
+    config = digits_config(training={"log_every_steps": 1, "epochs": 1})
+    stopped, resumed = new_reporter(stop_after=1), new_reporter()
     assert fit(config, WorkerContext(), stopped).interrupted
     assert stopped.checkpoints[-1].name == "step-000000002"
+    assert len(of_steps) == 2
+    fit(config, WorkerContext(), resumed, resume_from=stopped.checkpoints[-1])
+    assert len(of_steps) == 4
+
+    sums = dict(zip(TOTALS, (sum(column) for column in zip(*of_steps, strict=True)), strict=True))
+    assert sums["images"] == 180
+    (epoch,) = resumed.metrics
+    assert {metric: epoch[metric] for metric in METRIC_NAMES.values()} == pytest.approx(
+        {metric: sums[name] / 180 for name, metric in METRIC_NAMES.items()}
+    )
 
 
 def test_the_best_weights_are_chosen_on_validation_and_tested_once(

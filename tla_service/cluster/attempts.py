@@ -10,7 +10,7 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from tla_service.cluster.storage import Storage
+from tla_service.cluster.folder import Folder
 from tla_service.errors import UnavailableError
 from tla_service.tuning.trials import Trial
 
@@ -20,7 +20,7 @@ OUTAGE_SECONDS = 600.0
 
 def attempts(storage: str) -> list[str]:
     """Names of the sweep's attempts, in order."""
-    return [name for name in Storage(storage).folders() if name.startswith("tune-")]
+    return [name for name in Folder(storage).folders() if name.startswith("tune-")]
 
 
 def new_attempt(storage: str) -> str:
@@ -39,7 +39,7 @@ def read_trials(storage: str) -> list[Trial]:
     """
     # It misses the loggers' files, which are not written.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    place, trials = Storage(storage), dict[int, Trial]()
+    place, trials = Folder(storage), dict[int, Trial]()
     for attempt in attempts(storage):
         if place.read(f"{attempt}/{SNAPSHOT}") is None:
             continue  # its driver was killed before the first trial
@@ -63,7 +63,7 @@ def add_attempt(trials: dict[int, Trial], found: TuneTrial) -> Trial:
 
 def seconds_before(storage: str) -> float:
     """Wall time of all attempts: each from its start to its last snapshot."""
-    place, seconds = Storage(storage), 0.0
+    place, seconds = Folder(storage), 0.0
     for attempt in attempts(storage):
         name = f"{attempt}/{SNAPSHOT}"
         text = place.read(name)
@@ -84,7 +84,7 @@ class Snapshots(tune.Callback):
     """
 
     def __init__(self, attempt: str, fail: Callable[[UnavailableError], None]) -> None:
-        self._attempt, self._fail = Storage(attempt), fail
+        self._attempt, self._fail = Folder(attempt), fail
         self._copied: float | None = None
         self._last_success = time.monotonic()
 

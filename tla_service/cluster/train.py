@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tla_service.cluster.mailbox import start_mailbox
-from tla_service.cluster.session import Placement
+from tla_service.cluster.session import Placement, own_dashboard
 from tla_service.cluster.worker import EpochsToMailbox, train_worker
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
@@ -33,6 +33,8 @@ FETCH_SECONDS = 0.2
 # Ray's controller polls its workers and accepts one report a poll; its default of 2 s holds back the short epochs of
 # small runs, and spares it work in large ones.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
+# Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
+KEPT = 2
 # A rank that waits for one that is gone gives up after this long.
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 
@@ -118,6 +120,7 @@ def fit_on_ray(
     """
     if placement.num_workers <= FEW_WORKERS:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+    ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # no public way leads to the environment of the controller
     mailbox = start_mailbox()
     loop = {
         "config": config.model_dump(mode="json"),
@@ -144,13 +147,12 @@ def fit_on_ray(
             name=config.run_name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-            # Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
             callbacks=[EpochsToMailbox(mailbox)],  # type: ignore[list-item]
         ),
     )
     try:
-        with _cluster_named():
+        with own_dashboard():
             result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds)
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]
@@ -161,25 +163,6 @@ def fit_on_ray(
         raise RuntimeError("the workers ended without a result") if returned is None else returned["error"]
     assert result.checkpoint is not None
     return FitResult(**returned["result"]), result.checkpoint
-
-
-@contextlib.contextmanager
-def _cluster_named() -> Iterator[None]:
-    """Tell Ray Train's processes which cluster is theirs.
-
-    Its cleaner asks the one cluster it finds whether a run still lives. Where there are two it gives up, and the places
-    of a stopped trial stay taken; or it asks the wrong one, and frees the places of a run that lives.
-    """
-    before = os.environ.get("RAY_ADDRESS")
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")  # there is no public way to an environment of the controller
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["RAY_ADDRESS"]
-        else:
-            os.environ["RAY_ADDRESS"] = before
 
 
 def _in_background(call: Callable[[], Result]) -> "Future[Result]":

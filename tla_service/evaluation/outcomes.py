@@ -5,9 +5,9 @@ Shards are merged, kept for a rerun, and compared between models image by image.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 from zipfile import BadZipFile
 
 import numpy as np
@@ -21,6 +21,22 @@ Arrays = dict[str, npt.NDArray[Any]]
 STANDS = -1
 
 
+class AutoAttackRun(NamedTuple):
+    """How AutoAttack was run.
+
+    Attributes:
+        version: The package's: ``standard``, ``plus`` or ``rand``.
+        norm: Norm of the perturbations.
+        epsilon: Radius.
+        stages: Its parts that ran, in their order.
+    """
+
+    version: str
+    norm: str
+    epsilon: float
+    stages: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class ShardOutcome:
     """The fate of some images.
@@ -31,12 +47,22 @@ class ShardOutcome:
         broken_at: By attack, (N,): 0 where the network is wrong before any attack, r where the r-th restart (or the
             r-th of AutoAttack's ``ALL_STAGES``) broke the image, STANDS where none did. ``clean`` is among the attacks.
         left_out: AutoAttack's stages that could not run on this network, and why.
+        autoattack: How AutoAttack was run; None where it was not, or by a version that did not record it.
+        gate: Which images are set aside for the promotion gate (N,); None where that is not recorded.
     """
 
     indices: IntArray
     labels: IntArray
     broken_at: dict[str, IntArray]
     left_out: dict[str, str] = field(default_factory=dict)
+    autoattack: AutoAttackRun | None = None
+    gate: BoolArray | None = None
+
+    def only(self, chosen: BoolArray) -> Self:
+        """The images that are chosen (N,)."""
+        broken_at = {name: values[chosen] for name, values in self.broken_at.items()}
+        gate = None if self.gate is None else self.gate[chosen]
+        return replace(self, indices=self.indices[chosen], labels=self.labels[chosen], broken_at=broken_at, gate=gate)
 
     def standing(self, attack: str, restarts: int | None = None) -> BoolArray:
         """Whether each image is still classified right (N,).
@@ -75,7 +101,10 @@ def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
     labels = np.concatenate([outcome.labels for outcome in outcomes])[order]
     broken_at = {name: np.concatenate([outcome.broken_at[name] for outcome in outcomes])[order] for name in names}
     left_out = {stage: why for outcome in outcomes for stage, why in outcome.left_out.items()}
-    return ShardOutcome(indices[order], labels, broken_at, left_out)
+    runs = {outcome.autoattack for outcome in outcomes if outcome.autoattack is not None}
+    if len(runs) > 1:
+        raise ValueError("the shards were attacked differently; evaluate them with one AutoAttack")
+    return ShardOutcome(indices[order], labels, broken_at, left_out, next(iter(runs), None))
 
 
 def compare_outcomes(first: ShardOutcome, second: ShardOutcome, attack: str) -> PairedDifference:
@@ -95,13 +124,21 @@ def outcome_arrays(outcome: ShardOutcome) -> Arrays:
     """An outcome as plain arrays; :func:`outcome_from` makes it again."""
     fates = {f"broken_at/{name}": broken_at for name, broken_at in outcome.broken_at.items()}
     left_out = np.array(json.dumps(outcome.left_out))
-    return {"indices": outcome.indices, "labels": outcome.labels, "left_out": left_out, **fates}
+    arrays: Arrays = {"indices": outcome.indices, "labels": outcome.labels, "left_out": left_out, **fates}
+    if outcome.autoattack is not None:
+        arrays["autoattack"] = np.array(json.dumps(outcome.autoattack._asdict()))
+    return arrays if outcome.gate is None else arrays | {"gate": outcome.gate}
 
 
 def outcome_from(arrays: Arrays) -> ShardOutcome:
     """What :func:`outcome_arrays` took apart; a missing array raises KeyError."""
     broken_at = {name.removeprefix("broken_at/"): arrays[name] for name in arrays if name.startswith("broken_at/")}
-    return ShardOutcome(arrays["indices"], arrays["labels"], broken_at, json.loads(str(arrays["left_out"])))
+    autoattack = None
+    if "autoattack" in arrays:
+        run = json.loads(str(arrays["autoattack"]))
+        autoattack = AutoAttackRun(**run | {"stages": tuple(run["stages"])})
+    left_out = json.loads(str(arrays["left_out"]))
+    return ShardOutcome(arrays["indices"], arrays["labels"], broken_at, left_out, autoattack, arrays.get("gate"))
 
 
 def save_arrays(arrays: Arrays, path: Path) -> None:
@@ -140,5 +177,5 @@ def load_outcome(path: Path) -> ShardOutcome:
     """
     try:
         return outcome_from(load_arrays(path))
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UnavailableError("outcome", path, f"cannot be read ({error})", "delete it; it is made again") from error

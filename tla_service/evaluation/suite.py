@@ -11,7 +11,7 @@ from tla_service.attacks import Attack, LogitsFn, craft
 from tla_service.attacks.autoattack import ALL_STAGES, AutoAttackNorm, run_autoattack
 from tla_service.errors import ConfigError
 from tla_service.evaluation.mode import evaluating, float32
-from tla_service.evaluation.outcomes import STANDS, ShardOutcome
+from tla_service.evaluation.outcomes import STANDS, AutoAttackRun, ShardOutcome
 from tla_service.runtime import generator
 
 
@@ -56,6 +56,7 @@ def evaluate_shard(
     numbers = np.arange(len(labels), dtype=np.int64) if indices is None else np.asarray(indices, dtype=np.int64)
     names = ["clean", *attacks, *transfer, *(["autoattack"] if autoattack else [])]
     left_out: dict[str, str] = {}
+    run: AutoAttackRun | None = None
     broken_at = {name: np.full(len(labels), STANDS, dtype=np.int64) for name in names}
     with evaluating(network, surrogate), float32(device):
         logits_fn = logits_of(network)
@@ -80,7 +81,8 @@ def evaluate_shard(
                     for fate in result.broken_by
                 ]
                 left_out |= result.left_out
-    return ShardOutcome(numbers, labels.cpu().numpy().astype(np.int64), broken_at, left_out)
+                run = AutoAttackRun(result.version, norm, epsilon, result.stages)
+    return ShardOutcome(numbers, labels.cpu().numpy().astype(np.int64), broken_at, left_out, run)
 
 
 def restart_fates(

@@ -1,13 +1,16 @@
 """What the jobs on registered models can be told; read without torch or mlflow."""
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DetectionConfig, ModelConfig, TrackingConfig
+from tla_service.config_bounds import known_shape, length_trouble
 from tla_service.config_fields import Pixels, setting, wrong
 from tla_service.config_loading import JobSettings
+from tla_service.config_names import model_trouble
 from tla_service.registry.gate_rules import GateRules
 
 Format = Literal["pt2", "onnx"]
@@ -18,7 +21,7 @@ class PromoteSettings(JobSettings):
 
     model: str = setting("", "registered model, without a version")
     version: str = setting("", "number of the version to promote", pattern=r"^\d*$")
-    alias: str = setting("champion", "alias to give it", min_length=1)
+    alias: str = setting("champion", "alias to give it", pattern=r"^[\w-]+$", max_length=200)
     rollback: bool = Field(False, description="give the alias back to the version that carried it before")
     rules: GateRules = GateRules()
     tracking: TrackingConfig = TrackingConfig()
@@ -31,6 +34,8 @@ class PromoteSettings(JobSettings):
             raise wrong("version", "", "no version is named", "give --version N, or --rollback")
         if self.version and self.rollback:
             raise wrong("version", self.version, "a rollback goes to the version before", "leave it out")
+        if self.alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", self.alias):
+            raise wrong("alias", self.alias, "MLflow reserves this alias", "choose another, such as champion")
         return self
 
 
@@ -60,7 +65,7 @@ class ImportSettings(JobSettings):
     data: DataConfig = DataConfig()
     norm: Literal["linf", "l2"] = setting("linf", "norm of the perturbations they were trained against")
     epsilon: Pixels = setting(8 / 255, "radius of these", unit="pixels in [0, 1], or L2 length", gt=0)
-    source: str = setting("", "where they come from: a paper, an address; goes to the model card")
+    source: str = setting("", "where they come from: a paper, an address; goes to the model card", max_length=5000)
     detection: DetectionConfig = DetectionConfig()
     seed: int = setting(0, "seed of the validation split that the detector's threshold is fixed on", ge=0, lt=2**31)
     tracking: TrackingConfig = TrackingConfig()
@@ -69,4 +74,9 @@ class ImportSettings(JobSettings):
     def _check(self) -> Self:
         if not self.file:
             raise wrong("file", "", "no weights are named", "give --file weights.safetensors")
+        shape = known_shape(self.data.name, self.data.image_size)
+        trouble = model_trouble("name", self.name) if self.name else None
+        trouble = trouble or length_trouble("", self.norm, self.epsilon, shape=shape)
+        if trouble is not None:
+            raise wrong(*trouble)
         return self

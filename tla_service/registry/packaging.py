@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _EXAMPLE_IMAGES = 4
+_LARGEST_DETECTOR_BYTES = 4 * 10**9
 _FEWEST_IMAGES = 2  # one image would hide whether the batch size is free
 
 
@@ -42,6 +43,39 @@ class PackagedModel:
     version: str | None
     model_id: str
     digest: str
+
+
+def check_packaging(config: RunConfig, class_names: Sequence[str], test_images: int, embedding_size: int) -> None:
+    """Refuse before training what could not be packaged after it.
+
+    Args:
+        config: The run.
+        class_names: K names, in label order.
+        test_images: How many test images there are; some become the package's example.
+        embedding_size: D, width of the network's embeddings.
+
+    Raises:
+        ConfigError: There are too few test images, a class name is no text, or the detector would be too large.
+    """
+    if test_images < _FEWEST_IMAGES:
+        field, value = (
+            ("data.test_limit", config.data.test_limit) if config.data.test_limit else ("data.root", config.data.root)
+        )
+        reason = f"{test_images} test image; the example in a packaged model takes at least {_FEWEST_IMAGES}"
+        raise ConfigError(field, value, reason, f"use {_FEWEST_IMAGES} test images or more")
+    for name in class_names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            reason = f"the class name {name!r} is not valid UTF-8, and a package's files hold it"
+            raise ConfigError("data.root", config.data.root, reason, "rename the class") from error
+    covariance, classes = config.detection.covariance, len(class_names)
+    numbers = {"full": classes * embedding_size**2, "tied": embedding_size**2, "diagonal": classes * embedding_size}
+    size = 8 * numbers[covariance]
+    if size > _LARGEST_DETECTOR_BYTES:
+        reason = f"{classes} classes with {embedding_size} dimensions each make a detector of {size / 1e9:.3g} GB"
+        remedy = "use tied" if covariance == "full" else "use diagonal"
+        raise ConfigError("detection.covariance", covariance, reason, remedy)
 
 
 def log_model(

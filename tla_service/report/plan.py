@@ -9,6 +9,7 @@ import torch
 
 from tla_service.attacks import Attack
 from tla_service.config_adversary import AttackConfig
+from tla_service.config_bounds import ImageShape, length_trouble
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
@@ -51,7 +52,8 @@ class Plan:
         columns: White-box attacks by name.
         transfer: Attacks crafted on the surrogate.
         is_paper: Whether these are the paper's columns at the paper's radius.
-        iterative: The strongest of them with one start: curves, audit, neighbours and pictures rest on it.
+        iterative: The strongest PGD under the threat model: with one start, curves, audit, neighbours and pictures rest
+            on it.
         detection: The attack of the detection test.
         shift: Attacks of the shift ratios by radius, rising; among them the two above.
         seed: Seed of every draw.
@@ -92,7 +94,7 @@ def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: f
         has_surrogate: Without one transfer attacks are left out.
 
     Raises:
-        ConfigError: None of the attacks is iterative, or one is called as a measure is.
+        ConfigError: None of the attacks is PGD under the threat model.
     """
     norm = settings.norm or norm
     epsilon = settings.epsilon or epsilon
@@ -104,10 +106,15 @@ def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: f
     else:
         white = {name: evaluation_attack(entry, training) for name, entry in columns.attacks.items()}
         black = {name: evaluation_attack(entry, training) for name, entry in columns.transfer.items()}
-    iterative = {name: attack for name, attack in white.items() if attack.kind == "pgd"}
+    iterative = {
+        name: attack
+        for name, attack in white.items()
+        if attack.kind == "pgd" and (attack.norm, attack.epsilon) == (norm, epsilon)
+    }
     if not iterative:
+        reason = f"none of them is PGD with norm {norm} and epsilon {epsilon:g}, which curves and audit need"
         remedy = 'add one, such as --attacks \'{"pgd50": {"num_steps": 50}}\''
-        raise ConfigError("attacks", ", ".join(white), "none of them is PGD, which curves and audit need", remedy)
+        raise ConfigError("attacks", ", ".join(white), reason, remedy)
     usual = paper_columns(data_name, norm).epsilon
     return Plan(
         norm=norm,
@@ -121,6 +128,22 @@ def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: f
         seed=settings.seed,
         batch_size=settings.batch_size,
     )
+
+
+def check_plan(plan: Plan, shape: ImageShape) -> None:
+    """Refuse radii and step sizes that make no sense on images of a shape (C, H, W).
+
+    Raises:
+        ConfigError: One does not.
+    """
+    named = {f"attacks.{name}": attack for name, attack in plan.columns.items()} | {"detection": plan.detection}
+    found = [length_trouble("", plan.norm, plan.epsilon, shape=shape)]
+    for where, attack in named.items():
+        step_size = None if attack.kind == "fgsm" else attack.step_size
+        found.append(length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps, shape))
+    trouble = next(filter(None, found), None)
+    if trouble is not None:
+        raise ConfigError(*trouble)
 
 
 def _pgd(norm: Norm, epsilon: float, steps: int, step_size: float | None = None) -> Attack:
@@ -213,7 +236,7 @@ def single_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model
 def query_task(plan: Plan, model: str, rows: npt.NDArray[np.int64]) -> Task:
     """Embeddings and pixels of a few attacked test images, for the pictures."""
     measure = EmbeddingMeasurement(plan.strongest, plan.seed, len(rows), keep_images=len(rows))
-    return Task("queries", model, "test", rows, len(rows), measure)
+    return Task("examples", model, "test", rows, len(rows), measure)
 
 
 def _task(name: str, model: str, dataset: Dataset, count: int | None, plan: Plan, measurement: Measurement) -> Task:

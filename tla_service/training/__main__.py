@@ -31,17 +31,18 @@ def main() -> int:
     config, output = settings.run_config, settings.output_folder
     use_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
     with process_group(torch.device("cuda" if use_gpu else "cpu")) as context:
+        config.check_workers(context.world_size)
         finished = open_output(config, output)
         terminal = Terminal()
         if settings.log_format == "json":
             labels = {"run": config.run_name, "rank": context.rank}
             log_as_json(labels)
             terminal = JsonTerminal(labels)
-        reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
         if finished is not None:
             if context.is_main:
                 show_summary(finished, terminal)
             return 0
+        reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
         stop_on_signals(reporter)
         if context.is_main:
             write_config(config, output)

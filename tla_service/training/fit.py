@@ -33,6 +33,7 @@ from tla_service.training.checkpoint import TrainingState, cpu_weights, load_che
 from tla_service.training.guard import COLLAPSED, collapses, has_collapsed, message
 from tla_service.training.meter import Meter
 from tla_service.training.optimizer import build_optimizer
+from tla_service.training.precheck import check_start
 from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
 from tla_service.training.result import FitResult, Phases
@@ -93,9 +94,10 @@ class Run:
         with self.phases("data"), failing_together(context):
             self.dataset = load_dataset(config.data)
             self.train_rows, self.validation_rows = split_validation(
-                self.dataset.train.labels, config.data.validation_fraction, config.seed
+                self.dataset.train.labels, config.data.validation_fraction, config.seed, self.dataset.class_names
             )
             self.batches = training_batches(config, self.dataset, self.train_rows, context)
+            check_start(config, self.dataset, self.train_rows, context.world_size)
         self.total_steps = config.training.epochs * self.batches.steps_per_epoch
         if config.training.max_steps is not None:
             self.total_steps = min(self.total_steps, config.training.max_steps)
@@ -348,6 +350,7 @@ def training_batches_of(
     config: RunConfig, source: ImageSource, rows: Tensor, context: WorkerContext
 ) -> TrainingBatches:
     """Some of a source's images as batches with what the method's mining needs."""
+    config.check_workers(context.world_size)
     mining = config.mining
     separate = config.mines_triplets and mining.pool == "separate"
     pool_size = mining.pool_size if separate else 0

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from tla_service.config import RunConfig
+from tla_service.config_bounds import known_shape
 from tla_service.config_errors import Explainer
 from tla_service.errors import ConfigError
 from tla_service.tuning.axes import Axis, axis_of, shown
@@ -47,6 +48,7 @@ class Space:
         _check_overlap(self.axes)
         self._check_sweep()
         self._check_values()
+        self._check_lengths()
         self._check_not_empty()
 
     @property
@@ -128,12 +130,21 @@ class Space:
     # ------------------------------------------------------------------------------------------------ checks
 
     def _refusal(self, point: Point) -> str | None:
-        try:
-            fields = self.apply(point).model_dump(mode="json")
-        except ValidationError as error:
-            return str(Explainer(RunConfig, "").explain(error.errors(include_url=False)[0]))
+        found = self._valid(point)
+        if isinstance(found, str):
+            return found
+        fields = found.model_dump(mode="json")
         broken = next((constraint for constraint in self.constraints if not constraint.holds(fields)), None)
         return None if broken is None else broken.text
+
+    def _valid(self, point: Point) -> RunConfig | str:
+        """The run of a point, or what is wrong with it; constraints aside."""
+        try:
+            run = self.apply(point)
+        except ValidationError as error:
+            return str(Explainer(RunConfig, "").explain(error.errors(include_url=False)[0]))
+        trouble = run.attack_trouble(known_shape(run.data.name, run.data.image_size))
+        return run if trouble is None else str(ConfigError(*trouble))
 
     def _check_sweep(self) -> None:
         sweep = self.sweep
@@ -175,6 +186,23 @@ class Space:
                     if found is not None:
                         wrong = Explainer(RunConfig, "").explain(found)
                         raise ConfigError(f"sweep.space.{axis.name}", value, wrong.reason, wrong.remedy) from error
+
+    def _check_lengths(self) -> None:
+        """Refuse a radius or a step that makes no sense in any point: it would be left out of the search silently."""
+        rng = np.random.default_rng(self.sweep.seed)
+        for axis in self.axes:
+            for value in axis.probes:
+                if not any(path.startswith("attack.") for path in axis.fields(value)):
+                    continue
+                draws = ({other.name: other.draw(rng) for other in self.axes} for _ in range(TRIES))
+                found: RunConfig | str = ""
+                for point in draws:
+                    found = self._valid(point | {axis.name: value})
+                    if not isinstance(found, str):
+                        break
+                if isinstance(found, str):
+                    reason = f"no point can have this value ({found})"
+                    raise ConfigError(f"sweep.space.{axis.name}", shown(value), reason, "correct it, or leave it out")
 
     def _check_not_empty(self) -> None:
         if self.sweep.searcher == "grid":
