@@ -12,7 +12,8 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
 from tla_service import registry
-from tla_service.cluster.tune import Plan, add_attempt
+from tla_service.cluster.attempts import add_attempt
+from tla_service.cluster.tune import Plan
 from tla_service.config import RunConfig
 from tla_service.errors import UserError
 from tla_service.training.reporting import JsonLines, Terminal

@@ -4,13 +4,10 @@ An attempt is a Tune experiment of its own (`tune-001`, `tune-002`, ...). `Tuner
 could change neither the number of trials nor the budget (ray/tune/search/search_generator.py, tune_controller.py).
 """
 
-import json
-import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,9 +22,9 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.stopper import Stopper
 from torch import Tensor
 
+from tla_service.cluster.attempts import Snapshots, add_attempt, new_attempt, read_trials, seconds_before
 from tla_service.cluster.session import Placement
 from tla_service.cluster.slots import TRIAL_PROCESS_BYTES
-from tla_service.cluster.small_files import Storage
 from tla_service.cluster.trial import run_trial
 from tla_service.errors import UnavailableError
 from tla_service.tuning.space import Space, key_of
@@ -35,8 +32,7 @@ from tla_service.tuning.study import STUDY, distributions, sampler_of, study_of,
 from tla_service.tuning.trials import Trial, best_of
 
 DEFAULT_SAMPLES = 16
-SNAPSHOT, SNAPSHOT_SECONDS = "trials.json", "2"
-OUTAGE_SECONDS = 600.0
+SNAPSHOT_SECONDS = "2"
 PROCESS_RESTARTS = 3
 _ASKS = 100  # suggestions that may be refused before a point is drawn at random
 
@@ -92,7 +88,7 @@ def run_trials(plan: Plan, budget: "Budget", log: tune.Callback, *, debug: bool 
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "1" if debug else "0"  # the log has them in a line
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # the budget takes note of signals
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables; --debug shows them
-    attempt = f"tune-{len(attempts(plan.storage)) + 1:03d}"
+    attempt = new_attempt(plan.storage)
     trainable = tune.with_parameters(
         run_trial, space=space, placement=plan.placement, storage=f"{plan.storage}/trials", weights=plan.weights
     )
@@ -112,7 +108,7 @@ def run_trials(plan: Plan, budget: "Budget", log: tune.Callback, *, debug: bool 
             name=attempt,
             storage_path=plan.storage,
             stop=budget,
-            callbacks=[log, budget, Snapshots(f"{plan.storage}/{attempt}", budget)],
+            callbacks=[log, budget, Snapshots(f"{plan.storage}/{attempt}", budget.fail)],
             failure_config=tune.FailureConfig(max_failures=PROCESS_RESTARTS),
             verbose=2 if debug else 0,
         ),
@@ -122,96 +118,6 @@ def run_trials(plan: Plan, budget: "Budget", log: tune.Callback, *, debug: bool 
 def name_of(trial: TuneTrial) -> str:
     """Ray Tune's name of a trial."""
     return f"trial-{trial.config['trial']['number']:04d}-{trial.trial_id}"
-
-
-# ---------------------------------------------------------------------------------------------------- what there is
-
-
-def attempts(storage: str) -> list[str]:
-    """Names of the sweep's attempts, in order."""
-    return [name for name in Storage(storage).folders() if name.startswith("tune-")]
-
-
-def read_trials(storage: str) -> list[Trial]:
-    """All trials of all attempts, by number.
-
-    Args:
-        storage: Folder or s3:// prefix of the sweep.
-
-    Raises:
-        UnavailableError: The storage, or a snapshot in it, cannot be read.
-    """
-    # It misses the loggers' files, which are not written.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    place, trials = Storage(storage), dict[int, Trial]()
-    for attempt in attempts(storage):
-        if place.read(f"{attempt}/{SNAPSHOT}") is None:
-            continue  # its driver was killed before the first trial
-        path = f"{place.path}/{attempt}/{SNAPSHOT}"
-        try:
-            analysis = tune.ExperimentAnalysis(path, storage_filesystem=place.filesystem)
-        except (OSError, ValueError, KeyError) as error:
-            raise place.unavailable(error) from error
-        for each in analysis.trials:
-            add_attempt(trials, each)
-    return [trials[number] for number in sorted(trials)]
-
-
-def add_attempt(trials: dict[int, Trial], found: TuneTrial) -> Trial:
-    """Add what a Tune trial tells to the trials by number; returns the one it is about."""
-    number, point = found.config["trial"]["number"], found.config["trial"]["point"]
-    trial = trials.setdefault(number, Trial(number, point))
-    trial.add_attempt(found.last_result or {}, found.num_failures if found.status == TuneTrial.ERROR else 0)
-    return trial
-
-
-def seconds_before(storage: str) -> float:
-    """Wall time of all attempts: each from its start to its last snapshot."""
-    place, seconds = Storage(storage), 0.0
-    for attempt in attempts(storage):
-        name = f"{attempt}/{SNAPSHOT}"
-        text = place.read(name)
-        if text is not None:
-            written = place.filesystem.get_file_info(f"{place.path}/{name}").mtime
-            seconds += max(0.0, written.timestamp() - json.loads(text)["stats"]["start_time"])
-    return seconds
-
-
-class Snapshots(tune.Callback):
-    """Keeps a copy of Ray Tune's snapshot that is always whole.
-
-    Ray Tune overwrites its own in place, so a driver that is killed meanwhile, or a full disk, leaves half of one.
-
-    Args:
-        attempt: Folder or s3:// prefix of the attempt.
-        budget: Ends the sweep if no copy could be written for `OUTAGE_SECONDS`.
-    """
-
-    def __init__(self, attempt: str, budget: "Budget") -> None:
-        self._attempt, self._budget = Storage(attempt), budget
-        self._copied: float | None = None
-        self._last_success = time.monotonic()
-
-    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
-        """Copy the snapshot, if there is a new one."""
-        if not trials or trials[0].storage is None:
-            return
-        staged = sorted(Path(trials[0].storage.experiment_driver_staging_path).glob("experiment_state-*"))
-        if staged and (written := staged[-1].stat().st_mtime) != self._copied:
-            try:
-                self._attempt.write(SNAPSHOT, staged[-1].read_bytes())
-            except UnavailableError as error:
-                if time.monotonic() - self._last_success > OUTAGE_SECONDS:
-                    self._budget.fail(error)
-            else:
-                self._copied, self._last_success = written, time.monotonic()
-
-    def on_experiment_end(self, trials: list[TuneTrial], **info: Any) -> None:
-        """Copy the last one."""
-        self.on_step_end(0, trials)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
 
 # ---------------------------------------------------------------------------------------------------- what is next

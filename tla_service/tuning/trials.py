@@ -59,8 +59,7 @@ class Progress:
                 return "" if len(self._curve) > before else None
             case "failure":
                 self._restarts += 1
-                return str(record["message"])
-        return None
+        return record.get("message")
 
     def add_history(self, history: Sequence[Mapping[str, float]]) -> None:
         """Take the metrics of epochs; those that are known are left out."""

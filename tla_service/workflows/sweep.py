@@ -13,12 +13,13 @@ from typing import Any
 import yaml
 
 from tla_service import registry
-from tla_service.cluster.pipeline import Facts, check_before_start, check_split, train_and_register
+from tla_service.cluster.attempts import attempts, read_trials
+from tla_service.cluster.folder import Folder
+from tla_service.cluster.pipeline import Facts, check_before_start, check_disks, check_split, train_and_register
 from tla_service.cluster.session import Placement, check_dashboard, check_storage, place, ray_session
 from tla_service.cluster.slots import count_slots, workers_per_trial
-from tla_service.cluster.small_files import Storage
 from tla_service.cluster.trial_log import RunStatus, TrialLog
-from tla_service.cluster.tune import Budget, Plan, attempts, read_trials, run_trials
+from tla_service.cluster.tune import Budget, Plan, run_trials
 from tla_service.config import RunConfig
 from tla_service.config_loading import load_config_file, to_yaml
 from tla_service.errors import ConfigError, UnavailableError
@@ -60,10 +61,11 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
     with contextlib.ExitStack() as locks:
         for folder in (output, *shared):
             locks.enter_context(_locked(folder))
-        storage = Storage(uri)
+        storage = Folder(uri)
         run = _compare(run, space, storage, resume=resume)
         registry.check_tracking(run.tracking)
         facts = check_before_start(run)
+        check_disks(run, output, f"{uri}/trials", facts.checkpoint_bytes)
         # Trials that are stopped early or killed leave their places to Ray Train's cleaner, which needs the dashboard.
         with ray_session(run, debug=debug, dashboard=True):
             check_dashboard()
@@ -131,7 +133,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compare(run: RunConfig, space: Space, storage: Storage, *, resume: bool) -> RunConfig:
+def _compare(run: RunConfig, space: Space, storage: Folder, *, resume: bool) -> RunConfig:
     """Compare with the sweep of this name that is there already, if any; returns the run with its number of workers."""
     name = space.name
     if storage.read("driver.json") is not None:

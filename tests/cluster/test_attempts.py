@@ -21,9 +21,11 @@ from ray import tune
 from tests.cluster.conftest import ROOT
 from tests.cluster.test_tune import EPOCHS, SPACE, goodness, plan_of
 from tests.tuning.conftest import space_of
+from tla_service.cluster import attempts as attempts_module
 from tla_service.cluster import tune as ours
+from tla_service.cluster.attempts import SNAPSHOT, Snapshots, attempts, read_trials
 from tla_service.cluster.session import Placement
-from tla_service.cluster.tune import SNAPSHOT, Budget, Plan, attempts, read_trials, run_trials
+from tla_service.cluster.tune import Budget, Plan, run_trials
 from tla_service.errors import UnavailableError
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Progress, Trial, winner
@@ -46,7 +48,7 @@ def test_a_snapshot_that_cannot_be_copied_for_long_ends_the_sweep(
     (tmp_path / "tune-001").write_text("in the way")
     budget = Budget(plan_of(space_of(SPACE), tmp_path / "none"))
     trial: Any = SimpleNamespace(storage=SimpleNamespace(experiment_driver_staging_path=str(staged)))
-    snapshots = ours.Snapshots(str(tmp_path / "tune-001"), budget)
+    snapshots = Snapshots(str(tmp_path / "tune-001"), budget.fail)
     snapshots.on_step_end(0, [trial])
     assert not budget.stop_all()  # storage may be away for a while
     (tmp_path / "tune-001").unlink()
@@ -55,7 +57,7 @@ def test_a_snapshot_that_cannot_be_copied_for_long_ends_the_sweep(
     shutil.rmtree(tmp_path / "tune-001")
     (tmp_path / "tune-001").write_text("in the way")
     (staged / "experiment_state-2.json").write_text("{}")
-    monkeypatch.setattr(ours, "OUTAGE_SECONDS", -1)
+    monkeypatch.setattr(attempts_module, "OUTAGE_SECONDS", -1)
     snapshots.on_step_end(0, [trial])
     assert budget.stop_all()
     assert isinstance(budget.error, UnavailableError)
@@ -233,11 +235,11 @@ import os, sys
 from pathlib import Path
 import ray
 from ray import tune
-from tests.cluster import test_tune_attempts
+from tests.cluster import test_attempts
 from tests.cluster.test_tune import SPACE, plan_of
 from tests.tuning.conftest import space_of
 from tla_service.cluster import tune as ours
-ours.run_trial = test_tune_attempts.play
+ours.run_trial = test_attempts.play
 ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 plan = plan_of(space_of(SPACE, num_samples=5, grace_epochs=3), Path(sys.argv[1]), max_concurrent=2)
 budget = ours.Budget(plan)

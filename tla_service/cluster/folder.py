@@ -6,7 +6,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 from tla_service.errors import UnavailableError
 
 
-class Storage:
+class Folder:
     """A folder or prefix.
 
     Args:
