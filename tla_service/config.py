@@ -72,6 +72,12 @@ class EvaluationConfig(Section):
     )
     batch_size: int = setting(500, "images a forward pass, per worker", unit="images", ge=1)
 
+    @property
+    def attacks(self) -> dict[str, EvaluationAttack]:
+        """All attacks by the field that holds them."""
+        test = {f"evaluation.test.{name}": attack for name, attack in self.test.items()}
+        return {"evaluation.validation": self.validation, **test}
+
 
 class DetectionConfig(Section):
     """The detector of misclassified images that a registered model carries: Gaussians over training embeddings."""
@@ -301,10 +307,9 @@ class RunConfig(Section):
                 f"not divisible by {workers} workers with mining.scope=global",
                 f"use {self.mining.pool_size // workers * workers or workers}",
             )
-        attacks = {f"evaluation.test.{name}": attack for name, attack in self.evaluation.test.items()}
-        for where, attack in {"evaluation.validation": self.evaluation.validation, **attacks}.items():
-            epsilon = self.attack.epsilon if attack.epsilon is None else attack.epsilon
-            if (attack.norm or self.attack.norm) == "linf" and epsilon > 1:
+        for where, attack in self.evaluation.attacks.items():
+            norm, epsilon, _ = attack.lengths(self.attack, self.data.name)
+            if norm == "linf" and epsilon is not None and epsilon > 1:
                 raise epsilon_in_levels(f"{where}.epsilon", epsilon)
         if self.data.root is None and self.data.name != "digits":
             raise wrong("data.root", None, f"{self.data.name} is not embedded", "give a folder, or s3://bucket/prefix")

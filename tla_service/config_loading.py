@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -19,6 +19,8 @@ from pydantic_settings import (
 
 from tla_service.config import RunConfig
 from tla_service.config_errors import Explainer, suggest
+from tla_service.config_fields import wrong
+from tla_service.config_radii import no_radius, without_lengths_of_other_norms
 from tla_service.errors import ConfigError
 
 ENV_PREFIX = "TLA_"
@@ -85,6 +87,15 @@ class RunSettings(JobSettings, RunConfig):
         "", description="print the resolved configuration or its JSON schema, and stop"
     )
 
+    @model_validator(mode="after")
+    def _check_radii(self) -> Self:
+        # Here, not in RunConfig: runs that were trained without this check must still load.
+        for where, attack in self.evaluation.attacks.items():
+            norm, epsilon, _ = attack.lengths(self.attack, self.data.name)
+            if epsilon is None:
+                raise wrong(f"{where}.norm", norm, *no_radius(self.data.name, norm, f"{where}.epsilon"))
+        return self
+
     @property
     def run_config(self) -> RunConfig:
         """The run alone: what is logged, and what a worker gets."""
@@ -116,7 +127,7 @@ class _NamedFile(YamlConfigSettingsSource):
             raise ConfigError(self._field, name, f"not valid YAML ({reason})", "mend the file") from error
         if not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
             raise ConfigError(self._field, name, "holds no settings", "write them as 'section: {field: value}'")
-        return values
+        return without_lengths_of_other_norms(values, self.current_state)
 
 
 Settings = TypeVar("Settings", bound=JobSettings)

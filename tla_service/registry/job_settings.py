@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from tla_service.config import DataConfig, DetectionConfig, ModelConfig, TrackingConfig
 from tla_service.config_fields import Pixels, setting, wrong
 from tla_service.config_loading import JobSettings
+from tla_service.config_radii import Norm, documented_radius, no_radius
 from tla_service.registry.gate_rules import GateRules
 
 Format = Literal["pt2", "onnx"]
@@ -58,8 +59,10 @@ class ImportSettings(JobSettings):
     name: str | None = setting(None, "name to register them under; none: tla-<data.name>", min_length=1)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    norm: Literal["linf", "l2"] = setting("linf", "norm of the perturbations they were trained against")
-    epsilon: Pixels = setting(8 / 255, "radius of these", unit="pixels in [0, 1], or L2 length", gt=0)
+    norm: Norm = setting("linf", "norm of the perturbations they were trained against")
+    epsilon: Pixels | None = setting(
+        None, "radius of these; none: the one documented for the data set", unit="pixels in [0, 1], or L2 length", gt=0
+    )
     source: str = setting("", "where they come from: a paper, an address; goes to the model card")
     detection: DetectionConfig = DetectionConfig()
     seed: int = setting(0, "seed of the validation split that the detector's threshold is fixed on", ge=0, lt=2**31)
@@ -69,4 +72,13 @@ class ImportSettings(JobSettings):
     def _check(self) -> Self:
         if not self.file:
             raise wrong("file", "", "no weights are named", "give --file weights.safetensors")
+        if self.epsilon is None and documented_radius(self.data.name, self.norm) is None:
+            raise wrong("norm", self.norm, *no_radius(self.data.name, self.norm, "--epsilon"))
         return self
+
+    @property
+    def radius(self) -> float:
+        """Radius of the threat model."""
+        radius = self.epsilon or documented_radius(self.data.name, self.norm)
+        assert radius is not None  # validated
+        return radius

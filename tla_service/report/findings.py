@@ -191,7 +191,7 @@ def autoattack_facts(found: Findings, plan: Plan) -> rp.AutoAttackFacts | None:
         return None
     same = np.isin(found.outcome.indices, strong.indices)
     shared = np.isin(strong.indices, found.outcome.indices)
-    standing = {name: found.outcome.standing(name)[same] for name in plan.columns}
+    standing = {name: found.outcome.standing(name)[same] for name in plan.within}
     strongest = min(standing, key=lambda name: int(standing[name].sum()))
     gap = difference_facts(standing[strongest], strong.standing("autoattack")[shared])
     fates = strong.broken_at["autoattack"]

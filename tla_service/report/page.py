@@ -9,6 +9,7 @@ from tla_service.report.figures import ReportFigure
 from tla_service.report.paper_results import differences_from_paper, paper_row
 from tla_service.report.schema import AttackFacts, Compared, DetectionScore, Report, Share
 
+NORMS = {"linf": "L-infinity", "l2": "L2"}
 _KINDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD", "mim": "MIM", "cw": "C&W"}
 _METHODS = {
     "natural": "natural training",
@@ -107,7 +108,10 @@ def describe(report: Report, name: str) -> str:
     if name == "autoattack":
         facts = report.autoattack
         return "" if facts is None else f"{', '.join(facts.stages)}, on {facts.gap.images} images"
-    return _describe_attack(report.attacks[name])
+    facts, threat = report.attacks[name], report.threat_model
+    other = (facts.norm, facts.epsilon) != (threat.norm, threat.epsilon)
+    radius = f", up to {size(facts.epsilon, facts.norm)} in {NORMS[facts.norm]}" if other else ""
+    return _describe_attack(facts) + radius
 
 
 def _describe_attack(facts: AttackFacts) -> str:

@@ -1,14 +1,16 @@
 """What an evaluation runs: the attacks, the radii, and which images."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tla_service.attacks import Attack
-from tla_service.config_adversary import AttackConfig
+from tla_service.config_adversary import AttackConfig, EvaluationAttack
+from tla_service.config_radii import Norm, documented_radius, no_radius
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
@@ -23,8 +25,6 @@ from tla_service.report.tasks import (
     NormMeasurement,
     Task,
 )
-
-Norm = Literal["linf", "l2"]
 
 _EPSILON_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _DETECTION_FACTOR = 1.5
@@ -49,6 +49,7 @@ class Plan:
         norm: Norm of the threat model.
         epsilon: Its radius.
         columns: White-box attacks by name.
+        within: Those of them under the threat model; others have a norm or a radius of their own.
         transfer: Attacks crafted on the surrogate.
         is_paper: Whether these are the paper's columns at the paper's radius.
         iterative: The strongest of them with one start: curves, audit, neighbours and pictures rest on it.
@@ -61,6 +62,7 @@ class Plan:
     norm: Norm
     epsilon: float
     columns: dict[str, Attack]
+    within: tuple[str, ...]
     transfer: dict[str, Attack]
     is_paper: bool
     iterative: str
@@ -92,35 +94,47 @@ def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: f
         has_surrogate: Without one transfer attacks are left out.
 
     Raises:
-        ConfigError: None of the attacks is iterative, or one is called as a measure is.
+        ConfigError: A norm has no radius, none of the attacks is iterative, or one is called as a measure is.
     """
-    norm = settings.norm or norm
-    epsilon = settings.epsilon or epsilon
+    norm, epsilon = _threat_model(settings, data_name, norm, epsilon)
     training = AttackConfig(norm=norm, epsilon=epsilon, step_size=epsilon / 10)
     columns = paper_columns(data_name, norm, epsilon)
-    if settings.attacks:
-        white = {name: evaluation_attack(entry, training) for name, entry in settings.attacks.items()}
-        black: dict[str, Attack] = {}
-    else:
-        white = {name: evaluation_attack(entry, training) for name, entry in columns.attacks.items()}
-        black = {name: evaluation_attack(entry, training) for name, entry in columns.transfer.items()}
-    iterative = {name: attack for name, attack in white.items() if attack.kind == "pgd"}
+
+    def attacks(entries: Mapping[str, EvaluationAttack]) -> dict[str, Attack]:
+        return {n: evaluation_attack(entry, training, data_name, f"attacks.{n}") for n, entry in entries.items()}
+
+    white = attacks(settings.attacks or columns.attacks)
+    black = {} if settings.attacks else attacks(columns.transfer)
+    within = {name: attack for name, attack in white.items() if (attack.norm, attack.epsilon) == (norm, epsilon)}
+    iterative = {name: attack for name, attack in within.items() if attack.kind == "pgd"}
     if not iterative:
+        reason = f"none of them is PGD at {norm} {epsilon:.4g}, which curves and audit need"
         remedy = 'add one, such as --attacks \'{"pgd50": {"num_steps": 50}}\''
-        raise ConfigError("attacks", ", ".join(white), "none of them is PGD, which curves and audit need", remedy)
-    usual = paper_columns(data_name, norm).epsilon
+        raise ConfigError("attacks", ", ".join(white), reason, remedy)
     return Plan(
         norm=norm,
         epsilon=epsilon,
         columns=white,
+        within=tuple(within),
         transfer=black if has_surrogate else {},
-        is_paper=not settings.attacks and norm == "linf" and epsilon == usual,
+        is_paper=not settings.attacks and norm == "linf" and epsilon == documented_radius(data_name, norm),
         iterative=max(iterative, key=lambda name: iterative[name].num_steps),
         detection=_detection_attack(settings, data_name, norm, epsilon),
         shift=_shift_attacks(settings, data_name, norm, epsilon),
         seed=settings.seed,
         batch_size=settings.batch_size,
     )
+
+
+def _threat_model(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> tuple[Norm, float]:
+    """What was asked for, else what the model was trained for; its radius counts in its own norm only."""
+    chosen = settings.norm or norm
+    radius = epsilon if chosen == norm else documented_radius(data_name, chosen)
+    if settings.epsilon is not None:
+        radius = settings.epsilon
+    if radius is None:
+        raise ConfigError("norm", chosen, *no_radius(data_name, chosen, "--epsilon"))
+    return chosen, radius
 
 
 def _pgd(norm: Norm, epsilon: float, steps: int, step_size: float | None = None) -> Attack:
@@ -130,7 +144,10 @@ def _pgd(norm: Norm, epsilon: float, steps: int, step_size: float | None = None)
 def _detection_attack(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> Attack:
     paper = _DETECTION.get(data_name) if norm == "linf" else None
     chosen = settings.detection
-    radius = chosen.epsilon or (paper.epsilon if paper else min(_DETECTION_FACTOR * epsilon, 1.0))
+    larger = _DETECTION_FACTOR * epsilon
+    if norm == "linf":
+        larger = min(larger, 1.0)
+    radius = chosen.epsilon or (paper.epsilon if paper else larger)
     return _pgd(norm, radius, chosen.num_steps or (paper.steps if paper else 50), chosen.step_size)
 
 
