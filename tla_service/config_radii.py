@@ -81,7 +81,9 @@ def without_lengths_of_other_norms(values: Mapping[str, Any], above: Mapping[str
         if not {*attack_above} >= _LENGTHS:
             name = _section(above, "data").get("name") or _section(values, "data").get("name") or "digits"
             reason = f"radius and step size are given in {norm}"
-            raise ConfigError("attack.norm", final, reason, f"give attack.epsilon and attack.step_size{_hint(name, final)}")
+            raise ConfigError(
+                "attack.norm", final, reason, f"give attack.epsilon and attack.step_size{_hint(name, final)}"
+            )
         kept["attack"] = _without_lengths(attack)
     evaluation, evaluation_above = _section(values, "evaluation"), _section(above, "evaluation")
 

@@ -130,15 +130,15 @@ def single_step(subject: Subject, attack: Attack, iterative: float, limits: Thre
 
 
 def transfer(
-    subject: Subject, attack: Attack, iterative: float, surrogate: nn.Module | None, limits: Thresholds
+    subject: Subject, attack: Attack, iterative: float, surrogate: nn.Module | str, limits: Thresholds
 ) -> Check:
-    """White-box attacks should be at least as strong as attacks made on another network."""
+    """White-box attacks should be at least as strong as attacks made on another network, or why there is none."""
     name, meaning = (
         "white_box_against_transfer",
         "an attacker who does not know the network does better than one who does: its gradients hide the way",
     )
-    if surrogate is None:
-        return _not_run(name, limits.weaker, "there is no surrogate", meaning)
+    if isinstance(surrogate, str):
+        return _not_run(name, limits.weaker, surrogate, meaning)
     crafted_on = logits_of(surrogate)
     right, other = (subject.accuracy(logits_fn) for logits_fn in (subject.logits_fn, crafted_on))
     if other < _LEAST_SURROGATE * right:
@@ -174,7 +174,9 @@ def square(subject: Subject, attack: Attack, standing: Tensor, queries: int, lim
         if "square" in result.left_out:
             return _not_run(name, limits.square, result.left_out["square"], meaning)
         fell = int((~result.robust).sum())
-    statement = f"Square's {queries} queries break {fell} of {int(standing.sum())} images that the white-box attack leaves"
+    statement = (
+        f"Square's {queries} queries break {fell} of {int(standing.sum())} images that the white-box attack leaves"
+    )
     return _at_most(name, fell / len(standing), limits.square, statement, meaning)
 
 

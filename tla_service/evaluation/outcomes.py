@@ -31,12 +31,14 @@ class ShardOutcome:
         broken_at: By attack, (N,): 0 where the network is wrong before any attack, r where the r-th restart (or the
             r-th of AutoAttack's ``ALL_STAGES``) broke the image, STANDS where none did. ``clean`` is among the attacks.
         left_out: AutoAttack's stages that could not run on this network, and why.
+        warnings: What AutoAttack says of this network, such as that it seems randomised; each once.
     """
 
     indices: IntArray
     labels: IntArray
     broken_at: dict[str, IntArray]
     left_out: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def standing(self, attack: str, restarts: int | None = None) -> BoolArray:
         """Whether each image is still classified right (N,).
@@ -75,7 +77,8 @@ def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
     labels = np.concatenate([outcome.labels for outcome in outcomes])[order]
     broken_at = {name: np.concatenate([outcome.broken_at[name] for outcome in outcomes])[order] for name in names}
     left_out = {stage: why for outcome in outcomes for stage, why in outcome.left_out.items()}
-    return ShardOutcome(indices[order], labels, broken_at, left_out)
+    warnings = dict.fromkeys(warning for outcome in outcomes for warning in outcome.warnings)
+    return ShardOutcome(indices[order], labels, broken_at, left_out, tuple(warnings))
 
 
 def compare_outcomes(first: ShardOutcome, second: ShardOutcome, attack: str) -> PairedDifference:
@@ -94,14 +97,18 @@ def compare_outcomes(first: ShardOutcome, second: ShardOutcome, attack: str) -> 
 def outcome_arrays(outcome: ShardOutcome) -> Arrays:
     """An outcome as plain arrays; :func:`outcome_from` makes it again."""
     fates = {f"broken_at/{name}": broken_at for name, broken_at in outcome.broken_at.items()}
-    left_out = np.array(json.dumps(outcome.left_out))
-    return {"indices": outcome.indices, "labels": outcome.labels, "left_out": left_out, **fates}
+    said = {"left_out": outcome.left_out, "warnings": outcome.warnings}
+    texts = {name: np.array(json.dumps(value)) for name, value in said.items()}
+    return {"indices": outcome.indices, "labels": outcome.labels, **texts, **fates}
 
 
 def outcome_from(arrays: Arrays) -> ShardOutcome:
     """What :func:`outcome_arrays` took apart; a missing array raises KeyError."""
     broken_at = {name.removeprefix("broken_at/"): arrays[name] for name in arrays if name.startswith("broken_at/")}
-    return ShardOutcome(arrays["indices"], arrays["labels"], broken_at, json.loads(str(arrays["left_out"])))
+    left_out = json.loads(str(arrays["left_out"]))
+    # Outcomes of earlier versions have none.
+    warnings = json.loads(str(arrays["warnings"])) if "warnings" in arrays else ()
+    return ShardOutcome(arrays["indices"], arrays["labels"], broken_at, left_out, tuple(warnings))
 
 
 def save_arrays(arrays: Arrays, path: Path) -> None:

@@ -56,6 +56,7 @@ def evaluate_shard(
     numbers = np.arange(len(labels), dtype=np.int64) if indices is None else np.asarray(indices, dtype=np.int64)
     names = ["clean", *attacks, *transfer, *(["autoattack"] if autoattack else [])]
     left_out: dict[str, str] = {}
+    warnings: list[str] = []
     broken_at = {name: np.full(len(labels), STANDS, dtype=np.int64) for name in names}
     with evaluating(network, surrogate), float32(device):
         logits_fn = logits_of(network)
@@ -80,7 +81,9 @@ def evaluate_shard(
                     for fate in result.broken_by
                 ]
                 left_out |= result.left_out
-    return ShardOutcome(numbers, labels.cpu().numpy().astype(np.int64), broken_at, left_out)
+                warnings += result.warnings
+    truths = labels.cpu().numpy().astype(np.int64)
+    return ShardOutcome(numbers, truths, broken_at, left_out, tuple(dict.fromkeys(warnings)))
 
 
 def restart_fates(

@@ -126,10 +126,9 @@ def _enough(report: Report, rules: GateRules) -> Finding:
 def _audited(report: Report) -> str:
     if report.audit is None:
         return "there was no audit for gradient masking"
-    failed = [check.name for check in report.audit.checks if not check.passed]
     if not report.audit.trusted:
-        return f"the audit for gradient masking does not trust it: {', '.join(failed) or 'no check is named'}"
-    return f"{len(report.audit.checks)} checks for gradient masking passed"
+        return f"the audit for gradient masking does not trust it: {report.audit.summary}"
+    return f"gradient masking: {report.audit.summary}"
 
 
 def _same_images(first: ShardOutcome | None, second: ShardOutcome | None) -> bool:

@@ -1,8 +1,11 @@
 """What an evaluation runs: the attacks, the radii, and which images."""
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +19,7 @@ from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, step_sweep
 from tla_service.evaluation.robustness import evaluation_attack
+from tla_service.evaluation.surrogate import surrogate_rows
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.tasks import (
     AuditMeasurement,
@@ -23,8 +27,10 @@ from tla_service.report.tasks import (
     FateMeasurement,
     Measurement,
     NormMeasurement,
+    SurrogateMeasurement,
     Task,
 )
+from tla_service.runtime import mixed_seed
 
 _EPSILON_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _DETECTION_FACTOR = 1.5
@@ -200,7 +206,7 @@ def detection_name(plan: Plan) -> str:
 
 
 def single_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str) -> list[Task]:
-    """Curves, minimum norms and the audit, for the model alone."""
+    """Curves and minimum norms, for the model alone."""
     counts, attack = settings.images, plan.strongest
     tasks: list[Task] = []
 
@@ -220,11 +226,31 @@ def single_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model
         add(name, counts.curves, FateMeasurement(attacks, {}, None, plan.seed, plan.batch_size))
     for norm in ("l0", "l1"):
         add(norm, counts.sparse, NormMeasurement(norm, plan.batch_size))
-    if counts.audit:
-        rows = _rows(dataset, counts.audit)
-        audit = AuditMeasurement(attack, plan.seed, plan.batch_size)
-        tasks.append(Task("audit", model, "test", rows, len(rows), audit))
     return tasks
+
+
+def surrogate_task(plan: Plan, dataset: Dataset, model: str) -> Task:
+    """Training of a surrogate for the audit."""
+    rows = surrogate_rows(dataset.train.labels, dataset.image_shape).numpy()
+    seed = mixed_seed(plan.seed, crc32(b"surrogate"))
+    measure = SurrogateMeasurement(plan.norm, plan.epsilon, len(dataset.class_names), seed)
+    return Task("surrogate", model, "train", rows, len(rows), measure)
+
+
+def audit_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str, no_surrogate: str) -> list[Task]:
+    """The audit, for the model alone, and why it has no surrogate if it has none."""
+    if not settings.images.audit:
+        return []
+    rows = _rows(dataset, settings.images.audit)
+    audit = AuditMeasurement(plan.strongest, plan.seed, plan.batch_size, no_surrogate)
+    return [Task("audit", model, "test", rows, len(rows), audit)]
+
+
+def protocol(plan: Plan, settings: EvaluateSettings) -> str:
+    """Eight hex digits of everything that shapes the figures, but weights and data."""
+    parts = {name: getattr(settings, name).model_dump() for name in ("images", "detection", "neighbours", "pictures")}
+    text = json.dumps(parts | {"plan": asdict(plan)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def query_task(plan: Plan, model: str, rows: npt.NDArray[np.int64]) -> Task:

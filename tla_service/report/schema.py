@@ -4,21 +4,16 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from tla_service.errors import UnavailableError
+from tla_service.report.audit_schema import AuditFacts, Part
 
 FORMAT: Literal[1] = 1
 REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, PAGE_FILE = "report.json", "outcome.npz", "autoattack.npz", "report.html"
 
 
-class _Part(BaseModel):
-    """A part of a report; figures that are undefined are None, as JSON has no NaN."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
-
-
-class Share(_Part):
+class Share(Part):
     """A share of images with its 95% Wilson interval.
 
     Attributes:
@@ -44,7 +39,7 @@ class Accuracy(Share):
     per_class: tuple[Share, ...] = ()
 
 
-class Difference(_Part):
+class Difference(Part):
     """Accuracy of this model less another's on the same images, with a paired test.
 
     Attributes:
@@ -62,7 +57,7 @@ class Difference(_Part):
     images: int
 
 
-class ModelFacts(_Part):
+class ModelFacts(Part):
     """Which network was evaluated.
 
     Attributes:
@@ -86,7 +81,7 @@ class ModelFacts(_Part):
     seed: int | None = None
 
 
-class DataFacts(_Part):
+class DataFacts(Part):
     """What it was evaluated on.
 
     Attributes:
@@ -106,14 +101,14 @@ class DataFacts(_Part):
     trained_on: str | None = None
 
 
-class ThreatModel(_Part):
+class ThreatModel(Part):
     """What the adversary may do: perturbations up to ``epsilon`` in ``norm``, pixels in [0, 1]."""
 
     norm: Literal["linf", "l2"]
     epsilon: float
 
 
-class AttackFacts(_Part):
+class AttackFacts(Part):
     """How an attack was run; a transfer attack was crafted on the surrogate."""
 
     kind: str
@@ -125,7 +120,7 @@ class AttackFacts(_Part):
     transfer: bool = False
 
 
-class AutoAttackFacts(_Part):
+class AutoAttackFacts(Part):
     """How AutoAttack was run, and what it says about the other attacks.
 
     Attributes:
@@ -135,6 +130,7 @@ class AutoAttackFacts(_Part):
         strongest: The strongest of the other attacks on the same images.
         gap: Accuracy under that attack less accuracy under AutoAttack, on the same images.
         weak: Whether the gap shows, beyond noise, that the other attacks are weak.
+        warnings: What AutoAttack says of the network, such as that it seems randomised.
         outcome: File beside the report with the fate of each image that AutoAttack was run on.
     """
 
@@ -144,10 +140,11 @@ class AutoAttackFacts(_Part):
     strongest: str
     gap: Difference
     weak: bool
+    warnings: tuple[str, ...] = ()
     outcome: str = AUTOATTACK_FILE
 
 
-class CurveFacts(_Part):
+class CurveFacts(Part):
     """Accuracy along one axis."""
 
     attack: str
@@ -156,7 +153,7 @@ class CurveFacts(_Part):
     accuracy: tuple[Share, ...]
 
 
-class SparseFacts(_Part):
+class SparseFacts(Part):
     """Smallest perturbations that a minimum-norm attack found.
 
     Attributes:
@@ -174,26 +171,7 @@ class SparseFacts(_Part):
     curve: CurveFacts
 
 
-class CheckFacts(_Part):
-    """One check of the audit."""
-
-    name: str
-    figure: float | None
-    threshold: float
-    passed: bool
-    statement: str
-    meaning: str
-
-
-class AuditFacts(_Part):
-    """Whether the robustness is real; `trusted` only if every check passed."""
-
-    trusted: bool
-    images: int
-    checks: tuple[CheckFacts, ...]
-
-
-class DetectionScore(_Part):
+class DetectionScore(Part):
     """How well a score finds misclassified images: area under the ROC curve with its 95% bootstrap interval."""
 
     auc: float | None
@@ -238,7 +216,7 @@ class DetectionFacts(DetectionScore):
     shipped: ShippedFacts | None = None
 
 
-class NeighbourFacts(_Part):
+class NeighbourFacts(Part):
     """Accuracy of a vote among the k nearest training images."""
 
     k: int
@@ -247,7 +225,7 @@ class NeighbourFacts(_Part):
     attacked: Share
 
 
-class ShiftFacts(_Part):
+class ShiftFacts(Part):
     """Shift ratios at one radius: r (higher is better) and r' (lower is better)."""
 
     epsilon: float
@@ -257,7 +235,7 @@ class ShiftFacts(_Part):
     left_out_of_r_prime: int
 
 
-class Compared(_Part):
+class Compared(Part):
     """Another model measured on the same images.
 
     Attributes:
@@ -267,6 +245,7 @@ class Compared(_Part):
         detection: As for the report's model, where measured.
         neighbours: Likewise.
         shift: Likewise.
+        warnings: What AutoAttack says of it.
     """
 
     model: ModelFacts
@@ -275,9 +254,10 @@ class Compared(_Part):
     detection: DetectionFacts | None = None
     neighbours: NeighbourFacts | None = None
     shift: tuple[ShiftFacts, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
-class Report(_Part):
+class Report(Part):
     """An evaluation of one model.
 
     Attributes:
@@ -309,7 +289,7 @@ class Report(_Part):
     shift: tuple[ShiftFacts, ...] = ()
     compared: tuple[Compared, ...] = ()
     surrogate: ModelFacts | None = None
-    code: dict[str, str] = {}
+    code: dict[str, str] = Field(default_factory=dict)
     seed: int
     settings: str
     seconds: float

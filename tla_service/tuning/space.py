@@ -237,9 +237,9 @@ def _freeze_evaluation(fields: dict[str, Any], run: RunConfig) -> None:
     """Give evaluation attacks what they would take from the training attack: all trials are measured alike."""
     evaluation = fields["evaluation"]
     frozen = {where: attack.lengths(run.attack, run.data.name) for where, attack in run.evaluation.attacks.items()}
-    evaluation["validation"] |= frozen["evaluation.validation"]._asdict()
+    evaluation["validation"].update(frozen["evaluation.validation"]._asdict())
     for name, attack in evaluation["test"].items():
-        attack |= frozen[f"evaluation.test.{name}"]._asdict()
+        attack.update(frozen[f"evaluation.test.{name}"]._asdict())
 
 
 def _put(fields: dict[str, Any], path: str, value: Any) -> None:
