@@ -1,4 +1,4 @@
-"""A radius counts in the norm it is given for: another norm takes the documented radius of the data set, or is refused."""
+"""A radius counts in its own norm: another norm takes the documented radius of the data set, or is refused."""
 
 from pathlib import Path
 from typing import Any
