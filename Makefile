@@ -9,8 +9,9 @@ BIN := .venv/bin
 train: .venv/installed
 	$(BIN)/python jobs/train_tla.py $(ARGS)
 
+# Two processes; a file stays on one of them, so that its tests share clusters and models.
 test: .venv/installed check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

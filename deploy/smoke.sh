@@ -2,13 +2,12 @@
 # The whole service on this machine, the way a cluster runs it, in under ten minutes: two Ray nodes in networks of their
 # own, an MLflow server with accounts on PostgreSQL, an S3 store, and a client that has a token and no key of the store.
 #
-#   TLA_TEST_S3_SERVER=/path/to/s3_server.py deploy/smoke.sh
+#   deploy/smoke.sh
 #   SMOKE_BUCKET=name AWS_ENDPOINT_URL_S3=http://... AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... deploy/smoke.sh
 #
-# The first starts a store with a script that takes `start DIR --port PORT --bucket NAME`, prints `export` lines and takes
-# `stop DIR`; the second uses one that is there. Needs this project's environment (PYTHON, default .venv/bin/python) and
-# PostgreSQL's programs. As root, each node gets a network namespace; else both share this machine's network, on ports of
-# their own. SMOKE_KEEP=1 leaves the folder with all logs behind. SMOKE_STEPS chooses steps.
+# The first starts moto's S3 server, the second uses a store that is there. Needs this project's environment (PYTHON,
+# default .venv/bin/python) and PostgreSQL's programs. As root, each node gets a network namespace; else both share this
+# machine's network, on ports of their own. SMOKE_KEEP=1 leaves the folder with all logs behind. SMOKE_STEPS chooses steps.
 set -euo pipefail
 ROOT="$(cd "$(dirname "$0")/.." && pwd)"
 PYTHON="${PYTHON:-$ROOT/.venv/bin/python}"
@@ -68,7 +67,6 @@ finish() {
     for file in "$WORK"/pids/*; do
         [ -e "$file" ] && kill -TERM -- "-$(cat "$file")" 2> /dev/null
     done
-    [ -d "$WORK/s3" ] && "$PYTHON" "$TLA_TEST_S3_SERVER" stop "$WORK/s3" > /dev/null
     sleep 2
     for file in "$WORK"/pids/*; do
         [ -e "$file" ] && kill -KILL -- "-$(cat "$file")" 2> /dev/null
@@ -102,15 +100,11 @@ ANSWERS=("$PYTHON" -c 'import sys, urllib.request; urllib.request.urlopen(sys.ar
 # ---------------------------------------------------------------------------------------------------------- services
 start_store() {
     if [ -z "${SMOKE_BUCKET:-}" ]; then
-        : "${TLA_TEST_S3_SERVER:?set TLA_TEST_S3_SERVER to a script that starts an S3 store, or SMOKE_BUCKET and AWS_*}"
-        "$PYTHON" "$TLA_TEST_S3_SERVER" start "$WORK/s3" --port $((PORT + 10)) --bucket "$BUCKET" \
-            > "$WORK/secrets/store" 2> "$WORK/logs/store.log"
+        launch store "$PYTHON" "$ROOT/tests/s3_server.py" "$WORK/secrets/store" --host "$HOST" --port $((PORT + 10)) \
+            --bucket "$BUCKET"
+        await "the store" 60 test -e "$WORK/secrets/store"
         # shellcheck disable=SC1091
         . "$WORK/secrets/store"
-        if [ "$HOST" != 127.0.0.1 ]; then # such a store listens to this machine alone
-            launch forward "$PYTHON" "$ROOT/deploy/forward_port.py" "$HOST:$((PORT + 10))" "127.0.0.1:$((PORT + 10))"
-            AWS_ENDPOINT_URL_S3="http://$HOST:$((PORT + 10))"
-        fi
     fi
     STORE=("AWS_ENDPOINT_URL_S3=$AWS_ENDPOINT_URL_S3" "AWS_ACCESS_KEY_ID=$AWS_ACCESS_KEY_ID"
         "AWS_SECRET_ACCESS_KEY=$AWS_SECRET_ACCESS_KEY" "AWS_DEFAULT_REGION=${AWS_DEFAULT_REGION:-us-east-1}")
@@ -238,7 +232,7 @@ step_metrics() {
 step_secrets() {
     client "$BIN/ray" job list --address "$ADDRESS" > "$WORK/logs/jobs.log" 2>&1
     for file in "$WORK"/secrets/{token,admin,trainer,session,database}; do
-        if grep -rlF --exclude-dir=secrets --exclude-dir=postgres --exclude-dir=s3 -- "$(cat "$file")" "$WORK" \
+        if grep -rlF --exclude-dir=secrets --exclude-dir=postgres -- "$(cat "$file")" "$WORK" \
             > "$WORK/found" 2> /dev/null; then
             fail "the secret $(basename "$file") is in $(tr '\n' ' ' < "$WORK/found")"
         fi

@@ -2,11 +2,13 @@
 
 python jobs/promote_model.py --model tla-digits --version 3 --alias champion
 python jobs/promote_model.py --model tla-digits --version 3 --rules.min_autoattack_accuracy 0.7
+python jobs/promote_model.py --model tla-digits --version 3 --rules.norm l2 --rules.epsilon 128/255
 python jobs/promote_model.py --model tla-digits --rollback
 """
 
 import sys
 
+from tla_service.config import TrackingConfig
 from tla_service.config_loading import read_settings
 from tla_service.job import run_job
 from tla_service.registry.job_settings import PromoteSettings
@@ -29,12 +31,31 @@ def main() -> int:
         print(finding)
     if decision.verdict == "refused":
         print(f"refused: {alias} stays with {f'version {decision.replaced}' if decision.replaced else 'nobody'}")
+        remedy = next((finding.remedy for finding in decision.findings if not finding.passed and finding.remedy), "")
+        if remedy:
+            print(f"next: {_command(remedy, tracking)}")
         return REFUSED
     was = f"; before: version {decision.replaced}" if decision.replaced else ""
     print(f"{decision.verdict}: models:/{model}@{alias} is version {decision.version}{was}")
     if decision.verdict == "promoted" and decision.replaced:
         print(f"version {decision.replaced} is models:/{model}@{previous_alias(alias)}; --rollback brings it back")
+    store = _store(tracking)
+    there = f'mlflow.set_tracking_uri("{store}"); ' if store else ""
+    print(f'next: {there}mlflow.pyfunc.load_model("models:/{model}@{alias}")')
     return 0
+
+
+def _command(remedy: str, tracking: TrackingConfig) -> str:
+    """A remedy as one types it."""
+    if not remedy.startswith("run jobs/"):
+        return remedy
+    store = _store(tracking)
+    return f"python {remedy.removeprefix('run ')}" + (f" --tracking.uri {store}" if store else "")
+
+
+def _store(tracking: TrackingConfig) -> str:
+    """The tracking store, where this command was given one; without names and passwords, which no log must show."""
+    return tracking.uri if tracking.uri and "@" not in tracking.uri else ""
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 from tla_service.config_loading import read_settings
-from tla_service.job import run_job
+from tla_service.job import next_command, run_job
 from tla_service.tuning.settings import TuneSettings, sweep_yaml
 from tla_service.tuning.space import Space
 
 
 def main() -> int:
-    """Read the configuration, search, and say what is best."""
+    """Read the configuration, search, and train the winner if asked to."""
     settings = read_settings(TuneSettings)
     run = settings.run_config
     if settings.print_config:
@@ -22,13 +22,14 @@ def main() -> int:
         return 0
     space = Space(run, settings.sweep)
     # Imported late: --help and a wrong space should not wait for torch, ray and mlflow.
-    from tla_service.cluster.sweep import run_sweep
-    from tla_service.cluster.sweep_winner import train_winner
+    from tla_service.workflows.sweep import WINNER, run_sweep, train_winner
 
     output = (settings.output or Path("runs") / space.name).expanduser().absolute()
     code = run_sweep(run, space, output, resume=settings.resume, debug=settings.debug)
     if code == 0 and settings.then_train:
-        code = train_winner(output, settings.then_train, debug=settings.debug)
+        return train_winner(output, settings.then_train, debug=settings.debug)
+    if code == 0 and (output / WINNER).exists():
+        print(next_command("train_tla.py", "--config", str(output / WINNER)))
     return code
 
 

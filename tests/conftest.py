@@ -1,6 +1,13 @@
-"""One thread, one seed, and no configuration from outside, for every test."""
+"""One thread, one seed, no configuration from outside; an S3 server and an MLflow store for tests that ask for them."""
 
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +17,8 @@ from hypothesis import settings
 settings.register_profile("tla", deadline=None)
 settings.load_profile("tla")
 torch.set_num_threads(1)
+
+S3_START_SECONDS = 60  # 1 on an idle machine
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +30,72 @@ def _same_seed() -> None:
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in [name for name in os.environ if name.upper().startswith("TLA_")]:
         monkeypatch.delenv(variable)
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server: the environment of its clients, and a client that bypasses the code under test."""
+
+    environment: dict[str, str]
+    bucket: str
+    client: Any
+
+    def put(self, key: str, body: bytes) -> None:
+        self.client.put_object(Bucket=self.bucket, Key=key, Body=body)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One server for the session, in a process of its own."""
+    folder = tmp_path_factory.mktemp("s3")
+    ready = folder / "environment"
+    command = [sys.executable, str(Path(__file__).with_name("s3_server.py")), str(ready), "--bucket", "images"]
+    with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            deadline = time.monotonic() + S3_START_SECONDS
+            while not ready.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"the S3 server did not start: {(folder / 'log').read_text()}")
+                time.sleep(0.05)
+            environment = dict(line.split("=", 1) for line in ready.read_text().splitlines())
+            import boto3
+
+            client = boto3.client(
+                "s3",
+                endpoint_url=environment["AWS_ENDPOINT_URL_S3"],
+                aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+                aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+                region_name=environment["AWS_DEFAULT_REGION"],
+            )
+            yield S3Server(environment, "images", client)
+            client.close()
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, with its address and keys, and no others, in this test's environment."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {**s3_server.environment, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite store of MLflow whose tables exist: making them takes seconds, copying the file takes none."""
+    from tla_service.registry.connection import client
+
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    client(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def local_uri(template: Path, tmp_path: Path) -> str:
+    """A store of the test's own."""
+    path = tmp_path / "mlflow.db"
+    path.write_bytes(template.read_bytes())
+    return f"sqlite:///{path}"

@@ -28,6 +28,7 @@ from tla_service.config import (
 )
 from tla_service.config_loading import load_settings, preset_names, to_yaml
 from tla_service.config_training import OptimizerConfig, ScheduleConfig, TrainingConfig
+from tla_service.errors import ConfigError
 from tla_service.models.names import model_names
 
 SECTIONS = Section.__subclasses__()
@@ -111,6 +112,11 @@ def test_digest_changes_with_what_shapes_the_weights() -> None:
     assert all(re.fullmatch("[0-9a-f]{8}", digest) for digest in digests)
 
 
+def test_digest_changes_with_the_columns() -> None:
+    columns = [DataConfig(label_column="a"), DataConfig(image_column="a"), DataConfig(label_column="b"), DataConfig()]
+    assert len({RunConfig(data=data).digest for data in columns}) == 4
+
+
 def test_digest_ignores_name_scaling_and_tracking() -> None:
     other = RunConfig(
         name="mine",
@@ -154,6 +160,38 @@ def test_registered_model_name() -> None:
 def test_methods_with_triplets() -> None:
     methods = ("natural", "at", "alp", "tla", "tla_rn", "tla_sa")
     assert [m for m in methods if RunConfig(method=m).mines_triplets] == ["tla", "tla_rn", "tla_sa"]  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 600), st.integers(1, 40))
+def test_a_shared_pool_is_refused_with_the_nearest_sizes_that_can_be_shared(size: int, workers: int) -> None:
+    training = TrainingConfig(global_batch_size=128)
+
+    def run(size: int) -> RunConfig:
+        return RunConfig(training=training, mining=MiningConfig(pool="separate", scope="global", pool_size=size))
+
+    nearest = [near for near in range(1, 700) if near % workers == 0]
+    if size % workers == 0:
+        run(size).check_workers(workers)
+        return
+    with pytest.raises(ConfigError, match=f"mining.pool_size={size}: not divisible by {workers} workers") as raised:
+        run(size).check_workers(workers)
+    offered = [int(word) for word in raised.value.remedy.split() if word.isdecimal()]
+    assert offered == [near for near in nearest if abs(near - size) < workers]
+    for near in offered:
+        run(near).check_workers(workers)
+    for kept in (
+        RunConfig(method="at", training=training, mining=run(size).mining),  # mines nothing
+        RunConfig(training=training, mining=MiningConfig(pool="separate", pool_size=size)),  # a pool for each worker
+        RunConfig(training=training, mining=MiningConfig(scope="global", pool_size=size)),  # the batch is the pool
+    ):
+        kept.check_workers(workers)
+
+
+def test_a_batch_gives_each_worker_two_images() -> None:
+    run = RunConfig(training=TrainingConfig(global_batch_size=7))
+    run.check_workers(3)
+    with pytest.raises(ConfigError, match=r"training\.global_batch_size=7: .* each of 4 workers; use at least 8"):
+        run.check_workers(4)
 
 
 # ------------------------------------------------------------------------------------------------- YAML

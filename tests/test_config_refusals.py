@@ -18,6 +18,53 @@ WRONG_FLAGS = [
     ("--attack.epsilon=1e999", "attack.epsilon=1e999", "finite", "radius"),
     ("--attack.epsilon=large", "attack.epsilon=large", "valid number", "radius"),
     ("--attack.step_size=0.5", "attack.step_size=0.5", "twice attack.epsilon", "at most 0.0627"),
+    ("--attack.epsilon=300", "attack.epsilon=300", "outside (0, 1]", "use at most 1"),
+    ("--attack.step_size=2", "attack.step_size=2", "twice attack.epsilon", "write 2/255 if it is in 8-bit levels"),
+    ("--attack.step_size=1e-6", "attack.step_size=1e-06", "7 steps cover less than 0.5%", "use about 0.011"),
+    (
+        "--attack.norm=l2 --attack.epsilon=128 --attack.step_size=15",
+        "attack.epsilon=128",
+        "longer than the diagonal of 1x8x8 images, 8",
+        "write 128/255",
+    ),
+    (
+        "--evaluation.validation.step_size=2",
+        "evaluation.validation.step_size=2",
+        "over twice evaluation.validation.epsilon=0.0313725",
+        "write 2/255",
+    ),
+    (
+        "--evaluation.validation.step_size=1e-7",
+        "evaluation.validation.step_size=1e-07",
+        "20 steps cover less",
+        "0.0039",
+    ),
+    (
+        '--evaluation.test={"a": {"epsilon": "8/255", "step_size": 1}}',
+        "evaluation.test.a.step_size=1",
+        "over twice evaluation.test.a.epsilon",
+        "write 1/255",
+    ),
+    (
+        '--evaluation.test={"a": {"norm": "l2", "epsilon": 9, "step_size": 1}}',
+        "evaluation.test.a.epsilon=9",
+        "longer than the diagonal of 1x8x8 images",
+        "write 9/255",
+    ),
+    (
+        '--evaluation.test={"a": {"norm": "l2", "epsilon": 9000, "step_size": 1}}',
+        "evaluation.test.a.epsilon=9000",
+        "longer than the diagonal",
+        "use at most 8",
+    ),
+    ("--mining.clean_noise=8", "mining.clean_noise=8", "less than or equal to 1", "pixels in [0, 1]"),
+    (
+        '--evaluation.test={"a": {"num_steps": 3, "num_steps": 4}}',
+        "--evaluation.test",
+        "num_steps is given twice",
+        "one",
+    ),
+    ('--attack={"epsilon": 0.1, "epsilon": 0.2}', "--attack", "epsilon is given twice", "keep one of them"),
     ("--attack.num_steps=0", "attack.num_steps=0", "greater than or equal to 1", "gradient steps"),
     ("--attack.num_steps=2.5", "attack.num_steps=2.5", "valid integer", ">= 1 and <= 10000"),
     ("--attack.norm=l1", "attack.norm=l1", "linf, l2", "l"),
@@ -45,7 +92,7 @@ WRONG_FLAGS = [
         "--scaling.num_workers=3 --mining.scope=global --mining.pool=separate --mining.pool_size=500",
         "mining.pool_size=500",
         "not divisible by 3 workers",
-        "use 498",
+        "use 498 or 501",
     ),
     ("--method=trades --loss.robust_term=mart", "loss.robust_term=mart", "trades has a term of its own", "method mart"),
     ("--method=alp --loss.robust_term=trades", "loss.robust_term=trades", "alp has a term", "trades or tla"),
@@ -59,6 +106,13 @@ WRONG_FLAGS = [
     ("--loss.robust_weight=3", "loss.robust_weight=3", "method tla has no divergence", "loss.robust_term to trades"),
     ("--method=mart --loss.clean_weight=0.5", "loss.clean_weight=0.5", "mart term has its own share", "robust_weight"),
     ("--method=trades --no-attack.random_start", "attack.random_start=False", "no gradient", "set it to true"),
+    ("--method=trades --attack.kind=n_fgsm --attack.noise=0", "attack.noise=0", "no gradient", "give noise"),
+    (
+        "--attack.kind=free --mining.pool=separate --mining.queries=last_step",
+        "mining.queries=last_step",
+        "no attack steps before it mines",
+        "use final",
+    ),
     ("--attack.kind=n_fgsm --attack.norm=l2", "attack.kind=n_fgsm", "for linf only", "use pgd"),
     ("--attack.kind=free --attack.awp", "attack.awp=True", "one backward pass", "pgd or n_fgsm"),
     ("--method=natural --attack.awp", "attack.awp=True", "meets no adversary", "method at"),
@@ -107,6 +161,12 @@ WRONG_FILES = [
     ("preset: [digits]", "preset=['digits']", "no such preset", ""),
     ("preset: digitz", "preset=digitz", "no such preset", "did you mean digits?"),
     ("evaluation: {test: [pgd]}", "evaluation.test=['pgd']", "valid dictionary", "attacks on the test set"),
+    ("attack.epsilon: 4/255", "attack.epsilon=4/255", "no such setting", "nest it, as in attack: {epsilon: ...}"),
+    ("attack: {num_steps: yes}", "attack.num_steps=True", "true and false are not valid here", "gradient steps"),
+    ("attack: {epsilon: true}", "attack.epsilon=True", "true and false are not valid here", "radius"),
+    ("scaling: {num_workers: on}", "scaling.num_workers=True", "true and false", "DDP processes; auto"),
+    ("training: {max_steps: no}", "training.max_steps=False", "true and false", "stop after this many"),
+    ("tracking: {tags: {a: true}}", "tracking.tags.a=True", "valid string", "tags"),
 ]
 
 
@@ -169,6 +229,7 @@ WRONG_VARIABLES = [
     ({"TLA_EVALUATION__VALIDATION__KIND": "pgdd"}, "evaluation.validation.kind=pgdd", "did you mean pgd?"),
     ({"TLA_EVALUATION__TEST": '{"a": {"kind": "pgdd"}}'}, "evaluation.test.a.kind=pgdd", "did you mean pgd?"),
     ({"TLA_DATA__FLIP": "maybe"}, "data.flip=maybe", "horizontal flip"),
+    ({"TLA_ATTACK": '{"epsilon": 0.1, "epsilon": 0.2}'}, 'TLA_ATTACK={"epsilon": 0.1, "epsilon": 0.2}', "one of them"),
 ]
 
 

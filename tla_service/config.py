@@ -10,8 +10,12 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from tla_service.config_adversary import AttackConfig, EvaluationAttack
-from tla_service.config_fields import Pixels, Section, epsilon_in_levels, setting, wrong
+from tla_service.config_bounds import ImageShape, length_trouble
+from tla_service.config_fields import Pixels, Section, Trouble, setting, wrong
+from tla_service.config_names import experiment_trouble, model_trouble, tag_trouble
+from tla_service.config_radii import no_radius
 from tla_service.config_training import OptimizerConfig, ScheduleConfig, SpeedConfig, TrainingConfig
+from tla_service.errors import ConfigError
 
 Method = Literal["natural", "at", "alp", "tla", "tla_rn", "tla_sa", "trades", "mart"]
 DatasetName = Literal[
@@ -36,6 +40,14 @@ class DataConfig(Section):
     train_limit: int | None = setting(None, "use only this many training images (stratified)", unit="images", ge=2)
     test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
     image_size: int | None = setting(None, "resize to this side; needed for image_folder", unit="pixels", ge=4)
+    label_column: str | None = setting(
+        None,
+        "column of labels in parquet files; none: one called label, labels, fine_label, target or class",
+        min_length=1,
+    )
+    image_column: str | None = setting(
+        None, "column of encoded images in parquet files; none: the only one, or one with a usual name", min_length=1
+    )
     crop_padding: int = setting(0, "random crop after zero padding by this much; 0 is off", unit="pixels", ge=0, le=64)
     flip: bool = setting(False, "random horizontal flip")
     saturation: float = setting(1.0, "random saturation factor in [1/s, s]; 1 is off", ge=1, le=10)
@@ -201,23 +213,36 @@ class TrackingConfig(Section):
     )
     tags: dict[str, str] = setting({}, "extra tags on the run")
 
+    def trouble(self) -> Trouble | None:
+        """What is wrong with names that MLflow will be given. Asked where a run begins, not where one is read."""
+        found = [experiment_trouble("tracking.experiment", self.experiment)]
+        found += [tag_trouble("tracking.tags", key, value) for key, value in self.tags.items()]
+        if self.registered_model:
+            found.append(model_trouble("tracking.registered_model", self.registered_model))
+        return next(filter(None, found), None)
+
 
 class RunConfig(Section):
     """One training run, complete: what is logged with it, and what starts it again."""
 
-    # What does not shape the trained weights: a run may go on with other values of these.
+    # What shapes neither the trained weights, but for rounding, nor the choice of the best: a run may resume with other
+    # values of these. How a computation is distributed over workers and batches counts as rounding.
     NOT_IDENTITY: ClassVar[dict[str, Any]] = {
         "name": True,
         "scaling": True,
         "speed": True,
         "tracking": True,
-        "data": {"root", "download", "cache_dir", "loader_workers"},
-        "training": {"log_every_steps"},
+        "data": {"root", "download", "cache_dir", "residency", "loader_workers", "test_limit"},
+        "training": {"channels_last", "log_every_steps"},
+        "evaluation": {"test", "batch_size"},
         "detection": True,
     }
 
     name: str = setting(
-        "", "run name; default: data set, method, seed and a digest of the configuration", pattern=r"^([\w-][\w.-]*)?$"
+        "",
+        "run name; default: data set, method, seed and a digest of the configuration",
+        pattern=r"^([\w-][\w.-]*)?$",
+        max_length=240,
     )
     method: Method = setting("tla", "training method")
     seed: int = setting(0, "seed of the split, the order, the initial weights and every random draw", ge=0, lt=2**31)
@@ -261,14 +286,23 @@ class RunConfig(Section):
 
     @property
     def digest(self) -> str:
-        """Eight hex digits of everything that shapes the trained weights."""
-        fields = self.model_dump(mode="json", exclude=self.NOT_IDENTITY)
+        """Eight hex digits of everything that shapes the trained weights.
+
+        Of what differs from the defaults only, so that a setting that a later version adds changes no digest.
+        """
+        dumped = self.model_dump(mode="json", exclude=self.NOT_IDENTITY, exclude_defaults=True)
+        fields = {name: value for name, value in dumped.items() if value != {}}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def run_name(self) -> str:
         """The run's name: given, or made of what identifies it, never of the time."""
-        return self.name or f"{self.data.name}-{self.method}-s{self.seed}-{self.digest}"
+        return self.name or f"{self.name_stem}-{self.digest}"
+
+    @property
+    def name_stem(self) -> str:
+        """What a name that is made begins with."""
+        return f"{self.data.name}-{self.method}-s{self.seed}"
 
     @property
     def registered_model(self) -> str | None:
@@ -276,17 +310,46 @@ class RunConfig(Section):
         name = self.tracking.registered_model
         return f"tla-{self.data.name.replace('_', '-')}" if name is None else name or None
 
+    def attack_trouble(self, shape: ImageShape | None) -> Trouble | None:
+        """What is wrong with the lengths of its attacks, on images of a shape (C, H, W) if that is known.
+
+        Asked where a run begins, not where one is read: what was trained before this was checked must still load.
+        """
+        own, steps = self.attack, self.attack.num_steps if self.attack.kind == "pgd" else None
+        found = [length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)]
+        for where, attack in self.evaluation.attacks.items():
+            norm, epsilon, step_size = attack.lengths(own, self.data.name)
+            if epsilon is None:
+                found.append(Trouble(f"{where}.norm", norm, *no_radius(self.data.name, norm, f"{where}.epsilon")))
+                continue
+            own_step = None if attack.kind == "fgsm" else step_size
+            found.append(length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape))
+        return next(filter(None, found), None)
+
+    def check_workers(self, workers: int) -> None:
+        """See that every step can be shared among this many workers; their number may be known late.
+
+        Raises:
+            ConfigError: It cannot.
+        """
+        batch, mining = self.training.global_batch_size, self.mining
+        if batch < 2 * workers:
+            reason, remedy = f"under 2 images for each of {workers} workers", f"use at least {2 * workers}"
+            raise ConfigError("training.global_batch_size", batch, reason, f"{remedy}, or fewer workers")
+        shared = self.mines_triplets and mining.scope == "global" and mining.pool == "separate"
+        if shared and mining.pool_size % workers:
+            below = mining.pool_size // workers * workers
+            reason = f"not divisible by {workers} workers with mining.scope=global"
+            remedy = f"use {below} or {below + workers}" if below else f"use {workers}"
+            raise ConfigError("mining.pool_size", mining.pool_size, reason, remedy)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        workers = self.scaling.num_workers
-        batch = self.training.global_batch_size
-        if isinstance(workers, int) and batch < 2 * workers:
-            raise wrong(
-                "training.global_batch_size",
-                batch,
-                f"under 2 images for each of {workers} workers",
-                f"use at least {2 * workers}, or fewer workers",
-            )
+        if isinstance(self.scaling.num_workers, int):
+            try:
+                self.check_workers(self.scaling.num_workers)
+            except ConfigError as error:
+                raise wrong(str(error.subject), error.value, error.reason, error.remedy) from None
         if self.mines_triplets and self.loss.triplet_weight == 0:
             raise wrong(
                 "loss.triplet_weight",
@@ -299,18 +362,6 @@ class RunConfig(Section):
                 "loss.logit_pairing_weight", 0, "method alp pairs logits", "give a weight above 0, or method at"
             )
         self._check_terms()
-        shared_pool = self.mining.scope == "global" and self.mining.pool == "separate"
-        if isinstance(workers, int) and shared_pool and self.mining.pool_size % workers:
-            raise wrong(
-                "mining.pool_size",
-                self.mining.pool_size,
-                f"not divisible by {workers} workers with mining.scope=global",
-                f"use {self.mining.pool_size // workers * workers or workers}",
-            )
-        for where, attack in self.evaluation.attacks.items():
-            norm, epsilon, _ = attack.lengths(self.attack, self.data.name)
-            if norm == "linf" and epsilon is not None and epsilon > 1:
-                raise epsilon_in_levels(f"{where}.epsilon", epsilon)
         if self.data.root is None and self.data.name != "digits":
             raise wrong("data.root", None, f"{self.data.name} is not embedded", "give a folder, or s3://bucket/prefix")
         return self
@@ -333,6 +384,13 @@ class RunConfig(Section):
             reason = "the divergence from an image to itself has no gradient"
             remedy = "set it to true, or attack.objective to cross_entropy"
             raise wrong("attack.random_start", "False", reason, remedy)
+        if self.attack_objective == "kl" and self.attack.noise == 0 and self.attack.kind == "n_fgsm":
+            reason = "the divergence from an image to itself has no gradient"
+            raise wrong("attack.noise", 0, reason, "give noise, or set attack.objective to cross_entropy")
+        reuses = self.mines_triplets and self.mining.pool == "separate" and self.mining.queries == "last_step"
+        if reuses and self.attack.kind == "free":
+            reason = "free training takes no attack steps before it mines"
+            raise wrong("mining.queries", "last_step", reason, "use final, or another attack.kind")
         if self.loss.triplet_layer != "embedding" and not self.mines_triplets:
             reason = f"method {method} makes no triplets"
             raise wrong("loss.triplet_layer", self.loss.triplet_layer, reason, "leave it out, or take method tla")

@@ -4,8 +4,9 @@ from typing import Literal, NamedTuple, Self
 
 from pydantic import model_validator
 
-from tla_service.config_fields import Pixels, Section, epsilon_in_levels, setting, wrong
-from tla_service.config_radii import Norm, documented_radius
+from tla_service.config_bounds import Norm, length_trouble
+from tla_service.config_fields import Pixels, Section, setting, wrong
+from tla_service.config_radii import documented_radius
 
 
 class AttackConfig(Section):
@@ -35,7 +36,7 @@ class AttackConfig(Section):
     on_collapse: Literal["stop", "pgd", "ignore"] = setting(
         "stop",
         "when single-step training (n_fgsm, free, one step of pgd) breaks down under the validation attack: end with "
-        "the best weights, go on from them with num_steps of pgd, or do nothing",
+        "the best weights, go on from them with num_steps (at least 2) of pgd, or do nothing",
     )
     collapse_drop: float = setting(
         0.5, "what counts as that: robust accuracy lower than the best so far by this share of it", gt=0, lt=1
@@ -62,14 +63,13 @@ class AttackConfig(Section):
         if self.norm != "linf" and not {"epsilon", "step_size"} <= self.model_fields_set:
             remedy = "give attack.epsilon and attack.step_size; docs/evaluation.md lists the radius of each data set"
             raise wrong("attack.norm", self.norm, "radius and step size have no default in this norm", remedy)
-        if self.norm == "linf" and self.epsilon > 1:
-            raise epsilon_in_levels("attack.epsilon", self.epsilon)
-        if self.step_size > 2 * self.epsilon:
+        trouble = length_trouble("attack", self.norm, self.epsilon, self.step_size)
+        if trouble is not None:
+            raise wrong(*trouble)
+        if self.on_collapse == "pgd" and self.num_steps == 1:
+            reason = "attack.num_steps=1 makes that a single step too, which would collapse again"
             raise wrong(
-                "attack.step_size",
-                self.step_size,
-                f"over twice attack.epsilon={self.epsilon:g}, one step leaves the ball",
-                f"use at most {2 * self.epsilon:g}",
+                "attack.on_collapse", "pgd", reason, "set attack.num_steps to 2 or more, or take stop or ignore"
             )
         if self.awp and self.kind == "free":
             reason = "free training moves weights and images by one backward pass, adversarial weights need another"

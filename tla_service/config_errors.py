@@ -34,6 +34,10 @@ class Explainer:
         location, known = self._locate(error)
         name, value = ".".join(location), _shown(error["input"])
         if error["type"] == "extra_forbidden":
+            parts = location[-1].split(".")
+            if len(parts) > 1 and self._field_at([*location[:-1], *parts]) is not None:
+                nested = f"{': {'.join(parts)}: ...{'}' * (len(parts) - 1)}"
+                return ConfigError(name, value, "no such setting", f"nest it, as in {nested}")
             return ConfigError(name, value, "no such setting", suggest(location[-1], self._names_at(location[:-1])))
         if error["type"] == "literal_error" and not (known is not None and _is_union(known.annotation)):
             choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
@@ -76,6 +80,10 @@ class Explainer:
                 remedy = "sections and fields are joined by two underscores, as in TLA_LOSS__MARGIN"
                 return ConfigError(variable, os.environ[variable], "no such setting", remedy)
         return None
+
+    def variables(self) -> list[tuple[str, str]]:
+        """Environment variables with our prefix, and their values."""
+        return [(name, os.environ[name]) for name, _ in self._variables()]
 
     def _sets(self, path: Sequence[str]) -> bool:
         below_a_value = len(path) > 1 and self._section_at(path[:1]) is None

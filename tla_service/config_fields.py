@@ -1,9 +1,10 @@
 """What configuration fields are made of: help with unit and range, fractions, errors that name their field."""
 
 import math
-from typing import Annotated, Any
+import typing
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -37,14 +38,31 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse `true` (and YAML's `yes`, `on`) for a number: pydantic would take it for 1."""
+        if isinstance(value, bool) and not _takes_bool(cls.model_fields[str(info.field_name)].annotation):
+            raise PydanticCustomError("bool_as_value", "true and false are not valid here")
+        return value
+
+
+def _takes_bool(annotation: Any) -> bool:
+    members = typing.get_args(annotation)
+    return annotation in (bool, Any) or any(_takes_bool(member) for member in members)
+
+
+class Trouble(NamedTuple):
+    """What is wrong with a field, as the arguments of a ConfigError."""
+
+    field: str
+    value: str
+    reason: str
+    remedy: str
+
 
 def wrong(field: str, value: object, reason: str, remedy: str) -> PydanticCustomError:
     """A cross-field error that names its field itself, wherever pydantic raises it."""
     shown = f"{value:g}" if isinstance(value, float) else str(value)
     context = {"field": field, "value": shown, "reason": reason, "remedy": remedy}
     return PydanticCustomError("cross_field", "{field}={value}: {reason}; {remedy}", context)
-
-
-def epsilon_in_levels(field: str, value: float) -> PydanticCustomError:
-    """An L-infinity radius above 1: pixels are in [0, 1], so it must be meant in 8-bit levels."""
-    return wrong(field, value, "outside (0, 1]", f"write {value:g}/255")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -17,10 +17,13 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from tla_service.config import RunConfig
+from tla_service.config import RunConfig, TrackingConfig
+from tla_service.config_bounds import known_shape
 from tla_service.config_errors import Explainer, suggest
 from tla_service.config_fields import wrong
-from tla_service.config_radii import no_radius, without_lengths_of_other_norms
+from tla_service.config_names import attack_trouble
+from tla_service.config_radii import without_lengths_of_other_norms
+from tla_service.config_yaml import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError
 
 ENV_PREFIX = "TLA_"
@@ -59,6 +62,14 @@ class JobSettings(BaseSettings):
     config: Path | None = Field(None, description="YAML file with any of these settings")
     debug: bool = Field(False, description="show tracebacks")
 
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        tracking = getattr(self, "tracking", None)
+        trouble = tracking.trouble() if isinstance(tracking, TrackingConfig) else None
+        if trouble is not None:
+            raise wrong(*trouble)
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -88,12 +99,11 @@ class RunSettings(JobSettings, RunConfig):
     )
 
     @model_validator(mode="after")
-    def _check_radii(self) -> Self:
-        # Here, not in RunConfig: runs that were trained without this check must still load.
-        for where, attack in self.evaluation.attacks.items():
-            norm, epsilon, _ = attack.lengths(self.attack, self.data.name)
-            if epsilon is None:
-                raise wrong(f"{where}.norm", norm, *no_radius(self.data.name, norm, f"{where}.epsilon"))
+    def _check_lengths(self) -> Self:
+        trouble = self.attack_trouble(known_shape(self.data.name, self.data.image_size))
+        trouble = trouble or attack_trouble("evaluation.test", self.evaluation.test)
+        if trouble is not None:
+            raise wrong(*trouble)
         return self
 
     @property
@@ -118,13 +128,7 @@ class _NamedFile(YamlConfigSettingsSource):
         name = self.current_state.get(self._field)
         if name is None:
             return {}
-        text = _READERS[self._field](name)
-        try:
-            values = yaml.safe_load(text) or {}
-        except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-            # Besides its own, yaml lets through what its scalars raise: !!int x, 2020-99-99, !!bool x.
-            reason = " ".join(str(error).split())
-            raise ConfigError(self._field, name, f"not valid YAML ({reason})", "mend the file") from error
+        values = _READERS[self._field](name) or {}
         if not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
             raise ConfigError(self._field, name, "holds no settings", "write them as 'section: {field: value}'")
         return without_lengths_of_other_norms(values, self.current_state)
@@ -157,6 +161,8 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None) 
     if unknown is not None:
         raise unknown
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for flag, text in [*_values(arguments), *explainer.variables()]:
+        check_json(flag, text)
     try:
         return kind(_cli_parse_args=arguments)
     except ValidationError as error:
@@ -170,8 +176,25 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None) 
 
 
 def load_config_file(path: Path) -> RunConfig:
-    """Read a resolved configuration, as written by `to_yaml`."""
-    return RunConfig.model_validate(yaml.safe_load(path.read_text()))
+    """Read a resolved configuration, as written by `to_yaml`.
+
+    Raises:
+        ConfigError: It cannot be read, or is none.
+    """
+    try:
+        return RunConfig.model_validate(read_yaml(path, "config"))
+    except ValidationError as error:
+        found = Explainer(RunConfig, "").explain(error.errors(include_url=False)[0])
+        remedy = "correct the file, or read it with the version of tla-service that wrote it"
+        raise ConfigError("config", path, f"holds a wrong setting ({found.subject}: {found.reason})", remedy) from error
+
+
+def same_run(text: str, config: RunConfig) -> bool:
+    """Whether a `config.yaml` is of this run: equal in everything that shapes its weights, by this version's rules."""
+    try:
+        return RunConfig.model_validate(parse_yaml(text, "config", "config.yaml")).digest == config.digest
+    except (ValidationError, ConfigError):
+        return False
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -179,26 +202,35 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read_preset(name: str) -> str:
+def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Values of a command line, each with the flag before it."""
+    flag = ""
+    for argument in arguments:
+        if argument.startswith("-"):
+            flag, _, value = argument.partition("=")
+        else:
+            value = argument
+        yield flag, value
+
+
+def _read_preset(name: str) -> Any:
     if name not in preset_names():
         raise ConfigError("preset", name, "no such preset", suggest(str(name), preset_names()))
-    return (resources.files("tla_service") / "presets" / f"{name}.yaml").read_text()
+    return _read_resource("preset", name, f"{name}.yaml")
 
 
-def _read_study(name: str) -> str:
+def _read_study(name: str) -> Any:
     if name not in sweep_preset_names():
         raise ConfigError("study", name, "no such study", suggest(str(name), sweep_preset_names()))
-    return (resources.files("tla_service") / "presets" / "sweeps" / f"{name}.yaml").read_text()
+    return _read_resource("study", name, f"sweeps/{name}.yaml")
 
 
-def _read_file(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a text file"
-        raise ConfigError(
-            "config", path, f"cannot be read ({reason.lower()})", "give the path of a YAML file"
-        ) from error
+def _read_resource(field: str, name: str, file: str) -> Any:
+    return parse_yaml((resources.files("tla_service") / "presets" / file).read_text("utf-8"), field, name)
+
+
+def _read_file(path: str) -> Any:
+    return read_yaml(Path(path), "config")
 
 
 _READERS = {"config": _read_file, "study": _read_study, "preset": _read_preset}

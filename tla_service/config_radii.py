@@ -5,11 +5,10 @@ to none. Whatever names a norm other than the one a radius was given for takes t
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from tla_service.config_bounds import Norm
 from tla_service.errors import ConfigError
-
-Norm = Literal["linf", "l2"]
 
 
 class Radius(NamedTuple):

@@ -1,9 +1,11 @@
 """How a job ends: exit codes, and one line an error instead of a traceback."""
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from tla_service.errors import UserError
 
@@ -32,10 +34,23 @@ def run_job(main: Callable[[], int | None]) -> int:
         return _tell(error, debug=debug)
 
 
+def next_command(job: str, *arguments: str) -> str:
+    """The line that says which job to run next, as it can be typed in the shell that started this one.
+
+    Args:
+        job: File name of the job, next to the one that is running.
+        arguments: Its command line.
+    """
+    python, folder = Path(sys.executable), Path.cwd()
+    interpreter = str(python.relative_to(folder)) if python.is_relative_to(folder) else "python"
+    return f"next: {shlex.join([interpreter, str(Path(sys.argv[0]).with_name(job)), *arguments])}"
+
+
 def _tell(error: Exception, *, debug: bool) -> int:
     if debug or not (isinstance(error, UserError) or type(error) is RuntimeError or _says_enough(error)):
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr)
+    text = " ".join(str(error).split("\n")) if isinstance(error, UserError) else str(error)
+    print(f"error: {text}", file=sys.stderr)
     return error.exit_code if isinstance(error, UserError) else 1
 
 

@@ -1,20 +1,24 @@
-"""The job as a user runs it: a process of its own, with folders and a Ray session of its own."""
+"""The job as a user runs it, a process with folders of its own, and a Ray cluster that is there already."""
 
 import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
 QUICK = shlex.split(
     "--preset digits --data.train_limit 200 --data.test_limit 40 --training.epochs 4 --evaluation.every_epochs 1 "
     "--training.global_batch_size 50"
@@ -22,27 +26,31 @@ QUICK = shlex.split(
 
 
 class Job:
-    """A training job in a folder of its own.
+    """A job in a process, by default one that trains, in a folder of its own.
 
     Args:
         folder: Where it runs: its tracking store and its output are there.
         arguments: What to add to the quick run.
         environment: Variables to set.
         script: The job.
+        preset: The quick run, or what else to begin the command line with.
+        output: Output folder, if not `output` in `folder`.
     """
 
+    printed = ""
+
     def __init__(
-        self, folder: Path, *arguments: str, environment: dict[str, str] | None = None, script: str = "train_tla.py"
+        self,
+        folder: Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        script: str = "train_tla.py",
+        preset: Sequence[str] = QUICK,
+        output: Path | None = None,
     ) -> None:
-        self.folder, self.output = folder, folder / "output"
-        command = [
-            sys.executable,
-            str(ROOT / "jobs" / script),
-            *QUICK,
-            "--output",
-            str(self.output),
-            *arguments,
-        ]
+        self.folder, self.output = folder, output or folder / "output"
+        self.arguments = [*preset, "--output", str(self.output), *arguments]
+        command = [sys.executable, str(ROOT / "jobs" / script), *self.arguments]
         variables = {
             name: value for name, value in os.environ.items() if not name.startswith(("TLA_", "RAY_", "MLFLOW_"))
         }
@@ -87,6 +95,51 @@ class Job:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Cluster:
+    """A head node on ports and in a folder of its own."""
+
+    def __init__(self) -> None:
+        # Ray's sockets need a short path.
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+        self.port, self.dashboard_port = free_port(), free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TLA_"))}
+        self.environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}"}
+        ports = f"--port {self.port} --dashboard-port {self.dashboard_port} --ray-client-server-port {free_port()}"
+        command = f"start --head --block --num-cpus 2 --disable-usage-stats --temp-dir {self.folder} {ports}"
+        self.process = subprocess.Popen(
+            [str(BIN / "ray"), *command.split()],
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.dashboard_port), 1):
+                return
+            time.sleep(0.5)
+        pytest.fail("the cluster did not come up")
+
+    def end(self) -> None:
+        """Kill every process of this cluster: they name its folder, or are in its session."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        for line in listing.splitlines():
+            if str(self.folder) in line:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(line.split()[0]), signal.SIGKILL)
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pyarrow import parquet as pq
 
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
-from tla_service.data.parquet import find_columns
 from tla_service.data.sources import FileSource
 from tla_service.errors import ConfigError, UnavailableError, UserError
 
@@ -48,6 +48,7 @@ def folder(tmp_path: Path, blobs: list[bytes]) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_real_cifar10_is_decoded_once(real_data: Path, tmp_path: Path, make_config: MakeConfig) -> None:
     # One of five shards: all of them take half a minute on a busy machine.
     for name in ("train-00003-of-00005.parquet", "test-00000-of-00001.parquet"):
@@ -72,6 +73,38 @@ def test_real_cifar10_is_decoded_once(real_data: Path, tmp_path: Path, make_conf
     assert isinstance(streamed.train, FileSource)
     assert torch.equal(streamed.train.fetch(rows), cifar.train.fetch(rows))
     assert torch.equal(streamed.train.labels, cifar.train.labels)
+
+
+def test_cifar10_as_hubs_publish_it(
+    tmp_path: Path, encoded: Callable[..., bytes], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column `img` of lossless WebP, shards, class names in the metadata; decoded once, streamed alike."""
+    draws, names = np.random.default_rng(0), [f"class {number}" for number in range(10)]
+    pixels = draws.integers(0, 256, (110, 32, 32, 3), np.uint8)
+    labels = [row % 10 for row in range(110)]
+    for name, rows in (("train-00000-of-00002", range(50)), ("train-00001-of-00002", range(50, 100)),
+                       ("test-00000-of-00001", range(100, 110))):  # fmt: skip
+        images = [{"bytes": encoded(pixels[row], "WEBP", lossless=True), "path": None} for row in rows]
+        own = pa.array([labels[row] for row in rows], pa.int64())
+        table = pa.table({"img": pa.array(images, STRUCT), "label": own})
+        pq.write_table(table.replace_schema_metadata({"label_names": ",".join(names)}), tmp_path / f"{name}.parquet")
+    config = make_config(name="cifar10", root=str(tmp_path))
+    cifar = load_dataset(config)
+    by_format = load_dataset(config.model_copy(update={"name": "parquet"}))
+    streamed = load_dataset(config.model_copy(update={"residency": "stream"}))
+    opened: list[Any] = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or original(file))
+    again = load_dataset(config)
+
+    assert (len(cifar.train), len(cifar.test), cifar.image_shape) == (100, 10, (3, 32, 32))
+    assert list(cifar.class_names) == names
+    assert cifar.train.labels.tolist() == labels[:100]
+    assert cifar.fingerprint == by_format.fingerprint == again.fingerprint
+    assert np.array_equal(again.train.fetch(torch.arange(100)).numpy(), pixels[:100].transpose(0, 3, 1, 2))
+    assert len(opened) <= 64  # those that are looked at for their shape
+    assert isinstance(streamed.train, FileSource)
+    assert np.array_equal(streamed.train.fetch(torch.arange(100)).numpy(), pixels[:100].transpose(0, 3, 1, 2))
 
 
 def test_files_and_rows_keep_their_order(folder: Path, make_config: MakeConfig) -> None:
@@ -112,35 +145,6 @@ def test_class_names_from_the_metadata(
     assert load_dataset(make_config(name="parquet", root=str(folder))).class_names == names
 
 
-@settings(deadline=None)
-@given(st.dictionaries(st.sampled_from([b"huggingface", b"label_names", b"x"]), st.binary(max_size=30)))
-def test_rubbish_metadata_is_survived(metadata: dict[bytes, bytes]) -> None:
-    schema = pa.schema([("image", pa.binary()), ("label", pa.int8())], metadata=metadata)
-    assert find_columns(schema, Path("x")).label == "label"
-
-
-@settings(deadline=None)
-@given(
-    st.dictionaries(
-        st.sampled_from(["image", "img", "label", "labels", "fine_label", "id", "a", "b"]),
-        st.sampled_from([pa.binary(), pa.large_binary(), STRUCT, pa.struct([("x", pa.int8())]), pa.int64()]),
-    )
-)
-def test_columns_are_found_by_type_whatever_their_names(fields: dict[str, pa.DataType]) -> None:
-    images = {name for name, kind in fields.items() if kind in (pa.binary(), pa.large_binary(), STRUCT)}
-    labels = {name for name, kind in fields.items() if kind == pa.int64()}
-    schema = pa.schema(list(fields.items()))
-    if not images or not labels:
-        with pytest.raises(UnavailableError, match="no column of"):
-            find_columns(schema, Path("x.parquet"))
-        return
-    found = find_columns(schema, Path("x.parquet"))
-    assert found.image in images
-    assert found.label in labels
-    assert found.image == "image" or "image" not in images
-    assert found.label == "label" or "label" not in labels
-
-
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_rubbish_files_are_named(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
@@ -160,8 +164,8 @@ def test_rubbish_files_are_named(tmp_path_factory: pytest.TempPathFactory, data:
     [
         (None, 1, r"row 1: no image bytes"),
         (b"rubbish", 1, r"row 1: not a readable image"),
-        (b"", None, r"row 1: no usable label \(None\)"),
-        (b"", -1, r"row 1: no usable label \(-1\)"),
+        (b"", None, r"row 1: has no label \(None\)"),
+        (b"", -1, r"row 1: has no label \(-1\)"),
     ],
 )
 def test_bad_rows_are_named(
@@ -181,18 +185,6 @@ def test_images_of_several_sizes_need_a_side(
     assert load_dataset(make_config(name="parquet", root=str(folder), image_size=6)).image_shape == (3, 6, 6)
 
 
-def test_labels_beyond_the_names_are_refused(folder: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
-    write(folder / "train-00000-of-00002.parquet", blobs[:4], [0, 1, 2, 0], metadata={"label_names": "a,b"})
-    with pytest.raises(UnavailableError, match="label 2, but only 2 class names"):
-        load_dataset(make_config(name="parquet", root=str(folder)))
-
-
-def test_a_missing_class_is_refused(folder: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
-    write(folder / "test-00000-of-00001.parquet", blobs[8:], [4, 1])
-    with pytest.raises(ConfigError, match=r"data\.name=parquet: 2 classes have no training images, '3' first"):
-        load_dataset(make_config(name="parquet", root=str(folder)))
-
-
 def test_a_file_without_rows_is_refused(folder: Path, make_config: MakeConfig) -> None:
     write(folder / "test-00000-of-00001.parquet", [], [])
     with pytest.raises(UnavailableError, match=r"test-00000-of-00001\.parquet: holds no rows"):
@@ -203,6 +195,139 @@ def test_files_that_differ_in_their_columns_are_refused(folder: Path, make_confi
     pq.write_table(pa.table({"other": [1, 2]}), folder / "train-00001-of-00002.parquet")
     with pytest.raises(UnavailableError, match=r"train-00001-of-00002\.parquet"):
         load_dataset(make_config(name="parquet", root=str(folder)))
+
+
+def hub(root: Path, blobs: list[bytes], **splits: dict[str, list[Any]]) -> str:
+    """Write one file per split, with an image in every row and the columns given."""
+    for name, columns in splits.items():
+        count = len(next(iter(columns.values())))
+        images = [blobs[row % len(blobs)] for row in range(count)]
+        root.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": images, **columns}), root / f"{name}-00000-of-00001.parquet")
+    return str(root)
+
+
+def test_other_integer_columns_are_no_labels(tmp_path: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
+    columns = {"fold": [0, 1, 2, 3] * 3, "width": [500] * 12, "label": ["dog", "cat"] * 6}
+    root = hub(tmp_path / "text", blobs, train=columns, test=columns)
+    found = load_dataset(make_config(name="parquet", root=root))
+    assert found.class_names == ("cat", "dog")
+    assert found.train.labels.tolist() == [1, 0] * 6
+
+    columns = {"image_id": list(range(12)), "breed_id": [0, 1, 1] * 4}
+    root = hub(tmp_path / "named", blobs, train=columns, test=columns)
+    with pytest.raises(
+        ConfigError, match=r"data\.label_column: .*image_id \(int64\), breed_id \(int64\); set"
+    ) as caught:
+        load_dataset(make_config(name="parquet", root=root))
+    assert caught.value.exit_code == 2
+    found = load_dataset(make_config(name="parquet", root=root, label_column="breed_id"))
+    assert found.train.labels.tolist() == [0, 1, 1] * 4
+
+
+def test_one_of_several_label_columns_is_said(
+    tmp_path: Path, blobs: list[bytes], make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = {"target": [0, 1, 2, 3] * 3, "fine_label": [0, 1, 1] * 4}
+    root = hub(tmp_path, blobs, train=columns, test=columns)
+    assert load_dataset(make_config(name="parquet", root=root)).train.labels.tolist() == [0, 1, 1] * 4
+    text = "labels are read from column 'fine_label', not from target; data.label_column chooses another"
+    assert sum(message.endswith(text) for message in caplog.messages) == 2
+    chosen = load_dataset(make_config(name="parquet", root=root, label_column="target"))
+    assert chosen.train.labels.tolist() == [0, 1, 2, 3] * 3
+    assert len(caplog.messages) == 2
+
+
+def test_one_of_several_image_columns(tmp_path: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
+    columns = {"label": [0, 1] * 4, "mask": blobs[8:] * 4}
+    root = hub(tmp_path / "named", blobs, train=columns, test=columns)
+    plain = load_dataset(make_config(name="parquet", root=root))
+    masks = load_dataset(make_config(name="parquet", root=root, image_column="mask"))
+    assert torch.equal(masks.train.fetch(torch.arange(2)), masks.train.fetch(torch.arange(2, 4)))
+    assert not torch.equal(masks.train.fetch(torch.arange(2)), plain.train.fetch(torch.arange(2)))
+
+
+@pytest.mark.parametrize("places", [("digits", "letters"), ("data", "old/data"), (".", "old")])
+def test_several_sets_in_one_root_are_refused(
+    tmp_path: Path, blobs: list[bytes], make_config: MakeConfig, places: tuple[str, str]
+) -> None:
+    for place in places:
+        hub(tmp_path / place, blobs, train={"label": [0, 1] * 4}, test={"label": [0, 1]})
+    with pytest.raises(ConfigError, match=rf"data\.root=.*: holds 2 data sets: {places[0]}, {places[1]}; point it at"):
+        load_dataset(make_config(name="parquet", root=str(tmp_path)))
+
+
+def test_splits_in_folders_of_their_own_are_one_set(
+    tmp_path: Path, blobs: list[bytes], make_config: MakeConfig
+) -> None:
+    hub(tmp_path / "train", blobs, train={"label": [0, 1] * 4})
+    hub(tmp_path / "test", blobs, test={"label": [0, 1]})
+    assert len(load_dataset(make_config(name="parquet", root=str(tmp_path))).train) == 8
+
+
+NO_LABELS = {"minus": {"label": [-1] * 4}, "null": {"label": pa.nulls(4, pa.int64())}, "absent": {"row": [1] * 4}}
+NO_LABELS |= {"typeless": {"label": pa.nulls(4)}, "not numbers": {"label": [float("nan")] * 4}}
+
+
+@pytest.mark.parametrize("kind", NO_LABELS)
+@pytest.mark.parametrize("spelling", ["validation", "valid", "val", "dev"])
+def test_without_test_labels_the_validation_files_are_used(
+    tmp_path: Path,
+    blobs: list[bytes],
+    make_config: MakeConfig,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    spelling: str,
+) -> None:
+    splits = {"train": {"label": [0, 1, 2] * 4}, "test": NO_LABELS[kind], spelling: {"label": [2, 1, 0]}}
+    root = hub(tmp_path, blobs, **splits)
+    found = load_dataset(make_config(name="parquet", root=root))
+    assert found.test.labels.tolist() == [2, 1, 0]
+    assert f"{root}/test-00000-of-00001.parquet has no labels; testing on the {spelling} files (" in caplog.text
+    assert f"data.root={root}: files left out: test-00000-of-00001.parquet" in caplog.text
+
+
+@pytest.mark.parametrize("kind", NO_LABELS)
+def test_without_any_test_labels_the_remedy_says_what_is_missing(
+    tmp_path: Path, blobs: list[bytes], make_config: MakeConfig, kind: str
+) -> None:
+    splits = {"train": {"label": [0, 1] * 4}, "test": NO_LABELS[kind]}
+    root = hub(tmp_path, blobs, **splits)
+    message = r"test-00000-of-00001\.parquet: has no labels; add labels in .*, or labelled validation-\*\.parquet files"
+    with pytest.raises(UnavailableError, match=message):
+        load_dataset(make_config(name="parquet", root=root))
+    hub(tmp_path, blobs, validation=NO_LABELS[kind])
+    with pytest.raises(UnavailableError, match=r"has no labels, and neither have the validation files; add"):
+        load_dataset(make_config(name="parquet", root=root))
+
+
+def test_files_that_are_not_used_and_shards_that_are_missing_are_said(
+    folder: Path, blobs: list[bytes], make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "train-00001-of-00002.parquet").rename(folder / "Train-1.parquet")
+    hub(folder, blobs, validation={"label": [0, 1, 2]})
+    found = load_dataset(make_config(name="parquet", root=str(folder)))
+    assert (len(found.train), len(found.test)) == (4, 2)
+    assert f"{folder}/train-00000-of-00002.parquet: only 1 of 2 files are there" in caplog.messages
+    left_out = f"data.root={folder}: files left out: Train-1.parquet, validation-00000-of-00001.parquet"
+    assert left_out in caplog.messages
+
+
+def test_a_zip_file_is_refused_in_words(tmp_path: Path, make_config: MakeConfig) -> None:
+    (tmp_path / "hub.zip").write_bytes(b"PK")
+    with pytest.raises(UnavailableError, match=r"hub\.zip: is a file, not a folder of Parquet files; unpack it"):
+        load_dataset(make_config(name="parquet", root=str(tmp_path / "hub.zip")))
+
+
+def test_an_empty_file_among_others_does_no_harm(folder: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
+    expected = load_dataset(make_config(name="parquet", root=str(folder)))
+    write(folder / "train-00000-of-00001.parquet", [], [])
+    assert load_dataset(make_config(name="parquet", root=str(folder))).fingerprint == expected.fingerprint
+
+
+def test_the_fingerprint_is_that_of_earlier_versions(folder: Path, make_config: MakeConfig) -> None:
+    # A run that was stopped before labels were checked by their values must resume.
+    assert load_dataset(make_config(name="parquet", root=str(folder))).fingerprint == "230727e83385b502"
 
 
 def test_a_cut_cache_is_made_again(folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:

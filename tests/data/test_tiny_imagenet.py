@@ -48,6 +48,7 @@ def zipped(folder: Path) -> Path:
     return Path(shutil.make_archive(str(folder.parent / "tiny-imagenet-small"), "zip", folder))
 
 
+@pytest.mark.slow
 def test_the_real_subset_straight_from_its_zip_file(real_data: Path, shared_cache: str) -> None:
     root = str(real_data / "tiny-imagenet-20-classes.zip")
     kept = load_dataset(DataConfig(name="tiny_imagenet", root=root, cache_dir=shared_cache))
@@ -82,6 +83,23 @@ def test_every_place_of_the_files_gives_the_same(folder: Path, make_config: Make
     roots = [folder, folder / "tiny-imagenet-200", archive, beside]
     found = [load_dataset(make_config(name="tiny_imagenet", root=str(root))) for root in roots]
     assert len({item.fingerprint for item in found}) == 1
+
+
+def test_several_sets_in_one_root_are_refused(folder: Path, make_config: MakeConfig) -> None:
+    shutil.copytree(folder / "tiny-imagenet-200", folder / "old" / "set")
+    with pytest.raises(ConfigError, match=r"data\.root=.*: holds 2 data sets: old/set, tiny-imagenet-200; point it at"):
+        load_dataset(make_config(name="tiny_imagenet", root=str(folder)))
+
+
+def test_images_in_a_zip_file_stream_as_they_are_kept(folder: Path, make_config: MakeConfig) -> None:
+    archive = str(zipped(folder))
+    kept = load_dataset(make_config(name="tiny_imagenet", root=archive))
+    streamed = load_dataset(make_config(name="tiny_imagenet", root=archive, residency="stream"))
+    assert isinstance(kept.train, ArraySource)
+    assert isinstance(streamed.train, FileSource)
+    rows = torch.arange(len(kept.train))
+    assert torch.equal(kept.train.fetch(rows), streamed.train.fetch(rows))
+    assert torch.equal(kept.train.labels, streamed.train.labels)
 
 
 def test_a_smaller_side(folder: Path, make_config: MakeConfig) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 from urllib.error import URLError
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet as pq
 
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
@@ -43,6 +45,7 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_real_mnist_from_its_archives_leaves_the_root_alone(real_data: Path, shared_cache: str) -> None:
     root = real_data / "mnist"
     before = files(root)
@@ -57,6 +60,7 @@ def test_real_mnist_from_its_archives_leaves_the_root_alone(real_data: Path, sha
     assert (round(float(pixels.mean()), 4), round(float(pixels.std()), 4)) == (0.1307, 0.3081)
 
 
+@pytest.mark.slow
 def test_the_real_files_read_as_torchvision_reads_them(real_data: Path, shared_cache: str, tmp_path: Path) -> None:
     from torchvision.datasets import MNIST
 
@@ -70,15 +74,51 @@ def test_the_real_files_read_as_torchvision_reads_them(real_data: Path, shared_c
     assert torch.equal(ours.test.labels, theirs.targets)
 
 
+def test_parquet_files_of_another_set_are_refused(
+    tmp_path: Path, make_config: MakeConfig, encoded: Callable[..., bytes]
+) -> None:
+    images = {name: encoded(np.zeros((8, 8, *shape), np.uint8)) for name, shape in (("grey", ()), ("colour", (3,)))}
+    for kind, image in images.items():
+        (tmp_path / kind).mkdir()
+        for part in ("train", "test"):
+            table = pa.table({"image": [image] * 4, "label": [0, 1] * 2})
+            pq.write_table(table, tmp_path / kind / f"{part}-0.parquet")
+    assert load_dataset(make_config(name="mnist", root=str(tmp_path / "grey"))).image_shape == (1, 8, 8)
+    with pytest.raises(ConfigError, match=r"data\.root=.*hold 3-channel images, mnist has 1; point it at this set's"):
+        load_dataset(make_config(name="mnist", root=str(tmp_path / "colour")))
+    with pytest.raises(ConfigError, match=r"data\.root=.*hold 1-channel images, cifar10 has 3"):
+        load_dataset(make_config(name="cifar10", root=str(tmp_path / "grey")))
+
+
+def test_own_files_go_before_parquet_files_elsewhere_in_the_root(
+    small_mnist: Path, make_config: MakeConfig, encoded: Callable[..., bytes]
+) -> None:
+    expected = load_dataset(make_config(name="mnist", root=str(small_mnist)))
+    (small_mnist / "other").mkdir()
+    for part in ("train", "test"):
+        table = pa.table({"image": [encoded(np.zeros((8, 8), np.uint8))] * 4, "label": [0, 1] * 2})
+        pq.write_table(table, small_mnist / "other" / f"{part}-0.parquet")
+    assert load_dataset(make_config(name="mnist", root=str(small_mnist))).fingerprint == expected.fingerprint
+    with pytest.raises(ConfigError, match=r"data\.label_column=label: data\.root is not read as Parquet files"):
+        load_dataset(make_config(name="mnist", root=str(small_mnist), label_column="label"))
+
+
 def test_packed_unpacked_and_bare_folders_agree(small_mnist: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+    from torchvision.datasets import MNIST
+
     raw = small_mnist / "MNIST" / "raw"
+    before = files(small_mnist)
     packed = load_dataset(make_config(name="mnist", root=str(small_mnist)))
+    assert files(small_mnist) == before
     bare = load_dataset(make_config(name="mnist", root=str(raw)))
     for path in list(raw.glob("*.gz")):
         (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
     unpacked = load_dataset(make_config(name="mnist", root=str(small_mnist), cache_dir=str(tmp_path / "other")))
     assert packed.fingerprint == bare.fingerprint == unpacked.fingerprint
+    theirs = MNIST(small_mnist, train=False)
+    assert torch.equal(packed.test.fetch(torch.arange(10))[:, 0], theirs.data)
+    assert torch.equal(packed.test.labels, theirs.targets)
     assert load_dataset(make_config(name="mnist", root=str(small_mnist), image_size=32)).image_shape == (1, 32, 32)
 
 

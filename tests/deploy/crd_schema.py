@@ -1,11 +1,13 @@
 """KubeRay's CustomResourceDefinitions as strict JSON schemas: what they do not name does not fit."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import yaml
+
+SCHEMAS = Path(__file__).with_name("kuberay-v1.schema.json")
 
 
 def strict(schema: dict[str, Any]) -> dict[str, Any]:
@@ -35,23 +37,19 @@ def with_defaults(value: Any, schema: dict[str, Any]) -> Any:
 
 
 @cache
-def definition(folder: Path, kind: str) -> tuple[dict[str, Any], Any]:
+def definition(kind: str) -> tuple[dict[str, Any], Any]:
     """The v1 schema of a kind and its strict validator."""
-    path = folder / f"ray.io_{kind.lower()}s.yaml"
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(path.read_text())
-    versions = loader.get_single_data()["spec"]["versions"]
-    schema = next(version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1")
-    schema["properties"]["metadata"] = {"type": "object"}
+    schema = json.loads(SCHEMAS.read_text())[kind]
     return schema, jsonschema.Draft7Validator(strict(schema))
 
 
-def check(folder: Path, resource: dict[str, Any]) -> None:
+def check(resource: dict[str, Any]) -> None:
     """Check a KubeRay resource.
 
     Raises:
         jsonschema.ValidationError: It does not fit.
     """
-    schema, validator = definition(folder, resource["kind"])
+    schema, validator = definition(resource["kind"])
     error = jsonschema.exceptions.best_match(validator.iter_errors(with_defaults(resource, schema)))
     if error is not None:
         raise error

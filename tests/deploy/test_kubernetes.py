@@ -1,7 +1,6 @@
 """The manifests: schemas of Kubernetes and KubeRay, strictly; what the overlays make of them; what no pod may lack."""
 
 import copy
-import os
 import re
 import shutil
 import subprocess
@@ -18,14 +17,10 @@ from tests.deploy import crd_schema
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-CRDS = Path(os.environ.get("TLA_TEST_KUBERAY_CRDS", ROOT.parent / "shared" / "reference" / "kuberay-crds"))
 KUBECTL = shutil.which("kubectl")
 OVERLAYS = [
     f"{overlay}/{part}" for overlay in ("gpu-cloud", "kind") for part in (".", "train", "sweep", "interactive", "serve")
 ]
-needs_crds = pytest.mark.skipif(
-    not CRDS.is_dir(), reason="KubeRay's schemas: set TLA_TEST_KUBERAY_CRDS to their folder"
-)
 needs_kubectl = pytest.mark.skipif(KUBECTL is None, reason="overlays: put kubectl on the PATH")
 OF_OPERATORS = ("kueue.x-k8s.io", "monitoring.coreos.com")  # schemas not at hand
 
@@ -53,9 +48,7 @@ def check(resource: dict[str, Any]) -> None:
     if group in OF_OPERATORS:
         return
     if group == "ray.io":
-        if not CRDS.is_dir():
-            pytest.skip("KubeRay's schemas: set TLA_TEST_KUBERAY_CRDS to their folder")
-        crd_schema.check(CRDS, resource)
+        crd_schema.check(resource)
         for pod in pods(resource):
             kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **pod}, "1.33", strict=True)
     else:
@@ -88,7 +81,6 @@ def changed(kind: str, *path: Any, value: Any) -> dict[str, Any]:
     return resource
 
 
-@needs_crds
 @pytest.mark.parametrize(
     ("kind", "path", "value"),
     [
@@ -133,14 +125,14 @@ def built() -> dict[str, list[dict[str, Any]]]:
 
 
 @needs_kubectl
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_an_overlay_fits_the_schemas_and_names_a_real_image(name: str, built: dict[str, list[dict[str, Any]]]) -> None:
-    images = set()
-    for resource in built[name]:
-        check(resource)
-        assert resource["kind"] == "Namespace" or resource["metadata"].get("namespace") == "tla", resource["kind"]
-        images |= {part["image"] for pod in pods(resource) for part in pod["spec"]["containers"]}
-    assert all(re.search(r":v?\d[\w.-]*(@sha256:\w{64})?$", image) for image in images), images
+def test_the_overlays_fit_the_schemas_and_name_real_images(built: dict[str, list[dict[str, Any]]]) -> None:
+    for name, found in built.items():
+        images = set()
+        for resource in found:
+            check(resource)
+            assert resource["kind"] == "Namespace" or resource["metadata"].get("namespace") == "tla", (name, resource)
+            images |= {part["image"] for pod in pods(resource) for part in pod["spec"]["containers"]}
+        assert all(re.search(r":v?\d[\w.-]*(@sha256:\w{64})?$", image) for image in images), (name, images)
 
 
 @needs_kubectl

@@ -15,6 +15,7 @@ from tla_service.config_adversary import AttackConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.outcomes import (
     STANDS,
+    AutoAttackRun,
     ShardOutcome,
     compare_outcomes,
     load_outcome,
@@ -153,6 +154,17 @@ def test_autoattack_is_no_weaker_and_says_what_it_left_out() -> None:
     assert not (outcome.standing("autoattack") & ~outcome.standing("clean")).any()
     assert set(outcome.left_out) == {"apgd-t"}
     assert merge_outcomes([outcome]).left_out == outcome.left_out
+    assert outcome.autoattack == AutoAttackRun("standard", "linf", 0.03, ("apgd-ce", "apgd-dlr", "fab-t", "square"))
+
+
+def test_shards_of_one_autoattack_are_merged() -> None:
+    def shard(row: int, run: AutoAttackRun | None) -> ShardOutcome:
+        return ShardOutcome(np.array([row]), np.array([0]), {"autoattack": np.array([STANDS])}, autoattack=run)
+
+    one, other = (AutoAttackRun("standard", "linf", epsilon, ("square",)) for epsilon in (0.03, 1e-6))
+    assert merge_outcomes([shard(1, one), shard(0, None)]).autoattack == one  # earlier versions kept no record
+    with pytest.raises(ValueError, match="attacked differently"):
+        merge_outcomes([shard(0, one), shard(1, other)])
 
 
 def test_float32_whatever_surrounds_it() -> None:
@@ -175,14 +187,23 @@ def test_float32_whatever_surrounds_it() -> None:
 def test_outcome_survives_the_disk(tmp_path: Path) -> None:
     network = Wavy()
     images, labels = pictures(network, 10)
-    outcome = ShardOutcome(**(vars(evaluate(network, images, labels)) | {"left_out": {"apgd-t": "needs 4 classes"}}))
+    facts = {
+        "left_out": {"apgd-t": "needs 4 classes"},
+        "autoattack": AutoAttackRun("standard", "l2", 0.5, ("fab-t", "square")),
+        "gate": np.arange(10) % 4 == 1,
+    }
+    outcome = ShardOutcome(**(vars(evaluate(network, images, labels)) | facts))
     save_outcome(outcome, tmp_path / "shards" / "0.npz")
     back = load_outcome(tmp_path / "shards" / "0.npz")
     assert [path.name for path in (tmp_path / "shards").iterdir()] == ["0.npz"]
     assert back.indices.tolist() == outcome.indices.tolist()
     assert back.labels.tolist() == outcome.labels.tolist()
     assert {k: v.tolist() for k, v in back.broken_at.items()} == {k: v.tolist() for k, v in outcome.broken_at.items()}
-    assert back.left_out == outcome.left_out
+    assert (back.left_out, back.autoattack) == (outcome.left_out, outcome.autoattack)
+    assert back.gate is not None
+    assert back.gate.tolist() == facts["gate"].tolist()  # type: ignore[attr-defined]
+    assert back.only(back.gate).indices.tolist() == [1, 5, 9]
+    assert back.only(back.gate).standing("pgd").tolist() == back.standing("pgd")[[1, 5, 9]].tolist()
 
 
 @pytest.mark.parametrize("keep", [0, 10, 300])

@@ -47,7 +47,7 @@ def test_a_good_version_is_promoted_and_the_decision_recorded(packaged: Packaged
     tags = MlflowClient(packaged.uri).get_model_version("tla-digits", "1").tags
     assert tags["tla.champion.decision"] == "promoted"
     rules = {finding["rule"]: finding["explanation"] for finding in json.loads(tags["tla.champion.findings"])}
-    assert rules["clean accuracy"].startswith("97.5% (95.")
+    assert rules["clean accuracy"].startswith("98.0% (93.")
     (record,) = records(packaged)
     assert record["tla.promotion"] == "promoted"
     assert json.loads(record["tla.promotion.rules"])["min_clean_accuracy"] == 0.9
@@ -56,12 +56,16 @@ def test_a_good_version_is_promoted_and_the_decision_recorded(packaged: Packaged
 
 
 POOR: dict[str, tuple[dict[str, Any], str, str]] = {
-    "clean": ({"outcome": fates(350, 300)}, "clean accuracy", "87.5%"),
-    "autoattack": ({"outcome": fates(390, 190)}, "AutoAttack accuracy", "47.5%"),
-    "few images": ({"outcome": fates(80, 80, images=80)}, "images", "80 test images; at least 100"),
-    "audit failed": ({"audit": {"trusted": False, "images": 9, "checks": []}}, "audit", "does not trust"),
+    "clean": ({"outcome": fates(350, 300)}, "clean accuracy", "88.0%"),
+    "autoattack": ({"outcome": fates(390, 190)}, "AutoAttack accuracy", "48.0%"),
+    "few images": (
+        {"outcome": fates(80, 80, images=80)},
+        "images",
+        "20 test images set aside for the gate; at least 100",
+    ),
+    "audit failed": ({"audit": {"trusted": False, "images": 100, "checks": []}}, "audit", "does not trust"),
     "no audit": ({"audit": None}, "audit", "no audit"),
-    "no detection": ({"detection": None}, "detection", "was not measured"),
+    "no detection": ({"gate": {"detection": None}}, "detection", "was not measured"),
 }
 
 
@@ -70,7 +74,10 @@ def test_a_poor_version_is_refused_with_the_reason(
     packaged: Packaged, changes: dict[str, Any], rule: str, words: str
 ) -> None:
     changes = {"outcome": GOOD} | changes
-    evaluate(packaged, "1", changes.pop("outcome"), **changes)
+    outcome = changes.pop("outcome")
+    if "gate" in changes:
+        changes["gate"] = report_on("0" * 64, outcome).model_dump()["gate"] | changes["gate"]
+    evaluate(packaged, "1", outcome, **changes)
     decision = attempt(packaged, "1")
     assert decision.verdict == "refused"
     assert set(failed(decision)) == {rule}
@@ -103,9 +110,14 @@ def test_a_report_on_other_weights_is_refused(packaged: Packaged, tmp_path: Path
 
 
 def test_an_embellished_report_is_refused(packaged: Packaged) -> None:
-    better = report_on("0" * 64, GOOD).model_dump()["accuracy"]
-    evaluate(packaged, "1", fates(clean=390, autoattack=10), accuracy=better)
-    assert "the report says 75.00% of 400, the images' fates 10 of 400" in failed(attempt(packaged, "1"))["figures"]
+    honest, better = report_on("0" * 64, fates(390, 8)), report_on("0" * 64, GOOD)
+    evaluate(packaged, "1", fates(390, 8), accuracy=better.model_dump()["accuracy"])
+    assert "the report says 75.00% of 300, the images' results 6 of 300" in failed(attempt(packaged, "1"))["figures"]
+    assert honest.gate is not None
+    assert better.gate is not None
+    embellished = honest.gate.model_copy(update={"accuracy": better.gate.accuracy})
+    evaluate(packaged, "1", fates(390, 8), gate=embellished)
+    assert "autoattack of the gate: the report says 75.00% of 100" in failed(attempt(packaged, "1"))["figures"]
 
 
 def test_tampered_files_are_refused(packaged: Packaged) -> None:
@@ -138,7 +150,7 @@ def test_a_worse_version_does_not_replace_the_champion(packaged: Packaged) -> No
     assert decision.verdict == "refused"
     assert set(failed(decision)) == {"autoattack not worse"}
     assert "-5.00 points" in failed(decision)["autoattack not worse"]
-    assert "p = 1.9e-06" in failed(decision)["autoattack not worse"]
+    assert "p = 0.062" in failed(decision)["autoattack not worse"]
     assert aliases(packaged) == {"champion": "1"}
     tolerant = RULES.model_copy(update={"not_worse": False})
     assert attempt(packaged, second, tolerant).verdict == "promoted"
@@ -146,7 +158,7 @@ def test_a_worse_version_does_not_replace_the_champion(packaged: Packaged) -> No
 
 
 def test_small_losses_are_refused_by_size_and_by_significance(packaged: Packaged) -> None:
-    """One point on shuffled images is noise to a paired test, and more than may be lost; one that it can see is not."""
+    """One point on shuffled images is noise to a paired test, and more than may be lost."""
     evaluate(packaged, "1", fates(300, 250, shuffle=1))
     second = register_another(packaged)
     evaluate(packaged, second, fates(296, 250, shuffle=2))
@@ -155,7 +167,7 @@ def test_small_losses_are_refused_by_size_and_by_significance(packaged: Packaged
     assert set(failed(attempt(packaged, second, rules))) == {"clean not worse"}
     assert attempt(packaged, second, rules.model_copy(update={"max_drop": 0.02})).verdict == "promoted"
     third = register_another(packaged, 3.0)
-    evaluate(packaged, third, fates(288, 250, shuffle=2))
+    evaluate(packaged, third, fates(264, 250, shuffle=2))
     decision = attempt(packaged, third, rules.model_copy(update={"max_drop": 0.5}))
     assert "p = 0.0078" in failed(decision)["clean not worse"]
 
@@ -167,7 +179,6 @@ def test_small_losses_are_refused_by_size_and_by_significance(packaged: Packaged
             {"data": {"name": "digits", "images": 400, "fingerprint": "beef", "class_names": []}},
             "data f00d against beef",
         ),
-        ({"threat_model": {"norm": "linf", "epsilon": 0.01}}, "epsilon 0.15 against 0.01"),
         ({"outcome": fates(300, 250, images=300)}, "other clean images"),
     ],
 )
@@ -176,8 +187,9 @@ def test_only_what_was_measured_alike_is_compared(packaged: Packaged, changes: d
     evaluate(packaged, "1", changes.pop("outcome"), **changes)
     second = register_another(packaged)
     evaluate(packaged, second, GOOD)
-    assert attempt(packaged, "1").verdict == "promoted"
-    assert words in failed(attempt(packaged, second))["comparable"]
+    rules = RULES.model_copy(update={"min_images": 50})
+    assert attempt(packaged, "1", rules).verdict == "promoted"
+    assert words in failed(attempt(packaged, second, rules))["comparable"]
 
 
 def test_a_champion_that_was_tampered_with_stops_the_gate(packaged: Packaged) -> None:
@@ -193,7 +205,7 @@ def test_a_champion_that_was_tampered_with_stops_the_gate(packaged: Packaged) ->
 def test_rollback_walks_back_through_the_champions(packaged: Packaged) -> None:
     versions = ["1", register_another(packaged), register_another(packaged, 3.0)]
     for place, version in enumerate(versions):
-        evaluate(packaged, version, fates(clean=390, autoattack=300 + place))
+        evaluate(packaged, version, fates(clean=390, autoattack=300 + 4 * place))
         assert attempt(packaged, version).verdict == "promoted"
     assert aliases(packaged) == {"champion": "3", "previous": "2"}
     decision = roll_back(packaged.config.tracking, "tla-digits", "champion")
@@ -233,11 +245,18 @@ def test_the_job_explains_itself(
     code, out, _ = job("--model", "tla-digits", "--version", "1")
     assert code == 4
     assert "REFUSED version evaluated" in out
+    command = f"next: python jobs/evaluate_tla.py --model models:/tla-digits/1 --tracking.uri {packaged.uri}"
+    assert out.splitlines()[-1] == command
     evaluate(packaged, "1", GOOD)
     code, out, _ = job("--model", "tla-digits", "--version", "1", "--rules.min_autoattack_accuracy", "0.9")
     assert (code, "REFUSED AutoAttack accuracy" in out) == (4, True)
+    assert out.splitlines()[-1].startswith("next: train a version that does better, or change rules.min_autoattack")
     code, out, _ = job("--model", "tla-digits", "--version", "1")
-    assert (code, out.splitlines()[-1]) == (0, "promoted: models:/tla-digits@champion is version 1")
+    promoted, load = out.splitlines()[-2:]
+    assert (code, promoted) == (0, "promoted: models:/tla-digits@champion is version 1")
+    assert load == (
+        f'next: mlflow.set_tracking_uri("{packaged.uri}"); mlflow.pyfunc.load_model("models:/tla-digits@champion")'
+    )
     assert job("--model", "tla-digits", "--version", "9")[0] == 3
     assert job("--model", "nobody", "--version", "1")[0] == 3
     assert job("--model", "tla-digits", "--version", "1", "--rollback")[0] == 2

@@ -36,7 +36,7 @@ from tla_service.report.plan import (
     radius_name,
     single_tasks,
 )
-from tla_service.report.tasks import Task, run_here
+from tla_service.report.tasks import Task, run_here, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
 
@@ -54,13 +54,28 @@ def run(task: Task, seed: int = 0) -> Any:
     return run_here(task, trained(seed), None, source.fetch(rows), source.labels, CPU)
 
 
-@cache
-def found(seed: int = 0) -> fd.Findings:
+def tasks() -> list[Task]:
     data = digits()
     bank = bank_rows(torch.arange(len(data.train)), data.train.labels, 200)
-    tasks = [*attack_tasks(plan(), settings(), data, MODEL), *embedding_tasks(plan(), settings(), data, MODEL, bank)]
-    tasks += single_tasks(plan(), settings(), data, MODEL)
-    return fd.gather({task.key: run(task, seed) for task in tasks}, MODEL, plan(), settings())
+    made = [*attack_tasks(plan(), settings(), data, MODEL), *embedding_tasks(plan(), settings(), data, MODEL, bank)]
+    return made + single_tasks(plan(), settings(), data, MODEL)
+
+
+@cache
+def measured(seed: int = 0) -> dict[tuple[str, str], Any]:
+    return {task.key: run(task, seed) for task in tasks()}
+
+
+@cache
+def found(seed: int = 0) -> fd.Findings:
+    return fd.gather(measured(seed), MODEL, plan(), settings())
+
+
+@cache
+def of_the_gate(gate: bool) -> fd.Findings:
+    """What was measured on the images set aside for the gate, or on the others."""
+    chosen = digits().gate.numpy() == gate
+    return fd.gather(select(measured(), tasks(), chosen), MODEL, plan(), settings())
 
 
 def report(**changes: Any) -> rp.Report:
@@ -108,6 +123,38 @@ def test_accuracies_are_those_of_plain_counting() -> None:
     assert table["worst"].overall.estimate <= min(table[name].overall.estimate for name in plan().columns)
     assert table["autoattack"].overall.images == 20
     assert table["pgd5x2"].overall.estimate < table["clean"].overall.estimate
+
+
+def test_images_of_the_gate_and_the_others_are_counted_apart() -> None:
+    gate = digits().gate.numpy()
+    assert 10 <= gate.sum() <= 20
+    for name in ("clean", "fgsm", "autoattack"):
+        outcome = measured()[MODEL, "autoattack" if name == "autoattack" else "columns"]
+        for side in (True, False):
+            standing = [
+                stands
+                for row, stands in zip(outcome.indices.tolist(), outcome.standing(name).tolist(), strict=True)
+                if gate[row] == side
+            ]
+            table = fd.accuracies(of_the_gate(side), plan(), 10)
+            assert table[name].overall.images == len(standing) > 0
+            assert table[name].overall.estimate == pytest.approx(np.mean(standing))
+    own, rest = (of_the_gate(side).embedded["natural"] for side in (True, False))
+    assert set(own.rows.tolist()) == set(np.flatnonzero(gate).tolist())
+    assert sorted([*own.rows.tolist(), *rest.rows.tolist()]) == list(range(60))
+    assert len(of_the_gate(True).embedded["bank"].rows) == 200
+    numbers = [each.detection["gaussian"].num_correct for each in (of_the_gate(True), of_the_gate(False), found())]
+    assert numbers[0] + numbers[1] == numbers[2]
+    assert [len(of_the_gate(side).norms["l0"]) for side in (True, False)] == [
+        int((gate[task.rows] == side).sum()) for side in (True, False) for task in tasks() if task.name == "l0"
+    ]
+
+
+def test_a_gate_without_images_is_no_error() -> None:
+    nothing = fd.gather(select(measured(), tasks(), np.zeros(60, dtype=bool)), MODEL, plan(), settings())
+    facts = fd.gate_facts(nothing, plan(), settings(), 10, 0)
+    assert facts.accuracy["autoattack"].estimate is None
+    assert facts.detection is None
 
 
 def test_shards_do_not_depend_on_how_many_there_are_of_other_tasks() -> None:
@@ -360,6 +407,42 @@ def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
     assert "<b>digits</b>" in page.text  # a name is text, never markup
     assert re.search(r"TLA less AT", page.text)
     assert "Not audited" in page.text
+
+
+def test_page_says_which_images_are_the_gates(tmp_path: Path) -> None:
+    rest = fd.accuracy_facts(fd.accuracies(of_the_gate(False), plan(), 10))
+    count = int(digits().gate.sum())
+    gate = fd.gate_facts(of_the_gate(True), plan(), settings(), 10, count)
+    write_page(report(accuracy=rest, gate=gate), [], tmp_path / "report.html", same_attacks=False)
+    text = " ".join(re.sub(r"<[^>]+>", " ", (tmp_path / "report.html").read_text()).split())
+    assert f"Figures are of {60 - count} of the 60 test images. The other {count} are set aside" in text
+    assert "gate, % gate images" in text
+    clean, own = rest["clean"], gate.accuracy["clean"]
+    assert own.estimate is not None
+    line = text[text.index("clean no attack") :]
+    assert f"{clean.images} {100 * own.estimate:.1f} {own.images} " in line[:80]
+    write_page(report(), [], tmp_path / "report.html", same_attacks=False)
+    assert "Figures are of all 60 test images, which the promotion gate" in (tmp_path / "report.html").read_text()
+
+
+def test_the_papers_figures_stand_beside_those_of_all_test_images(tmp_path: Path) -> None:
+    """7,500 images are reported on and 2,500 are the gate's: together the paper's 10,000."""
+    most, rest = (
+        rp.Accuracy(estimate=estimate, low=0, high=1, images=images) for estimate, images in ((0.9, 7500), (0.5, 2500))
+    )
+    names = ("clean", "fgsm", "worst")
+    facts = rp.ModelFacts(uri="x", weights_sha256="0" * 64, architecture="mnist_cnn", method="tla")
+    page = report(
+        model=facts,
+        data=rp.DataFacts(name="mnist", images=10_000, fingerprint="f", class_names=digits().class_names),
+        accuracy=dict.fromkeys(names, most),
+        gate=rp.GateFacts(images=2500, accuracy=dict.fromkeys(names, rest)),
+        compared=(),
+    )
+    write_page(page, [], tmp_path / "report.html", same_attacks=True)
+    text = " ".join(re.sub(r"<[^>]+>", " ", (tmp_path / "report.html").read_text()).split())
+    assert "all test images, % paper, %" in text
+    assert "90.0 0.0 to 100.0 7500 50.0 2500 80.00 99.52" in text
 
 
 def test_page_shows_the_papers_figures_only_in_its_setting(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from tests.report.subjects import settings
 from tla_service.config import DataConfig
 from tla_service.config_loading import read_settings
 from tla_service.errors import ConfigError
+from tla_service.report.plan import check_plan, make_plan
 from tla_service.report.settings import EvaluateSettings, spread_lists
 
 
@@ -31,7 +32,11 @@ def test_spreading_keeps_what_is_no_list(words: list[str]) -> None:
     [
         ([], "model", "--model"),
         (["--model", "a", "--epsilon", "0"], "epsilon", "radius"),
-        (["--model", "a", "--epsilon", "8"], "epsilon", "8/255"),
+        (["--model", "a", "--epsilon", "8"], "epsilon", "8/255, or give --norm l2"),
+        (["--model", "a", "--detection.epsilon", "25"], "detection.epsilon", "25/255"),
+        (["--model", "a", "--detection.epsilon", "0.1", "--detection.step_size", "1"], "detection.step_size", "1/255"),
+        (["--model", "a", "--attacks", '{"x": {"norm": "linf", "epsilon": 8}}'], "attacks.x.epsilon", "8/255"),
+        (["--model", "a", "--attacks", '{"x": {"epsilon": 0.1, "step_size": 2}}'], "attacks.x.step_size", "2/255"),
         (["--model", "a", "--attacks", '{"x": {"kind": "deepfool"}}'], "attacks.x.kind", "fgsm"),
         (["--model", "a", "--attacks", '{"worst": {}}'], "attacks.worst", "otherwise"),
         (["--model", "a", "--images.autoatack", "5"], "images.autoatack", "images.autoattack"),
@@ -60,3 +65,19 @@ def test_a_variable_of_the_training_job_is_passed_over(monkeypatch: pytest.Monke
     monkeypatch.setenv("TLA_LOS__MARGIN", "0.1")
     with pytest.raises(ConfigError, match="TLA_LOS__MARGIN"):
         read("--model", "a")
+
+
+def test_lengths_are_checked_again_once_model_and_images_are_known() -> None:
+    shape = (1, 8, 8)
+    plan = make_plan(settings(norm="l2", epsilon=7.0), "digits", "linf", 0.15, has_surrogate=False)
+    check_plan(plan, shape)
+    plan = make_plan(settings(norm="l2", epsilon=9.0), "digits", "linf", 0.15, has_surrogate=False)
+    with pytest.raises(ConfigError, match=r"^epsilon=9: longer than the diagonal of 1x8x8 images, 8; write 9/255"):
+        check_plan(plan, shape)
+    attacks = {"pgd": {}, "far": {"step_size": 0.5}}
+    plan = make_plan(settings(attacks=attacks), "digits", "linf", 0.15, has_surrogate=False)
+    with pytest.raises(ConfigError, match=r"^attacks\.far\.step_size=0\.5: over twice attacks\.far\.epsilon=0\.15"):
+        check_plan(plan, shape)
+    plan = make_plan(settings(detection={"step_size": 1.0}), "digits", "linf", 0.15, has_surrogate=False)
+    with pytest.raises(ConfigError, match=r"^detection\.step_size=1: over twice"):
+        check_plan(plan, shape)

@@ -17,8 +17,9 @@ from tla_service.results.tables import measures, run_config, units
 @pytest.mark.parametrize("table", ["mnist", "cifar10", "tiny_imagenet"])
 def test_without_a_budget_runs_are_the_presets(table: str) -> None:
     settings = settings_of("--table", table, "--data.root", "/data")
+    preset = load_settings(["--preset", table, "--data.root", "/data"]).run_config
     for unit in units(settings):
-        ours, preset = run_config(settings, unit), load_settings(["--preset", table, "--data.root", "/data"]).run_config
+        ours = run_config(settings, unit)
         assert ours.training == preset.training
         assert ours.loss == preset.loss
         assert (ours.method, ours.seed) == (unit.method, unit.seed)
@@ -45,8 +46,9 @@ def test_a_budget_shortens_all_runs_alike(table: str) -> None:
     root = () if table == "digits" else ("--data.root", "/data")
     settings = settings_of("--table", table, "--budget", "60", *root)
     todo = list(units(settings))
-    assert {run_config(settings, unit).training.max_steps for unit in todo} == {215}
-    assert len({run_config(settings, unit).model.name for unit in todo}) == 1
+    runs = [run_config(settings, unit) for unit in todo]
+    assert {run.training.max_steps for run in runs} == {215}
+    assert len({run.model.name for run in runs}) == 1
     assert measures(settings, todo[0])["images"]["autoattack"] == 500
     assert all(attack["num_restarts"] == 1 for attack in measures(settings, todo[0])["attacks"].values())
 

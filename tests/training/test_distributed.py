@@ -1,7 +1,7 @@
 """Several real gloo processes against one: the same global batch, the same loss, negatives and gradients."""
 
+import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +13,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.training.conftest import digits_config, random_batch
-from tla_service.data import Batch, StepBatch
-from tla_service.errors import UnavailableError
+from tla_service.data import Batch, StepBatch, load_dataset
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, generator, raise_together
 from tla_service.training import step as step_module
-from tla_service.training.fit import average_buffers
+from tla_service.training.fit import average_buffers, training_batches
 from tla_service.training.roles import shard_sizes
 from tla_service.training.step import TrainingStep
 
@@ -107,7 +107,11 @@ def worker(rank: int, world_size: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=[2, 4])
 def gathered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp(f"world-{request.param}")
-    mp.spawn(worker, args=(request.param, str(folder)), nprocs=request.param)  # type: ignore[no-untyped-call]
+    # The server imports torch and the rest once for all workers.
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(  # type: ignore[no-untyped-call]
+        worker, args=(request.param, str(folder)), nprocs=request.param, start_method="forkserver"
+    )
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 
@@ -139,25 +143,29 @@ def test_shards_are_cut_as_tensor_split_cuts() -> None:
             assert shard_sizes(total, world_size) == expected
 
 
-def test_torchrun_trains_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    """Two torchrun processes, without Ray: max_steps stops nothing here, a finished half is taken up again."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (
-        "--preset digits --data.train_limit 200 --data.test_limit 40 --training.epochs 2 --evaluation.every_epochs 1"
-    )
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    command = [sys.executable, *launch, "-m", "tla_service.training", *arguments.split(), "--output", str(tmp_path)]
+def test_a_pool_that_cannot_be_shared_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 3 -m tla_service.training --preset digits"
+    pool = "--mining.scope global --mining.pool separate --mining.pool_size 500"
+    command = [sys.executable, *launch.split(), *pool.split(), "--output", str(tmp_path / "run")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "clean accuracy" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000000002", "step-000000004"]
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("epoch") == 0
-    assert "clean accuracy" in again.stdout
+    assert done.returncode != 0
+    refused = "error: mining.pool_size=500: not divisible by 3 workers with mining.scope=global; use 498 or 501"
+    assert refused in done.stderr.splitlines()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_pools_are_the_whole_pool(workers: int) -> None:
+    """What `mining.pool_size` says is what is mined from, however many workers share it."""
+    config = digits_config(mining={"scope": "global", "pool": "separate", "pool_size": 30})
+    dataset = load_dataset(config.data)
+    rows = torch.arange(len(dataset.train))
+    shares = [training_batches(config, dataset, rows, WorkerContext(rank, rank, workers)) for rank in range(workers)]
+    pools = [next(share.epoch(0)).pool for share in shares]
+    assert sum(len(pool) for pool in pools if pool is not None) == 30
+    with pytest.raises(ConfigError, match=r"mining\.pool_size=30: not divisible by 4 workers"):
+        training_batches(config, dataset, rows, WorkerContext(world_size=4))
 
 
 def test_generators_depend_on_every_part() -> None:

@@ -48,6 +48,53 @@ def test_adversarial_weights_are_the_papers_update() -> None:
     assert any(not torch.allclose(a, b) for a, b in zip(expected, plain, strict=True))
 
 
+def hardest(anchors: Tensor, labels: Tensor, pool: Tensor, pool_labels: Tensor) -> list[int]:
+    """Row of the pool of each anchor's closest embedding of another class, by |cos|."""
+    found = []
+    for anchor, label in zip(anchors, labels, strict=True):
+        rows = [row for row in range(len(pool)) if pool_labels[row] != label]
+        found.append(max(rows, key=lambda row: abs(float(F.cosine_similarity(anchor, pool[row], dim=0)))))
+    return found
+
+
+@pytest.mark.parametrize("pool", ["batch", "separate"])
+def test_adversarial_weights_keep_the_negatives_mined_before_they_moved(pool: str) -> None:
+    """TLA's loss with the negatives of w, ascended to w + v and differentiated there."""
+    gamma, batch = 0.3, random_batch(pool=12)
+    net, oracle = network(), network()
+    loss = {"margin": 0.5, "norm_weight": 0.0}
+    config = digits_config(loss=loss, mining={"pool": pool, "pool_size": 12}, attack={"awp": True, "awp_gamma": gamma})
+    step = TrainingStep(net, config, WorkerContext())
+    step.backward(batch, 7)
+    labels, clean = batch.anchors.labels, batch.anchors.images
+    adversarial = step.adversary.craft(batch.anchors, generator(CPU, 7))
+    drawn = batch.anchors if pool == "batch" else batch.pool
+    assert drawn is not None
+
+    def mine() -> list[int]:
+        with torch.no_grad():
+            return hardest(oracle(adversarial).embeddings, labels, oracle(drawn.images).embeddings, drawn.labels)
+
+    def objective(rows: list[int]) -> list[Tensor]:
+        attacked = oracle(adversarial)
+        near, far = oracle(clean).embeddings, oracle(drawn.images[rows]).embeddings
+        to_near = 1 - F.cosine_similarity(attacked.embeddings, near).abs()
+        to_far = 1 - F.cosine_similarity(attacked.embeddings, far).abs()
+        hinge = F.relu(to_near - to_far + config.loss.margin).mean()
+        total = F.cross_entropy(attacked.logits, labels) + config.loss.triplet_weight * hinge
+        return list(torch.autograd.grad(total, list(oracle.parameters())))
+
+    rows = mine()
+    ascent = objective(rows)
+    with torch.no_grad():
+        for parameter, gradient in zip(oracle.parameters(), ascent, strict=True):
+            if parameter.ndim > 1:
+                parameter.add_(gamma * parameter.norm() * gradient / gradient.norm())
+    for parameter, expected in zip(net.parameters(), objective(rows), strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-12)
+    assert mine() != rows  # the moved weights would have chosen others
+
+
 def test_adversarial_weights_move_batchnorm_once_and_draw_the_same_noise() -> None:
     from tla_service.models import build_model
 
@@ -132,9 +179,9 @@ def test_after_a_collapse_training_goes_on_with_pgd_also_when_resumed(
         reporter = new_reporter()
         result = fit(config, WorkerContext(), reporter)
         if resume:
-            again = new_reporter()
+            again = new_reporter(resume_from=reporter.checkpoints[1])
             collapse_in(monkeypatch, 0.1)
-            result = fit(config, WorkerContext(), again, resume_from=reporter.checkpoints[1])
+            result = fit(config, WorkerContext(), again)
             reporter = again
         assert len(result.history) == 4
         assert has_collapsed(result.history)

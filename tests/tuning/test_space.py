@@ -186,3 +186,38 @@ def test_every_point_is_a_valid_run() -> None:
         assert point is not None
         assert isinstance(space.apply(point), RunConfig)
         assert point["mining.pool_size"] % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("space", "subject", "reason"),
+    [
+        ({"attack.epsilon": ["4/255", 8]}, "attack.epsilon=8", "outside (0, 1]; write 8/255"),
+        ({"attack.epsilon": {"low": 0.01, "high": 8}}, "attack.epsilon=7.9", "outside (0, 1]; write 7.9"),
+        ({"attack.step_size": [0.01, 2]}, "attack.step_size=2", "over twice attack.epsilon"),
+        ({"attack.epsilon": [0.1, 0.2], "attack.step_size": [0.01, 2]}, "attack.step_size=2", "over twice"),
+        ({"radius": {"variants": {"4": {"attack.epsilon": "4/255"}, "8": {"attack.epsilon": 8}}}}, "radius=8", "8/255"),
+    ],
+)
+def test_a_length_that_makes_no_sense_in_any_point_is_not_left_out_silently(
+    space: dict[str, object], subject: str, reason: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        space_of(space)
+    assert str(caught.value).startswith(f"sweep.space.{subject}")
+    assert reason in str(caught.value)
+
+
+def test_lengths_that_go_together_in_some_points_are_kept() -> None:
+    space = space_of({"attack.epsilon": [0.01, 0.3], "attack.step_size": [0.005, 0.1]}, searcher="grid")
+    assert len(space.grid()) == 3
+
+
+def test_values_are_numbers_however_they_are_written() -> None:
+    space = space_of({"attack.epsilon": ["4/255", "1e-2"], BATCH: ["64"], "data.flip": [True, False]})
+    assert [axis.choices for axis in space.axes] == [(4 / 255, 0.01), (64,), (True, False)]
+    with pytest.raises(ConfigError, match="a value is in it twice"):
+        space_of({"attack.epsilon": ["51/255", 0.2]})
+    run = run_config(attack={"epsilon": 4 / 255, "step_size": 1 / 255})
+    assert space_of({"attack.epsilon": ["4/255", "8/255"]}, run=run).own_point() == {"attack.epsilon": 4 / 255}
+    variants = {"small": {"attack.epsilon": "4/255"}, "large": {"attack.epsilon": "8/255"}}
+    assert space_of({"radius": {"variants": variants}}, run=run).own_point() == {"radius": "small"}

@@ -50,6 +50,7 @@ class AutoAttackResult:
     """What AutoAttack did to each image.
 
     Attributes:
+        version: The version that was run.
         adversarial: Images (N, C, H, W); those that were not broken, or were wrong from the start, stay clean.
         robust: Whether the network is right after all stages (N,), bool.
         standing: For ``clean`` and each stage in the order of running: whether the image stands after it (N,), bool.
@@ -57,6 +58,7 @@ class AutoAttackResult:
         warnings: What the package says of this network, such as that it seems randomised; each once.
     """
 
+    version: Version
     adversarial: Tensor
     robust: Tensor
     standing: dict[str, Tensor]
@@ -118,10 +120,7 @@ def run_autoattack(
         logits = torch.cat([logits_fn(part) for part in images.split(batch_size)])
     if not logits.isfinite().all():
         raise ConfigError("model", None, "gives logits that are not finite on clean images", "choose other weights")
-    stages, left_out = _stages(version, logits.shape[1], only)
-    if "square" in stages and norm != "linf" and images.shape[2] < _SQUARE_FEWEST_ROWS:
-        stages.remove("square")
-        left_out["square"] = f"needs images of {_SQUARE_FEWEST_ROWS} rows in {norm}, these have {images.shape[2]}"
+    stages, left_out = autoattack_stages(version, logits.shape[1], norm, images.shape[2], only)
     standing = {"clean": logits.argmax(1) == labels}
     adversarial, robust = images.clone(), standing["clean"].clone()
     with _undisturbed(images.device) as messages:
@@ -139,7 +138,7 @@ def run_autoattack(
                 adversarial[left[broken]] = result[broken]
                 robust[left[broken]] = False
             standing[stage] = robust.clone()
-    return AutoAttackResult(adversarial, robust, standing, left_out, tuple(dict.fromkeys(messages)))
+    return AutoAttackResult(version, adversarial, robust, standing, left_out, tuple(dict.fromkeys(messages)))
 
 
 def _check(norm: str, epsilon: float, version: str, only: Collection[str] | None) -> None:
@@ -155,8 +154,18 @@ def _check(norm: str, epsilon: float, version: str, only: Collection[str] | None
         raise ConfigError("only", unknown[0], f"is no stage of {version}", f"choose from {', '.join(sorted(known))}")
 
 
-def _stages(version: str, classes: int, only: Collection[str] | None) -> tuple[list[str], dict[str, str]]:
-    """Stages to run on this many classes, and those left out with the reason."""
+def autoattack_stages(
+    version: Version, classes: int, norm: AutoAttackNorm, rows: int, only: Collection[str] | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """Stages that run on a network and its images, and those left out with the reason.
+
+    Args:
+        version: The package's version.
+        classes: Classes of the network, 2 at least.
+        norm: Norm of the perturbation.
+        rows: Height of the images.
+        only: Run only these stages of the version; None: all.
+    """
     stages, left_out = [], {}
     for stage in _STAGES[version]:
         needed = _FEWEST_CLASSES.get(stage, 2)
@@ -169,6 +178,9 @@ def _stages(version: str, classes: int, only: Collection[str] | None) -> tuple[l
             if version == "standard" and classes >= _FEWEST_CLASSES["apgd-dlr"]:
                 left_out[stage] += "; apgd-dlr runs in its place"
                 stages.append("apgd-dlr")
+    if "square" in stages and norm != "linf" and rows < _SQUARE_FEWEST_ROWS:
+        stages.remove("square")
+        left_out["square"] = f"needs images of {_SQUARE_FEWEST_ROWS} rows in {norm}, these have {rows}"
     return stages, left_out
 
 

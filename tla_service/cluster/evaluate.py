@@ -1,7 +1,8 @@
 """From a model's address to its report: check, measure on Ray, write, log."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from tla_service.cluster.evaluation_text import describe_surrogate, next_step, s
 from tla_service.cluster.session import ray_session
 from tla_service.cluster.shards import NetworkSource, Slots, find_slots, run_tasks
 from tla_service.data import split_validation
-from tla_service.errors import UserError
+from tla_service.errors import ConfigError, UserError
 from tla_service.evaluation.neighbours import pick_queries
-from tla_service.evaluation.outcomes import save_outcome
+from tla_service.evaluation.outcomes import ShardOutcome, save_outcome
 from tla_service.registry.subject import Subject
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
@@ -28,6 +29,7 @@ from tla_service.report.plan import (
     attack_tasks,
     audit_tasks,
     bank_rows,
+    check_plan,
     embedding_tasks,
     make_plan,
     protocol,
@@ -36,6 +38,7 @@ from tla_service.report.plan import (
     surrogate_task,
 )
 from tla_service.report.settings import EvaluateSettings
+from tla_service.report.tasks import Task, select
 from tla_service.training.reporting import Terminal
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -56,12 +59,13 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
     Raises:
         UserError: Something is wrong or missing; found before anything is measured, as far as it can be.
     """
-    began = time.monotonic()
     terminal = Terminal()
     uri = registry.tracking_uri(settings.tracking)
     models = load_models(settings, uri)
     subject, dataset = models.subject, models.dataset
     plan = make_plan(settings, dataset.name, subject.norm, subject.epsilon, has_surrogate=models.surrogate is not None)
+    check_plan(plan, dataset.image_shape)
+    tasks = _tasks(settings, plan, models)
     output = report_folder(settings, models, plan)
     if open_folder(output, identity(settings, models, plan)):
         terminal.say("this evaluation has finished before; choose another --output to make it again")
@@ -69,22 +73,42 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
         report = rp.read_report(output / rp.REPORT_FILE).model_copy(update={"model": subject.facts})
     else:
         terminal.say(f"evaluating {subject.facts.uri} on {dataset.name}, output in {output}")
-        results, slots = _measure(settings, plan, models, output, terminal)
-        found = {each.key: fd.gather(results, each.key, plan, settings, each.rejector) for each in models.all}
-        report = _report(settings, plan, models, found, slots, time.monotonic() - began)
-        figures = _draw(settings, plan, models, found, results, output / "figures")
-        _write(report, found[subject.key], figures, plan, output)
+        report = _evaluate(settings, plan, models, tasks, output, terminal)
     # Also if it has finished before: MLflow may have been away by then.
     tagged = _log(settings, uri, report, _written(output), terminal)
     show(report, output / rp.PAGE_FILE, terminal)
-    terminal.say(f"next: {next_step(report, subject, tagged, settings, output / rp.PAGE_FILE)}")
+    terminal.say(f"next: {next_step(report, tagged, settings, output / rp.PAGE_FILE)}")
     return 0
 
 
-def _measure(
-    settings: EvaluateSettings, plan: Plan, models: Models, output: Path, terminal: Terminal
-) -> tuple[dict[tuple[str, str], Any], Slots]:
-    """Run all tasks on Ray: first everything, then the few queries that depend on it."""
+def _evaluate(
+    settings: EvaluateSettings, plan: Plan, models: Models, tasks: Sequence[Task], output: Path, terminal: Terminal
+) -> rp.Report:
+    """Measure, and write the report."""
+    began = time.monotonic()
+    subject, dataset = models.subject, models.dataset
+    results, slots = _measure(settings, plan, models, tasks, output, terminal)
+    set_aside = dataset.gate.numpy()
+    published = select(results, tasks, ~set_aside)
+    found = {each.key: fd.gather(published, each.key, plan, settings, each.rejector) for each in models.all}
+    gate = fd.gather(select(results, tasks, set_aside), subject.key, plan, settings, subject.rejector)
+    report = _report(settings, plan, models, found, gate, slots, time.monotonic() - began)
+    figures = _draw(settings, plan, models, found, results, output / "figures")
+    outcomes = {
+        file: replace(results[subject.key, name], gate=set_aside[results[subject.key, name].indices])
+        for name, file in (("columns", rp.OUTCOME_FILE), ("autoattack", rp.AUTOATTACK_FILE))
+        if (subject.key, name) in results
+    }
+    _write(report, outcomes, figures, plan, output)
+    return report
+
+
+def _tasks(settings: EvaluateSettings, plan: Plan, models: Models) -> list[Task]:
+    """What is measured of every test image, whether it is set aside for the gate or not.
+
+    Raises:
+        ConfigError: So few images are taken that all of them are set aside.
+    """
     subject, dataset = models.subject, models.dataset
     bank = _bank(settings, models)
     tasks = []
@@ -92,6 +116,20 @@ def _measure(
         tasks += attack_tasks(plan, settings, dataset, each.key)
         tasks += embedding_tasks(plan, settings, dataset, each.key, bank)
     tasks += single_tasks(plan, settings, dataset, subject.key)
+    for task in tasks:
+        if task.split == "test" and dataset.gate[task.rows].all():
+            reason = (
+                f"{task.name} takes {len(task.rows)} test images, all of which are set aside for the promotion gate"
+            )
+            raise ConfigError("images", None, reason, "take more images (images.*, data.test_limit)")
+    return tasks
+
+
+def _measure(
+    settings: EvaluateSettings, plan: Plan, models: Models, tasks: Sequence[Task], output: Path, terminal: Terminal
+) -> tuple[dict[tuple[str, str], Any], Slots]:
+    """Run all tasks on Ray: first everything, then the few queries that depend on it."""
+    subject, dataset = models.subject, models.dataset
     sources = {each.key: _source(each) for each in models.all}
     surrogate = _source(models.surrogate) if models.surrogate is not None else None
     say = _Now(terminal)
@@ -111,6 +149,7 @@ def _measure(
         results |= run_tasks(tasks, sources, surrogate, dataset, output, slots, say)
         if (subject.key, "natural") in results:
             natural = results[subject.key, "natural"]
+            natural = natural.only(~dataset.gate.numpy()[natural.rows])
             rows = natural.rows[pick_queries(natural.embedded, settings.pictures.queries, plan.seed)]
             if len(rows):
                 queries = [query_task(plan, subject.key, rows)]
@@ -173,6 +212,7 @@ def _report(
     plan: Plan,
     models: Models,
     found: Mapping[str, fd.Findings],
+    gate: fd.Findings,
     slots: Slots,
     seconds: float,
 ) -> rp.Report:
@@ -217,6 +257,7 @@ def _report(
         settings=protocol(plan, settings),
         seconds=seconds,
         hardware=str(slots),
+        gate=fd.gate_facts(gate, plan, settings, classes, int(dataset.gate.sum())),
     )
 
 
@@ -236,16 +277,17 @@ def _draw(
     labels = {each.key: method_name(each.facts.method) for each in models.others}
     figures.shift({labels[key]: found[key] for key in labels}, method_name(subject.facts.method))
     figures.maps(settings, models.dataset.name)
-    if (subject.key, "queries") in results:
-        figures.queries(results[subject.key, "queries"], models.dataset, settings)
+    if (subject.key, "examples") in results:
+        figures.queries(results[subject.key, "examples"], models.dataset, settings)
     return figures.drawn
 
 
-def _write(report: rp.Report, found: fd.Findings, figures: list[ReportFigure], plan: Plan, output: Path) -> None:
+def _write(
+    report: rp.Report, outcomes: Mapping[str, ShardOutcome], figures: list[ReportFigure], plan: Plan, output: Path
+) -> None:
     """Write the report, the page last: it marks the evaluation as finished."""
-    save_outcome(found.outcome, output / rp.OUTCOME_FILE)
-    if found.autoattack is not None:
-        save_outcome(found.autoattack, output / rp.AUTOATTACK_FILE)
+    for name, outcome in outcomes.items():
+        save_outcome(outcome, output / name)
     rp.write_report(report, output / rp.REPORT_FILE)
     write_page(report, figures, output / rp.PAGE_FILE, same_attacks=plan.is_paper)
 

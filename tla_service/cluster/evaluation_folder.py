@@ -7,8 +7,9 @@ from typing import Any
 
 from tla_service.cluster.evaluation_models import Models
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.files import write_whole
 from tla_service.report.plan import Plan, protocol
-from tla_service.report.schema import PAGE_FILE
+from tla_service.report.schema import PAGE_FILE, ThreatModel
 from tla_service.report.settings import EvaluateSettings
 
 _IDENTITY = "evaluation.json"
@@ -17,8 +18,9 @@ _IDENTITY = "evaluation.json"
 def report_folder(settings: EvaluateSettings, models: Models, plan: Plan) -> Path:
     """Where the report goes: given, or named after the weights, and the threat model if it is not that of training."""
     subject = models.subject
-    own = (plan.norm, plan.epsilon) == (subject.norm, subject.epsilon)
-    name = subject.key if own else f"{subject.key}-{plan.norm}-{plan.epsilon:.6g}"
+    threat = ThreatModel(norm=plan.norm, epsilon=plan.epsilon)
+    trained_for = ThreatModel(norm=subject.norm, epsilon=subject.epsilon)
+    name = subject.key if threat.slug == trained_for.slug else f"{subject.key}-{threat.slug}"
     return (settings.output or Path("reports") / name).expanduser().absolute()
 
 
@@ -52,9 +54,7 @@ def open_folder(output: Path, mine: Mapping[str, Any]) -> bool:
                 reason = f"holds an evaluation that differs in {', '.join(differ)}"
                 raise ConfigError("output", output, reason, "choose another --output, or delete it")
         output.mkdir(parents=True, exist_ok=True)
-        partial = mark.with_name(f".{mark.name}")
-        partial.write_text(json.dumps(mine, indent=1))
-        partial.replace(mark)
+        write_whole(mark, json.dumps(mine, indent=1))
     except (OSError, ValueError) as error:
         reason = f"cannot be written ({' '.join(str(error).split())})"
         raise UnavailableError("output", output, reason, "choose another --output") from error

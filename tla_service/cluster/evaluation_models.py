@@ -74,6 +74,12 @@ def _check_fit(field: str, subject: Subject, dataset: Dataset) -> None:
     if len(subject.class_names) != len(dataset.class_names):
         reason = f"knows {len(subject.class_names)} classes, {dataset.name} has {len(dataset.class_names)}"
         raise ConfigError(field, subject.facts.uri, reason, "evaluate it on the classes it was trained on")
+    # Classes may have been renamed, but not moved.
+    for number, name in enumerate(subject.class_names):
+        if name != dataset.class_names[number] and name in dataset.class_names:
+            place = dataset.class_names.index(name)
+            reason = f"its class {name!r} is number {number}, in {dataset.name} it is number {place}"
+            raise ConfigError(field, subject.facts.uri, reason, "evaluate it on data with the classes in its order")
     try:
         clean_logits(
             logits_of(subject.network),

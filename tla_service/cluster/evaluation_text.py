@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tla_service.registry.subject import Subject
-from tla_service.report.page import percent
+from tla_service.registry.evaluation_card import as_trained
+from tla_service.report.page import percent, split_sentence
 from tla_service.report.schema import Report
 from tla_service.report.settings import EvaluateSettings
 from tla_service.training.reporting import Terminal
@@ -15,6 +15,8 @@ from tla_service.training.reporting import Terminal
 def show(report: Report, page: Path, terminal: Terminal) -> None:
     """Print the figures, what casts doubt on them, and where the page is."""
     terminal.say("")
+    if report.gate is not None:
+        terminal.say(split_sentence(report))
     for name, found in report.accuracy.items():
         terminal.say(
             f"{name:<18} {percent(found.estimate, 2):>7} %   95%: {percent(found.low)} to {percent(found.high)}"
@@ -40,19 +42,17 @@ def describe_surrogate(facts: Mapping[str, Any]) -> str:
     )
 
 
-def next_step(report: Report, subject: Subject, tagged: Sequence[str], settings: EvaluateSettings, page: Path) -> str:
+def next_step(report: Report, tagged: Sequence[str], settings: EvaluateSettings, page: Path) -> str:
     """What to run or read next: the promotion of a version that may pass, else the page.
 
     Args:
         report: The evaluation.
-        subject: The model.
         tagged: Versions that were tagged with it, as ``NAME/VERSION``.
         settings: The evaluation's.
         page: The report's page.
     """
-    own = (report.threat_model.norm, report.threat_model.epsilon) == (subject.norm, subject.epsilon)
     trusted = report.audit is not None and report.audit.trusted
-    if not (tagged and own and trusted):
+    if not (tagged and trusted and as_trained(report)):
         return f"open {page}"
     asked = f"{report.model.name}/{report.model.version}"
     name, _, version = (asked if asked in tagged else tagged[-1]).rpartition("/")

@@ -4,25 +4,43 @@ import contextlib
 import logging
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 from pyarrow import ArrowInvalid
 from pyarrow.fs import FileSystem
+from ray._private.services import get_webui_url_from_internal_kv
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from tla_service.config import RunConfig, ScalingConfig
-from tla_service.errors import UnavailableError
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.runtime import check_socket_path
 
 STORAGE_SECONDS = 20
+_CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
+_UNREACHABLE = "check AWS_ENDPOINT_URL_S3, the network and HTTP_PROXY"
+# What pyarrow's errors name, and what helps.
+_STORAGE_REMEDIES = {
+    "NO_SUCH_BUCKET": "create the bucket, or correct its name or AWS_ENDPOINT_URL_S3",
+    "ACCESS_DENIED": "allow these credentials to write and delete objects there (none are used if none are set)",
+    "INVALID_ACCESS_KEY_ID": _CREDENTIALS,
+    "INVALID_SIGNATURE": _CREDENTIALS,
+    "SIGNATURE_DOES_NOT_MATCH": _CREDENTIALS,
+    "EXPIRED_TOKEN": "renew the credentials",
+    "HTTP status 301": "set AWS_DEFAULT_REGION to the bucket's region",
+}
 CONNECT_SECONDS = 5
 DASHBOARD_SECONDS = 60
+# An address that refuses every connection: TCP port 1 is reserved.
+NO_DASHBOARD = "http://127.0.0.1:1"
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,7 @@ class _Scaled(Protocol):
 
 @contextlib.contextmanager
 def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False) -> Iterator[None]:
-    """Join the cluster that is named or found, else start one on this machine for the time of the block.
+    """Join the cluster that is named, else start one on this machine for the time of the block.
 
     Args:
         config: The run, or whatever names the cluster.
@@ -75,11 +93,13 @@ def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False
                 "scaling.address", address, f"no Ray cluster answers ({reason})", "start one with: ray start --head"
             ) from error
     else:
+        _check_temporary_folder()
         try:
-            ray.init(num_cpus=_local_cpus(config.scaling), include_dashboard=dashboard, **quiet)
+            # "local": without it Ray joins a cluster that somebody else started on this machine.
+            ray.init("local", num_cpus=_local_cpus(config.scaling), include_dashboard=dashboard, **quiet)
         except Exception as error:  # Ray raises no class of its own here
             reason = f"does not start on this machine ({' '.join(str(error).split())[:200]})"
-            remedy = "look for load, want of memory or a full disk, and give the same command again"
+            remedy = f"look at load, memory and the logs in {_temporary_folder()[1]}/ray/session_latest/logs"
             raise UnavailableError("Ray", None, reason, remedy) from error
     try:
         yield
@@ -87,10 +107,36 @@ def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False
         ray.shutdown()
 
 
+def _temporary_folder() -> tuple[str, str]:
+    """Where a local cluster keeps its sockets and logs, and the variable that says so: Ray's own rule."""
+    found = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "RAY_TMPDIR")
+    return found, os.environ.get(found) or "/tmp"
+
+
+def _check_temporary_folder() -> None:
+    """See that a local cluster can make its sockets and logs; Ray says so late, or in other words.
+
+    Raises:
+        UnavailableError: The folder's path is too long, it cannot be written, or its disk is full.
+    """
+    variable, folder = _temporary_folder()
+    remedy = "set RAY_TMPDIR to a short folder on a local disk, such as /tmp"
+    socket_path = f"ray/session_{'0' * len('2026-01-01_00-00-00_000000')}_{os.getpid()}/sockets/plasma_store"
+    check_socket_path(variable, folder, socket_path, "Ray's sockets", remedy)
+    try:
+        Path(folder, "ray").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=Path(folder, "ray")) as file:
+            file.write(b"0" * 4096)
+    except OSError as error:
+        reason = f"Ray cannot write there ({(error.strerror or str(error)).lower()})"
+        raise UnavailableError(variable, folder, reason, remedy.replace("short ", "")) from error
+
+
 def place(config: RunConfig) -> Placement:
     """Decide on workers, and check that the cluster has room for them.
 
     Raises:
+        ConfigError: A step cannot be shared among that many workers.
         UnavailableError: It has not, and the run is not to wait for more nodes; the message shows the arithmetic.
     """
     scaling: ScalingConfig = config.scaling
@@ -104,7 +150,7 @@ def place(config: RunConfig) -> Placement:
         most = config.training.global_batch_size // 2
         workers = min(most, max(1, int(gpus / scaling.gpus_per_worker))) if use_gpu else min(most, 2)
     placement = Placement(workers, use_gpu, scaling.cpus_per_worker, scaling.gpus_per_worker)
-    _check_pool(config, workers)
+    config.check_workers(workers)
     if scaling.wait_seconds == 0:
         needed = {name: workers * share for name, share in placement.resources_per_worker.items()}
         for name, available in (("GPU", gpus), ("CPU", cpus)):
@@ -119,6 +165,26 @@ def place(config: RunConfig) -> Placement:
     return placement
 
 
+@contextlib.contextmanager
+def own_dashboard() -> Iterator[None]:
+    """Point Ray's state API at the dashboard of the cluster that this process has joined, and at no other.
+
+    A cluster without a dashboard announces Ray's default address all the same, where the dashboard of another cluster
+    on this machine may listen; and the environment may name one, for `ray job submit`. Asked whether a run is alive,
+    that one answers no, and Ray Train removes the run's workers.
+    """
+    url = get_webui_url_from_internal_kv()  # empty without a dashboard; the state API does not tell the difference
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{url}" if url else NO_DASHBOARD
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_API_SERVER_ADDRESS"]
+        else:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
 def check_dashboard() -> None:
     """See that the cluster's dashboard answers who is alive.
 
@@ -129,13 +195,13 @@ def check_dashboard() -> None:
         UnavailableError: It does not answer within `DASHBOARD_SECONDS`.
     """
     deadline = time.monotonic() + DASHBOARD_SECONDS
-    # Named, because this machine may have other clusters too.
-    address = ray.get_runtime_context().gcs_address
     while True:
         try:
-            list_nodes(address=address, limit=1, timeout=CONNECT_SECONDS)
+            with own_dashboard():
+                list_nodes(limit=1, timeout=CONNECT_SECONDS)
         except (RayStateApiException, OSError, RuntimeError) as error:
             if time.monotonic() > deadline:
+                address = ray.get_runtime_context().gcs_address
                 reason = f"the cluster's dashboard does not answer ({' '.join(str(error).split())[:200]})"
                 remedy = "install ray[default] and start the head with its dashboard"
                 raise UnavailableError("scaling.address", address, reason, remedy) from error
@@ -148,10 +214,12 @@ def check_storage(storage: str) -> None:
     """Write and delete a small file where checkpoints will go.
 
     Raises:
+        ConfigError: It is no address of a storage.
         UnavailableError: That fails, or takes longer than `STORAGE_SECONDS`.
     """
-    if not storage.startswith("s3://"):
-        return  # a local folder is made by Ray; the output folder has been tried by then
+    if "://" not in storage:
+        _check_local_storage(Path(storage).expanduser())
+        return
     probe = Future[None]()
 
     def write() -> None:
@@ -168,14 +236,23 @@ def check_storage(storage: str) -> None:
     threading.Thread(target=write, daemon=True).start()
     try:
         probe.result(STORAGE_SECONDS)
-    except (OSError, ArrowInvalid, TimeoutError) as error:
+    except ArrowInvalid as error:
+        reason = f"no address of a storage ({' '.join(str(error).split())})"
+        raise ConfigError("scaling.storage", storage, reason, "give a folder, or s3://bucket/prefix") from error
+    except (OSError, TimeoutError) as error:
         reason = " ".join(str(error).split())[:300] or f"no answer within {STORAGE_SECONDS} seconds"
-        raise UnavailableError(
-            "scaling.storage",
-            storage,
-            f"cannot be written ({reason})",
-            "check bucket, credentials and AWS_ENDPOINT_URL_S3",
-        ) from error
+        remedy = next((words for sign, words in _STORAGE_REMEDIES.items() if sign in reason), _UNREACHABLE)
+        raise UnavailableError("scaling.storage", storage, f"cannot be written ({reason})", remedy) from error
+
+
+def _check_local_storage(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"cannot be written ({(error.strerror or str(error)).lower()})"
+        remedy = "give a folder that can be written, or s3://bucket/prefix"
+        raise UnavailableError("scaling.storage", folder, reason, remedy) from error
 
 
 def _check_address(address: str) -> None:
@@ -188,11 +265,6 @@ def _check_address(address: str) -> None:
     except OSError as error:
         reason = f"no Ray cluster answers ({(error.strerror or str(error)).lower()})"
         raise UnavailableError("scaling.address", address, reason, "start one with: ray start --head") from error
-
-
-def _check_pool(config: RunConfig, workers: int) -> None:
-    """Fields that depend on each other through a number of workers that was `auto` until now."""
-    RunConfig.model_validate(config.model_dump() | {"scaling": config.scaling.model_dump() | {"num_workers": workers}})
 
 
 def _local_cpus(scaling: ScalingConfig) -> int:

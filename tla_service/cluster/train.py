@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import threading
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
+from ray.train import Checkpoint, FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
@@ -21,10 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tla_service.cluster.mailbox import start_mailbox
-from tla_service.cluster.session import Placement
+from tla_service.cluster.session import Placement, own_dashboard
+from tla_service.cluster.storage import RunFolder
 from tla_service.cluster.worker import EpochsToMailbox, train_worker
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
+from tla_service.files import whole_folder
 from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.result import FitResult
 
@@ -33,6 +34,8 @@ FETCH_SECONDS = 0.2
 # Ray's controller polls its workers and accepts one report a poll; its default of 2 s holds back the short epochs of
 # small runs, and spares it work in large ones.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
+# Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
+KEPT = 2
 # A rank that waits for one that is gone gives up after this long.
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 
@@ -76,9 +79,9 @@ def train_on_ray(
         Exception: As `fit_on_ray`.
     """
     result, checkpoint = fit_on_ray(config, placement, storage, follow, weights, log_labels, with_rejector=True)
-    shutil.rmtree(copy_to, ignore_errors=True)
-    checkpoint.to_directory(copy_to)
-    verify_checkpoint(copy_to)
+    with whole_folder(copy_to) as partial:
+        checkpoint.to_directory(partial)
+        verify_checkpoint(partial)
     best = copy_to / "best.safetensors"
     return TrainedRun(result, load_file(best) if best.exists() else {}, copy_to)
 
@@ -118,9 +121,15 @@ def fit_on_ray(
     """
     if placement.num_workers <= FEW_WORKERS:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+    ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # no public way leads to the environment of the controller
+    folder = RunFolder(storage, config.run_name)
+    damage = folder.forget_record()
+    if damage:
+        follow({"event": "damaged_checkpoint", "message": damage})
     mailbox = start_mailbox()
     loop = {
         "config": config.model_dump(mode="json"),
+        "storage": storage,
         "mailbox": mailbox,
         "weights": ray.put(dict(weights)) if weights is not None else None,
         "log_labels": dict(log_labels) if log_labels is not None else None,
@@ -144,13 +153,12 @@ def fit_on_ray(
             name=config.run_name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-            # Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=[EpochsToMailbox(mailbox)],  # type: ignore[list-item]
+            # Of the checkpoints, the callback keeps the newest, which holds the best weights too, and one in reserve.
+            callbacks=[EpochsToMailbox(mailbox, KEPT)],  # type: ignore[list-item]
         ),
     )
     try:
-        with _cluster_named():
+        with own_dashboard():
             result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds)
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]
@@ -159,27 +167,7 @@ def fit_on_ray(
     returned: dict[str, Any] | None = result.return_value  # type: ignore[attr-defined]
     if returned is None or "error" in returned:
         raise RuntimeError("the workers ended without a result") if returned is None else returned["error"]
-    assert result.checkpoint is not None
-    return FitResult(**returned["result"]), result.checkpoint
-
-
-@contextlib.contextmanager
-def _cluster_named() -> Iterator[None]:
-    """Tell Ray Train's processes which cluster is theirs.
-
-    Its cleaner asks the one cluster it finds whether a run still lives. Where there are two it gives up, and the places
-    of a stopped trial stay taken; or it asks the wrong one, and frees the places of a run that lives.
-    """
-    before = os.environ.get("RAY_ADDRESS")
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")  # there is no public way to an environment of the controller
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["RAY_ADDRESS"]
-        else:
-            os.environ["RAY_ADDRESS"] = before
+    return FitResult(**returned["result"]), folder.checkpoint(returned["checkpoint"])
 
 
 def _in_background(call: Callable[[], Result]) -> "Future[Result]":
@@ -204,7 +192,7 @@ def _follow(future: "Future[Result]", mailbox: Any, follow: Callable[[Record], N
             done = future.done()
             records: list[Record] = ray.get(mailbox.fetch.remote())
             for record in records:
-                started = started or record["event"] == "start"
+                started = started or record["event"] == "placed"
                 follow(record)
             if done:
                 return future.result()

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+from collections import defaultdict
 
 import torch
 
 from tla_service.config import DataConfig
 from tla_service.data.digits import load_digits
 from tla_service.data.image_folder import load_image_folder
+from tla_service.data.members import listed, notice
 from tla_service.data.parquet import load_parquet
 from tla_service.data.sources import Dataset, Splits, StoredSource
-from tla_service.data.splits import stratified_subset
+from tla_service.data.splits import gate_images, stratified_subset
 from tla_service.data.tiny_imagenet import load_tiny_imagenet
 from tla_service.data.torchvision_sets import load_cifar, load_mnist
 from tla_service.errors import ConfigError, UnavailableError
@@ -43,9 +45,16 @@ def load_dataset(config: DataConfig) -> Dataset:
         ConfigError: If settings do not fit the set, or a class has no training images.
         UnavailableError: If the set is not there, not readable or damaged.
     """
+    for field in ("label_column", "image_column"):
+        if getattr(config, field) is not None and config.name in ("digits", "tiny_imagenet", "image_folder"):
+            reason = f"data set {config.name} has no columns"
+            raise ConfigError(f"data.{field}", getattr(config, field), reason, "leave it out, or set data.name=parquet")
     splits = _LOADERS[config.name](config)
     _check(config, splits)
     train, test = _limited(splits.train, config.train_limit), _limited(splits.test, config.test_limit)
+    gate = gate_images(splits.test.labels)
+    if len(test) < len(gate):
+        gate = gate[stratified_subset(splits.test.labels, len(test))]
     if config.train_limit is not None and len(torch.unique(train.labels)) < len(splits.class_names):
         classes = len(splits.class_names)
         raise ConfigError(
@@ -56,7 +65,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         )
     facts = [train.digest(), test.digest(), splits.class_names, train.image_shape]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return Dataset(config.name, train, test, splits.class_names, train.image_shape, fingerprint)
+    return Dataset(config.name, train, test, gate, splits.class_names, train.image_shape, fingerprint)
 
 
 def _limited(source: StoredSource, limit: int | None) -> StoredSource:
@@ -71,14 +80,33 @@ def _check(config: DataConfig, splits: Splits) -> None:
     if not len(train) or not len(test):
         part = "test" if len(train) else "training"
         raise UnavailableError("data.root", config.root, f"has no {part} images", "point it at a whole data set")
-    counts = train.labels.bincount(minlength=len(names))
-    if len(counts) > len(names) or int(test.labels.max()) >= len(names):
-        reason = f"has labels beyond its {len(names)} classes"
-        raise UnavailableError("data.root", config.root, reason, "mend the labels")
-    empty = (counts == 0).nonzero().flatten().tolist()
+    # Before anything is made that is as large as the largest label.
+    for source in (train, test):
+        if int(source.labels.min()) < 0 or int(source.labels.max()) >= len(names):
+            reason = f"has labels beyond its {len(names)} classes"
+            raise UnavailableError("data.root", config.root, reason, "correct the labels")
+    counts, test_counts = (source.labels.bincount(minlength=len(names)).tolist() for source in (train, test))
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if empty:
-        reason = f"{len(empty)} classes have no training images, {names[empty[0]]!r} first"
+        reason = f"{len(empty)} classes have no training images, {empty[0]!r} first"
         raise ConfigError("data.name", config.name, reason, "add images, or remove the class")
+    untested = [name for name, count in zip(names, test_counts, strict=True) if not count]
+    if untested:
+        notice("data.root=%s: %d classes have no test images: %s", config.root, len(untested), listed(untested))
+    _notice_twins(config, names)
     if train.image_shape != test.image_shape:
         reason = f"training images are {train.image_shape}, test images {test.image_shape}"
         raise ConfigError("data.image_size", config.image_size, reason, "give a side to resize all to")
+
+
+def _notice_twins(config: DataConfig, names: tuple[str, ...]) -> None:
+    """Say so if two classes look like one that was spelled in two ways; letters are a set of their own."""
+    spellings: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if len(name) > 1:
+            spellings[name.strip().casefold()].append(name)
+    for twins in spellings.values():
+        if len(twins) > 1:
+            notice(
+                "data.root=%s: classes %s differ only in case or spaces", config.root, " and ".join(map(repr, twins))
+            )

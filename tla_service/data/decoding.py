@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,11 @@ from tla_service.errors import ConfigError, UnavailableError
 # Enough to tell a grey set from a colour set with a few grey images.
 _PROBED = 64
 _CHUNK = 256
+# Formats with an unmistakable header; some of Pillow's others match almost any bytes.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "QOI")
+# Two letters of text make these; a look at the whole header decides.
+_TEXT_LIKE = frozenset({"BMP", "PPM"})
+_PREFIX = 16  # bytes that Pillow's plugins look at
 _GREY_MODES = frozenset({"1", "L", "LA"})
 
 
@@ -70,6 +75,24 @@ class Decoder:
             )
         pixels = np.asarray(image)
         return pixels[None] if channels == 1 else np.moveaxis(pixels, 2, 0)
+
+
+def is_image(handle: IO[bytes]) -> bool:
+    """Whether a file begins like an image of a common format, whatever its name."""
+    Image.init()
+    start = handle.read(_PREFIX)
+    accepts = {name: Image.OPEN[name][1] for name in _FORMATS}
+    # A plugin that is not installed answers with a text.
+    likely = [name for name, accept in accepts.items() if accept is not None and accept(start) is True]
+    if not set(likely) & _TEXT_LIKE:
+        return bool(likely)
+    try:
+        Image.open(handle, formats=likely).close()
+    except Image.DecompressionBombError:
+        return True
+    except (OSError, ValueError):  # UnidentifiedImageError is an OSError
+        return False
+    return True
 
 
 def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:

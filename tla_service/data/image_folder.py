@@ -1,94 +1,169 @@
 """Folders of images: train/<class>/... and test/<class>/..., or the same in a zip file."""
 
-from pathlib import PurePosixPath
+import posixpath
+import unicodedata
+from collections import defaultdict
+from collections.abc import Container
+from typing import NamedTuple
 
 import torch
 
 from tla_service.config import DataConfig
+from tla_service.data.decoding import is_image
 from tla_service.data.encoded import build_splits
+from tla_service.data.members import TEST_SPLITS, notice, notice_left_out, refuse_several
 from tla_service.data.sources import Splits
 from tla_service.data.storage import required_root
 from tla_service.data.trees import FileTree, TreeBlobs, open_tree
 from tla_service.errors import ConfigError, UnavailableError
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
-_TEST_FOLDERS = ("test", "val", "validation")
+# Left out without a look inside: opening a million annotation files would take minutes.
+_TEXT_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".log"})
 _FIX = "use the layout train/<class>/<image> and test/<class>/<image> (or val/)"
+
+
+class _Part(NamedTuple):
+    """The files of one split.
+
+    Attributes:
+        images: Path and class of every image in a class folder.
+        beside: Files beside the class folders.
+        others: Files in class folders that are no images.
+    """
+
+    images: list[tuple[str, str]]
+    beside: list[str]
+    others: list[str]
 
 
 def load_image_folder(config: DataConfig) -> Splits:
     """Load class folders; images are cropped to a centred square and resized to ``data.image_size``.
 
-    Classes are the folders under ``train/``, sorted by name; images are sorted by path. RGB, unless all of up to 64
-    images looked at are grey.
+    Classes are the folders under ``train/``, sorted by name; images are sorted by path. Files are images by their
+    ending, or else by their content. RGB, unless all of up to 64 images looked at are grey.
 
     Raises:
-        ConfigError: If ``data.image_size`` is not set, or a class has no images.
+        ConfigError: If ``data.image_size`` is not set, a class has no images, or the root holds several data sets.
         UnavailableError: If folders are missing, or the test set has a class that the training set has not.
     """
     if config.image_size is None:
         remedy = "give a side in pixels, like 64"
         raise ConfigError("data.image_size", None, "images of folders come in any size", remedy)
     tree = open_tree(required_root(config))
-    base, test_folder = _layout(tree)
-    train = _images(tree, f"{base}train/")
-    test = _images(tree, f"{base}{test_folder}/")
-    classes = sorted(_classes(tree, f"{base}train/"))
-    empty = sorted(set(classes) - {name for _, name in train})
+    base, test_folders = _layout(tree, config.root)
+    train = _split(tree, f"{base}train/")
+    if not train.images:
+        raise _no_images(tree, f"{base}train/")
+    classes = _classes(tree, f"{base}train/")
+    empty = sorted(set(classes) - {_key(name) for _, name in train.images})
     if empty:
-        reason = f"class {empty[0]!r} has no training images"
+        reason = f"class {classes[empty[0]]!r} has no training images"
         raise ConfigError("data.name", config.name, reason, "add some, or remove it")
-    strange = sorted({name for _, name in test} - set(classes))
+    numbers = {key: number for number, key in enumerate(sorted(classes, key=classes.__getitem__))}
+    test_folder, test = _labelled_test(tree, base, test_folders, numbers)
+    strange = sorted({name for _, name in test.images if _key(name) not in numbers})
     if strange:
         shown = tree.describe(f"{base}{test_folder}/{strange[0]}")
         raise UnavailableError("data.root", shown, "has no folder of this name under train/", _FIX)
-    numbers = {name: number for number, name in enumerate(classes)}
-    names = {"train": [path for path, _ in train], "test": [path for path, _ in test]}
+    used = (f"{base}train/", f"{base}{test_folder}/")
+    outside = (name for name in tree.names if not name.startswith(used) and _ending(name) in _SUFFIXES)
+    left_out = {
+        "beside the class folders": [*train.beside, *test.beside],
+        "in class folders that are not images": [*train.others, *test.others],
+        f"outside train/ and {test_folder}/": outside,
+    }
+    notice_left_out(config.root, left_out)
+    names = {"train": [path for path, _ in train.images], "test": [path for path, _ in test.images]}
     return build_splits(
         config,
         tree.key([*names["train"], *names["test"]]),
         {"train": TreeBlobs(tree, names["train"]), "test": TreeBlobs(tree, names["test"])},
         {
-            "train": torch.tensor([numbers[name] for _, name in train]),
-            "test": torch.tensor([numbers[name] for _, name in test]),
+            "train": torch.tensor([numbers[_key(name)] for _, name in train.images]),
+            "test": torch.tensor([numbers[_key(name)] for _, name in test.images]),
         },
-        tuple(classes),
+        tuple(sorted(classes.values())),
     )
 
 
-def _layout(tree: FileTree) -> tuple[str, str]:
-    """The folder that holds train/ ("" or with a trailing slash), and the name of the test folder beside it."""
-    tops = {PurePosixPath(name).parts[:2] for name in tree.names}
-    folders = sorted({part[0] for part in tops})
-    bases = ["", *(f"{folder}/" for folder in folders)]
-    for base in bases:
-        if not any(name.startswith(f"{base}train/") for name in tree.names):
-            continue
-        for test_folder in _TEST_FOLDERS:
-            if any(name.startswith(f"{base}{test_folder}/") for name in tree.names):
-                return base, test_folder
+def _layout(tree: FileTree, root: str | None) -> tuple[str, list[str]]:
+    """The folder that holds train/ ("" or with a trailing slash), and the test folders beside it."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for folder in {posixpath.dirname(name) for name in tree.names}:
+        parts = folder.split("/")
+        for depth, part in enumerate(parts):
+            if part == "train" or part in TEST_SPLITS:
+                found["".join(f"{above}/" for above in parts[:depth])].add(part)
+    inside = tuple(f"{base}{part}/" for base, parts in found.items() if _is_whole(parts) for part in parts)
+    # Classes may be called train or test, too.
+    bases = [base for base, parts in found.items() if "train" in parts and not base.startswith(inside)]
+    whole = [base for base in bases if _is_whole(found[base])]
+    refuse_several(root, whole)
+    if whole:
+        return whole[0], [name for name in TEST_SPLITS if name in found[whole[0]]]
+    if bases:
         raise UnavailableError("data.root", tree.path, "has train/ but no test/ or val/ beside it", _FIX)
     raise UnavailableError("data.root", tree.path, "no train/ folder with files in it", _FIX)
 
 
-def _images(tree: FileTree, folder: str) -> list[tuple[str, str]]:
-    """Path and class of every image under a folder."""
-    found = []
+def _is_whole(parts: set[str]) -> bool:
+    return "train" in parts and len(parts) > 1
+
+
+def _labelled_test(tree: FileTree, base: str, folders: list[str], classes: Container[str]) -> tuple[str, _Part]:
+    """The first test folder that holds images of known classes: published test sets often have no labels."""
+    for folder in folders:
+        part = _split(tree, f"{base}{folder}/")
+        if any(_key(name) in classes for _, name in part.images):
+            if folder != folders[0]:
+                shown = tree.describe(f"{base}{folders[0]}")
+                notice("%s has no images in the class folders of train/; testing on %s/ instead", shown, folder)
+            return folder, part
+    part = _split(tree, f"{base}{folders[0]}/")
+    if not part.images:
+        raise _no_images(tree, f"{base}{folders[0]}/")
+    return folders[0], part
+
+
+def _split(tree: FileTree, folder: str) -> _Part:
+    """Sort the files under a folder."""
+    part = _Part([], [], [])
     for name in tree.names:
-        if name.startswith(folder) and PurePosixPath(name).suffix.lower() in _SUFFIXES:
-            inside = name.removeprefix(folder).split("/")
-            if len(inside) >= 2:
-                found.append((name, inside[0]))
-    if not found:
-        raise UnavailableError("data.root", tree.describe(folder), "holds no images in class folders", _FIX)
-    return found
+        if not name.startswith(folder):
+            continue
+        inside, below, _ = name.removeprefix(folder).partition("/")
+        if not below:
+            part.beside.append(name)
+        elif _is_image(tree, name):
+            part.images.append((name, inside))
+        else:
+            part.others.append(name)
+    return part
 
 
-def _classes(tree: FileTree, folder: str) -> set[str]:
-    """Names of the class folders; a folder of a local tree counts even when it is empty."""
-    below = (name.removeprefix(folder) for name in tree.names if name.startswith(folder))
-    inside = {name.split("/")[0] for name in below if "/" in name}
-    local = tree.path / folder
-    if local.is_dir():
-        inside |= {entry.name for entry in local.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    return inside
+def _no_images(tree: FileTree, folder: str) -> UnavailableError:
+    return UnavailableError("data.root", tree.describe(folder), "holds no images in class folders", _FIX)
+
+
+def _is_image(tree: FileTree, name: str) -> bool:
+    ending = _ending(name)
+    if ending in _SUFFIXES or ending in _TEXT_SUFFIXES:
+        return ending in _SUFFIXES
+    with tree.open(name) as handle:
+        return is_image(handle)
+
+
+def _ending(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
+
+
+def _classes(tree: FileTree, folder: str) -> dict[str, str]:
+    """Names of the class folders, empty ones too, by their key."""
+    found = {name.removeprefix(folder) for name in tree.folders if name.startswith(folder)}
+    return {_key(name): name for name in sorted(found) if "/" not in name}
+
+
+def _key(name: str) -> str:
+    """The same for all spellings of a name: macOS splits accents from their letters."""
+    return unicodedata.normalize("NFC", name)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from tla_service.data.cache import cache_folder, cached_tensors, disk_trouble, whole_file
+from tla_service.data.cache import cache_folder, cached_tensors, disk_trouble
 from tla_service.errors import UnavailableError
+from tla_service.files import whole_file
 
 LOG = logging.getLogger(__name__)
 
@@ -68,48 +69,44 @@ class PackedBlobs:
 
 
 def pack(
-    cache_dir: str, key: str, rows: Callable[[], Iterator[tuple[bytes, int]]], origins: list[tuple[str, int]]
-) -> tuple[PackedBlobs, torch.Tensor]:
+    cache_dir: str, key: str, images: Callable[[], Iterator[bytes]], origins: list[tuple[str, int]]
+) -> PackedBlobs:
     """Lay images end to end, once a node.
 
     Args:
         cache_dir: The cache.
         key: Changes with the images.
-        rows: Makes an iterator over encoded images and their labels.
+        images: Makes an iterator over encoded images.
         origins: Name and first row of every original file, in order.
 
     Returns:
-        The images, and their labels (N,), int64.
+        The images.
 
     Raises:
         UnavailableError: If the cache cannot be written.
     """
     path = cache_folder(cache_dir, "packed") / f"{key}.blobs"
-    index = _index(cache_dir, key, path, rows)
+    index = _index(cache_dir, key, path, images)
     expected = int(index["offsets"][-1])
     if not path.is_file() or path.stat().st_size != expected:
         LOG.warning("packing %s again: it is missing or cut short", path)
         (cache_folder(cache_dir, "decoded") / f"{key}-index.safetensors").unlink(missing_ok=True)
-        index = _index(cache_dir, key, path, rows)
+        index = _index(cache_dir, key, path, images)
     digest = bytes(index["digest"].tolist()).hex()
-    return PackedBlobs(path, index["offsets"], digest, origins), index["labels"]
+    return PackedBlobs(path, index["offsets"], digest, origins)
 
 
-def _index(
-    cache_dir: str, key: str, path: Path, rows: Callable[[], Iterator[tuple[bytes, int]]]
-) -> dict[str, torch.Tensor]:
+def _index(cache_dir: str, key: str, path: Path, images: Callable[[], Iterator[bytes]]) -> dict[str, torch.Tensor]:
     def build() -> dict[str, torch.Tensor]:
-        offsets, labels, digest = [0], [], hashlib.sha256()
+        offsets, digest = [0], hashlib.sha256()
         remedy = "free some space, or give another folder"
         with disk_trouble("data.cache_dir", path, remedy), whole_file(path) as part, part.open("wb") as handle:
-            for blob, label in rows():
+            for blob in images():
                 handle.write(blob)
                 digest.update(blob)
                 offsets.append(offsets[-1] + len(blob))
-                labels.append(label)
         return {
             "offsets": torch.tensor(offsets),
-            "labels": torch.tensor(labels, dtype=torch.int64),
             "digest": torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8),
         }
 

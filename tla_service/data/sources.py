@@ -141,6 +141,8 @@ class Dataset:
         name: Its name in the configuration.
         train: Training images, validation images included.
         test: Test images.
+        gate: Which of the test images are set aside for the promotion gate (N,), bool: the same ones under every
+            ``test_limit``. Figures are published on the others.
         class_names: Name of every class; labels are positions in it.
         image_shape: Channels, height, width (C, H, W), the same in both splits.
         fingerprint: 16 hex digits that change when images, labels, their order or the class names change. For images
@@ -149,8 +151,9 @@ class Dataset:
     """
 
     name: str
-    train: ImageSource
-    test: ImageSource
+    train: StoredSource
+    test: StoredSource
+    gate: torch.Tensor
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     fingerprint: str

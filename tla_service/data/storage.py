@@ -13,6 +13,7 @@ from typing import Any
 
 from tla_service.config import DataConfig
 from tla_service.data.cache import cache_folder, disk_trouble
+from tla_service.data.members import is_member
 from tla_service.data.mirror import PARALLEL_DOWNLOADS, ObjectChangedError, RemoteObject, mirror
 from tla_service.errors import ConfigError, UnavailableError
 
@@ -138,7 +139,7 @@ class _Bucket:
             RemoteObject(entry["Key"].removeprefix(below), entry["Size"], entry["ETag"].strip('"'))
             for entry in self._list(below)
             # Consoles make empty objects to show as folders.
-            if not entry["Key"].endswith("/")
+            if not entry["Key"].endswith("/") and is_member(entry["Key"].removeprefix(below))
         ]
         if not found and self.prefix:
             # No folder: perhaps the address is that of one object, such as a zip file.

@@ -1,5 +1,6 @@
 """Reading the images of coming steps in loader processes."""
 
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from tla_service.data.decoding import usable_cores
 from tla_service.data.order import StepIndices
 from tla_service.data.sources import ImageSource
 from tla_service.errors import UserError
+from tla_service.runtime import check_socket_path
 
 
 class StepLoader:
@@ -25,6 +27,11 @@ class StepLoader:
     def __init__(self, source: ImageSource, indices: torch.Tensor, workers: int, device: torch.device) -> None:
         # More processes than cores only wait for each other, and torch warns of them.
         workers = min(workers, usable_cores())
+        if workers:
+            # Loader processes hand their tensors over through sockets of multiprocessing.
+            remedy = "set TMPDIR to a shorter folder, or data.loader_workers to 0"
+            socket = "pymp-00000000/listener-00000000"
+            check_socket_path("TMPDIR", tempfile.gettempdir(), socket, "loader processes", remedy)
         self._steps = _StepSampler(indices)
         self._loader: data.DataLoader[torch.Tensor | UserError] | None = data.DataLoader(
             _StepImages(source),

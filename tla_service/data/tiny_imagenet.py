@@ -7,6 +7,7 @@ import torch
 
 from tla_service.config import DataConfig
 from tla_service.data.encoded import build_splits
+from tla_service.data.members import refuse_several
 from tla_service.data.sources import Splits
 from tla_service.data.storage import required_root
 from tla_service.data.trees import FileTree, TreeBlobs, open_tree
@@ -22,11 +23,11 @@ def load_tiny_imagenet(config: DataConfig) -> Splits:
     lines of ``wnids.txt``, sorted; grey JPEGs become RGB.
 
     Raises:
-        ConfigError: If a class has no images.
+        ConfigError: If a class has no images, or the root holds several data sets.
         UnavailableError: If files are missing or damaged.
     """
     tree = open_tree(required_root(config), "tiny-imagenet*.zip")
-    base = _base(tree)
+    base = _base(tree, config.root)
     wnids = sorted(set(_text(tree, f"{base}wnids.txt").split()))
     numbers = {wnid: number for number, wnid in enumerate(wnids)}
     train = [(name, numbers[name.removeprefix(base).split("/")[1]]) for name in _train_names(tree, base, numbers)]
@@ -77,12 +78,14 @@ def parse_annotations(text: str, numbers: dict[str, int], shown: str) -> list[tu
     return found
 
 
-def _base(tree: FileTree) -> str:
+def _base(tree: FileTree, root: str | None) -> str:
     """Where in the tree the data set starts: "" or a folder with a trailing slash."""
     found = [name for name in tree.names if PurePosixPath(name).name == "wnids.txt"]
     if not found:
         raise UnavailableError("data.root", tree.path, "no wnids.txt in it", _FIX)
-    return min(found, key=len).removesuffix("wnids.txt")
+    bases = [name.removesuffix("wnids.txt") for name in found]
+    refuse_several(root, bases)
+    return bases[0]
 
 
 def _text(tree: FileTree, name: str) -> str:

@@ -1,36 +1,38 @@
-"""Files of a data set, in a folder or straight from a zip file."""
+"""Files of a data set: in a folder here, in a zip file in ``zip_tree``."""
 
 import hashlib
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Protocol
 
 from tla_service.data.cache import disk_trouble
 from tla_service.data.decoding import evenly_spread
-from tla_service.errors import UnavailableError
+from tla_service.data.members import broken_link, is_member, link_loop
+from tla_service.data.zip_tree import ZipTree
 
 _SAMPLED = 256
 _FIX = "fetch the data set again, or point data.root at another copy"
-# What zipfile raises for a damaged, encrypted or unknown member.
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, KeyError)
 
 
 class FileTree(Protocol):
-    """Named files that can be read.
+    """Named files that can be read: those that ``is_member`` lets in, links followed.
 
     Attributes:
         path: The folder or the zip file.
         names: Paths inside, with forward slashes, sorted.
+        folders: Paths of the folders inside, empty ones too.
     """
 
     path: Path
     names: list[str]
+    folders: set[str]
 
     def read(self, name: str) -> bytes:
         """The content of one file."""
+
+    def open(self, name: str) -> IO[bytes]:
+        """One file, opened to read a part of it."""
 
     def describe(self, name: str) -> str:
         """What to call a file in a message."""
@@ -39,37 +41,51 @@ class FileTree(Protocol):
         """Hex digits that change with the files' names, sizes, order, and content as far as that is cheap."""
 
     def key(self, names: Sequence[str]) -> str:
-        """As ``stamp``, but by place and time of the files, for caches on this machine: reads no content."""
+        """As ``stamp``, but by place and time of the files, for caches on this machine: reads no content.
+
+        Raises:
+            UnavailableError: If one of the files is a link to nothing.
+        """
 
 
 class FolderTree:
-    """A folder; hidden files are left out.
+    """A folder.
 
     Args:
         path: The folder.
 
     Raises:
-        UnavailableError: If it cannot be read.
+        UnavailableError: If it cannot be read, or a link in it leads back to a folder above.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._sizes: dict[str, int] = {}
-        self._times: dict[str, int] = {}
+        self.folders: set[str] = set()
+        # Size and time of change in ns; None for a link to nothing.
+        self._stats: dict[str, tuple[int, int] | None] = {}
         with disk_trouble("data.root", path, "check the path and its permissions"):
-            self._scan("")
-        self.names = sorted(self._sizes)
+            self._scan("", ())
+        self.names = sorted(self._stats)
 
-    def _scan(self, inside: str) -> None:
+    def _scan(self, inside: str, above: tuple[tuple[int, int], ...]) -> None:
+        here = (self.path / inside).stat()
+        above = (*above, (here.st_dev, here.st_ino))
         with os.scandir(self.path / inside) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if not is_member(entry.name):
                     continue
+                name = f"{inside}{entry.name}"
                 if entry.is_dir():
-                    self._scan(f"{inside}{entry.name}/")
+                    found = entry.stat() if entry.is_symlink() else None
+                    if found is not None and (found.st_dev, found.st_ino) in above:
+                        raise link_loop(self.path / name)
+                    self.folders.add(name)
+                    self._scan(f"{name}/", above)
                 elif entry.is_file():
-                    name, stat = f"{inside}{entry.name}", entry.stat()
-                    self._sizes[name], self._times[name] = stat.st_size, stat.st_mtime_ns
+                    found = entry.stat()
+                    self._stats[name] = (found.st_size, found.st_mtime_ns)
+                elif entry.is_symlink():
+                    self._stats[name] = None
 
     def read(self, name: str) -> bytes:
         """The content of one file.
@@ -80,6 +96,17 @@ class FolderTree:
         with disk_trouble("data.root", self.path / name, _FIX):
             return (self.path / name).read_bytes()
 
+    def open(self, name: str) -> IO[bytes]:
+        """One file, opened.
+
+        Raises:
+            UnavailableError: If it is gone, a link to nothing, or may not be read.
+        """
+        self._stat(name)
+        path = self.path / name
+        with disk_trouble("data.root", path, _FIX):
+            return path.open("rb", buffering=0)
+
     def describe(self, name: str) -> str:
         """Its full path."""
         return str(self.path / name)
@@ -88,76 +115,21 @@ class FolderTree:
         """Covers every name and size, and the content of 256 files: reading all would take minutes for a large set."""
         digest = hashlib.sha256()
         for name in names:
-            digest.update(f"{name}\0{self._sizes.get(name)}\n".encode())
+            digest.update(f"{name}\0{self._stat(name)[0]}\n".encode())
         for place in evenly_spread(len(names), _SAMPLED):
             digest.update(self.read(names[place]))
         return digest.hexdigest()
 
     def key(self, names: Sequence[str]) -> str:
         """Covers the folder, and every file's name, size and time of change."""
-        lines = (f"{name}\0{self._sizes.get(name)}\0{self._times.get(name)}" for name in names)
+        lines = ("\0".join(map(str, (name, *self._stat(name)))) for name in names)
         return hashlib.sha256("\n".join([str(self.path.absolute()), *lines]).encode()).hexdigest()[:24]
 
-
-class ZipTree:
-    """A zip file, read without unpacking it.
-
-    Args:
-        path: The zip file.
-
-    Raises:
-        UnavailableError: If it is damaged or may not be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._handles: dict[int, zipfile.ZipFile] = {}
-        entries = [entry for entry in self._open().infolist() if not entry.is_dir()]
-        self._entries = {entry.filename: (entry.file_size, entry.CRC) for entry in entries}
-        self.names = sorted(self._entries)
-
-    def _open(self) -> zipfile.ZipFile:
-        # One handle a process: forked ones would share, and fight over, one file position.
-        process = os.getpid()
-        if process not in self._handles:
-            with disk_trouble("data.root", self.path, "check the path and its permissions"):
-                try:
-                    self._handles[process] = zipfile.ZipFile(self.path)
-                except _ZIP_ERRORS as error:
-                    reason = f"not a readable zip file ({error})"
-                    raise UnavailableError("data.root", self.path, reason, _FIX) from error
-        return self._handles[process]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
-
-    def read(self, name: str) -> bytes:
-        """The content of one file, checked against its checksum.
-
-        Raises:
-            UnavailableError: If it is missing or damaged.
-        """
-        archive = self._open()
-        with disk_trouble("data.root", self.describe(name), _FIX):
-            try:
-                return archive.read(name)
-            except _ZIP_ERRORS as error:
-                raise UnavailableError("data.root", self.describe(name), f"damaged ({error})", _FIX) from error
-
-    def describe(self, name: str) -> str:
-        """The zip file's path and the path inside."""
-        return f"{self.path}/{name}"
-
-    def stamp(self, names: Sequence[str]) -> str:
-        """Covers every name, size and content, by the checksums that zip files carry."""
-        digest = hashlib.sha256()
-        for name in names:
-            digest.update(f"{name}\0{self._entries.get(name)}\n".encode())
-        return digest.hexdigest()
-
-    def key(self, names: Sequence[str]) -> str:
-        """Covers the zip file's place, and every file's name, size and checksum."""
-        return hashlib.sha256(f"{self.path.absolute()}{self.stamp(names)}".encode()).hexdigest()[:24]
+    def _stat(self, name: str) -> tuple[int, int]:
+        found = self._stats[name]
+        if found is None:
+            raise broken_link(self.describe(name))
+        return found
 
 
 class TreeBlobs:
@@ -200,7 +172,7 @@ def open_tree(path: Path, zip_pattern: str = "*.zip") -> FileTree:
     """
     if path.is_dir():
         with disk_trouble("data.root", path, "check the path and its permissions"):
-            zips = sorted(path.glob(zip_pattern))
-            folders = any(entry.is_dir() and not entry.name.startswith(".") for entry in path.iterdir())
+            zips = [found for found in path.glob(zip_pattern) if is_member(found.name)]
+            folders = any(entry.is_dir() and is_member(entry.name) for entry in path.iterdir())
         return ZipTree(zips[0]) if len(zips) == 1 and not folders else FolderTree(path)
     return ZipTree(path)

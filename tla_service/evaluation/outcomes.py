@@ -5,9 +5,9 @@ Shards are merged, kept for a rerun, and compared between models image by image.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 from zipfile import BadZipFile
 
 import numpy as np
@@ -15,10 +15,27 @@ import numpy.typing as npt
 
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.intervals import BoolArray, PairedDifference, paired_difference
+from tla_service.files import whole_file
 
 IntArray = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
 STANDS = -1
+
+
+class AutoAttackRun(NamedTuple):
+    """How AutoAttack was run.
+
+    Attributes:
+        version: The package's: ``standard``, ``plus`` or ``rand``.
+        norm: Norm of the perturbations.
+        epsilon: Radius.
+        stages: Its parts that ran, in their order.
+    """
+
+    version: str
+    norm: str
+    epsilon: float
+    stages: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -31,6 +48,8 @@ class ShardOutcome:
         broken_at: By attack, (N,): 0 where the network is wrong before any attack, r where the r-th restart (or the
             r-th of AutoAttack's ``ALL_STAGES``) broke the image, STANDS where none did. ``clean`` is among the attacks.
         left_out: AutoAttack's stages that could not run on this network, and why.
+        autoattack: How AutoAttack was run; None where it was not, or by a version that did not record it.
+        gate: Which images are set aside for the promotion gate (N,); None where that is not recorded.
         warnings: What AutoAttack says of this network, such as that it seems randomised; each once.
     """
 
@@ -38,7 +57,15 @@ class ShardOutcome:
     labels: IntArray
     broken_at: dict[str, IntArray]
     left_out: dict[str, str] = field(default_factory=dict)
+    autoattack: AutoAttackRun | None = None
+    gate: BoolArray | None = None
     warnings: tuple[str, ...] = ()
+
+    def only(self, chosen: BoolArray) -> Self:
+        """The images that are chosen (N,)."""
+        broken_at = {name: values[chosen] for name, values in self.broken_at.items()}
+        gate = None if self.gate is None else self.gate[chosen]
+        return replace(self, indices=self.indices[chosen], labels=self.labels[chosen], broken_at=broken_at, gate=gate)
 
     def standing(self, attack: str, restarts: int | None = None) -> BoolArray:
         """Whether each image is still classified right (N,).
@@ -77,8 +104,12 @@ def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
     labels = np.concatenate([outcome.labels for outcome in outcomes])[order]
     broken_at = {name: np.concatenate([outcome.broken_at[name] for outcome in outcomes])[order] for name in names}
     left_out = {stage: why for outcome in outcomes for stage, why in outcome.left_out.items()}
-    warnings = dict.fromkeys(warning for outcome in outcomes for warning in outcome.warnings)
-    return ShardOutcome(indices[order], labels, broken_at, left_out, tuple(warnings))
+    warnings = tuple(dict.fromkeys(warning for outcome in outcomes for warning in outcome.warnings))
+    runs = {outcome.autoattack for outcome in outcomes if outcome.autoattack is not None}
+    if len(runs) > 1:
+        raise ValueError("the shards were attacked differently; evaluate them with one AutoAttack")
+    run = next(iter(runs), None)
+    return ShardOutcome(indices[order], labels, broken_at, left_out, run, warnings=warnings)
 
 
 def compare_outcomes(first: ShardOutcome, second: ShardOutcome, attack: str) -> PairedDifference:
@@ -97,27 +128,33 @@ def compare_outcomes(first: ShardOutcome, second: ShardOutcome, attack: str) -> 
 def outcome_arrays(outcome: ShardOutcome) -> Arrays:
     """An outcome as plain arrays; :func:`outcome_from` makes it again."""
     fates = {f"broken_at/{name}": broken_at for name, broken_at in outcome.broken_at.items()}
-    said = {"left_out": outcome.left_out, "warnings": outcome.warnings}
-    texts = {name: np.array(json.dumps(value)) for name, value in said.items()}
-    return {"indices": outcome.indices, "labels": outcome.labels, **texts, **fates}
+    texts = {"left_out": outcome.left_out, "warnings": outcome.warnings}
+    if outcome.autoattack is not None:
+        texts["autoattack"] = outcome.autoattack._asdict()
+    arrays: Arrays = {"indices": outcome.indices, "labels": outcome.labels, **fates}
+    arrays |= {name: np.array(json.dumps(value)) for name, value in texts.items()}
+    return arrays if outcome.gate is None else arrays | {"gate": outcome.gate}
 
 
 def outcome_from(arrays: Arrays) -> ShardOutcome:
     """What :func:`outcome_arrays` took apart; a missing array raises KeyError."""
     broken_at = {name.removeprefix("broken_at/"): arrays[name] for name in arrays if name.startswith("broken_at/")}
+    autoattack = None
+    if "autoattack" in arrays:
+        run = json.loads(str(arrays["autoattack"]))
+        autoattack = AutoAttackRun(**run | {"stages": tuple(run["stages"])})
     left_out = json.loads(str(arrays["left_out"]))
-    # Outcomes of earlier versions have none.
-    warnings = json.loads(str(arrays["warnings"])) if "warnings" in arrays else ()
-    return ShardOutcome(arrays["indices"], arrays["labels"], broken_at, left_out, tuple(warnings))
+    # Outcomes of earlier versions have no warnings.
+    warnings = tuple(json.loads(str(arrays["warnings"]))) if "warnings" in arrays else ()
+    gate = arrays.get("gate")
+    return ShardOutcome(arrays["indices"], arrays["labels"], broken_at, left_out, autoattack, gate, warnings)
 
 
 def save_arrays(arrays: Arrays, path: Path) -> None:
     """Write arrays as ``.npz``; a reader sees all of them or nothing, also when the writer is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with whole_file(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    part.replace(path)
 
 
 def load_arrays(path: Path) -> Arrays:
@@ -147,5 +184,5 @@ def load_outcome(path: Path) -> ShardOutcome:
     """
     try:
         return outcome_from(load_arrays(path))
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UnavailableError("outcome", path, f"cannot be read ({error})", "delete it; it is made again") from error

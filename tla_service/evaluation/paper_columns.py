@@ -19,7 +19,8 @@ import numpy as np
 
 from tla_service.attacks import Attack
 from tla_service.config_adversary import EvaluationAttack
-from tla_service.config_radii import Norm, documented_radius, no_radius
+from tla_service.config_bounds import Norm
+from tla_service.config_radii import documented_radius, no_radius
 from tla_service.errors import ConfigError
 from tla_service.evaluation.intervals import Interval, wilson_interval
 from tla_service.evaluation.outcomes import ShardOutcome

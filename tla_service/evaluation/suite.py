@@ -11,7 +11,7 @@ from tla_service.attacks import Attack, LogitsFn, craft
 from tla_service.attacks.autoattack import ALL_STAGES, AutoAttackNorm, run_autoattack
 from tla_service.errors import ConfigError
 from tla_service.evaluation.mode import evaluating, float32
-from tla_service.evaluation.outcomes import STANDS, ShardOutcome
+from tla_service.evaluation.outcomes import STANDS, AutoAttackRun, ShardOutcome
 from tla_service.runtime import generator
 
 
@@ -57,6 +57,7 @@ def evaluate_shard(
     names = ["clean", *attacks, *transfer, *(["autoattack"] if autoattack else [])]
     left_out: dict[str, str] = {}
     warnings: list[str] = []
+    run: AutoAttackRun | None = None
     broken_at = {name: np.full(len(labels), STANDS, dtype=np.int64) for name in names}
     with evaluating(network, surrogate), float32(device):
         logits_fn = logits_of(network)
@@ -81,9 +82,10 @@ def evaluate_shard(
                     for fate in result.broken_by
                 ]
                 left_out |= result.left_out
+                run = AutoAttackRun(result.version, norm, epsilon, result.stages)
                 warnings += result.warnings
-    truths = labels.cpu().numpy().astype(np.int64)
-    return ShardOutcome(numbers, truths, broken_at, left_out, tuple(dict.fromkeys(warnings)))
+    truths, said = labels.cpu().numpy().astype(np.int64), tuple(dict.fromkeys(warnings))
+    return ShardOutcome(numbers, truths, broken_at, left_out, run, warnings=said)
 
 
 def restart_fates(

@@ -7,12 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tla_service.registry.connection import check_tracking, tracking_uri
+    from tla_service.registry.connection import check_tracking, sqlite_path, tracking_uri
     from tla_service.registry.environment import code_facts
     from tla_service.registry.evaluation_log import log_evaluation
     from tla_service.registry.integrity import find_pickles
     from tla_service.registry.loading import load_model, open_package, pin_version, resolve_weights
-    from tla_service.registry.packaging import PackagedModel, log_model
+    from tla_service.registry.packaging import PackagedModel, check_packaging, log_model
     from tla_service.registry.probe import probe_tracking
     from tla_service.registry.run_log import RunLog
     from tla_service.registry.tracking import (
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PackagedModel",
     "RunLog",
+    "check_packaging",
     "check_tracking",
     "code_facts",
     "fetch_files",
@@ -45,18 +46,19 @@ __all__ = [
     "probe_tracking",
     "resolve_weights",
     "run_page",
+    "sqlite_path",
     "start_system_metrics",
     "tag_run",
     "tracking_uri",
 ]
 
 _MODULES = {
-    "connection": ("check_tracking", "tracking_uri"),
+    "connection": ("check_tracking", "sqlite_path", "tracking_uri"),
     "integrity": ("find_pickles",),
     "loading": ("load_model", "open_package", "pin_version", "resolve_weights"),
     "environment": ("code_facts",),
     "evaluation_log": ("log_evaluation",),
-    "packaging": ("PackagedModel", "log_model"),
+    "packaging": ("PackagedModel", "check_packaging", "log_model"),
     "probe": ("probe_tracking",),
     "run_log": ("RunLog",),
     "tracking": (

@@ -1,13 +1,57 @@
 """The model card of an evaluated version, as the registry shows it: what it withstands, and what it is not for."""
 
-from tla_service.report.page import describe, markdown_table, percent, size
+from collections.abc import Mapping, Sequence
+
+from tla_service.report.page import describe, markdown_table, percent, size, split_sentence
 from tla_service.report.schema import Report, artifact_folder
 
+_LONGEST = 5000  # MLflow's column for a version's description
+_SHOWN = ("clean", "worst", "autoattack")
 _NORMS = {"linf": "L-infinity", "l2": "L2"}
 
 
-def evaluation_card(report: Report) -> str:
-    """Write the card in Markdown."""
+def as_trained(report: Report) -> bool:
+    """Whether a report is about the threat model that its model was trained for."""
+    trained_for = report.model.trained_for
+    return trained_for is not None and trained_for.slug == report.threat_model.slug
+
+
+def evaluation_card(report: Report, others: Mapping[str, Report]) -> str:
+    """Write the card in Markdown: in full for one threat model, a line for each other one.
+
+    Args:
+        report: The evaluation that was made last.
+        others: Those of the same weights under other threat models, by their folders among the run's artifacts. The
+            card is about the one that the model was trained for, if it is among them.
+    """
+    reports = {artifact_folder(report.model.weights_sha256, report.threat_model): report, **others}
+    main = next((folder for folder, each in reports.items() if as_trained(each)), next(iter(reports)))
+    about = _about(reports.pop(main), main)
+    rows = [_row(folder, each) for folder, each in sorted(reports.items())]
+    text = "\n".join([*about, *_others(rows)])
+    left_out = 0
+    while len(text) > _LONGEST and left_out < len(rows):
+        left_out += 1
+        text = "\n".join([*about, *_others(rows[:-left_out]), f"{left_out} more: tags `tla.evaluation.*`", ""])
+    return text
+
+
+def _row(folder: str, report: Report) -> list[str]:
+    """A line for an evaluation under another threat model."""
+    estimates = [report.accuracy[name].estimate if name in report.accuracy else None for name in _SHOWN]
+    audit = "not run" if report.audit is None else "trusted" if report.audit.trusted else "not trusted"
+    return [str(report.threat_model), *map(percent, estimates), audit, f"`{folder}`"]
+
+
+def _others(rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    header = ["threat model", *_SHOWN, "audit", "report"]
+    return ["## Other threat models, accuracy in %", "", markdown_table(header, rows), ""]
+
+
+def _about(report: Report, folder: str) -> list[str]:
+    """The card of one evaluation, line by line."""
     threat = report.threat_model
     rows = [
         [name, describe(report, name) if name != "worst" else "every attack above", *_shown(report, name)]
@@ -21,7 +65,9 @@ def evaluation_card(report: Report) -> str:
         f"**Threat model.** Perturbations up to {size(threat.epsilon, threat.norm)} in {_NORMS[threat.norm]} norm, "
         "pixels in [0, 1], by an adversary who knows the network.",
         "",
-        "## Accuracy on the test set, %",
+        "## Accuracy on test images, %",
+        "",
+        split_sentence(report),
         "",
         markdown_table(["attack", "how", "accuracy", "95% interval", "images"], rows),
         "",
@@ -39,10 +85,10 @@ def evaluation_card(report: Report) -> str:
         f"- data: {report.data.name}, fingerprint {report.data.fingerprint}, {report.data.images} test images",
         f"- evaluated with seed {report.seed}, settings {report.settings}, "
         + ", ".join(f"{name} {value}" for name, value in report.code.items()),
-        f"- report: `{artifact_folder(report.model.weights_sha256)}/report.html` among the run's artifacts",
+        f"- report: `{folder}/report.html` among the run's artifacts",
         "",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def _ordered(report: Report) -> list[str]:

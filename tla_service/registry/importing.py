@@ -66,7 +66,8 @@ def import_model(settings: ImportSettings) -> tuple[PackagedModel, dict[str, flo
     batches = EvaluationBatches(dataset.test, rows, alone, batch_size=config.evaluation.batch_size)
     measured = measure_accuracy(network, batches, {}, alone, settings.seed)
     figures = {"clean_accuracy": measured["clean_accuracy"]}
-    train, validation = split_validation(dataset.train.labels, settings.data.validation_fraction, settings.seed)
+    labels, fraction = dataset.train.labels, settings.data.validation_fraction
+    train, validation = split_validation(labels, fraction, settings.seed, dataset.class_names)
     arrays = fit_rejector(network, dataset.train, train, validation, config, device)
     facts = {
         FINGERPRINT: dataset.fingerprint,

@@ -1,14 +1,17 @@
 """What the jobs on registered models can be told; read without torch or mlflow."""
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DetectionConfig, ModelConfig, TrackingConfig
+from tla_service.config_bounds import Norm, known_shape, length_trouble
 from tla_service.config_fields import Pixels, setting, wrong
 from tla_service.config_loading import JobSettings
-from tla_service.config_radii import Norm, documented_radius, no_radius
+from tla_service.config_names import model_trouble
+from tla_service.config_radii import documented_radius, no_radius
 from tla_service.registry.gate_rules import GateRules
 
 Format = Literal["pt2", "onnx"]
@@ -19,7 +22,7 @@ class PromoteSettings(JobSettings):
 
     model: str = setting("", "registered model, without a version")
     version: str = setting("", "number of the version to promote", pattern=r"^\d*$")
-    alias: str = setting("champion", "alias to give it", min_length=1)
+    alias: str = setting("champion", "alias to give it", pattern=r"^[\w-]+$", max_length=200)
     rollback: bool = Field(False, description="give the alias back to the version that carried it before")
     rules: GateRules = GateRules()
     tracking: TrackingConfig = TrackingConfig()
@@ -32,6 +35,8 @@ class PromoteSettings(JobSettings):
             raise wrong("version", "", "no version is named", "give --version N, or --rollback")
         if self.version and self.rollback:
             raise wrong("version", self.version, "a rollback goes to the version before", "leave it out")
+        if self.alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", self.alias):
+            raise wrong("alias", self.alias, "MLflow reserves this alias", "choose another, such as champion")
         return self
 
 
@@ -63,7 +68,7 @@ class ImportSettings(JobSettings):
     epsilon: Pixels | None = setting(
         None, "radius of these; none: the one documented for the data set", unit="pixels in [0, 1], or L2 length", gt=0
     )
-    source: str = setting("", "where they come from: a paper, an address; goes to the model card")
+    source: str = setting("", "where they come from: a paper, an address; goes to the model card", max_length=5000)
     detection: DetectionConfig = DetectionConfig()
     seed: int = setting(0, "seed of the validation split that the detector's threshold is fixed on", ge=0, lt=2**31)
     tracking: TrackingConfig = TrackingConfig()
@@ -74,6 +79,11 @@ class ImportSettings(JobSettings):
             raise wrong("file", "", "no weights are named", "give --file weights.safetensors")
         if self.epsilon is None and documented_radius(self.data.name, self.norm) is None:
             raise wrong("norm", self.norm, *no_radius(self.data.name, self.norm, "--epsilon"))
+        shape = known_shape(self.data.name, self.data.image_size)
+        trouble = model_trouble("name", self.name) if self.name else None
+        trouble = trouble or length_trouble("", self.norm, self.radius, shape=shape)
+        if trouble is not None:
+            raise wrong(*trouble)
         return self
 
     @property

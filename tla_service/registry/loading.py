@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
 from tla_service.config import RunConfig, TrackingConfig
+from tla_service.config_yaml import parse_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import LogitsOnly, build_model
 from tla_service.registry.connection import client, one_line, retrying, sqlite_path, tracking_uri
@@ -150,7 +149,7 @@ def _download(uri: str, location: str, store: str, target: str) -> Path:
 def _asking(uri: str, store: str, question: Callable[[], T]) -> T:
     """Ask the store something about an address; what goes wrong becomes a sentence."""
     try:
-        return retrying(f"Fetching {uri}", question, attempts=3)
+        return retrying(f"Fetching {uri}", question, seconds=4)
     except ConfigError:
         raise
     except Exception as error:
@@ -244,7 +243,8 @@ def _package(folder: Path, uri: str, digest: str | None) -> tuple[bytes, str, in
 def _checkpoint(folder: Path, uri: str) -> tuple[bytes, str, int, tuple[int, int, int], str]:
     """Weights and network of a checkpoint folder that training wrote."""
     try:
-        config = RunConfig.model_validate(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        config = RunConfig.model_validate(parse_yaml(text, FIELD, uri))
         data = _json(folder / "data.json")
     except FileNotFoundError as error:
         reason = f"the checkpoint is not complete: there is no {Path(error.filename).name}"

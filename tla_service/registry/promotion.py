@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -14,10 +14,11 @@ from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError
 from tla_service.registry.connection import client, experiment_id, one_line, retrying, tracking_uri
 from tla_service.registry.environment import code_version
-from tla_service.registry.evidence import check_files, examine, find_version
+from tla_service.registry.evidence import Package, check_files, examine_evaluation, examine_files, find_version
 from tla_service.registry.gate import Evaluated, Finding, compare, judge
 from tla_service.registry.gate_rules import GateRules
 from tla_service.registry.lock import HeldLock, registry_lock
+from tla_service.report.schema import ThreatModel
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -80,7 +81,8 @@ class _Promotion:
         self.uri = tracking_uri(tracking)
         self.made: MlflowClient = client(self.uri)
         self.model, self.alias, self.rules = model, alias, rules
-        self.seen: dict[str, tuple[list[Finding], Evaluated | None]] = {}
+        self.files: dict[str, tuple[Finding, Package | None]] = {}
+        self.evaluations: dict[str, tuple[Finding, Evaluated | None]] = {}
 
     def promote(self, version: str) -> Decision:
         find_version(self.made, self.model, version)
@@ -114,21 +116,48 @@ class _Promotion:
         return registry_lock(self.made, f"{self.model}-{self.alias}", wanted=wanted)
 
     def _judge(self, version: str, holder: str | None) -> list[Finding]:
-        findings, candidate = self._examined(version, "version")
+        intact, package = self._files(version, "version")
+        if package is None:
+            return [intact]
+        threat = self.rules.threat_model or package.trained_for
+        evaluated, candidate = self._evaluation(package, threat, "version")
         if candidate is None:
-            return findings
-        findings = [*findings, *judge(candidate, self.rules)]
+            return [intact, evaluated]
+        findings = [intact, evaluated, *judge(candidate, self.rules)]
         if holder is None or holder == version or not self.rules.not_worse:
             return findings
-        problems, champion = self._examined(holder, self.alias)
-        if champion is None:
-            return [*findings, *(problem for problem in problems if not problem.passed)]
-        return [*findings, *compare(candidate, champion, self.alias, self.rules)]
+        return [*findings, *self._compare(candidate, threat, holder)]
 
-    def _examined(self, version: str, subject: str) -> tuple[list[Finding], Evaluated | None]:
-        if version not in self.seen:
-            self.seen[version] = examine(self.made, self.uri, self.model, version, subject=subject)
-        return self.seen[version]
+    def _compare(self, candidate: Evaluated, threat: ThreatModel, holder: str) -> list[Finding]:
+        """Hold the candidate against the holder of the alias, both under one threat model."""
+        intact, theirs = self._files(holder, self.alias)
+        if theirs is None:
+            return [intact]
+        if self.rules.threat_model is None and theirs.trained_for.slug != threat.slug:
+            # Nobody replaces a champion by training for less than it.
+            explanation = (
+                f"trained for {threat}, version {holder} ({self.alias}) for {theirs.trained_for}; name the threat "
+                "model to compare them under: rules.norm and rules.epsilon"
+            )
+            alias = "" if self.alias == "champion" else f" --alias {self.alias}"
+            remedy = (
+                f"run jobs/promote_model.py --model {self.model} --version {candidate.version}{alias} "
+                f"--rules.norm {theirs.trained_for.norm} --rules.epsilon {theirs.trained_for.radius}"
+            )
+            return [Finding("comparable", passed=False, explanation=explanation, remedy=remedy)]
+        evaluated, champion = self._evaluation(theirs, threat, self.alias)
+        return [evaluated] if champion is None else compare(candidate, champion, self.alias, self.rules)
+
+    def _files(self, version: str, subject: str) -> tuple[Finding, Package | None]:
+        if version not in self.files:
+            self.files[version] = examine_files(self.made, self.uri, self.model, version, subject=subject)
+        return self.files[version]
+
+    def _evaluation(self, package: Package, threat: ThreatModel, subject: str) -> tuple[Finding, Evaluated | None]:
+        version = str(package.version.version)
+        if version not in self.evaluations:
+            self.evaluations[version] = examine_evaluation(self.made, package, threat, subject=subject)
+        return self.evaluations[version]
 
     def _holder(self) -> str | None:
         found = retrying("Reading the alias", lambda: self.made.get_registered_model(self.model)).aliases
@@ -215,7 +244,8 @@ class _Promotion:
 
 def _findings(decision: Decision) -> str:
     """All findings as JSON, or as many as fit into a tag."""
-    found = [asdict(finding) for finding in decision.findings]
+    names = ("rule", "passed", "explanation")
+    found = [{name: getattr(finding, name) for name in names} for finding in decision.findings]
     while len(text := json.dumps(found)) > _TAG_LENGTH:
         found.pop()
     return text

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from safetensors.numpy import load_file
 
 from tla_service.config import RunConfig
+from tla_service.config_yaml import read_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.inference.detector import Rejector
 from tla_service.registry.connection import client, one_line
 from tla_service.registry.loading import load_with_folder
-from tla_service.report.schema import ModelFacts
+from tla_service.report.schema import ModelFacts, ThreatModel
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +85,7 @@ def _of_checkpoint(uri: str, folder: Path, network: "torch.nn.Module") -> Subjec
         architecture=config.model.name,
         method=config.method,
         seed=config.seed,
+        trained_for=ThreatModel(norm=config.attack.norm, epsilon=config.attack.epsilon),
     )
     return Subject(
         facts=facts,
@@ -116,6 +117,7 @@ def _of_package(uri: str, folder: Path, network: "torch.nn.Module", tracking: st
         architecture=described["architecture"],
         method=described["method"],
         seed=config.seed if config is not None else None,
+        trained_for=ThreatModel.model_validate(described["threat_model"]),
     )
     return Subject(
         facts=facts,
@@ -168,4 +170,4 @@ def _run_config(tracking: str, run_id: str) -> RunConfig | None:
 
 def _yaml(path: Path) -> dict[str, Any]:
     """A YAML file, or JSON, which is YAML too."""
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return dict(read_yaml(path, "model"))

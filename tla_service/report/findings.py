@@ -86,7 +86,7 @@ def gather(
     found.embedded = {name: result for name, result in mine.items() if isinstance(result, EmbeddedImages)}
     found.norms = {name: mine[name] for name in ("l0", "l1") if name in mine}
     found.curves = _curves(mine, found.outcome, plan)
-    if "natural" in found.embedded:
+    if "natural" in found.embedded and len(found.embedded["natural"].rows):
         natural, bank = (found.embedded[name].embedded for name in ("natural", "bank"))
         chosen = settings.detection
         detector = fit_detector(
@@ -202,9 +202,14 @@ def autoattack_facts(found: Findings, plan: Plan) -> rp.AutoAttackFacts | None:
     fates = strong.broken_at["autoattack"]
     left_out = strong.left_out
     broken = {stage: int((fates == 1 + place).sum()) for place, stage in enumerate(ALL_STAGES)}
-    standard = ["apgd-ce", "apgd-t", "fab-t", "square"]
-    stages = [stage for stage in ALL_STAGES if broken[stage] or (stage in standard and stage not in left_out)]
+    run = strong.autoattack
+    if run is None:  # shards of an earlier version, which ran this one only
+        standard = ["apgd-ce", "apgd-t", "fab-t", "square"]
+        stages = [stage for stage in ALL_STAGES if broken[stage] or (stage in standard and stage not in left_out)]
+    else:
+        stages = list(run.stages)
     return rp.AutoAttackFacts(
+        version="standard" if run is None else run.version,
         stages=tuple(stages),
         left_out=left_out,
         broken_by={stage: broken[stage] for stage in stages},
@@ -212,6 +217,23 @@ def autoattack_facts(found: Findings, plan: Plan) -> rp.AutoAttackFacts | None:
         gap=gap,
         weak=gap.low > 0 and gap.difference > WEAK_GAP,
         warnings=autoattack_warnings(strong),
+    )
+
+
+def gate_facts(found: Findings, plan: Plan, settings: EvaluateSettings, num_classes: int, images: int) -> rp.GateFacts:
+    """The gate's figures for the report.
+
+    Args:
+        found: What was measured on the images set aside.
+        plan: How.
+        settings: The evaluation's.
+        num_classes: K.
+        images: How many are set aside in the whole test set.
+    """
+    return rp.GateFacts(
+        images=images,
+        accuracy=accuracy_facts(accuracies(found, plan, num_classes)),
+        detection=detection_facts(found, plan, settings),
     )
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tla_service.evaluation.intervals import wilson_interval
+from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
 from tla_service.report.paper_results import differences_from_paper, paper_row
 from tla_service.report.schema import AttackFacts, Compared, DetectionScore, Report, Share
@@ -48,8 +50,9 @@ def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, s
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "interval": interval, "area": area, "number": number, "size": size}
+    whole = {name: _whole(report, name) for name in report.accuracy}
     apart = differences_from_paper(
-        report.data.name, report.model.architecture, report.accuracy["clean"].images, same_attacks=same_attacks
+        report.data.name, report.model.architecture, whole["clean"].images, same_attacks=same_attacks
     )
     content = environment.get_template("report.html.j2").render(
         report=report,
@@ -62,12 +65,12 @@ def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, s
         measures=_measure_rows(report, with_paper=not apart),
         apart=apart,
         headline=_headline(report),
+        split=split_sentence(report),
+        whole=whole,
         paper=None if apart else paper_row(report.data.name, report.model.method),
         method=method_name,
     )
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, content)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -108,7 +111,7 @@ def describe(report: Report, name: str) -> str:
         return "no attack"
     if name == "autoattack":
         facts = report.autoattack
-        return "" if facts is None else f"{', '.join(facts.stages)}, on {facts.gap.images} images"
+        return "" if facts is None else f"{facts.version}: {', '.join(facts.stages)}"
     attack, threat = report.attacks[name], report.threat_model
     other = (attack.norm, attack.epsilon) != (threat.norm, threat.epsilon)
     radius = f", up to {size(attack.epsilon, attack.norm)} in {_NORMS[attack.norm]}" if other else ""
@@ -122,6 +125,25 @@ def _describe_attack(facts: AttackFacts) -> str:
     restarts = f", {facts.num_restarts} starts" if facts.num_restarts > 1 else ""
     crafted = ", crafted on the surrogate" if facts.transfer else ""
     return f"{kind}, {facts.num_steps} steps of {size(facts.step_size, facts.norm)}{restarts}{crafted}"
+
+
+def split_sentence(report: Report) -> str:
+    """Which test images the figures are of, and why not of all."""
+    if report.gate is None:
+        return f"Figures are of all {report.data.images} test images, which the promotion gate decides on, too."
+    return (
+        f"Figures are of {report.data.images - report.gate.images} of the {report.data.images} test images. The other "
+        f"{report.gate.images} are set aside for the promotion gate: one in four of each class, the same for every "
+        "model. No figure is of an image that a champion was chosen on."
+    )
+
+
+def _whole(report: Report, name: str) -> Share:
+    """Accuracy on all test images, those that are set aside for the gate among them: what the paper reports."""
+    parts = [report.accuracy[name], *([report.gate.accuracy[name]] if report.gate is not None else [])]
+    right = sum(round(part.estimate * part.images) for part in parts if part.estimate is not None)
+    found = wilson_interval(right, sum(part.images for part in parts))
+    return Share(estimate=found.estimate, low=found.low, high=found.high, images=found.images)
 
 
 def _by_section(figures: Sequence[ReportFigure]) -> dict[str, list[ReportFigure]]:

@@ -13,7 +13,8 @@ import torch
 
 from tla_service.attacks import Attack
 from tla_service.config_adversary import AttackConfig, EvaluationAttack
-from tla_service.config_radii import Norm, documented_radius, no_radius
+from tla_service.config_bounds import ImageShape, Norm, length_trouble
+from tla_service.config_radii import documented_radius, no_radius
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
@@ -58,7 +59,8 @@ class Plan:
         within: Those of them under the threat model; others have a norm or a radius of their own.
         transfer: Attacks crafted on the surrogate.
         is_paper: Whether these are the paper's columns at the paper's radius.
-        iterative: The strongest of them with one start: curves, audit, neighbours and pictures rest on it.
+        iterative: The strongest PGD under the threat model: with one start, curves, audit, neighbours and pictures rest
+            on it.
         detection: The attack of the detection test.
         shift: Attacks of the shift ratios by radius, rising; among them the two above.
         seed: Seed of every draw.
@@ -100,7 +102,7 @@ def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: f
         has_surrogate: Without one transfer attacks are left out.
 
     Raises:
-        ConfigError: A norm has no radius, none of the attacks is iterative, or one is called as a measure is.
+        ConfigError: A norm has no radius, or none of the attacks is PGD under the threat model.
     """
     norm, epsilon = _threat_model(settings, data_name, norm, epsilon)
     training = AttackConfig(norm=norm, epsilon=epsilon, step_size=epsilon / 10)
@@ -114,7 +116,7 @@ def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: f
     within = {name: attack for name, attack in white.items() if (attack.norm, attack.epsilon) == (norm, epsilon)}
     iterative = {name: attack for name, attack in within.items() if attack.kind == "pgd"}
     if not iterative:
-        reason = f"none of them is PGD at {norm} {epsilon:.4g}, which curves and audit need"
+        reason = f"none of them is PGD with norm {norm} and epsilon {epsilon:g}, which curves and audit need"
         remedy = 'add one, such as --attacks \'{"pgd50": {"num_steps": 50}}\''
         raise ConfigError("attacks", ", ".join(white), reason, remedy)
     return Plan(
@@ -141,6 +143,22 @@ def _threat_model(settings: EvaluateSettings, data_name: str, norm: Norm, epsilo
     if radius is None:
         raise ConfigError("norm", chosen, *no_radius(data_name, chosen, "--epsilon"))
     return chosen, radius
+
+
+def check_plan(plan: Plan, shape: ImageShape) -> None:
+    """Refuse radii and step sizes that make no sense on images of a shape (C, H, W).
+
+    Raises:
+        ConfigError: One does not.
+    """
+    named = {f"attacks.{name}": attack for name, attack in plan.columns.items()} | {"detection": plan.detection}
+    found = [length_trouble("", plan.norm, plan.epsilon, shape=shape)]
+    for where, attack in named.items():
+        step_size = None if attack.kind == "fgsm" else attack.step_size
+        found.append(length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps, shape))
+    trouble = next(filter(None, found), None)
+    if trouble is not None:
+        raise ConfigError(*trouble)
 
 
 def _pgd(norm: Norm, epsilon: float, steps: int, step_size: float | None = None) -> Attack:
@@ -256,7 +274,7 @@ def protocol(plan: Plan, settings: EvaluateSettings) -> str:
 def query_task(plan: Plan, model: str, rows: npt.NDArray[np.int64]) -> Task:
     """Embeddings and pixels of a few attacked test images, for the pictures."""
     measure = EmbeddingMeasurement(plan.strongest, plan.seed, len(rows), keep_images=len(rows))
-    return Task("queries", model, "test", rows, len(rows), measure)
+    return Task("examples", model, "test", rows, len(rows), measure)
 
 
 def _task(name: str, model: str, dataset: Dataset, count: int | None, plan: Plan, measurement: Measurement) -> Task:

@@ -1,12 +1,14 @@
 """What an evaluation found, as plain data: the content of `report.json`, which the promotion gate reads too."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from tla_service.errors import UnavailableError
+from tla_service.files import write_whole
 from tla_service.report.audit_schema import AuditFacts, Part
 
 FORMAT: Literal[1] = 1
@@ -57,6 +59,28 @@ class Difference(Part):
     images: int
 
 
+class ThreatModel(Part):
+    """What the adversary may do: perturbations up to ``epsilon`` in ``norm``, pixels in [0, 1]."""
+
+    norm: Literal["linf", "l2"]
+    epsilon: float
+
+    @property
+    def radius(self) -> str:
+        """The radius as the command line takes it, to six digits: ``8/255``, ``0.3``."""
+        short, levels = f"{self.epsilon:.6g}", round(self.epsilon * 255)
+        is_fraction = float(short) != self.epsilon and math.isclose(self.epsilon * 255, levels, rel_tol=1e-6)
+        return f"{levels}/255" if is_fraction else short
+
+    @property
+    def slug(self) -> str:
+        """What tells it from other threat models, fit for file names and tags: ``linf-8_255``."""
+        return f"{self.norm}-{self.radius.replace('/', '_')}"
+
+    def __str__(self) -> str:
+        return f"{self.norm} {self.radius}"
+
+
 class ModelFacts(Part):
     """Which network was evaluated.
 
@@ -69,6 +93,7 @@ class ModelFacts(Part):
         architecture: Name of the network.
         method: How it was trained.
         seed: Seed of that training; None where it is not known.
+        trained_for: Threat model that it was trained for; None in reports of earlier versions.
     """
 
     uri: str
@@ -79,6 +104,7 @@ class ModelFacts(Part):
     architecture: str
     method: str
     seed: int | None = None
+    trained_for: ThreatModel | None = None
 
 
 class DataFacts(Part):
@@ -86,8 +112,8 @@ class DataFacts(Part):
 
     Attributes:
         name: Data set.
-        split: Always the test set: nothing is chosen on it.
-        images: Number of test images.
+        split: Always the test set.
+        images: Number of test images, those set aside for the gate among them.
         fingerprint: Digest of the data set's content.
         class_names: In label order.
         trained_on: Fingerprint of the set the model was trained on; None where it is not known.
@@ -99,13 +125,6 @@ class DataFacts(Part):
     fingerprint: str
     class_names: tuple[str, ...]
     trained_on: str | None = None
-
-
-class ThreatModel(Part):
-    """What the adversary may do: perturbations up to ``epsilon`` in ``norm``, pixels in [0, 1]."""
-
-    norm: Literal["linf", "l2"]
-    epsilon: float
 
 
 class AttackFacts(Part):
@@ -132,6 +151,7 @@ class AutoAttackFacts(Part):
         weak: Whether the gap shows, beyond noise, that the other attacks are weak.
         warnings: What AutoAttack says of the network, such as that it seems randomised.
         outcome: File beside the report with the fate of each image that AutoAttack was run on.
+        version: The package's version.
     """
 
     stages: tuple[str, ...]
@@ -142,6 +162,7 @@ class AutoAttackFacts(Part):
     weak: bool
     warnings: tuple[str, ...] = ()
     outcome: str = AUTOATTACK_FILE
+    version: str = "standard"
 
 
 class CurveFacts(Part):
@@ -257,8 +278,24 @@ class Compared(Part):
     warnings: tuple[str, ...] = ()
 
 
+class GateFacts(Part):
+    """What the promotion gate decides on: test images set aside for it, which no other figure of the report is of.
+
+    Attributes:
+        images: Number of test images set aside.
+        accuracy: As in the report, on these images alone.
+        detection: Likewise.
+    """
+
+    images: int
+    accuracy: dict[str, Accuracy]
+    detection: DetectionFacts | None = None
+
+
 class Report(Part):
-    """An evaluation of one model.
+    """An evaluation of one model. Its figures are of the test images that are not set aside for the promotion gate.
+
+    The audit alone is of both: it asks whether the attacks work.
 
     Attributes:
         format: Version of this format.
@@ -271,6 +308,8 @@ class Report(Part):
         settings: Digest of the evaluation's settings.
         seconds: Wall time of the measurements.
         hardware: Workers and what they ran on.
+        gate: Figures on the images set aside; None in reports of earlier versions, whose figures are of all test
+            images.
     """
 
     format: Literal[1] = FORMAT
@@ -294,11 +333,17 @@ class Report(Part):
     settings: str
     seconds: float
     hardware: str
+    gate: GateFacts | None = None
 
 
-def artifact_folder(weights_sha256: str) -> str:
-    """Where a report is among the artifacts of the run that trained the model."""
+def evaluations_folder(weights_sha256: str) -> str:
+    """Where the evaluations of these weights are among the artifacts of the run that trained them."""
     return f"evaluation/{weights_sha256[:12]}"
+
+
+def artifact_folder(weights_sha256: str, threat_model: ThreatModel) -> str:
+    """Where the evaluation of these weights under a threat model is among the artifacts of the run."""
+    return f"{evaluations_folder(weights_sha256)}/{threat_model.slug}"
 
 
 def read_report(path: Path) -> Report:
@@ -317,6 +362,4 @@ def read_report(path: Path) -> Report:
 
 def write_report(report: Report, path: Path) -> None:
     """Write `report.json`, whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(report.model_dump_json(indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, report.model_dump_json(indent=1))

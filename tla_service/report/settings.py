@@ -8,9 +8,10 @@ from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DatasetName, ScalingConfig, TrackingConfig
 from tla_service.config_adversary import EvaluationAttack
-from tla_service.config_fields import Pixels, Section, epsilon_in_levels, setting, wrong
+from tla_service.config_bounds import Norm, length_trouble
+from tla_service.config_fields import Pixels, Section, setting, wrong
 from tla_service.config_loading import JobSettings
-from tla_service.config_radii import Norm
+from tla_service.config_names import attack_trouble
 
 
 class EvaluatedData(Section):
@@ -20,6 +21,8 @@ class EvaluatedData(Section):
     root: str | None = setting(None, "folder, zip file or s3://bucket/prefix that holds it; none: as in training")
     cache_dir: str | None = setting(None, "where copies are kept, per node; none: as in training")
     test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
+    label_column: str | None = setting(None, "column of labels in parquet files; none: as in training", min_length=1)
+    image_column: str | None = setting(None, "column of images in parquet files; none: as in training", min_length=1)
 
 
 class ImageCounts(Section):
@@ -132,12 +135,30 @@ class EvaluateSettings(JobSettings):
     def _check(self) -> Self:
         if not self.model:
             raise wrong("model", "", "no model is named", "give --model models:/NAME@ALIAS, runs:/... or a folder")
-        for name in ("clean", "autoattack", "worst"):
-            if name in self.attacks:
-                raise wrong(f"attacks.{name}", name, "this name is taken", "call the attack otherwise")
-        if self.norm != "l2" and self.epsilon is not None and self.epsilon > 1:
-            raise epsilon_in_levels("epsilon", self.epsilon)
+        trouble = attack_trouble("attacks", self.attacks, ("clean", "autoattack", "worst"))
+        if trouble is not None:
+            raise wrong(*trouble)
+        self._check_lengths()
         return self
+
+    def _check_lengths(self) -> None:
+        """As far as they are given here; `check_plan` checks what they become."""
+        detection = self.detection
+        self._check_length("", self.norm, self.epsilon)
+        self._check_length("detection", self.norm, detection.epsilon, detection.step_size, detection.num_steps)
+        for name, attack in self.attacks.items():
+            step_size = None if attack.kind == "fgsm" else attack.step_size
+            norm = attack.norm or self.norm
+            self._check_length(f"attacks.{name}", norm, attack.epsilon, step_size, attack.num_steps)
+
+    @staticmethod
+    def _check_length(
+        where: str, norm: Norm | None, epsilon: float | None, step_size: float | None = None, steps: int | None = None
+    ) -> None:
+        trouble = length_trouble(where, norm or "linf", epsilon, step_size, steps) if epsilon is not None else None
+        if trouble is not None:
+            other = ", or give --norm l2" if norm is None and trouble.field.endswith("epsilon") else ""
+            raise wrong(*trouble[:3], trouble.remedy + other)
 
 
 def spread_lists(arguments: Sequence[str], names: Sequence[str] = ("compare",)) -> list[str]:

@@ -3,9 +3,9 @@
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 from zlib import crc32
 
 import numpy as np
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from tla_service.attacks import Attack
 from tla_service.attacks.autoattack import AutoAttackNorm
 from tla_service.attacks.minimum_norm import SparseNorm, minimum_norms
-from tla_service.config_radii import Norm
+from tla_service.config_bounds import Norm
 from tla_service.data import Batch
 from tla_service.evaluation.audit import audit
 from tla_service.evaluation.embedding import Embedded, embed, embed_attacked
+from tla_service.evaluation.intervals import BoolArray
 from tla_service.evaluation.mode import evaluating, float32
 from tla_service.evaluation.outcomes import (
     Arrays,
@@ -114,6 +115,12 @@ class EmbeddedImages:
     embedded: Embedded
     rows: Rows
     pixels: Floats
+
+    def only(self, chosen: BoolArray) -> Self:
+        """The images that are chosen (N,)."""
+        where = chosen.nonzero()[0]
+        pixels = self.pixels[chosen[: len(self.pixels)]]
+        return replace(self, embedded=self.embedded.subset(where), rows=self.rows[where], pixels=pixels)
 
 
 @dataclass(frozen=True)
@@ -270,6 +277,31 @@ class Task:
             rows = self.rows[start : start + self.shard_size]
             # The rows are in the name: what is known of the training run, which decides on them, differs by address.
             yield f"{self.model}/{self.name}-{start:07d}-{crc32(rows.tobytes()):08x}.npz", rows
+
+
+def select(
+    results: Mapping[tuple[str, str], Any], tasks: Sequence[Task], chosen: BoolArray
+) -> dict[tuple[str, str], Any]:
+    """Results with those of the chosen test images alone.
+
+    Args:
+        results: Merged results of the tasks, by their keys.
+        tasks: What was measured.
+        chosen: Which test images (N,), of the whole set.
+
+    Returns:
+        The same results; what is of training images, and the audit, which has no result by image, as it was.
+    """
+    selected = dict(results)
+    for task in tasks:
+        found = results[task.key]
+        if task.split == "train":
+            continue
+        if isinstance(found, ShardOutcome | EmbeddedImages):
+            selected[task.key] = found.only(chosen[task.rows])
+        elif isinstance(found, np.ndarray):
+            selected[task.key] = found[chosen[task.rows]]
+    return selected
 
 
 def run_here(

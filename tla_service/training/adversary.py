@@ -57,7 +57,8 @@ class Adversary:
                 return self._make(self._logits_in_train_mode, anchors, random)
         self._twin.refresh()
         # A graph has its radius fixed.
-        if self._config.speed.cuda_graphs and self.kind == "pgd" and self._attack is self._full:
+        graphs = self._config.speed.cuda_graphs and anchors.images.is_cuda
+        if graphs and self.kind == "pgd" and self._attack is self._full:
             return self._replay(anchors, random)
         return self._make(self._logits, anchors, random)
 

@@ -93,6 +93,7 @@ class TrainingStep:
                 **local_buffers,
             )
         self.adversary = Adversary(seen, config, context)
+        self._mined: Negatives | None = None  # hardest negatives of the batch last seen
         loss = config.loss
         default_clean_weight = 0.5 if config.method == "alp" else 0.0
         self.clean_weight = default_clean_weight if loss.clean_weight is None else loss.clean_weight
@@ -146,19 +147,27 @@ class TrainingStep:
         before = random.get_state()
         with kept_buffers(self.network):
             self._descend(batch, adversarial, random)
-        # The same noise and negatives again, at the moved weights.
+        # Both passes take one loss: the same adversarial images (Wu et al. 2020, algorithm 1), noise and negatives.
+        # Negatives mined anew at the moved weights would make another loss than the one those weights ascended.
         random.set_state(before)
         with moved_weights(self.network, self.config.attack.awp_gamma):
-            return self._descend(batch, adversarial, random)
+            return self._descend(batch, adversarial, random, self._mined)
 
     def losses(self, batch: StepBatch, random: torch.Generator) -> tuple[LossTerms, Tensor]:
         """The batch's loss, with a graph, and the sums that `backward` returns."""
         return self.objective(batch, self._craft(batch.anchors, random), random)
 
     def objective(
-        self, batch: StepBatch, adversarial: Tensor | None, random: torch.Generator
+        self, batch: StepBatch, adversarial: Tensor | None, random: torch.Generator, mined: Negatives | None = None
     ) -> tuple[LossTerms, Tensor]:
-        """The loss on a batch whose adversarial images (N, C, H, W) are made; none for natural training."""
+        """The loss on a batch whose adversarial images (N, C, H, W) are made; none for natural training.
+
+        Args:
+            batch: This worker's share of the step.
+            adversarial: Its adversarial images.
+            random: Source of noise and random negatives.
+            mined: The hardest negatives of these images, if they have been mined before.
+        """
         anchors = batch.anchors
         # DDP averages gradients over workers, whose shards may differ by one image: weighting each image by
         # world_size / global size makes that average the mean over the global batch (or, for `sum`, its sum).
@@ -171,8 +180,8 @@ class TrainingStep:
         if not self.config.mines_triplets:
             return self._without_triplets(anchors, adversarial, weight)
         if self.config.mining.pool == "batch":
-            return self._mine_in_batch(batch, adversarial, random, weight)
-        return self._mine_in_pool(batch, adversarial, random, weight)
+            return self._mine_in_batch(batch, adversarial, random, weight, mined)
+        return self._mine_in_pool(batch, adversarial, random, weight, mined)
 
     # ------------------------------------------------------------------------------------------------ the roles
 
@@ -185,7 +194,7 @@ class TrainingStep:
         return self._assemble(anchors, output, clean, None, weight)
 
     def _mine_in_batch(
-        self, batch: StepBatch, adversarial: Tensor, random: torch.Generator, weight: float
+        self, batch: StepBatch, adversarial: Tensor, random: torch.Generator, weight: float, mined: Negatives | None
     ) -> tuple[LossTerms, Tensor]:
         """The cheap mode: one clean pass of the worker's own batch serves positives, pool and negatives."""
         anchors, mining = batch.anchors, self.config.mining
@@ -198,7 +207,7 @@ class TrainingStep:
             pool = gather_rows(pool, sizes, self.context)
             pool_labels = gather_rows(pool_labels, sizes, self.context)
             rows = rows + sum(sizes[: self.context.rank])
-        mined = self._mine(output.embeddings, anchors.labels, pool, pool_labels, random)
+        mined = self._mine(output.embeddings, anchors.labels, pool, pool_labels, random, mined)
         same_class = None
         if mining.positives != "own":
             same_class = pool[pick_positives(anchors.labels, pool_labels, rows)]
@@ -206,7 +215,7 @@ class TrainingStep:
         return self._assemble(anchors, output, clean, triplets, weight)
 
     def _mine_in_pool(
-        self, batch: StepBatch, adversarial: Tensor, random: torch.Generator, weight: float
+        self, batch: StepBatch, adversarial: Tensor, random: torch.Generator, weight: float, mined: Negatives | None
     ) -> tuple[LossTerms, Tensor]:
         """The authors' way: mine in a separate draw with the network in eval mode, then embed the chosen negatives."""
         anchors, mining = batch.anchors, self.config.mining
@@ -220,7 +229,7 @@ class TrainingStep:
             pool, pool_labels = (gather_rows(rows, sizes, self.context) for rows in (pool, pool_labels))
             # The chosen images are embedded again, with a graph, by the worker that uses them.
             pool_images = gather_rows(pool_images, sizes, self.context)
-        mined = self._mine(queries, anchors.labels, pool, pool_labels, random)
+        mined = self._mine(queries, anchors.labels, pool, pool_labels, random, mined)
         noise_on_all = mining.clean_noise_on == "all"
         negatives = self._add_noise(pool_images[mined.indices], random, apply=noise_on_all)
         roles = [adversarial, negatives]
@@ -247,13 +256,25 @@ class TrainingStep:
     def _craft(self, anchors: Batch, random: torch.Generator) -> Tensor | None:
         return None if self.config.method == "natural" else self.adversary.craft(anchors, random)
 
-    def _descend(self, batch: StepBatch, adversarial: Tensor | None, random: torch.Generator) -> Tensor:
-        terms, totals = self.objective(batch, adversarial, random)
+    def _descend(
+        self,
+        batch: StepBatch,
+        adversarial: Tensor | None,
+        random: torch.Generator,
+        mined: Negatives | None = None,
+    ) -> Tensor:
+        terms, totals = self.objective(batch, adversarial, random, mined)
         terms.total.backward()
         return totals
 
     def _mine(
-        self, anchors: Tensor, labels: Tensor, pool: Tensor, pool_labels: Tensor, random: torch.Generator
+        self,
+        anchors: Tensor,
+        labels: Tensor,
+        pool: Tensor,
+        pool_labels: Tensor,
+        random: torch.Generator,
+        mined: Negatives | None,
     ) -> Negatives:
         mining = self.config.mining
         if self.config.method == "tla_rn":
@@ -262,8 +283,11 @@ class TrainingStep:
         if mining.keep_probability < 1:
             draw = torch.rand(len(labels), len(pool_labels), generator=random, device=labels.device)
             keep = draw < mining.keep_probability
-        absolute = mining.similarity == "absolute_cosine"
-        return mine_hardest(anchors, labels, pool.detach(), pool_labels, absolute=absolute, keep=keep)
+        if mined is None:  # only now: the noise drawn next is the same either way
+            absolute = mining.similarity == "absolute_cosine"
+            mined = mine_hardest(anchors, labels, pool.detach(), pool_labels, absolute=absolute, keep=keep)
+        self._mined = mined
+        return mined
 
     def _add_noise(self, images: Tensor, random: torch.Generator, *, apply: bool = True) -> Tensor:
         """Uniform noise on clean images, after the attack (Mao et al. 2019, appendix C)."""

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from tla_service.config import RunConfig
 from tla_service.config_errors import suggest
 from tla_service.errors import ConfigError
 from tla_service.tuning.settings import Dimension
 
+_INSET = 0.01
 # What shapes how a trial is measured, or where it runs: searching it would compare different things.
 _FIXED = ("name", "scaling", "tracking", "evaluation", "data.name", "data.root", "data.validation_fraction")
 
@@ -68,6 +71,14 @@ class Axis:
             return self.choices
         return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
 
+    @property
+    def probes(self) -> tuple[Any, ...]:
+        """All choices, or values just inside the ends of the range: an end itself may be open."""
+        if self.choices or self.whole:
+            return self.ends
+        inset = _INSET * (self.high - self.low)
+        return (self.low + inset, self.high - inset)
+
 
 def axis_of(name: str, dimension: Dimension) -> Axis:
     """The axis of a setting as it was configured.
@@ -86,14 +97,17 @@ def axis_of(name: str, dimension: Dimension) -> Axis:
         raise ConfigError(where, None, "needs one of: low and high; values; variants", "give exactly one of them")
     if dimension.variants is not None:
         _check_some(where, dimension.variants)
-        for fields in dimension.variants.values():
-            for path in fields:
-                _annotation(path, where)
-        return Axis(name, choices=tuple(dimension.variants), variants=dimension.variants)
-    annotation = _annotation(name, where)
+        variants = {
+            variant: {path: _as_field(_field(path, where), value) for path, value in fields.items()}
+            for variant, fields in dimension.variants.items()
+        }
+        return Axis(name, choices=tuple(variants), variants=variants)
+    field = _field(name, where)
     if dimension.values is not None:
-        _check_some(where, dimension.values)
-        return Axis(name, choices=dimension.values)
+        values = tuple(_as_field(field, value) for value in dimension.values)
+        _check_some(where, values)
+        return Axis(name, choices=values)
+    annotation = field.annotation
     whole = _is_number(annotation, int) and not _is_number(annotation, float)
     if not (whole or _is_number(annotation, float)):
         raise ConfigError(where, None, "is no number, so it has no range", "give a list of values")
@@ -114,8 +128,20 @@ def _check_some(where: str, given: Any) -> None:
         raise ConfigError(where, shown(given), "a value is in it twice", "give each once")
 
 
-def _annotation(path: str, where: str) -> Any:
-    """The type of a run's field.
+def _as_field(field: FieldInfo, value: Any) -> Any:
+    """A value as the run has it: 8/255 and 1e-3 are text in a file. What is wrong is left for `Space` to explain."""
+    if isinstance(value, bool):
+        return value
+    try:
+        annotated: Any = typing.Annotated[field.annotation, field]
+        adapter = TypeAdapter(annotated)
+        return adapter.dump_python(adapter.validate_python(value), mode="json")
+    except ValidationError:
+        return value
+
+
+def _field(path: str, where: str) -> FieldInfo:
+    """A run's field.
 
     Raises:
         ConfigError: There is no such field, or it must be the same for all trials.
@@ -123,6 +149,7 @@ def _annotation(path: str, where: str) -> Any:
     if any(path == fixed or path.startswith(f"{fixed}.") for fixed in _FIXED):
         raise ConfigError(where, None, f"{path} must be the same for all trials", "set it for the run instead")
     section: Any = RunConfig
+    field: FieldInfo | None = None
     for name in path.split("."):
         field = getattr(section, "model_fields", {}).get(name)
         if field is None:
@@ -130,7 +157,8 @@ def _annotation(path: str, where: str) -> Any:
         section = field.annotation
     if hasattr(section, "model_fields"):
         raise ConfigError(where, None, "is a section", f"search a field of it: {', '.join(section.model_fields)}")
-    return section
+    assert field is not None
+    return field
 
 
 def _paths(section: Any, prefix: str = "") -> Iterator[str]:

@@ -4,12 +4,14 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from tla_service.config import RunConfig
+from tla_service.config_bounds import known_shape
 from tla_service.config_errors import Explainer
 from tla_service.errors import ConfigError
 from tla_service.tuning.axes import Axis, axis_of, shown
@@ -47,6 +49,7 @@ class Space:
         _check_norms(self.axes, run)
         self._check_sweep()
         self._check_values()
+        self._check_lengths()
         self._check_not_empty()
 
     @property
@@ -76,6 +79,14 @@ class Space:
         self._follow_batch_size(fields, None if full_length else self.sweep.trial_epochs)
         return RunConfig.model_validate(fields)
 
+    def trial(self, number: int, point: Point, num_workers: int) -> RunConfig:
+        """The run of a trial, named by its number and point: checkpoints under that name are of this point."""
+        run = self.apply(point)
+        # Trials queue for workers as long as others take, so none of them alone may give up waiting.
+        scaling = run.scaling.model_copy(update={"num_workers": num_workers, "wait_seconds": 0.0})
+        digest = hashlib.sha256(key_of(point).encode()).hexdigest()[:6]
+        return run.model_copy(update={"name": f"{self.name}-{number:04d}-{digest}", "scaling": scaling})
+
     def allows(self, point: Point) -> bool:
         """Whether the point's run is valid and satisfies all constraints."""
         return self._refusal(point) is None
@@ -101,11 +112,11 @@ class Space:
             point[axis.name] = same[0]
         return point if self.allows(point) else None
 
-    def random(self, rng: np.random.Generator) -> Point | None:
-        """An allowed random point, or None if there is none in `TRIES` draws."""
+    def random(self, rng: np.random.Generator, tried: Collection[str] = ()) -> Point | None:
+        """An allowed random point whose key is not among those tried, or None if there is none in `TRIES` draws."""
         for _ in range(TRIES):
             point = {axis.name: axis.draw(rng) for axis in self.axes}
-            if self.allows(point):
+            if key_of(point) not in tried and self.allows(point):
                 return point
         return None
 
@@ -120,12 +131,21 @@ class Space:
     # ------------------------------------------------------------------------------------------------ checks
 
     def _refusal(self, point: Point) -> str | None:
-        try:
-            fields = self.apply(point).model_dump(mode="json")
-        except ValidationError as error:
-            return str(Explainer(RunConfig, "").explain(error.errors(include_url=False)[0]))
+        found = self._valid(point)
+        if isinstance(found, str):
+            return found
+        fields = found.model_dump(mode="json")
         broken = next((constraint for constraint in self.constraints if not constraint.holds(fields)), None)
         return None if broken is None else broken.text
+
+    def _valid(self, point: Point) -> RunConfig | str:
+        """The run of a point, or what is wrong with it; constraints aside."""
+        try:
+            run = self.apply(point)
+        except ValidationError as error:
+            return str(Explainer(RunConfig, "").explain(error.errors(include_url=False)[0]))
+        trouble = run.attack_trouble(known_shape(run.data.name, run.data.image_size))
+        return run if trouble is None else str(ConfigError(*trouble))
 
     def _check_sweep(self) -> None:
         sweep = self.sweep
@@ -145,6 +165,9 @@ class Space:
                 "test images would take part in a search",
                 "use it with sweep.searcher=grid and sweep.scheduler=none",
             )
+        if self.run.scaling.wait_seconds > 0 and sweep.max_concurrent is None:
+            reason = "with scaling.wait_seconds the cluster may grow, so its present size sets no limit"
+            raise ConfigError("sweep.max_concurrent", None, reason, "set it to the trials that may run at a time")
         epochs = sweep.trial_epochs or self.run.training.epochs
         if sweep.scheduler == "asha" and sweep.grace_epochs is not None and sweep.grace_epochs > epochs:
             reason = f"longer than a trial of {epochs} epochs"
@@ -164,6 +187,23 @@ class Space:
                     if found is not None:
                         wrong = Explainer(RunConfig, "").explain(found)
                         raise ConfigError(f"sweep.space.{axis.name}", value, wrong.reason, wrong.remedy) from error
+
+    def _check_lengths(self) -> None:
+        """Refuse a radius or a step that makes no sense in any point: it would be left out of the search silently."""
+        rng = np.random.default_rng(self.sweep.seed)
+        for axis in self.axes:
+            for value in axis.probes:
+                if not any(path.startswith("attack.") for path in axis.fields(value)):
+                    continue
+                draws = ({other.name: other.draw(rng) for other in self.axes} for _ in range(TRIES))
+                found: RunConfig | str = ""
+                for point in draws:
+                    found = self._valid(point | {axis.name: value})
+                    if not isinstance(found, str):
+                        break
+                if isinstance(found, str):
+                    reason = f"no point can have this value ({found})"
+                    raise ConfigError(f"sweep.space.{axis.name}", shown(value), reason, "correct it, or leave it out")
 
     def _check_not_empty(self) -> None:
         if self.sweep.searcher == "grid":
@@ -192,6 +232,11 @@ class Space:
         scale = shorter / ratio if schedule["unit"] == "step" else shorter
         schedule["warmup"] *= scale
         schedule["milestones"] = sorted({max(1, round(milestone * scale)) for milestone in schedule["milestones"]})
+
+
+def key_of(point: Point) -> str:
+    """A point as text: equal points, equal text."""
+    return json.dumps(point, sort_keys=True)
 
 
 def default_space(run: RunConfig) -> dict[str, Dimension]:

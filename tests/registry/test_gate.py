@@ -1,0 +1,289 @@
+"""What the gate reads: the evaluation under the threat model that it asks for, and the images set aside for it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from pydantic import ValidationError
+
+from tests.registry.evaluations import (
+    IMAGES,
+    STANDARD,
+    TRAINED_FOR,
+    evaluate,
+    fates,
+    register_another,
+    report_on,
+)
+from tests.registry.test_promotion import aliases, attempt, failed
+from tests.registry.tracking_server import Packaged, config_for
+from tla_service.evaluation.outcomes import STANDS, AutoAttackRun, ShardOutcome
+from tla_service.registry.gate import Evaluated, Finding, compare, judge
+from tla_service.registry.gate_rules import GateRules
+from tla_service.report.schema import ThreatModel, artifact_folder
+
+RULES = GateRules(min_clean_accuracy=0.9, min_autoattack_accuracy=0.5, min_detection_auc=0.7)
+PERFECT, GOOD, POOR = fates(IMAGES, IMAGES), fates(390, 300), fates(390, 40)
+TINY = ThreatModel(norm="l2", epsilon=1e-6)
+L2 = ThreatModel(norm="l2", epsilon=128 / 255)
+
+
+def asking_for(threat: ThreatModel) -> GateRules:
+    return GateRules.model_validate(RULES.model_dump() | {"norm": threat.norm, "epsilon": threat.epsilon})
+
+
+def evaluated(outcome: ShardOutcome, run: AutoAttackRun | None = None, **changes: Any) -> Evaluated:
+    """A version with this evaluation, as the registry would give it."""
+    marked = replace(outcome, autoattack=run or AutoAttackRun("standard", "linf", 0.15, STANDARD))
+    report = report_on("0" * 64, outcome, **changes)
+    return Evaluated("1", report, dict.fromkeys(outcome.broken_at, marked), STANDARD, "run jobs/evaluate_tla.py AGAIN")
+
+
+def refusals(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.rule: finding for finding in findings if not finding.passed}
+
+
+def sha256(packaged: Packaged, version: str) -> str:
+    return str(MlflowClient(packaged.uri).get_model_version("tla-digits", version).tags["weights_sha256"])
+
+
+@pytest.mark.parametrize(
+    ("threat", "slug", "words"),
+    [
+        (ThreatModel(norm="linf", epsilon=8 / 255), "linf-8_255", "linf 8/255"),
+        (ThreatModel(norm="linf", epsilon=0.031372549), "linf-8_255", "linf 8/255"),
+        (ThreatModel(norm="linf", epsilon=0.2), "linf-0.2", "linf 0.2"),
+        (ThreatModel(norm="linf", epsilon=0.031), "linf-0.031", "linf 0.031"),
+        (L2, "l2-128_255", "l2 128/255"),
+        (TINY, "l2-1e-06", "l2 1e-06"),
+        (ThreatModel(norm="l2", epsilon=2), "l2-2", "l2 2"),
+    ],
+)
+def test_threat_models_have_names(threat: ThreatModel, slug: str, words: str) -> None:
+    assert (threat.slug, str(threat)) == (slug, words)
+
+
+def test_an_evaluation_under_another_threat_model_promotes_nobody(packaged: Packaged) -> None:
+    evaluate(packaged, "1", PERFECT, threat=TINY)
+    evaluate(packaged, "1", PERFECT, threat=ThreatModel(norm="linf", epsilon=0.01))
+    found = failed(attempt(packaged, "1"))
+    assert set(found) == {"version evaluated"}
+    assert "was evaluated under l2 1e-06, linf 0.01 only" in found["version evaluated"]
+    assert "there is no evaluation of these weights under linf 0.15" in found["version evaluated"]
+    assert found["version evaluated"].endswith("run jobs/evaluate_tla.py --model models:/tla-digits/1")
+
+
+def test_a_later_evaluation_under_another_threat_model_changes_nothing(packaged: Packaged) -> None:
+    evaluate(packaged, "1", POOR)
+    evaluate(packaged, "1", PERFECT, threat=TINY)
+    assert set(failed(attempt(packaged, "1", RULES))) == {"AutoAttack accuracy"}
+    evaluate(packaged, "1", GOOD)
+    evaluate(packaged, "1", POOR, threat=L2)
+    assert attempt(packaged, "1", RULES).verdict == "promoted"
+
+
+def test_the_rules_name_the_threat_model(packaged: Packaged) -> None:
+    evaluate(packaged, "1", GOOD)
+    found = failed(attempt(packaged, "1", asking_for(L2)))
+    command = "run jobs/evaluate_tla.py --model models:/tla-digits/1 --norm l2 --epsilon 128/255"
+    assert found["version evaluated"].endswith(command)
+    evaluate(packaged, "1", POOR, threat=L2)
+    assert set(failed(attempt(packaged, "1", asking_for(L2)))) == {"AutoAttack accuracy"}
+    evaluate(packaged, "1", GOOD, threat=L2)
+    decision = attempt(packaged, "1", asking_for(L2))
+    assert decision.verdict == "promoted"
+    assert "under l2 128/255 (trained for linf 0.15)" in decision.findings[1].explanation
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({"norm": "l2"}, "give rules.epsilon"),
+        ({"epsilon": 0.1}, "give rules.norm"),
+        ({"norm": "linf", "epsilon": 8}, "8/255"),
+    ],
+)
+def test_half_a_threat_model_is_refused(rules: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        GateRules.model_validate(rules)
+
+
+def test_an_edited_tag_does_not_change_what_is_asked_for(packaged: Packaged) -> None:
+    made = MlflowClient(packaged.uri)
+    for name, value in {"norm": "l2", "epsilon": "1e-06", "tla.accuracy.autoattack": "1"}.items():
+        made.set_model_version_tag("tla-digits", "1", name, value)
+    evaluate(packaged, "1", PERFECT, threat=TINY)
+    assert set(failed(attempt(packaged, "1"))) == {"version evaluated"}
+
+
+def test_a_report_in_another_ones_place_is_refused(packaged: Packaged) -> None:
+    evaluate(packaged, "1", PERFECT, threat=TINY, folder=artifact_folder(sha256(packaged, "1"), TRAINED_FOR))
+    found = failed(attempt(packaged, "1"))
+    assert "another threat model (l2 1e-06, not linf 0.15)" in found["version evaluated"]
+    # And with another threat model written into it: the images' results say how they were attacked.
+    evaluate(packaged, "1", PERFECT, run=AutoAttackRun("standard", TINY.norm, TINY.epsilon, STANDARD))
+    found = failed(attempt(packaged, "1"))
+    assert found["AutoAttack"] == "it was run with l2 1e-06, the report is about linf 0.15"
+
+
+PGD = {"kind": "pgd", "step_size": 0.01, "num_restarts": 1}
+WEAKER: dict[str, tuple[dict[str, Any], str, str]] = {
+    "another version": ({"run": AutoAttackRun("rand", "linf", 0.15, STANDARD)}, "AutoAttack", "the version is rand"),
+    "a part left out": (
+        {"run": AutoAttackRun("standard", "linf", 0.15, STANDARD[:3])}, "AutoAttack", "square was not run",
+    ),
+    "audit on few images": ({"audit": {"trusted": True, "images": 7, "checks": []}}, "audit", "saw 7 images"),
+    "audit at another radius": (
+        {
+            "attacks": {
+                "strong": PGD | {"norm": "linf", "epsilon": 0.15, "num_steps": 5},
+                "weak": PGD | {"norm": "linf", "epsilon": 0.001, "num_steps": 50},
+            }
+        },
+        "audit", "attacked with linf 0.001, not with linf 0.15",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "rule", "words"), WEAKER.values(), ids=WEAKER.keys())
+def test_a_weaker_protocol_is_refused(changes: dict[str, Any], rule: str, words: str) -> None:
+    found = refusals(judge(evaluated(GOOD, **changes), RULES))
+    assert set(found) == {rule}
+    assert words in found[rule].explanation
+    assert found[rule].remedy == "run jobs/evaluate_tla.py AGAIN"
+
+
+def test_detection_on_few_images_is_refused() -> None:
+    gate = report_on("0" * 64, GOOD).model_dump()["gate"]
+    gate["detection"] |= {"num_correct": 30, "num_wrong": 10}
+    found = refusals(judge(evaluated(GOOD, gate=gate), RULES))
+    assert "on 20 images; at least 100 images are asked" in found["detection"].explanation
+
+
+def test_the_holder_is_compared_under_the_same_threat_model(packaged: Packaged) -> None:
+    """Better at one threat model and worse at another: which one is asked for decides."""
+    evaluate(packaged, "1", fates(390, 320))
+    second = register_another(packaged)
+    evaluate(packaged, second, fates(390, 280))
+    evaluate(packaged, second, fates(390, 360), threat=L2)
+    assert attempt(packaged, "1").verdict == "promoted"
+    assert set(failed(attempt(packaged, second))) == {"autoattack not worse"}
+    found = failed(attempt(packaged, second, asking_for(L2)))
+    assert set(found) == {"champion evaluated"}
+    assert found["champion evaluated"].endswith(
+        "run jobs/evaluate_tla.py --model models:/tla-digits/1 --norm l2 --epsilon 128/255"
+    )
+    evaluate(packaged, "1", fates(390, 320), threat=L2)
+    assert attempt(packaged, second, asking_for(L2)).verdict == "promoted"
+
+
+def test_training_for_less_does_not_make_a_champion(packaged: Packaged) -> None:
+    evaluate(packaged, "1", GOOD)
+    assert attempt(packaged, "1").verdict == "promoted"
+    less = ThreatModel(norm="linf", epsilon=0.001)
+    config = config_for(packaged.uri, attack={"epsilon": 0.001, "step_size": 0.001})
+    second = register_another(packaged, config=config)
+    for version in ("1", second):
+        evaluate(packaged, version, PERFECT, threat=less)
+    decision = attempt(packaged, second)
+    assert "trained for linf 0.001, version 1 (champion) for linf 0.15" in failed(decision)["comparable"]
+    assert decision.findings[-1].remedy == (
+        f"run jobs/promote_model.py --model tla-digits --version {second} --rules.norm linf --rules.epsilon 0.15"
+    )
+    evaluate(packaged, second, POOR)
+    assert "AutoAttack accuracy" in failed(attempt(packaged, second, asking_for(TRAINED_FOR)))
+    assert aliases(packaged) == {"champion": "1"}
+
+
+def with_right(gate: bool, rest: bool) -> ShardOutcome:
+    """All images of the gate right, or all others."""
+    assert GOOD.gate is not None
+    right = np.where(GOOD.gate, STANDS if gate else 0, STANDS if rest else 0)
+    return replace(GOOD, broken_at={"clean": right, "autoattack": right})
+
+
+def test_only_images_set_aside_decide() -> None:
+    champion, loser = evaluated(with_right(gate=True, rest=False)), evaluated(with_right(gate=False, rest=True))
+    assert not refusals(judge(champion, RULES))
+    found = refusals(judge(loser, RULES))
+    assert set(found) == {"clean accuracy", "AutoAttack accuracy"}
+    assert found["clean accuracy"].explanation.startswith("0.0% (")
+    assert "100 images of the gate" in found["clean accuracy"].explanation
+    assert not refusals(compare(champion, loser, "champion", RULES))
+    found = refusals(compare(loser, champion, "champion", RULES))
+    assert "-100.00 points" in found["clean not worse"].explanation
+
+
+def test_detection_is_judged_on_images_set_aside() -> None:
+    gate = report_on("0" * 64, GOOD).model_dump()["gate"]
+    gate["detection"]["auc"] = 0.6
+    assert refusals(judge(evaluated(GOOD, gate=gate), RULES))["detection"].explanation.startswith("AUC 0.600")
+
+
+@pytest.mark.parametrize(
+    ("images", "fewest", "remedy"),
+    [(80, 100, "this test set has 20 images of the gate"), (400, 101, "this test set has 100 images of the gate")],
+)
+def test_a_test_set_with_few_images_says_so(images: int, fewest: int, remedy: str) -> None:
+    rules = RULES.model_copy(update={"min_images": fewest})
+    found = refusals(judge(evaluated(fates(images, images, images=images)), rules))
+    assert found["images"].remedy.startswith(remedy)
+
+
+def test_too_few_images_of_many_are_mended_by_a_command() -> None:
+    data = {"name": "digits", "images": 4000, "fingerprint": "f00d", "class_names": []}
+    outcome = fates(80, 80, images=80)
+    gate = report_on("0" * 64, outcome).model_dump()["gate"] | {"images": 1000}
+    found = refusals(judge(evaluated(outcome, data=data, gate=gate), RULES))
+    assert found["images"].remedy.endswith("AGAIN --images.attacks 500 --images.autoattack 500")
+
+
+def without_marks(outcome: ShardOutcome) -> ShardOutcome:
+    return replace(outcome, gate=None)
+
+
+def test_evaluations_of_earlier_versions_are_read(packaged: Packaged) -> None:
+    """They are in the folder above, of one threat model; which images are the gate's follows from the labels."""
+    evaluate(packaged, "1", without_marks(with_right(gate=True, rest=False)))
+    decision = attempt(packaged, "1", RULES)
+    assert decision.verdict == "promoted"
+    assert "100 of 400 test images are set aside for the gate; evaluated before" in decision.findings[1].explanation
+    second = register_another(packaged)
+    evaluate(packaged, second, with_right(gate=True, rest=True))
+    assert attempt(packaged, second).verdict == "promoted"
+    third = register_another(packaged, 3.0)
+    evaluate(packaged, third, without_marks(with_right(gate=False, rest=True)))
+    assert failed(attempt(packaged, third))["clean accuracy"].startswith("0.0%")
+
+
+def test_an_earlier_evaluation_is_of_its_own_threat_model(packaged: Packaged) -> None:
+    evaluate(packaged, "1", without_marks(PERFECT), threat=TINY)
+    assert "was evaluated under l2 1e-06 only" in failed(attempt(packaged, "1"))["version evaluated"]
+    evaluate(packaged, "1", without_marks(PERFECT))
+    evaluate(packaged, "1", POOR)  # and makes way for a later one of the same
+    assert set(failed(attempt(packaged, "1"))) == {"AutoAttack accuracy"}
+
+
+def test_an_earlier_evaluation_of_some_images_cannot_be_divided(packaged: Packaged) -> None:
+    whole = {"name": "digits", "images": 900, "fingerprint": "f00d", "class_names": []}
+    evaluate(packaged, "1", without_marks(GOOD), data=whole)
+    found = failed(attempt(packaged, "1"))["version evaluated"]
+    assert "on 400 of 900 test images" in found
+    assert "run jobs/evaluate_tla.py --model models:/tla-digits/1 --output reports/" in found
+
+
+def test_a_damaged_evaluation_is_made_again(packaged: Packaged) -> None:
+    evaluate(packaged, "1", GOOD)
+    root = MlflowClient(packaged.uri).get_run(packaged.run_id).info.artifact_uri.removeprefix("file://")
+    folder = Path(root, artifact_folder(sha256(packaged, "1"), TRAINED_FOR))
+    for name in ("report.json", "outcome.npz"):
+        content = (folder / name).read_bytes()
+        for damaged in (content[:40], b"{}", None):
+            (folder / name).unlink() if damaged is None else (folder / name).write_bytes(damaged)
+            found = failed(attempt(packaged, "1"))["version evaluated"]
+            assert "run jobs/evaluate_tla.py --model models:/tla-digits/1 --output" in found
+            (folder / name).write_bytes(content)
+    assert attempt(packaged, "1").verdict == "promoted"

@@ -1,0 +1,23 @@
+"""What a job says last: the command to run next."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tla_service.job import next_command
+
+
+def test_the_next_command_can_be_typed_in_the_shell_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["jobs/train_tla.py", "--preset", "digits"])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.chdir(tmp_path)
+    line = next_command("evaluate_tla.py", "--model", "models:/tla-digits/1")
+    assert line == "next: .venv/bin/python jobs/evaluate_tla.py --model models:/tla-digits/1"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    line = next_command("train_tla.py", "--config", "my runs/best.yaml")
+    assert shlex.split(line) == ["next:", "python", "jobs/train_tla.py", "--config", "my runs/best.yaml"]

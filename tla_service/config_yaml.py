@@ -1,0 +1,142 @@
+"""The one reader of YAML, and of JSON on the command line: nothing given twice is dropped silently."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tla_service.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """`yaml.SafeLoader`, but `010` is not 8 and `1:30` is not 90: both stay text, as on the command line."""
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)",
+    "tag:yaml.org,2002:float": (
+        r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list("-+.0123456789"))
+
+
+def read_yaml(path: Path, subject: str) -> Any:
+    """Read a YAML file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: The file.
+        subject: Setting that named it, for messages.
+
+    Raises:
+        ConfigError: It cannot be read, is no UTF-8 text, or as `parse_yaml` says.
+    """
+    try:
+        content = path.expanduser().read_bytes()
+        text = content.decode()
+    except (OSError, RuntimeError) as error:  # the latter of a home folder that cannot be found
+        reason = f"cannot be read ({(getattr(error, 'strerror', None) or str(error)).lower()})"
+        raise ConfigError(subject, path, reason, "give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        reason = f"not a text file in UTF-8 (byte 0x{content[error.start]:02X} in line {line})"
+        raise ConfigError(subject, path, reason, "give a YAML file that is saved as UTF-8") from error
+    return parse_yaml(text, subject, path)
+
+
+def parse_yaml(text: str, subject: str, name: object) -> Any:
+    """Read a YAML document; None of an empty one.
+
+    Anchors, aliases and merge keys (``<<: *base``) work as usual: a key of the mapping itself wins over a merged one.
+
+    Args:
+        text: The document.
+        subject: What it is, for messages: a setting.
+        name: Which it is: a path, a preset.
+
+    Raises:
+        ConfigError: It is not valid YAML, holds a key twice in one mapping, or more than one document.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                return None
+            repeated = next(_repeated(root), None)
+            if repeated is not None:
+                raise ConfigError(subject, name, repeated, "keep one of them")
+            return loader.construct_document(root)
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # Besides its own, yaml lets through what its scalars raise: !!int x, 2020-99-99, !!bool x.
+        raise ConfigError(subject, name, *_explained(error)) from error
+
+
+def check_json(flag: str, text: str) -> None:
+    """Refuse a JSON object that holds a key twice; what is no JSON is left to whoever reads it.
+
+    Raises:
+        ConfigError: It does.
+    """
+
+    def pairs(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in items]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(flag, text, f"{twice} is given twice", "keep one of them")
+        return dict(items)
+
+    try:
+        json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError):
+        return
+
+
+def _repeated(node: yaml.Node, path: str = "", seen: frozenset[int] = frozenset()) -> Iterator[str]:
+    """Each key that a mapping holds more than once, in words."""
+    if id(node) in seen:
+        return  # an anchor inside itself
+    seen |= {id(node)}
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _repeated(item, f"{path}[{index}]", seen)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[tuple[str, str], list[int]] = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name = f"{path}.{key.value}" if path else key.value
+                lines.setdefault((key.tag, name), []).append(key.start_mark.line + 1)
+                yield from _repeated(value, name, seen)
+        for (_, name), found in lines.items():
+            if len(found) > 1:
+                where = f"lines {', '.join(map(str, found[:-1]))} and {found[-1]}" if len(set(found)) > 1 else None
+                yield f"{name} is given {_times(len(found))}, in {where or f'line {found[0]}'}"
+
+
+def _times(count: int) -> str:
+    return "twice" if count == 2 else f"{count} times"
+
+
+def _explained(error: Exception) -> tuple[str, str]:
+    """Reason and remedy of what yaml raised."""
+    mark = getattr(error, "problem_mark", None)
+    problem = str(getattr(error, "problem", None) or error)
+    if mark is None:
+        return f"not valid YAML ({' '.join(problem.split())})", "correct the file"
+    line = mark.line + 1
+    if problem == "but found another document":
+        return f"holds a second document from line {line} on", "keep one document per file"
+    if r"'\t'" in problem:
+        return f"not valid YAML (a tab in line {line})", "indent with spaces"
+    return f"not valid YAML ({problem} in line {line}, column {mark.column + 1})", "correct the file"

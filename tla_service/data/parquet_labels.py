@@ -1,0 +1,198 @@
+"""Labels of Parquet files, whatever their type, to class numbers."""
+
+import functools
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tla_service.data.cache import cached_tensors, files_key
+from tla_service.data.members import notice
+from tla_service.data.parquet_columns import class_names, label_kind
+from tla_service.data.parquet_files import Shard, read_column
+from tla_service.errors import ConfigError, UnavailableError
+
+_BATCH = 2**16
+# Share of rows with a label of their own from which labels tell images apart.
+_MOSTLY = 0.9
+_FIX = "correct the labels, or leave these rows out"
+
+Value = int | str | bool | None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of a split as its files have them.
+
+    Attributes:
+        column: Where they are.
+        shards: The files.
+        values: The distinct values, sorted; ``None`` comes last.
+        codes: Position in ``values`` of every row's label (N,), int64.
+    """
+
+    column: str
+    shards: list[Shard]
+    values: list[Value]
+    codes: torch.Tensor
+
+    @property
+    def kind(self) -> str | None:
+        """As ``label_kind``; the same in all files."""
+        return label_kind(self.shards[0].schema.field(self.column).type)
+
+    @property
+    def all_missing(self) -> bool:
+        """Whether no row has a label."""
+        return not any(map(_is_label, self.values))
+
+    def refuse_missing(self) -> None:
+        """Refuse rows without a label.
+
+        Raises:
+            UnavailableError: If there is one.
+        """
+        for code, value in enumerate(self.values):
+            if not _is_label(value):
+                raise UnavailableError("data.root", self.first_row(code), f"has no label ({value!r})", _FIX)
+
+    def first_row(self, code: int) -> str:
+        """What to call the first row with a value in a message."""
+        row = int((self.codes == code).nonzero()[0])
+        for shard in self.shards:
+            if row < shard.rows:
+                return f"{shard.path}, row {row}"
+            row -= shard.rows
+        raise IndexError(row)
+
+
+def _is_label(value: Value) -> bool:
+    """Null, negative numbers and empty text mark images without a label."""
+    return value not in (None, "") and not (isinstance(value, int) and value < 0)
+
+
+def read_labels(cache_dir: str, shards: list[Shard], column: str) -> Labels:
+    """Read the labels of a split, once a node.
+
+    Raises:
+        UnavailableError: If a file is damaged, or its labels are of another type than the first file's.
+    """
+    kind = label_kind(shards[0].schema.field(column).type)
+    for shard in shards:
+        if column not in shard.schema.names or label_kind(shard.schema.field(column).type) != kind:
+            reason = f"has no column {column!r} of {kind}, unlike {shards[0].path.name}"
+            raise UnavailableError("data.root", shard.path, reason, "fetch the file again, or leave it out")
+
+    def build() -> dict[str, torch.Tensor]:
+        from pyarrow import types
+
+        found: dict[Value, int] = {}
+        parts = [np.zeros(0, np.int64)]
+        for shard in shards:
+            for array in read_column(shard.path, column, _BATCH):
+                plain = array.dictionary_decode() if types.is_dictionary(array.type) else array
+                encoded = plain.dictionary_encode(null_encoding="encode")
+                places = [found.setdefault(value, len(found)) for value in encoded.dictionary.to_pylist()]
+                parts.append(np.array(places, np.int64)[encoded.indices.to_numpy(zero_copy_only=False)])
+        values = sorted(found, key=lambda value: (value is None, value))
+        ranks = np.empty(len(found), np.int64)
+        ranks[[found[value] for value in values]] = np.arange(len(found))
+        text = json.dumps(values).encode()
+        return {
+            "codes": torch.from_numpy(ranks[np.concatenate(parts)]),
+            "values": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+        }
+
+    key = f"{files_key([shard.path for shard in shards], 'labels', column)}-labels"
+    tensors = cached_tensors(cache_dir, key, build)[0]
+    return Labels(column, shards, json.loads(bytes(tensors["values"].tolist())), tensors["codes"])
+
+
+def number_classes(train: Labels, test: Labels) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor]:
+    """Turn labels into class numbers, the same in both splits.
+
+    Integers with class names in the metadata are positions in those names, whose order may differ between files.
+    Other labels are classes by their distinct training values, sorted; the values become the class names.
+
+    Returns:
+        The class names, and the class of every training and every test image, (N,) and (M,), int64.
+
+    Raises:
+        ConfigError: If most training images have a label of their own.
+        UnavailableError: If labels are missing, or differ between the splits in type or classes.
+    """
+    train.refuse_missing()
+    test.refuse_missing()
+    if train.kind != test.kind:
+        reason = f"labels are {test.kind}, those of the training files {train.kind}"
+        raise UnavailableError("data.root", test.shards[0].path, reason, "write the labels of both in one type")
+    names = next(filter(None, (_own_names(train, shard) for shard in train.shards)), ())
+    if names:
+        first = _first_label(train, names)
+        return names, _by_name(train, names, first), _by_name(test, names, first)
+    _check_values(train)
+    return tuple(map(str, train.values)), train.codes, _by_value(test, train)
+
+
+def _own_names(labels: Labels, shard: Shard) -> tuple[str, ...]:
+    return class_names(shard.schema, labels.column) if labels.kind == "integers" else ()
+
+
+def _first_label(train: Labels, names: tuple[str, ...]) -> int:
+    """The label of the first class name: 0, or 1 if labels are exactly 1 to the number of names."""
+    if train.values != list(range(1, len(names) + 1)):
+        return 0
+    notice("%s: labels start at 1; 1 is taken for class %r", train.shards[0].path, names[0])
+    return 1
+
+
+def _by_name(labels: Labels, names: tuple[str, ...], first: int) -> torch.Tensor:
+    """Classes of labels that are positions in each file's own class names."""
+    numbers = {name: number for number, name in enumerate(names)}
+
+    @functools.cache
+    def classes(own: tuple[str, ...]) -> torch.Tensor:
+        # Not through the names where they are the same: they need not be distinct.
+        by_place = list(range(len(names))) if own == names else [numbers.get(name, -1) for name in own]
+        places = [int(value) - first for value in labels.values if value is not None]
+        return torch.tensor([by_place[place] if 0 <= place < len(own) else -1 for place in places])
+
+    parts = []
+    for shard, codes in zip(labels.shards, labels.codes.split([shard.rows for shard in labels.shards]), strict=True):
+        own = _own_names(labels, shard) or names
+        found = classes(own)[codes]
+        if len(codes) and int(found.min()) < 0:
+            row = int(found.argmin())
+            value = int(labels.values[int(codes[row])] or 0)
+            known = 0 <= value - first < len(own)
+            reason = f"label {value}, but only {len(own)} class names"
+            if known:
+                reason = f"class {own[value - first]!r} is not among the classes of the training files"
+            raise UnavailableError("data.root", f"{shard.path}, row {row}", reason, "use the same classes in all files")
+        parts.append(found)
+    return torch.cat(parts)
+
+
+def _check_values(train: Labels) -> None:
+    """Refuse labels that tell images apart rather than classes; say so if integers are not 0 to K-1."""
+    values, shown = train.values, train.shards[0].path
+    if len(values) > _MOSTLY * len(train.codes):
+        reason = f"has {len(values)} distinct values in {len(train.codes)} rows, so it identifies images, not classes"
+        raise ConfigError("data.label_column", train.column, reason, "set it to the column of labels")
+    if train.kind != "integers" or values == list(range(len(values))):
+        return
+    if values == list(range(1, len(values) + 1)):
+        notice("%s: labels start at 1; classes keep their labels as names", shown)
+    else:
+        notice("%s: labels are %d numbers from %d to %d; each is a class", shown, len(values), values[0], values[-1])
+
+
+def _by_value(test: Labels, train: Labels) -> torch.Tensor:
+    """Classes of test labels: the positions of their values among the training values."""
+    numbers = {value: number for number, value in enumerate(train.values)}
+    for code, value in enumerate(test.values):
+        if value not in numbers:
+            reason = f"class {value!r} is not among the classes of the training files"
+            raise UnavailableError("data.root", test.first_row(code), reason, "use the same classes in all files")
+    return torch.tensor([numbers[value] for value in test.values])[test.codes]

@@ -1,0 +1,137 @@
+"""What can be known of a run before its first step: lengths against images, the smallest step, room on disks."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tla_service.config import RunConfig
+from tla_service.data import Batch, Dataset, StepBatch
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.models import build_model
+from tla_service.runtime import WorkerContext
+from tla_service.training.step import TrainingStep
+
+_FLOAT_BYTES = 4
+_GB = 10**9
+
+
+def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int) -> None:
+    """Refuse a run that its data would stop on the way.
+
+    Args:
+        config: The run.
+        dataset: Its data.
+        rows: Which training images are trained on (N,), int64.
+        world_size: Number of workers.
+
+    Raises:
+        ConfigError: A radius or a step size makes no sense on these images, or some step leaves a worker one image,
+            which BatchNorm cannot normalise.
+    """
+    trouble = config.attack_trouble(dataset.image_shape)
+    if trouble is not None:
+        raise ConfigError(*trouble)
+    batch = config.training.global_batch_size
+    steps = -(-len(rows) // batch)
+    if smallest_share(len(rows), steps, world_size) == 1 and not _one_image_trains(config, dataset, rows):
+        reason = f"{len(rows)} training images in {steps} steps leave {_whom(world_size)} with one image in some step"
+        reason += f", which the BatchNorm of {config.model.name} cannot normalise"
+        enough = next((fewer for fewer in range(steps, 0, -1) if smallest_share(len(rows), fewer, world_size) > 1), 0)
+        remedy = f"use {-(-len(rows) // enough)}" if enough else "use fewer workers, or more images"
+        raise ConfigError("training.global_batch_size", batch, reason, remedy)
+
+
+def smallest_share(images: int, steps: int, world_size: int) -> int:
+    """The fewest images that any worker gets in any step."""
+    return images // steps // world_size
+
+
+def checkpoint_bytes(config: RunConfig, network: nn.Module) -> int:
+    """Size of a checkpoint: the current and the best weights, their average, and the optimiser's state."""
+    floats = sum(tensor.numel() for tensor in network.state_dict().values())
+    trained = sum(parameter.numel() for parameter in network.parameters())
+    moments = 2 if config.optimizer.name != "sgd" else int(config.optimizer.momentum > 0)
+    copies = 3 if config.training.ema_decay is not None else 2
+    return _FLOAT_BYTES * (copies * floats + moments * trained)
+
+
+def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
+    """Refuse to begin what the disks have no room for.
+
+    Args:
+        needs: Setting -> folder (it need not exist) and the bytes that will be written there, beyond what is there
+            now. Folders of one filesystem share its room.
+
+    Raises:
+        UnavailableError: A filesystem has not enough room.
+    """
+    groups: dict[int, list[str]] = {}
+    for field, (folder, _) in needs.items():
+        groups.setdefault(_device(folder), []).append(field)
+    for fields in groups.values():
+        folder = _existing(needs[fields[0]][0])
+        wanted, free = sum(needs[field][1] for field in fields), shutil.disk_usage(folder).free
+        if wanted > free:
+            parts = " and ".join(f"{needs[field][1] / _GB:.3g} GB for {field}" for field in fields)
+            reason = f"its disk has {free / _GB:.3g} GB free, the run needs {parts}"
+            remedy = f"free some, or point {' or '.join(fields)} to another disk"
+            raise UnavailableError(fields[0], needs[fields[0]][0], reason, remedy)
+
+
+def scratch_need(checkpoint: int) -> tuple[Path, int]:
+    """Where checkpoints are written before they are moved to their place, and how much that takes."""
+    return Path(tempfile.gettempdir()), checkpoint
+
+
+def kept_need(folder: Path, checkpoint: int, kept: int) -> tuple[Path, int]:
+    """A folder that keeps some checkpoints, and what it still has to take: the new one is there before an old one goes.
+
+    Args:
+        folder: Where they are kept; what lies there already counts.
+        checkpoint: Size of one, in bytes.
+        kept: How many stay.
+    """
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    return folder, max(checkpoint, (kept + 1) * checkpoint - there)
+
+
+def _device(folder: Path) -> int:
+    return _existing(folder).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _whom(world_size: int) -> str:
+    return "a worker" if world_size > 1 else "it"
+
+
+def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor) -> bool:
+    """Try a step with one image on a fresh network: which passes see it alone depends on method, attack and roles."""
+    with torch.random.fork_rng(devices=[]):
+        shape, classes = dataset.image_shape, len(dataset.class_names)
+        network = build_model(config.model.name, classes, shape, config.model.normalization)
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        return True
+    plain = config.model_copy(
+        update={
+            "attack": config.attack.model_copy(update={"num_steps": 1}),
+            "speed": config.speed.model_copy(update={"compile": "none", "cuda_graphs": False, "tune_kernels": False}),
+        }
+    )
+    one, few = (
+        Batch(dataset.train.fetch(rows[:count]).float() / 255, dataset.train.labels[rows[:count]]) for count in (1, 2)
+    )
+    step = TrainingStep(network.train(), plain, WorkerContext())
+    try:
+        next(step.updates(StepBatch(one, one, few, global_size=1), config.seed))
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            return False
+        raise
+    return True
