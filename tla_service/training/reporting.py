@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tla_service.files import remove_parts
 from tla_service.logs import json_line
+from tla_service.training.checkpoint import MANIFEST
 from tla_service.training.resume import LocalCheckpoint, Stored
 
 LOG = "log.jsonl"
@@ -208,5 +209,5 @@ class LocalReporter:
             self._log.close()
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, if any."""
-        return max(self.checkpoints.glob("step-*"), default=None)
+        """The newest complete checkpoint, if any."""
+        return max((path.parent for path in self.checkpoints.glob(f"step-*/{MANIFEST}")), default=None)
