@@ -16,7 +16,7 @@ from tla_service.logs import json_line
 from tla_service.training.resume import LocalCheckpoint, Stored
 
 LOG = "log.jsonl"
-WARNINGS = ("failure", "damaged_checkpoint")
+WARNINGS = ("failure", "damaged_checkpoint", "warning")
 
 
 class Reporter(Protocol):
