@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -44,8 +45,20 @@ _LEASE_FIELDS = {"host", "pid", "since", "command", "machine", "began", "id"}
 class StoredCheckpoint(Checkpoint):
     """A checkpoint in the storage, which is waited for while it is away."""
 
+    @contextlib.contextmanager
+    def as_directory(self) -> Iterator[str]:
+        """A local folder with its files, for the time of the block; raises as `to_directory`.
+
+        Not shared among the workers of a node, as Ray's is: those that wait there take what one of them could fetch.
+        """
+        if isinstance(self.filesystem, LocalFileSystem):
+            yield str(self.path)
+            return
+        with tempfile.TemporaryDirectory(prefix="tla-checkpoint-") as folder:
+            yield self.to_directory(folder)
+
     def to_directory(self, path: str | os.PathLike[str] | None = None) -> str:
-        """As `ray.train.Checkpoint.to_directory`, which `as_directory` calls as well.
+        """As `ray.train.Checkpoint.to_directory`.
 
         Raises:
             FileNotFoundError: It is not there.
