@@ -16,6 +16,8 @@ SHAPES: dict[str, Any] = {
     "method": "tla_sa",
     "seed": 1,
     "data.name": ("mnist", {"data.root": "/d"}),
+    "data.label_column": "y",
+    "data.image_column": "x",
     "data.validation_fraction": 0.2,
     "data.train_limit": 100,
     "data.image_size": 16,

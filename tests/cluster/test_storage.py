@@ -26,7 +26,7 @@ from tla_service.config_loading import to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 
 RECORD = "checkpoint_manager_snapshot.json"
-LEASE = "driver.json"
+LEASE = "held_by.json"
 
 
 def make_folder(tmp_path: Path, record: str | None, *checkpoints: str) -> RunFolder:
@@ -275,9 +275,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module, "SILENT_SECONDS", 1.0)
 
 
-def take(tmp_path: Path, say: Callable[[str], None] = pytest.fail) -> None:
-    with RunFolder(str(tmp_path), "run").held(say):
+def take_of(storage: str, say: Callable[[str], None] = pytest.fail) -> None:
+    with RunFolder(storage, "run").held(say):
         pass
+
+
+def take(tmp_path: Path, say: Callable[[str], None] = pytest.fail) -> None:
+    take_of(str(tmp_path), say)
 
 
 def elsewhere(**fields: Any) -> dict[str, Any]:
@@ -368,3 +372,29 @@ def test_a_lease_that_cannot_be_read_holds_nothing(tmp_path: Path, text: str) ->
     make_folder(tmp_path, None)
     (tmp_path / "run" / LEASE).write_text(text)
     take(tmp_path)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_bucket(s3: Any) -> None:
+    storage = f"s3://{s3.bucket}/some/runs"
+    folder = RunFolder(storage, "run")
+    assert folder.checkpoints() == []
+    assert folder.forget_record() == ""
+    for step in (4, 8):
+        s3.put(f"some/runs/run/step-{step:09d}/manifest.json", b"{}")
+    s3.put("some/runs/run/step-000000008/config.yaml", to_yaml(RunConfig()).encode())
+    s3.put(f"some/runs/run/{RECORD}", record_of("step-000000012").encode())
+    (newest, _) = folder.checkpoints()
+    with newest.as_directory() as local:
+        assert sorted(path.name for path in Path(local).iterdir()) == ["config.yaml", "manifest.json"]
+    run = f"{s3.bucket}/some/runs/run"
+    assert folder.forget_record() == f"checkpoint {run}/step-000000012 is missing; falling back to {run}/step-000000008"
+    assert folder.forget_record() == ""
+    with folder.held(print) as check:
+        time.sleep(0.2)
+        check()
+        with pytest.raises(ConfigError, match=rf"scaling\.storage={storage}: in use by process {os.getpid()} on "):
+            take_of(storage, print)
+    take_of(storage)
+    s3.put("some/runs/digits-tla-s0-0badcafe/step-000000004/config.yaml", to_yaml(RunConfig()).encode())
+    assert earlier_name(RunConfig(), storage).name == "digits-tla-s0-0badcafe"

@@ -43,14 +43,14 @@ def test_the_last_two_checkpoints_stay_whoever_wrote_the_others(tmp_path: Path) 
     reporter = RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), 2, is_main=True)
     for name in ("step-2", "step-4"):
         (run / name).mkdir(parents=True)
-    (run / "driver.json").write_text("")
+    (run / "held_by.json").write_text("")
     there = []
     for name in ("step-4", "step-4", "step-6", "step-8"):
         report(reporter, {"epoch": 0.0}, name)
         there.append(sorted(path.name for path in run.glob("step-*")))
     assert there == [["step-2", "step-4"], ["step-2", "step-4"], ["step-4", "step-6"], ["step-6", "step-8"]]
     assert (run / "step-8" / "model.safetensors").read_text() == "step-8"
-    assert (run / "driver.json").exists()
+    assert (run / "held_by.json").exists()
 
 
 def test_a_warning_of_a_worker_reaches_the_driver() -> None:

@@ -30,7 +30,7 @@ from tla_service.retries import retried
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 30.0  # a holder elsewhere that is silent this long is taken for dead
 RETRY_SECONDS = 300.0  # how long a run waits for a storage that is away
-_LEASE, _LATEST = "driver.json", "latest.json"
+_LEASE, _LATEST = "held_by.json", "latest.json"
 _RAYS_LATEST = "latest_checkpoint_result"
 _CHUNK_BYTES = 64 * 2**20
 # What a shared folder's file system says while its server is away.
