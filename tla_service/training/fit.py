@@ -350,7 +350,7 @@ class Run:
             with failing_together(self.context):
                 if target is not None:
                     save_checkpoint(target, self.state, self.config, self._data_facts)
-            self.reporter.report(metrics, target, name)
+                self.reporter.report(metrics, target, name)
 
 
 def training_batches(config: RunConfig, dataset: Dataset, rows: Tensor, context: WorkerContext) -> TrainingBatches:
