@@ -14,7 +14,7 @@ from tla_service.tuning.space import Space
 
 
 def main() -> int:
-    """Read the configuration, search, and say what is best."""
+    """Read the configuration, search, and train the winner if asked to."""
     settings = read_settings(TuneSettings)
     run = settings.run_config
     if settings.print_config:
@@ -22,9 +22,7 @@ def main() -> int:
         return 0
     space = Space(run, settings.sweep)
     # Imported late: --help and a wrong space should not wait for torch, ray and mlflow.
-    from tla_service.cluster.sweep import run_sweep
-    from tla_service.cluster.sweep_results import WINNER
-    from tla_service.cluster.sweep_winner import train_winner
+    from tla_service.workflows.sweep import WINNER, run_sweep, train_winner
 
     output = (settings.output or Path("runs") / space.name).expanduser().absolute()
     code = run_sweep(run, space, output, resume=settings.resume, debug=settings.debug)

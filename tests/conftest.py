@@ -1,4 +1,4 @@
-"""One thread, one seed, no configuration from outside, and an S3 server for the tests that ask for it."""
+"""One thread, one seed, no configuration from outside; an S3 server and an MLflow store for tests that ask for them."""
 
 import os
 import subprocess
@@ -81,3 +81,21 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in {**s3_server.environment, "AWS_EC2_METADATA_DISABLED": "true"}.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite store of MLflow whose tables exist: making them takes seconds, copying the file takes none."""
+    from tla_service.registry.connection import client
+
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    client(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def local_uri(template: Path, tmp_path: Path) -> str:
+    """A store of the test's own."""
+    path = tmp_path / "mlflow.db"
+    path.write_bytes(template.read_bytes())
+    return f"sqlite:///{path}"

@@ -112,6 +112,11 @@ def test_digest_changes_with_what_shapes_the_weights() -> None:
     assert all(re.fullmatch("[0-9a-f]{8}", digest) for digest in digests)
 
 
+def test_digest_changes_with_the_columns() -> None:
+    columns = [DataConfig(label_column="a"), DataConfig(image_column="a"), DataConfig(label_column="b"), DataConfig()]
+    assert len({RunConfig(data=data).digest for data in columns}) == 4
+
+
 def test_digest_ignores_name_scaling_and_tracking() -> None:
     other = RunConfig(
         name="mine",

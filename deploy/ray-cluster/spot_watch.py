@@ -1,4 +1,4 @@
-"""Tell Ray when AWS is about to take this spot machine: its workers then save a checkpoint and go on elsewhere.
+"""Tell Ray when AWS is about to take this spot machine, so that training restarts elsewhere from its last checkpoint.
 
 Runs beside `ray start` on each worker, asks the machine's metadata every five seconds, and ends after the notice.
 """

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Job
-from tests.cluster.test_submit import free_port
+from tests.cluster.conftest import Job, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 

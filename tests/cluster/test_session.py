@@ -78,7 +78,7 @@ def test_a_folder_too_deep_for_rays_sockets_is_refused_before_ray_starts(
     assert str(caught.value).startswith(f"TMPDIR={tmp_path}/xxx")
     assert "at most 107 work; set RAY_TMPDIR to a short folder on a local disk, such as /tmp" in str(caught.value)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 60)))
-    with pytest.raises(UnavailableError, match="^RAY_TMPDIR="), ray_session(RunConfig()):
+    with pytest.raises(UnavailableError, match=r"^RAY_TMPDIR="), ray_session(RunConfig()):
         pass
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null/tmp")

@@ -1,10 +1,13 @@
 """How many trials fit, by arithmetic on nodes."""
 
+from typing import Any
+
 import pytest
 
 from tla_service.cluster import slots
 from tla_service.cluster.session import Placement
-from tla_service.cluster.slots import Room, check_room
+from tla_service.cluster.slots import check_room, count_slots, workers_per_trial
+from tla_service.config import ScalingConfig
 from tla_service.errors import UnavailableError
 
 GPU_NODE = {"CPU": 16.0, "GPU": 4.0}
@@ -38,33 +41,18 @@ def test_what_can_never_be_placed_is_refused_with_the_arithmetic() -> None:
         check_room([{"CPU": 16.0, "GPU": 3.0}, {"CPU": 16.0, "GPU": 5.0}], Placement(4, True, 1, 2))
 
 
+def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False, "Resources": {"CPU": 100.0}}]
+    monkeypatch.setattr(slots.ray, "nodes", lambda: nodes)
+    assert count_slots(Placement(2, False, 1, 1)) == 4
+
+
 @pytest.mark.parametrize(
-    ("cpus", "most", "on_deck", "limit"),
-    [(8, None, 0, 4), (8, None, 1, 5), (8, 2, 1, 2), (8, 4, 1, 5), (8, 6, 1, 5), (0, None, 1, 1)],
+    ("gpus", "scaling", "workers"),
+    [(0, {}, 2), (4, {}, 1), (4, {"use_gpu": False}, 2), (0, {"use_gpu": True}, 1), (4, {"num_workers": 3}, 3)],
 )
-def test_trials_under_way(
-    monkeypatch: pytest.MonkeyPatch, cpus: int, most: int | None, on_deck: int, limit: int
+def test_a_trial_has_few_workers(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, scaling: dict[str, Any], workers: int
 ) -> None:
-    nodes = [{"Alive": True, "Resources": {"CPU": float(cpus)}}, {"Alive": False, "Resources": {"CPU": 100.0}}]
-    monkeypatch.setattr(slots.ray, "nodes", lambda: nodes)
-    room = Room(Placement(2, False, 1, 1), most, on_deck)
-    assert room.limit() == limit
-    assert room.slots == min(cpus // 2, most or 100)
-
-
-def test_nothing_is_on_deck_before_every_place_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
-    room = Room(Placement(2, False, 1, 1), None, 1)
-    assert [room.limit(trained) for trained in (0, 1, 2)] == [2, 2, 3]
-
-
-def test_room_follows_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}]
-    monkeypatch.setattr(slots.ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(slots, "ASK_SECONDS", -1.0)
-    room = Room(Placement(2, False, 1, 1), None, 1)
-    assert room.limit() == 2
-    nodes.append({"Alive": True, "Resources": {"CPU": 4.0}})
-    assert room.limit() == 4
-    nodes.pop()
-    assert (room.limit(), room.slots) == (2, 3)
+    monkeypatch.setattr(slots.ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": float(gpus)})
+    assert workers_per_trial(ScalingConfig(**scaling)) == workers

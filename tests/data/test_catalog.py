@@ -63,6 +63,26 @@ def test_digits_values_are_those_of_scikit_learn() -> None:
     assert {(tuple(image.flatten().tolist()), int(label)) for image, label in found} <= originals
 
 
+def test_the_gates_images_are_the_same_under_every_limit() -> None:
+    def gate(config: DataConfig) -> tuple[set[bytes], set[bytes]]:
+        data = catalog.load_dataset(config)
+        images = [image.numpy().tobytes() for image in data.test.fetch(torch.arange(len(data.test)))]
+        sides = [
+            {image for image, own in zip(images, data.gate.tolist(), strict=True) if own is side}
+            for side in (True, False)
+        ]
+        return sides[0], sides[1]
+
+    gates, others = gate(DataConfig())
+    assert (len(gates), len(others)) == (110, 340)
+    assert gate(DataConfig(train_limit=100)) == (gates, others)
+    few, rest = gate(DataConfig(test_limit=90))
+    assert len(few | rest) == 90
+    assert few
+    assert few <= gates
+    assert rest <= others
+
+
 def test_limits_cut_both_parts_and_change_the_fingerprint(make_config: MakeConfig) -> None:
     whole = catalog.load_dataset(make_config())
     cut = catalog.load_dataset(make_config(train_limit=100, test_limit=3))
@@ -94,6 +114,36 @@ def test_what_cannot_be_trained_on_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         load_made(made)
+
+
+@pytest.mark.parametrize("label", [-1, 2, 2**40])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_labels_beyond_the_classes_are_refused_before_they_are_counted(
+    load_made: Callable[..., Dataset], part: str, label: int
+) -> None:
+    made = splits([0, 1, label], [0]) if part == "train" else splits([0, 1], [0, label])
+    with pytest.raises(UnavailableError, match="has labels beyond its 2 classes; correct the labels"):
+        load_made(made)
+
+
+def test_classes_without_test_images_are_said(
+    load_made: Callable[..., Dataset], caplog: pytest.LogCaptureFixture
+) -> None:
+    load_made(splits([0, 1, 2], [1], ("a", "b", "c")))
+    assert caplog.messages == ["data.root=None: 2 classes have no test images: a, c"]
+
+
+def test_classes_that_look_alike_are_said(load_made: Callable[..., Dataset], caplog: pytest.LogCaptureFixture) -> None:
+    load_made(splits([0, 1, 2, 3], [0, 1, 2, 3], ("A", "a", "Cat", "cat ")))
+    assert caplog.messages == ["data.root=None: classes 'Cat' and 'cat ' differ only in case or spaces"]
+
+
+@pytest.mark.parametrize("field", ["label_column", "image_column"])
+@pytest.mark.parametrize("name", ["digits", "tiny_imagenet", "image_folder", "mnist", "cifar10"])
+def test_columns_are_for_parquet_only(make_config: MakeConfig, tmp_path: Any, name: str, field: str) -> None:
+    config = make_config(name=name, root=str(tmp_path), image_size=8, **{field: "x"})
+    with pytest.raises(ConfigError, match=rf"data\.{field}=x: .*; leave it out"):
+        catalog.load_dataset(config)
 
 
 def test_parts_of_different_shapes_are_refused(load_made: Callable[..., Dataset]) -> None:

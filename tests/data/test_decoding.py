@@ -1,6 +1,8 @@
 """Images of every usual kind, and rubbish."""
 
+import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tla_service.data.decoding import Decoder, decode, evenly_spread, open_image, probe, resized
+from tla_service.data.decoding import Decoder, decode, evenly_spread, is_image, open_image, probe, resized
 from tla_service.errors import ConfigError, UnavailableError, UserError
 
 Encode = Callable[..., bytes]
@@ -46,8 +48,6 @@ def test_grey_becomes_three_equal_channels_and_colour_one(encoded: Encode) -> No
 @pytest.mark.filterwarnings("error")
 def test_palettes_with_transparency_become_rgb(encoded: Encode) -> None:
     palette = Image.fromarray(COLOUR).convert("P")
-    import io
-
     handle = io.BytesIO()
     palette.save(handle, "PNG", transparency=bytes(range(256)))
     assert open_image(handle.getvalue(), "x", "RGB").mode == "RGB"
@@ -69,8 +69,6 @@ def test_another_size_is_refused_by_name(encoded: Encode) -> None:
 @settings(deadline=None, max_examples=60)
 @given(rubbish=st.binary(max_size=200), cut=st.integers(0, 80))
 def test_rubbish_is_reported_by_name(rubbish: bytes, cut: int) -> None:
-    import io
-
     handle = io.BytesIO()
     Image.fromarray(COLOUR).save(handle, "PNG")
     for blob in (rubbish, handle.getvalue()[:cut], handle.getvalue()[:40] + rubbish):
@@ -81,6 +79,57 @@ def test_rubbish_is_reported_by_name(rubbish: bytes, cut: int) -> None:
 def test_more_than_eight_bits_are_refused(encoded: Encode) -> None:
     with pytest.raises(UnavailableError, match="more than 8 bits"):
         open_image(encoded(GREY.astype(np.uint16) * 200), "deep.png", "L")
+
+
+def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    handle = io.BytesIO()
+    image.save(handle, kind, **options)
+    return handle.getvalue()
+
+
+MODES = {
+    "RGBA": (Image.fromarray(np.dstack([COLOUR, np.full((6, 5), 9, np.uint8)])), "PNG", COLOUR),
+    "LA": (Image.fromarray(np.dstack([GREY, np.full((6, 5), 9, np.uint8)])), "PNG", np.dstack([GREY] * 3)),
+    "1": (Image.fromarray(GREY > 127), "PNG", np.dstack([(GREY > 127) * np.uint8(255)] * 3)),
+    "P": (Image.fromarray(np.repeat(COLOUR[:1], 6, 0)).quantize(8), "PNG", np.repeat(COLOUR[:1], 6, 0)),
+    "CMYK": (Image.frombytes("CMYK", (5, 6), np.dstack([255 - COLOUR, GREY * 0]).tobytes()), "TIFF", COLOUR),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb_without_its_transparency(mode: str) -> None:
+    image, kind, expected = MODES[mode]
+    assert image.mode == mode
+    found = Decoder((3, 6, 5), resize=False)(_saved(image, kind), "x")
+    assert np.array_equal(found, expected.transpose(2, 0, 1))
+
+
+def test_pixels_are_taken_as_they_are_stored_whatever_the_camera_says() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6  # rotated by 90 degrees, as phones note it
+    found = Decoder((3, 6, 5), resize=False)(_saved(Image.fromarray(COLOUR), "PNG", exif=turned), "x")
+    assert np.array_equal(found, COLOUR.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("kind", "share"), [("PNG", 0.5), ("JPEG", 0.7), ("WEBP", 0.5), ("BMP", 0.8), ("TIFF", 0.5)])
+def test_cut_images_are_named(kind: str, share: float) -> None:
+    large = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    blob = _saved(Image.fromarray(large), kind)
+    with pytest.raises(UnavailableError, match=r"data\.root=cut\.x: not a readable image .*; replace or remove"):
+        open_image(blob[: int(share * len(blob))], "cut.x")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "QOI"])
+def test_images_are_told_from_other_files_by_their_first_bytes(kind: str) -> None:
+    blob = _saved(Image.fromarray(COLOUR), kind)
+    assert is_image(io.BytesIO(blob))
+    assert not is_image(io.BytesIO(blob[1:]))
+
+
+@given(st.binary(max_size=40))
+def test_rubbish_is_no_image(rubbish: bytes) -> None:
+    is_image(io.BytesIO(rubbish))  # never raises
+    assert not is_image(io.BytesIO(b"x" + rubbish))
 
 
 def test_a_set_is_grey_only_if_all_are(encoded: Encode) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet as pq
 
+from tests.data.conftest import hub
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
 from tla_service.data.sources import FileSource
@@ -185,18 +186,6 @@ def test_images_of_several_sizes_need_a_side(
     assert load_dataset(make_config(name="parquet", root=str(folder), image_size=6)).image_shape == (3, 6, 6)
 
 
-def test_labels_beyond_the_names_are_refused(folder: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
-    write(folder / "train-00000-of-00002.parquet", blobs[:4], [0, 1, 2, 0], metadata={"label_names": "a,b"})
-    with pytest.raises(UnavailableError, match="label 2, but only 2 class names"):
-        load_dataset(make_config(name="parquet", root=str(folder)))
-
-
-def test_a_missing_class_is_refused(folder: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
-    write(folder / "test-00000-of-00001.parquet", blobs[8:], [4, 1])
-    with pytest.raises(ConfigError, match=r"data\.name=parquet: 2 classes have no training images, '3' first"):
-        load_dataset(make_config(name="parquet", root=str(folder)))
-
-
 def test_a_file_without_rows_is_refused(folder: Path, make_config: MakeConfig) -> None:
     write(folder / "test-00000-of-00001.parquet", [], [])
     with pytest.raises(UnavailableError, match=r"test-00000-of-00001\.parquet: holds no rows"):
@@ -207,6 +196,57 @@ def test_files_that_differ_in_their_columns_are_refused(folder: Path, make_confi
     pq.write_table(pa.table({"other": [1, 2]}), folder / "train-00001-of-00002.parquet")
     with pytest.raises(UnavailableError, match=r"train-00001-of-00002\.parquet"):
         load_dataset(make_config(name="parquet", root=str(folder)))
+
+
+def test_other_integer_columns_are_no_labels(tmp_path: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
+    columns = {"fold": [0, 1, 2, 3] * 3, "width": [500] * 12, "label": ["dog", "cat"] * 6}
+    root = hub(tmp_path / "text", blobs, train=columns, test=columns)
+    found = load_dataset(make_config(name="parquet", root=root))
+    assert found.class_names == ("cat", "dog")
+    assert found.train.labels.tolist() == [1, 0] * 6
+
+    columns = {"image_id": list(range(12)), "breed_id": [0, 1, 1] * 4}
+    root = hub(tmp_path / "named", blobs, train=columns, test=columns)
+    with pytest.raises(
+        ConfigError, match=r"data\.label_column: .*image_id \(int64\), breed_id \(int64\); set"
+    ) as caught:
+        load_dataset(make_config(name="parquet", root=root))
+    assert caught.value.exit_code == 2
+    found = load_dataset(make_config(name="parquet", root=root, label_column="breed_id"))
+    assert found.train.labels.tolist() == [0, 1, 1] * 4
+
+
+def test_one_of_several_label_columns_is_said(
+    tmp_path: Path, blobs: list[bytes], make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = {"target": [0, 1, 2, 3] * 3, "fine_label": [0, 1, 1] * 4}
+    root = hub(tmp_path, blobs, train=columns, test=columns)
+    assert load_dataset(make_config(name="parquet", root=root)).train.labels.tolist() == [0, 1, 1] * 4
+    text = "labels are read from column 'fine_label', not from target; data.label_column chooses another"
+    assert sum(message.endswith(text) for message in caplog.messages) == 2
+    chosen = load_dataset(make_config(name="parquet", root=root, label_column="target"))
+    assert chosen.train.labels.tolist() == [0, 1, 2, 3] * 3
+    assert len(caplog.messages) == 2
+
+
+def test_one_of_several_image_columns(tmp_path: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
+    columns = {"label": [0, 1] * 4, "mask": blobs[8:] * 4}
+    root = hub(tmp_path / "named", blobs, train=columns, test=columns)
+    plain = load_dataset(make_config(name="parquet", root=root))
+    masks = load_dataset(make_config(name="parquet", root=root, image_column="mask"))
+    assert torch.equal(masks.train.fetch(torch.arange(2)), masks.train.fetch(torch.arange(2, 4)))
+    assert not torch.equal(masks.train.fetch(torch.arange(2)), plain.train.fetch(torch.arange(2)))
+
+
+def test_an_empty_file_among_others_does_no_harm(folder: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
+    expected = load_dataset(make_config(name="parquet", root=str(folder)))
+    write(folder / "train-00000-of-00001.parquet", [], [])
+    assert load_dataset(make_config(name="parquet", root=str(folder))).fingerprint == expected.fingerprint
+
+
+def test_the_fingerprint_is_that_of_earlier_versions(folder: Path, make_config: MakeConfig) -> None:
+    # A run that was stopped before labels were checked by their values must resume.
+    assert load_dataset(make_config(name="parquet", root=str(folder))).fingerprint == "230727e83385b502"
 
 
 def test_a_cut_cache_is_made_again(folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:

@@ -85,6 +85,12 @@ def test_every_place_of_the_files_gives_the_same(folder: Path, make_config: Make
     assert len({item.fingerprint for item in found}) == 1
 
 
+def test_several_sets_in_one_root_are_refused(folder: Path, make_config: MakeConfig) -> None:
+    shutil.copytree(folder / "tiny-imagenet-200", folder / "old" / "set")
+    with pytest.raises(ConfigError, match=r"data\.root=.*: holds 2 data sets: old/set, tiny-imagenet-200; point it at"):
+        load_dataset(make_config(name="tiny_imagenet", root=str(folder)))
+
+
 def test_images_in_a_zip_file_stream_as_they_are_kept(folder: Path, make_config: MakeConfig) -> None:
     archive = str(zipped(folder))
     kept = load_dataset(make_config(name="tiny_imagenet", root=archive))

@@ -10,10 +10,12 @@ from typing import Any
 from urllib.error import URLError
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet as pq
 
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
@@ -70,6 +72,35 @@ def test_the_real_files_read_as_torchvision_reads_them(real_data: Path, shared_c
     ours = load_dataset(DataConfig(name="mnist", root=str(tmp_path), cache_dir=shared_cache))
     assert torch.equal(ours.test.fetch(torch.arange(10_000))[:, 0], theirs.data)
     assert torch.equal(ours.test.labels, theirs.targets)
+
+
+def test_parquet_files_of_another_set_are_refused(
+    tmp_path: Path, make_config: MakeConfig, encoded: Callable[..., bytes]
+) -> None:
+    images = {name: encoded(np.zeros((8, 8, *shape), np.uint8)) for name, shape in (("grey", ()), ("colour", (3,)))}
+    for kind, image in images.items():
+        (tmp_path / kind).mkdir()
+        for part in ("train", "test"):
+            table = pa.table({"image": [image] * 4, "label": [0, 1] * 2})
+            pq.write_table(table, tmp_path / kind / f"{part}-0.parquet")
+    assert load_dataset(make_config(name="mnist", root=str(tmp_path / "grey"))).image_shape == (1, 8, 8)
+    with pytest.raises(ConfigError, match=r"data\.root=.*hold 3-channel images, mnist has 1; point it at this set's"):
+        load_dataset(make_config(name="mnist", root=str(tmp_path / "colour")))
+    with pytest.raises(ConfigError, match=r"data\.root=.*hold 1-channel images, cifar10 has 3"):
+        load_dataset(make_config(name="cifar10", root=str(tmp_path / "grey")))
+
+
+def test_own_files_go_before_parquet_files_elsewhere_in_the_root(
+    small_mnist: Path, make_config: MakeConfig, encoded: Callable[..., bytes]
+) -> None:
+    expected = load_dataset(make_config(name="mnist", root=str(small_mnist)))
+    (small_mnist / "other").mkdir()
+    for part in ("train", "test"):
+        table = pa.table({"image": [encoded(np.zeros((8, 8), np.uint8))] * 4, "label": [0, 1] * 2})
+        pq.write_table(table, small_mnist / "other" / f"{part}-0.parquet")
+    assert load_dataset(make_config(name="mnist", root=str(small_mnist))).fingerprint == expected.fingerprint
+    with pytest.raises(ConfigError, match=r"data\.label_column=label: data\.root is not read as Parquet files"):
+        load_dataset(make_config(name="mnist", root=str(small_mnist), label_column="label"))
 
 
 def test_packed_unpacked_and_bare_folders_agree(small_mnist: Path, make_config: MakeConfig, tmp_path: Path) -> None:

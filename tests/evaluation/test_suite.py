@@ -15,10 +15,13 @@ from tla_service.config_adversary import AttackConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.outcomes import (
     STANDS,
+    AutoAttackRun,
     ShardOutcome,
     compare_outcomes,
     load_outcome,
     merge_outcomes,
+    outcome_arrays,
+    outcome_from,
     save_outcome,
 )
 from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, restart_curve, step_sweep, sweep_curve
@@ -120,6 +123,29 @@ def test_transfer_scores_the_surrogates_images() -> None:
     assert outcome.standing("transfer").sum() > outcome.standing("bim").sum()
 
 
+def test_what_autoattack_warns_of_is_kept(tmp_path: Path) -> None:
+    class Random(Wavy):
+        def forward(self, images: Tensor) -> ModelOutput:
+            output = super().forward(images)
+            return ModelOutput(output.logits + 0.01 * torch.rand_like(output.logits), output.embeddings)
+
+    network = Random()
+    images, labels = pictures(Wavy(), 12)
+    outcome = evaluate(network, images, labels, {}, autoattack=("linf", 0.001), batch_size=6)
+    assert len(outcome.warnings) == 1  # of each batch and stage the same
+    assert "randomized defense" in outcome.warnings[0]
+    save_outcome(outcome, tmp_path / "outcome.npz")
+    assert load_outcome(tmp_path / "outcome.npz").warnings == outcome.warnings
+    assert merge_outcomes([outcome]).warnings == outcome.warnings
+    assert evaluate(Wavy(), images, labels, {}, autoattack=("linf", 0.001)).warnings == ()
+
+
+def test_outcomes_of_before_have_no_warnings() -> None:
+    arrays = outcome_arrays(ShardOutcome(np.arange(2), np.zeros(2, np.int64), {"clean": np.zeros(2, np.int64)}))
+    del arrays["warnings"]
+    assert outcome_from(arrays).warnings == ()
+
+
 def test_autoattack_is_no_weaker_and_says_what_it_left_out() -> None:
     network = Wavy()
     images, labels = pictures(network, 15)
@@ -128,6 +154,17 @@ def test_autoattack_is_no_weaker_and_says_what_it_left_out() -> None:
     assert not (outcome.standing("autoattack") & ~outcome.standing("clean")).any()
     assert set(outcome.left_out) == {"apgd-t"}
     assert merge_outcomes([outcome]).left_out == outcome.left_out
+    assert outcome.autoattack == AutoAttackRun("standard", "linf", 0.03, ("apgd-ce", "apgd-dlr", "fab-t", "square"))
+
+
+def test_shards_of_one_autoattack_are_merged() -> None:
+    def shard(row: int, run: AutoAttackRun | None) -> ShardOutcome:
+        return ShardOutcome(np.array([row]), np.array([0]), {"autoattack": np.array([STANDS])}, autoattack=run)
+
+    one, other = (AutoAttackRun("standard", "linf", epsilon, ("square",)) for epsilon in (0.03, 1e-6))
+    assert merge_outcomes([shard(1, one), shard(0, None)]).autoattack == one  # earlier versions kept no record
+    with pytest.raises(ValueError, match="attacked differently"):
+        merge_outcomes([shard(0, one), shard(1, other)])
 
 
 def test_float32_whatever_surrounds_it() -> None:
@@ -150,14 +187,23 @@ def test_float32_whatever_surrounds_it() -> None:
 def test_outcome_survives_the_disk(tmp_path: Path) -> None:
     network = Wavy()
     images, labels = pictures(network, 10)
-    outcome = ShardOutcome(**(vars(evaluate(network, images, labels)) | {"left_out": {"apgd-t": "needs 4 classes"}}))
+    facts = {
+        "left_out": {"apgd-t": "needs 4 classes"},
+        "autoattack": AutoAttackRun("standard", "l2", 0.5, ("fab-t", "square")),
+        "gate": np.arange(10) % 4 == 1,
+    }
+    outcome = ShardOutcome(**(vars(evaluate(network, images, labels)) | facts))
     save_outcome(outcome, tmp_path / "shards" / "0.npz")
     back = load_outcome(tmp_path / "shards" / "0.npz")
     assert [path.name for path in (tmp_path / "shards").iterdir()] == ["0.npz"]
     assert back.indices.tolist() == outcome.indices.tolist()
     assert back.labels.tolist() == outcome.labels.tolist()
     assert {k: v.tolist() for k, v in back.broken_at.items()} == {k: v.tolist() for k, v in outcome.broken_at.items()}
-    assert back.left_out == outcome.left_out
+    assert (back.left_out, back.autoattack) == (outcome.left_out, outcome.autoattack)
+    assert back.gate is not None
+    assert back.gate.tolist() == facts["gate"].tolist()  # type: ignore[attr-defined]
+    assert back.only(back.gate).indices.tolist() == [1, 5, 9]
+    assert back.only(back.gate).standing("pgd").tolist() == back.standing("pgd")[[1, 5, 9]].tolist()
 
 
 @pytest.mark.parametrize("keep", [0, 10, 300])
@@ -250,7 +296,7 @@ def test_columns_in_l2_and_at_another_radius_keep_their_steps(data_name: str) ->
         assert l2.attacks[name].norm == "l2"
         assert (l2.attacks[name].step_size or 0) / l2.epsilon == pytest.approx(share)
         assert (wide.attacks[name].step_size or 0) / 0.5 == pytest.approx(share)
-        assert evaluation_attack(l2.attacks[name], AttackConfig()).epsilon == l2.epsilon
+        assert evaluation_attack(l2.attacks[name], AttackConfig(), data_name, "attacks").epsilon == l2.epsilon
 
 
 def test_a_radius_of_zero_is_refused() -> None:
@@ -259,8 +305,13 @@ def test_a_radius_of_zero_is_refused() -> None:
 
 
 def test_sets_the_paper_lacks_have_columns_too() -> None:
-    assert paper_columns("fashion_mnist") == paper_columns("mnist")
-    assert paper_columns("image_folder") == paper_columns("cifar10")
+    assert paper_columns("fashion_mnist", epsilon=0.3) == paper_columns("mnist")
+    assert paper_columns("image_folder", epsilon=8 / 255) == paper_columns("cifar10")
+
+
+def test_columns_without_a_radius_are_refused() -> None:
+    with pytest.raises(ConfigError, match="norm=l2: no radius is given in this norm"):
+        paper_columns("image_folder", "l2")
 
 
 def test_curves_are_the_accuracies_of_their_points() -> None:

@@ -15,7 +15,13 @@ from tla_service.models import build_model
 JOB = "evaluate_tla"
 
 
-def checkpoint(folder: Path, classes: int = 10, shape: tuple[int, int, int] = (1, 8, 8), spoil: bool = False) -> str:
+def checkpoint(
+    folder: Path,
+    classes: int = 10,
+    shape: tuple[int, int, int] = (1, 8, 8),
+    spoil: bool = False,
+    names: list[str] | None = None,
+) -> str:
     """Random weights as training leaves them."""
     folder.mkdir()
     config = RunConfig()
@@ -26,7 +32,7 @@ def checkpoint(folder: Path, classes: int = 10, shape: tuple[int, int, int] = (1
         next(iter(weights.values())).fill_(float("nan"))
     save_file(weights, folder / "best.safetensors")
     (folder / "config.yaml").write_text(to_yaml(config))
-    names = [str(number) for number in range(classes)]
+    names = names or [str(number) for number in range(classes)]
     (folder / "data.json").write_text(json.dumps({"class_names": names, "image_shape": shape, "fingerprint": "f"}))
     return str(folder)
 
@@ -39,6 +45,10 @@ def test_models_that_do_not_fit(run_in_process: Run, tmp_path: Path) -> None:
         (["--model", checkpoint(tmp_path / "broken", spoil=True)], "logits that are not finite"),
         (["--model", good, "--compare", checkpoint(tmp_path / "lacks", classes=9)], "compare="),
         (["--model", good, "--compare", good], "named twice"),
+        (
+            ["--model", checkpoint(tmp_path / "turned", names=list("0123456798"))],
+            "its class '9' is number 8, in digits it is number 9; evaluate it on data with the classes in its order",
+        ),
         (["--model", good, "--surrogate", good], "surrogate="),
     ]
     for arguments, said in cases:
@@ -65,6 +75,9 @@ def test_attacks_that_cannot_be(run_in_process: Run, tmp_path: Path) -> None:
         (["--epsilon", "0"], "epsilon"),
         (["--attacks", '{"a": {"kind": "jsma"}}'], "fgsm, bim, pgd, mim, cw"),
         (["--attacks", '{"a": {"kind": "fgsm"}}'], "none of them is PGD"),
+        # Curves and audit must not rest on an attack of another radius.
+        (["--attacks", '{"a": {"epsilon": 0.001, "step_size": 0.001}}'], "none of them is PGD with norm linf"),
+        (["--data.test_limit", "100", "--images.autoattack", "1"], "all of which are set aside for the promotion gate"),
     ]:
         code, message = run_in_process("--model", good, *arguments)
         assert code == 2, message
@@ -85,5 +98,5 @@ def test_a_folder_that_holds_something_else_is_left_alone(run_in_process: Run, t
     (output / "report.html").write_text("an earlier report")
     code, message = run_in_process("--model", good, "--output", str(output))
     assert code == 2
-    assert "other weights, data or settings" in message
+    assert "differs in weights, data, threat model, settings" in message
     assert (output / "report.html").read_text() == "an earlier report"

@@ -84,8 +84,10 @@ WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "one test image": (("--data.test_limit", "1"), "data.test_limit=1: 1 test image; the example in a packaged model"),
     "a step with one image": (
-        ("--model.name", "torchvision:resnet18", "--training.global_batch_size", "2", "--data.train_limit", "102")
-        + ("--scaling.num_workers", "1", "--method", "at"),
+        (
+            *("--model.name", "torchvision:resnet18", "--training.global_batch_size", "2"),
+            *("--data.train_limit", "102", "--scaling.num_workers", "1", "--method", "at"),
+        ),
         "training.global_batch_size=2: 91 training images in 46 steps leave it with one image in some step",
     ),
     "radius beyond the image": (

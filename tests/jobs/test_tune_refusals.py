@@ -1,5 +1,7 @@
 """What can be wrong with a sweep: one message each, before anything starts."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         "sweep.space.loss.margin.lo=1: no such setting; did you mean low?",
     ),
     "unknown study": (("--study", "margins"), "study=margins: no such study; did you mean margin?"),
+    "growing without a limit": (
+        ("--scaling.wait_seconds", "60"),
+        "sweep.max_concurrent: with scaling.wait_seconds the cluster may grow",
+    ),
     "unknown searcher": (("--sweep.searcher", "tpa"), "sweep.searcher=tpa: not one of tpe, random, grid"),
 }
 
@@ -49,23 +55,23 @@ def test_a_wrong_sweep_ends_with_2(run_in_process: Run, arguments: tuple[str, ..
     assert error.count("\n") == 1
 
 
-def test_a_sweep_that_was_begun_is_not_begun_again_nor_changed(run_in_process: Run, tmp_path: Path) -> None:
+def test_a_sweep_that_exists_is_not_started_again_nor_changed(run_in_process: Run, tmp_path: Path) -> None:
     from tla_service.config_loading import read_settings
     from tla_service.tuning.settings import TuneSettings, sweep_yaml
 
     settings = read_settings(TuneSettings, ["--preset", "digits", "--scaling.num_workers", "2"])
-    journal = tmp_path / "out" / "ray" / "mine"
-    journal.mkdir(parents=True)
-    (journal / "sweep.yaml").write_text(sweep_yaml(settings.run_config, settings.sweep))
+    folder = tmp_path / "out" / "ray" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "sweep.yaml").write_text(sweep_yaml(settings.run_config, settings.sweep))
     arguments = ("--preset", "digits", "--sweep.name", "mine", "--output", str(tmp_path / "out"))
     code, error = run_in_process(*arguments)
-    assert (code, "there is such a sweep" in error, "give --resume to go on with it" in error) == (2, True, True)
+    assert (code, "this sweep exists in" in error, "give --resume to continue it" in error) == (2, True, True)
     code, error = run_in_process(*arguments, "--resume", "--sweep.seed", "1")
-    assert (code, "sweep.name=mine: is a sweep with other settings" in error) == (2, True)
+    assert (code, "sweep.name=mine: this sweep has other settings" in error) == (2, True)
     code, error = run_in_process(*arguments, "--resume", "--loss.margin", "0.1")
-    assert (code, "sweep.name=mine: is a sweep with other settings" in error) == (2, True)
+    assert (code, "sweep.name=mine: this sweep has other settings" in error) == (2, True)
     code, error = run_in_process(*arguments, "--resume", "--scaling.num_workers", "3")
-    assert (code, "scaling.num_workers=3: the sweep began with 2" in error) == (2, True)
+    assert (code, "scaling.num_workers=3: the sweep was started with 2" in error) == (2, True)
     # A larger budget is no other sweep: what is refused then is the tracking server.
     code, error = run_in_process(
         *arguments, "--resume", "--sweep.num_samples", "99", "--tracking.uri", "http://127.0.0.1:1"
@@ -77,3 +83,39 @@ def test_what_is_missing_ends_with_3(run_in_process: Run) -> None:
     code, error = run_in_process("--preset", "digits", "--tracking.uri", "http://127.0.0.1:1")
     assert code == 3
     assert "no server answers" in error
+
+
+def test_a_sweep_of_an_earlier_version_is_refused(run_in_process: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "ray" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "driver.json").write_text("{}")
+    arguments = ("--preset", "digits", "--sweep.name", "mine", "--output", str(tmp_path / "out"), "--resume")
+    code, error = run_in_process(*arguments)
+    assert (code, "sweep.name=mine: was begun by an earlier version" in error) == (2, True)
+
+
+@pytest.mark.parametrize("where", ["output", "storage"])
+def test_a_second_driver_is_refused(run_in_process: Run, tmp_path: Path, where: str) -> None:
+    held = tmp_path / "out" if where == "output" else tmp_path / "shared" / "mine"
+    held.mkdir(parents=True)
+    code = """import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+    pipe = subprocess.PIPE
+    arguments = ("--preset", "digits", "--sweep.name", "mine", "--output", str(tmp_path / "out"))
+    arguments += ("--tracking.uri", "http://127.0.0.1:1")
+    if where == "storage":
+        arguments += ("--scaling.storage", str(tmp_path / "shared"))
+    command = [sys.executable, "-c", code, str(held / ".lock")]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        code_held, error = run_in_process(*arguments)
+        other.kill()
+    assert (code_held, error.count("\n")) == (3, 1)
+    assert error.startswith(f"error: output={held}: another sweep (process ")
+    code_free, error = run_in_process(*arguments)  # the lock has ended with its process
+    assert (code_free, "no server answers" in error) == (3, True)

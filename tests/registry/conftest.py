@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,23 +24,6 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SQLite store whose tables exist: making them takes seconds, copying the file takes none."""
-    from tla_service.registry.connection import client
-
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    client(f"sqlite:///{path}")
-    return path
-
-
-@pytest.fixture
-def local_uri(template: Path, tmp_path: Path) -> str:
-    path = tmp_path / "mlflow.db"
-    path.write_bytes(template.read_bytes())
-    return f"sqlite:///{path}"
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """What leaves this project computes the same, and asks for nothing of it when it is loaded."""
 
+import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,33 @@ from tla_service.registry import exporting, log_model
 from tla_service.registry.exporting import export_model
 
 
+def pickles(archive: Path) -> list[str]:
+    """Members of a pt2 archive that are neither empty, nor text, nor a tensor's plain bytes."""
+    found = []
+    with zipfile.ZipFile(archive) as members:
+        configs = [json.loads(members.read(name)) for name in members.namelist() if name.endswith("_config.json")]
+        tensors = [tensor for config in configs for tensor in config["config"].values()]
+        plain = {tensor["path_name"] for tensor in tensors if not tensor["use_pickle"]}
+        for name in members.namelist():
+            if name.rpartition("/")[2] in plain:
+                continue
+            text = members.read(name).decode(errors="replace")
+            if "\N{REPLACEMENT CHARACTER}" in text or not "".join(text.split()).isprintable():
+                found.append(name)
+    return found
+
+
+def test_a_pickle_in_an_archive_is_found(tmp_path: Path) -> None:
+    """What `torch.export.save` writes of a program as it comes."""
+    program = torch.export.export(torch.nn.ReLU(), (torch.rand(2),))
+    torch.export.save(program, tmp_path / "model.pt2")
+    (found,) = pickles(tmp_path / "model.pt2")
+    assert found.endswith("/data/sample_inputs/model.pt")
+
+
 def test_pt2_computes_what_the_network_does(packaged: Packaged, tmp_path: Path) -> None:
     (made,) = export_model(packaged.model.model_uri, tmp_path, ("pt2",), packaged.uri)
+    assert pickles(made.path) == []
     loaded = torch.export.load(made.path).module()
     with torch.inference_mode():
         logits, embeddings = loaded(torch.from_numpy(images(9)))
@@ -99,3 +126,4 @@ def test_the_papers_networks(local_uri: str, tmp_path: Path, name: str) -> None:
     )
     for export in export_model(made.model_uri, tmp_path / "out", ("pt2", "onnx"), local_uri):
         assert export.difference < 1e-4
+    assert pickles(tmp_path / "out" / "model.pt2") == []

@@ -19,10 +19,10 @@ Finished = Callable[..., None]
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> ReproduceSettings:
+def settings(tmp_path: Path, local_uri: str) -> ReproduceSettings:
     flags = ["--table", "digits", "--budget", "30", "--seeds", "2", "--methods", "at", "--methods", "tla", "--no-pools"]
     flags += ["--state", str(tmp_path / "state"), "--output", str(tmp_path / "page.md")]
-    return settings_of(*flags, "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db")
+    return settings_of(*flags, "--tracking.uri", local_uri)
 
 
 def test_the_page_is_made_of_the_runs_in_mlflow(

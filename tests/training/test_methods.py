@@ -179,9 +179,9 @@ def test_after_a_collapse_training_goes_on_with_pgd_also_when_resumed(
         reporter = new_reporter()
         result = fit(config, WorkerContext(), reporter)
         if resume:
-            again = new_reporter()
+            again = new_reporter(resume_from=reporter.checkpoints[1])
             collapse_in(monkeypatch, 0.1)
-            result = fit(config, WorkerContext(), again, resume_from=reporter.checkpoints[1])
+            result = fit(config, WorkerContext(), again)
             reporter = again
         assert len(result.history) == 4
         assert has_collapsed(result.history)

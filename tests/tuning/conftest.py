@@ -6,7 +6,7 @@ from typing import Any
 from tla_service.config import RunConfig
 from tla_service.tuning.settings import SweepConfig
 from tla_service.tuning.space import Space
-from tla_service.tuning.trial import Status, Trial
+from tla_service.tuning.trials import Score, Status, Trial
 
 
 def run_config(**changes: Any) -> RunConfig:
@@ -20,18 +20,8 @@ def space_of(space: Mapping[str, Any] | None = None, *, run: RunConfig | None = 
 
 
 def trial_of(
-    number: int,
-    robust: Sequence[float],
-    *,
-    point: Mapping[str, Any] | None = None,
-    status: Status = "running",
-    every: int = 1,
+    number: int, robust: Sequence[float], *, point: Mapping[str, Any] | None = None, status: Status = "running"
 ) -> Trial:
-    """A trial with one report every so many epochs."""
-    trial = Trial(number, dict(point or {}), status)
-    for index, value in enumerate(robust):
-        epoch = float((index + 1) * every - 1)
-        assert trial.add_report(
-            {"epoch": epoch, "validation/robust_accuracy": value, "validation/clean_accuracy": 1 - value / 2}
-        )
-    return trial
+    """A trial with a validation after each epoch."""
+    curve = [Score(index + 1, value, 1 - value / 2) for index, value in enumerate(robust)]
+    return Trial(number, dict(point or {}), status, curve)

@@ -7,12 +7,11 @@ import pytest
 
 from tests.tuning.conftest import run_config, space_of, trial_of
 from tla_service.config_loading import read_settings, sweep_preset_names
-from tla_service.tuning.figures import draw_all, pareto_front
-from tla_service.tuning.importance import importances
+from tla_service.tuning.figures import draw_all
 from tla_service.tuning.settings import TuneSettings
 from tla_service.tuning.space import Space
 from tla_service.tuning.studies import PAPER, _ours
-from tla_service.tuning.trial import Trial
+from tla_service.tuning.trials import Trial
 
 
 def trials_of(space: Space, count: int, seed: int = 0) -> list[Trial]:
@@ -44,19 +43,19 @@ def test_a_single_trial_and_none_are_drawn_too(tmp_path: Path) -> None:
     assert draw_all([Trial(0, one[0].point, "failed")], space, tmp_path) == []
 
 
-def test_the_setting_that_matters_is_found() -> None:
+def test_trials_that_do_not_differ_are_plotted_without_importances(tmp_path: Path) -> None:
     space = space_of()
-    found = importances([trial for trial in trials_of(space, 25) if trial.reports], space)
-    assert max(found, key=lambda name: found[name][0]) == "loss.margin"
-    assert found["loss.margin"][0] > 0.5
-    assert sum(share for share, _ in found.values()) == pytest.approx(1)
+    trials = [trial_of(trial.number, [0.5], point=trial.point, status="finished") for trial in trials_of(space, 5)]
+    assert [path.stem for path in draw_all(trials, space, tmp_path)] == ["parallel_coordinates", "clean_and_robust"]
 
 
-def test_the_front_holds_what_no_other_beats() -> None:
-    rng = np.random.default_rng(0)
-    points = [(float(a), float(b)) for a, b in rng.integers(0, 12, (40, 2))]
-    expected = {p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)}
-    assert set(pareto_front(points)) == expected
+def test_plots_leave_the_style_of_others_alone(tmp_path: Path) -> None:
+    import matplotlib as mpl
+
+    before = mpl.rcParams.copy()
+    space = space_of()
+    draw_all(trials_of(space, 5), space, tmp_path)
+    assert dict(mpl.rcParams) == dict(before)
 
 
 @pytest.mark.parametrize("study", sweep_preset_names())

@@ -1,7 +1,6 @@
 """What an evaluation begins with: models and data, loaded and found to fit each other."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -75,6 +74,12 @@ def _check_fit(field: str, subject: Subject, dataset: Dataset) -> None:
     if len(subject.class_names) != len(dataset.class_names):
         reason = f"knows {len(subject.class_names)} classes, {dataset.name} has {len(dataset.class_names)}"
         raise ConfigError(field, subject.facts.uri, reason, "evaluate it on the classes it was trained on")
+    # Classes may have been renamed, but not moved.
+    for number, name in enumerate(subject.class_names):
+        if name != dataset.class_names[number] and name in dataset.class_names:
+            place = dataset.class_names.index(name)
+            reason = f"its class {name!r} is number {number}, in {dataset.name} it is number {place}"
+            raise ConfigError(field, subject.facts.uri, reason, "evaluate it on data with the classes in its order")
     try:
         clean_logits(
             logits_of(subject.network),
@@ -83,14 +88,3 @@ def _check_fit(field: str, subject: Subject, dataset: Dataset) -> None:
         )
     except ConfigError as error:
         raise ConfigError(field, subject.facts.uri, error.reason, error.remedy) from error
-
-
-def identity(settings: EvaluateSettings, models: Models) -> dict[str, Any]:
-    """What must be the same for shards to be taken from an earlier attempt."""
-    surrogate = models.surrogate.facts.weights_sha256 if models.surrogate is not None else None
-    return {
-        "settings": settings.digest,
-        "weights": [each.facts.weights_sha256 for each in models.all],
-        "surrogate": surrogate,
-        "data": models.dataset.fingerprint,
-    }

@@ -1,52 +1,33 @@
 """How many trials a cluster has room for at a time."""
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 
 import ray
 
 from tla_service.cluster.session import Placement
+from tla_service.config import ScalingConfig
 from tla_service.errors import UnavailableError
 
 # A trial's own process reserves memory and no CPU: processes that hold what their workers wait for would wait for ever.
 TRIAL_PROCESS_BYTES = 2**30
-ASK_SECONDS = 2.0
 
 
-class Room:
-    """How many trials may be under way, on a cluster that may grow and shrink meanwhile.
+def workers_per_trial(scaling: ScalingConfig) -> int:
+    """Workers of a trial; for `auto` few, so that more trials run at a time: one on a GPU, else two."""
+    if scaling.num_workers != "auto":
+        return scaling.num_workers
+    gpus = ray.cluster_resources().get("GPU", 0.0) > 0
+    return 1 if (gpus if scaling.use_gpu == "auto" else scaling.use_gpu) else 2
 
-    Args:
-        placement: Workers of a trial.
-        most: Trials at a time, at most; none: as many as fit.
-        on_deck: Trials beyond those that fit, which wait for the next place. On a cluster that scales up they are what
-            it grows for.
+
+def count_slots(placement: Placement) -> int:
+    """How many trials the nodes of the cluster have room for at a time.
+
+    Raises:
+        UnavailableError: Not for one.
     """
-
-    def __init__(self, placement: Placement, most: int | None, on_deck: int) -> None:
-        self._placement, self._most, self._on_deck = placement, most, on_deck
-        self._asked = -math.inf
-        self._fit = 0
-        self.slots = 0  # the most that ever fitted together
-
-    def limit(self, trained: int | None = None) -> int:
-        """Trials that may be under way now, those on deck included.
-
-        Args:
-            trained: How many of those under way have begun to train. None is taken on deck before every place is
-                taken: its start would hold up theirs.
-        """
-        if time.monotonic() - self._asked > ASK_SECONDS:
-            self._asked = time.monotonic()
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            self._fit = sum(_workers_on(node, self._placement) for node in nodes) // self._placement.num_workers
-            self.slots = max(self.slots, self._fit if self._most is None else min(self._fit, self._most))
-        if self._most is not None and self._most < self._fit:
-            return self._most  # one on deck would find a place
-        if trained is not None and trained < self._fit:
-            return self._fit
-        return self._fit + self._on_deck
+    return check_room([node["Resources"] for node in ray.nodes() if node["Alive"]], placement)
 
 
 def check_room(nodes: Sequence[Mapping[str, float]], placement: Placement) -> int:

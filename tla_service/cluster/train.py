@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import threading
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
+from ray.train import Checkpoint, FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
@@ -22,9 +21,11 @@ from torch import Tensor
 
 from tla_service.cluster.mailbox import start_mailbox
 from tla_service.cluster.session import Placement, own_dashboard
+from tla_service.cluster.storage import RunFolder
 from tla_service.cluster.worker import EpochsToMailbox, train_worker
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
+from tla_service.files import whole_folder
 from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.result import FitResult
 
@@ -78,9 +79,9 @@ def train_on_ray(
         Exception: As `fit_on_ray`.
     """
     result, checkpoint = fit_on_ray(config, placement, storage, follow, weights, log_labels, with_rejector=True)
-    shutil.rmtree(copy_to, ignore_errors=True)
-    checkpoint.to_directory(copy_to)
-    verify_checkpoint(copy_to)
+    with whole_folder(copy_to) as partial:
+        checkpoint.to_directory(partial)
+        verify_checkpoint(partial)
     best = copy_to / "best.safetensors"
     return TrainedRun(result, load_file(best) if best.exists() else {}, copy_to)
 
@@ -121,9 +122,14 @@ def fit_on_ray(
     if placement.num_workers <= FEW_WORKERS:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # no public way leads to the environment of the controller
+    folder = RunFolder(storage, config.run_name)
+    damage = folder.forget_record()
+    if damage:
+        follow({"event": "damaged_checkpoint", "message": damage})
     mailbox = start_mailbox()
     loop = {
         "config": config.model_dump(mode="json"),
+        "storage": storage,
         "mailbox": mailbox,
         "weights": ray.put(dict(weights)) if weights is not None else None,
         "log_labels": dict(log_labels) if log_labels is not None else None,
@@ -147,8 +153,8 @@ def fit_on_ray(
             name=config.run_name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
-            callbacks=[EpochsToMailbox(mailbox)],  # type: ignore[list-item]
+            # Of the checkpoints, the callback keeps the newest, which holds the best weights too, and one in reserve.
+            callbacks=[EpochsToMailbox(mailbox, KEPT)],  # type: ignore[list-item]
         ),
     )
     try:
@@ -161,8 +167,7 @@ def fit_on_ray(
     returned: dict[str, Any] | None = result.return_value  # type: ignore[attr-defined]
     if returned is None or "error" in returned:
         raise RuntimeError("the workers ended without a result") if returned is None else returned["error"]
-    assert result.checkpoint is not None
-    return FitResult(**returned["result"]), result.checkpoint
+    return FitResult(**returned["result"]), folder.checkpoint(returned["checkpoint"])
 
 
 def _in_background(call: Callable[[], Result]) -> "Future[Result]":
@@ -187,7 +192,7 @@ def _follow(future: "Future[Result]", mailbox: Any, follow: Callable[[Record], N
             done = future.done()
             records: list[Record] = ray.get(mailbox.fetch.remote())
             for record in records:
-                started = started or record["event"] == "start"
+                started = started or record["event"] == "placed"
                 follow(record)
             if done:
                 return future.result()

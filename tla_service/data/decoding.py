@@ -81,8 +81,9 @@ def is_image(handle: IO[bytes]) -> bool:
     """Whether a file begins like an image of a common format, whatever its name."""
     Image.init()
     start = handle.read(_PREFIX)
+    accepts = {name: Image.OPEN[name][1] for name in _FORMATS}
     # A plugin that is not installed answers with a text.
-    likely = [name for name in _FORMATS if Image.OPEN[name][1](start) is True]
+    likely = [name for name, accept in accepts.items() if accept is not None and accept(start) is True]
     if not set(likely) & _TEXT_LIKE:
         return bool(likely)
     try:

@@ -34,6 +34,9 @@ def load_parquet(config: DataConfig) -> Splits:
         UnavailableError: If files are missing, damaged, differ from each other, or hold no usable labels.
     """
     root = required_root(config)
+    if not root.is_dir():
+        remedy = "unpack it, or give the folder of train-*.parquet"
+        raise UnavailableError("data.root", config.root, "is a file, not a folder of Parquet files", remedy)
     found = find_splits(root)
     if found is None:
         raise UnavailableError("data.root", config.root, "no train-*.parquet and test-*.parquet there", _FIX)
@@ -66,7 +69,7 @@ def _labelled_test(config: DataConfig, root: Path, found: dict[str, list[Path]])
         labels = _labels(config, open_shards(found[name], root, config.root))
         if labels is not None and not labels.all_missing:
             if name != splits[0]:
-                text = "%s has no labels; testing on the %s files instead (validation during training uses part of the training images)"
+                text = "%s has no labels; testing on the %s files (validation uses part of the training images)"
                 notice(text, found[splits[0]][0], name)
             return labels
     nor = "".join(f", and neither have the {name} files" for name in splits[1:])

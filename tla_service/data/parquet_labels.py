@@ -14,6 +14,8 @@ from tla_service.data.parquet_files import Shard, read_column
 from tla_service.errors import ConfigError, UnavailableError
 
 _BATCH = 2**16
+# Share of rows with a label of their own from which labels tell images apart.
+_MOSTLY = 0.9
 _FIX = "correct the labels, or leave these rows out"
 
 Value = int | str | bool | None
@@ -175,7 +177,7 @@ def _by_name(labels: Labels, names: tuple[str, ...], first: int) -> torch.Tensor
 def _check_values(train: Labels) -> None:
     """Refuse labels that tell images apart rather than classes; say so if integers are not 0 to K-1."""
     values, shown = train.values, train.shards[0].path
-    if 2 * len(values) > len(train.codes):
+    if len(values) > _MOSTLY * len(train.codes):
         reason = f"has {len(values)} distinct values in {len(train.codes)} rows, so it identifies images, not classes"
         raise ConfigError("data.label_column", train.column, reason, "set it to the column of labels")
     if train.kind != "integers" or values == list(range(len(values))):

@@ -15,19 +15,24 @@ import numpy as np
 import torch
 
 from tla_service.config import DataConfig
-from tla_service.data.cache import cache_folder, disk_trouble, files_key, locked, whole_file
+from tla_service.data.cache import cache_folder, disk_trouble, files_key, locked
 from tla_service.data.decoding import resized
 from tla_service.data.parquet import load_parquet
 from tla_service.data.parquet_files import find_splits
 from tla_service.data.sources import ArraySource, Splits
 from tla_service.data.storage import required_root
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.files import whole_file, write_whole
 
 _DIGITS = tuple(map(str, range(10)))
 _CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _IDX_SETS = {"mnist": ("MNIST", _DIGITS), "fashion_mnist": ("FashionMNIST", _CLOTHES)}
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-_CIFAR_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+# torchvision's class, and what it makes of a root: known here, so that it need not be imported to look.
+_CIFAR_SETS = {
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "cifar100": ("CIFAR100", "cifar-100-python", "cifar-100-python.tar.gz"),
+}
 _AGAIN = "fetch the file again"
 _DISK_FIX = "free some space, or give another folder"
 _FETCH_FIX = "check the network and the folder, or put the files there yourself"
@@ -37,18 +42,19 @@ def load_mnist(config: DataConfig) -> Splits:
     """Load MNIST or Fashion-MNIST, whole, into memory.
 
     ``data.root`` is torchvision's root, with ``MNIST/raw/*`` in it; the ``.gz`` files are enough: they are unpacked
-    into the cache, never beside the files. A root with ``train-*.parquet`` files is read as such. With
-    ``data.download`` the set is fetched into the root first.
+    into the cache, never beside the files. A root without them, but with ``train-*.parquet`` files, is read as such.
+    With ``data.download`` the set is fetched into the root first.
 
     Raises:
         ConfigError: If ``data.download`` is set for an s3:// root.
         UnavailableError: If the set is not there, damaged, or cannot be fetched.
     """
     root = _root(config)
-    if (splits := _from_parquet(config, root, channels=1)) is not None:
-        return splits
     folder_name, class_names = _IDX_SETS[config.name]
     folder = _idx_folder(root, folder_name, config.cache_dir)
+    if folder is None and (splits := _from_parquet(config, root, channels=1)) is not None:
+        return splits
+    _refuse_columns(config)
     if folder is None and config.download:
         _download(root, folder_name, config.cache_dir)
         folder = _idx_folder(root, folder_name, config.cache_dir)
@@ -70,11 +76,14 @@ def load_cifar(config: DataConfig) -> Splits:
         UnavailableError: If the set is not there, damaged, or cannot be fetched.
     """
     root = _root(config)
-    if (splits := _from_parquet(config, root, channels=3)) is not None:
+    kind_name, *own = _CIFAR_SETS[config.name]
+    there = any((root / name).exists() for name in own)
+    if not there and (splits := _from_parquet(config, root, channels=3)) is not None:
         return splits
+    _refuse_columns(config)
     from torchvision import datasets
 
-    kind = getattr(datasets, _CIFAR_SETS[config.name])
+    kind = getattr(datasets, kind_name)
     ready, missing = _batches_root(root, kind, config.cache_dir)
     if missing and config.download:
         _download(root, kind.__name__, config.cache_dir)
@@ -112,20 +121,21 @@ def _root(config: DataConfig) -> Path:
     return required_root(config)
 
 
+def _refuse_columns(config: DataConfig) -> None:
+    for name in ("label_column", "image_column"):
+        if getattr(config, name) is not None:
+            reason = "data.root is not read as Parquet files"
+            raise ConfigError(f"data.{name}", getattr(config, name), reason, "leave it out, or set data.name=parquet")
+
+
 def _from_parquet(config: DataConfig, root: Path, channels: int) -> Splits | None:
     """The set from Parquet files, if the root has some."""
     if find_splits(root) is None:
-        for name in ("label_column", "image_column"):
-            if getattr(config, name) is not None:
-                reason = "there are no Parquet files in data.root"
-                raise ConfigError(f"data.{name}", getattr(config, name), reason, "leave it out")
         return None
     splits = load_parquet(config)
     if splits.train.image_shape[0] != channels:
         # The root may hold another set: files are found at any depth.
-        reason = (
-            f"its Parquet files hold images of {splits.train.image_shape[0]} channels, {config.name} has {channels}"
-        )
+        reason = f"its Parquet files hold {splits.train.image_shape[0]}-channel images, {config.name} has {channels}"
         raise ConfigError("data.root", config.root, reason, "point it at this set's folder, or set data.name=parquet")
     return splits
 
@@ -186,8 +196,7 @@ def _batches_root(root: Path, kind: Any, cache_dir: str) -> tuple[Path, list[Pat
                     opened.extractall(ready, filter="data")
             except (tarfile.TarError, EOFError, zlib.error) as error:
                 raise UnavailableError("data.root", archive, f"damaged ({error})", _AGAIN) from error
-            with whole_file(ready / "done"):
-                pass
+            write_whole(ready / "done", "")
     return ready, [ready / name for name in names if not (ready / name).is_file()]
 
 

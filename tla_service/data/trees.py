@@ -100,8 +100,9 @@ class FolderTree:
         """One file, opened.
 
         Raises:
-            UnavailableError: If it is gone or may not be read.
+            UnavailableError: If it is gone, a link to nothing, or may not be read.
         """
+        self._stat(name)
         path = self.path / name
         with disk_trouble("data.root", path, _FIX):
             return path.open("rb", buffering=0)

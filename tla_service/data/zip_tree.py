@@ -140,8 +140,9 @@ class ZipTree:
         """One file, opened.
 
         Raises:
-            UnavailableError: As ``read``.
+            UnavailableError: As ``read``, or if it is a link to nothing.
         """
+        self._entry(name)
         with disk_trouble("data.root", self.describe(name), _FIX):
             try:
                 return self._open().open(self._stored.get(name, name))
@@ -159,11 +160,14 @@ class ZipTree:
         """Covers every name, size and content, by the checksums that zip files carry."""
         digest = hashlib.sha256()
         for name in names:
-            entry = self._entries[name]
-            if entry is None:
-                raise broken_link(self.describe(name))
-            digest.update(f"{name}\0{entry}\n".encode())
+            digest.update(f"{name}\0{self._entry(name)}\n".encode())
         return digest.hexdigest()
+
+    def _entry(self, name: str) -> tuple[int, int]:
+        found = self._entries[name]
+        if found is None:
+            raise broken_link(self.describe(name))
+        return found
 
     def key(self, names: Sequence[str]) -> str:
         """Covers the zip file's place, and every file's name, size and checksum."""

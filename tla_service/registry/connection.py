@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 FIELD = "tracking.uri"
 CHECK_TIMEOUT_SECONDS = 5
 _REQUEST_TIMEOUT_SECONDS = 30
+RETRY_SECONDS, RESULT_SECONDS = 16.0, 300.0
+_LONGEST_WAIT_SECONDS = 30.0
 _SQLITE = "sqlite:///"
 _START_ONE = "start one with `mlflow server`, correct the address, or leave tracking.uri out to use a local SQLite file"
 _log = logging.getLogger(__name__)
@@ -94,36 +96,55 @@ def experiment_id(made: "MlflowClient", name: str, uri: str) -> str:
         return str(found.experiment_id)
 
 
-def retrying(what: str, action: Callable[[], T], attempts: int = 5, first_wait_seconds: float = 1.0) -> T:
+def retrying(
+    what: str, action: Callable[[], T], *, seconds: float = RETRY_SECONDS, first_wait_seconds: float = 1.0
+) -> T:
     """Call something that needs the server; repeat when it is away or busy, waiting twice as long each time.
 
+    Args:
+        what: What is done, for messages.
+        action: The call.
+        seconds: How long to keep trying.
+        first_wait_seconds: Wait before the second attempt.
+
     Raises:
-        UnavailableError: It was away or busy each time.
+        UnavailableError: It was away or busy all the time.
         Exception: What the call raised, at once, when the server is there and says no.
     """
-    for attempt in range(1, attempts + 1):
+    deadline, wait = time.monotonic() + seconds, first_wait_seconds
+    while True:
         try:
             return action()
         except Exception as error:
             if not is_passing(error):
                 raise
-            if attempt == attempts:
+            if time.monotonic() + wait > deadline:
                 reason = f"{what[0].lower()}{what[1:]} failed ({one_line(error)})"
                 remedy = "bring the server back and give the same command again: what is done is not repeated"
                 raise UnavailableError("MLflow", None, reason, remedy) from error
-            wait = first_wait_seconds * 2 ** (attempt - 1)
             _log.warning("%s failed (%s); trying again in %.0f s", what, one_line(error), wait)
             time.sleep(wait)
-    raise AssertionError("unreachable")
+            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+
+
+def storing(what: str, action: Callable[[], T]) -> T:
+    """As `retrying`, for `RESULT_SECONDS`: hours of work must not be lost to a server that restarts."""
+    return retrying(what, action, seconds=RESULT_SECONDS)
 
 
 def is_passing(error: Exception) -> bool:
     """Whether the same call may succeed later: the server is away, overloaded, or its database is locked."""
     from mlflow.exceptions import MlflowException
 
-    if not isinstance(error, MlflowException):
-        return isinstance(error, OSError)  # requests' errors are OSErrors
-    return str(error.error_code) in {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
+    if isinstance(error, MlflowException):
+        return str(error.error_code) in {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
+    if isinstance(error, OSError):  # requests' errors are OSErrors
+        return True
+    # Artifacts on S3: boto's errors of the connection, or with the answer, which an upload's error was raised from.
+    names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "botocore.exceptions"}
+    answer = getattr(error, "response", None) or getattr(error.__context__, "response", None) or {}
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if isinstance(answer, dict) else 0
+    return status >= HTTPStatus.INTERNAL_SERVER_ERROR or bool(names & {"HTTPClientError", "ConnectionError"})
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

@@ -90,9 +90,11 @@ class _Plain(torch.nn.Module):
 def _program(network: torch.nn.Module, shape: tuple[int, ...]) -> "ExportedProgram":
     """The network as a graph, for batches of any size."""
     example = torch.rand(2, *shape)  # one image alone would be taken for a constant
-    return torch.export.export(
+    program = torch.export.export(
         _Plain(network).eval(), (example,), dynamic_shapes={"images": {0: torch.export.Dim.AUTO}}
     )
+    program.example_inputs = None  # torch.export.save would pickle them
+    return program
 
 
 def _write_pt2(program: "ExportedProgram", path: Path) -> Run:

@@ -201,11 +201,10 @@ def _audited(candidate: Evaluated, rules: GateRules) -> Finding:
         explanation = f"the audit for gradient masking saw {audit.images} images; at least {fewest} are asked"
         return Finding("audit", passed=False, explanation=explanation, remedy=again)
     if not audit.trusted:
-        failed = ", ".join(check.name for check in audit.checks if not check.passed) or "no check is named"
-        explanation = f"the audit for gradient masking does not trust it: {failed}"
+        explanation = f"the audit for gradient masking does not trust it: {audit.summary}"
         remedy = "read the audit in its report: it may be less robust than measured; train another version"
         return Finding("audit", passed=False, explanation=explanation, remedy=remedy)
-    return Finding("audit", passed=True, explanation=f"trusted, by attacks on {audit.images} images")
+    return Finding("audit", passed=True, explanation=f"trusted, by attacks on {audit.images} images: {audit.summary}")
 
 
 def _detects(candidate: Evaluated, rules: GateRules) -> Finding:

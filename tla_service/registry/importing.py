@@ -52,7 +52,7 @@ def import_model(settings: ImportSettings) -> tuple[PackagedModel, dict[str, flo
             "seed": settings.seed,
             "data": settings.data.model_dump(),
             "model": settings.model.model_dump(),
-            "attack": {"norm": settings.norm, "epsilon": settings.epsilon, "step_size": settings.epsilon / 4},
+            "attack": {"norm": settings.norm, "epsilon": settings.radius, "step_size": settings.radius / 4},
             "detection": settings.detection.model_dump(),
         }
     )

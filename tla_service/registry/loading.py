@@ -149,7 +149,7 @@ def _download(uri: str, location: str, store: str, target: str) -> Path:
 def _asking(uri: str, store: str, question: Callable[[], T]) -> T:
     """Ask the store something about an address; what goes wrong becomes a sentence."""
     try:
-        return retrying(f"Fetching {uri}", question, attempts=3)
+        return retrying(f"Fetching {uri}", question, seconds=4)
     except ConfigError:
         raise
     except Exception as error:

@@ -18,6 +18,7 @@ from tla_service.registry.connection import (
     one_line,
     retrying,
     sqlite_path,
+    storing,
     tracking_uri,
 )
 from tla_service.registry.environment import code_version, environment
@@ -96,7 +97,7 @@ def run_page(uri: str, run_id: str) -> str:
 
 
 def log_files(uri: str, run_id: str, files: Mapping[str, Path]) -> None:
-    """Store files with a run, repeating while the server is away.
+    """Store files with a run, repeating for minutes while the server is away.
 
     Args:
         uri: Tracking store.
@@ -104,11 +105,12 @@ def log_files(uri: str, run_id: str, files: Mapping[str, Path]) -> None:
         files: Path among the run's artifacts (``plots/curves.png``) -> local file. Names may differ.
 
     Raises:
-        MlflowException: The server cannot be reached, or refuses.
+        UnavailableError: The server was away all the time.
+        MlflowException: It refuses.
     """
     made = client(uri)
     for target, source in files.items():
-        retrying(f"Storing {target}", functools.partial(_log_file, made, run_id, target, source))
+        storing(f"Storing {target}", functools.partial(_log_file, made, run_id, target, source))
 
 
 def find_finished(config: RunConfig, run_key: str) -> str | None:
@@ -159,7 +161,8 @@ def finish_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KIL
         status: How it ended.
     """
     made = client(uri)
-    retrying("Closing the run", lambda: made.set_terminated(run_id, status))
+    close = storing if status == "FINISHED" else retrying  # where a run failed, so may its server have
+    close("Closing the run", lambda: made.set_terminated(run_id, status))
 
 
 def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
@@ -174,7 +177,7 @@ def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
 
     made = client(uri)
     entities = [RunTag(name, value[:_TAG_LENGTH]) for name, value in tags.items() if value]
-    retrying("Tagging the run", lambda: made.log_batch(run_id, tags=entities))
+    storing("Tagging the run", lambda: made.log_batch(run_id, tags=entities))
 
 
 def start_system_metrics(uri: str, run_id: str) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""What a sweep is. Nothing here imports torch: a wrong space is refused within a second."""
+"""Configuration of a sweep. Nothing here imports torch: an invalid space is refused within a second."""
 
 from typing import Any, ClassVar, Literal
 
@@ -15,10 +15,10 @@ Objective = Literal["robust_accuracy", "clean_accuracy"]
 class Dimension(Section):
     """One searched setting: a range, a list of values, or named variants that set several fields together."""
 
-    low: Pixels | None = setting(None, "least value of a range")
-    high: Pixels | None = setting(None, "greatest value of a range")
-    log: bool = setting(False, "draw evenly on a logarithmic scale")
-    values: tuple[Any, ...] | None = setting(None, "values to choose from; a list alone means this")
+    low: Pixels | None = setting(None, "lower bound of a range")
+    high: Pixels | None = setting(None, "upper bound of a range")
+    log: bool = setting(False, "sample on a log scale")
+    values: tuple[Any, ...] | None = setting(None, "choices; a plain list means the same")
     variants: dict[str, dict[str, Any]] | None = setting(None, "name -> fields and their values")
 
     @model_validator(mode="before")
@@ -30,14 +30,13 @@ class Dimension(Section):
 class SweepConfig(Section):
     """The search: space, searcher, scheduler, budget."""
 
-    # What may change when a sweep goes on: how much of it is done, and where.
+    # What may change when a sweep is resumed.
     NOT_IDENTITY: ClassVar[dict[str, Any]] = {
         "name": True,
         "num_samples": True,
         "max_hours": True,
         "max_gpu_hours": True,
         "max_concurrent": True,
-        "on_deck": True,
         "failures_in_a_row": True,
     }
 
@@ -51,53 +50,46 @@ class SweepConfig(Section):
         (), 'what a point must satisfy, such as "mining.pool_size >= 2 * training.global_batch_size"'
     )
     learning_rate_rule: Literal["linear", "sqrt", "none"] = setting(
-        "linear", "how the learning rate follows the batch size: in proportion, by its square root, or not at all"
+        "linear", "how the learning rate scales with the batch size"
     )
-    searcher: Literal["tpe", "random", "grid"] = setting("tpe", "what chooses the next point; tpe is Optuna's")
-    startup_trials: int = setting(10, "points that tpe draws at random first", unit="trials", ge=1)
-    own_first: bool = setting(True, "try the run's own settings first, if they lie in the space; not on a grid")
+    searcher: Literal["tpe", "random", "grid"] = setting("tpe", "search algorithm; tpe and random are Optuna's")
+    startup_trials: int = setting(10, "tpe: random trials before the model is used", unit="trials", ge=1)
+    own_first: bool = setting(True, "start with the run's own settings, if they lie in the space; not for a grid")
     objectives: tuple[Objective, ...] = setting(
-        ("robust_accuracy",), "validation accuracies to raise; the first ranks trials and stops them", min_length=1
+        ("robust_accuracy",),
+        "validation accuracies to maximize; the first ranks trials and is used by asha",
+        min_length=1,
     )
-    scheduler: Literal["asha", "none"] = setting("asha", "stop trials early that are behind, or none")
+    scheduler: Literal["asha", "none"] = setting("asha", "early stopping: asha, or none")
     grace_epochs: int | None = setting(
         None, "asha: no trial is stopped before this; none: a ninth of a trial", unit="epochs", ge=1
     )
-    reduction_factor: float = setting(3, "asha: one in this many goes on from a rung to the next", gt=1)
-    trial_epochs: int | None = setting(None, "length of a trial; none: as the run", unit="epochs", ge=1)
+    reduction_factor: float = setting(3, "asha: one in this many trials is promoted to the next rung", gt=1)
+    trial_epochs: int | None = setting(None, "length of a trial; none: that of the run", unit="epochs", ge=1)
     num_samples: int | None = setting(None, "trials; none: 16, or all points of a grid", unit="trials", ge=1)
-    max_hours: float | None = setting(None, "stop after this much wall time, all attempts together", unit="h", gt=0)
+    max_hours: float | None = setting(None, "stop after this much wall time, over all attempts", unit="h", gt=0)
     max_gpu_hours: float | None = setting(
         None, "stop when workers have used this many GPU hours (worker hours, without GPUs)", unit="h", gt=0
     )
     max_concurrent: int | None = setting(
-        None, "trials at a time; none: as many as the cluster has room for", unit="trials", ge=1
+        None, "trials in parallel; none: as many as fit, plus one that waits", unit="trials", ge=1
     )
-    on_deck: int = setting(
-        1,
-        "trials whose processes wait, started, for the next place; they reserve memory alone",
-        unit="trials",
-        ge=0,
-        le=8,
-    )
-    failures_in_a_row: int = setting(5, "give up when this many trials fail one after another", unit="trials", ge=1)
-    measure_test: bool = setting(
-        False, "measure each trial on the test set at its end; for a study of a grid, never for a choice"
-    )
+    failures_in_a_row: int = setting(5, "give up after this many consecutive failures", unit="trials", ge=1)
+    measure_test: bool = setting(False, "evaluate each trial on the test set; for studies on a grid, never to select")
     picture: Literal["", "pool_size", "triplet_weight", "margin", "layer"] = setting(
-        "", "draw the trials beside the paper's figures on this; the first axis is drawn along"
+        "", "plot the trials beside the paper's figures on this; the first axis is the x axis"
     )
-    seed: int = setting(0, "seed of the searcher", ge=0, lt=2**31)
+    seed: int = setting(0, "seed of the search", ge=0, lt=2**31)
 
 
 class TuneSettings(RunSettings):
-    """A sweep's configuration: the run that is varied, the search, and what the job needs beside them."""
+    """Configuration of a sweep job: the run that is varied, the search, and options of the job."""
 
     model_config = RunSettings.model_config
 
     sweep: SweepConfig = SweepConfig()
     study: str | None = Field(None, description="start from this sweep: " + ", ".join(sweep_preset_names()))
-    resume: bool = Field(False, description="go on with the sweep if it was begun before")
+    resume: bool = Field(False, description="resume the sweep if it exists")
     then_train: int = Field(0, ge=0, description="train the winner at full length with this many seeds [>= 0]")
 
 

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -38,13 +39,14 @@ class Space:
         self.run, self.sweep = run, sweep
         self._full = run.model_dump(mode="json")
         self._fields = _copy(self._full)
-        _freeze_evaluation(self._fields)
+        _freeze_evaluation(self._fields, run)
         given = sweep.space or default_space(run)
         self.axes = tuple(axis_of(name, dimension) for name, dimension in given.items())
         self.constraints = tuple(Constraint(text) for text in sweep.constraints)
         for constraint in self.constraints:
             constraint.check(self._fields)
         _check_overlap(self.axes)
+        _check_norms(self.axes, run)
         self._check_sweep()
         self._check_values()
         self._check_lengths()
@@ -77,6 +79,14 @@ class Space:
         self._follow_batch_size(fields, None if full_length else self.sweep.trial_epochs)
         return RunConfig.model_validate(fields)
 
+    def trial(self, number: int, point: Point, num_workers: int) -> RunConfig:
+        """The run of a trial, named by its number and point: checkpoints under that name are of this point."""
+        run = self.apply(point)
+        # Trials queue for workers as long as others take, so none of them alone may give up waiting.
+        scaling = run.scaling.model_copy(update={"num_workers": num_workers, "wait_seconds": 0.0})
+        digest = hashlib.sha256(key_of(point).encode()).hexdigest()[:6]
+        return run.model_copy(update={"name": f"{self.name}-{number:04d}-{digest}", "scaling": scaling})
+
     def allows(self, point: Point) -> bool:
         """Whether the point's run is valid and satisfies all constraints."""
         return self._refusal(point) is None
@@ -102,11 +112,11 @@ class Space:
             point[axis.name] = same[0]
         return point if self.allows(point) else None
 
-    def random(self, rng: np.random.Generator) -> Point | None:
-        """An allowed random point, or None if there is none in `TRIES` draws."""
+    def random(self, rng: np.random.Generator, tried: Collection[str] = ()) -> Point | None:
+        """An allowed random point whose key is not among those tried, or None if there is none in `TRIES` draws."""
         for _ in range(TRIES):
             point = {axis.name: axis.draw(rng) for axis in self.axes}
-            if self.allows(point):
+            if key_of(point) not in tried and self.allows(point):
                 return point
         return None
 
@@ -155,6 +165,9 @@ class Space:
                 "test images would take part in a search",
                 "use it with sweep.searcher=grid and sweep.scheduler=none",
             )
+        if self.run.scaling.wait_seconds > 0 and sweep.max_concurrent is None:
+            reason = "with scaling.wait_seconds the cluster may grow, so its present size sets no limit"
+            raise ConfigError("sweep.max_concurrent", None, reason, "set it to the trials that may run at a time")
         epochs = sweep.trial_epochs or self.run.training.epochs
         if sweep.scheduler == "asha" and sweep.grace_epochs is not None and sweep.grace_epochs > epochs:
             reason = f"longer than a trial of {epochs} epochs"
@@ -221,6 +234,11 @@ class Space:
         schedule["milestones"] = sorted({max(1, round(milestone * scale)) for milestone in schedule["milestones"]})
 
 
+def key_of(point: Point) -> str:
+    """A point as text: equal points, equal text."""
+    return json.dumps(point, sort_keys=True)
+
+
 def default_space(run: RunConfig) -> dict[str, Dimension]:
     """The paper's weights and margin over wide ranges, and sizes around the run's own."""
     batch = run.training.global_batch_size
@@ -248,13 +266,25 @@ def _check_overlap(axes: tuple[Axis, ...]) -> None:
             owners[path] = axis.name
 
 
-def _freeze_evaluation(fields: dict[str, Any]) -> None:
+def _check_norms(axes: tuple[Axis, ...], run: RunConfig) -> None:
+    """A radius counts in one norm only: an axis that changes the norm must bring its lengths."""
+    for axis in axes:
+        for value in axis.choices:
+            fields = axis.fields(value)
+            norm = fields.get("attack.norm", run.attack.norm)
+            if norm != run.attack.norm and not {*fields} >= {"attack.epsilon", "attack.step_size"}:
+                reason = f"attack.epsilon and attack.step_size are in {run.attack.norm}"
+                remedy = "use variants that set attack.norm, attack.epsilon and attack.step_size together"
+                raise ConfigError(f"sweep.space.{axis.name}", shown(value), reason, remedy)
+
+
+def _freeze_evaluation(fields: dict[str, Any], run: RunConfig) -> None:
     """Give evaluation attacks what they would take from the training attack: all trials are measured alike."""
     evaluation = fields["evaluation"]
-    for attack in (evaluation["validation"], *evaluation["test"].values()):
-        for name in ("norm", "epsilon", "step_size"):
-            if attack[name] is None:
-                attack[name] = fields["attack"][name]
+    frozen = {where: attack.lengths(run.attack, run.data.name) for where, attack in run.evaluation.attacks.items()}
+    evaluation["validation"].update(frozen["evaluation.validation"]._asdict())
+    for name, attack in evaluation["test"].items():
+        attack.update(frozen[f"evaluation.test.{name}"]._asdict())
 
 
 def _put(fields: dict[str, Any], path: str, value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tla_service.evaluation.figures import _BLUE, _GREEN, _ORANGE, _figure, _save
 from tla_service.tuning.space import Space
-from tla_service.tuning.trial import Trial
+from tla_service.tuning.trials import Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +70,7 @@ def study_figure(trials: Sequence[Trial], space: Space, path: Path) -> bool:
     the other settings (seeds), with their standard deviation.
 
     Args:
-        trials: Those with a report.
+        trials: Those with a validation.
         space: What was searched; its first axis is drawn along.
         path: PNG file to write; its folder is made.
 
@@ -112,11 +112,11 @@ def _ours(trials: Sequence[Trial], axis: str) -> dict[str, dict[str, tuple[float
     """By attack and value of the axis: mean and standard deviation of the accuracy."""
     values: dict[str, dict[str, list[float]]] = {}
     for trial in trials:
-        best, prefix = trial.best(), "robust_accuracy/"
+        prefix = "robust_accuracy/"
         label = f"{trial.point[axis]:g}" if isinstance(trial.point[axis], float) else str(trial.point[axis])
         measured = {name.removeprefix(prefix): value for name, value in trial.test.items() if name.startswith(prefix)}
-        if not measured and best is not None:
-            measured = {"validation attack": best["validation/robust_accuracy"]}
+        if not measured and trial.best is not None:
+            measured = {"validation attack": trial.best.robust_accuracy}
         for name, value in measured.items():
             values.setdefault(name, {}).setdefault(label, []).append(value)
     return {

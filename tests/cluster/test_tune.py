@@ -1,0 +1,246 @@
+"""The glue between sweeps and Ray Tune: what is suggested, what is stopped, and when a sweep ends."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from tests.tuning.conftest import run_config, space_of, trial_of
+from tla_service.cluster import tune as ours
+from tla_service.cluster.session import Placement
+from tla_service.cluster.tune import Budget, Plan, scheduler, searcher
+from tla_service.tuning.space import Space
+from tla_service.tuning.trials import Progress, Trial
+
+SPACE = {"loss.margin": {"low": 0.005, "high": 0.2}, "loss.triplet_weight": {"low": 0.1, "high": 8, "log": True}}
+EPOCHS = 27
+
+
+def goodness(point: dict[str, float]) -> float:
+    """Highest, 1, at margin 0.05 and triplet weight 2."""
+    distance = (point.get("loss.margin", 0.05) - 0.05) ** 2 / 0.01 + np.log(
+        point.get("loss.triplet_weight", 2) / 2
+    ) ** 2 / 4
+    return float(np.exp(-distance))
+
+
+# ------------------------------------------------------------------------------------------------ what is suggested
+
+
+def suggest(search: Any, count: int, value: Callable[[dict[str, float]], float] = goodness) -> list[Trial]:
+    """So many trials, one after another, until there are no more."""
+    trials = []
+    for number in range(count):
+        config = search.suggest(str(number))
+        if config == Searcher.FINISHED:
+            break
+        point = config["trial"]["point"]
+        search.on_trial_result(str(number), {"robust_accuracy": 0.0, "training_iteration": 1})
+        search.on_trial_complete(str(number), {"robust_accuracy": value(point), "clean_accuracy": 0.5})
+        trials.append(trial_of(config["trial"]["number"], [value(point)], point=point, status="finished"))
+    return trials
+
+
+def test_the_private_names_that_we_use_of_optuna_search_are_there() -> None:
+    search = searcher(space_of(SPACE), [])
+    assert isinstance(search, OptunaSearch)
+    search.suggest("a")
+    assert search._ot_trials.keys() == {"a"}
+    assert search._ot_study.trials[0].params.keys() == SPACE.keys()
+
+
+def test_suggestions_satisfy_constraints_and_the_runs_own_rules() -> None:
+    space = space_of(SPACE, startup_trials=2, constraints=["loss.margin < 0.02 * loss.triplet_weight"])
+    trials = suggest(searcher(space, []), 12)
+    assert len(trials) == 12
+    assert all(trial.point["loss.margin"] < 0.02 * trial.point["loss.triplet_weight"] for trial in trials)
+
+
+def test_a_small_allowed_corner_is_found() -> None:
+    """The sampler alone would offer a hundred points in vain."""
+    space = space_of(SPACE, own_first=False, constraints=["loss.margin > 0.199"])
+    assert len(suggest(searcher(space, []), 5)) == 5
+
+
+def test_no_point_is_tried_twice_and_a_space_may_run_out() -> None:
+    space = space_of({"loss.margin": [0.01, 0.1], "seed": [0, 1, 2]})
+    trials = suggest(searcher(space, []), 20)
+    assert len({str(trial.point) for trial in trials}) == len(trials) == 6
+    assert [trial.number for trial in trials] == list(range(6))
+
+
+def test_the_first_trial_is_the_run_itself() -> None:
+    run = run_config(loss={"margin": 0.05, "triplet_weight": 2})
+    space = {"loss.margin": {"low": 0.005, "high": 0.2}, "loss.triplet_weight": [1, 2]}
+    own = {"loss.margin": 0.05, "loss.triplet_weight": 2}
+    assert suggest(searcher(space_of(space, run=run), []), 1)[0].point == own
+    assert suggest(searcher(space_of(space, run=run, own_first=False), []), 1)[0].point != own
+    variants = {"kind": {"variants": {"a": {"loss.margin": 0.1}, "b": {"loss.margin": 0.05}}}}
+    assert suggest(searcher(space_of(variants, run=run), []), 1)[0].point == {"kind": "b"}
+    elsewhere = suggest(searcher(space_of({"loss.margin": {"low": 0.1, "high": 0.2}}, run=run), []), 1)
+    assert elsewhere[0].point["loss.margin"] >= 0.1
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_an_attempt_takes_up_unfinished_trials_first_and_repeats_no_ended_one(name: str) -> None:
+    space = space_of(SPACE, searcher=name, startup_trials=2)
+    before = suggest(searcher(space, []), 5)
+    before[1].status, before[3].status, before[4].status = "running", "running", "failed"
+    after = suggest(searcher(space, before), 6)
+    assert [(trial.number, trial.point) for trial in after[:2]] == [(1, before[1].point), (3, before[3].point)]
+    assert [trial.number for trial in after[2:]] == [5, 6, 7, 8]
+    assert not [trial for trial in after[2:] if trial.point in [each.point for each in before]]
+
+
+def test_tpe_learns_over_attempts() -> None:
+    trials: list[Trial] = []
+    for _ in range(5):
+        trials += suggest(searcher(space_of(SPACE), trials), 5)
+    values = [trial.value("robust_accuracy") or 0.0 for trial in trials]
+    assert np.mean(values[15:]) > np.mean(values[:10]) + 0.15
+
+
+def test_two_objectives_are_searched_together() -> None:
+    space = space_of(SPACE, startup_trials=2, objectives=["robust_accuracy", "clean_accuracy"])
+    before = suggest(searcher(space, []), 5)
+    before[1].status = "failed"
+    assert len(suggest(searcher(space, before), 4)) == 4
+
+
+def test_the_searcher_can_be_written_down_as_ray_tune_does(tmp_path: Path) -> None:
+    search = searcher(space_of(SPACE), [])
+    suggest(search, 2)
+    search.save(str(tmp_path / "state"))
+    assert (tmp_path / "state").stat().st_size > 0
+
+
+# ------------------------------------------------------------------------------------------------ what is stopped
+
+
+def stops(asha: Any, name: str, curve: list[float]) -> int | None:
+    """The epoch at which a new trial is stopped; None if it is not."""
+    stub: Any = SimpleNamespace(trial_id=name)
+    asha.on_trial_add(None, stub)
+    for epoch, value in enumerate(np.maximum.accumulate(curve)):
+        result = {"epochs": epoch + 1, "robust_accuracy": float(value)}
+        if asha.on_trial_result(None, stub, result) == TrialScheduler.STOP:
+            return epoch + 1
+    return None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_asha_that_is_fed_earlier_curves_decides_like_one_that_saw_them(seed: int) -> None:
+    space, rng = space_of(SPACE, grace_epochs=3), np.random.default_rng(seed)
+    curves = rng.random((12, EPOCHS))
+    live = scheduler(space, [])
+    ended, fed = [], None
+    for number, curve in enumerate(curves):
+        fed = scheduler(space, ended)
+        epoch = stops(live, f"live-{number}", list(curve))
+        assert stops(fed, "new", list(curve)) == epoch
+        ended.append(trial_of(number, list(curve[:epoch]), status="stopped" if epoch else "finished"))
+    assert 0 < sum(trial.status == "stopped" for trial in ended) < 12
+    assert fed is not None
+
+
+def test_a_fresh_asha_would_let_a_trial_far_behind_go_on() -> None:
+    space = space_of(SPACE, grace_epochs=3)
+    ended = [trial_of(number, [0.8] * EPOCHS, status="finished") for number in range(3)]
+    assert stops(scheduler(space, ended), "new", [0.1] * EPOCHS) == 3
+    assert stops(scheduler(space, []), "new", [0.1] * EPOCHS) is None
+
+
+@pytest.mark.parametrize("grace", [1, 3, 9, 26])
+def test_a_trial_that_reaches_its_last_epoch_is_not_stopped_there(grace: int) -> None:
+    """With 27 epochs and a factor of 3 the last epoch would be a rung."""
+    space = space_of(SPACE, grace_epochs=grace)
+    ended = [trial_of(number, [0.1] * (EPOCHS - 1) + [0.9], status="finished") for number in range(3)]
+    assert stops(scheduler(space, ended), "new", [0.1] * EPOCHS) is None
+
+
+def test_without_asha_every_trial_runs_to_its_end() -> None:
+    assert scheduler(space_of(SPACE, scheduler="none"), []) is None
+    assert scheduler(space_of(SPACE, grace_epochs=EPOCHS), []) is None
+
+
+# ------------------------------------------------------------------------------------------------ when to end
+
+
+def plan_of(space: Space, storage: Path, **changes: Any) -> Plan:
+    return Plan(
+        space,
+        str(storage),
+        **({"placement": Placement(2, False, 1, 1), "weights": None, "max_concurrent": 1} | changes),
+    )
+
+
+def tune_trial(number: int, report: dict[str, Any], status: str = "RUNNING", deaths: int = 0) -> Any:
+    return SimpleNamespace(
+        trial_id=str(number), status=status, num_failures=deaths, storage=None,
+        config={"trial": {"number": number, "point": {"loss.margin": 0.1}}},
+        last_result=report and report | {"time_total_s": 1.0, "done": True},
+    )  # fmt: skip
+
+
+def end(budget: Budget, number: int, outcome: Any) -> None:
+    trial = tune_trial(number, Progress().report(outcome=outcome, reason="the loss is not finite by step 7"))
+    budget.on_trial_result(0, [], trial, trial.last_result)
+    budget.on_trial_complete(0, [], trial)
+
+
+def test_too_many_failures_in_a_row_end_a_sweep(tmp_path: Path) -> None:
+    budget = Budget(plan_of(space_of(SPACE, failures_in_a_row=2), tmp_path))
+    for number, outcome in enumerate(("failed", "finished", "failed")):
+        end(budget, number, outcome)
+    assert not budget.stop_all()
+    budget.on_trial_error(0, [], tune_trial(3, {}, "ERROR", 4))
+    assert budget.stop_all()
+    assert budget.gave_up == (
+        "2 trials failed one after another, the last: its process died 4 times (killed, or its node was lost)"
+    )
+
+
+def test_gpu_hours_count_from_the_workers_start_to_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(ours.time, "monotonic", lambda: now[0])
+    budget = Budget(plan_of(space_of(SPACE, max_gpu_hours=1), tmp_path, placement=Placement(2, True, 1, 0.5)))
+    trial = tune_trial(0, Progress().report())
+    budget.on_trial_result(0, [], trial, trial.last_result | {"worker_seconds": 600.0})
+    now[0] += 1200
+    assert budget.gpu_hours == pytest.approx(0.5)
+    budget.on_trial_complete(0, [], trial)
+    now[0] += 10_000
+    assert budget.gpu_hours == pytest.approx(600 / 3600)  # as in its last report, which comes at its end
+    assert not budget.stop_all()
+    budget.on_trial_result(0, [], trial, trial.last_result)
+    now[0] += 3000
+    assert budget.stop_all()
+    assert budget.used_up == "sweep.max_gpu_hours=1 are used"
+
+
+def test_wall_time_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(ours.time, "monotonic", lambda: now[0])
+    budget = Budget(plan_of(space_of(SPACE, max_hours=1), tmp_path))
+    now[0] += 3000
+    assert budget.seconds_left == 600
+    now[0] += 601
+    assert budget.stop_all()
+    assert budget.used_up == "sweep.max_hours=1 are over"
+
+
+def test_workers_that_are_never_placed_end_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(ours.time, "monotonic", lambda: now[0])
+    placed, waiting = (Budget(plan_of(space_of(SPACE), tmp_path, wait_seconds=60)) for _ in range(2))
+    trial = tune_trial(0, Progress().report())
+    placed.on_trial_result(0, [], trial, trial.last_result)
+    now[0] += 61
+    assert (placed.stop_all(), waiting.stop_all()) == (False, True)
+    assert str(waiting.error).startswith("scaling.wait_seconds=60: the cluster has not placed any trial's workers")

@@ -1,0 +1,168 @@
+"""Trials on the terminal, in `log.jsonl` and in MLflow: a parent run, and under it a run per trial, live."""
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+
+from tla_service import registry
+from tla_service.cluster.attempts import add_attempt
+from tla_service.cluster.tune import Plan
+from tla_service.config import RunConfig
+from tla_service.errors import UserError
+from tla_service.training.reporting import JsonLines, Terminal
+from tla_service.tuning.axes import shown
+from tla_service.tuning.trials import Trial
+
+_log = logging.getLogger(__name__)
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+_STATUS: dict[str, RunStatus] = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "running": "KILLED"}
+CLOSE_SECONDS = 60.0
+
+
+class TrialLog(tune.Callback):
+    """Shows, logs and tracks what trials report. A thread talks to MLflow, so that a slow server delays nothing.
+
+    Args:
+        terminal: Where to show it.
+        output: Folder for `log.jsonl`, and for metrics that the server does not have yet.
+        run: The run that is varied.
+        plan: The sweep; its storage identifies it over restarts.
+        facts: What describes its data.
+    """
+
+    def __init__(self, terminal: Terminal, output: Path, run: RunConfig, plan: Plan, facts: Mapping[str, str]) -> None:
+        self._terminal, self._output, self._plan = terminal, output, plan
+        self._facts = dict(facts) | {"sweep": plan.storage}
+        self._lines = JsonLines(output / "log.jsonl")
+        self.uri = registry.tracking_uri(run.tracking)
+        self.run_id = registry.open_run(
+            run.model_copy(update={"name": plan.space.name}), plan.storage, facts=self._facts
+        )
+        self._runs: dict[int, tuple[str, registry.RunLog]] = {}
+        self._work: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._track, name="trial-log", daemon=True)
+        self._thread.start()
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self._terminal.say(text)
+
+    def store(self, files: Mapping[str, Path], metrics: Mapping[str, float], attempt: int) -> None:
+        """Log files and metrics to the parent run.
+
+        Args:
+            files: Path among the run's artifacts -> local file.
+            metrics: Values by name.
+            attempt: Their step.
+        """
+        try:
+            registry.log_files(self.uri, self.run_id, files)
+            with contextlib.closing(registry.RunLog(self.uri, self.run_id, self._output / "unsent")) as log:
+                log.log(metrics, attempt)
+        except UserError as error:
+            self.say(f"warning: {error}")
+
+    def close(self, status: RunStatus) -> None:
+        """Close the runs of trials that are not over, and the parent's."""
+        self._work.put(None)
+        self._thread.join(CLOSE_SECONDS)
+        for number in list(self._runs):
+            self._finish(number, "KILLED")
+        with contextlib.suppress(UserError):
+            registry.finish_run(self.uri, self.run_id, status)
+        self._lines.close()
+
+    # ------------------------------------------------------------------------------------------------ from Ray Tune
+
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Open the trial's run in MLflow, or continue it."""
+        number, point = trial.config["trial"]["number"], trial.config["trial"]["point"]
+        self._tell(number, "suggested", shown(point), point=point)
+        self._work.put(lambda: self._open(Trial(number, point)))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Show validations and messages; track every epoch. RunLog leaves out what MLflow has."""
+        number, metrics = trial.config["trial"]["number"], result["metrics"]
+        if result["message"]:
+            self._tell(number, "message", result["message"])
+        if metrics and "validation/robust_accuracy" in metrics[-1]:
+            robust, clean = (metrics[-1][f"validation/{name}_accuracy"] for name in ("robust", "clean"))
+            text = f"epoch {metrics[-1]['epoch']:.0f}  validation robust {robust:.1%}  clean {clean:.1%}"
+            self._tell(number, "epoch", text, metrics=metrics[-1])
+        self._work.put(lambda: self._track_epochs(number, metrics))
+
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Close its run."""
+        ended = add_attempt({}, trial)
+        reason = f" ({ended.reason})" if ended.reason else ""
+        best = f", best validation robust {ended.best.robust_accuracy:.1%}" if ended.best is not None else ""
+        self._tell(ended.number, "ended", f"{ended.status}{reason}{best}", status=ended.status, reason=ended.reason)
+        self._work.put(lambda: self._close(ended))
+
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Its process died more often than it is started again."""
+        self.on_trial_complete(iteration, trials, trial)
+
+    def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Its process died and is started again."""
+        self._tell(trial.config["trial"]["number"], "message", "its process died; it is started again")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def _tell(self, number: int, event: str, text: str, **fields: Any) -> None:
+        self._terminal.say(f"trial {number:>3}  {text}")
+        # The log is for people: that the disk is full ends the sweep with the next snapshot.
+        with contextlib.suppress(OSError):
+            self._lines.write({"event": event, "trial": number, "message": text, **fields})
+
+    # ------------------------------------------------------------------------------------------------ in the thread
+
+    def _track(self) -> None:
+        while (action := self._work.get()) is not None:
+            try:
+                action()
+            except UserError as error:
+                _log.warning("%s", error)  # the next attempt opens the run again, and has the whole history
+            except Exception as error:  # noqa: BLE001 - what a server answers must not end a sweep
+                _log.warning("MLflow: %s", " ".join(str(error).split())[:300])
+
+    def _open(self, trial: Trial) -> None:
+        if trial.number in self._runs:
+            return  # its process was started again
+        run = self._plan.space.trial(trial.number, trial.point, self._plan.placement.num_workers)
+        facts = self._facts | {"trial": str(trial.number)}
+        facts |= {f"searched.{name}": shown(value) for name, value in trial.point.items()}
+        run_id = registry.open_run(run, f"{self._plan.storage}/{run.name}", facts=facts, parent_run_id=self.run_id)
+        self._runs[trial.number] = (run_id, registry.RunLog(self.uri, run_id, self._output / "unsent"))
+
+    def _track_epochs(self, number: int, history: list[Mapping[str, float]]) -> None:
+        if number in self._runs:
+            for metrics in history:
+                values = {name: value for name, value in metrics.items() if name != "epoch"}
+                self._runs[number][1].log(values, int(metrics["epoch"]))
+
+    def _close(self, trial: Trial) -> None:
+        if trial.number not in self._runs:
+            return
+        run_id, metrics = self._runs[trial.number]
+        best = trial.best
+        values = {} if best is None else {f"best/{n}": v for n, v in best._asdict().items() if n != "epochs"}
+        metrics.log(values | {f"test/{name}": value for name, value in trial.test.items()}, max(0, trial.epochs - 1))
+        registry.tag_run(self.uri, run_id, {"tla.trial_status": trial.status, "tla.trial_reason": trial.reason})
+        self._finish(trial.number, _STATUS[trial.status])
+
+    def _finish(self, number: int, status: RunStatus) -> None:
+        run_id, metrics = self._runs.pop(number)
+        metrics.close()
+        with contextlib.suppress(UserError):
+            registry.finish_run(self.uri, run_id, status)

@@ -1,0 +1,95 @@
+"""A sweep as an Optuna study: for the searcher, and for Optuna's plots."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tla_service.tuning.axes import Axis
+from tla_service.tuning.settings import Objective
+from tla_service.tuning.space import Point, Space
+from tla_service.tuning.trials import Trial
+
+if TYPE_CHECKING:
+    import optuna
+
+STUDY = "sweep"
+
+
+def study_of(
+    space: Space,
+    trials: Sequence[Trial],
+    objectives: Sequence[Objective],
+    storage: "optuna.storages.BaseStorage | None" = None,
+) -> "optuna.Study":
+    """The trials as a study in which all are complete.
+
+    Args:
+        space: What is searched.
+        trials: The trials. One that failed, or has no validation, counts as 0.
+        objectives: What is maximised.
+        storage: Where the study is kept; in memory if not given.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    maximize = optuna.study.StudyDirection.MAXIMIZE
+    study = optuna.create_study(directions=[maximize] * len(objectives), storage=storage, study_name=STUDY)
+    axes = distributions(space)
+    for trial in trials:
+        values = [0.0 if trial.status == "failed" else trial.value(name) or 0.0 for name in objectives]
+        params = to_params(space, trial.point)
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=axes, values=values))
+    return study
+
+
+def sampler_of(space: Space, num_before: int) -> "optuna.samplers.BaseSampler":
+    """What suggests points.
+
+    Args:
+        space: What is searched, and how.
+        num_before: Trials before this attempt: another attempt draws other numbers.
+    """
+    import optuna
+
+    seed = int(np.random.SeedSequence([space.sweep.seed, num_before]).generate_state(1)[0])
+    if space.sweep.searcher == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    # Running trials count as bad for the time being, so that several at once do not try the same.
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=space.sweep.startup_trials, multivariate=True, constant_liar=True
+    )
+
+
+def distributions(space: Space) -> "dict[str, optuna.distributions.BaseDistribution]":
+    """Optuna's distribution of each axis."""
+    return {axis.name: _distribution(axis) for axis in space.axes}
+
+
+def to_params(space: Space, point: Point) -> dict[str, Any]:
+    """A point in Optuna's terms."""
+    return {axis.name: _param(point[axis.name]) for axis in space.axes}
+
+
+def to_point(space: Space, params: dict[str, Any]) -> Point:
+    """The point of Optuna's parameters."""
+    return {
+        axis.name: next((choice for choice in axis.choices if _param(choice) == value), value)
+        for axis in space.axes
+        for value in [params[axis.name]]
+    }
+
+
+def _param(value: Any) -> Any:
+    """A value as Optuna takes it: numbers and text as they are, lists and the like as text."""
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _distribution(axis: Axis) -> "optuna.distributions.BaseDistribution":
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if axis.choices:
+        return CategoricalDistribution([_param(choice) for choice in axis.choices])
+    if axis.whole:
+        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
+    return FloatDistribution(axis.low, axis.high, log=axis.log)

@@ -1,0 +1,228 @@
+"""Trials: what one reports while it trains, what is known of it over all attempts, the winner, and the table."""
+
+import csv
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from tla_service.tuning.settings import Objective
+from tla_service.tuning.space import Point, Space
+
+Status = Literal["running", "finished", "stopped", "failed"]
+Outcome = Literal["running", "finished", "failed", "unavailable"]
+Report = dict[str, Any]
+
+
+class Score(NamedTuple):
+    """Validation accuracies after a number of epochs."""
+
+    epochs: int
+    robust_accuracy: float
+    clean_accuracy: float
+
+
+def best_of(curve: Sequence[Score]) -> Score | None:
+    """The best score, chosen as training chooses its best weights; None if the curve is empty."""
+    return max(curve, key=lambda score: (score.robust_accuracy, score.clean_accuracy, -score.epochs), default=None)
+
+
+class Progress:
+    """Turns the records of a training run into the reports of its trial.
+
+    Every report is complete: whoever reads the last one knows the whole trial. Epochs that are repeated after a restart
+    count once.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._curve: list[Score] = []
+        self._metrics: list[Mapping[str, float]] = []  # not reported yet
+        self._epochs = self._restarts = 0
+        self._began: float | None = None
+
+    def add(self, record: Mapping[str, Any]) -> str | None:
+        """Take a record of `fit_on_ray`.
+
+        Returns:
+            A message for people, which may be empty; None if the record is no reason to report.
+        """
+        match record["event"]:
+            case "start":
+                self._began = self._clock() if self._began is None else self._began
+                self.add_history(record["history"])
+                return "resumes from its last checkpoint" if record["resumed"] else "starts training"
+            case "epoch":
+                before = len(self._curve)
+                self.add_history([record["metrics"]])
+                return "" if len(self._curve) > before else None
+            case "failure":
+                self._restarts += 1
+        return record.get("message")
+
+    def add_history(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Take the metrics of epochs; those that are known are left out."""
+        for metrics in history:
+            epochs = int(metrics["epoch"]) + 1
+            if epochs <= self._epochs:
+                continue
+            self._epochs = epochs
+            self._metrics.append(metrics)
+            if "validation/robust_accuracy" in metrics:
+                robust, clean = metrics["validation/robust_accuracy"], metrics["validation/clean_accuracy"]
+                self._curve.append(Score(epochs, robust, clean))
+
+    def report(
+        self,
+        message: str = "",
+        outcome: Outcome = "running",
+        reason: str = "",
+        test: Mapping[str, float] | None = None,
+        error: Sequence[Any] = (),
+    ) -> Report:
+        """The next report: plain values for `tune.report`.
+
+        Accuracies are those of the best score so far, 0 before the first validation and for a failed trial. A failed
+        trial has 0 epochs, so that the scheduler compares no other with it.
+
+        Args:
+            message: For people.
+            outcome: How the trial ended, if it did; `unavailable`: it cannot go on, and not because of its point.
+            reason: Why.
+            test: Accuracies on the test set.
+            error: Arguments of the UnavailableError.
+        """
+        best = best_of(self._curve) if outcome in ("running", "finished") else None
+        metrics, self._metrics = self._metrics, []
+        return {
+            "epochs": self._curve[-1].epochs if best is not None else 0,
+            "robust_accuracy": 0.0 if best is None else best.robust_accuracy,
+            "clean_accuracy": 0.0 if best is None else best.clean_accuracy,
+            "curve": [list(score) for score in self._curve],
+            "metrics": [dict(each) for each in metrics],
+            "worker_seconds": 0.0 if self._began is None else self._clock() - self._began,
+            "restarts": self._restarts,
+            "message": message,
+            "outcome": outcome,
+            "reason": reason,
+            "test": dict(test or {}),
+            "error": list(error),
+        }
+
+
+@dataclass
+class Trial:
+    """What is known of a trial.
+
+    Attributes:
+        number: 0, 1, ... in the order of suggestion.
+        point: A value for each searched setting.
+        status: `running` until it has ended, over interruptions too.
+        curve: Its validations.
+        reason: Why it was stopped or failed.
+        test: Accuracies on the test set, where the sweep measures them.
+        restarts: How often its workers failed and were started again.
+        attempts: Attempts at the sweep that ran it.
+        seconds: Wall time of its process, over all attempts, up to the last report of each.
+        worker_seconds: Wall time of its workers, likewise.
+    """
+
+    number: int
+    point: Point
+    status: Status = "running"
+    curve: list[Score] = field(default_factory=list)
+    reason: str = ""
+    test: dict[str, float] = field(default_factory=dict)
+    restarts: int = 0
+    attempts: int = 0
+    seconds: float = 0.0
+    worker_seconds: float = 0.0
+
+    def add_attempt(self, report: Mapping[str, Any], deaths: int = 0) -> None:
+        """Take what an attempt at the sweep knows of the trial.
+
+        Args:
+            report: Its last report, with what Ray Tune adds (`done`, `time_total_s`); that alone if it made none.
+            deaths: How often its process died, if that ended it.
+        """
+        self.attempts += 1
+        if "outcome" in report:
+            self.curve = [Score(*each) for each in report["curve"]] or self.curve
+            outcome: Outcome = report["outcome"]
+            self.status = "running" if outcome == "unavailable" else outcome
+            self.reason, self.test = report["reason"], dict(report["test"])
+            self.restarts += report["restarts"]
+            self.seconds += report["time_total_s"]
+            self.worker_seconds += report["worker_seconds"]
+            if outcome == "running" and report.get("done"):
+                self.status, self.reason = "stopped", f"behind the others at epoch {self.epochs}"
+        if deaths and self.status == "running":
+            self.status, self.reason = "failed", f"its process died {deaths} times (killed, or its node was lost)"
+
+    @property
+    def epochs(self) -> int:
+        """Epochs up to the last validation."""
+        return self.curve[-1].epochs if self.curve else 0
+
+    @property
+    def best(self) -> Score | None:
+        """The best score; None before the first validation."""
+        return best_of(self.curve)
+
+    def value(self, objective: Objective) -> float | None:
+        """An objective at the best score; None before the first validation."""
+        return None if self.best is None else float(getattr(self.best, objective))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"curve": [score._asdict() for score in self.curve]}
+
+
+def winner(trials: Sequence[Trial], objective: Objective) -> Trial | None:
+    """The trial with the best value; finished ones before others, the first of equals; None if none has any."""
+    ended = [trial for trial in trials if trial.status == "finished" and trial.curve]
+    among = ended or [trial for trial in trials if trial.status != "failed" and trial.curve]
+    other: Objective = "clean_accuracy" if objective == "robust_accuracy" else "robust_accuracy"
+    return max(among, key=lambda trial: (trial.value(objective), trial.value(other)), default=None)
+
+
+def table(trials: Sequence[Trial], space: Space) -> list[dict[str, Any]]:
+    """One row per trial: number, status, point, best validation accuracies, epochs, times."""
+    return [_row(trial, space) for trial in trials]
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table as comma-separated values."""
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def counts(trials: Sequence[Trial]) -> str:
+    """How many trials have which status, for people."""
+    words = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "unfinished"}
+    numbers = {word: sum(trial.status == status for trial in trials) for status, word in words.items()}
+    told = ", ".join(f"{number} {word}" for word, number in numbers.items() if number)
+    return f"{len(trials)} trials: {told}" if told else "no trials"
+
+
+def _row(trial: Trial, space: Space) -> dict[str, Any]:
+    best = trial.best
+    accuracies = {} if best is None else {f"validation/{n}": v for n, v in best._asdict().items() if n != "epochs"}
+    return {
+        "trial": trial.number,
+        "status": trial.status,
+        **{axis.name: trial.point[axis.name] for axis in space.axes},
+        **accuracies,
+        **{f"test/{name}": value for name, value in trial.test.items()},
+        "best_epoch": None if best is None else best.epochs - 1,
+        "epochs": trial.epochs,
+        "attempts": trial.attempts,
+        "restarts": trial.restarts,
+        "seconds": round(trial.seconds, 1),
+        "reason": trial.reason,
+    }

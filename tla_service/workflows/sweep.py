@@ -1,0 +1,327 @@
+"""A sweep from configuration to winner: check, search on Ray Tune, write what came out, train the winner over seeds."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tla_service import registry
+from tla_service.cluster.attempts import attempts, read_trials
+from tla_service.cluster.folder import Folder
+from tla_service.cluster.pipeline import Facts, check_before_start, check_disks, check_split, train_and_register
+from tla_service.cluster.session import Placement, check_dashboard, check_storage, place, ray_session
+from tla_service.cluster.slots import count_slots, workers_per_trial
+from tla_service.cluster.trial_log import RunStatus, TrialLog
+from tla_service.cluster.tune import Budget, Plan, run_trials
+from tla_service.config import RunConfig
+from tla_service.config_loading import load_config_file, to_yaml
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.job import INTERRUPTED
+from tla_service.models import build_model
+from tla_service.models.classifier import seen_by_triplets
+from tla_service.training.output import open_output
+from tla_service.training.reporting import Terminal
+from tla_service.tuning.axes import shown
+from tla_service.tuning.figures import draw_all
+from tla_service.tuning.settings import sweep_yaml
+from tla_service.tuning.space import Space
+from tla_service.tuning.trials import Trial, as_csv, counts, table, winner
+
+SETTINGS, WINNER, SUMMARY, SEEDS = "sweep.yaml", "best.yaml", "sweep.json", "winner.json"
+
+
+def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug: bool = False) -> int:
+    """Run or continue a sweep until it is done or its budget is used; then write and track what came out.
+
+    Args:
+        run: The run that is varied.
+        space: What is searched, and how.
+        output: Folder for the table, the plots, the winner's configuration, `log.jsonl` and, unless `scaling.storage`
+            says otherwise, Ray Tune's experiments and the trials' checkpoints.
+        resume: Continue the sweep of this name, if there is one.
+        debug: Show what Ray and its workers log.
+
+    Returns:
+        The job's exit code: 0; 1 if every trial failed, or too many in a row; 130 after an interrupt.
+
+    Raises:
+        UserError: Something is wrong or missing; found before workers start, as far as it can be.
+    """
+    open_output(run, output)
+    uri = f"{run.scaling.storage or output / 'ray'}/{space.name}"
+    check_storage(uri)
+    shared = [] if run.scaling.storage is None or uri.startswith("s3://") else [Path(uri)]
+    with contextlib.ExitStack() as locks:
+        for folder in (output, *shared):
+            locks.enter_context(_locked(folder))
+        storage = Folder(uri)
+        run = _compare(run, space, storage, resume=resume)
+        registry.check_tracking(run.tracking)
+        facts = check_before_start(run)
+        check_disks(run, output, f"{uri}/trials", facts.checkpoint_bytes)
+        # Trials that are stopped early or killed leave their places to Ray Train's cleaner, which needs the dashboard.
+        with ray_session(run, debug=debug, dashboard=True):
+            check_dashboard()
+            run = _workers(run, workers_per_trial(run.scaling))
+            placement = place(run)
+            check_ends(space, facts, placement.num_workers)
+            plan = Plan(
+                space, uri, placement, facts.weights, _max_concurrent(run, space, placement), run.scaling.wait_seconds
+            )
+            storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
+            return _search(plan, run, facts, output, debug=debug)
+
+
+def check_ends(space: Space, facts: Facts, num_workers: int) -> None:
+    """See that the data has enough images for batches, pools and networks at the ends of the space.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    dataset = facts.dataset
+    for axis in space.axes:
+        networks = {(space.run.model, space.run.loss.triplet_layer)}
+        for value in axis.ends:
+            found = space.alone(axis, value)
+            if found is None:
+                continue
+            try:
+                check_split(found, dataset, num_workers)
+                if (found.model, found.loss.triplet_layer) not in networks:
+                    networks.add((found.model, found.loss.triplet_layer))
+                    model = found.model
+                    network = build_model(
+                        model.name, len(dataset.class_names), dataset.image_shape, model.normalization
+                    )
+                    seen_by_triplets(network, found.loss.triplet_layer)
+            except ConfigError as error:
+                reason = f"{error.subject}={error.value}: {error.reason}"
+                raise ConfigError(f"sweep.space.{axis.name}", value, reason, error.remedy) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the lock ends with it, however it ends.
+
+    Raises:
+        UnavailableError: Another sweep holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        reason = f"cannot be written ({(error.strerror or str(error)).lower()})"
+        raise UnavailableError("scaling.storage", folder, reason, "choose another") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            reason = f"another sweep (process {file.read() or '?'}) is using this folder"
+            remedy = "wait for it or stop it, or choose another --output"
+            raise UnavailableError("output", folder, reason, remedy) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _compare(run: RunConfig, space: Space, storage: Folder, *, resume: bool) -> RunConfig:
+    """Compare with the sweep of this name that is there already, if any; returns the run with its number of workers."""
+    name = space.name
+    if storage.read("driver.json") is not None:
+        reason = f"was begun by an earlier version ({storage.uri}), whose sweeps cannot be continued"
+        raise ConfigError("sweep.name", name, reason, "choose another --sweep.name; its best.yaml still loads")
+    text = storage.read(SETTINGS)
+    if text is None:
+        if resume:  # a job that a cluster submits again and again gives it from the start
+            Terminal().say(f"there is no sweep {name} in {storage.uri} yet; starting it")
+        return run
+    if not resume:
+        remedy = "give --resume to continue it, or choose another --sweep.name"
+        raise ConfigError("sweep.name", name, f"this sweep exists in {storage.uri}", remedy)
+    before = yaml.safe_load(text)
+    workers = before["scaling"]["num_workers"]
+    if run.scaling.num_workers not in ("auto", workers):
+        raise ConfigError(
+            "scaling.num_workers",
+            run.scaling.num_workers,
+            f"the sweep was started with {workers}, and trials with different numbers of workers do not compare",
+            f"use {workers}, or another --sweep.name",
+        )
+    run_before = RunConfig.model_validate({key: value for key, value in before.items() if key != "sweep"})
+    sweep_before = type(space.sweep).model_validate(before["sweep"])
+    left_out = space.sweep.NOT_IDENTITY
+    same_search = sweep_before.model_dump(exclude=left_out) == space.sweep.model_dump(exclude=left_out)
+    if run_before.digest != run.digest or not same_search:
+        remedy = f"use the settings in {storage.uri}/{SETTINGS} (--config), or choose another --sweep.name"
+        raise ConfigError("sweep.name", name, "this sweep has other settings", remedy)
+    return _workers(run, workers)
+
+
+def _workers(run: RunConfig, number: int) -> RunConfig:
+    return run.model_copy(update={"scaling": run.scaling.model_copy(update={"num_workers": number})})
+
+
+def _max_concurrent(run: RunConfig, space: Space, placement: Placement) -> int:
+    """Trials at a time: one more than fit, so that its processes are up when a place becomes free."""
+    most = space.sweep.max_concurrent
+    if run.scaling.wait_seconds > 0:  # the cluster grows, so what fits now says nothing
+        assert most is not None
+        return most
+    slots = count_slots(placement)
+    return slots + 1 if most is None else min(most, slots + 1)
+
+
+# ---------------------------------------------------------------------------------------------------- the search
+
+
+def _search(plan: Plan, run: RunConfig, facts: Facts, output: Path, *, debug: bool) -> int:
+    space = plan.space
+    budget = Budget(plan)
+    log = TrialLog(Terminal(), output, run, plan, facts.described)
+    status: RunStatus = "FAILED"
+    try:
+        log.say(f"sweep {space.name}: {', '.join(axis.name for axis in space.axes)}")
+        log.say(f"up to {plan.max_concurrent} trials at a time, {plan.placement.num_workers} workers each")
+        log.say(f"output in {output}")
+        before = read_trials(plan.storage)
+        if before:
+            log.say(f"continuing: {counts(before)}")
+        with _stop_on_signal(budget):
+            run_trials(plan, budget, log, debug=debug)
+        if budget.error is not None:
+            raise budget.error
+        trials = read_trials(plan.storage)
+        _conclude(plan, budget, trials, run, output, log)
+        failed = bool(budget.gave_up) or (bool(trials) and all(trial.status == "failed" for trial in trials))
+        status = "KILLED" if budget.interrupted else "FAILED" if failed else "FINISHED"
+    finally:
+        log.close(status)
+    if budget.interrupted:
+        log.say("stopped; the same command with --resume continues from the trials' last checkpoints")
+        return INTERRUPTED
+    return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def _stop_on_signal(budget: Budget) -> Iterator[None]:
+    """First SIGINT or SIGTERM: end the sweep in good order; second: KeyboardInterrupt."""
+
+    def handle(_signal: int, _frame: object) -> None:
+        if budget.interrupted:
+            raise KeyboardInterrupt
+        budget.interrupted = True
+        os.write(2, b"stopping the sweep; interrupt again to stop at once\n")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, output: Path, log: TrialLog) -> None:
+    """Write, plot, track and show what came out so far."""
+    space = plan.space
+    rows, best = table(trials, space), winner(trials, space.sweep.objectives[0])
+    summary = {
+        "name": space.name,
+        "trials": counts(trials),
+        "ended_because": budget.used_up,
+        "winner": None if best is None else next(row for row in rows if row["trial"] == best.number),
+        "wall_seconds": round(budget.wall_seconds, 1),
+        "gpu_hours": round(budget.gpu_hours, 4),
+        "run_id": log.run_id,
+        "tracking_uri": log.uri,
+    }
+    (output / "trials.csv").write_text(as_csv(rows))
+    (output / "trials.json").write_text(json.dumps([trial.as_dict() for trial in trials], indent=1))
+    (output / SUMMARY).write_text(json.dumps(summary, indent=2))
+    files = {name: output / name for name in ("trials.csv", "trials.json", SUMMARY)}
+    metrics = {}
+    if best is not None and best.best is not None:
+        (output / WINNER).write_text(to_yaml(winning_run(space, best, run)))
+        files[WINNER] = output / WINNER
+        metrics = {f"best/{name}": value for name, value in best.best._asdict().items() if name != "epochs"}
+    figures = draw_all(trials, space, output / "figures")
+    log.store(files | {f"figures/{path.name}": path for path in figures}, metrics, len(attempts(plan.storage)))
+    log.say("")
+    log.say(counts(trials) + (f"; {budget.used_up}" if budget.used_up else ""))
+    if best is not None and best.best is not None:
+        log.say(f"best: trial {best.number}, {shown(best.point)}")
+        log.say(f"  validation robust accuracy {best.best.robust_accuracy:7.2%}")
+        log.say(f"  validation clean accuracy  {best.best.clean_accuracy:7.2%}")
+        log.say(f"configuration {output / WINNER}  (train it with train_tla.py --config)")
+    log.say(f"table         {output / 'trials.csv'}")
+    log.say(f"plots         {output / 'figures'}")
+    log.say(f"tracking      {log.uri}  run {log.run_id}")
+
+
+def winning_run(space: Space, best: Trial, run: RunConfig) -> RunConfig:
+    """The winner's run at full length, named by what it is, with the number of workers it was tried with."""
+    found = space.apply(best.point, full_length=True)
+    return found.model_copy(
+        update={"name": "", "scaling": found.scaling.model_copy(update={"num_workers": run.scaling.num_workers})}
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- the winner
+
+
+def train_winner(output: Path, num_seeds: int, *, debug: bool = False) -> int:
+    """Train, evaluate and register the winner once per seed; seeds that have finished before are not repeated.
+
+    Args:
+        output: The sweep's output folder; each seed gets a folder in `winner/` there.
+        num_seeds: Seeds, counted from the run's own.
+        debug: Show what Ray and its workers log.
+
+    Returns:
+        The exit code of the first run that did not finish, or 0.
+
+    Raises:
+        UnavailableError: The sweep has no winner.
+    """
+    if not (output / WINNER).exists():
+        raise UnavailableError("then_train", num_seeds, "the sweep has no winner", "see its trials.csv")
+    config = load_config_file(output / WINNER)
+    parent = json.loads((output / SUMMARY).read_text())["run_id"]
+    terminal, summaries = Terminal(), []
+    for seed in range(config.seed, config.seed + num_seeds):
+        terminal.say("")
+        terminal.say(f"the winner, seed {seed}")
+        folder = output / "winner" / f"seed-{seed}"
+        code = train_and_register(_with_seed(config, seed, parent), folder, debug=debug)
+        if code != 0:
+            return code
+        summaries.append(json.loads((folder / "summary.json").read_text()))
+    found = {"clean_accuracy": _spread([summary["clean_accuracy"] for summary in summaries])}
+    for name in summaries[0]["robust_accuracy"]:
+        found[f"robust_accuracy/{name}"] = _spread([summary["robust_accuracy"][name] for summary in summaries])
+    models = [summary["model_uri"] for summary in summaries]
+    (output / SEEDS).write_text(json.dumps({"seeds": num_seeds, "test": found, "models": models}, indent=2))
+    terminal.say("")
+    terminal.say(f"the winner on the test set, {num_seeds} seeds:")
+    for name, each in found.items():
+        terminal.say(f"  {name:<28} {each['mean']:7.2%} ± {each['standard_deviation']:.2%}")
+    return 0
+
+
+def _with_seed(config: RunConfig, seed: int, parent_run_id: str) -> RunConfig:
+    tags = config.tracking.tags | {"mlflow.parentRunId": parent_run_id}
+    tracking = config.tracking.model_copy(update={"tags": tags})
+    return config.model_copy(update={"seed": seed, "tracking": tracking})
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.mean(values), "standard_deviation": deviation, "values": values}
