@@ -13,6 +13,7 @@ from tla_service.config_adversary import AttackConfig, EvaluationAttack
 from tla_service.config_bounds import ImageShape, length_trouble
 from tla_service.config_fields import Pixels, Section, Trouble, setting, wrong
 from tla_service.config_names import experiment_trouble, model_trouble, tag_trouble
+from tla_service.config_radii import no_radius
 from tla_service.config_training import OptimizerConfig, ScheduleConfig, SpeedConfig, TrainingConfig
 from tla_service.errors import ConfigError
 
@@ -82,6 +83,12 @@ class EvaluationConfig(Section):
         {"fgsm": EvaluationAttack(kind="fgsm"), "pgd20": EvaluationAttack()}, "attacks on the test set, by name"
     )
     batch_size: int = setting(500, "images a forward pass, per worker", unit="images", ge=1)
+
+    @property
+    def attacks(self) -> dict[str, EvaluationAttack]:
+        """All attacks by the field that holds them."""
+        test = {f"evaluation.test.{name}": attack for name, attack in self.test.items()}
+        return {"evaluation.validation": self.validation, **test}
 
 
 class DetectionConfig(Section):
@@ -310,11 +317,11 @@ class RunConfig(Section):
         """
         own, steps = self.attack, self.attack.num_steps if self.attack.kind == "pgd" else None
         found = [length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)]
-        attacks = {f"evaluation.test.{name}": attack for name, attack in self.evaluation.test.items()}
-        for where, attack in {"evaluation.validation": self.evaluation.validation, **attacks}.items():
-            norm = attack.norm or own.norm
-            epsilon = own.epsilon if attack.epsilon is None else attack.epsilon
-            step_size = own.step_size if attack.step_size is None else attack.step_size
+        for where, attack in self.evaluation.attacks.items():
+            norm, epsilon, step_size = attack.lengths(own, self.data.name)
+            if epsilon is None:
+                found.append(Trouble(f"{where}.norm", norm, *no_radius(self.data.name, norm, f"{where}.epsilon")))
+                continue
             own_step = None if attack.kind == "fgsm" else step_size
             found.append(length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape))
         return next(filter(None, found), None)

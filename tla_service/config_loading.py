@@ -22,6 +22,7 @@ from tla_service.config_bounds import known_shape
 from tla_service.config_errors import Explainer, suggest
 from tla_service.config_fields import wrong
 from tla_service.config_names import attack_trouble
+from tla_service.config_radii import without_lengths_of_other_norms
 from tla_service.config_yaml import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError
 
@@ -130,7 +131,7 @@ class _NamedFile(YamlConfigSettingsSource):
         values = _READERS[self._field](name) or {}
         if not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
             raise ConfigError(self._field, name, "holds no settings", "write them as 'section: {field: value}'")
-        return values
+        return without_lengths_of_other_norms(values, self.current_state)
 
 
 Settings = TypeVar("Settings", bound=JobSettings)

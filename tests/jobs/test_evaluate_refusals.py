@@ -98,5 +98,5 @@ def test_a_folder_that_holds_something_else_is_left_alone(run_in_process: Run, t
     (output / "report.html").write_text("an earlier report")
     code, message = run_in_process("--model", good, "--output", str(output))
     assert code == 2
-    assert "other weights, data or settings" in message
+    assert "differs in weights, data, threat model, settings" in message
     assert (output / "report.html").read_text() == "an earlier report"

@@ -15,9 +15,10 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.registry.tracking_server import TrackingServer
+from tla_service import retries
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.registry import check_tracking, connection, tracking_uri
+from tla_service.registry import check_tracking, tracking_uri
 from tla_service.registry.connection import is_passing, retrying, storing
 
 
@@ -171,7 +172,7 @@ def test_questions_wait_seconds_for_a_server_and_results_wait_minutes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: Any, shortest: float, longest: float
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(connection, "time", clock)
+    monkeypatch.setattr(retries, "time", clock)
 
     def away_until(back: float) -> str:
         if clock.now < back:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import Checkpoint, FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -22,7 +24,7 @@ from torch import Tensor
 from tla_service.cluster.mailbox import start_mailbox
 from tla_service.cluster.session import Placement, own_dashboard
 from tla_service.cluster.storage import RunFolder
-from tla_service.cluster.worker import EpochsToMailbox, train_worker
+from tla_service.cluster.worker import FailuresToMailbox, train_worker
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
 from tla_service.files import whole_folder
@@ -31,8 +33,8 @@ from tla_service.training.result import FitResult
 
 Record = Mapping[str, Any]
 FETCH_SECONDS = 0.2
-# Ray's controller polls its workers and accepts one report a poll; its default of 2 s holds back the short epochs of
-# small runs, and spares it work in large ones.
+# How often Ray's controller polls its workers; its default of 2 s delays the end of small runs, and spares it work in
+# large ones.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
 # Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
 KEPT = 2
@@ -129,7 +131,8 @@ def fit_on_ray(
     mailbox = start_mailbox()
     loop = {
         "config": config.model_dump(mode="json"),
-        "storage": storage,
+        "folder": folder,
+        "keep": KEPT,
         "mailbox": mailbox,
         "weights": ray.put(dict(weights)) if weights is not None else None,
         "log_labels": dict(log_labels) if log_labels is not None else None,
@@ -151,10 +154,12 @@ def fit_on_ray(
         ),
         run_config=RayRunConfig(
             name=config.run_name,
-            storage_path=storage,
+            # Workers store checkpoints themselves. Given the storage, Ray would write marks to it whenever workers
+            # start, and end the run when it is away at that moment.
+            storage_path="ray",
+            storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-            # Of the checkpoints, the callback keeps the newest, which holds the best weights too, and one in reserve.
-            callbacks=[EpochsToMailbox(mailbox, KEPT)],  # type: ignore[list-item]
+            callbacks=[FailuresToMailbox(mailbox)],  # type: ignore[list-item]
         ),
     )
     try:

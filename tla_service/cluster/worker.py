@@ -1,6 +1,6 @@
 """What runs in a Ray Train worker, and in the controller beside it."""
 
-import contextlib
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from pyarrow.fs import FileSelector
 from ray.train import Checkpoint, UserCallback
 
 from tla_service.cluster.storage import RunFolder
@@ -27,9 +26,9 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     """One worker of a run.
 
     Args:
-        loop: `config` (the run as plain values), `storage`, `mailbox`, `weights` (an object reference to a state dict,
-            or None), `log_labels` (fields of JSON log lines; None: log as text), `measure_test` and `with_rejector`
-            (what `fit` is to do at the end).
+        loop: `config` (the run as plain values), `folder` (its RunFolder), `keep` (how many checkpoints stay there),
+            `mailbox`, `weights` (an object reference to a state dict, or None), `log_labels` (fields of JSON log lines;
+            None: log as text), `measure_test` and `with_rejector` (what `fit` is to do at the end).
 
     Returns:
         `result`, a FitResult's fields, and `checkpoint`, the name of the newest one; or `error`, when the run ended for
@@ -50,67 +49,75 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.set_device(context.device)
     weights = ray.get(loop["weights"]) if loop["weights"] is not None else None
     ends = {name: loop[name] for name in ("measure_test", "with_rejector")}
+    reporter = RayReporter(loop["mailbox"], loop["folder"], loop["keep"], is_main=context.is_main)
+    if context.is_main:
+        logging.getLogger("tla_service").addHandler(WarningsToMailbox(loop["mailbox"]))
+        reporter.progress({"event": "placed"})
     try:
-        folder = RunFolder(loop["storage"], config.run_name)
-        reporter = RayReporter(loop["mailbox"], folder, is_main=context.is_main)
-        if context.is_main:
-            reporter.progress({"event": "placed"})
         result = fit(config, context, reporter, initial_weights=weights, **ends)
     except (UserError, NonFiniteLossError) as error:
         return {"error": error}
+    finally:
+        # Records arrive in order: with this answer all of them have.
+        ray.get(loop["mailbox"].stop_asked.remote())
     return {"result": result.as_dict(), "checkpoint": reporter.newest}
 
 
 class RayReporter:
-    """Reports to Ray Train (epochs and checkpoints) and to the driver's mailbox (progress in between).
+    """Stores checkpoints, and reports to the driver's mailbox.
+
+    Ray Train has no part in it: its controller would end the run when it cannot write its record of a checkpoint, and
+    takes only one report a poll.
 
     Args:
         mailbox: The driver's.
         folder: The run's folder in the storage.
+        keep: How many checkpoints stay there.
         is_main: Whether this is rank 0.
-
-    Attributes:
-        newest: On rank 0, name of the newest checkpoint that is known to be whole.
     """
 
-    def __init__(self, mailbox: Any, folder: RunFolder, *, is_main: bool) -> None:
-        self._mailbox = mailbox
-        self._folder = folder
+    def __init__(self, mailbox: Any, folder: RunFolder, keep: int, *, is_main: bool) -> None:
+        self._mailbox, self._folder, self._keep = mailbox, folder, keep
         self._is_main = is_main
+        self._kept: list[str] = []  # names of the checkpoints stored here, and of the one resumed from
         self._answer: Any = None
         self._stop = False
-        self.newest = ""
+
+    @property
+    def newest(self) -> str:
+        """On rank 0, name of the newest checkpoint that is known to be whole; empty if there is none."""
+        return self._kept[-1] if self._kept else ""
 
     def stored(self) -> Sequence[Checkpoint]:
-        """What is in the storage, and not what Ray has recorded: that may be behind, or name what is gone."""
+        """Checkpoints in the storage, newest first."""
         return self._folder.checkpoints()
 
     def progress(self, record: Mapping[str, Any]) -> None:
         """Send the record without waiting; the answer to the one before says whether to stop."""
         self._read_answer()
-        self.newest = Path(record.get("resumed_from", "")).name or self.newest
+        if record.get("resumed_from"):
+            self._kept = [Path(record["resumed_from"]).name]
         self._answer = self._mailbox.push.remote(record)
 
     def destination(self, name: str) -> Path:
-        """A temporary folder: Ray uploads it."""
+        """A temporary folder, which `report` stores."""
         return Path(tempfile.mkdtemp(prefix="tla-checkpoint-"), name)
 
     def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
-        """Hand metrics and checkpoint to Ray; it uploads before this returns, and commits at its next poll.
+        """Store the checkpoint, waiting while the storage is away; then tell the driver of the epoch.
 
-        An epoch without a checkpoint goes to the mailbox instead: Ray takes one report a poll, and all workers would
-        wait for it.
+        Raises:
+            UnavailableError: The storage cannot be written.
         """
-        if not name:
-            if self._is_main:
-                self.progress({"event": "epoch", "metrics": metrics})
-        elif checkpoint is None:
-            ray.train.report(metrics or {})
-        else:
-            # A replayed epoch writes to the same name, so an upload that was never committed leaves no orphan.
-            ray.train.report(metrics or {}, checkpoint=Checkpoint.from_directory(checkpoint), checkpoint_dir_name=name)
+        if checkpoint is not None:
+            # A replayed epoch writes to the same name, so an upload that was cut short leaves no orphan.
+            self._folder.save(checkpoint, name)
             shutil.rmtree(checkpoint.parent)
-            self.newest = name
+            self._kept = [*(kept for kept in self._kept if kept != name), name][-self._keep :]
+            if len(self._kept) == self._keep:
+                self._folder.keep(self._kept)
+        if self._is_main and metrics is not None:
+            self.progress({"event": "epoch", "metrics": metrics, "checkpoint": checkpoint is not None})
 
     def stop_requested(self) -> bool:
         """Whether the driver has asked for a stop: the answer to the question before this one, without waiting."""
@@ -127,35 +134,23 @@ class RayReporter:
                 self._answer = None
 
 
-class EpochsToMailbox(UserCallback):
-    """Passes each epoch that all workers have reported to the driver, and each failure; runs in Ray's controller.
+class WarningsToMailbox(logging.Handler):
+    """Passes warnings of this process to the driver."""
 
-    Args:
-        mailbox: The driver's.
-        keep: How many checkpoints stay.
-    """
+    def __init__(self, mailbox: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._mailbox = mailbox
 
-    def __init__(self, mailbox: Any, keep: int) -> None:
-        self._mailbox, self._keep = mailbox, keep
-        self._kept: list[str] = []
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass one on."""
+        self._mailbox.push.remote({"event": "warning", "message": record.getMessage()})
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        """Pass on rank 0's metrics, which are sums over all workers; keep the last checkpoints.
 
-        Ray would keep as many of its record, which knows nothing of those from before a restart.
-        """
-        if metrics[0]:  # empty with a checkpoint in the middle of an epoch
-            self._mailbox.push.remote({"event": "epoch", "metrics": metrics[0], "checkpoint": checkpoint is not None})
-        if checkpoint is None:
-            return
-        folder, _, name = checkpoint.path.rpartition("/")
-        self._kept = [*(kept for kept in self._kept if kept != name), name][-self._keep :]
-        if len(self._kept) == self._keep:
-            files: Any = checkpoint.filesystem
-            with contextlib.suppress(OSError):
-                for info in files.get_file_info(FileSelector(folder)):
-                    if info.base_name.startswith("step-") and info.base_name not in self._kept:
-                        files.delete_dir(info.path)
+class FailuresToMailbox(UserCallback):
+    """Passes each failure of workers to the driver; runs in Ray's controller."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Pass on what went wrong; Ray restarts the workers by itself."""

@@ -5,7 +5,6 @@ import fcntl
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError, UserError
+from tla_service.retries import retried
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,10 +21,8 @@ FIELD = "tracking.uri"
 CHECK_TIMEOUT_SECONDS = 5
 _REQUEST_TIMEOUT_SECONDS = 30
 RETRY_SECONDS, RESULT_SECONDS = 16.0, 300.0
-_LONGEST_WAIT_SECONDS = 30.0
 _SQLITE = "sqlite:///"
 _START_ONE = "start one with `mlflow server`, correct the address, or leave tracking.uri out to use a local SQLite file"
-_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -111,20 +109,14 @@ def retrying(
         UnavailableError: It was away or busy all the time.
         Exception: What the call raised, at once, when the server is there and says no.
     """
-    deadline, wait = time.monotonic() + seconds, first_wait_seconds
-    while True:
-        try:
-            return action()
-        except Exception as error:
-            if not is_passing(error):
-                raise
-            if time.monotonic() + wait > deadline:
-                reason = f"{what[0].lower()}{what[1:]} failed ({one_line(error)})"
-                remedy = "bring the server back and give the same command again: what is done is not repeated"
-                raise UnavailableError("MLflow", None, reason, remedy) from error
-            _log.warning("%s failed (%s); trying again in %.0f s", what, one_line(error), wait)
-            time.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+    try:
+        return retried(what, action, is_passing, seconds=seconds, first_wait_seconds=first_wait_seconds)
+    except Exception as error:
+        if not is_passing(error):
+            raise
+        reason = f"{what[0].lower()}{what[1:]} failed ({one_line(error)})"
+        remedy = "bring the server back and give the same command again: what is done is not repeated"
+        raise UnavailableError("MLflow", None, reason, remedy) from error
 
 
 def storing(what: str, action: Callable[[], T]) -> T:

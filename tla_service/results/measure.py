@@ -23,6 +23,7 @@ from tla_service.job import run_job
 from tla_service.models import build_model
 from tla_service.registry.environment import code_facts
 from tla_service.report import findings as fd
+from tla_service.report.audit_facts import autoattack_warnings
 from tla_service.report.plan import Plan, attack_tasks, bank_rows, embedding_tasks, make_plan
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.tasks import Shard, Task, shard_file
@@ -127,6 +128,7 @@ def _figures(found: fd.Findings, plan: Plan, settings: EvaluateSettings, dataset
         "is_paper": plan.is_paper,
         "columns": [*plan.columns, *plan.transfer],
         "iterative": plan.iterative,
+        "warnings": list(autoattack_warnings(found.autoattack)),
     }
 
 

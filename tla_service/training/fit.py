@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from tla_service.attacks import Attack
 from tla_service.config import RunConfig
+from tla_service.config_adversary import EvaluationAttack
 from tla_service.data import (
     Dataset,
     EvaluationBatches,
@@ -215,7 +217,7 @@ class Run:
         if measure_test and not interrupted:
             with self.phases("test"):
                 attacks = {
-                    name: evaluation_attack(attack, self.config.attack)
+                    name: self._attack(attack, f"evaluation.test.{name}")
                     for name, attack in self.config.evaluation.test.items()
                 }
                 rows = torch.arange(len(self.dataset.test))
@@ -315,12 +317,15 @@ class Run:
         }
 
     def _validate(self) -> dict[str, float]:
-        attack = evaluation_attack(self.config.evaluation.validation, self.config.attack)
+        attack = self._attack(self.config.evaluation.validation, "evaluation.validation")
         rows = self.validation_rows
         limit = self.config.evaluation.validation_limit
         if limit is not None and limit < len(rows):
             rows = rows[torch.linspace(0, len(rows) - 1, limit).long()]
         return self._measure(self.dataset.train, rows, {"validation": attack}, self.state.evaluated)
+
+    def _attack(self, attack: EvaluationAttack, field: str) -> Attack:
+        return evaluation_attack(attack, self.config.attack, self.config.data.name, field)
 
     def _measure(self, source: Any, rows: Tensor, attacks: Mapping[str, Any], network: nn.Module) -> dict[str, float]:
         batches = EvaluationBatches(source, rows, self.context, batch_size=self.config.evaluation.batch_size)
@@ -345,7 +350,7 @@ class Run:
             with failing_together(self.context):
                 if target is not None:
                     save_checkpoint(target, self.state, self.config, self._data_facts)
-            self.reporter.report(metrics, target, name)
+                self.reporter.report(metrics, target, name)
 
 
 def training_batches(config: RunConfig, dataset: Dataset, rows: Tensor, context: WorkerContext) -> TrainingBatches:

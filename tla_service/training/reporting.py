@@ -17,7 +17,7 @@ from tla_service.training.checkpoint import MANIFEST
 from tla_service.training.resume import LocalCheckpoint, Stored
 
 LOG = "log.jsonl"
-WARNINGS = ("failure", "damaged_checkpoint")
+WARNINGS = ("failure", "damaged_checkpoint", "warning")
 
 
 class Reporter(Protocol):
