@@ -20,6 +20,7 @@ from tla_service.lock import Holder, in_use
 
 LEASE = "held_by.json"
 BEAT_SECONDS = 5.0
+RELEASE_SECONDS = 10.0  # at most, should the storage be away
 SILENT_SECONDS = 30.0  # a holder elsewhere that is silent this long is taken for dead
 _FIELDS = {"host", "pid", "since", "command", "machine", "began", "id"}
 
@@ -63,7 +64,7 @@ def held(folder: Folder, say: Callable[[str], None]) -> Iterator[Lease]:
     mine = {**asdict(Holder.here()), **_process(os.getpid()), "id": uuid.uuid4().hex, "beat": 0}
     _wait_until_free(folder, say)
     _write(folder, mine)
-    lease, over, taken = Lease(), threading.Event(), threading.Event()
+    lease, over = Lease(), threading.Event()
 
     def beat() -> None:
         while not over.wait(BEAT_SECONDS):
@@ -71,11 +72,12 @@ def held(folder: Folder, say: Callable[[str], None]) -> Iterator[Lease]:
             with contextlib.suppress(UnavailableError):
                 now = _read(folder)
                 if now is not None and now["id"] != mine["id"]:
-                    taken.set()
                     lease.lost(in_use("scaling.storage", folder.uri, _holder(now)))
                     return
                 mine["beat"] += 1
                 _write(folder, mine)
+        with contextlib.suppress(UnavailableError):
+            folder.delete(LEASE)
 
     thread = threading.Thread(target=beat, name="storage-lease", daemon=True)
     thread.start()
@@ -83,10 +85,7 @@ def held(folder: Folder, say: Callable[[str], None]) -> Iterator[Lease]:
         yield lease
     finally:
         over.set()
-        thread.join(BEAT_SECONDS)  # not longer, should it wait for a storage that is away
-        with contextlib.suppress(UnavailableError):
-            if not taken.is_set():
-                folder.delete(LEASE)
+        thread.join(RELEASE_SECONDS)
 
 
 def _wait_until_free(folder: Folder, say: Callable[[str], None]) -> None:
