@@ -11,6 +11,7 @@ import torch
 
 from tla_service import registry
 from tla_service.attacks import craft
+from tla_service.cluster.lease import held
 from tla_service.cluster.metrics import Outcome, RunMetrics
 from tla_service.cluster.session import check_storage, place, ray_session
 from tla_service.cluster.storage import RunFolder, earlier_name
@@ -123,11 +124,11 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, 
             as it can be.
     """
     terminal, labels = _open_terminal(config, json_logs=json_logs)
-    with contextlib.ExitStack() as held:
-        held.enter_context(locked_folder(output, "output"))
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(locked_folder(output, "output"))
         finished = open_output(config, output)
         if finished is None:
-            return _train(config, output, held, terminal, labels, debug=debug, json_logs=json_logs)
+            return _train(config, output, locks, terminal, labels, debug=debug, json_logs=json_logs)
     terminal.say("this run has finished before; to train again choose another --name, --seed or --output")
     _show_end(finished, terminal)
     return 0
@@ -136,20 +137,20 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, 
 def _train(
     config: RunConfig,
     output: Path,
-    held: contextlib.ExitStack,
+    locks: contextlib.ExitStack,
     terminal: Terminal,
     labels: dict[str, Any],
     *,
     debug: bool,
     json_logs: bool,
 ) -> int:
-    """Train in an output folder that is held; returns as `train_and_register`."""
+    """Train in an output folder that is locked; returns as `train_and_register`."""
     began = time.monotonic()
     registry.check_tracking(config.tracking)
     facts = check_before_start(config)
     storage = config.scaling.storage or str(output / "ray")
     check_storage(storage)
-    config, check = _claim_storage(config, storage, held, terminal)
+    config, check = _claim_storage(config, storage, locks, terminal)
     check_disks(config, output, storage, facts.checkpoint_bytes)
     terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
     with ray_session(config, debug=debug):
@@ -207,13 +208,13 @@ def _train(
 
 
 def _claim_storage(
-    config: RunConfig, storage: str, held: contextlib.ExitStack, terminal: Terminal
+    config: RunConfig, storage: str, locks: contextlib.ExitStack, terminal: Terminal
 ) -> tuple[RunConfig, Callable[[], None]]:
     """The run by the name it has in the storage, and what raises when another driver has taken it."""
     config = earlier_name(config, storage)
-    if config.scaling.storage is None:  # it is in the output folder, which is held
+    if config.scaling.storage is None:  # it is in the output folder, which is locked
         return config, lambda: None
-    return config, held.enter_context(RunFolder(storage, config.run_name).held(terminal.say))
+    return config, locks.enter_context(held(RunFolder(storage, config.run_name), terminal.say)).check
 
 
 def _show_end(summary: Mapping[str, Any], terminal: Terminal) -> None:
