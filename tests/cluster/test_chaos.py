@@ -135,11 +135,11 @@ def test_what_is_wrong_with_the_newest_checkpoint_costs_a_warning(
     job = start_job(*SLOWER)
     interrupted(job, 13)
     assert "is missing; falling back to" in messages(job)
-    (record,) = job.output.glob("ray/*/checkpoint_manager_snapshot.json")
-    record.write_text(record.read_text()[:200])
+    (record,) = job.output.glob("ray/*/latest.json")
+    record.write_text(record.read_text()[:10])
     job = start_job(*SLOWER)
     job.wait_for_epoch(18, SECONDS)
-    assert "Ray's record of checkpoints" in messages(job)
+    assert "the record of checkpoints" in messages(job)
     # The workers are stopped for as long as it takes to damage what they have written.
     victims = train_workers(job)
     for victim in victims:
