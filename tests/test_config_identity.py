@@ -27,7 +27,7 @@ SHAPES: dict[str, Any] = {
     "model.name": "small_cnn",
     "model.normalization": "none",
     "model.weights": "/w",
-    "attack.norm": "l2",
+    "attack.norm": ("l2", {"attack.epsilon": 0.6, "attack.step_size": 0.15}),
     "attack.epsilon": 0.05,
     "attack.step_size": 0.005,
     "attack.num_steps": 8,

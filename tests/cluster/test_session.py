@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from tests.conftest import S3Server
 from tla_service.cluster.session import check_storage, place, ray_session
@@ -62,6 +63,32 @@ def test_storage_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UnavailableError, match=r"file/runs: cannot be written \(not a directory\); give a folder that"):
         check_storage(str(tmp_path / "file" / "runs"))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "remedy"),
+    [
+        (
+            RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n    Python: 3.9.1\nThis"),
+            "another version of Ray or Python (The cluster was started with: Ray: 2.9.0 Python: 3.9.1",
+            "install the cluster's versions here",
+        ),
+        (AuthenticationError("Token"), "the cluster refuses the token", "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN"),
+        (ConnectionError("ray.init() failed"), "no Ray cluster answers", "ray start --head"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str, remedy: str
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", fail)
+    run = RunConfig.model_validate({"scaling": {"address": "auto"}})
+    with pytest.raises(UnavailableError) as caught, ray_session(run):
+        pass
+    assert caught.value.reason.startswith(reason)
+    assert remedy in caught.value.remedy
 
 
 def test_a_folder_too_deep_for_rays_sockets_is_refused_before_ray_starts(

@@ -231,7 +231,7 @@ def test_an_attack_in_another_norm_takes_the_documented_radius() -> None:
     assert (made.iterative, made.within) == ("pgd20", ("pgd20",))
     with pytest.raises(ConfigError, match=r"attacks\.a\.norm=l2: .*give attacks\.a\.epsilon in l2"):
         make_plan(settings(attacks={"a": {"norm": "l2"}}), "parquet", "linf", 0.1, has_surrogate=False)
-    with pytest.raises(ConfigError, match=r"none of them is PGD at linf 0\.15"):
+    with pytest.raises(ConfigError, match=r"none of them is PGD with norm linf and epsilon 0\.15"):
         make_plan(settings(attacks={"a": {"norm": "l2"}}), "digits", "linf", 0.15, has_surrogate=False)
 
 
@@ -291,7 +291,7 @@ def check(name: str, outcome: Any, figure: float | None = 0.0) -> dict[str, Any]
 def autoattacked(warnings: tuple[str, ...], by_square: int = 0) -> ShardOutcome:
     strong = outcome([True] * 100, "autoattack")
     strong.broken_at["autoattack"][:by_square] = 1 + ALL_STAGES.index("square")
-    return ShardOutcome(strong.indices, strong.labels, strong.broken_at, {}, warnings)
+    return ShardOutcome(strong.indices, strong.labels, strong.broken_at, warnings=warnings)
 
 
 def test_the_audit_counts_what_autoattack_objects_to() -> None:

@@ -79,7 +79,7 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
         # Also if it has finished before: MLflow may have been away by then.
         tagged = _log(settings, uri, report, _written(output), terminal)
     show(report, output / rp.PAGE_FILE, terminal)
-    terminal.say(f"next: {next_step(report, tagged, settings, output / rp.PAGE_FILE)}")
+    terminal.say(next_step(report, tagged, settings, output / rp.PAGE_FILE))
     return 0
 
 

@@ -1,10 +1,10 @@
 """What an evaluation says in the terminal at its end."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tla_service.job import next_command
 from tla_service.registry.evaluation_card import as_trained
 from tla_service.report.page import percent, split_sentence
 from tla_service.report.schema import Report
@@ -43,7 +43,7 @@ def describe_surrogate(facts: Mapping[str, Any]) -> str:
 
 
 def next_step(report: Report, tagged: Sequence[str], settings: EvaluateSettings, page: Path) -> str:
-    """What to run or read next: the promotion of a version that may pass, else the page.
+    """The line that says what to run or read next: the promotion of a version that may pass, else the page.
 
     Args:
         report: The evaluation.
@@ -53,10 +53,10 @@ def next_step(report: Report, tagged: Sequence[str], settings: EvaluateSettings,
     """
     trusted = report.audit is not None and report.audit.trusted
     if not (tagged and trusted and as_trained(report)):
-        return f"open {page}"
+        return f"next: open {page}"
     asked = f"{report.model.name}/{report.model.version}"
     name, _, version = (asked if asked in tagged else tagged[-1]).rpartition("/")
-    command = ["python", "jobs/promote_model.py", "--model", name, "--version", version]
+    arguments = ["--model", name, "--version", version]
     if settings.tracking.uri is not None:
-        command += ["--tracking.uri", settings.tracking.uri]
-    return shlex.join(command)
+        arguments += ["--tracking.uri", settings.tracking.uri]
+    return next_command("promote_model.py", *arguments)

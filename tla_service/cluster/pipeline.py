@@ -221,8 +221,8 @@ def _show_end(summary: Mapping[str, Any], terminal: Terminal) -> None:
     """Show the summary and, on the last line, how to evaluate the model: registered or not, its address serves."""
     show_summary(summary, terminal)
     uri = summary["tracking_uri"]
-    # Where the flag, and not the environment, said where to track.
-    where = [] if registry.tracking_uri(TrackingConfig()) == uri else ["--tracking.uri", uri]
+    # Where the flag, and not the environment, said where to track; without names and passwords, which no log must show.
+    where = [] if registry.tracking_uri(TrackingConfig()) == uri or "@" in uri else ["--tracking.uri", uri]
     terminal.say(next_command("evaluate_tla.py", "--model", summary["model_uri"], *where))
 
 

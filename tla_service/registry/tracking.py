@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tla_service.config import RunConfig
 from tla_service.config_loading import to_yaml
+from tla_service.errors import UnavailableError, UserError
 from tla_service.registry.connection import (
+    FIELD,
     client,
     exclusive,
     experiment_id,
@@ -22,6 +24,7 @@ from tla_service.registry.connection import (
     tracking_uri,
 )
 from tla_service.registry.environment import code_version, environment
+from tla_service.registry.store_errors import artifact_cause, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,7 +56,7 @@ def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], paren
         The MLflow run id; the run's status is RUNNING.
 
     Raises:
-        UnavailableError: The experiment is deleted.
+        UnavailableError: The experiment is deleted, or files of the run cannot be stored.
     """
     uri = tracking_uri(config.tracking)
     made = client(uri)
@@ -67,7 +70,14 @@ def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], paren
     if not is_new:
         count = int(run.data.tags.get(RESUMED, "0")) + 1
         retrying("Continuing the run", lambda: _continue(made, run_id, tags | {RESUMED: str(count)}))
-    retrying("Describing the run", lambda: _describe(made, run_id, config, facts, count))
+    try:
+        retrying("Describing the run", lambda: _describe(made, run_id, config, facts, count))
+    except UserError:
+        raise
+    except Exception as error:
+        # Its first file is written here: a run whose results could not be stored is not begun.
+        location = str(made.get_run(run_id).info.artifact_uri)
+        raise UnavailableError(FIELD, shown(uri), *artifact_cause(location, error)) from error
     return run_id
 
 
@@ -211,9 +221,17 @@ def _tags(config: RunConfig, run_key: str, facts: Mapping[str, str], parent_run_
 
 
 def _find(made: "MlflowClient", experiment: str, run_key: str) -> "list[Run]":
-    quoted = run_key.replace("'", "\\'")
+    # MLflow's filters know two kinds of quotes and no escape: a folder's name may have either, or both.
+    quote = next((sign for sign in "'\"" if sign not in run_key), None)
+    wanted = f"tags.`{RUN_KEY}` = {quote}{run_key}{quote}" if quote else f"tags.`{RUN_KEY}` LIKE '%/%'"
     order = ["attributes.start_time ASC", "attributes.run_id ASC"]
-    return list(made.search_runs([experiment], f"tags.`{RUN_KEY}` = '{quoted}'", order_by=order, max_results=100))
+    found: list[Run] = []
+    token: str | None = ""
+    while token is not None:
+        page = made.search_runs([experiment], wanted, order_by=order, max_results=100, page_token=token or None)
+        found += (run for run in page if run.data.tags.get(RUN_KEY) == run_key)
+        token = page.token or None
+    return found
 
 
 def _find_or_create(

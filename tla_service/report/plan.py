@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import torch
 
 from tla_service.attacks import Attack
 from tla_service.config_adversary import AttackConfig, EvaluationAttack
-from tla_service.config_bounds import ImageShape, Norm, length_trouble
+from tla_service.config_bounds import ImageShape, Norm, known_shape, length_trouble
 from tla_service.config_radii import documented_radius, no_radius
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
@@ -168,9 +169,9 @@ def _pgd(norm: Norm, epsilon: float, steps: int, step_size: float | None = None)
 def _detection_attack(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> Attack:
     paper = _DETECTION.get(data_name) if norm == "linf" else None
     chosen = settings.detection
-    larger = _DETECTION_FACTOR * epsilon
-    if norm == "linf":
-        larger = min(larger, 1.0)
+    shape = known_shape(data_name, None)
+    largest = 1.0 if norm == "linf" else math.inf if shape is None else math.sqrt(math.prod(shape))
+    larger = min(_DETECTION_FACTOR * epsilon, largest)
     radius = chosen.epsilon or (paper.epsilon if paper else larger)
     return _pgd(norm, radius, chosen.num_steps or (paper.steps if paper else 50), chosen.step_size)
 

@@ -1,0 +1,76 @@
+"""A run whose storage goes away or fills up: it waits, or ends with what to do, and no restart is spent on it."""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import ROOT, Job
+from tests.cluster.gate import Gate, gate_to
+from tests.conftest import S3Server
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+LONG = ("--training.epochs", "40", "--attack.num_steps", "40")
+AWAY_SECONDS = 44
+
+
+@pytest.fixture
+def gate(s3: S3Server) -> Iterator[Gate]:
+    with gate_to(s3.environment["AWS_ENDPOINT_URL_S3"]) as gate:
+        yield gate
+
+
+def test_a_storage_that_is_away_for_a_while_costs_no_restart(
+    gate: Gate, s3: S3Server, start_job: Callable[..., Job]
+) -> None:
+    environment = s3.environment | {"AWS_ENDPOINT_URL_S3": gate.address, "AWS_EC2_METADATA_DISABLED": "true"}
+    storage = f"s3://{s3.bucket}/{uuid.uuid4().hex}"
+    job = start_job(*LONG, "--scaling.storage", storage, environment=environment)
+    job.wait_for_epoch(2)
+    gate.shut()
+    time.sleep(AWAY_SECONDS)
+    gate.open()
+    printed = job.wait(600)
+    assert job.process.returncode == 0, printed
+    assert job.summary()["restarts"] == 0
+    warnings = [record["message"] for record in job.records() if record["event"] == "warning"]
+    assert warnings
+    assert all(f"Writing {storage}/" in warning and "trying again in" in warning for warning in warnings)
+    assert f"warning: {warnings[0]}" in printed
+    epochs = [record["metrics"]["epoch"] for record in job.records() if record["event"] == "epoch"]
+    assert epochs == list(range(40))
+
+
+MOUNTED = f"""
+import os, shlex, sys
+job = shlex.join([sys.executable, {str(ROOT / "jobs" / "train_tla.py")!r}, *sys.argv[1:]])
+mount = "mount -t tmpfs -o size=40m none storage"
+os.execvp("unshare", ["unshare", "--map-root-user", "--mount", "sh", "-c", f"{{mount}} && exec {{job}}"])
+"""
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_3_and_the_path(start_job: Callable[..., Job], tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    (tmp_path / "mounted.py").write_text(MOUNTED)
+    job = start_job(*LONG, "--scaling.storage", str(storage), script=str(tmp_path / "mounted.py"))
+    if job.process.poll() is not None:
+        pytest.skip("no user namespaces on this machine")
+    job.wait_for_epoch(2)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        Path(f"/proc/{job.process.pid}/root{storage}/other").open("wb", buffering=0) as other,
+    ):
+        while True:
+            other.write(bytes(2**16))
+    printed = job.wait(300)
+    assert job.process.returncode == 3, printed
+    assert "Traceback" not in printed
+    last = printed.splitlines()[-1]
+    assert last.startswith(f"error: scaling.storage={storage}/{job.records()[0].get('run', '')}")
+    assert "No space left on device" in last
+    assert "free some space and give the same command again" in last
+    assert "failure" not in [record["event"] for record in job.records()]
