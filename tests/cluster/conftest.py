@@ -11,14 +11,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+MARK = "TLA_TEST_JOB"  # variable by which processes that a job has started are known
 QUICK = shlex.split(
     "--preset digits --data.train_limit 200 --data.test_limit 40 --training.epochs 4 --evaluation.every_epochs 1 "
     "--training.global_batch_size 50"
@@ -54,8 +57,9 @@ class Job:
         variables = {
             name: value for name, value in os.environ.items() if not name.startswith(("TLA_", "RAY_", "MLFLOW_"))
         }
-        variables |= {"RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true", **(environment or {})}
-        # A session of its own, so that a signal to the group reaches what Ray started, and nothing else.
+        self._mark = uuid.uuid4().hex
+        variables |= {"RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true", MARK: self._mark}
+        variables |= environment or {}
         self.process = subprocess.Popen(
             command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
@@ -89,9 +93,14 @@ class Job:
         return dict(json.loads((self.output / "summary.json").read_text()))
 
     def end(self) -> None:
-        """Kill what is left of it and of the Ray session it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Kill what is left of it and of the Ray session it started.
+
+        They are known by their mark. Once the job has been waited for, its id may be that of another process group.
+        """
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self._mark:
+                    process.kill()
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
