@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -16,6 +17,7 @@ from tla_service.config import RunConfig
 from tla_service.config_adversary import EvaluationAttack
 from tla_service.config_fields import parse_fraction
 from tla_service.config_loading import RunSettings, load_settings
+from tla_service.config_radii import RADII, Radius
 from tla_service.models.names import MODEL_DESCRIPTIONS, TORCHVISION_PREFIX
 from tla_service.report.settings import EvaluateSettings
 from tla_service.tuning.settings import Dimension, Objective, SweepConfig, TuneSettings
@@ -26,6 +28,7 @@ BEGIN = "<!-- settings: written by docs/make_configuration.py -->"
 END = "<!-- end of settings -->"
 EXAMPLE = re.compile(r"digits-tla-s0-[0-9a-f]{8}")
 _HEAD = ("| setting | type or choices | default | range, unit | meaning |", "|---|---|---|---|---|")
+_RADII_HEAD = ("| data set | L-infinity | L2 |", "|---|---|---|")
 _NETWORKS_HEAD = ("| network | what |", "|---|---|")
 _TYPES = {
     bool: "`true`, `false`",
@@ -70,10 +73,26 @@ def evaluation_with_tables(page: str) -> str:
     sections = {name: kind for name, field in fields.items() if (kind := _section(field)) is not None}
     own = [name for name in fields if name not in sections]
     text = "`scaling` and `tracking` are those of a run."
-    blocks = [_block("The evaluation", text, _rows(EvaluateSettings, own))]
+    blocks = [_radii(), _block("The evaluation", text, _rows(EvaluateSettings, own))]
     for name, kind in sections.items():
         blocks.append(_block(f"`{name}`", kind.__doc__ or "", _rows(kind, list(kind.model_fields), f"{name}.")))
     return _between_markers(page, "\n".join(blocks))
+
+
+def _radii() -> str:
+    """The documented radii, a data set a row."""
+    names = list(dict.fromkeys(name for name, _ in RADII))
+    rows = [_row(f"`{name}`", *(_radius(RADII.get((name, norm))) for norm in ("linf", "l2"))) for name in names]
+    text = "The radius of a norm that is named without one, where training used another norm."
+    return "\n".join(["### Documented radii", "", text, "", *_RADII_HEAD, *rows, ""])
+
+
+def _radius(radius: Radius | None) -> str:
+    if radius is None:
+        return "none: give one"
+    fraction = Fraction(radius.epsilon).limit_denominator(255)
+    shown = str(fraction) if fraction.denominator == 255 else f"{radius.epsilon:g}"
+    return f"{shown} ({radius.source})"
 
 
 def _between_markers(page: str, text: str) -> str:

@@ -16,7 +16,9 @@ def main() -> int:
     # Imported late: --help and wrong settings should not wait for torch and mlflow.
     from tla_service.registry.importing import import_model
 
-    packaged, figures = import_model(settings)
+    packaged, figures, notes = import_model(settings)
+    for note in notes:
+        print(f"{settings.file}: {note}")
     print(f"{packaged.model_uri}: clean accuracy {figures['clean_accuracy']:.2%} on the test set")
     print(f"its robustness: python jobs/evaluate_tla.py --model {packaged.model_uri}")
     return 0

@@ -6,11 +6,12 @@ python jobs/promote_model.py --model tla-digits --version 3 --rules.norm l2 --ru
 python jobs/promote_model.py --model tla-digits --rollback
 """
 
+import shlex
 import sys
 
 from tla_service.config import TrackingConfig
 from tla_service.config_loading import read_settings
-from tla_service.job import run_job
+from tla_service.job import next_command, run_job
 from tla_service.registry.job_settings import PromoteSettings
 
 REFUSED = 4
@@ -33,7 +34,7 @@ def main() -> int:
         print(f"refused: {alias} stays with {f'version {decision.replaced}' if decision.replaced else 'nobody'}")
         remedy = next((finding.remedy for finding in decision.findings if not finding.passed and finding.remedy), "")
         if remedy:
-            print(f"next: {_command(remedy, tracking)}")
+            print(_next(remedy, tracking))
         return REFUSED
     was = f"; before: version {decision.replaced}" if decision.replaced else ""
     print(f"{decision.verdict}: models:/{model}@{alias} is version {decision.version}{was}")
@@ -45,12 +46,12 @@ def main() -> int:
     return 0
 
 
-def _command(remedy: str, tracking: TrackingConfig) -> str:
-    """A remedy as one types it."""
+def _next(remedy: str, tracking: TrackingConfig) -> str:
+    """The line that says what to do about a refusal: a command where the remedy is one."""
     if not remedy.startswith("run jobs/"):
-        return remedy
+        return f"next: {remedy}"
     store = _store(tracking)
-    return f"python {remedy.removeprefix('run ')}" + (f" --tracking.uri {store}" if store else "")
+    return next_command(*shlex.split(remedy.removeprefix("run jobs/")), *(["--tracking.uri", store] if store else []))
 
 
 def _store(tracking: TrackingConfig) -> str:

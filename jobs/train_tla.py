@@ -18,9 +18,10 @@ def main() -> int:
         return 0
     # Imported late: --help and a wrong configuration should not wait for torch, ray and mlflow.
     from tla_service.cluster.pipeline import train_and_register
+    from tla_service.training.output import find_output
 
-    json_logs = settings.log_format == "json"
-    return train_and_register(settings.run_config, settings.output_folder, debug=settings.debug, json_logs=json_logs)
+    config, output = find_output(settings)
+    return train_and_register(config, output, debug=settings.debug, json_logs=settings.log_format == "json")
 
 
 if __name__ == "__main__":

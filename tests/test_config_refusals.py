@@ -301,7 +301,10 @@ def test_section_that_is_no_section_is_told_what_to_write(tmp_path: Path, sectio
 def test_inherited_epsilon_is_checked_under_the_attack_s_own_norm() -> None:
     l2 = ["--attack.norm=l2", "--attack.epsilon=3", "--attack.step_size=1"]
     assert refusals(l2) == []
-    assert refusal([*l2, "--evaluation.validation.norm=linf"]).subject == "evaluation.validation.epsilon"
+    # In another norm the radius is the documented one, never the training attack's.
+    assert refusals([*l2, "--evaluation.validation.norm=linf"]) == []
+    given = [*l2, "--evaluation.validation.norm=linf", "--evaluation.validation.epsilon=3"]
+    assert refusal(given).subject == "evaluation.validation.epsilon"
 
 
 def test_test_attack_named_validation_does_not_hide_the_validation_attack() -> None:

@@ -184,11 +184,6 @@ def test_the_table_of_differences_shows_the_presets_values(preset: str) -> None:
             assert config[section][name] == parse_fraction(yaml.safe_load(found[1])), setting
 
 
-def test_the_readme_shows_the_table_that_the_command_wrote() -> None:
-    table = (ROOT / "docs" / "results" / "digits.md").read_text().strip()
-    assert f"<!-- digits: begin -->\n{table}\n<!-- digits: end -->" in (ROOT / "README.md").read_text()
-
-
 def test_the_readme_shows_the_accuracies_of_mnist_as_they_were_measured() -> None:
     page = (ROOT / "docs" / "results" / "mnist.md").read_text()
     table = page.partition("## Accuracy, %\n\n")[2].partition("\n\n")[0]

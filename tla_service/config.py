@@ -13,6 +13,7 @@ from tla_service.config_adversary import AttackConfig, EvaluationAttack
 from tla_service.config_bounds import ImageShape, length_trouble
 from tla_service.config_fields import Pixels, Section, Trouble, setting, wrong
 from tla_service.config_names import experiment_trouble, model_trouble, tag_trouble
+from tla_service.config_radii import no_radius
 from tla_service.config_training import OptimizerConfig, ScheduleConfig, SpeedConfig, TrainingConfig
 from tla_service.errors import ConfigError
 
@@ -82,6 +83,12 @@ class EvaluationConfig(Section):
         {"fgsm": EvaluationAttack(kind="fgsm"), "pgd20": EvaluationAttack()}, "attacks on the test set, by name"
     )
     batch_size: int = setting(500, "images a forward pass, per worker", unit="images", ge=1)
+
+    @property
+    def attacks(self) -> dict[str, EvaluationAttack]:
+        """All attacks by the field that holds them."""
+        test = {f"evaluation.test.{name}": attack for name, attack in self.test.items()}
+        return {"evaluation.validation": self.validation, **test}
 
 
 class DetectionConfig(Section):
@@ -218,14 +225,16 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """One training run, complete: what is logged with it, and what starts it again."""
 
-    # What does not shape the trained weights: a run may go on with other values of these.
+    # What shapes neither the trained weights, but for rounding, nor the choice of the best: a run may resume with other
+    # values of these. How a computation is distributed over workers and batches counts as rounding.
     NOT_IDENTITY: ClassVar[dict[str, Any]] = {
         "name": True,
         "scaling": True,
         "speed": True,
         "tracking": True,
-        "data": {"root", "download", "cache_dir", "loader_workers"},
-        "training": {"log_every_steps"},
+        "data": {"root", "download", "cache_dir", "residency", "loader_workers", "test_limit"},
+        "training": {"channels_last", "log_every_steps"},
+        "evaluation": {"test", "batch_size"},
         "detection": True,
     }
 
@@ -277,18 +286,23 @@ class RunConfig(Section):
 
     @property
     def digest(self) -> str:
-        """Eight hex digits of everything that shapes the trained weights."""
-        fields = self.model_dump(mode="json", exclude=self.NOT_IDENTITY)
-        for name in ("label_column", "image_column"):
-            # Runs that were started before there were these settings keep their digest.
-            if fields["data"][name] is None:
-                del fields["data"][name]
+        """Eight hex digits of everything that shapes the trained weights.
+
+        Of what differs from the defaults only, so that a setting that a later version adds changes no digest.
+        """
+        dumped = self.model_dump(mode="json", exclude=self.NOT_IDENTITY, exclude_defaults=True)
+        fields = {name: value for name, value in dumped.items() if value != {}}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def run_name(self) -> str:
         """The run's name: given, or made of what identifies it, never of the time."""
-        return self.name or f"{self.data.name}-{self.method}-s{self.seed}-{self.digest}"
+        return self.name or f"{self.name_stem}-{self.digest}"
+
+    @property
+    def name_stem(self) -> str:
+        """What a name that is made begins with."""
+        return f"{self.data.name}-{self.method}-s{self.seed}"
 
     @property
     def registered_model(self) -> str | None:
@@ -303,11 +317,11 @@ class RunConfig(Section):
         """
         own, steps = self.attack, self.attack.num_steps if self.attack.kind == "pgd" else None
         found = [length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)]
-        attacks = {f"evaluation.test.{name}": attack for name, attack in self.evaluation.test.items()}
-        for where, attack in {"evaluation.validation": self.evaluation.validation, **attacks}.items():
-            norm = attack.norm or own.norm
-            epsilon = own.epsilon if attack.epsilon is None else attack.epsilon
-            step_size = own.step_size if attack.step_size is None else attack.step_size
+        for where, attack in self.evaluation.attacks.items():
+            norm, epsilon, step_size = attack.lengths(own, self.data.name)
+            if epsilon is None:
+                found.append(Trouble(f"{where}.norm", norm, *no_radius(self.data.name, norm, f"{where}.epsilon")))
+                continue
             own_step = None if attack.kind == "fgsm" else step_size
             found.append(length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape))
         return next(filter(None, found), None)

@@ -22,6 +22,7 @@ from tla_service.config_bounds import known_shape
 from tla_service.config_errors import Explainer, suggest
 from tla_service.config_fields import wrong
 from tla_service.config_names import attack_trouble
+from tla_service.config_radii import without_lengths_of_other_norms
 from tla_service.config_yaml import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError
 
@@ -130,7 +131,7 @@ class _NamedFile(YamlConfigSettingsSource):
         values = _READERS[self._field](name) or {}
         if not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
             raise ConfigError(self._field, name, "holds no settings", "write them as 'section: {field: value}'")
-        return values
+        return without_lengths_of_other_norms(values, self.current_state)
 
 
 Settings = TypeVar("Settings", bound=JobSettings)
@@ -186,6 +187,14 @@ def load_config_file(path: Path) -> RunConfig:
         found = Explainer(RunConfig, "").explain(error.errors(include_url=False)[0])
         remedy = "correct the file, or read it with the version of tla-service that wrote it"
         raise ConfigError("config", path, f"holds a wrong setting ({found.subject}: {found.reason})", remedy) from error
+
+
+def same_run(text: str, config: RunConfig) -> bool:
+    """Whether a `config.yaml` is of this run: equal in everything that shapes its weights, by this version's rules."""
+    try:
+        return RunConfig.model_validate(parse_yaml(text, "config", "config.yaml")).digest == config.digest
+    except (ValidationError, ConfigError):
+        return False
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -8,16 +8,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from tla_service.errors import UnavailableError
+from tla_service.errors import UnavailableError, UserError
 
 # Parameters of glibc's mallopt(3): blocks mapped one by one at most, and what may lie free at the heap's end.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 _SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107  # sun_path, less the byte that ends it
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,29 @@ def raise_together(error: Exception | None, context: WorkerContext) -> None:
         error: This worker's error, or None. Every worker must call this at the same point.
         context: This worker.
     """
-    errors: list[Exception | None] = [error]
-    if context.world_size > 1:
-        errors = [None] * context.world_size
-        dist.all_gather_object(errors, error)
-    first = next((found for found in errors if found is not None), None)
+    first = next((found for found in gather_objects(error, context) if found is not None), None)
     if first is not None:
         raise first
+
+
+@contextlib.contextmanager
+def failing_together(context: WorkerContext) -> Iterator[None]:
+    """Let a user's error on any worker (data missing on one node, say) end all of them at once."""
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    raise_together(error, context)
+
+
+def gather_objects(value: T, context: WorkerContext) -> list[T]:
+    """Every worker's value, by rank, on all workers; values must pickle."""
+    if context.world_size == 1:
+        return [value]
+    values = [value] * context.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def check_socket_path(variable: str, folder: str, tail: str, whose: str, remedy: str) -> None:

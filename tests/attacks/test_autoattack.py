@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tla_service.attacks import LogitsFn
-from tla_service.attacks.autoattack import AutoAttackResult, run_autoattack
+from tla_service.attacks.autoattack import ZERO_GRADIENT, AutoAttackResult, run_autoattack
 from tla_service.errors import ConfigError
 
 DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
@@ -169,13 +169,24 @@ def test_square_leaves_out_images_too_small_for_its_tiles() -> None:
 
 
 def test_what_the_library_warns_of_is_kept() -> None:
-    images, labels, bias = mid_grey(4), torch.zeros(4, dtype=torch.int64), torch.tensor([1.0, 0, 0, 0])
+    images, labels, bias = mid_grey(4), torch.zeros(4, dtype=torch.int64), torch.tensor([2.0, 0, 0, 0])
     flat = attack(lambda x: bias + 0 * x.flatten(1)[:, :4], images, labels)
-    assert any("4 points with zero gradient" in message for message in flat.warnings)
+    assert flat.warnings == (ZERO_GRADIENT,)
     noisy = attack(lambda x: bias + 0.1 * torch.rand(len(x), 4) + 0 * x.flatten(1)[:, :4], images, labels)
-    assert any("randomized" in message for message in noisy.warnings)
-    network = Linear(4)
-    assert attack(network, images, network(images).argmax(1)).warnings == ()
+    assert any("randomized defense" in message for message in noisy.warnings)
+    soft = attack(lambda x: (10 * x.flatten(1)[:, :4]).softmax(1), images, labels)
+    assert any("probabilities" in message for message in soft.warnings)
+
+    def dynamic(pixels: Tensor) -> Tensor:
+        with torch.enable_grad():
+            moved = pixels.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(moved.square().sum(), moved)
+        return bias + (pixels + 0 * gradient).flatten(1)[:, :4]
+
+    assert any("dynamic defense" in message for message in attack(dynamic, images, labels).warnings)
+    for classes in (2, 3, 4):  # after a dynamic one in the same process, and with losses left out
+        network = Linear(classes)
+        assert attack(network, images, network(images).argmax(1)).warnings == ()
 
 
 def test_images_all_wrong_before_leave_nothing_to_attack() -> None:

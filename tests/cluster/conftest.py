@@ -104,15 +104,19 @@ def free_port() -> int:
 
 
 class Cluster:
-    """A head node on ports and in a folder of its own."""
+    """A head node on ports and in a folder of its own.
 
-    def __init__(self) -> None:
+    Args:
+        environment: Variables that its workers have.
+    """
+
+    def __init__(self, **environment: str) -> None:
         # Ray's sockets need a short path.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
         self.port, self.dashboard_port = free_port(), free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TLA_"))}
-        self.environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}"}
+        self.environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
         ports = f"--port {self.port} --dashboard-port {self.dashboard_port} --ray-client-server-port {free_port()}"
         command = f"start --head --block --num-cpus 2 --disable-usage-stats --temp-dir {self.folder} {ports}"
         self.process = subprocess.Popen(

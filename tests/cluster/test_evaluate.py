@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,7 +62,9 @@ def test_killed_driver_and_killed_worker_lose_their_shards_only(tmp_path: Path) 
     damaged = next(iter(saved))
     damaged.write_bytes(damaged.read_bytes()[:50])
 
-    second = start(tmp_path, "--model", model, "--surrogate", other, "--output", str(cut))
+    # The same weights under another address: it is the same evaluation.
+    again = str(shutil.copytree(model, tmp_path / "again"))
+    second = start(tmp_path, "--model", again, "--surrogate", other, "--output", str(cut))
     wait_for_shards(cut, len(saved) + 3)
     workers = [child for child in psutil.Process(second.pid).children(recursive=True) if "_measure" in child.name()]
     workers = workers or [

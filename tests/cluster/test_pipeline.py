@@ -33,5 +33,6 @@ def test_the_last_line_evaluates_the_model_wherever_it_is_tracked(
     server = "http://mlflow:5000"
     told = last_line("models:/tla-digits/3", server)
     assert told.endswith(f"evaluate_tla.py --model models:/tla-digits/3 --tracking.uri {server}")
+    assert "hunter2" not in last_line("models:/tla-digits/3", "http://me:hunter2@mlflow:5000")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     assert last_line("models:/tla-digits/3", server).endswith("evaluate_tla.py --model models:/tla-digits/3")

@@ -58,6 +58,19 @@ def encoded(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
     return handle.getvalue()
 
 
+def hub(root: Path, blobs: list[bytes], **splits: dict[str, list[Any]]) -> str:
+    """Write one Parquet file per split, with an image in every row and the columns given; returns the folder."""
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    root.mkdir(parents=True, exist_ok=True)
+    for name, columns in splits.items():
+        count = len(next(iter(columns.values())))
+        images = [blobs[row % len(blobs)] for row in range(count)]
+        pq.write_table(pa.table({"image": images, **columns}), root / f"{name}-00000-of-00001.parquet")
+    return str(root)
+
+
 @pytest.fixture(name="encoded")
 def encoded_fixture() -> Callable[..., bytes]:
     """Makes image files."""

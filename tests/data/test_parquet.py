@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet as pq
 
+from tests.data.conftest import hub
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
 from tla_service.data.sources import FileSource
@@ -197,16 +198,6 @@ def test_files_that_differ_in_their_columns_are_refused(folder: Path, make_confi
         load_dataset(make_config(name="parquet", root=str(folder)))
 
 
-def hub(root: Path, blobs: list[bytes], **splits: dict[str, list[Any]]) -> str:
-    """Write one file per split, with an image in every row and the columns given."""
-    for name, columns in splits.items():
-        count = len(next(iter(columns.values())))
-        images = [blobs[row % len(blobs)] for row in range(count)]
-        root.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"image": images, **columns}), root / f"{name}-00000-of-00001.parquet")
-    return str(root)
-
-
 def test_other_integer_columns_are_no_labels(tmp_path: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
     columns = {"fold": [0, 1, 2, 3] * 3, "width": [500] * 12, "label": ["dog", "cat"] * 6}
     root = hub(tmp_path / "text", blobs, train=columns, test=columns)
@@ -245,78 +236,6 @@ def test_one_of_several_image_columns(tmp_path: Path, blobs: list[bytes], make_c
     masks = load_dataset(make_config(name="parquet", root=root, image_column="mask"))
     assert torch.equal(masks.train.fetch(torch.arange(2)), masks.train.fetch(torch.arange(2, 4)))
     assert not torch.equal(masks.train.fetch(torch.arange(2)), plain.train.fetch(torch.arange(2)))
-
-
-@pytest.mark.parametrize("places", [("digits", "letters"), ("data", "old/data"), (".", "old")])
-def test_several_sets_in_one_root_are_refused(
-    tmp_path: Path, blobs: list[bytes], make_config: MakeConfig, places: tuple[str, str]
-) -> None:
-    for place in places:
-        hub(tmp_path / place, blobs, train={"label": [0, 1] * 4}, test={"label": [0, 1]})
-    with pytest.raises(ConfigError, match=rf"data\.root=.*: holds 2 data sets: {places[0]}, {places[1]}; point it at"):
-        load_dataset(make_config(name="parquet", root=str(tmp_path)))
-
-
-def test_splits_in_folders_of_their_own_are_one_set(
-    tmp_path: Path, blobs: list[bytes], make_config: MakeConfig
-) -> None:
-    hub(tmp_path / "train", blobs, train={"label": [0, 1] * 4})
-    hub(tmp_path / "test", blobs, test={"label": [0, 1]})
-    assert len(load_dataset(make_config(name="parquet", root=str(tmp_path))).train) == 8
-
-
-NO_LABELS = {"minus": {"label": [-1] * 4}, "null": {"label": pa.nulls(4, pa.int64())}, "absent": {"row": [1] * 4}}
-NO_LABELS |= {"typeless": {"label": pa.nulls(4)}, "not numbers": {"label": [float("nan")] * 4}}
-
-
-@pytest.mark.parametrize("kind", NO_LABELS)
-@pytest.mark.parametrize("spelling", ["validation", "valid", "val", "dev"])
-def test_without_test_labels_the_validation_files_are_used(
-    tmp_path: Path,
-    blobs: list[bytes],
-    make_config: MakeConfig,
-    caplog: pytest.LogCaptureFixture,
-    kind: str,
-    spelling: str,
-) -> None:
-    splits = {"train": {"label": [0, 1, 2] * 4}, "test": NO_LABELS[kind], spelling: {"label": [2, 1, 0]}}
-    root = hub(tmp_path, blobs, **splits)
-    found = load_dataset(make_config(name="parquet", root=root))
-    assert found.test.labels.tolist() == [2, 1, 0]
-    assert f"{root}/test-00000-of-00001.parquet has no labels; testing on the {spelling} files (" in caplog.text
-    assert f"data.root={root}: files left out: test-00000-of-00001.parquet" in caplog.text
-
-
-@pytest.mark.parametrize("kind", NO_LABELS)
-def test_without_any_test_labels_the_remedy_says_what_is_missing(
-    tmp_path: Path, blobs: list[bytes], make_config: MakeConfig, kind: str
-) -> None:
-    splits = {"train": {"label": [0, 1] * 4}, "test": NO_LABELS[kind]}
-    root = hub(tmp_path, blobs, **splits)
-    message = r"test-00000-of-00001\.parquet: has no labels; add labels in .*, or labelled validation-\*\.parquet files"
-    with pytest.raises(UnavailableError, match=message):
-        load_dataset(make_config(name="parquet", root=root))
-    hub(tmp_path, blobs, validation=NO_LABELS[kind])
-    with pytest.raises(UnavailableError, match=r"has no labels, and neither have the validation files; add"):
-        load_dataset(make_config(name="parquet", root=root))
-
-
-def test_files_that_are_not_used_and_shards_that_are_missing_are_said(
-    folder: Path, blobs: list[bytes], make_config: MakeConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    (folder / "train-00001-of-00002.parquet").rename(folder / "Train-1.parquet")
-    hub(folder, blobs, validation={"label": [0, 1, 2]})
-    found = load_dataset(make_config(name="parquet", root=str(folder)))
-    assert (len(found.train), len(found.test)) == (4, 2)
-    assert f"{folder}/train-00000-of-00002.parquet: only 1 of 2 files are there" in caplog.messages
-    left_out = f"data.root={folder}: files left out: Train-1.parquet, validation-00000-of-00001.parquet"
-    assert left_out in caplog.messages
-
-
-def test_a_zip_file_is_refused_in_words(tmp_path: Path, make_config: MakeConfig) -> None:
-    (tmp_path / "hub.zip").write_bytes(b"PK")
-    with pytest.raises(UnavailableError, match=r"hub\.zip: is a file, not a folder of Parquet files; unpack it"):
-        load_dataset(make_config(name="parquet", root=str(tmp_path / "hub.zip")))
 
 
 def test_an_empty_file_among_others_does_no_harm(folder: Path, blobs: list[bytes], make_config: MakeConfig) -> None:

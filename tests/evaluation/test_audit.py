@@ -13,6 +13,7 @@ from tla_service.config import DataConfig
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.audit import Audit, Thresholds, audit
+from tla_service.evaluation.surrogate import surrogate_rows, train_surrogate
 from tla_service.models import build_model
 from tla_service.models.output import ModelOutput
 
@@ -94,7 +95,7 @@ def audited(network: nn.Module, *, surrogate: nn.Module | None = None, **changes
 
 
 def failed(result: Audit) -> set[str]:
-    return {check.name for check in result.checks if not check.passed}
+    return {check.name for check in result.checks if check.outcome == "failed"}
 
 
 def test_an_honest_network_is_trusted() -> None:
@@ -140,13 +141,84 @@ def test_rounding_that_decides_is_found_out() -> None:
     assert "bfloat16_agrees_with_float32" in failed(result)
 
 
-def test_a_check_that_could_not_run_is_not_passed() -> None:
-    result = audited(trained(0, robust=True))
-    assert failed(result) == {"white_box_against_transfer"}
-    assert not result.trusted
-    missing = next(check for check in result.checks if not check.passed)
-    assert missing.figure is None
-    assert "no surrogate" in missing.statement
+def not_run(result: Audit) -> dict[str, str]:
+    return {check.name: check.statement for check in result.checks if check.outcome == "not run"}
+
+
+def test_a_check_that_could_not_run_neither_passes_nor_fails() -> None:
+    result = audited(trained(0, robust=True), no_surrogate="none could be trained")
+    assert failed(result) == set()
+    assert not_run(result) == {"white_box_against_transfer": "none could be trained"}
+    assert result.trusted
+    assert next(check for check in result.checks if check.outcome == "not run").figure is None
+
+
+def test_a_surrogate_that_knows_little_says_nothing() -> None:
+    torch.manual_seed(0)
+    result = audited(trained(0, robust=True), surrogate=build_model("digits_cnn", 10, (1, 8, 8)).eval())
+    assert "classifies only" in not_run(result)["white_box_against_transfer"]
+
+
+def test_square_that_cannot_run_does_not_pass() -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, images: Tensor) -> ModelOutput:
+            features = (images - 0.5).flatten(1)
+            return ModelOutput(features @ self.weight.T, features)
+
+    images = 0.5 + 0.1 * torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    network = Small()
+    attack = Attack(norm="l2", epsilon=0.01, step_size=0.002, num_steps=10)
+    labels = network(images.clamp(0, 1)).logits.argmax(1)
+    result = audit(
+        network, images.clamp(0, 1), labels, attack, surrogate=None, seed=0, batch_size=20, device=CPU
+    )  # fmt: skip
+    assert "needs images of 5 rows" in not_run(result)["white_box_against_square"]
+
+
+@cache
+def own_surrogate() -> nn.Module:
+    data = load_dataset(DataConfig(name="digits"))
+    rows = surrogate_rows(data.train.labels, data.image_shape)
+    assert len(rows) == len(data.train)
+    found = train_surrogate(
+        data.train.fetch(rows), data.train.labels[rows], 10, "linf", 0.15, seed=5, device=CPU
+    )  # fmt: skip
+    assert found.held_out + found.images == len(rows)
+    assert (found.clean_accuracy or 0) > 0.9
+    network = build_model(found.architecture, 10, data.image_shape)
+    network.load_state_dict(found.weights)
+    return network.eval()
+
+
+def test_the_surrogate_trained_on_the_spot_trusts_an_honest_network() -> None:
+    result = audited(trained(0, robust=True), surrogate=own_surrogate())
+    assert (failed(result), not_run(result)) == (set(), {})
+
+
+@pytest.mark.parametrize("mask", [LargeLogits, Quantised])
+def test_the_surrogate_trained_on_the_spot_finds_masks_out(mask: type[Masked]) -> None:
+    result = audited(mask(trained(0, robust=False)), surrogate=own_surrogate(), square_queries=5)
+    assert "white_box_against_transfer" in failed(result)
+
+
+def test_the_surrogate_is_fixed_by_its_seed_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tla_service.evaluation.surrogate._STEPS", 10)
+    data = load_dataset(DataConfig(name="digits"))
+    rows, state = torch.arange(100), torch.get_rng_state()
+    one, two, other = (
+        train_surrogate(data.train.fetch(rows), data.train.labels[rows], 10, "l2", 0.6, seed=seed, device=CPU)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, two.weights[name]) for name, value in one.weights.items())
+    assert not torch.equal(one.weights["fc.weight"], other.weights["fc.weight"])
+    labels = torch.arange(30_000) % 10
+    assert len(surrogate_rows(labels, (3, 32, 32))) == 10_000
+    assert len(surrogate_rows(labels, (3, 224, 224))) * 3 * 224 * 224 <= 2**28
 
 
 def test_an_attack_stopped_early_is_found_out() -> None:

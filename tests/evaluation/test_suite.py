@@ -20,6 +20,8 @@ from tla_service.evaluation.outcomes import (
     compare_outcomes,
     load_outcome,
     merge_outcomes,
+    outcome_arrays,
+    outcome_from,
     save_outcome,
 )
 from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, restart_curve, step_sweep, sweep_curve
@@ -119,6 +121,29 @@ def test_transfer_scores_the_surrogates_images() -> None:
     expected = clean & (network(crafted).logits.argmax(1) == labels)
     assert outcome.standing("transfer").tolist() == expected.tolist()
     assert outcome.standing("transfer").sum() > outcome.standing("bim").sum()
+
+
+def test_what_autoattack_warns_of_is_kept(tmp_path: Path) -> None:
+    class Random(Wavy):
+        def forward(self, images: Tensor) -> ModelOutput:
+            output = super().forward(images)
+            return ModelOutput(output.logits + 0.01 * torch.rand_like(output.logits), output.embeddings)
+
+    network = Random()
+    images, labels = pictures(Wavy(), 12)
+    outcome = evaluate(network, images, labels, {}, autoattack=("linf", 0.001), batch_size=6)
+    assert len(outcome.warnings) == 1  # of each batch and stage the same
+    assert "randomized defense" in outcome.warnings[0]
+    save_outcome(outcome, tmp_path / "outcome.npz")
+    assert load_outcome(tmp_path / "outcome.npz").warnings == outcome.warnings
+    assert merge_outcomes([outcome]).warnings == outcome.warnings
+    assert evaluate(Wavy(), images, labels, {}, autoattack=("linf", 0.001)).warnings == ()
+
+
+def test_outcomes_of_before_have_no_warnings() -> None:
+    arrays = outcome_arrays(ShardOutcome(np.arange(2), np.zeros(2, np.int64), {"clean": np.zeros(2, np.int64)}))
+    del arrays["warnings"]
+    assert outcome_from(arrays).warnings == ()
 
 
 def test_autoattack_is_no_weaker_and_says_what_it_left_out() -> None:
@@ -271,7 +296,7 @@ def test_columns_in_l2_and_at_another_radius_keep_their_steps(data_name: str) ->
         assert l2.attacks[name].norm == "l2"
         assert (l2.attacks[name].step_size or 0) / l2.epsilon == pytest.approx(share)
         assert (wide.attacks[name].step_size or 0) / 0.5 == pytest.approx(share)
-        assert evaluation_attack(l2.attacks[name], AttackConfig()).epsilon == l2.epsilon
+        assert evaluation_attack(l2.attacks[name], AttackConfig(), data_name, "attacks").epsilon == l2.epsilon
 
 
 def test_a_radius_of_zero_is_refused() -> None:
@@ -280,8 +305,13 @@ def test_a_radius_of_zero_is_refused() -> None:
 
 
 def test_sets_the_paper_lacks_have_columns_too() -> None:
-    assert paper_columns("fashion_mnist") == paper_columns("mnist")
-    assert paper_columns("image_folder") == paper_columns("cifar10")
+    assert paper_columns("fashion_mnist", epsilon=0.3) == paper_columns("mnist")
+    assert paper_columns("image_folder", epsilon=8 / 255) == paper_columns("cifar10")
+
+
+def test_columns_without_a_radius_are_refused() -> None:
+    with pytest.raises(ConfigError, match="norm=l2: no radius is given in this norm"):
+        paper_columns("image_folder", "l2")
 
 
 def test_curves_are_the_accuracies_of_their_points() -> None:

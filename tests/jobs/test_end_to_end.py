@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from jobs import train_tla
 from tests.cluster.conftest import QUICK, ROOT, Cluster, Job, free_port
+from tests.conftest import S3Server
 from tla_service.config_loading import load_config_file
 from tla_service.data import load_dataset
 from tla_service.evaluation.outcomes import load_outcome
@@ -48,20 +49,22 @@ SWEEP = shlex.split(
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A cluster that is there already: jobs are told of it by RAY_ADDRESS."""
-    started = Cluster()
+def cluster(s3_server: S3Server) -> Iterator[Cluster]:
+    """A cluster that is there already, with the keys of an S3 server: jobs are told of it by RAY_ADDRESS."""
+    started = Cluster(**s3_server.environment)
     yield started
     started.end()
 
 
 @pytest.fixture(scope="module")
-def start(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Job]]:
+def start(
+    cluster: Cluster, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Job]]:
     """Starts a job on the cluster, in a new folder or a given one."""
     jobs: list[Job] = []
 
     def call(*arguments: str, folder: Path | None = None, joins: bool = True, **options: Any) -> Job:
-        environment = {"RAY_ADDRESS": cluster.address} if joins else {}
+        environment = s3_server.environment | ({"RAY_ADDRESS": cluster.address} if joins else {})
         folder = folder or tmp_path_factory.mktemp("job")
         jobs.append(Job(folder, *arguments, environment=environment, **options))
         return jobs[-1]
@@ -73,13 +76,14 @@ def start(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def trained(start: Callable[..., Job]) -> Job:
-    """A run whose driver was killed, with the Ray session of its own, and that was resumed on the cluster."""
-    first = start(*RUN, joins=False)
+    """A run whose driver was killed, with the Ray session of its own, and that was resumed on the cluster, from S3."""
+    storage = ("--scaling.storage", "s3://images/runs")
+    first = start(*RUN, *storage, joins=False)
     first.wait_for_epoch(2, SECONDS)
     first.process.send_signal(signal.SIGKILL)
     first.process.wait()
     assert not (first.output / "summary.json").exists()
-    second = start(*RUN, folder=first.folder)
+    second = start(*RUN, *storage, folder=first.folder)
     second.printed = second.wait(SECONDS)
     assert second.process.returncode == 0, second.printed
     return second
@@ -157,7 +161,7 @@ def test_the_registered_model_predicts_and_has_gradients(trained: Job, monkeypat
 
 
 def test_a_finished_run_is_not_repeated(
-    trained: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Job, s3: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import ray
 

@@ -1,9 +1,12 @@
 """What a user can get wrong: the right exit code and one message each, before Ray starts or a worker is claimed."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -70,6 +73,28 @@ WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
     "set that is not embedded": (("--data.name", "cifar10"), "data.root"),
     "unknown network": (("--model.name", "preact_resnet18"), "model.name=preact_resnet18: there is no such network"),
     "network too large": (("--model.name", "torchvision:inception_v3"), "model.name=torchvision:inception_v3: "),
+    "registered model that MLflow refuses": (
+        ("--tracking.registered_model", "team/digits"),
+        "tracking.registered_model=team/digits: a registered model's name cannot hold /",
+    ),
+    "tag that MLflow refuses": (("--tracking.tags", '{"owner%": "x"}'), "tracking.tags=owner%: MLflow takes letters"),
+    "attack whose metric MLflow refuses": (
+        ("--evaluation.test", '{"PGD-20, eps=8/255 (strong!)": {"kind": "fgsm"}}'),
+        "evaluation.test=PGD-20, eps=8/255 (strong!): MLflow takes letters",
+    ),
+    "one test image": (("--data.test_limit", "1"), "data.test_limit=1: 1 test image; the example in a packaged model"),
+    "a step with one image": (
+        (
+            *("--model.name", "torchvision:resnet18", "--training.global_batch_size", "2"),
+            *("--data.train_limit", "102", "--scaling.num_workers", "1", "--method", "at"),
+        ),
+        "training.global_batch_size=2: 91 training images in 46 steps leave it with one image in some step",
+    ),
+    "radius beyond the image": (
+        ("--attack.norm", "l2", "--attack.epsilon", "128", "--attack.step_size", "15"),
+        "attack.epsilon=128: longer than the diagonal of 1x8x8 images, 8; write 128/255",
+    ),
+    "storage that is none": (("--scaling.storage", "s4://a/b"), "scaling.storage=s4://a/b: no address of a storage"),
     "plain folder for tracking": (("--tracking.uri", "file:/tmp/mlruns"), "tracking.uri=file:/tmp/mlruns: "),
 }
 
@@ -136,6 +161,7 @@ MISSING: dict[str, tuple[tuple[str, ...], str]] = {
     "tracking server": (("--tracking.uri", "http://127.0.0.1:1"), "tracking.uri=http://127.0.0.1:1: no server answers"),
     "weights": (("--model.weights", "/nowhere/weights"), "model.weights=/nowhere/weights: there is no such folder"),
     "registered model": (("--model.weights", "models:/nobody@champion"), "model.weights=models:/nobody@champion: "),
+    "place for checkpoints": (("--scaling.storage", "/dev/null/x"), "scaling.storage=/dev/null/x: cannot be written"),
     "place for results": (("--output", "/dev/null/out"), "output=/dev/null/out: cannot be written"),
 }
 
@@ -146,6 +172,32 @@ def test_what_is_missing_ends_with_3(run_in_process: Run, arguments: tuple[str, 
     assert code == 3, error
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("disk", ["output", "TMPDIR", "scaling.storage", "tracking.uri"])
+def test_a_disk_without_room_for_checkpoints_ends_with_3(
+    run_in_process: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, disk: str
+) -> None:
+    """The disk's size alone is pretended: a full one cannot be had without being root."""
+    places = {name: tmp_path / name for name in ("output", "TMPDIR", "scaling.storage", "tracking.uri")}
+    for place in places.values():
+        place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(places["TMPDIR"]))
+    true = shutil.disk_usage
+
+    def usage(path: Path) -> Any:
+        return true(path)._replace(free=1000 if places[disk] in (path, *Path(path).parents) else 10**12)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr("tla_service.training.precheck._device", lambda path: hash(str(path)))
+    code, error = run_in_process(
+        *("--output", str(places["output"]), "--scaling.storage", str(places["scaling.storage"])),
+        *("--tracking.uri", f"sqlite:///{places['tracking.uri']}/mlflow.db"),
+    )
+    assert code == 3, error
+    assert error.startswith(f"error: {disk}={places[disk]}")
+    assert "its disk has 1e-06 GB free, the run needs 0.00" in error
+    assert f"point {disk} to another disk" in error
 
 
 @pytest.mark.parametrize("flag", ["--data.root", "--scaling.storage"])

@@ -96,26 +96,29 @@ def test_a_sweep_of_an_earlier_version_is_refused(run_in_process: Run, tmp_path:
 
 @pytest.mark.parametrize("where", ["output", "storage"])
 def test_a_second_driver_is_refused(run_in_process: Run, tmp_path: Path, where: str) -> None:
-    held = tmp_path / "out" if where == "output" else tmp_path / "shared" / "mine"
-    held.mkdir(parents=True)
-    code = """import fcntl, sys
-file = open(sys.argv[1], "w")
-fcntl.flock(file, fcntl.LOCK_EX)
-print("held", flush=True)
-sys.stdin.read()
+    folder = tmp_path / "out" if where == "output" else tmp_path / "shared" / "mine"
+    code = """import pathlib, sys
+from tla_service.cluster.folder import Folder
+from tla_service.cluster.lease import held
+from tla_service.lock import locked_folder
+folder, where = sys.argv[1:]
+with locked_folder(pathlib.Path(folder), where) if where == "output" else held(Folder(folder), print):
+    print("held", flush=True)
+    sys.stdin.read()
 """
     pipe = subprocess.PIPE
     arguments = ("--preset", "digits", "--sweep.name", "mine", "--output", str(tmp_path / "out"))
     arguments += ("--tracking.uri", "http://127.0.0.1:1")
     if where == "storage":
         arguments += ("--scaling.storage", str(tmp_path / "shared"))
-    command = [sys.executable, "-c", code, str(held / ".lock")]
+    command = [sys.executable, "-c", code, str(folder), where]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         code_held, error = run_in_process(*arguments)
         other.kill()
-    assert (code_held, error.count("\n")) == (3, 1)
-    assert error.startswith(f"error: output={held}: another sweep (process ")
+    assert (code_held, error.count("\n")) == (2, 1)
+    setting = "output" if where == "output" else "scaling.storage"
+    assert error.startswith(f"error: {setting}={folder}: in use by process {other.pid} on ")
     code_free, error = run_in_process(*arguments)  # the lock has ended with its process
     assert (code_free, "no server answers" in error) == (3, True)

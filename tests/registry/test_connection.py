@@ -9,15 +9,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
 from tests.registry.tracking_server import TrackingServer
+from tla_service import retries
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.registry import check_tracking, tracking_uri
-from tla_service.registry.connection import retrying
+from tla_service.registry.connection import is_passing, retrying, storing
 
 
 def test_uri_given_wins_over_environment_wins_over_local_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -150,3 +152,70 @@ def test_retrying_repeats_what_may_pass_and_nothing_else() -> None:
     assert retrying("it", flaky, first_wait_seconds=0.01) == "done"
     with pytest.raises(ValueError, match="no"):
         retrying("it", lambda: (_ for _ in ()).throw(ValueError("no")), first_wait_seconds=100)
+
+
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("call", "shortest", "longest"), [(retrying, 10, 20), (storing, 240, 360)])
+def test_questions_wait_seconds_for_a_server_and_results_wait_minutes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: Any, shortest: float, longest: float
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(retries, "time", clock)
+
+    def away_until(back: float) -> str:
+        if clock.now < back:
+            raise ConnectionError("connection refused")
+        return "done"
+
+    assert call("Storing it", lambda: away_until(shortest)) == "done"
+    assert "Storing it failed (connection refused); trying again in 1 s" in caplog.text
+    clock.now = 0
+    with pytest.raises(UnavailableError, match=r"storing it failed \(connection refused\); bring the server back"):
+        call("Storing it", lambda: away_until(1e9))
+    assert shortest < clock.now < longest
+
+
+def test_errors_of_an_artifact_store_on_s3_may_pass() -> None:
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import ClientError
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        options = Config(retries={"max_attempts": 0}, connect_timeout=1)
+        keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
+        away = boto3.client("s3", endpoint_url=address, config=options, **keys)  # type: ignore[call-overload]
+        with pytest.raises(Exception, match="Could not connect") as raised:
+            away.list_buckets()
+    assert is_passing(raised.value)
+
+    def answered(status: int) -> Exception:
+        return ClientError({"ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")  # type: ignore[typeddict-item]
+
+    def uploading(status: int) -> Exception:
+        """What boto3 makes of an answer in the middle of an upload."""
+        try:
+            try:
+                raise answered(status)
+            except ClientError as error:
+                raise boto3.exceptions.S3UploadFailedError(str(error))  # noqa: B904 - as boto3 does it
+        except boto3.exceptions.S3UploadFailedError as error:
+            return error
+
+    assert is_passing(answered(503))
+    assert is_passing(uploading(503))
+    assert not is_passing(answered(403))
+    assert not is_passing(uploading(403))

@@ -136,15 +136,6 @@ WEAKER: dict[str, tuple[dict[str, Any], str, str]] = {
         {"run": AutoAttackRun("standard", "linf", 0.15, STANDARD[:3])}, "AutoAttack", "square was not run",
     ),
     "audit on few images": ({"audit": {"trusted": True, "images": 7, "checks": []}}, "audit", "saw 7 images"),
-    "audit at another radius": (
-        {
-            "attacks": {
-                "strong": PGD | {"norm": "linf", "epsilon": 0.15, "num_steps": 5},
-                "weak": PGD | {"norm": "linf", "epsilon": 0.001, "num_steps": 50},
-            }
-        },
-        "audit", "attacked with linf 0.001, not with linf 0.15",
-    ),
 }  # fmt: skip
 
 
@@ -154,6 +145,20 @@ def test_a_weaker_protocol_is_refused(changes: dict[str, Any], rule: str, words:
     assert set(found) == {rule}
     assert words in found[rule].explanation
     assert found[rule].remedy == "run jobs/evaluate_tla.py AGAIN"
+
+
+def test_an_audit_at_another_radius_is_refused() -> None:
+    """Versions that did not set images aside let the audit rest on any PGD attack of the table."""
+    attacks = {
+        "strong": PGD | {"norm": "linf", "epsilon": 0.15, "num_steps": 5},
+        "weak": PGD | {"norm": "linf", "epsilon": 0.001, "num_steps": 50},
+    }
+    earlier = evaluated(replace(GOOD, gate=None), attacks=attacks)
+    marked = replace(earlier, outcomes={name: replace(part, gate=GOOD.gate) for name, part in earlier.outcomes.items()})
+    found = refusals(judge(marked, RULES))
+    assert set(found) == {"audit"}
+    assert "attacked with linf 0.001, not with linf 0.15" in found["audit"].explanation
+    assert not refusals(judge(evaluated(GOOD, attacks=attacks), RULES))
 
 
 def test_detection_on_few_images_is_refused() -> None:

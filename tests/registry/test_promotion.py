@@ -237,7 +237,7 @@ def test_the_job_explains_itself(
     packaged: Packaged, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def job(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["promote_model.py", "--tracking.uri", packaged.uri, *arguments])
+        monkeypatch.setattr(sys, "argv", ["jobs/promote_model.py", "--tracking.uri", packaged.uri, *arguments])
         code = run_job(promote_model.main)
         printed = capsys.readouterr()
         return code, printed.out, printed.err
@@ -245,8 +245,9 @@ def test_the_job_explains_itself(
     code, out, _ = job("--model", "tla-digits", "--version", "1")
     assert code == 4
     assert "REFUSED version evaluated" in out
-    command = f"next: python jobs/evaluate_tla.py --model models:/tla-digits/1 --tracking.uri {packaged.uri}"
-    assert out.splitlines()[-1] == command
+    command = out.splitlines()[-1]
+    assert command.startswith("next: ")
+    assert command.endswith(f" jobs/evaluate_tla.py --model models:/tla-digits/1 --tracking.uri {packaged.uri}")
     evaluate(packaged, "1", GOOD)
     code, out, _ = job("--model", "tla-digits", "--version", "1", "--rules.min_autoattack_accuracy", "0.9")
     assert (code, "REFUSED AutoAttack accuracy" in out) == (4, True)

@@ -136,6 +136,29 @@ def test_files_are_stored_under_the_names_asked_for(server: TrackingServer, tmp_
     assert text_of(server.uri, run_id, "local-name.txt") == "content"
 
 
+@pytest.mark.slow
+def test_results_wait_for_a_server_that_is_away_for_longer_than_a_restart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = TrackingServer(tmp_path)
+    server.start()
+    try:
+        run_id = open_run(config_for(server.uri), "key", facts={})
+        server.kill()
+        (tmp_path / "file").write_text("hours of work")
+        back = threading.Timer(20, server.start)
+        back.start()
+        log_files(server.uri, run_id, {"file": tmp_path / "file"})
+        finish_run(server.uri, run_id)
+        back.join()
+        client = MlflowClient(server.uri)
+        assert [artifact.path for artifact in client.list_artifacts(run_id) if artifact.path == "file"]
+        assert client.get_run(run_id).info.status == "FINISHED"
+        assert "Storing file failed" in caplog.text
+    finally:
+        server.kill()
+
+
 def test_system_metrics_arrive(
     local_uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,13 +13,15 @@ import torch
 
 from tests.report.subjects import digits, settings, trained
 from tla_service.attacks import Attack, attack_images
-from tla_service.errors import UnavailableError
+from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.detection import fit_detector
 from tla_service.evaluation.outcomes import STANDS, ShardOutcome
 from tla_service.evaluation.suite import restart_fates
 from tla_service.inference.detector import Rejector
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
+from tla_service.report.audit_facts import audit_facts, autoattack_warnings
 from tla_service.report.figures import Figures
 from tla_service.report.page import size, write_page
 from tla_service.report.plan import (
@@ -29,6 +31,7 @@ from tla_service.report.plan import (
     detection_name,
     embedding_tasks,
     make_plan,
+    protocol,
     query_task,
     radius_name,
     single_tasks,
@@ -184,6 +187,54 @@ def test_detection_meets_a_larger_radius_than_training() -> None:
     assert make_plan(settings(), "cifar10", "linf", 8 / 255, has_surrogate=False).detection.epsilon == 25 / 255
 
 
+def test_protocol_names_what_shapes_the_figures_alone() -> None:
+    def digest(**changes: Any) -> str:
+        chosen = settings(**changes)
+        return protocol(make_plan(chosen, "digits", "linf", 0.15, has_surrogate=False), chosen)
+
+    plain = digest()
+    assert digest(output=Path("elsewhere"), log=False, scaling={"num_workers": 7}, data={"root": "/x"}) == plain
+    assert digest(model="models:/tla-digits@champion", norm="linf", epsilon=0.15) == plain
+    others = [
+        digest(seed=1),
+        digest(epsilon=0.1),
+        digest(norm="l2"),
+        digest(batch_size=10),
+        digest(images={"curves": 3}),
+    ]
+    assert len({plain, *others}) == 6
+
+
+def test_a_norm_without_a_radius_takes_the_documented_one() -> None:
+    def made(data: str = "digits", **changes: Any) -> Plan:
+        return make_plan(settings(**changes), data, "linf", 0.15, has_surrogate=False)
+
+    l2 = made(norm="l2")
+    assert (l2.norm, l2.epsilon) == ("l2", 0.6)
+    assert {(attack.norm, attack.epsilon) for attack in l2.columns.values()} == {("l2", 0.6)}
+    assert made("cifar10", norm="l2").epsilon == 128 / 255
+    assert made("mnist", norm="l2", epsilon=1.5).epsilon == 1.5
+    assert made(norm="linf").epsilon == 0.15
+    # Twice as far as the threat model of an L2 length above 1, not cut down to 1.
+    assert made("mnist", norm="l2").detection.epsilon == pytest.approx(3.0)
+    with pytest.raises(ConfigError, match=r"norm=l2: no radius is given.*image_folder; give --epsilon in l2"):
+        made("image_folder", norm="l2")
+
+
+def test_an_attack_in_another_norm_takes_the_documented_radius() -> None:
+    attacks = {"pgd20": {"num_steps": 20}, "other": {"norm": "l2", "num_steps": 50}, "near": {"epsilon": 0.01}}
+    made = make_plan(settings(attacks=attacks), "digits", "linf", 0.15, has_surrogate=False)
+    other, near = made.columns["other"], made.columns["near"]
+    assert (other.norm, other.epsilon, other.step_size) == ("l2", 0.6, pytest.approx(0.06))
+    assert near.step_size == pytest.approx(0.001)
+    # Curves and the audit stay in the threat model, and what AutoAttack is held against too.
+    assert (made.iterative, made.within) == ("pgd20", ("pgd20",))
+    with pytest.raises(ConfigError, match=r"attacks\.a\.norm=l2: .*give attacks\.a\.epsilon in l2"):
+        make_plan(settings(attacks={"a": {"norm": "l2"}}), "parquet", "linf", 0.1, has_surrogate=False)
+    with pytest.raises(ConfigError, match=r"none of them is PGD with norm linf and epsilon 0\.15"):
+        make_plan(settings(attacks={"a": {"norm": "l2"}}), "digits", "linf", 0.15, has_surrogate=False)
+
+
 def test_the_papers_columns_are_known_as_such() -> None:
     papers = make_plan(settings(attacks={}), "cifar10", "linf", 8 / 255, has_surrogate=True)
     assert papers.is_paper
@@ -228,6 +279,77 @@ def test_norm_curves_count_what_stands() -> None:
     curve = fd.norm_curve(np.array([0.0, 1.0, 2.0, 2.0, np.inf]), "l0")
     assert curve.x == (0.0, 1.0, 2.0)
     assert [point.estimate for point in curve.accuracy] == [0.8, 0.6, 0.2]
+
+
+def check(name: str, outcome: Any, figure: float | None = 0.0) -> dict[str, Any]:
+    return {
+        "name": name, "figure": figure, "threshold": 0.1, "outcome": outcome, "statement": f"{name} is so",
+        "meaning": "it matters",
+    }  # fmt: skip
+
+
+def autoattacked(warnings: tuple[str, ...], by_square: int = 0) -> ShardOutcome:
+    strong = outcome([True] * 100, "autoattack")
+    strong.broken_at["autoattack"][:by_square] = 1 + ALL_STAGES.index("square")
+    return ShardOutcome(strong.indices, strong.labels, strong.broken_at, warnings=warnings)
+
+
+def test_the_audit_counts_what_autoattack_objects_to() -> None:
+    measured = {"trusted": True, "images": 9, "checks": [check("a", "passed"), check("b", "not run", None)]}
+
+    def judged(strong: ShardOutcome | None) -> tuple[bool, str, str]:
+        facts = audit_facts(measured, strong, None)
+        assert facts is not None
+        return facts.trusted, facts.checks[-1].outcome, facts.summary
+
+    assert audit_facts(None, autoattacked(()), None) is None
+    assert judged(autoattacked(())) == (True, "passed", "2 of 3 checks passed, 1 not run (b)")
+    assert judged(autoattacked((ZERO_GRADIENT,)))[:2] == (True, "passed")
+    assert judged(autoattacked(("it seems random",)))[:2] == (False, "failed")
+    assert judged(None)[:2] == (True, "not run")
+    assert autoattack_warnings(autoattacked((), by_square=1))[0].startswith("Square, which sees no gradients, breaks 1")
+
+
+def test_a_report_of_before_is_read_with_three_outcomes() -> None:
+    older = [{k: v for k, v in check(n, "passed", f).items() if k != "outcome"} | {"passed": p}
+             for n, f, p in [("a", 0.0, True), ("b", 0.5, False), ("c", None, False)]]  # fmt: skip
+    facts = rp.AuditFacts.model_validate({"trusted": False, "images": 9, "checks": older})
+    assert [each.outcome for each in facts.checks] == ["passed", "failed", "not run"]
+
+
+def test_page_shows_outcomes_warnings_and_the_surrogate(tmp_path: Path) -> None:
+    own = {
+        "architecture": "small_cnn",
+        "images": 1212,
+        "steps": 500,
+        "seconds": 3.4,
+        "clean_accuracy": 0.975,
+        "held_out": 135,
+    }
+    checks = [check("a", "passed"), check("b", "failed"), check("c", "not run", None)]
+    audit = rp.AuditFacts.model_validate({"trusted": False, "images": 9, "checks": checks, "surrogate": own})
+    facts = report().autoattack
+    assert facts is not None
+    (other,) = report().compared
+    made = report(
+        audit=audit,
+        autoattack=facts.model_copy(update={"warnings": ("it <seems> random",)}),
+        compared=(other.model_copy(update={"warnings": ("so does this",)}),),
+    )
+    write_page(made, [], tmp_path / "report.html", same_attacks=False)
+    text = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
+    assert "1 of 3 checks passed, 1 failed (b), 1 not run (c)" in text
+    assert all(shown in text for shown in ("✓ passed", "✗ failed", "- not run", "c is so"))
+    assert "small_cnn, 500 steps on 1212 training images in 3 s, clean accuracy 97.5 % on 135 held-out ones" in text
+    assert "AutoAttack warns: it <seems> random" in text
+    assert "AutoAttack warns of other: so does this" in text
+
+
+def test_page_names_another_threat_model_of_an_attack(tmp_path: Path) -> None:
+    attacks = report().attacks
+    l2 = attacks["fgsm"].model_copy(update={"norm": "l2", "epsilon": 0.6})
+    write_page(report(attacks=attacks | {"fgsm": l2}), [], tmp_path / "report.html", same_attacks=False)
+    assert "FGSM, one step, up to 0.6 in L2" in (tmp_path / "report.html").read_text()
 
 
 def test_report_is_read_back_and_is_plain_json(tmp_path: Path) -> None:

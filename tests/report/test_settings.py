@@ -1,7 +1,5 @@
 """What the evaluation job can be told."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,14 +48,6 @@ def test_refuses(arguments: list[str], field: str, remedy: str) -> None:
         read(*arguments)
     assert field in str(refused.value)
     assert remedy in str(refused.value)
-
-
-def test_digest_names_what_shapes_the_figures_alone() -> None:
-    plain = settings()
-    assert settings(output=Path("elsewhere"), log=False, scaling={"num_workers": 7}).digest == plain.digest
-    assert settings(data={"root": "/other"}).digest == plain.digest
-    assert settings(seed=1).digest != plain.digest
-    assert settings(data={"test_limit": 5}).digest != plain.digest
 
 
 def test_data_are_those_of_training_unless_given() -> None:

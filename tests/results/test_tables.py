@@ -1,7 +1,9 @@
 """What a table trains and measures, in which order, and what is refused."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,9 @@ import pytest
 from tests.results.conftest import settings_of
 from tla_service.config_loading import load_settings
 from tla_service.errors import ConfigError
+from tla_service.lock import locked_folder
 from tla_service.results.places import LocalPlaces
+from tla_service.results.reproduce import reproduce_here
 from tla_service.results.schedule import Scheduler, open_state
 from tla_service.results.tables import measures, run_config, units
 
@@ -126,3 +130,13 @@ def test_the_shortened_modern_recipe_is_the_same_for_every_method(table: str) ->
 def test_digits_have_no_modern_recipe() -> None:
     with pytest.raises(ConfigError, match="recipe=modern: there is no such preset for digits"):
         settings_of("--table", "digits", "--recipe", "modern")
+
+
+def test_a_table_that_another_process_is_at_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    settings = settings_of("--table", "digits", "--state", str(tmp_path / "state"))
+    with (
+        locked_folder(tmp_path / "state", "state"),
+        pytest.raises(ConfigError, match=rf"state={tmp_path}/state: in use by process {os.getpid()} on "),
+    ):
+        reproduce_here(settings)

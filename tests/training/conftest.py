@@ -9,6 +9,7 @@ import torch
 
 from tla_service.config import RunConfig
 from tla_service.data import Batch, StepBatch
+from tla_service.training.resume import LocalCheckpoint
 
 IMAGES = 24
 
@@ -44,15 +45,16 @@ def random_batch(
 
 
 class KeepingReporter:
-    """Keeps reports; copies checkpoints out; asks for a stop after a number of steps, if told to.
+    """Keeps reports and checkpoints; asks for a stop after a number of steps, if told to.
 
     Args:
-        folder: Where checkpoints are copied to.
+        folder: Where checkpoints go.
         stop_after: Ask for a stop when this many step records have come.
+        resume_from: Checkpoint to resume from.
     """
 
-    def __init__(self, folder: Path, stop_after: int | None = None) -> None:
-        self.folder, self.stop_after = folder, stop_after
+    def __init__(self, folder: Path, stop_after: int | None = None, resume_from: Path | None = None) -> None:
+        self.folder, self.stop_after, self.resume_from = folder, stop_after, resume_from
         self.records: list[Mapping[str, Any]] = []
         self.metrics: list[dict[str, float]] = []
         self.checkpoints: list[Path] = []
@@ -60,13 +62,22 @@ class KeepingReporter:
     def progress(self, record: Mapping[str, Any]) -> None:
         self.records.append(record)
 
-    def report(self, metrics: dict[str, float], checkpoint: Path | None, name: str) -> None:
-        self.metrics.append(metrics)
+    def stored(self) -> list[LocalCheckpoint]:
+        return [] if self.resume_from is None else [LocalCheckpoint(str(self.resume_from))]
+
+    def destination(self, name: str) -> Path:
+        return self.folder / name
+
+    def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
+        if metrics is not None:
+            self.metrics.append(metrics)
         if checkpoint is not None:
-            self.checkpoints.append(checkpoint.rename(self.folder / name))
+            assert checkpoint == self.destination(name)
+            self.checkpoints.append(checkpoint)
 
     def stop_requested(self) -> bool:
-        return self.stop_after is not None and len(self.records) >= self.stop_after
+        steps = sum(record["event"] == "step" for record in self.records)
+        return self.stop_after is not None and steps >= self.stop_after
 
 
 @pytest.fixture

@@ -74,13 +74,13 @@ def test_four_epochs_equal_two_and_two_bit_for_bit(
 ) -> None:
     monkeypatch.setattr(fit_module, "build_model", lambda *args: WithDropout(build_model(*args)))
     config = digits_config(**changes)
-    whole, first, second = new_reporter(), new_reporter(stop_after=stop_after), new_reporter()
+    whole, first = new_reporter(), new_reporter(stop_after=stop_after)
     uninterrupted = fit(config, WorkerContext(), whole)
 
     before = fit(config, WorkerContext(), first)
     assert before.interrupted == (stop_after is not None)
-    begin = first.checkpoints[-1] if stop_after else first.checkpoints[1]
-    resumed = fit(config, WorkerContext(), second, resume_from=begin)
+    second = new_reporter(resume_from=first.checkpoints[-1 if stop_after else 1])
+    resumed = fit(config, WorkerContext(), second)
 
     ours, theirs = weights_of(second.checkpoints[-1]), weights_of(whole.checkpoints[-1])
     assert ours.keys() == theirs.keys()
@@ -104,11 +104,13 @@ def test_a_stop_in_the_middle_of_an_epoch_keeps_its_sums(
 
     monkeypatch.setattr(Run, "_update", update)
     config = digits_config(training={"log_every_steps": 1, "epochs": 1})
-    stopped, resumed = new_reporter(stop_after=1), new_reporter()
+    stopped = new_reporter(stop_after=1)
     assert fit(config, WorkerContext(), stopped).interrupted
     assert stopped.checkpoints[-1].name == "step-000000002"
     assert len(of_steps) == 2
-    fit(config, WorkerContext(), resumed, resume_from=stopped.checkpoints[-1])
+    assert stopped.metrics == []  # two of four steps are no epoch
+    resumed = new_reporter(resume_from=stopped.checkpoints[-1])
+    fit(config, WorkerContext(), resumed)
     assert len(of_steps) == 4
 
     sums = dict(zip(TOTALS, (sum(column) for column in zip(*of_steps, strict=True)), strict=True))
@@ -145,7 +147,7 @@ def test_the_best_weights_are_chosen_on_validation_and_tested_once(
 def test_with_an_average_the_average_is_what_counts(reporter: KeepingReporter) -> None:
     config = digits_config(training={"ema_decay": 0.5, "epochs": 1})
     run = Run(config, WorkerContext(), reporter)
-    run.start(None, None)
+    run.start(None)
     by_hand: dict[str, torch.Tensor] = {}
     original = run.state.optimizer.step
 
@@ -168,9 +170,10 @@ def test_max_steps_ends_a_run_within_an_epoch(reporter: KeepingReporter) -> None
 
 
 def test_a_finished_checkpoint_trains_no_more(new_reporter: NewReporter) -> None:
-    first, second = new_reporter(), new_reporter()
+    first = new_reporter()
     done = fit(digits_config(training={"epochs": 1}), WorkerContext(), first)
-    again = fit(digits_config(training={"epochs": 1}), WorkerContext(), second, resume_from=first.checkpoints[-1])
+    second = new_reporter(resume_from=first.checkpoints[-1])
+    again = fit(digits_config(training={"epochs": 1}), WorkerContext(), second)
     assert second.metrics == []
     assert again.test == done.test
     assert again.history == done.history
@@ -193,7 +196,7 @@ def test_training_starts_from_given_weights(reporter: KeepingReporter) -> None:
     torch.manual_seed(5)
     weights = build_model("digits_cnn", 10, (1, 8, 8)).state_dict()
     run = Run(digits_config(), WorkerContext(), reporter)
-    run.start(weights, None)
+    run.start(weights)
     started = run.state.network.state_dict()
     assert all(torch.equal(started[name], weights[name]) for name in weights)
 
@@ -227,6 +230,6 @@ def test_a_checkpoint_of_another_configuration_is_refused(reporter: KeepingRepor
     fit(digits_config(training={"epochs": 1}), WorkerContext(), reporter)
     other = digits_config(training={"epochs": 1}, loss={"margin": 0.2})
     run = Run(other, WorkerContext(), reporter)
-    run.start(None, None)
+    run.start(None)
     with pytest.raises(ConfigError, match="has checkpoints of another configuration"):
         load_checkpoint(reporter.checkpoints[-1], run.state, other, run._data_facts)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 
 from tests.training.conftest import KeepingReporter, digits_config, random_batch
@@ -179,14 +180,23 @@ def test_after_a_collapse_training_goes_on_with_pgd_also_when_resumed(
         reporter = new_reporter()
         result = fit(config, WorkerContext(), reporter)
         if resume:
-            again = new_reporter()
+            again = new_reporter(resume_from=reporter.checkpoints[1])
             collapse_in(monkeypatch, 0.1)
-            result = fit(config, WorkerContext(), again, resume_from=reporter.checkpoints[1])
+            result = fit(config, WorkerContext(), again)
             reporter = again
         assert len(result.history) == 4
         assert has_collapsed(result.history)
         weights.append((reporter.checkpoints[-1] / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("kind", ["pgd", "n_fgsm", "free"])
+def test_going_on_with_pgd_needs_more_than_one_step(kind: str) -> None:
+    """One step is what has collapsed, and what would be watched no more."""
+    attack = {"kind": kind, "on_collapse": "pgd", "num_steps": 1, "step_size": 0.15}
+    with pytest.raises(ValidationError, match=r"on_collapse=pgd: attack\.num_steps=1 makes that a single step too"):
+        digits_config(method="at", attack=attack)
+    assert not digits_config(method="at", attack=attack | {"kind": "pgd", "num_steps": 2}).attack.is_single_step
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def images(count: int) -> Dataset:
     """Two classes of 3x32x32 images; ResNet-18 has 1x1 maps at its end."""
     pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     source = ArraySource(pixels, torch.arange(count) % 2)
-    return Dataset("image_folder", source, source, ("cat", "dog"), (3, 32, 32), "f")
+    gate = torch.zeros(count, dtype=torch.bool)
+    return Dataset("image_folder", source, source, gate, ("cat", "dog"), (3, 32, 32), "f")
 
 
 def run_config(batch: int, **fields: object) -> RunConfig:

@@ -21,13 +21,13 @@ class Output:
     """A reporter's folder and terminal."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.work, self.printed = folder / "output", folder / "work", io.StringIO()
+        self.folder, self.printed = folder / "output", io.StringIO()
         self.reporter = LocalReporter(self.folder, terminal=Terminal(self.printed))
 
     def checkpoint(self, name: str, content: str) -> Path:
-        """A checkpoint as `fit` hands it over: in a folder that is deleted after the call."""
-        made = self.work / name
-        made.mkdir(parents=True)
+        """A checkpoint as `fit` hands it over: in its place already."""
+        made = self.reporter.destination(name)
+        made.mkdir(parents=True, exist_ok=True)
         (made / "model.safetensors").write_text(content)
         (made / MANIFEST).write_text("{}")
         return made

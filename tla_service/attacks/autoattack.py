@@ -31,6 +31,18 @@ ALL_STAGES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 _FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 _SQUARE_FEWEST_ROWS = 5  # in L2 and L1 it lays tiles of a fifth of the image's height
 _LOGGER = "auto-attack"
+# What the package warns of, by words of its message, and what it means; its own advice names options and a file that
+# this project does not have.
+_WARNINGS = {
+    "randomized defense": "predictions for the same image differ between calls (randomized defense): the standard "
+    "version overestimates its robustness",
+    "probability distribution": "the outputs look like probabilities, not logits: a softmax may mask gradients",
+    "dynamic defense": "the forward pass computes gradients (dynamic defense): AutoAttack may be too weak",
+    "zero gradient": "some images have zero gradient under a loss of APGD",
+}
+# Numbers of classes and targets are looked after here: see `_stages`.
+_NO_CONCERN = ("DLR loss", "target classes")
+ZERO_GRADIENT = _WARNINGS["zero gradient"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class AutoAttackResult:
         robust: Whether the network is right after all stages (N,), bool.
         standing: For ``clean`` and each stage in the order of running: whether the image stands after it (N,), bool.
         left_out: Stages of the version that were not run, and why.
-        warnings: What the package says of this network, such as that it seems randomised.
+        warnings: What the package says of this network, such as that it seems randomised; each once.
     """
 
     version: Version
@@ -206,12 +218,19 @@ class _Keep(logging.Handler):
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
+        message = record.getMessage()
+        if not any(words in message for words in _NO_CONCERN):
+            known = (meaning for words, meaning in _WARNINGS.items() if words in message)
+            self.messages.append(next(known, message))
 
 
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[list[str]]:
     """Undo the package's changes to the process: it seeds the global generators, drops the trace function and logs."""
+    from pyautoattack import checks
+
+    # It counts gradients taken in a forward pass for the whole process: another network's are not this one's.
+    checks.funcs.update(dict.fromkeys(checks.funcs, 0))
     logger, handler, trace = logging.getLogger(_LOGGER), _Keep(), sys.gettrace()
     propagated = logger.propagate
     logger.propagate = False

@@ -108,7 +108,7 @@ def measure_accuracy_of_precisions(
         config = work[key].config(**merged(run_changes, {"optimizer": {"learning_rate": 0.1, "weight_decay": 5e-4}}))
         with tempfile.TemporaryDirectory(prefix="tla-benchmark-") as folder:
             run = Run(config, context, LocalReporter(Path(folder)))
-            run.start(None, None)
+            run.start(None)
             while run.state.step < run.total_steps:
                 run.train_epoch()
                 run.finish_epoch()

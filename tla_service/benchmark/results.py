@@ -14,6 +14,7 @@ import torch
 from tla_service import __version__
 from tla_service.benchmark.timing import Spread
 from tla_service.errors import UnavailableError
+from tla_service.files import write_whole
 from tla_service.runtime import hardware
 
 # A ratio that grew by more than this share is reported.
@@ -53,9 +54,7 @@ class Results:
     def write(self, path: Path) -> None:
         """Write everything as JSON, a stage after the other, so that a run that is cut short leaves what it has."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.__dict__, indent=1) + "\n")
-        partial.replace(path)
+        write_whole(path, json.dumps(self.__dict__, indent=1) + "\n")
 
 
 def read_results(path: Path) -> Results:

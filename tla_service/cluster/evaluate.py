@@ -1,6 +1,5 @@
 """From a model's address to its report: check, measure on Ray, write, log."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,40 +9,47 @@ from typing import Any
 import torch
 
 from tla_service import registry
-from tla_service.cluster.evaluation_models import Models, identity, load_models
+from tla_service.cluster.evaluation_folder import identity, open_folder, report_folder
+from tla_service.cluster.evaluation_models import Models, load_models
+from tla_service.cluster.evaluation_text import describe_surrogate, next_step, show
 from tla_service.cluster.session import ray_session
 from tla_service.cluster.shards import NetworkSource, Slots, find_slots, run_tasks
 from tla_service.data import split_validation
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, UserError
 from tla_service.evaluation.neighbours import pick_queries
 from tla_service.evaluation.outcomes import ShardOutcome, save_outcome
+from tla_service.lock import locked_folder
 from tla_service.registry.subject import Subject
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
+from tla_service.report.audit_facts import audit_facts, autoattack_warnings
 from tla_service.report.figures import Figures, ReportFigure
-from tla_service.report.page import method_name, percent, split_sentence, write_page
+from tla_service.report.page import method_name, write_page
 from tla_service.report.plan import (
     Plan,
     attack_tasks,
+    audit_tasks,
     bank_rows,
     check_plan,
     embedding_tasks,
     make_plan,
+    protocol,
     query_task,
     single_tasks,
+    surrogate_task,
 )
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.tasks import Task, select
 from tla_service.training.reporting import Terminal
 
-_IDENTITY = "evaluation.json"
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 def evaluate_and_report(settings: EvaluateSettings) -> int:
     """Run an evaluation to its end.
 
-    Shards are saved as they come in: the same command goes on where it was stopped or killed.
+    Shards are saved as they come in: the same evaluation, under whatever address of the weights, goes on where it was
+    stopped or killed.
 
     Args:
         settings: What to evaluate, and how.
@@ -54,7 +60,6 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
     Raises:
         UserError: Something is wrong or missing; found before anything is measured, as far as it can be.
     """
-    began = time.monotonic()
     terminal = Terminal()
     uri = registry.tracking_uri(settings.tracking)
     models = load_models(settings, uri)
@@ -62,16 +67,28 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
     plan = make_plan(settings, dataset.name, subject.norm, subject.epsilon, has_surrogate=models.surrogate is not None)
     check_plan(plan, dataset.image_shape)
     tasks = _tasks(settings, plan, models)
-    output = (settings.output or Path("reports") / _folder_name(subject, plan)).expanduser().absolute()
-    finished = _open_folder(output, identity(settings, models))
-    if finished:
-        terminal.say("this evaluation has finished before; choose another --output to make it again")
-        report = rp.read_report(output / rp.REPORT_FILE)
-        # Again: the first time MLflow may have been away by then.
-        _log(settings, uri, report, _written(output), terminal)
-        _show(report, output, terminal)
-        return 0
-    terminal.say(f"evaluating {subject.facts.uri} on {dataset.name}, output in {output}")
+    output = report_folder(settings, models, plan)
+    with locked_folder(output, "output"):
+        if open_folder(output, identity(settings, models, plan)):
+            terminal.say("this evaluation has finished before; choose another --output to make it again")
+            # The address may be another one this time.
+            report = rp.read_report(output / rp.REPORT_FILE).model_copy(update={"model": subject.facts})
+        else:
+            terminal.say(f"evaluating {subject.facts.uri} on {dataset.name}, output in {output}")
+            report = _evaluate(settings, plan, models, tasks, output, terminal)
+        # Also if it has finished before: MLflow may have been away by then.
+        tagged = _log(settings, uri, report, _written(output), terminal)
+    show(report, output / rp.PAGE_FILE, terminal)
+    terminal.say(next_step(report, tagged, settings, output / rp.PAGE_FILE))
+    return 0
+
+
+def _evaluate(
+    settings: EvaluateSettings, plan: Plan, models: Models, tasks: Sequence[Task], output: Path, terminal: Terminal
+) -> rp.Report:
+    """Measure, and write the report."""
+    began = time.monotonic()
+    subject, dataset = models.subject, models.dataset
     results, slots = _measure(settings, plan, models, tasks, output, terminal)
     set_aside = dataset.gate.numpy()
     published = select(results, tasks, ~set_aside)
@@ -85,40 +102,7 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
         if (subject.key, name) in results
     }
     _write(report, outcomes, figures, plan, output)
-    _log(settings, uri, report, _written(output), terminal)
-    _show(report, output, terminal)
-    return 0
-
-
-def _folder_name(subject: Subject, plan: Plan) -> str:
-    """Default folder of a report: threat models that the model was not trained for have their own."""
-    threat = rp.ThreatModel(norm=plan.norm, epsilon=plan.epsilon)
-    trained_for = rp.ThreatModel(norm=subject.norm, epsilon=subject.epsilon)
-    return subject.key if threat.slug == trained_for.slug else f"{subject.key}-{threat.slug}"
-
-
-def _open_folder(output: Path, mine: Mapping[str, Any]) -> bool:
-    """Claim the folder of a report; answers whether this very evaluation has finished there.
-
-    Raises:
-        ConfigError: It holds another evaluation, or other files.
-        UnavailableError: It cannot be written.
-    """
-    mark = output / _IDENTITY
-    try:
-        if output.exists() and not mark.is_file() and any(output.iterdir()):
-            raise ConfigError("output", output, "holds other files", "choose another --output")
-        if mark.is_file() and json.loads(mark.read_text()) != mine:
-            reason = "holds a report of other weights, data or settings"
-            raise ConfigError("output", output, reason, "choose another --output, or delete it")
-        output.mkdir(parents=True, exist_ok=True)
-        partial = mark.with_name(f".{mark.name}")
-        partial.write_text(json.dumps(mine, indent=1))
-        partial.replace(mark)
-    except (OSError, ValueError) as error:
-        reason = f"cannot be written ({' '.join(str(error).split())})"
-        raise UnavailableError("output", output, reason, "choose another --output") from error
-    return (output / rp.PAGE_FILE).is_file()
+    return report
 
 
 def _tasks(settings: EvaluateSettings, plan: Plan, models: Models) -> list[Task]:
@@ -154,7 +138,17 @@ def _measure(
     with ray_session(settings, debug=settings.debug):
         slots = find_slots(settings.scaling)
         terminal.say(f"measuring on {slots}")
-        results = run_tasks(tasks, sources, surrogate, dataset, output, slots, say)
+        results: dict[tuple[str, str], Any] = {}
+        without = ""
+        if settings.images.audit and surrogate is None:
+            try:
+                surrogate, results = _train_surrogate(plan, models, sources, output, slots, terminal)
+            except UserError as error:
+                without = f"no surrogate was given, and none could be trained ({error})"
+                terminal.say(without)
+        # The audit first: it is one long shard, and the others fill up the time beside it.
+        tasks = [*audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
+        results |= run_tasks(tasks, sources, surrogate, dataset, output, slots, say)
         if (subject.key, "natural") in results:
             natural = results[subject.key, "natural"]
             natural = natural.only(~dataset.gate.numpy()[natural.rows])
@@ -163,6 +157,24 @@ def _measure(
                 queries = [query_task(plan, subject.key, rows)]
                 results |= run_tasks(queries, sources, surrogate, dataset, output, slots, say)
     return results, slots
+
+
+def _train_surrogate(
+    plan: Plan, models: Models, sources: Mapping[str, NetworkSource], output: Path, slots: Slots, terminal: Terminal
+) -> tuple[NetworkSource, dict[tuple[str, str], Any]]:
+    """Train a surrogate for the audit, or take the one that an earlier attempt has trained.
+
+    Raises:
+        UserError: There are no training images, or they are too small.
+    """
+    dataset, key = models.dataset, models.subject.key
+    terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
+    task = surrogate_task(plan, dataset, key)
+    results = run_tasks([task], sources, None, dataset, output, slots, lambda _: None)
+    trained = results[task.key]
+    terminal.say(describe_surrogate(trained.facts))
+    classes = len(dataset.class_names)
+    return NetworkSource(trained.architecture, classes, dataset.image_shape, "default", trained.weights), results
 
 
 class _Now:
@@ -217,6 +229,7 @@ def _report(
             detection=fd.detection_facts(found[other.key], plan, settings),
             neighbours=fd.neighbour_facts(found[other.key], plan, settings),
             shift=fd.shift_facts(found[other.key]),
+            warnings=autoattack_warnings(found[other.key].autoattack),
         )
         for other in models.others
     )
@@ -235,7 +248,7 @@ def _report(
         autoattack=fd.autoattack_facts(own, plan),
         curves=fd.curve_facts(own, plan),
         sparse=fd.sparse_facts(own),
-        audit=rp.AuditFacts.model_validate(own.audit) if own.audit is not None else None,
+        audit=audit_facts(own.audit, own.autoattack, own.surrogate),
         detection=fd.detection_facts(own, plan, settings),
         neighbours=fd.neighbour_facts(own, plan, settings),
         shift=fd.shift_facts(own),
@@ -243,7 +256,7 @@ def _report(
         surrogate=models.surrogate.facts if models.surrogate is not None else None,
         code=registry.code_facts(),
         seed=settings.seed,
-        settings=settings.digest,
+        settings=protocol(plan, settings),
         seconds=seconds,
         hardware=str(slots),
         gate=fd.gate_facts(gate, plan, settings, classes, int(dataset.gate.sum())),
@@ -290,24 +303,10 @@ def _written(output: Path) -> dict[str, Path]:
 
 def _log(
     settings: EvaluateSettings, uri: str, report: rp.Report, files: Mapping[str, Path], terminal: Terminal
-) -> None:
-    if settings.log and report.model.run_id is not None:
-        tagged = registry.log_evaluation(uri, report, files)
-        terminal.say(f"logged to run {report.model.run_id} at {uri}" + "".join(f", tagged {each}" for each in tagged))
-
-
-def _show(report: rp.Report, output: Path, terminal: Terminal) -> None:
-    """Tell people the figures, and where everything is."""
-    terminal.say("")
-    if report.gate is not None:
-        terminal.say(split_sentence(report))
-    for name, found in report.accuracy.items():
-        terminal.say(
-            f"{name:<18} {percent(found.estimate, 2):>7} %   95%: {percent(found.low)} to {percent(found.high)}"
-        )
-    if report.detection is not None:
-        terminal.say(f"{'detection AUC':<18} {percent(report.detection.auc, 2):>7} %")
-    if report.audit is not None:
-        failed = ", ".join(check.name for check in report.audit.checks if not check.passed)
-        terminal.say("audit: trusted" if report.audit.trusted else f"audit: NOT trusted, fails: {failed}")
-    terminal.say(f"report  {output / rp.PAGE_FILE}")
+) -> tuple[str, ...]:
+    """Log the report, if it is to be; returns the versions that were tagged, as ``NAME/VERSION``."""
+    if not settings.log or report.model.run_id is None:
+        return ()
+    tagged = registry.log_evaluation(uri, report, files)
+    terminal.say(f"logged to run {report.model.run_id} at {uri}" + "".join(f", tagged {each}" for each in tagged))
+    return tagged

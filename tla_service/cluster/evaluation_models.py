@@ -1,7 +1,6 @@
 """What an evaluation begins with: models and data, loaded and found to fit each other."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -89,14 +88,3 @@ def _check_fit(field: str, subject: Subject, dataset: Dataset) -> None:
         )
     except ConfigError as error:
         raise ConfigError(field, subject.facts.uri, error.reason, error.remedy) from error
-
-
-def identity(settings: EvaluateSettings, models: Models) -> dict[str, Any]:
-    """What must be the same for shards to be taken from an earlier attempt."""
-    surrogate = models.surrogate.facts.weights_sha256 if models.surrogate is not None else None
-    return {
-        "settings": settings.digest,
-        "weights": [each.facts.weights_sha256 for each in models.all],
-        "surrogate": surrogate,
-        "data": models.dataset.fingerprint,
-    }

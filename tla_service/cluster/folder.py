@@ -1,9 +1,12 @@
 """Small files beside what Ray keeps, in a local folder or on S3."""
 
+from pathlib import Path
+
 from pyarrow import ArrowInvalid
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from tla_service.errors import UnavailableError
+from tla_service.files import write_whole
 
 
 class Folder:
@@ -19,9 +22,10 @@ class Folder:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         try:
-            self.filesystem, self.path = FileSystem.from_uri(uri)
+            self.filesystem, path = FileSystem.from_uri(uri)
         except (OSError, ArrowInvalid) as error:
             raise self.unavailable(error) from error
+        self.path = path.rstrip("/")
 
     def folders(self) -> list[str]:
         """Names of the folders in it, sorted.
@@ -56,16 +60,25 @@ class Folder:
         Raises:
             UnavailableError: It cannot be written.
         """
-        folder, _, base = f"{self.path}/{name}".rpartition("/")
-        is_local = isinstance(self.filesystem, LocalFileSystem)
-        partial = f"{folder}/.{base}" if is_local else f"{folder}/{base}"
+        path = f"{self.path}/{name}"
         try:
-            if is_local:
-                self.filesystem.create_dir(folder, recursive=True)
-            with self.filesystem.open_output_stream(partial) as file:
+            if isinstance(self.filesystem, LocalFileSystem):
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                write_whole(Path(path), content)
+                return
+            with self.filesystem.open_output_stream(path) as file:
                 file.write(content)
-            if is_local:
-                self.filesystem.move(partial, f"{folder}/{base}")
+        except OSError as error:
+            raise self.unavailable(error) from error
+
+    def delete(self, name: str) -> None:
+        """Delete a file.
+
+        Raises:
+            UnavailableError: It is not there, or the folder cannot be written.
+        """
+        try:
+            self.filesystem.delete_file(f"{self.path}/{name}")
         except OSError as error:
             raise self.unavailable(error) from error
 

@@ -1,7 +1,8 @@
 """From a configuration to a registered model: check, train on Ray, package, register, sum up."""
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,10 @@ import torch
 
 from tla_service import registry
 from tla_service.attacks import craft
+from tla_service.cluster.lease import held
 from tla_service.cluster.metrics import Outcome, RunMetrics
 from tla_service.cluster.session import check_storage, place, ray_session
+from tla_service.cluster.storage import RunFolder, earlier_name
 from tla_service.cluster.train import KEPT, Record, TrainedRun, train_on_ray
 from tla_service.config import RunConfig, TrackingConfig
 from tla_service.config_names import attack_trouble
@@ -20,6 +23,7 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.figures import attack_panel, training_curves
 from tla_service.inference.detector import Rejector
 from tla_service.job import INTERRUPTED, next_command
+from tla_service.lock import locked_folder
 from tla_service.logs import log_as_json
 from tla_service.models import build_model
 from tla_service.models.classifier import seen_by_triplets
@@ -29,7 +33,7 @@ from tla_service.training.fit import training_batches
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
 from tla_service.training.precheck import check_room, check_start, checkpoint_bytes, kept_need, scratch_need
-from tla_service.training.reporting import JsonLines, JsonTerminal, Terminal
+from tla_service.training.reporting import LOG, JsonLines, JsonTerminal, Terminal
 
 PANEL_IMAGES = 4
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -60,18 +64,15 @@ class Follower:
 
     def __call__(self, record: Record) -> None:
         """Take one record."""
-        history = record.get("history", ())
+        if record["event"] == "placed":
+            self.start_seconds = self.start_seconds or time.monotonic() - self.began
+            return
         self.lines.write({name: value for name, value in record.items() if name != "history"})
         self.gauges.take(record)
         self.gauges.unsent(self.metrics.unsent_bytes())
-        if record["event"] == "start":
-            self.start_seconds = self.start_seconds or time.monotonic() - self.began
-            verb = "going on from the last checkpoint" if record["resumed"] else "training"
-            self.terminal.say(f"{verb} on {record['workers']} workers")
-            for metrics in history:
-                self.log_epoch(metrics)
-            return
         self.terminal.show(record)
+        for metrics in record.get("history", ()):
+            self.log_epoch(metrics)
         if record["event"] == "epoch":
             self.log_epoch(record["metrics"])
         elif record["event"] == "failure":
@@ -119,32 +120,56 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, 
         The job's exit code: 0, or 130 after an interrupt.
 
     Raises:
-        UserError: Something is wrong or missing; found before workers start, as far as it can be.
+        UserError: Something is wrong or missing, or another process is at this run; found before workers start, as far
+            as it can be.
     """
-    began = time.monotonic()
     terminal, labels = _open_terminal(config, json_logs=json_logs)
-    finished = open_output(config, output)
-    if finished is not None:
-        terminal.say("this run has finished before; to train again choose another --name, --seed or --output")
-        _show_end(finished, terminal)
-        return 0
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(locked_folder(output, "output"))
+        finished = open_output(config, output)
+        if finished is None:
+            return _train(config, output, locks, terminal, labels, debug=debug, json_logs=json_logs)
+    terminal.say("this run has finished before; to train again choose another --name, --seed or --output")
+    _show_end(finished, terminal)
+    return 0
+
+
+def _train(
+    config: RunConfig,
+    output: Path,
+    locks: contextlib.ExitStack,
+    terminal: Terminal,
+    labels: dict[str, Any],
+    *,
+    debug: bool,
+    json_logs: bool,
+) -> int:
+    """Train in an output folder that is locked; returns as `train_and_register`."""
+    began = time.monotonic()
     registry.check_tracking(config.tracking)
     facts = check_before_start(config)
     storage = config.scaling.storage or str(output / "ray")
     check_storage(storage)
+    config, check = _claim_storage(config, storage, locks, terminal)
     check_disks(config, output, storage, facts.checkpoint_bytes)
     terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
     with ray_session(config, debug=debug):
         placement = place(config)
         check_split(config, facts.dataset, placement.num_workers)
-        write_config(config, output)
         uri = registry.tracking_uri(config.tracking)
         run_id = registry.open_run(config, f"{storage}/{config.run_name}", facts=facts.described)
         stop_system_metrics = registry.start_system_metrics(uri, run_id)
         metrics = registry.RunLog(uri, run_id, str(output / "unsent"))
-        follower = Follower(terminal, JsonLines(output / "log.jsonl"), metrics, RunMetrics(config), began)
+        follower = Follower(terminal, JsonLines(output / LOG), metrics, RunMetrics(config), began)
         status: Status = "FAILED"
         outcome: Outcome | None = None
+
+        def follow(record: Record) -> None:
+            check()
+            if record["event"] == "start":
+                write_config(config, output)
+            follower(record)
+
         labels["run_id"] = run_id
         try:
             terminal.say(f"MLflow: {registry.run_page(uri, run_id)}")
@@ -153,7 +178,7 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, 
                 placement,
                 storage,
                 output / "checkpoint",
-                follower,
+                follow,
                 facts.weights,
                 labels if json_logs else None,
             )
@@ -182,12 +207,22 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, 
     return 0
 
 
+def _claim_storage(
+    config: RunConfig, storage: str, locks: contextlib.ExitStack, terminal: Terminal
+) -> tuple[RunConfig, Callable[[], None]]:
+    """The run by the name it has in the storage, and what raises when another driver has taken it."""
+    config = earlier_name(config, storage)
+    if config.scaling.storage is None:  # it is in the output folder, which is locked
+        return config, lambda: None
+    return config, locks.enter_context(held(RunFolder(storage, config.run_name), terminal.say)).check
+
+
 def _show_end(summary: Mapping[str, Any], terminal: Terminal) -> None:
     """Show the summary and, on the last line, how to evaluate the model: registered or not, its address serves."""
     show_summary(summary, terminal)
     uri = summary["tracking_uri"]
-    # Where the flag, and not the environment, said where to track.
-    where = [] if registry.tracking_uri(TrackingConfig()) == uri else ["--tracking.uri", uri]
+    # Where the flag, and not the environment, said where to track; without names and passwords, which no log must show.
+    where = [] if registry.tracking_uri(TrackingConfig()) == uri or "@" in uri else ["--tracking.uri", uri]
     terminal.say(next_command("evaluate_tla.py", "--model", summary["model_uri"], *where))
 
 
@@ -277,7 +312,7 @@ def _conclude(
     last = int(result.history[-1]["epoch"])
     follower.metrics.log({f"test/{name}": value for name, value in result.test.items()}, last)
     figures = draw_figures(config, output / "figures", facts.dataset, trained)
-    files = {f"figures/{path.name}": path for path in figures} | {"log.jsonl": output / "log.jsonl"}
+    files = {f"figures/{path.name}": path for path in figures} | {LOG: output / LOG}
     # The last weights and all it takes to go on; the best weights, in it too, are what gets packaged below.
     files |= {f"checkpoint/{path.name}": path for path in trained.checkpoint.iterdir()}
     registry.log_files(uri, run_id, files)

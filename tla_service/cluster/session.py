@@ -17,6 +17,7 @@ import ray
 from pyarrow import ArrowInvalid
 from pyarrow.fs import FileSystem
 from ray._private.services import get_webui_url_from_internal_kv
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
@@ -87,11 +88,8 @@ def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False
         _check_address(address)
         try:
             ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UnavailableError(
-                "scaling.address", address, f"no Ray cluster answers ({reason})", "start one with: ray start --head"
-            ) from error
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+            raise UnavailableError("scaling.address", address, *_not_joined(error)) from error
     else:
         _check_temporary_folder()
         try:
@@ -105,6 +103,18 @@ def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False
         yield
     finally:
         ray.shutdown()
+
+
+def _not_joined(error: Exception) -> tuple[str, str]:
+    """Reason and remedy of a cluster that could not be joined."""
+    text = " ".join(str(error).split())
+    if isinstance(error, AuthenticationError):
+        remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
+        return "the cluster refuses the token, or the lack of one", remedy
+    if "Version mismatch" in text:
+        versions = text.partition("Version mismatch: ")[2]
+        return f"another version of Ray or Python ({versions[:200]})", "install the cluster's versions here"
+    return f"no Ray cluster answers ({text[:200]})", "start one with: ray start --head"
 
 
 def _temporary_folder() -> tuple[str, str]:

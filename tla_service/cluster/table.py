@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from tla_service.cluster.session import ray_session
 from tla_service.cluster.shards import Slots, find_slots
 from tla_service.errors import UnavailableError
+from tla_service.files import write_whole
 from tla_service.job import INTERRUPTED
 from tla_service.results.measure import MEASURED, ORDER
 from tla_service.results.places import LOST, Running, Work, start_process
@@ -227,9 +228,7 @@ def write_files(state: Path, files: Files) -> None:
     for name in sorted(files, key=lambda name: (name.rpartition("/")[2] in _MARKS, name)):
         path = state / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}")
-        partial.write_bytes(files[name])
-        partial.replace(path)
+        write_whole(path, files[name])
 
 
 def _is_whole(path: Path) -> bool:

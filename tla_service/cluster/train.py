@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import threading
 import time
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, Result, ScalingConfig, TrainingFailedError
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import Checkpoint, FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
@@ -22,16 +23,18 @@ from torch import Tensor
 
 from tla_service.cluster.mailbox import start_mailbox
 from tla_service.cluster.session import Placement, own_dashboard
-from tla_service.cluster.worker import EpochsToMailbox, train_worker
+from tla_service.cluster.storage import RunFolder
+from tla_service.cluster.worker import FailuresToMailbox, train_worker
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
+from tla_service.files import whole_folder
 from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.result import FitResult
 
 Record = Mapping[str, Any]
 FETCH_SECONDS = 0.2
-# Ray's controller polls its workers and accepts one report a poll; its default of 2 s holds back the short epochs of
-# small runs, and spares it work in large ones.
+# How often Ray's controller polls its workers; its default of 2 s delays the end of small runs, and spares it work in
+# large ones.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
 # Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
 KEPT = 2
@@ -78,9 +81,9 @@ def train_on_ray(
         Exception: As `fit_on_ray`.
     """
     result, checkpoint = fit_on_ray(config, placement, storage, follow, weights, log_labels, with_rejector=True)
-    shutil.rmtree(copy_to, ignore_errors=True)
-    checkpoint.to_directory(copy_to)
-    verify_checkpoint(copy_to)
+    with whole_folder(copy_to) as partial:
+        checkpoint.to_directory(partial)
+        verify_checkpoint(partial)
     best = copy_to / "best.safetensors"
     return TrainedRun(result, load_file(best) if best.exists() else {}, copy_to)
 
@@ -121,9 +124,15 @@ def fit_on_ray(
     if placement.num_workers <= FEW_WORKERS:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # no public way leads to the environment of the controller
+    folder = RunFolder(storage, config.run_name)
+    damage = folder.forget_record()
+    if damage:
+        follow({"event": "damaged_checkpoint", "message": damage})
     mailbox = start_mailbox()
     loop = {
         "config": config.model_dump(mode="json"),
+        "folder": folder,
+        "keep": KEPT,
         "mailbox": mailbox,
         "weights": ray.put(dict(weights)) if weights is not None else None,
         "log_labels": dict(log_labels) if log_labels is not None else None,
@@ -145,10 +154,12 @@ def fit_on_ray(
         ),
         run_config=RayRunConfig(
             name=config.run_name,
-            storage_path=storage,
+            # Workers store checkpoints themselves. Given the storage, Ray would write marks to it whenever workers
+            # start, and end the run when it is away at that moment.
+            storage_path="ray",
+            storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
-            callbacks=[EpochsToMailbox(mailbox)],  # type: ignore[list-item]
+            callbacks=[FailuresToMailbox(mailbox)],  # type: ignore[list-item]
         ),
     )
     try:
@@ -161,8 +172,7 @@ def fit_on_ray(
     returned: dict[str, Any] | None = result.return_value  # type: ignore[attr-defined]
     if returned is None or "error" in returned:
         raise RuntimeError("the workers ended without a result") if returned is None else returned["error"]
-    assert result.checkpoint is not None
-    return FitResult(**returned["result"]), result.checkpoint
+    return FitResult(**returned["result"]), folder.checkpoint(returned["checkpoint"])
 
 
 def _in_background(call: Callable[[], Result]) -> "Future[Result]":
@@ -187,7 +197,7 @@ def _follow(future: "Future[Result]", mailbox: Any, follow: Callable[[Record], N
             done = future.done()
             records: list[Record] = ray.get(mailbox.fetch.remote())
             for record in records:
-                started = started or record["event"] == "start"
+                started = started or record["event"] == "placed"
                 follow(record)
             if done:
                 return future.result()

@@ -26,7 +26,7 @@ from tla_service.cluster.attempts import Snapshots, add_attempt, new_attempt, re
 from tla_service.cluster.session import Placement
 from tla_service.cluster.slots import TRIAL_PROCESS_BYTES
 from tla_service.cluster.trial import run_trial
-from tla_service.errors import UnavailableError
+from tla_service.errors import UnavailableError, UserError
 from tla_service.tuning.space import Space, key_of
 from tla_service.tuning.study import STUDY, distributions, sampler_of, study_of, to_params, to_point
 from tla_service.tuning.trials import Trial, best_of
@@ -227,7 +227,7 @@ class Budget(Stopper, tune.Callback):
         self._running: dict[str, tuple[float, float]] = {}  # worker seconds, and when they were told
         self._has_begun, self._failures = False, 0
         self.interrupted = False
-        self.error: UnavailableError | None = None
+        self.error: UserError | None = None
         self.gave_up = ""  # why, if too many trials failed one after another
 
     @property
@@ -258,7 +258,7 @@ class Budget(Stopper, tune.Callback):
             return f"sweep.max_gpu_hours={sweep.max_gpu_hours:g} are used"
         return self.gave_up
 
-    def fail(self, error: UnavailableError) -> None:
+    def fail(self, error: UserError) -> None:
         """End the sweep with this error."""
         self.error = self.error or error
 

@@ -1,6 +1,9 @@
 """What runs in a Ray Train worker, and in the controller beside it."""
 
-from collections.abc import Mapping
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,11 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint, UserCallback
 
+from tla_service.cluster.storage import RunFolder
 from tla_service.config import RunConfig
 from tla_service.errors import UserError
 from tla_service.logs import log_as_json
 from tla_service.runtime import WorkerContext
-from tla_service.training.checkpoint import read_history
 from tla_service.training.fit import fit
 from tla_service.training.meter import NonFiniteLossError
 
@@ -23,13 +26,13 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     """One worker of a run.
 
     Args:
-        loop: `config` (the run as plain values), `mailbox`, `weights` (an object reference to a state dict, or None),
-            `log_labels` (fields of JSON log lines; None: log as text), `measure_test` and `with_rejector` (what `fit`
-            is to do at the end).
+        loop: `config` (the run as plain values), `folder` (its RunFolder), `keep` (how many checkpoints stay there),
+            `mailbox`, `weights` (an object reference to a state dict, or None), `log_labels` (fields of JSON log lines;
+            None: log as text), `measure_test` and `with_rejector` (what `fit` is to do at the end).
 
     Returns:
-        `result`, a FitResult's fields; or `error`, when the run ended for a reason that a restart would not change:
-        raising it would make Ray try again.
+        `result`, a FitResult's fields, and `checkpoint`, the name of the newest one; or `error`, when the run ended for
+        a reason that a restart would not change: raising it would make Ray try again.
     """
     config = RunConfig.model_validate(loop["config"])
     ray_context = ray.train.get_context()
@@ -44,61 +47,77 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     if context.device.type == "cuda":
         # Ray shows a node's GPUs to all its workers; NCCL's object collectives go by the current one.
         torch.cuda.set_device(context.device)
-    reporter = RayReporter(loop["mailbox"], is_main=context.is_main)
     weights = ray.get(loop["weights"]) if loop["weights"] is not None else None
-    checkpoint = ray.train.get_checkpoint()
     ends = {name: loop[name] for name in ("measure_test", "with_rejector")}
+    reporter = RayReporter(loop["mailbox"], loop["folder"], loop["keep"], is_main=context.is_main)
+    if context.is_main:
+        logging.getLogger("tla_service").addHandler(WarningsToMailbox(loop["mailbox"]))
+        reporter.progress({"event": "placed"})
     try:
-        if checkpoint is None:
-            reporter.start(context, None)
-            result = fit(config, context, reporter, initial_weights=weights, **ends)
-        else:
-            with checkpoint.as_directory() as folder:
-                reporter.start(context, Path(folder))
-                result = fit(config, context, reporter, resume_from=Path(folder), **ends)
+        result = fit(config, context, reporter, initial_weights=weights, **ends)
     except (UserError, NonFiniteLossError) as error:
         return {"error": error}
-    return {"result": result.as_dict()}
+    finally:
+        # Records arrive in order: with this answer all of them have.
+        ray.get(loop["mailbox"].stop_asked.remote())
+    return {"result": result.as_dict(), "checkpoint": reporter.newest}
 
 
 class RayReporter:
-    """Reports to Ray Train (epochs and checkpoints) and to the driver's mailbox (progress in between)."""
+    """Stores checkpoints, and reports to the driver's mailbox.
 
-    def __init__(self, mailbox: Any, *, is_main: bool) -> None:
-        self._mailbox = mailbox
+    Ray Train has no part in it: its controller would end the run when it cannot write its record of a checkpoint, and
+    takes only one report a poll.
+
+    Args:
+        mailbox: The driver's.
+        folder: The run's folder in the storage.
+        keep: How many checkpoints stay there.
+        is_main: Whether this is rank 0.
+    """
+
+    def __init__(self, mailbox: Any, folder: RunFolder, keep: int, *, is_main: bool) -> None:
+        self._mailbox, self._folder, self._keep = mailbox, folder, keep
         self._is_main = is_main
+        self._kept: list[str] = []  # names of the checkpoints stored here, and of the one resumed from
         self._answer: Any = None
         self._stop = False
 
-    def start(self, context: WorkerContext, checkpoint: Path | None) -> None:
-        """Tell that the workers are up, and what was done by the checkpoint they go on from.
+    @property
+    def newest(self) -> str:
+        """On rank 0, name of the newest checkpoint that is known to be whole; empty if there is none."""
+        return self._kept[-1] if self._kept else ""
 
-        A driver that was killed may have missed epochs that its workers still did.
-        """
-        if self._is_main:
-            history = read_history(checkpoint) if checkpoint is not None else []
-            resumed = {"resumed": checkpoint is not None, "history": history}
-            self.progress({"event": "start", "workers": context.world_size, **resumed})
+    def stored(self) -> Sequence[Checkpoint]:
+        """Checkpoints in the storage, newest first."""
+        return self._folder.checkpoints()
 
     def progress(self, record: Mapping[str, Any]) -> None:
         """Send the record without waiting; the answer to the one before says whether to stop."""
         self._read_answer()
+        if record.get("resumed_from"):
+            self._kept = [Path(record["resumed_from"]).name]
         self._answer = self._mailbox.push.remote(record)
 
-    def report(self, metrics: dict[str, float], checkpoint: Path | None, name: str) -> None:
-        """Hand metrics and checkpoint to Ray; it uploads before this returns, and commits at its next poll.
+    def destination(self, name: str) -> Path:
+        """A temporary folder, which `report` stores."""
+        return Path(tempfile.mkdtemp(prefix="tla-checkpoint-"), name)
 
-        An epoch without a checkpoint goes to the mailbox instead: Ray takes one report a poll, and all workers would
-        wait for it.
+    def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
+        """Store the checkpoint, waiting while the storage is away; then tell the driver of the epoch.
+
+        Raises:
+            UnavailableError: The storage cannot be written.
         """
-        if not name:
-            if self._is_main:
-                self.progress({"event": "epoch", "metrics": metrics})
-        elif checkpoint is None:
-            ray.train.report(metrics)
-        else:
-            # A replayed epoch writes to the same name, so an upload that was never committed leaves no orphan.
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(checkpoint), checkpoint_dir_name=name)
+        if checkpoint is not None:
+            # A replayed epoch writes to the same name, so an upload that was cut short leaves no orphan.
+            self._folder.save(checkpoint, name)
+            shutil.rmtree(checkpoint.parent)
+            self._kept = [*(kept for kept in self._kept if kept != name), name][-self._keep :]
+            if len(self._kept) == self._keep:
+                self._folder.keep(self._kept)
+        if self._is_main and metrics is not None:
+            self.progress({"event": "epoch", "metrics": metrics, "checkpoint": checkpoint is not None})
 
     def stop_requested(self) -> bool:
         """Whether the driver has asked for a stop: the answer to the question before this one, without waiting."""
@@ -115,15 +134,23 @@ class RayReporter:
                 self._answer = None
 
 
-class EpochsToMailbox(UserCallback):
-    """Passes each epoch that all workers have reported to the driver, and each failure; runs in Ray's controller."""
+class WarningsToMailbox(logging.Handler):
+    """Passes warnings of this process to the driver."""
+
+    def __init__(self, mailbox: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._mailbox = mailbox
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass one on."""
+        self._mailbox.push.remote({"event": "warning", "message": record.getMessage()})
+
+
+class FailuresToMailbox(UserCallback):
+    """Passes each failure of workers to the driver; runs in Ray's controller."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
-        """Pass on rank 0's metrics: they are sums over all workers."""
-        self._mailbox.push.remote({"event": "epoch", "metrics": metrics[0], "checkpoint": checkpoint is not None})
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Pass on what went wrong; Ray restarts the workers by itself."""

@@ -1,21 +1,19 @@
-"""Files kept per node: locks between processes, writes that are whole or absent, decoded images."""
+"""Files kept per node: locks between processes, decoded images."""
 
 import contextlib
 import errno
 import fcntl
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from tla_service.errors import UnavailableError
+from tla_service.files import whole_file
 
 LOG = logging.getLogger(__name__)
-PART_SUFFIX = ".part"
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -37,10 +35,16 @@ def disk_trouble(field: str, folder: Path | str, remedy: str) -> Iterator[None]:
         remedy: What to do about it.
 
     Raises:
-        UnavailableError: Instead of any ``OSError`` inside.
+        UnavailableError: Instead of any ``OSError`` inside, and of what safetensors raises.
     """
+    from safetensors import SafetensorError
+
     try:
         yield
+    except SafetensorError as error:
+        # Rust reports a full disk in words only.
+        reason = _REASONS[errno.ENOSPC] if "os error 28" in str(error) else str(error)
+        raise UnavailableError(field, folder, reason, remedy) from error
     except OSError as error:
         reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
         raise UnavailableError(field, error.filename or folder, reason, remedy) from error
@@ -81,27 +85,6 @@ def locked(path: Path) -> Iterator[None]:
             raise
     with handle:
         yield
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Write a file that appears complete or not at all, even when the process is killed or the power fails.
-
-    Yields:
-        A temporary file of the same folder to write to; it is flushed and renamed to ``path`` at the end.
-    """
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=PART_SUFFIX)
-    os.close(descriptor)
-    part = Path(name)
-    try:
-        yield part
-        with part.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        part.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
 
 
 def files_key(paths: Iterable[Path], *settings: object) -> str:
@@ -163,17 +146,11 @@ def cached_tensors(
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {name: content_digest(tensor) for name, tensor in tensors.items()}
     with whole_file(path) as part:
-        try:
-            save_file(tensors, part, metadata)
-        except SafetensorError as error:
-            # Rust reports a full disk in words only.
-            number = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
-            raise OSError(number, str(error), str(path)) from error
+        save_file(tensors, part, metadata)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from tla_service.data.cache import disk_trouble, locked, whole_file
+from tla_service.data.cache import disk_trouble, locked
 from tla_service.errors import UnavailableError
+from tla_service.files import whole_file, write_whole
 
 LOG = logging.getLogger(__name__)
 PARALLEL_DOWNLOADS = 8
@@ -186,5 +187,4 @@ def _read_manifest(path: Path) -> dict[str, Kept]:
 
 
 def _write_manifest(path: Path, have: Mapping[str, Kept]) -> None:
-    with whole_file(path) as part:
-        part.write_text(json.dumps(dict(sorted(have.items())), indent=0))
+    write_whole(path, json.dumps(dict(sorted(have.items())), indent=0))

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from tla_service.data.cache import cache_folder, cached_tensors, disk_trouble, whole_file
+from tla_service.data.cache import cache_folder, cached_tensors, disk_trouble
 from tla_service.errors import UnavailableError
+from tla_service.files import whole_file
 
 LOG = logging.getLogger(__name__)
 

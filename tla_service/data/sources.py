@@ -151,8 +151,8 @@ class Dataset:
     """
 
     name: str
-    train: ImageSource
-    test: ImageSource
+    train: StoredSource
+    test: StoredSource
     gate: torch.Tensor
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from tla_service.config import DataConfig
-from tla_service.data.cache import cache_folder, disk_trouble, files_key, locked, whole_file
+from tla_service.data.cache import cache_folder, disk_trouble, files_key, locked
 from tla_service.data.decoding import resized
 from tla_service.data.parquet import load_parquet
 from tla_service.data.parquet_files import find_splits
 from tla_service.data.sources import ArraySource, Splits
 from tla_service.data.storage import required_root
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.files import whole_file, write_whole
 
 _DIGITS = tuple(map(str, range(10)))
 _CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -195,8 +196,7 @@ def _batches_root(root: Path, kind: Any, cache_dir: str) -> tuple[Path, list[Pat
                     opened.extractall(ready, filter="data")
             except (tarfile.TarError, EOFError, zlib.error) as error:
                 raise UnavailableError("data.root", archive, f"damaged ({error})", _AGAIN) from error
-            with whole_file(ready / "done"):
-                pass
+            write_whole(ready / "done", "")
     return ready, [ready / name for name in names if not (ready / name).is_file()]
 
 

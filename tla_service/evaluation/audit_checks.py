@@ -7,6 +7,7 @@ Tramer et al. 2020. Thresholds are settings of this project, wide enough for the
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from tla_service.attacks.autoattack import run_autoattack
 from tla_service.evaluation.outcomes import STANDS
 from tla_service.evaluation.suite import logits_of, restart_fates
 from tla_service.runtime import autocast, generator
+
+# Attacks made on a network that knows much less than the model say nothing about the model.
+_LEAST_SURROGATE = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,23 +50,26 @@ class Thresholds:
     bfloat16: float = 0.97
 
 
+Outcome = Literal["passed", "failed", "not run"]
+
+
 @dataclass(frozen=True)
 class Check:
     """One check.
 
     Attributes:
         name: What is checked.
-        figure: What was measured; None when the check could not run, which fails it.
+        figure: What was measured; None when the check was not run.
         threshold: Where it fails.
-        passed: Whether it is met.
-        statement: The figure in words.
+        outcome: What came of it.
+        statement: The figure in words, or why the check was not run.
         meaning: What a failure means.
     """
 
     name: str
     figure: float | None
     threshold: float
-    passed: bool
+    outcome: Outcome
     statement: str
     meaning: str
 
@@ -84,6 +91,11 @@ class Subject:
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """Images and labels, a forward pass at a time."""
         return list(zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True))
+
+    def accuracy(self, logits_fn: LogitsFn) -> float:
+        """Share of clean images that a network classifies correctly."""
+        with torch.no_grad():
+            return share_of(self.over_batches(lambda x, y: logits_fn(x).argmax(1) == y, self.images))
 
     def fates(self, attack: Attack, crafted_on: LogitsFn | None = None) -> Tensor:
         """Which restart breaks each image first (N,)."""
@@ -118,24 +130,34 @@ def single_step(subject: Subject, attack: Attack, iterative: float, limits: Thre
 
 
 def transfer(
-    subject: Subject, attack: Attack, iterative: float, surrogate: nn.Module | None, limits: Thresholds
+    subject: Subject, attack: Attack, iterative: float, surrogate: nn.Module | str, limits: Thresholds
 ) -> Check:
-    """White-box attacks should be at least as strong as attacks made on another network."""
+    """White-box attacks should be at least as strong as attacks made on another network, or why there is none."""
     name, meaning = (
         "white_box_against_transfer",
         "an attacker who does not know the network does better than one who does: its gradients hide the way",
     )
-    if surrogate is None:
-        return Check(
-            name, None, limits.weaker, passed=False, statement="not run: there is no surrogate", meaning=meaning
-        )
-    transferred = subject.standing(attack, logits_of(surrogate))
-    statement = f"{iterative:.1%} stand in the white box, {transferred:.1%} after transfer"
+    if isinstance(surrogate, str):
+        return _not_run(name, limits.weaker, surrogate, meaning)
+    crafted_on = logits_of(surrogate)
+    right, other = (subject.accuracy(logits_fn) for logits_fn in (subject.logits_fn, crafted_on))
+    if other < _LEAST_SURROGATE * right:
+        why = f"the surrogate classifies only {other:.1%} of the images correctly, the model {right:.1%}"
+        return _not_run(name, limits.weaker, why, meaning)
+    transferred = subject.standing(attack, crafted_on)
+    statement = (
+        f"{iterative:.1%} stand in the white box, {transferred:.1%} after transfer from a surrogate with "
+        f"{other:.1%} clean accuracy"
+    )
     return _at_most(name, iterative - transferred, limits.weaker, statement, meaning)
 
 
 def square(subject: Subject, attack: Attack, standing: Tensor, queries: int, limits: Thresholds) -> Check:
     """White-box attacks should leave little to a search without gradients."""
+    name, meaning = (
+        "white_box_against_square",
+        "a search without gradients finds what gradients do not: they are masked",
+    )
     fell = 0
     if standing.any():
         result = run_autoattack(
@@ -149,14 +171,13 @@ def square(subject: Subject, attack: Attack, standing: Tensor, queries: int, lim
             only=("square",),
             square_queries=queries,
         )
+        if "square" in result.left_out:
+            return _not_run(name, limits.square, result.left_out["square"], meaning)
         fell = int((~result.robust).sum())
-    return _at_most(
-        "white_box_against_square",
-        fell / len(standing),
-        limits.square,
-        f"Square's {queries} queries break {fell} of {int(standing.sum())} images that the white-box attack leaves",
-        "a search without gradients finds what gradients do not: they are masked",
+    statement = (
+        f"Square's {queries} queries break {fell} of {int(standing.sum())} images that the white-box attack leaves"
     )
+    return _at_most(name, fell / len(standing), limits.square, statement, meaning)
 
 
 def far(subject: Subject, attack: Attack, limits: Thresholds) -> Check:
@@ -276,14 +297,18 @@ def bfloat16(subject: Subject, attack: Attack, limits: Thresholds) -> Check:
         "bfloat16_agrees_with_float32",
         share,
         limits.bfloat16,
-        share >= limits.bfloat16,
+        "passed" if share >= limits.bfloat16 else "failed",
         f"both predict the same class on {share:.1%} of the attacked images",
         "predictions hang on rounding: small numerical noise stands in for robustness",
     )
 
 
 def _at_most(name: str, figure: float, threshold: float, statement: str, meaning: str) -> Check:
-    return Check(name, figure, threshold, bool(figure <= threshold), statement, meaning)
+    return Check(name, figure, threshold, "passed" if figure <= threshold else "failed", statement, meaning)
+
+
+def _not_run(name: str, threshold: float, why: str, meaning: str) -> Check:
+    return Check(name, None, threshold, "not run", why, meaning)
 
 
 def share_of(flags: Tensor) -> float:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.intervals import BoolArray, PairedDifference, paired_difference
+from tla_service.files import whole_file
 
 IntArray = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -49,6 +50,7 @@ class ShardOutcome:
         left_out: AutoAttack's stages that could not run on this network, and why.
         autoattack: How AutoAttack was run; None where it was not, or by a version that did not record it.
         gate: Which images are set aside for the promotion gate (N,); None where that is not recorded.
+        warnings: What AutoAttack says of this network, such as that it seems randomised; each once.
     """
 
     indices: IntArray
@@ -57,6 +59,7 @@ class ShardOutcome:
     left_out: dict[str, str] = field(default_factory=dict)
     autoattack: AutoAttackRun | None = None
     gate: BoolArray | None = None
+    warnings: tuple[str, ...] = ()
 
     def only(self, chosen: BoolArray) -> Self:
         """The images that are chosen (N,)."""
@@ -101,10 +104,12 @@ def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
     labels = np.concatenate([outcome.labels for outcome in outcomes])[order]
     broken_at = {name: np.concatenate([outcome.broken_at[name] for outcome in outcomes])[order] for name in names}
     left_out = {stage: why for outcome in outcomes for stage, why in outcome.left_out.items()}
+    warnings = tuple(dict.fromkeys(warning for outcome in outcomes for warning in outcome.warnings))
     runs = {outcome.autoattack for outcome in outcomes if outcome.autoattack is not None}
     if len(runs) > 1:
         raise ValueError("the shards were attacked differently; evaluate them with one AutoAttack")
-    return ShardOutcome(indices[order], labels, broken_at, left_out, next(iter(runs), None))
+    run = next(iter(runs), None)
+    return ShardOutcome(indices[order], labels, broken_at, left_out, run, warnings=warnings)
 
 
 def compare_outcomes(first: ShardOutcome, second: ShardOutcome, attack: str) -> PairedDifference:
@@ -123,10 +128,11 @@ def compare_outcomes(first: ShardOutcome, second: ShardOutcome, attack: str) -> 
 def outcome_arrays(outcome: ShardOutcome) -> Arrays:
     """An outcome as plain arrays; :func:`outcome_from` makes it again."""
     fates = {f"broken_at/{name}": broken_at for name, broken_at in outcome.broken_at.items()}
-    left_out = np.array(json.dumps(outcome.left_out))
-    arrays: Arrays = {"indices": outcome.indices, "labels": outcome.labels, "left_out": left_out, **fates}
+    texts = {"left_out": outcome.left_out, "warnings": outcome.warnings}
     if outcome.autoattack is not None:
-        arrays["autoattack"] = np.array(json.dumps(outcome.autoattack._asdict()))
+        texts["autoattack"] = outcome.autoattack._asdict()
+    arrays: Arrays = {"indices": outcome.indices, "labels": outcome.labels, **fates}
+    arrays |= {name: np.array(json.dumps(value)) for name, value in texts.items()}
     return arrays if outcome.gate is None else arrays | {"gate": outcome.gate}
 
 
@@ -138,16 +144,17 @@ def outcome_from(arrays: Arrays) -> ShardOutcome:
         run = json.loads(str(arrays["autoattack"]))
         autoattack = AutoAttackRun(**run | {"stages": tuple(run["stages"])})
     left_out = json.loads(str(arrays["left_out"]))
-    return ShardOutcome(arrays["indices"], arrays["labels"], broken_at, left_out, autoattack, arrays.get("gate"))
+    # Outcomes of earlier versions have no warnings.
+    warnings = tuple(json.loads(str(arrays["warnings"]))) if "warnings" in arrays else ()
+    gate = arrays.get("gate")
+    return ShardOutcome(arrays["indices"], arrays["labels"], broken_at, left_out, autoattack, gate, warnings)
 
 
 def save_arrays(arrays: Arrays, path: Path) -> None:
     """Write arrays as ``.npz``; a reader sees all of them or nothing, also when the writer is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with whole_file(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    part.replace(path)
 
 
 def load_arrays(path: Path) -> Arrays:

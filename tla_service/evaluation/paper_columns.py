@@ -7,8 +7,8 @@ column, the momentum of MIM, C&W's confidence, the surrogate, or its L2 table. C
   2/255), and the training attack's for the columns that repeat it (CIFAR-10's 7 steps of 2/255).
 - MIM keeps the whole running gradient (momentum 1, Dong et al. 2018); C&W's confidence is 50, as in the authors' code;
   both start at random as PGD does.
-- L2 radii are customary ones: MNIST 2, CIFAR-10 and Tiny ImageNet 128/255; a step is the same share of the radius as
-  in L-infinity.
+- Radii are those of `tla_service.config_radii`; a step is the same share of the radius in every norm and at every
+  radius.
 - Tiny ImageNet's first PGD column is printed with 20 steps twice; it is taken as 10, as in the paper's Table 7.
 """
 
@@ -19,11 +19,12 @@ import numpy as np
 
 from tla_service.attacks import Attack
 from tla_service.config_adversary import EvaluationAttack
+from tla_service.config_bounds import Norm
+from tla_service.config_radii import documented_radius, no_radius
 from tla_service.errors import ConfigError
 from tla_service.evaluation.intervals import Interval, wilson_interval
 from tla_service.evaluation.outcomes import ShardOutcome
 
-Norm = Literal["linf", "l2"]
 Axis = Literal["epsilon", "steps", "restarts", "l0", "l1"]
 
 
@@ -56,17 +57,15 @@ class Curve(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """Columns as (name, kind, steps, restarts, step size in L-infinity)."""
+    """Columns as (name, kind, steps, restarts, step size at this L-infinity radius)."""
 
     epsilon: float
-    l2_epsilon: float
     columns: tuple[tuple[str, str, int, int, float], ...]
 
 
 _TABLES = {
     "mnist": _Table(
         0.3,
-        2.0,
         (
             ("fgsm", "fgsm", 1, 1, 0.3),
             ("bim40", "bim", 40, 1, 0.01),
@@ -80,7 +79,6 @@ _TABLES = {
     ),
     "cifar10": _Table(
         8 / 255,
-        128 / 255,
         (
             ("fgsm", "fgsm", 1, 1, 8 / 255),
             ("bim7", "bim", 7, 1, 2 / 255),
@@ -94,7 +92,6 @@ _TABLES = {
     ),
     "tiny_imagenet": _Table(
         8 / 255,
-        128 / 255,
         (
             ("fgsm", "fgsm", 1, 1, 8 / 255),
             ("bim10", "bim", 10, 1, 2 / 255),
@@ -108,7 +105,6 @@ _TABLES = {
     ),
     "digits": _Table(
         0.15,
-        0.6,
         (
             ("fgsm", "fgsm", 1, 1, 0.15),
             ("bim20", "bim", 20, 1, 0.015),
@@ -131,16 +127,17 @@ def paper_columns(data_name: str, norm: Norm = "linf", epsilon: float | None = N
         data_name: As in the catalogue. Fashion-MNIST takes MNIST's columns; sets that the paper does not have take
             CIFAR-10's.
         norm: Norm of the perturbations.
-        epsilon: Another radius; step sizes keep their share of it. None: the table's.
+        epsilon: The radius; step sizes keep their share of it. None: the one documented for the data set.
 
     Raises:
-        ConfigError: The radius is not above 0.
+        ConfigError: The radius is not above 0, or none is given or documented.
     """
     if epsilon is not None and not epsilon > 0:
         raise ConfigError("epsilon", epsilon, "leaves nothing to attack with", "give a radius above 0, such as 8/255")
     table = _TABLES.get(_LIKE.get(data_name, data_name), _TABLES["cifar10"])
-    usual = table.epsilon if norm == "linf" else table.l2_epsilon
-    radius = usual if epsilon is None else epsilon
+    radius = documented_radius(data_name, norm) if epsilon is None else epsilon
+    if radius is None:
+        raise ConfigError("norm", norm, *no_radius(data_name, norm, "epsilon"))
     made = {
         name: EvaluationAttack.model_validate(
             {

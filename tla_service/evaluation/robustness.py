@@ -7,18 +7,33 @@ from torch import nn
 
 from tla_service.attacks import Attack, attack_images
 from tla_service.config_adversary import AttackConfig, EvaluationAttack
+from tla_service.config_radii import no_radius
 from tla_service.data import Batch
+from tla_service.errors import ConfigError
 from tla_service.evaluation.mode import evaluating, float32
 from tla_service.runtime import WorkerContext, all_reduce_sum, generator
 
 
-def evaluation_attack(attack: EvaluationAttack, training: AttackConfig) -> Attack:
-    """An attack of the evaluation, with what it leaves open taken from the training attack."""
+def evaluation_attack(attack: EvaluationAttack, training: AttackConfig, data_name: str, field: str) -> Attack:
+    """An attack of the evaluation, with what it leaves open taken from the training attack.
+
+    Args:
+        attack: As configured.
+        training: Where radius and step size come from in the same norm.
+        data_name: Data set whose documented radius counts in another norm.
+        field: Setting that named the attack, for messages.
+
+    Raises:
+        ConfigError: It has another norm and no radius, and none is documented.
+    """
+    norm, epsilon, step_size = attack.lengths(training, data_name)
+    if epsilon is None or step_size is None:
+        raise ConfigError(f"{field}.norm", norm, *no_radius(data_name, norm, f"{field}.epsilon"))
     return Attack(
         kind=attack.kind,
-        norm=attack.norm or training.norm,
-        epsilon=attack.epsilon or training.epsilon,
-        step_size=attack.step_size or training.step_size,
+        norm=norm,
+        epsilon=epsilon,
+        step_size=step_size,
         num_steps=attack.num_steps,
         num_restarts=attack.num_restarts,
     )

@@ -56,6 +56,7 @@ def evaluate_shard(
     numbers = np.arange(len(labels), dtype=np.int64) if indices is None else np.asarray(indices, dtype=np.int64)
     names = ["clean", *attacks, *transfer, *(["autoattack"] if autoattack else [])]
     left_out: dict[str, str] = {}
+    warnings: list[str] = []
     run: AutoAttackRun | None = None
     broken_at = {name: np.full(len(labels), STANDS, dtype=np.int64) for name in names}
     with evaluating(network, surrogate), float32(device):
@@ -82,7 +83,9 @@ def evaluate_shard(
                 ]
                 left_out |= result.left_out
                 run = AutoAttackRun(result.version, norm, epsilon, result.stages)
-    return ShardOutcome(numbers, labels.cpu().numpy().astype(np.int64), broken_at, left_out, run)
+                warnings += result.warnings
+    truths, said = labels.cpu().numpy().astype(np.int64), tuple(dict.fromkeys(warnings))
+    return ShardOutcome(numbers, truths, broken_at, left_out, run, warnings=said)
 
 
 def restart_fates(

@@ -1,6 +1,6 @@
 """From a name in the configuration to a network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -91,6 +91,18 @@ def build_model(
         )
     _check_shape(name, network, image_shape)
     return network.build(num_classes, image_shape, _build_normalization(normalization, network, image_shape[0]))
+
+
+def normalization_with(mean: Sequence[float], std: Sequence[float]) -> str | None:
+    """The normalization of these statistics by channel, to about four digits; None if there is none."""
+
+    def alike(these: Sequence[float], those: Sequence[float]) -> bool:
+        pairs = zip(these, those, strict=True) if len(these) == len(those) else [(0.0, 1.0)]
+        return all(abs(one - other) < 1e-3 for one, other in pairs)
+
+    return next(
+        (name for name, known in _CHANNEL_STATISTICS.items() if alike(mean, known[0]) and alike(std, known[1])), None
+    )
 
 
 def _find(name: str) -> _Network:

@@ -35,6 +35,10 @@ class ImageClassifier(nn.Module):
         """D, the width of the embeddings."""
         return self.classifier.in_features
 
+    def published_names(self) -> dict[str, str]:
+        """Names of the network's tensors -> names in the files that its authors publish."""
+        return {name: name for name in self.state_dict()}
+
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps normalised images (N, C, H, W) to embeddings (N, D)."""
         raise NotImplementedError

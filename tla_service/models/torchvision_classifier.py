@@ -23,12 +23,21 @@ class TorchvisionClassifier(ImageClassifier):
         body: Maps normalised images to (N, D), or to (N, D, 1, 1).
         fc: The linear layer, D to K.
         normalization: Applied to the images first; torchvision's recipes use ImageNet's mean and standard deviation.
+        head: What torchvision calls the linear layer.
     """
 
-    def __init__(self, body: nn.Module, fc: nn.Linear, normalization: nn.Module) -> None:
+    def __init__(self, body: nn.Module, fc: nn.Linear, normalization: nn.Module, head: str = "fc") -> None:
         super().__init__(normalization)
         self.body = body
         self.fc = fc
+        self._head = head
+
+    def published_names(self) -> dict[str, str]:
+        """As torchvision names them."""
+        return {
+            name: f"{self._head}.{name.removeprefix('fc.')}" if name.startswith("fc.") else name.removeprefix("body.")
+            for name in self.state_dict()
+        }
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, D)."""
@@ -63,11 +72,11 @@ def build_torchvision_classifier(
         )
     except (AssertionError, RuntimeError, ValueError) as error:
         raise _shape_error(name, image_shape, error) from error
-    fc = _detach_classifier(name, body, num_classes)
+    fc, head = _detach_classifier(name, body, num_classes)
     if channels != _RGB:
         _replace_first_convolution(body, channels)
     _check_embedding(name, body, fc, image_shape)
-    return TorchvisionClassifier(body, fc, normalization)
+    return TorchvisionClassifier(body, fc, normalization, head)
 
 
 def _extra_arguments(name: str, height: int, width: int) -> dict[str, Any]:
@@ -81,8 +90,8 @@ def _extra_arguments(name: str, height: int, width: int) -> dict[str, Any]:
     return {}
 
 
-def _detach_classifier(name: str, body: nn.Module, num_classes: int) -> nn.Linear:
-    """Takes the last linear layer out of the body, which then returns what that layer was fed."""
+def _detach_classifier(name: str, body: nn.Module, num_classes: int) -> tuple[nn.Linear, str]:
+    """Takes the last linear layer, with its name, out of the body, which then returns what that layer was fed."""
     linears = [(path, module) for path, module in body.named_modules() if isinstance(module, nn.Linear)]
     if not linears or linears[-1][1].out_features != num_classes:
         raise ConfigError(
@@ -93,7 +102,7 @@ def _detach_classifier(name: str, body: nn.Module, num_classes: int) -> nn.Linea
         )
     path, fc = linears[-1]
     body.set_submodule(path, nn.Identity())
-    return fc
+    return fc, path
 
 
 def _replace_first_convolution(body: nn.Module, channels: int) -> None:

@@ -1,11 +1,12 @@
 """Where runs are tracked, and whether that place can be reached and written: asked before anything is trained."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
 import os
-import time
+import re
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError, UserError
+from tla_service.registry.store_errors import connection_cause, database_cause, refusal, shown, sqlite_cause
+from tla_service.retries import retried
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -20,9 +23,11 @@ if TYPE_CHECKING:
 FIELD = "tracking.uri"
 CHECK_TIMEOUT_SECONDS = 5
 _REQUEST_TIMEOUT_SECONDS = 30
+RETRY_SECONDS, RESULT_SECONDS = 16.0, 300.0
 _SQLITE = "sqlite:///"
-_START_ONE = "start one with `mlflow server`, correct the address, or leave tracking.uri out to use a local SQLite file"
-_log = logging.getLogger(__name__)
+_OLDEST_SERVER = 3
+_OF_FILES = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_OF_DISKS = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 T = TypeVar("T")
 
 
@@ -49,6 +54,9 @@ def client(uri: str) -> "MlflowClient":
 
     MLflow's own retries are silent and take four minutes, so they are turned off for this process, unless the
     environment sets them: what calls the server from here repeats itself, and says so. Progress bars go as well.
+
+    Raises:
+        UnavailableError: The address is none, or a database cannot be opened. A server is not asked yet.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -56,12 +64,18 @@ def client(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     path = sqlite_path(uri)
-    if path is None or _has_tables(path):
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    with exclusive(path), quiet("mlflow.store.db.utils", "alembic"):
-        made = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        made.search_registered_models(max_results=1)  # opens the registry's half of the same file
-        return made
+    try:
+        if path is None or _has_tables(path):
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        _check_file(path)
+        with exclusive(path), quiet("mlflow.store.db.utils", "alembic"):
+            made = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            made.search_registered_models(max_results=1)  # opens the registry's half of the same file
+            return made
+    except UserError:
+        raise
+    except Exception as error:
+        raise UnavailableError(FIELD, shown(uri), *database_cause(uri, error)) from error
 
 
 @contextlib.contextmanager
@@ -80,7 +94,7 @@ def experiment_id(made: "MlflowClient", name: str, uri: str) -> str:
     found = made.get_experiment_by_name(name)
     if found is not None:
         if found.lifecycle_stage == "deleted":
-            raise _deleted(name)
+            raise _deleted(name, str(found.experiment_id), uri)
         return str(found.experiment_id)
     path = sqlite_path(uri)
     location = None if path is None else (path.parent / "mlartifacts").as_uri()
@@ -94,36 +108,49 @@ def experiment_id(made: "MlflowClient", name: str, uri: str) -> str:
         return str(found.experiment_id)
 
 
-def retrying(what: str, action: Callable[[], T], attempts: int = 5, first_wait_seconds: float = 1.0) -> T:
+def retrying(
+    what: str, action: Callable[[], T], *, seconds: float = RETRY_SECONDS, first_wait_seconds: float = 1.0
+) -> T:
     """Call something that needs the server; repeat when it is away or busy, waiting twice as long each time.
 
+    Args:
+        what: What is done, for messages.
+        action: The call.
+        seconds: How long to keep trying.
+        first_wait_seconds: Wait before the second attempt.
+
     Raises:
-        UnavailableError: It was away or busy each time.
+        UnavailableError: It was away or busy all the time.
         Exception: What the call raised, at once, when the server is there and says no.
     """
-    for attempt in range(1, attempts + 1):
-        try:
-            return action()
-        except Exception as error:
-            if not is_passing(error):
-                raise
-            if attempt == attempts:
-                reason = f"{what[0].lower()}{what[1:]} failed ({one_line(error)})"
-                remedy = "bring the server back and give the same command again: what is done is not repeated"
-                raise UnavailableError("MLflow", None, reason, remedy) from error
-            wait = first_wait_seconds * 2 ** (attempt - 1)
-            _log.warning("%s failed (%s); trying again in %.0f s", what, one_line(error), wait)
-            time.sleep(wait)
-    raise AssertionError("unreachable")
+    try:
+        return retried(what, action, is_passing, seconds=seconds, first_wait_seconds=first_wait_seconds)
+    except Exception as error:
+        if not is_passing(error):
+            raise
+        reason = f"{what[0].lower()}{what[1:]} failed ({one_line(error)})"
+        remedy = "bring the server back and give the same command again: what is done is not repeated"
+        raise UnavailableError("MLflow", None, reason, remedy) from error
+
+
+def storing(what: str, action: Callable[[], T]) -> T:
+    """As `retrying`, for `RESULT_SECONDS`: hours of work must not be lost to a server that restarts."""
+    return retrying(what, action, seconds=RESULT_SECONDS)
 
 
 def is_passing(error: Exception) -> bool:
     """Whether the same call may succeed later: the server is away, overloaded, or its database is locked."""
     from mlflow.exceptions import MlflowException
 
-    if not isinstance(error, MlflowException):
-        return isinstance(error, OSError)  # requests' errors are OSErrors
-    return str(error.error_code) in {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
+    if isinstance(error, MlflowException):
+        return str(error.error_code) in {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
+    if isinstance(error, OSError):  # requests' errors are OSErrors; those of this machine's files do not pass
+        return not isinstance(error, _OF_FILES) and error.errno not in _OF_DISKS
+    # Artifacts on S3: boto's errors of the connection, or with the answer, which an upload's error was raised from.
+    names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "botocore.exceptions"}
+    answer = getattr(error, "response", None) or getattr(error.__context__, "response", None) or {}
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if isinstance(answer, dict) else 0
+    return status >= HTTPStatus.INTERNAL_SERVER_ERROR or bool(names & {"HTTPClientError", "ConnectionError"})
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
@@ -147,18 +174,29 @@ def check_tracking(config: TrackingConfig) -> None:
     if scheme == "file" and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() != "true":
         remedy = "write sqlite:////folder/mlflow.db, or the http:// address of a server"
         raise ConfigError(FIELD, uri, "MLflow 3 no longer keeps runs in plain folders", remedy)
+    path = sqlite_path(uri)
     try:
+        if path is not None:
+            _check_file(path)
         made = client(uri)
         tag = made.get_experiment(experiment_id(made, config.experiment, uri)).tags.get("tla.project", "tla-service")
         made.set_experiment_tag(experiment_id(made, config.experiment, uri), "tla.project", tag)
     except UserError:
         raise
     except Exception as error:
-        remedy = "give a path that can be written" if scheme == "sqlite" else _START_ONE
-        raise UnavailableError(FIELD, uri, f"cannot be opened and written ({one_line(error)})", remedy) from error
+        raise UnavailableError(FIELD, shown(uri), *database_cause(uri, error)) from error
+
+
+def _check_file(path: Path) -> None:
+    with exclusive(path):  # not while another process makes the tables
+        cause = sqlite_cause(path)
+    if cause is not None:
+        reason = f"cannot be opened and written ({cause.reason})"
+        raise UnavailableError(FIELD, f"{_SQLITE}{path}", reason, cause.remedy)
 
 
 def _check_server(uri: str, experiment: str) -> None:
+    _check_version(uri)
     status, answer = _call(uri, "GET", "experiments/get-by-name", params={"experiment_name": experiment})
     if status == HTTPStatus.NOT_FOUND and answer.get("error_code") == "RESOURCE_DOES_NOT_EXIST":
         status, answer = _call(uri, "POST", "experiments/create", json={"name": experiment})
@@ -167,16 +205,37 @@ def _check_server(uri: str, experiment: str) -> None:
     elif status == HTTPStatus.OK:
         found = answer["experiment"]
         if found.get("lifecycle_stage") == "deleted":
-            raise _deleted(experiment)
+            raise _deleted(experiment, found["experiment_id"], uri)
         body = {"experiment_id": found["experiment_id"], "key": "tla.project", "value": "tla-service"}
         status, answer = _call(uri, "POST", "experiments/set-experiment-tag", json=body)
         if status == HTTPStatus.OK:
             return
-    raise UnavailableError(FIELD, uri, *_refusal(status, str(answer.get("message", ""))))
+    is_mlflow = "error_code" in answer
+    raise UnavailableError(
+        FIELD, shown(uri), *refusal(uri, status, str(answer.get("message", "")), is_mlflow=is_mlflow)
+    )
 
 
 def _call(uri: str, method: str, endpoint: str, **arguments: Any) -> tuple[int, dict[str, Any]]:
     """One request with MLflow's credentials and TLS settings, but without its minutes of retries."""
+    status, text = _request(uri, method, f"/api/2.0/mlflow/{endpoint}", **arguments)
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        answer = {"message": text}
+    return status, answer if isinstance(answer, dict) else {}
+
+
+def _check_version(uri: str) -> None:
+    """Refuse a server that tracks runs but knows no logged models: it would fail when training is over."""
+    status, text = _request(uri, "GET", "/version")
+    found = re.fullmatch(r"(\d+)\.\d+\S*", text.strip())
+    if status == HTTPStatus.OK and found is not None and int(found[1]) < _OLDEST_SERVER:
+        reason = f"the server runs MLflow {text.strip()}, which cannot store packaged models as this project does"
+        raise UnavailableError(FIELD, shown(uri), reason, f"upgrade the server to MLflow {_OLDEST_SERVER} or later")
+
+
+def _request(uri: str, method: str, path: str, **arguments: Any) -> tuple[int, str]:
     from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
@@ -184,7 +243,7 @@ def _call(uri: str, method: str, endpoint: str, **arguments: Any) -> tuple[int, 
     try:
         response = http_request(  # type: ignore[no-untyped-call]
             get_default_host_creds(uri),  # type: ignore[no-untyped-call]
-            f"/api/2.0/mlflow/{endpoint}",
+            path,
             method,
             max_retries=0,
             timeout=CHECK_TIMEOUT_SECONDS,
@@ -192,47 +251,14 @@ def _call(uri: str, method: str, endpoint: str, **arguments: Any) -> tuple[int, 
             **arguments,
         )
     except (MlflowException, OSError) as error:
-        raise UnavailableError(FIELD, uri, f"no server answers ({_cause(error)})", _START_ONE) from error
-    try:
-        answer = json.loads(response.text)
-    except ValueError:
-        answer = {"message": response.text}
-    return response.status_code, answer if isinstance(answer, dict) else {}
+        raise UnavailableError(FIELD, shown(uri), *connection_cause(uri, error)) from error
+    return response.status_code, response.text
 
 
-def _cause(error: BaseException) -> str:
-    """The words for people at the end of a nested connection error."""
-    text = one_line(error, 2000)
-    known = (
-        ("Connection refused", "connection refused"),
-        ("Name or service not known", "unknown host name"),
-        ("Temporary failure in name resolution", "host name cannot be resolved"),
-        ("imed out", "timed out"),
-        ("CERTIFICATE_VERIFY_FAILED", "its TLS certificate is not trusted"),
-        ("Invalid URL", "not a valid address"),
-    )
-    return next((words for sign, words in known if sign in text), text[-200:])
-
-
-def _refusal(status: int, message: str) -> tuple[str, str]:
-    """Reason and remedy for an HTTP status that is no success."""
-    if status == HTTPStatus.UNAUTHORIZED:
-        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        return "the server refuses the credentials", remedy
-    if status == HTTPStatus.FORBIDDEN and "Invalid Host header" in message:
-        remedy = "start the server with --allowed-hosts naming this host with and without the port"
-        return "the server refuses this host name (403 Invalid Host header)", remedy
-    if status == HTTPStatus.FORBIDDEN:
-        remedy = "ask for EDIT permission, or choose another tracking.experiment"
-        return "these credentials may not write here (403)", remedy
-    if status == HTTPStatus.NOT_FOUND:
-        return "something answers, but not an MLflow server (404)", "correct the address"
-    return f"the server answers with status {status} ({message[:200]})", "look into the server's log"
-
-
-def _deleted(experiment: str) -> UnavailableError:
-    remedy = "restore it with `mlflow experiments restore`, or choose another name"
-    return UnavailableError("tracking.experiment", experiment, "this experiment is deleted", remedy)
+def _deleted(name: str, experiment: str, uri: str) -> UnavailableError:
+    command = f"MLFLOW_TRACKING_URI={shown(uri)} mlflow experiments restore --experiment-id {experiment}"
+    remedy = f"restore it with: {command}, or choose another name"
+    return UnavailableError("tracking.experiment", name, "this experiment is deleted", remedy)
 
 
 def _has_tables(path: Path) -> bool:

@@ -105,9 +105,8 @@ def _verdict(report: Report) -> str:
     if report.audit is None:
         return "**Not audited** for gradient masking."
     if report.audit.trusted:
-        return f"**Trusted**: all {len(report.audit.checks)} checks for gradient masking pass."
-    failed = ", ".join(check.name for check in report.audit.checks if not check.passed)
-    return f"**Not trusted**: checks for gradient masking fail ({failed})."
+        return f"**Trusted.** Audit for gradient masking: {report.audit.summary}."
+    return f"**Not trusted.** Audit for gradient masking: {report.audit.summary}."
 
 
 def _detection(report: Report) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tla_service.registry.connection import client, retrying
+from tla_service.registry.connection import client, storing
 from tla_service.registry.evaluation_card import as_trained, evaluation_card
 from tla_service.registry.evaluations import other_reports
 from tla_service.registry.tracking import log_files
@@ -39,11 +39,12 @@ def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple
     made = client(uri)
     # Metrics are of the time when the page was written: MLflow keeps one of several that are alike.
     written = int(files[PAGE_FILE].stat().st_mtime * 1000)
-    retrying("Logging the figures", lambda: _log_metrics(made, run_id, report, written))
-    versions = retrying("Finding versions", lambda: _versions(made, report))
-    card = evaluation_card(report, other_reports(made, run_id, report)) if versions else ""
+    storing("Logging the figures", lambda: _log_metrics(made, run_id, report, written))
+    versions = storing("Finding versions", lambda: _versions(made, report))
+    others = storing("Reading reports", lambda: other_reports(made, run_id, report)) if versions else {}
+    card = evaluation_card(report, others) if versions else ""
     for name, version in versions:
-        retrying("Tagging the version", functools.partial(_describe, made, name, version, report, card))
+        storing("Tagging the version", functools.partial(_describe, made, name, version, report, card))
     return tuple(f"{name}/{version}" for name, version in versions)
 
 

@@ -64,7 +64,8 @@ def fetch(made: "MlflowClient", run_id: str, folder: str, target: Path, wanted: 
         except UserError:
             raise
         except Exception as error:
-            raise UnavailableError("evaluation", path, f"cannot be fetched ({one_line(error)})", "try again") from error
+            remedy = "see that the run's files can be read from here, and what the tracking store's log says"
+            raise UnavailableError("evaluation", path, f"cannot be fetched ({one_line(error)})", remedy) from error
 
 
 def other_reports(made: "MlflowClient", run_id: str, report: Report) -> dict[str, Report]:

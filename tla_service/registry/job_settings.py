@@ -7,10 +7,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DetectionConfig, ModelConfig, TrackingConfig
-from tla_service.config_bounds import known_shape, length_trouble
+from tla_service.config_bounds import Norm, known_shape, length_trouble
 from tla_service.config_fields import Pixels, setting, wrong
 from tla_service.config_loading import JobSettings
 from tla_service.config_names import model_trouble
+from tla_service.config_radii import documented_radius, no_radius
 from tla_service.registry.gate_rules import GateRules
 
 Format = Literal["pt2", "onnx"]
@@ -63,8 +64,10 @@ class ImportSettings(JobSettings):
     name: str | None = setting(None, "name to register them under; none: tla-<data.name>", min_length=1)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    norm: Literal["linf", "l2"] = setting("linf", "norm of the perturbations they were trained against")
-    epsilon: Pixels = setting(8 / 255, "radius of these", unit="pixels in [0, 1], or L2 length", gt=0)
+    norm: Norm = setting("linf", "norm of the perturbations they were trained against")
+    epsilon: Pixels | None = setting(
+        None, "radius of these; none: the one documented for the data set", unit="pixels in [0, 1], or L2 length", gt=0
+    )
     source: str = setting("", "where they come from: a paper, an address; goes to the model card", max_length=5000)
     detection: DetectionConfig = DetectionConfig()
     seed: int = setting(0, "seed of the validation split that the detector's threshold is fixed on", ge=0, lt=2**31)
@@ -74,9 +77,18 @@ class ImportSettings(JobSettings):
     def _check(self) -> Self:
         if not self.file:
             raise wrong("file", "", "no weights are named", "give --file weights.safetensors")
+        if self.epsilon is None and documented_radius(self.data.name, self.norm) is None:
+            raise wrong("norm", self.norm, *no_radius(self.data.name, self.norm, "--epsilon"))
         shape = known_shape(self.data.name, self.data.image_size)
         trouble = model_trouble("name", self.name) if self.name else None
-        trouble = trouble or length_trouble("", self.norm, self.epsilon, shape=shape)
+        trouble = trouble or length_trouble("", self.norm, self.radius, shape=shape)
         if trouble is not None:
             raise wrong(*trouble)
         return self
+
+    @property
+    def radius(self) -> float:
+        """Radius of the threat model."""
+        radius = self.epsilon or documented_radius(self.data.name, self.norm)
+        assert radius is not None  # validated
+        return radius

@@ -15,6 +15,7 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import LogitsOnly, build_model
 from tla_service.registry.connection import client, one_line, retrying, sqlite_path, tracking_uri
 from tla_service.registry.integrity import MANIFEST, sha256, verify_package
+from tla_service.registry.store_errors import shown
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ FORMAT_VERSION = 2
 PACKAGE_DIGEST = "package_sha256"  # tag with the digest of the list of files
 FIELD = "model.weights"
 _SCHEMES = ("models:/", "runs:/")
+_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 T = TypeVar("T")
 
 
@@ -149,11 +151,16 @@ def _download(uri: str, location: str, store: str, target: str) -> Path:
 def _asking(uri: str, store: str, question: Callable[[], T]) -> T:
     """Ask the store something about an address; what goes wrong becomes a sentence."""
     try:
-        return retrying(f"Fetching {uri}", question, attempts=3)
+        return retrying(f"Fetching {uri}", question, seconds=4)
     except ConfigError:
         raise
+    except UnavailableError as error:
+        raise UnavailableError(FIELD, uri, error.reason, error.remedy) from error
     except Exception as error:
-        remedy = f"look at what {store} holds, or set MLFLOW_TRACKING_URI"
+        if getattr(error, "error_code", "") in _MISSING:
+            remedy = f"look at what {shown(store)} holds, or set MLFLOW_TRACKING_URI"
+        else:
+            remedy = "see that its files can be read from here, and what the tracking store's log says"
         raise UnavailableError(FIELD, uri, f"cannot be fetched ({one_line(error)})", remedy) from error
 
 

@@ -14,7 +14,7 @@ import torch
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
 from tla_service.inference.detector import Rejector
-from tla_service.registry.connection import client, retrying
+from tla_service.registry.connection import client, storing
 from tla_service.registry.integrity import find_pickles
 from tla_service.registry.loading import PACKAGE_DIGEST, load_model
 from tla_service.registry.model_folder import save_folder, write_source
@@ -119,7 +119,7 @@ def log_model(
     if example.shape[1:] != tuple(image_shape) or len(example) < _FEWEST_IMAGES:
         raise ConfigError("example", example.shape, "no batch of at least two images", f"give (n, *{image_shape})")
     made = client(uri)
-    run_key = made.get_run(run_id).data.tags.get(RUN_KEY, "")
+    run_key = storing("Reading the run", lambda: made.get_run(run_id)).data.tags.get(RUN_KEY, "")
     with tempfile.TemporaryDirectory(prefix="tla-package-") as scratch:
         source = Path(scratch, "source")
         description = write_source(
@@ -136,14 +136,19 @@ def log_model(
         )
         digest = str(description["weights"]["sha256"])
         tags = _version_tags(description)
-        earlier = _registered_before(made, registered_model, run_id, digest)
+        earlier = storing("Finding versions", lambda: _registered_before(made, registered_model, run_id, digest))
         if earlier is not None:
             return earlier
         model_id, tags[PACKAGE_DIGEST] = _store(made, run_id, source, example[:_EXAMPLE_IMAGES], tags)
     if registered_model is None:
         return PackagedModel(f"models:/{model_id}", None, model_id, digest)
-    version = retrying("Registering the model", lambda: _register(made, registered_model, run_id, model_id, tags))
-    return PackagedModel(f"models:/{registered_model}/{version}", version, model_id, digest)
+
+    def register() -> PackagedModel:
+        # An attempt whose answer was lost may have made the version.
+        earlier = _registered_before(made, registered_model, run_id, digest)
+        return earlier or _register(made, registered_model, run_id, model_id, tags)
+
+    return storing("Registering the model", register)
 
 
 def _store(
@@ -154,25 +159,26 @@ def _store(
     from mlflow.models.model import Model
 
     folder = source.with_name("model")
-    experiment = made.get_run(run_id).info.experiment_id
-    logged = retrying(
+    experiment = storing("Reading the run", lambda: made.get_run(run_id)).info.experiment_id
+    logged = storing(
         "Opening the model",
         lambda: made.create_logged_model(experiment, "model", run_id, tags=dict(tags), model_type="classifier"),
     )
     model_id = str(logged.model_id)
     try:
         # The run knows of the model by its outputs: this is what runs:/RUN/model looks up.
-        made.log_outputs(run_id, models=[LoggedModelOutput(model_id, 0)])
+        outputs = [LoggedModelOutput(model_id, 0)]
+        storing("Linking the model", lambda: made.log_outputs(run_id, models=outputs))
         model = Model(artifact_path=logged.artifact_location, model_uuid=model_id, run_id=run_id, model_id=model_id)
         digest = save_folder(model, source, folder, example)
         _check(folder, example)
-        retrying("Storing the model", lambda: made.log_model_artifacts(model_id, str(folder)))
-        made.set_logged_model_tags(model_id, {PACKAGE_DIGEST: digest})
+        storing("Storing the model", lambda: made.log_model_artifacts(model_id, str(folder)))
+        storing("Tagging the model", lambda: made.set_logged_model_tags(model_id, {PACKAGE_DIGEST: digest}))
     except BaseException:
         with contextlib.suppress(Exception):
             made.finalize_logged_model(model_id, "FAILED")
         raise
-    made.finalize_logged_model(model_id, "READY")
+    storing("Closing the model", lambda: made.finalize_logged_model(model_id, "READY"))
     return model_id, digest
 
 
@@ -188,7 +194,7 @@ def _check(folder: Path, example: npt.NDArray[np.float32]) -> None:
         raise ConfigError("model.weights", None, "the network gives no finite outputs", "lower the learning rate")
 
 
-def _register(made: "MlflowClient", name: str, run_id: str, model_id: str, tags: Mapping[str, str]) -> str:
+def _register(made: "MlflowClient", name: str, run_id: str, model_id: str, tags: Mapping[str, str]) -> PackagedModel:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -197,10 +203,9 @@ def _register(made: "MlflowClient", name: str, run_id: str, model_id: str, tags:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = made.get_logged_model(model_id).artifact_location
-    made_version = made.create_model_version(
-        name, source, run_id=run_id, tags={**tags, "model_id": model_id}, model_id=model_id
-    )
-    return str(made_version.version)
+    tags = {**tags, "model_id": model_id}
+    version = str(made.create_model_version(name, source, run_id=run_id, tags=tags, model_id=model_id).version)
+    return PackagedModel(f"models:/{name}/{version}", version, model_id, tags["weights_sha256"])
 
 
 def _registered_before(made: "MlflowClient", name: str | None, run_id: str, digest: str) -> PackagedModel | None:

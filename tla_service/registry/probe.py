@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tla_service.config import TrackingConfig
 from tla_service.errors import UnavailableError
-from tla_service.registry.connection import FIELD, check_tracking, client, experiment_id, one_line, tracking_uri
+from tla_service.registry.connection import FIELD, check_tracking, client, experiment_id, tracking_uri
+from tla_service.registry.store_errors import artifact_cause, shown
 
 
 def probe_tracking(config: TrackingConfig) -> float:
@@ -29,8 +30,8 @@ def probe_tracking(config: TrackingConfig) -> float:
         with tempfile.TemporaryDirectory() as folder:
             text = Path(made.download_artifacts(run_id, "checkup.txt", folder)).read_text()
     except Exception as error:
-        remedy = "check the server's --artifacts-destination and its rights there"
-        raise UnavailableError(FIELD, uri, f"cannot be written and read ({one_line(error)})", remedy) from error
+        location = str(made.get_run(run_id).info.artifact_uri)
+        raise UnavailableError(FIELD, shown(uri), *artifact_cause(location, error)) from error
     finally:
         made.delete_run(run_id)
     if text != "ok":

@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tla_service.config import RunConfig
 from tla_service.config_loading import to_yaml
+from tla_service.errors import UnavailableError, UserError
 from tla_service.registry.connection import (
+    FIELD,
     client,
     exclusive,
     experiment_id,
     one_line,
     retrying,
     sqlite_path,
+    storing,
     tracking_uri,
 )
 from tla_service.registry.environment import code_version, environment
+from tla_service.registry.store_errors import artifact_cause, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,7 +56,7 @@ def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], paren
         The MLflow run id; the run's status is RUNNING.
 
     Raises:
-        UnavailableError: The experiment is deleted.
+        UnavailableError: The experiment is deleted, or files of the run cannot be stored.
     """
     uri = tracking_uri(config.tracking)
     made = client(uri)
@@ -66,7 +70,14 @@ def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], paren
     if not is_new:
         count = int(run.data.tags.get(RESUMED, "0")) + 1
         retrying("Continuing the run", lambda: _continue(made, run_id, tags | {RESUMED: str(count)}))
-    retrying("Describing the run", lambda: _describe(made, run_id, config, facts, count))
+    try:
+        retrying("Describing the run", lambda: _describe(made, run_id, config, facts, count))
+    except UserError:
+        raise
+    except Exception as error:
+        # Its first file is written here: a run whose results could not be stored is not begun.
+        location = str(made.get_run(run_id).info.artifact_uri)
+        raise UnavailableError(FIELD, shown(uri), *artifact_cause(location, error)) from error
     return run_id
 
 
@@ -96,7 +107,7 @@ def run_page(uri: str, run_id: str) -> str:
 
 
 def log_files(uri: str, run_id: str, files: Mapping[str, Path]) -> None:
-    """Store files with a run, repeating while the server is away.
+    """Store files with a run, repeating for minutes while the server is away.
 
     Args:
         uri: Tracking store.
@@ -104,11 +115,12 @@ def log_files(uri: str, run_id: str, files: Mapping[str, Path]) -> None:
         files: Path among the run's artifacts (``plots/curves.png``) -> local file. Names may differ.
 
     Raises:
-        MlflowException: The server cannot be reached, or refuses.
+        UnavailableError: The server was away all the time.
+        MlflowException: It refuses.
     """
     made = client(uri)
     for target, source in files.items():
-        retrying(f"Storing {target}", functools.partial(_log_file, made, run_id, target, source))
+        storing(f"Storing {target}", functools.partial(_log_file, made, run_id, target, source))
 
 
 def find_finished(config: RunConfig, run_key: str) -> str | None:
@@ -159,7 +171,8 @@ def finish_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KIL
         status: How it ended.
     """
     made = client(uri)
-    retrying("Closing the run", lambda: made.set_terminated(run_id, status))
+    close = storing if status == "FINISHED" else retrying  # where a run failed, so may its server have
+    close("Closing the run", lambda: made.set_terminated(run_id, status))
 
 
 def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
@@ -174,7 +187,7 @@ def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
 
     made = client(uri)
     entities = [RunTag(name, value[:_TAG_LENGTH]) for name, value in tags.items() if value]
-    retrying("Tagging the run", lambda: made.log_batch(run_id, tags=entities))
+    storing("Tagging the run", lambda: made.log_batch(run_id, tags=entities))
 
 
 def start_system_metrics(uri: str, run_id: str) -> Callable[[], None]:
@@ -208,9 +221,17 @@ def _tags(config: RunConfig, run_key: str, facts: Mapping[str, str], parent_run_
 
 
 def _find(made: "MlflowClient", experiment: str, run_key: str) -> "list[Run]":
-    quoted = run_key.replace("'", "\\'")
+    # MLflow's filters know two kinds of quotes and no escape: a folder's name may have either, or both.
+    quote = next((sign for sign in "'\"" if sign not in run_key), None)
+    wanted = f"tags.`{RUN_KEY}` = {quote}{run_key}{quote}" if quote else f"tags.`{RUN_KEY}` LIKE '%/%'"
     order = ["attributes.start_time ASC", "attributes.run_id ASC"]
-    return list(made.search_runs([experiment], f"tags.`{RUN_KEY}` = '{quoted}'", order_by=order, max_results=100))
+    found: list[Run] = []
+    token: str | None = ""
+    while token is not None:
+        page = made.search_runs([experiment], wanted, order_by=order, max_results=100, page_token=token or None)
+        found += (run for run in page if run.data.tags.get(RUN_KEY) == run_key)
+        token = page.token or None
+    return found
 
 
 def _find_or_create(

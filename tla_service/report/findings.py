@@ -22,8 +22,10 @@ from tla_service.evaluation.intervals import (
 from tla_service.evaluation.neighbours import neighbour_accuracy
 from tla_service.evaluation.outcomes import ShardOutcome
 from tla_service.evaluation.paper_columns import Curve, restart_curve, sweep_curve
+from tla_service.evaluation.surrogate import TrainedSurrogate
 from tla_service.inference.detector import Rejector
 from tla_service.report import schema as rp
+from tla_service.report.audit_facts import autoattack_warnings
 from tla_service.report.plan import Plan, detection_name, radius_name
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.tasks import EmbeddedImages
@@ -47,6 +49,7 @@ class Findings:
         curves: By the name of what varies.
         norms: Smallest perturbations by norm.
         audit: As :meth:`Audit.as_dict`.
+        surrogate: What was trained for the audit.
     """
 
     outcome: ShardOutcome
@@ -58,6 +61,7 @@ class Findings:
     curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
     norms: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] | None = None
+    surrogate: TrainedSurrogate | None = None
 
 
 def gather(
@@ -78,6 +82,7 @@ def gather(
     """
     mine = {name: result for (key, name), result in results.items() if key == model}
     found = Findings(outcome=mine["columns"], autoattack=mine.get("autoattack"), audit=mine.get("audit"))
+    found.surrogate = mine.get("surrogate")
     found.embedded = {name: result for name, result in mine.items() if isinstance(result, EmbeddedImages)}
     found.norms = {name: mine[name] for name in ("l0", "l1") if name in mine}
     found.curves = _curves(mine, found.outcome, plan)
@@ -191,7 +196,7 @@ def autoattack_facts(found: Findings, plan: Plan) -> rp.AutoAttackFacts | None:
         return None
     same = np.isin(found.outcome.indices, strong.indices)
     shared = np.isin(strong.indices, found.outcome.indices)
-    standing = {name: found.outcome.standing(name)[same] for name in plan.columns}
+    standing = {name: found.outcome.standing(name)[same] for name in plan.within}
     strongest = min(standing, key=lambda name: int(standing[name].sum()))
     gap = difference_facts(standing[strongest], strong.standing("autoattack")[shared])
     fates = strong.broken_at["autoattack"]
@@ -211,6 +216,7 @@ def autoattack_facts(found: Findings, plan: Plan) -> rp.AutoAttackFacts | None:
         strongest=strongest,
         gap=gap,
         weak=gap.low > 0 and gap.difference > WEAK_GAP,
+        warnings=autoattack_warnings(strong),
     )
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tla_service.evaluation.intervals import wilson_interval
+from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
 from tla_service.report.paper_results import differences_from_paper, paper_row
 from tla_service.report.schema import AttackFacts, Compared, DetectionScore, Report, Share
 
+_NORMS = {"linf": "L-infinity", "l2": "L2"}
 _KINDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD", "mim": "MIM", "cw": "C&W"}
 _METHODS = {
     "natural": "natural training",
@@ -55,6 +57,7 @@ def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, s
     content = environment.get_template("report.html.j2").render(
         report=report,
         columns=[name for name in report.accuracy if name != "worst"],
+        marks={"passed": "✓", "failed": "✗", "not run": "-"},
         describe=lambda name: describe(report, name),
         sections=_by_section(figures),
         picture=lambda figure: "data:image/png;base64," + base64.b64encode(figure.path.read_bytes()).decode(),
@@ -67,9 +70,7 @@ def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, s
         paper=None if apart else paper_row(report.data.name, report.model.method),
         method=method_name,
     )
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, content)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -111,7 +112,10 @@ def describe(report: Report, name: str) -> str:
     if name == "autoattack":
         facts = report.autoattack
         return "" if facts is None else f"{facts.version}: {', '.join(facts.stages)}"
-    return _describe_attack(report.attacks[name])
+    attack, threat = report.attacks[name], report.threat_model
+    other = (attack.norm, attack.epsilon) != (threat.norm, threat.epsilon)
+    radius = f", up to {size(attack.epsilon, attack.norm)} in {_NORMS[attack.norm]}" if other else ""
+    return _describe_attack(attack) + radius
 
 
 def _describe_attack(facts: AttackFacts) -> str:

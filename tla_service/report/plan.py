@@ -1,20 +1,27 @@
 """What an evaluation runs: the attacks, the radii, and which images."""
 
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tla_service.attacks import Attack
-from tla_service.config_adversary import AttackConfig
-from tla_service.config_bounds import ImageShape, length_trouble
+from tla_service.config_adversary import AttackConfig, EvaluationAttack
+from tla_service.config_bounds import ImageShape, Norm, known_shape, length_trouble
+from tla_service.config_radii import documented_radius, no_radius
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, step_sweep
 from tla_service.evaluation.robustness import evaluation_attack
+from tla_service.evaluation.surrogate import surrogate_rows
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.tasks import (
     AuditMeasurement,
@@ -22,10 +29,10 @@ from tla_service.report.tasks import (
     FateMeasurement,
     Measurement,
     NormMeasurement,
+    SurrogateMeasurement,
     Task,
 )
-
-Norm = Literal["linf", "l2"]
+from tla_service.runtime import mixed_seed
 
 _EPSILON_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _DETECTION_FACTOR = 1.5
@@ -50,6 +57,7 @@ class Plan:
         norm: Norm of the threat model.
         epsilon: Its radius.
         columns: White-box attacks by name.
+        within: Those of them under the threat model; others have a norm or a radius of their own.
         transfer: Attacks crafted on the surrogate.
         is_paper: Whether these are the paper's columns at the paper's radius.
         iterative: The strongest PGD under the threat model: with one start, curves, audit, neighbours and pictures rest
@@ -63,6 +71,7 @@ class Plan:
     norm: Norm
     epsilon: float
     columns: dict[str, Attack]
+    within: tuple[str, ...]
     transfer: dict[str, Attack]
     is_paper: bool
     iterative: str
@@ -94,40 +103,47 @@ def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: f
         has_surrogate: Without one transfer attacks are left out.
 
     Raises:
-        ConfigError: None of the attacks is PGD under the threat model.
+        ConfigError: A norm has no radius, or none of the attacks is PGD under the threat model.
     """
-    norm = settings.norm or norm
-    epsilon = settings.epsilon or epsilon
+    norm, epsilon = _threat_model(settings, data_name, norm, epsilon)
     training = AttackConfig(norm=norm, epsilon=epsilon, step_size=epsilon / 10)
     columns = paper_columns(data_name, norm, epsilon)
-    if settings.attacks:
-        white = {name: evaluation_attack(entry, training) for name, entry in settings.attacks.items()}
-        black: dict[str, Attack] = {}
-    else:
-        white = {name: evaluation_attack(entry, training) for name, entry in columns.attacks.items()}
-        black = {name: evaluation_attack(entry, training) for name, entry in columns.transfer.items()}
-    iterative = {
-        name: attack
-        for name, attack in white.items()
-        if attack.kind == "pgd" and (attack.norm, attack.epsilon) == (norm, epsilon)
-    }
+
+    def attacks(entries: Mapping[str, EvaluationAttack]) -> dict[str, Attack]:
+        return {n: evaluation_attack(entry, training, data_name, f"attacks.{n}") for n, entry in entries.items()}
+
+    white = attacks(settings.attacks or columns.attacks)
+    black = {} if settings.attacks else attacks(columns.transfer)
+    within = {name: attack for name, attack in white.items() if (attack.norm, attack.epsilon) == (norm, epsilon)}
+    iterative = {name: attack for name, attack in within.items() if attack.kind == "pgd"}
     if not iterative:
         reason = f"none of them is PGD with norm {norm} and epsilon {epsilon:g}, which curves and audit need"
         remedy = 'add one, such as --attacks \'{"pgd50": {"num_steps": 50}}\''
         raise ConfigError("attacks", ", ".join(white), reason, remedy)
-    usual = paper_columns(data_name, norm).epsilon
     return Plan(
         norm=norm,
         epsilon=epsilon,
         columns=white,
+        within=tuple(within),
         transfer=black if has_surrogate else {},
-        is_paper=not settings.attacks and norm == "linf" and epsilon == usual,
+        is_paper=not settings.attacks and norm == "linf" and epsilon == documented_radius(data_name, norm),
         iterative=max(iterative, key=lambda name: iterative[name].num_steps),
         detection=_detection_attack(settings, data_name, norm, epsilon),
         shift=_shift_attacks(settings, data_name, norm, epsilon),
         seed=settings.seed,
         batch_size=settings.batch_size,
     )
+
+
+def _threat_model(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> tuple[Norm, float]:
+    """What was asked for, else what the model was trained for; its radius counts in its own norm only."""
+    chosen = settings.norm or norm
+    radius = epsilon if chosen == norm else documented_radius(data_name, chosen)
+    if settings.epsilon is not None:
+        radius = settings.epsilon
+    if radius is None:
+        raise ConfigError("norm", chosen, *no_radius(data_name, chosen, "--epsilon"))
+    return chosen, radius
 
 
 def check_plan(plan: Plan, shape: ImageShape) -> None:
@@ -153,7 +169,10 @@ def _pgd(norm: Norm, epsilon: float, steps: int, step_size: float | None = None)
 def _detection_attack(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> Attack:
     paper = _DETECTION.get(data_name) if norm == "linf" else None
     chosen = settings.detection
-    radius = chosen.epsilon or (paper.epsilon if paper else min(_DETECTION_FACTOR * epsilon, 1.0))
+    shape = known_shape(data_name, None)
+    largest = 1.0 if norm == "linf" else math.inf if shape is None else math.sqrt(math.prod(shape))
+    larger = min(_DETECTION_FACTOR * epsilon, largest)
+    radius = chosen.epsilon or (paper.epsilon if paper else larger)
     return _pgd(norm, radius, chosen.num_steps or (paper.steps if paper else 50), chosen.step_size)
 
 
@@ -206,7 +225,7 @@ def detection_name(plan: Plan) -> str:
 
 
 def single_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str) -> list[Task]:
-    """Curves, minimum norms and the audit, for the model alone."""
+    """Curves and minimum norms, for the model alone."""
     counts, attack = settings.images, plan.strongest
     tasks: list[Task] = []
 
@@ -226,11 +245,31 @@ def single_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model
         add(name, counts.curves, FateMeasurement(attacks, {}, None, plan.seed, plan.batch_size))
     for norm in ("l0", "l1"):
         add(norm, counts.sparse, NormMeasurement(norm, plan.batch_size))
-    if counts.audit:
-        rows = _rows(dataset, counts.audit)
-        audit = AuditMeasurement(attack, plan.seed, plan.batch_size)
-        tasks.append(Task("audit", model, "test", rows, len(rows), audit))
     return tasks
+
+
+def surrogate_task(plan: Plan, dataset: Dataset, model: str) -> Task:
+    """Training of a surrogate for the audit."""
+    rows = surrogate_rows(dataset.train.labels, dataset.image_shape).numpy()
+    seed = mixed_seed(plan.seed, crc32(b"surrogate"))
+    measure = SurrogateMeasurement(plan.norm, plan.epsilon, len(dataset.class_names), seed)
+    return Task("surrogate", model, "train", rows, len(rows), measure)
+
+
+def audit_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str, no_surrogate: str) -> list[Task]:
+    """The audit, for the model alone, and why it has no surrogate if it has none."""
+    if not settings.images.audit:
+        return []
+    rows = _rows(dataset, settings.images.audit)
+    audit = AuditMeasurement(plan.strongest, plan.seed, plan.batch_size, no_surrogate)
+    return [Task("audit", model, "test", rows, len(rows), audit)]
+
+
+def protocol(plan: Plan, settings: EvaluateSettings) -> str:
+    """Eight hex digits of everything that shapes the figures, but weights and data."""
+    parts = {name: getattr(settings, name).model_dump() for name in ("images", "detection", "neighbours", "pictures")}
+    text = json.dumps(parts | {"plan": asdict(plan)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def query_task(plan: Plan, model: str, rows: npt.NDArray[np.int64]) -> Task:

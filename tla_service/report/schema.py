@@ -5,21 +5,17 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from tla_service.errors import UnavailableError
+from tla_service.files import write_whole
+from tla_service.report.audit_schema import AuditFacts, Part
 
 FORMAT: Literal[1] = 1
 REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, PAGE_FILE = "report.json", "outcome.npz", "autoattack.npz", "report.html"
 
 
-class _Part(BaseModel):
-    """A part of a report; figures that are undefined are None, as JSON has no NaN."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
-
-
-class Share(_Part):
+class Share(Part):
     """A share of images with its 95% Wilson interval.
 
     Attributes:
@@ -45,7 +41,7 @@ class Accuracy(Share):
     per_class: tuple[Share, ...] = ()
 
 
-class Difference(_Part):
+class Difference(Part):
     """Accuracy of this model less another's on the same images, with a paired test.
 
     Attributes:
@@ -63,7 +59,7 @@ class Difference(_Part):
     images: int
 
 
-class ThreatModel(_Part):
+class ThreatModel(Part):
     """What the adversary may do: perturbations up to ``epsilon`` in ``norm``, pixels in [0, 1]."""
 
     norm: Literal["linf", "l2"]
@@ -85,7 +81,7 @@ class ThreatModel(_Part):
         return f"{self.norm} {self.radius}"
 
 
-class ModelFacts(_Part):
+class ModelFacts(Part):
     """Which network was evaluated.
 
     Attributes:
@@ -111,7 +107,7 @@ class ModelFacts(_Part):
     trained_for: ThreatModel | None = None
 
 
-class DataFacts(_Part):
+class DataFacts(Part):
     """What it was evaluated on.
 
     Attributes:
@@ -131,7 +127,7 @@ class DataFacts(_Part):
     trained_on: str | None = None
 
 
-class AttackFacts(_Part):
+class AttackFacts(Part):
     """How an attack was run; a transfer attack was crafted on the surrogate."""
 
     kind: str
@@ -143,7 +139,7 @@ class AttackFacts(_Part):
     transfer: bool = False
 
 
-class AutoAttackFacts(_Part):
+class AutoAttackFacts(Part):
     """How AutoAttack was run, and what it says about the other attacks.
 
     Attributes:
@@ -153,6 +149,7 @@ class AutoAttackFacts(_Part):
         strongest: The strongest of the other attacks on the same images.
         gap: Accuracy under that attack less accuracy under AutoAttack, on the same images.
         weak: Whether the gap shows, beyond noise, that the other attacks are weak.
+        warnings: What AutoAttack says of the network, such as that it seems randomised.
         outcome: File beside the report with the fate of each image that AutoAttack was run on.
         version: The package's version.
     """
@@ -163,11 +160,12 @@ class AutoAttackFacts(_Part):
     strongest: str
     gap: Difference
     weak: bool
+    warnings: tuple[str, ...] = ()
     outcome: str = AUTOATTACK_FILE
     version: str = "standard"
 
 
-class CurveFacts(_Part):
+class CurveFacts(Part):
     """Accuracy along one axis."""
 
     attack: str
@@ -176,7 +174,7 @@ class CurveFacts(_Part):
     accuracy: tuple[Share, ...]
 
 
-class SparseFacts(_Part):
+class SparseFacts(Part):
     """Smallest perturbations that a minimum-norm attack found.
 
     Attributes:
@@ -194,26 +192,7 @@ class SparseFacts(_Part):
     curve: CurveFacts
 
 
-class CheckFacts(_Part):
-    """One check of the audit."""
-
-    name: str
-    figure: float | None
-    threshold: float
-    passed: bool
-    statement: str
-    meaning: str
-
-
-class AuditFacts(_Part):
-    """Whether the robustness is real; `trusted` only if every check passed."""
-
-    trusted: bool
-    images: int
-    checks: tuple[CheckFacts, ...]
-
-
-class DetectionScore(_Part):
+class DetectionScore(Part):
     """How well a score finds misclassified images: area under the ROC curve with its 95% bootstrap interval."""
 
     auc: float | None
@@ -258,7 +237,7 @@ class DetectionFacts(DetectionScore):
     shipped: ShippedFacts | None = None
 
 
-class NeighbourFacts(_Part):
+class NeighbourFacts(Part):
     """Accuracy of a vote among the k nearest training images."""
 
     k: int
@@ -267,7 +246,7 @@ class NeighbourFacts(_Part):
     attacked: Share
 
 
-class ShiftFacts(_Part):
+class ShiftFacts(Part):
     """Shift ratios at one radius: r (higher is better) and r' (lower is better)."""
 
     epsilon: float
@@ -277,7 +256,7 @@ class ShiftFacts(_Part):
     left_out_of_r_prime: int
 
 
-class Compared(_Part):
+class Compared(Part):
     """Another model measured on the same images.
 
     Attributes:
@@ -287,6 +266,7 @@ class Compared(_Part):
         detection: As for the report's model, where measured.
         neighbours: Likewise.
         shift: Likewise.
+        warnings: What AutoAttack says of it.
     """
 
     model: ModelFacts
@@ -295,9 +275,10 @@ class Compared(_Part):
     detection: DetectionFacts | None = None
     neighbours: NeighbourFacts | None = None
     shift: tuple[ShiftFacts, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
-class GateFacts(_Part):
+class GateFacts(Part):
     """What the promotion gate decides on: test images set aside for it, which no other figure of the report is of.
 
     Attributes:
@@ -311,7 +292,7 @@ class GateFacts(_Part):
     detection: DetectionFacts | None = None
 
 
-class Report(_Part):
+class Report(Part):
     """An evaluation of one model. Its figures are of the test images that are not set aside for the promotion gate.
 
     The audit alone is of both: it asks whether the attacks work.
@@ -347,7 +328,7 @@ class Report(_Part):
     shift: tuple[ShiftFacts, ...] = ()
     compared: tuple[Compared, ...] = ()
     surrogate: ModelFacts | None = None
-    code: dict[str, str] = {}
+    code: dict[str, str] = Field(default_factory=dict)
     seed: int
     settings: str
     seconds: float
@@ -381,6 +362,4 @@ def read_report(path: Path) -> Report:
 
 def write_report(report: Report, path: Path) -> None:
     """Write `report.json`, whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(report.model_dump_json(indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, report.model_dump_json(indent=1))

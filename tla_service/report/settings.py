@@ -1,10 +1,8 @@
 """What the evaluation job can be told: the model, the threat model, how many images each measure takes."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -83,21 +81,24 @@ class PictureSettings(Section):
 class EvaluateSettings(JobSettings):
     """An evaluation, complete."""
 
-    # What does not shape the figures: an evaluation may go on with other values of these.
-    NOT_IDENTITY: ClassVar[dict[str, Any]] = {
-        "config": True, "debug": True, "output": True, "log": True, "scaling": True, "tracking": True,
-        "data": {"root", "cache_dir", "label_column", "image_column"},
-    }  # fmt: skip
-
     model: str = setting("", "model to evaluate: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/..., or a folder")
     compare: tuple[str, ...] = setting((), "other models to set beside it: --compare A B C")
     surrogate: str | None = setting(
-        None, "independently trained model that transfer attacks are crafted on; the audit needs one"
+        None,
+        "independently trained model that transfer attacks are crafted on; none: the audit trains a small one, and "
+        "transfer attacks are left out of the table",
     )
-    output: Path | None = Field(None, description="folder of the report; default reports/<digest of the weights>")
-    norm: Literal["linf", "l2"] | None = setting(None, "norm of the threat model; none: as in training")
+    output: Path | None = Field(
+        None,
+        description="folder of the report; default reports/<digest of the weights>, followed by norm and radius if "
+        "they are not those of training",
+    )
+    norm: Norm | None = setting(None, "norm of the threat model; none: as in training")
     epsilon: Pixels | None = setting(
-        None, "radius of the threat model; none: as in training", unit="pixels in [0, 1], or L2 length", gt=0
+        None,
+        "radius of the threat model; none: as in training, or in another norm the one documented for the data set",
+        unit="pixels in [0, 1], or L2 length",
+        gt=0,
     )
     attacks: dict[str, EvaluationAttack] = setting({}, "attacks by name; none: the paper's columns for the data set")
     seed: int = setting(0, "seed of every random draw", ge=0, lt=2**31)
@@ -110,12 +111,6 @@ class EvaluateSettings(JobSettings):
     pictures: PictureSettings = PictureSettings()
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()
-
-    @property
-    def digest(self) -> str:
-        """Eight hex digits of everything that shapes the figures, but the weights and the data."""
-        fields = self.model_dump(mode="json", exclude=self.NOT_IDENTITY)
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
     def data_config(self, trained: DataConfig | None) -> DataConfig:
         """The data set: that of the training run, with what is given here in its place.

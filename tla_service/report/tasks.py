@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tla_service.attacks import Attack
 from tla_service.attacks.autoattack import AutoAttackNorm
 from tla_service.attacks.minimum_norm import SparseNorm, minimum_norms
+from tla_service.config_bounds import Norm
 from tla_service.data import Batch
 from tla_service.evaluation.audit import audit
 from tla_service.evaluation.embedding import Embedded, embed, embed_attacked
@@ -28,6 +30,7 @@ from tla_service.evaluation.outcomes import (
     outcome_from,
 )
 from tla_service.evaluation.suite import as_pixels, evaluate_shard, logits_of
+from tla_service.evaluation.surrogate import TrainedSurrogate, train_surrogate
 from tla_service.inference.detector import Floats
 from tla_service.runtime import mixed_seed
 
@@ -179,12 +182,47 @@ class NormMeasurement:
 
 
 @dataclass(frozen=True)
+class SurrogateMeasurement:
+    """Trains a surrogate on the shard's images; one shard, merged to the surrogate."""
+
+    norm: Norm
+    epsilon: float
+    num_classes: int
+    seed: int
+
+    def run(self, network: nn.Module, surrogate: nn.Module | None, shard: Shard) -> Arrays:  # noqa: ARG002 - protocol
+        """Train it."""
+        found = train_surrogate(
+            shard.images,
+            shard.labels,
+            self.num_classes,
+            self.norm,
+            self.epsilon,
+            seed=self.seed,
+            device=shard.device,
+        )
+        weights = {f"weights/{name}": value.numpy() for name, value in found.weights.items()}
+        return {"facts": np.array(json.dumps(found.facts)), **weights}
+
+    def merge(self, parts: Sequence[Arrays]) -> TrainedSurrogate:
+        """The surrogate."""
+        (only,) = parts
+        weights = {
+            name.removeprefix("weights/"): torch.from_numpy(value)
+            for name, value in only.items()
+            if name.startswith("weights/")
+        }
+        return TrainedSurrogate(weights, **json.loads(str(only["facts"])))
+
+
+@dataclass(frozen=True)
 class AuditMeasurement:
     """The audit; one shard, merged to the audit as a dictionary."""
 
     attack: Attack
     seed: int
     batch_size: int
+    no_surrogate: str = ""
 
     def run(self, network: nn.Module, surrogate: nn.Module | None, shard: Shard) -> Arrays:
         """Run every check."""
@@ -194,6 +232,7 @@ class AuditMeasurement:
             shard.labels,
             self.attack,
             surrogate=surrogate,
+            no_surrogate=self.no_surrogate,
             seed=self.seed,
             batch_size=self.batch_size,
             device=shard.device,
@@ -235,7 +274,9 @@ class Task:
     def shards(self) -> Iterator[tuple[str, Rows]]:
         """Each shard's file, relative to the folder of shards, and its rows."""
         for start in range(0, len(self.rows), self.shard_size):
-            yield f"{self.model}/{self.name}-{start:07d}.npz", self.rows[start : start + self.shard_size]
+            rows = self.rows[start : start + self.shard_size]
+            # The rows are in the name: what is known of the training run, which decides on them, differs by address.
+            yield f"{self.model}/{self.name}-{start:07d}-{crc32(rows.tobytes()):08x}.npz", rows
 
 
 def select(

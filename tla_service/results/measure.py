@@ -18,10 +18,12 @@ from tla_service.config_loading import load_config_file
 from tla_service.data import Dataset, load_dataset, split_validation
 from tla_service.errors import UnavailableError
 from tla_service.evaluation.outcomes import load_arrays, save_arrays, save_outcome
+from tla_service.files import write_whole
 from tla_service.job import run_job
 from tla_service.models import build_model
 from tla_service.registry.environment import code_facts
 from tla_service.report import findings as fd
+from tla_service.report.audit_facts import autoattack_warnings
 from tla_service.report.plan import Plan, attack_tasks, bank_rows, embedding_tasks, make_plan
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.tasks import Shard, Task, shard_file
@@ -65,9 +67,7 @@ def main() -> int:
     figures["seconds"] = _seconds(folder)
     code = code_facts()
     figures["code"] = code.get("commit", code["version"])
-    partial = folder / f".{MEASURED}"
-    partial.write_text(json.dumps(figures, indent=1))
-    partial.replace(folder / MEASURED)
+    write_whole(folder / MEASURED, json.dumps(figures, indent=1))
     shutil.rmtree(folder / "shards")
     return 0
 
@@ -113,9 +113,7 @@ def _seconds(folder: Path) -> dict[str, float]:
 def _count_seconds(folder: Path, name: str, seconds: float) -> None:
     """Add to the processor time of a measure."""
     found = _seconds(folder)
-    partial = folder / ".seconds.json"
-    partial.write_text(json.dumps(found | {name: round(found.get(name, 0.0) + seconds, 2)}))
-    partial.replace(folder / "seconds.json")
+    write_whole(folder / "seconds.json", json.dumps(found | {name: round(found.get(name, 0.0) + seconds, 2)}))
 
 
 def _figures(found: fd.Findings, plan: Plan, settings: EvaluateSettings, dataset: Dataset) -> dict[str, Any]:
@@ -130,6 +128,7 @@ def _figures(found: fd.Findings, plan: Plan, settings: EvaluateSettings, dataset
         "is_paper": plan.is_paper,
         "columns": [*plan.columns, *plan.transfer],
         "iterative": plan.iterative,
+        "warnings": list(autoattack_warnings(found.autoattack)),
     }
 
 

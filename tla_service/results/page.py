@@ -126,7 +126,19 @@ def _settings(settings: ReproduceSettings, rows: Sequence[Row]) -> list[str]:
     if settings.budget_name == "paper":
         cells += " Rows called *paper* hold its own figures; none of them is in a row of ours."
     lines += ["", cells]
-    return lines
+    return lines + _warnings(rows)
+
+
+def _warnings(rows: Sequence[Row]) -> list[str]:
+    """What AutoAttack says of the runs; those of earlier versions kept nothing of it."""
+    named: dict[str, list[str]] = {}
+    for row in rows:
+        for unit, measured in zip(row.units, row.measured, strict=True):
+            for warning in measured.get("warnings", ()):
+                named.setdefault(warning, []).append(f"`{unit.name}`")
+    return [
+        text for warning, names in named.items() for text in ("", f"AutoAttack warns of {', '.join(names)}: {warning}.")
+    ]
 
 
 def _table(settings: ReproduceSettings, rows: Sequence[Row], names: Sequence[str], head: str = "method") -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from tla_service.errors import UserError
+from tla_service.lock import locked_folder
 from tla_service.results.page import write_page
 from tla_service.results.places import LocalPlaces, Places
 from tla_service.results.schedule import Scheduler, open_state
@@ -35,12 +36,16 @@ def reproduce(settings: ReproduceSettings, places: Places) -> int:
         0 when the table is whole, 75 (try again) when the time was up before.
 
     Raises:
-        UserError: Something is wrong, or a run failed; the page is written before.
+        UserError: Something is wrong, another process is at this table, or a run failed; the page is written before.
     """
     # So that the runs are told to save and end, and none is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with locked_folder(settings.state_folder, "state"):
+        return _reproduce(settings, places)
+
+
+def _reproduce(settings: ReproduceSettings, places: Places) -> int:
     terminal = Terminal()
-    state = open_state(settings)
     todo = list(units(settings))
     for unit in todo:
         run_config(settings, unit)  # a wrong one is refused before anything runs
@@ -49,6 +54,7 @@ def reproduce(settings: ReproduceSettings, places: Places) -> int:
         from tla_service import registry
 
         registry.check_tracking(settings.tracking)
+    state = open_state(settings)
     terminal.say(f"{len(todo)} runs in {state}, {places}")
     try:
         finished = Scheduler(settings, places, terminal.say).run(todo)

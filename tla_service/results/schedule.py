@@ -11,6 +11,7 @@ from typing import Any
 
 from tla_service.config_loading import to_yaml
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.files import write_whole
 from tla_service.job import INTERRUPTED
 from tla_service.results.measure import MEASURED, ORDER
 from tla_service.results.places import LOST, PRINTED, Places, Running, Stage, Work
@@ -37,7 +38,7 @@ def open_state(settings: ReproduceSettings) -> Path:
         if mark.exists() and json.loads(mark.read_text()) != mine:
             raise ConfigError("state", folder, "holds another table or other settings", "choose another --state")
         folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps(mine))
+        write_whole(mark, json.dumps(mine))
     except (OSError, ValueError) as error:
         raise UnavailableError("state", folder, f"cannot be used ({error})", "choose another --state") from error
     return folder
@@ -119,13 +120,13 @@ class Scheduler:
         folder.mkdir(exist_ok=True)
         config = run_config(self.settings, unit)
         if stage == "train":
-            (folder / "run.yaml").write_text(to_yaml(config))
+            write_whole(folder / "run.yaml", to_yaml(config))
         else:
             for name in (unit.name, unit.surrogate):
                 if name is not None:
                     _slim(state / name)
             order: dict[str, Any] = {"settings": measures(self.settings, unit), "root": config.data.root}
-            (folder / ORDER).write_text(json.dumps(order | {"surrogate": unit.surrogate}, indent=1))
+            write_whole(folder / ORDER, json.dumps(order | {"surrogate": unit.surrogate}, indent=1))
         return self.places.start(Work(unit.name, stage, unit.surrogate if stage == "measure" else None), state)
 
     def _reap(self) -> None:

@@ -7,18 +7,22 @@ The output folder holds `summary.json`, `config.yaml`, `log.jsonl` and `checkpoi
 its newest checkpoint. `jobs/train_tla.py` does the same on a cluster, and registers the model.
 """
 
+import contextlib
 import signal
 import sys
+from pathlib import Path
 
 import torch
 
+from tla_service.config import RunConfig
 from tla_service.config_loading import load_settings, print_config
 from tla_service.job import INTERRUPTED, run_job
+from tla_service.lock import locked_folder
 from tla_service.logs import log_as_json
-from tla_service.runtime import process_group
+from tla_service.runtime import WorkerContext, failing_together, process_group
 from tla_service.training.checkpoint import read_weights
-from tla_service.training.fit import fit
-from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
+from tla_service.training.fit import Run
+from tla_service.training.output import find_output, open_output, show_summary, summarize, write_config, write_summary
 from tla_service.training.reporting import JsonTerminal, LocalReporter, Terminal
 
 
@@ -28,33 +32,41 @@ def main() -> int:
     if settings.print_config:
         print(print_config(settings))
         return 0
-    config, output = settings.run_config, settings.output_folder
+    config, output = find_output(settings)
     use_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
-    with process_group(torch.device("cuda" if use_gpu else "cpu")) as context:
+    terminal = Terminal()
+    with process_group(torch.device("cuda" if use_gpu else "cpu")) as context, contextlib.ExitStack() as locks:
         config.check_workers(context.world_size)
-        finished = open_output(config, output)
-        terminal = Terminal()
+        with failing_together(context):
+            if context.is_main:
+                locks.enter_context(locked_folder(output, "output"))
+            finished = open_output(config, output)
         if settings.log_format == "json":
             labels = {"run": config.run_name, "rank": context.rank}
             log_as_json(labels)
             terminal = JsonTerminal(labels)
-        if finished is not None:
-            if context.is_main:
-                show_summary(finished, terminal)
-            return 0
-        reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
-        stop_on_signals(reporter)
+        if finished is None:
+            return _train(config, output, context, terminal)
         if context.is_main:
-            write_config(config, output)
-        weights = read_weights(config.model.weights) if config.model.weights else None
-        result = fit(config, context, reporter, initial_weights=weights, resume_from=reporter.latest())
-        reporter.close()
-        if result.interrupted:
-            return INTERRUPTED
-        if context.is_main:
-            summary = summarize(config, result, reporter.latest())
-            write_summary(output, summary)
-            show_summary(summary, terminal)
+            show_summary(finished, terminal)
+    return 0
+
+
+def _train(config: RunConfig, output: Path, context: WorkerContext, terminal: Terminal) -> int:
+    reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
+    stop_on_signals(reporter)
+    run = Run(config, context, reporter)
+    run.start(read_weights(config.model.weights) if config.model.weights else None)
+    if context.is_main:
+        write_config(config, output)
+    result = run.train()
+    reporter.close()
+    if result.interrupted:
+        return INTERRUPTED
+    if context.is_main:
+        summary = summarize(config, result, reporter.latest())
+        write_summary(output, summary)
+        show_summary(summary, terminal)
     return 0
 
 

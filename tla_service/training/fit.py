@@ -3,10 +3,7 @@
 The same call serves a plain process, torchrun and a Ray Train worker; what differs is the Reporter.
 """
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy.typing as npt
@@ -15,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from tla_service.attacks import Attack
 from tla_service.config import RunConfig
+from tla_service.config_adversary import EvaluationAttack
 from tla_service.data import (
     Dataset,
     EvaluationBatches,
@@ -25,10 +24,9 @@ from tla_service.data import (
     load_dataset,
     split_validation,
 )
-from tla_service.errors import UserError
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
-from tla_service.runtime import WorkerContext, keep_freed_memory, mixed_seed, raise_together
+from tla_service.runtime import WorkerContext, failing_together, keep_freed_memory, mixed_seed
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
 from tla_service.training.guard import COLLAPSED, collapses, has_collapsed, message
 from tla_service.training.meter import Meter
@@ -37,6 +35,7 @@ from tla_service.training.precheck import check_start
 from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
 from tla_service.training.result import FitResult, Phases
+from tla_service.training.resume import restore
 from tla_service.training.schedule import learning_rate_factor
 from tla_service.training.step import TrainingStep
 
@@ -47,7 +46,6 @@ def fit(
     reporter: Reporter,
     *,
     initial_weights: Mapping[str, Tensor] | None = None,
-    resume_from: Path | None = None,
     measure_test: bool = True,
     with_rejector: bool = False,
 ) -> FitResult:
@@ -56,9 +54,8 @@ def fit(
     Args:
         config: The run.
         context: This worker; its process group is already up.
-        reporter: Where progress, metrics and checkpoints go.
-        initial_weights: State dict to start from (fine-tuning).
-        resume_from: Checkpoint folder to go on from.
+        reporter: Where progress, metrics and checkpoints go, and checkpoints to resume from are found.
+        initial_weights: State dict to start from (fine-tuning); ignored by a run that resumes.
         measure_test: Leave the test set alone if False: runs that are compared to choose among them must not see it.
         with_rejector: Fit the detector that is packaged with the best weights as well.
 
@@ -70,11 +67,8 @@ def fit(
         UserError: The data or the checkpoint cannot be used.
     """
     run = Run(config, context, reporter)
-    run.start(initial_weights, resume_from)
-    while run.state.step < run.total_steps:
-        if not (run.train_epoch() and run.finish_epoch()):
-            return run.result(interrupted=True)
-    return run.result(interrupted=False, measure_test=measure_test, with_rejector=with_rejector)
+    run.start(initial_weights)
+    return run.train(measure_test=measure_test, with_rejector=with_rejector)
 
 
 class Run:
@@ -83,7 +77,7 @@ class Run:
     Args:
         config: The run.
         context: This worker.
-        reporter: Where progress, metrics and checkpoints go.
+        reporter: Where progress, metrics and checkpoints go, and checkpoints to resume from are found.
     """
 
     def __init__(self, config: RunConfig, context: WorkerContext, reporter: Reporter) -> None:
@@ -97,13 +91,22 @@ class Run:
                 self.dataset.train.labels, config.data.validation_fraction, config.seed, self.dataset.class_names
             )
             self.batches = training_batches(config, self.dataset, self.train_rows, context)
+            self._data_facts = {
+                "class_names": list(self.dataset.class_names),
+                "image_shape": list(self.dataset.image_shape),
+                "fingerprint": self.dataset.fingerprint,
+                "training_fingerprint": self.dataset.train.digest(),
+            }
             check_start(config, self.dataset, self.train_rows, context.world_size)
         self.total_steps = config.training.epochs * self.batches.steps_per_epoch
         if config.training.max_steps is not None:
             self.total_steps = min(self.total_steps, config.training.max_steps)
 
-    def start(self, initial_weights: Mapping[str, Tensor] | None, resume_from: Path | None) -> None:
-        """Build network, optimiser and step; put a checkpoint's state back if there is one."""
+    def start(self, initial_weights: Mapping[str, Tensor] | None) -> None:
+        """Build network, optimiser and step; load the newest checkpoint that is whole, if there is any.
+
+        Everything that can refuse a run has been checked when this returns; rank 0 has then reported `start`.
+        """
         config, context = self.config, self.context
         with self.phases("build"), failing_together(context):
             torch.manual_seed(mixed_seed(config.seed, 0))
@@ -119,11 +122,38 @@ class Run:
                 update = get_ema_multi_avg_fn(config.training.ema_decay)
                 average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
             self.state = TrainingState(network, build_optimizer(network, config), average)
-            if resume_from is not None:
-                load_checkpoint(resume_from, self.state, config, self._data_facts)
-        self.step = TrainingStep(network, config, context)
+        with self.phases("build"):
+            resumed_from = restore(
+                self.reporter.stored,
+                lambda folder: load_checkpoint(folder, self.state, config, self._data_facts),
+                context,
+                lambda message: self.reporter.progress({"event": "damaged_checkpoint", "message": message}),
+            )
+            with failing_together(context):
+                self.step = TrainingStep(network, config, context)
         if has_collapsed(self.state.history):
             self._after_collapse()
+        if context.is_main:
+            workers = f"{context.world_size} worker{'s' if context.world_size != 1 else ''}"
+            resumes = f"resuming from {resumed_from} on {workers}"
+            self.reporter.progress(
+                {
+                    "event": "start",
+                    "workers": context.world_size,
+                    "resumed": bool(resumed_from),
+                    "resumed_from": resumed_from,
+                    # A driver that was killed may have missed epochs that its workers still did.
+                    "history": self.state.history,
+                    "message": resumes if resumed_from else f"training on {workers}",
+                }
+            )
+
+    def train(self, *, measure_test: bool = True, with_rejector: bool = False) -> FitResult:
+        """Train to the end, or until a stop is asked for; arguments and result as for `fit`."""
+        while self.state.step < self.total_steps:
+            if not (self.train_epoch() and self.finish_epoch()):
+                return self.result(interrupted=True)
+        return self.result(interrupted=False, measure_test=measure_test, with_rejector=with_rejector)
 
     def train_epoch(self) -> bool:
         """Train to the end of the epoch; False if a stop was asked for on the way: the checkpoint is saved then."""
@@ -140,7 +170,7 @@ class Run:
                     break
                 if state.step % training.log_every_steps == 0 and self._log(epoch):
                     state.partial_totals = self.meter.epoch_totals
-                    self._save(self._epoch_metrics(epoch))
+                    self._save(None)  # means over a part of an epoch are no epoch's metrics
                     return False
         return True
 
@@ -187,7 +217,7 @@ class Run:
         if measure_test and not interrupted:
             with self.phases("test"):
                 attacks = {
-                    name: evaluation_attack(attack, self.config.attack)
+                    name: self._attack(attack, f"evaluation.test.{name}")
                     for name, attack in self.config.evaluation.test.items()
                 }
                 rows = torch.arange(len(self.dataset.test))
@@ -250,14 +280,6 @@ class Run:
         else:
             self.total_steps = self.state.step
 
-    @property
-    def _data_facts(self) -> dict[str, Any]:
-        return {
-            "class_names": list(self.dataset.class_names),
-            "image_shape": list(self.dataset.image_shape),
-            "fingerprint": self.dataset.fingerprint,
-        }
-
     def _set_learning_rate(self) -> None:
         factor = learning_rate_factor(
             self.config.schedule, self.state.step, self.batches.steps_per_epoch, self.total_steps
@@ -295,12 +317,15 @@ class Run:
         }
 
     def _validate(self) -> dict[str, float]:
-        attack = evaluation_attack(self.config.evaluation.validation, self.config.attack)
+        attack = self._attack(self.config.evaluation.validation, "evaluation.validation")
         rows = self.validation_rows
         limit = self.config.evaluation.validation_limit
         if limit is not None and limit < len(rows):
             rows = rows[torch.linspace(0, len(rows) - 1, limit).long()]
         return self._measure(self.dataset.train, rows, {"validation": attack}, self.state.evaluated)
+
+    def _attack(self, attack: EvaluationAttack, field: str) -> Attack:
+        return evaluation_attack(attack, self.config.attack, self.config.data.name, field)
 
     def _measure(self, source: Any, rows: Tensor, attacks: Mapping[str, Any], network: nn.Module) -> dict[str, float]:
         batches = EvaluationBatches(source, rows, self.context, batch_size=self.config.evaluation.batch_size)
@@ -318,27 +343,14 @@ class Run:
     def _load_best(self) -> None:
         self.state.network.load_state_dict(self.state.best_weights)
 
-    def _save(self, metrics: dict[str, float]) -> None:
+    def _save(self, metrics: dict[str, float] | None) -> None:
         name = f"step-{self.state.step:09d}"
         with self.phases("checkpoint"):
-            if not self.context.is_main:
-                self.reporter.report(metrics, None, name)
-                return
-            with tempfile.TemporaryDirectory(prefix="tla-checkpoint-") as folder:
-                target = Path(folder) / name
-                save_checkpoint(target, self.state, self.config, self._data_facts)
+            target = self.reporter.destination(name) if self.context.is_main else None
+            with failing_together(self.context):
+                if target is not None:
+                    save_checkpoint(target, self.state, self.config, self._data_facts)
                 self.reporter.report(metrics, target, name)
-
-
-@contextmanager
-def failing_together(context: WorkerContext) -> Iterator[None]:
-    """Let a user's error on any worker (data missing on one node, say) end all of them at once."""
-    error: UserError | None = None
-    try:
-        yield
-    except UserError as caught:
-        error = caught
-    raise_together(error, context)
 
 
 def training_batches(config: RunConfig, dataset: Dataset, rows: Tensor, context: WorkerContext) -> TrainingBatches:

@@ -7,12 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from tla_service.config import RunConfig
-from tla_service.config_loading import load_config_file, to_yaml
+from tla_service.config_loading import RunSettings, load_config_file, same_run, to_yaml
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.files import write_whole
 from tla_service.training.reporting import Terminal
 from tla_service.training.result import FitResult
 
 SUMMARY, CONFIG = "summary.json", "config.yaml"
+
+
+def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
+    """The run and its output folder.
+
+    An earlier version counted other settings towards the digest, and so made another name of the same ones: a run that
+    was begun under such a name, where none is given, keeps it.
+    """
+    config, output = settings.run_config, settings.output_folder
+    if config.name or settings.output is not None or output.exists():
+        return config, output
+    for path in sorted(output.parent.glob(f"{config.name_stem}-{'[0-9a-f]' * 8}/{CONFIG}")):
+        if same_run(path.read_text(), config):
+            return config.model_copy(update={"name": path.parent.name}), path.parent
+    return config, output
 
 
 def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
@@ -26,13 +42,14 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
         The summary, if this run has finished there before; else None.
 
     Raises:
-        ConfigError: The folder holds a run of another configuration.
+        ConfigError: The folder holds a run of another configuration, or one that has finished and measured other
+            things on the test set.
         UnavailableError: It cannot be written.
     """
-    if (output / CONFIG).exists() and load_config_file(output / CONFIG).digest != config.digest:
-        remedy = "choose another --output or --name"
-        raise ConfigError("output", output, "holds a run with another configuration", remedy)
     try:
+        if (output / CONFIG).exists() and not same_run((output / CONFIG).read_text(), config):
+            remedy = "choose another --output or --name"
+            raise ConfigError("output", output, "holds a run with another configuration", remedy)
         output.mkdir(parents=True, exist_ok=True)
         # A nameless file: several workers may try at once.
         tempfile.TemporaryFile(dir=output).close()
@@ -42,12 +59,25 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
     if not (output / SUMMARY).exists():
         return None
     summary: dict[str, Any] = json.loads((output / SUMMARY).read_text())
-    return summary if summary["status"] == "finished" else None
+    if summary["status"] != "finished":
+        return None
+    if not (output / CONFIG).exists():
+        return summary
+    before = load_config_file(output / CONFIG)
+    for field, old, new in (
+        ("evaluation.test", before.evaluation.test, config.evaluation.test),
+        ("data.test_limit", before.data.test_limit, config.data.test_limit),
+    ):
+        if old != new:
+            reason = f"a run that has finished in {output} was measured with another {field}"
+            remedy = "evaluate its model with jobs/evaluate_tla.py, or choose another --output"
+            raise ConfigError(field, None, reason, remedy)
+    return summary
 
 
 def write_config(config: RunConfig, output: Path) -> None:
-    """Write `config.yaml`, which makes the folder this run's: once all checks have passed, not before."""
-    _write_whole(output / CONFIG, to_yaml(config))
+    """Write `config.yaml`, which makes the folder this run's: once training begins, so a refused run keeps none."""
+    write_whole(output / CONFIG, to_yaml(config))
 
 
 def summarize(config: RunConfig, result: FitResult, checkpoint: Path | None) -> dict[str, Any]:
@@ -78,15 +108,8 @@ def summarize(config: RunConfig, result: FitResult, checkpoint: Path | None) -> 
 
 
 def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json`, whole or not at all."""
-    _write_whole(output / SUMMARY, json.dumps(summary, indent=2))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that another worker reads all of it or none."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text)
-    partial.replace(path)
+    """Write `summary.json`."""
+    write_whole(output / SUMMARY, json.dumps(summary, indent=2))
 
 
 def show_summary(summary: Mapping[str, Any], terminal: Terminal) -> None:

@@ -4,15 +4,20 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tla_service.files import remove_parts
 from tla_service.logs import json_line
 from tla_service.training.checkpoint import MANIFEST
+from tla_service.training.resume import LocalCheckpoint, Stored
+
+LOG = "log.jsonl"
+WARNINGS = ("failure", "damaged_checkpoint", "warning")
 
 
 class Reporter(Protocol):
@@ -21,12 +26,18 @@ class Reporter(Protocol):
     def progress(self, record: Mapping[str, Any]) -> None:
         """Take a record of a few steps; called on rank 0 only, and must not wait."""
 
-    def report(self, metrics: dict[str, float], checkpoint: Path | None, name: str) -> None:
-        """Take an epoch's metrics, on every rank.
+    def stored(self) -> Sequence[Stored]:
+        """Checkpoints that the run may resume from, newest first; called on rank 0 only."""
+
+    def destination(self, name: str) -> Path:
+        """Where to write a checkpoint before it is reported; called on rank 0 only."""
+
+    def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
+        """Take an epoch's metrics, a checkpoint, or both; called on every rank.
 
         Args:
-            metrics: Plain numbers, the same on every rank.
-            checkpoint: On rank 0, the folder of the epoch's checkpoint, if it has one; it is gone after the call.
+            metrics: Plain numbers, the same on every rank; None for a checkpoint in the middle of an epoch.
+            checkpoint: On rank 0, the checkpoint written to `destination`, if there is one.
             name: What to keep the checkpoint under; the same on every rank, empty when there is none.
         """
 
@@ -71,7 +82,8 @@ class Terminal:
         elif record["event"] == "epoch":
             self.say(epoch_line(record["metrics"]))
         else:
-            self.say(str(record.get("message", record["event"])))
+            warning = "warning: " if record["event"] in WARNINGS else ""
+            self.say(f"{warning}{record.get('message', record['event'])}")
 
     def close(self) -> None:
         """Take the bar down."""
@@ -114,7 +126,7 @@ class JsonTerminal(Terminal):
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Write a record."""
-        self._write("warning" if record["event"] == "failure" else "info", record)
+        self._write("warning" if record["event"] in WARNINGS else "info", record)
 
     def _write(self, level: str, fields: Mapping[str, Any]) -> None:
         self._stream.write(json_line(level, {**self._labels, **fields}) + "\n")
@@ -155,26 +167,36 @@ class LocalReporter:
         self.interrupted = False
         self._is_main = is_main
         self._terminal = terminal or Terminal()
-        self._log = JsonLines(output / "log.jsonl") if is_main else None
+        self._log = JsonLines(output / LOG) if is_main else None
+        self._kept: list[str] = []  # names of the checkpoints that were written here, and of the one resumed from
 
     def progress(self, record: Mapping[str, Any]) -> None:
         """Show and log the record."""
+        if record.get("resumed_from"):
+            self._kept = [Path(record["resumed_from"]).name]
         if self._log is not None:
-            self._log.write(record)
+            self._log.write({name: value for name, value in record.items() if name != "history"})
             self._terminal.show(record)
 
-    def report(self, metrics: dict[str, float], checkpoint: Path | None, name: str) -> None:
-        """Show and log the epoch; move its checkpoint into place, then drop the one before the previous."""
-        if not self._is_main:
+    def stored(self) -> list[LocalCheckpoint]:
+        """The checkpoints in the folder, newest first."""
+        remove_parts(self.checkpoints)
+        return [LocalCheckpoint(str(path)) for path in sorted(self.checkpoints.glob("step-*"), reverse=True)]
+
+    def destination(self, name: str) -> Path:
+        """The checkpoint's place: it is written whole or not at all."""
+        return self.checkpoints / name
+
+    def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
+        """Show and log the epoch; of the checkpoints keep the last two that are known to be whole."""
+        if metrics is not None:
+            self.progress({"event": "epoch", "metrics": metrics})
+        if checkpoint is None:
             return
-        self.progress({"event": "epoch", "metrics": metrics})
-        if checkpoint is not None:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            target = self.checkpoints / name
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.move(checkpoint, target)
-            for old in self._complete()[:-2]:
-                shutil.rmtree(old)
+        self._kept = [*(kept for kept in self._kept if kept != name), name][-2:]
+        for path in self.checkpoints.glob("step-*"):
+            if len(self._kept) == 2 and path.name not in self._kept:
+                shutil.rmtree(path, ignore_errors=True)
 
     def stop_requested(self) -> bool:
         """Whether `interrupted` was set, by a signal handler say."""
@@ -188,8 +210,4 @@ class LocalReporter:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, if any."""
-        complete = self._complete()
-        return complete[-1] if complete else None
-
-    def _complete(self) -> list[Path]:
-        return sorted(path.parent for path in self.checkpoints.glob(f"*/{MANIFEST}"))
+        return max((path.parent for path in self.checkpoints.glob(f"step-*/{MANIFEST}")), default=None)

@@ -39,13 +39,14 @@ class Space:
         self.run, self.sweep = run, sweep
         self._full = run.model_dump(mode="json")
         self._fields = _copy(self._full)
-        _freeze_evaluation(self._fields)
+        _freeze_evaluation(self._fields, run)
         given = sweep.space or default_space(run)
         self.axes = tuple(axis_of(name, dimension) for name, dimension in given.items())
         self.constraints = tuple(Constraint(text) for text in sweep.constraints)
         for constraint in self.constraints:
             constraint.check(self._fields)
         _check_overlap(self.axes)
+        _check_norms(self.axes, run)
         self._check_sweep()
         self._check_values()
         self._check_lengths()
@@ -265,13 +266,25 @@ def _check_overlap(axes: tuple[Axis, ...]) -> None:
             owners[path] = axis.name
 
 
-def _freeze_evaluation(fields: dict[str, Any]) -> None:
+def _check_norms(axes: tuple[Axis, ...], run: RunConfig) -> None:
+    """A radius counts in one norm only: an axis that changes the norm must bring its lengths."""
+    for axis in axes:
+        for value in axis.choices:
+            fields = axis.fields(value)
+            norm = fields.get("attack.norm", run.attack.norm)
+            if norm != run.attack.norm and not {*fields} >= {"attack.epsilon", "attack.step_size"}:
+                reason = f"attack.epsilon and attack.step_size are in {run.attack.norm}"
+                remedy = "use variants that set attack.norm, attack.epsilon and attack.step_size together"
+                raise ConfigError(f"sweep.space.{axis.name}", shown(value), reason, remedy)
+
+
+def _freeze_evaluation(fields: dict[str, Any], run: RunConfig) -> None:
     """Give evaluation attacks what they would take from the training attack: all trials are measured alike."""
     evaluation = fields["evaluation"]
-    for attack in (evaluation["validation"], *evaluation["test"].values()):
-        for name in ("norm", "epsilon", "step_size"):
-            if attack[name] is None:
-                attack[name] = fields["attack"][name]
+    frozen = {where: attack.lengths(run.attack, run.data.name) for where, attack in run.evaluation.attacks.items()}
+    evaluation["validation"].update(frozen["evaluation.validation"]._asdict())
+    for name, attack in evaluation["test"].items():
+        attack.update(frozen[f"evaluation.test.{name}"]._asdict())
 
 
 def _put(fields: dict[str, Any], path: str, value: Any) -> None:

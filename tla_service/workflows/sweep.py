@@ -1,7 +1,6 @@
 """A sweep from configuration to winner: check, search on Ray Tune, write what came out, train the winner over seeds."""
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ import yaml
 from tla_service import registry
 from tla_service.cluster.attempts import attempts, read_trials
 from tla_service.cluster.folder import Folder
+from tla_service.cluster.lease import Lease, held
 from tla_service.cluster.pipeline import Facts, check_before_start, check_disks, check_split, train_and_register
 from tla_service.cluster.session import Placement, check_dashboard, check_storage, place, ray_session
 from tla_service.cluster.slots import count_slots, workers_per_trial
@@ -24,6 +24,7 @@ from tla_service.config import RunConfig
 from tla_service.config_loading import load_config_file, to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.job import INTERRUPTED
+from tla_service.lock import locked_folder
 from tla_service.models import build_model
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.training.output import open_output
@@ -54,14 +55,14 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
     Raises:
         UserError: Something is wrong or missing; found before workers start, as far as it can be.
     """
-    open_output(run, output)
-    uri = f"{run.scaling.storage or output / 'ray'}/{space.name}"
-    check_storage(uri)
-    shared = [] if run.scaling.storage is None or uri.startswith("s3://") else [Path(uri)]
     with contextlib.ExitStack() as locks:
-        for folder in (output, *shared):
-            locks.enter_context(_locked(folder))
-        storage = Folder(uri)
+        locks.enter_context(locked_folder(output, "output"))
+        open_output(run, output)
+        uri = f"{run.scaling.storage or output / 'ray'}/{space.name}"
+        check_storage(uri)
+        storage, lease = Folder(uri), Lease()
+        if run.scaling.storage is not None:  # else it is in the output folder, which is locked
+            lease = locks.enter_context(held(storage, Terminal().say))
         run = _compare(run, space, storage, resume=resume)
         registry.check_tracking(run.tracking)
         facts = check_before_start(run)
@@ -76,7 +77,7 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
                 space, uri, placement, facts.weights, _max_concurrent(run, space, placement), run.scaling.wait_seconds
             )
             storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
-            return _search(plan, run, facts, output, debug=debug)
+            return _search(plan, run, facts, output, lease, debug=debug)
 
 
 def check_ends(space: Space, facts: Facts, num_workers: int) -> None:
@@ -104,33 +105,6 @@ def check_ends(space: Space, facts: Facts, num_workers: int) -> None:
             except ConfigError as error:
                 reason = f"{error.subject}={error.value}: {error.reason}"
                 raise ConfigError(f"sweep.space.{axis.name}", value, reason, error.remedy) from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the lock ends with it, however it ends.
-
-    Raises:
-        UnavailableError: Another sweep holds it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+")
-    except OSError as error:
-        reason = f"cannot be written ({(error.strerror or str(error)).lower()})"
-        raise UnavailableError("scaling.storage", folder, reason, "choose another") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            reason = f"another sweep (process {file.read() or '?'}) is using this folder"
-            remedy = "wait for it or stop it, or choose another --output"
-            raise UnavailableError("output", folder, reason, remedy) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def _compare(run: RunConfig, space: Space, storage: Folder, *, resume: bool) -> RunConfig:
@@ -183,9 +157,11 @@ def _max_concurrent(run: RunConfig, space: Space, placement: Placement) -> int:
 # ---------------------------------------------------------------------------------------------------- the search
 
 
-def _search(plan: Plan, run: RunConfig, facts: Facts, output: Path, *, debug: bool) -> int:
+def _search(plan: Plan, run: RunConfig, facts: Facts, output: Path, lease: Lease, *, debug: bool) -> int:
     space = plan.space
     budget = Budget(plan)
+    lease.check()
+    lease.lost = budget.fail
     log = TrialLog(Terminal(), output, run, plan, facts.described)
     status: RunStatus = "FAILED"
     try:

@@ -1,0 +1,154 @@
+"""An evaluation is known by weights, data and protocol: under another address of the weights it is the same one."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.registry.evaluations import fates, report_on
+from tests.registry.tracking_server import Packaged
+from tla_service.cluster.evaluation_folder import identity, open_folder, report_folder
+from tla_service.cluster.evaluation_models import load_models
+from tla_service.errors import ConfigError
+from tla_service.evaluation.outcomes import save_outcome
+from tla_service.job import run_job
+from tla_service.report.plan import make_plan
+from tla_service.report.schema import OUTCOME_FILE, PAGE_FILE, REPORT_FILE, write_report
+from tla_service.report.settings import EvaluateSettings
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of the machine reaches a test; Ray must not be started."""
+    import ray
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packaged]:
+    """Version 1 of tla-digits, which is the champion; tests add to it what does not disturb others."""
+    folder = tmp_path_factory.mktemp("registry")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.chdir(folder)
+        environment.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        environment.delenv("MLFLOW_TRACKING_URI", raising=False)
+        made = Packaged(f"sqlite:///{folder / 'mlflow.db'}")
+        MlflowClient(made.uri).set_registered_model_alias("tla-digits", "champion", "1")
+        yield made
+
+
+def prepared(packaged: Packaged, address: str, **changes: object) -> tuple[Path, dict[str, object]]:
+    """Folder and identity of an evaluation."""
+    settings = EvaluateSettings.model_validate({"model": address, "data": {"name": "digits"}, **changes})
+    models = load_models(settings, packaged.uri)
+    plan = make_plan(settings, "digits", models.subject.norm, models.subject.epsilon, has_surrogate=False)
+    return report_folder(settings, models, plan), identity(settings, models, plan)
+
+
+def finished(folder: Path, mine: dict[str, object], **changes: object) -> None:
+    """A finished report in the folder, with figures made up by the test."""
+    outcome = fates(clean=90, autoattack=70, images=100)
+    open_folder(folder, mine)
+    accuracy = report_on("0" * 64, outcome).model_dump()["accuracy"]
+    accuracy["worst"] = accuracy["autoattack"]
+    attack = {"stages": ["square"], "left_out": {}, "broken_by": {}, "strongest": "x", "weak": False}
+    gap = {"difference": 0, "low": 0, "high": 0, "p_value": 1, "images": 100}
+    report = report_on(
+        mine["weights"][0],  # type: ignore[index]
+        outcome,
+        accuracy=accuracy,
+        autoattack=attack | {"gap": gap, "warnings": ["it seems odd"]},
+        **changes,
+    )
+    write_report(report, folder / REPORT_FILE)
+    save_outcome(outcome, folder / OUTCOME_FILE)
+    (folder / PAGE_FILE).write_text("page")
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """The job as a user runs it; what it prints."""
+    from jobs import evaluate_tla
+
+    monkeypatch.setattr(sys, "argv", ["evaluate_tla.py", "--data.name", "digits", *arguments])
+    code = run_job(evaluate_tla.main)
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    return printed.out
+
+
+def test_the_address_does_not_tell_evaluations_apart(packaged: Packaged) -> None:
+    addresses = ["models:/tla-digits/1", "models:/tla-digits@champion", packaged.model.model_uri]
+    found = [prepared(packaged, address) for address in addresses]
+    assert found[1:] == found[:1] * 2
+    folder, mine = found[0]
+    assert folder == Path("reports").absolute() / mine["weights"][0][:12]  # type: ignore[index]
+    # What is said anew is no other evaluation either.
+    assert prepared(packaged, "models:/tla-digits/1", norm="linf", epsilon=0.15, log=False) == found[0]
+
+
+def test_threat_models_have_folders_of_their_own(packaged: Packaged) -> None:
+    plain, _ = prepared(packaged, "models:/tla-digits/1")
+    l2, mine = prepared(packaged, "models:/tla-digits/1", norm="l2")
+    small, _ = prepared(packaged, "models:/tla-digits/1", epsilon=0.1)
+    assert [l2.name, small.name] == [f"{plain.name}-l2-0.6", f"{plain.name}-linf-0.1"]
+    assert mine["threat model"] == "l2 0.6"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "settings"),
+        ({"images": {"autoattack": 10}}, "settings"),
+        ({"epsilon": 0.1}, "threat model, settings"),
+        ({"data": {"name": "digits", "test_limit": 50}}, "data"),
+    ],
+)
+def test_another_evaluation_is_refused_by_what_differs(
+    packaged: Packaged, changes: dict[str, object], said: str
+) -> None:
+    folder, mine = prepared(packaged, "models:/tla-digits/1")
+    assert not open_folder(folder, mine)
+    assert not open_folder(folder, mine)  # half done: it goes on
+    _, other = prepared(packaged, "models:/tla-digits/1", **changes)
+    with pytest.raises(ConfigError, match=rf"differs in {said}; choose another --output"):
+        open_folder(folder, other)
+
+
+def test_a_finished_evaluation_is_logged_for_another_address(
+    packaged: Packaged, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mine = prepared(packaged, "models:/tla-digits/1")
+    finished(folder, mine)
+    uri = f"--tracking.uri={packaged.uri}"
+    printed = run(capsys, monkeypatch, "--model", "models:/tla-digits@champion", uri)
+    assert "has finished before" in printed
+    assert "tagged tla-digits/1" in printed
+    assert "AutoAttack warns: it seems odd" in printed
+    next_line = printed.splitlines()[-1]
+    assert next_line.startswith("next: ")
+    assert "promote_model.py --model tla-digits --version 1" in next_line
+    assert packaged.uri in next_line
+    assert packaged.run_id in MlflowClient(packaged.uri).get_model_version("tla-digits", "1").description
+
+
+def test_what_cannot_be_promoted_is_to_be_read(
+    packaged: Packaged, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mine = prepared(packaged, "models:/tla-digits/1")
+    check = {"figure": 0.5, "threshold": 0.1, "statement": "s", "meaning": "m"}
+    checks = [{"name": n, "outcome": o, **check} for n, o in [("a", "passed"), ("b", "failed"), ("c", "not run")]]
+    finished(folder, mine, audit={"trusted": False, "images": 9, "checks": checks})
+    uri = f"--tracking.uri={packaged.uri}"
+    printed = run(capsys, monkeypatch, "--model", "models:/tla-digits/1", uri)
+    assert "audit: NOT trusted, 1 of 3 checks passed, 1 failed (b), 1 not run (c)" in printed
+    assert printed.splitlines()[-1] == f"next: open {folder / PAGE_FILE}"
+    assert json.loads((folder / REPORT_FILE).read_text())["model"]["uri"] == "models:/x/1"

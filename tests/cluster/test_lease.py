@@ -1,0 +1,162 @@
+"""One driver holds a folder: of drivers on this machine, and of those elsewhere."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tla_service.cluster import lease as lease_module
+from tla_service.cluster.folder import Folder
+from tla_service.cluster.lease import LEASE, held
+from tla_service.errors import ConfigError
+
+HOLD = """
+import sys
+from tla_service.cluster.folder import Folder
+from tla_service.cluster.lease import held
+with held(Folder(sys.argv[1]), print):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+Process = subprocess.Popen[str]
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Callable[[], Process]]:
+    """Start a driver that holds the folder until its input ends."""
+    started: list[Process] = []
+
+    def start() -> Process:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started.append(subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], text=True, **pipes))
+        assert started[-1].stdout is not None
+        assert started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lease_module, "SILENT_SECONDS", 1.0)
+
+
+def take_of(storage: str, say: Callable[[str], None] = pytest.fail) -> None:
+    with held(Folder(storage), say):
+        pass
+
+
+def take(tmp_path: Path, say: Callable[[str], None] = pytest.fail) -> None:
+    take_of(str(tmp_path / "run"), say)
+
+
+def elsewhere(**fields: Any) -> dict[str, Any]:
+    """The lease of a driver on another machine."""
+    lease = {"host": "elsewhere", "pid": 1, "since": "2026-01-01", "command": "train", "machine": "m", "began": 1.0}
+    return lease | {"id": "a", "beat": 0} | fields
+
+
+def test_a_second_driver_on_this_machine_is_refused_at_once(tmp_path: Path, hold: Callable[[], Process]) -> None:
+    first = hold()
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=rf"scaling\.storage=.*: in use by process {first.pid} on "):
+        take(tmp_path)
+    assert time.monotonic() - began < 2
+    first.communicate()
+    assert not (tmp_path / "run" / LEASE).exists()
+    take(tmp_path)
+
+
+def test_a_driver_that_was_killed_on_this_machine_is_taken_over_at_once(
+    tmp_path: Path, hold: Callable[[], Process]
+) -> None:
+    first = hold()
+    os.kill(first.pid, signal.SIGKILL)
+    time.sleep(0.2)  # it is dead, and a zombie: nobody has asked for its exit code
+    take(tmp_path)
+    assert first.wait() == -signal.SIGKILL
+
+
+def test_another_process_that_has_the_pid_of_the_dead_one_holds_nothing(tmp_path: Path) -> None:
+    lease = elsewhere(**lease_module._process(os.getpid()), pid=os.getpid()) | {"began": 1.0}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LEASE).write_text(json.dumps(lease))
+    take(tmp_path)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_driver_elsewhere_that_is_silent_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LEASE).write_text(json.dumps(elsewhere()))
+    told: list[str] = []
+    began = time.monotonic()
+    take(tmp_path, told.append)
+    assert time.monotonic() - began >= 1
+    held = f"{tmp_path}/run was held by process 1 on elsewhere since 2026-01-01: train"
+    assert told == [f"{held}; watching for up to 1 s if it still is"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_driver_elsewhere_that_lives_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real holder, which the second takes for one on another machine."""
+    with held(Folder(str(tmp_path / "run")), print):
+        monkeypatch.setattr(lease_module, "_process", lambda _pid: {"machine": "another", "began": 2.0})
+        with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on "):
+            take(tmp_path, print)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_driver_whose_folder_was_taken_is_told(tmp_path: Path) -> None:
+    with held(Folder(str(tmp_path / "run")), print) as lease:
+        time.sleep(0.2)
+        lease.check()
+        deadline = time.monotonic() + 10
+        with pytest.raises(ConfigError, match="in use by process 1 on elsewhere"):
+            while time.monotonic() < deadline:
+                (tmp_path / "run" / LEASE).write_text(json.dumps(elsewhere()))
+                time.sleep(0.02)
+                lease.check()
+    assert json.loads((tmp_path / "run" / LEASE).read_text())["id"] == "a"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_storage_that_is_away_for_a_while_ends_nothing(tmp_path: Path) -> None:
+    with held(Folder(str(tmp_path / "run")), print) as lease:
+        (tmp_path / "run").rename(tmp_path / "away")
+        (tmp_path / "run").write_text("no folder")
+        time.sleep(0.3)
+        lease.check()
+        (tmp_path / "run").unlink()
+        (tmp_path / "away").rename(tmp_path / "run")
+        before = json.loads((tmp_path / "run" / LEASE).read_text())["beat"]
+        time.sleep(0.3)
+        assert json.loads((tmp_path / "run" / LEASE).read_text())["beat"] > before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"id": "a"}'])
+def test_a_lease_that_cannot_be_read_holds_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LEASE).write_text(text)
+    take(tmp_path)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_bucket(s3: Any) -> None:
+    storage = f"s3://{s3.bucket}/some/run"
+    with held(Folder(storage), print) as lease:
+        time.sleep(0.2)
+        lease.check()
+        with pytest.raises(ConfigError, match=rf"scaling\.storage={storage}: in use by process {os.getpid()} on "):
+            take_of(storage, print)
+    take_of(storage)

@@ -1,0 +1,266 @@
+"""A run's folder in the storage: its checkpoints, and the record of the newest."""
+
+import json
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.gate import Gate, gate_to
+from tests.conftest import S3Server
+from tla_service.cluster import storage as storage_module
+from tla_service.cluster.storage import RunFolder, earlier_name
+from tla_service.config import RunConfig
+from tla_service.config_loading import to_yaml
+from tla_service.errors import UnavailableError
+
+RECORD = "checkpoint_manager_snapshot.json"
+
+
+def make_folder(tmp_path: Path, record: str | None, *checkpoints: str) -> RunFolder:
+    for name in checkpoints:
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    if record is not None:
+        (tmp_path / "run" / RECORD).write_text(record)
+    return RunFolder(str(tmp_path), "run")
+
+
+def record_of(latest: str | None) -> str:
+    found = None if latest is None else {"checkpoint_dir_name": latest, "metrics": {}}
+    return json.dumps({"ray_version": "2.60.0", "checkpoint_results": [], "latest_checkpoint_result": found})
+
+
+def test_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
+    assert RunFolder(str(tmp_path), "nobody").checkpoints() == []
+    folder = make_folder(tmp_path, None, "step-000000008", "step-000000016", "step-000000004", "other")
+    found = [checkpoint.path for checkpoint in folder.checkpoints()]
+    assert found == [str(tmp_path / "run" / f"step-{step:09d}") for step in (16, 8, 4)]
+
+
+@pytest.mark.parametrize("latest", ["step-000000008", None])
+def test_a_good_record_goes_without_a_word(tmp_path: Path, latest: str | None) -> None:
+    folder = make_folder(tmp_path, record_of(latest), "step-000000004", "step-000000008")
+    assert folder.forget_record() == ""
+    assert not (tmp_path / "run" / RECORD).exists()
+    assert folder.forget_record() == ""
+
+
+WRONG = {
+    "names what is gone": (record_of("step-000000016"), "checkpoint {run}/step-000000016 is missing"),
+    "cut short": (record_of("step-000000008")[:70], "the record of checkpoints, {run}/{record}, is damaged"),
+    "empty": ("", "the record of checkpoints, {run}/{record}, is damaged"),
+    "something else": ("[1, 2]", "the record of checkpoints, {run}/{record}, is damaged"),
+    "of another version": ('{"results": []}', "the record of checkpoints, {run}/{record}, is damaged"),
+}
+
+
+@pytest.mark.parametrize(("record", "wrong"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong_with_a_record_is_said(tmp_path: Path, record: str, wrong: str) -> None:
+    wrong = wrong.format(run=tmp_path / "run", record=RECORD)
+    folder = make_folder(tmp_path, record, "step-000000004", "step-000000008")
+    assert folder.forget_record() == f"{wrong}; falling back to {tmp_path}/run/step-000000008"
+    assert not (tmp_path / "run" / RECORD).exists()
+
+
+def test_the_runs_own_record_comes_before_rays(tmp_path: Path) -> None:
+    """Both are there when a run was begun by an earlier version."""
+    folder = make_folder(tmp_path, "{", "step-000000004")
+    for content, wrong in (
+        ('{"checkpoint": "step-000000004"}', ""),
+        ('{"checkpoint": "step-000000008"}', f"checkpoint {tmp_path}/run/step-000000008 is missing"),
+        ('{"check', f"the record of checkpoints, {tmp_path}/run/latest.json, is damaged"),
+        ("[]", f"the record of checkpoints, {tmp_path}/run/latest.json, is damaged"),
+    ):
+        (tmp_path / "run" / "latest.json").write_text(content)
+        assert folder.forget_record() == (f"{wrong}; falling back to {tmp_path}/run/step-000000004" if wrong else "")
+        assert not (tmp_path / "run" / "latest.json").exists()
+
+
+@pytest.mark.parametrize(("record", "wrong"), WRONG.values(), ids=WRONG.keys())
+def test_a_record_of_checkpoints_that_are_all_gone_ends_with_3(tmp_path: Path, record: str, wrong: str) -> None:
+    folder = make_folder(tmp_path, record)
+    with pytest.raises(UnavailableError) as caught:
+        folder.forget_record()
+    wrong = wrong.format(run=tmp_path / "run", record=RECORD)
+    remedy = f"restore its files, or delete {tmp_path}/run to start over"
+    assert str(caught.value) == f"scaling.storage={tmp_path}/run: {wrong}, and no other is left; {remedy}"
+    assert (tmp_path / "run" / RECORD).read_text() == record
+
+
+def test_a_storage_that_cannot_be_reached_is_named() -> None:
+    with pytest.raises(UnavailableError, match=r"scaling\.storage=nowhere://x/run: cannot be read or written"):
+        RunFolder("nowhere://x", "run")
+    with pytest.raises(UnavailableError, match=r"scaling\.storage=/proc/nowhere/run: cannot be .*; check"):
+        RunFolder("/proc/nowhere", "run").write("a", b"b")
+
+
+def test_a_run_is_found_under_the_name_that_an_earlier_version_made(tmp_path: Path) -> None:
+    storage, config, other = str(tmp_path), RunConfig(), RunConfig(seed=0, method="tla_sa")
+    assert earlier_name(config, storage) == config
+    for name, saved in (("digits-tla-s0-00000000", other), ("digits-tla-s0-0badcafe", config)):
+        (tmp_path / name / "step-000000004").mkdir(parents=True)
+        (tmp_path / name / "step-000000004" / "config.yaml").write_text(to_yaml(saved))
+    assert earlier_name(config, storage).name == "digits-tla-s0-0badcafe"
+    assert earlier_name(RunConfig(name="mine"), storage).name == "mine"
+    (tmp_path / config.run_name).mkdir()
+    assert earlier_name(config, storage) == config
+
+
+# ------------------------------------------------------------------------------------------------ storage away, full
+
+
+def checkpoint_in(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("manifest.json", "model.safetensors"):
+        (folder / name).write_text(name * 1000)
+    return folder
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def gate(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """The way to the S3 server, for what reads its address in this test."""
+    with gate_to(s3.environment["AWS_ENDPOINT_URL_S3"]) as gate:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", gate.address)
+        yield gate
+
+
+@pytest.fixture
+def remote(gate: Gate, s3: S3Server) -> RunFolder:
+    """A folder of a run on S3, as it arrives at a worker."""
+    folder: RunFolder = pickle.loads(pickle.dumps(RunFolder(f"s3://{s3.bucket}/{uuid.uuid4().hex}", "run")))
+    return folder
+
+
+def open_when_told(gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+    while "trying again" not in caplog.text:
+        time.sleep(0.05)
+    gate.open()
+
+
+def test_a_storage_that_comes_back_gets_and_gives_the_checkpoint(
+    gate: Gate, remote: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = checkpoint_in(tmp_path / "step-000000004")
+    for action in (
+        lambda: remote.save(checkpoint, checkpoint.name),
+        lambda: [found.path for found in remote.checkpoints()] == [f"{remote.path}/{checkpoint.name}"],
+        lambda: remote.checkpoint(checkpoint.name).to_directory(tmp_path / "copy"),
+    ):
+        gate.shut()
+        caplog.clear()
+        threading.Thread(target=open_when_told, args=(gate, caplog), daemon=True).start()
+        assert action() is not False
+        assert re.search(r"(Writing|Listing|Reading) .*/run.* failed \(.*\); trying again in 1 s", caplog.text)
+    assert content(tmp_path / "copy") == content(checkpoint)
+    with remote.checkpoint(checkpoint.name).as_directory() as folder:
+        assert content(Path(folder)) == content(checkpoint)
+    assert remote.forget_record() == ""
+
+
+def test_a_storage_that_stays_away_is_named_with_the_checkpoint(
+    gate: Gate, remote: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = checkpoint_in(tmp_path / "step-000000004")
+    gate.shut()
+    monkeypatch.setattr(storage_module, "RETRY_SECONDS", 1.5)
+    away = rf"scaling\.storage=.*{remote.path}.*(AWS Error NETWORK_CONNECTION|cannot be read or written).*; bring the"
+    with pytest.raises(UnavailableError, match=away):
+        remote.save(checkpoint, checkpoint.name)
+    with pytest.raises(UnavailableError, match=away), remote.checkpoint(checkpoint.name).as_directory():
+        pass
+
+
+def test_a_storage_that_refuses_is_not_asked_again(s3: S3Server, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(UnavailableError, match=r"scaling\.storage=s3://no-such-bucket/run/step-4: writing failed"):
+        RunFolder("s3://no-such-bucket", "run").save(checkpoint_in(tmp_path / "step-4"), "step-4")
+    assert time.monotonic() - began < 10
+
+
+def test_a_checkpoint_that_is_not_there_is_no_trouble_of_the_storage(remote: RunFolder) -> None:
+    with pytest.raises(FileNotFoundError), remote.checkpoint("step-000000004").as_directory():
+        pass
+
+
+def test_a_local_checkpoint_is_written_whole(tmp_path: Path) -> None:
+    checkpoint, folder = checkpoint_in(tmp_path / "step-000000004"), RunFolder(str(tmp_path), "run")
+    folder.save(checkpoint, checkpoint.name)
+    (checkpoint / "manifest.json").write_text("again")
+    folder.save(checkpoint, checkpoint.name)
+    assert content(tmp_path / "run" / checkpoint.name) == content(checkpoint)
+    with folder.checkpoint(checkpoint.name).as_directory() as found:
+        assert found == str(tmp_path / "run" / checkpoint.name)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["latest.json", checkpoint.name]
+
+
+SAVE = """
+import sys
+from pathlib import Path
+from tla_service.cluster.storage import RunFolder
+from tla_service.errors import UnavailableError
+folder = RunFolder(sys.argv[1], "run")
+Path(sys.argv[1], "run").mkdir()
+if sys.argv[3] == "full":
+    Path(sys.argv[1], "other").write_bytes(bytes(50_000))
+try:
+    folder.save(Path(sys.argv[2]), "step-000000004")
+except UnavailableError as error:
+    print(error)
+print([path.name for path in Path(sys.argv[1], "run").iterdir()])
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "mount", "said"),
+    [
+        ("full", "mount -t tmpfs -o size=64k none {0}", r"No space left on device\)?; free some space"),
+        ("read-only", "mount --bind {0} {0} && mkdir {0}/run && mount -o remount,bind,ro {0}", "Read-only file system"),
+    ],
+)
+def test_a_local_storage_that_is_full_or_read_only_is_named_at_once(
+    tmp_path: Path, state: str, mount: str, said: str
+) -> None:
+    storage, checkpoint = tmp_path / "storage", checkpoint_in(tmp_path / "step-000000004")
+    storage.mkdir()
+    code = SAVE.replace('Path(sys.argv[1], "run").mkdir()', "") if state == "read-only" else SAVE
+    python = shlex.join([sys.executable, "-c", code, str(storage), str(checkpoint), state])
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", f"{mount.format(storage)} && exec {python}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    if "unshare" in done.stderr:
+        pytest.skip("no user namespaces on this machine")
+    told, left = done.stdout.splitlines()
+    assert re.match(rf"scaling\.storage={storage}/run/step-000000004: writing failed \(.*{said}", told)
+    assert left == "[]"
+
+
+def test_a_bucket(s3: Any) -> None:
+    storage = f"s3://{s3.bucket}/some/runs"
+    folder = RunFolder(storage, "run")
+    assert folder.checkpoints() == []
+    assert folder.forget_record() == ""
+    for step in (4, 8):
+        s3.put(f"some/runs/run/step-{step:09d}/manifest.json", b"{}")
+    s3.put("some/runs/run/step-000000008/config.yaml", to_yaml(RunConfig()).encode())
+    s3.put(f"some/runs/run/{RECORD}", record_of("step-000000012").encode())
+    (newest, _) = folder.checkpoints()
+    with newest.as_directory() as local:
+        assert sorted(path.name for path in Path(local).iterdir()) == ["config.yaml", "manifest.json"]
+    run = f"{s3.bucket}/some/runs/run"
+    assert folder.forget_record() == f"checkpoint {run}/step-000000012 is missing; falling back to {run}/step-000000008"
+    assert folder.forget_record() == ""
+    s3.put("some/runs/digits-tla-s0-0badcafe/step-000000004/config.yaml", to_yaml(RunConfig()).encode())
+    assert earlier_name(RunConfig(), storage).name == "digits-tla-s0-0badcafe"

@@ -1,0 +1,65 @@
+"""What the driver is told of epochs and warnings, and which checkpoints stay."""
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tla_service.cluster.storage import RunFolder
+from tla_service.cluster.worker import RayReporter, WarningsToMailbox
+
+
+class Mailbox:
+    """Takes records as the driver's mailbox does, without a process of its own."""
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+        self.push = SimpleNamespace(remote=self.records.append)
+
+
+def report(reporter: RayReporter, metrics: dict[str, float] | None, name: str) -> None:
+    checkpoint = reporter.destination(name)
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_text(name)
+    reporter.report(metrics, checkpoint, name)
+    assert not checkpoint.parent.exists()
+
+
+def test_a_checkpoint_within_an_epoch_is_no_epoch(tmp_path: Path) -> None:
+    mailbox, metrics = Mailbox(), {"epoch": 0.0, "train/loss": 1.0}
+    reporter = RayReporter(mailbox, RunFolder(str(tmp_path), "run"), 2, is_main=True)
+    reporter.report(metrics, None, "")
+    report(reporter, None, "step-000000006")
+    assert mailbox.records == [{"event": "epoch", "metrics": metrics, "checkpoint": False}]
+    assert reporter.newest == "step-000000006"
+    others = Mailbox()
+    RayReporter(others, RunFolder(str(tmp_path), "run"), 2, is_main=False).report(metrics, None, "step-000000008")
+    assert others.records == []
+
+
+def test_the_last_two_checkpoints_stay_whoever_wrote_the_others(tmp_path: Path) -> None:
+    """Of an earlier attempt there are one that is whole and a damaged one, which is written again."""
+    run = tmp_path / "run"
+    reporter = RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), 2, is_main=True)
+    for name in ("step-2", "step-4"):
+        (run / name).mkdir(parents=True)
+    (run / "held_by.json").write_text("")
+    there = []
+    for name in ("step-4", "step-4", "step-6", "step-8"):
+        report(reporter, {"epoch": 0.0}, name)
+        there.append(sorted(path.name for path in run.glob("step-*")))
+    assert there == [["step-2", "step-4"], ["step-2", "step-4"], ["step-4", "step-6"], ["step-6", "step-8"]]
+    assert (run / "step-8" / "model.safetensors").read_text() == "step-8"
+    assert (run / "held_by.json").exists()
+
+
+def test_a_warning_of_a_worker_reaches_the_driver() -> None:
+    mailbox, log = Mailbox(), logging.getLogger("tla_service.cluster.storage")
+    handler = WarningsToMailbox(mailbox)
+    logging.getLogger("tla_service").addHandler(handler)
+    try:
+        log.warning("Writing %s failed", "x")
+        log.info("nothing")
+    finally:
+        logging.getLogger("tla_service").removeHandler(handler)
+    assert mailbox.records == [{"event": "warning", "message": "Writing x failed"}]

@@ -1,0 +1,110 @@
+"""The output folder: whose it is, and what changing a setting that shapes no weights does to a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_config_identity import SHAPES_NOTHING, with_setting
+from tests.training.conftest import digits_config
+from tests.training.test_resume import LAST, NEWEST, records, train
+from tla_service.config import RunConfig
+from tla_service.config_loading import load_settings, to_yaml
+from tla_service.errors import ConfigError
+from tla_service.training.output import CONFIG, SUMMARY, find_output, open_output, write_config
+
+# Settings that this process, without a GPU and without Ray, does something with.
+LOOKED_AT = [name for name in SHAPES_NOTHING if name.split(".")[0] in ("data", "training", "evaluation", "speed")]
+ROUNDING = dict.fromkeys(("speed.fold_batchnorm", "speed.fused_optimizer", "training.channels_last"), 1e-5)
+NOT_HERE = {"speed.compile", "speed.cuda_graphs", "data.root", "data.download", "data.cache_dir"}
+
+
+def changed(config: RunConfig, name: str) -> RunConfig:
+    return RunConfig.model_validate(with_setting(name, SHAPES_NOTHING[name], config.model_dump(mode="json")))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole run."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    train(output, digits_config())
+    return output
+
+
+def weights(output: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(output / "checkpoints" / LAST / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", sorted(set(LOOKED_AT) - NOT_HERE))
+def test_a_run_resumes_with_another_value_of_what_shapes_nothing(undisturbed: Path, tmp_path: Path, name: str) -> None:
+    train(tmp_path, digits_config(), epochs=2)
+    train(tmp_path, changed(digits_config(), name))
+    start = records(tmp_path, "start")[-1]
+    assert start["resumed_from"].endswith(NEWEST)
+    ours, theirs = weights(tmp_path), weights(undisturbed)
+    for key in theirs:
+        difference = (ours[key].double() - theirs[key].double()).abs().max().item()
+        assert difference <= ROUNDING.get(name, 0.0), key
+
+
+def test_a_run_resumes_with_another_value_of_all_of_them(tmp_path: Path) -> None:
+    train(tmp_path, digits_config(), epochs=2)
+    config = digits_config()
+    for name in SHAPES_NOTHING.keys() - NOT_HERE:
+        config = changed(config, name)
+    run = train(tmp_path, config)
+    assert records(tmp_path, "start")[-1]["resumed_from"].endswith(NEWEST)
+    assert len(run.state.history) == 4
+
+
+def test_an_optimizer_that_is_no_longer_fused_is_not_fused(tmp_path: Path) -> None:
+    train(tmp_path, digits_config(), epochs=1)
+    run = train(tmp_path, changed(digits_config(), "speed.fused_optimizer"), epochs=0)
+    assert run.state.step == 4
+    assert [group["fused"] for group in run.state.optimizer.param_groups] == [False, False]
+
+
+def test_a_folder_is_the_runs_whose_configuration_it_holds(tmp_path: Path) -> None:
+    write_config(RunConfig(), tmp_path)
+    assert open_output(changed(RunConfig(), "evaluation.batch_size"), tmp_path) is None
+    with pytest.raises(ConfigError, match="holds a run with another configuration; choose another --output or --name"):
+        open_output(RunConfig(seed=1), tmp_path)
+    (tmp_path / CONFIG).write_text("of another program: 1")
+    with pytest.raises(ConfigError, match="holds a run with another configuration"):
+        open_output(RunConfig(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["evaluation.test", "data.test_limit"])
+def test_a_finished_run_does_not_answer_for_another_test(tmp_path: Path, name: str) -> None:
+    write_config(RunConfig(), tmp_path)
+    (tmp_path / SUMMARY).write_text(json.dumps({"status": "finished", "clean_accuracy": 0.9}))
+    assert open_output(changed(RunConfig(), "evaluation.batch_size"), tmp_path) is not None
+    with pytest.raises(
+        ConfigError, match=rf"{name}: a run that has finished in .* was measured with another"
+    ) as caught:
+        open_output(changed(RunConfig(), name), tmp_path)
+    assert "evaluate its model with jobs/evaluate_tla.py" in str(caught.value)
+
+
+def test_a_run_begun_under_an_earlier_versions_name_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(["--preset", "digits"])
+    new = tmp_path / "runs" / settings.run_config.run_name
+    assert find_output(settings) == (settings.run_config, new)
+    for name, config in (
+        ("digits-tla-s0-00000000", load_settings(["--preset", "digits", "--loss.margin", "0.1"]).run_config),
+        ("digits-tla-s0-0badcafe", settings.run_config),
+        ("digits-tla-s0-my-copy", settings.run_config),
+    ):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / CONFIG).write_text(to_yaml(config))
+    config, output = find_output(settings)
+    assert (config.name, output) == ("digits-tla-s0-0badcafe", tmp_path / "runs" / "digits-tla-s0-0badcafe")
+    # Not where a name or a folder is given, nor where the new name is there.
+    for arguments in (["--name", "mine"], ["--output", "there"]):
+        assert find_output(load_settings(["--preset", "digits", *arguments]))[0].run_name != "digits-tla-s0-0badcafe"
+    new.mkdir()
+    assert find_output(settings)[1] == new

@@ -1,0 +1,215 @@
+"""A run's folder in its storage, which nodes share or which is on S3: its checkpoints."""
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from pyarrow import ArrowInvalid
+from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
+from ray.train import Checkpoint
+from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+from tla_service.cluster.folder import Folder
+from tla_service.config import RunConfig
+from tla_service.config_loading import same_run
+from tla_service.errors import UnavailableError
+from tla_service.files import whole_folder
+from tla_service.retries import retried
+
+RETRY_SECONDS = 300.0  # how long a run waits for a storage that is away
+_LATEST = "latest.json"
+_RAYS_LATEST = "latest_checkpoint_result"
+_CHUNK_BYTES = 64 * 2**20
+# What a shared folder's file system says while its server is away.
+_AWAY = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.EREMOTEIO, errno.EAGAIN,
+}  # fmt: skip
+T = TypeVar("T")
+
+
+class StoredCheckpoint(Checkpoint):
+    """A checkpoint in the storage, which is waited for while it is away."""
+
+    @contextlib.contextmanager
+    def as_directory(self) -> Iterator[str]:
+        """A local folder with its files, for the time of the block; raises as `to_directory`.
+
+        Not shared among the workers of a node, as Ray's is: those that wait there take what one of them could fetch.
+        """
+        if isinstance(self.filesystem, LocalFileSystem):
+            yield str(self.path)
+            return
+        with tempfile.TemporaryDirectory(prefix="tla-checkpoint-") as folder:
+            yield self.to_directory(folder)
+
+    def to_directory(self, path: str | os.PathLike[str] | None = None) -> str:
+        """As `ray.train.Checkpoint.to_directory`.
+
+        Raises:
+            FileNotFoundError: It is not there.
+            UnavailableError: The storage is away, or cannot be read for another reason.
+        """
+
+        def fetch() -> str | FileNotFoundError:
+            try:
+                return str(super(StoredCheckpoint, self).to_directory(path))
+            except FileNotFoundError as error:
+                return error
+
+        fetched = patiently("Reading", _address(self.filesystem, self.path), fetch)
+        if isinstance(fetched, FileNotFoundError):
+            raise fetched
+        return fetched
+
+
+class RunFolder(Folder):
+    """The folder of a run.
+
+    Args:
+        storage: Folder or s3:// prefix of all runs.
+        name: The run's name.
+
+    Raises:
+        UnavailableError: It cannot be reached; so do all methods that read or write.
+    """
+
+    def __init__(self, storage: str, name: str) -> None:
+        super().__init__(f"{storage if '://' in storage else Path(storage).expanduser().absolute()}/{name}")
+
+    def checkpoints(self) -> list[StoredCheckpoint]:
+        """Its checkpoints, newest first, whole or not."""
+        names = patiently("Listing", _address(self.filesystem, self.path), self.folders)
+        return [self.checkpoint(name) for name in reversed(names) if name.startswith("step-")]
+
+    def checkpoint(self, name: str) -> StoredCheckpoint:
+        """One of them."""
+        return StoredCheckpoint(f"{self.path}/{name}", self.filesystem)
+
+    def save(self, checkpoint: Path, name: str) -> None:
+        """Store a checkpoint, waiting while the storage is away.
+
+        Args:
+            checkpoint: The local folder with its files.
+            name: What to keep it under; replaced if it is there.
+
+        Raises:
+            UnavailableError: The storage is away for `RETRY_SECONDS`, or full, or cannot be written for another reason.
+        """
+        target = f"{self.path}/{name}"
+
+        def write() -> None:
+            if isinstance(self.filesystem, LocalFileSystem):
+                with whole_folder(Path(target)) as part:
+                    copy_files(str(checkpoint), str(part))
+            else:
+                # Threads of one upload may wait for each other for ever (apache/arrow#32372).
+                options = {"chunk_size": _CHUNK_BYTES, "use_threads": False}
+                copy_files(str(checkpoint), target, destination_filesystem=self.filesystem, **options)
+            self.write(_LATEST, json.dumps({"checkpoint": name}).encode())
+
+        patiently("Writing", _address(self.filesystem, target), write)
+
+    def keep(self, kept: Collection[str]) -> None:
+        """Remove all checkpoints but some; what cannot be removed now goes with the next."""
+        with contextlib.suppress(OSError, UnavailableError):
+            for name in set(self.folders()) - set(kept):
+                if name.startswith("step-"):
+                    self.filesystem.delete_dir(f"{self.path}/{name}")
+
+    def forget_record(self) -> str:
+        """Remove the record of the newest checkpoint, and compare it with those that are there.
+
+        Earlier versions had Ray keep one, from which it refuses to start when it is damaged or names what is gone.
+
+        Returns:
+            What was wrong with it; empty for nothing.
+
+        Raises:
+            UnavailableError: There is a record, but no checkpoint is left.
+        """
+        name, text = _LATEST, self.read(_LATEST)
+        if text is None:
+            name, text = CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, self.read(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+        if text is None:
+            return ""
+        there, wrong = [checkpoint.path for checkpoint in self.checkpoints()], ""
+        try:
+            record = json.loads(text)
+            latest = (
+                record["checkpoint"] if name == _LATEST else (record[_RAYS_LATEST] or {}).get("checkpoint_dir_name")
+            )
+            if latest is not None and f"{self.path}/{latest}" not in there:
+                wrong = f"checkpoint {self.path}/{latest} is missing"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            wrong = f"the record of checkpoints, {self.path}/{name}, is damaged"
+        if wrong and not there:
+            remedy = f"restore its files, or delete {self.path} to start over"
+            raise UnavailableError("scaling.storage", self.uri, f"{wrong}, and no other is left", remedy)
+        self.delete(name)
+        return f"{wrong}; falling back to {there[0]}" if wrong else ""
+
+    def unavailable(self, error: Exception) -> UnavailableError:
+        """What to raise when it cannot be used."""
+        remedy = "check bucket, credentials and AWS_ENDPOINT_URL_S3, or the folder's permissions"
+        return UnavailableError("scaling.storage", self.uri, super().unavailable(error).reason, remedy)
+
+
+def patiently(what: str, address: str, action: Callable[[], T]) -> T:
+    """Do something with the storage; while it is away, try again for `RETRY_SECONDS`.
+
+    Args:
+        what: What is done, as a participle.
+        address: What with.
+        action: The call.
+
+    Raises:
+        UnavailableError: It is away all the time, or cannot be used for another reason.
+    """
+    try:
+        return retried(f"{what} {address}", action, _may_pass, seconds=RETRY_SECONDS)
+    except (OSError, ArrowInvalid) as error:
+        reason = f"{what.lower()} failed ({' '.join(str(error).split())[:300]})"
+        if _may_pass(error):
+            remedy = "bring the storage back and give the same command again: it resumes from the last checkpoint"
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free some space and give the same command again: it resumes from the last checkpoint"
+        else:
+            remedy = "check the rights to it, and credentials and AWS_ENDPOINT_URL_S3 for S3"
+        raise UnavailableError("scaling.storage", address, reason, remedy) from error
+
+
+def _address(files: FileSystem, path: str) -> str:
+    return path if isinstance(files, LocalFileSystem) else f"{files.type_name}://{path}"
+
+
+def _may_pass(error: Exception) -> bool:
+    cause = error.__cause__ if isinstance(error, UnavailableError) else error
+    if not isinstance(cause, OSError):
+        return False
+    return cause.errno in _AWAY or any(token in str(cause) for token in AWS_RETRYABLE_TOKENS)
+
+
+def earlier_name(config: RunConfig, storage: str) -> RunConfig:
+    """The run under the name that its folder in the storage has; see `tla_service.training.output.find_output`."""
+    if config.name:
+        return config
+    names = [
+        name
+        for name in RunFolder(storage, "").folders()
+        if name.startswith(f"{config.name_stem}-") and len(name) == len(config.run_name)
+    ]
+    if config.run_name in names:
+        return config
+    for name in names:
+        folder = RunFolder(storage, name)
+        for checkpoint in folder.folders():
+            text = folder.read(f"{checkpoint}/config.yaml")
+            if text is not None and same_run(text.decode(errors="replace"), config):
+                return config.model_copy(update={"name": name})
+    return config
