@@ -262,7 +262,7 @@ def test_a_driver_that_is_killed_again_and_again_repeats_no_ended_trial(seed: in
         try:
             if kill:
                 before = sum(len(epochs) for epochs in trained(tmp_path).values())
-                goal = before + int(rng.integers(10, 30))
+                goal = before + int(rng.integers(5, 14))
                 while process.poll() is None and sum(len(epochs) for epochs in trained(tmp_path).values()) < goal:
                     time.sleep(0.02)
             else:
