@@ -19,6 +19,7 @@ from tla_service.evaluation.detection import fit_detector
 from tla_service.evaluation.outcomes import STANDS, ShardOutcome
 from tla_service.evaluation.suite import restart_fates
 from tla_service.inference.detector import Rejector
+from tla_service.models import build_model
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
 from tla_service.report.audit_facts import audit_facts, autoattack_warnings
@@ -27,6 +28,7 @@ from tla_service.report.page import size, write_page
 from tla_service.report.plan import (
     Plan,
     attack_tasks,
+    audit_tasks,
     bank_rows,
     detection_name,
     embedding_tasks,
@@ -35,6 +37,7 @@ from tla_service.report.plan import (
     query_task,
     radius_name,
     single_tasks,
+    surrogate_task,
 )
 from tla_service.report.tasks import Task, run_here, select
 
@@ -308,6 +311,23 @@ def test_the_audit_counts_what_autoattack_objects_to() -> None:
     assert judged(autoattacked(("it seems random",)))[:2] == (False, "failed")
     assert judged(None)[:2] == (True, "not run")
     assert autoattack_warnings(autoattacked((), by_square=1))[0].startswith("Square, which sees no gradients, breaks 1")
+
+
+def test_the_surrogate_of_the_audit_is_trained_and_kept_as_any_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tla_service.evaluation.surrogate._STEPS", 30)
+    task = surrogate_task(plan(), digits(), MODEL)
+    trained_here, again = run(task), run(task)
+    assert (trained_here.steps, trained_here.images + trained_here.held_out) == (30, len(digits().train))
+    network = build_model(trained_here.architecture, 10, digits().image_shape)
+    network.load_state_dict(trained_here.weights)
+    assert all(torch.equal(value, again.weights[name]) for name, value in trained_here.weights.items())
+    assert audit_tasks(plan(), settings(images={"audit": 0}), digits(), MODEL, "") == []
+    (audited,) = audit_tasks(plan(), settings(images={"audit": 10}), digits(), MODEL, "the images are too small")
+    facts = audit_facts(run(audited), autoattacked(()), trained_here)
+    assert facts is not None
+    assert [c.statement for c in facts.checks if c.outcome == "not run"] == ["the images are too small"]
+    assert facts.surrogate is not None
+    assert facts.surrogate.model_dump() == trained_here.facts
 
 
 def test_a_report_of_before_is_read_with_three_outcomes() -> None:

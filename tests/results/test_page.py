@@ -1,9 +1,11 @@
 """The page: our figures from the runs alone, what is missing with its command, and a reading that follows them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.results.conftest import settings_of
+from tla_service.results.measure import MEASURED
 from tla_service.results.page import write_page
 
 Finished = Callable[..., None]
@@ -78,3 +80,13 @@ def test_the_batch_as_pool_is_compared_with_a_pool_of_its_own(tmp_path: Path, fi
     assert "pgd100 +1.9 [+1.7, +2.1] **better**" in page
     # The paper's settings have a pool of their own, so there is nothing to compare.
     assert "separate pool of" not in page_of(tmp_path)
+
+
+def test_what_autoattack_warns_of_is_on_the_page(tmp_path: Path, finished: Finished) -> None:
+    for name in ("tla-s0", "tla-s1", "at-s0"):
+        finished(tmp_path / "state", name, 0.9, 0.5)
+    assert "AutoAttack warns" not in page_of(tmp_path)  # runs of earlier versions kept nothing of it
+    for name in ("tla-s0", "tla-s1"):
+        path = tmp_path / "state" / name / MEASURED
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": ["it seems random"]}))
+    assert "AutoAttack warns of `tla-s0`, `tla-s1`: it seems random." in page_of(tmp_path)
