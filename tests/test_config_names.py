@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 from mlflow.utils import validation
@@ -87,6 +87,7 @@ def mlflow_takes(check: object, *arguments: str) -> bool:
 
 
 @given(st.text(max_size=12) | st.text("/.:-_ ab%'\n\u00e9", max_size=8))
+@example("..0")
 def test_what_is_accepted_here_mlflow_accepts(name: str) -> None:
     if attack_trouble("evaluation.test", [name]) is None:
         assert mlflow_takes(validation._validate_metric, f"test/robust_accuracy/{name}", 0.5, 0, 0)

@@ -43,7 +43,7 @@ def model_trouble(field: str, name: str) -> Trouble | None:
     found = _NOT_IN_MODELS.search(name)
     if found is not None:
         return Trouble(field, name, f"a registered model's name cannot hold {found[0]}", "leave it out, or write -")
-    if not name.isprintable() or name.strip() != name or name in (".", ".."):
+    if not name.isprintable() or name.strip() != name or name == "." or name.startswith(".."):
         return Trouble(field, name, "not a name of a registered model", "write letters, digits, _ - .")
     if name.startswith("m-"):
         return Trouble(field, name, "names that begin with m- are MLflow's ids of models", "begin it otherwise")

@@ -105,7 +105,7 @@ def test_a_head_started_and_stopped_beside_a_run_does_not_disturb_it(
     start_head: Callable[[], Head], start_job: Callable[..., Job]
 ) -> None:
     job = start_job("--training.epochs", "100000")
-    job.wait_for_epoch(0)
+    job.wait_for_epoch(0, 600)
     head = start_head()
     head.wait_for_dashboard()
     time.sleep(5)  # the cleaner asks once a second

@@ -72,6 +72,20 @@ def test_what_is_wrong_with_a_record_is_said(tmp_path: Path, record: str, wrong:
     assert not (tmp_path / "run" / RECORD).exists()
 
 
+def test_the_runs_own_record_comes_before_rays(tmp_path: Path) -> None:
+    """Both are there when a run was begun by an earlier version."""
+    folder = make_folder(tmp_path, "{", "step-000000004")
+    for content, wrong in (
+        ('{"checkpoint": "step-000000004"}', ""),
+        ('{"checkpoint": "step-000000008"}', f"checkpoint {tmp_path}/run/step-000000008 is missing"),
+        ('{"check', f"the record of checkpoints, {tmp_path}/run/latest.json, is damaged"),
+        ("[]", f"the record of checkpoints, {tmp_path}/run/latest.json, is damaged"),
+    ):
+        (tmp_path / "run" / "latest.json").write_text(content)
+        assert folder.forget_record() == (f"{wrong}; falling back to {tmp_path}/run/step-000000004" if wrong else "")
+        assert not (tmp_path / "run" / "latest.json").exists()
+
+
 @pytest.mark.parametrize(("record", "wrong"), WRONG.values(), ids=WRONG.keys())
 def test_a_record_of_checkpoints_that_are_all_gone_ends_with_3(tmp_path: Path, record: str, wrong: str) -> None:
     folder = make_folder(tmp_path, record)

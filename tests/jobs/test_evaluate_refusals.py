@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tests.jobs.conftest import Run
 from tla_service.config import RunConfig
 from tla_service.config_loading import to_yaml
+from tla_service.lock import locked_folder
 from tla_service.models import build_model
 
 JOB = "evaluate_tla"
@@ -82,6 +83,14 @@ def test_attacks_that_cannot_be(run_in_process: Run, tmp_path: Path) -> None:
         code, message = run_in_process("--model", good, *arguments)
         assert code == 2, message
         assert said in message
+
+
+def test_an_evaluation_that_another_process_is_making_is_refused(run_in_process: Run, tmp_path: Path) -> None:
+    with locked_folder(tmp_path / "report", "output"):
+        code, message = run_in_process("--model", checkpoint(tmp_path / "good"), "--output", str(tmp_path / "report"))
+    assert code == 2
+    assert message.startswith(f"error: output={tmp_path}/report: in use by process ")
+    assert not (tmp_path / "report" / "evaluation.json").exists()
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(run_in_process: Run, tmp_path: Path) -> None:

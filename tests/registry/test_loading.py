@@ -91,7 +91,7 @@ def test_nothing_there(packaged: Packaged, address: str, match: str) -> None:
 
 def test_server_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tla_service.retries.time.sleep", lambda _: None)
-    with pytest.raises(UnavailableError, match="fetching .* failed .*; bring the server back"):
+    with pytest.raises(UnavailableError, match=r"fetching .* failed .*; bring the server back"):
         load_model("models:/tla-digits/1", tracking="http://127.0.0.1:9")
 
 

@@ -18,6 +18,7 @@ from tla_service.data import split_validation
 from tla_service.errors import ConfigError, UserError
 from tla_service.evaluation.neighbours import pick_queries
 from tla_service.evaluation.outcomes import ShardOutcome, save_outcome
+from tla_service.lock import locked_folder
 from tla_service.registry.subject import Subject
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
@@ -67,15 +68,16 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
     check_plan(plan, dataset.image_shape)
     tasks = _tasks(settings, plan, models)
     output = report_folder(settings, models, plan)
-    if open_folder(output, identity(settings, models, plan)):
-        terminal.say("this evaluation has finished before; choose another --output to make it again")
-        # The address may be another one this time.
-        report = rp.read_report(output / rp.REPORT_FILE).model_copy(update={"model": subject.facts})
-    else:
-        terminal.say(f"evaluating {subject.facts.uri} on {dataset.name}, output in {output}")
-        report = _evaluate(settings, plan, models, tasks, output, terminal)
-    # Also if it has finished before: MLflow may have been away by then.
-    tagged = _log(settings, uri, report, _written(output), terminal)
+    with locked_folder(output, "output"):
+        if open_folder(output, identity(settings, models, plan)):
+            terminal.say("this evaluation has finished before; choose another --output to make it again")
+            # The address may be another one this time.
+            report = rp.read_report(output / rp.REPORT_FILE).model_copy(update={"model": subject.facts})
+        else:
+            terminal.say(f"evaluating {subject.facts.uri} on {dataset.name}, output in {output}")
+            report = _evaluate(settings, plan, models, tasks, output, terminal)
+        # Also if it has finished before: MLflow may have been away by then.
+        tagged = _log(settings, uri, report, _written(output), terminal)
     show(report, output / rp.PAGE_FILE, terminal)
     terminal.say(next_step(report, tagged, settings, output / rp.PAGE_FILE))
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 from tla_service.cluster.evaluation_models import Models
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import write_whole
+from tla_service.lock import LOCK_FILE
 from tla_service.report.plan import Plan, protocol
 from tla_service.report.schema import PAGE_FILE, ThreatModel
 from tla_service.report.settings import EvaluateSettings
@@ -45,7 +46,7 @@ def open_folder(output: Path, mine: Mapping[str, Any]) -> bool:
     """
     mark = output / _IDENTITY
     try:
-        if output.exists() and not mark.is_file() and any(output.iterdir()):
+        if output.exists() and not mark.is_file() and any(path.name != LOCK_FILE for path in output.iterdir()):
             raise ConfigError("output", output, "holds other files", "choose another --output")
         if mark.is_file():
             found = json.loads(mark.read_text())
