@@ -158,7 +158,7 @@ def _train(
     storage = config.scaling.storage or str(output / "ray")
     check_storage(storage)
     config, check = _claim_storage(config, storage, locks, terminal)
-    check_disks(config, output, storage, facts.checkpoint_bytes)
+    check_disks(config, output, f"{storage}/{config.run_name}", facts.checkpoint_bytes)
     terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
     with ray_session(config, debug=debug):
         placement = place(config)
@@ -278,15 +278,22 @@ def check_before_start(config: RunConfig) -> Facts:
     return Facts(dataset, weights, checkpoint_bytes(config, network), described)
 
 
-def check_disks(config: RunConfig, output: Path, storage: str, checkpoint: int) -> None:
-    """Room for checkpoints (bytes each): in the storage and where MLflow's artifacts go, as far as they are local.
+def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, runs: int = 1) -> None:
+    """Room for checkpoints, in the storage and where MLflow's artifacts go, as far as they are local.
+
+    Args:
+        config: The run.
+        output: Its output folder.
+        folder: Where its checkpoints are kept, in the storage.
+        checkpoint: Size of one, in bytes.
+        runs: How many runs keep theirs there.
 
     Raises:
         UnavailableError: A disk has not enough.
     """
     needs = {"output": (output, checkpoint), "TMPDIR": scratch_need(checkpoint)}
-    if "://" not in storage:
-        needs["scaling.storage"] = kept_need(Path(storage).expanduser() / config.run_name, checkpoint, KEPT)
+    if "://" not in folder:
+        needs["scaling.storage"] = kept_need(Path(folder).expanduser(), checkpoint, runs * KEPT)
     database = registry.sqlite_path(registry.tracking_uri(config.tracking))
     if database is not None:
         needs["tracking.uri"] = (database.parent, checkpoint)
