@@ -57,7 +57,14 @@ WRONG_FLAGS = [
         "longer than the diagonal",
         "use at most 8",
     ),
-    ("--mining.clean_noise=8", "mining.clean_noise=8", "less than or equal to 1", "pixels in [0, 1]"),
+    (
+        "--mining.clean_noise=8",
+        "mining.clean_noise=8",
+        "less than or equal to 1",
+        "write 8/255 if it is in 8-bit levels",
+    ),
+    ("--data.validation_fraction=10", "data.validation_fraction=10", "less than or equal to 0.5", "write 0.1 for 10%"),
+    ("--mining.clean_noise=800", "mining.clean_noise=800", "less than or equal to 1", "it is: uniform noise"),
     (
         '--evaluation.test={"a": {"num_steps": 3, "num_steps": 4}}',
         "--evaluation.test",

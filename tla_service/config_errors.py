@@ -47,7 +47,7 @@ class Explainer:
         if section is not None:
             return ConfigError(name, value, reason, f"write settings under it: {', '.join(section.model_fields)}")
         described = known.description if known is not None and known.description else "see --help"
-        return ConfigError(name, value, reason, f"it is: {described}")
+        return ConfigError(name, value, reason, f"{_in_other_units(error, described)}it is: {described}")
 
     def explain_flag(self, message: str) -> ConfigError:
         """Say what the argument parser complains of."""
@@ -136,6 +136,21 @@ def suggest(word: str, choices: Sequence[str]) -> str:
     """The choice that was probably meant, or all of them."""
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"
+
+
+def _in_other_units(error: ErrorDetails, described: str) -> str:
+    """A hint for a number that is too large because it is in 8-bit levels, or in percent."""
+    context = error.get("ctx", {})
+    limit = context.get("le", context.get("lt"))
+    try:
+        value = float(error["input"])
+    except (TypeError, ValueError, OverflowError):
+        return ""
+    if limit is not None and "pixels in [0, 1]" in described and value / 255 <= limit:
+        return f"write {value:g}/255 if it is in 8-bit levels; "
+    if limit is not None and "share" in described and value / 100 <= limit:
+        return f"write {value / 100:g} for {value:g}%; "
+    return ""
 
 
 def _is_union(annotation: Any) -> bool:

@@ -15,7 +15,7 @@ from tla_service.cluster.lease import held
 from tla_service.cluster.metrics import Outcome, RunMetrics
 from tla_service.cluster.session import check_storage, place, ray_session
 from tla_service.cluster.storage import RunFolder, earlier_name
-from tla_service.cluster.train import KEPT, Record, TrainedRun, train_on_ray
+from tla_service.cluster.train import Record, TrainedRun, train_on_ray
 from tla_service.config import RunConfig, TrackingConfig
 from tla_service.config_names import attack_trouble
 from tla_service.data import Dataset, load_dataset, split_validation
@@ -32,8 +32,15 @@ from tla_service.training.adversary import training_attack
 from tla_service.training.fit import training_batches
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
-from tla_service.training.precheck import check_room, check_start, checkpoint_bytes, kept_need, scratch_need
-from tla_service.training.reporting import LOG, JsonLines, JsonTerminal, Terminal
+from tla_service.training.precheck import (
+    check_room,
+    check_start,
+    check_weights,
+    checkpoint_bytes,
+    kept_need,
+    scratch_need,
+)
+from tla_service.training.reporting import KEPT, LOG, JsonLines, JsonTerminal, Terminal
 
 PANEL_IMAGES = 4
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -151,7 +158,7 @@ def _train(
     storage = config.scaling.storage or str(output / "ray")
     check_storage(storage)
     config, check = _claim_storage(config, storage, locks, terminal)
-    check_disks(config, output, storage, facts.checkpoint_bytes)
+    check_disks(config, output, f"{storage}/{config.run_name}", facts.checkpoint_bytes)
     terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
     with ray_session(config, debug=debug):
         placement = place(config)
@@ -261,14 +268,7 @@ def check_before_start(config: RunConfig) -> Facts:
     if config.model.weights is not None:
         uri = registry.tracking_uri(config.tracking)
         weights = registry.load_model(config.model.weights, tracking=uri).state_dict()
-        shapes = {name: value.shape for name, value in network.state_dict().items()}
-        if {name: value.shape for name, value in weights.items()} != shapes:
-            raise ConfigError(
-                "model.weights",
-                config.model.weights,
-                f"are not of a {config.model.name} with {len(dataset.class_names)} classes",
-                "set model.name to their network, or start from others",
-            )
+        check_weights(config, network, weights)
     described = {
         "data_fingerprint": dataset.fingerprint,
         "classes": str(len(dataset.class_names)),
@@ -278,15 +278,22 @@ def check_before_start(config: RunConfig) -> Facts:
     return Facts(dataset, weights, checkpoint_bytes(config, network), described)
 
 
-def check_disks(config: RunConfig, output: Path, storage: str, checkpoint: int) -> None:
-    """Room for checkpoints (bytes each): in the storage and where MLflow's artifacts go, as far as they are local.
+def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, runs: int = 1) -> None:
+    """Room for checkpoints, in the storage and where MLflow's artifacts go, as far as they are local.
+
+    Args:
+        config: The run.
+        output: Its output folder.
+        folder: Where its checkpoints are kept, in the storage.
+        checkpoint: Size of one, in bytes.
+        runs: How many runs keep theirs there.
 
     Raises:
         UnavailableError: A disk has not enough.
     """
     needs = {"output": (output, checkpoint), "TMPDIR": scratch_need(checkpoint)}
-    if "://" not in storage:
-        needs["scaling.storage"] = kept_need(Path(storage).expanduser() / config.run_name, checkpoint, KEPT)
+    if "://" not in folder:
+        needs["scaling.storage"] = kept_need(Path(folder).expanduser(), checkpoint, runs * KEPT)
     database = registry.sqlite_path(registry.tracking_uri(config.tracking))
     if database is not None:
         needs["tracking.uri"] = (database.parent, checkpoint)

@@ -29,6 +29,7 @@ from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
 from tla_service.files import whole_folder
 from tla_service.training.checkpoint import verify_checkpoint
+from tla_service.training.reporting import KEPT
 from tla_service.training.result import FitResult
 
 Record = Mapping[str, Any]
@@ -36,8 +37,6 @@ FETCH_SECONDS = 0.2
 # How often Ray's controller polls its workers; its default of 2 s delays the end of small runs, and spares it work in
 # large ones.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
-# Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
-KEPT = 2
 # A rank that waits for one that is gone gives up after this long.
 COLLECTIVE_TIMEOUT_SECONDS = 1800
 

@@ -16,6 +16,7 @@ import torch
 
 from tla_service.config import RunConfig
 from tla_service.config_loading import load_settings, print_config
+from tla_service.errors import UnavailableError
 from tla_service.job import INTERRUPTED, run_job
 from tla_service.lock import locked_folder
 from tla_service.logs import log_as_json
@@ -23,7 +24,8 @@ from tla_service.runtime import WorkerContext, failing_together, process_group
 from tla_service.training.checkpoint import read_weights
 from tla_service.training.fit import Run
 from tla_service.training.output import find_output, open_output, show_summary, summarize, write_config, write_summary
-from tla_service.training.reporting import JsonTerminal, LocalReporter, Terminal
+from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need
+from tla_service.training.reporting import KEPT, JsonTerminal, LocalReporter, Terminal
 
 
 def main() -> int:
@@ -34,6 +36,10 @@ def main() -> int:
         return 0
     config, output = find_output(settings)
     use_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
+    if config.scaling.use_gpu is True and not use_gpu:
+        raise UnavailableError(
+            "scaling.use_gpu", True, "torch sees no GPU here", "leave it out, or run where there is one"
+        )
     terminal = Terminal()
     with process_group(torch.device("cuda" if use_gpu else "cpu")) as context, contextlib.ExitStack() as locks:
         config.check_workers(context.world_size)
@@ -53,14 +59,16 @@ def main() -> int:
 
 
 def _train(config: RunConfig, output: Path, context: WorkerContext, terminal: Terminal) -> int:
-    reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
-    stop_on_signals(reporter)
-    run = Run(config, context, reporter)
-    run.start(read_weights(config.model.weights) if config.model.weights else None)
-    if context.is_main:
-        write_config(config, output)
-    result = run.train()
-    reporter.close()
+    with contextlib.closing(LocalReporter(output, is_main=context.is_main, terminal=terminal)) as reporter:
+        stop_on_signals(reporter)
+        run = Run(config, context, reporter)
+        run.start(read_weights(config.model.weights) if config.model.weights else None)
+        with failing_together(context):
+            if context.is_main:
+                need = kept_need(reporter.checkpoints, checkpoint_bytes(config, run.state.network), KEPT)
+                check_room({"output": need})
+                write_config(config, output)
+        result = run.train()
     if result.interrupted:
         return INTERRUPTED
     if context.is_main:

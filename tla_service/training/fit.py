@@ -31,7 +31,7 @@ from tla_service.training.checkpoint import TrainingState, cpu_weights, load_che
 from tla_service.training.guard import COLLAPSED, collapses, has_collapsed, message
 from tla_service.training.meter import Meter
 from tla_service.training.optimizer import build_optimizer
-from tla_service.training.precheck import check_start
+from tla_service.training.precheck import check_start, check_weights
 from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
 from tla_service.training.result import FitResult, Phases
@@ -114,6 +114,7 @@ class Run:
                 config.model.name, len(self.dataset.class_names), self.dataset.image_shape, config.model.normalization
             )
             if initial_weights is not None:
+                check_weights(config, network, initial_weights)
                 network.load_state_dict(dict(initial_weights))
             layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
             network = network.to(context.device, memory_format=layout)  # type: ignore[call-overload]

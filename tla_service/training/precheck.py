@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tla_service.config import RunConfig
 from tla_service.data import Batch, Dataset, StepBatch
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.models import build_model
+from tla_service.models import ImageClassifier, build_model
 from tla_service.runtime import WorkerContext
 from tla_service.training.step import TrainingStep
 
@@ -43,6 +43,19 @@ def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: i
         enough = next((fewer for fewer in range(steps, 0, -1) if smallest_share(len(rows), fewer, world_size) > 1), 0)
         remedy = f"use {-(-len(rows) // enough)}" if enough else "use fewer workers, or more images"
         raise ConfigError("training.global_batch_size", batch, reason, remedy)
+
+
+def check_weights(config: RunConfig, network: ImageClassifier, weights: Mapping[str, Tensor]) -> None:
+    """Refuse initial weights of another network.
+
+    Raises:
+        ConfigError: Names or shapes differ.
+    """
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    if {name: value.shape for name, value in weights.items()} != shapes:
+        reason = f"are not of a {config.model.name} with {network.classifier.out_features} classes"
+        remedy = "set model.name to their network, or start from others"
+        raise ConfigError("model.weights", config.model.weights, reason, remedy)
 
 
 def smallest_share(images: int, steps: int, world_size: int) -> int:

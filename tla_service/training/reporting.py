@@ -17,6 +17,8 @@ from tla_service.training.checkpoint import MANIFEST
 from tla_service.training.resume import LocalCheckpoint, Stored
 
 LOG = "log.jsonl"
+# Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
+KEPT = 2
 WARNINGS = ("failure", "damaged_checkpoint", "warning")
 
 
@@ -188,14 +190,14 @@ class LocalReporter:
         return self.checkpoints / name
 
     def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
-        """Show and log the epoch; of the checkpoints keep the last two that are known to be whole."""
+        """Show and log the epoch; of the checkpoints keep the last `KEPT` that are known to be whole."""
         if metrics is not None:
             self.progress({"event": "epoch", "metrics": metrics})
         if checkpoint is None:
             return
-        self._kept = [*(kept for kept in self._kept if kept != name), name][-2:]
+        self._kept = [*(kept for kept in self._kept if kept != name), name][-KEPT:]
         for path in self.checkpoints.glob("step-*"):
-            if len(self._kept) == 2 and path.name not in self._kept:
+            if len(self._kept) == KEPT and path.name not in self._kept:
                 shutil.rmtree(path, ignore_errors=True)
 
     def stop_requested(self) -> bool:

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tla_service import registry
 from tla_service.cluster.attempts import attempts, read_trials
 from tla_service.cluster.folder import Folder
@@ -19,9 +17,10 @@ from tla_service.cluster.pipeline import Facts, check_before_start, check_disks,
 from tla_service.cluster.session import Placement, check_dashboard, check_storage, place, ray_session
 from tla_service.cluster.slots import count_slots, workers_per_trial
 from tla_service.cluster.trial_log import RunStatus, TrialLog
-from tla_service.cluster.tune import Budget, Plan, run_trials
+from tla_service.cluster.tune import DEFAULT_SAMPLES, Budget, Plan, run_trials
 from tla_service.config import RunConfig
 from tla_service.config_loading import load_config_file, to_yaml
+from tla_service.config_yaml import parse_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.job import INTERRUPTED
 from tla_service.lock import locked_folder
@@ -66,7 +65,7 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
         run = _compare(run, space, storage, resume=resume)
         registry.check_tracking(run.tracking)
         facts = check_before_start(run)
-        check_disks(run, output, f"{uri}/trials", facts.checkpoint_bytes)
+        check_disks(run, output, f"{uri}/trials", facts.checkpoint_bytes, _number_of_trials(space))
         # Trials that are stopped early or killed leave their places to Ray Train's cleaner, which needs the dashboard.
         with ray_session(run, debug=debug, dashboard=True):
             check_dashboard()
@@ -78,6 +77,11 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
             )
             storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
             return _search(plan, run, facts, output, lease, debug=debug)
+
+
+def _number_of_trials(space: Space) -> int:
+    wanted = space.sweep.num_samples
+    return len(space.grid()[:wanted]) if space.sweep.searcher == "grid" else wanted or DEFAULT_SAMPLES
 
 
 def check_ends(space: Space, facts: Facts, num_workers: int) -> None:
@@ -121,7 +125,7 @@ def _compare(run: RunConfig, space: Space, storage: Folder, *, resume: bool) -> 
     if not resume:
         remedy = "give --resume to continue it, or choose another --sweep.name"
         raise ConfigError("sweep.name", name, f"this sweep exists in {storage.uri}", remedy)
-    before = yaml.safe_load(text)
+    before = parse_yaml(text.decode(), "sweep.name", name)
     workers = before["scaling"]["num_workers"]
     if run.scaling.num_workers not in ("auto", workers):
         raise ConfigError(
