@@ -14,10 +14,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tla_service.config import RunConfig
-from tla_service.config_adversary import EvaluationAttack
-from tla_service.config_fields import parse_fraction
-from tla_service.config_loading import RunSettings, load_settings
-from tla_service.config_radii import RADII, Radius
+from tla_service.config.adversary import EvaluationAttack
+from tla_service.config.fields import parse_fraction
+from tla_service.config.loading import RunSettings, load_settings
+from tla_service.config.radii import RADII, Radius
 from tla_service.models.names import MODEL_DESCRIPTIONS, TORCHVISION_PREFIX
 from tla_service.report.settings import EvaluateSettings
 from tla_service.tuning.settings import Dimension, Objective, SweepConfig, TuneSettings

@@ -1,7 +1,7 @@
 """Write the measured tables into docs/performance.md and docs/scaling.md.
 
-    python jobs/benchmark.py --keep_ratios --output docs/results/performance-cpu.json
-    python docs/make_performance.py
+    python -m benchmarks --keep_ratios --output docs/results/performance-cpu.json
+    python -m docs.make_performance
 
 A GPU's tables come from docs/results/performance-gpu.json, where there is one.
 """
@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tla_service.benchmark.scaling_model import GPUS, Cluster, efficiency
+from benchmarks.scaling_model import GPUS, Cluster, efficiency
 
 HERE = Path(__file__).parent
 PAGES = (HERE / "performance.md", HERE / "scaling.md")

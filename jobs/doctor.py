@@ -6,8 +6,8 @@ ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/doctor.
 
 import sys
 
-from tla_service.checkup_settings import CheckupSettings
-from tla_service.config_loading import read_settings
+from tla_service.cluster.doctor.settings import CheckupSettings
+from tla_service.config.loading import read_settings
 from tla_service.errors import UnavailableError
 from tla_service.job import run_job
 
@@ -16,8 +16,8 @@ def main() -> int:
     """Examine, print the table, and fail if anything did."""
     settings = read_settings(CheckupSettings)
     # Imported late: --help and a wrong configuration should not wait for torch, ray and mlflow.
-    from tla_service.cluster.checkup.examine import examine
-    from tla_service.cluster.checkup.finding import table, verdict
+    from tla_service.cluster.doctor.examine import examine
+    from tla_service.cluster.doctor.finding import table, verdict
 
     findings = list(examine(settings))
     print(table(findings))

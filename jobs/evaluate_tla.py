@@ -6,7 +6,7 @@ python jobs/evaluate_tla.py --model runs:/RUN_ID/model --surrogate models:/tla-d
 
 import sys
 
-from tla_service.config_loading import read_settings
+from tla_service.config.loading import read_settings
 from tla_service.job import run_job
 from tla_service.report.settings import EvaluateSettings, spread_lists
 

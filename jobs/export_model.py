@@ -5,7 +5,7 @@ python jobs/export_model.py --model models:/tla-digits@champion --output export
 
 import sys
 
-from tla_service.config_loading import read_settings
+from tla_service.config.loading import read_settings
 from tla_service.job import run_job
 from tla_service.registry.job_settings import ExportSettings
 
@@ -14,8 +14,8 @@ def main() -> int:
     """Read the settings, export, and say how exact each file is."""
     settings = read_settings(ExportSettings)
     # Imported late: --help and wrong settings should not wait for torch and mlflow.
-    from tla_service.registry import tracking_uri
     from tla_service.registry.exporting import export_model
+    from tla_service.tracking.connection import tracking_uri
 
     uri = tracking_uri(settings.tracking)
     for made in export_model(settings.model, settings.output, settings.formats, uri):

@@ -5,7 +5,7 @@ python jobs/import_model.py --file wrn.safetensors --model.name wrn_28_10 --data
 
 import sys
 
-from tla_service.config_loading import read_settings
+from tla_service.config.loading import read_settings
 from tla_service.job import run_job
 from tla_service.registry.job_settings import ImportSettings
 

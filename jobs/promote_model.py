@@ -10,7 +10,7 @@ import shlex
 import sys
 
 from tla_service.config import TrackingConfig
-from tla_service.config_loading import read_settings
+from tla_service.config.loading import read_settings
 from tla_service.job import next_command, run_job
 from tla_service.registry.job_settings import PromoteSettings
 

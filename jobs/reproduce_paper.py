@@ -7,7 +7,7 @@ ray job submit --working-dir . -- python jobs/reproduce_paper.py --table cifar10
 
 import sys
 
-from tla_service.config_loading import read_settings
+from tla_service.config.loading import read_settings
 from tla_service.job import run_job
 from tla_service.report.settings import spread_lists
 from tla_service.results.settings import ReproduceSettings

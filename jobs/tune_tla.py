@@ -7,7 +7,7 @@ python jobs/tune_tla.py --preset cifar10 --data.root s3://bucket/cifar10 --sweep
 import sys
 from pathlib import Path
 
-from tla_service.config_loading import read_settings
+from tla_service.config.loading import read_settings
 from tla_service.job import next_command, run_job
 from tla_service.tuning.settings import TuneSettings, sweep_yaml
 from tla_service.tuning.space import Space

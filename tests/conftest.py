@@ -86,7 +86,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite store of MLflow whose tables exist: making them takes seconds, copying the file takes none."""
-    from tla_service.registry.connection import client
+    from tla_service.tracking.connection import client
 
     path = tmp_path_factory.mktemp("template") / "mlflow.db"
     client(f"sqlite:///{path}")

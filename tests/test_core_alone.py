@@ -49,7 +49,7 @@ def test_the_core_trains_without_cluster_libraries(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["tla_service", "tla_service.config", "tla_service.config_loading", "tla_service.registry"]
+    "module", ["tla_service", "tla_service.config", "tla_service.config.loading", "tla_service.registry"]
 )
 def test_reading_a_configuration_imports_no_heavy_library(module: str) -> None:
     heavy = "{'torch', 'ray', 'mlflow', 'boto3', 'sklearn', 'matplotlib', 'pyarrow'}"

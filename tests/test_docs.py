@@ -10,10 +10,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from tla_service.benchmark.settings import BenchmarkSettings
+from benchmarks.settings import BenchmarkSettings
 from tla_service.config import RunConfig
-from tla_service.config_fields import parse_fraction
-from tla_service.config_loading import JobSettings, RunSettings, preset_names, read_settings, sweep_preset_names
+from tla_service.config.fields import parse_fraction
+from tla_service.config.loading import JobSettings, RunSettings, preset_names, read_settings, sweep_preset_names
 from tla_service.registry.job_settings import ExportSettings, ImportSettings, PromoteSettings
 from tla_service.report.settings import EvaluateSettings, spread_lists
 from tla_service.results.settings import ReproduceSettings
@@ -21,7 +21,7 @@ from tla_service.tuning.settings import Dimension, SweepConfig, TuneSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ENTRY = re.compile(r"jobs/\w+\.py|tla_service\.training\b|\bARGS=")
+ENTRY = re.compile(r"jobs/\w+\.py|-m benchmarks\b|tla_service\.training\b|\bARGS=")
 
 
 def commands(page: Path) -> Iterator[str]:
@@ -34,7 +34,7 @@ def commands(page: Path) -> Iterator[str]:
 # What each job reads its command line into; all others read a run's settings.
 JOBS: dict[str, type[JobSettings]] = {
     "jobs/evaluate_tla.py": EvaluateSettings,
-    "jobs/benchmark.py": BenchmarkSettings,
+    "-m benchmarks": BenchmarkSettings,
     "jobs/tune_tla.py": TuneSettings,
     "jobs/promote_model.py": PromoteSettings,
     "jobs/export_model.py": ExportSettings,
@@ -142,7 +142,7 @@ def test_every_flag_of_a_command_exists(page: str, line: str) -> None:
 
 @pytest.mark.parametrize(
     ("page", "line"),
-    [(page, line) for page, line in OURS if not re.search("compare_methods|benchmark_serving|--help", line)],
+    [(page, line) for page, line in OURS if not re.search("compare_methods|--help", line)],
 )
 def test_every_command_is_a_valid_configuration(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments(line)

@@ -20,7 +20,7 @@ from tests.conftest import S3Server
 from tla_service.cluster import storage as storage_module
 from tla_service.cluster.storage import RunFolder, earlier_name
 from tla_service.config import RunConfig
-from tla_service.config_loading import to_yaml
+from tla_service.config.loading import to_yaml
 from tla_service.errors import UnavailableError
 
 RECORD = "checkpoint_manager_snapshot.json"

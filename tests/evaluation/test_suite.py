@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tla_service.attacks import Attack, attack_images, craft
-from tla_service.config_adversary import AttackConfig
+from tla_service.config.adversary import AttackConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.outcomes import (
     STANDS,

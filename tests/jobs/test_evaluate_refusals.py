@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from tests.jobs.conftest import Run
 from tla_service.config import RunConfig
-from tla_service.config_loading import to_yaml
+from tla_service.config.loading import to_yaml
 from tla_service.lock import locked_folder
 from tla_service.models import build_model
 

@@ -137,7 +137,7 @@ def test_a_single_class_ends_with_2(run_in_process: Run, tmp_path: Path) -> None
 
 def test_a_folder_with_another_run_ends_with_2_and_stays(run_in_process: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    from tla_service.config_loading import load_settings, to_yaml
+    from tla_service.config.loading import load_settings, to_yaml
 
     (tmp_path / "out" / "config.yaml").write_text(to_yaml(load_settings(["--loss.margin", "0.2"]).run_config))
     before = (tmp_path / "out" / "config.yaml").read_text()

@@ -56,7 +56,7 @@ def test_a_wrong_sweep_ends_with_2(run_in_process: Run, arguments: tuple[str, ..
 
 
 def test_a_sweep_that_exists_is_not_started_again_nor_changed(run_in_process: Run, tmp_path: Path) -> None:
-    from tla_service.config_loading import read_settings
+    from tla_service.config.loading import read_settings
     from tla_service.tuning.settings import TuneSettings, sweep_yaml
 
     settings = read_settings(TuneSettings, ["--preset", "digits", "--scaling.num_workers", "2"])

@@ -13,8 +13,8 @@ from tests.registry.tracking_server import Packaged
 from tla_service.data.splits import gate_images
 from tla_service.evaluation.intervals import class_accuracy
 from tla_service.evaluation.outcomes import STANDS, AutoAttackRun, ShardOutcome, save_outcome
-from tla_service.registry.tracking import log_files
 from tla_service.report.schema import Report, ThreatModel, artifact_folder, evaluations_folder, write_report
+from tla_service.tracking.runs import log_files
 
 IMAGES = 400
 TRAINED_FOR = ThreatModel(norm="linf", epsilon=0.15)

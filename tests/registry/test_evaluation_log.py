@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from tla_service.config import RunConfig, TrackingConfig
-from tla_service.registry import log_evaluation, open_run
-from tla_service.registry.connection import client
 from tla_service.registry.evaluation_card import evaluation_card
-from tla_service.registry.tracking import log_files
+from tla_service.registry.evaluation_log import log_evaluation
 from tla_service.report import schema as rp
 from tla_service.report.schema import artifact_folder
+from tla_service.tracking.connection import client
+from tla_service.tracking.runs import log_files, open_run
 
 TRAINED_FOR = rp.ThreatModel(norm="linf", epsilon=0.1)
 TINY = rp.ThreatModel(norm="l2", epsilon=1e-6)

@@ -14,8 +14,9 @@ from jobs import export_model as job
 from tests.registry.tracking_server import Packaged, config_for, images
 from tla_service.job import run_job
 from tla_service.models import build_model
-from tla_service.registry import exporting, log_model
+from tla_service.registry import exporting
 from tla_service.registry.exporting import export_model
+from tla_service.registry.packaging import log_model
 
 
 def pickles(archive: Path) -> list[str]:
@@ -109,7 +110,7 @@ def test_the_job(packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_papers_networks(local_uri: str, tmp_path: Path, name: str) -> None:
     shape = (1, 28, 28) if name == "mnist_cnn" else (3, 32, 32)
     config = config_for(local_uri, model={"name": name})
-    from tla_service.registry import open_run
+    from tla_service.tracking.runs import open_run
 
     torch.manual_seed(0)
     made = log_model(

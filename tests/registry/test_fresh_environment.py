@@ -29,7 +29,9 @@ from tla_service.config import DataConfig
 from tla_service.data import load_dataset, split_validation
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
-from tla_service.registry import log_model, open_run, resolve_weights
+from tla_service.registry.loading import resolve_weights
+from tla_service.registry.packaging import log_model
+from tla_service.tracking.runs import open_run
 from tla_service.training.rejector import fit_rejector
 
 pytestmark = [

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from jobs import import_model as job
 from tla_service.job import run_job
 from tla_service.models import build_model
-from tla_service.registry import load_model
+from tla_service.registry.loading import load_model
 
 
 def test_the_job_registers_what_predicts_the_same(

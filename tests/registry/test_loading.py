@@ -13,11 +13,11 @@ from pyautoattack import AutoAttack
 from safetensors.torch import save_file
 
 from tests.registry.tracking_server import Packaged, images
-from tla_service.config_loading import to_yaml
+from tla_service.config.loading import to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model
-from tla_service.registry import load_model, resolve_weights
 from tla_service.registry.integrity import write_manifest
+from tla_service.registry.loading import load_model, resolve_weights
 
 
 @pytest.fixture

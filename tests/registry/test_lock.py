@@ -9,8 +9,8 @@ from mlflow.exceptions import MlflowException
 
 from tla_service.errors import UnavailableError
 from tla_service.registry import lock
-from tla_service.registry.connection import client
 from tla_service.registry.lock import LockLostError, registry_lock
+from tla_service.tracking.connection import client
 
 
 def names(uri: str) -> list[str]:

@@ -22,7 +22,8 @@ from tests.inference.files import encoded
 from tests.registry.tracking_server import Packaged, TrackingServer, images
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
-from tla_service.registry import find_pickles, load_model, resolve_weights
+from tla_service.registry.integrity import find_pickles
+from tla_service.registry.loading import load_model, resolve_weights
 
 
 def downloaded(packaged: Packaged) -> Path:

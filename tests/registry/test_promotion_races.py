@@ -19,10 +19,10 @@ from mlflow.entities import Run
 from tests.registry.evaluations import evaluate, fates, register_another
 from tests.registry.tracking_server import Packaged, TrackingServer
 from tla_service.config import TrackingConfig
-from tla_service.registry.connection import client
 from tla_service.registry.gate_rules import GateRules
 from tla_service.registry.lock import registry_lock
 from tla_service.registry.promotion import promote
+from tla_service.tracking.connection import client
 
 pytestmark = [pytest.mark.chaos, pytest.mark.distributed, pytest.mark.timeout(1800)]
 PROCESSES, THREADS = 4, 50

@@ -17,7 +17,8 @@ from tla_service.evaluation.detection import fit_detector
 from tla_service.evaluation.embedding import Embedded
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
-from tla_service.registry import PackagedModel, log_model, open_run
+from tla_service.registry.packaging import PackagedModel, log_model
+from tla_service.tracking.runs import open_run
 
 START_SECONDS = 240  # 10 on an idle machine
 

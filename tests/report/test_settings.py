@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.report.subjects import settings
 from tla_service.config import DataConfig
-from tla_service.config_loading import read_settings
+from tla_service.config.loading import read_settings
 from tla_service.errors import ConfigError
 from tla_service.report.plan import check_plan, make_plan
 from tla_service.report.settings import EvaluateSettings, spread_lists

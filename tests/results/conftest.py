@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tla_service.config_loading import read_settings
+from tla_service.config.loading import read_settings
 from tla_service.evaluation.outcomes import ShardOutcome, save_outcome
 from tla_service.results.measure import AUTOATTACK, MEASURED, OUTCOME
 from tla_service.results.settings import ReproduceSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.results.conftest import settings_of
-from tla_service.config_loading import load_settings
+from tla_service.config.loading import load_settings
 from tla_service.errors import ConfigError
 from tla_service.lock import locked_folder
 from tla_service.results.places import LocalPlaces

@@ -22,7 +22,7 @@ from tests.inference.files import encoded
 from tests.registry.tracking_server import Packaged
 from tests.serving.test_bodies import npy
 from tla_service.errors import ConfigError
-from tla_service.registry.connection import client
+from tla_service.tracking.connection import client
 
 pytestmark = [
     pytest.mark.ray,

@@ -10,7 +10,7 @@ from tests.test_config_identity import SHAPES_NOTHING, with_setting
 from tests.training.conftest import digits_config
 from tests.training.test_resume import LAST, NEWEST, records, train
 from tla_service.config import RunConfig
-from tla_service.config_loading import load_settings, to_yaml
+from tla_service.config.loading import load_settings, to_yaml
 from tla_service.errors import ConfigError
 from tla_service.training.output import CONFIG, SUMMARY, find_output, open_output, write_config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 CODE = """
 import torch
-from tla_service.benchmark.timing import peak_memory
+from benchmarks.timing import peak_memory
 from tla_service.triplets import mine_hardest
 torch.set_num_threads(1)
 anchors, pool = torch.randn(1024, 640), torch.randn(10_000, 640)

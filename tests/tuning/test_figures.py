@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.tuning.conftest import run_config, space_of, trial_of
-from tla_service.config_loading import read_settings, sweep_preset_names
+from tla_service.config.loading import read_settings, sweep_preset_names
 from tla_service.tuning.figures import draw_all
 from tla_service.tuning.settings import TuneSettings
 from tla_service.tuning.space import Space

@@ -7,7 +7,7 @@ import pytest
 
 from tests.tuning.conftest import run_config, space_of
 from tla_service.config import RunConfig
-from tla_service.config_loading import load_settings
+from tla_service.config.loading import load_settings
 from tla_service.errors import ConfigError
 
 BATCH = "training.global_batch_size"

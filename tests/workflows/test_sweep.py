@@ -17,7 +17,7 @@ import pytest
 from tests.cluster.conftest import Job
 from tests.cluster.test_chaos import train_workers
 from tla_service.cluster.attempts import read_trials
-from tla_service.config_loading import load_settings
+from tla_service.config.loading import load_settings
 from tla_service.tuning.space import key_of
 from tla_service.tuning.trials import Trial
 

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
-from tla_service import registry
 from tla_service.cluster.evaluation_folder import identity, open_folder, report_folder
 from tla_service.cluster.evaluation_models import Models, load_models
 from tla_service.cluster.evaluation_text import describe_surrogate, next_step, show
 from tla_service.cluster.session import ray_session
 from tla_service.cluster.shards import NetworkSource, Slots, find_slots, run_tasks
 from tla_service.data import split_validation
+from tla_service.environment import code_facts
 from tla_service.errors import ConfigError, UserError
 from tla_service.evaluation.neighbours import pick_queries
 from tla_service.evaluation.outcomes import ShardOutcome, save_outcome
 from tla_service.lock import locked_folder
+from tla_service.registry.evaluation_log import log_evaluation
 from tla_service.registry.subject import Subject
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
@@ -40,6 +41,7 @@ from tla_service.report.plan import (
 )
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.tasks import Task, select
+from tla_service.tracking.connection import tracking_uri
 from tla_service.training.reporting import Terminal
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -61,7 +63,7 @@ def evaluate_and_report(settings: EvaluateSettings) -> int:
         UserError: Something is wrong or missing; found before anything is measured, as far as it can be.
     """
     terminal = Terminal()
-    uri = registry.tracking_uri(settings.tracking)
+    uri = tracking_uri(settings.tracking)
     models = load_models(settings, uri)
     subject, dataset = models.subject, models.dataset
     plan = make_plan(settings, dataset.name, subject.norm, subject.epsilon, has_surrogate=models.surrogate is not None)
@@ -254,7 +256,7 @@ def _report(
         shift=fd.shift_facts(own),
         compared=compared,
         surrogate=models.surrogate.facts if models.surrogate is not None else None,
-        code=registry.code_facts(),
+        code=code_facts(),
         seed=settings.seed,
         settings=protocol(plan, settings),
         seconds=seconds,
@@ -307,6 +309,6 @@ def _log(
     """Log the report, if it is to be; returns the versions that were tagged, as ``NAME/VERSION``."""
     if not settings.log or report.model.run_id is None:
         return ()
-    tagged = registry.log_evaluation(uri, report, files)
+    tagged = log_evaluation(uri, report, files)
     terminal.say(f"logged to run {report.model.run_id} at {uri}" + "".join(f", tagged {each}" for each in tagged))
     return tagged

@@ -16,7 +16,7 @@ from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS, CHECKPOINT_MA
 
 from tla_service.cluster.folder import Folder
 from tla_service.config import RunConfig
-from tla_service.config_loading import same_run
+from tla_service.config.loading import same_run
 from tla_service.errors import UnavailableError
 from tla_service.files import whole_folder
 from tla_service.retries import retried

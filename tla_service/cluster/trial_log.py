@@ -11,11 +11,13 @@ from typing import Any, Literal
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from tla_service import registry
 from tla_service.cluster.attempts import add_attempt
 from tla_service.cluster.tune import Plan
 from tla_service.config import RunConfig
 from tla_service.errors import UserError
+from tla_service.tracking.connection import tracking_uri
+from tla_service.tracking.run_log import RunLog
+from tla_service.tracking.runs import finish_run, log_files, open_run, tag_run
 from tla_service.training.reporting import JsonLines, Terminal
 from tla_service.tuning.axes import shown
 from tla_service.tuning.trials import Trial
@@ -41,11 +43,9 @@ class TrialLog(tune.Callback):
         self._terminal, self._output, self._plan = terminal, output, plan
         self._facts = dict(facts) | {"sweep": plan.storage}
         self._lines = JsonLines(output / "log.jsonl")
-        self.uri = registry.tracking_uri(run.tracking)
-        self.run_id = registry.open_run(
-            run.model_copy(update={"name": plan.space.name}), plan.storage, facts=self._facts
-        )
-        self._runs: dict[int, tuple[str, registry.RunLog]] = {}
+        self.uri = tracking_uri(run.tracking)
+        self.run_id = open_run(run.model_copy(update={"name": plan.space.name}), plan.storage, facts=self._facts)
+        self._runs: dict[int, tuple[str, RunLog]] = {}
         self._work: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._track, name="trial-log", daemon=True)
         self._thread.start()
@@ -63,8 +63,8 @@ class TrialLog(tune.Callback):
             attempt: Their step.
         """
         try:
-            registry.log_files(self.uri, self.run_id, files)
-            with contextlib.closing(registry.RunLog(self.uri, self.run_id, self._output / "unsent")) as log:
+            log_files(self.uri, self.run_id, files)
+            with contextlib.closing(RunLog(self.uri, self.run_id, self._output / "unsent")) as log:
                 log.log(metrics, attempt)
         except UserError as error:
             self.say(f"warning: {error}")
@@ -76,7 +76,7 @@ class TrialLog(tune.Callback):
         for number in list(self._runs):
             self._finish(number, "KILLED")
         with contextlib.suppress(UserError):
-            registry.finish_run(self.uri, self.run_id, status)
+            finish_run(self.uri, self.run_id, status)
         self._lines.close()
 
     # ------------------------------------------------------------------------------------------------ from Ray Tune
@@ -142,8 +142,8 @@ class TrialLog(tune.Callback):
         run = self._plan.space.trial(trial.number, trial.point, self._plan.placement.num_workers)
         facts = self._facts | {"trial": str(trial.number)}
         facts |= {f"searched.{name}": shown(value) for name, value in trial.point.items()}
-        run_id = registry.open_run(run, f"{self._plan.storage}/{run.name}", facts=facts, parent_run_id=self.run_id)
-        self._runs[trial.number] = (run_id, registry.RunLog(self.uri, run_id, self._output / "unsent"))
+        run_id = open_run(run, f"{self._plan.storage}/{run.name}", facts=facts, parent_run_id=self.run_id)
+        self._runs[trial.number] = (run_id, RunLog(self.uri, run_id, self._output / "unsent"))
 
     def _track_epochs(self, number: int, history: list[Mapping[str, float]]) -> None:
         if number in self._runs:
@@ -158,11 +158,11 @@ class TrialLog(tune.Callback):
         best = trial.best
         values = {} if best is None else {f"best/{n}": v for n, v in best._asdict().items() if n != "epochs"}
         metrics.log(values | {f"test/{name}": value for name, value in trial.test.items()}, max(0, trial.epochs - 1))
-        registry.tag_run(self.uri, run_id, {"tla.trial_status": trial.status, "tla.trial_reason": trial.reason})
+        tag_run(self.uri, run_id, {"tla.trial_status": trial.status, "tla.trial_reason": trial.reason})
         self._finish(trial.number, _STATUS[trial.status])
 
     def _finish(self, number: int, status: RunStatus) -> None:
         run_id, metrics = self._runs.pop(number)
         metrics.close()
         with contextlib.suppress(UserError):
-            registry.finish_run(self.uri, run_id, status)
+            finish_run(self.uri, run_id, status)

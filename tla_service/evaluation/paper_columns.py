@@ -7,7 +7,7 @@ column, the momentum of MIM, C&W's confidence, the surrogate, or its L2 table. C
   2/255), and the training attack's for the columns that repeat it (CIFAR-10's 7 steps of 2/255).
 - MIM keeps the whole running gradient (momentum 1, Dong et al. 2018); C&W's confidence is 50, as in the authors' code;
   both start at random as PGD does.
-- Radii are those of `tla_service.config_radii`; a step is the same share of the radius in every norm and at every
+- Radii are those of `tla_service.config.radii`; a step is the same share of the radius in every norm and at every
   radius.
 - Tiny ImageNet's first PGD column is printed with 20 steps twice; it is taken as 10, as in the paper's Table 7.
 """
@@ -18,9 +18,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from tla_service.attacks import Attack
-from tla_service.config_adversary import EvaluationAttack
-from tla_service.config_bounds import Norm
-from tla_service.config_radii import documented_radius, no_radius
+from tla_service.config.adversary import EvaluationAttack
+from tla_service.config.bounds import Norm
+from tla_service.config.radii import documented_radius, no_radius
 from tla_service.errors import ConfigError
 from tla_service.evaluation.intervals import Interval, wilson_interval
 from tla_service.evaluation.outcomes import ShardOutcome

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from tla_service.attacks import Attack, attack_images
-from tla_service.config_adversary import AttackConfig, EvaluationAttack
-from tla_service.config_radii import no_radius
+from tla_service.config.adversary import AttackConfig, EvaluationAttack
+from tla_service.config.radii import no_radius
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
 from tla_service.evaluation.mode import evaluating, float32

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tla_service.attacks import Attack, craft
-from tla_service.config_bounds import Norm
+from tla_service.config.bounds import Norm
 from tla_service.data.splits import stratified_subset
 from tla_service.evaluation.mode import float32
 from tla_service.evaluation.suite import as_pixels, logits_of

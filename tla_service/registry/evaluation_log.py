@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tla_service.registry.connection import client, storing
 from tla_service.registry.evaluation_card import as_trained, evaluation_card
 from tla_service.registry.evaluations import other_reports
-from tla_service.registry.tracking import log_files
 from tla_service.report.schema import PAGE_FILE, Report, artifact_folder
+from tla_service.tracking.connection import client, storing
+from tla_service.tracking.runs import log_files
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

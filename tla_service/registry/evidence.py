@@ -13,11 +13,11 @@ from tla_service.attacks.autoattack import autoattack_stages
 from tla_service.data.splits import gate_images
 from tla_service.errors import UnavailableError, UserError
 from tla_service.evaluation.outcomes import AutoAttackRun, ShardOutcome, load_outcome
-from tla_service.registry.connection import one_line, retrying
 from tla_service.registry.evaluations import described, evaluate_command, fetch, stored_evaluations
 from tla_service.registry.gate import Evaluated, Finding, refused
 from tla_service.registry.loading import PACKAGE_DIGEST, open_package
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, ThreatModel, read_report
+from tla_service.tracking.connection import one_line, retrying
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

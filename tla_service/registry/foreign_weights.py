@@ -13,7 +13,7 @@ from torch import Tensor
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import ImageClassifier
 from tla_service.models.catalog import normalization_with
-from tla_service.registry.connection import one_line
+from tla_service.tracking.connection import one_line
 
 Entries = dict[str, dict[str, Tensor]]
 

@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from tla_service.config_bounds import length_trouble
-from tla_service.config_fields import Pixels, Section, setting, wrong
+from tla_service.config.bounds import length_trouble
+from tla_service.config.fields import Pixels, Section, setting, wrong
 from tla_service.report.schema import ThreatModel
 
 

@@ -9,16 +9,16 @@ import torch
 
 from tla_service.config import RunConfig
 from tla_service.data import EvaluationBatches, load_dataset, split_validation
+from tla_service.environment import code_version
 from tla_service.evaluation.robustness import measure_accuracy
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
-from tla_service.registry.connection import check_tracking, client, experiment_id, retrying, tracking_uri
-from tla_service.registry.environment import code_version
 from tla_service.registry.foreign_weights import fit, read_entries
 from tla_service.registry.job_settings import ImportSettings
 from tla_service.registry.packaging import PackagedModel, check_packaging, log_model
-from tla_service.registry.tracking import FINGERPRINT, RUN_KEY
 from tla_service.runtime import WorkerContext
+from tla_service.tracking.connection import check_tracking, client, experiment_id, retrying, tracking_uri
+from tla_service.tracking.runs import FINGERPRINT, RUN_KEY
 from tla_service.training.rejector import fit_rejector
 
 if TYPE_CHECKING:

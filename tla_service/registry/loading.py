@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tla_service.config import RunConfig, TrackingConfig
-from tla_service.config_yaml import parse_yaml
+from tla_service.config.yaml_files import parse_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import LogitsOnly, build_model
-from tla_service.registry.connection import client, one_line, retrying, sqlite_path, tracking_uri
 from tla_service.registry.integrity import MANIFEST, sha256, verify_package
-from tla_service.registry.store_errors import shown
+from tla_service.tracking.connection import client, one_line, retrying, sqlite_path, tracking_uri
+from tla_service.tracking.store_errors import shown
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from tla_service.errors import UnavailableError
-from tla_service.registry.connection import is_passing, retrying
+from tla_service.tracking.connection import is_passing, retrying
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -17,10 +17,10 @@ import torch
 import tla_service
 from tla_service.config import RunConfig
 from tla_service.inference.detector import Rejector
-from tla_service.registry.connection import quiet
 from tla_service.registry.integrity import sha256, write_manifest
 from tla_service.registry.loading import FORMAT_VERSION
 from tla_service.registry.model_card import model_card
+from tla_service.tracking.connection import quiet
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature

@@ -14,11 +14,11 @@ import torch
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
 from tla_service.inference.detector import Rejector
-from tla_service.registry.connection import client, storing
 from tla_service.registry.integrity import find_pickles
 from tla_service.registry.loading import PACKAGE_DIGEST, load_model
 from tla_service.registry.model_folder import save_folder, write_source
-from tla_service.registry.tracking import FINGERPRINT, RUN_KEY
+from tla_service.tracking.connection import client, storing
+from tla_service.tracking.runs import FINGERPRINT, RUN_KEY
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

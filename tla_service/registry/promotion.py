@@ -11,14 +11,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
 from tla_service.config import TrackingConfig
+from tla_service.environment import code_version
 from tla_service.errors import ConfigError
-from tla_service.registry.connection import client, experiment_id, one_line, retrying, tracking_uri
-from tla_service.registry.environment import code_version
 from tla_service.registry.evidence import Package, check_files, examine_evaluation, examine_files, find_version
 from tla_service.registry.gate import Evaluated, Finding, compare, judge
 from tla_service.registry.gate_rules import GateRules
 from tla_service.registry.lock import HeldLock, registry_lock
 from tla_service.report.schema import ThreatModel
+from tla_service.tracking.connection import client, experiment_id, one_line, retrying, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

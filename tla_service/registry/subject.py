@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors.numpy import load_file
 
 from tla_service.config import RunConfig
-from tla_service.config_yaml import read_yaml
+from tla_service.config.yaml_files import read_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.inference.detector import Rejector
-from tla_service.registry.connection import client, one_line
 from tla_service.registry.loading import load_with_folder
 from tla_service.report.schema import ModelFacts, ThreatModel
+from tla_service.tracking.connection import client, one_line
 
 if TYPE_CHECKING:
     import torch

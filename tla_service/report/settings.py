@@ -7,11 +7,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DatasetName, ScalingConfig, TrackingConfig
-from tla_service.config_adversary import EvaluationAttack
-from tla_service.config_bounds import Norm, length_trouble
-from tla_service.config_fields import Pixels, Section, setting, wrong
-from tla_service.config_loading import JobSettings
-from tla_service.config_names import attack_trouble
+from tla_service.config.adversary import EvaluationAttack
+from tla_service.config.bounds import Norm, length_trouble
+from tla_service.config.fields import Pixels, Section, setting, wrong
+from tla_service.config.loading import JobSettings
+from tla_service.config.names import attack_trouble
 
 
 class EvaluatedData(Section):

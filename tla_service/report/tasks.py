@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tla_service.attacks import Attack
 from tla_service.attacks.autoattack import AutoAttackNorm
 from tla_service.attacks.minimum_norm import SparseNorm, minimum_norms
-from tla_service.config_bounds import Norm
+from tla_service.config.bounds import Norm
 from tla_service.data import Batch
 from tla_service.evaluation.audit import audit
 from tla_service.evaluation.embedding import Embedded, embed, embed_attacked

@@ -51,9 +51,9 @@ def _reproduce(settings: ReproduceSettings, places: Places) -> int:
         run_config(settings, unit)  # a wrong one is refused before anything runs
     tracked = settings.log and importlib.util.find_spec("mlflow") is not None
     if tracked:
-        from tla_service import registry
+        from tla_service.tracking.connection import check_tracking
 
-        registry.check_tracking(settings.tracking)
+        check_tracking(settings.tracking)
     state = open_state(settings)
     terminal.say(f"{len(todo)} runs in {state}, {places}")
     try:

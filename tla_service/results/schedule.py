@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tla_service.config_loading import to_yaml
+from tla_service.config.loading import to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import write_whole
 from tla_service.job import INTERRUPTED

@@ -8,8 +8,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tla_service.config import Method, ScalingConfig, TrackingConfig
-from tla_service.config_fields import Section, setting, wrong
-from tla_service.config_loading import JobSettings
+from tla_service.config.fields import Section, setting, wrong
+from tla_service.config.loading import JobSettings
 
 TableName = Literal["mnist", "cifar10", "tiny_imagenet", "digits"]
 RECIPE_METHODS: Mapping[str, tuple[Method, ...]] = {

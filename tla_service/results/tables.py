@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tla_service.config import RunConfig
-from tla_service.config_adversary import EvaluationAttack
-from tla_service.config_loading import RunSettings, read_settings
+from tla_service.config.adversary import EvaluationAttack
+from tla_service.config.loading import RunSettings, read_settings
 from tla_service.evaluation.paper_columns import paper_columns
 from tla_service.results.settings import ReproduceSettings
 

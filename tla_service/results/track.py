@@ -3,13 +3,15 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tla_service import registry
 from tla_service.config import RunConfig
-from tla_service.registry.environment import code_facts
+from tla_service.environment import code_facts
 from tla_service.results.figures import Row, read_row
 from tla_service.results.measure import AUTOATTACK, MEASURED, OUTCOME
 from tla_service.results.settings import ReproduceSettings
 from tla_service.results.tables import Unit, run_config
+from tla_service.tracking.connection import tracking_uri
+from tla_service.tracking.run_log import RunLog
+from tla_service.tracking.runs import fetch_files, find_finished, finish_run, log_files, open_run
 
 _LOGGED = "logged.txt"
 _FETCHED = "from-mlflow"
@@ -22,7 +24,7 @@ def log_runs(settings: ReproduceSettings, todo: Sequence[Unit], state: Path, say
     Raises:
         UnavailableError: MLflow is away; the next call logs what is missing.
     """
-    uri = registry.tracking_uri(settings.tracking)
+    uri = tracking_uri(settings.tracking)
     for unit in todo:
         row = read_row(unit.name, [unit], state)
         if not row.units:
@@ -30,15 +32,15 @@ def log_runs(settings: ReproduceSettings, todo: Sequence[Unit], state: Path, say
         config, key = _identity(settings, unit)
         mark = state / unit.name / _LOGGED
         # The run's own id, as the state may have been logged to another store before.
-        if mark.exists() and registry.find_finished(config, key) == mark.read_text():
+        if mark.exists() and find_finished(config, key) == mark.read_text():
             continue
-        run_id = registry.open_run(config, key, facts=code_facts())
-        log = registry.RunLog(uri, run_id, state / unit.name / "unsent")
+        run_id = open_run(config, key, facts=code_facts())
+        log = RunLog(uri, run_id, state / unit.name / "unsent")
         log.log(_metrics(row), 0)
         log.close()
         paths = [row.folders[0] / name for name in _FILES]
-        registry.log_files(uri, run_id, {path.name: path for path in paths if path.exists()})
-        registry.finish_run(uri, run_id)
+        log_files(uri, run_id, {path.name: path for path in paths if path.exists()})
+        finish_run(uri, run_id)
         mark.write_text(run_id)
         say(f"{unit.name}: logged to run {run_id} at {uri}")
 
@@ -52,11 +54,11 @@ def fetch_runs(settings: ReproduceSettings, todo: Sequence[Unit], state: Path) -
     Raises:
         UnavailableError: MLflow is away.
     """
-    uri, target = registry.tracking_uri(settings.tracking), state / _FETCHED
+    uri, target = tracking_uri(settings.tracking), state / _FETCHED
     for unit in todo:
-        run_id = registry.find_finished(*_identity(settings, unit))
+        run_id = find_finished(*_identity(settings, unit))
         if run_id is not None:
-            registry.fetch_files(uri, run_id, _FILES, target / unit.name)
+            fetch_files(uri, run_id, _FILES, target / unit.name)
     return target
 
 

@@ -39,7 +39,8 @@ def build_app(settings: ServeSettings) -> Application:
         UnavailableError: There is no such version, or the registry is away.
     """
     from tla_service.config import TrackingConfig
-    from tla_service.registry import pin_version, tracking_uri
+    from tla_service.registry.loading import pin_version
+    from tla_service.tracking.connection import tracking_uri
 
     uri = tracking_uri(TrackingConfig(uri=settings.tracking_uri))
     model = pin_version(settings.model, uri)
@@ -74,7 +75,7 @@ class Classifier:
 
     def __init__(self, settings: ServeSettings, model: str, uri: str, meter: "DeploymentHandle[Any]") -> None:
         from tla_service.inference.predictor import Predictor
-        from tla_service.registry import open_package
+        from tla_service.registry.loading import open_package
 
         self._settings, self._model, self._meter = settings, model, meter
         artifacts, self._description = open_package(model, uri)

@@ -1,6 +1,6 @@
 """What the serving application can be told: fields of ``args`` in Serve's configuration."""
 
-from tla_service.config_fields import Section, setting
+from tla_service.config.fields import Section, setting
 
 
 class ServeSettings(Section):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from tla_service.config import RunConfig
-from tla_service.config_loading import load_settings, print_config
+from tla_service.config.loading import load_settings, print_config
 from tla_service.errors import UnavailableError
 from tla_service.job import INTERRUPTED, run_job
 from tla_service.lock import locked_folder

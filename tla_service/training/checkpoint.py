@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from tla_service.config import RunConfig
-from tla_service.config_loading import same_run, to_yaml
+from tla_service.config.loading import same_run, to_yaml
 from tla_service.data.cache import disk_trouble
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import whole_folder, write_whole

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tla_service.attacks import Attack
 from tla_service.config import RunConfig
-from tla_service.config_adversary import EvaluationAttack
+from tla_service.config.adversary import EvaluationAttack
 from tla_service.data import (
     Dataset,
     EvaluationBatches,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tla_service.config import RunConfig
-from tla_service.config_loading import RunSettings, load_config_file, same_run, to_yaml
+from tla_service.config.loading import RunSettings, load_config_file, same_run, to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import write_whole
 from tla_service.training.reporting import Terminal

@@ -3,7 +3,7 @@
 import math
 from itertools import takewhile
 
-from tla_service.config_training import ScheduleConfig
+from tla_service.config.training import ScheduleConfig
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from tla_service.config import RunConfig
-from tla_service.config_errors import suggest
+from tla_service.config.explain import suggest
 from tla_service.errors import ConfigError
 from tla_service.tuning.settings import Dimension
 

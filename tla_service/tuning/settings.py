@@ -6,8 +6,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from tla_service.config import RunConfig
-from tla_service.config_fields import Pixels, Section, setting
-from tla_service.config_loading import RunSettings, sweep_preset_names
+from tla_service.config.fields import Pixels, Section, setting
+from tla_service.config.loading import RunSettings, sweep_preset_names
 
 Objective = Literal["robust_accuracy", "clean_accuracy"]
 

@@ -1,1 +1,1 @@
-"""Workflows: what needs Ray and MLflow together."""
+"""Whole jobs: what needs both Ray and MLflow."""

@@ -9,23 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tla_service import registry
 from tla_service.cluster.attempts import attempts, read_trials
 from tla_service.cluster.folder import Folder
 from tla_service.cluster.lease import Lease, held
-from tla_service.cluster.pipeline import Facts, check_before_start, check_disks, check_split, train_and_register
 from tla_service.cluster.session import Placement, check_dashboard, check_storage, place, ray_session
 from tla_service.cluster.slots import count_slots, workers_per_trial
 from tla_service.cluster.trial_log import RunStatus, TrialLog
 from tla_service.cluster.tune import DEFAULT_SAMPLES, Budget, Plan, run_trials
 from tla_service.config import RunConfig
-from tla_service.config_loading import load_config_file, to_yaml
-from tla_service.config_yaml import parse_yaml
+from tla_service.config.loading import load_config_file, to_yaml
+from tla_service.config.yaml_files import parse_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.job import INTERRUPTED
 from tla_service.lock import locked_folder
 from tla_service.models import build_model
 from tla_service.models.classifier import seen_by_triplets
+from tla_service.tracking.connection import check_tracking
 from tla_service.training.output import open_output
 from tla_service.training.reporting import Terminal
 from tla_service.tuning.axes import shown
@@ -33,6 +32,7 @@ from tla_service.tuning.figures import draw_all
 from tla_service.tuning.settings import sweep_yaml
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Trial, as_csv, counts, table, winner
+from tla_service.workflows.train import Facts, check_before_start, check_disks, check_split, train_and_register
 
 SETTINGS, WINNER, SUMMARY, SEEDS = "sweep.yaml", "best.yaml", "sweep.json", "winner.json"
 
@@ -63,7 +63,7 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
         if run.scaling.storage is not None:  # else it is in the output folder, which is locked
             lease = locks.enter_context(held(storage, Terminal().say))
         run = _compare(run, space, storage, resume=resume)
-        registry.check_tracking(run.tracking)
+        check_tracking(run.tracking)
         facts = check_before_start(run)
         check_disks(run, output, f"{uri}/trials", facts.checkpoint_bytes, _number_of_trials(space))
         # Trials that are stopped early or killed leave their places to Ray Train's cleaner, which needs the dashboard.

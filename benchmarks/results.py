@@ -1,0 +1,117 @@
+"""What a benchmark has found: tables for people, ratios for the guard, raw numbers for models; as text and as JSON."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.timing import Spread
+from tla_service import __version__
+from tla_service.errors import UnavailableError
+from tla_service.files import write_whole
+from tla_service.runtime import hardware
+
+# A ratio that grew by more than this share is reported.
+TOLERANCE = 0.10
+
+
+@dataclass
+class Results:
+    """Tables by name, ratios by name (the lower the better), raw measurements by name, and where they come from."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ratios: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
+
+    def table(self, name: str, columns: list[str], rows: list[list[str]]) -> None:
+        """Keep a table, and print it."""
+        self.tables[name] = {"columns": columns, "rows": rows}
+        print(f"\n{name}\n" + "\n".join(markdown(columns, rows)), flush=True)
+
+    def ratio(self, name: str, spread: Spread, bar: float | None = None) -> None:
+        """Keep a ratio that should be low, with the bar it is held to."""
+        self.ratios[name] = {"median": spread.median, "low": spread.low, "high": spread.high, "bar": bar}
+
+    def on_top_of(self, earlier: "Results", stages: list[str]) -> "Results":
+        """An earlier run's results with these in the place of what the stages measured there.
+
+        Args:
+            earlier: What is kept of: everything that these results have not.
+            stages: What was measured again, for the facts.
+        """
+        again = {stage: {name: self.facts[name] for name in ("command", "commit", "device")} for stage in stages}
+        took = {name: value for name, value in self.facts.items() if name.startswith("seconds of ")}
+        facts = earlier.facts | took | {"again": earlier.facts.get("again", {}) | again}
+        return Results(facts, earlier.tables | self.tables, earlier.ratios | self.ratios, earlier.raw | self.raw)
+
+    def write(self, path: Path) -> None:
+        """Write everything as JSON, a stage after the other, so that a run that is cut short leaves what it has."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(self.__dict__, indent=1) + "\n")
+
+
+def read_results(path: Path) -> Results:
+    """What an earlier run has written.
+
+    Raises:
+        UnavailableError: The file is something else.
+    """
+    try:
+        return Results(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UnavailableError("output", path, "holds no results of a benchmark", "choose another --output") from error
+
+
+def facts() -> dict[str, Any]:
+    """Hardware, versions, commit and command."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout
+    return {
+        "device": hardware(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.strip() or __version__,
+        "command": " ".join(["python", *sys.argv]),
+        "load before": os.getloadavg()[0],
+    }
+
+
+def worsened(found: dict[str, dict[str, float | None]], kept: dict[str, float]) -> list[str]:
+    """One line for each ratio that is more than a tenth above the kept one, whose spread does not reach down to it."""
+    lines = []
+    for name, spread in found.items():
+        before, now, low = kept.get(name), spread["median"], spread["low"]
+        if before is None or now is None or low is None:
+            continue
+        if now > before * (1 + TOLERANCE) and low > before:
+            lines.append(f"{name}: {now:.3f}, was {before:.3f}: {100 * (now / before - 1):.0f} % worse")
+    return lines
+
+
+def read_ratios(path: Path) -> dict[str, float]:
+    """Kept ratios by name; none if there is no such file."""
+    if not path.exists():
+        return {}
+    ratios: dict[str, float] = json.loads(path.read_text())
+    return ratios
+
+
+def keep_ratios(path: Path, found: dict[str, dict[str, float | None]]) -> None:
+    """Write medians by name beside those of ratios that were not measured this time."""
+    kept = read_ratios(path) | {name: round(float(spread["median"] or 0), 3) for name, spread in found.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table's lines."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]

@@ -1,0 +1,34 @@
+"""What the benchmark job takes."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from tla_service.config.loading import JobSettings
+
+CPU_STAGES = ("steps", "attacks", "switches", "parts", "mining", "scaling", "startup")
+GPU_STAGES = ("numerics", "steps", "switches", "parts", "epochs", "accuracy")
+
+
+class BenchmarkSettings(JobSettings):
+    """Settings of `python -m benchmarks`."""
+
+    device: Literal["cpu", "cuda"] = Field("cpu", description="what to measure: one CPU core (or two), or one GPU")
+    stages: list[str] = Field(
+        [],
+        description=f"only these; default: all of {', '.join(CPU_STAGES)}, or with cuda {', '.join(GPU_STAGES)}; "
+        "compile (minutes on a CPU) runs only when named. What the output file holds of other stages is kept",
+    )
+    workloads: list[str] = Field([], description="only these networks of the suite; default: all")
+    rounds: int = Field(3, description="timed rounds at least, each of which runs every candidate once", ge=2)
+    clock: Literal["wall", "cpu"] = Field(
+        "wall", description="what ratios of single-process stages are taken of; cpu ignores other programs' load"
+    )
+    output: Path = Field(Path("runs/benchmark.json"), description="JSON file to write")
+    ratios: Path = Field(Path("benchmarks/ratios.json"), description="ratios to compare with")
+    keep_ratios: bool = Field(False, description="write this run's ratios there, instead of comparing")
+    data_root: Path | None = Field(None, description="folder with CIFAR-10, for the stage accuracy of a GPU")
+    accuracy_epochs: int = Field(8, description="epochs of each training of the stage accuracy", ge=1)
+    accuracy_images: int = Field(512, description="test images for AutoAttack in the stage accuracy", ge=8)
+    seconds: float = Field(500, description="on a GPU, start no further stage after this long", gt=0)

@@ -1,0 +1,82 @@
+"""What each switch of the fast path is worth."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from benchmarks.elsewhere import Candidates, elsewhere
+from benchmarks.results import Results
+from benchmarks.settings import BenchmarkSettings
+from benchmarks.stages import LEAST_SECONDS, Changes, context_of, merged
+from benchmarks.timing import take_turns
+from benchmarks.workloads import FullStep, Workload
+from tla_service.runtime import WorkerContext, keep_freed_memory
+
+# (name, configuration with it, configuration without it).
+Switch = tuple[str, Changes, Changes]
+COMMON_SWITCHES: list[Switch] = [
+    ("speed.fold_batchnorm: true", {}, {"speed": {"fold_batchnorm": False}}),
+    ("speed.fused_optimizer: true", {}, {"speed": {"fused_optimizer": False}}),
+    ("mining.pool: batch", {}, {"mining": {"pool": "separate"}}),
+    ("training.batchnorm_roles: together", {}, {"training": {"batchnorm_roles": "apart"}}),
+    (
+        "mining.queries: last_step",
+        {"mining": {"pool": "separate", "queries": "last_step"}},
+        {"mining": {"pool": "separate"}},
+    ),
+    ("training.channels_last: true", {"training": {"channels_last": True}}, {}),
+    ("training.precision: bfloat16", {"training": {"precision": "bfloat16"}}, {}),
+    ("data.residency: device", {}, {"data": {"residency": "stream", "loader_workers": 1}}),
+]
+CPU_SWITCHES: list[Switch] = [
+    ("speed.keep_freed_memory: true", {"speed": {"keep_freed_memory": True}}, {"speed": {"keep_freed_memory": False}}),
+    *COMMON_SWITCHES,
+]
+COMPILE_SWITCHES: list[Switch] = [
+    ("speed.compile: attack", {"speed": {"compile": "attack"}}, {}),
+]
+
+
+def measure_switches(
+    work: dict[str, Workload],
+    settings: BenchmarkSettings,
+    results: Results,
+    switches: list[Switch],
+    base: Changes,
+    title: str = "Switches",
+) -> None:
+    """Time of a TLA step without a switch over the time with it."""
+    context, rows = context_of(settings), []
+    for workload in work.values():
+        if workload.num_steps > 10:
+            continue
+        # One step for each configuration, all in the same turns; most pairs share the base.
+        wanted = {str(changes): changes for _, *sides in switches for changes in sides}
+        with ExitStack() as stack:
+            times = take_turns(
+                {name: _step(stack, workload, context, merged(base, changes)) for name, changes in wanted.items()},
+                rounds=settings.rounds,
+                least_seconds=LEAST_SECONDS[settings.device],
+                burn_in=3 if settings.device == "cuda" else 1,
+            )
+        for name, with_it, without in switches:
+            ratio = times.ratio(str(without), str(with_it), settings.clock)
+            rows.append([workload.name, f"`{name}`", str(ratio)])
+    results.table(title, ["network", "switch", "time without over time with it (quartiles)"], rows)
+
+
+def _step(stack: ExitStack, workload: Workload, context: WorkerContext, changes: Changes) -> Callable[[], object]:
+    """A step under these changes, with a separate pool as large as the batch, until the stack is left."""
+    if changes.get("mining", {}).get("pool") == "separate":
+        changes = merged(changes, {"mining": {"pool_size": workload.batch_size}})
+    if "keep_freed_memory" in changes.get("speed", {}):
+        # No process can go back, so each side has one; nor would a step in this one, among so many, be comparable.
+        return stack.enter_context(elsewhere(_alone, workload, context, changes))["step"]
+    step = FullStep(workload, context, **changes)
+    stack.callback(step.batches.close)
+    return step
+
+
+def _alone(workload: Workload, context: WorkerContext, changes: Changes) -> Candidates:
+    if changes["speed"]["keep_freed_memory"]:
+        keep_freed_memory()
+    yield "step", FullStep(workload, context, **changes)

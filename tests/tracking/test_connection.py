@@ -1,0 +1,220 @@
+"""Where runs go, and how soon and clearly a place that cannot take them is named."""
+
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.registry.tracking_server import TrackingServer
+from tla_service import retries
+from tla_service.config import TrackingConfig
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.tracking.connection import check_tracking, is_passing, retrying, storing, tracking_uri
+
+
+def test_uri_given_wins_over_environment_wins_over_local_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri(TrackingConfig()) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000/")
+    assert tracking_uri(TrackingConfig()) == "http://server:5000"
+    assert tracking_uri(TrackingConfig(uri="sqlite:///runs.db")) == f"sqlite:///{tmp_path}/runs.db"
+
+
+def test_server_is_accepted_and_gets_the_experiment(server: TrackingServer) -> None:
+    for _ in range(2):
+        check_tracking(TrackingConfig(uri=server.uri, experiment="checked"))
+    assert MlflowClient(server.uri).get_experiment_by_name("checked") is not None
+
+
+def test_host_name_the_server_does_not_allow(server: TrackingServer) -> None:
+    uri = server.uri.replace("127.0.0.1", "localhost")
+    with pytest.raises(UnavailableError, match=r"Invalid Host header.*--allowed-hosts"):
+        check_tracking(TrackingConfig(uri=uri))
+
+
+def test_deleted_experiment_is_named(server: TrackingServer) -> None:
+    client = MlflowClient(server.uri)
+    client.delete_experiment(client.create_experiment("gone"))
+    with pytest.raises(UnavailableError, match=r"tracking.experiment=gone: this experiment is deleted"):
+        check_tracking(TrackingConfig(uri=server.uri, experiment="gone"))
+
+
+def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        start = time.monotonic()
+        with pytest.raises(UnavailableError, match="connection refused"):
+            check_tracking(TrackingConfig(uri=uri))
+    assert time.monotonic() - start < 5
+
+
+def test_server_that_never_answers() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        start = time.monotonic()
+        with pytest.raises(UnavailableError, match="timed out"):
+            check_tracking(TrackingConfig(uri=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+    assert time.monotonic() - start < 10
+
+
+@pytest.fixture
+def answer() -> Iterator[dict[str, object]]:
+    """An HTTP server that gives every request the same answer; it stands for what real servers answer rarely."""
+    said: dict[str, object] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(int(str(said["status"])))
+            self.end_headers()
+            self.wfile.write(str(said["text"]).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        said["uri"] = f"http://127.0.0.1:{made.server_port}"
+        yield said
+        made.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "match"),
+    [
+        (401, "You are not authenticated", "refuses the credentials; set MLFLOW_TRACKING_USERNAME"),
+        (403, json.dumps({"message": "Permission denied"}), "may not write here"),
+        (404, "<html>", "not an MLflow server"),
+        (503, "busy", r"status 503 \(busy\)"),
+    ],
+)
+def test_answers_that_are_no_success(answer: dict[str, object], status: int, text: str, match: str) -> None:
+    answer.update(status=status, text=text)
+    with pytest.raises(UnavailableError, match=match):
+        check_tracking(TrackingConfig(uri=str(answer["uri"])))
+
+
+def test_plain_folders_are_explained() -> None:
+    with pytest.raises(ConfigError, match="no longer keeps runs in plain folders; write sqlite"):
+        check_tracking(TrackingConfig(uri="file:///tmp/mlruns"))
+
+
+def test_sqlite_path_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnavailableError, match=r"cannot be opened and written.*give a path that can be written"):
+        check_tracking(TrackingConfig(uri=f"sqlite:///{tmp_path}/file/mlflow.db"))
+
+
+def test_sqlite_file_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(UnavailableError, match="cannot be opened and written"):
+        check_tracking(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+
+
+def test_two_processes_make_the_same_store(tmp_path: Path) -> None:
+    code = (
+        "from tla_service.config import TrackingConfig\n"
+        "from tla_service.tracking.connection import check_tracking\n"
+        f"check_tracking(TrackingConfig(uri='sqlite:///{tmp_path}/mlflow.db'))\n"
+    )
+    command = [sys.executable, "-c", code]
+    both = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=90)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("tla")
+    assert experiment is not None
+    assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
+
+
+def test_retrying_repeats_what_may_pass_and_nothing_else() -> None:
+    calls = []
+
+    def flaky() -> str:
+        calls.append(1)
+        if len(calls) < 3:
+            raise ConnectionError("away")
+        return "done"
+
+    assert retrying("it", flaky, first_wait_seconds=0.01) == "done"
+    with pytest.raises(ValueError, match="no"):
+        retrying("it", lambda: (_ for _ in ()).throw(ValueError("no")), first_wait_seconds=100)
+
+
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("call", "shortest", "longest"), [(retrying, 10, 20), (storing, 240, 360)])
+def test_questions_wait_seconds_for_a_server_and_results_wait_minutes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: Any, shortest: float, longest: float
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(retries, "time", clock)
+
+    def away_until(back: float) -> str:
+        if clock.now < back:
+            raise ConnectionError("connection refused")
+        return "done"
+
+    assert call("Storing it", lambda: away_until(shortest)) == "done"
+    assert "Storing it failed (connection refused); trying again in 1 s" in caplog.text
+    clock.now = 0
+    with pytest.raises(UnavailableError, match=r"storing it failed \(connection refused\); bring the server back"):
+        call("Storing it", lambda: away_until(1e9))
+    assert shortest < clock.now < longest
+
+
+def test_errors_of_an_artifact_store_on_s3_may_pass() -> None:
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import ClientError
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        options = Config(retries={"max_attempts": 0}, connect_timeout=1)
+        keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
+        away = boto3.client("s3", endpoint_url=address, config=options, **keys)  # type: ignore[call-overload]
+        with pytest.raises(Exception, match="Could not connect") as raised:
+            away.list_buckets()
+    assert is_passing(raised.value)
+
+    def answered(status: int) -> Exception:
+        return ClientError({"ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")  # type: ignore[typeddict-item]
+
+    def uploading(status: int) -> Exception:
+        """What boto3 makes of an answer in the middle of an upload."""
+        try:
+            try:
+                raise answered(status)
+            except ClientError as error:
+                raise boto3.exceptions.S3UploadFailedError(str(error))  # noqa: B904 - as boto3 does it
+        except boto3.exceptions.S3UploadFailedError as error:
+            return error
+
+    assert is_passing(answered(503))
+    assert is_passing(uploading(503))
+    assert not is_passing(answered(403))
+    assert not is_passing(uploading(403))

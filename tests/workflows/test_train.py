@@ -1,0 +1,38 @@
+"""How a training job ends: with the command that evaluates its model."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tla_service.training.reporting import Terminal
+from tla_service.workflows.train import _show_end
+
+SUMMARY: dict[str, Any] = {
+    "clean_accuracy": 0.9, "robust_accuracy": {"worst": 0.8}, "run_id": "r", "checkpoint": "c",
+    "wall_seconds": {"train": 1.0},
+}  # fmt: skip
+
+
+def last_line(model_uri: str, tracking_uri: str) -> str:
+    printed = io.StringIO()
+    _show_end(SUMMARY | {"model_uri": model_uri, "tracking_uri": tracking_uri}, Terminal(printed))
+    return printed.getvalue().splitlines()[-1]
+
+
+def test_the_last_line_evaluates_the_model_wherever_it_is_tracked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    here = f"sqlite:///{tmp_path}/mlflow.db"
+    assert last_line("models:/tla-digits/3", here).endswith("evaluate_tla.py --model models:/tla-digits/3")
+    # Not registered: MLflow has it all the same.
+    assert last_line("models:/m-0123", here).endswith("evaluate_tla.py --model models:/m-0123")
+    server = "http://mlflow:5000"
+    told = last_line("models:/tla-digits/3", server)
+    assert told.endswith(f"evaluate_tla.py --model models:/tla-digits/3 --tracking.uri {server}")
+    assert "hunter2" not in last_line("models:/tla-digits/3", "http://me:hunter2@mlflow:5000")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    assert last_line("models:/tla-digits/3", server).endswith("evaluate_tla.py --model models:/tla-digits/3")

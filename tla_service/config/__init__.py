@@ -1,0 +1,37 @@
+"""A run's configuration: frozen, validated sections. Importing it needs no torch."""
+
+from tla_service.config.adversary import AttackConfig, EvaluationAttack
+from tla_service.config.run import (
+    DataConfig,
+    DatasetName,
+    DetectionConfig,
+    EvaluationConfig,
+    LossConfig,
+    Method,
+    MiningConfig,
+    ModelConfig,
+    RunConfig,
+    ScalingConfig,
+    TrackingConfig,
+)
+from tla_service.config.training import OptimizerConfig, ScheduleConfig, SpeedConfig, TrainingConfig
+
+__all__ = [
+    "AttackConfig",
+    "DataConfig",
+    "DatasetName",
+    "DetectionConfig",
+    "EvaluationAttack",
+    "EvaluationConfig",
+    "LossConfig",
+    "Method",
+    "MiningConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "ScalingConfig",
+    "ScheduleConfig",
+    "SpeedConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+]

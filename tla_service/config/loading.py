@@ -1,0 +1,243 @@
+"""Reading a job's configuration: defaults < preset < YAML file < environment < command line."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+
+from tla_service.config import RunConfig, TrackingConfig
+from tla_service.config.bounds import known_shape
+from tla_service.config.explain import Explainer, suggest
+from tla_service.config.fields import wrong
+from tla_service.config.names import attack_trouble
+from tla_service.config.radii import without_lengths_of_other_norms
+from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
+from tla_service.errors import ConfigError
+
+ENV_PREFIX = "TLA_"
+_FILES = ("config", "study", "preset")  # each may name the next
+
+
+def preset_names() -> list[str]:
+    """Names that `--preset` takes."""
+    files = resources.files("tla_service.config") / "presets"
+    return sorted(path.name.removesuffix(".yaml") for path in files.iterdir() if path.name.endswith(".yaml"))
+
+
+def sweep_preset_names() -> list[str]:
+    """Names that `--study` takes."""
+    files = resources.files("tla_service.config") / "presets" / "sweeps"
+    return sorted(path.name.removesuffix(".yaml") for path in files.iterdir() if path.name.endswith(".yaml"))
+
+
+class JobSettings(BaseSettings):
+    """What every job takes: settings from a file, the environment and the command line.
+
+    A job's own settings are a subclass; `read_settings` reads it. A subclass with a field `preset` takes presets too.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        cli_exit_on_error=False,
+        cli_avoid_json=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        frozen=True,
+        extra="forbid",
+    )
+
+    config: Path | None = Field(None, description="YAML file with any of these settings")
+    debug: bool = Field(False, description="show tracebacks")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        tracking = getattr(self, "tracking", None)
+        trouble = tracking.trouble() if isinstance(tracking, TrackingConfig) else None
+        if trouble is not None:
+            raise wrong(*trouble)
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The command line comes first by itself; then the environment, the file, the sweep's preset, the run's."""
+        files = [_NamedFile(settings_cls, name) for name in _FILES if name in settings_cls.model_fields]
+        return init_settings, env_settings, *files
+
+
+class RunSettings(JobSettings, RunConfig):
+    """A run's configuration and what the training job needs beside it."""
+
+    model_config = JobSettings.model_config
+
+    preset: str | None = Field(None, description="start from this preset: " + ", ".join(preset_names()))
+    output: Path | None = Field(None, description="folder for results; default runs/<run name>")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="progress and log as text, or as JSON lines with run, run id and rank"
+    )
+    print_config: Literal["", "yaml", "schema"] = Field(
+        "", description="print the resolved configuration or its JSON schema, and stop"
+    )
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        trouble = self.attack_trouble(known_shape(self.data.name, self.data.image_size))
+        trouble = trouble or attack_trouble("evaluation.test", self.evaluation.test)
+        if trouble is not None:
+            raise wrong(*trouble)
+        return self
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The run alone: what is logged, and what a worker gets."""
+        return RunConfig.model_validate({name: getattr(self, name) for name in RunConfig.model_fields})
+
+    @property
+    def output_folder(self) -> Path:
+        """Where results go, as an absolute path."""
+        return (self.output or Path("runs") / self.run_config.run_name).expanduser().absolute()
+
+
+class _NamedFile(YamlConfigSettingsSource):
+    """A YAML file that another setting names."""
+
+    def __init__(self, settings_cls: type[BaseSettings], field: str) -> None:
+        super().__init__(settings_cls, yaml_file=None)
+        self._field = field
+
+    def __call__(self) -> dict[str, Any]:
+        name = self.current_state.get(self._field)
+        if name is None:
+            return {}
+        values = _READERS[self._field](name) or {}
+        if not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
+            raise ConfigError(self._field, name, "holds no settings", "write them as 'section: {field: value}'")
+        return without_lengths_of_other_norms(values, self.current_state)
+
+
+Settings = TypeVar("Settings", bound=JobSettings)
+
+
+def load_settings(arguments: Sequence[str] | None = None) -> RunSettings:
+    """Read a run's configuration from all sources; see `read_settings`."""
+    return read_settings(RunSettings, arguments)
+
+
+def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
+    """Read a job's settings from all sources.
+
+    Environment variables of a run (``TLA_TRACKING__URI``) may be set for every job of a cluster: a job that has no such
+    setting passes over them.
+
+    Args:
+        kind: The job's settings.
+        arguments: Command line without the program's name; None takes `sys.argv`.
+
+    Raises:
+        ConfigError: One field is wrong.
+        ExceptionGroup: Several are; a ConfigError each.
+    """
+    explainer = Explainer(kind, ENV_PREFIX)
+    unknown = explainer.unknown_variable(RunSettings)
+    if unknown is not None:
+        raise unknown
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for flag, text in [*_values(arguments), *explainer.variables()]:
+        check_json(flag, text)
+    try:
+        return kind(_cli_parse_args=arguments)
+    except ValidationError as error:
+        found = {str(mended.subject): mended for mended in map(explainer.explain, error.errors(include_url=False))}
+        errors = list(found.values())
+    except SettingsError as error:
+        errors = [explainer.broken_variable() or explainer.explain_flag(str(error))]
+    if len(errors) == 1:
+        raise errors[0] from None
+    raise ExceptionGroup("the configuration is wrong", errors) from None
+
+
+def load_config_file(path: Path) -> RunConfig:
+    """Read a resolved configuration, as written by `to_yaml`.
+
+    Raises:
+        ConfigError: It cannot be read, or is none.
+    """
+    try:
+        return RunConfig.model_validate(read_yaml(path, "config"))
+    except ValidationError as error:
+        found = Explainer(RunConfig, "").explain(error.errors(include_url=False)[0])
+        remedy = "correct the file, or read it with the version of tla-service that wrote it"
+        raise ConfigError("config", path, f"holds a wrong setting ({found.subject}: {found.reason})", remedy) from error
+
+
+def same_run(text: str, config: RunConfig) -> bool:
+    """Whether a `config.yaml` is of this run: equal in everything that shapes its weights, by this version's rules."""
+    try:
+        return RunConfig.model_validate(parse_yaml(text, "config", "config.yaml")).digest == config.digest
+    except (ValidationError, ConfigError):
+        return False
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The complete configuration as YAML; `--config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Values of a command line, each with the flag before it."""
+    flag = ""
+    for argument in arguments:
+        if argument.startswith("-"):
+            flag, _, value = argument.partition("=")
+        else:
+            value = argument
+        yield flag, value
+
+
+def _read_preset(name: str) -> Any:
+    if name not in preset_names():
+        raise ConfigError("preset", name, "no such preset", suggest(str(name), preset_names()))
+    return _read_resource("preset", name, f"{name}.yaml")
+
+
+def _read_study(name: str) -> Any:
+    if name not in sweep_preset_names():
+        raise ConfigError("study", name, "no such study", suggest(str(name), sweep_preset_names()))
+    return _read_resource("study", name, f"sweeps/{name}.yaml")
+
+
+def _read_resource(field: str, name: str, file: str) -> Any:
+    return parse_yaml((resources.files("tla_service.config") / "presets" / file).read_text("utf-8"), field, name)
+
+
+def _read_file(path: str) -> Any:
+    return read_yaml(Path(path), "config")
+
+
+_READERS = {"config": _read_file, "study": _read_study, "preset": _read_preset}
+
+
+def print_config(settings: RunSettings) -> str:
+    """What `--print_config` asks for: the resolved configuration, or the schema that editors check files against."""
+    if settings.print_config == "schema":
+        return json.dumps(RunConfig.model_json_schema(), indent=2)
+    return to_yaml(settings.run_config).rstrip()

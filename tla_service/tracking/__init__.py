@@ -1,0 +1,1 @@
+"""MLflow tracking: connections, runs and metrics that survive an absent server."""

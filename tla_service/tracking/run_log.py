@@ -1,0 +1,235 @@
+"""Metrics on their way to the tracking server, written to disk first, so that a server that is away loses nothing.
+
+Every point is appended to a file, and a thread sends the file's lines. What the server has not confirmed is still
+in the file when the process is killed, and the next log of the same run sends it. The file is the queue, so memory
+stays bounded however long the server is away.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from tla_service.tracking.connection import client, one_line
+
+_BATCH = 1000  # MLflow's limit of metrics in one request
+_FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 0.5, 30.0
+_log = logging.getLogger(__name__)
+
+Point = tuple[str, float, int, int]  # key, value, timestamp in ms, step
+
+
+class RunLog:
+    """Sends metrics of one run from a background thread; the caller never waits for the server.
+
+    A point (key, step) is sent once: what is on the server already, from before a restart, is left out. One process
+    logs a given metric of a run.
+
+    Args:
+        uri: Tracking store, as :func:`tla_service.registry.tracking_uri` gives it.
+        run_id: MLflow run.
+        spill_dir: Folder for what is not sent yet. The same folder after a restart sends what an ended process left.
+    """
+
+    def __init__(self, uri: str, run_id: str, spill_dir: str | Path) -> None:
+        self._uri, self._run_id = uri, run_id
+        self._folder = Path(spill_dir)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._changed = threading.Condition()
+        self._path, self._file = self._adopt()
+        self._sent_bytes = 0
+        self._known: dict[str, set[int]] | None = None  # key -> steps on the server; None: ask first
+        self._unasked: set[str] = set()  # keys on the server whose steps were not asked for yet
+        self._api: Any = None
+        self._away = False
+        self._closing = False
+        self._broken = False
+        self._thread = threading.Thread(target=self._work, name="run-log", daemon=True)
+        self._thread.start()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Queue metrics of one step; returns at once.
+
+        Args:
+            metrics: Values by name; anything ``float`` takes.
+            step: Epoch or optimiser step the values belong to.
+
+        Raises:
+            ValueError: The log is closed.
+        """
+        now = int(time.time() * 1000)
+        lines = [json.dumps([key, float(value), now, int(step)]) + "\n" for key, value in metrics.items()]
+        with self._changed:
+            if self._closing:
+                raise ValueError("this log is closed")
+            try:
+                self._file.write("".join(lines).encode())
+                self._file.flush()
+            except OSError as error:
+                if not self._broken:
+                    _log.warning("Metrics cannot be kept in %s (%s) and are lost", self._path, error)
+                self._broken = True
+            self._changed.notify_all()
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Wait until everything logged so far is on the server.
+
+        Returns:
+            Whether it is; ``False`` when the time ran out, which loses nothing.
+        """
+        with self._changed:
+            return self._changed.wait_for(lambda: self._pending_bytes() == 0, timeout_seconds)
+
+    def unsent_bytes(self) -> int:
+        """How much of what was logged the server has not confirmed yet, as it lies on disk."""
+        with self._changed:
+            return self._pending_bytes()
+
+    def close(self, timeout_seconds: float = 30.0) -> bool:
+        """Send what is left and stop. What cannot be sent in time stays on disk for the next log of this run.
+
+        Returns:
+            Whether everything was sent.
+        """
+        if self._closing:
+            return not self._path.exists()
+        self.flush(timeout_seconds)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout=5.0)
+        with self._changed:
+            done = self._pending_bytes() == 0
+            if done:
+                self._path.unlink(missing_ok=True)
+            else:
+                _log.warning("Metrics of run %s that could not be sent are kept in %s", self._run_id, self._path)
+            self._file.close()
+        return done
+
+    def _adopt(self) -> tuple[Path, IO[bytes]]:
+        """Open a new file and move into it what ended processes left; files of living ones are locked."""
+        path = self._folder / f"{self._run_id}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+        hidden = path.with_suffix(".new")
+        own = hidden.open("a+b")
+        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hidden.rename(path)  # locked before others see it, or they would take it for one left behind
+        for left in sorted(self._folder.glob(f"{self._run_id}-*.jsonl")):
+            if left == path:
+                continue
+            with contextlib.suppress(BlockingIOError, FileNotFoundError), left.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                content = file.read()
+                # A process killed while writing leaves half a line, which must not swallow the next one.
+                own.write(content if content.endswith(b"\n") or not content else content + b"\n")
+                own.flush()
+                os.fsync(own.fileno())
+                left.unlink()
+        return path, own
+
+    def _pending_bytes(self) -> int:
+        return 0 if self._file.closed else self._file.seek(0, os.SEEK_END) - self._sent_bytes
+
+    def _work(self) -> None:
+        failures = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._pending_bytes() > 0)
+                if self._closing:
+                    return
+                points, end = self._read()
+            try:
+                self._send(points)
+            except Exception as error:  # noqa: BLE001 - whatever goes wrong here must not end the training
+                failures += 1
+                self._failed(error, failures)
+                continue
+            failures = 0
+            self._confirm(end)
+
+    def _read(self) -> tuple[list[Point], int]:
+        """The next lines of the file, and where they end."""
+        points: list[Point] = []
+        self._file.seek(self._sent_bytes)
+        while len(points) < _BATCH and (line := self._file.readline()):
+            with contextlib.suppress(ValueError, TypeError):
+                key, value, timestamp, step = json.loads(line)
+                points.append((str(key), float(value), int(timestamp), int(step)))
+        return points, self._file.tell()
+
+    def _confirm(self, end: int) -> None:
+        if self._away:
+            _log.warning("The tracking server %s is back; metrics are sent again", self._uri)
+            self._away = False
+        with self._changed:
+            if self._file.closed:
+                return
+            self._sent_bytes = end
+            if self._pending_bytes() == 0:
+                self._file.truncate(0)
+                self._sent_bytes = 0
+            self._changed.notify_all()
+
+    def _failed(self, error: Exception, failures: int) -> None:
+        self._known = None  # the request may have arrived all the same, so ask again what is there
+        if failures > 1 and not self._away:  # a single failure is often a closed connection
+            _log.warning(
+                "The tracking server %s is away (%s); metrics are kept in %s until it is back",
+                self._uri,
+                one_line(error),
+                self._path,
+            )
+            self._away = True
+        wait = min(_FIRST_WAIT_SECONDS * 2 ** min(failures - 1, 10), _LAST_WAIT_SECONDS)
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, wait)
+
+    def _send(self, points: list[Point]) -> None:
+        """Send what the server does not have; raises when it cannot be reached."""
+        from mlflow.entities import Metric
+
+        if self._api is None:
+            self._api = client(self._uri)
+        api = self._api
+        fresh: dict[tuple[str, int], Metric] = {}
+        for key, value, timestamp, step in points:
+            if step not in self._steps(api, key):
+                fresh.setdefault((key, step), Metric(key, value, timestamp, step))
+        if fresh:
+            self._send_metrics(api, list(fresh.values()))
+        for key, step in fresh:
+            self._steps(api, key).add(step)
+
+    def _send_metrics(self, api: Any, metrics: list[Any]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            api.log_batch(self._run_id, metrics=metrics)
+        except MlflowException as error:
+            if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                raise
+            if len(metrics) == 1:
+                # No later attempt can succeed, and the points behind this one must not wait for it.
+                _log.warning("MLflow refuses metric %r (%s); it is left out", metrics[0].key, one_line(error))
+                return
+            for metric in metrics:
+                self._send_metrics(api, [metric])
+
+    def _steps(self, api: Any, key: str) -> set[int]:
+        """Steps of a metric that are on the server, asked for once."""
+        if self._known is None:
+            self._unasked = set(api.get_run(self._run_id).data.metrics)
+            self._known = {}
+        if key not in self._known:
+            steps = (
+                {point.step for point in api.get_metric_history(self._run_id, key)} if key in self._unasked else set()
+            )
+            self._known[key] = steps
+        return self._known[key]

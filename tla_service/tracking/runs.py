@@ -1,0 +1,320 @@
+"""A run in MLflow: opened or continued by its key, described completely, given files, and closed."""
+
+import functools
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tla_service.config import RunConfig
+from tla_service.config.loading import to_yaml
+from tla_service.environment import code_version, environment
+from tla_service.errors import UnavailableError, UserError
+from tla_service.tracking.connection import (
+    FIELD,
+    client,
+    exclusive,
+    experiment_id,
+    one_line,
+    retrying,
+    sqlite_path,
+    storing,
+    tracking_uri,
+)
+from tla_service.tracking.store_errors import artifact_cause, shown
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+RUN_KEY = "tla.run_key"
+RESUMED = "tla.resumed"
+FINGERPRINT = "data_fingerprint"  # the fact that names the data set's content
+_PARAMS_PER_REQUEST = 100  # MLflow's limits
+_PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH = 6000, 8000, 36
+_SETTLE_SECONDS = 0.5
+_SYSTEM_METRICS_SECONDS = 10.0
+_log = logging.getLogger(__name__)
+
+
+def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], parent_run_id: str | None = None) -> str:
+    """Open the MLflow run of a key, or continue it when it exists, and describe it.
+
+    Parameters in MLflow cannot change, so a continued run keeps those it started with; a configuration that differs
+    (other workers, another name) is added as a file.
+
+    Args:
+        config: The resolved configuration: every field becomes a parameter, and ``config.yaml`` loads it again.
+        run_key: What identifies the logical run over restarts.
+        facts: What else describes the run: data fingerprint (``data_fingerprint``), sizes. Each becomes a tag.
+        parent_run_id: Run of the sweep this one belongs to.
+
+    Returns:
+        The MLflow run id; the run's status is RUNNING.
+
+    Raises:
+        UnavailableError: The experiment is deleted, or files of the run cannot be stored.
+    """
+    uri = tracking_uri(config.tracking)
+    made = client(uri)
+    experiment = retrying("Opening the experiment", lambda: experiment_id(made, config.tracking.experiment, uri))
+    tags = _tags(config, run_key, facts, parent_run_id)
+    find = functools.partial(_find, made, experiment, run_key)
+    create = functools.partial(made.create_run, experiment, run_name=config.run_name, tags=tags)
+    run, is_new = retrying("Opening the run", lambda: _find_or_create(made, find, create, sqlite_path(uri)))
+    run_id = str(run.info.run_id)
+    count = 0
+    if not is_new:
+        count = int(run.data.tags.get(RESUMED, "0")) + 1
+        retrying("Continuing the run", lambda: _continue(made, run_id, tags | {RESUMED: str(count)}))
+    try:
+        retrying("Describing the run", lambda: _describe(made, run_id, config, facts, count))
+    except UserError:
+        raise
+    except Exception as error:
+        # Its first file is written here: a run whose results could not be stored is not begun.
+        location = str(made.get_run(run_id).info.artifact_uri)
+        raise UnavailableError(FIELD, shown(uri), *artifact_cause(location, error)) from error
+    return run_id
+
+
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted names and values: strings as they are, everything else as JSON (``null``, ``true``, ``[1, 2]``)."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)
+
+
+def run_page(uri: str, run_id: str) -> str:
+    """Where people look at a run: its page on a server, or the command that shows a local store.
+
+    Args:
+        uri: Tracking store.
+        run_id: MLflow run.
+    """
+    if not uri.startswith("http"):
+        return f"run {run_id}, shown by: mlflow ui --backend-store-uri {uri}"
+    made = client(uri)
+    experiment = retrying("Reading the run", lambda: made.get_run(run_id)).info.experiment_id
+    # An address may carry a name and a password, which no log must show.
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def log_files(uri: str, run_id: str, files: Mapping[str, Path]) -> None:
+    """Store files with a run, repeating for minutes while the server is away.
+
+    Args:
+        uri: Tracking store.
+        run_id: MLflow run.
+        files: Path among the run's artifacts (``plots/curves.png``) -> local file. Names may differ.
+
+    Raises:
+        UnavailableError: The server was away all the time.
+        MlflowException: It refuses.
+    """
+    made = client(uri)
+    for target, source in files.items():
+        storing(f"Storing {target}", functools.partial(_log_file, made, run_id, target, source))
+
+
+def find_finished(config: RunConfig, run_key: str) -> str | None:
+    """The finished MLflow run of a key, if there is one.
+
+    Args:
+        config: Any configuration with the tracking section of the run.
+        run_key: As given to `open_run`.
+
+    Raises:
+        UnavailableError: The server cannot be reached.
+    """
+    uri = tracking_uri(config.tracking)
+    made = client(uri)
+    experiment = retrying("Finding the experiment", lambda: experiment_id(made, config.tracking.experiment, uri))
+    found = retrying("Finding the run", lambda: _find(made, experiment, run_key))
+    return next((str(run.info.run_id) for run in found if run.info.status == "FINISHED"), None)
+
+
+def fetch_files(uri: str, run_id: str, names: Sequence[str], folder: Path) -> None:
+    """Copy files of a run into a folder, those of the names that it has.
+
+    Args:
+        uri: Tracking store.
+        run_id: MLflow run.
+        names: Names among the run's artifacts, without folders.
+        folder: Where they go; files of the same names are replaced.
+
+    Raises:
+        UnavailableError: The server cannot be reached.
+    """
+    made = client(uri)
+    folder.mkdir(parents=True, exist_ok=True)
+    there = {artifact.path for artifact in retrying("Listing files", lambda: made.list_artifacts(run_id))}
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+        if name in there:
+            fetch = functools.partial(made.download_artifacts, run_id, name, str(folder))
+            retrying(f"Fetching {name}", fetch)
+
+
+def finish_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
+    """Close a run. A process that ends without this leaves it RUNNING until its key is opened again.
+
+    Args:
+        uri: Tracking store.
+        run_id: MLflow run.
+        status: How it ended.
+    """
+    made = client(uri)
+    close = storing if status == "FINISHED" else retrying  # where a run failed, so may its server have
+    close("Closing the run", lambda: made.set_terminated(run_id, status))
+
+
+def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run; those of the same names are replaced.
+
+    Args:
+        uri: Tracking store.
+        run_id: MLflow run.
+        tags: Names and values; empty values are left out.
+    """
+    from mlflow.entities import RunTag
+
+    made = client(uri)
+    entities = [RunTag(name, value[:_TAG_LENGTH]) for name, value in tags.items() if value]
+    storing("Tagging the run", lambda: made.log_batch(run_id, tags=entities))
+
+
+def start_system_metrics(uri: str, run_id: str) -> Callable[[], None]:
+    """Log processor, memory, disk, network and GPU use of this machine with a run, every ten seconds.
+
+    Returns:
+        Call it to stop. Failures of either are logged and never raised: this is a convenience.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logger = logging.getLogger("mlflow.system_metrics.system_metrics_monitor")
+    logger.setLevel(logging.WARNING)  # it tells of each start and stop, and of GPUs that are not there
+    try:
+        monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
+            run_id, sampling_interval=_SYSTEM_METRICS_SECONDS, resume_logging=True, tracking_uri=uri
+        )
+        monitor.start()  # type: ignore[no-untyped-call]
+    except Exception as error:  # noqa: BLE001 - psutil is missing, the server is away
+        _log.warning("System metrics are not logged: %s", one_line(error))
+        return lambda: None
+    return monitor.finish
+
+
+def _tags(config: RunConfig, run_key: str, facts: Mapping[str, str], parent_run_id: str | None) -> dict[str, str]:
+    tags = dict(config.tracking.tags)
+    tags |= {f"tla.{name}": str(value)[:_TAG_LENGTH] for name, value in facts.items()}
+    tags |= code_version() | {RUN_KEY: run_key, "tla.method": config.method, "tla.config_digest": config.digest}
+    if parent_run_id is not None:
+        tags["mlflow.parentRunId"] = parent_run_id
+    return tags
+
+
+def _find(made: "MlflowClient", experiment: str, run_key: str) -> "list[Run]":
+    # MLflow's filters know two kinds of quotes and no escape: a folder's name may have either, or both.
+    quote = next((sign for sign in "'\"" if sign not in run_key), None)
+    wanted = f"tags.`{RUN_KEY}` = {quote}{run_key}{quote}" if quote else f"tags.`{RUN_KEY}` LIKE '%/%'"
+    order = ["attributes.start_time ASC", "attributes.run_id ASC"]
+    found: list[Run] = []
+    token: str | None = ""
+    while token is not None:
+        page = made.search_runs([experiment], wanted, order_by=order, max_results=100, page_token=token or None)
+        found += (run for run in page if run.data.tags.get(RUN_KEY) == run_key)
+        token = page.token or None
+    return found
+
+
+def _find_or_create(
+    made: "MlflowClient", find: "Callable[[], list[Run]]", create: "Callable[[], Run]", database: Path | None
+) -> "tuple[Run, bool]":
+    """The run of a key and whether it is new. Two processes that open one key together get the same run."""
+    if database is not None:
+        with exclusive(database):
+            found = find()
+            return (found[0], False) if found else (create(), True)
+    found = find()
+    if found:
+        return found[0], False
+    run = create()
+    # A server has no lock to offer: look again once others had time to appear; all keep the earliest.
+    time.sleep(_SETTLE_SECONDS)
+    first = next(iter(find()), run)
+    if first.info.run_id == run.info.run_id:
+        return run, True
+    made.delete_run(run.info.run_id)
+    return first, False
+
+
+def _continue(made: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    made.update_run(run_id, status="RUNNING")
+    made.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def _describe(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mapping[str, str], resumed: int) -> None:
+    """Add the parameters and files that are not there yet; repeating it changes nothing."""
+    from mlflow.entities import Param
+
+    there = made.get_run(run_id).data.params
+    fields = {name: value for name, value in flatten(config.model_dump(mode="json")) if name not in there}
+    params = [Param(name, value[:_PARAM_LENGTH]) for name, value in fields.items()]
+    for start in range(0, len(params), _PARAMS_PER_REQUEST):
+        made.log_batch(run_id, params=params[start : start + _PARAMS_PER_REQUEST])
+    _log_dataset(made, run_id, config, facts)
+    files = {artifact.path for artifact in made.list_artifacts(run_id)}
+    text = to_yaml(config)
+    if "config.yaml" not in files:
+        made.log_text(run_id, text, "config.yaml")
+    elif dict(flatten(config.model_dump(mode="json"))) != {**there, **fields}:
+        made.log_text(run_id, text, f"config-resumed-{resumed}.yaml")
+    if resumed or "environment.json" not in files:
+        name = f"environment-resumed-{resumed}.json" if resumed else "environment.json"
+        made.log_text(run_id, json.dumps(environment(), indent=1), name)
+
+
+def _log_dataset(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mapping[str, str]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
+
+    def is_there() -> bool:
+        inputs = made.get_run(run_id).inputs
+        return inputs is not None and bool(inputs.dataset_inputs)
+
+    if is_there():
+        return
+    dataset = Dataset(
+        name=config.data.name,
+        digest=facts.get(FINGERPRINT, "unknown")[:_DIGEST_LENGTH],
+        source_type="local",
+        source=json.dumps({"uri": config.data.root or config.data.name}),
+        profile=json.dumps(dict(facts)),
+    )
+    try:
+        made.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+    except MlflowException:
+        # MLflow refuses the second of two processes that describe one run at once.
+        if not is_there():
+            raise
+
+
+def _log_file(made: "MlflowClient", run_id: str, target: str, source: Path) -> None:
+    folder, _, name = target.rpartition("/")
+    if Path(source).name == name:
+        made.log_artifact(run_id, str(source), folder or None)
+        return
+    # MLflow names an artifact after its file, so another name needs another file: a link costs nothing.
+    with tempfile.TemporaryDirectory() as scratch:
+        link = Path(scratch, name)
+        link.symlink_to(Path(source).absolute())
+        made.log_artifact(run_id, str(link), folder or None)
