@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_config_identity import SHAPES_NOTHING, with_setting
+from tests.config.test_identity import SHAPES_NOTHING, with_setting
 from tests.training.conftest import digits_config
 from tests.training.test_resume import LAST, NEWEST, records, train
 from tla_service.config import RunConfig
