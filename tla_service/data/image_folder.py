@@ -12,8 +12,8 @@ from tla_service.config import DataConfig
 from tla_service.data.decoding import is_image
 from tla_service.data.encoded import build_splits
 from tla_service.data.members import TEST_SPLITS, notice, notice_left_out, refuse_several
+from tla_service.data.roots import required_root
 from tla_service.data.sources import Splits
-from tla_service.data.storage import required_root
 from tla_service.data.trees import FileTree, TreeBlobs, open_tree
 from tla_service.errors import ConfigError, UnavailableError
 

@@ -12,8 +12,8 @@ from tla_service.data.packed import PackedBlobs, pack
 from tla_service.data.parquet_columns import find_image_column, find_label_columns, no_label_column
 from tla_service.data.parquet_files import Shard, find_splits, open_shards, read_column
 from tla_service.data.parquet_labels import Labels, number_classes, read_labels
+from tla_service.data.roots import required_root
 from tla_service.data.sources import Split, Splits
-from tla_service.data.storage import required_root
 from tla_service.errors import UnavailableError
 
 _FIX = "use the layout of image hubs: train-*.parquet and test-*.parquet (or validation-*) in one folder"

@@ -8,8 +8,8 @@ import torch
 from tla_service.config import DataConfig
 from tla_service.data.encoded import build_splits
 from tla_service.data.members import refuse_several
+from tla_service.data.roots import required_root
 from tla_service.data.sources import Splits
-from tla_service.data.storage import required_root
 from tla_service.data.trees import FileTree, TreeBlobs, open_tree
 from tla_service.errors import ConfigError, UnavailableError
 

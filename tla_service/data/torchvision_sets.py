@@ -19,8 +19,8 @@ from tla_service.data.cache import cache_folder, disk_trouble, files_key, locked
 from tla_service.data.decoding import resized
 from tla_service.data.parquet import load_parquet
 from tla_service.data.parquet_files import find_splits
+from tla_service.data.roots import required_root
 from tla_service.data.sources import ArraySource, Splits
-from tla_service.data.storage import required_root
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import whole_file, write_whole
 
