@@ -10,8 +10,7 @@ from torch import nn
 from tests.training.conftest import digits_config, random_batch
 from tla_service.config import RunConfig
 from tla_service.data import StepBatch
-from tla_service.models import ImageClassifier, build_model
-from tla_service.models.output import ModelOutput
+from tla_service.models import ImageClassifier, ModelOutput, build_model
 from tla_service.runtime import WorkerContext, generator
 from tla_service.training import adversary as adversary_module
 from tla_service.training import step as step_module

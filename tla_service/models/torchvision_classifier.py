@@ -1,29 +1,30 @@
-"""torchvision's classifiers, split into a body that embeds and the linear layer that classifies."""
+"""torchvision's classifiers, split into a body that embeds and the linear layer that classifies.
+
+torchvision takes seconds to import, so it is imported only when one of its networks is asked for.
+"""
 
 from typing import Any
 
 import torch
-import torchvision.models
 from torch import Tensor, nn
 
 from tla_service.errors import ConfigError
 from tla_service.models.classifier import ImageClassifier
-from tla_service.models.names import TORCHVISION_PREFIX
 
+TORCHVISION_PREFIX = "torchvision:"
 _RGB = 3
 
 
 class TorchvisionClassifier(ImageClassifier):
     """A body and a linear layer.
 
-    Where torchvision puts dropout before the linear layer, the embeddings of training mode have it too, since they are
-    what the layer is fed.
+    Where torchvision has dropout before the linear layer, it applies to the embeddings in training mode too.
 
     Args:
-        body: Maps normalised images to (N, D), or to (N, D, 1, 1).
+        body: Maps normalized images to (N, D), or to (N, D, 1, 1).
         fc: The linear layer, D to K.
         normalization: Applied to the images first; torchvision's recipes use ImageNet's mean and standard deviation.
-        head: What torchvision calls the linear layer.
+        head: torchvision's name of the linear layer.
     """
 
     def __init__(self, body: nn.Module, fc: nn.Linear, normalization: nn.Module, head: str = "fc") -> None:
@@ -47,7 +48,9 @@ class TorchvisionClassifier(ImageClassifier):
 
 def torchvision_names() -> tuple[str, ...]:
     """Names of torchvision's image classifiers, with the prefix ``torchvision:``."""
-    return tuple(TORCHVISION_PREFIX + name for name in torchvision.models.list_models(module=torchvision.models))
+    from torchvision import models
+
+    return tuple(TORCHVISION_PREFIX + name for name in models.list_models(module=models))
 
 
 def build_torchvision_classifier(
@@ -58,16 +61,18 @@ def build_torchvision_classifier(
     Args:
         name: One of :func:`torchvision_names`.
         num_classes: K.
-        image_shape: (C, H, W). For C other than 3 the first convolution is made anew.
+        image_shape: (C, H, W). For C other than 3 the first convolution is replaced.
         normalization: Applied to the images first.
 
     Raises:
         ConfigError: The network cannot take this image shape, or does not end in a linear layer.
     """
+    from torchvision import models
+
     channels, height, width = image_shape
     bare_name = name.removeprefix(TORCHVISION_PREFIX)
     try:
-        body = torchvision.models.get_model(
+        body = models.get_model(
             bare_name, weights=None, num_classes=num_classes, **_extra_arguments(bare_name, height, width)
         )
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -85,13 +90,13 @@ def _extra_arguments(name: str, height: int, width: int) -> dict[str, Any]:
     if name.startswith("maxvit_"):
         return {"input_size": (height, width)}
     if name in {"googlenet", "inception_v3"}:
-        # Their auxiliary heads would return a second kind of logits in training mode.
+        # Their auxiliary heads would return more logits in training mode.
         return {"aux_logits": False, "transform_input": False, "init_weights": False}
     return {}
 
 
 def _detach_classifier(name: str, body: nn.Module, num_classes: int) -> tuple[nn.Linear, str]:
-    """Takes the last linear layer, with its name, out of the body, which then returns what that layer was fed."""
+    """Takes the last linear layer, with its name, out of the body, which then returns that layer's input."""
     linears = [(path, module) for path, module in body.named_modules() if isinstance(module, nn.Linear)]
     if not linears or linears[-1][1].out_features != num_classes:
         raise ConfigError(
@@ -119,7 +124,7 @@ def _replace_first_convolution(body: nn.Module, channels: int) -> None:
 
 
 def _check_embedding(name: str, body: nn.Module, fc: nn.Linear, image_shape: tuple[int, int, int]) -> None:
-    """One blank image goes through, since torchvision has no other way to ask for the smallest image."""
+    """Runs one blank image: torchvision has no other way to ask for the smallest image."""
     body.eval()
     try:
         with torch.no_grad():
@@ -132,7 +137,7 @@ def _check_embedding(name: str, body: nn.Module, fc: nn.Linear, image_shape: tup
         raise ConfigError(
             "model.name",
             name,
-            f"its last linear layer takes {fc.in_features} numbers an image, but the layers before it give {shape[1:]}",
+            f"its last linear layer takes {fc.in_features} numbers per image, but the layers before give {shape[1:]}",
             "choose another network, for example torchvision:resnet18",
         )
 

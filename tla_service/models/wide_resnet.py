@@ -1,13 +1,19 @@
 """Wide residual networks: Madry et al.'s, which the paper uses on CIFAR-10, and the standard one of TRADES."""
 
+from collections import OrderedDict
 from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tla_service.models.classifier import ImageClassifier
-from tla_service.models.initialization import initialize_convolutions, initialize_linear_uniform
-from tla_service.models.residual import PreActivationBlock, conv1x1, conv3x3
+from tla_service.models.residual import (
+    PreActivationBlock,
+    conv1x1,
+    conv3x3,
+    initialize_convolutions,
+    initialize_linear_uniform,
+)
 from tla_service.models.same_padding import SameConv2d
 
 _STEM_WIDTH = 16
@@ -48,17 +54,17 @@ class MadryBlock(PreActivationBlock):
 
 
 class MadryWideResNet(ImageClassifier):
-    """Madry et al. 2018's wide ResNet for CIFAR-10, as in the paper's authors' release ("w32-10": 5 blocks a group).
+    """Madry et al. 2018's wide ResNet for CIFAR-10, as in the paper's authors' release ("w32-10": 5 blocks per group).
 
     The embedding comes from a leaky ReLU averaged over the image, so it may be negative. The paper's Table 6 prints 6
-    blocks a group; the released code has 5, and this follows the code.
+    blocks per group; the released code has 5, and this follows the code.
 
     Args:
         depth: 6 * blocks + 2; 32 in the paper.
         width: Factor on the groups' 16, 32 and 64 channels; 10 in the paper.
         num_classes: K.
         in_channels: C.
-        normalization: Applied to the images first; the paper standardises each image.
+        normalization: Applied to the images first; the paper standardizes each image.
 
     Raises:
         ValueError: The depth is not 6n + 2, or less than 8.
@@ -103,25 +109,18 @@ class WideBlock(PreActivationBlock):
         return shortcut
 
 
-class WideGroup(nn.Module):
-    """Blocks of one width; the first carries the stride. It exists for the ``layer`` in the checkpoints' names."""
-
-    def __init__(self, num_blocks: int, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        first = WideBlock(in_channels, out_channels, stride)
-        self.layer = nn.Sequential(first, *(WideBlock(out_channels, out_channels, 1) for _ in range(num_blocks - 1)))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to (N, C', ceil(H / stride), ceil(W / stride))."""
-        outputs: Tensor = self.layer(inputs)
-        return outputs
+def _group(num_blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """Blocks of one width; the first has the stride. Checkpoints name them ``layer.0``, ``layer.1``, ..."""
+    first = WideBlock(in_channels, out_channels, stride)
+    rest = (WideBlock(out_channels, out_channels, 1) for _ in range(num_blocks - 1))
+    return nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest)))
 
 
 class WideResNet(ImageClassifier):
     """Wide ResNet without dropout (Zagoruyko and Komodakis 2016), the embedding being non-negative.
 
     Module names are those of the TRADES and RobustBench checkpoints (``conv1``, ``block1.layer.0.bn1``, ``bn1``,
-    ``fc``). Some of those carry a ``sub_block1`` that their forward never uses; it is left out, since DDP stops at
+    ``fc``). Some of those carry a ``sub_block1`` that their forward never uses; it is left out, since DDP fails on
     parameters without a gradient.
 
     Args:
@@ -141,9 +140,9 @@ class WideResNet(ImageClassifier):
         if rest or num_blocks < 1:
             raise ValueError(f"depth {depth} is not 6n + 4 with n >= 1")
         self.conv1 = conv3x3(in_channels, _STEM_WIDTH)
-        self.block1 = WideGroup(num_blocks, _STEM_WIDTH, 16 * width, _STRIDES[0])
-        self.block2 = WideGroup(num_blocks, 16 * width, 32 * width, _STRIDES[1])
-        self.block3 = WideGroup(num_blocks, 32 * width, 64 * width, _STRIDES[2])
+        self.block1 = _group(num_blocks, _STEM_WIDTH, 16 * width, _STRIDES[0])
+        self.block2 = _group(num_blocks, 16 * width, 32 * width, _STRIDES[1])
+        self.block3 = _group(num_blocks, 32 * width, 64 * width, _STRIDES[2])
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
         initialize_convolutions(self)
