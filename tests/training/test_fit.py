@@ -14,8 +14,8 @@ from tla_service.runtime import WorkerContext
 from tla_service.training import fit as fit_module
 from tla_service.training.checkpoint import load_checkpoint, read_weights
 from tla_service.training.fit import Run, average_buffers, fit
-from tla_service.training.meter import METRIC_NAMES, NonFiniteLossError
-from tla_service.training.step import TOTALS
+from tla_service.training.meter import NonFiniteLossError
+from tla_service.training.step import METRIC_NAMES, TOTALS
 
 NewReporter = Callable[..., KeepingReporter]
 

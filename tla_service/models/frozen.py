@@ -14,7 +14,7 @@ class FrozenTwin:
     """A second view of a network in eval mode.
 
     The twin shares the network's storage, so it follows every in-place update (optimizers, `load_state_dict`,
-    BatchNorm's statistics). None of its tensors requires a gradient, so eager and compiled code compute none for weights,
+    BatchNorm's statistics). None of its tensors requires a gradient, so no code computes weight gradients, compiled or not,
     and the network itself stays in train mode.
 
     In eval mode BatchNorm is an affine map per channel, so it can be folded into the convolution before it: the same

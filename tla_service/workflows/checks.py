@@ -99,5 +99,5 @@ def check_split(config: RunConfig, dataset: Dataset, num_workers: int) -> None:
     """Pool and batch against the training split: what one worker cannot have, more of them cannot have either."""
     labels, fraction = dataset.train.labels, config.data.validation_fraction
     rows, _ = split_validation(labels, fraction, config.seed, dataset.class_names)
-    training_batches(config, dataset, rows, WorkerContext(world_size=num_workers))
+    training_batches(config, dataset.train, rows, WorkerContext(world_size=num_workers))
     check_start(config, dataset, rows, num_workers)
