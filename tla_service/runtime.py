@@ -122,8 +122,8 @@ def hardware(device: torch.device) -> str:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next step.
 
-    A CPU step allocates and frees the same large activations again and again. By default glibc returns such blocks to the
-    system each time, which then zeroes every page again: thousands of page faults per step. The cost is that the
+    A CPU step allocates and frees the same large activations again and again. By default glibc returns such blocks to
+    the system each time, which then zeroes every page again: thousands of page faults per step. The cost is that the
     process holds its peak memory until it ends. Has no effect with other C libraries.
     """
     with contextlib.suppress(AttributeError, OSError):

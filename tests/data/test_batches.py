@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_streaming_equals_resident_bit_for_bit(file_source: FileSource, workers:
     indices = torch.arange(5, 60)
     resident = TrainingBatches(array_source(), indices, DataConfig(**AUGMENTED), context, **OPTIONS)
     config = DataConfig(residency="stream", loader_workers=workers, **AUGMENTED)
-    with TrainingBatches(file_source, indices, config, context, **OPTIONS) as streamed:
+    with closing(TrainingBatches(file_source, indices, config, context, **OPTIONS)) as streamed:
         for epoch in range(2):
             assert same(list(streamed.epoch(epoch)), list(resident.epoch(epoch)))
         assert same(list(streamed.epoch(1, 2)), list(resident.epoch(1))[2:])
@@ -126,7 +127,7 @@ def test_resuming_at_a_step_equals_the_tail(residency: str) -> None:
     config = DataConfig(residency=residency, loader_workers=1, **AUGMENTED)
 
     def tail(start: int) -> list[StepBatch]:
-        with TrainingBatches(array_source(), torch.arange(60), config, WorkerContext(), **OPTIONS) as batches:
+        with closing(TrainingBatches(array_source(), torch.arange(60), config, WorkerContext(), **OPTIONS)) as batches:
             return list(batches.epoch(3, start))
 
     assert same(tail(2), tail(0)[2:])
@@ -137,7 +138,7 @@ def test_resuming_at_a_step_equals_the_tail(residency: str) -> None:
 def test_an_abandoned_epoch_leaves_nothing_behind_in_the_next(file_source: FileSource) -> None:
     config = DataConfig(residency="stream", loader_workers=2, **AUGMENTED)
     resident = TrainingBatches(array_source(), torch.arange(60), DataConfig(**AUGMENTED), WorkerContext(), **OPTIONS)
-    with TrainingBatches(file_source, torch.arange(60), config, WorkerContext(), **OPTIONS) as streamed:
+    with closing(TrainingBatches(file_source, torch.arange(60), config, WorkerContext(), **OPTIONS)) as streamed:
         abandoned = streamed.epoch(0)
         next(abandoned)
         abandoned.close()
@@ -180,7 +181,7 @@ def test_a_damaged_image_in_a_loader_process_names_its_file(tmp_path: Path, work
     config = DataConfig(residency="stream", loader_workers=workers)
     batches = TrainingBatches(source, torch.arange(8), config, WorkerContext(), global_batch_size=8, seed=0)
 
-    with batches, pytest.raises(UnavailableError, match=r"data\.root=.*5\.png: not a readable image"):
+    with closing(batches), pytest.raises(UnavailableError, match=r"data\.root=.*5\.png: not a readable image"):
         list(batches.epoch(0))
 
 

@@ -14,9 +14,9 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor, config: DataConfig, draws: torch.Generator) -> torch.Tensor:
-    """Crop, flip and change the saturation of every image at random, as far as the configuration asks for it.
+    """Crop, flip and change the saturation of every image at random, as configured.
 
-    Every step is one operation on the whole batch; nothing waits for the device.
+    Works on the whole batch at once, without waiting for the device.
 
     Args:
         images: (N, C, H, W), uint8.

@@ -1,13 +1,14 @@
-"""From encoded images to sources: decoded once into the cache, or left where they are."""
+"""From encoded images to sources: decoded once into the cache, or on demand."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from tla_service.config import DataConfig
 from tla_service.data.cache import cached_tensors, content_digest
 from tla_service.data.decoding import Blobs, decode, probe
-from tla_service.data.sources import SPLITS, ArraySource, FileSource, Split, Splits, StoredSource
+from tla_service.data.sources import SPLITS, ArraySource, FileSource, ImageSource, Split, Splits
+from tla_service.data.trees import FileTree, TreeBlobs
 
 # The largest training set, as decoded uint8 pixels, that data.residency=auto keeps in memory.
 RESIDENT_BYTES = 4 * 2**30
@@ -31,16 +32,13 @@ def build_splits(
         labels: Their classes, (N,) each.
         class_names: Name of every class.
         colour: Whether to make RGB images; ``None``: unless all are grey.
-
-    Returns:
-        Both splits, as arrays in the cache or as files.
     """
     decoder = probe(blobs["train"], config.image_size, colour=colour)
     channels, height, width = decoder.image_shape
     size = len(blobs["train"]) * channels * height * width
     if config.residency == "stream" or (config.residency == "auto" and size >= RESIDENT_BYTES):
-        sources: list[StoredSource] = [FileSource(blobs[split], labels[split], decoder) for split in SPLITS]
-        return Splits(sources[0], sources[1], class_names)
+        train, test = (FileSource(blobs[split], labels[split], decoder) for split in SPLITS)
+        return Splits(train, test, class_names)
 
     def build() -> dict[str, torch.Tensor]:
         return {split: decode(blobs[split], range(len(blobs[split])), decoder) for split in SPLITS}
@@ -48,10 +46,30 @@ def build_splits(
     # Labels are not cached: they are known already, and the key need not cover how they are read.
     full_key = f"{key}-{decoder_key(decoder.image_shape, resize=decoder.resize)}"
     images, digests = cached_tensors(config.cache_dir, full_key, build)
-    arrays = [
+    arrays: list[ImageSource] = [
         ArraySource(images[split], labels[split], content_digest(labels[split]) + digests[split]) for split in SPLITS
     ]
-    return Splits(arrays[0], arrays[1], class_names)
+    return Splits(*arrays, class_names)
+
+
+def tree_splits(
+    config: DataConfig,
+    tree: FileTree,
+    images: Mapping[Split, Sequence[tuple[str, int]]],
+    class_names: tuple[str, ...],
+    *,
+    colour: bool | None = None,
+) -> Splits:
+    """As `build_splits`, for images that are files of a tree: (name, class) of each."""
+    names = {split: [name for name, _ in images[split]] for split in SPLITS}
+    return build_splits(
+        config,
+        tree.key([*names["train"], *names["test"]]),
+        {split: TreeBlobs(tree, names[split]) for split in SPLITS},
+        {split: torch.tensor([label for _, label in images[split]]) for split in SPLITS},
+        class_names,
+        colour=colour,
+    )
 
 
 def decoder_key(shape: tuple[int, int, int], *, resize: bool) -> str:

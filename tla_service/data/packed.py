@@ -1,4 +1,4 @@
-"""Encoded images laid end to end in one file of the cache, for formats that cannot be read at random."""
+"""Encoded images concatenated in one file of the cache, for formats without random access."""
 
 import hashlib
 import logging
@@ -22,7 +22,7 @@ class PackedBlobs:
 
     Args:
         path: The file.
-        offsets: Where each image begins, and where the last one ends (N + 1,), int64, in bytes.
+        offsets: Start of each image, and end of the last one (N + 1,), int64, in bytes.
         digest: SHA-256 of the file's content.
         origins: Name and first row of every original file, in order.
     """
@@ -43,16 +43,12 @@ class PackedBlobs:
             os.close(self._descriptor)
 
     def read(self, row: int) -> bytes:
-        """The encoded image.
-
-        Raises:
-            UnavailableError: If the cache was removed or cut meanwhile.
-        """
+        """The encoded image; UnavailableError if the cache was removed or truncated meanwhile."""
         with disk_trouble("data.cache_dir", self._path, "start again: the file is then packed again"):
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_RDONLY)
             start, end = self._offsets[row : row + 2].tolist()
-            # Reads at a place of their own need no shared file position: threads and forked loaders do not meet.
+            # pread uses no shared file position, so threads and forked loaders do not interfere.
             blob = os.pread(self._descriptor, end - start, start)
         if len(blob) != end - start:
             raise UnavailableError("data.cache_dir", self._path, "is cut short", "remove it and start again")
@@ -64,27 +60,14 @@ class PackedBlobs:
         return f"{file}, row {row - first}"
 
     def stamp(self) -> str:
-        """Covers every byte, and where each image begins."""
+        """Covers every byte and offset."""
         return hashlib.sha256(self._digest.encode() + self._offsets.numpy().tobytes()).hexdigest()
 
 
 def pack(
     cache_dir: str, key: str, images: Callable[[], Iterator[bytes]], origins: list[tuple[str, int]]
 ) -> PackedBlobs:
-    """Lay images end to end, once a node.
-
-    Args:
-        cache_dir: The cache.
-        key: Changes with the images.
-        images: Makes an iterator over encoded images.
-        origins: Name and first row of every original file, in order.
-
-    Returns:
-        The images.
-
-    Raises:
-        UnavailableError: If the cache cannot be written.
-    """
+    """Concatenate images, once per node, in the file of a key that changes with them; arguments as `PackedBlobs`."""
     path = cache_folder(cache_dir, "packed") / f"{key}.blobs"
     index = _index(cache_dir, key, path, images)
     expected = int(index["offsets"][-1])

@@ -1,4 +1,4 @@
-"""Which columns of a Parquet file hold images and labels: a label is known by its name, never guessed."""
+"""Which columns of a Parquet file hold images and labels: labels are found by name, never guessed."""
 
 import json
 from typing import TYPE_CHECKING
@@ -14,12 +14,12 @@ LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
 
 
 def find_image_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) -> str:
-    """The column of encoded images.
+    """The column of encoded images: the one wanted, the only one, or the one with a usual name.
 
     Args:
         schema: The file's schema.
-        shown: What to call the file in a message.
-        wanted: ``data.image_column``; ``None``: the only column of image bytes, or the one with a usual name.
+        shown: The file's name in messages.
+        wanted: ``data.image_column``.
 
     Raises:
         ConfigError: If ``wanted`` is no such column, or there are several and none has a usual name.
@@ -42,15 +42,7 @@ def find_image_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) 
 
 
 def find_label_columns(schema: "pyarrow.Schema", wanted: str | None) -> list[str]:
-    """The columns that can be the labels: integers, text or booleans, dictionary-encoded or not.
-
-    Args:
-        schema: The file's schema.
-        wanted: ``data.label_column``; ``None``: those that have one of ``LABEL_NAMES``.
-
-    Returns:
-        Their names, the preferred one first.
-    """
+    """The columns of possible labels that are ``wanted`` or else have a usual name, the preferred one first."""
     fitting = [field.name for field in schema if label_kind(field.type) is not None]
     return _known(fitting, LABEL_NAMES) if wanted is None else [name for name in fitting if name == wanted]
 
@@ -69,7 +61,7 @@ def no_label_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) ->
 
 
 def label_kind(kind: "pyarrow.DataType") -> str | None:
-    """What a column's values are as labels: integers, text or booleans; ``None`` if they cannot be labels."""
+    """Kind of labels in a column, dictionary-encoded or not: integers, text or booleans; else ``None``."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -82,7 +74,7 @@ def label_kind(kind: "pyarrow.DataType") -> str | None:
 
 
 def class_names(schema: "pyarrow.Schema", label: str) -> tuple[str, ...]:
-    """Class names from a schema's metadata; what cannot be read there counts as absent."""
+    """Class names from a schema's metadata; empty if there are none that can be read."""
     metadata = schema.metadata or {}
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]

@@ -1,4 +1,4 @@
-"""Parquet files of a data set: which there are, what they contain, reading a column."""
+"""Parquet files of a data set: finding them, their schemas, reading a column."""
 
 import contextlib
 import re
@@ -20,13 +20,7 @@ _NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a split.
-
-    Attributes:
-        path: The file.
-        rows: How many rows it has.
-        schema: Its schema.
-    """
+    """One file of a split, with its number of rows and its schema."""
 
     path: Path
     rows: int
@@ -34,10 +28,9 @@ class Shard:
 
 
 def find_splits(root: Path) -> dict[str, list[Path]] | None:
-    """Find the files of every split, at any depth of a folder.
+    """Files of each split, at any depth of a folder, sorted by path; ``None`` without training or test files.
 
-    Returns:
-        Each split's files, sorted by path, and those of no split under ""; ``None`` without training or test files.
+    Files of no split are under "".
     """
     if not root.is_dir():
         return None
@@ -61,7 +54,7 @@ def open_shards(files: list[Path], root: Path, shown_root: str | None) -> list[S
         shown_root: ``data.root`` as configured.
 
     Raises:
-        ConfigError: If they are in several folders: those are several data sets.
+        ConfigError: If they are in several folders, and so of several data sets.
         UnavailableError: If one is damaged, or there are no rows.
     """
     refuse_several(shown_root, [path.parent.relative_to(root).as_posix() for path in files])
@@ -85,11 +78,7 @@ def _shard(path: Path) -> Shard:
 
 
 def read_column(path: Path, column: str, batch: int) -> Iterator["pyarrow.Array"]:
-    """One column of a file, in arrays of up to ``batch`` rows.
-
-    Raises:
-        UnavailableError: If the file is damaged.
-    """
+    """One column of a file, in arrays of up to ``batch`` rows; UnavailableError if the file is damaged."""
     from pyarrow import parquet
 
     with _readable(path), parquet.ParquetFile(path) as opened:

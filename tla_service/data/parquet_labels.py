@@ -14,7 +14,7 @@ from tla_service.data.parquet_files import Shard, read_column
 from tla_service.errors import ConfigError, UnavailableError
 
 _BATCH = 2**16
-# Share of rows with a label of their own from which labels tell images apart.
+# Share of distinct labels above which they identify images, not classes.
 _MOSTLY = 0.9
 _FIX = "correct the labels, or leave these rows out"
 
@@ -23,10 +23,10 @@ Value = int | str | bool | None
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of a split as its files have them.
+    """Labels of a split as they are in its files.
 
     Attributes:
-        column: Where they are.
+        column: Their column.
         shards: The files.
         values: The distinct values, sorted; ``None`` comes last.
         codes: Position in ``values`` of every row's label (N,), int64.
@@ -48,17 +48,13 @@ class Labels:
         return not any(map(_is_label, self.values))
 
     def refuse_missing(self) -> None:
-        """Refuse rows without a label.
-
-        Raises:
-            UnavailableError: If there is one.
-        """
+        """Raise UnavailableError if a row has no label."""
         for code, value in enumerate(self.values):
             if not _is_label(value):
                 raise UnavailableError("data.root", self.first_row(code), f"has no label ({value!r})", _FIX)
 
     def first_row(self, code: int) -> str:
-        """What to call the first row with a value in a message."""
+        """File and number of the first row with a value, for messages."""
         row = int((self.codes == code).nonzero()[0])
         for shard in self.shards:
             if row < shard.rows:
@@ -73,7 +69,7 @@ def _is_label(value: Value) -> bool:
 
 
 def read_labels(cache_dir: str, shards: list[Shard], column: str) -> Labels:
-    """Read the labels of a split, once a node.
+    """Read the labels of a split, once per node.
 
     Raises:
         UnavailableError: If a file is damaged, or its labels are of another type than the first file's.
@@ -119,7 +115,7 @@ def number_classes(train: Labels, test: Labels) -> tuple[tuple[str, ...], torch.
         The class names, and the class of every training and every test image, (N,) and (M,), int64.
 
     Raises:
-        ConfigError: If most training images have a label of their own.
+        ConfigError: If labels identify images, not classes.
         UnavailableError: If labels are missing, or differ between the splits in type or classes.
     """
     train.refuse_missing()
@@ -153,7 +149,7 @@ def _by_name(labels: Labels, names: tuple[str, ...], first: int) -> torch.Tensor
 
     @functools.cache
     def classes(own: tuple[str, ...]) -> torch.Tensor:
-        # Not through the names where they are the same: they need not be distinct.
+        # By position where the names are the same, since they need not be distinct.
         by_place = list(range(len(names))) if own == names else [numbers.get(name, -1) for name in own]
         places = [int(value) - first for value in labels.values if value is not None]
         return torch.tensor([by_place[place] if 0 <= place < len(own) else -1 for place in places])
@@ -175,7 +171,7 @@ def _by_name(labels: Labels, names: tuple[str, ...], first: int) -> torch.Tensor
 
 
 def _check_values(train: Labels) -> None:
-    """Refuse labels that tell images apart rather than classes; say so if integers are not 0 to K-1."""
+    """Refuse labels that identify images rather than classes; warn of integers that are not 0 to K-1."""
     values, shown = train.values, train.shards[0].path
     if len(values) > _MOSTLY * len(train.codes):
         reason = f"has {len(values)} distinct values in {len(train.codes)} rows, so it identifies images, not classes"

@@ -151,7 +151,7 @@ class Prefix:
             connect_timeout=_CONNECT_SECONDS,
             read_timeout=_READ_SECONDS,
             retries={"total_max_attempts": _REQUEST_ATTEMPTS, "mode": "standard"},
-            max_pool_connections=_DOWNLOADS,
+            max_pool_connections=2 * _DOWNLOADS,  # each object is looked up before its download
         )
         with _explained(root):
             # Not the default session, which keeps the first credentials it finds.

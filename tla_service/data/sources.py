@@ -1,8 +1,8 @@
-"""Where the bytes of an image set are: in memory, or in files decoded on demand."""
+"""Images by number, with their labels: in memory, or in files decoded on demand."""
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -13,48 +13,17 @@ Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
 
 
-class ImageSource(Protocol):
-    """Images by number, with their labels.
-
-    Attributes:
-        labels: Class of every image (N,), int64, on the CPU, known up front.
-        image_shape: Channels, height and width (C, H, W) of every image.
-    """
-
-    labels: torch.Tensor
-    image_shape: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        """Number of images, N."""
-
-    def fetch(self, indices: torch.Tensor) -> torch.Tensor:
-        """Read images.
-
-        Args:
-            indices: Which ones (n,), int64 in [0, N), on the CPU; repeats are allowed.
-
-        Returns:
-            Images (n, C, H, W), uint8, on the CPU.
-        """
-
-
-class StoredSource(ImageSource, Protocol):
-    """An image source as the data sets build it: it can be cut down and told from another."""
-
-    def subset(self, indices: torch.Tensor) -> Self:
-        """The images at ``indices`` (n,), in that order."""
-
-    def digest(self) -> str:
-        """A SHA-256 that changes with the images, the labels or their order."""
-
-
 class ArraySource:
     """Images held in memory.
 
     Args:
         images: All images (N, C, H, W), uint8, on the CPU; kept, not copied.
         labels: Their classes (N,), int64.
-        digest: SHA-256 of the content, if it is known; computed on demand else.
+        digest: SHA-256 of the content, if known; otherwise computed on demand.
+
+    Attributes:
+        labels: Classes (N,), int64, on the CPU.
+        image_shape: (C, H, W) of every image.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, digest: str | None = None) -> None:
@@ -69,7 +38,7 @@ class ArraySource:
         return self.labels.numel()
 
     def fetch(self, indices: torch.Tensor) -> torch.Tensor:
-        """Images at ``indices`` (n,): (n, C, H, W), uint8."""
+        """Images at ``indices`` (n,), int64 in [0, N), on the CPU, repeats allowed: (n, C, H, W), uint8, on the CPU."""
         return self.images[indices]
 
     def subset(self, indices: torch.Tensor) -> "ArraySource":
@@ -84,13 +53,13 @@ class ArraySource:
 
 
 class FileSource:
-    """Images decoded when they are asked for; safe to hand to forked and spawned loader processes.
+    """Images decoded on demand; the interface of `ArraySource`. Can be passed to forked and spawned loader processes.
 
     Args:
         blobs: The encoded images of the whole set.
         labels: Their classes (N,), int64.
         decoder: How to decode them.
-        rows: Which of ``blobs`` this source consists of (N,); all when ``None``.
+        rows: Rows of ``blobs`` in this source (N,); all when ``None``.
     """
 
     def __init__(self, blobs: Blobs, labels: torch.Tensor, decoder: Decoder, rows: torch.Tensor | None = None) -> None:
@@ -104,13 +73,13 @@ class FileSource:
         return self.labels.numel()
 
     def fetch(self, indices: torch.Tensor) -> torch.Tensor:
-        """Images at ``indices`` (n,): (n, C, H, W), uint8.
+        """As `ArraySource.fetch`.
 
         Raises:
             UnavailableError: If a file is missing or damaged.
             ConfigError: If images differ in size and no ``data.image_size`` is set.
         """
-        # Loader processes are the parallelism already; a lone caller gets threads.
+        # Loader processes run in parallel already.
         threads = None if torch.utils.data.get_worker_info() is None else 1
         return decode(self._blobs, self._rows[indices].tolist(), self._decoder, threads)
 
@@ -125,11 +94,14 @@ class FileSource:
         return digest.hexdigest()
 
 
-class Splits(NamedTuple):
-    """What a kind of data set hands to the catalog."""
+ImageSource = ArraySource | FileSource
 
-    train: StoredSource
-    test: StoredSource
+
+class Splits(NamedTuple):
+    """What a loader returns to the catalog."""
+
+    train: ImageSource
+    test: ImageSource
     class_names: tuple[str, ...]
 
 
@@ -151,8 +123,8 @@ class Dataset:
     """
 
     name: str
-    train: StoredSource
-    test: StoredSource
+    train: ImageSource
+    test: ImageSource
     gate: torch.Tensor
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]

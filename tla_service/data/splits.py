@@ -1,4 +1,4 @@
-"""Which images are for training and which for validation; stratified subsets."""
+"""Training and validation split, gate images, stratified subsets."""
 
 import math
 from collections.abc import Sequence
@@ -31,23 +31,24 @@ def split_validation(
     """
     from sklearn.model_selection import train_test_split
 
+    field, value = "data.validation_fraction", f"{fraction:g}"
     counts = labels.bincount()
     rare = (counts == 1).nonzero().flatten().tolist()
     classes, total = int((counts > 0).sum()), len(labels)
     if classes == 0:
-        raise ConfigError("data.validation_fraction", f"{fraction:g}", "there are no training images", "add some")
+        raise ConfigError(field, value, "there are no training images", "add some")
     if rare:
         names = listed([repr(class_names[number]) if class_names else str(number) for number in rare])
         subject = f"class {names} has" if len(rare) == 1 else f"each of the classes {names} has"
         reason = f"{subject} a single training image, too few to split off validation images"
         remedy = "add images, remove the class, or raise data.train_limit if it is set"
-        raise ConfigError("data.validation_fraction", f"{fraction:g}", reason, remedy)
+        raise ConfigError(field, value, reason, remedy)
     held_out = -int(-total * fraction // 1)
     if held_out < classes or total - held_out < classes:
         reason = f"{held_out} of {total} images for validation, with {classes} classes to cover in both parts"
         # Rounded up, or the share would be too small again.
         least = min(0.5, math.ceil(1000 * classes / total) / 1000)
-        raise ConfigError("data.validation_fraction", f"{fraction:g}", reason, f"use at least {least:g}")
+        raise ConfigError(field, value, reason, f"use at least {least:g}")
     train, validation = train_test_split(range(total), test_size=held_out, random_state=seed, stratify=labels.numpy())
     return torch.tensor(sorted(train)), torch.tensor(sorted(validation))
 

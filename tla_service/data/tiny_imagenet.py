@@ -1,23 +1,22 @@
-"""Tiny ImageNet, as its zip file has it; any number of its classes."""
+"""Tiny ImageNet in the layout of its zip file, with any number of its classes."""
 
 from collections import Counter
 from pathlib import PurePosixPath
 
-import torch
-
 from tla_service.config import DataConfig
-from tla_service.data.encoded import build_splits
+from tla_service.data.encoded import tree_splits
 from tla_service.data.members import refuse_several
 from tla_service.data.roots import required_root
-from tla_service.data.sources import Splits
-from tla_service.data.trees import FileTree, TreeBlobs, open_tree
+from tla_service.data.sources import Split, Splits
+from tla_service.data.trees import FileTree
+from tla_service.data.zip_tree import open_tree
 from tla_service.errors import ConfigError, UnavailableError
 
 _FIX = "use the original layout: wnids.txt, train/<wnid>/images, val/images, val/val_annotations.txt"
 
 
 def load_tiny_imagenet(config: DataConfig) -> Splits:
-    """Load Tiny ImageNet from its zip file, unopened, or from the unpacked folder.
+    """Load Tiny ImageNet from its zip file, without unpacking it, or from the unpacked folder.
 
     The validation images with their annotations are the test set: the real test set has no labels. Classes are the
     lines of ``wnids.txt``, sorted; grey JPEGs become RGB.
@@ -38,30 +37,26 @@ def load_tiny_imagenet(config: DataConfig) -> Splits:
     missing = [name for name, _ in test if f"{base}val/images/{name}" not in present]
     if missing:
         raise UnavailableError("data.root", tree.describe(f"{base}val/images/{missing[0]}"), "is missing", _FIX)
-    names = {"train": [name for name, _ in train], "test": [f"{base}val/images/{name}" for name, _ in test]}
-    return build_splits(
-        config,
-        tree.key([*names["train"], *names["test"]]),
-        {"train": TreeBlobs(tree, names["train"]), "test": TreeBlobs(tree, names["test"])},
-        {"train": torch.tensor([number for _, number in train]), "test": torch.tensor([number for _, number in test])},
-        _class_names(tree, base, wnids),
-        colour=True,
-    )
+    images: dict[Split, list[tuple[str, int]]] = {
+        "train": train,
+        "test": [(f"{base}val/images/{name}", number) for name, number in test],
+    }
+    return tree_splits(config, tree, images, _class_names(tree, base, wnids), colour=True)
 
 
 def parse_annotations(text: str, numbers: dict[str, int], shown: str) -> list[tuple[str, int]]:
-    """Read ``val_annotations.txt``: a line an image, tab-separated file name, wnid and box.
+    """Read ``val_annotations.txt``: one line per image, with tab-separated file name, wnid and box.
 
     Args:
         text: The file.
         numbers: Label of every wnid in use; images of others are left out.
-        shown: What to call the file in a message.
+        shown: The file's name in messages.
 
     Returns:
         File names and labels, in the file's order.
 
     Raises:
-        UnavailableError: If a line has no wnid or a name leads elsewhere, or nothing is left.
+        UnavailableError: If a line has no wnid or a name is a path, or no image is left.
     """
     found: list[tuple[str, int]] = []
     for place, line in enumerate(text.split("\n"), start=1):

@@ -1,6 +1,6 @@
 """MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 as torchvision stores them.
 
-torchvision takes seconds to import, so it is left alone where it is not needed: for MNIST that is there already.
+torchvision takes seconds to import, so it is imported only when needed: not for MNIST files that are present.
 """
 
 import gzip
@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,18 @@ import torch
 from tla_service.config import DataConfig
 from tla_service.data.cache import cache_folder, disk_trouble, files_key, locked
 from tla_service.data.decoding import resized
-from tla_service.data.parquet import load_parquet
+from tla_service.data.parquet import load_parquet, refuse_columns
 from tla_service.data.parquet_files import find_splits
 from tla_service.data.roots import required_root
 from tla_service.data.sources import ArraySource, Splits
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.files import whole_file, write_whole
+from tla_service.files import write_whole
 
 _DIGITS = tuple(map(str, range(10)))
 _CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _IDX_SETS = {"mnist": ("MNIST", _DIGITS), "fashion_mnist": ("FashionMNIST", _CLOTHES)}
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-# torchvision's class, and what it makes of a root: known here, so that it need not be imported to look.
+# torchvision's class and its paths below a root, known without importing it.
 _CIFAR_SETS = {
     "cifar10": ("CIFAR10", "cifar-10-batches-py", "cifar-10-python.tar.gz"),
     "cifar100": ("CIFAR100", "cifar-100-python", "cifar-100-python.tar.gz"),
@@ -39,22 +40,22 @@ _FETCH_FIX = "check the network and the folder, or put the files there yourself"
 
 
 def load_mnist(config: DataConfig) -> Splits:
-    """Load MNIST or Fashion-MNIST, whole, into memory.
+    """Load MNIST or Fashion-MNIST into memory.
 
     ``data.root`` is torchvision's root, with ``MNIST/raw/*`` in it; the ``.gz`` files are enough: they are unpacked
-    into the cache, never beside the files. A root without them, but with ``train-*.parquet`` files, is read as such.
-    With ``data.download`` the set is fetched into the root first.
+    into the cache, never beside the files. Otherwise, ``train-*.parquet`` files under the root are read. With
+    ``data.download`` the set is fetched into the root first.
 
     Raises:
         ConfigError: If ``data.download`` is set for an s3:// root.
-        UnavailableError: If the set is not there, damaged, or cannot be fetched.
+        UnavailableError: If the set is missing, damaged, or cannot be fetched.
     """
     root = _root(config)
     folder_name, class_names = _IDX_SETS[config.name]
     folder = _idx_folder(root, folder_name, config.cache_dir)
     if folder is None and (splits := _from_parquet(config, root, channels=1)) is not None:
         return splits
-    _refuse_columns(config)
+    refuse_columns(config, "data.root is not read as Parquet files")
     if folder is None and config.download:
         _download(root, folder_name, config.cache_dir)
         folder = _idx_folder(root, folder_name, config.cache_dir)
@@ -66,21 +67,17 @@ def load_mnist(config: DataConfig) -> Splits:
 
 
 def load_cifar(config: DataConfig) -> Splits:
-    """Load CIFAR-10 or CIFAR-100, whole, into memory; torchvision checks every file's MD5 before it is unpickled.
+    """Load CIFAR-10 or CIFAR-100 into memory; torchvision checks every file's MD5 before it unpickles it.
 
-    ``data.root`` is torchvision's root, with ``cifar-10-batches-py`` or ``cifar-10-python.tar.gz`` in it. The rest is
-    as for ``load_mnist``.
-
-    Raises:
-        ConfigError: If ``data.download`` is set for an s3:// root.
-        UnavailableError: If the set is not there, damaged, or cannot be fetched.
+    ``data.root`` is torchvision's root, with ``cifar-10-batches-py`` or ``cifar-10-python.tar.gz`` in it; otherwise as
+    `load_mnist`.
     """
     root = _root(config)
     kind_name, *own = _CIFAR_SETS[config.name]
     there = any((root / name).exists() for name in own)
     if not there and (splits := _from_parquet(config, root, channels=3)) is not None:
         return splits
-    _refuse_columns(config)
+    refuse_columns(config, "data.root is not read as Parquet files")
     from torchvision import datasets
 
     kind = getattr(datasets, kind_name)
@@ -95,13 +92,10 @@ def load_cifar(config: DataConfig) -> Splits:
 
 
 def read_idx(path: Path) -> torch.Tensor:
-    """Read a file of MNIST's own format.
-
-    Returns:
-        The array it holds, uint8, of the shape its header says.
+    """Read a file in MNIST's own format: an array, uint8, of the shape in its header.
 
     Raises:
-        UnavailableError: If it is missing, or not what its header says.
+        UnavailableError: If it is missing, or does not match its header.
     """
     with disk_trouble("data.root", path, _AGAIN):
         content = path.read_bytes()
@@ -121,20 +115,13 @@ def _root(config: DataConfig) -> Path:
     return required_root(config)
 
 
-def _refuse_columns(config: DataConfig) -> None:
-    for name in ("label_column", "image_column"):
-        if getattr(config, name) is not None:
-            reason = "data.root is not read as Parquet files"
-            raise ConfigError(f"data.{name}", getattr(config, name), reason, "leave it out, or set data.name=parquet")
-
-
 def _from_parquet(config: DataConfig, root: Path, channels: int) -> Splits | None:
     """The set from Parquet files, if the root has some."""
     if find_splits(root) is None:
         return None
     splits = load_parquet(config)
     if splits.train.image_shape[0] != channels:
-        # The root may hold another set: files are found at any depth.
+        # The root may hold another set, since files are found at any depth.
         reason = f"its Parquet files hold {splits.train.image_shape[0]}-channel images, {config.name} has {channels}"
         raise ConfigError("data.root", config.root, reason, "point it at this set's folder, or set data.name=parquet")
     return splits
@@ -160,24 +147,31 @@ def _idx_folder(root: Path, folder_name: str, cache_dir: str) -> Path | None:
             return folder
         packed = [folder / f"{name}.gz" for name in _IDX_FILES]
         if all(path.is_file() for path in packed):
-            return _unpacked_idx(packed, cache_dir)
+            return _unpacked(packed, cache_dir, _gunzip)
     return None
 
 
-def _unpacked_idx(packed: list[Path], cache_dir: str) -> Path:
-    folder = cache_folder(cache_dir, "unpacked", files_key(packed))
-    with locked(folder / "lock"):
-        for path in packed:
-            target = folder / path.stem
-            if target.exists():
-                continue
-            with disk_trouble("data.cache_dir", folder, _DISK_FIX), whole_file(target) as part:
-                try:
-                    with gzip.open(path, "rb") as source, part.open("wb") as sink:
-                        shutil.copyfileobj(source, sink, 2**20)
-                except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                    raise UnavailableError("data.root", path, f"damaged ({error})", _AGAIN) from error
+def _unpacked(archives: list[Path], cache_dir: str, unpack: Callable[[Path, Path], None]) -> Path:
+    """A folder of the cache with the content of archives, unpacked once per node."""
+    folder = cache_folder(cache_dir, "unpacked", files_key(archives))
+    with locked(folder / "lock"), disk_trouble("data.cache_dir", folder, _DISK_FIX):
+        for archive in archives if not (folder / "done").exists() else ():
+            try:
+                unpack(archive, folder)
+            except (gzip.BadGzipFile, tarfile.TarError, EOFError, zlib.error) as error:
+                raise UnavailableError("data.root", archive, f"damaged ({error})", _AGAIN) from error
+        write_whole(folder / "done", "")
     return folder
+
+
+def _gunzip(archive: Path, folder: Path) -> None:
+    with gzip.open(archive, "rb") as source, (folder / archive.stem).open("wb") as sink:
+        shutil.copyfileobj(source, sink, 2**20)
+
+
+def _untar(archive: Path, folder: Path) -> None:
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
 
 
 def _batches_root(root: Path, kind: Any, cache_dir: str) -> tuple[Path, list[Path]]:
@@ -188,21 +182,13 @@ def _batches_root(root: Path, kind: Any, cache_dir: str) -> tuple[Path, list[Pat
     archive = root / kind.filename
     if not missing or not archive.is_file():
         return root, missing
-    ready = cache_folder(cache_dir, "unpacked", files_key([archive]))
-    with locked(ready / "lock"), disk_trouble("data.cache_dir", ready, _DISK_FIX):
-        if not (ready / "done").exists():
-            try:
-                with tarfile.open(archive) as opened:
-                    opened.extractall(ready, filter="data")
-            except (tarfile.TarError, EOFError, zlib.error) as error:
-                raise UnavailableError("data.root", archive, f"damaged ({error})", _AGAIN) from error
-            write_whole(ready / "done", "")
+    ready = _unpacked([archive], cache_dir, _untar)
     return ready, [ready / name for name in names if not (ready / name).is_file()]
 
 
 def _read_batches(kind: Any, root: Path, config: DataConfig, *, train: bool) -> tuple[ArraySource, tuple[str, ...]]:
     with disk_trouble("data.root", root, _AGAIN), warnings.catch_warnings():
-        # The files were pickled by a NumPy so old that today's complains about their dtypes.
+        # Today's NumPy warns about the dtypes of these old pickles.
         warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
         try:
             loaded = kind(root, train=train)
@@ -215,7 +201,7 @@ def _read_batches(kind: Any, root: Path, config: DataConfig, *, train: bool) -> 
 def _download(root: Path, kind_name: str, cache_dir: str) -> None:
     from torchvision import datasets
 
-    # One process a node fetches; the others find the files.
+    # One process per node fetches; the others find the files.
     with locked(cache_folder(cache_dir, "downloads") / f"{kind_name}.lock"):
         try:
             with disk_trouble("data.root", root, _FETCH_FIX):

@@ -7,37 +7,35 @@ import posixpath
 import stat
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from tla_service.data.cache import disk_trouble
-from tla_service.data.members import broken_link, is_member, link_loop
+from tla_service.data.members import is_member
+from tla_service.data.trees import FIX, FileTree, FolderTree
 from tla_service.errors import UnavailableError
 
-_FIX = "fetch the data set again, or point data.root at another copy"
 # What zipfile raises for a damaged or unknown member.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError)
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _LINKS = 40  # as many as Linux follows
 
 
-class ZipTree:
-    """A zip file; a ``FileTree`` with the names that unpacking it would give.
+class ZipTree(FileTree):
+    """A zip file, with the names that unpacking it would give.
 
     Args:
         path: The zip file.
 
     Raises:
-        UnavailableError: If it is damaged, encrypted or may not be read, or leads outside of itself.
+        UnavailableError: If it is damaged, encrypted or cannot be read, or leads outside of itself.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self._handles: dict[int, zipfile.ZipFile] = {}
-        # Size and checksum; None for a link to nothing.
-        self._entries: dict[str, tuple[int, int] | None] = {}
-        # What the archive calls an entry, where that is another name.
+        # The archive's name of an entry, where it differs.
         self._stored: dict[str, str] = {}
         links: dict[str, str] = {}
         folders: set[str] = set()
@@ -94,7 +92,7 @@ class ZipTree:
             if at in links:
                 at = ""  # links that lead to each other lead nowhere
             elif at == "." or f"{link}/".startswith(f"{at}/"):
-                raise link_loop(self.describe(link))
+                raise self._link_loop(link)
             found[link] = at
         return found
 
@@ -109,7 +107,7 @@ class ZipTree:
             self._add(alias, self._entries[name], self._stored.get(name, name))
 
     def _open(self) -> zipfile.ZipFile:
-        # One handle a process: forked ones would share, and fight over, one file position.
+        # One handle per process: forked ones would share one file position.
         process = os.getpid()
         if process not in self._handles:
             with disk_trouble("data.root", self.path, "check the path and its permissions"):
@@ -117,44 +115,34 @@ class ZipTree:
                     self._handles[process] = zipfile.ZipFile(self.path)
                 except (*_ZIP_ERRORS, NotImplementedError) as error:
                     reason = f"not a readable zip file ({error})"
-                    raise UnavailableError("data.root", self.path, reason, _FIX) from error
+                    raise UnavailableError("data.root", self.path, reason, FIX) from error
         return self._handles[process]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}
 
     def read(self, name: str) -> bytes:
-        """The content of one file, checked against its checksum.
-
-        Raises:
-            UnavailableError: If it is missing, damaged or compressed in a way that Python does not know.
-        """
-        with disk_trouble("data.root", self.describe(name), _FIX):
-            try:
-                with self.open(name) as handle:
-                    return handle.read()
-            except _ZIP_ERRORS as error:
-                raise UnavailableError("data.root", self.describe(name), f"damaged ({error})", _FIX) from error
+        """See `FileTree`; the content is checked against its checksum."""
+        with self._readable(name), self.open(name) as handle:
+            return handle.read()
 
     def open(self, name: str) -> IO[bytes]:
-        """One file, opened.
-
-        Raises:
-            UnavailableError: As ``read``, or if it is a link to nothing.
-        """
+        """See `FileTree`."""
         self._entry(name)
-        with disk_trouble("data.root", self.describe(name), _FIX):
+        with self._readable(name):
             try:
                 return self._open().open(self._stored.get(name, name))
             except NotImplementedError as error:
                 reason = f"cannot be unpacked ({error})"
                 raise UnavailableError("data.root", self.describe(name), reason, "unpack the zip file") from error
-            except _ZIP_ERRORS as error:
-                raise UnavailableError("data.root", self.describe(name), f"damaged ({error})", _FIX) from error
 
-    def describe(self, name: str) -> str:
-        """The zip file's path and the path inside."""
-        return f"{self.path}/{name}"
+    @contextlib.contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
+        with disk_trouble("data.root", self.describe(name), FIX):
+            try:
+                yield
+            except _ZIP_ERRORS as error:
+                raise UnavailableError("data.root", self.describe(name), f"damaged ({error})", FIX) from error
 
     def stamp(self, names: Sequence[str]) -> str:
         """Covers every name, size and content, by the checksums that zip files carry."""
@@ -163,15 +151,27 @@ class ZipTree:
             digest.update(f"{name}\0{self._entry(name)}\n".encode())
         return digest.hexdigest()
 
-    def _entry(self, name: str) -> tuple[int, int]:
-        found = self._entries[name]
-        if found is None:
-            raise broken_link(self.describe(name))
-        return found
-
     def key(self, names: Sequence[str]) -> str:
-        """Covers the zip file's place, and every file's name, size and checksum."""
+        """Covers the zip file's path, and every file's name, size and checksum."""
         return hashlib.sha256(f"{self.path.absolute()}{self.stamp(names)}".encode()).hexdigest()[:24]
+
+
+def open_tree(path: Path, zip_pattern: str = "*.zip") -> FileTree:
+    """Open a folder, a zip file, or the only zip file in a folder without subfolders.
+
+    Args:
+        path: What ``data.root`` points at.
+        zip_pattern: Names of zip files to look for in a folder.
+
+    Raises:
+        UnavailableError: If it is neither, or cannot be read.
+    """
+    if path.is_dir():
+        with disk_trouble("data.root", path, "check the path and its permissions"):
+            zips = [found for found in path.glob(zip_pattern) if is_member(found.name)]
+            folders = any(entry.is_dir() and is_member(entry.name) for entry in path.iterdir())
+        return ZipTree(zips[0]) if len(zips) == 1 and not folders else FolderTree(path)
+    return ZipTree(path)
 
 
 def _with_parents(folders: set[str]) -> set[str]:

@@ -14,8 +14,8 @@ class FrozenTwin:
     """A second view of a network in eval mode.
 
     The twin shares the network's storage, so it follows every in-place update (optimizers, `load_state_dict`,
-    BatchNorm's statistics). None of its tensors requires a gradient, so no code computes weight gradients, compiled or not,
-    and the network itself stays in train mode.
+    BatchNorm's statistics). None of its tensors requires a gradient, so no code, compiled or not, computes weight
+    gradients, and the network itself stays in train mode.
 
     In eval mode BatchNorm is an affine map per channel, so it can be folded into the convolution before it: the same
     function up to rounding, with one pass less over the activations. Folded weights are the only copies; `refresh`
