@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tla_service.training.reporting import Terminal
-from tla_service.workflows.run import _show_end
+from tla_service.workflows.run import show_end
 
 SUMMARY: dict[str, Any] = {
     "clean_accuracy": 0.9, "robust_accuracy": {"worst": 0.8}, "run_id": "r", "checkpoint": "c",
@@ -17,7 +17,7 @@ SUMMARY: dict[str, Any] = {
 
 def last_line(model_uri: str, tracking_uri: str) -> str:
     printed = io.StringIO()
-    _show_end(SUMMARY | {"model_uri": model_uri, "tracking_uri": tracking_uri}, Terminal(printed))
+    show_end(SUMMARY | {"model_uri": model_uri, "tracking_uri": tracking_uri}, Terminal(printed))
     return printed.getvalue().splitlines()[-1]
 
 
