@@ -93,6 +93,7 @@ class FullStep:
         self.network = network.to(context.device, memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(self.network, self.config)
         self.step = TrainingStep(self.network, self.config, context)
+        self.adversary.prepare((workload.batch_size, *workload.image_shape))
         self.meter = Meter(context)
         self.batches = _synthetic_batches(workload, self.config, context)
         # Not a method: a generator that holds the step would keep it, and its graphs, until the next collection.

@@ -112,9 +112,9 @@ def test_mining_with_them_saves_a_forward_pass(monkeypatch: pytest.MonkeyPatch) 
         seen: list[int] = []
         original = Adversary.embed
 
-        def embed(self: Adversary, images: torch.Tensor, seen: list[int] = seen, original: Any = original) -> Any:
-            seen.append(len(images))
-            return original(self, images)
+        def embed(self: Adversary, *images: torch.Tensor, seen: list[int] = seen, original: Any = original) -> Any:
+            seen.extend(map(len, images))
+            return original(self, *images)
 
         with monkeypatch.context() as patched:
             patched.setattr(Adversary, "embed", embed)

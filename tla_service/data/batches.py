@@ -92,6 +92,7 @@ class TrainingBatches:
 
     Attributes:
         steps_per_epoch: Steps per epoch, ceil(N / global_batch_size).
+        sizes: Sizes of this worker's batches of anchors; two at most.
 
     Raises:
         ConfigError: If the pools need more images than there are, or some worker would get none.
@@ -123,7 +124,7 @@ class TrainingBatches:
             pool_size=pool_size_per_worker,
             same_class_positives=same_class_positives,
         )
-        self.steps_per_epoch = self._order.steps_per_epoch
+        self.steps_per_epoch, self.sizes = self._order.steps_per_epoch, self._order.sizes
         self._labels = labels.to(context.device)
         self._source = source
         self._loader: StepLoader | None = None
