@@ -71,7 +71,7 @@ def test_one_image_that_batchnorm_would_see_alone_is_refused(fields: dict[str, o
         check_start(run_config(2, **fields), images(9), torch.arange(9), 1)
     assert str(caught.value) == (
         "training.global_batch_size=2: 9 training images in 5 steps leave it with one image in some step, which the "
-        "BatchNorm of torchvision:resnet18 cannot normalise; use 3"
+        "BatchNorm of torchvision:resnet18 cannot normalize; use 3"
     )
     check_start(run_config(3, **fields | {"training": {"global_batch_size": 3}}), images(9), torch.arange(9), 1)
 

@@ -7,7 +7,7 @@ import torch
 from tla_service.config import DataConfig
 from tla_service.data.cache import cached_tensors, content_digest
 from tla_service.data.decoding import Blobs, decode, probe
-from tla_service.data.sources import SPLITS, ArraySource, FileSource, ImageSource, Split, Splits
+from tla_service.data.sources import SPLITS, ArraySource, FileSource, Split, Splits
 from tla_service.data.trees import FileTree, TreeBlobs
 
 # The largest training set, as decoded uint8 pixels, that data.residency=auto keeps in memory.
@@ -46,10 +46,8 @@ def build_splits(
     # Labels are not cached: they are known already, and the key need not cover how they are read.
     full_key = f"{key}-{decoder_key(decoder.image_shape, resize=decoder.resize)}"
     images, digests = cached_tensors(config.cache_dir, full_key, build)
-    arrays: list[ImageSource] = [
-        ArraySource(images[split], labels[split], content_digest(labels[split]) + digests[split]) for split in SPLITS
-    ]
-    return Splits(*arrays, class_names)
+    arrays = (ArraySource(images[s], labels[s], content_digest(labels[s]) + digests[s]) for s in SPLITS)
+    return Splits(next(arrays), next(arrays), class_names)
 
 
 def tree_splits(

@@ -39,7 +39,7 @@ class MnistNetwork(ImageClassifier):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.1, a=-0.2, b=0.2)
-                nn.init.constant_(module.bias, 0.1)
+                nn.init.constant_(module.get_parameter("bias"), 0.1)
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, 1024), non-negative."""

@@ -3,7 +3,7 @@
     python -m tla_service.training --preset digits
     torchrun --nproc-per-node 4 -m tla_service.training --preset cifar10 --data.root /data/cifar10
 
-The output folder holds `summary.json`, `config.yaml`, `log.jsonl` and `checkpoints/`; started again, a run goes on from
+The output folder holds `summary.json`, `config.yaml`, `log.jsonl` and `checkpoints/`; started again, a run resumes from
 its newest checkpoint. `jobs/train_tla.py` does the same on a cluster, and registers the model.
 """
 
@@ -79,7 +79,7 @@ def _train(config: RunConfig, output: Path, context: WorkerContext, terminal: Te
 
 
 def stop_on_signals(reporter: LocalReporter) -> None:
-    """First SIGINT or SIGTERM: stop after a checkpoint; second: at once."""
+    """First SIGINT or SIGTERM: stop after a checkpoint; second: immediately."""
 
     def handle(number: int, _frame: object) -> None:
         reporter.interrupted = True

@@ -8,34 +8,28 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.data import (
-    EvaluationBatches,
-    ImageSource,
-    StepBatch,
-    TrainingBatches,
-    load_dataset,
-    split_validation,
-)
+from tla_service.data import EvaluationBatches, ImageSource, StepBatch, load_dataset
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, failing_together, keep_freed_memory, mixed_seed
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
 from tla_service.training.guard import COLLAPSED, collapses, has_collapsed, message
 from tla_service.training.meter import Meter
-from tla_service.training.optimizer import build_optimizer
-from tla_service.training.precheck import check_start, check_weights
+from tla_service.training.optimizer import build_optimizer, set_learning_rate
+from tla_service.training.precheck import check_weights, split_and_check
 from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
 from tla_service.training.result import FitResult, Phases
 from tla_service.training.resume import restore
-from tla_service.training.schedule import learning_rate_factor
+from tla_service.training.roles import average_buffers
 from tla_service.training.step import TrainingStep
+
+Attacks = Mapping[str, EvaluationAttack]
 
 
 def fit(
@@ -79,17 +73,13 @@ class Run:
             keep_freed_memory()
         with self.phases("data"), failing_together(context):
             self.dataset = load_dataset(config.data)
-            self.train_rows, self.validation_rows = split_validation(
-                self.dataset.train.labels, config.data.validation_fraction, config.seed, self.dataset.class_names
-            )
-            self.batches = training_batches(config, self.dataset.train, self.train_rows, context)
+            self.train_rows, self.validation_rows, self.batches = split_and_check(config, self.dataset, context)
             self._data_facts = {
                 "class_names": list(self.dataset.class_names),
                 "image_shape": list(self.dataset.image_shape),
                 "fingerprint": self.dataset.fingerprint,
                 "training_fingerprint": self.dataset.train.digest(),
             }
-            check_start(config, self.dataset, self.train_rows, context.world_size)
         self.total_steps = config.training.epochs * self.batches.steps_per_epoch
         if config.training.max_steps is not None:
             self.total_steps = min(self.total_steps, config.training.max_steps)
@@ -152,11 +142,9 @@ class Run:
         state.network.train()
         with self.phases("train"):
             for batch in self.batches.epoch(epoch, offset):
-                factor = learning_rate_factor(
-                    self.config.schedule, state.step, self.batches.steps_per_epoch, self.total_steps
+                set_learning_rate(
+                    state.optimizer, self.config, state.step, self.batches.steps_per_epoch, self.total_steps
                 )
-                for group in state.optimizer.param_groups:
-                    group["lr"] = self.config.optimizer.learning_rate * factor
                 self.meter.add(self._update(batch))
                 state.step += 1
                 if state.step == self.total_steps or state.step % self.batches.steps_per_epoch == 0:
@@ -221,8 +209,9 @@ class Run:
                     test = self._measure(dataset.test, rows, "evaluation.test", config.evaluation.test, state.network)
             if with_rejector and context.is_main:
                 with self.phases("detector"):
-                    rows = self.train_rows, self.validation_rows
-                    rejector = fit_rejector(state.network, dataset.train, *rows, config, context.device)
+                    rejector = fit_rejector(
+                        state.network, dataset.train, self.train_rows, self.validation_rows, config, context.device
+                    )
         facts = {
             "data_fingerprint": dataset.fingerprint,
             "training_images": str(len(self.train_rows)),
@@ -297,12 +286,7 @@ class Run:
         return self._measure(self.dataset.train, rows, "evaluation", attacks, self.state.evaluated)
 
     def _measure(
-        self,
-        source: ImageSource,
-        rows: Tensor,
-        section: str,
-        settings: Mapping[str, EvaluationAttack],
-        network: nn.Module,
+        self, source: ImageSource, rows: Tensor, section: str, settings: Attacks, network: nn.Module
     ) -> dict[str, float]:
         config = self.config
         attacks = {
@@ -324,34 +308,3 @@ class Run:
 
 def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
     return metrics["validation/robust_accuracy"], metrics["validation/clean_accuracy"]
-
-
-def training_batches(config: RunConfig, source: ImageSource, rows: Tensor, context: WorkerContext) -> TrainingBatches:
-    """Batches of some of a source's images, with what the method's mining needs."""
-    config.check_workers(context.world_size)
-    mining = config.mining
-    separate = config.mines_triplets and mining.pool == "separate"
-    pool_size = mining.pool_size if separate else 0
-    if mining.scope == "global":
-        pool_size //= context.world_size
-    return TrainingBatches(
-        source,
-        rows,
-        config.data,
-        context,
-        global_batch_size=config.training.global_batch_size,
-        seed=config.seed,
-        pool_size_per_worker=pool_size,
-        same_class_positives=separate and mining.positives != "own",
-        augment_pool=mining.augment_pool,
-    )
-
-
-def average_buffers(network: nn.Module, context: WorkerContext) -> None:
-    """Make BatchNorm's running statistics the mean over workers: each has seen only its own shards."""
-    if context.world_size == 1:
-        return
-    for buffer in network.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer.div_(context.world_size)

@@ -19,7 +19,7 @@ class Meter:
 
     Args:
         context: This worker.
-        partial_totals: Sums of the epoch so far, over all workers, if it began before a restart.
+        partial_totals: Sums over all workers of the epoch so far, if it began before a restart.
     """
 
     def __init__(self, context: WorkerContext, partial_totals: list[float] | None = None) -> None:

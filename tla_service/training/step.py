@@ -12,7 +12,7 @@ from tla_service.data import StepBatch
 from tla_service.models import ImageClassifier, ModelOutput
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.runtime import WorkerContext, autocast, generator
-from tla_service.training.adversary import Adversary, kept_buffers, moved_weights
+from tla_service.training.adversary import Adversary, moved_weights, restored
 from tla_service.training.roles import RoleForward, gather_rows, shard_sizes
 from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
 from tla_service.triplets import Negatives, mine_hardest, mine_random, norm_penalty, pick_positives, triplet_hinge
@@ -126,7 +126,7 @@ class TrainingStep:
         if not self.config.attack.awp:
             return self._descend(batch, adversarial, random)
         before = random.get_state()
-        with kept_buffers(self.network):
+        with restored(self.network.buffers()):
             self._descend(batch, adversarial, random)
         # Both passes take the same loss: adversarial images (Wu et al. 2020, algorithm 1), noise and negatives.
         # Negatives mined again at the moved weights would make another loss than the one those weights ascended.
@@ -155,12 +155,13 @@ class TrainingStep:
         """
         clean = batch.anchors.images
         if adversarial is None:
-            roles = Roles(*self._forward(clean))
+            roles = Roles(self._forward(clean)[0])
         elif self.config.mines_triplets:
             mine = self._mine_in_batch if self.config.mining.pool == "batch" else self._mine_in_pool
             roles = mine(batch, adversarial, random, mined)
         else:
-            roles = Roles(*self._forward(adversarial, *([clean] if self.needs_clean else [])))
+            attacked, *others = self._forward(adversarial, *([clean] if self.needs_clean else []))
+            roles = Roles(attacked, others[0] if others else None)
         return self._loss(roles, batch)
 
     def _mine_in_batch(
