@@ -23,18 +23,12 @@ _DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL)
 
 @dataclass(frozen=True)
 class Batch:
-    """Images and their classes.
-
-    Attributes:
-        images: (N, C, H, W), float32 in [0, 1], on the device.
-        labels: (N,), int64, on the device.
-    """
+    """Images (N, C, H, W), float32 in [0, 1], and their classes (N,), int64, on the device."""
 
     images: torch.Tensor
     labels: torch.Tensor
 
     def __len__(self) -> int:
-        """Number of images, N."""
         return self.labels.numel()
 
 
@@ -74,7 +68,7 @@ class RawBatch:
 
 
 class TrainingBatches:
-    """Training batches of one worker.
+    """Training batches of one worker; `steps_per_epoch` is ceil(N / global_batch_size).
 
     Everything is a function of (seed, epoch, step, rank, world size), so a run can resume at any step. Images are kept
     on the device as uint8, or read by loader processes; on the CPU both give identical batches.
@@ -82,16 +76,13 @@ class TrainingBatches:
     Args:
         source: Images.
         indices: Which of them to train on (N,), int64, each once.
-        config: The data section: augmentation, residency, loaders.
+        config: Augmentation, residency, loaders.
         context: This worker.
         global_batch_size: Images per step over all workers, at most; steps of an epoch differ by at most one image.
         seed: The run's seed.
         pool_size_per_worker: Images of the mining pool per step; 0 for none.
         same_class_positives: Whether to draw another image of each anchor's class.
         augment_pool: Whether the pool is augmented.
-
-    Attributes:
-        steps_per_epoch: Steps per epoch, ceil(N / global_batch_size).
 
     Raises:
         ConfigError: If the pools need more images than there are, or some worker would get none.
@@ -189,14 +180,7 @@ class EvaluationBatches:
 
     Rank r of W gets ``indices[r::W]``: every image is in exactly one worker's batches, without padding.
 
-    Args:
-        source: Images.
-        indices: Which of them (N,), int64.
-        context: This worker.
-        batch_size: Images per batch; the last one may be smaller.
-
-    Raises:
-        UnavailableError: If images cannot be read (while iterating).
+    The last batch may be smaller. Iterating raises UnavailableError if images cannot be read.
     """
 
     def __init__(self, source: ImageSource, indices: torch.Tensor, context: WorkerContext, *, batch_size: int) -> None:
@@ -205,7 +189,6 @@ class EvaluationBatches:
         self._chunks = torch.split(own, batch_size) if len(own) else ()
 
     def __len__(self) -> int:
-        """Number of batches; 0 when there are fewer images than workers."""
         return len(self._chunks)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -229,7 +212,6 @@ def _fits(source: ImageSource, config: DataConfig) -> bool:
 
 
 def _all_images(source: ImageSource, indices: torch.Tensor) -> torch.Tensor:
-    """The chosen images (N, C, H, W), uint8, in the order of the indices."""
     if isinstance(source, ArraySource):
         whole = len(indices) == len(source) and torch.equal(indices, torch.arange(len(source)))
         return source.images if whole else source.images[indices]

@@ -70,16 +70,7 @@ class StepOrder:
 
     An epoch's permutation is the same on all ranks. It is cut into ``steps_per_epoch`` chunks and each chunk into a
     shard for every rank, with sizes that differ by at most one: every image is used once per epoch, without padding or
-    dropping, and the images of a step do not depend on the number of workers.
-
-    Args:
-        labels: Class of every training image (N,), int64.
-        seed: The run's seed.
-        rank: This worker, in [0, world_size).
-        world_size: Number of workers.
-        global_batch_size: Images per step, over all workers, at most.
-        pool_size: Images of this worker's pool per step; 0 for none.
-        same_class_positives: Whether to draw positives.
+    dropping, and the images of a step do not depend on the number of workers. Arguments are those of `TrainingBatches`.
 
     Raises:
         ConfigError: If the pools of a step need more images than there are, or a worker would get none in some step.
@@ -100,20 +91,14 @@ class StepOrder:
         self._pool_size = pool_size
         self._mates = ClassMates(labels) if same_class_positives else None
         if pool_size * world_size > self._count:
-            raise ConfigError(
-                "mining.pool_size",
-                pool_size,
-                f"{world_size} workers' pools of {pool_size} need more than the {self._count} training images",
-                f"use at most {self._count // world_size} a worker",
-            )
-        self.steps_per_epoch = -(-self._count // global_batch_size)
-        if self._count < self.steps_per_epoch * world_size or self._count == 0:
-            raise ConfigError(
-                "training.global_batch_size",
-                global_batch_size,
-                f"{self._count} training images in {self.steps_per_epoch} steps are too few for {world_size} workers",
-                "use a larger batch, fewer workers or more images",
-            )
+            reason = f"{world_size} workers' pools of {pool_size} need more than the {self._count} training images"
+            remedy = f"use at most {self._count // world_size} per worker"
+            raise ConfigError("mining.pool_size", pool_size, reason, remedy)
+        self.steps_per_epoch = steps = -(-self._count // global_batch_size)
+        if self._count < steps * world_size or self._count == 0:
+            reason = f"{self._count} training images in {steps} steps are too few for {world_size} workers"
+            remedy = "use a larger batch, fewer workers or more images"
+            raise ConfigError("training.global_batch_size", global_batch_size, reason, remedy)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepIndices]:
         """The steps of an epoch (from 0), from ``start_step`` in [0, steps_per_epoch] on.

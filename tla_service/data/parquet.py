@@ -63,7 +63,7 @@ def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:
     if len(columns) > 1:
         text = "%s: labels are read from column %r, not from %s; data.label_column chooses another"
         notice(text, shards[0].path, columns[0], listed(columns[1:]))
-    return read_labels(config.cache_dir, shards, columns[0]) if columns else None
+    return read_labels(shards, columns[0]) if columns else None
 
 
 def _labelled_test(config: DataConfig, root: Path, found: dict[str, list[Path]]) -> Labels:

@@ -16,11 +16,6 @@ LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
 def find_image_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) -> str:
     """The column of encoded images: the one wanted, the only one, or the one with a usual name.
 
-    Args:
-        schema: The file's schema.
-        shown: The file's name in messages.
-        wanted: ``data.image_column``.
-
     Raises:
         ConfigError: If ``wanted`` is no such column, or there are several and none has a usual name.
         UnavailableError: If there is none.

@@ -46,12 +46,7 @@ def find_splits(root: Path) -> dict[str, list[Path]] | None:
 
 
 def open_shards(files: list[Path], root: Path, shown_root: str | None) -> list[Shard]:
-    """Rows and schemas of one split's files.
-
-    Args:
-        files: The files.
-        root: The local folder they are in.
-        shown_root: ``data.root`` as configured.
+    """Rows and schemas of one split's files below a root, which messages show as ``shown_root``.
 
     Raises:
         ConfigError: If they are in several folders, and so of several data sets.

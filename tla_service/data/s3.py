@@ -58,12 +58,8 @@ def copy_prefix(root: str, cache_dir: str) -> Path:
     listing makes another copy, and unchanged objects are hard links. A folder gets its name when a second listing
     equals the first. One process copies while the others wait; what a killed process has downloaded is kept.
 
-    Args:
-        root: s3://bucket/prefix, or the address of a single object.
-        cache_dir: The cache.
-
     Returns:
-        The folder, or the file for a single object.
+        The folder, or the file for the address of a single object.
 
     Raises:
         ConfigError: If the address names no bucket.
@@ -130,11 +126,7 @@ def _remove_others(folder: Path, kept: set[str]) -> None:
 
 
 class Prefix:
-    """The objects below an s3:// address.
-
-    Attributes:
-        only_object: Set by `objects` if the address is that of a single object: its name.
-    """
+    """The objects below an s3:// address; `objects` sets `only_object` for the address of a single one."""
 
     def __init__(self, root: str) -> None:
         self.root = root

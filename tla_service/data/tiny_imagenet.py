@@ -45,15 +45,12 @@ def load_tiny_imagenet(config: DataConfig) -> Splits:
 
 
 def parse_annotations(text: str, numbers: dict[str, int], shown: str) -> list[tuple[str, int]]:
-    """Read ``val_annotations.txt``: one line per image, with tab-separated file name, wnid and box.
+    """File names and labels from ``val_annotations.txt``: one line per image with tab-separated name, wnid and box.
 
     Args:
-        text: The file.
+        text: The file's text.
         numbers: Label of every wnid in use; images of others are left out.
         shown: The file's name in messages.
-
-    Returns:
-        File names and labels, in the file's order.
 
     Raises:
         UnavailableError: If a line has no wnid or a name is a path, or no image is left.

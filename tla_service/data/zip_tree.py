@@ -25,11 +25,8 @@ _LINKS = 40  # as many as Linux follows
 class ZipTree(FileTree):
     """A zip file, with the names that unpacking it would give.
 
-    Args:
-        path: The zip file.
-
     Raises:
-        UnavailableError: If it is damaged, encrypted or cannot be read, or leads outside of itself.
+        UnavailableError: If it is damaged, encrypted or cannot be read, or has names that lead outside of it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,14 +154,10 @@ class ZipTree(FileTree):
 
 
 def open_tree(path: Path, zip_pattern: str = "*.zip") -> FileTree:
-    """Open a folder, a zip file, or the only zip file in a folder without subfolders.
-
-    Args:
-        path: What ``data.root`` points at.
-        zip_pattern: Names of zip files to look for in a folder.
+    """Open a folder, a zip file, or the only zip file of a pattern in a folder without subfolders.
 
     Raises:
-        UnavailableError: If it is neither, or cannot be read.
+        UnavailableError: If it is none of them, or cannot be read.
     """
     if path.is_dir():
         with disk_trouble("data.root", path, "check the path and its permissions"):

@@ -18,11 +18,7 @@ class MnistNetwork(ImageClassifier):
 
     Convolution and linear weights start at N(0, 0.1^2) truncated at two sigma, biases at 0.1 (the authors' release).
 
-    Args:
-        body: Maps normalized images to embeddings (N, 1024).
-        num_classes: K.
-        normalization: Applied to the images first.
-        layers: Named positions in the body.
+    The body maps normalized images to embeddings; `layers` are named positions in it.
     """
 
     def __init__(

@@ -8,14 +8,7 @@ _EMBEDDING_SIZE = 128
 
 
 class SmallCNN(ImageClassifier):
-    """Convolutions, then one hidden layer of 128 ReLUs, which is the embedding (>= 0).
-
-    Args:
-        convolutions: Maps normalized images to (N, C', H', W').
-        num_features: C' * H' * W'.
-        num_classes: K.
-        normalization: Applied to the images first.
-    """
+    """Convolutions to (N, C', H', W'), C' * H' * W' being `num_features`, then 128 ReLUs: the embedding (>= 0)."""
 
     def __init__(self, convolutions: nn.Module, num_features: int, num_classes: int, normalization: nn.Module) -> None:
         super().__init__(normalization)

@@ -25,12 +25,7 @@ _BOTTLENECK_EXPANSION = 4
 
 
 class TinyBlock(PreActivationBlock):
-    """Two or three convolutions; the first block of a group adds a 1x1 convolution of its input before activation.
-
-    Args:
-        convolutions: Two, or the three of a bottleneck; the first has the stride.
-        projection: The shortcut's convolution, or ``None`` for the input itself.
-    """
+    """Two or three convolutions; the first block of a group adds a 1x1 convolution of its input before activation."""
 
     def __init__(self, convolutions: Sequence[nn.Conv2d], projection: nn.Conv2d | None) -> None:
         super().__init__(*convolutions, batch_norm_eps=_BATCH_NORM_EPS)

@@ -10,16 +10,10 @@ _WARM_UP = 3
 
 
 class GraphedClimb:
-    """All steps of an attack, forward and backward, replayed as one CUDA graph for batches of one shape.
+    """All steps of an attack, forward and backward, replayed as one CUDA graph for batches of the given one's shape.
 
-    Args:
-        logits_fn: Images to logits; the storage of its weights must not change.
-        batch: A batch of the shape.
-        start: Initial images of its attack.
-        attack: The adversary.
-
-    Attributes:
-        embeddings: Those of the last forward pass; overwritten by the next replay.
+    The storage of the weights behind `logits_fn` must not change; the next replay overwrites `embeddings`, those of the
+    last forward pass.
     """
 
     def __init__(self, logits_fn: LogitsFn, batch: Batch, start: Tensor, attack: Attack) -> None:

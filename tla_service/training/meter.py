@@ -15,12 +15,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Meter:
-    """Adds up what steps return (`step.TOTALS`), over steps and workers.
-
-    Args:
-        context: This worker.
-        partial_totals: Sums over all workers of the epoch so far, if it began before a restart.
-    """
+    """Adds up `step.TOTALS` over steps and workers, on top of an epoch's sums before a restart."""
 
     def __init__(self, context: WorkerContext, partial_totals: list[float] | None = None) -> None:
         self._context = context

@@ -32,10 +32,10 @@ def fit_rejector(
     Args:
         network: The bare network with its final weights, on the device.
         source: Images of the training set.
-        train_rows: Which of them it was trained on (N,), int64.
-        validation_rows: Which were held out (M,), int64.
+        train_rows: Rows it was trained on (N,), int64.
+        validation_rows: Rows that were held out (M,), int64.
         config: `detection`, and the batch size of `evaluation`.
-        device: Where the network is.
+        device: The network's.
 
     Returns:
         The arrays of a :class:`tla_service.inference.detector.Rejector`; none, with a warning, where no detector can be
