@@ -10,8 +10,15 @@ from tla_service.data.decoding import Blobs
 from tla_service.data.encoded import build_splits
 from tla_service.data.members import TEST_SPLITS, listed, notice
 from tla_service.data.packed import PackedBlobs, pack
-from tla_service.data.parquet_columns import find_image_column, find_label_columns, no_label_column
-from tla_service.data.parquet_files import Shard, find_splits, open_shards, read_column
+from tla_service.data.parquet_files import (
+    Shard,
+    find_image_column,
+    find_label_columns,
+    find_splits,
+    no_label_column,
+    open_shards,
+    read_column,
+)
 from tla_service.data.parquet_labels import Labels, number_classes, read_labels
 from tla_service.data.roots import required_root
 from tla_service.data.sources import Split, Splits

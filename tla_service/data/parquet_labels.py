@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from tla_service.data.members import notice
-from tla_service.data.parquet_columns import class_names, label_kind
-from tla_service.data.parquet_files import Shard, read_column
+from tla_service.data.parquet_files import Shard, class_names, label_kind, read_column
 from tla_service.errors import ConfigError, UnavailableError
 
 _BATCH = 2**16

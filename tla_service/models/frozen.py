@@ -37,11 +37,6 @@ class FrozenTwin:
             self._fold_batchnorms()
         self.refresh()
 
-    @property
-    def folded(self) -> int:
-        """Number of BatchNorms that were folded."""
-        return len(self._folds)
-
     def __call__(self, images: Tensor) -> ModelOutput:
         """Logits and embeddings of images (N, C, H, W), as the network gives them in eval mode."""
         output: ModelOutput = self.module(images)

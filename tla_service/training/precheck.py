@@ -1,7 +1,6 @@
 """What precedes the first step: split and batches, and checks of radii, step sizes, weights and disk space."""
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -91,7 +90,7 @@ def smallest_share(images: int, steps: int, world_size: int) -> int:
 
 
 def checkpoint_bytes(config: RunConfig, network: nn.Module) -> int:
-    """Size of a checkpoint: the current and the best weights, their average, and the optimiser's state."""
+    """Size of a checkpoint: the current and the best weights, their average, and the optimizer's state."""
     floats = sum(tensor.numel() for tensor in network.state_dict().values())
     trained = sum(parameter.numel() for parameter in network.parameters())
     moments = 2 if config.optimizer.name != "sgd" else int(config.optimizer.momentum > 0)
@@ -117,11 +116,6 @@ def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
             reason = f"its disk has {free / _GB:.3g} GB free, the run needs {parts}"
             remedy = f"free some, or point {' or '.join(fields)} to another disk"
             raise UnavailableError(fields[0], needs[fields[0]][0], reason, remedy)
-
-
-def scratch_need(checkpoint: int) -> tuple[Path, int]:
-    """Where checkpoints are written before they are moved, and the bytes that takes."""
-    return Path(tempfile.gettempdir()), checkpoint
 
 
 def kept_need(folder: Path, checkpoint: int, kept: int) -> tuple[Path, int]:

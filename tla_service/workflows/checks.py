@@ -1,5 +1,6 @@
 """What is checked before a run claims workers."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,6 @@ from tla_service.training.precheck import (
     check_weights,
     checkpoint_bytes,
     kept_need,
-    scratch_need,
     split_and_check,
 )
 from tla_service.training.reporting import KEPT
@@ -85,7 +85,7 @@ def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, r
     Raises:
         UnavailableError: A disk has not enough.
     """
-    needs = {"output": (output, checkpoint), "TMPDIR": scratch_need(checkpoint)}
+    needs = {"output": (output, checkpoint), "TMPDIR": (Path(tempfile.gettempdir()), checkpoint)}
     if "://" not in folder:
         needs["scaling.storage"] = kept_need(Path(folder).expanduser(), checkpoint, runs * KEPT)
     database = sqlite_path(tracking_uri(config.tracking))
