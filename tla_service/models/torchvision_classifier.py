@@ -109,8 +109,9 @@ def _detach_classifier(name: str, body: nn.Module, num_classes: int) -> tuple[nn
 
 def _replace_first_convolution(body: nn.Module, channels: int) -> None:
     path, old = next((path, module) for path, module in body.named_modules() if isinstance(module, nn.Conv2d))
-    shape: Any = (old.kernel_size, old.stride, old.padding)
-    body.set_submodule(path, nn.Conv2d(channels, old.out_channels, *shape, bias=old.bias is not None))
+    geometry: dict[str, Any] = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding")}
+    geometry["bias"] = old.bias is not None
+    body.set_submodule(path, nn.Conv2d(channels, old.out_channels, **geometry))
 
 
 def _check_embedding(name: str, body: nn.Module, fc: nn.Linear, image_shape: tuple[int, int, int]) -> None:
