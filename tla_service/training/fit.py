@@ -4,6 +4,7 @@ A plain process, torchrun and a Ray Train worker all call `fit`; only the Report
 """
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from tla_service.training.roles import average_buffers
 from tla_service.training.step import TrainingStep
 
 Attacks = Mapping[str, EvaluationAttack]
+_rank = itemgetter("validation/robust_accuracy", "validation/clean_accuracy")
 
 
 def fit(
@@ -41,7 +43,9 @@ def fit(
     measure_test: bool = True,
     with_rejector: bool = False,
 ) -> FitResult:
-    """Train, choose the best weights on the validation split, and measure them once on the test set.
+    """Train, select the best weights on the validation split, and measure them once on the test set.
+
+    Returns the same on every rank, except for the detector, which only rank 0 has.
 
     Args:
         config: The run.
@@ -50,9 +54,6 @@ def fit(
         initial_weights: State dict to start from (fine-tuning); ignored by a run that resumes.
         measure_test: Whether to measure on the test set: runs that are compared for selection must not see it.
         with_rejector: Whether to fit the detector that is packaged with the best weights.
-
-    Returns:
-        Metrics, the same on every rank; the detector on rank 0 only.
 
     Raises:
         NonFiniteLossError: The loss became NaN or infinite; all ranks stop together.
@@ -92,9 +93,8 @@ class Run:
         config, context = self.config, self.context
         with self.phases("build"), failing_together(context):
             torch.manual_seed(mixed_seed(config.seed, 0))
-            network = build_model(
-                config.model.name, len(self.dataset.class_names), self.dataset.image_shape, config.model.normalization
-            )
+            classes, shape = len(self.dataset.class_names), self.dataset.image_shape
+            network = build_model(config.model.name, classes, shape, config.model.normalization)
             if initial_weights is not None:
                 check_weights(config, network, initial_weights)
                 network.load_state_dict(dict(initial_weights))
@@ -156,15 +156,10 @@ class Run:
         return True
 
     def finish_epoch(self) -> bool:
-        """Average BatchNorm statistics over workers, validate, keep the best weights, save and report.
-
-        Returns:
-            False if the run is to stop here before its end.
-        """
+        """Average BatchNorm statistics, validate, keep the best weights, save and report; False to stop early."""
         state, meter = self.state, self.meter
         epoch = (state.step - 1) // self.batches.steps_per_epoch
-        meter.reduce(self.reporter.stop_requested())
-        meter.check_finite(state.step)
+        meter.reduce(state.step, stop_requested=self.reporter.stop_requested())
         average_buffers(state.network, self.context)
         if state.average is not None:
             average_buffers(state.average.module, self.context)
@@ -260,8 +255,7 @@ class Run:
     def _log(self, epoch: int) -> bool:
         """Sum the last steps over the workers and report them; True if the run is to stop."""
         meter, step = self.meter, self.state.step
-        meter.reduce(self.reporter.stop_requested())
-        meter.check_finite(step)
+        meter.reduce(step, stop_requested=self.reporter.stop_requested())
         images_per_step = len(self.train_rows) / self.batches.steps_per_epoch
         self._tell(
             event="step",
@@ -304,7 +298,3 @@ class Run:
                 if target is not None:
                     save_checkpoint(target, self.state, self.config, self._data_facts)
                 self.reporter.report(metrics, target, name)
-
-
-def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
-    return metrics["validation/robust_accuracy"], metrics["validation/clean_accuracy"]

@@ -95,10 +95,7 @@ class TrainingStep:
         )
 
     def updates(self, batch: StepBatch, *seeds: int) -> Iterator[Tensor]:
-        """Call `backward` for each update on a batch: once, or once per replay of free training.
-
-        The caller updates the weights in between, and clears the gradients.
-        """
+        """`backward` for each update, which the caller makes, on a batch: once, or once per replay of free training."""
         if self.adversary.kind != "free" or self.config.method == "natural":
             yield self.backward(batch, *seeds)
             return
@@ -112,14 +109,10 @@ class TrainingStep:
             perturbation = self.adversary.next_perturbation(perturbation, adversarial.grad)
 
     def backward(self, batch: StepBatch, *seeds: int) -> Tensor:
-        """Compute the gradients of the batch's loss, averaged over workers.
+        """Compute the gradients of the loss on this worker's share of a step, averaged over workers.
 
-        Args:
-            batch: This worker's share of the step.
-            *seeds: Numbers that fix this step's random draws.
-
-        Returns:
-            Sums over this worker's images, in the order of `TOTALS`: float64, on the device.
+        The seeds determine the random draws. Returns sums over this worker's images, in the order of `TOTALS`: float64,
+        on the device.
         """
         random = generator(self.context.device, *seeds)
         adversarial = None if self.config.method == "natural" else self.adversary.craft(batch.anchors, random)
