@@ -79,8 +79,7 @@ class LogitsOnly(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W) in [0, 1]."""
-        logits: Tensor = self.classifier(images).logits
-        return logits
+        return self.classifier(images).logits
 
 
 class AtLayer(nn.Module):

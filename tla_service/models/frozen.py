@@ -39,8 +39,7 @@ class FrozenTwin:
 
     def __call__(self, images: Tensor) -> ModelOutput:
         """Logits and embeddings of images (N, C, H, W), as the network gives them in eval mode."""
-        output: ModelOutput = self.module(images)
-        return output
+        return self.module(images)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -39,8 +39,7 @@ class MnistNetwork(ImageClassifier):
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, 1024), non-negative."""
-        embeddings: Tensor = self.body(normalized)
-        return embeddings
+        return self.body(normalized)
 
     def embed_with(self, normalized: Tensor, layer: str) -> tuple[Tensor, Tensor]:
         """Embeddings (N, 1024), and a layer's activations (N, C', H', W')."""

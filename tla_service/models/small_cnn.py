@@ -19,8 +19,7 @@ class SmallCNN(ImageClassifier):
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, 128), non-negative."""
         features: Tensor = self.convolutions(normalized)
-        hidden: Tensor = self.hidden(features.flatten(1))
-        return hidden.relu()
+        return self.hidden(features.flatten(1)).relu()
 
 
 def build_digits_cnn(num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module) -> SmallCNN:

@@ -42,8 +42,7 @@ class TorchvisionClassifier(ImageClassifier):
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, D)."""
-        embeddings: Tensor = self.body(normalized)
-        return embeddings.flatten(1)
+        return self.body(normalized).flatten(1)
 
 
 def torchvision_names() -> tuple[str, ...]:

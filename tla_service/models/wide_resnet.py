@@ -100,10 +100,7 @@ class WideBlock(PreActivationBlock):
 
     def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:
         """The input, or the projection of its activation."""
-        if self.convShortcut is None:
-            return block_input
-        shortcut: Tensor = self.convShortcut(activated)
-        return shortcut
+        return block_input if self.convShortcut is None else self.convShortcut(activated)
 
 
 def _group(num_blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:

@@ -203,8 +203,7 @@ class TrainingStep:
 
     def _forward(self, *images: Tensor) -> tuple[ModelOutput, ...]:
         with autocast(self.config.training.precision, self.context.device):
-            outputs: tuple[ModelOutput, ...] = self.wrapped(*images)
-        return outputs
+            return self.wrapped(*images)
 
     def _mine(
         self,
