@@ -2,11 +2,9 @@
 
 import hashlib
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,26 +27,18 @@ class PackedBlobs:
 
     def __init__(self, path: Path, offsets: torch.Tensor, digest: str, origins: list[tuple[str, int]]) -> None:
         self._path, self._offsets, self._digest, self._origins = path, offsets, digest, origins
-        self._descriptor: int | None = None
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
-
-    def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-
     def read(self, row: int) -> bytes:
         """The encoded image; UnavailableError if the cache was removed or truncated meanwhile."""
-        with disk_trouble("data.cache_dir", self._path, "start again: the file is then packed again"):
-            if self._descriptor is None:
-                self._descriptor = os.open(self._path, os.O_RDONLY)
-            start, end = self._offsets[row : row + 2].tolist()
-            # pread uses no shared file position, so threads and forked loaders do not interfere.
-            blob = os.pread(self._descriptor, end - start, start)
+        start, end = self._offsets[row : row + 2].tolist()
+        remedy = "start again: the file is then packed again"
+        # Opened anew, so that threads and forked loaders share no file position.
+        with disk_trouble("data.cache_dir", self._path, remedy), self._path.open("rb", buffering=0) as handle:
+            handle.seek(start)
+            blob = handle.read(end - start)
         if len(blob) != end - start:
             raise UnavailableError("data.cache_dir", self._path, "is truncated", "remove it and start again")
         return blob
