@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from tests.data.conftest import batches_of
 from tla_service.config import RunConfig
-from tla_service.data import ArraySource, Dataset, TrainingBatches, load_dataset
+from tla_service.data import ArraySource, Dataset, load_dataset
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext
@@ -42,7 +43,7 @@ def test_the_smallest_share_is_the_smallest_that_any_worker_gets(batch: int, wor
         least = min(
             len(step.anchors)
             for rank in range(world_size)
-            for step in TrainingBatches(
+            for step in batches_of(
                 source,
                 torch.arange(count),
                 config.data,

@@ -76,47 +76,28 @@ class TrainingBatches:
     Args:
         source: Images.
         indices: Which of them to train on (N,), int64, each once.
+        order: Positions in `indices` that each step uses.
         config: Augmentation, residency, loaders.
         context: This worker.
-        global_batch_size: Images per step over all workers, at most; steps of an epoch differ by at most one image.
-        seed: The run's seed.
-        pool_size_per_worker: Images of the mining pool per step; 0 for none.
-        same_class_positives: Whether to draw another image of each anchor's class.
         augment_pool: Whether the pool is augmented.
 
-    Raises:
-        ConfigError: If the pools need more images than there are, or some worker would get none.
-        UnavailableError: If images cannot be read (while iterating).
+    Iterating raises UnavailableError if images cannot be read.
     """
 
     def __init__(
         self,
         source: ImageSource,
         indices: torch.Tensor,
+        order: StepOrder,
         config: DataConfig,
         context: WorkerContext,
         *,
-        global_batch_size: int,
-        seed: int,
-        pool_size_per_worker: int = 0,
-        same_class_positives: bool = False,
         augment_pool: bool = True,
     ) -> None:
-        self._indices, self._config, self._context = indices, config, context
-        self._seed, self._augment_pool = seed, augment_pool
-        labels = source.labels[indices]
-        self._order = StepOrder(
-            labels,
-            seed=seed,
-            rank=context.rank,
-            world_size=context.world_size,
-            global_batch_size=global_batch_size,
-            pool_size=pool_size_per_worker,
-            same_class_positives=same_class_positives,
-        )
-        self.steps_per_epoch = self._order.steps_per_epoch
-        self._labels = labels.to(context.device)
-        self._source = source
+        self._source, self._indices, self._order = source, indices, order
+        self._config, self._context, self._augment_pool = config, context, augment_pool
+        self.steps_per_epoch = order.steps_per_epoch
+        self._labels = source.labels[indices].to(context.device)
         self._loader: StepLoader | None = None
         if not _fits(source, config):
             self._loader = StepLoader(source, indices, config.loader_workers, context.device)
@@ -171,7 +152,7 @@ class TrainingBatches:
     def _finished(self, pixels: torch.Tensor, draw: Draw, raw: RawBatch) -> torch.Tensor:
         if draw is Draw.AUGMENT_POOL and not self._augment_pool:
             return to_unit(pixels)
-        draws = generator(self._context.device, draw, self._seed, raw.epoch, raw.step, self._context.rank)
+        draws = generator(self._context.device, draw, self._order.seed, raw.epoch, raw.step, self._context.rank)
         return augment(pixels, self._config, draws)
 
 

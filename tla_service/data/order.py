@@ -70,7 +70,16 @@ class StepOrder:
 
     An epoch's permutation is the same on all ranks. It is cut into ``steps_per_epoch`` chunks and each chunk into a
     shard for every rank, with sizes that differ by at most one: every image is used once per epoch, without padding or
-    dropping, and the images of a step do not depend on the number of workers. Arguments are those of `TrainingBatches`.
+    dropping, and the images of a step do not depend on the number of workers.
+
+    Args:
+        labels: Class of every training image (N,), int64.
+        seed: The run's seed.
+        rank: This worker, in [0, world_size).
+        world_size: Number of workers.
+        global_batch_size: Images per step, over all workers, at most.
+        pool_size: Images of this worker's mining pool per step; 0 for none.
+        same_class_positives: Whether to draw another image of each anchor's class.
 
     Raises:
         ConfigError: If the pools of a step need more images than there are, or a worker would get none in some step.
@@ -87,7 +96,7 @@ class StepOrder:
         pool_size: int = 0,
         same_class_positives: bool = False,
     ) -> None:
-        self._count, self._seed, self._rank, self._world_size = len(labels), seed, rank, world_size
+        self._count, self.seed, self._rank, self._world_size = len(labels), seed, rank, world_size
         self._pool_size = pool_size
         self._mates = ClassMates(labels) if same_class_positives else None
         if pool_size * world_size > self._count:
@@ -118,14 +127,14 @@ class StepOrder:
             anchors = chunks[step].tensor_split(self._world_size)[self._rank]
             positives = None
             if self._mates is not None:
-                draws = generator(CPU, Draw.POSITIVES, self._seed, epoch, step, self._rank)
+                draws = generator(CPU, Draw.POSITIVES, self.seed, epoch, step, self._rank)
                 positives = self._mates.draw(anchors, draws)
             pool = None if pool_order is None else self._pool(pool_order, step)
             yield StepIndices(anchors, positives, pool, len(chunks[step]))
 
     def _permutation(self, draw: Draw, epoch: int) -> torch.Tensor:
         # With zeros for step and rank: seeds of different lengths may coincide.
-        return torch.randperm(self._count, generator=generator(CPU, draw, self._seed, epoch, 0, 0))
+        return torch.randperm(self._count, generator=generator(CPU, draw, self.seed, epoch, 0, 0))
 
     def _pool(self, order: torch.Tensor, step: int) -> torch.Tensor:
         start = (step * self._world_size + self._rank) * self._pool_size

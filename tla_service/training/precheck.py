@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tla_service.config import RunConfig
 from tla_service.data import Batch, Dataset, ImageSource, StepBatch, TrainingBatches, split_validation
+from tla_service.data.order import StepOrder
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import ImageClassifier, build_model
 from tla_service.runtime import WorkerContext
@@ -41,17 +42,16 @@ def training_batches(config: RunConfig, source: ImageSource, rows: Tensor, conte
     pool_size = mining.pool_size if separate else 0
     if mining.scope == "global":
         pool_size //= context.world_size
-    return TrainingBatches(
-        source,
-        rows,
-        config.data,
-        context,
-        global_batch_size=config.training.global_batch_size,
+    order = StepOrder(
+        source.labels[rows],
         seed=config.seed,
-        pool_size_per_worker=pool_size,
+        rank=context.rank,
+        world_size=context.world_size,
+        global_batch_size=config.training.global_batch_size,
+        pool_size=pool_size,
         same_class_positives=separate and mining.positives != "own",
-        augment_pool=mining.augment_pool,
     )
+    return TrainingBatches(source, rows, order, config.data, context, augment_pool=mining.augment_pool)
 
 
 def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int) -> None:
