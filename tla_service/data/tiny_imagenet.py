@@ -53,13 +53,8 @@ def load_tiny_imagenet(config: DataConfig) -> Splits:
 def parse_annotations(text: str, numbers: dict[str, int], shown: str) -> list[tuple[str, int]]:
     """File names and labels from ``val_annotations.txt``: one line per image with tab-separated name, wnid and box.
 
-    Args:
-        text: The file's text.
-        numbers: Label of every wnid in use; images of others are left out.
-        shown: The file's name in messages.
-
-    Raises:
-        UnavailableError: If a line has no wnid or a name is a path, or no image is left.
+    Images of wnids without a number are left out. UnavailableError if a line has no wnid or a name is a path, or if no
+    image is left.
     """
     found: list[tuple[str, int]] = []
     for place, line in enumerate(text.split("\n"), start=1):

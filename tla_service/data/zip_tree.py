@@ -19,7 +19,7 @@ from tla_service.errors import UnavailableError
 # What zipfile raises for a damaged or unknown member.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError)
 _ENCRYPTED, _UTF8 = 0x1, 0x800
-_LINKS = 40  # as many as Linux follows
+_LINKS = 40  # Linux's limit
 
 
 class ZipTree(FileTree):
@@ -49,8 +49,8 @@ class ZipTree(FileTree):
             if stat.S_ISLNK(entry.external_attr >> 16):
                 links[name] = self.read(name).decode("utf-8", errors="replace")
         folders = _with_parents(folders)
-        # Hidden files are kept until here: links that are part of the set may lead to them.
-        # Links to files go first: linked folders may hold some.
+        # Hidden files are kept until here, since links may lead to them. Links to files come first, since linked
+        # folders may hold some.
         for name, target in sorted(self._followed(links).items(), key=lambda pair: pair[1] in folders):
             self._resolve(name, target, is_folder=target in folders)
         self._entries = {name: entry for name, entry in self._entries.items() if is_member(name)}
@@ -67,7 +67,7 @@ class ZipTree(FileTree):
         """The path that unpacking would give an entry; a folder's ends with a slash."""
         name = entry.filename
         if not entry.flag_bits & _UTF8:
-            # macOS writes UTF-8 without saying so; what is not UTF-8 is left as zipfile reads it.
+            # macOS writes UTF-8 without the flag; other names stay as zipfile reads them.
             with contextlib.suppress(UnicodeError):
                 name = name.encode("cp437").decode("utf-8")
         if entry.create_system == 0:

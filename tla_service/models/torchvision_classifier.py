@@ -55,13 +55,9 @@ def torchvision_names() -> tuple[str, ...]:
 def build_torchvision_classifier(
     name: str, num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module
 ) -> TorchvisionClassifier:
-    """Builds a classifier of torchvision with fresh weights; nothing is downloaded.
+    """Builds one of :func:`torchvision_names` with fresh weights; nothing is downloaded.
 
-    Args:
-        name: One of :func:`torchvision_names`.
-        num_classes: K.
-        image_shape: (C, H, W). For C other than 3 the first convolution is replaced.
-        normalization: Applied to the images first.
+    For a number of channels other than 3 the first convolution is replaced.
 
     Raises:
         ConfigError: The network cannot take this image shape, or does not end in a linear layer.
