@@ -167,7 +167,6 @@ class LocalReporter:
     def __init__(self, output: Path, *, is_main: bool = True, terminal: Terminal | None = None) -> None:
         self.checkpoints = output / "checkpoints"
         self.interrupted = False
-        self._is_main = is_main
         self._terminal = terminal or Terminal()
         self._log = JsonLines(output / LOG) if is_main else None
         self._kept: list[str] = []  # names of the checkpoints written here, and of the one resumed from
