@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from tla_service.errors import one_line
+
 LONGEST_WAIT_SECONDS = 30.0
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,6 +39,6 @@ def retried(
         except Exception as error:
             if not may_pass(error) or time.monotonic() + wait > deadline:
                 raise
-            _log.warning("%s failed (%s); trying again in %.0f s", what, " ".join(str(error).split())[:200], wait)
+            _log.warning("%s failed (%s); trying again in %.0f s", what, one_line(error), wait)
         time.sleep(wait)
         wait = min(2 * wait, LONGEST_WAIT_SECONDS)

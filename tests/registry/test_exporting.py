@@ -125,6 +125,6 @@ def test_the_papers_networks(local_uri: str, tmp_path: Path, name: str) -> None:
         registered_model=None,
         facts={},
     )
-    for export in export_model(made.model_uri, tmp_path / "out", ("pt2", "onnx"), local_uri):
+    for export in export_model(made, tmp_path / "out", ("pt2", "onnx"), local_uri):
         assert export.difference < 1e-4
     assert pickles(tmp_path / "out" / "model.pt2") == []

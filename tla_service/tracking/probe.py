@@ -1,4 +1,4 @@
-"""Trying a tracking store out: a run is made, written to, and deleted."""
+"""Tests a tracking store: creates a run, writes to it, and deletes it."""
 
 import tempfile
 import time
@@ -7,11 +7,11 @@ from pathlib import Path
 from tla_service.config import TrackingConfig
 from tla_service.errors import UnavailableError
 from tla_service.tracking.connection import FIELD, check_tracking, client, experiment_id, tracking_uri
-from tla_service.tracking.store_errors import artifact_cause, shown
+from tla_service.tracking.store_errors import artifact_cause
 
 
 def probe_tracking(config: TrackingConfig) -> float:
-    """Make a run with a metric and a file, read the file back, and delete the run.
+    """Create a run with a metric and a file, read the file back, and delete the run.
 
     Returns:
         Seconds it took.
@@ -31,9 +31,10 @@ def probe_tracking(config: TrackingConfig) -> float:
             text = Path(made.download_artifacts(run_id, "checkup.txt", folder)).read_text()
     except Exception as error:
         location = str(made.get_run(run_id).info.artifact_uri)
-        raise UnavailableError(FIELD, shown(uri), *artifact_cause(location, error)) from error
+        raise UnavailableError(FIELD, uri, *artifact_cause(location, error)) from error
     finally:
         made.delete_run(run_id)
     if text != "ok":
-        raise UnavailableError(FIELD, uri, "gives back another file than it got", "check the server's artifact store")
+        reason = "returns a different file than was stored"
+        raise UnavailableError(FIELD, uri, reason, "check the server's artifact store")
     return time.perf_counter() - began

@@ -18,7 +18,7 @@ from tla_service.cluster.train import Record, TrainedRun, train_on_ray
 from tla_service.config import RunConfig, TrackingConfig
 from tla_service.config.names import attack_trouble
 from tla_service.data import Dataset, load_dataset, split_validation
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, UnavailableError, without_credentials
 from tla_service.evaluation.figures import attack_panel, training_curves
 from tla_service.inference.detector import Rejector
 from tla_service.job import INTERRUPTED, next_command
@@ -231,9 +231,9 @@ def _claim_storage(
 def _show_end(summary: Mapping[str, Any], terminal: Terminal) -> None:
     """Show the summary and, on the last line, how to evaluate the model: registered or not, its address serves."""
     show_summary(summary, terminal)
-    uri = summary["tracking_uri"]
-    # Where the flag, and not the environment, said where to track; without names and passwords, which no log must show.
-    where = [] if tracking_uri(TrackingConfig()) == uri or "@" in uri else ["--tracking.uri", uri]
+    uri = without_credentials(summary["tracking_uri"])
+    # The flag is needed unless the environment names the same store.
+    where = [] if without_credentials(tracking_uri(TrackingConfig())) == uri else ["--tracking.uri", uri]
     terminal.say(next_command("evaluate_tla.py", "--model", summary["model_uri"], *where))
 
 
@@ -328,7 +328,7 @@ def _conclude(
     files |= {f"checkpoint/{path.name}": path for path in trained.checkpoint.iterdir()}
     log_files(uri, run_id, files)
     example = facts.dataset.test.fetch(torch.arange(min(4, len(facts.dataset.test)))).float().div(255).numpy()
-    packaged = log_model(
+    model_uri = log_model(
         uri,
         run_id,
         state_dict=trained.best_weights,
@@ -345,8 +345,8 @@ def _conclude(
     register_seconds = round(time.monotonic() - begin, 2)
     return summary | {
         "run_id": run_id,
-        "tracking_uri": uri,
-        "model_uri": packaged.model_uri,
+        "tracking_uri": without_credentials(uri),
+        "model_uri": model_uri,
         "wall_seconds": {
             "start": round(follower.start_seconds, 2),
             **summary["wall_seconds"],
