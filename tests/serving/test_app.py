@@ -125,7 +125,7 @@ def test_bad_requests_are_explained_and_it_stays_up(address: str, packaged: Pack
         (b"hello", "image/png", 400, "no PNG or JPEG"),
         (b"{", "application/json", 400, "not JSON"),
         (b"hello", "text/plain", 415, "send application/json"),
-        (b"x" * 300_000, "application/x-npy", 413, "over 200000 bytes"),
+        (b"x" * 300_000, "application/x-npy", 413, "exceeds 200000 bytes"),
     ]
     for body, kind, expected, words in bad:
         status, answer = call(f"{address}/predict", body, kind)
