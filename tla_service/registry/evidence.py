@@ -26,14 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Package:
-    """A registered version whose files are verified.
-
-    Attributes:
-        address: ``models:/NAME/VERSION``.
-        version: Its number.
-        run_id: Run that trained it.
-        description: Its ``model.json``.
-    """
+    """A registered version with verified files; `description` is its ``model.json``."""
 
     address: str
     version: str
@@ -63,11 +56,7 @@ def find_version(made: "MlflowClient", name: str, version: str) -> "ModelVersion
 
 
 def verify(uri: str, version: "ModelVersion") -> Package:
-    """Verify that a registered version contains what this project packaged.
-
-    Raises:
-        UserError: It is not a model of this project, or was modified.
-    """
+    """Raise `UserError` unless a registered version contains what this project packaged, unmodified."""
     address = f"models:/{version.name}/{version.version}"
     registered = version.tags.get("weights_sha256")
     if PACKAGE_DIGEST not in version.tags or registered is None:

@@ -34,17 +34,7 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
     """Write a packaged model in other formats, and compare their outputs with the network's.
 
     Each takes images (N, C, H, W), float32 in [0, 1], with dynamic N, and returns logits and embeddings. Description,
-    model card and detector are copied to the same folder.
-
-    Args:
-        uri: As for :func:`tla_service.registry.load_model`; not a checkpoint.
-        folder: Output folder, created if it is missing.
-        formats: Formats to write.
-        tracking: Tracking store.
-
-    Raises:
-        UserError: The model does not exist, was modified, or a format's packages are missing.
-        RuntimeError: An export computes something else; its file is removed.
+    model card and detector are copied to the same folder. A file that computes something else is removed.
     """
     try:
         artifacts, description = open_package(uri, tracking)

@@ -48,14 +48,7 @@ class _Copy(NamedTuple):
 
 
 def read_entries(path: Path) -> Entries:
-    """The tensors of a file by entry and name; no code in it is run.
-
-    Args:
-        path: Safetensors, or anything that ``torch.load`` reads with ``weights_only=True``.
-
-    Raises:
-        UnavailableError: The file is missing, of another kind, damaged, or contains more than weights.
-    """
+    """The tensors of a safetensors or PyTorch file by entry and name; no code in it is run."""
     if not path.is_file():
         raise UnavailableError("file", path, "there is no such file", "give a file of weights")
     with path.open("rb") as file:
@@ -69,12 +62,7 @@ def fit(entries: Entries, network: ImageClassifier, source: str) -> Fit:
 
     Prefixes of wrappers (``module.``, ``model.``, ``module.model.``, ...) are dropped, and torchvision's names are
     supported. A normalization stored with the weights must be the network's. Of several copies, an exponential moving
-    average is preferred, as in timm and torchvision.
-
-    Args:
-        entries: Returned by :func:`read_entries`.
-        network: The network.
-        source: The file, for messages.
+    average is preferred, as in timm and torchvision. `source` names the file in messages.
 
     Raises:
         ConfigError: Weights are missing, left over, of other shapes or not finite, or the normalization differs.

@@ -16,14 +16,7 @@ _COUNTS = {"clean": "images.attacks", "autoattack": "images.autoattack"}  # sett
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of a rule.
-
-    Attributes:
-        rule: Its name.
-        passed: Whether the version satisfies it.
-        explanation: What was found, and what is required.
-        remedy: What to do about a refusal; a command where one helps: ``run jobs/...``.
-    """
+    """The outcome of a rule: what was found, what is required, and a remedy, possibly a command: ``run jobs/...``."""
 
     rule: str
     passed: bool

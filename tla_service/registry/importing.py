@@ -32,9 +32,6 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
 
     Returns:
         The address of the version, its clean accuracy on the test set, and notes on which of the weights were used.
-
-    Raises:
-        UserError: The file, the data or the server is missing, or they do not match.
     """
     path = Path(settings.file).expanduser()
     entries = read_entries(path)

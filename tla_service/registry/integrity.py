@@ -38,16 +38,13 @@ def write_manifest(folder: Path) -> str:
 
 
 def verify_package(folder: Path, subject: str, name: str, expected: str | None = None) -> None:
-    """Verify that a folder contains exactly the files that were packaged.
+    """Raise `UnavailableError` unless a folder contains exactly the files that were packaged, and no pickle.
 
     Args:
         folder: The packaged model.
         subject: Setting that named it, for messages.
         name: Its address, for messages.
         expected: SHA-256 of the manifest in the registry; None without a registry: the manifest is trusted then.
-
-    Raises:
-        UnavailableError: The manifest is missing, a file is missing, modified or added, or one contains a pickle.
     """
 
     def bad(reason: str, remedy: str = "load another version") -> UnavailableError:

@@ -79,30 +79,17 @@ def load_with_folder(uri: str, tracking: str | None = None) -> tuple["torch.nn.M
 
 
 def open_package(uri: str, tracking: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """Download a packaged model and verify that it is unmodified.
-
-    Args:
-        uri: As for :func:`load_model`; not a checkpoint.
-        tracking: As for :func:`load_model`.
+    """Download a packaged model and verify that it is unmodified; arguments and errors as for :func:`load_model`.
 
     Returns:
         The local folder of its artifacts, deleted when the process ends, and the content of ``model.json``.
-
-    Raises:
-        ConfigError: The address is invalid, or the package has another format.
-        UnavailableError: The model does not exist, was modified, or the server is unavailable.
     """
     folder, digest = _fetch(uri, tracking)
     return _open_folder(folder, uri, digest)
 
 
 def pin_version(uri: str, tracking: str | None = None) -> str:
-    """Resolve ``models:/NAME@ALIAS`` to ``models:/NAME/VERSION``: an alias may move, a version does not.
-
-    Raises:
-        ConfigError: It is not the address of a registered version.
-        UnavailableError: There is no such version, or the registry is unavailable.
-    """
+    """Resolve ``models:/NAME@ALIAS`` to ``models:/NAME/VERSION``: an alias may move, a version does not."""
     if not re.fullmatch(r"models:/(.+@[^@]+|[^/]+/\d+)", uri):
         reason = "not the address of a registered version"
         raise ConfigError("model", uri, reason, "write models:/NAME@ALIAS or models:/NAME/VERSION")

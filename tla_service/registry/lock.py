@@ -129,20 +129,9 @@ def registry_lock(
     timeout_seconds: float = 900.0,
     stale_seconds: float = STALE_SECONDS,
 ) -> Iterator[RegistryLock | None]:
-    """Hold a lock against every other process that uses the same registry.
+    """Hold a lock against every other process that uses the same registry; raises `UnavailableError` on a timeout.
 
-    Args:
-        made: Client of the registry.
-        name: What is locked.
-        wanted: Polled while waiting; the wait ends once it returns False.
-        timeout_seconds: Longest wait.
-        stale_seconds: A holder is considered dead after this time.
-
-    Yields:
-        The lock; None if it is no longer wanted.
-
-    Raises:
-        UnavailableError: The wait timed out.
+    `wanted` is polled while waiting: once it returns False, the wait ends with None.
     """
     lock = RegistryLock(made, name, stale_seconds)
     if not lock.acquire(wanted, timeout_seconds):

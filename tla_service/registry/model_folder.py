@@ -33,11 +33,7 @@ _ENTRY = Path(__file__).with_name("pyfunc_entry.py")
 def write_source(
     folder: Path, description: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor], rejector: Rejector | None
 ) -> dict[str, Any]:
-    """Write weights, detector, description, model card and code to a new folder.
-
-    Returns:
-        The description, completed by the digests of weights and detector: the content of ``model.json``.
-    """
+    """Write weights, detector, description, model card and code to a new folder; returns the complete description."""
     from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
@@ -70,17 +66,7 @@ def write_source(
 
 
 def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray[np.float32]) -> str:
-    """Write MLflow's model folder.
-
-    Args:
-        model: MLflow's description, with the id of the logged model.
-        source: Folder written by :func:`write_source`.
-        folder: Folder to create.
-        example: Images (n,C,H,W), stored as the input example.
-
-    Returns:
-        The SHA-256 of its ``manifest.json``.
-    """
+    """Write MLflow's model folder from `source`, which `write_source` wrote; returns its manifest's SHA-256."""
     with warnings.catch_warnings():
         # MLflow warns about a type hint of its own on import.
         warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")

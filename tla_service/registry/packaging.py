@@ -28,17 +28,7 @@ _FEWEST_IMAGES = 2  # a single image would fix the batch size
 
 
 def check_packaging(config: RunConfig, class_names: Sequence[str], test_images: int, embedding_size: int) -> None:
-    """Refuse before training what could not be packaged after it.
-
-    Args:
-        config: The run.
-        class_names: K names, in label order.
-        test_images: Number of test images; some become the package's input example.
-        embedding_size: D, width of the network's embeddings.
-
-    Raises:
-        ConfigError: There are too few test images, a class name is not valid text, or the detector would be too large.
-    """
+    """Refuse before training what could not be packaged after it: too few images, a bad name, a huge detector."""
     if test_images < _FEWEST_IMAGES:
         field = "data.test_limit" if config.data.test_limit else "data.root"
         reason = f"{test_images} test image; the input example of a packaged model takes at least {_FEWEST_IMAGES}"
@@ -83,13 +73,13 @@ def log_model(
         run_id: MLflow run that trained the network.
         state_dict: Weights and buffers of ``build_model``'s network; stored as float32.
         config: Configuration of the run.
-        class_names: K names, in label order.
+        class_names: In label order.
         image_shape: (C, H, W).
         example: Images (n,C,H,W) in [0, 1], n > 1; the first four become the input example.
-        metrics: Test metrics: ``clean_accuracy``, ``robust_accuracy/NAME``, in [0, 1].
+        metrics: Test metrics, accuracies in [0, 1].
         registered_model: Name in the registry; None stores the model without registering it.
-        facts: Data fingerprint (``data_fingerprint``) and further facts for the model card.
-        rejector: Detector of misclassified images, with its threshold; None: the model has none.
+        facts: Facts for the model card; ``data_fingerprint`` becomes a tag.
+        rejector: Detector of misclassified images, if any.
         method: Training method, if it is not that of the configuration.
 
     Returns:

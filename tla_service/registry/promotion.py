@@ -52,14 +52,7 @@ def previous_alias(alias: str) -> str:
 
 
 class Promotion:
-    """Changes an alias of a registered model; safe against concurrent promotions anywhere.
-
-    Args:
-        tracking: Store of the registry.
-        model: Registered model.
-        alias: The alias.
-        rules: Requirements of the gate.
-    """
+    """Changes an alias of a registered model; safe against concurrent promotions on any machine."""
 
     def __init__(self, tracking: TrackingConfig, model: str, alias: str, rules: GateRules) -> None:
         self._uri = tracking_uri(tracking)
@@ -70,11 +63,7 @@ class Promotion:
         self._evaluation = functools.cache(functools.partial(examine_evaluation, self._made))
 
     def promote(self, version: str) -> Decision:
-        """Give the alias to a version if it passes the gate; records the decision either way.
-
-        Raises:
-            UserError: The version does not exist, or the server is unavailable.
-        """
+        """Give the alias to a version if it passes the gate; records the decision either way."""
         self._files(version, "version")
         while True:
             # Only the alias can change, so everything slow happens without the lock.
@@ -92,11 +81,7 @@ class Promotion:
             # Another version was promoted meanwhile: compare with that one.
 
     def roll_back(self) -> Decision:
-        """Give the alias back to the version that carried it before.
-
-        Raises:
-            UserError: There is none, it was modified, or the server is unavailable.
-        """
+        """Give the alias back to the version that carried it before, if its files are unmodified."""
         with self._lock(lambda: True) as lock:
             assert lock is not None
             holder = self._holder()

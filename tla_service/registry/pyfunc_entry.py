@@ -52,18 +52,9 @@ class RobustClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined,
         model_input: np.ndarray,
         params: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Classify images.
+        """Classify images: see :func:`tla_service.inference.images.read_images` for the forms of the input.
 
-        Args:
-            context: Unused.
-            model_input: Images in any form that :func:`tla_service.inference.images.read_images` takes.
-            params: ``embedding``: whether to return the embeddings as well.
-
-        Returns:
-            As :meth:`tla_service.inference.predictor.Predictor.predict`.
-
-        Raises:
-            MlflowException: The images cannot be classified (HTTP 400 when served).
+        ``params={"embedding": True}`` returns the embeddings as well. Invalid images raise `Refusal`.
         """
         try:
             images = read_images(model_input, self.predictor.image_shape)

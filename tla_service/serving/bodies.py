@@ -14,19 +14,10 @@ ENCODED = ("image/png", "image/jpeg")
 def parse_body(
     body: bytes, content_type: str, image_shape: tuple[int, int, int], max_images: int
 ) -> tuple[np.ndarray, bool]:
-    """Images of a request, and whether embeddings are requested.
+    """Images (N, C, H, W), float32 in [0, 1], of a request, and whether embeddings are requested.
 
-    Args:
-        body: The request body.
-        content_type: JSON (``{"images": ..., "embedding": false}``), a ``.npy`` array, or one encoded image.
-        image_shape: (C, H, W) of the network.
-        max_images: Maximum number of images.
-
-    Returns:
-        Images (N, C, H, W), float32 in [0, 1], and the value of ``embedding``.
-
-    Raises:
-        BadImages: The body cannot be parsed, or its images cannot be classified.
+    The body is JSON (``{"images": ..., "embedding": false}``), a ``.npy`` array, or one encoded image; `BadImages` is
+    raised if it cannot be parsed, or its images cannot be classified.
     """
     embedding = False
     if content_type == JSON:

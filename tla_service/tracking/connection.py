@@ -116,14 +116,8 @@ def retrying(
 ) -> T:
     """Call something that needs the server; retry with exponential backoff while it is unavailable or busy.
 
-    Args:
-        what: What is done, for messages.
-        action: The call.
-        seconds: How long to keep trying.
-        first_wait_seconds: Wait before the second attempt.
-
     Raises:
-        UnavailableError: The server stayed unavailable.
+        UnavailableError: The server stayed unavailable for `seconds`.
         Exception: Anything else that the call raised.
     """
     try:
@@ -157,12 +151,7 @@ def is_passing(error: Exception) -> bool:
 
 
 def check_tracking(config: TrackingConfig) -> None:
-    """Check within seconds that runs can be tracked; creates the experiment if it does not exist.
-
-    Raises:
-        ConfigError: The address can never work.
-        UnavailableError: The store cannot be reached or written now.
-    """
+    """Raise `UserError` within seconds if runs cannot be tracked; creates the experiment if it does not exist."""
     uri = tracking_uri(config)
     scheme = uri.partition(":")[0] if ":" in uri else "file"
     if scheme in ("http", "https"):

@@ -11,14 +11,7 @@ from tla_service.tracking.store_errors import artifact_cause
 
 
 def probe_tracking(config: TrackingConfig) -> float:
-    """Create a run with a metric and a file, read the file back, and delete the run.
-
-    Returns:
-        Seconds it took.
-
-    Raises:
-        UserError: The store cannot be reached, written or read.
-    """
+    """Create a run with a metric and a file, read the file back, and delete the run; returns the seconds it took."""
     check_tracking(config)
     uri = tracking_uri(config)
     began = time.perf_counter()

@@ -30,12 +30,7 @@ class RunLog:
     """Sends metrics of one run from a background thread; the caller never waits for the server.
 
     A point (key, step) is sent once: what the server has already, from before a restart, is skipped. Each metric of a
-    run must be logged by one process only.
-
-    Args:
-        uri: Tracking store.
-        run_id: MLflow run.
-        spill_dir: Folder of unsent metrics, including those that an ended process left there.
+    run must be logged by one process only. `spill_dir` has the unsent metrics, also those of an ended process.
     """
 
     def __init__(self, uri: str, run_id: str, spill_dir: str | Path) -> None:

@@ -99,16 +99,7 @@ def run_page(uri: str, run_id: str) -> str:
 
 
 def log_files(uri: str, run_id: str, files: Mapping[str, Path]) -> None:
-    """Store files with a run; retries for minutes while the server is unavailable.
-
-    Args:
-        uri: Tracking store.
-        run_id: MLflow run.
-        files: Artifact path (``plots/curves.png``) -> local file. Names may differ.
-
-    Raises:
-        UnavailableError: The server stayed unavailable.
-    """
+    """Store files (artifact path -> local file) with a run; retries for minutes while the server is unavailable."""
     made = client(uri)
     for target, source in files.items():
         storing(f"Storing {target}", functools.partial(_log_file, made, run_id, target, source))

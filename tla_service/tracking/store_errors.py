@@ -59,10 +59,7 @@ _CONNECTION_ERRORS = {
 
 
 def sqlite_cause(path: Path) -> Cause | None:
-    """Why an SQLite file cannot be written; None if it can, or does not exist yet.
-
-    MLflow itself would retry for minutes and name no cause.
-    """
+    """Why an SQLite file cannot be written, if so: MLflow would retry for minutes and name no cause."""
     if path.is_dir():
         return Cause("it is a folder", f"give a file in it, such as {path / 'mlflow.db'}")
     if not path.exists() or path.stat().st_size == 0:
@@ -134,14 +131,7 @@ def _proxied(uri: str, reason: str) -> Cause | None:
 
 
 def refusal(uri: str, status: int, message: str, *, is_mlflow: bool) -> Cause:
-    """The cause of an HTTP error status.
-
-    Args:
-        uri: The store.
-        status: Of the response.
-        message: MLflow's message, or the text of the response.
-        is_mlflow: Whether the response has MLflow's format.
-    """
+    """The cause of an HTTP error status; `is_mlflow`: whether the response has MLflow's format."""
     if status == HTTPStatus.UNAUTHORIZED:
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         return Cause("the server refuses the credentials", remedy)
