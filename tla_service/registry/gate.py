@@ -29,14 +29,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A version with verified files, and the evaluation of these files under one threat model.
+    """The evaluation of a version's verified files under one threat model.
 
-    Attributes:
-        version: Its number.
-        report: The report.
-        outcomes: Per-image results by attack, with the gate images marked.
-        stages: Parts of the standard AutoAttack that apply to this network.
-        again: Command that evaluates it again: ``run jobs/...``.
+    `outcomes` has the per-image results by attack, with the gate images marked; `stages` the parts of the standard
+    AutoAttack that apply to its network; `again` the command that evaluates it again: ``run jobs/...``.
     """
 
     version: str
@@ -223,8 +219,7 @@ def _not_worse(candidate: Evaluated, holder: Evaluated, attack: str, name: str, 
     is_worse = found.difference < 0 and found.p_value < rules.significance
     explanation = (
         f"{100 * found.difference:+.2f} points ({100 * found.low:+.2f} to {100 * found.high:+.2f}) compared with "
-        f"{name}: correct on {found.first_only} images that it misclassifies, wrong on {found.second_only} that it "
-        f"classifies correctly; p = {found.p_value:.2g}"
+        f"{name}: {found.first_only} images gained, {found.second_only} lost; p = {found.p_value:.2g}"
     )
     passed = not (is_worse or -found.difference > rules.max_drop)
     return Finding(f"{attack} not worse", passed, explanation, _better("max_drop"))

@@ -1,12 +1,12 @@
 """The folder of a packaged network: safetensors, a description, a model card, its code, and a manifest."""
 
-import contextlib
 import importlib.metadata
 import json
+import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ import tla_service
 from tla_service.inference.detector import Rejector
 from tla_service.registry.integrity import sha256, write_manifest
 from tla_service.registry.model_card import model_card
-from tla_service.tracking.connection import quiet
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -76,7 +75,9 @@ def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray
     names = {"weights": "weights.safetensors", "model": "model.json", "card": "model_card.md"}
     if description["detector"] is not None:
         names["detector"] = description["detector"]["file"]
-    with _unchanged_path(), quiet("mlflow.pyfunc"):
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
+    path_before = list(sys.path)
+    try:
         mlflow.pyfunc.save_model(
             path=str(folder),
             mlflow_model=model,
@@ -88,6 +89,8 @@ def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray
             input_example=np.ascontiguousarray(example, dtype=np.float32),
             pip_requirements=_requirements(),
         )
+    finally:
+        sys.path[:] = path_before  # MLflow adds folders that are about to be deleted
     # MLflow records paths of this machine, and a cloudpickle version although nothing is pickled.
     flavor = model.flavors["python_function"]
     flavor.pop("cloudpickle_version", None)
@@ -131,13 +134,3 @@ def _signature(description: Mapping[str, Any]) -> "ModelSignature":
     # images", and MLflow would reject the other types.
     signature._is_signature_from_type_hint = True
     return signature
-
-
-@contextlib.contextmanager
-def _unchanged_path() -> Iterator[None]:
-    """Undo MLflow's additions to ``sys.path`` while it saves: folders that are about to be deleted."""
-    before = list(sys.path)
-    try:
-        yield
-    finally:
-        sys.path[:] = before

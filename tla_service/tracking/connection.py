@@ -66,7 +66,9 @@ def client(uri: str) -> "MlflowClient":
         if path is None or _has_tables(path):
             return MlflowClient(tracking_uri=uri, registry_uri=uri)
         _check_file(path)
-        with exclusive(path), quiet("mlflow.store.db.utils", "alembic"):
+        for name in ("mlflow.store.db.utils", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they log every migration
+        with exclusive(path):
             made = MlflowClient(tracking_uri=uri, registry_uri=uri)
             made.search_registered_models(max_results=1)  # creates the registry's tables as well
             return made
@@ -247,16 +249,3 @@ def _has_tables(path: Path) -> bool:
     with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=20)) as database:
         return bool(database.execute("SELECT count(*) FROM experiments").fetchone()[0])
     return False
-
-
-@contextlib.contextmanager
-def quiet(*loggers: str) -> Iterator[None]:
-    """Raise the level of loggers to WARNING for a while."""
-    before = {name: logging.getLogger(name).level for name in loggers}
-    try:
-        for name in loggers:
-            logging.getLogger(name).setLevel(logging.WARNING)
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
