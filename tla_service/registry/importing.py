@@ -1,6 +1,5 @@
 """Registers weights that were trained elsewhere."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from tla_service.evaluation.robustness import measure_accuracy
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
 from tla_service.registry.foreign_weights import fit, read_entries
+from tla_service.registry.integrity import sha256
 from tla_service.registry.job_settings import ImportSettings
 from tla_service.registry.packaging import check_packaging, log_model
 from tla_service.runtime import WorkerContext
@@ -68,8 +68,7 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     } | ({"weights_used": "; ".join(found.notes)} if found.notes else {})
     uri = tracking_uri(settings.tracking)
     made = client(uri)
-    with path.open("rb") as file:
-        key = f"import/{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    key = f"import/{sha256(path)[:16]}"
     run_id = retrying("Opening the run", lambda: _open_run(made, settings, uri, key, facts))
     made.log_metric(run_id, "test/clean_accuracy", clean_accuracy)
     model_uri = log_model(

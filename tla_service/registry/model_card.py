@@ -1,13 +1,16 @@
 """The model card that is part of a packaged model."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from tla_service.report.schema import ThreatModel
+
+_NORMS = {"linf": "L-infinity", "l2": "L2"}
 
 
 def model_card(description: Mapping[str, Any]) -> str:
     """The card in Markdown, from the content of ``model.json``."""
-    threat, detector = description["threat_model"], description["detector"]
+    threat, detector = ThreatModel.model_validate(description["threat_model"]), description["detector"]
     channels, height, width = description["image_shape"]
     method = description["method"]
     lines = [
@@ -19,7 +22,8 @@ def model_card(description: Mapping[str, Any]) -> str:
         "",
         "## Robustness",
         "",
-        f"Trained against perturbations of {_radius(threat)}. Test set results:",
+        f"Trained against perturbations of {_NORMS[threat.norm]} norm up to {threat.radius}, pixels in [0, 1]. Test "
+        "set results:",
         "",
         "| metric | value |",
         "|---|---|",
@@ -64,15 +68,6 @@ def _detection(detector: Mapping[str, Any] | None) -> str:
         f"correctly classified images among {detector['validation_images']} held-out validation images. An attacker "
         "who knows the detector can evade it."
     )
-
-
-def _radius(threat: Mapping[str, Any]) -> str:
-    epsilon = float(threat["epsilon"])
-    levels = epsilon * 255
-    is_level = math.isclose(levels, round(levels), abs_tol=1e-6)
-    size = f"{round(levels)}/255" if is_level else f"{epsilon:g}"
-    norm = {"linf": "L-infinity", "l2": "L2"}.get(threat["norm"], threat["norm"])
-    return f"{norm} norm up to {size}, pixels in [0, 1]"
 
 
 def _shown(name: str, value: float) -> str:

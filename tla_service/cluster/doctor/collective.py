@@ -37,8 +37,7 @@ def measure(placement: Placement, size: int, storage: str, name: str, timeout_se
         ),
         run_config=RayRunConfig(name=name, storage_path=storage),
     )
-    measured: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
-    return measured
+    return trainer.fit().return_value  # type: ignore[attr-defined]
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:

@@ -242,8 +242,7 @@ def _facts(found: Node, settings: CheckupSettings) -> dict[str, Any] | str:
         now = _on_node(found, time.time, timeout)
         told["clock_seconds"] = 0.0 if isinstance(now, str) else now - (before + time.time()) / 2
         told["shared_memory_error"] = _on_node(found, node.use_shared_memory, timeout, settings.megabytes * MB)
-    facts: dict[str, Any] | str = told
-    return facts
+    return told
 
 
 def _on_node(found: Node, call: Callable[..., Any], seconds: float, *arguments: Any, num_gpus: int = 0) -> Any:
