@@ -224,7 +224,7 @@ def _describe(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mappi
         made.log_batch(run_id, params=params[start : start + _PARAMS_PER_REQUEST])
     _log_dataset(made, run_id, config, facts)
     files = {artifact.path for artifact in made.list_artifacts(run_id)}
-    text = without_credentials(to_yaml(config))
+    text = to_yaml(config)
     if "config.yaml" not in files:
         made.log_text(run_id, text, "config.yaml")
     elif fields != {**fields, **there}:

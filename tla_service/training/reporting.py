@@ -57,7 +57,7 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record."""
-        self._file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+        self._file.write(without_credentials(json.dumps({"time": round(time.time(), 3), **record})) + "\n")
 
     def close(self) -> None:
         """Close the file."""
