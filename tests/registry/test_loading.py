@@ -89,10 +89,13 @@ def test_nothing_there(packaged: Packaged, address: str, match: str) -> None:
         load_model(address, tracking=packaged.uri)
 
 
-def test_server_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_away(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """MLflow's errors contain the whole address."""
     monkeypatch.setattr("tla_service.retries.time.sleep", lambda _: None)
-    with pytest.raises(UnavailableError, match=r"fetching .* failed .*; bring the server back"):
-        load_model("models:/tla-digits/1", tracking="http://127.0.0.1:9")
+    with pytest.raises(UnavailableError, match=r"fetching .* failed .*; bring the server back") as caught:
+        load_model("models:/tla-digits/1", tracking="http://me:hunter2@127.0.0.1:9")
+    assert "http://127.0.0.1:9/" in caplog.text
+    assert "hunter2" not in caplog.text + str(caught.value)
 
 
 def test_address_that_cannot_be_one() -> None:
