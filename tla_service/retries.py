@@ -1,4 +1,4 @@
-"""Trying again while something that is needed is away."""
+"""Retries with exponential backoff."""
 
 import logging
 import time
@@ -12,27 +12,19 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def retried(
-    what: str,
-    action: Callable[[], T],
-    may_pass: Callable[[Exception], bool],
-    *,
-    seconds: float,
-    first_wait_seconds: float = 1.0,
-) -> T:
-    """Call something; repeat it when it fails for a cause that may pass, waiting twice as long each time.
+def retried(what: str, action: Callable[[], T], may_pass: Callable[[Exception], bool], *, seconds: float) -> T:
+    """Call something; retry transient errors with exponential backoff, from 1 to `LONGEST_WAIT_SECONDS` seconds.
 
     Args:
-        what: What is done, for the warnings.
+        what: What is done, for warnings.
         action: The call.
         may_pass: Whether the same call may succeed later, by what it raised.
         seconds: How long to keep trying.
-        first_wait_seconds: Wait before the second attempt; no wait is longer than `LONGEST_WAIT_SECONDS`.
 
     Raises:
         Exception: What the last call raised.
     """
-    deadline, wait = time.monotonic() + seconds, first_wait_seconds
+    deadline, wait = time.monotonic() + seconds, 1.0
     while True:
         try:
             return action()

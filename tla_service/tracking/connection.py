@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import re
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError, UserError, one_line
 from tla_service.retries import retried
-from tla_service.tracking.store_errors import connection_cause, database_cause, refusal, sqlite_cause
+from tla_service.tracking.store_errors import artifact_cause, connection_cause, database_cause, refusal, sqlite_cause
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -113,9 +115,7 @@ def experiment_id(made: "MlflowClient", name: str, uri: str) -> str:
     return str(found.experiment_id)
 
 
-def retrying(
-    what: str, action: Callable[[], T], *, seconds: float = RETRY_SECONDS, first_wait_seconds: float = 1.0
-) -> T:
+def retrying(what: str, action: Callable[[], T], *, seconds: float = RETRY_SECONDS) -> T:
     """Call something that needs the server; retry with exponential backoff while it is unavailable or busy.
 
     Raises:
@@ -123,7 +123,7 @@ def retrying(
         Exception: Anything else that the call raised.
     """
     try:
-        return retried(what, action, is_passing, seconds=seconds, first_wait_seconds=first_wait_seconds)
+        return retried(what, action, is_passing, seconds=seconds)
     except Exception as error:
         if not is_passing(error):
             raise
@@ -170,6 +170,29 @@ def check_tracking(config: TrackingConfig) -> None:
         experiment = experiment_id(made, config.experiment, uri)
         tag = made.get_experiment(experiment).tags.get("tla.project", "tla-service")
         made.set_experiment_tag(experiment, "tla.project", tag)
+
+
+def probe_tracking(config: TrackingConfig) -> float:
+    """Create a run with a metric and a file, read the file back, and delete the run; returns the seconds it took."""
+    check_tracking(config)
+    uri = tracking_uri(config)
+    began = time.perf_counter()
+    made = client(uri)
+    run_id = made.create_run(experiment_id(made, config.experiment, uri), run_name="checkup").info.run_id
+    try:
+        made.log_metric(run_id, "checkup", 1.0)
+        made.log_text(run_id, "ok", "checkup.txt")
+        with tempfile.TemporaryDirectory() as folder:
+            text = Path(made.download_artifacts(run_id, "checkup.txt", folder)).read_text()
+    except Exception as error:
+        location = str(made.get_run(run_id).info.artifact_uri)
+        raise UnavailableError(FIELD, uri, *artifact_cause(location, error)) from error
+    finally:
+        made.delete_run(run_id)
+    if text != "ok":
+        reason = "returns a different file than was stored"
+        raise UnavailableError(FIELD, uri, reason, "check the server's artifact store")
+    return time.perf_counter() - began
 
 
 def _check_file(path: Path) -> None:

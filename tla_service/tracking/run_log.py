@@ -50,11 +50,7 @@ class RunLog:
         self._thread.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Queue metrics of one epoch or optimizer step; returns at once.
-
-        Raises:
-            ValueError: The log is closed.
-        """
+        """Queue metrics of one epoch or optimizer step; returns at once."""
         now = int(time.time() * 1000)
         lines = [json.dumps([key, float(value), now, int(step)]) + "\n" for key, value in metrics.items()]
         with self._changed:
@@ -180,21 +176,20 @@ class RunLog:
 
         if self._api is None:
             self._api = client(self._uri)
-        api = self._api
         fresh: dict[tuple[str, int], Metric] = {}
         for key, value, timestamp, step in points:
-            if step not in self._steps(api, key):
+            if step not in self._steps(key):
                 fresh.setdefault((key, step), Metric(key, value, timestamp, step))
         if fresh:
-            self._send_metrics(api, list(fresh.values()))
+            self._send_metrics(list(fresh.values()))
         for key, step in fresh:
-            self._steps(api, key).add(step)
+            self._steps(key).add(step)
 
-    def _send_metrics(self, api: Any, metrics: list[Any]) -> None:
+    def _send_metrics(self, metrics: list[Any]) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
-            api.log_batch(self._run_id, metrics=metrics)
+            self._api.log_batch(self._run_id, metrics=metrics)
         except MlflowException as error:
             if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise
@@ -203,14 +198,14 @@ class RunLog:
                 _log.warning("MLflow refuses metric %r (%s); it is left out", metrics[0].key, one_line(error))
                 return
             for metric in metrics:
-                self._send_metrics(api, [metric])
+                self._send_metrics([metric])
 
-    def _steps(self, api: Any, key: str) -> set[int]:
+    def _steps(self, key: str) -> set[int]:
         """Steps of a metric that the server has, requested once."""
         if self._known is None:
-            self._unasked = set(api.get_run(self._run_id).data.metrics)
+            self._unasked = set(self._api.get_run(self._run_id).data.metrics)
             self._known = {}
         if key not in self._known:
-            history = api.get_metric_history(self._run_id, key) if key in self._unasked else ()
+            history = self._api.get_metric_history(self._run_id, key) if key in self._unasked else ()
             self._known[key] = {point.step for point in history}
         return self._known[key]

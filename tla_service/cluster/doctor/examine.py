@@ -18,8 +18,7 @@ from tla_service.cluster.doctor.settings import CheckupSettings
 from tla_service.cluster.session import place, ray_session
 from tla_service.config import RunConfig
 from tla_service.errors import UserError, without_credentials
-from tla_service.tracking.connection import tracking_uri
-from tla_service.tracking.probe import probe_tracking
+from tla_service.tracking.connection import probe_tracking, tracking_uri
 
 GIB, MB = 2**30, 10**6
 _LEAST_SHARED_MEMORY, _LEAST_CACHE = 1 * GIB, 10 * GIB
