@@ -92,14 +92,18 @@ def test_an_export_that_computes_something_else_is_not_left_behind(
     assert not (tmp_path / "out" / "model.pt2").exists()
 
 
-def test_the_job(packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_job(
+    packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def call(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["export_model.py", "--tracking.uri", packaged.uri, *arguments])
         return run_job(job.main)
 
     assert call() == 2
     assert call("--model", "models:/tla-digits/1", "--formats", "tflite") == 2
+    capsys.readouterr()
     assert call("--model", "models:/tla-digits/9") == 3
+    assert capsys.readouterr().err.startswith("error: model=models:/tla-digits/9: cannot be fetched")
     output = str(tmp_path / "out")
     assert call("--model", "models:/tla-digits/1", "--output", output, "--formats", "pt2") == 0
     assert (tmp_path / "out" / "model.pt2").is_file()

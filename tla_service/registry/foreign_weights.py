@@ -132,7 +132,8 @@ def _entries(loaded: Any, name: str = "", depth: int = _DEPTH) -> Iterator[tuple
     """Every mapping that contains tensors, by the keys that lead to it; outer ones first."""
     if not isinstance(loaded, Mapping):
         return
-    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    # torch.compile prefixes names by _orig_mod.
+    tensors = {str(key).replace("_orig_mod.", ""): value for key, value in loaded.items() if isinstance(value, Tensor)}
     if tensors:
         yield name, tensors
     if depth:
@@ -142,11 +143,10 @@ def _entries(loaded: Any, name: str = "", depth: int = _DEPTH) -> Iterator[tuple
 
 def _copies(entry: str, tensors: Mapping[str, Tensor], network: ImageClassifier) -> Iterator[_Copy]:
     """Every place of an entry that has all tensors of the network, shortest prefix first."""
-    plain = {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
+    wanted = network.state_dict()
     for names in _namings(network):
-        for prefix in _prefixes(plain, names[_kept(network)[-1]]):
-            found = {ours: plain[prefix + theirs] for ours, theirs in names.items() if prefix + theirs in plain}
-            wanted = network.state_dict()
+        for prefix in _prefixes(tensors, names[_kept(network)[-1]]):
+            found = {ours: tensors[prefix + theirs] for ours, theirs in names.items() if prefix + theirs in tensors}
             # PyTorch before 0.4.1 had no such counters; eval mode does not read them.
             found |= {name: wanted[name] for name in set(wanted) - set(found) if name.endswith(_COUNTER)}
             if len(found) == len(wanted):
@@ -210,10 +210,8 @@ def _left_over(
 ) -> list[str]:
     """Unused names of the entry; refuses those that would change what the network computes."""
     mine = {f"{copy.prefix}{names[name]}" for copy in copies for names in _namings(network) for name in copy.tensors}
-    others = {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
-    others = {name: value for name, value in others.items() if name not in mine}
     unused = tuple(f"{chosen.prefix}{name}" for name in _UNUSED)
-    others = {name: value for name, value in others.items() if not name.startswith(unused)}
+    others = {name: value for name, value in tensors.items() if name not in mine and not name.startswith(unused)}
     normalization = {name: value for name, value in others.items() if name.rpartition(".")[2] in _NORMALIZATION}
     _check_normalization(normalization, network, source)
     rest = [name for name in others if name not in normalization]
