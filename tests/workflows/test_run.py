@@ -43,7 +43,7 @@ def test_the_end_shows_no_credentials(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     printed = io.StringIO()
     facts = {"model_uri": "models:/tla-digits/3", "tracking_uri": "http://me:hunter2@mlflow:5000"}
-    _show_end(SUMMARY | facts, Terminal(printed))
+    show_end(SUMMARY | facts, Terminal(printed))
     assert "tracking   http://mlflow:5000  run" in printed.getvalue()
     assert printed.getvalue().endswith("--tracking.uri http://mlflow:5000\n")
     assert "hunter2" not in printed.getvalue()
