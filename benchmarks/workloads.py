@@ -12,9 +12,9 @@ from tla_service.data import ArraySource, RawBatch, StepBatch, TrainingBatches
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext
 from tla_service.training.adversary import Adversary
-from tla_service.training.fit import training_batches
 from tla_service.training.meter import Meter
 from tla_service.training.optimizer import build_optimizer
+from tla_service.training.precheck import training_batches
 from tla_service.training.step import TrainingStep
 
 CLASSES = 10

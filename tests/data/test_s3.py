@@ -177,7 +177,7 @@ def test_a_file_may_become_a_folder_and_back(s3: Any, prefix: str, tmp_path: Pat
     for key in ("x", "x/y", "x"):
         s3.put(f"{prefix}/{key}", b"body")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(UnavailableError):
-            patch.setattr(s3_module, "_RETRY_SECONDS", 0)
+            patch.setattr(s3_module, "_WAITS_SECONDS", ())
             copy(prefix, tmp_path)
         s3.client.delete_object(Bucket=s3.bucket, Key=f"{prefix}/{key}")
     proxy.allowed = lambda _path, body: body
@@ -260,7 +260,7 @@ def test_an_object_that_keeps_changing_is_given_up(
         return found
 
     monkeypatch.setattr(Prefix, "objects", objects)
-    monkeypatch.setattr(s3_module, "_RETRY_SECONDS", 2.0)
+    monkeypatch.setattr(s3_module, "_WAITS_SECONDS", (0.1, 0.1))
     with pytest.raises(UnavailableError, match="keep changing"):
         copy(prefix, tmp_path)
     assert complete(tmp_path) == []
@@ -288,7 +288,7 @@ def test_what_is_always_damaged_is_not_used(
     prefix: str, tmp_path: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy.allowed = lambda path, body: body[:2500] if path.endswith("/b.bin") else body
-    monkeypatch.setattr(s3_module, "_RETRY_SECONDS", 0)
+    monkeypatch.setattr(s3_module, "_WAITS_SECONDS", ())
     with pytest.raises(UnavailableError, match="objects arrive damaged"):
         copy(prefix, tmp_path)
     assert complete(tmp_path) == []

@@ -18,8 +18,8 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, failing_together, generator
 from tla_service.training import step as step_module
-from tla_service.training.fit import average_buffers, training_batches
-from tla_service.training.roles import shard_sizes
+from tla_service.training.precheck import training_batches
+from tla_service.training.roles import average_buffers, shard_sizes
 from tla_service.training.step import TrainingStep
 
 pytestmark = pytest.mark.distributed

@@ -33,6 +33,17 @@ def test_the_last_line_evaluates_the_model_wherever_it_is_tracked(
     server = "http://mlflow:5000"
     told = last_line("models:/tla-digits/3", server)
     assert told.endswith(f"evaluate_tla.py --model models:/tla-digits/3 --tracking.uri {server}")
-    assert "hunter2" not in last_line("models:/tla-digits/3", "http://me:hunter2@mlflow:5000")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     assert last_line("models:/tla-digits/3", server).endswith("evaluate_tla.py --model models:/tla-digits/3")
+
+
+def test_the_end_shows_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A summary of an earlier version may contain them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    printed = io.StringIO()
+    facts = {"model_uri": "models:/tla-digits/3", "tracking_uri": "http://me:hunter2@mlflow:5000"}
+    show_end(SUMMARY | facts, Terminal(printed))
+    assert "tracking   http://mlflow:5000  run" in printed.getvalue()
+    assert printed.getvalue().endswith("--tracking.uri http://mlflow:5000\n")
+    assert "hunter2" not in printed.getvalue()

@@ -20,8 +20,8 @@ def augment(images: torch.Tensor, config: DataConfig, draws: torch.Generator) ->
 
     Args:
         images: (N, C, H, W), uint8.
-        config: ``crop_padding`` (zero padding, then a random crop of the old size), ``flip`` (horizontal, of half the
-            images) and ``saturation`` s (RGB only: the distance from grey times a factor uniform in [1/s, s]).
+        config: ``crop_padding`` (zero padding, then a random crop of the original size), ``flip`` (horizontal, half of
+            the images) and ``saturation`` s (RGB only: distance from grey times a factor uniform in [1/s, s]).
         draws: Generator on the images' device.
 
     Returns:

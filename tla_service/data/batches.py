@@ -23,18 +23,12 @@ _DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL)
 
 @dataclass(frozen=True)
 class Batch:
-    """Images and their classes.
-
-    Attributes:
-        images: (N, C, H, W), float32 in [0, 1], on the device.
-        labels: (N,), int64, on the device.
-    """
+    """Images (N, C, H, W), float32 in [0, 1], and their classes (N,), int64, on the device."""
 
     images: torch.Tensor
     labels: torch.Tensor
 
     def __len__(self) -> int:
-        """Number of images, N."""
         return self.labels.numel()
 
 
@@ -74,7 +68,7 @@ class RawBatch:
 
 
 class TrainingBatches:
-    """Training batches of one worker.
+    """Training batches of one worker; `steps_per_epoch` is ceil(N / global_batch_size).
 
     Everything is a function of (seed, epoch, step, rank, world size), so a run can resume at any step. Images are kept
     on the device as uint8, or read by loader processes; on the CPU both give identical batches.
@@ -82,51 +76,32 @@ class TrainingBatches:
     Args:
         source: Images.
         indices: Which of them to train on (N,), int64, each once.
-        config: The data section: augmentation, residency, loaders.
+        order: Positions in `indices` that each step uses.
+        config: Augmentation, residency, loaders.
         context: This worker.
-        global_batch_size: Images per step over all workers, at most; steps of an epoch differ by at most one image.
-        seed: The run's seed.
-        pool_size_per_worker: Images of the mining pool per step; 0 for none.
-        same_class_positives: Whether to draw another image of each anchor's class.
         augment_pool: Whether the pool is augmented.
 
     Attributes:
-        steps_per_epoch: Steps per epoch, ceil(N / global_batch_size).
+        steps_per_epoch: Steps per epoch.
         sizes: Sizes of this worker's batches of anchors; two at most.
 
-    Raises:
-        ConfigError: If the pools need more images than there are, or some worker would get none.
-        UnavailableError: If images cannot be read (while iterating).
+    Iterating raises UnavailableError if images cannot be read.
     """
 
     def __init__(
         self,
         source: ImageSource,
         indices: torch.Tensor,
+        order: StepOrder,
         config: DataConfig,
         context: WorkerContext,
         *,
-        global_batch_size: int,
-        seed: int,
-        pool_size_per_worker: int = 0,
-        same_class_positives: bool = False,
         augment_pool: bool = True,
     ) -> None:
-        self._indices, self._config, self._context = indices, config, context
-        self._seed, self._augment_pool = seed, augment_pool
-        labels = source.labels[indices]
-        self._order = StepOrder(
-            labels,
-            seed=seed,
-            rank=context.rank,
-            world_size=context.world_size,
-            global_batch_size=global_batch_size,
-            pool_size=pool_size_per_worker,
-            same_class_positives=same_class_positives,
-        )
-        self.steps_per_epoch, self.sizes = self._order.steps_per_epoch, self._order.sizes
-        self._labels = labels.to(context.device)
-        self._source = source
+        self._source, self._indices, self._order = source, indices, order
+        self._config, self._context, self._augment_pool = config, context, augment_pool
+        self.steps_per_epoch, self.sizes = order.steps_per_epoch, order.sizes
+        self._labels = source.labels[indices].to(context.device)
         self._loader: StepLoader | None = None
         if not _fits(source, config):
             self._loader = StepLoader(source, indices, config.loader_workers, context.device)
@@ -181,7 +156,7 @@ class TrainingBatches:
     def _finished(self, pixels: torch.Tensor, draw: Draw, raw: RawBatch) -> torch.Tensor:
         if draw is Draw.AUGMENT_POOL and not self._augment_pool:
             return to_unit(pixels)
-        draws = generator(self._context.device, draw, self._seed, raw.epoch, raw.step, self._context.rank)
+        draws = generator(self._context.device, draw, self._order.seed, raw.epoch, raw.step, self._context.rank)
         return augment(pixels, self._config, draws)
 
 
@@ -190,14 +165,7 @@ class EvaluationBatches:
 
     Rank r of W gets ``indices[r::W]``: every image is in exactly one worker's batches, without padding.
 
-    Args:
-        source: Images.
-        indices: Which of them (N,), int64.
-        context: This worker.
-        batch_size: Images per batch; the last one may be smaller.
-
-    Raises:
-        UnavailableError: If images cannot be read (while iterating).
+    The last batch may be smaller. Iterating raises UnavailableError if images cannot be read.
     """
 
     def __init__(self, source: ImageSource, indices: torch.Tensor, context: WorkerContext, *, batch_size: int) -> None:
@@ -206,7 +174,6 @@ class EvaluationBatches:
         self._chunks = torch.split(own, batch_size) if len(own) else ()
 
     def __len__(self) -> int:
-        """Number of batches; 0 when there are fewer images than workers."""
         return len(self._chunks)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -230,7 +197,6 @@ def _fits(source: ImageSource, config: DataConfig) -> bool:
 
 
 def _all_images(source: ImageSource, indices: torch.Tensor) -> torch.Tensor:
-    """The chosen images (N, C, H, W), uint8, in the order of the indices."""
     if isinstance(source, ArraySource):
         whole = len(indices) == len(source) and torch.equal(indices, torch.arange(len(source)))
         return source.images if whole else source.images[indices]

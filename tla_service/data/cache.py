@@ -111,30 +111,24 @@ def cached_tensors(
     Raises:
         UnavailableError: If the cache cannot be written.
     """
+    from safetensors.torch import save_file
+
     path = cache_folder(cache_dir, "decoded") / f"{key}.safetensors"
-    found = _read_tensors(path)
-    if found is not None:
+    if (found := _read_tensors(path)) is not None:
         return found
     with locked(path.with_suffix(".lock")):
-        found = _read_tensors(path)
-        if found is None:
+        if (found := _read_tensors(path)) is None:
             tensors = build()
-            with disk_trouble("data.cache_dir", path.parent, "free some space, or give another folder"):
-                _write_tensors(path, tensors)
+            digests = {name: content_digest(tensor) for name, tensor in tensors.items()}
+            remedy = "free some space, or give another folder"
+            with disk_trouble("data.cache_dir", path.parent, remedy), whole_file(path) as part:
+                save_file(tensors, part, digests)
             # Read back, so that the builder uses the shared mapping, too.
             del tensors
             found = _read_tensors(path)
     if found is None:
         raise UnavailableError("data.cache_dir", path, "cannot be read back after writing", "check the disk")
     return found
-
-
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    metadata = {name: content_digest(tensor) for name, tensor in tensors.items()}
-    with whole_file(path) as part:
-        save_file(tensors, part, metadata)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:

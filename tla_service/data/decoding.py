@@ -113,10 +113,8 @@ def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:
 def probe(blobs: Blobs, image_size: int | None, *, colour: bool | None = None) -> Decoder:
     """Choose a decoder from up to 64 training images, evenly spread.
 
-    Args:
-        blobs: The training images.
-        image_size: Side to resize to, in pixels; ``None`` keeps the size of the first image.
-        colour: Whether images are RGB; ``None``: unless all of these are grey.
+    Images keep the size of the first one if no side ``image_size`` in pixels is given, and become RGB unless ``colour``
+    is false, or it is ``None`` and all are grey.
     """
     rows = evenly_spread(len(blobs), _PROBED if colour is None else 1)
     images = [open_image(blobs.read(row), blobs.name(row)) for row in rows]
@@ -142,14 +140,7 @@ def decode(blobs: Blobs, rows: Sequence[int], decoder: Decoder, threads: int | N
         threads = min(16, usable_cores())
     size = max(1, min(_CHUNK, -(-len(rows) // threads)))
     with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(fill, start) for start in range(0, len(rows), size)]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            # The first damaged file ends it.
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        list(pool.map(fill, range(0, len(rows), size)))  # the first damaged file cancels the rest
     return torch.from_numpy(images)
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from PIL import __version__ as PIL_VERSION
 
 from tla_service.config import DataConfig
 from tla_service.data.cache import cached_tensors, content_digest
 from tla_service.data.decoding import Blobs, decode, probe
-from tla_service.data.sources import SPLITS, ArraySource, FileSource, ImageSource, Split, Splits
+from tla_service.data.sources import SPLITS, ArraySource, FileSource, Split, Splits
 from tla_service.data.trees import FileTree, TreeBlobs
 
 # The largest training set, as decoded uint8 pixels, that data.residency=auto keeps in memory.
@@ -27,11 +28,11 @@ def build_splits(
 
     Args:
         config: The data section.
-        key: Changes with the files, their order and what is in them; part of a file name.
+        key: Part of a cache file's name; changes with the files, their order and content.
         blobs: Encoded images of both splits.
         labels: Their classes, (N,) each.
         class_names: Name of every class.
-        colour: Whether to make RGB images; ``None``: unless all are grey.
+        colour: Whether images become RGB; ``None``: unless all are grey.
     """
     decoder = probe(blobs["train"], config.image_size, colour=colour)
     channels, height, width = decoder.image_shape
@@ -43,13 +44,11 @@ def build_splits(
     def build() -> dict[str, torch.Tensor]:
         return {split: decode(blobs[split], range(len(blobs[split])), decoder) for split in SPLITS}
 
-    # Labels are not cached: they are known already, and the key need not cover how they are read.
-    full_key = f"{key}-{decoder_key(decoder.image_shape, resize=decoder.resize)}"
+    # Labels are not cached, so the key need not cover how they are read. JPEG pixels depend on the decoder's version.
+    full_key = f"{key}-{channels}x{height}x{width}{'r' if decoder.resize else ''}-{PIL_VERSION}"
     images, digests = cached_tensors(config.cache_dir, full_key, build)
-    arrays: list[ImageSource] = [
-        ArraySource(images[split], labels[split], content_digest(labels[split]) + digests[split]) for split in SPLITS
-    ]
-    return Splits(*arrays, class_names)
+    arrays = (ArraySource(images[s], labels[s], content_digest(labels[s]) + digests[s]) for s in SPLITS)
+    return Splits(next(arrays), next(arrays), class_names)
 
 
 def tree_splits(
@@ -70,10 +69,3 @@ def tree_splits(
         class_names,
         colour=colour,
     )
-
-
-def decoder_key(shape: tuple[int, int, int], *, resize: bool) -> str:
-    """Part of a cache key: the shape, the resizing, and the decoder's version, as JPEG pixels depend on it."""
-    from PIL import __version__
-
-    return f"{'x'.join(map(str, shape))}{'r' if resize else ''}-{__version__}"

@@ -78,8 +78,8 @@ class StepOrder:
         rank: This worker, in [0, world_size).
         world_size: Number of workers.
         global_batch_size: Images per step, over all workers, at most.
-        pool_size: Images of this worker's pool per step; 0 for none.
-        same_class_positives: Whether to draw positives.
+        pool_size: Images of this worker's mining pool per step; 0 for none.
+        same_class_positives: Whether to draw another image of each anchor's class.
 
     Raises:
         ConfigError: If the pools of a step need more images than there are, or a worker would get none in some step.
@@ -96,24 +96,18 @@ class StepOrder:
         pool_size: int = 0,
         same_class_positives: bool = False,
     ) -> None:
-        self._count, self._seed, self._rank, self._world_size = len(labels), seed, rank, world_size
+        self._count, self.seed, self._rank, self._world_size = len(labels), seed, rank, world_size
         self._pool_size = pool_size
         self._mates = ClassMates(labels) if same_class_positives else None
         if pool_size * world_size > self._count:
-            raise ConfigError(
-                "mining.pool_size",
-                pool_size,
-                f"{world_size} workers' pools of {pool_size} need more than the {self._count} training images",
-                f"use at most {self._count // world_size} a worker",
-            )
-        self.steps_per_epoch = -(-self._count // global_batch_size)
-        if self._count < self.steps_per_epoch * world_size or self._count == 0:
-            raise ConfigError(
-                "training.global_batch_size",
-                global_batch_size,
-                f"{self._count} training images in {self.steps_per_epoch} steps are too few for {world_size} workers",
-                "use a larger batch, fewer workers or more images",
-            )
+            reason = f"{world_size} workers' pools of {pool_size} need more than the {self._count} training images"
+            remedy = f"use at most {self._count // world_size} per worker"
+            raise ConfigError("mining.pool_size", pool_size, reason, remedy)
+        self.steps_per_epoch = steps = -(-self._count // global_batch_size)
+        if self._count < steps * world_size or self._count == 0:
+            reason = f"{self._count} training images in {steps} steps are too few for {world_size} workers"
+            remedy = "use a larger batch, fewer workers or more images"
+            raise ConfigError("training.global_batch_size", global_batch_size, reason, remedy)
 
     @property
     def sizes(self) -> set[int]:
@@ -139,14 +133,14 @@ class StepOrder:
             anchors = chunks[step].tensor_split(self._world_size)[self._rank]
             positives = None
             if self._mates is not None:
-                draws = generator(CPU, Draw.POSITIVES, self._seed, epoch, step, self._rank)
+                draws = generator(CPU, Draw.POSITIVES, self.seed, epoch, step, self._rank)
                 positives = self._mates.draw(anchors, draws)
             pool = None if pool_order is None else self._pool(pool_order, step)
             yield StepIndices(anchors, positives, pool, len(chunks[step]))
 
     def _permutation(self, draw: Draw, epoch: int) -> torch.Tensor:
         # With zeros for step and rank: seeds of different lengths may coincide.
-        return torch.randperm(self._count, generator=generator(CPU, draw, self._seed, epoch, 0, 0))
+        return torch.randperm(self._count, generator=generator(CPU, draw, self.seed, epoch, 0, 0))
 
     def _pool(self, order: torch.Tensor, step: int) -> torch.Tensor:
         start = (step * self._world_size + self._rank) * self._pool_size

@@ -10,8 +10,15 @@ from tla_service.data.decoding import Blobs
 from tla_service.data.encoded import build_splits
 from tla_service.data.members import TEST_SPLITS, listed, notice
 from tla_service.data.packed import PackedBlobs, pack
-from tla_service.data.parquet_columns import find_image_column, find_label_columns, no_label_column
-from tla_service.data.parquet_files import Shard, find_splits, open_shards, read_column
+from tla_service.data.parquet_files import (
+    Shard,
+    find_image_column,
+    find_label_columns,
+    find_splits,
+    no_label_column,
+    open_shards,
+    read_column,
+)
 from tla_service.data.parquet_labels import Labels, number_classes, read_labels
 from tla_service.data.roots import required_root
 from tla_service.data.sources import Split, Splits
@@ -63,7 +70,7 @@ def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:
     if len(columns) > 1:
         text = "%s: labels are read from column %r, not from %s; data.label_column chooses another"
         notice(text, shards[0].path, columns[0], listed(columns[1:]))
-    return read_labels(config.cache_dir, shards, columns[0]) if columns else None
+    return read_labels(shards, columns[0]) if columns else None
 
 
 def _labelled_test(config: DataConfig, root: Path, found: dict[str, list[Path]]) -> Labels:

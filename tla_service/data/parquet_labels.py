@@ -1,16 +1,13 @@
 """Labels of Parquet files, whatever their type, to class numbers."""
 
 import functools
-import json
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from tla_service.data.cache import cached_tensors, files_key
 from tla_service.data.members import notice
-from tla_service.data.parquet_columns import class_names, label_kind
-from tla_service.data.parquet_files import Shard, read_column
+from tla_service.data.parquet_files import Shard, class_names, label_kind, read_column
 from tla_service.errors import ConfigError, UnavailableError
 
 _BATCH = 2**16
@@ -68,8 +65,8 @@ def _is_label(value: Value) -> bool:
     return value not in (None, "") and not (isinstance(value, int) and value < 0)
 
 
-def read_labels(cache_dir: str, shards: list[Shard], column: str) -> Labels:
-    """Read the labels of a split, once per node.
+def read_labels(shards: list[Shard], column: str) -> Labels:
+    """Read the labels of a split.
 
     Raises:
         UnavailableError: If a file is damaged, or its labels are of another type than the first file's.
@@ -80,29 +77,20 @@ def read_labels(cache_dir: str, shards: list[Shard], column: str) -> Labels:
             reason = f"has no column {column!r} of {kind}, unlike {shards[0].path.name}"
             raise UnavailableError("data.root", shard.path, reason, "fetch the file again, or leave it out")
 
-    def build() -> dict[str, torch.Tensor]:
-        from pyarrow import types
+    from pyarrow import types
 
-        found: dict[Value, int] = {}
-        parts = [np.zeros(0, np.int64)]
-        for shard in shards:
-            for array in read_column(shard.path, column, _BATCH):
-                plain = array.dictionary_decode() if types.is_dictionary(array.type) else array
-                encoded = plain.dictionary_encode(null_encoding="encode")
-                places = [found.setdefault(value, len(found)) for value in encoded.dictionary.to_pylist()]
-                parts.append(np.array(places, np.int64)[encoded.indices.to_numpy(zero_copy_only=False)])
-        values = sorted(found, key=lambda value: (value is None, value))
-        ranks = np.empty(len(found), np.int64)
-        ranks[[found[value] for value in values]] = np.arange(len(found))
-        text = json.dumps(values).encode()
-        return {
-            "codes": torch.from_numpy(ranks[np.concatenate(parts)]),
-            "values": torch.frombuffer(bytearray(text), dtype=torch.uint8),
-        }
-
-    key = f"{files_key([shard.path for shard in shards], 'labels', column)}-labels"
-    tensors = cached_tensors(cache_dir, key, build)[0]
-    return Labels(column, shards, json.loads(bytes(tensors["values"].tolist())), tensors["codes"])
+    found: dict[Value, int] = {}
+    parts = [np.zeros(0, np.int64)]
+    for shard in shards:
+        for array in read_column(shard.path, column, _BATCH):
+            plain = array.dictionary_decode() if types.is_dictionary(array.type) else array
+            encoded = plain.dictionary_encode(null_encoding="encode")
+            codes = [found.setdefault(value, len(found)) for value in encoded.dictionary.to_pylist()]
+            parts.append(np.array(codes, np.int64)[encoded.indices.to_numpy(zero_copy_only=False)])
+    values = sorted(found, key=lambda value: (value is None, value))
+    ranks = np.empty(len(found), np.int64)
+    ranks[[found[value] for value in values]] = np.arange(len(found))
+    return Labels(column, shards, values, torch.from_numpy(ranks[np.concatenate(parts)]))
 
 
 def number_classes(train: Labels, test: Labels) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor]:

@@ -11,10 +11,7 @@ from tla_service.errors import ConfigError, UnavailableError
 
 
 def check_root(root: str | None) -> None:
-    """Check within seconds, without copying anything, that a root exists and can be read.
-
-    Args:
-        root: Local path, s3://bucket/prefix, or ``None`` (nothing to check).
+    """Check within seconds, without copying anything, that a root exists and can be read; ``None`` is fine.
 
     Raises:
         ConfigError: If it is neither a path nor an s3:// address.

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,11 @@ from tla_service.data.cache import cache_folder, disk_trouble, locked
 from tla_service.data.members import is_member
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import write_whole
-from tla_service.retries import retried
 
 LOG = logging.getLogger(__name__)
 SCHEME = "s3://"
 _CONNECT_SECONDS, _READ_SECONDS, _REQUEST_ATTEMPTS = 3, 20, 3
-_RETRY_SECONDS = 15.0
+_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)  # between the attempts to copy
 _DOWNLOADS, _BATCH = 8, 1000
 _LISTING = ".listing.json"  # hidden, so no part of the data set
 _KEY_FIX = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
@@ -58,12 +58,8 @@ def copy_prefix(root: str, cache_dir: str) -> Path:
     listing makes another copy, and unchanged objects are hard links. A folder gets its name when a second listing
     equals the first. One process copies while the others wait; what a killed process has downloaded is kept.
 
-    Args:
-        root: s3://bucket/prefix, or the address of a single object.
-        cache_dir: The cache.
-
     Returns:
-        The folder, or the file for a single object.
+        The folder, or the file for the address of a single object.
 
     Raises:
         ConfigError: If the address names no bucket.
@@ -76,12 +72,15 @@ def copy_prefix(root: str, cache_dir: str) -> Path:
         home = cache_folder(cache_dir, "s3", f"{prefix.bucket}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}")
         remedy = "free some space, or give another data.cache_dir"
         with locked(home / "lock"), disk_trouble("data.cache_dir", home, remedy):
-            folder = retried(
-                f"copying {root}",
-                lambda: _copy(prefix, home),
-                lambda error: isinstance(error, TransientError),
-                seconds=_RETRY_SECONDS,
-            )
+            for wait in _WAITS_SECONDS:
+                try:
+                    folder = _copy(prefix, home)
+                    break
+                except TransientError as error:
+                    LOG.warning("%s; trying again in %.0f s", error, wait)
+                time.sleep(wait)
+            else:
+                folder = _copy(prefix, home)
         return folder / prefix.only_object if prefix.only_object else folder
 
 
@@ -130,11 +129,7 @@ def _remove_others(folder: Path, kept: set[str]) -> None:
 
 
 class Prefix:
-    """The objects below an s3:// address.
-
-    Attributes:
-        only_object: Set by `objects` if the address is that of a single object: its name.
-    """
+    """The objects below an s3:// address; `objects` sets `only_object` for the address of a single one."""
 
     def __init__(self, root: str) -> None:
         self.root = root

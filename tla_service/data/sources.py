@@ -34,7 +34,6 @@ class ArraySource:
         self._digest = digest
 
     def __len__(self) -> int:
-        """Number of images."""
         return self.labels.numel()
 
     def fetch(self, indices: torch.Tensor) -> torch.Tensor:
@@ -42,7 +41,7 @@ class ArraySource:
         return self.images[indices]
 
     def subset(self, indices: torch.Tensor) -> "ArraySource":
-        """The images at ``indices`` (n,), copied, in that order."""
+        """The images at ``indices`` (n,), in that order."""
         return ArraySource(self.images[indices], self.labels[indices])
 
     def digest(self) -> str:
@@ -53,13 +52,13 @@ class ArraySource:
 
 
 class FileSource:
-    """Images decoded on demand; the interface of `ArraySource`. Can be passed to forked and spawned loader processes.
+    """Images decoded on demand, with the interface of `ArraySource`; can be passed to loader processes.
 
     Args:
         blobs: The encoded images of the whole set.
-        labels: Their classes (N,), int64.
+        labels: Classes of this source's images (N,), int64.
         decoder: How to decode them.
-        rows: Rows of ``blobs`` in this source (N,); all when ``None``.
+        rows: Their rows in ``blobs`` (N,); all when ``None``.
     """
 
     def __init__(self, blobs: Blobs, labels: torch.Tensor, decoder: Decoder, rows: torch.Tensor | None = None) -> None:
@@ -69,22 +68,16 @@ class FileSource:
         self.image_shape = decoder.image_shape
 
     def __len__(self) -> int:
-        """Number of images."""
         return self.labels.numel()
 
     def fetch(self, indices: torch.Tensor) -> torch.Tensor:
-        """As `ArraySource.fetch`.
-
-        Raises:
-            UnavailableError: If a file is missing or damaged.
-            ConfigError: If images differ in size and no ``data.image_size`` is set.
-        """
+        """As `ArraySource.fetch`, with errors as `Decoder`."""
         # Loader processes run in parallel already.
         threads = None if torch.utils.data.get_worker_info() is None else 1
         return decode(self._blobs, self._rows[indices].tolist(), self._decoder, threads)
 
     def subset(self, indices: torch.Tensor) -> "FileSource":
-        """The images at ``indices`` (n,), in that order."""
+        """As `ArraySource.subset`."""
         return FileSource(self._blobs, self.labels[indices], self._decoder, self._rows[indices])
 
     def digest(self) -> str:
@@ -113,13 +106,13 @@ class Dataset:
         name: Its name in the configuration.
         train: Training images, validation images included.
         test: Test images.
-        gate: Which of the test images are set aside for the promotion gate (N,), bool: the same ones under every
+        gate: Which test images are reserved for the promotion gate (N,), bool: the same ones under every
             ``test_limit``. Figures are published on the others.
         class_names: Name of every class; labels are positions in it.
         image_shape: Channels, height, width (C, H, W), the same in both splits.
         fingerprint: 16 hex digits that change when images, labels, their order or the class names change. For images
-            in memory they cover every byte. For images decoded on demand they cover names, sizes and labels, and the
-            content by checksum where that is cheap (zip, parquet) or by a sample of 256 files (folders).
+            in memory they cover every byte; for images decoded on demand names, sizes and labels, and the content by
+            checksum (zip, Parquet) or by a sample of 256 files (folders).
     """
 
     name: str

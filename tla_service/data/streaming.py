@@ -17,11 +17,7 @@ from tla_service.files import check_socket_path
 class StepLoader:
     """Reads steps ahead: one loader process reads all images of one step.
 
-    Args:
-        source: Images.
-        indices: The training images (N,), int64; steps hold positions in it.
-        workers: Loader processes, at most one per core; 0 reads in this process.
-        device: Where the images will be used: for a GPU they are read into pinned memory.
+    Uses at most one process per core, or this one for 0 workers; reads into pinned memory for a GPU.
     """
 
     def __init__(self, source: ImageSource, indices: torch.Tensor, workers: int, device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """Tiny ImageNet in the layout of its zip file, with any number of its classes."""
 
+import re
 from collections import Counter
 from pathlib import PurePosixPath
 
@@ -29,8 +30,13 @@ def load_tiny_imagenet(config: DataConfig) -> Splits:
     base = _base(tree, config.root)
     wnids = sorted(set(_text(tree, f"{base}wnids.txt").split()))
     numbers = {wnid: number for number, wnid in enumerate(wnids)}
-    train = [(name, numbers[name.removeprefix(base).split("/")[1]]) for name in _train_names(tree, base, numbers)]
-    _refuse_empty_classes(wnids, Counter(number for _, number in train))
+    pattern = re.compile(rf"{re.escape(base)}train/([^/]+)/images/[^/]+\.(?i:jpe?g)")
+    matches = [match for name in tree.names if (match := pattern.fullmatch(name)) and match[1] in numbers]
+    train = [(match[0], numbers[match[1]]) for match in matches]
+    empty = sorted(numbers.keys() - {match[1] for match in matches})
+    if empty:
+        reason = f"{len(empty)} of the {len(wnids)} classes in wnids.txt have no training images, {empty[0]} first"
+        raise ConfigError("data.name", "tiny_imagenet", reason, "fetch the whole set, or cut wnids.txt down")
     annotations = f"{base}val/val_annotations.txt"
     test = parse_annotations(_text(tree, annotations), numbers, tree.describe(annotations))
     present = set(tree.names)
@@ -45,18 +51,10 @@ def load_tiny_imagenet(config: DataConfig) -> Splits:
 
 
 def parse_annotations(text: str, numbers: dict[str, int], shown: str) -> list[tuple[str, int]]:
-    """Read ``val_annotations.txt``: one line per image, with tab-separated file name, wnid and box.
+    """File names and labels from ``val_annotations.txt``: one line per image with tab-separated name, wnid and box.
 
-    Args:
-        text: The file.
-        numbers: Label of every wnid in use; images of others are left out.
-        shown: The file's name in messages.
-
-    Returns:
-        File names and labels, in the file's order.
-
-    Raises:
-        UnavailableError: If a line has no wnid or a name is a path, or no image is left.
+    Images of wnids without a number are left out. UnavailableError if a line has no wnid or a name is a path, or if no
+    image is left.
     """
     found: list[tuple[str, int]] = []
     for place, line in enumerate(text.split("\n"), start=1):
@@ -87,23 +85,6 @@ def _text(tree: FileTree, name: str) -> str:
     if name not in tree.names:
         raise UnavailableError("data.root", tree.describe(name), "is missing", _FIX)
     return tree.read(name).decode("utf-8", errors="replace")
-
-
-def _train_names(tree: FileTree, base: str, numbers: dict[str, int]) -> list[str]:
-    inside = len(base)
-    parts = ((name, name[inside:].split("/")) for name in tree.names if name.startswith(f"{base}train/"))
-    return [
-        name
-        for name, part in parts
-        if len(part) == 4 and part[1] in numbers and part[2] == "images" and part[3].lower().endswith((".jpeg", ".jpg"))
-    ]
-
-
-def _refuse_empty_classes(wnids: list[str], counts: Counter[int]) -> None:
-    empty = [wnid for number, wnid in enumerate(wnids) if not counts[number]]
-    if empty:
-        reason = f"{len(empty)} of the {len(wnids)} classes in wnids.txt have no training images, {empty[0]} first"
-        raise ConfigError("data.name", "tiny_imagenet", reason, "fetch the whole set, or cut wnids.txt down")
 
 
 def _class_names(tree: FileTree, base: str, wnids: list[str]) -> tuple[str, ...]:

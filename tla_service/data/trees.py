@@ -65,14 +65,7 @@ class FileTree(ABC):
 
 
 class FolderTree(FileTree):
-    """A folder.
-
-    Args:
-        path: The folder.
-
-    Raises:
-        UnavailableError: If it cannot be read, or a link in it leads back to a folder above.
-    """
+    """A folder; UnavailableError if it cannot be read, or a link in it leads back to a folder above."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -133,7 +126,6 @@ class TreeBlobs:
         self._tree, self._names = tree, names
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self._names)
 
     def read(self, row: int) -> bytes:

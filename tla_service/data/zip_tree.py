@@ -19,17 +19,14 @@ from tla_service.errors import UnavailableError
 # What zipfile raises for a damaged or unknown member.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError)
 _ENCRYPTED, _UTF8 = 0x1, 0x800
-_LINKS = 40  # as many as Linux follows
+_LINKS = 40  # Linux's limit
 
 
 class ZipTree(FileTree):
     """A zip file, with the names that unpacking it would give.
 
-    Args:
-        path: The zip file.
-
     Raises:
-        UnavailableError: If it is damaged, encrypted or cannot be read, or leads outside of itself.
+        UnavailableError: If it is damaged, encrypted or cannot be read, or has names that lead outside of it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,8 +49,8 @@ class ZipTree(FileTree):
             if stat.S_ISLNK(entry.external_attr >> 16):
                 links[name] = self.read(name).decode("utf-8", errors="replace")
         folders = _with_parents(folders)
-        # Hidden files are kept until here: links that are part of the set may lead to them.
-        # Links to files go first: linked folders may hold some.
+        # Hidden files are kept until here, since links may lead to them. Links to files come first, since linked
+        # folders may hold some.
         for name, target in sorted(self._followed(links).items(), key=lambda pair: pair[1] in folders):
             self._resolve(name, target, is_folder=target in folders)
         self._entries = {name: entry for name, entry in self._entries.items() if is_member(name)}
@@ -70,7 +67,7 @@ class ZipTree(FileTree):
         """The path that unpacking would give an entry; a folder's ends with a slash."""
         name = entry.filename
         if not entry.flag_bits & _UTF8:
-            # macOS writes UTF-8 without saying so; what is not UTF-8 is left as zipfile reads it.
+            # macOS writes UTF-8 without the flag; other names stay as zipfile reads them.
             with contextlib.suppress(UnicodeError):
                 name = name.encode("cp437").decode("utf-8")
         if entry.create_system == 0:
@@ -157,14 +154,10 @@ class ZipTree(FileTree):
 
 
 def open_tree(path: Path, zip_pattern: str = "*.zip") -> FileTree:
-    """Open a folder, a zip file, or the only zip file in a folder without subfolders.
-
-    Args:
-        path: What ``data.root`` points at.
-        zip_pattern: Names of zip files to look for in a folder.
+    """Open a folder, a zip file, or the only zip file of a pattern in a folder without subfolders.
 
     Raises:
-        UnavailableError: If it is neither, or cannot be read.
+        UnavailableError: If it is none of them, or cannot be read.
     """
     if path.is_dir():
         with disk_trouble("data.root", path, "check the path and its permissions"):

@@ -126,9 +126,8 @@ def build_model(
     """
     network = _find(name)
     if num_classes < 2:
-        raise ConfigError(
-            "model.num_classes", num_classes, "a classifier needs at least two classes", "check the labels of the data"
-        )
+        reason = "a classifier needs at least two classes"
+        raise ConfigError("model.num_classes", num_classes, reason, "check the labels of the data")
     _check_shape(name, network, image_shape)
     return network.build(num_classes, image_shape, _build_normalization(normalization, network, image_shape[0]))
 
@@ -160,26 +159,19 @@ def _check_shape(name: str, network: _Network, image_shape: ImageShape) -> None:
     channels, height, width = image_shape
     size = f"{channels}x{height}x{width}"
     if channels < 1 or min(height, width) < network.min_size:
-        raise ConfigError(
-            "model.name",
-            name,
-            f"it cannot take {size} images: it needs at least {network.min_size}x{network.min_size} pixels",
-            "choose larger images or another network, for example mnist_mlp, which takes any size",
-        )
+        reason = f"it cannot take {size} images: it needs at least {network.min_size}x{network.min_size} pixels"
+        remedy = "choose larger images or another network, for example mnist_mlp, which takes any size"
+        raise ConfigError("model.name", name, reason, remedy)
     if height % network.size_multiple or width % network.size_multiple:
-        raise ConfigError(
-            "model.name",
-            name,
-            f"it cannot take {size} images: height and width must be multiples of {network.size_multiple}",
-            "resize the images or choose another network, for example wrn_28_10, which takes any size",
-        )
+        reason = f"it cannot take {size} images: height and width must be multiples of {network.size_multiple}"
+        remedy = "resize the images or choose another network, for example wrn_28_10, which takes any size"
+        raise ConfigError("model.name", name, reason, remedy)
 
 
 def _build_normalization(choice: str, network: _Network, channels: int) -> nn.Module:
     if choice not in _NORMALIZATIONS:
-        raise ConfigError(
-            "model.normalization", choice, "there is no such normalization", f"choose from {', '.join(_NORMALIZATIONS)}"
-        )
+        remedy = f"choose from {', '.join(_NORMALIZATIONS)}"
+        raise ConfigError("model.normalization", choice, "there is no such normalization", remedy)
     resolved = network.normalization if choice == "default" else choice
     if resolved == "per_image":
         return PerImageStandardization()
@@ -190,9 +182,5 @@ def _build_normalization(choice: str, network: _Network, channels: int) -> nn.Mo
         return ChannelNormalization(mean, std)
     if choice == "default":
         return nn.Identity()
-    raise ConfigError(
-        "model.normalization",
-        choice,
-        f"it has {len(mean)} channels and the images have {channels}",
-        "choose none or per_image",
-    )
+    reason = f"it has {len(mean)} channels and the images have {channels}"
+    raise ConfigError("model.normalization", choice, reason, "choose none or per_image")

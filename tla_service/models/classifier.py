@@ -67,11 +67,7 @@ class ImageClassifier(nn.Module):
 
 
 class LogitsOnly(nn.Module):
-    """A network that returns logits alone, as attack toolboxes and RobustBench expect.
-
-    Args:
-        classifier: The network; shared, not copied.
-    """
+    """A network that returns logits alone, as attack toolboxes and RobustBench expect; shared, not copied."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
@@ -79,19 +75,13 @@ class LogitsOnly(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W) in [0, 1]."""
-        logits: Tensor = self.classifier(images).logits
-        return logits
+        return self.classifier(images).logits
 
 
 class AtLayer(nn.Module):
     """A network whose embeddings are taken from another layer, flattened (Mao et al. 2019, Table 10).
 
-    Args:
-        classifier: The network; shared, not copied.
-        layer: `logits`, or one of the network's :attr:`~ImageClassifier.layers`.
-
-    Raises:
-        ConfigError: The network has no layer of this name.
+    The layer is `logits`, or one of the network's :attr:`~ImageClassifier.layers`; else ConfigError is raised.
     """
 
     def __init__(self, classifier: ImageClassifier, layer: str) -> None:

@@ -45,15 +45,9 @@ class FrozenTwin:
             self._narrow_weights(weights_dtype)
         self.refresh()
 
-    @property
-    def folded(self) -> int:
-        """Number of BatchNorms that were folded."""
-        return len(self._folds)
-
     def __call__(self, images: Tensor) -> ModelOutput:
         """Logits and embeddings of images (N, C, H, W), as the network gives them in eval mode."""
-        output: ModelOutput = self.module(images)
-        return output
+        return self.module(images)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -18,11 +18,7 @@ class MnistNetwork(ImageClassifier):
 
     Convolution and linear weights start at N(0, 0.1^2) truncated at two sigma, biases at 0.1 (the authors' release).
 
-    Args:
-        body: Maps normalized images to embeddings (N, 1024).
-        num_classes: K.
-        normalization: Applied to the images first.
-        layers: Named positions in the body.
+    The body maps normalized images to embeddings; `layers` are named positions in it.
     """
 
     def __init__(
@@ -39,12 +35,11 @@ class MnistNetwork(ImageClassifier):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.1, a=-0.2, b=0.2)
-                nn.init.constant_(module.bias, 0.1)
+                nn.init.constant_(module.get_parameter("bias"), 0.1)
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, 1024), non-negative."""
-        embeddings: Tensor = self.body(normalized)
-        return embeddings
+        return self.body(normalized)
 
     def embed_with(self, normalized: Tensor, layer: str) -> tuple[Tensor, Tensor]:
         """Embeddings (N, 1024), and a layer's activations (N, C', H', W')."""

@@ -17,10 +17,7 @@ class PreActBlock(PreActivationBlock):
 
     def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:
         """The input, or the projection of its activation."""
-        if self.shortcut is None:
-            return block_input
-        shortcut: Tensor = self.shortcut(activated)
-        return shortcut
+        return block_input if self.shortcut is None else self.shortcut(activated)
 
 
 class PreActResNet18(ImageClassifier):

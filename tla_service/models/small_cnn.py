@@ -8,14 +8,7 @@ _EMBEDDING_SIZE = 128
 
 
 class SmallCNN(ImageClassifier):
-    """Convolutions, then one hidden layer of 128 ReLUs, which is the embedding (>= 0).
-
-    Args:
-        convolutions: Maps normalized images to (N, C', H', W').
-        num_features: C' * H' * W'.
-        num_classes: K.
-        normalization: Applied to the images first.
-    """
+    """Convolutions to (N, C', H', W'), C' * H' * W' being `num_features`, then 128 ReLUs: the embedding (>= 0)."""
 
     def __init__(self, convolutions: nn.Module, num_features: int, num_classes: int, normalization: nn.Module) -> None:
         super().__init__(normalization)
@@ -26,8 +19,7 @@ class SmallCNN(ImageClassifier):
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, 128), non-negative."""
         features: Tensor = self.convolutions(normalized)
-        hidden: Tensor = self.hidden(features.flatten(1))
-        return hidden.relu()
+        return self.hidden(features.flatten(1)).relu()
 
 
 def build_digits_cnn(num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module) -> SmallCNN:

@@ -25,12 +25,7 @@ _BOTTLENECK_EXPANSION = 4
 
 
 class TinyBlock(PreActivationBlock):
-    """Two or three convolutions; the first block of a group adds a 1x1 convolution of its input before activation.
-
-    Args:
-        convolutions: Two, or the three of a bottleneck; the first has the stride.
-        projection: The shortcut's convolution, or ``None`` for the input itself.
-    """
+    """Two or three convolutions; the first block of a group adds a 1x1 convolution of its input before activation."""
 
     def __init__(self, convolutions: Sequence[nn.Conv2d], projection: nn.Conv2d | None) -> None:
         super().__init__(*convolutions, batch_norm_eps=_BATCH_NORM_EPS)
@@ -39,10 +34,7 @@ class TinyBlock(PreActivationBlock):
 
     def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:  # noqa: ARG002
         """The input, or its projection."""
-        if self.projection is None:
-            return block_input
-        shortcut: Tensor = self.projection(block_input)
-        return shortcut
+        return block_input if self.projection is None else self.projection(block_input)
 
 
 def bottleneck_block(in_channels: int, width: int, stride: int, *, is_first: bool) -> TinyBlock:
@@ -102,5 +94,4 @@ class TinyImageNetResNet(ImageClassifier):
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, 2048 or 512), non-negative."""
-        features: Tensor = self.bn(self.blocks(self.stem(normalized)))
-        return features.relu().mean(dim=(2, 3))
+        return self.bn(self.blocks(self.stem(normalized))).relu().mean(dim=(2, 3))

@@ -23,7 +23,7 @@ class TorchvisionClassifier(ImageClassifier):
     Args:
         body: Maps normalized images to (N, D), or to (N, D, 1, 1).
         fc: The linear layer, D to K.
-        normalization: Applied to the images first; torchvision's recipes use ImageNet's mean and standard deviation.
+        normalization: torchvision's recipes use ImageNet's mean and standard deviation.
         head: torchvision's name of the linear layer.
     """
 
@@ -42,8 +42,7 @@ class TorchvisionClassifier(ImageClassifier):
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, D)."""
-        embeddings: Tensor = self.body(normalized)
-        return embeddings.flatten(1)
+        return self.body(normalized).flatten(1)
 
 
 def torchvision_names() -> tuple[str, ...]:
@@ -56,13 +55,9 @@ def torchvision_names() -> tuple[str, ...]:
 def build_torchvision_classifier(
     name: str, num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module
 ) -> TorchvisionClassifier:
-    """Builds a classifier of torchvision with fresh weights; nothing is downloaded.
+    """Builds one of :func:`torchvision_names` with fresh weights; nothing is downloaded.
 
-    Args:
-        name: One of :func:`torchvision_names`.
-        num_classes: K.
-        image_shape: (C, H, W). For C other than 3 the first convolution is replaced.
-        normalization: Applied to the images first.
+    For a number of channels other than 3 the first convolution is replaced.
 
     Raises:
         ConfigError: The network cannot take this image shape, or does not end in a linear layer.
@@ -99,12 +94,9 @@ def _detach_classifier(name: str, body: nn.Module, num_classes: int) -> tuple[nn
     """Takes the last linear layer, with its name, out of the body, which then returns that layer's input."""
     linears = [(path, module) for path, module in body.named_modules() if isinstance(module, nn.Linear)]
     if not linears or linears[-1][1].out_features != num_classes:
-        raise ConfigError(
-            "model.name",
-            name,
-            "its logits do not come from a linear layer, so it has no penultimate embedding",
-            "choose a network that ends in a linear layer, for example torchvision:resnet18",
-        )
+        reason = "its logits do not come from a linear layer, so it has no penultimate embedding"
+        remedy = "choose a network that ends in a linear layer, for example torchvision:resnet18"
+        raise ConfigError("model.name", name, reason, remedy)
     path, fc = linears[-1]
     body.set_submodule(path, nn.Identity())
     return fc, path
@@ -112,15 +104,9 @@ def _detach_classifier(name: str, body: nn.Module, num_classes: int) -> tuple[nn
 
 def _replace_first_convolution(body: nn.Module, channels: int) -> None:
     path, old = next((path, module) for path, module in body.named_modules() if isinstance(module, nn.Conv2d))
-    new = nn.Conv2d(
-        channels,
-        old.out_channels,
-        (old.kernel_size[0], old.kernel_size[1]),
-        (old.stride[0], old.stride[1]),
-        old.padding if isinstance(old.padding, str) else (old.padding[0], old.padding[1]),
-        bias=old.bias is not None,
-    )
-    body.set_submodule(path, new)
+    geometry: dict[str, Any] = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding")}
+    geometry["bias"] = old.bias is not None
+    body.set_submodule(path, nn.Conv2d(channels, old.out_channels, **geometry))
 
 
 def _check_embedding(name: str, body: nn.Module, fc: nn.Linear, image_shape: tuple[int, int, int]) -> None:
@@ -134,20 +120,12 @@ def _check_embedding(name: str, body: nn.Module, fc: nn.Linear, image_shape: tup
         raise _shape_error(name, image_shape, error) from error
     body.train()
     if shape != (1, fc.in_features):
-        raise ConfigError(
-            "model.name",
-            name,
-            f"its last linear layer takes {fc.in_features} numbers per image, but the layers before give {shape[1:]}",
-            "choose another network, for example torchvision:resnet18",
-        )
+        reason = f"its last linear layer takes {fc.in_features} numbers per image, but the body gives {shape[1:]}"
+        raise ConfigError("model.name", name, reason, "choose another network, for example torchvision:resnet18")
 
 
 def _shape_error(name: str, image_shape: tuple[int, int, int], error: Exception) -> ConfigError:
     size = "x".join(str(length) for length in image_shape)
     cause = str(error).strip().partition("\n")[0] or type(error).__name__
-    return ConfigError(
-        "model.name",
-        name,
-        f"it cannot take {size} images ({cause})",
-        "choose larger images, or a network for small ones such as preact_resnet_18",
-    )
+    remedy = "choose larger images, or a network for small ones such as preact_resnet_18"
+    return ConfigError("model.name", name, f"it cannot take {size} images ({cause})", remedy)

@@ -23,11 +23,8 @@ _STRIDES = (1, 2, 2)
 class MadryBlock(PreActivationBlock):
     """Two 3x3 convolutions with leaky ReLUs; a wider output gets the input average-pooled and padded with channels.
 
-    Args:
-        in_channels: Channels in.
-        out_channels: Channels out; both even or both odd, since the zeros go half before and half after.
-        stride: Of the first convolution.
-        activate_before_residual: The shortcut starts after the first BatchNorm and activation (first block only).
+    Half of the zeros go before and half after, so the numbers of channels are both even or both odd. With
+    ``activate_before_residual`` (first block only) the shortcut starts after the first BatchNorm and activation.
     """
 
     def __init__(
@@ -64,7 +61,7 @@ class MadryWideResNet(ImageClassifier):
         width: Factor on the groups' 16, 32 and 64 channels; 10 in the paper.
         num_classes: K.
         in_channels: C.
-        normalization: Applied to the images first; the paper standardizes each image.
+        normalization: The paper standardizes each image.
 
     Raises:
         ValueError: The depth is not 6n + 2, or less than 8.
@@ -103,10 +100,7 @@ class WideBlock(PreActivationBlock):
 
     def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:
         """The input, or the projection of its activation."""
-        if self.convShortcut is None:
-            return block_input
-        shortcut: Tensor = self.convShortcut(activated)
-        return shortcut
+        return block_input if self.convShortcut is None else self.convShortcut(activated)
 
 
 def _group(num_blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -128,7 +122,7 @@ class WideResNet(ImageClassifier):
         width: Factor on the groups' 16, 32 and 64 channels.
         num_classes: K.
         in_channels: C.
-        normalization: Applied to the images first; TRADES has none.
+        normalization: TRADES has none.
 
     Raises:
         ValueError: The depth is not 6n + 4, or less than 10.

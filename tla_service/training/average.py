@@ -33,8 +33,8 @@ class WeightAverage(AveragedModel):
             torch._foreach_lerp_(average, current, 1 - self._decay)
         else:
             torch._foreach_copy_(average, current)
-        if self._integers:
-            torch._foreach_copy_(*zip(*self._integers, strict=True))
+        for ours, theirs in self._integers:
+            ours.copy_(theirs)
         self._started = True
         self.n_averaged += 1  # on the CPU
 

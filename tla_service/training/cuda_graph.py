@@ -12,17 +12,10 @@ _WARM_UP = 3
 
 
 class GraphedClimb:
-    """All steps of an attack, forward and backward, replayed as one CUDA graph for batches of one shape.
+    """All steps of an attack, forward and backward, replayed as one CUDA graph for batches of the given one's shape.
 
-    Radius and step size are tensors, so that one graph serves a radius that grows.
-
-    Args:
-        logits_fn: Images to logits; reads weights from storage that stays where it is.
-        batch: A batch of the shape.
-        attack: The adversary.
-
-    Attributes:
-        embeddings: What the last forward pass embedded; overwritten by the next replay.
+    Radius and step size are tensors, so that one graph serves a radius that grows. The storage of the weights behind
+    `logits_fn` must not change; the next replay overwrites `embeddings`, those of the last forward pass.
     """
 
     def __init__(self, logits_fn: LogitsFn, batch: Batch, attack: Attack) -> None:
@@ -32,7 +25,7 @@ class GraphedClimb:
         self._lengths = images.new_tensor([attack.epsilon, attack.step_size]).unbind()
         epsilon, step_size = self._lengths
         traced = replace(attack, epsilon=epsilon, step_size=step_size)  # type: ignore[arg-type]
-        # Capture must not see first-time work (cuDNN's choices, compilation), so that happens on a side stream before.
+        # Capture must not see first-time work (cuDNN's choices, compilation), which happens on a side stream before.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -4,23 +4,16 @@ A plain process, torchrun and a Ray Train worker all call `fit`; only the Report
 """
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.data import (
-    EvaluationBatches,
-    ImageSource,
-    StepBatch,
-    TrainingBatches,
-    load_dataset,
-    split_validation,
-)
+from tla_service.data import EvaluationBatches, ImageSource, StepBatch, load_dataset
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, failing_together, keep_freed_memory, mixed_seed
@@ -29,14 +22,17 @@ from tla_service.training.average import WeightAverage
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
 from tla_service.training.guard import COLLAPSED, collapses, has_collapsed, message
 from tla_service.training.meter import Meter
-from tla_service.training.optimizer import build_optimizer
-from tla_service.training.precheck import check_start, check_weights
+from tla_service.training.optimizer import build_optimizer, set_learning_rate
+from tla_service.training.precheck import check_weights, split_and_check
 from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
 from tla_service.training.result import FitResult, Phases
 from tla_service.training.resume import restore
-from tla_service.training.schedule import learning_rate_factor
+from tla_service.training.roles import average_buffers
 from tla_service.training.step import TrainingStep
+
+Attacks = Mapping[str, EvaluationAttack]
+_rank = itemgetter("validation/robust_accuracy", "validation/clean_accuracy")
 
 
 def fit(
@@ -48,7 +44,9 @@ def fit(
     measure_test: bool = True,
     with_rejector: bool = False,
 ) -> FitResult:
-    """Train, choose the best weights on the validation split, and measure them once on the test set.
+    """Train, select the best weights on the validation split, and measure them once on the test set.
+
+    Returns the same on every rank, except for the detector, which only rank 0 has.
 
     Args:
         config: The run.
@@ -57,9 +55,6 @@ def fit(
         initial_weights: State dict to start from (fine-tuning); ignored by a run that resumes.
         measure_test: Whether to measure on the test set: runs that are compared for selection must not see it.
         with_rejector: Whether to fit the detector that is packaged with the best weights.
-
-    Returns:
-        Metrics, the same on every rank; the detector on rank 0 only.
 
     Raises:
         NonFiniteLossError: The loss became NaN or infinite; all ranks stop together.
@@ -81,17 +76,13 @@ class Run:
         with self.phases("data"), failing_together(context):
             config.check_device(has_gpu=context.device.type == "cuda")
             self.dataset = load_dataset(config.data)
-            self.train_rows, self.validation_rows = split_validation(
-                self.dataset.train.labels, config.data.validation_fraction, config.seed, self.dataset.class_names
-            )
-            self.batches = training_batches(config, self.dataset.train, self.train_rows, context)
+            self.train_rows, self.validation_rows, self.batches = split_and_check(config, self.dataset, context)
             self._data_facts = {
                 "class_names": list(self.dataset.class_names),
                 "image_shape": list(self.dataset.image_shape),
                 "fingerprint": self.dataset.fingerprint,
                 "training_fingerprint": self.dataset.train.digest(),
             }
-            check_start(config, self.dataset, self.train_rows, context.world_size)
         self.total_steps = config.training.epochs * self.batches.steps_per_epoch
         if config.training.max_steps is not None:
             self.total_steps = min(self.total_steps, config.training.max_steps)
@@ -104,9 +95,8 @@ class Run:
         config, context = self.config, self.context
         with self.phases("build"), failing_together(context):
             torch.manual_seed(mixed_seed(config.seed, 0))
-            network = build_model(
-                config.model.name, len(self.dataset.class_names), self.dataset.image_shape, config.model.normalization
-            )
+            classes, shape = len(self.dataset.class_names), self.dataset.image_shape
+            network = build_model(config.model.name, classes, shape, config.model.normalization)
             if initial_weights is not None:
                 check_weights(config, network, initial_weights)
                 network.load_state_dict(dict(initial_weights))
@@ -153,11 +143,9 @@ class Run:
         state.network.train()
         with self.phases("train"):
             for batch in self.batches.epoch(epoch, offset):
-                factor = learning_rate_factor(
-                    self.config.schedule, state.step, self.batches.steps_per_epoch, self.total_steps
+                set_learning_rate(
+                    state.optimizer, self.config, state.step, self.batches.steps_per_epoch, self.total_steps
                 )
-                for group in state.optimizer.param_groups:
-                    group["lr"] = self.config.optimizer.learning_rate * factor
                 self.meter.add(self._update(batch))
                 state.step += 1
                 if state.step == self.total_steps or state.step % self.batches.steps_per_epoch == 0:
@@ -169,15 +157,10 @@ class Run:
         return True
 
     def finish_epoch(self) -> bool:
-        """Average BatchNorm statistics over workers, validate, keep the best weights, save and report.
-
-        Returns:
-            False if the run is to stop here before its end.
-        """
+        """Average BatchNorm statistics, validate, keep the best weights, save and report; False to stop early."""
         state, meter = self.state, self.meter
         epoch = (state.step - 1) // self.batches.steps_per_epoch
-        meter.reduce(self.reporter.stop_requested())
-        meter.check_finite(state.step)
+        meter.reduce(state.step, stop_requested=self.reporter.stop_requested())
         average_buffers(state.network, self.context)
         if state.average is not None:
             average_buffers(state.average.module, self.context)
@@ -222,8 +205,9 @@ class Run:
                     test = self._measure(dataset.test, rows, "evaluation.test", config.evaluation.test, state.network)
             if with_rejector and context.is_main:
                 with self.phases("detector"):
-                    rows = self.train_rows, self.validation_rows
-                    rejector = fit_rejector(state.network, dataset.train, *rows, config, context.device)
+                    rejector = fit_rejector(
+                        state.network, dataset.train, self.train_rows, self.validation_rows, config, context.device
+                    )
         facts = {
             "data_fingerprint": dataset.fingerprint,
             "training_images": str(len(self.train_rows)),
@@ -272,8 +256,7 @@ class Run:
     def _log(self, epoch: int) -> bool:
         """Sum the last steps over the workers and report them; True if the run is to stop."""
         meter, step = self.meter, self.state.step
-        meter.reduce(self.reporter.stop_requested())
-        meter.check_finite(step)
+        meter.reduce(step, stop_requested=self.reporter.stop_requested())
         images_per_step = len(self.train_rows) / self.batches.steps_per_epoch
         self._tell(
             event="step",
@@ -298,12 +281,7 @@ class Run:
         return self._measure(self.dataset.train, rows, "evaluation", attacks, self.state.evaluated)
 
     def _measure(
-        self,
-        source: ImageSource,
-        rows: Tensor,
-        section: str,
-        settings: Mapping[str, EvaluationAttack],
-        network: nn.Module,
+        self, source: ImageSource, rows: Tensor, section: str, settings: Attacks, network: nn.Module
     ) -> dict[str, float]:
         config = self.config
         attacks = {
@@ -321,38 +299,3 @@ class Run:
                 if target is not None:
                     save_checkpoint(target, self.state, self.config, self._data_facts)
                 self.reporter.report(metrics, target, name)
-
-
-def _rank(metrics: Mapping[str, float]) -> tuple[float, float]:
-    return metrics["validation/robust_accuracy"], metrics["validation/clean_accuracy"]
-
-
-def training_batches(config: RunConfig, source: ImageSource, rows: Tensor, context: WorkerContext) -> TrainingBatches:
-    """Batches of some of a source's images, with what the method's mining needs."""
-    config.check_workers(context.world_size)
-    mining = config.mining
-    separate = config.mines_triplets and mining.pool == "separate"
-    pool_size = mining.pool_size if separate else 0
-    if mining.scope == "global":
-        pool_size //= context.world_size
-    return TrainingBatches(
-        source,
-        rows,
-        config.data,
-        context,
-        global_batch_size=config.training.global_batch_size,
-        seed=config.seed,
-        pool_size_per_worker=pool_size,
-        same_class_positives=separate and mining.positives != "own",
-        augment_pool=mining.augment_pool,
-    )
-
-
-def average_buffers(network: nn.Module, context: WorkerContext) -> None:
-    """Make BatchNorm's running statistics the mean over workers: each has seen only its own shards."""
-    if context.world_size == 1:
-        return
-    for buffer in network.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer.div_(context.world_size)

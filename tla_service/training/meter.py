@@ -15,12 +15,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Meter:
-    """Adds up what steps return (`step.TOTALS`), over steps and workers.
-
-    Args:
-        context: This worker.
-        partial_totals: Sums of the epoch so far, over all workers, if it began before a restart.
-    """
+    """Adds up `step.TOTALS` over steps and workers, on top of an epoch's sums before a restart."""
 
     def __init__(self, context: WorkerContext, partial_totals: list[float] | None = None) -> None:
         self._context = context
@@ -35,13 +30,20 @@ class Meter:
         """Add a step's sums (len(TOTALS),); does not wait for the device."""
         self._window[:-1] += totals
 
-    def reduce(self, stop_requested: bool) -> None:  # noqa: FBT001
-        """Sum over all workers what was added since the last call, and read it: the only wait for the device."""
+    def reduce(self, step: int, *, stop_requested: bool) -> None:
+        """Sum over all workers what was added since the last call, and read it: the only wait for the device.
+
+        Raises:
+            NonFiniteLossError: A loss of this epoch was NaN or infinite; on all workers alike.
+        """
         self._window[-1] = float(stop_requested)
         *totals, stop = all_reduce_sum(self._window, self._context).tolist()
         self.epoch_totals = [old + new for old, new in zip(self.epoch_totals, totals, strict=True)]
         self.stop_requested = stop > 0
         self._window.zero_()
+        if not math.isfinite(self.epoch_totals[0]):
+            message = f"the loss is not finite by step {step}; lower optimizer.learning_rate or set optimizer.grad_clip"
+            raise NonFiniteLossError(message)
 
     @property
     def means(self) -> dict[str, float]:
@@ -54,9 +56,3 @@ class Meter:
     def images_per_second(self) -> float:
         """Images trained on per second, over all workers, since the epoch began or resumed here."""
         return (self.epoch_totals[-1] - self._images_before) / (time.perf_counter() - self._begin)
-
-    def check_finite(self, step: int) -> None:
-        """Raise NonFiniteLossError, on all workers alike, if a loss of this epoch was NaN or infinite."""
-        if not math.isfinite(self.epoch_totals[0]):
-            message = f"the loss is not finite by step {step}; lower optimizer.learning_rate or set optimizer.grad_clip"
-            raise NonFiniteLossError(message)

@@ -13,7 +13,7 @@ from tla_service.data import Batch, StepBatch
 from tla_service.models import ImageClassifier, ModelOutput
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.runtime import WorkerContext, autocast, generator
-from tla_service.training.adversary import Adversary, kept_buffers, moved_weights
+from tla_service.training.adversary import Adversary, moved_weights, restored
 from tla_service.training.roles import RoleForward, gather_rows, shard_sizes
 from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
 from tla_service.triplets import Negatives, mine_hardest, mine_random, norm_penalty, pick_positives, triplet_hinge
@@ -96,10 +96,7 @@ class TrainingStep:
         )
 
     def updates(self, batch: StepBatch, *seeds: int) -> Iterator[Tensor]:
-        """Call `backward` for each update on a batch: once, or once per replay of free training.
-
-        The caller updates the weights in between, and clears the gradients.
-        """
+        """`backward` for each update, which the caller makes, on a batch: once, or once per replay of free training."""
         if self.adversary.kind != "free" or self.config.method == "natural":
             yield self.backward(batch, *seeds)
             return
@@ -114,14 +111,10 @@ class TrainingStep:
             perturbation = self.adversary.next_perturbation(perturbation, adversarial.grad)
 
     def backward(self, batch: StepBatch, *seeds: int) -> Tensor:
-        """Compute the gradients of the batch's loss, averaged over workers.
+        """Compute the gradients of the loss on this worker's share of a step, averaged over workers.
 
-        Args:
-            batch: This worker's share of the step.
-            *seeds: Numbers that fix this step's random draws.
-
-        Returns:
-            Sums over this worker's images, in the order of `TOTALS`: float64, on the device.
+        The seeds determine the random draws. Returns sums over this worker's images, in the order of `TOTALS`: float64,
+        on the device.
         """
         batch = self._laid_out(batch)
         random = generator(self.context.device, *seeds)
@@ -129,7 +122,7 @@ class TrainingStep:
         if not self.config.attack.awp:
             return self._descend(batch, adversarial, random)
         before = random.get_state()
-        with kept_buffers(self.network):
+        with restored(self.network.buffers()):
             self._descend(batch, adversarial, random)
         # Both passes take the same loss: adversarial images (Wu et al. 2020, algorithm 1), noise and negatives.
         # Negatives mined again at the moved weights would make another loss than the one those weights ascended.
@@ -169,12 +162,13 @@ class TrainingStep:
         """
         clean = batch.anchors.images
         if adversarial is None:
-            roles = Roles(*self._forward(clean))
+            roles = Roles(self._forward(clean)[0])
         elif self.config.mines_triplets:
             mine = self._mine_in_batch if self.config.mining.pool == "batch" else self._mine_in_pool
             roles = mine(batch, adversarial, random, mined)
         else:
-            roles = Roles(*self._forward(adversarial, *([clean] if self.needs_clean else [])))
+            attacked, *others = self._forward(adversarial, *([clean] if self.needs_clean else []))
+            roles = Roles(attacked, others[0] if others else None)
         return self._loss(roles, batch)
 
     def _mine_in_batch(
@@ -225,8 +219,7 @@ class TrainingStep:
 
     def _forward(self, *images: Tensor) -> tuple[ModelOutput, ...]:
         with autocast(self.config.training.precision, self.context.device):
-            outputs: tuple[ModelOutput, ...] = self.wrapped(*images)
-        return outputs
+            return self.wrapped(*images)
 
     def _mine(
         self,

@@ -1,4 +1,4 @@
-"""Terms on logits and embeddings, image by image, in float32 or wider."""
+"""Loss terms on logits and embeddings, per image, in float32 or wider."""
 
 import torch
 import torch.nn.functional as F

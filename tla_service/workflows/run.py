@@ -17,7 +17,7 @@ from tla_service.cluster.storage import RunFolder, check_storage, earlier_name
 from tla_service.cluster.train import Record, TrainedRun, train_on_ray
 from tla_service.config import RunConfig, TrackingConfig
 from tla_service.data import Dataset
-from tla_service.errors import UnavailableError
+from tla_service.errors import UnavailableError, without_credentials
 from tla_service.evaluation.figures import attack_panel, training_curves
 from tla_service.inference.detector import Rejector
 from tla_service.job import INTERRUPTED, next_command
@@ -182,9 +182,9 @@ def open_terminal(config: RunConfig, *, json_logs: bool) -> tuple[Terminal, dict
 def show_end(summary: Mapping[str, Any], terminal: Terminal) -> None:
     """Show the summary and, on the last line, how to evaluate the model, registered or not."""
     show_summary(summary, terminal)
-    uri = summary["tracking_uri"]
-    # Where a flag, not the environment, named the server; never with credentials.
-    where = [] if tracking_uri(TrackingConfig()) == uri or "@" in uri else ["--tracking.uri", uri]
+    uri = without_credentials(summary["tracking_uri"])
+    # The flag is needed unless the environment names the same store.
+    where = [] if without_credentials(tracking_uri(TrackingConfig())) == uri else ["--tracking.uri", uri]
     terminal.say(next_command("evaluate_tla.py", "--model", summary["model_uri"], *where))
 
 
@@ -202,7 +202,7 @@ def _conclude(
     # What resuming takes. The best weights, in it too, are packaged below.
     files |= {f"checkpoint/{path.name}": path for path in trained.checkpoint.iterdir()}
     log_files(tracked.uri, tracked.run_id, files)
-    packaged = log_model(
+    model_uri = log_model(
         tracked.uri,
         tracked.run_id,
         state_dict=trained.best_weights,
@@ -219,8 +219,8 @@ def _conclude(
     seconds = {"start": start_seconds, **summary["wall_seconds"], "register": time.monotonic() - begin}
     return summary | {
         "run_id": tracked.run_id,
-        "tracking_uri": tracked.uri,
-        "model_uri": packaged.model_uri,
+        "tracking_uri": without_credentials(tracked.uri),
+        "model_uri": model_uri,
         "wall_seconds": {name: round(value, 2) for name, value in seconds.items()},
         "restarts": tracked.restarts,
         "figures": [str(path) for path in figures],
