@@ -23,9 +23,10 @@ S3_START_SECONDS = 60  # 1 on an idle machine
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m gpu`, collect only files with such tests: the others import packages that a GPU machine may lack."""
-    if config.option.markexpr == "gpu" and collection_path.name.startswith("test_"):
-        return "mark.gpu" not in collection_path.read_text() or None
-    return None
+    if config.option.markexpr != "gpu":
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return not any("mark.gpu" in file.read_text() for file in files) or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
