@@ -30,6 +30,24 @@ def count_slots(placement: Placement) -> int:
     return check_room([node["Resources"] for node in ray.nodes() if node["Alive"]], placement)
 
 
+def max_concurrent(scaling: ScalingConfig, most: int | None, placement: Placement) -> int:
+    """Trials in parallel: one more than fit, so that its processes are up when resources become free.
+
+    Args:
+        scaling: With `wait_seconds` the cluster grows, so what fits now says nothing; `most` must be given.
+        most: The limit that was configured.
+        placement: Workers of a trial.
+
+    Raises:
+        UnavailableError: Not one trial fits.
+    """
+    if scaling.wait_seconds > 0:
+        assert most is not None
+        return most
+    room = count_slots(placement) + 1
+    return room if most is None else min(most, room)
+
+
 def check_room(nodes: Sequence[Mapping[str, float]], placement: Placement) -> int:
     """See that a trial can be placed at all; returns how many whose workers all find room together.
 

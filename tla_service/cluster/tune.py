@@ -4,9 +4,12 @@ An attempt is a Tune experiment of its own (`tune-001`, `tune-002`, ...). `Tuner
 could change neither the number of trials nor the budget (ray/tune/search/search_generator.py, tune_controller.py).
 """
 
+import contextlib
+import itertools
 import os
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +51,7 @@ class Plan:
         weights: State dict that trials start from, or None.
         max_concurrent: Trials at a time.
         wait_seconds: How long the first trial may wait for its workers; 0: for ever.
+        repeat_failed: Whether failed trials are run again.
     """
 
     space: Space
@@ -56,6 +60,7 @@ class Plan:
     weights: Mapping[str, Tensor] | None
     max_concurrent: int
     wait_seconds: float = 0.0
+    repeat_failed: bool = False
 
     @property
     def gpus(self) -> float:
@@ -74,12 +79,19 @@ def run_trials(plan: Plan, budget: "Budget", log: tune.Callback, *, debug: bool 
     """
     space, sweep = plan.space, plan.space.sweep
     before = read_trials(plan.storage)
-    ended = [trial for trial in before if trial.status != "running"]
+    open_status = ("running", "failed") if plan.repeat_failed else ("running",)
+    ended = [trial for trial in before if trial.status not in open_status]
     grid: list[dict[str, Any]] = []
     if sweep.searcher == "grid":
-        points = enumerate(space.grid()[: sweep.num_samples])
-        done = {trial.number for trial in ended}
-        grid = [{"number": number, "point": point} for number, point in points if number not in done]
+        done, numbers = (
+            {key_of(trial.point) for trial in ended},
+            {key_of(trial.point): trial.number for trial in before},
+        )
+        new = itertools.count(max(numbers.values(), default=-1) + 1)
+        for point in space.grid()[: sweep.num_samples]:
+            number = numbers[key_of(point)] if key_of(point) in numbers else next(new)
+            if key_of(point) not in done:
+                grid.append({"number": number, "point": point})
     num_left = len(grid) if sweep.searcher == "grid" else (sweep.num_samples or DEFAULT_SAMPLES) - len(ended)
     if num_left <= 0 or budget.stop_all():
         return
@@ -301,3 +313,21 @@ class Budget(Stopper, tune.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+
+@contextlib.contextmanager
+def stop_on_signal(budget: Budget) -> Iterator[None]:
+    """First SIGINT or SIGTERM: end the sweep in good order; second: KeyboardInterrupt."""
+
+    def handle(_signal: int, _frame: object) -> None:
+        if budget.interrupted:
+            raise KeyboardInterrupt
+        budget.interrupted = True
+        os.write(2, b"stopping the sweep; interrupt again to stop at once\n")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -170,6 +170,12 @@ class Trial:
         """The best score; None before the first validation."""
         return best_of(self.curve)
 
+    @property
+    def best_accuracies(self) -> dict[str, float]:
+        """The accuracies of the best score by name; empty before the first validation."""
+        best = self.best
+        return {} if best is None else {name: value for name, value in best._asdict().items() if name != "epochs"}
+
     def value(self, objective: Objective) -> float | None:
         """An objective at the best score; None before the first validation."""
         return None if self.best is None else float(getattr(self.best, objective))
@@ -212,12 +218,11 @@ def counts(trials: Sequence[Trial]) -> str:
 
 def _row(trial: Trial, space: Space) -> dict[str, Any]:
     best = trial.best
-    accuracies = {} if best is None else {f"validation/{n}": v for n, v in best._asdict().items() if n != "epochs"}
     return {
         "trial": trial.number,
         "status": trial.status,
         **{axis.name: trial.point[axis.name] for axis in space.axes},
-        **accuracies,
+        **{f"validation/{name}": value for name, value in trial.best_accuracies.items()},
         **{f"test/{name}": value for name, value in trial.test.items()},
         "best_epoch": None if best is None else best.epochs - 1,
         "epochs": trial.epochs,

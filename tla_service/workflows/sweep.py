@@ -2,20 +2,17 @@
 
 import contextlib
 import json
-import os
-import signal
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tla_service.cluster.attempts import attempts, read_trials
 from tla_service.cluster.folder import Folder
 from tla_service.cluster.lease import Lease, held
-from tla_service.cluster.session import Placement, check_dashboard, check_storage, place, ray_session
-from tla_service.cluster.slots import count_slots, workers_per_trial
+from tla_service.cluster.session import check_dashboard, check_storage, place, ray_session
+from tla_service.cluster.slots import max_concurrent, workers_per_trial
 from tla_service.cluster.trial_log import RunStatus, TrialLog
-from tla_service.cluster.tune import DEFAULT_SAMPLES, Budget, Plan, run_trials
+from tla_service.cluster.tune import DEFAULT_SAMPLES, Budget, Plan, run_trials, stop_on_signal
 from tla_service.config import RunConfig
 from tla_service.config.loading import load_config_file, to_yaml
 from tla_service.config.yaml_files import parse_yaml
@@ -72,9 +69,8 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
             run = _workers(run, workers_per_trial(run.scaling))
             placement = place(run)
             check_ends(space, facts, placement.num_workers)
-            plan = Plan(
-                space, uri, placement, facts.weights, _max_concurrent(run, space, placement), run.scaling.wait_seconds
-            )
+            most = max_concurrent(run.scaling, space.sweep.max_concurrent, placement)
+            plan = Plan(space, uri, placement, facts.weights, most, run.scaling.wait_seconds)
             storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
             return _search(plan, run, facts, output, lease, debug=debug)
 
@@ -148,16 +144,6 @@ def _workers(run: RunConfig, number: int) -> RunConfig:
     return run.model_copy(update={"scaling": run.scaling.model_copy(update={"num_workers": number})})
 
 
-def _max_concurrent(run: RunConfig, space: Space, placement: Placement) -> int:
-    """Trials at a time: one more than fit, so that its processes are up when a place becomes free."""
-    most = space.sweep.max_concurrent
-    if run.scaling.wait_seconds > 0:  # the cluster grows, so what fits now says nothing
-        assert most is not None
-        return most
-    slots = count_slots(placement)
-    return slots + 1 if most is None else min(most, slots + 1)
-
-
 # ---------------------------------------------------------------------------------------------------- the search
 
 
@@ -175,7 +161,7 @@ def _search(plan: Plan, run: RunConfig, facts: Facts, output: Path, lease: Lease
         before = read_trials(plan.storage)
         if before:
             log.say(f"continuing: {counts(before)}")
-        with _stop_on_signal(budget):
+        with stop_on_signal(budget):
             run_trials(plan, budget, log, debug=debug)
         if budget.error is not None:
             raise budget.error
@@ -189,24 +175,6 @@ def _search(plan: Plan, run: RunConfig, facts: Facts, output: Path, lease: Lease
         log.say("stopped; the same command with --resume continues from the trials' last checkpoints")
         return INTERRUPTED
     return 1 if failed else 0
-
-
-@contextlib.contextmanager
-def _stop_on_signal(budget: Budget) -> Iterator[None]:
-    """First SIGINT or SIGTERM: end the sweep in good order; second: KeyboardInterrupt."""
-
-    def handle(_signal: int, _frame: object) -> None:
-        if budget.interrupted:
-            raise KeyboardInterrupt
-        budget.interrupted = True
-        os.write(2, b"stopping the sweep; interrupt again to stop at once\n")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, output: Path, log: TrialLog) -> None:
@@ -231,7 +199,7 @@ def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, o
     if best is not None and best.best is not None:
         (output / WINNER).write_text(to_yaml(winning_run(space, best, run)))
         files[WINNER] = output / WINNER
-        metrics = {f"best/{name}": value for name, value in best.best._asdict().items() if name != "epochs"}
+        metrics = {f"best/{name}": value for name, value in best.best_accuracies.items()}
     figures = draw_all(trials, space, output / "figures")
     log.store(files | {f"figures/{path.name}": path for path in figures}, metrics, len(attempts(plan.storage)))
     log.say("")

@@ -1,4 +1,4 @@
-"""Figures over seeds: means with intervals, and methods compared seed by seed."""
+"""Statistics over seeds: means with intervals, and methods compared seed by seed."""
 
 import json
 import math
@@ -11,12 +11,12 @@ from typing import Any
 from tla_service.evaluation.intervals import CONFIDENCE, paired_difference
 from tla_service.evaluation.outcomes import load_outcome
 from tla_service.results.measure import AUTOATTACK, MEASURED, OUTCOME
-from tla_service.results.tables import Unit
+from tla_service.results.runs import TableRun
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95% interval; `count` seeds, or the images of the only seed."""
+    """A mean with its 95% interval, over seeds or over the images of the only one."""
 
     value: float
     low: float
@@ -29,21 +29,21 @@ class Row:
     """The finished runs of a method or a pool size, in the order of their seeds."""
 
     label: str
-    units: tuple[Unit, ...]
+    runs: tuple[TableRun, ...]
     measured: tuple[dict[str, Any], ...]
     folders: tuple[Path, ...]
 
     def values(self, name: str) -> list[float]:
-        """A figure of each run, as fractions; runs without it are left out."""
+        """A figure of each run, as fractions, without the runs that lack it."""
         found = (figure(measured, name) for measured in self.measured)
         return [value for value in found if value is not None]
 
 
-def read_row(label: str, units: Sequence[Unit], state: Path) -> Row:
+def read_row(label: str, runs: Sequence[TableRun], state: Path) -> Row:
     """The finished ones of some runs."""
-    done = [unit for unit in units if (state / unit.name / MEASURED).exists()]
-    measured = tuple(json.loads((state / unit.name / MEASURED).read_text()) for unit in done)
-    return Row(label, tuple(done), measured, tuple(state / unit.name for unit in done))
+    done = tuple(run for run in runs if (state / run.name / MEASURED).exists())
+    folders = tuple(state / run.name for run in done)
+    return Row(label, done, tuple(json.loads((folder / MEASURED).read_text()) for folder in folders), folders)
 
 
 def figure(measured: dict[str, Any], name: str) -> float | None:
@@ -79,8 +79,8 @@ def difference(first: Row, second: Row, name: str) -> Estimate | None:
 
     With one seed in common an accuracy's interval is over its images instead (Newcombe's, paired).
     """
-    other = {unit.seed: place for place, unit in enumerate(second.units)}
-    pairs = [(place, other[unit.seed]) for place, unit in enumerate(first.units) if unit.seed in other]
+    other = {run.seed: place for place, run in enumerate(second.runs)}
+    pairs = [(place, other[run.seed]) for place, run in enumerate(first.runs) if run.seed in other]
     found = [(figure(first.measured[a], name), figure(second.measured[b], name)) for a, b in pairs]
     values = [one - two for one, two in found if one is not None and two is not None]
     estimate = over_seeds(values)

@@ -1,46 +1,41 @@
 """What a table trains and measures, in which order, and what is refused."""
 
-import json
-import os
 import re
-import signal
-from pathlib import Path
 
 import pytest
 
 from tests.results.conftest import settings_of
 from tla_service.config.loading import load_settings
 from tla_service.errors import ConfigError
-from tla_service.lock import locked_folder
-from tla_service.results.places import LocalPlaces
-from tla_service.results.reproduce import reproduce_here
-from tla_service.results.schedule import Scheduler, open_state
-from tla_service.results.tables import measures, run_config, units
+from tla_service.results.runs import measures, run_config, table_runs, table_space
 
 
 @pytest.mark.parametrize("table", ["mnist", "cifar10", "tiny_imagenet"])
 def test_without_a_budget_runs_are_the_presets(table: str) -> None:
     settings = settings_of("--table", table, "--data.root", "/data")
     preset = load_settings(["--preset", table, "--data.root", "/data"]).run_config
-    for unit in units(settings):
-        ours = run_config(settings, unit)
+    runs = table_runs(settings)
+    space = table_space(settings, runs)
+    for run in runs:
+        ours = run_config(space, run)
         assert ours.training == preset.training
         assert ours.loss == preset.loss
-        assert (ours.method, ours.seed) == (unit.method, unit.seed)
-        assert ours.mining.pool_size == (unit.pool_size or preset.mining.pool_size)
-    assert "attacks" not in measures(settings, next(units(settings)))  # the paper's columns, transfer among them
+        assert (ours.method, ours.seed) == (run.method, run.seed)
+        assert ours.mining.pool_size == (run.pool_size or preset.mining.pool_size)
+    assert "attacks" not in measures(settings, runs[0])  # the paper's columns, transfer among them
 
 
 @pytest.mark.parametrize("table", ["mnist", "cifar10", "tiny_imagenet"])
 def test_the_modern_recipe_is_its_preset_for_every_method(table: str) -> None:
     settings = settings_of("--table", table, "--recipe", "modern", "--data.root", "/data")
-    todo = list(units(settings))
-    assert [unit.method for unit in todo] == ["at", "trades", "tla"] * 3
+    todo = table_runs(settings)
+    space = table_space(settings, todo)
+    assert [run.method for run in todo] == ["at", "trades", "tla"] * 3
     preset = load_settings(["--preset", f"modern_{table}", "--data.root", "/data"]).run_config
-    for unit in todo:
-        ours = run_config(settings, unit)
+    for run in todo:
+        ours = run_config(space, run)
         assert (ours.training, ours.optimizer, ours.attack) == (preset.training, preset.optimizer, preset.attack)
-        assert ours.robust_weight == {"trades": 1.0 if table == "mnist" else 6.0}.get(unit.method, 0.0)
+        assert ours.robust_weight == {"trades": 1.0 if table == "mnist" else 6.0}.get(run.method, 0.0)
     assert settings.state_folder.name == f"{table}-modern"
     assert settings.page.name == f"{table}-modern.md"
 
@@ -49,8 +44,9 @@ def test_the_modern_recipe_is_its_preset_for_every_method(table: str) -> None:
 def test_a_budget_shortens_all_runs_alike(table: str) -> None:
     root = () if table == "digits" else ("--data.root", "/data")
     settings = settings_of("--table", table, "--budget", "60", *root)
-    todo = list(units(settings))
-    runs = [run_config(settings, unit) for unit in todo]
+    todo = table_runs(settings)
+    space = table_space(settings, todo)
+    runs = [run_config(space, run) for run in todo]
     assert {run.training.max_steps for run in runs} == {215}
     assert len({run.model.name for run in runs}) == 1
     assert measures(settings, todo[0])["images"]["autoattack"] == 500
@@ -58,42 +54,11 @@ def test_a_budget_shortens_all_runs_alike(table: str) -> None:
 
 
 def test_seeds_come_one_after_another_and_lend_surrogates() -> None:
-    found = [unit for unit in units(settings_of("--table", "digits", "--seeds", "2")) if unit.pool_size is None]
-    assert [unit.seed for unit in found] == [0] * 6 + [1] * 6
-    assert {unit.name: unit.surrogate for unit in found}["tla-s1"] == "tla-s0"
-    alone = next(units(settings_of("--table", "digits", "--seeds", "1")))
+    found = [run for run in table_runs(settings_of("--table", "digits", "--seeds", "2")) if run.pool_size is None]
+    assert [run.seed for run in found] == [0] * 6 + [1] * 6
+    assert {run.name: run.surrogate for run in found}["tla-s1"] == "tla-s0"
+    alone = table_runs(settings_of("--table", "digits", "--seeds", "1"))[0]
     assert alone.surrogate is None
-
-
-def test_the_next_stage_measures_before_it_trains_more(tmp_path: Path) -> None:
-    settings = settings_of(
-        "--table", "digits", "--seeds", "2", "--methods", "at", "--no-pools", "--state", str(tmp_path)
-    )
-    todo = list(units(settings))
-    scheduler = Scheduler(settings, LocalPlaces(1), lambda _text: None)
-
-    def upcoming() -> tuple[str, str] | None:
-        found = scheduler._next(todo)
-        return (found[0].name, found[1]) if found else None
-
-    assert upcoming() == ("at-s0", "train")
-    for name in ("at-s0", "at-s1"):
-        assert upcoming() == (name, "train")  # the surrogate first
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").write_text("{}")
-    assert upcoming() == ("at-s0", "measure")
-    scheduler.failed["at-s0"] = "killed"
-    assert upcoming() == ("at-s1", "measure")
-    (tmp_path / "at-s1" / "measured.json").write_text("{}")
-    assert upcoming() is None
-
-
-def test_a_folder_of_another_table_is_refused(tmp_path: Path) -> None:
-    open_state(settings_of("--table", "digits", "--budget", "5", "--state", str(tmp_path)))
-    open_state(settings_of("--table", "digits", "--budget", "5", "--state", str(tmp_path), "--seeds", "9"))
-    with pytest.raises(ConfigError, match="holds another table or other settings"):
-        open_state(settings_of("--table", "digits", "--state", str(tmp_path)))
-    assert json.loads((tmp_path / "table.json").read_text()) == {"table": "digits", "settings": "5-minutes"}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +67,7 @@ def test_a_folder_of_another_table_is_refused(tmp_path: Path) -> None:
         ("--table mnist", "data.root=None: mnist is not embedded; give a folder"),
         ("--table digits --methods at --methods at", "methods=at,at: names a method twice"),
         ("--table digits --budget 0", "budget=0: .*greater than 0"),
+        ("--table digits --scaling.address x:1 --scaling.wait_seconds 60", "side_by_side=None: with scaling.wait_sec"),
         ("--table imagenet", "table=imagenet: .*not one of"),
     ],
 )
@@ -114,7 +80,9 @@ def test_wrong_settings_are_refused(flags: str, message: str) -> None:
 @pytest.mark.parametrize("table", ["mnist", "cifar10", "tiny_imagenet"])
 def test_the_shortened_modern_recipe_is_the_same_for_every_method(table: str) -> None:
     settings = settings_of("--table", table, "--recipe", "modern", "--budget", "22.5", "--data.root", "/data")
-    runs = [run_config(settings, unit) for unit in units(settings)]
+    todo = table_runs(settings)
+    space = table_space(settings, todo)
+    runs = [run_config(space, run) for run in todo]
     assert [run.method for run in runs] == ["at", "trades", "tla"] * 3
     assert {run.training.max_steps for run in runs} == {215}
     first, preset = runs[0], load_settings(["--preset", f"modern_{table}", "--data.root", "/data"]).run_config
@@ -130,13 +98,3 @@ def test_the_shortened_modern_recipe_is_the_same_for_every_method(table: str) ->
 def test_digits_have_no_modern_recipe() -> None:
     with pytest.raises(ConfigError, match="recipe=modern: there is no such preset for digits"):
         settings_of("--table", "digits", "--recipe", "modern")
-
-
-def test_a_table_that_another_process_is_at_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    settings = settings_of("--table", "digits", "--state", str(tmp_path / "state"))
-    with (
-        locked_folder(tmp_path / "state", "state"),
-        pytest.raises(ConfigError, match=rf"state={tmp_path}/state: in use by process {os.getpid()} on "),
-    ):
-        reproduce_here(settings)

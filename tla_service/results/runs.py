@@ -1,0 +1,145 @@
+"""The runs of a table, as a grid with one axis: the paper's settings, or reduced ones that two CPU cores finish."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tla_service.config import RunConfig
+from tla_service.config.adversary import EvaluationAttack
+from tla_service.config.loading import RunSettings, read_settings
+from tla_service.evaluation.paper_columns import paper_columns
+from tla_service.results.settings import ReproduceSettings
+from tla_service.tuning.settings import Dimension, SweepConfig
+from tla_service.tuning.space import Space
+
+AXIS = "run"
+POOL_SIZES = (1, 250, 500, 1000, 2000)
+# The reduced settings at full length: minutes on two cores; smaller budgets scale steps and images down.
+FULL_MINUTES = {"paper": 120.0, "modern": 45.0}
+FULL_STEPS, FULL_IMAGES = 430, 1000
+_REDUCED_PRESET = {"mnist": "mnist_small", "digits": "digits"}
+# The paper's networks are too large for a CPU; this one is not, and learns CIFAR-10 poorly. The page says so.
+_REDUCED = "--model.name small_cnn --training.global_batch_size 256"
+_REDUCED_PAPER = dict.fromkeys(("cifar10", "tiny_imagenet"), f"{_REDUCED} --mining.pool batch ")
+# In so few steps: a learning rate that rises and falls once, and averages over ten steps instead of a thousand (0.9
+# was better than 0.98 for all three methods, on validation).
+_REDUCED_MODERN = (
+    f"{_REDUCED} --training.epochs 2 --training.ema_decay 0.9 --no-training.channels_last --schedule.name cyclic "
+    "--schedule.warmup 0 --evaluation.every_epochs 1 "
+)
+# As in the paper's reduced recipe: what learns at this radius in so few steps.
+_REDUCED_MODERN_MNIST = (
+    "--attack.step_size 0.075 --attack.num_steps 7 --attack.warmup 0.5 --optimizer.learning_rate 0.01 "
+    "--evaluation.validation.step_size 0.03 --evaluation.validation.num_steps 20"
+)
+# TRADES' weight on MNIST (Zhang et al. 2019, section 5.3.1).
+_MODERN_FIELDS = {("mnist", "trades"): {"loss.robust_weight": 1.0}}
+
+
+@dataclass(frozen=True)
+class TableRun:
+    """One run of a table: trained, then measured.
+
+    Attributes:
+        name: Also of its folder.
+        method: As configured.
+        seed: As configured.
+        pool_size: In the study of pool sizes; None for a row of the table.
+        surrogate: Run that transfer attacks are crafted on: the same method with the next seed.
+    """
+
+    name: str
+    method: str
+    seed: int
+    pool_size: int | None = None
+    surrogate: str | None = None
+
+
+def table_runs(settings: ReproduceSettings) -> list[TableRun]:
+    """All runs, seed by seed, so that an unfinished table has every method; the study of pool sizes last."""
+    seeds, runs = range(settings.seeds), list[TableRun]()
+    for seed in seeds:
+        for method in settings.all_methods:
+            other = f"{method}-s{(seed + 1) % len(seeds)}" if len(seeds) > 1 else None
+            runs.append(TableRun(f"{method}-s{seed}", method, seed, surrogate=other))
+    if settings.pools and settings.recipe == "paper":
+        runs += [TableRun(f"tla-pool{size}-s{seed}", "tla", seed, size) for seed in seeds for size in POOL_SIZES]
+    return runs
+
+
+def share_of_budget(settings: ReproduceSettings) -> float:
+    """The fraction of the reduced settings' full length that the budget allows, at most 1."""
+    full = FULL_MINUTES[settings.recipe]
+    return min(1.0, (settings.budget or full) / full)
+
+
+def table_space(settings: ReproduceSettings, runs: Sequence[TableRun], **sweep: Any) -> Space:
+    """The grid of some runs of the table.
+
+    Args:
+        settings: The table.
+        runs: Which of its runs.
+        sweep: Further settings of the search.
+    """
+    variants = {}
+    for run in runs:
+        pool = {} if run.pool_size is None else {"mining.pool": "separate", "mining.pool_size": run.pool_size}
+        modern = _MODERN_FIELDS.get((settings.table, run.method), {}) if settings.recipe == "modern" else {}
+        variants[run.name] = {"method": run.method, "seed": run.seed, **pool, **modern}
+    grid = SweepConfig(
+        name=f"{settings.table}-{settings.budget_name}",
+        space={AXIS: Dimension(variants=variants)},
+        searcher="grid",
+        scheduler="none",
+        measure_test=True,
+        failures_in_a_row=len(variants) + 1,
+        max_concurrent=settings.side_by_side,
+        **sweep,
+    )
+    return Space(_shared(settings), grid)
+
+
+def run_config(space: Space, run: TableRun) -> RunConfig:
+    """The configuration of one run of the grid."""
+    return space.apply({AXIS: run.name}, full_length=True).model_copy(update={"name": run.name})
+
+
+def _shared(settings: ReproduceSettings) -> RunConfig:
+    """What all runs have in common: the preset, shortened if there is a budget."""
+    preset = settings.table if settings.recipe == "paper" else f"modern_{settings.table}"
+    flags: list[str] = []
+    if settings.budget is not None:
+        steps = max(2, round(FULL_STEPS * share_of_budget(settings)))
+        flags += ["--training.max_steps", str(steps), "--evaluation.validation_limit", "500"]
+        if settings.recipe == "modern":
+            flags += shlex.split(_REDUCED_MODERN + (_REDUCED_MODERN_MNIST if settings.table == "mnist" else ""))
+        else:
+            preset = _REDUCED_PRESET.get(settings.table, settings.table)
+            flags += shlex.split(_REDUCED_PAPER.get(settings.table, ""))
+    if settings.data.root is not None:
+        flags += ["--data.root", settings.data.root]
+    config = read_settings(RunSettings, ["--preset", preset, *flags]).run_config
+    # The evaluation measures the test set; the training's own test is kept short.
+    short = config.evaluation.model_copy(update={"test": {"fgsm": EvaluationAttack(kind="fgsm")}})
+    # More workers mine negatives in smaller shares of the batch: a run has one unless told otherwise.
+    workers = 1 if settings.scaling.num_workers == "auto" else settings.scaling.num_workers
+    scaling = settings.scaling.model_copy(update={"num_workers": workers})
+    return config.model_copy(update={"evaluation": short, "scaling": scaling, "tracking": settings.tracking})
+
+
+def measures(settings: ReproduceSettings, run: TableRun) -> dict[str, Any]:
+    """Settings of the evaluation (`EvaluateSettings`) of a run."""
+    columns = {name: attack.model_dump() for name, attack in paper_columns(settings.table).attacks.items()}
+    images: dict[str, Any] = {"curves": 0, "sparse": 0, "audit": 0}
+    if settings.budget is not None:
+        count = max(20, round(FULL_IMAGES * share_of_budget(settings)))
+        images |= {"attacks": count, "autoattack": count, "representation": count, "bank": 10 * count}
+    if run.pool_size is not None:
+        images |= {"autoattack": 0, "representation": 0}
+    given: dict[str, Any] = {"model": run.name, "images": images, "log": False}
+    if settings.budget is not None or run.pool_size is not None:
+        # Twenty restarts of PGD-100 cost as much as all other columns together, AutoAttack included. Without attacks
+        # of its own an evaluation takes the paper's, transfer attacks included.
+        given["attacks"] = {name: attack for name, attack in columns.items() if attack["num_restarts"] == 1}
+    return given
