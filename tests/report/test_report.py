@@ -39,7 +39,7 @@ from tla_service.report.plan import (
     single_tasks,
     surrogate_task,
 )
-from tla_service.report.tasks import Task, run_here, select
+from tla_service.report.tasks import Shard, Task, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
 
@@ -53,8 +53,12 @@ def plan() -> Plan:
 
 def run(task: Task, seed: int = 0) -> Any:
     source = digits().train if task.split == "train" else digits().test
-    rows = torch.arange(len(source))
-    return run_here(task, trained(seed), None, source.fetch(rows), source.labels, CPU)
+    parts = []
+    for _, rows in task.shards():
+        chosen = torch.from_numpy(rows)
+        shard = Shard(source.fetch(chosen), source.labels[chosen], rows, CPU)
+        parts.append(task.measurement.run(trained(seed), None, shard))
+    return task.measurement.merge(parts)
 
 
 def tasks() -> list[Task]:

@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from tla_service.cluster.session import ray_session
-from tla_service.cluster.shards import Slots, find_slots
+from tla_service.cluster.tasks import Slots, find_slots
 from tla_service.errors import UnavailableError
 from tla_service.files import write_whole
 from tla_service.job import INTERRUPTED

@@ -26,7 +26,7 @@ from tla_service.report import findings as fd
 from tla_service.report.audit_facts import autoattack_warnings
 from tla_service.report.plan import Plan, attack_tasks, bank_rows, embedding_tasks, make_plan
 from tla_service.report.settings import EvaluateSettings
-from tla_service.report.tasks import Shard, Task, shard_file
+from tla_service.report.tasks import Shard, Task
 from tla_service.runtime import hardware, keep_freed_memory
 from tla_service.training.checkpoint import MANIFEST, read_weights
 from tla_service.training.output import CONFIG
@@ -89,7 +89,7 @@ def _measure(
     """All shards of a task that are not there yet."""
     source = dataset.train if task.split == "train" else dataset.test
     for name, rows in task.shards():
-        path = shard_file(folder, name)
+        path = folder / "shards" / name
         try:
             load_arrays(path)
         except UnavailableError:
@@ -101,7 +101,7 @@ def _measure(
 
 
 def _merge(task: Task, folder: Path) -> Any:
-    return task.measurement.merge([load_arrays(shard_file(folder, name)) for name, _ in task.shards()])
+    return task.measurement.merge([load_arrays(folder / "shards" / name) for name, _ in task.shards()])
 
 
 def _seconds(folder: Path) -> dict[str, float]:
