@@ -22,7 +22,7 @@ from tla_service.errors import UnavailableError
 from tla_service.evaluation.audit import audit
 from tla_service.evaluation.embedding import Embedded, embed, embed_attacked
 from tla_service.evaluation.intervals import BoolArray
-from tla_service.evaluation.mode import evaluating, float32
+from tla_service.evaluation.mode import as_pixels, evaluating, float32, logits_of
 from tla_service.evaluation.outcomes import (
     Arrays,
     ShardOutcome,
@@ -32,7 +32,7 @@ from tla_service.evaluation.outcomes import (
     outcome_from,
     save_arrays,
 )
-from tla_service.evaluation.suite import as_pixels, evaluate_shard, logits_of
+from tla_service.evaluation.suite import evaluate_shard
 from tla_service.evaluation.surrogate import TrainedSurrogate, train_surrogate
 from tla_service.inference.detector import Floats
 from tla_service.runtime import hardware, mixed_seed
