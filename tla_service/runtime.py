@@ -163,3 +163,8 @@ def keep_freed_memory() -> None:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Run the network in bfloat16 where the run asks for it; parameters, losses and attacks stay as they are."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """Float32 for what autocast made shorter, everything else as it is."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

@@ -10,9 +10,10 @@ import torch
 from mlflow import MlflowClient
 
 from tests.registry.tracking_server import Packaged
+from tla_service.attacks import UNBROKEN
 from tla_service.data.splits import gate_images
 from tla_service.evaluation.intervals import class_accuracy
-from tla_service.evaluation.outcomes import STANDS, AutoAttackRun, ShardOutcome, save_outcome
+from tla_service.evaluation.outcomes import AutoAttackRun, ShardOutcome, save_outcome
 from tla_service.report.schema import Report, ThreatModel, artifact_folder, evaluations_folder, write_report
 from tla_service.tracking.runs import log_files
 
@@ -31,9 +32,9 @@ def fates(clean: int, autoattack: int, *, images: int = IMAGES, shuffle: int | N
     broken = {"clean": np.zeros(images, np.int64), "autoattack": np.zeros(images, np.int64)}
     for group, share in ((own, 0.25), (rest, 0.75)):
         right, standing = (round(share * count) for count in (clean, autoattack))
-        broken["clean"][group[:right]] = STANDS
+        broken["clean"][group[:right]] = UNBROKEN
         broken["autoattack"][group[:right]] = 1
-        broken["autoattack"][group[:standing]] = STANDS
+        broken["autoattack"][group[:standing]] = UNBROKEN
     return ShardOutcome(np.arange(images), labels, broken, gate=gate)
 
 

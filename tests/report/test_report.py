@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from tests.report.subjects import digits, settings, trained
-from tla_service.attacks import Attack, attack_images
+from tla_service.attacks import UNBROKEN, Attack, attack_images
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.detection import fit_detector
-from tla_service.evaluation.outcomes import STANDS, ShardOutcome
-from tla_service.evaluation.suite import restart_fates
+from tla_service.evaluation.outcomes import ShardOutcome
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
 from tla_service.report import findings as fd
@@ -39,7 +38,7 @@ from tla_service.report.plan import (
     single_tasks,
     surrogate_task,
 )
-from tla_service.report.tasks import Task, run_here, select
+from tla_service.report.tasks import Shard, Task, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
 
@@ -53,8 +52,12 @@ def plan() -> Plan:
 
 def run(task: Task, seed: int = 0) -> Any:
     source = digits().train if task.split == "train" else digits().test
-    rows = torch.arange(len(source))
-    return run_here(task, trained(seed), None, source.fetch(rows), source.labels, CPU)
+    parts = []
+    for _, rows in task.shards():
+        chosen = torch.from_numpy(rows)
+        shard = Shard(source.fetch(chosen), source.labels[chosen], rows, CPU)
+        parts.append(task.measurement.run(trained(seed), None, shard))
+    return task.measurement.merge(parts)
 
 
 def tasks() -> list[Task]:
@@ -121,7 +124,7 @@ def test_accuracies_are_those_of_plain_counting() -> None:
     table = fd.accuracies(found(), plan(), 10)
     clean = (logits(images).argmax(1) == labels).float().mean().item()
     assert table["clean"].overall.estimate == pytest.approx(clean)
-    _, standing = attack_images(logits, images, labels, plan().columns["fgsm"])
+    standing = attack_images(logits, images, labels, plan().columns["fgsm"]).robust
     assert table["fgsm"].overall.estimate == pytest.approx(standing.float().mean().item())
     assert table["worst"].overall.estimate <= min(table[name].overall.estimate for name in plan().columns)
     assert table["autoattack"].overall.images == 20
@@ -170,10 +173,10 @@ def test_shards_do_not_depend_on_how_many_there_are_of_other_tasks() -> None:
 def test_restarts_are_counted_per_image() -> None:
     outcome = found().outcome
     fates = outcome.broken_at["pgd5x2"]
-    assert set(fates.tolist()) <= {STANDS, 0, 1, 2}
+    assert set(fates.tolist()) <= {UNBROKEN, 0, 1, 2}
     images, labels = digits().test.fetch(torch.arange(25)).float() / 255, digits().test.labels[:25]
     one = Attack(kind="pgd", epsilon=0.15, step_size=0.05, num_steps=5, random_start=False)
-    assert (restart_fates(lambda x: trained()(x).logits, images, labels, one) != STANDS).any()
+    assert not attack_images(lambda x: trained()(x).logits, images, labels, one).robust.all()
 
 
 def test_embeddings_of_shards_are_those_of_the_whole() -> None:
@@ -263,14 +266,14 @@ def test_the_shipped_detector_is_measured_at_its_own_threshold() -> None:
 
 def outcome(standing: list[bool], attack: str) -> ShardOutcome:
     rows = np.arange(len(standing))
-    fates = np.where(standing, STANDS, 1).astype(np.int64)
-    return ShardOutcome(rows, np.zeros_like(rows), {"clean": np.full(len(rows), STANDS), attack: fates})
+    fates = np.where(standing, UNBROKEN, 1).astype(np.int64)
+    return ShardOutcome(rows, np.zeros_like(rows), {"clean": np.full(len(rows), UNBROKEN), attack: fates})
 
 
 @pytest.mark.parametrize(("ours", "weak"), [(90, True), (52, False), (50, False)])
 def test_weak_attacks_are_told_apart_from_noise(ours: int, weak: bool) -> None:
     table = outcome([True] * ours + [False] * (100 - ours), "pgd5x2")
-    table.broken_at["fgsm"] = np.full(100, STANDS)
+    table.broken_at["fgsm"] = np.full(100, UNBROKEN)
     strong = outcome([True] * 50 + [False] * 50, "autoattack")
     facts = fd.autoattack_facts(fd.Findings(outcome=table, autoattack=strong), plan())
     assert facts is not None

@@ -95,22 +95,22 @@ def test_a_table_is_made_in_pieces_and_what_has_finished_is_not_repeated(tmp_pat
     assert "2 runs: `at-s0`, `tla-s0`" in page.read_text()
 
     killed = start(tmp_path)
-    while not (state / "at-s0" / "measured.json").exists():
+    while not (state / "at-s0" / "report" / "report.json").exists():
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.1)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    before = (state / "at-s0" / "measured.json").stat().st_mtime_ns
+    before = (state / "at-s0" / "report" / "report.json").stat().st_mtime_ns
     whole = start(tmp_path)
     printed, _ = whole.communicate(timeout=900)
     assert whole.returncode == 0, printed
     assert "at-s0:" not in printed
-    assert (state / "at-s0" / "measured.json").stat().st_mtime_ns == before
-    found = json.loads((state / "tla-s0" / "measured.json").read_text())
-    assert found["accuracy"]["clean"]["images"] == 20
+    assert (state / "at-s0" / "report" / "report.json").stat().st_mtime_ns == before
+    found = json.loads((state / "tla-s0" / "report" / "report.json").read_text())
+    assert found["accuracy"]["clean"]["images"] + found["gate"]["accuracy"]["clean"]["images"] == 20
     assert found["accuracy"]["autoattack"]["estimate"] <= found["accuracy"]["clean"]["estimate"]
     assert [ratios["epsilon"] for ratios in found["shift"]] == pytest.approx([0.15, 0.225])
-    assert not (state / "tla-s0" / "shards").exists()
+    assert not (state / "tla-s0" / "report" / "shards").exists()
     (checkpoint,) = (state / "tla-s0" / "checkpoints").iterdir()
     assert sorted(path.name for path in checkpoint.iterdir()) == [
         "best.safetensors", "config.yaml", "data.json", "manifest.json",

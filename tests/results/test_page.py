@@ -1,11 +1,9 @@
 """The page: our figures from the runs alone, what is missing with its command, and a reading that follows them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.results.conftest import settings_of
-from tla_service.results.measure import MEASURED
 from tla_service.results.page import write_page
 from tla_service.results.runs import table_runs, table_space
 
@@ -37,7 +35,7 @@ def test_the_papers_figures_are_never_in_our_rows(tmp_path: Path, finished: Fini
     assert rows["AT"].replace("|", "").split() == ["AT", "0"]
     assert "99.52" not in rows["TLA"]
     assert (tmp_path / "pictures" / "mnist-methods.png").stat().st_size > 1000
-    assert "200 test images, the paper's 10000" in page
+    assert "1000 test images, the paper's 10000" in page
 
 
 def test_the_modern_recipe_has_a_page_without_the_papers_figures(tmp_path: Path, finished: Finished) -> None:
@@ -84,11 +82,9 @@ def test_the_batch_as_pool_is_compared_with_a_pool_of_its_own(tmp_path: Path, fi
     assert "separate pool of" not in page_of(tmp_path)
 
 
-def test_what_autoattack_warns_of_is_on_the_page(tmp_path: Path, finished: Finished) -> None:
-    for name in ("tla-s0", "tla-s1", "at-s0"):
-        finished(tmp_path / "state", name, 0.9, 0.5)
-    assert "AutoAttack warns" not in page_of(tmp_path)  # runs of earlier versions kept nothing of it
+def test_warnings_of_autoattack_are_on_the_page(tmp_path: Path, finished: Finished) -> None:
+    finished(tmp_path / "state", "at-s0", 0.9, 0.5)
+    assert "AutoAttack warns" not in page_of(tmp_path)
     for name in ("tla-s0", "tla-s1"):
-        path = tmp_path / "state" / name / MEASURED
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": ["it seems random"]}))
+        finished(tmp_path / "state", name, 0.9, 0.5, warnings=["it seems random"])
     assert "AutoAttack warns about `tla-s0`, `tla-s1`: it seems random." in page_of(tmp_path)

@@ -1,17 +1,33 @@
 """What a table trains and measures, in which order, and what is refused."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from tests.results.conftest import settings_of
-from tla_service.config.loading import load_settings
+from tla_service.config.loading import load_settings, read_settings
 from tla_service.errors import ConfigError
-from tla_service.results.runs import measures, run_config, table_runs, table_space
+from tla_service.report.settings import ReportSettings
+from tla_service.results.runs import TableRun, run_config, table_runs, table_space, write_report_settings
+from tla_service.results.settings import ReproduceSettings
+from tla_service.training.checkpoint import MANIFEST
+
+
+def report_of(settings: ReproduceSettings, run: TableRun, state: Path) -> ReportSettings:
+    """The settings of a run's evaluation, once it and its surrogate are trained."""
+    for name in (run.name, run.surrogate):
+        for step in ("step-000000004", "step-000000008") if name is not None else ():
+            folder = state / name / "checkpoints" / step
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / MANIFEST).write_text("{}")
+    report = read_settings(ReportSettings, ["--config", str(write_report_settings(settings, run, state))])
+    assert report.model == str(state / run.name / "checkpoints" / "step-000000008")
+    return report
 
 
 @pytest.mark.parametrize("table", ["mnist", "cifar10", "tiny_imagenet"])
-def test_without_a_budget_runs_are_the_presets(table: str) -> None:
+def test_without_a_budget_runs_are_the_presets(table: str, tmp_path: Path) -> None:
     settings = settings_of("--table", table, "--data.root", "/data")
     preset = load_settings(["--preset", table, "--data.root", "/data"]).run_config
     runs = table_runs(settings)
@@ -22,7 +38,11 @@ def test_without_a_budget_runs_are_the_presets(table: str) -> None:
         assert ours.loss == preset.loss
         assert (ours.method, ours.seed) == (run.method, run.seed)
         assert ours.mining.pool_size == (run.pool_size or preset.mining.pool_size)
-    assert "attacks" not in measures(settings, runs[0])  # the paper's columns, transfer among them
+    report = report_of(settings, runs[0], tmp_path)
+    assert report.attacks == {}  # the paper's columns, transfer attacks included
+    assert report.surrogate == str(tmp_path / "natural-s1" / "checkpoints" / "step-000000008")
+    pool = report_of(settings, runs[-1], tmp_path)
+    assert (pool.surrogate, pool.images.autoattack, "pgd100x20" in pool.attacks) == (None, 0, False)
 
 
 @pytest.mark.parametrize("table", ["mnist", "cifar10", "tiny_imagenet"])
@@ -41,7 +61,7 @@ def test_the_modern_recipe_is_its_preset_for_every_method(table: str) -> None:
 
 
 @pytest.mark.parametrize("table", ["mnist", "cifar10", "tiny_imagenet", "digits"])
-def test_a_budget_shortens_all_runs_alike(table: str) -> None:
+def test_a_budget_shortens_all_runs_alike(table: str, tmp_path: Path) -> None:
     root = () if table == "digits" else ("--data.root", "/data")
     settings = settings_of("--table", table, "--budget", "60", *root)
     todo = table_runs(settings)
@@ -49,8 +69,9 @@ def test_a_budget_shortens_all_runs_alike(table: str) -> None:
     runs = [run_config(space, run) for run in todo]
     assert {run.training.max_steps for run in runs} == {215}
     assert len({run.model.name for run in runs}) == 1
-    assert measures(settings, todo[0])["images"]["autoattack"] == 500
-    assert all(attack["num_restarts"] == 1 for attack in measures(settings, todo[0])["attacks"].values())
+    report = report_of(settings, todo[0], tmp_path)
+    assert (report.images.autoattack, report.images.bank, report.page) == (500, 5000, False)
+    assert {attack.num_restarts for attack in report.attacks.values()} == {1}
 
 
 def test_seeds_come_one_after_another_and_lend_surrogates() -> None:

@@ -53,9 +53,9 @@ def test_a_killed_table_resumes_and_repeats_nothing(tmp_path: Path) -> None:
     assert {name: trial.status for name, trial in trials.items()} == {"at-s0": "finished", "tla-s0": "finished"}
     assert trials["at-s0"].attempts == 1
     for name in ("at-s0", "tla-s0"):
-        found = json.loads((state / name / "measured.json").read_text())
-        assert found["accuracy"]["clean"]["images"] == 20
-        assert not (state / name / "shards").exists()
+        found = json.loads((state / name / "report" / "report.json").read_text())
+        assert found["accuracy"]["clean"]["images"] + found["gate"]["accuracy"]["clean"]["images"] == 20
+        assert not (state / name / "report" / "shards").exists()
         (checkpoint,) = (state / name / "checkpoints").iterdir()
         assert not (checkpoint / "optimizer.pt").exists()
     assert "Not run yet" not in (tmp_path / "docs" / "results" / "digits.md").read_text()

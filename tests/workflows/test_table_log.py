@@ -1,6 +1,5 @@
 """A table's runs in a real MLflow store: logged once each, and the page made of what the store has."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 from tests.results.conftest import settings_of
 from tla_service.evaluation.outcomes import load_outcome
+from tla_service.report.schema import read_report
 from tla_service.results.page import write_page
 from tla_service.results.runs import TableRun, table_runs, table_space
 from tla_service.results.settings import ReproduceSettings
@@ -51,13 +51,13 @@ def test_the_page_is_made_of_the_runs_in_mlflow(
     # Another machine, which has no state of its own, makes the same page.
     shutil.rmtree(state)
     fetched = fetch_runs(settings, space, todo, state)
-    assert json.loads((fetched / "tla-s0" / "measured.json").read_text())["accuracy"]["pgd100"]["estimate"] == 0.6
-    assert load_outcome(fetched / "at-s0" / "outcome.npz").standing("pgd100").mean() == 0.5
+    assert read_report(fetched / "tla-s0" / "report" / "report.json").accuracy["pgd100"].estimate == 0.6
+    assert load_outcome(fetched / "at-s0" / "report" / "outcome.npz").standing("pgd100").mean() == 0.5
     page = write_page(settings, space, fetched).read_text()
     assert "| TLA | 2 | 90.0 [90.0, 90.0] | 65.0 [1.5, 128.5] |" in page
     assert "| AT | 1 | 90.0 | 50.0 |" in page
-    assert "1 runs: `at-s1`." in page
-    assert "runs measured at 0123abcd on a processor, 2 cores." in page
+    assert "1 run: `at-s1`." in page
+    assert "runs evaluated at 0123abcd on a processor, 2 cores." in page
 
 
 def test_figures_that_are_measured_again_replace_the_fetched_ones(
@@ -71,7 +71,7 @@ def test_figures_that_are_measured_again_replace_the_fetched_ones(
     finished(state, "tla-s0", 0.9, 0.4)
     log_runs(settings, space, todo, state, lambda _text: None)
     fetched = fetch_runs(settings, space, todo, state)
-    assert json.loads((fetched / "tla-s0" / "measured.json").read_text())["accuracy"]["pgd100"]["estimate"] == 0.4
+    assert read_report(fetched / "tla-s0" / "report" / "report.json").accuracy["pgd100"].estimate == 0.4
 
 
 def test_another_store_gets_the_runs_as_well(tmp_path: Path, settings: ReproduceSettings, finished: Finished) -> None:
@@ -82,4 +82,6 @@ def test_another_store_gets_the_runs_as_well(tmp_path: Path, settings: Reproduce
     elsewhere = settings.model_copy(update={"tracking": tracking})
     elsewhere_space, _ = runs_of(elsewhere)
     log_runs(elsewhere, elsewhere_space, todo, state, lambda _text: None)
-    assert (fetch_runs(elsewhere, elsewhere_space, todo, tmp_path / "fresh") / "tla-s0" / "measured.json").exists()
+    assert (
+        fetch_runs(elsewhere, elsewhere_space, todo, tmp_path / "fresh") / "tla-s0" / "report" / "report.json"
+    ).exists()

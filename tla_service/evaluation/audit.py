@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tla_service.attacks import Attack
+from tla_service.attacks import UNBROKEN, Attack
 from tla_service.evaluation import audit_checks as checks
 from tla_service.evaluation.audit_checks import Check, Thresholds
-from tla_service.evaluation.mode import evaluating, float32
-from tla_service.evaluation.outcomes import STANDS
-from tla_service.evaluation.suite import as_pixels, clean_logits, logits_of
+from tla_service.evaluation.mode import as_pixels, evaluating, float32, logits_of
+from tla_service.evaluation.suite import clean_logits
 
 __all__ = ["Audit", "Check", "Thresholds", "audit"]
 
@@ -77,11 +76,11 @@ def audit(
         for x, y in subject.batches():
             clean_logits(subject.logits_fn, x, y)
         fates = subject.fates(one)
-        iterative = checks.share_of(fates == STANDS)
+        iterative = checks.share_of(fates == UNBROKEN)
         results = [
             checks.single_step(subject, one, iterative, limits),
             checks.transfer(subject, one, iterative, surrogate or no_surrogate, limits),
-            checks.square(subject, one, fates == STANDS, square_queries, limits),
+            checks.square(subject, one, fates == UNBROKEN, square_queries, limits),
             checks.far(subject, one, limits),
             *checks.steps(subject, one, iterative, limits),
             checks.gradients(subject, limits),

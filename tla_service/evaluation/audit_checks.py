@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tla_service.attacks import Attack, LogitsFn, craft
+from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images, craft
 from tla_service.attacks.autoattack import run_autoattack
-from tla_service.evaluation.outcomes import STANDS
-from tla_service.evaluation.suite import logits_of, restart_fates
+from tla_service.evaluation.mode import logits_of
 from tla_service.runtime import autocast, generator
 
 # Attacks made on a network that knows much less than the model say nothing about the model.
@@ -100,11 +99,13 @@ class Subject:
     def fates(self, attack: Attack, crafted_on: LogitsFn | None = None) -> Tensor:
         """Which restart breaks each image first (N,)."""
         random = self.random()
-        return torch.cat([restart_fates(self.logits_fn, x, y, attack, random, crafted_on) for x, y in self.batches()])
+        return torch.cat(
+            [attack_images(self.logits_fn, x, y, attack, random, crafted_on).broken_at for x, y in self.batches()]
+        )
 
     def standing(self, attack: Attack, crafted_on: LogitsFn | None = None) -> float:
         """Share of images that stand."""
-        return share_of(self.fates(attack, crafted_on) == STANDS)
+        return share_of(self.fates(attack, crafted_on) == UNBROKEN)
 
     def attacked(self, attack: Attack) -> Tensor:
         """Images (N, C, H, W) after one start."""
@@ -260,7 +261,7 @@ def gradients(subject: Subject, limits: Thresholds) -> Check:
 def restarts(subject: Subject, attack: Attack, limits: Thresholds) -> Check:
     """Restarts should gain little."""
     fates = subject.fates(replace(attack, num_restarts=10, random_start=True))
-    first, last = share_of((fates == STANDS) | (fates > 1)), share_of(fates == STANDS)
+    first, last = share_of((fates == UNBROKEN) | (fates > 1)), share_of(fates == UNBROKEN)
     return _at_most(
         "restarts_gain_little",
         first - last,

@@ -12,7 +12,7 @@ from torch import nn
 from tla_service.attacks import Attack, LogitsFn, attack_images, craft
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
-from tla_service.evaluation.mode import evaluating, float32
+from tla_service.evaluation.mode import evaluating, float32, logits_of
 from tla_service.inference.detector import Floats, Integers
 from tla_service.runtime import generator
 
@@ -106,7 +106,6 @@ def embed_attacked(
     attack: Attack,
     seed: int,
     *,
-    attack_wrong: bool = True,
     keep_images: int = 0,
 ) -> tuple[Embedded, Floats | None]:
     """Attack images and embed the result.
@@ -114,10 +113,9 @@ def embed_attacked(
     Args:
         network: The bare network, on the batches' device.
         batches: Clean images in the order wanted.
-        attack: The adversary; among restarts, an image keeps its worst.
+        attack: The adversary; among restarts, an image keeps its worst. Images that are misclassified when clean are
+            attacked once: a shift or a score measured on them would otherwise be that of clean images.
         seed: Fixes the random starts, together with the division into batches.
-        attack_wrong: Whether images that the network gets wrong when clean are attacked as well, once. For accuracy
-            alone they need not be, but a shift or a score measured on them would be that of clean images.
         keep_images: How many of the first attacked images to return; this bounds the memory they take.
 
     Returns:
@@ -129,16 +127,13 @@ def embed_attacked(
         ConfigError: Embeddings or logits are not finite.
     """
     kept: list[Floats] = []
-
-    def logits_fn(images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = network(images).logits
-        return logits
+    logits_fn = logits_of(network)
 
     def attacked() -> Iterator[Embedded]:
         room = keep_images
         for index, batch in enumerate(batches):
             random = generator(batch.images.device, seed, index)
-            images = _attack(logits_fn, batch, attack, random, attack_wrong=attack_wrong)
+            images = _attack(logits_fn, batch, attack, random)
             if room > 0:
                 kept.append(images[:room].float().cpu().numpy())
                 room -= len(kept[-1])
@@ -149,16 +144,12 @@ def embed_attacked(
     return embedded, np.concatenate(kept) if kept else None
 
 
-def _attack(
-    logits_fn: LogitsFn, batch: Batch, attack: Attack, random: torch.Generator, *, attack_wrong: bool
-) -> torch.Tensor:
-    adversarial, _ = attack_images(logits_fn, batch.images, batch.labels, attack, random)
-    if attack_wrong:
-        with torch.no_grad():
-            wrong = (logits_fn(batch.images).argmax(1) != batch.labels).nonzero().squeeze(1)
-        if len(wrong):
-            adversarial[wrong] = craft(logits_fn, batch.images[wrong], batch.labels[wrong], attack, random)
-    return adversarial
+def _attack(logits_fn: LogitsFn, batch: Batch, attack: Attack, random: torch.Generator) -> torch.Tensor:
+    attacked = attack_images(logits_fn, batch.images, batch.labels, attack, random)
+    wrong = (attacked.broken_at == 0).nonzero().squeeze(1)
+    if len(wrong):
+        attacked.images[wrong] = craft(logits_fn, batch.images[wrong], batch.labels[wrong], attack, random)
+    return attacked.images
 
 
 def _device(network: nn.Module) -> torch.device:

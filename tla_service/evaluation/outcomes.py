@@ -13,13 +13,13 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
+from tla_service.attacks import UNBROKEN
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.intervals import BoolArray, PairedDifference, paired_difference
 from tla_service.files import whole_file
 
 IntArray = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
-STANDS = -1
 
 
 class AutoAttackRun(NamedTuple):
@@ -46,7 +46,8 @@ class ShardOutcome:
         indices: Number of each image in its test set (N,).
         labels: True classes (N,).
         broken_at: By attack, (N,): 0 where the network is wrong before any attack, r where the r-th restart (or the
-            r-th of AutoAttack's ``ALL_STAGES``) broke the image, STANDS where none did. ``clean`` is among the attacks.
+            r-th of AutoAttack's ``ALL_STAGES``) broke the image, `UNBROKEN` where none did; ``clean`` is among
+            the attacks.
         left_out: AutoAttack's stages that could not run on this network, and why.
         autoattack: How AutoAttack was run; None where it was not, or by a version that did not record it.
         gate: Which images are set aside for the promotion gate (N,); None where that is not recorded.
@@ -81,7 +82,7 @@ class ShardOutcome:
             raise ConfigError("attack", attack, "was not run", f"choose from {', '.join(self.broken_at)}")
         broken_at = self.broken_at[attack]
         standing: BoolArray = (
-            broken_at == STANDS if restarts is None else (broken_at == STANDS) | (broken_at > restarts)
+            broken_at == UNBROKEN if restarts is None else (broken_at == UNBROKEN) | (broken_at > restarts)
         )
         return standing
 

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tla_service.attacks import Attack, LogitsFn, craft
+from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images
 from tla_service.attacks.autoattack import ALL_STAGES, AutoAttackNorm, run_autoattack
 from tla_service.errors import ConfigError
-from tla_service.evaluation.mode import evaluating, float32
-from tla_service.evaluation.outcomes import STANDS, AutoAttackRun, ShardOutcome
+from tla_service.evaluation.mode import as_pixels, evaluating, float32, logits_of
+from tla_service.evaluation.outcomes import AutoAttackRun, ShardOutcome
 from tla_service.runtime import generator
 
 
@@ -58,7 +58,7 @@ def evaluate_shard(
     left_out: dict[str, str] = {}
     warnings: list[str] = []
     run: AutoAttackRun | None = None
-    broken_at = {name: np.full(len(labels), STANDS, dtype=np.int64) for name in names}
+    broken_at = {name: np.full(len(labels), UNBROKEN, dtype=np.int64) for name in names}
     with evaluating(network, surrogate), float32(device):
         logits_fn = logits_of(network)
         source_fn = logits_fn if surrogate is None else logits_of(surrogate)
@@ -66,19 +66,19 @@ def evaluate_shard(
             part = slice(start, start + batch_size)
             pixels, truth = as_pixels(images[part], device), labels[part].to(device)
             wrong = clean_logits(logits_fn, pixels, truth).argmax(1) != truth
-            broken_at["clean"][part] = torch.where(wrong, 0, STANDS).cpu().numpy()
+            broken_at["clean"][part] = torch.where(wrong, 0, UNBROKEN).cpu().numpy()
             for name, attack in (*attacks.items(), *transfer.items()):
                 random = generator(device, seed, crc32(name.encode()), int(numbers[start]))
                 crafted_on = source_fn if name in transfer else logits_fn
-                fates = restart_fates(logits_fn, pixels, truth, attack, random, crafted_on)
-                broken_at[name][part] = fates.cpu().numpy()
+                attacked = attack_images(logits_fn, pixels, truth, attack, random, crafted_on)
+                broken_at[name][part] = attacked.broken_at.cpu().numpy()
             if autoattack:
                 norm, epsilon = autoattack
                 result = run_autoattack(
                     logits_fn, pixels, truth, norm=norm, epsilon=epsilon, seed=seed, batch_size=batch_size
                 )
                 broken_at["autoattack"][part] = [
-                    STANDS if fate is None else 0 if fate == "clean" else 1 + ALL_STAGES.index(fate)
+                    UNBROKEN if fate is None else 0 if fate == "clean" else 1 + ALL_STAGES.index(fate)
                     for fate in result.broken_by
                 ]
                 left_out |= result.left_out
@@ -86,57 +86,6 @@ def evaluate_shard(
                 warnings += result.warnings
     truths, said = labels.cpu().numpy().astype(np.int64), tuple(dict.fromkeys(warnings))
     return ShardOutcome(numbers, truths, broken_at, left_out, run, warnings=said)
-
-
-def restart_fates(
-    logits_fn: LogitsFn,
-    images: Tensor,
-    labels: Tensor,
-    attack: Attack,
-    random: torch.Generator | None = None,
-    crafted_on: LogitsFn | None = None,
-) -> Tensor:
-    """Which restart breaks each image first.
-
-    Args:
-        logits_fn: The network under attack.
-        images: (N, C, H, W), float32 in [0, 1].
-        labels: (N,), int64.
-        attack: The adversary, with its restarts.
-        random: Source of the random starts.
-        crafted_on: The network whose gradients are followed; None: the one under attack.
-
-    Returns:
-        (N,), int64: 0 for wrong before the attack, then the number of the restart, STANDS for none. Images standing
-        after all restarts are those of :func:`tla_service.attacks.attack_images` with the same generator.
-    """
-    crafted_on = crafted_on or logits_fn
-    with torch.no_grad():
-        fates = torch.where(logits_fn(images).argmax(1) == labels, STANDS, 0)
-    for restart in range(1, (attack.num_restarts if attack.starts_at_random else 1) + 1):
-        left = (fates == STANDS).nonzero().squeeze(1)
-        if len(left) == 0:
-            break
-        adversarial = craft(crafted_on, images[left], labels[left], attack, random)
-        with torch.no_grad():
-            fates[left[logits_fn(adversarial).argmax(1) != labels[left]]] = restart
-    return fates
-
-
-def logits_of(network: nn.Module) -> LogitsFn:
-    """A network's logits as a function of images."""
-
-    def logits(images: Tensor) -> Tensor:
-        result: Tensor = network(images).logits
-        return result
-
-    return logits
-
-
-def as_pixels(images: Tensor, device: torch.device) -> Tensor:
-    """Images as float32 in [0, 1] on the device; uint8 counts to 255."""
-    images = images.to(device)
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def clean_logits(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from torch import Tensor
 from tla_service.attacks import Attack, craft
 from tla_service.config.bounds import Norm
 from tla_service.data.splits import stratified_subset
-from tla_service.evaluation.mode import float32
-from tla_service.evaluation.suite import as_pixels, logits_of
+from tla_service.evaluation.mode import as_pixels, float32, logits_of
 from tla_service.models import build_model
 from tla_service.runtime import generator
 

@@ -10,12 +10,6 @@ _SHOWN = ("clean", "worst", "autoattack")
 _NORMS = {"linf": "L-infinity", "l2": "L2"}
 
 
-def as_trained(report: Report) -> bool:
-    """Whether a report is about the threat model that its model was trained for."""
-    trained_for = report.model.trained_for
-    return trained_for is not None and trained_for.slug == report.threat_model.slug
-
-
 def evaluation_card(report: Report, others: Mapping[str, Report]) -> str:
     """Write the card in Markdown: in full for one threat model, a line for each other one.
 
@@ -25,7 +19,7 @@ def evaluation_card(report: Report, others: Mapping[str, Report]) -> str:
             card is about the one that the model was trained for, if it is among them.
     """
     reports = {artifact_folder(report.model.weights_sha256, report.threat_model): report, **others}
-    main = next((folder for folder, each in reports.items() if as_trained(each)), next(iter(reports)))
+    main = next((folder for folder, each in reports.items() if each.is_as_trained), next(iter(reports)))
     about = _about(reports.pop(main), main)
     rows = [_row(folder, each) for folder, each in sorted(reports.items())]
     text = "\n".join([*about, *_others(rows)])

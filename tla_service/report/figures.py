@@ -17,7 +17,7 @@ from tla_service.evaluation.suite_figures import accuracy_curves, class_bars, cl
 from tla_service.inference.detector import Floats, Integers
 from tla_service.report.findings import Findings, accuracies, norm_curve
 from tla_service.report.plan import Plan, radius_name
-from tla_service.report.settings import EvaluateSettings
+from tla_service.report.settings import ReportSettings
 from tla_service.report.tasks import EmbeddedImages
 
 _SCORES = {"gaussian": "class Gaussians", "max_softmax": "max softmax", "neighbours": "k-th neighbour"}
@@ -131,7 +131,7 @@ class Figures:
         )
         shift_bars(ratios, self._add("shift", "shift", "Shift ratios", caption))
 
-    def maps(self, settings: EvaluateSettings, data_name: str) -> None:
+    def maps(self, settings: ReportSettings, data_name: str) -> None:
         """t-SNE of one class and of one pair."""
         attacked_name = radius_name(self._plan.epsilon)
         if attacked_name not in self._found.embedded:
@@ -167,7 +167,7 @@ class Figures:
                 path = self._add("pair_map", "shift", title, caption)
                 pair_map(project(natural, attacked, both, seed=self._plan.seed), *pair, self._names, path)
 
-    def queries(self, attacked: EmbeddedImages, dataset: Dataset, settings: EvaluateSettings) -> None:
+    def queries(self, attacked: EmbeddedImages, dataset: Dataset, settings: ReportSettings) -> None:
         """Retrieval panel and attack panel of a few test images."""
         bank = self._found.embedded["bank"]
         natural = self._found.embedded["natural"]

@@ -27,7 +27,7 @@ from tla_service.inference.detector import Rejector
 from tla_service.report import schema as rp
 from tla_service.report.audit_facts import autoattack_warnings
 from tla_service.report.plan import Plan, detection_name, radius_name
-from tla_service.report.settings import EvaluateSettings
+from tla_service.report.settings import ReportSettings
 from tla_service.report.tasks import EmbeddedImages
 
 # Below this, AutoAttack's lead is what a fair attack of fewer steps leaves; above, the others are weak.
@@ -68,7 +68,7 @@ def gather(
     results: Mapping[tuple[str, str], Any],
     model: str,
     plan: Plan,
-    settings: EvaluateSettings,
+    settings: ReportSettings,
     rejector: Rejector | None = None,
 ) -> Findings:
     """Sort the results of one model's tasks, and compute what follows from embeddings.
@@ -220,7 +220,7 @@ def autoattack_facts(found: Findings, plan: Plan) -> rp.AutoAttackFacts | None:
     )
 
 
-def gate_facts(found: Findings, plan: Plan, settings: EvaluateSettings, num_classes: int, images: int) -> rp.GateFacts:
+def gate_facts(found: Findings, plan: Plan, settings: ReportSettings, num_classes: int, images: int) -> rp.GateFacts:
     """The gate's figures for the report.
 
     Args:
@@ -297,7 +297,7 @@ def sparse_facts(found: Findings) -> tuple[rp.SparseFacts, ...]:
     return tuple(facts)
 
 
-def detection_facts(found: Findings, plan: Plan, settings: EvaluateSettings) -> rp.DetectionFacts | None:
+def detection_facts(found: Findings, plan: Plan, settings: ReportSettings) -> rp.DetectionFacts | None:
     """Detection for the report."""
     if not found.detection:
         return None
@@ -321,7 +321,7 @@ def _score(result: DetectionResult) -> rp.DetectionScore:
     )
 
 
-def neighbour_facts(found: Findings, plan: Plan, settings: EvaluateSettings) -> rp.NeighbourFacts | None:
+def neighbour_facts(found: Findings, plan: Plan, settings: ReportSettings) -> rp.NeighbourFacts | None:
     """Votes of the nearest training images for the report."""
     if not found.embedded:
         return None

@@ -22,7 +22,7 @@ from tla_service.errors import ConfigError
 from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, step_sweep
 from tla_service.evaluation.robustness import evaluation_attack
 from tla_service.evaluation.surrogate import surrogate_rows
-from tla_service.report.settings import EvaluateSettings
+from tla_service.report.settings import ReportSettings
 from tla_service.report.tasks import (
     AuditMeasurement,
     EmbeddingMeasurement,
@@ -92,7 +92,7 @@ class Plan:
         return name if self.columns[name].num_restarts > 1 else None
 
 
-def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float, *, has_surrogate: bool) -> Plan:
+def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: float, *, has_surrogate: bool) -> Plan:
     """Decide on the attacks.
 
     Args:
@@ -135,7 +135,7 @@ def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: f
     )
 
 
-def _threat_model(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> tuple[Norm, float]:
+def _threat_model(settings: ReportSettings, data_name: str, norm: Norm, epsilon: float) -> tuple[Norm, float]:
     """What was asked for, else what the model was trained for; its radius counts in its own norm only."""
     chosen = settings.norm or norm
     radius = epsilon if chosen == norm else documented_radius(data_name, chosen)
@@ -166,7 +166,7 @@ def _pgd(norm: Norm, epsilon: float, steps: int, step_size: float | None = None)
     return Attack(kind="pgd", norm=norm, epsilon=epsilon, step_size=step_size or 2.5 * epsilon / steps, num_steps=steps)
 
 
-def _detection_attack(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> Attack:
+def _detection_attack(settings: ReportSettings, data_name: str, norm: Norm, epsilon: float) -> Attack:
     paper = _DETECTION.get(data_name) if norm == "linf" else None
     chosen = settings.detection
     shape = known_shape(data_name, None)
@@ -176,7 +176,7 @@ def _detection_attack(settings: EvaluateSettings, data_name: str, norm: Norm, ep
     return _pgd(norm, radius, chosen.num_steps or (paper.steps if paper else 50), chosen.step_size)
 
 
-def _shift_attacks(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> dict[float, Attack]:
+def _shift_attacks(settings: ReportSettings, data_name: str, norm: Norm, epsilon: float) -> dict[float, Attack]:
     detection = _detection_attack(settings, data_name, norm, epsilon)
     small = _SHIFT.get(data_name) if norm == "linf" else None
     attacks = {detection.epsilon: detection} | ({small.epsilon: _pgd(norm, *small)} if small else {})
@@ -188,7 +188,7 @@ def radius_name(epsilon: float) -> str:
     return f"attacked-{epsilon:.6g}"
 
 
-def attack_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str) -> list[Task]:
+def attack_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str) -> list[Task]:
     """The table of attacks and AutoAttack, for the model and those it is compared with."""
     counts = settings.images
     measures: list[tuple[str, int | None, Measurement]] = [
@@ -200,7 +200,7 @@ def attack_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model
     return [_task(name, model, dataset, count, plan, measure) for name, count, measure in measures]
 
 
-def embedding_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str, bank: npt.NDArray[np.int64]
+def embedding_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, bank: npt.NDArray[np.int64]
 ) -> list[Task]:  # fmt: skip
     """Embeddings of test images, natural and attacked, and of the training images in `bank`."""
     count = settings.images.representation
@@ -224,7 +224,7 @@ def detection_name(plan: Plan) -> str:
     return "larger" if plan.detection.epsilon == plan.epsilon else radius_name(plan.detection.epsilon)
 
 
-def single_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str) -> list[Task]:
+def single_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str) -> list[Task]:
     """Curves and minimum norms, for the model alone."""
     counts, attack = settings.images, plan.strongest
     tasks: list[Task] = []
@@ -256,7 +256,7 @@ def surrogate_task(plan: Plan, dataset: Dataset, model: str) -> Task:
     return Task("surrogate", model, "train", rows, len(rows), measure)
 
 
-def audit_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str, no_surrogate: str) -> list[Task]:
+def audit_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, no_surrogate: str) -> list[Task]:
     """The audit, for the model alone, and why it has no surrogate if it has none."""
     if not settings.images.audit:
         return []
@@ -265,7 +265,7 @@ def audit_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model:
     return [Task("audit", model, "test", rows, len(rows), audit)]
 
 
-def protocol(plan: Plan, settings: EvaluateSettings) -> str:
+def protocol(plan: Plan, settings: ReportSettings) -> str:
     """Eight hex digits of everything that shapes the figures, but weights and data."""
     parts = {name: getattr(settings, name).model_dump() for name in ("images", "detection", "neighbours", "pictures")}
     text = json.dumps(parts | {"plan": asdict(plan)}, sort_keys=True)

@@ -335,6 +335,12 @@ class Report(Part):
     hardware: str
     gate: GateFacts | None = None
 
+    @property
+    def is_as_trained(self) -> bool:
+        """Whether the threat model is the one that the model was trained for."""
+        trained_for = self.model.trained_for
+        return trained_for is not None and trained_for.slug == self.threat_model.slug
+
 
 def evaluations_folder(weights_sha256: str) -> str:
     """Where the evaluations of these weights are among the artifacts of the run that trained them."""

@@ -2,10 +2,10 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 from zlib import crc32
 
 import numpy as np
@@ -17,22 +17,25 @@ from tla_service.attacks import Attack
 from tla_service.attacks.autoattack import AutoAttackNorm
 from tla_service.attacks.minimum_norm import SparseNorm, minimum_norms
 from tla_service.config.bounds import Norm
-from tla_service.data import Batch
+from tla_service.data import Batch, Dataset
+from tla_service.errors import UnavailableError
 from tla_service.evaluation.audit import audit
 from tla_service.evaluation.embedding import Embedded, embed, embed_attacked
 from tla_service.evaluation.intervals import BoolArray
-from tla_service.evaluation.mode import evaluating, float32
+from tla_service.evaluation.mode import as_pixels, evaluating, float32, logits_of
 from tla_service.evaluation.outcomes import (
     Arrays,
     ShardOutcome,
+    load_arrays,
     merge_outcomes,
     outcome_arrays,
     outcome_from,
+    save_arrays,
 )
-from tla_service.evaluation.suite import as_pixels, evaluate_shard, logits_of
+from tla_service.evaluation.suite import evaluate_shard
 from tla_service.evaluation.surrogate import TrainedSurrogate, train_surrogate
 from tla_service.inference.detector import Floats
-from tla_service.runtime import mixed_seed
+from tla_service.runtime import hardware, mixed_seed
 
 Rows = npt.NDArray[np.int64]
 
@@ -304,26 +307,118 @@ def select(
     return selected
 
 
-def run_here(
-    task: Task, network: nn.Module, surrogate: nn.Module | None, images: Tensor, labels: Tensor, device: torch.device
-) -> Any:
-    """Run all shards of a task in this process, and merge them.
+class MissingShard(NamedTuple):
+    """A shard to measure.
+
+    Attributes:
+        task: What it belongs to.
+        name: File of its result, relative to the folder of shards.
+        rows: Its images.
+    """
+
+    task: Task
+    name: str
+    rows: Rows
+
+
+class Measurer(Protocol):
+    """Where shards are measured; its string says on what hardware."""
+
+    def __call__(
+        self,
+        shards: Sequence[MissingShard],
+        networks: Mapping[str, nn.Module],
+        surrogate: nn.Module | None,
+        dataset: Dataset,
+    ) -> Iterator[tuple[MissingShard, Arrays]]:
+        """Yield each shard with its result, in any order.
+
+        Args:
+            shards: What to measure.
+            networks: By the tasks' `model`; on the CPU, in eval mode.
+            surrogate: For transfer attacks.
+            dataset: Where the images are.
+        """
+
+
+class MeasureHere:
+    """Measures in this process, on its GPU if there is one."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __str__(self) -> str:
+        return hardware(self.device)
+
+    def __call__(
+        self,
+        shards: Sequence[MissingShard],
+        networks: Mapping[str, nn.Module],
+        surrogate: nn.Module | None,
+        dataset: Dataset,
+    ) -> Iterator[tuple[MissingShard, Arrays]]:
+        """See :class:`Measurer`."""
+        for network in (*networks.values(), *([surrogate] if surrogate is not None else [])):
+            network.to(self.device)
+        for shard in shards:
+            images, labels = shard_images(shard, dataset)
+            network = networks[shard.task.model]
+            yield (
+                shard,
+                shard.task.measurement.run(network, surrogate, Shard(images, labels, shard.rows, self.device)),
+            )
+
+
+def shard_images(shard: MissingShard, dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Images (n, C, H, W), uint8, and labels (n,) of a shard."""
+    source, rows = dataset.train if shard.task.split == "train" else dataset.test, torch.from_numpy(shard.rows)
+    return source.fetch(rows), source.labels[rows]
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    networks: Mapping[str, nn.Module],
+    surrogate: nn.Module | None,
+    dataset: Dataset,
+    folder: Path,
+    measure: Measurer,
+    say: Callable[[str], None],
+) -> dict[tuple[str, str], Any]:
+    """Measure, shard by shard. Shards are saved as they come in; one that was saved before is not measured again.
 
     Args:
-        task: What to measure.
-        network: The network, on the device.
-        surrogate: An independently trained one.
-        images: The whole split (N, C, H, W), uint8.
-        labels: Its classes (N,).
-        device: Where the networks are.
+        tasks: What to measure.
+        networks: By the tasks' `model`.
+        surrogate: For transfer attacks.
+        dataset: Where the images are.
+        folder: Shards are kept under ``shards/`` in it.
+        measure: Measures those that are not there.
+        say: Told of progress.
+
+    Returns:
+        Merged results by (model, task name).
+
+    Raises:
+        UserError: A network or a data set does not fit, or a shard cannot be measured.
     """
-    parts = [
-        task.measurement.run(network, surrogate, Shard(images[rows], labels[rows], rows, device))
-        for _, rows in task.shards()
-    ]
-    return task.measurement.merge(parts)
+    shards = [MissingShard(task, name, rows) for task in tasks for name, rows in task.shards()]
+    missing = [shard for shard in shards if not _is_saved(folder / "shards" / shard.name)]
+    if missing:
+        done = len(shards) - len(missing)
+        say(f"{len(missing)} shards to measure" + (f", {done} taken from before" if done else ""))
+        for count, (shard, arrays) in enumerate(measure(missing, networks, surrogate, dataset), start=1):
+            save_arrays(arrays, folder / "shards" / shard.name)
+            say(f"{count}/{len(missing)}  {shard.task.name}")
+    return {
+        task.key: task.measurement.merge([load_arrays(folder / "shards" / name) for name, _ in task.shards()])
+        for task in tasks
+    }
 
 
-def shard_file(folder: Path, name: str) -> Path:
-    """Where a shard's result is kept."""
-    return folder / "shards" / name
+def _is_saved(path: Path) -> bool:
+    """Whether a shard has a file that can be read; a damaged one is measured again."""
+    try:
+        load_arrays(path)
+    except UnavailableError:
+        return False
+    return True

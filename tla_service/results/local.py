@@ -18,12 +18,19 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import write_whole
 from tla_service.job import INTERRUPTED
 from tla_service.lock import locked_folder
-from tla_service.results.measure import MEASURED, write_order
 from tla_service.results.page import write_page
-from tla_service.results.runs import TableRun, measures, run_config, table_runs, table_space
+from tla_service.results.runs import (
+    REPORT,
+    TableRun,
+    is_measured,
+    is_trained,
+    run_config,
+    slim,
+    table_runs,
+    table_space,
+    write_report_settings,
+)
 from tla_service.results.settings import ReproduceSettings
-from tla_service.training.checkpoint import MANIFEST, keep_best_only
-from tla_service.training.output import SUMMARY
 from tla_service.training.reporting import Terminal
 from tla_service.tuning.space import Space
 
@@ -88,16 +95,6 @@ def open_state(settings: ReproduceSettings) -> Path:
     except (OSError, ValueError) as error:
         raise UnavailableError("state", folder, f"cannot be used ({error})", "choose another --state") from error
     return folder
-
-
-def is_trained(folder: Path) -> bool:
-    """Whether the run in the folder has been trained."""
-    return (folder / SUMMARY).exists()
-
-
-def is_measured(folder: Path) -> bool:
-    """Whether the run in the folder is finished."""
-    return (folder / MEASURED).exists()
 
 
 def reproduce_here(settings: ReproduceSettings, track: Track | None = None) -> int:
@@ -172,9 +169,11 @@ class _Local:
         needed = [self._trained[name] for name in (run.name, run.surrogate) if name in self._trained]
         if not all(future.result() for future in needed):
             return False
-        folder = self._state / run.name
-        write_order(folder, measures(self._settings, run), self._settings.data.root, run.surrogate)
-        return self._run(run, "measuring", ["tla_service.results.measure", str(folder)])
+        path = write_report_settings(self._settings, run, self._state)
+        if not self._run(run, "evaluation", ["tla_service.report", "--config", str(path)]):
+            return False
+        shutil.rmtree(path.parent / REPORT / "shards")
+        return True
 
     def _run(self, run: TableRun, what: str, command: Sequence[str]) -> bool:
         """Run a Python module to its end; False if it was stopped before."""
@@ -210,12 +209,3 @@ class _Local:
                 process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def slim(folder: Path) -> None:
-    """Keep only the best weights of a trained run, so that the state is small enough to copy."""
-    checkpoints = sorted(path.parent for path in (folder / "checkpoints").glob(f"*/{MANIFEST}"))
-    for old in checkpoints[:-1]:
-        shutil.rmtree(old)
-    for newest in checkpoints[-1:]:
-        keep_best_only(newest)

@@ -9,7 +9,7 @@ from tla_service.report.paper_results import differences_from_paper, paper_row
 from tla_service.results.pictures import method_bars, pool_curve
 from tla_service.results.runs import POOL_SIZES, share_of_budget, table_runs
 from tla_service.results.settings import ReproduceSettings
-from tla_service.results.statistics import Estimate, Row, difference, over_seeds, read_row
+from tla_service.results.statistics import AUTOATTACK, Estimate, Row, difference, over_seeds, read_row, shared_seeds
 from tla_service.tuning.space import Space
 
 NAMES: dict[str, str] = {
@@ -49,20 +49,23 @@ def write_page(settings: ReproduceSettings, space: Space, state: Path) -> Path:
     title = "the paper's table" if settings.recipe == "paper" else "the modern recipe and its baselines"
     lines = [f"# {settings.table}: {title}", "", *_settings(settings, space.run, finished), ""]
     if finished:
-        first = finished[0].measured[0]
-        autoattack = [name for name in ("autoattack",) if name in first["accuracy"]]
-        strong = [first["iterative"], *autoattack]
+        first = finished[0].runs[0].report
+        autoattack = [name for name in (AUTOATTACK,) if first.autoattack is not None]
+        pgd = {name: attack for name, attack in first.attacks.items() if attack.kind == "pgd" and not attack.transfer}
+        iterative = max(pgd, key=lambda name: pgd[name].num_steps)
+        strong = [iterative, *autoattack]
         method_bars(finished, ["clean", *strong], path.parent / "pictures" / f"{settings.page_name}-methods.png")
         lines += [f"![Methods](pictures/{settings.page_name}-methods.png)", "", "## Accuracy, %", ""]
-        lines += [*_table(settings, rows, ["clean", *first["columns"], *autoattack]), ""]
-        if first["detection"] is not None:
+        lines += [*_table(settings, rows, ["clean", *first.attacks, *autoattack]), ""]
+        if first.detection is not None:
             names = ["detection", "neighbours clean", "neighbours attacked"]
-            names += [f"{kind} {each['epsilon']:.3g}" for each in first["shift"] for kind in ("r", "r'")]
+            names += [f"{kind} {each.epsilon:.3g}" for each in first.shift for kind in ("r", "r'")]
             lines += ["## Representation", "", *_table(settings, rows, names), ""]
             lines += ["Detection is the area under the ROC curve, neighbours are accuracies, both in percent. Higher r "
-                      "and lower r' are better.", ""]  # fmt: skip
+                      "and lower r' are better. Test images set aside for the promotion gate are left out.",
+                      ""]  # fmt: skip
         if pools:
-            lines += _pool_sizes(settings, space.run, rows, pools, ["clean", first["iterative"]])
+            lines += _pool_sizes(settings, space.run, rows, pools, ["clean", iterative])
         lines += ["## Comparison", "", *_comparison(rows, ["clean", *strong, "detection", "neighbours attacked"]), ""]
     lines += _missing(settings, [*finished, *pools.values()])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,9 +91,10 @@ def command(settings: ReproduceSettings) -> str:
 
 
 def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row]) -> list[str]:
-    measured = [each for row in rows for each in row.measured]
-    devices, commits = (", ".join(sorted({each[name] for each in measured})) for name in ("device", "code"))
-    lines = [f"Made by `{command(settings)}`" + (f"; runs measured at {commits} on {devices}." if commits else ".")]
+    measured = [each for row in rows for each in row.runs]
+    devices = ", ".join(sorted({each.report.hardware for each in measured}))
+    commits = ", ".join(sorted({each.report.code.get("commit", each.report.code["version"]) for each in measured}))
+    lines = [f"Made by `{command(settings)}`" + (f"; runs evaluated at {commits} on {devices}." if commits else ".")]
     if settings.budget is not None:
         attack = config.attack
         whose = "the paper's" if settings.recipe == "paper" else f"those of preset `modern_{settings.table}`"
@@ -99,9 +103,8 @@ def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row
                   f"`{config.model.name}`, {config.training.max_steps} steps of {config.training.global_batch_size} "
                   f"images, training with PGD-{attack.num_steps}{grows}. These are not {whose}: do not compare the "
                   "results with published ones."]  # fmt: skip
-    images = max((each["accuracy"]["clean"]["images"] for each in measured), default=0)
-    same = all(each["is_paper"] for each in measured)
-    apart = differences_from_paper(settings.table, config.model.name, images, same_attacks=same)
+    images = max((len(each.outcomes.labels) for each in measured), default=0)
+    apart = differences_from_paper(settings.table, config.model.name, images, same_attacks=settings.budget is None)
     if apart and images and settings.recipe == "paper":
         lines += ["", f"Differences from the paper's table: {'; '.join(apart)}."]
     lines += [
@@ -111,10 +114,9 @@ def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row
     if settings.budget_name == "paper":
         lines[-1] += " Rows marked *paper* are the paper's own results."
     warnings: dict[str, list[str]] = {}
-    for row in rows:
-        for run, each in zip(row.runs, row.measured, strict=True):
-            for warning in each.get("warnings", ()):  # runs of earlier versions have none
-                warnings.setdefault(warning, []).append(f"`{run.name}`")
+    for each in measured:
+        for warning in each.report.autoattack.warnings if each.report.autoattack is not None else ():
+            warnings.setdefault(warning, []).append(f"`{each.run.name}`")
     for warning, names in warnings.items():
         lines += ["", f"AutoAttack warns about {', '.join(names)}: {warning}."]
     return lines
@@ -188,14 +190,14 @@ def _compared(ours: Row, other: Row, names: Sequence[str]) -> str:
             continue
         says = "**better**" if found.low > 0 else "**worse**" if found.high < 0 else "not separated"
         verdicts.append(f"{shown} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] {says}")
-    seeds = len({run.seed for run in ours.runs} & {run.seed for run in other.runs})
+    seeds = len(shared_seeds(ours, other))
     over = f"{seeds} shared seeds" if seeds > 1 else "one shared seed: intervals are over test images"
     return f"({over}): {'; '.join(verdicts)}"
 
 
 def _missing(settings: ReproduceSettings, finished: Sequence[Row]) -> list[str]:
     """What has not been run, and what it takes."""
-    done = {run.name for row in finished for run in row.runs}
+    done = {each.run.name for row in finished for each in row.runs}
     left = [run.name for run in table_runs(settings) if run.name not in done]
     if not left:
         return []
@@ -205,5 +207,5 @@ def _missing(settings: ReproduceSettings, finished: Sequence[Row]) -> list[str]:
         takes = f"about {hours:g} hours on one H100-class GPU, one run after another: an estimate, not a measurement"
     else:
         takes = f"about {settings.budget * len(left) / (len(left) + len(done)):.0f} minutes on two CPU cores"
-    return ["## Not run yet", "", f"{len(left)} runs: {', '.join(f'`{name}`' for name in left)}.", "",
-            f"`{command(settings)}` makes them, in {takes}."]  # fmt: skip
+    runs, names = f"{len(left)} run{'s' if len(left) > 1 else ''}", ", ".join(f"`{name}`" for name in left)
+    return ["## Not run yet", "", f"{runs}: {names}.", "", f"`{command(settings)}` takes {takes}."]

@@ -1,19 +1,28 @@
 """The runs of a table, as a grid with one axis: the paper's settings, or reduced ones that two CPU cores finish."""
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.loading import RunSettings, read_settings
+from tla_service.errors import UnavailableError
 from tla_service.evaluation.paper_columns import paper_columns
+from tla_service.files import write_whole
+from tla_service.report.schema import REPORT_FILE
 from tla_service.results.settings import ReproduceSettings
+from tla_service.training.checkpoint import MANIFEST, keep_best_only
+from tla_service.training.output import SUMMARY
 from tla_service.tuning.settings import Dimension, SweepConfig
 from tla_service.tuning.space import Space
 
-AXIS = "run"
+AXIS, REPORT = "run", "report"
 POOL_SIZES = (1, 250, 500, 1000, 2000)
 # The reduced settings at full length: minutes on two cores; smaller budgets scale steps and images down.
 FULL_MINUTES = {"paper": 120.0, "modern": 45.0}
@@ -128,18 +137,54 @@ def _shared(settings: ReproduceSettings) -> RunConfig:
     return config.model_copy(update={"evaluation": short, "scaling": scaling, "tracking": settings.tracking})
 
 
-def measures(settings: ReproduceSettings, run: TableRun) -> dict[str, Any]:
-    """Settings of the evaluation (`EvaluateSettings`) of a run."""
-    columns = {name: attack.model_dump() for name, attack in paper_columns(settings.table).attacks.items()}
-    images: dict[str, Any] = {"curves": 0, "sparse": 0, "audit": 0}
+def write_report_settings(settings: ReproduceSettings, run: TableRun, state: Path) -> Path:
+    """Write the settings of a trained run's evaluation (`ReportSettings`) to a file in its folder, and return it."""
+    folder, images = state / run.name, dict[str, int]()
+    images |= {"curves": 0, "sparse": 0, "audit": 0}
     if settings.budget is not None:
         count = max(20, round(FULL_IMAGES * share_of_budget(settings)))
         images |= {"attacks": count, "autoattack": count, "representation": count, "bank": 10 * count}
     if run.pool_size is not None:
         images |= {"autoattack": 0, "representation": 0}
-    given: dict[str, Any] = {"model": run.name, "images": images, "log": False}
+    fields: dict[str, Any] = {"model": str(checkpoint_of(folder)), "output": str(folder / REPORT), "page": False}
+    fields |= {"images": images, "data": {"root": settings.data.root}}
+    if run.surrogate is not None:
+        fields["surrogate"] = str(checkpoint_of(state / run.surrogate))
     if settings.budget is not None or run.pool_size is not None:
         # Twenty restarts of PGD-100 cost as much as all other columns together, AutoAttack included. Without attacks
         # of its own an evaluation takes the paper's, transfer attacks included.
-        given["attacks"] = {name: attack for name, attack in columns.items() if attack["num_restarts"] == 1}
-    return given
+        columns = {name: attack.model_dump() for name, attack in paper_columns(settings.table).attacks.items()}
+        fields["attacks"] = {name: attack for name, attack in columns.items() if attack["num_restarts"] == 1}
+    path = folder / "report.yaml"
+    write_whole(path, yaml.safe_dump(fields, sort_keys=False))
+    return path
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """The newest checkpoint of a trained run.
+
+    Raises:
+        UnavailableError: There is none.
+    """
+    found = sorted(path.parent for path in (folder / "checkpoints").glob(f"*/{MANIFEST}"))
+    if not found:
+        raise UnavailableError("state", folder, "has no checkpoint", "delete the folder to train the run again")
+    return found[-1]
+
+
+def slim(folder: Path) -> None:
+    """Keep only the best weights of a trained run, so that the state is small enough to copy."""
+    newest = checkpoint_of(folder)
+    for old in set(newest.parent.glob("step-*")) - {newest}:
+        shutil.rmtree(old)
+    keep_best_only(newest)
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether the run in the folder has been trained."""
+    return (folder / SUMMARY).exists()
+
+
+def is_measured(folder: Path) -> bool:
+    """Whether the run in the folder is finished."""
+    return (folder / REPORT / REPORT_FILE).exists()

@@ -1,17 +1,17 @@
 """Statistics over seeds: means with intervals, and methods compared seed by seed."""
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tla_service.evaluation.intervals import CONFIDENCE, paired_difference
-from tla_service.evaluation.outcomes import load_outcome
-from tla_service.results.measure import AUTOATTACK, MEASURED, OUTCOME
-from tla_service.results.runs import TableRun
+from tla_service.evaluation.outcomes import ShardOutcome, load_outcome
+from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, read_report
+from tla_service.results.runs import REPORT, TableRun, is_measured
+
+AUTOATTACK = "autoattack"
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,39 @@ class Estimate:
     value: float
     low: float
     high: float
-    seeds: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished run: its report, and each image's result under the attacks and under AutoAttack."""
+
+    run: TableRun
+    report: Report
+    outcomes: ShardOutcome
+    autoattack: ShardOutcome | None
+
+    def outcome(self, name: str) -> ShardOutcome | None:
+        """The results under an attack; None if it was not run."""
+        if name == AUTOATTACK:
+            return self.autoattack
+        return self.outcomes if name in self.outcomes.broken_at else None
+
+    def figure(self, name: str) -> float | None:
+        """A figure by name: an attack, `detection`, `neighbours clean`, `neighbours attacked`, `r EPS` or `r' EPS`.
+
+        Accuracies are of all test images, as in the paper; the others leave out those set aside for the gate.
+        """
+        kind, _, rest = name.partition(" ")
+        if kind == "detection":
+            return None if self.report.detection is None else self.report.detection.auc
+        if kind == "neighbours":
+            votes = self.report.neighbours
+            return None if votes is None else (votes.clean if rest == "clean" else votes.attacked).estimate
+        if kind in ("r", "r'"):
+            found = next((each for each in self.report.shift if f"{each.epsilon:.3g}" == rest), None)
+            return None if found is None else found.r if kind == "r" else found.r_prime
+        outcome = self.outcome(name)
+        return None if outcome is None else float(outcome.standing(name).mean())
 
 
 @dataclass(frozen=True)
@@ -29,36 +61,29 @@ class Row:
     """The finished runs of a method or a pool size, in the order of their seeds."""
 
     label: str
-    runs: tuple[TableRun, ...]
-    measured: tuple[dict[str, Any], ...]
-    folders: tuple[Path, ...]
+    runs: tuple[Measured, ...]
 
     def values(self, name: str) -> list[float]:
         """A figure of each run, as fractions, without the runs that lack it."""
-        found = (figure(measured, name) for measured in self.measured)
-        return [value for value in found if value is not None]
+        return [value for each in self.runs if (value := each.figure(name)) is not None]
 
 
 def read_row(label: str, runs: Sequence[TableRun], state: Path) -> Row:
-    """The finished ones of some runs."""
-    done = tuple(run for run in runs if (state / run.name / MEASURED).exists())
-    folders = tuple(state / run.name for run in done)
-    return Row(label, done, tuple(json.loads((folder / MEASURED).read_text()) for folder in folders), folders)
+    """Read the finished ones of some runs.
 
-
-def figure(measured: dict[str, Any], name: str) -> float | None:
-    """A figure by name: an attack, `detection`, `neighbours clean`, `neighbours attacked`, `r EPS` or `r' EPS`."""
-    kind, _, rest = name.partition(" ")
-    if kind == "detection":
-        value = measured["detection"] and measured["detection"]["auc"]
-    elif kind == "neighbours":
-        value = measured["neighbours"] and measured["neighbours"][rest]["estimate"]
-    elif kind in ("r", "r'"):
-        field = "r" if kind == "r" else "r_prime"
-        value = next((each[field] for each in measured["shift"] if f"{each['epsilon']:.3g}" == rest), None)
-    else:
-        value = measured["accuracy"].get(name, {}).get("estimate")
-    return None if value is None else float(value)
+    Raises:
+        UnavailableError: A file is damaged.
+    """
+    found = []
+    for run in runs:
+        folder = state / run.name / REPORT
+        if is_measured(state / run.name):
+            strong = folder / AUTOATTACK_FILE
+            autoattack = load_outcome(strong) if strong.exists() else None
+            found.append(
+                Measured(run, read_report(folder / REPORT_FILE), load_outcome(folder / OUTCOME_FILE), autoattack)
+            )
+    return Row(label, tuple(found))
 
 
 def over_seeds(values: Sequence[float]) -> Estimate | None:
@@ -67,26 +92,29 @@ def over_seeds(values: Sequence[float]) -> Estimate | None:
         return None
     mean = statistics.mean(values)
     if len(values) == 1:
-        return Estimate(mean, math.nan, math.nan, 1)
+        return Estimate(mean, math.nan, math.nan)
     from scipy.stats import t
 
     reach = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return Estimate(mean, mean - reach, mean + reach, len(values))
+    return Estimate(mean, mean - reach, mean + reach)
+
+
+def shared_seeds(first: Row, second: Row) -> list[tuple[Measured, Measured]]:
+    """Pairs of runs with equal seeds, which share split, order and initial weights."""
+    other = {each.run.seed: each for each in second.runs}
+    return [(each, other[each.run.seed]) for each in first.runs if each.run.seed in other]
 
 
 def difference(first: Row, second: Row, name: str) -> Estimate | None:
-    """First less second, seed by seed: equal seeds share split, order and initial weights.
+    """First minus second, seed by seed.
 
-    With one seed in common an accuracy's interval is over its images instead (Newcombe's, paired).
+    With one shared seed an accuracy's interval is over its images instead (Newcombe's, paired).
     """
-    other = {run.seed: place for place, run in enumerate(second.runs)}
-    pairs = [(place, other[run.seed]) for place, run in enumerate(first.runs) if run.seed in other]
-    found = [(figure(first.measured[a], name), figure(second.measured[b], name)) for a, b in pairs]
-    values = [one - two for one, two in found if one is not None and two is not None]
-    estimate = over_seeds(values)
-    if len(values) != 1 or name.split()[0] in ("detection", "neighbours", "r", "r'"):
-        return estimate
-    file = AUTOATTACK if name == "autoattack" else OUTCOME
-    one, two = (load_outcome(row.folders[place] / file) for row, place in zip((first, second), pairs[0], strict=True))
-    paired = paired_difference(one.standing(name), two.standing(name))
-    return Estimate(paired.difference, paired.low, paired.high, 1)
+    pairs = shared_seeds(first, second)
+    values = [a - b for a, b in ((x.figure(name), y.figure(name)) for x, y in pairs) if a is not None and b is not None]
+    outcomes = [each.outcome(name) for each in pairs[0]] if len(values) == len(pairs) == 1 else []
+    match outcomes:
+        case [ShardOutcome() as one, ShardOutcome() as two]:
+            paired = paired_difference(one.standing(name), two.standing(name))
+            return Estimate(paired.difference, paired.low, paired.high)
+    return over_seeds(values)

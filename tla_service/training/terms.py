@@ -4,10 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def wide(rows: Tensor) -> Tensor:
-    """Float32 for what autocast made shorter."""
-    return rows.float() if rows.dtype == torch.bfloat16 else rows
+from tla_service.runtime import wide
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

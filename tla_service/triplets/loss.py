@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tla_service.runtime import wide
 from tla_service.triplets.distance import angular_distance
 
 
@@ -35,8 +36,8 @@ def norm_penalty(embeddings: tuple[Tensor, ...], form: str) -> Tensor:
     Returns:
         One value per example (N,), at least 0.
     """
-    wide = [e.float() if e.dtype in (torch.bfloat16, torch.float16) else e for e in embeddings]
+    embeddings = tuple(map(wide, embeddings))
     if form == "mean_squares":
-        return torch.stack([e.square().mean(1) for e in wide]).sum(0)
+        return torch.stack([e.square().mean(1) for e in embeddings]).sum(0)
     # A tiny square under the root: the gradient of a zero embedding's norm is then zero instead of NaN.
-    return torch.stack([(e.square().sum(1) + 1e-20).sqrt() for e in wide]).sum(0)
+    return torch.stack([(e.square().sum(1) + 1e-20).sqrt() for e in embeddings]).sum(0)

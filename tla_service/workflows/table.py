@@ -1,29 +1,46 @@
 """A table on a Ray cluster: trained as the trials of a grid, as in a sweep, then measured shard by shard."""
 
 import contextlib
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+
+from torch import nn
 
 from tla_service.cluster.attempts import read_trials, seconds_before
 from tla_service.cluster.folder import Folder
 from tla_service.cluster.lease import held
 from tla_service.cluster.session import check_dashboard, check_storage, place, ray_session
-from tla_service.cluster.shards import NetworkSource, find_slots, run_tasks
 from tla_service.cluster.slots import max_concurrent
 from tla_service.cluster.storage import RunFolder
+from tla_service.cluster.tasks import Workers
 from tla_service.cluster.trial_log import TrialLines
 from tla_service.cluster.tune import Budget, Plan, run_trials, stop_on_signal
+from tla_service.config import ScalingConfig
+from tla_service.config.loading import read_settings
 from tla_service.data import Dataset
 from tla_service.errors import UnavailableError
+from tla_service.evaluation.outcomes import Arrays
 from tla_service.files import whole_folder
-from tla_service.report.tasks import Task
-from tla_service.results.local import Say, Track, is_trained, reproduce
-from tla_service.results.measure import Results, Trained, measure, write_order
-from tla_service.results.runs import AXIS, TableRun, measures, run_config, table_space
+from tla_service.report.evaluate import evaluate
+from tla_service.report.settings import ReportSettings
+from tla_service.report.subjects import load_checkpoint_subject, load_models
+from tla_service.report.tasks import MissingShard
+from tla_service.results.local import Say, Track, reproduce
+from tla_service.results.runs import (
+    AXIS,
+    REPORT,
+    TableRun,
+    is_trained,
+    run_config,
+    slim,
+    table_space,
+    write_report_settings,
+)
 from tla_service.results.settings import ReproduceSettings
-from tla_service.training.checkpoint import keep_best_only, verify_checkpoint
+from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.output import write_config, write_summary
 from tla_service.training.reporting import Terminal
 from tla_service.tuning.space import Space
@@ -45,33 +62,45 @@ class _TimeIsUpError(Exception):
     """`minutes` are over."""
 
 
+class _Deadline(Workers):
+    """Workers that measure until the time is up; shards that were saved are kept."""
+
+    def __init__(self, scaling: ScalingConfig, deadline: float) -> None:
+        super().__init__(scaling)
+        self._deadline = deadline
+
+    def check(self) -> None:
+        """Raise once the time is up."""
+        if time.monotonic() > self._deadline:
+            raise _TimeIsUpError
+
+    def __call__(
+        self,
+        shards: Sequence[MissingShard],
+        networks: Mapping[str, nn.Module],
+        surrogate: nn.Module | None,
+        dataset: Dataset,
+    ) -> Iterator[tuple[MissingShard, Arrays]]:
+        """As `Workers`."""
+        for measured in super().__call__(shards, networks, surrogate, dataset):
+            yield measured
+            self.check()
+
+
 def _make(settings: ReproduceSettings, space: Space, runs: Sequence[TableRun], state: Path, say: Say) -> bool:
     deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else float("inf")
     failed = _train(settings, space, runs, state, deadline)
     ready = [run for run in runs if all(is_trained(state / name) for name in (run.name, run.surrogate) if name)]
-    slots = find_slots(settings.scaling)
-
-    def check(_text: str = "") -> None:
-        if time.monotonic() > deadline:
-            raise _TimeIsUpError
-
-    def on_cluster(
-        tasks: Sequence[Task], run: Trained, surrogate: Trained | None, dataset: Dataset, folder: Path
-    ) -> tuple[Results, str]:
-        def source(trained: Trained) -> NetworkSource:
-            model = trained.config.model
-            classes = len(dataset.class_names)
-            return NetworkSource(model.name, classes, dataset.image_shape, model.normalization, trained.weights)
-
-        other = None if surrogate is None else source(surrogate)
-        return run_tasks(tasks, {"run": source(run)}, other, dataset, folder, slots, check), str(slots)
-
+    workers, terminal = _Deadline(settings.scaling, deadline), Terminal()
     try:
         for run in ready:
-            check()
-            say(f"{run.name}: measuring")
-            write_order(state / run.name, measures(settings, run), settings.data.root, run.surrogate)
-            measure(state / run.name, on_cluster)
+            workers.check()
+            say(f"{run.name}: evaluation")
+            path = write_report_settings(settings, run, state)
+            report = read_settings(ReportSettings, ["--config", str(path)])
+            models = load_models(report, load_checkpoint_subject)
+            evaluate(report, models, lambda: contextlib.nullcontext(workers), terminal)
+            shutil.rmtree(path.parent / REPORT / "shards")
     except _TimeIsUpError:
         return False
     if failed is not None:
@@ -133,7 +162,7 @@ def _fetch_trained(settings: ReproduceSettings, space: Space, runs: Sequence[Tab
         with whole_folder(folder / "checkpoints" / Path(newest.path).name) as part:
             newest.to_directory(part)
             verify_checkpoint(part)
-            keep_best_only(part)
+        slim(folder)
         write_config(run_config(space, run), folder)
         write_summary(folder, {"status": "finished", **trial.test})
         if settings.scaling.storage is None:  # it is in the state folder, which must stay small enough to copy

@@ -6,9 +6,9 @@ from pathlib import Path
 from tla_service.config import RunConfig
 from tla_service.environment import code_facts
 from tla_service.errors import UserError
+from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE
 from tla_service.results.local import Say, Track
-from tla_service.results.measure import AUTOATTACK, MEASURED, OUTCOME
-from tla_service.results.runs import TableRun, run_config
+from tla_service.results.runs import REPORT, TableRun, run_config
 from tla_service.results.settings import ReproduceSettings
 from tla_service.results.statistics import read_row
 from tla_service.tracking.connection import check_tracking, tracking_uri
@@ -18,7 +18,7 @@ from tla_service.tuning.space import Space
 
 _LOGGED = "logged.txt"
 _FETCHED = "from-mlflow"
-_FILES = (MEASURED, OUTCOME, AUTOATTACK)
+_FILES = (REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE)
 
 
 def tracker(settings: ReproduceSettings) -> Track:
@@ -59,11 +59,11 @@ def log_runs(
         if mark.exists() and find_finished(config, key) == mark.read_text():
             continue
         run_id = open_run(config, key, facts=code_facts())
-        names = [*row.measured[0]["accuracy"], "detection", "neighbours clean", "neighbours attacked"]
+        names = [*row.runs[0].report.accuracy, "detection", "neighbours clean", "neighbours attacked"]
         log = RunLog(uri, run_id, state / run.name / "unsent")
         log.log({f"test/{name.replace(' ', '_')}": value for name in names for value in row.values(name)}, 0)
         log.close()
-        paths = [row.folders[0] / name for name in _FILES]
+        paths = [state / run.name / REPORT / name for name in _FILES]
         log_files(uri, run_id, {path.name: path for path in paths if path.exists()})
         finish_run(uri, run_id)
         mark.write_text(run_id)
@@ -83,7 +83,7 @@ def fetch_runs(settings: ReproduceSettings, space: Space, runs: Sequence[TableRu
     for run in runs:
         run_id = find_finished(*_identity(settings, space, run))
         if run_id is not None:
-            fetch_files(uri, run_id, _FILES, target / run.name)
+            fetch_files(uri, run_id, _FILES, target / run.name / REPORT)
     return target
 
 

@@ -1,19 +1,16 @@
 """What an evaluation says in the terminal at its end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tla_service.job import next_command
-from tla_service.registry.evaluation_card import as_trained
 from tla_service.report.page import percent, split_sentence
-from tla_service.report.schema import Report
-from tla_service.report.settings import EvaluateSettings
+from tla_service.report.schema import PAGE_FILE, REPORT_FILE, Report
 from tla_service.training.reporting import Terminal
 
 
-def show(report: Report, page: Path, terminal: Terminal) -> None:
-    """Print the figures, what casts doubt on them, and where the page is."""
+def show(report: Report, output: Path, terminal: Terminal) -> None:
+    """Print the figures, what casts doubt on them, and where the report is."""
     terminal.say("")
     if report.gate is not None:
         terminal.say(split_sentence(report))
@@ -30,7 +27,8 @@ def show(report: Report, page: Path, terminal: Terminal) -> None:
             terminal.say(f"AutoAttack warns of {other.model.uri}: {warning}")
     if report.audit is not None:
         terminal.say(f"audit: {'trusted' if report.audit.trusted else 'NOT trusted'}, {report.audit.summary}")
-    terminal.say(f"report  {page}")
+    page = output / PAGE_FILE
+    terminal.say(f"report  {page if page.is_file() else output / REPORT_FILE}")
 
 
 def describe_surrogate(facts: Mapping[str, Any]) -> str:
@@ -40,24 +38,3 @@ def describe_surrogate(facts: Mapping[str, Any]) -> str:
         f"trained {facts['architecture']}: {facts['steps']} steps on {facts['images']} training images in "
         f"{facts['seconds']:.0f} s" + (accuracy if facts["clean_accuracy"] is not None else "")
     )
-
-
-def next_step(report: Report, tagged: Sequence[str], settings: EvaluateSettings, page: Path) -> str:
-    """The line that says what to run or read next: the promotion of a version that may pass, else the page.
-
-    Args:
-        report: The evaluation.
-        tagged: Versions that were tagged with it, as ``NAME/VERSION``.
-        settings: The evaluation's.
-        page: The report's page.
-    """
-    trusted = report.audit is not None and report.audit.trusted
-    if not (tagged and trusted and as_trained(report)):
-        return f"next: open {page}"
-    asked = f"{report.model.name}/{report.model.version}"
-    name, _, version = (asked if asked in tagged else tagged[-1]).rpartition("/")
-    arguments = ["--model", name, "--version", version]
-    # Without names and passwords, which no log must show.
-    if settings.tracking.uri is not None and "@" not in settings.tracking.uri:
-        arguments += ["--tracking.uri", settings.tracking.uri]
-    return next_command("promote_model.py", *arguments)

@@ -1,0 +1,142 @@
+"""Shards of an evaluation as remote tasks on Ray."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayTaskError, WorkerCrashedError
+from torch import Tensor, nn
+
+from tla_service.config import ScalingConfig
+from tla_service.data import Dataset
+from tla_service.errors import UnavailableError
+from tla_service.evaluation.outcomes import Arrays
+from tla_service.report.tasks import Measurement, MissingShard, Rows, Shard, shard_images
+from tla_service.runtime import keep_freed_memory
+
+_AHEAD = 2  # shards in flight per slot: one measured, one waiting; more would only hold images in memory
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Room for shards on the cluster.
+
+    Attributes:
+        count: Shards measured at a time.
+        cpus: CPU cores that each reserves.
+        gpus: GPU share that each reserves.
+        crashes: How often a shard whose worker dies is given to another.
+    """
+
+    count: int
+    cpus: float
+    gpus: float
+    crashes: int
+
+    def __str__(self) -> str:
+        """For people."""
+        each = f"{self.gpus:g} GPU" if self.gpus else f"{self.cpus:g} CPU core" + ("s" if self.cpus != 1 else "")
+        return f"{self.count} worker{'s' if self.count != 1 else ''}, {each} each"
+
+
+def find_slots(scaling: ScalingConfig) -> Slots:
+    """Decide how many shards are measured at a time.
+
+    Raises:
+        UnavailableError: No node has room for one; the message shows the arithmetic.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    use_gpu = any(node.get("GPU", 0) for node in nodes) if scaling.use_gpu == "auto" else scaling.use_gpu
+    share = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if use_gpu else {})
+    room = sum(int(min(node.get(name, 0.0) / need for name, need in share.items())) for node in nodes)
+    if room == 0:
+        needs = " and ".join(f"{need:g} {name}s" for name, need in share.items())
+        largest = ", ".join(f"{max((node.get(name, 0.0) for node in nodes), default=0):g} {name}s" for name in share)
+        reason = f"a worker needs {needs}; the largest node has {largest}"
+        raise UnavailableError("scaling", None, reason, "ask for less, or join a larger cluster")
+    asked = scaling.num_workers if isinstance(scaling.num_workers, int) else room
+    return Slots(min(asked, room), share["CPU"], share.get("GPU", 0.0), scaling.max_failures)
+
+
+class Workers:
+    """Measures shards on the cluster that this process has joined, as many at a time as it has room for.
+
+    Images of the shards in flight are in memory, not the whole set.
+
+    Args:
+        scaling: What a shard reserves, and how often one whose worker dies is given to another.
+
+    Raises:
+        UnavailableError: No node has room for one.
+    """
+
+    def __init__(self, scaling: ScalingConfig) -> None:
+        self._slots = find_slots(scaling)
+
+    def __str__(self) -> str:
+        return str(self._slots)
+
+    def __call__(
+        self,
+        shards: Sequence[MissingShard],
+        networks: Mapping[str, nn.Module],
+        surrogate: nn.Module | None,
+        dataset: Dataset,
+    ) -> Iterator[tuple[MissingShard, Arrays]]:
+        """See :class:`tla_service.report.tasks.Measurer`.
+
+        Raises:
+            UserError: What a measurement raised.
+            UnavailableError: A shard's worker died more often than allowed.
+        """
+        slots = self._slots
+        shared, transfer = {model: ray.put(network) for model, network in networks.items()}, ray.put(surrogate)
+        measure = ray.remote(_measure).options(
+            num_cpus=slots.cpus, num_gpus=slots.gpus, max_retries=slots.crashes, retry_exceptions=False
+        )
+        waiting = list(reversed(shards))
+        flying: dict[Any, MissingShard] = {}
+        while waiting or flying:
+            while waiting and len(flying) < _AHEAD * slots.count:
+                shard = waiting.pop()
+                task = shard.task
+                images, labels = shard_images(shard, dataset)
+                reference = measure.remote(task.measurement, shared[task.model], transfer, images, labels, shard.rows)
+                flying[reference] = shard
+            ready, _ = ray.wait(list(flying), num_returns=1)
+            for reference in ready:
+                shard = flying.pop(reference)
+                yield shard, _result(reference, shard.name)
+
+
+def _result(reference: Any, name: str) -> Arrays:
+    try:
+        arrays: Arrays = ray.get(reference)
+    except RayTaskError as error:
+        raise error.cause from error  # what the measurement itself raised
+    except WorkerCrashedError as error:
+        remedy = "look for want of memory; the same command goes on from the shards that are there"
+        raise UnavailableError("shard", name, "its worker died more often than scaling.max_failures", remedy) from error
+    return arrays
+
+
+def _measure(
+    measurement: Measurement,
+    network: nn.Module,
+    surrogate: nn.Module | None,
+    images: Tensor,
+    labels: Tensor,
+    rows: Rows,
+) -> Arrays:
+    """One shard, in a worker."""
+    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+        keep_freed_memory()
+    other = surrogate.to(device) if surrogate is not None else None
+    # Arrays that Ray hands out are read-only, which torch warns of.
+    shard = Shard(images.clone(), labels.clone(), rows.copy(), device)
+    return measurement.run(network.to(device), other, shard)

@@ -1,0 +1,269 @@
+"""From models to a report: check, measure, write."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tla_service.data import split_validation
+from tla_service.environment import code_facts
+from tla_service.errors import ConfigError, UserError
+from tla_service.evaluation.neighbours import pick_queries
+from tla_service.evaluation.outcomes import IntArray, ShardOutcome, save_outcome
+from tla_service.evaluation.surrogate import TrainedSurrogate
+from tla_service.lock import locked_folder
+from tla_service.models import build_model
+from tla_service.report import findings as fd
+from tla_service.report import schema as rp
+from tla_service.report.audit_facts import audit_facts, autoattack_warnings
+from tla_service.report.figures import Figures
+from tla_service.report.folder import identity, open_folder, report_folder
+from tla_service.report.page import method_name, write_page
+from tla_service.report.plan import (
+    Plan,
+    attack_tasks,
+    audit_tasks,
+    bank_rows,
+    check_plan,
+    embedding_tasks,
+    make_plan,
+    protocol,
+    query_task,
+    single_tasks,
+    surrogate_task,
+)
+from tla_service.report.settings import ReportSettings
+from tla_service.report.subjects import Models
+from tla_service.report.tasks import Measurer, Task, run_tasks, select
+from tla_service.report.text import describe_surrogate
+from tla_service.training.reporting import Terminal
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+Results = dict[tuple[str, str], Any]
+
+
+def evaluate(
+    settings: ReportSettings,
+    models: Models,
+    workers: Callable[[], AbstractContextManager[Measurer]],
+    terminal: Terminal,
+) -> tuple[rp.Report, Path]:
+    """Evaluate models and write the report.
+
+    Shards are saved as they come in: the same evaluation, under whatever address of the weights, resumes where it was
+    stopped or killed.
+
+    Args:
+        settings: What to evaluate, and how.
+        models: Loaded models and data.
+        workers: Starts what measures, and ends it; called once everything is checked.
+        terminal: Progress goes there.
+
+    Returns:
+        The report, and the folder it is in.
+
+    Raises:
+        UserError: Something is wrong or missing; found before anything is measured, as far as it can be.
+    """
+    subject, dataset = models.subject, models.dataset
+    threat = subject.threat_model
+    plan = make_plan(settings, dataset.name, threat.norm, threat.epsilon, has_surrogate=models.surrogate is not None)
+    check_plan(plan, dataset.image_shape)
+    tasks = _tasks(settings, plan, models)
+    output = report_folder(settings, models, plan)
+    with locked_folder(output, "output"):
+        if open_folder(output, identity(settings, models, plan), page=settings.page):
+            terminal.say("this evaluation has finished before; choose another --output to make it again")
+            # The address may be another one this time.
+            return rp.read_report(output / rp.REPORT_FILE).model_copy(update={"model": subject.facts}), output
+        terminal.say(f"evaluating {subject.facts.uri} on {dataset.name}, output in {output}")
+        began = time.monotonic()
+        results, hardware = _measure(settings, plan, models, tasks, output, workers, terminal)
+        set_aside = dataset.gate.numpy()
+        published = select(results, tasks, ~set_aside)
+        found = {each.key: fd.gather(published, each.key, plan, settings, each.rejector) for each in models.all}
+        gate = fd.gather(select(results, tasks, set_aside), subject.key, plan, settings, subject.rejector)
+        report = _report(settings, plan, models, found, gate, hardware, time.monotonic() - began)
+        for name, file in (("columns", rp.OUTCOME_FILE), ("autoattack", rp.AUTOATTACK_FILE)):
+            outcome: ShardOutcome | None = results.get((subject.key, name))
+            if outcome is not None:
+                save_outcome(replace(outcome, gate=set_aside[outcome.indices]), output / file)
+        rp.write_report(report, output / rp.REPORT_FILE)
+        if settings.page:
+            _draw(settings, plan, models, found, results, report, output)
+    return report, output
+
+
+def _tasks(settings: ReportSettings, plan: Plan, models: Models) -> list[Task]:
+    """What is measured of every test image, whether it is set aside for the gate or not.
+
+    Raises:
+        ConfigError: So few images are taken that all of them are set aside.
+    """
+    subject, dataset = models.subject, models.dataset
+    bank = _bank(settings, models)
+    tasks = []
+    for each in models.all:
+        tasks += attack_tasks(plan, settings, dataset, each.key)
+        tasks += embedding_tasks(plan, settings, dataset, each.key, bank)
+    tasks += single_tasks(plan, settings, dataset, subject.key)
+    for task in tasks:
+        if task.split == "test" and dataset.gate[task.rows].all():
+            reason = (
+                f"{task.name} takes {len(task.rows)} test images, all of which are set aside for the promotion gate"
+            )
+            raise ConfigError("images", None, reason, "take more images (images.*, data.test_limit)")
+    return tasks
+
+
+def _measure(
+    settings: ReportSettings,
+    plan: Plan,
+    models: Models,
+    tasks: Sequence[Task],
+    output: Path,
+    workers: Callable[[], AbstractContextManager[Measurer]],
+    terminal: Terminal,
+) -> tuple[Results, str]:
+    """Run all tasks: first everything, then the few queries that depend on it. Also what they ran on."""
+    subject, dataset = models.subject, models.dataset
+    networks = {each.key: each.network for each in models.all}
+    surrogate = models.surrogate.network if models.surrogate is not None else None
+    say = _Now(terminal)
+    with workers() as measure:
+        terminal.say(f"measuring on {measure}")
+        results: Results = {}
+        without = ""
+        if settings.images.audit and surrogate is None:
+            terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
+            try:
+                task = surrogate_task(plan, dataset, subject.key)
+                results |= run_tasks([task], networks, None, dataset, output, measure, lambda _: None)
+                surrogate = _built(results[task.key], models)
+                terminal.say(describe_surrogate(results[task.key].facts))
+            except UserError as error:
+                without = f"no surrogate was given, and none could be trained ({error})"
+                terminal.say(without)
+        # The audit first: it is one long shard, and the others fill up the time beside it.
+        tasks = [*audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
+        results |= run_tasks(tasks, networks, surrogate, dataset, output, measure, say)
+        if settings.page and (subject.key, "natural") in results:
+            natural = results[subject.key, "natural"]
+            natural = natural.only(~dataset.gate.numpy()[natural.rows])
+            rows = natural.rows[pick_queries(natural.embedded, settings.pictures.queries, plan.seed)]
+            if len(rows):
+                queries = [query_task(plan, subject.key, rows)]
+                results |= run_tasks(queries, networks, surrogate, dataset, output, measure, say)
+    return results, str(measure)
+
+
+def _built(trained: TrainedSurrogate, models: Models) -> nn.Module:
+    network = build_model(trained.architecture, len(models.dataset.class_names), models.dataset.image_shape)
+    network.load_state_dict(trained.weights)
+    return network.eval()
+
+
+class _Now:
+    """Passes progress on, a line every few seconds."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal, self._last = terminal, 0.0
+
+    def __call__(self, text: str) -> None:
+        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            self._terminal.say(text)
+
+
+def _bank(settings: ReportSettings, models: Models) -> IntArray:
+    """Training images that Gaussians are fitted to; the validation split of the training run stays out."""
+    labels = models.dataset.train.labels
+    config = models.subject.config
+    rows = torch.arange(len(labels))
+    if config is not None and config.data.name == models.dataset.name:
+        rows, _ = split_validation(labels, config.data.validation_fraction, config.seed)
+    return bank_rows(rows, labels, settings.images.bank)
+
+
+def _report(
+    settings: ReportSettings,
+    plan: Plan,
+    models: Models,
+    found: Mapping[str, fd.Findings],
+    gate: fd.Findings,
+    hardware: str,
+    seconds: float,
+) -> rp.Report:
+    subject, dataset = models.subject, models.dataset
+    own = found[subject.key]
+    classes = len(dataset.class_names)
+    compared = tuple(
+        rp.Compared(
+            model=other.facts,
+            accuracy=fd.accuracy_facts(fd.accuracies(found[other.key], plan, classes)),
+            difference=fd.differences(own, found[other.key], plan),
+            detection=fd.detection_facts(found[other.key], plan, settings),
+            neighbours=fd.neighbour_facts(found[other.key], plan, settings),
+            shift=fd.shift_facts(found[other.key]),
+            warnings=autoattack_warnings(found[other.key].autoattack),
+        )
+        for other in models.others
+    )
+    return rp.Report(
+        model=subject.facts,
+        data=rp.DataFacts(
+            name=dataset.name,
+            images=len(dataset.test),
+            fingerprint=dataset.fingerprint,
+            class_names=dataset.class_names,
+            trained_on=subject.trained_on,
+        ),
+        threat_model=rp.ThreatModel(norm=plan.norm, epsilon=plan.epsilon),
+        accuracy=fd.accuracy_facts(fd.accuracies(own, plan, classes)),
+        attacks=fd.attack_facts(plan),
+        autoattack=fd.autoattack_facts(own, plan),
+        curves=fd.curve_facts(own, plan),
+        sparse=fd.sparse_facts(own),
+        audit=audit_facts(own.audit, own.autoattack, own.surrogate),
+        detection=fd.detection_facts(own, plan, settings),
+        neighbours=fd.neighbour_facts(own, plan, settings),
+        shift=fd.shift_facts(own),
+        compared=compared,
+        surrogate=models.surrogate.facts if models.surrogate is not None else None,
+        code=code_facts(),
+        seed=settings.seed,
+        settings=protocol(plan, settings),
+        seconds=seconds,
+        hardware=hardware,
+        gate=fd.gate_facts(gate, plan, settings, classes, int(dataset.gate.sum())),
+    )
+
+
+def _draw(
+    settings: ReportSettings,
+    plan: Plan,
+    models: Models,
+    found: Mapping[str, fd.Findings],
+    results: Results,
+    report: rp.Report,
+    output: Path,
+) -> None:
+    """Draw the figures and write the page, last: it marks the evaluation as finished."""
+    subject = models.subject
+    figures = Figures(output / "figures", found[subject.key], plan, models.dataset.class_names)
+    figures.accuracy()
+    figures.curves()
+    figures.detection()
+    labels = {each.key: method_name(each.facts.method) for each in models.others}
+    figures.shift({labels[key]: found[key] for key in labels}, method_name(subject.facts.method))
+    figures.maps(settings, models.dataset.name)
+    if (subject.key, "examples") in results:
+        figures.queries(results[subject.key, "examples"], models.dataset, settings)
+    write_page(report, figures.drawn, output / rp.PAGE_FILE, same_attacks=plan.is_paper)
