@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from tla_service.cluster.attempts import add_attempt
-from tla_service.cluster.tune import Plan
+from tla_service.cluster.attempts import DriverCallback, add_attempt
+from tla_service.cluster.budget import Plan
 from tla_service.config import RunConfig
 from tla_service.errors import UserError
 from tla_service.tracking.connection import tracking_uri
@@ -28,7 +27,7 @@ _STATUS: dict[str, RunStatus] = {"finished": "FINISHED", "stopped": "FINISHED", 
 CLOSE_SECONDS = 60.0
 
 
-class TrialLines(tune.Callback):
+class TrialLines(DriverCallback):
     """Shows what trials report, and writes it to `log.jsonl` in a folder."""
 
     def __init__(self, terminal: Terminal, output: Path) -> None:
@@ -73,9 +72,6 @@ class TrialLines(tune.Callback):
     def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Its process died and is restarted."""
         self._tell(trial, "message", "its process died and is restarted")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
 
     def _tell(self, trial: TuneTrial, event: str, text: str, **fields: Any) -> None:
         number = trial.config["trial"]["number"]
