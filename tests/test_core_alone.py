@@ -11,7 +11,18 @@ import pytest
 import tla_service
 
 WITHOUT = "import sys\nfor name in ('ray', 'mlflow', 'boto3', 'botocore', 'optuna'): sys.modules[name] = None\n"
-CORE_ROOMS = ("attacks", "data", "evaluation", "inference", "models", "report", "results", "training", "triplets", "tuning")
+CORE_ROOMS = (
+    "attacks",
+    "data",
+    "evaluation",
+    "inference",
+    "models",
+    "report",
+    "results",
+    "training",
+    "triplets",
+    "tuning",
+)
 
 
 def run_python(code: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -13,9 +13,9 @@ from tla_service.cluster.attempts import read_trials, seconds_before
 from tla_service.cluster.budget import Budget, Plan, stop_on_signal
 from tla_service.cluster.folder import Folder
 from tla_service.cluster.lease import held
-from tla_service.cluster.session import check_dashboard, check_storage, place, ray_session
+from tla_service.cluster.session import check_dashboard, place, ray_session
 from tla_service.cluster.slots import max_concurrent
-from tla_service.cluster.storage import RunFolder
+from tla_service.cluster.storage import RunFolder, check_storage
 from tla_service.cluster.tasks import Workers
 from tla_service.cluster.trial_log import TrialLines
 from tla_service.cluster.tune import run_trials
