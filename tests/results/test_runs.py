@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 
 from tests.results.conftest import settings_of
+from tla_service.config import RunConfig
 from tla_service.config.loading import load_settings, read_settings
 from tla_service.errors import ConfigError
 from tla_service.report.settings import ReportSettings
 from tla_service.results.runs import TableRun, run_config, table_runs, table_space, write_report_settings
 from tla_service.results.settings import ReproduceSettings
 from tla_service.training.checkpoint import MANIFEST
+from tla_service.tuning.settings import SweepConfig
+from tla_service.tuning.space import Space
 
 
 def report_of(settings: ReproduceSettings, run: TableRun, state: Path) -> ReportSettings:
@@ -119,3 +122,17 @@ def test_the_shortened_modern_recipe_is_the_same_for_every_method(table: str) ->
 def test_digits_have_no_modern_recipe() -> None:
     with pytest.raises(ConfigError, match="recipe=modern: there is no such preset for digits"):
         settings_of("--table", "digits", "--recipe", "modern")
+
+
+def test_settings_that_do_not_go_together_are_refused() -> None:
+    settings = settings_of("--table", "digits", "--scaling.num_workers", "200")
+    with pytest.raises(ConfigError, match="under 2 images for each of 200 workers"):
+        table_space(settings, table_runs(settings))
+    base = RunConfig.model_validate(
+        {"mining": {"pool": "separate", "scope": "global", "pool_size": 64}, "scaling": {"num_workers": 4}}
+    )
+    variants = {"a": {"mining.pool_size": 64}, "b": {"mining.pool_size": 62}}
+    grid = SweepConfig.model_validate({"space": {"run": {"variants": variants}}, "searcher": "grid"})
+    assert run_config(Space(base, grid), TableRun("a", "tla", 0)).name == "a"
+    with pytest.raises(ConfigError, match=r"^mining\.pool_size=62: run b cannot be made: "):
+        run_config(Space(base, grid), TableRun("b", "tla", 0))

@@ -63,7 +63,9 @@ def reproduce(settings: ReproduceSettings, make: Make, track: Track | None = Non
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with locked_folder(settings.state_folder, "state"):
         terminal, runs = Terminal(), table_runs(settings)
-        space = table_space(settings, runs)  # wrong settings are refused before anything runs
+        space = table_space(settings, runs)
+        for run in runs:
+            run_config(space, run)  # wrong settings are refused before anything runs
         state = open_state(settings)
         missing = [run for run in runs if not is_measured(state / run.name)]
         terminal.say(f"{len(runs)} runs in {state}, {len(runs) - len(missing)} of them finished")

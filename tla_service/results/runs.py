@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
+from tla_service.config.explain import Explainer
 from tla_service.config.loading import RunSettings, read_settings
-from tla_service.errors import UnavailableError
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.paper_columns import paper_columns
 from tla_service.files import write_whole
 from tla_service.report.schema import REPORT_FILE
@@ -110,8 +112,17 @@ def table_space(settings: ReproduceSettings, runs: Sequence[TableRun], **sweep: 
 
 
 def run_config(space: Space, run: TableRun) -> RunConfig:
-    """The configuration of one run of the grid."""
-    return space.apply({AXIS: run.name}, full_length=True).model_copy(update={"name": run.name})
+    """The configuration of one run of the grid.
+
+    Raises:
+        ConfigError: Its settings do not go together.
+    """
+    try:
+        return space.apply({AXIS: run.name}, full_length=True).model_copy(update={"name": run.name})
+    except ValidationError as error:
+        wrong = Explainer(RunConfig, "").explain(error.errors(include_url=False)[0])
+        reason = f"run {run.name} cannot be made: {wrong.reason}"
+        raise ConfigError(wrong.subject, wrong.value, reason, wrong.remedy) from error
 
 
 def _shared(settings: ReproduceSettings) -> RunConfig:
