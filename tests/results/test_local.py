@@ -52,6 +52,15 @@ def test_a_table_that_another_process_works_on_is_refused(tmp_path: Path, monkey
         reproduce_here(settings)
 
 
+def test_missing_data_is_reported_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    flags = ("--table", "mnist", "--state", str(tmp_path / "state"), "--output", str(tmp_path / "page.md"))
+    with pytest.raises(UnavailableError, match=rf"^data\.root={tmp_path}/none: "):
+        reproduce_here(settings_of(*flags, "--data.root", str(tmp_path / "none")))
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["table.json"]
+    assert not (tmp_path / "page.md").exists()
+
+
 def test_processes_end_well_fail_with_their_last_line_or_are_stopped(tmp_path: Path) -> None:
     settings = settings_of("--table", "digits", "--seeds", "1", "--methods", "at", "--no-pools")
     (run,) = runs = table_runs(settings)

@@ -20,25 +20,15 @@ from tla_service.tuning.space import Space
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep that is about to run.
-
-    Attributes:
-        space: What is searched, and how.
-        storage: Its folder or s3:// prefix.
-        placement: Workers of a trial.
-        weights: State dict that trials start from, or None.
-        max_concurrent: Trials in parallel.
-        wait_seconds: How long the first trial may wait for its workers; 0: forever.
-        repeat_failed: Whether failed trials are run again.
-    """
+    """A sweep that is about to run."""
 
     space: Space
-    storage: str
-    placement: Placement
-    weights: Mapping[str, Tensor] | None
+    storage: str  # folder or s3:// prefix
+    placement: Placement  # workers of a trial
+    weights: Mapping[str, Tensor] | None  # state dict that trials start from
     max_concurrent: int
-    wait_seconds: float = 0.0
-    repeat_failed: bool = False
+    wait_seconds: float = 0.0  # for the first trial's workers; 0: forever
+    repeat_failed: bool = False  # run failed trials again
 
     @property
     def gpus(self) -> float:

@@ -84,12 +84,7 @@ class TrialLines(DriverCallback):
 class TrialLog(TrialLines):
     """Also tracks the trials in MLflow, from a thread, so that a slow server delays nothing.
 
-    Args:
-        terminal: Where to show them.
-        output: Folder for `log.jsonl`, and for metrics that the server does not have yet.
-        run: The run that is varied.
-        plan: The sweep; its storage identifies it over restarts.
-        facts: Facts about its data.
+    The sweep's storage identifies its run there over restarts; `facts` describe its data.
     """
 
     def __init__(self, terminal: Terminal, output: Path, run: RunConfig, plan: Plan, facts: Mapping[str, str]) -> None:
@@ -122,8 +117,6 @@ class TrialLog(TrialLines):
             finish_run(self.uri, self.run_id, status)
         super().close()
 
-    # ------------------------------------------------------------------------------------------------ from Ray Tune
-
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Open the trial's run, or continue it."""
         super().on_trial_start(iteration, trials, trial)
@@ -143,8 +136,6 @@ class TrialLog(TrialLines):
         super().on_trial_complete(iteration, trials, trial)
         ended = add_attempt({}, trial)
         self._work.put(lambda: self._close(ended))
-
-    # ------------------------------------------------------------------------------------------------ in the thread
 
     def _track(self) -> None:
         while (action := self._work.get()) is not None:

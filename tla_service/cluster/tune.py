@@ -38,14 +38,7 @@ _ASKS = 100  # suggestions that may be refused before a point is drawn at random
 
 
 def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = False) -> None:
-    """Run the trials that are left, in a new attempt.
-
-    Args:
-        plan: The sweep.
-        budget: Ends it early.
-        log: Follows the trials.
-        debug: Show Ray Tune's own tables.
-    """
+    """Run the trials that are left, in a new attempt; `debug` shows Ray Tune's own tables."""
     space, sweep = plan.space, plan.space.sweep
     before = read_trials(plan.storage)
     repeated = ("running", "failed") if plan.repeat_failed else ("running",)
@@ -123,14 +116,9 @@ def searcher(space: Space, before: Sequence[Trial]) -> "Search":
 
 
 class Search(OptunaSearch):
-    """OptunaSearch that refuses points that are known or not allowed, and numbers the others.
+    """OptunaSearch that refuses points whose keys were tried or that are not allowed, and numbers the others.
 
-    Args:
-        where: What is searched.
-        tried: Keys of the points that are not suggested again.
-        numbers: Numbers of unfinished trials, by key.
-        next_number: Number of the first new trial.
-        options: Of OptunaSearch.
+    Unfinished trials keep their `numbers`, by key.
     """
 
     def __init__(

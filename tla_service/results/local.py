@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from tla_service.config.loading import to_yaml
+from tla_service.data import load_dataset
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import write_whole
 from tla_service.job import INTERRUPTED
@@ -46,12 +47,7 @@ Track = Callable[[Space, Sequence[TableRun], Path, Say], Path]
 
 
 def reproduce(settings: ReproduceSettings, make: Make, track: Track | None = None) -> int:
-    """Train and measure the runs that are missing, then write the page.
-
-    Args:
-        settings: The table.
-        make: Makes runs.
-        track: Logs them to MLflow.
+    """Train and measure the runs that are missing, log them, and write the page.
 
     Returns:
         The job's exit code: 0, or 75 (try again) if the time was up before the table was complete.
@@ -68,6 +64,8 @@ def reproduce(settings: ReproduceSettings, make: Make, track: Track | None = Non
             run_config(space, run)  # wrong settings are refused before anything runs
         state = open_state(settings)
         missing = [run for run in runs if not is_measured(state / run.name)]
+        if missing:
+            load_dataset(space.run.data)  # data that is missing is reported once, not by every run
         terminal.say(f"{len(runs)} runs in {state}, {len(runs) - len(missing)} of them finished")
         try:
             is_complete = make(space, missing, state, terminal.say)

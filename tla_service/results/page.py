@@ -28,16 +28,7 @@ _MODERN_GPU_HOURS = {"mnist": 1, "cifar10": 1, "tiny_imagenet": 3}
 
 
 def write_page(settings: ReproduceSettings, space: Space, state: Path) -> Path:
-    """Write the page and its figures from the runs that have finished.
-
-    Args:
-        settings: The table.
-        space: Its runs.
-        state: Holds a folder of each run.
-
-    Returns:
-        The page.
-    """
+    """Write the page and its figures from the runs that have finished in the state folder; returns its path."""
     path, runs = settings.page, table_runs(settings)
     rows: dict[str, Row] = {
         method: read_row(NAMES[method], [r for r in runs if (r.method, r.pool_size) == (method, None)], state)

@@ -50,21 +50,13 @@ _MODERN_FIELDS = {("mnist", "trades"): {"loss.robust_weight": 1.0}}
 
 @dataclass(frozen=True)
 class TableRun:
-    """One run of a table: trained, then measured.
+    """One run of a table: trained, then measured."""
 
-    Attributes:
-        name: Also of its folder.
-        method: As configured.
-        seed: As configured.
-        pool_size: In the study of pool sizes; None for a row of the table.
-        surrogate: Run that transfer attacks are crafted on: the same method with the next seed.
-    """
-
-    name: str
+    name: str  # also of its folder
     method: str
     seed: int
-    pool_size: int | None = None
-    surrogate: str | None = None
+    pool_size: int | None = None  # in the study of pool sizes
+    surrogate: str | None = None  # run that transfer attacks are crafted on: the same method with the next seed
 
 
 def table_runs(settings: ReproduceSettings) -> list[TableRun]:
@@ -86,13 +78,7 @@ def share_of_budget(settings: ReproduceSettings) -> float:
 
 
 def table_space(settings: ReproduceSettings, runs: Sequence[TableRun], **sweep: Any) -> Space:
-    """The grid of some runs of the table.
-
-    Args:
-        settings: The table.
-        runs: Which of its runs.
-        sweep: Further settings of the search.
-    """
+    """The grid of some runs of the table, with further settings of the sweep."""
     variants = {}
     for run in runs:
         pool = {} if run.pool_size is None else {"mining.pool": "separate", "mining.pool_size": run.pool_size}

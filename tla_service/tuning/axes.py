@@ -23,25 +23,15 @@ _FIXED = ("name", "scaling", "tracking", "evaluation", "data.name", "data.root",
 
 @dataclass(frozen=True)
 class Axis:
-    """A searched setting, checked.
+    """A searched setting, checked: a range, or choices."""
 
-    Attributes:
-        name: Field of the run, or the name of a group of variants.
-        low: Lower bound of a range.
-        high: Upper bound of a range.
-        log: Whether draws are uniform on a log scale.
-        whole: Whether values are integers.
-        choices: Values or names of variants, if it is not a range.
-        variants: Fields that each variant sets.
-    """
-
-    name: str
+    name: str  # field of the run, or name of a group of variants
     low: float = 0.0
     high: float = 0.0
-    log: bool = False
-    whole: bool = False
-    choices: tuple[Any, ...] = ()
-    variants: Mapping[str, Mapping[str, Any]] | None = None
+    log: bool = False  # draws are uniform on a log scale
+    whole: bool = False  # values are integers
+    choices: tuple[Any, ...] = ()  # values, or names of variants
+    variants: Mapping[str, Mapping[str, Any]] | None = None  # fields that each variant sets
 
     def draw(self, rng: np.random.Generator) -> Any:
         """A random value."""

@@ -17,16 +17,7 @@ FEWEST_TRIALS = 4  # for importances
 
 
 def draw_all(trials: Sequence[Trial], space: Space, folder: Path) -> list[Path]:
-    """Plot the trials that have a validation and did not fail.
-
-    Args:
-        trials: All trials.
-        space: What was searched.
-        folder: Where to; created if it is missing.
-
-    Returns:
-        The PNG files.
-    """
+    """Plot the trials that have a validation and did not fail to PNG files in a folder; returns their paths."""
     from optuna.visualization import matplotlib as plots
 
     measured = [trial for trial in trials if trial.curve and trial.status != "failed"]

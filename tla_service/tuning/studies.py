@@ -62,12 +62,7 @@ def study_figure(trials: Sequence[Trial], space: Space, path: Path) -> bool:
     """Draw the paper's results and ours side by side, each on its own scale of the same span.
 
     Ours are on the test set if the sweep measures it, else on the validation split: means over trials that differ in
-    other settings (seeds), with their standard deviation.
-
-    Args:
-        trials: Those with a validation.
-        space: What was searched; the first axis is drawn along x.
-        path: PNG file to write.
+    other settings (seeds), with their standard deviation. The first axis of the space is drawn along x.
 
     Returns:
         False if no trial has finished: then nothing is drawn.

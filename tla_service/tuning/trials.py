@@ -112,39 +112,21 @@ class Progress:
 
 @dataclass
 class Trial:
-    """What is known of a trial.
+    """What is known of a trial."""
 
-    Attributes:
-        number: 0, 1, ... in the order of suggestion.
-        point: A value for each searched setting.
-        status: `running` also means interrupted.
-        curve: Its validations.
-        reason: Why it was stopped or failed.
-        test: Accuracies on the test set, if the sweep measures them.
-        restarts: How often its workers failed and were restarted.
-        attempts: Attempts at the sweep that ran it.
-        seconds: Wall time of its process, over all attempts, up to the last report of each.
-        worker_seconds: Wall time of its workers, likewise.
-    """
-
-    number: int
+    number: int  # 0, 1, ... in the order of suggestion
     point: Point
-    status: Status = "running"
+    status: Status = "running"  # or interrupted
     curve: list[Score] = field(default_factory=list)
-    reason: str = ""
-    test: dict[str, float] = field(default_factory=dict)
-    restarts: int = 0
-    attempts: int = 0
-    seconds: float = 0.0
-    worker_seconds: float = 0.0
+    reason: str = ""  # why it was stopped or failed
+    test: dict[str, float] = field(default_factory=dict)  # accuracies on the test set, if the sweep measures them
+    restarts: int = 0  # of its workers
+    attempts: int = 0  # at the sweep that ran it
+    seconds: float = 0.0  # wall time of its process, over all attempts, up to the last report of each
+    worker_seconds: float = 0.0  # wall time of its workers, likewise
 
     def add_attempt(self, report: Mapping[str, Any], deaths: int = 0) -> None:
-        """Add what an attempt at the sweep knows of the trial.
-
-        Args:
-            report: Its last report, with what Ray Tune adds (`done`, `time_total_s`); that alone if it made none.
-            deaths: How often its process died, if that ended it.
-        """
+        """Add an attempt: its last report, with what Ray Tune adds, and how often its process died if that ended it."""
         self.attempts += 1
         if "outcome" in report:
             self.curve = [Score(*each) for each in report["curve"]] or self.curve
