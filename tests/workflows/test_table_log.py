@@ -14,7 +14,7 @@ from tla_service.results.page import write_page
 from tla_service.results.runs import TableRun, table_runs, table_space
 from tla_service.results.settings import ReproduceSettings
 from tla_service.tuning.space import Space
-from tla_service.workflows.table_log import fetch_runs, log_runs
+from tla_service.workflows.table_log import log_and_fetch
 
 Finished = Callable[..., None]
 
@@ -37,8 +37,8 @@ def test_the_page_is_made_of_the_runs_in_mlflow(
     (space, todo), state, said = runs_of(settings), tmp_path / "state", list[str]()
     for name, robust in (("at-s0", 0.5), ("tla-s0", 0.6), ("tla-s1", 0.7)):
         finished(state, name, 0.9, robust)
-    log_runs(settings, space, todo, state, said.append)
-    log_runs(settings, space, todo, state, said.append)  # again: nothing is logged twice
+    log_and_fetch(settings, space, todo, state, said.append)
+    log_and_fetch(settings, space, todo, state, said.append)  # again: nothing is logged twice
     assert len(said) == 3
     made = mlflow.MlflowClient(tracking_uri=settings.tracking.uri)
     experiment = made.get_experiment_by_name("tla-results")
@@ -50,7 +50,7 @@ def test_the_page_is_made_of_the_runs_in_mlflow(
 
     # Another machine, which has no state of its own, makes the same page.
     shutil.rmtree(state)
-    fetched = fetch_runs(settings, space, todo, state)
+    fetched = log_and_fetch(settings, space, todo, state, said.append)
     assert read_report(fetched / "tla-s0" / "report" / "report.json").accuracy["pgd100"].estimate == 0.6
     assert load_outcome(fetched / "at-s0" / "report" / "outcome.npz").standing("pgd100").mean() == 0.5
     page = write_page(settings, space, fetched).read_text()
@@ -65,23 +65,20 @@ def test_figures_that_are_measured_again_replace_the_fetched_ones(
 ) -> None:
     (space, todo), state = runs_of(settings), tmp_path / "state"
     finished(state, "tla-s0", 0.9, 0.6)
-    log_runs(settings, space, todo, state, lambda _text: None)
-    fetch_runs(settings, space, todo, state)
+    log_and_fetch(settings, space, todo, state, lambda _text: None)
     shutil.rmtree(state / "tla-s0")
     finished(state, "tla-s0", 0.9, 0.4)
-    log_runs(settings, space, todo, state, lambda _text: None)
-    fetched = fetch_runs(settings, space, todo, state)
+    fetched = log_and_fetch(settings, space, todo, state, lambda _text: None)
     assert read_report(fetched / "tla-s0" / "report" / "report.json").accuracy["pgd100"].estimate == 0.4
 
 
 def test_another_store_gets_the_runs_as_well(tmp_path: Path, settings: ReproduceSettings, finished: Finished) -> None:
     (space, todo), state = runs_of(settings), tmp_path / "state"
     finished(state, "tla-s0", 0.9, 0.6)
-    log_runs(settings, space, todo, state, lambda _text: None)
+    log_and_fetch(settings, space, todo, state, lambda _text: None)
     tracking = settings.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/other.db"})
     elsewhere = settings.model_copy(update={"tracking": tracking})
     elsewhere_space, _ = runs_of(elsewhere)
-    log_runs(elsewhere, elsewhere_space, todo, state, lambda _text: None)
-    assert (
-        fetch_runs(elsewhere, elsewhere_space, todo, tmp_path / "fresh") / "tla-s0" / "report" / "report.json"
-    ).exists()
+    log_and_fetch(elsewhere, elsewhere_space, todo, state, lambda _text: None)
+    fetched = log_and_fetch(elsewhere, elsewhere_space, todo, tmp_path / "fresh", lambda _text: None)
+    assert (fetched / "tla-s0" / "report" / "report.json").exists()

@@ -3,11 +3,10 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-
-from torch import nn
+from typing import Any
 
 from tla_service.cluster.attempts import read_trials, seconds_before
 from tla_service.cluster.budget import Budget, Plan, stop_on_signal
@@ -21,7 +20,6 @@ from tla_service.cluster.trial_log import TrialLines
 from tla_service.cluster.tune import run_trials
 from tla_service.config import ScalingConfig
 from tla_service.config.loading import read_settings
-from tla_service.data import Dataset
 from tla_service.errors import UnavailableError
 from tla_service.evaluation.outcomes import Arrays
 from tla_service.files import whole_folder
@@ -75,15 +73,9 @@ class _Deadline(Workers):
         if time.monotonic() > self._deadline:
             raise _TimeIsUpError
 
-    def __call__(
-        self,
-        shards: Sequence[MissingShard],
-        networks: Mapping[str, nn.Module],
-        surrogate: nn.Module | None,
-        dataset: Dataset,
-    ) -> Iterator[tuple[MissingShard, Arrays]]:
+    def __call__(self, *shards: Any, **named: Any) -> Iterator[tuple[MissingShard, Arrays]]:
         """As `Workers`."""
-        for measured in super().__call__(shards, networks, surrogate, dataset):
+        for measured in super().__call__(*shards, **named):
             yield measured
             self.check()
 
