@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from tla_service.files import write_whole
 from tla_service.job import run_job
 from tla_service.models import build_model
 from tla_service.report import findings as fd
-from tla_service.report.audit_facts import autoattack_warnings
 from tla_service.report.plan import Plan, attack_tasks, bank_rows, embedding_tasks, make_plan
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.tasks import Shard, Task
@@ -118,17 +118,16 @@ def _count_seconds(folder: Path, name: str, seconds: float) -> None:
 
 def _figures(found: fd.Findings, plan: Plan, settings: EvaluateSettings, dataset: Dataset) -> dict[str, Any]:
     table = fd.accuracies(found, plan, len(dataset.class_names))
-    detection = fd.detection_facts(found, plan, settings)
-    votes = fd.neighbour_facts(found, plan, settings)
+    votes = fd.neighbours(found, plan, settings)
     return {
-        "accuracy": {name: result.overall._asdict() for name, result in table.items()},
-        "detection": detection.model_dump() if detection is not None else None,
-        "neighbours": votes.model_dump() if votes is not None else None,
-        "shift": [ratios.model_dump() for ratios in fd.shift_facts(found)],
+        "accuracy": {name: asdict(result) for name, result in table.items()},
+        "detection": asdict(found.detection) if found.detection is not None else None,
+        "neighbours": asdict(votes) if votes is not None else None,
+        "shift": [asdict(ratios.at(epsilon)) for epsilon, ratios in found.shift.items()],
         "is_paper": plan.is_paper,
         "columns": [*plan.columns, *plan.transfer],
         "iterative": plan.iterative,
-        "warnings": list(autoattack_warnings(found.autoattack)),
+        "warnings": list(fd.autoattack_warnings(found.autoattack)),
     }
 
 
