@@ -12,7 +12,9 @@ from tla_service.attacks import Attack, craft
 from tla_service.config import DataConfig
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
-from tla_service.evaluation.audit import Audit, Thresholds, audit
+from tla_service.evaluation.audit import audit
+from tla_service.evaluation.audit_checks import Thresholds
+from tla_service.evaluation.results import Audit
 from tla_service.evaluation.surrogate import surrogate_rows, train_surrogate
 from tla_service.models import build_model
 from tla_service.models.output import ModelOutput
@@ -107,8 +109,7 @@ def test_an_honest_network_is_trusted() -> None:
     assert len({check.name for check in result.checks}) == 11
     assert all(check.statement and check.meaning for check in result.checks)
     assert not network.training
-    assert result.as_dict()["trusted"] is True
-    assert result.as_dict()["images"] == IMAGES
+    assert result.images == IMAGES
 
 
 @pytest.mark.parametrize(
@@ -187,9 +188,10 @@ def own_surrogate() -> nn.Module:
     found = train_surrogate(
         data.train.fetch(rows), data.train.labels[rows], 10, "linf", 0.15, seed=5, device=CPU
     )  # fmt: skip
-    assert found.held_out + found.images == len(rows)
-    assert (found.clean_accuracy or 0) > 0.9
-    network = build_model(found.architecture, 10, data.image_shape)
+    facts = found.facts
+    assert facts.held_out + facts.images == len(rows)
+    assert (facts.clean_accuracy or 0) > 0.9
+    network = build_model(facts.architecture, 10, data.image_shape)
     network.load_state_dict(found.weights)
     return network.eval()
 

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tla_service.evaluation import measure_figures
-from tla_service.evaluation.detection import DetectionResult, measure_detection
+from tla_service.evaluation.detection import RocCurve, measure_detection
 from tla_service.evaluation.geometry import Projection, ShiftRatios
 from tla_service.evaluation.measure_figures import class_map, pair_map, retrieval_panel, roc_curves, shift_bars
 from tla_service.evaluation.neighbours import Retrieval
@@ -29,7 +29,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return seen
 
 
-def result(seed: int, num_resamples: int = 20) -> DetectionResult:
+def result(seed: int, num_resamples: int = 20) -> RocCurve:
     random = np.random.default_rng(seed)
     correct = random.random(50) < 0.5
     return measure_detection(random.normal(size=50) + correct, correct, seed=0, num_resamples=num_resamples)
@@ -41,12 +41,14 @@ def test_roc_names_auc_and_interval(tmp_path: Path, drawn: list[Figure]) -> None
     roc_curves(results, tmp_path / "new" / "roc.png")
     (axes,) = drawn[0].axes
     labels = axes.get_legend_handles_labels()[1]
-    first = results["Gaussians"]
+    first, scores = results["Gaussians"], {name: result.score for name, result in results.items()}
     assert labels == [
         "chance",
-        f"Gaussians: AUC {first.auc:.3f} [{first.low:.3f}, {first.high:.3f}]",
-        f"softmax: AUC {results['softmax'].auc:.3f} [{results['softmax'].low:.3f}, {results['softmax'].high:.3f}]",
-        f"bare: AUC {results['bare'].auc:.3f}",
+        *(
+            f"{n}: AUC {scores[n].auc:.3f} [{scores[n].low:.3f}, {scores[n].high:.3f}]"
+            for n in ("Gaussians", "softmax")
+        ),
+        f"bare: AUC {scores['bare'].auc:.3f}",
         "void: no AUC, every image is classified correctly (3 of 3)",
     ]
     assert len({str(line.get_linestyle()) + str(line._dash_pattern) for line in axes.lines[:4]}) == 4
@@ -123,8 +125,10 @@ def test_pair_map_shows_three_kinds(said: list[int], tmp_path: Path, drawn: list
 
 def test_bars_show_means_classes_and_what_is_left_out(tmp_path: Path, drawn: list[Figure]) -> None:
     nan = np.nan
-    some = ShiftRatios(1.5, 2.0, np.array([1, 2, nan]), np.array([1, 2, 3.0]), np.ones(3), np.ones(3, int), 1, 0)
-    none = ShiftRatios(nan, nan, np.full(3, nan), np.full(3, nan), np.ones(3), np.zeros(3, int), 3, 3)
+    some, none = (
+        ShiftRatios(np.array([1, 2, nan]), np.array([1, 2, 3.0])),
+        ShiftRatios(np.full(3, nan), np.full(3, nan)),
+    )
     shift_bars({"AT": some, "TLA": none}, tmp_path / "bars.png")
     left, right = drawn[0].axes
     assert [text.get_text() for text in left.texts] == ["1.500\nclasses left out: 1", "undefined"]

@@ -16,7 +16,6 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.outcomes import (
     AutoAttackRun,
     ShardOutcome,
-    compare_outcomes,
     load_outcome,
     merge_outcomes,
     outcome_arrays,
@@ -227,17 +226,6 @@ def test_shards_that_do_not_fit_are_refused() -> None:
         merge_outcomes([])
 
 
-def test_comparison_is_image_by_image() -> None:
-    def outcome(fates: list[int]) -> ShardOutcome:
-        return ShardOutcome(np.arange(4), np.zeros(4, dtype=np.int64), {"pgd": np.array(fates)})
-
-    result = compare_outcomes(outcome([UNBROKEN, UNBROKEN, 1, 0]), outcome([UNBROKEN, 2, 2, UNBROKEN]), "pgd")
-    assert (result.first_only, result.second_only, result.difference) == (1, 1, 0)
-    other = ShardOutcome(np.arange(1, 5), np.zeros(4, dtype=np.int64), {"pgd": np.zeros(4, dtype=np.int64)})
-    with pytest.raises(ConfigError, match="different images"):
-        compare_outcomes(outcome([0, 0, 0, 0]), other, "pgd")
-
-
 class Broken(Wavy):
     def forward(self, images: Tensor) -> ModelOutput:
         output = super().forward(images)
@@ -320,12 +308,12 @@ def test_curves_are_the_accuracies_of_their_points() -> None:
     assert [round(a.step_size / a.epsilon, 6) for a in by_radius.values()] == [0.333333, 0.333333]
     assert [a.num_steps for a in by_steps.values()] == [1, 2, 4, 9]
     outcome = evaluate(network, images, labels, {**by_radius, **by_steps, "pgd": PGD})
-    curve = sweep_curve(outcome, "epsilon")
+    curve = sweep_curve(outcome, "epsilon", "pgd")
     assert curve.x == (0, 0.02, 0.1)
     clean, *rest = [point.estimate for point in curve.accuracy]
     assert clean == outcome.standing("clean").mean()
     assert rest == [outcome.standing(f"epsilon={x}").mean() for x in (0.02, 0.1)]
-    assert sweep_curve(outcome, "steps").x == (0, 1, 2, 4, 9)
-    restarts = restart_curve(outcome, "pgd", 4)
+    assert sweep_curve(outcome, "steps", "pgd").x == (0, 1, 2, 4, 9)
+    restarts = restart_curve(outcome, "pgd", 4, "restarts")
     assert [point.estimate for point in restarts.accuracy] == [outcome.standing("pgd", k).mean() for k in (1, 2, 3, 4)]
-    assert restart_curve(outcome, "pgd", 4, steps_each=3).x == (3, 6, 9, 12)
+    assert restart_curve(outcome, "pgd", 4, "steps", steps_each=3).x == (3, 6, 9, 12)

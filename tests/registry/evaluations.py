@@ -1,7 +1,7 @@
 """Evaluations of registered versions, with results of single images chosen by the test."""
 
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ def fates(clean: int, autoattack: int, *, images: int = IMAGES, shuffle: int | N
 
 def accuracies(outcome: ShardOutcome) -> dict[str, dict[str, Any]]:
     """What a report says of these images."""
-    found = {name: class_accuracy(outcome.standing(name), outcome.labels, 10).overall for name in outcome.broken_at}
-    return {name: each._asdict() for name, each in found.items()}
+    found = {name: class_accuracy(outcome.standing(name), outcome.labels, 10) for name in outcome.broken_at}
+    return {name: asdict(each) for name, each in found.items()}
 
 
 def report_on(sha256: str, outcome: ShardOutcome, threat: ThreatModel = TRAINED_FOR, **changes: Any) -> Report:

@@ -12,7 +12,7 @@ from tla_service.evaluation.outcomes import load_outcome
 from tla_service.job import INTERRUPTED, run_job
 from tla_service.report.__main__ import main
 from tla_service.report.schema import read_report
-from tla_service.report.tasks import FateMeasurement, Shard
+from tla_service.report.tasks import AttackMeasurement, Shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
 
@@ -46,21 +46,21 @@ def test_an_interrupted_evaluation_resumes_from_its_shards(
     assert printed.splitlines()[-1] == f"report  {whole}/report.json"
 
     measured: list[list[int]] = []
-    real = FateMeasurement.run
+    real = AttackMeasurement.run
 
-    def count(self: FateMeasurement, network: Any, surrogate: Any, shard: Shard) -> Any:
+    def count(self: AttackMeasurement, network: Any, surrogate: Any, shard: Shard) -> Any:
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append(shard.rows.tolist())
         return real(self, network, surrogate, shard)
 
-    monkeypatch.setattr(FateMeasurement, "run", count)
+    monkeypatch.setattr(AttackMeasurement, "run", count)
     assert run("--model", model, "--compare", other, "--output", str(cut))[0] == INTERRUPTED
     saved = {path: path.stat().st_mtime_ns for path in cut.glob("shards/*/*.npz")}
     assert len(saved) == 3
     damaged = next(iter(saved))
     damaged.write_bytes(damaged.read_bytes()[:50])
-    monkeypatch.setattr(FateMeasurement, "run", real)
+    monkeypatch.setattr(AttackMeasurement, "run", real)
     code, printed, _ = run("--model", model, "--compare", other, "--output", str(cut))
     assert code == 0
     assert "6 shards to measure, 2 taken from before" in printed

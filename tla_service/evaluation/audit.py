@@ -1,40 +1,16 @@
 """Is the robustness real? Checks for gradient masking, each with its figure, threshold and meaning."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from tla_service.attacks import UNBROKEN, Attack
 from tla_service.evaluation import audit_checks as checks
-from tla_service.evaluation.audit_checks import Check, Thresholds
+from tla_service.evaluation.audit_checks import Thresholds
 from tla_service.evaluation.mode import as_pixels, evaluating, float32, logits_of
+from tla_service.evaluation.results import Audit
 from tla_service.evaluation.suite import clean_logits
-
-__all__ = ["Audit", "Check", "Thresholds", "audit"]
-
-
-@dataclass(frozen=True)
-class Audit:
-    """All checks of a network.
-
-    Attributes:
-        checks: In the order of running.
-        images: How many images they were measured on.
-    """
-
-    checks: tuple[Check, ...]
-    images: int
-
-    @property
-    def trusted(self) -> bool:
-        """Whether no check failed. One that was not run says nothing, and is shown as such."""
-        return all(check.outcome != "failed" for check in self.checks)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a JSON report."""
-        return {"trusted": self.trusted, "images": self.images, "checks": [asdict(check) for check in self.checks]}
 
 
 def audit(
@@ -69,23 +45,29 @@ def audit(
     Raises:
         ConfigError: The network cannot take the images, or gives logits that are not finite.
     """
-    limits = thresholds or Thresholds()
     one = replace(attack, kind="pgd", num_restarts=1)
     with evaluating(network, surrogate), float32(device):
-        subject = checks.Subject(logits_of(network), as_pixels(images, device), labels.to(device), seed, batch_size)
+        subject = checks.Subject(
+            logits_of(network),
+            as_pixels(images, device),
+            labels.to(device),
+            seed,
+            batch_size,
+            thresholds or Thresholds(),
+        )
         for x, y in subject.batches():
             clean_logits(subject.logits_fn, x, y)
-        fates = subject.fates(one)
-        iterative = checks.share_of(fates == UNBROKEN)
+        standing = subject.broken_at(one) == UNBROKEN
+        iterative = checks.mean_of(standing)
         results = [
-            checks.single_step(subject, one, iterative, limits),
-            checks.transfer(subject, one, iterative, surrogate or no_surrogate, limits),
-            checks.square(subject, one, fates == UNBROKEN, square_queries, limits),
-            checks.far(subject, one, limits),
-            *checks.steps(subject, one, iterative, limits),
-            checks.gradients(subject, limits),
-            checks.restarts(subject, one, limits),
-            checks.margin(subject, one, iterative, limits),
-            checks.bfloat16(subject, one, limits),
+            checks.single_step(subject, one, iterative),
+            checks.transfer(subject, one, iterative, surrogate or no_surrogate),
+            checks.square(subject, one, standing, square_queries),
+            checks.far(subject, one),
+            *checks.steps(subject, one, iterative),
+            checks.gradients(subject),
+            checks.restarts(subject, one),
+            checks.margin(subject, one, iterative),
+            checks.bfloat16(subject, one),
         ]
-    return Audit(tuple(results), len(labels))
+    return Audit.of(results, len(labels))

@@ -17,17 +17,10 @@ import torch
 
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
+from tla_service.evaluation.intervals import share_of
 from tla_service.evaluation.neighbours import Metric, neighbour_score
-from tla_service.inference.detector import Detector, Integers, Rule, Scores, unit_rows
-
-__all__ = [
-    "DetectionResult",
-    "Detector",
-    "detect_misclassified",
-    "fit_detector",
-    "measure_detection",
-    "threshold_for",
-]
+from tla_service.evaluation.results import DetectionScore, ShippedDetection
+from tla_service.inference.detector import Detector, Integers, Rejector, Rule, Scores, unit_rows
 
 Covariance = Literal["full", "tied", "diagonal"]
 Shrinkage = Literal["ledoit_wolf", "none"]
@@ -35,36 +28,27 @@ Correct = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class DetectionResult:
+class RocCurve:
     """How well a score tells correctly classified images (positives) from misclassified ones.
 
     Attributes:
-        auc: Area under the ROC curve in [0, 1]; NaN where undefined.
-        low: Lower end of the 95% interval, NaN likewise.
-        high: Its upper end.
+        score: The area under the curve.
         num_correct: Correctly classified images.
         num_wrong: Misclassified images.
         false_accepts: Share of misclassified images accepted at each threshold, ascending; empty where undefined.
         true_accepts: Share of correctly classified images accepted.
-        thresholds: Scores from which on an image is accepted; the first is infinite.
-        reason: Why the AUC is undefined, or empty.
     """
 
-    auc: float
-    low: float
-    high: float
+    score: DetectionScore
     num_correct: int
     num_wrong: int
     false_accepts: Scores
     true_accepts: Scores
-    thresholds: Scores
-    reason: str = ""
 
 
 def fit_detector(
     training: Embedded,
     *,
-    attacked: Embedded | None = None,
     covariance: Covariance = "full",
     shrinkage: Shrinkage = "ledoit_wolf",
     normalize: bool = True,
@@ -75,7 +59,6 @@ def fit_detector(
 
     Args:
         training: Embedded natural training images.
-        attacked: Attacked training images to fit to as well; the default fits to natural ones only.
         covariance: `full` gives each class its own, `diagonal` its own variances, `tied` one that all share, around
             their own means: its memory does not grow with the classes.
         shrinkage: `ledoit_wolf` draws a covariance that is not diagonal towards a multiple of the identity, as a class
@@ -91,10 +74,9 @@ def fit_detector(
     Raises:
         ConfigError: No class varies at all, so that there is nothing to fit.
     """
-    images = training if attacked is None else Embedded.joined(training, attacked)
-    rows = unit_rows(images.embeddings) if normalize else images.embeddings.astype(np.float64)
-    classes, place, counts = np.unique(images.labels, return_inverse=True, return_counts=True)
-    means = np.stack([rows[images.labels == klass].mean(0) for klass in classes])
+    rows = unit_rows(training.embeddings) if normalize else training.embeddings.astype(np.float64)
+    classes, place, counts = np.unique(training.labels, return_inverse=True, return_counts=True)
+    means = np.stack([rows[training.labels == klass].mean(0) for klass in classes])
     within = rows - means[place]
     mean_variance = float((within**2).mean())
     if mean_variance <= np.finfo(np.float64).eps * float((rows**2).mean()):
@@ -138,7 +120,7 @@ def threshold_for(scores: Scores, correct: Correct, false_rejection_rate: float)
 
 def measure_detection(
     scores: Scores, correct: Correct, *, seed: int, images: Integers | None = None, num_resamples: int = 1000
-) -> DetectionResult:
+) -> RocCurve:
     """ROC curve and AUC of a score, with a 95% bootstrap interval.
 
     Args:
@@ -150,8 +132,10 @@ def measure_detection(
         num_resamples: Draws of the bootstrap (percentile interval); 0 for no interval.
 
     Returns:
-        The curve; without one, and with the reason, where all rows are right or all are wrong. Scores that are not
-        finite raise ValueError.
+        The curve; without one, and with the reason, where all rows are right or all are wrong.
+
+    Raises:
+        ValueError: Scores are not finite.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -161,10 +145,11 @@ def measure_detection(
     if right == 0 or wrong == 0:
         which = "every image is" if right else "none of the images is"
         reason = f"{which} classified correctly ({right} of {len(correct)}): there is nothing to tell apart"
-        none = np.empty(0)
-        return DetectionResult(np.nan, np.nan, np.nan, right, wrong, none, none, none, reason)
-    interval = _bootstrap(scores, correct, images, num_resamples, seed)
-    return DetectionResult(float(roc_auc_score(correct, scores)), *interval, right, wrong, *roc_curve(correct, scores))
+        return RocCurve(DetectionScore(None, None, None, reason), right, wrong, np.empty(0), np.empty(0))
+    low, high = _bootstrap(scores, correct, images, num_resamples, seed)
+    false_accepts, true_accepts, _ = roc_curve(correct, scores)
+    score = DetectionScore(float(roc_auc_score(correct, scores)), low, high)
+    return RocCurve(score, right, wrong, false_accepts, true_accepts)
 
 
 def detect_misclassified(
@@ -177,7 +162,7 @@ def detect_misclassified(
     k: int = 50,
     metric: Metric = "angular",
     num_resamples: int = 1000,
-) -> dict[str, DetectionResult]:
+) -> dict[str, RocCurve]:
     """Measure the detector and the baselines on natural and attacked test images together.
 
     Args:
@@ -205,6 +190,18 @@ def detect_misclassified(
     return {name: measured(values) for name, values in scores.items()}
 
 
+def shipped_detection(rejector: Rejector, both: Embedded, seed: int) -> ShippedDetection:
+    """A model's own detector on natural images, then the same attacked, at its own threshold."""
+    scores, images = rejector.detector.score(both), np.tile(np.arange(len(both) // 2), 2)
+    rejected = scores < rejector.threshold
+    return ShippedDetection(
+        **vars(measure_detection(scores, both.correct, seed=seed, images=images).score),
+        threshold=rejector.threshold,
+        false_rejections=share_of(rejected[both.correct]),
+        detected=share_of(rejected[~both.correct]),
+    )
+
+
 def _factor(centred: Scores, covariance: Covariance, shrinkage: Shrinkage, lowest: float) -> Scores:
     """Upper triangular W with W Wᵀ the inverse of the rows' covariance; its diagonal (D,) where that is all."""
     from sklearn.covariance import EmpiricalCovariance, LedoitWolf
@@ -221,7 +218,7 @@ def _factor(centred: Scores, covariance: Covariance, shrinkage: Shrinkage, lowes
 
 def _bootstrap(
     scores: Scores, correct: Correct, images: Integers | None, num_resamples: int, seed: int
-) -> tuple[float, float]:
+) -> tuple[float, float] | tuple[None, None]:
     """The middle 95% of AUCs over images drawn anew; a draw without both outcomes is left out."""
     groups = np.arange(len(scores)) if images is None else np.unique(images, return_inverse=True)[1]
     # AUC by ranks: sorting once instead of at every draw makes a thousand draws take seconds.
@@ -235,6 +232,6 @@ def _bootstrap(
             below = np.cumsum(wrong) - wrong / 2
             found.append(float((right * below).sum() / (right.sum() * wrong.sum())))
     if not found:
-        return np.nan, np.nan
+        return None, None
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)

@@ -12,48 +12,30 @@ column, the momentum of MIM, C&W's confidence, the surrogate, or its L2 table. C
 - Tiny ImageNet's first PGD column is printed with 20 steps twice; it is taken as 10, as in the paper's Table 7.
 """
 
+import math
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tla_service.attacks import Attack
+from tla_service.attacks.minimum_norm import SparseNorm
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.bounds import Norm
 from tla_service.config.radii import documented_radius, no_radius
 from tla_service.errors import ConfigError
-from tla_service.evaluation.intervals import Interval, wilson_interval
+from tla_service.evaluation.intervals import share_of
 from tla_service.evaluation.outcomes import ShardOutcome
-
-Axis = Literal["epsilon", "steps", "restarts", "l0", "l1"]
+from tla_service.evaluation.results import Curve, MinimumNorms
 
 
 class Columns(NamedTuple):
-    """The attacks of one data set's table.
-
-    Attributes:
-        attacks: White-box attacks by name, in the table's order.
-        transfer: Black-box attacks: made on a surrogate, scored on the network.
-        epsilon: The radius they share.
-    """
+    """The attacks of one data set's table: white-box ones by name, transfer attacks, and the radius they share."""
 
     attacks: dict[str, EvaluationAttack]
     transfer: dict[str, EvaluationAttack]
     epsilon: float
-
-
-class Curve(NamedTuple):
-    """Accuracy along one axis.
-
-    Attributes:
-        axis: What varies: the radius, the total of gradient steps, the restarts, or the size of a sparse perturbation.
-        x: Its values, rising.
-        accuracy: Accuracy at each.
-    """
-
-    axis: Axis
-    x: tuple[float, ...]
-    accuracy: tuple[Interval, ...]
 
 
 class _Table(NamedTuple):
@@ -117,6 +99,7 @@ _TABLES = {
         ),
     ),
 }
+_MOST_POINTS = 40  # of a curve of minimum norms
 _LIKE = {"fashion_mnist": "mnist"}
 
 
@@ -168,28 +151,37 @@ def step_sweep(attack: Attack, most: int, points: int = 8) -> dict[str, Attack]:
     return {f"steps={count}": replace(attack, num_steps=count, num_restarts=1) for count in counts}
 
 
-def sweep_curve(outcome: ShardOutcome, axis: Literal["epsilon", "steps"]) -> Curve:
+def sweep_curve(outcome: ShardOutcome, axis: Literal["epsilon", "steps"], attack: str) -> Curve:
     """Accuracy along a sweep that was evaluated; it begins with the clean accuracy at 0."""
     names = {float(name.partition("=")[2]): name for name in outcome.broken_at if name.startswith(f"{axis}=")}
     points = [(0.0, "clean"), *sorted(names.items())]
-    return Curve(axis, tuple(x for x, _ in points), tuple(_accuracy(outcome, name) for _, name in points))
+    accuracy = tuple(share_of(outcome.standing(name)) for _, name in points)
+    return Curve(attack, axis, tuple(x for x, _ in points), accuracy)
 
 
-def restart_curve(outcome: ShardOutcome, attack: str, restarts: int, steps_each: int | None = None) -> Curve:
+def restart_curve(outcome: ShardOutcome, name: str, restarts: int, attack: str, steps_each: int | None = None) -> Curve:
     """Accuracy after each restart of one attack, from its per-image record: nothing is run again.
 
     Args:
         outcome: Where the attack was run.
-        attack: Its name.
+        name: Its name there.
         restarts: How many it had.
+        attack: What the curve is called.
         steps_each: Give its steps to count gradient steps instead (20 restarts of 100 make 2000).
     """
-    counts = tuple(range(1, restarts + 1))
-    accuracy = tuple(_accuracy(outcome, attack, count) for count in counts)
-    scale = steps_each or 1
-    return Curve("steps" if steps_each else "restarts", tuple(float(scale * count) for count in counts), accuracy)
+    counts = range(1, restarts + 1)
+    accuracy = tuple(share_of(outcome.standing(name, count)) for count in counts)
+    x = tuple(float((steps_each or 1) * count) for count in counts)
+    return Curve(attack, "steps" if steps_each else "restarts", x, accuracy)
 
 
-def _accuracy(outcome: ShardOutcome, attack: str, restarts: int | None = None) -> Interval:
-    standing = outcome.standing(attack, restarts)
-    return wilson_interval(int(standing.sum()), len(standing))
+def minimum_norms_of(norms: npt.NDArray[np.float64], norm: SparseNorm) -> MinimumNorms:
+    """Summarise the smallest perturbation found for each image (N,): 0 if misclassified, infinite if none."""
+    finite = norms[np.isfinite(norms) & (norms > 0)]
+    sizes = np.unique(finite) if len(finite) else np.array([1.0])
+    if len(sizes) > _MOST_POINTS:
+        sizes = np.unique(np.quantile(finite, np.linspace(0, 1, _MOST_POINTS), method="higher"))
+    x = (0.0, *(float(size) for size in sizes))
+    curve = Curve("FMN", norm, x, tuple(share_of(norms > size) for size in x))
+    median = float(np.quantile(norms, 0.5, method="higher")) if len(norms) else math.inf
+    return MinimumNorms(norm, len(norms), int((norms == 0).sum()), median if math.isfinite(median) else None, curve)

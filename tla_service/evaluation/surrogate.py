@@ -5,8 +5,7 @@ from natural ones (Springer, Mitchell and Kenyon 2021, "A little robustness goes
 """
 
 import time
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from tla_service.attacks import Attack, craft
 from tla_service.config.bounds import Norm
 from tla_service.data.splits import stratified_subset
 from tla_service.evaluation.mode import as_pixels, float32, logits_of
+from tla_service.evaluation.results import SurrogateFacts
 from tla_service.models import build_model
 from tla_service.runtime import generator
 
@@ -31,30 +31,10 @@ _MOST_IMAGES, _MOST_BYTES = 10_000, 2**28
 
 @dataclass(frozen=True)
 class TrainedSurrogate:
-    """A surrogate that was trained for the audit.
-
-    Attributes:
-        weights: State dict, on the CPU.
-        architecture: Name of the network.
-        images: Number of training images it was trained on.
-        steps: Optimizer steps.
-        seconds: Wall time of its training.
-        clean_accuracy: On held-out training images; None without any.
-        held_out: Their number.
-    """
+    """A surrogate that was trained for the audit: its state dict, on the CPU, and how it was trained."""
 
     weights: dict[str, Tensor]
-    architecture: str
-    images: int
-    steps: int
-    seconds: float
-    clean_accuracy: float | None
-    held_out: int
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Everything but the weights."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "weights"}
+    facts: SurrogateFacts
 
 
 def surrogate_rows(labels: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
@@ -120,4 +100,5 @@ def train_surrogate(
             ]
     accuracy = float(torch.cat(right).double().mean()) if right else None
     weights = {name: value.detach().cpu() for name, value in network.state_dict().items()}
-    return TrainedSurrogate(weights, ARCHITECTURE, len(rows), _STEPS, time.monotonic() - began, accuracy, len(held_out))
+    seconds = time.monotonic() - began
+    return TrainedSurrogate(weights, SurrogateFacts(ARCHITECTURE, len(rows), _STEPS, seconds, accuracy, len(held_out)))

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tla_service.errors import UserError
-from tla_service.evaluation.intervals import PairedDifference, paired_difference, wilson_interval
+from tla_service.evaluation.intervals import paired_difference, share_of
 from tla_service.evaluation.outcomes import ShardOutcome
+from tla_service.evaluation.results import Accuracy
 from tla_service.registry.gate_rules import GateRules
-from tla_service.report.schema import Accuracy, Report
+from tla_service.report.schema import Report
 from tla_service.report.settings import ImageCounts
 
 _COMPARED = ("clean", "autoattack")
@@ -149,7 +150,8 @@ def _at_least(candidate: Evaluated, attack: str, rule: str, setting: str, floor:
     if outcome is None or not len(outcome.labels):
         explanation = f"was not measured on images of the gate; at least {floor:.1%} is asked"
         return Finding(rule, passed=False, explanation=explanation, remedy=candidate.again)
-    found = wilson_interval(int(outcome.standing(attack).sum()), len(outcome.labels))
+    found = share_of(outcome.standing(attack))
+    assert found.estimate is not None
     explanation = f"{found.estimate:.1%} ({found.low:.1%} to {found.high:.1%}, {found.images} images of the gate)"
     return Finding(rule, found.estimate >= floor, f"{explanation}; at least {floor:.1%} is asked", _better(setting))
 
@@ -232,19 +234,17 @@ def _same_images(first: ShardOutcome | None, second: ShardOutcome | None) -> boo
 
 
 def _not_worse(candidate: Evaluated, holder: Evaluated, attack: str, name: str, rules: GateRules) -> Finding:
-    found = paired_difference(candidate.gate[attack].standing(attack), holder.gate[attack].standing(attack))
+    own, other = (each.gate[attack].standing(attack) for each in (candidate, holder))
+    found = paired_difference(own, other)
     significant = found.difference < 0 and found.p_value < rules.significance
     dropped = -found.difference > rules.max_drop
     passed = not (significant or dropped)
-    return Finding(f"{attack} not worse", passed, f"{_difference(found)} against {name}", _better("max_drop"))
-
-
-def _difference(found: PairedDifference) -> str:
-    return (
+    explanation = (
         f"{100 * found.difference:+.2f} points ({100 * found.low:+.2f} to {100 * found.high:+.2f}), right on "
-        f"{found.first_only} images that the other misses, wrong on {found.second_only} that it gets; "
-        f"p = {found.p_value:.2g}"
+        f"{(own & ~other).sum()} images that the other misses, wrong on {(~own & other).sum()} that it gets; "
+        f"p = {found.p_value:.2g} against {name}"
     )
+    return Finding(f"{attack} not worse", passed, explanation, _better("max_drop"))
 
 
 def _percent(found: Accuracy) -> str:

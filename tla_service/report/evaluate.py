@@ -20,7 +20,6 @@ from tla_service.lock import locked_folder
 from tla_service.models import build_model
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
-from tla_service.report.audit_facts import audit_facts, autoattack_warnings
 from tla_service.report.figures import Figures
 from tla_service.report.folder import identity, open_folder, report_folder
 from tla_service.report.page import method_name, write_page
@@ -165,7 +164,7 @@ def _measure(
 
 
 def _built(trained: TrainedSurrogate, models: Models) -> nn.Module:
-    network = build_model(trained.architecture, len(models.dataset.class_names), models.dataset.image_shape)
+    network = build_model(trained.facts.architecture, len(models.dataset.class_names), models.dataset.image_shape)
     network.load_state_dict(trained.weights)
     return network.eval()
 
@@ -204,15 +203,22 @@ def _report(
     subject, dataset = models.subject, models.dataset
     own = found[subject.key]
     classes = len(dataset.class_names)
+
+    def measured(each: fd.Findings) -> dict[str, Any]:
+        """What is reported of every model."""
+        return {
+            "accuracy": fd.accuracies(each, plan, classes),
+            "detection": each.detection,
+            "neighbours": fd.neighbours(each, plan, settings),
+            "shift": tuple(ratios.at(epsilon) for epsilon, ratios in each.shift.items()),
+        }
+
     compared = tuple(
         rp.Compared(
             model=other.facts,
-            accuracy=fd.accuracy_facts(fd.accuracies(found[other.key], plan, classes)),
             difference=fd.differences(own, found[other.key], plan),
-            detection=fd.detection_facts(found[other.key], plan, settings),
-            neighbours=fd.neighbour_facts(found[other.key], plan, settings),
-            shift=fd.shift_facts(found[other.key]),
-            warnings=autoattack_warnings(found[other.key].autoattack),
+            warnings=fd.autoattack_warnings(found[other.key].autoattack),
+            **measured(found[other.key]),
         )
         for other in models.others
     )
@@ -226,15 +232,11 @@ def _report(
             trained_on=subject.trained_on,
         ),
         threat_model=rp.ThreatModel(norm=plan.norm, epsilon=plan.epsilon),
-        accuracy=fd.accuracy_facts(fd.accuracies(own, plan, classes)),
         attacks=fd.attack_facts(plan),
         autoattack=fd.autoattack_facts(own, plan),
-        curves=fd.curve_facts(own, plan),
-        sparse=fd.sparse_facts(own),
-        audit=audit_facts(own.audit, own.autoattack, own.surrogate),
-        detection=fd.detection_facts(own, plan, settings),
-        neighbours=fd.neighbour_facts(own, plan, settings),
-        shift=fd.shift_facts(own),
+        curves=own.curves,
+        sparse=own.norms,
+        audit=own.audit,
         compared=compared,
         surrogate=models.surrogate.facts if models.surrogate is not None else None,
         code=code_facts(),
@@ -242,7 +244,10 @@ def _report(
         settings=protocol(plan, settings),
         seconds=seconds,
         hardware=hardware,
-        gate=fd.gate_facts(gate, plan, settings, classes, int(dataset.gate.sum())),
+        gate=rp.GateFacts(
+            images=int(dataset.gate.sum()), accuracy=fd.accuracies(gate, plan, classes), detection=gate.detection
+        ),
+        **measured(own),
     )
 
 

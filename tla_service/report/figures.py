@@ -15,7 +15,7 @@ from tla_service.evaluation.measure_figures import class_map, pair_map, retrieva
 from tla_service.evaluation.neighbours import retrieve
 from tla_service.evaluation.suite_figures import accuracy_curves, class_bars, class_heat_map
 from tla_service.inference.detector import Floats, Integers
-from tla_service.report.findings import Findings, accuracies, norm_curve
+from tla_service.report.findings import Findings, accuracies
 from tla_service.report.plan import Plan, radius_name
 from tla_service.report.settings import ReportSettings
 from tla_service.report.tasks import EmbeddedImages
@@ -93,29 +93,30 @@ class Figures:
             ),
             "restarts": ("Against restarts", "What each further random start breaks, worst start per image."),
         }
-        for axis, curves in self._found.curves.items():
-            title, caption = about[axis]
+        for axis, (title, caption) in about.items():
+            curves = {curve.label: curve for curve in self._found.curves if curve.axis == axis}
             marked = (self._plan.epsilon, f"ε = {self._plan.epsilon:.4g}") if axis == "epsilon" else None
-            accuracy_curves(curves, self._add(f"accuracy_{axis}", "curves", title, caption), marked=marked)
-        for norm, norms in self._found.norms.items():
-            what = "values changed" if norm == "l0" else "absolute changes"
+            if curves:
+                accuracy_curves(curves, self._add(f"accuracy_{axis}", "curves", title, caption), marked=marked)
+        for found in self._found.norms:
+            what = "values changed" if found.norm == "l0" else "absolute changes"
             caption = (
                 f"Share of images without a successful perturbation of that size, by the smallest that FMN found "
                 f"({what}). The model was not trained for this norm."
             )
-            path = self._add(f"accuracy_{norm}", "sparse", f"Against {norm.upper()} perturbations", caption)
-            accuracy_curves({"FMN": norm_curve(norms, norm)}, path)
+            path = self._add(f"accuracy_{found.norm}", "sparse", f"Against {found.norm.upper()} perturbations", caption)
+            accuracy_curves({"FMN": found.curve}, path)
 
     def detection(self) -> None:
         """ROC curves of the detection scores."""
-        if not self._found.detection:
+        if not self._found.rocs:
             return
         caption = (
             f"Natural and attacked test images together, ε = {self._plan.detection.epsilon:.4g}; positives are the "
             "correctly classified ones."
         )
         path = self._add("detection", "detection", "Misclassified images", caption)
-        roc_curves({_SCORES[name]: result for name, result in self._found.detection.items()}, path)
+        roc_curves({_SCORES[name]: result for name, result in self._found.rocs.items()}, path)
 
     def shift(self, others: Mapping[str, Findings], own_name: str) -> None:
         """Shift ratios of this model and those it is compared with."""

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tla_service.evaluation.intervals import wilson_interval
+from tla_service.evaluation.results import DetectionScore, Share
 from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
 from tla_service.report.paper_results import differences_from_paper, paper_row
-from tla_service.report.schema import AttackFacts, Compared, DetectionScore, Report, Share
+from tla_service.report.schema import AttackFacts, Compared, Report
 
 _NORMS = {"linf": "L-infinity", "l2": "L2"}
 _KINDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD", "mim": "MIM", "cw": "C&W"}
@@ -142,8 +143,7 @@ def _whole(report: Report, name: str) -> Share:
     """Accuracy on all test images, those that are set aside for the gate among them: what the paper reports."""
     parts = [report.accuracy[name], *([report.gate.accuracy[name]] if report.gate is not None else [])]
     right = sum(round(part.estimate * part.images) for part in parts if part.estimate is not None)
-    found = wilson_interval(right, sum(part.images for part in parts))
-    return Share(estimate=found.estimate, low=found.low, high=found.high, images=found.images)
+    return wilson_interval(right, sum(part.images for part in parts))
 
 
 def _by_section(figures: Sequence[ReportFigure]) -> dict[str, list[ReportFigure]]:

@@ -24,9 +24,9 @@ from tla_service.evaluation.robustness import evaluation_attack
 from tla_service.evaluation.surrogate import surrogate_rows
 from tla_service.report.settings import ReportSettings
 from tla_service.report.tasks import (
+    AttackMeasurement,
     AuditMeasurement,
     EmbeddingMeasurement,
-    FateMeasurement,
     Measurement,
     NormMeasurement,
     SurrogateMeasurement,
@@ -192,10 +192,10 @@ def attack_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: 
     """The table of attacks and AutoAttack, for the model and those it is compared with."""
     counts = settings.images
     measures: list[tuple[str, int | None, Measurement]] = [
-        ("columns", counts.attacks, FateMeasurement(plan.columns, plan.transfer, None, plan.seed, plan.batch_size))
+        ("columns", counts.attacks, AttackMeasurement(plan.columns, plan.transfer, None, plan.seed, plan.batch_size))
     ]
     if counts.autoattack:
-        stage = FateMeasurement({}, {}, (plan.norm, plan.epsilon), plan.seed, plan.batch_size)
+        stage = AttackMeasurement({}, {}, (plan.norm, plan.epsilon), plan.seed, plan.batch_size)
         measures.append(("autoattack", counts.autoattack, stage))
     return [_task(name, model, dataset, count, plan, measure) for name, count, measure in measures]
 
@@ -242,7 +242,7 @@ def single_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: 
         "steps": step_sweep(attack, attack.num_steps),
     }
     for name, attacks in sweeps.items():
-        add(name, counts.curves, FateMeasurement(attacks, {}, None, plan.seed, plan.batch_size))
+        add(name, counts.curves, AttackMeasurement(attacks, {}, None, plan.seed, plan.batch_size))
     for norm in ("l0", "l1"):
         add(norm, counts.sparse, NormMeasurement(norm, plan.batch_size))
     return tasks

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, Self
 from zlib import crc32
@@ -32,6 +32,7 @@ from tla_service.evaluation.outcomes import (
     outcome_from,
     save_arrays,
 )
+from tla_service.evaluation.results import Audit, Check, SurrogateFacts
 from tla_service.evaluation.suite import evaluate_shard
 from tla_service.evaluation.surrogate import TrainedSurrogate, train_surrogate
 from tla_service.inference.detector import Floats
@@ -74,8 +75,8 @@ class Measurement(Protocol):
 
 
 @dataclass(frozen=True)
-class FateMeasurement:
-    """Each image's fate under attacks; merged to a ShardOutcome."""
+class AttackMeasurement:
+    """Per-image results of attacks; merged to a ShardOutcome."""
 
     attacks: Mapping[str, Attack]
     transfer: Mapping[str, Attack]
@@ -101,7 +102,7 @@ class FateMeasurement:
         return outcome_arrays(outcome)
 
     def merge(self, parts: Sequence[Arrays]) -> ShardOutcome:
-        """All images' fates."""
+        """The results of all images."""
         return merge_outcomes([outcome_from(part) for part in parts])
 
 
@@ -205,7 +206,7 @@ class SurrogateMeasurement:
             device=shard.device,
         )
         weights = {f"weights/{name}": value.numpy() for name, value in found.weights.items()}
-        return {"facts": np.array(json.dumps(found.facts)), **weights}
+        return {"facts": np.array(json.dumps(vars(found.facts))), **weights}
 
     def merge(self, parts: Sequence[Arrays]) -> TrainedSurrogate:
         """The surrogate."""
@@ -215,12 +216,12 @@ class SurrogateMeasurement:
             for name, value in only.items()
             if name.startswith("weights/")
         }
-        return TrainedSurrogate(weights, **json.loads(str(only["facts"])))
+        return TrainedSurrogate(weights, SurrogateFacts(**json.loads(str(only["facts"]))))
 
 
 @dataclass(frozen=True)
 class AuditMeasurement:
-    """The audit; one shard, merged to the audit as a dictionary."""
+    """The audit; one shard, merged to an Audit."""
 
     attack: Attack
     seed: int
@@ -240,13 +241,13 @@ class AuditMeasurement:
             batch_size=self.batch_size,
             device=shard.device,
         )
-        return {"audit": np.array(json.dumps(found.as_dict()))}
+        return {"audit": np.array(json.dumps(asdict(found)))}
 
-    def merge(self, parts: Sequence[Arrays]) -> dict[str, Any]:
+    def merge(self, parts: Sequence[Arrays]) -> Audit:
         """The audit."""
         (only,) = parts
-        found: dict[str, Any] = json.loads(str(only["audit"]))
-        return found
+        found = json.loads(str(only["audit"]))
+        return Audit.of([Check(**check) for check in found["checks"]], found["images"])
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """What an evaluation says in the terminal at its end."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from tla_service.evaluation.results import SurrogateFacts
 from tla_service.report.page import percent, split_sentence
 from tla_service.report.schema import PAGE_FILE, REPORT_FILE, Report
 from tla_service.training.reporting import Terminal
@@ -31,10 +30,11 @@ def show(report: Report, output: Path, terminal: Terminal) -> None:
     terminal.say(f"report  {page if page.is_file() else output / REPORT_FILE}")
 
 
-def describe_surrogate(facts: Mapping[str, Any]) -> str:
+def describe_surrogate(facts: SurrogateFacts) -> str:
     """The surrogate that was trained for the audit, in a line."""
-    accuracy = f", clean accuracy {percent(facts['clean_accuracy'])} % on {facts['held_out']} held-out images"
-    return (
-        f"trained {facts['architecture']}: {facts['steps']} steps on {facts['images']} training images in "
-        f"{facts['seconds']:.0f} s" + (accuracy if facts["clean_accuracy"] is not None else "")
+    text = (
+        f"trained {facts.architecture}: {facts.steps} steps on {facts.images} training images in {facts.seconds:.0f} s"
     )
+    if facts.clean_accuracy is None:
+        return text
+    return f"{text}, clean accuracy {percent(facts.clean_accuracy)} % on {facts.held_out} held-out images"
