@@ -24,6 +24,7 @@ from tla_service.models import build_model
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
 from tla_service.report.figures import Figures
+from tla_service.report.measurements import Shard
 from tla_service.report.page import size, write_page
 from tla_service.report.plan import (
     Plan,
@@ -39,7 +40,7 @@ from tla_service.report.plan import (
     single_tasks,
     surrogate_task,
 )
-from tla_service.report.tasks import Shard, Task, select
+from tla_service.report.tasks import Task, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
 
@@ -56,8 +57,8 @@ def run(task: Task, seed: int = 0) -> Any:
     parts = []
     for _, rows in task.shards():
         chosen = torch.from_numpy(rows)
-        shard = Shard(source.fetch(chosen), source.labels[chosen], rows, CPU)
-        parts.append(task.measurement.run(trained(seed), None, shard))
+        shard = Shard(trained(seed), None, source.fetch(chosen), source.labels[chosen], rows, CPU)
+        parts.append(task.measurement.run(shard))
     return task.measurement.merge(parts)
 
 

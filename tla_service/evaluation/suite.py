@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images
-from tla_service.attacks.autoattack import ALL_STAGES, AutoAttackNorm, run_autoattack
+from tla_service.attacks.autoattack import VERSION, AutoAttackNorm, run_autoattack
 from tla_service.errors import ConfigError
 from tla_service.evaluation.mode import as_pixels, evaluating, float32, logits_of
 from tla_service.evaluation.outcomes import AutoAttackRun, ShardOutcome
@@ -77,12 +77,9 @@ def evaluate_shard(
                 result = run_autoattack(
                     logits_fn, pixels, truth, norm=norm, epsilon=epsilon, seed=seed, batch_size=batch_size
                 )
-                broken_at["autoattack"][part] = [
-                    UNBROKEN if fate is None else 0 if fate == "clean" else 1 + ALL_STAGES.index(fate)
-                    for fate in result.broken_by
-                ]
+                broken_at["autoattack"][part] = result.broken_at.cpu().numpy()
                 left_out |= result.left_out
-                run = AutoAttackRun(result.version, norm, epsilon, result.stages)
+                run = AutoAttackRun(VERSION, norm, epsilon, result.stages)
                 warnings += result.warnings
     truths, said = labels.cpu().numpy().astype(np.int64), tuple(dict.fromkeys(warnings))
     return ShardOutcome(numbers, truths, broken_at, left_out, run, warnings=said)

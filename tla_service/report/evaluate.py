@@ -38,14 +38,11 @@ from tla_service.report.plan import (
 )
 from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import Models
-from tla_service.report.tasks import Measurer, Task, run_tasks, select
+from tla_service.report.tasks import Inputs, Measurer, Results, Task, run_tasks, select
 from tla_service.report.text import describe_surrogate
 from tla_service.training.reporting import Terminal
 
 _SECONDS_BETWEEN_LINES = 5.0
-
-
-Results = dict[tuple[str, str], Any]
 
 
 def evaluate(
@@ -133,8 +130,8 @@ def _measure(
 ) -> tuple[Results, str]:
     """Run all tasks: first everything, then the few queries that depend on it. Also what they ran on."""
     subject, dataset = models.subject, models.dataset
-    networks = {each.key: each.network for each in models.all}
     surrogate = models.surrogate.network if models.surrogate is not None else None
+    inputs = Inputs({each.key: each.network for each in models.all}, surrogate, dataset)
     say = _Now(terminal)
     with workers() as measure:
         terminal.say(f"measuring on {measure}")
@@ -144,22 +141,21 @@ def _measure(
             terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
             try:
                 task = surrogate_task(plan, dataset, subject.key)
-                results |= run_tasks([task], networks, None, dataset, output, measure, lambda _: None)
-                surrogate = _built(results[task.key], models)
+                results |= run_tasks([task], inputs, output, measure, lambda _: None)
+                inputs = inputs._replace(surrogate=_built(results[task.key], models))
                 terminal.say(describe_surrogate(results[task.key].facts))
             except UserError as error:
                 without = f"no surrogate was given, and none could be trained ({error})"
                 terminal.say(without)
         # The audit first: it is one long shard, and the others fill up the time beside it.
         tasks = [*audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
-        results |= run_tasks(tasks, networks, surrogate, dataset, output, measure, say)
+        results |= run_tasks(tasks, inputs, output, measure, say)
         if settings.page and (subject.key, "natural") in results:
             natural = results[subject.key, "natural"]
             natural = natural.only(~dataset.gate.numpy()[natural.rows])
             rows = natural.rows[pick_queries(natural.embedded, settings.pictures.queries, plan.seed)]
             if len(rows):
-                queries = [query_task(plan, subject.key, rows)]
-                results |= run_tasks(queries, networks, surrogate, dataset, output, measure, say)
+                results |= run_tasks([query_task(plan, subject.key, rows)], inputs, output, measure, say)
     return results, str(measure)
 
 

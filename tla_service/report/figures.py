@@ -16,9 +16,9 @@ from tla_service.evaluation.neighbours import retrieve
 from tla_service.evaluation.suite_figures import accuracy_curves, class_bars, class_heat_map
 from tla_service.inference.detector import Floats, Integers
 from tla_service.report.findings import Findings, accuracies
+from tla_service.report.measurements import EmbeddedImages
 from tla_service.report.plan import Plan, radius_name
 from tla_service.report.settings import ReportSettings
-from tla_service.report.tasks import EmbeddedImages
 
 _SCORES = {"gaussian": "class Gaussians", "max_softmax": "max softmax", "neighbours": "k-th neighbour"}
 _CIFAR_DEER, _CIFAR_TRUCK, _CIFAR_BIRD = 4, 9, 2

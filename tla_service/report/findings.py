@@ -25,10 +25,10 @@ from tla_service.evaluation.results import (
     Neighbours,
 )
 from tla_service.inference.detector import Rejector
+from tla_service.report.measurements import EmbeddedImages
 from tla_service.report.plan import Plan, detection_name, radius_name
 from tla_service.report.schema import AttackFacts, AutoAttackFacts
 from tla_service.report.settings import ReportSettings
-from tla_service.report.tasks import EmbeddedImages
 
 # Below this, AutoAttack's lead is what a fair attack of fewer steps leaves; above, the others are weak.
 WEAK_GAP = 0.02

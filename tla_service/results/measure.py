@@ -24,9 +24,10 @@ from tla_service.files import write_whole
 from tla_service.job import run_job
 from tla_service.models import build_model
 from tla_service.report import findings as fd
+from tla_service.report.measurements import Shard
 from tla_service.report.plan import Plan, attack_tasks, bank_rows, embedding_tasks, make_plan
 from tla_service.report.settings import EvaluateSettings
-from tla_service.report.tasks import Shard, Task
+from tla_service.report.tasks import Task
 from tla_service.runtime import hardware, keep_freed_memory
 from tla_service.training.checkpoint import MANIFEST, read_weights
 from tla_service.training.output import CONFIG
@@ -95,8 +96,8 @@ def _measure(
         except UnavailableError:
             began = time.process_time()
             chosen = torch.from_numpy(rows)
-            shard = Shard(source.fetch(chosen), source.labels[chosen], rows, device)
-            save_arrays(task.measurement.run(network, surrogate, shard), path)
+            shard = Shard(network, surrogate, source.fetch(chosen), source.labels[chosen], rows, device)
+            save_arrays(task.measurement.run(shard), path)
             _count_seconds(folder, task.name, time.process_time() - began)
 
 
