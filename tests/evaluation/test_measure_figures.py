@@ -63,7 +63,7 @@ def test_roc_names_auc_and_interval(tmp_path: Path, drawn: list[Figure]) -> None
 @pytest.mark.parametrize("channels", [1, 3])
 def test_retrieval_judges_by_colour_and_mark(channels: int, tmp_path: Path, drawn: list[Figure]) -> None:
     rows = np.array([[0, 1]])
-    retrieval = Retrieval(np.array([4]), np.array([2]), rows, rows, np.array([[2, 2]]), np.array([[2, 5]]))
+    retrieval = Retrieval(np.array([2]), rows, rows, np.array([[2, 2]]), np.array([[2, 5]]))
     query = np.full((1, channels, 4, 4), 0.25)
     found = np.stack([np.full((2, channels, 4, 4), value) for value in (0.5,)])
     retrieval_panel(retrieval, query, 2 * query, found, found + 0.25, NAMES, tmp_path / "panel.png")

@@ -16,15 +16,15 @@ from tla_service.attacks import UNBROKEN, Attack, attack_images
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.detection import fit_detector
+from tla_service.evaluation.minimum_norms import minimum_norms_of
 from tla_service.evaluation.outcomes import ShardOutcome
-from tla_service.evaluation.paper_columns import minimum_norms_of
 from tla_service.evaluation.results import Accuracy, Audit, Check
+from tla_service.evaluation.shards import Shard
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
 from tla_service.report.figures import Figures
-from tla_service.report.measurements import Shard
 from tla_service.report.page import size, write_page
 from tla_service.report.plan import (
     Plan,

@@ -57,15 +57,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Projection:
-    """Natural and attacked images in the plane, projected together.
-
-    Attributes:
-        natural: Points (n, 2).
-        adversarial: Points (m, 2).
-        natural_labels: True classes of the natural images (n,).
-        adversarial_labels: True classes of the attacked images (m,).
-        adversarial_predictions: Predicted classes of the attacked images (m,).
-    """
+    """Points of natural (n, 2) and attacked (m, 2) images in the plane, and their classes."""
 
     natural: Floats
     adversarial: Floats
@@ -147,14 +139,8 @@ def project(
 ) -> Projection:
     """Project the selected natural and attacked embeddings into the plane together, by t-SNE.
 
-    The authors project all images, then select; 20,000 points take the better part of an hour.
-
-    Args:
-        natural: Embedded natural images.
-        adversarial: Embedded attacked images.
-        selection: Which to project.
-        seed: Fixes the starting points.
-        settings: Of :class:`sklearn.manifold.TSNE`, in place of the authors'.
+    The authors project all images, then select; 20,000 points take the better part of an hour. `settings` replace the
+    authors' for :class:`sklearn.manifold.TSNE`.
 
     Raises:
         ConfigError: There are too few points for the perplexity.

@@ -95,18 +95,7 @@ def retrieval_panel(
     """Draw two rows per query: it and its nearest training images, clean and then attacked (Fig. 4).
 
     A neighbour of the query's class has a solid blue frame and a tick, another one a dashed orange frame and a cross.
-
-    Args:
-        retrieval: Which neighbours, and their classes.
-        clean: The queries as they are (Q, C, H, W), in [0, 1]; C is 1 or 3.
-        attacked: The queries attacked (Q, C, H, W).
-        clean_neighbours: Images of `retrieval.clean_neighbours` (Q, n, C, H, W).
-        attacked_neighbours: Images of `retrieval.attacked_neighbours` (Q, n, C, H, W).
-        class_names: Names by class.
-        path: PNG file to write; its folder is made.
-
-    Raises:
-        ValueError: There is no query, or the images are not those of the retrieval.
+    Queries are (Q, C, H, W) in [0, 1], neighbours (Q, n, C, H, W); what does not fit the retrieval raises ValueError.
     """
     wanted = retrieval.clean_neighbours.shape
     shapes = [clean.shape[:1], attacked.shape[:1], clean_neighbours.shape[:2], attacked_neighbours.shape[:2]]

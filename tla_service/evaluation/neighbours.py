@@ -25,15 +25,13 @@ class Retrieval:
     """The nearest images of the bank for queries shown clean and attacked.
 
     Attributes:
-        queries: Rows of the queries among the test images (Q,).
-        labels: Their true classes (Q,).
+        labels: True classes of the queries (Q,).
         clean_neighbours: Rows of the bank nearest to each clean query (Q, n), nearest first.
         attacked_neighbours: The same for each attacked query.
         clean_classes: Classes of `clean_neighbours` (Q, n).
         attacked_classes: Classes of `attacked_neighbours` (Q, n).
     """
 
-    queries: Integers
     labels: Integers
     clean_neighbours: Integers
     attacked_neighbours: Integers
@@ -117,11 +115,7 @@ def neighbour_accuracy(queries: Embedded, bank: Embedded, *, k: int = 50, metric
 def neighbour_score(
     images: Embedded, bank: Embedded, *, k: int = 50, metric: Metric = "angular"
 ) -> npt.NDArray[np.float64]:
-    """How near training images are, to detect errors by: a baseline (Sun et al. 2022), not the paper's.
-
-    Returns:
-        Minus the distance to the k-th nearest row of the bank (N,).
-    """
+    """Minus the distance to the k-th nearest row of the bank (N,): a baseline to detect errors by (Sun et al. 2022)."""
     _, found = nearest(images.embeddings, bank.embeddings, k, metric=metric)
     return -found[:, -1].astype(np.float64)
 
@@ -149,7 +143,7 @@ def retrieve(
         raise ValueError("clean and attacked images differ in their labels: give the same images in the same order")
     before, _ = nearest(clean.embeddings[queries], bank.embeddings, count, metric=metric)
     after, _ = nearest(attacked.embeddings[queries], bank.embeddings, count, metric=metric)
-    return Retrieval(queries, clean.labels[queries], before, after, bank.labels[before], bank.labels[after])
+    return Retrieval(clean.labels[queries], before, after, bank.labels[before], bank.labels[after])
 
 
 def _smallest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 
 from tla_service.data import Dataset
 from tla_service.errors import ConfigError
+from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.figures import attack_panel
 from tla_service.evaluation.geometry import ShiftRatios, project, select_class, select_pair
 from tla_service.evaluation.measure_figures import class_map, pair_map, retrieval_panel, roc_curves, shift_bars
@@ -16,7 +17,6 @@ from tla_service.evaluation.neighbours import retrieve
 from tla_service.evaluation.suite_figures import accuracy_curves, class_bars, class_heat_map
 from tla_service.inference.detector import Floats, Integers
 from tla_service.report.findings import Findings, accuracies
-from tla_service.report.measurements import EmbeddedImages
 from tla_service.report.plan import Plan, radius_name
 from tla_service.report.settings import ReportSettings
 
@@ -27,13 +27,9 @@ _FEWEST_POINTS = 20  # t-SNE of fewer shows nothing
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure of the page.
+    """A figure of the page: PNG file, heading, and a caption that says what it shows and what to look for.
 
-    Attributes:
-        path: PNG file.
-        section: Where it belongs: accuracy, curves, sparse, detection, neighbours, shift or examples.
-        title: Heading.
-        caption: What it shows, and what to look for.
+    `section` is accuracy, curves, sparse, detection, neighbours, shift or examples.
     """
 
     path: Path
@@ -43,14 +39,7 @@ class ReportFigure:
 
 
 class Figures:
-    """Draws the figures of a report into a folder.
-
-    Args:
-        folder: Made if it is missing.
-        found: What was measured.
-        plan: How.
-        class_names: In label order.
-    """
+    """Draws the figures of a report into a folder, which is made."""
 
     def __init__(self, folder: Path, found: Findings, plan: Plan, class_names: tuple[str, ...]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

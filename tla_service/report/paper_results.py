@@ -64,10 +64,10 @@ _LEVELS = {"mnist": (0.03, 0.3), "cifar10": (8 / 255, 25 / 255), "tiny_imagenet"
 
 
 class PaperRow(NamedTuple):
-    """What the paper reports of a method on a data set.
+    """What the paper reports of a method on a data set, as printed.
 
     Attributes:
-        accuracy: Percentages by attack, in Table 1's order.
+        accuracy: Percentages by attack; Table 1.
         shift: (r, r') by radius; Tables 2 and 3.
         neighbours: Percentages (attacked, clean); Table 4.
         detection: Percentage; Fig. 5.
@@ -96,11 +96,7 @@ def paper_row(data_name: str, method: str) -> PaperRow | None:
 def differences_from_paper(data_name: str, architecture: str, images: int, *, same_attacks: bool) -> list[str]:
     """What sets a measurement apart from the paper's; nothing where the setting is the same.
 
-    Args:
-        data_name: Data set.
-        architecture: Name of the network.
-        images: Test images measured on.
-        same_attacks: Whether norm, radius and columns are the paper's.
+    `same_attacks` tells whether norm, radius and attacks are the paper's.
     """
     if data_name not in _ACCURACY:
         return [f"the paper has no {data_name}"]

@@ -18,18 +18,15 @@ from tla_service.config.radii import documented_radius, no_radius
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
+from tla_service.evaluation.audit import AuditMeasurement
+from tla_service.evaluation.embedding import EmbeddingMeasurement
+from tla_service.evaluation.minimum_norms import NormMeasurement
 from tla_service.evaluation.outcomes import IntArray
 from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, step_sweep
 from tla_service.evaluation.robustness import evaluation_attack
-from tla_service.evaluation.surrogate import surrogate_rows
-from tla_service.report.measurements import (
-    AttackMeasurement,
-    AuditMeasurement,
-    EmbeddingMeasurement,
-    Measurement,
-    NormMeasurement,
-    SurrogateMeasurement,
-)
+from tla_service.evaluation.shards import Measurement
+from tla_service.evaluation.suite import AttackMeasurement
+from tla_service.evaluation.surrogate import SurrogateMeasurement, surrogate_rows
 from tla_service.report.settings import ReportSettings
 from tla_service.report.tasks import Task
 from tla_service.runtime import mixed_seed
@@ -96,12 +93,8 @@ class Plan:
 def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: float, *, has_surrogate: bool) -> Plan:
     """Decide on the attacks.
 
-    Args:
-        settings: The evaluation's; its threat model takes precedence.
-        data_name: Data set, for the paper's columns.
-        norm: Norm that the model was trained for.
-        epsilon: Radius that it was trained for.
-        has_surrogate: Without one transfer attacks are left out.
+    `norm` and `epsilon` are what the model was trained for; the settings take precedence. Without a surrogate transfer
+    attacks are left out.
 
     Raises:
         ConfigError: A norm has no radius, or none of the attacks is PGD under the threat model.

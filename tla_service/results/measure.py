@@ -20,11 +20,11 @@ from tla_service.data import Dataset, load_dataset, split_validation
 from tla_service.environment import code_facts
 from tla_service.errors import UnavailableError
 from tla_service.evaluation.outcomes import load_arrays, save_arrays, save_outcome
+from tla_service.evaluation.shards import Shard
 from tla_service.files import write_whole
 from tla_service.job import run_job
 from tla_service.models import build_model
 from tla_service.report import findings as fd
-from tla_service.report.measurements import Shard
 from tla_service.report.plan import Plan, attack_tasks, bank_rows, embedding_tasks, make_plan
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.tasks import Task
