@@ -5,11 +5,8 @@ Accuracies and areas are percentages, as printed. None is ever taken for a figur
 
 from typing import NamedTuple
 
-_COLUMNS = {
-    "mnist": ("clean", "fgsm", "bim40", "cw40", "pgd40", "pgd100", "pgd100x20", "mim200", "transfer_pgd100"),
-    "cifar10": ("clean", "fgsm", "bim7", "cw30", "pgd7", "pgd20", "pgd20x20", "mim40", "transfer_pgd7"),
-    "tiny_imagenet": ("clean", "fgsm", "bim10", "cw10", "pgd10", "pgd20", "pgd20x20", "mim40", "transfer_pgd10"),
-}
+from tla_service.evaluation.paper_columns import paper_columns
+
 _ARCHITECTURES = {"mnist": "mnist_cnn", "cifar10": "wrn_32_10", "tiny_imagenet": "tiny_resnet50_stride2"}
 _TEST_IMAGES = 10_000
 _ACCURACY = {
@@ -84,7 +81,9 @@ def paper_row(data_name: str, method: str) -> PaperRow | None:
     accuracy = _ACCURACY.get(data_name, {}).get(method)
     if accuracy is None:
         return None
-    named = {name: float(value) for name, value in zip(_COLUMNS[data_name], accuracy, strict=True)}
+    columns = paper_columns(data_name)
+    names = ("clean", *columns.attacks, *columns.transfer)
+    named = {name: float(value) for name, value in zip(names, accuracy, strict=True)}
     measures = _MEASURES[data_name].get(method)
     if measures is None:
         return PaperRow(named, {}, None, None)
