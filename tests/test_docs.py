@@ -21,7 +21,7 @@ from tla_service.tuning.settings import Dimension, SweepConfig, TuneSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ENTRY = re.compile(r"jobs/\w+\.py|-m benchmarks\b|tla_service\.(?:training|report)\b|\bARGS=")
+ENTRY = re.compile(r"jobs/\w+\.py|-m benchmarks(?!\.)|tla_service\.(?:training|report)\b|\bARGS=")
 
 
 def commands(page: Path) -> Iterator[str]:

@@ -26,6 +26,7 @@ from tla_service.config.radii import without_lengths_of_other_norms
 from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError
 
+CONFIG = "config.yaml"  # in a run's output folder
 ENV_PREFIX = "TLA_"
 _FILES = ("config", "study", "preset")  # each may name the next
 
@@ -241,3 +242,18 @@ def print_config(settings: RunSettings) -> str:
     if settings.print_config == "schema":
         return json.dumps(RunConfig.model_json_schema(), indent=2)
     return to_yaml(settings.run_config).rstrip()
+
+
+def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
+    """The run and its output folder.
+
+    An earlier version counted other settings towards the digest, and so made another name of the same ones: a run that
+    was begun under such a name, where none is given, keeps it.
+    """
+    config, output = settings.run_config, settings.output_folder
+    if config.name or settings.output is not None or output.exists():
+        return config, output
+    for path in sorted(output.parent.glob(f"{config.name_stem}-{'[0-9a-f]' * 8}/{CONFIG}")):
+        if same_run(path.read_text(), config):
+            return config.model_copy(update={"name": path.parent.name}), path.parent
+    return config, output

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from tla_service.config import RunConfig
-from tla_service.config.loading import load_settings, print_config
+from tla_service.config.loading import find_output, load_settings, print_config
 from tla_service.errors import UnavailableError
 from tla_service.job import INTERRUPTED, run_job
 from tla_service.lock import locked_folder
@@ -23,7 +23,7 @@ from tla_service.logs import log_as_json
 from tla_service.runtime import WorkerContext, failing_together, process_group
 from tla_service.training.checkpoint import read_weights
 from tla_service.training.fit import Run
-from tla_service.training.output import find_output, open_output, show_summary, summarize, write_config, write_summary
+from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
 from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need
 from tla_service.training.reporting import KEPT, JsonTerminal, LocalReporter, Terminal
 
