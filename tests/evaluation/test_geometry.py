@@ -9,7 +9,6 @@ from tla_service.errors import ConfigError
 from tla_service.evaluation import geometry
 from tla_service.evaluation.embedding import Embedded
 from tla_service.evaluation.geometry import (
-    Selection,
     project,
     select_class,
     select_pair,
@@ -87,11 +86,15 @@ def test_ratios_refuse_what_does_not_belong_together() -> None:
 def test_pictures_choose_their_images() -> None:
     natural = made([0, 1, 2, 1, 0, 1, 2], [0] * 7, 1)
     attacked = made([0, 1, 2, 1, 0, 1, 2], [1, 2, 0, 2, 1, 0, 2], 2)
-    one = select_class(natural, attacked, 1, max_natural=2, max_adversarial=9)
-    assert (one.natural.tolist(), one.adversarial.tolist()) == ([1, 3], [1, 3, 5])
-    pair = select_pair(natural, attacked, 1, 2, max_natural=4)
-    assert (pair.natural.tolist(), pair.adversarial.tolist()) == ([1, 2, 3, 5], [1, 3])
-    assert select_pair(natural, attacked, 2, 1).adversarial.tolist() == []
+
+    def rows(chosen: tuple[Embedded, Embedded]) -> list[list[int]]:
+        """Which rows of the natural and of the attacked images they are."""
+        pairs = zip(chosen, (natural, attacked), strict=True)
+        return [[part.embeddings.tolist().index(row) for row in one.embeddings.tolist()] for one, part in pairs]
+
+    assert rows(select_class(natural, attacked, 1, max_natural=2, max_adversarial=9)) == [[1, 3], [1, 3, 5]]
+    assert rows(select_pair(natural, attacked, 1, 2, max_natural=4)) == [[1, 2, 3, 5], [1, 3]]
+    assert rows(select_pair(natural, attacked, 2, 1))[1] == []
     with pytest.raises(ConfigError, match="class=3"):
         select_class(natural, attacked, 3)
     with pytest.raises(ConfigError, match="class=3"):
@@ -103,15 +106,15 @@ def test_projection_is_joint_and_fixed_by_its_seed() -> None:
     for images in (natural, attacked):  # two directions: half of the images of each kind in either
         images.embeddings[:8, 0] += 20
         images.embeddings[8:, 1] += 20
-    chosen = Selection(np.arange(2, 14), np.arange(3, 13))
-    found = project(natural, attacked, chosen, seed=0, **QUICK)
+    natural, attacked = natural.subset(np.arange(2, 14)), attacked.subset(np.arange(3, 13))
+    found = project(natural, attacked, seed=0, **QUICK)
     assert found.natural.shape == (12, 2)
     assert found.adversarial.shape == (10, 2)
-    assert found.natural_labels.tolist() == natural.labels[2:14].tolist()
-    assert found.adversarial_predictions.tolist() == attacked.predictions[3:13].tolist()
+    assert found.labels.tolist() == natural.labels.tolist()
+    assert found.predictions.tolist() == attacked.predictions.tolist()
     gaps = np.linalg.norm(found.natural[:6, None] - found.adversarial[None], axis=2).mean(0)
     assert gaps[:5].max() < gaps[5:].min(), "attacked images lie beside natural ones of their direction"
-    again, other = (project(natural, attacked, chosen, seed=seed, **QUICK) for seed in (0, 1))
+    again, other = (project(natural, attacked, seed=seed, **QUICK) for seed in (0, 1))
     np.testing.assert_array_equal(found.natural, again.natural)
     assert not np.array_equal(found.natural, other.natural)
 
@@ -119,4 +122,4 @@ def test_projection_is_joint_and_fixed_by_its_seed() -> None:
 def test_too_few_points_are_refused() -> None:
     images = made([0] * 7, [0] * 7, 1)
     with pytest.raises(ConfigError, match=r"perplexity=15.0: not below the 14 images"):
-        project(images, images, Selection(np.arange(7), np.arange(7)), seed=0)
+        project(images, images, seed=0)

@@ -9,8 +9,14 @@ from matplotlib.figure import Figure
 from tla_service.evaluation import measure_figures
 from tla_service.evaluation.detection import RocCurve, measure_detection
 from tla_service.evaluation.geometry import Projection, ShiftRatios
-from tla_service.evaluation.measure_figures import class_map, pair_map, retrieval_panel, roc_curves, shift_bars
-from tla_service.evaluation.neighbours import Retrieval
+from tla_service.evaluation.measure_figures import (
+    PanelRow,
+    class_map,
+    pair_map,
+    retrieval_panel,
+    roc_curves,
+    shift_bars,
+)
 
 NAMES = [f"class {klass}" for klass in range(12)]
 
@@ -62,11 +68,11 @@ def test_roc_names_auc_and_interval(tmp_path: Path, drawn: list[Figure]) -> None
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_retrieval_judges_by_colour_and_mark(channels: int, tmp_path: Path, drawn: list[Figure]) -> None:
-    rows = np.array([[0, 1]])
-    retrieval = Retrieval(np.array([4]), np.array([2]), rows, rows, np.array([[2, 2]]), np.array([[2, 5]]))
     query = np.full((1, channels, 4, 4), 0.25)
     found = np.stack([np.full((2, channels, 4, 4), value) for value in (0.5,)])
-    retrieval_panel(retrieval, query, 2 * query, found, found + 0.25, NAMES, tmp_path / "panel.png")
+    clean = PanelRow(query, found, np.array([[2, 2]]))
+    states = {"clean": clean, "attacked": PanelRow(2 * query, found + 0.25, np.array([[2, 5]]))}
+    retrieval_panel(np.array([2]), states, NAMES, tmp_path / "panel.png")
     cells = drawn[0].axes
     assert [cell.get_xlabel() for cell in cells] == [
         "query: class 2", "✓ class 2", "✓ class 2", "query: class 2", "✓ class 2", "✗ class 5",
@@ -78,14 +84,16 @@ def test_retrieval_judges_by_colour_and_mark(channels: int, tmp_path: Path, draw
     assert right.get_edgecolor() != wrong.get_edgecolor()
     assert right.get_linestyle() != wrong.get_linestyle()
     with pytest.raises(ValueError, match="leading shapes"):
-        retrieval_panel(retrieval, query, query, found[:, :1], found, NAMES, tmp_path / "panel.png")
+        retrieval_panel(
+            np.array([2]), states | {"clean": clean._replace(neighbours=found[:, :1])}, NAMES, tmp_path / "x.png"
+        )
 
 
 def projection(predictions: list[int], labels: int | None = None) -> Projection:
     random = np.random.default_rng(0)
     said = np.array(predictions, np.int64)
     natural = np.array([1, 1, 2]) if labels is None else np.full(3, labels)
-    return Projection(random.normal(size=(3, 2)), random.normal(size=(len(said), 2)), natural, np.ones_like(said), said)
+    return Projection(random.normal(size=(3, 2)), random.normal(size=(len(said), 2)), natural, said)
 
 
 def test_class_map_groups_by_prediction(tmp_path: Path, drawn: list[Figure]) -> None:

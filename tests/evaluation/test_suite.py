@@ -24,7 +24,8 @@ from tla_service.evaluation.outcomes import (
 )
 from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, restart_curve, step_sweep, sweep_curve
 from tla_service.evaluation.robustness import evaluation_attack
-from tla_service.evaluation.suite import evaluate_shard
+from tla_service.evaluation.shards import Shard
+from tla_service.evaluation.suite import AttackMeasurement
 from tla_service.models.output import ModelOutput
 
 CPU = torch.device("cpu")
@@ -54,8 +55,11 @@ def pictures(network: nn.Module, count: int = 40) -> tuple[Tensor, Tensor]:
 
 
 def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attacks: Any = None, **changes: Any) -> ShardOutcome:
-    settings = {"seed": 0, "batch_size": 16, "device": CPU} | changes
-    return evaluate_shard(network, images, labels, {"pgd": PGD} if attacks is None else attacks, **settings)
+    surrogate, indices = changes.pop("surrogate", None), changes.pop("indices", range(len(labels)))
+    shard = Shard(network, surrogate, images, labels, np.array(indices), CPU)
+    settings = {"transfer": {}, "autoattack": None, "seed": 0, "batch_size": 16} | changes
+    measurement = AttackMeasurement(attacks={"pgd": PGD} if attacks is None else attacks, **settings)
+    return measurement.merge([measurement.run(shard)])
 
 
 def logits(network: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -9,10 +9,11 @@ import pytest
 
 from tests.jobs.test_evaluate_refusals import checkpoint
 from tla_service.evaluation.outcomes import load_outcome
+from tla_service.evaluation.shards import Shard
+from tla_service.evaluation.suite import AttackMeasurement
 from tla_service.job import INTERRUPTED, run_job
 from tla_service.report.__main__ import main
 from tla_service.report.schema import read_report
-from tla_service.report.tasks import AttackMeasurement, Shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
 
@@ -48,11 +49,11 @@ def test_an_interrupted_evaluation_resumes_from_its_shards(
     measured: list[list[int]] = []
     real = AttackMeasurement.run
 
-    def count(self: AttackMeasurement, network: Any, surrogate: Any, shard: Shard) -> Any:
+    def count(self: AttackMeasurement, shard: Shard) -> Any:
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append(shard.rows.tolist())
-        return real(self, network, surrogate, shard)
+        return real(self, shard)
 
     monkeypatch.setattr(AttackMeasurement, "run", count)
     assert run("--model", model, "--compare", other, "--output", str(cut))[0] == INTERRUPTED

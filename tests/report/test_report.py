@@ -16,9 +16,10 @@ from tla_service.attacks import UNBROKEN, Attack, attack_images
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.detection import fit_detector
+from tla_service.evaluation.minimum_norms import minimum_norms_of
 from tla_service.evaluation.outcomes import ShardOutcome
-from tla_service.evaluation.paper_columns import minimum_norms_of
 from tla_service.evaluation.results import Accuracy, Audit, Check
+from tla_service.evaluation.shards import Shard
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
 from tla_service.report import findings as fd
@@ -39,7 +40,7 @@ from tla_service.report.plan import (
     single_tasks,
     surrogate_task,
 )
-from tla_service.report.tasks import Shard, Task, select
+from tla_service.report.tasks import Task, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
 
@@ -56,8 +57,8 @@ def run(task: Task, seed: int = 0) -> Any:
     parts = []
     for _, rows in task.shards():
         chosen = torch.from_numpy(rows)
-        shard = Shard(source.fetch(chosen), source.labels[chosen], rows, CPU)
-        parts.append(task.measurement.run(trained(seed), None, shard))
+        shard = Shard(trained(seed), None, source.fetch(chosen), source.labels[chosen], rows, CPU)
+        parts.append(task.measurement.run(shard))
     return task.measurement.merge(parts)
 
 

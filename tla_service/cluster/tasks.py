@@ -1,7 +1,7 @@
 """Shards of an evaluation as remote tasks on Ray."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 from torch import Tensor, nn
 
 from tla_service.config import ScalingConfig
-from tla_service.data import Dataset
 from tla_service.errors import UnavailableError
-from tla_service.evaluation.outcomes import Arrays
-from tla_service.report.tasks import Measurement, MissingShard, Rows, Shard, shard_images
+from tla_service.evaluation.outcomes import Arrays, IntArray
+from tla_service.evaluation.shards import Measurement, Shard
+from tla_service.report.tasks import Inputs, MissingShard
 from tla_service.runtime import keep_freed_memory
 
 _AHEAD = 2  # shards in flight per slot: one measured, one waiting; more would only hold images in memory
@@ -79,13 +79,7 @@ class Workers:
     def __str__(self) -> str:
         return str(self._slots)
 
-    def __call__(
-        self,
-        shards: Sequence[MissingShard],
-        networks: Mapping[str, nn.Module],
-        surrogate: nn.Module | None,
-        dataset: Dataset,
-    ) -> Iterator[tuple[MissingShard, Arrays]]:
+    def __call__(self, shards: Sequence[MissingShard], inputs: Inputs) -> Iterator[tuple[MissingShard, Arrays]]:
         """See :class:`tla_service.report.tasks.Measurer`.
 
         Raises:
@@ -93,22 +87,24 @@ class Workers:
             UnavailableError: A shard's worker died more often than allowed.
         """
         slots = self._slots
-        shared, transfer = {model: ray.put(network) for model, network in networks.items()}, ray.put(surrogate)
+        networks = {model: ray.put(network) for model, network in inputs.networks.items()}
+        surrogate = ray.put(inputs.surrogate)
         measure = ray.remote(_measure).options(
             num_cpus=slots.cpus, num_gpus=slots.gpus, max_retries=slots.crashes, retry_exceptions=False
         )
         waiting = list(reversed(shards))
-        flying: dict[Any, MissingShard] = {}
-        while waiting or flying:
-            while waiting and len(flying) < _AHEAD * slots.count:
+        running: dict[Any, MissingShard] = {}
+        while waiting or running:
+            while waiting and len(running) < _AHEAD * slots.count:
                 shard = waiting.pop()
                 task = shard.task
-                images, labels = shard_images(shard, dataset)
-                reference = measure.remote(task.measurement, shared[task.model], transfer, images, labels, shard.rows)
-                flying[reference] = shard
-            ready, _ = ray.wait(list(flying), num_returns=1)
+                reference = measure.remote(
+                    task.measurement, networks[task.model], surrogate, *inputs.images(shard), shard.rows
+                )
+                running[reference] = shard
+            ready, _ = ray.wait(list(running), num_returns=1)
             for reference in ready:
-                shard = flying.pop(reference)
+                shard = running.pop(reference)
                 yield shard, _result(reference, shard.name)
 
 
@@ -129,7 +125,7 @@ def _measure(
     surrogate: nn.Module | None,
     images: Tensor,
     labels: Tensor,
-    rows: Rows,
+    rows: IntArray,
 ) -> Arrays:
     """One shard, in a worker."""
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
@@ -138,5 +134,5 @@ def _measure(
         keep_freed_memory()
     other = surrogate.to(device) if surrogate is not None else None
     # Arrays that Ray hands out are read-only, which torch warns of.
-    shard = Shard(images.clone(), labels.clone(), rows.copy(), device)
-    return measurement.run(network.to(device), other, shard)
+    shard = Shard(network.to(device), other, images.clone(), labels.clone(), rows.copy(), device)
+    return measurement.run(shard)

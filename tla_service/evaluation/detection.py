@@ -57,19 +57,18 @@ def fit_detector(
 ) -> Detector:
     """Fit one Gaussian to each class that has training images, by true class.
 
+    A class with a single image takes the shared covariance: one point has none of its own.
+
     Args:
         training: Embedded natural training images.
         covariance: `full` gives each class its own, `diagonal` its own variances, `tied` one that all share, around
             their own means: its memory does not grow with the classes.
         shrinkage: `ledoit_wolf` draws a covariance that is not diagonal towards a multiple of the identity, as a class
             with fewer images than dimensions needs; `none` takes it as it is.
-        normalize: Scale embeddings to length one: the learned metric is blind to length.
+        normalize: Scale embeddings to length one: the learned metric ignores length.
         rule: Whose log density is the score. The paper's is the likeliest class's.
         variance_floor: Added to every variance, as a share of the mean variance within classes, so that units which
             never vary have a density. Above 0.
-
-    Returns:
-        The detector. A class with a single image takes the shared covariance: one point has none of its own.
 
     Raises:
         ConfigError: No class varies at all, so that there is nothing to fit.
@@ -102,9 +101,6 @@ def threshold_for(scores: Scores, correct: Correct, false_rejection_rate: float)
         scores: Scores of validation images (N,).
         correct: Whether each is classified correctly (N,).
         false_rejection_rate: Share of correctly classified images that may be rejected, in [0, 1).
-
-    Returns:
-        The threshold: a score of one of the images.
 
     Raises:
         ConfigError: The rate is outside [0, 1), or no image is classified correctly.
@@ -176,7 +172,7 @@ def detect_misclassified(
         num_resamples: Draws of the bootstrap.
 
     Returns:
-        Results by score: `gaussian` (with the detector's rule), `max_softmax`, `neighbours`.
+        Curves by score: `gaussian` (with the detector's rule), `max_softmax`, `neighbours`.
     """
     if not np.array_equal(natural.labels, adversarial.labels):
         raise ValueError("natural and adversarial images differ in their labels: give the same images in one order")

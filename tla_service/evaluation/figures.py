@@ -37,11 +37,8 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
 
     Args:
         history: One mapping per epoch with ``epoch`` (0, 1, ...) and metrics by their names in a run. What is missing
-            or not finite is not drawn.
+            or not finite is not drawn. An empty one raises ValueError.
         path: PNG file to write; its folder is made.
-
-    Raises:
-        ValueError: The history is empty.
     """
     if not history:
         raise ValueError("the history is empty; draw after at least one epoch")
@@ -76,19 +73,9 @@ def attack_panel(
 ) -> None:
     """Draw a row per image: clean, perturbation, adversarial, with the predictions on the first and the last.
 
-    Perturbations are drawn around mid-grey, all amplified by one factor, which the heading names.
-
-    Args:
-        clean: Images (N, C, H, W) in [0, 1]; C is 1 or 3.
-        adversarial: The same images attacked.
-        labels: True classes (N,).
-        clean_predictions: Predicted classes of the clean images (N,).
-        adversarial_predictions: Predicted classes of the attacked images (N,).
-        class_names: Names by class.
-        path: PNG file to write; its folder is made.
-
-    Raises:
-        ValueError: There is no image, or the shapes differ.
+    Perturbations are drawn around mid-grey, all amplified by one factor, which the heading names. Images are
+    (N, C, H, W) in [0, 1], with one or three channels; labels and predictions are (N,). No image, or images of other
+    shapes, raise ValueError.
     """
     if len(clean) == 0 or clean.shape != adversarial.shape:
         raise ValueError(f"images {clean.shape} and {adversarial.shape}: give at least one, in equal shapes")

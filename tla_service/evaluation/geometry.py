@@ -48,30 +48,13 @@ class ShiftRatios:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which images a picture shows: rows of natural (n,) and of attacked (m,) images."""
-
-    natural: Integers
-    adversarial: Integers
-
-
-@dataclass(frozen=True)
 class Projection:
-    """Natural and attacked images in the plane, projected together.
-
-    Attributes:
-        natural: Points (n, 2).
-        adversarial: Points (m, 2).
-        natural_labels: True classes of the natural images (n,).
-        adversarial_labels: True classes of the attacked images (m,).
-        adversarial_predictions: Predicted classes of the attacked images (m,).
-    """
+    """Points of natural (n, 2) and of attacked (m, 2) images, true classes of the former, predictions on the latter."""
 
     natural: Floats
     adversarial: Floats
-    natural_labels: Integers
-    adversarial_labels: Integers
-    adversarial_predictions: Integers
+    labels: Integers
+    predictions: Integers
 
 
 def shift_ratios(natural: Embedded, adversarial: Embedded) -> ShiftRatios:
@@ -109,24 +92,22 @@ def mean_of(ratios: Values) -> float | None:
 
 def select_class(
     natural: Embedded, adversarial: Embedded, klass: int, *, max_natural: int = 500, max_adversarial: int = 1000
-) -> Selection:
+) -> tuple[Embedded, Embedded]:
     """Choose the images of Fig. 1: the first natural and the first attacked images of one true class.
 
     Raises:
         ConfigError: There are no natural or no attacked images of the class.
     """
-    chosen = Selection(
-        np.flatnonzero(natural.labels == klass)[:max_natural],
-        np.flatnonzero(adversarial.labels == klass)[:max_adversarial],
-    )
-    if not len(chosen.natural) or not len(chosen.adversarial):
+    chosen = natural.subset(np.flatnonzero(natural.labels == klass)[:max_natural])
+    attacked = adversarial.subset(np.flatnonzero(adversarial.labels == klass)[:max_adversarial])
+    if not len(chosen) or not len(attacked):
         raise ConfigError("class", klass, "has no natural or no attacked images", "choose another class")
-    return chosen
+    return chosen, attacked
 
 
 def select_pair(
     natural: Embedded, adversarial: Embedded, source: int, target: int, *, max_natural: int = 200
-) -> Selection:
+) -> tuple[Embedded, Embedded]:
     """Choose the images of Fig. 2: natural ones of two classes, and attacked ones of `source` taken for `target`.
 
     There may be no attacked ones, where no attack leads from `source` to `target`.
@@ -134,41 +115,32 @@ def select_pair(
     Raises:
         ConfigError: There are no natural images of one of the classes.
     """
-    chosen = np.flatnonzero(np.isin(natural.labels, (source, target)))[:max_natural]
+    chosen = natural.subset(np.flatnonzero(np.isin(natural.labels, (source, target)))[:max_natural])
     for klass in (source, target):
-        if not (natural.labels[chosen] == klass).any():
+        if not (chosen.labels == klass).any():
             raise ConfigError("class", klass, "has no natural images among those to draw", "choose another pair")
-    taken = np.flatnonzero((adversarial.labels == source) & (adversarial.predictions == target))
-    return Selection(chosen, taken)
+    taken = (adversarial.labels == source) & (adversarial.predictions == target)
+    return chosen, adversarial.subset(np.flatnonzero(taken))
 
 
-def project(
-    natural: Embedded, adversarial: Embedded, selection: Selection, *, seed: int, **settings: Any
-) -> Projection:
-    """Project the selected natural and attacked embeddings into the plane together, by t-SNE.
+def project(natural: Embedded, adversarial: Embedded, *, seed: int, **settings: Any) -> Projection:
+    """Project natural and attacked embeddings into the plane together, by t-SNE.
 
-    The authors project all images, then select; 20,000 points take the better part of an hour.
-
-    Args:
-        natural: Embedded natural images.
-        adversarial: Embedded attacked images.
-        selection: Which to project.
-        seed: Fixes the starting points.
-        settings: Of :class:`sklearn.manifold.TSNE`, in place of the authors'.
+    The authors project all images, then select; 20,000 points take the better part of an hour. `settings` replace the
+    authors' for :class:`sklearn.manifold.TSNE`.
 
     Raises:
         ConfigError: There are too few points for the perplexity.
     """
     from sklearn.manifold import TSNE
 
-    first, second = natural.subset(selection.natural), adversarial.subset(selection.adversarial)
-    rows = unit_rows(np.concatenate([first.embeddings, second.embeddings])).astype(np.float32)
+    rows = unit_rows(np.concatenate([natural.embeddings, adversarial.embeddings])).astype(np.float32)
     chosen = _TSNE | settings
     if len(rows) <= chosen["perplexity"]:
         reason = f"not below the {len(rows)} images to draw"
         raise ConfigError("perplexity", chosen["perplexity"], reason, "draw more images, or lower it")
     points = TSNE(n_components=2, random_state=seed, **chosen).fit_transform(rows)
-    return Projection(points[: len(first)], points[len(first) :], first.labels, second.labels, second.predictions)
+    return Projection(points[: len(natural)], points[len(natural) :], natural.labels, adversarial.predictions)
 
 
 def _doubles(embeddings: Floats) -> torch.Tensor:

@@ -5,7 +5,7 @@ Marks, hatches or line styles repeat what colours say, for colour-blind readers 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ from tla_service.evaluation.figures import (
     _show,
 )
 from tla_service.evaluation.geometry import Projection, ShiftRatios, mean_of
-from tla_service.evaluation.neighbours import Retrieval
-from tla_service.inference.detector import Floats
+from tla_service.inference.detector import Floats, Integers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +49,14 @@ _MARKS = (
     (_PURPLE, "h"),
 )
 _BARS = ((_BLUE, ""), (_ORANGE, "//"), (_GREEN, ".."), (_YELLOW, "xx"), (_SKY, "\\\\"), (_PINK, "++"))
+
+
+class PanelRow(NamedTuple):
+    """Queries (Q, C, H, W) in [0, 1], their nearest training images (Q, n, C, H, W), and their classes (Q, n)."""
+
+    queries: Floats
+    neighbours: Floats
+    classes: Integers
 
 
 def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
@@ -83,52 +90,28 @@ def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
     _save(figure, path)
 
 
-def retrieval_panel(
-    retrieval: Retrieval,
-    clean: Floats,
-    attacked: Floats,
-    clean_neighbours: Floats,
-    attacked_neighbours: Floats,
-    class_names: Sequence[str],
-    path: Path,
-) -> None:
-    """Draw two rows per query: it and its nearest training images, clean and then attacked (Fig. 4).
+def retrieval_panel(labels: Integers, states: Mapping[str, PanelRow], class_names: Sequence[str], path: Path) -> None:
+    """Draw a row per query and state (clean, attacked): it and its nearest training images (Fig. 4).
 
     A neighbour of the query's class has a solid blue frame and a tick, another one a dashed orange frame and a cross.
-
-    Args:
-        retrieval: Which neighbours, and their classes.
-        clean: The queries as they are (Q, C, H, W), in [0, 1]; C is 1 or 3.
-        attacked: The queries attacked (Q, C, H, W).
-        clean_neighbours: Images of `retrieval.clean_neighbours` (Q, n, C, H, W).
-        attacked_neighbours: Images of `retrieval.attacked_neighbours` (Q, n, C, H, W).
-        class_names: Names by class.
-        path: PNG file to write; its folder is made.
-
-    Raises:
-        ValueError: There is no query, or the images are not those of the retrieval.
+    True classes of the queries are (Q,); no query, or images that do not fit them, raise ValueError.
     """
-    wanted = retrieval.clean_neighbours.shape
-    shapes = [clean.shape[:1], attacked.shape[:1], clean_neighbours.shape[:2], attacked_neighbours.shape[:2]]
-    if not wanted[0] or shapes != [wanted[:1], wanted[:1], wanted, wanted]:
-        raise ValueError(f"images of leading shapes {shapes} for {wanted} neighbours: give queries (Q,), images (Q, n)")
+    shapes = [(len(row.queries), *row.neighbours.shape[:2]) for row in states.values()]
+    wanted = next(iter(states.values())).classes.shape
+    if not len(labels) or set(shapes) != {(len(labels), *wanted)}:
+        raise ValueError(f"images of leading shapes {shapes} for {wanted} neighbours of {len(labels)} queries")
     queries, count = wanted
-    figure = _figure(1.35 * (count + 1) + 0.5, 0.35 + 1.5 * 2 * queries)
-    grid = figure.subplots(2 * queries, count + 1, squeeze=False)
+    figure = _figure(1.35 * (count + 1) + 0.5, 0.35 + 1.5 * len(states) * queries)
+    grid = figure.subplots(len(states) * queries, count + 1, squeeze=False)
     for query in range(queries):
-        name = class_names[retrieval.labels[query]]
-        rows = (
-            ("clean", clean, clean_neighbours, retrieval.clean_classes),
-            ("attacked", attacked, attacked_neighbours, retrieval.attacked_classes),
-        )
-        for offset, (state, images, found, classes) in enumerate(rows):
-            cells = grid[2 * query + offset]
-            _show(cells[0], images[query])
+        for offset, (state, row) in enumerate(states.items()):
+            cells = grid[len(states) * query + offset]
+            _show(cells[0], row.queries[query])
             cells[0].set_ylabel(state, fontsize=9, fontweight="bold" if offset else "normal")
-            cells[0].set_xlabel(f"query: {name}", fontsize=9)
-            for cell, image, klass in zip(cells[1:], found[query], classes[query], strict=True):
+            cells[0].set_xlabel(f"query: {class_names[labels[query]]}", fontsize=9)
+            for cell, image, klass in zip(cells[1:], row.neighbours[query], row.classes[query], strict=True):
                 _show(cell, image)
-                _frame(cell, class_names[klass], right=klass == retrieval.labels[query])
+                _frame(cell, class_names[klass], right=klass == labels[query])
     grid[0][0].set_title("query", fontsize=10)
     for place, cell in enumerate(grid[0][1:], start=1):
         cell.set_title(f"neighbour {place}", fontsize=10)
@@ -144,11 +127,10 @@ def class_map(projection: Projection, class_names: Sequence[str], path: Path) ->
     _some(projection.adversarial, "attacked images")
     figure = _figure(6.8, 4.4)
     axes: Axes = figure.subplots()
-    truth = int(projection.natural_labels[0])
+    truth = int(projection.labels[0])
     name = class_names[truth]
-    label = f"natural {name} ({len(projection.natural)})"
-    _dots(axes, projection.natural, (_GREY, "o"), s=14, alpha=0.7, linewidths=0, label=label)
-    said = projection.adversarial_predictions
+    _dots(axes, projection.natural, f"natural {name}", (_GREY, "o"), 14, alpha=0.7, linewidths=0)
+    said = projection.predictions
     classes, counts = np.unique(said, return_counts=True)
     # The commonest predictions get a mark of their own; what remains shares the last one.
     ranked = classes[np.argsort(-counts, kind="stable")]
@@ -159,9 +141,9 @@ def class_map(projection: Projection, class_names: Sequence[str], path: Path) ->
     ]
     if len(own) < len(ranked):
         groups.append((f"attacked, {len(ranked) - len(own)} other classes", ~np.isin(said, own)))
+    style = {"alpha": 0.85, "edgecolors": "white", "linewidths": 0.4}
     for (label, members), mark in zip(groups, _MARKS, strict=False):
-        style = {"s": 30, "alpha": 0.85, "edgecolors": "white", "linewidths": 0.4, "label": _counted(label, members)}
-        _dots(axes, projection.adversarial[members], mark, **style)
+        _dots(axes, projection.adversarial[members], label, mark, 30, **style)
     _finish_map(axes, f"True class {name}: natural and attacked images")
     _save(figure, path)
 
@@ -175,11 +157,11 @@ def pair_map(projection: Projection, source: int, target: int, class_names: Sequ
     figure = _figure(6.8, 4.4)
     axes: Axes = figure.subplots()
     for klass, mark in ((source, _MARKS[0]), (target, _MARKS[2])):
-        members = projection.natural_labels == klass
-        label = _counted(f"natural {class_names[klass]}", members)
-        _dots(axes, projection.natural[members], mark, s=18, alpha=0.75, linewidths=0, label=label)
-    label = _counted(f"attacked {class_names[source]},\ntaken for {class_names[target]}", projection.adversarial_labels)
-    _dots(axes, projection.adversarial, _MARKS[1], s=34, label=label, edgecolors=_BLACK, linewidths=0.5)
+        members = projection.labels == klass
+        points = projection.natural[members]
+        _dots(axes, points, f"natural {class_names[klass]}", mark, 18, alpha=0.75, linewidths=0)
+    label = f"attacked {class_names[source]},\ntaken for {class_names[target]}"
+    _dots(axes, projection.adversarial, label, _MARKS[1], 34, edgecolors=_BLACK, linewidths=0.5)
     _finish_map(axes, f"{class_names[source]} attacked into {class_names[target]}")
     _save(figure, path)
 
@@ -228,8 +210,10 @@ def _frame(cell: "Axes", name: str, *, right: bool) -> None:
         spine.set(edgecolor=colour, linewidth=2.4, linestyle="-" if right else (0, (2, 1.2)), capstyle="butt")
 
 
-def _dots(axes: "Axes", points: Floats, mark: tuple[str, str], **style: Any) -> None:
-    axes.scatter(points[:, 0], points[:, 1], color=mark[0], marker=mark[1], **style)
+def _dots(axes: "Axes", points: Floats, label: str, mark: tuple[str, str], size: float, **style: Any) -> None:
+    colour, marker = mark
+    label = f"{label} ({len(points)})"
+    axes.scatter(points[:, 0], points[:, 1], s=size, color=colour, marker=marker, label=label, **style)
 
 
 def _finish_map(axes: "Axes", title: str) -> None:
@@ -239,10 +223,6 @@ def _finish_map(axes: "Axes", title: str) -> None:
     axes.set_ylabel("second axis", fontsize=9)
     axes.set_aspect("equal", adjustable="datalim")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5)
-
-
-def _counted(label: str, members: Any) -> str:
-    return f"{label} ({int(members.sum()) if members.dtype == np.bool_ else len(members)})"
 
 
 def _some(things: Any, what: str) -> None:

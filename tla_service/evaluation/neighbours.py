@@ -1,6 +1,5 @@
 """The learned metric at work: k-NN accuracy and nearest-neighbour retrieval (Mao et al. 2019, Table 4 and Fig. 4)."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -18,27 +17,6 @@ Metric = Literal["angular", "cosine", "euclidean"]
 
 # Distances held at once: 2^24 float32 are 64 MiB, however large the bank is.
 _PAIRS_AT_ONCE = 1 << 24
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """The nearest images of the bank for queries shown clean and attacked.
-
-    Attributes:
-        queries: Rows of the queries among the test images (Q,).
-        labels: Their true classes (Q,).
-        clean_neighbours: Rows of the bank nearest to each clean query (Q, n), nearest first.
-        attacked_neighbours: The same for each attacked query.
-        clean_classes: Classes of `clean_neighbours` (Q, n).
-        attacked_classes: Classes of `attacked_neighbours` (Q, n).
-    """
-
-    queries: Integers
-    labels: Integers
-    clean_neighbours: Integers
-    attacked_neighbours: Integers
-    clean_classes: Integers
-    attacked_classes: Integers
 
 
 def distances(first: torch.Tensor, second: torch.Tensor, metric: Metric = "angular") -> torch.Tensor:
@@ -117,11 +95,7 @@ def neighbour_accuracy(queries: Embedded, bank: Embedded, *, k: int = 50, metric
 def neighbour_score(
     images: Embedded, bank: Embedded, *, k: int = 50, metric: Metric = "angular"
 ) -> npt.NDArray[np.float64]:
-    """How near training images are, to detect errors by: a baseline (Sun et al. 2022), not the paper's.
-
-    Returns:
-        Minus the distance to the k-th nearest row of the bank (N,).
-    """
+    """Minus the distance to the k-th nearest row of the bank (N,): a baseline to detect errors by (Sun et al. 2022)."""
     _, found = nearest(images.embeddings, bank.embeddings, k, metric=metric)
     return -found[:, -1].astype(np.float64)
 
@@ -135,21 +109,6 @@ def pick_queries(clean: Embedded, count: int, seed: int) -> Integers:
         members = np.flatnonzero(labels == klass)
         turn[members] = np.arange(len(members))
     return shuffled[np.lexsort((labels, turn))[:count]]
-
-
-def retrieve(
-    clean: Embedded, attacked: Embedded, bank: Embedded, queries: Integers, *, count: int, metric: Metric = "angular"
-) -> Retrieval:
-    """Find the `count` nearest training images of queries (Q,) shown clean and attacked (Mao et al. 2019, Fig. 4).
-
-    Raises:
-        ValueError: `clean` and `attacked` are not the same images.
-    """
-    if not np.array_equal(clean.labels, attacked.labels):
-        raise ValueError("clean and attacked images differ in their labels: give the same images in the same order")
-    before, _ = nearest(clean.embeddings[queries], bank.embeddings, count, metric=metric)
-    after, _ = nearest(attacked.embeddings[queries], bank.embeddings, count, metric=metric)
-    return Retrieval(queries, clean.labels[queries], before, after, bank.labels[before], bank.labels[after])
 
 
 def _smallest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

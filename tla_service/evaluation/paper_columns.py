@@ -12,22 +12,22 @@ column, the momentum of MIM, C&W's confidence, the surrogate, or its L2 table. C
 - Tiny ImageNet's first PGD column is printed with 20 steps twice; it is taken as 10, as in the paper's Table 7.
 """
 
-import math
+import re
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from tla_service.attacks import Attack
-from tla_service.attacks.minimum_norm import SparseNorm
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.bounds import Norm
 from tla_service.config.radii import documented_radius, no_radius
 from tla_service.errors import ConfigError
 from tla_service.evaluation.intervals import share_of
 from tla_service.evaluation.outcomes import ShardOutcome
-from tla_service.evaluation.results import Curve, MinimumNorms
+from tla_service.evaluation.results import Curve
 
 
 class Columns(NamedTuple):
@@ -39,76 +39,36 @@ class Columns(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """Columns as (name, kind, steps, restarts, step size at this L-infinity radius)."""
+    """Columns by name (kind, steps, starts) and their step size at this L-infinity radius; FGSM takes one of it."""
 
     epsilon: float
-    columns: tuple[tuple[str, str, int, int, float], ...]
+    step_size: float
+    columns: str
+    step_sizes: Mapping[str, float] = MappingProxyType({})  # of columns with another one
 
 
 _TABLES = {
-    "mnist": _Table(
-        0.3,
-        (
-            ("fgsm", "fgsm", 1, 1, 0.3),
-            ("bim40", "bim", 40, 1, 0.01),
-            ("cw40", "cw", 40, 1, 0.01),
-            ("pgd40", "pgd", 40, 1, 0.01),
-            ("pgd100", "pgd", 100, 1, 0.01),
-            ("pgd100x20", "pgd", 100, 20, 0.01),
-            ("mim200", "mim", 200, 1, 0.01),
-            ("transfer_pgd100", "pgd", 100, 1, 0.01),
-        ),
-    ),
+    "mnist": _Table(0.3, 0.01, "fgsm bim40 cw40 pgd40 pgd100 pgd100x20 mim200 transfer_pgd100"),
     "cifar10": _Table(
         8 / 255,
-        (
-            ("fgsm", "fgsm", 1, 1, 8 / 255),
-            ("bim7", "bim", 7, 1, 2 / 255),
-            ("cw30", "cw", 30, 1, 1 / 255),
-            ("pgd7", "pgd", 7, 1, 2 / 255),
-            ("pgd20", "pgd", 20, 1, 1 / 255),
-            ("pgd20x20", "pgd", 20, 20, 1 / 255),
-            ("mim40", "mim", 40, 1, 1 / 255),
-            ("transfer_pgd7", "pgd", 7, 1, 2 / 255),
-        ),
+        1 / 255,
+        "fgsm bim7 cw30 pgd7 pgd20 pgd20x20 mim40 transfer_pgd7",
+        dict.fromkeys(("bim7", "pgd7", "transfer_pgd7"), 2 / 255),
     ),
-    "tiny_imagenet": _Table(
-        8 / 255,
-        (
-            ("fgsm", "fgsm", 1, 1, 8 / 255),
-            ("bim10", "bim", 10, 1, 2 / 255),
-            ("cw10", "cw", 10, 1, 2 / 255),
-            ("pgd10", "pgd", 10, 1, 2 / 255),
-            ("pgd20", "pgd", 20, 1, 2 / 255),
-            ("pgd20x20", "pgd", 20, 20, 2 / 255),
-            ("mim40", "mim", 40, 1, 2 / 255),
-            ("transfer_pgd10", "pgd", 10, 1, 2 / 255),
-        ),
-    ),
-    "digits": _Table(
-        0.15,
-        (
-            ("fgsm", "fgsm", 1, 1, 0.15),
-            ("bim20", "bim", 20, 1, 0.015),
-            ("cw50", "cw", 50, 1, 0.015),
-            ("pgd20", "pgd", 20, 1, 0.015),
-            ("pgd50", "pgd", 50, 1, 0.015),
-            ("pgd50x20", "pgd", 50, 20, 0.015),
-            ("mim50", "mim", 50, 1, 0.015),
-            ("transfer_pgd50", "pgd", 50, 1, 0.015),
-        ),
-    ),
+    "tiny_imagenet": _Table(8 / 255, 2 / 255, "fgsm bim10 cw10 pgd10 pgd20 pgd20x20 mim40 transfer_pgd10"),
+    "digits": _Table(0.15, 0.015, "fgsm bim20 cw50 pgd20 pgd50 pgd50x20 mim50 transfer_pgd50"),
 }
-_MOST_POINTS = 40  # of a curve of minimum norms
+_COLUMN = re.compile(r"(?:transfer_)?([a-z]+)(\d*)(?:x(\d+))?")
 _LIKE = {"fashion_mnist": "mnist"}
 
 
 def paper_columns(data_name: str, norm: Norm = "linf", epsilon: float | None = None) -> Columns:
     """The paper's columns for a data set.
 
+    Fashion-MNIST takes MNIST's columns; data sets that the paper does not have take CIFAR-10's.
+
     Args:
-        data_name: As in the catalogue. Fashion-MNIST takes MNIST's columns; sets that the paper does not have take
-            CIFAR-10's.
+        data_name: As in the catalogue.
         norm: Norm of the perturbations.
         epsilon: The radius; step sizes keep their share of it. None: the one documented for the data set.
 
@@ -121,20 +81,21 @@ def paper_columns(data_name: str, norm: Norm = "linf", epsilon: float | None = N
     radius = documented_radius(data_name, norm) if epsilon is None else epsilon
     if radius is None:
         raise ConfigError("norm", norm, *no_radius(data_name, norm, "epsilon"))
-    made = {
-        name: EvaluationAttack.model_validate(
+    made = {}
+    for name in table.columns.split():
+        kind, steps, restarts = _COLUMN.fullmatch(name).groups()  # type: ignore[union-attr]
+        step_size = table.epsilon if kind == "fgsm" else table.step_sizes.get(name, table.step_size)
+        made[name] = EvaluationAttack.model_validate(
             {
                 "kind": kind,
                 "norm": norm,
                 "epsilon": radius,
                 # The table's own steps must not pass through a division, so that they stay what they are.
-                "step_size": step if radius == table.epsilon else step * radius / table.epsilon,
-                "num_steps": steps,
-                "num_restarts": restarts,
+                "step_size": step_size if radius == table.epsilon else step_size * radius / table.epsilon,
+                "num_steps": int(steps or 1),
+                "num_restarts": int(restarts or 1),
             }
         )
-        for name, kind, steps, restarts, step in table.columns
-    }
     transfer = {name: attack for name, attack in made.items() if name.startswith("transfer_")}
     return Columns({name: attack for name, attack in made.items() if name not in transfer}, transfer, radius)
 
@@ -173,15 +134,3 @@ def restart_curve(outcome: ShardOutcome, name: str, restarts: int, attack: str, 
     accuracy = tuple(share_of(outcome.standing(name, count)) for count in counts)
     x = tuple(float((steps_each or 1) * count) for count in counts)
     return Curve(attack, "steps" if steps_each else "restarts", x, accuracy)
-
-
-def minimum_norms_of(norms: npt.NDArray[np.float64], norm: SparseNorm) -> MinimumNorms:
-    """Summarise the smallest perturbation found for each image (N,): 0 if misclassified, infinite if none."""
-    finite = norms[np.isfinite(norms) & (norms > 0)]
-    sizes = np.unique(finite) if len(finite) else np.array([1.0])
-    if len(sizes) > _MOST_POINTS:
-        sizes = np.unique(np.quantile(finite, np.linspace(0, 1, _MOST_POINTS), method="higher"))
-    x = (0.0, *(float(size) for size in sizes))
-    curve = Curve("FMN", norm, x, tuple(share_of(norms > size) for size in x))
-    median = float(np.quantile(norms, 0.5, method="higher")) if len(norms) else math.inf
-    return MinimumNorms(norm, len(norms), int((norms == 0).sum()), median if math.isfinite(median) else None, curve)

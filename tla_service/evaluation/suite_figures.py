@@ -45,12 +45,9 @@ def accuracy_curves(curves: Mapping[str, Curve], path: Path, *, marked: tuple[fl
     Steps are drawn on a logarithmic axis that also shows zero, the clean accuracy.
 
     Args:
-        curves: By the name shown in the legend; all along one axis.
+        curves: By the name shown in the legend. None, too many, or along different axes raise ValueError.
         path: PNG file to write; its folder is made.
         marked: A place on the axis to mark, such as the radius trained for, and its name.
-
-    Raises:
-        ValueError: There is no curve, there are too many, or they run along different axes.
     """
     if not 1 <= len(curves) <= len(_STYLES):
         raise ValueError(f"{len(curves)} curves: give one to {len(_STYLES)}")
@@ -79,10 +76,7 @@ def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str
     """Draw accuracy by class (rows) and attack (columns) as shades of one colour, with the figure in each cell.
 
     Rows are in the order of accuracy under the last attack, the weakest class first; the last row is all classes.
-    With very many classes names and figures are left out.
-
-    Raises:
-        ValueError: There is no attack, or the classes differ in number.
+    With very many classes names and figures are left out. Other numbers of classes than of names raise ValueError.
     """
     if not accuracies or any(len(result.per_class) != len(class_names) for result in accuracies.values()):
         raise ValueError(f"give at least one attack, each with {len(class_names)} classes")

@@ -182,7 +182,7 @@ def _evaluated(made: "MlflowClient", package: Package, threat: ThreatModel) -> E
         reason = f"its report is about another threat model ({report.threat_model}, not {threat})"
         raise UnavailableError("version", address, reason, again)
     classes, (_, rows, _) = len(package.description["class_names"]), package.description["image_shape"]
-    stages, _ = autoattack_stages("standard", classes, threat.norm, rows)
+    stages, _ = autoattack_stages(classes, threat.norm, rows)
     return Evaluated(str(package.version.version), report, outcomes, tuple(stages), again)
 
 

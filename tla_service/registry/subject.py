@@ -10,7 +10,7 @@ from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.inference.detector import Rejector
-from tla_service.registry.loading import load_with_folder
+from tla_service.registry.loading import load_with_folder, pin_version
 from tla_service.report.schema import ModelFacts, ThreatModel
 from tla_service.report.subjects import WEIGHTS, Subject, load_checkpoint_subject
 from tla_service.tracking.connection import client, one_line
@@ -74,13 +74,9 @@ def _rejector(folder: Path, described: dict[str, Any]) -> Rejector | None:
 
 def _version(uri: str, tracking: str) -> tuple[str | None, str | None]:
     """Registered name and version that an address names now, an alias resolved."""
-    rest = uri.removeprefix("models:/")
-    if rest == uri or rest.startswith("m-"):
+    if not uri.startswith("models:/") or uri.startswith("models:/m-"):
         return None, None
-    if "@" in rest:
-        name, _, alias = rest.rpartition("@")
-        return name, str(client(tracking).get_model_version_by_alias(name, alias).version)
-    name, _, version = rest.rpartition("/")
+    name, _, version = pin_version(uri, tracking).removeprefix("models:/").rpartition("/")
     return name, version
 
 

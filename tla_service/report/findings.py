@@ -8,12 +8,13 @@ import numpy as np
 
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.evaluation.detection import RocCurve, detect_misclassified, fit_detector, shipped_detection
-from tla_service.evaluation.embedding import Embedded
+from tla_service.evaluation.embedding import Embedded, EmbeddedImages
 from tla_service.evaluation.geometry import ShiftRatios, shift_ratios
 from tla_service.evaluation.intervals import BoolArray, class_accuracy, paired_difference
+from tla_service.evaluation.minimum_norms import minimum_norms_of
 from tla_service.evaluation.neighbours import neighbour_accuracy
 from tla_service.evaluation.outcomes import ShardOutcome
-from tla_service.evaluation.paper_columns import minimum_norms_of, restart_curve, sweep_curve
+from tla_service.evaluation.paper_columns import restart_curve, sweep_curve
 from tla_service.evaluation.results import (
     Accuracy,
     Audit,
@@ -28,7 +29,6 @@ from tla_service.inference.detector import Rejector
 from tla_service.report.plan import Plan, detection_name, radius_name
 from tla_service.report.schema import AttackFacts, AutoAttackFacts
 from tla_service.report.settings import ReportSettings
-from tla_service.report.tasks import EmbeddedImages
 
 # Below this, AutoAttack's lead is what a fair attack of fewer steps leaves; above, the others are weak.
 WEAK_GAP = 0.02
@@ -70,15 +70,7 @@ def gather(
     settings: ReportSettings,
     rejector: Rejector | None = None,
 ) -> Findings:
-    """Sort the results of one model's tasks, and compute what follows from embeddings.
-
-    Args:
-        results: By model and task name.
-        model: Whose are wanted.
-        plan: How they were measured.
-        settings: The evaluation's.
-        rejector: The detector that the model ships with.
-    """
+    """Sort the results of one model's tasks, and compute what follows from embeddings."""
     mine = {name: result for (key, name), result in results.items() if key == model}
     found = Findings(outcome=mine["columns"], autoattack=mine.get("autoattack"))
     found.embedded = {name: result for name, result in mine.items() if isinstance(result, EmbeddedImages)}

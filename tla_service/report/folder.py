@@ -37,15 +37,10 @@ def identity(settings: ReportSettings, models: Models, plan: Plan) -> dict[str, 
 
 
 def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> bool:
-    """Claim the folder of a report.
-
-    Args:
-        output: The folder; made if it is missing.
-        mine: The evaluation's identity.
-        page: Whether the page belongs to the report.
+    """Claim the folder of a report, which is made if it is missing.
 
     Returns:
-        Whether this very evaluation has finished there.
+        Whether this very evaluation has finished there, with its page if that is asked for.
 
     Raises:
         ConfigError: It holds another evaluation, or other files.

@@ -79,12 +79,9 @@ class ModelFacts(Part):
 
 
 class DataFacts(Part):
-    """What it was evaluated on.
+    """What it was evaluated on: the test set, those images among them that are set aside for the gate.
 
     Attributes:
-        name: Data set.
-        split: Always the test set.
-        images: Number of test images, those set aside for the gate among them.
         fingerprint: Digest of the data set's content.
         class_names: In label order.
         trained_on: Fingerprint of the set the model was trained on; None where it is not known.
@@ -118,10 +115,10 @@ class AutoAttackFacts(Part):
         left_out: Its parts that cannot run on this network, and why.
         broken_by: Images that each part was the first to break.
         strongest: The strongest of the other attacks on the same images.
-        gap: Accuracy under that attack less accuracy under AutoAttack, on the same images.
+        gap: Accuracy under that attack minus accuracy under AutoAttack, on the same images.
         weak: Whether the gap shows, beyond noise, that the other attacks are weak.
         warnings: What AutoAttack says of the network, such as that it seems randomised.
-        outcome: File beside the report with the fate of each image that AutoAttack was run on.
+        outcome: File beside the report with the per-image results.
         version: The package's version.
     """
 
@@ -137,17 +134,7 @@ class AutoAttackFacts(Part):
 
 
 class Compared(Part):
-    """Another model measured on the same images.
-
-    Attributes:
-        model: Which.
-        accuracy: By attack.
-        difference: Accuracy of the report's model less this one's, by attack.
-        detection: As for the report's model, where measured.
-        neighbours: Likewise.
-        shift: Likewise.
-        warnings: What AutoAttack says of it.
-    """
+    """Another model measured on the same images; `difference` is the report's model minus this one, by attack."""
 
     model: ModelFacts
     accuracy: dict[str, Accuracy]
@@ -159,13 +146,7 @@ class Compared(Part):
 
 
 class GateFacts(Part):
-    """What the promotion gate decides on: test images set aside for it, which no other figure of the report is of.
-
-    Attributes:
-        images: Number of test images set aside.
-        accuracy: As in the report, on these images alone.
-        detection: Likewise.
-    """
+    """What the promotion gate decides on: the test images set aside for it, which no other figure is of."""
 
     images: int
     accuracy: dict[str, Accuracy]

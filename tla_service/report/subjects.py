@@ -63,14 +63,7 @@ LoadSubject = Callable[[str, str], Subject]
 
 @dataclass(frozen=True)
 class Models:
-    """Models and data of an evaluation.
-
-    Attributes:
-        subject: The model under evaluation.
-        others: Models to compare it with.
-        surrogate: The one that transfer attacks are crafted on.
-        dataset: What all are evaluated on.
-    """
+    """Models and data of an evaluation: the model evaluated, those compared with it, the surrogate."""
 
     subject: Subject
     others: tuple[Subject, ...]
