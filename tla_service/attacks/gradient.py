@@ -172,7 +172,7 @@ def attack_images(
 ) -> Attacked:
     """Attack with all restarts and keep the worst result of each image.
 
-    Restarts only go on against images that still stand; among results that do not break an image, the one with the
+    Restarts only attack images that are not broken yet; among results that do not break an image, the one with the
     highest loss is kept.
 
     Args:

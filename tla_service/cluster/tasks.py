@@ -114,7 +114,7 @@ def _result(reference: Any, name: str) -> Arrays:
     except RayTaskError as error:
         raise error.cause from error  # what the measurement itself raised
     except WorkerCrashedError as error:
-        remedy = "look for want of memory; the same command goes on from the shards that are there"
+        remedy = "check for lack of memory; the same command resumes from the saved shards"
         raise UnavailableError("shard", name, "its worker died more often than scaling.max_failures", remedy) from error
     return arrays
 

@@ -40,7 +40,7 @@ class ShardOutcome:
         left_out: AutoAttack's stages that could not run on this network, and why.
         autoattack: How AutoAttack was run; None where it was not, or by a version that did not record it.
         gate: Which images are set aside for the promotion gate (N,); None where that is not recorded.
-        warnings: What AutoAttack says of this network, such as that it seems randomised; each once.
+        warnings: AutoAttack's warnings about this network, such as that it seems randomised; each once.
     """
 
     indices: IntArray

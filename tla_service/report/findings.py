@@ -183,7 +183,7 @@ def autoattack_facts(found: Findings, plan: Plan) -> AutoAttackFacts | None:
 
 
 def autoattack_warnings(strong: ShardOutcome | None) -> tuple[str, ...]:
-    """What AutoAttack says of a network; Square's share is judged here, over all images."""
+    """AutoAttack's warnings about a network; Square's share is judged here, over all images."""
     if strong is None:
         return ()
     broken_at = strong.broken_at["autoattack"]

@@ -1,4 +1,4 @@
-"""The folder of a report: whose it is, and whether its evaluation may go on there."""
+"""The folder of a report: which evaluation it belongs to, and whether that may resume there."""
 
 import json
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
     """Claim the folder of a report, which is made if it is missing.
 
     Returns:
-        Whether this very evaluation has finished there, with its page if that is asked for.
+        Whether the same evaluation has finished there, including its page if `page` is set.
 
     Raises:
         ConfigError: It holds another evaluation, or other files.
