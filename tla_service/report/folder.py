@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.files import write_whole
 from tla_service.lock import LOCK_FILE
 from tla_service.report.plan import Plan, protocol
@@ -59,6 +59,6 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
         output.mkdir(parents=True, exist_ok=True)
         write_whole(mark, json.dumps(mine, indent=1))
     except (OSError, ValueError) as error:
-        reason = f"cannot be written ({' '.join(str(error).split())})"
+        reason = f"cannot be written ({one_line(error)})"
         raise UnavailableError("output", output, reason, "choose another --output") from error
     return (output / (PAGE_FILE if page else REPORT_FILE)).is_file()

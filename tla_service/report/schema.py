@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tla_service.errors import UnavailableError
+from tla_service.errors import UnavailableError, one_line
 from tla_service.evaluation.results import (
     Accuracy,
     Audit,
@@ -235,7 +235,7 @@ def read_report(path: Path) -> Report:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         return Report.model_validate(content)
     except (OSError, ValueError, ValidationError) as error:
-        reason = f"cannot be read ({' '.join(str(error).split())[:200]})"
+        reason = f"cannot be read ({one_line(error)})"
         raise UnavailableError("report", path, reason, "evaluate the model again") from error
 
 
