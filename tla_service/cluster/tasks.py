@@ -22,14 +22,7 @@ _AHEAD = 2  # shards in flight per slot: one measured, one waiting; more would o
 
 @dataclass(frozen=True)
 class Slots:
-    """Room for shards on the cluster.
-
-    Attributes:
-        count: Shards measured at a time.
-        cpus: CPU cores that each reserves.
-        gpus: GPU share that each reserves.
-        crashes: How often a shard whose worker dies is given to another.
-    """
+    """How many shards are measured at a time, what each reserves, and how often one is retried when its worker dies."""
 
     count: int
     cpus: float

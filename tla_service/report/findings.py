@@ -40,16 +40,8 @@ _SQUARE_GAIN = 0.002
 class Findings:
     """What was measured of one model; None or empty for what was left out.
 
-    Attributes:
-        outcome: Per-image results under the table's attacks.
-        autoattack: Per-image results under AutoAttack, on its images.
-        embedded: By task name: natural, attacked at each radius, bank.
-        rocs: ROC curves by the score that detects.
-        detection: Detection of misclassified images.
-        shift: Ratios by radius.
-        curves: Accuracy along radius, steps and restarts.
-        norms: Smallest perturbations in other norms.
-        audit: The audit.
+    `outcome` holds per-image results under the table's attacks, `autoattack` those under AutoAttack on its images;
+    `embedded` is by task name, `rocs` by the score that detects, `shift` by radius.
     """
 
     outcome: ShardOutcome
