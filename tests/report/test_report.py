@@ -379,7 +379,7 @@ def test_page_shows_outcomes_warnings_and_the_surrogate(tmp_path: Path) -> None:
     assert all(shown in text for shown in ("✓ passed", "✗ failed", "- not run", "c is so"))
     assert "small_cnn, 500 steps on 1212 training images in 3 s, clean accuracy 97.5 % on 135 held-out ones" in text
     assert "AutoAttack warns: it <seems> random" in text
-    assert "AutoAttack warns of other: so does this" in text
+    assert "AutoAttack warns about other: so does this" in text
 
 
 def test_page_names_another_threat_model_of_an_attack(tmp_path: Path) -> None:
@@ -442,7 +442,7 @@ def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
         assert figure.path.stat().st_size > 5000
         assert figure.title in page.text
     assert "<b>digits</b>" in page.text  # a name is text, never markup
-    assert re.search(r"TLA less AT", page.text)
+    assert re.search(r"TLA minus AT", page.text)
     assert "Not audited" in page.text
 
 

@@ -52,7 +52,7 @@ class AutoAttackResult:
             `ALL_STAGES`, from 1 on, that broke it, else `UNBROKEN`.
         stages: Stages that were run, in their order.
         left_out: Stages that were not run, and why.
-        warnings: What the package says of this network, such as that it seems randomised; each once.
+        warnings: The package's warnings about this network, such as that it seems randomised; each once.
     """
 
     adversarial: Tensor
@@ -209,7 +209,7 @@ def _undisturbed(device: torch.device) -> Iterator[list[str]]:
     """Undo the package's changes to the process: it seeds the global generators, drops the trace function and logs."""
     from pyautoattack import checks
 
-    # It counts gradients taken in a forward pass for the whole process: another network's are not this one's.
+    # The package counts gradients taken in forward passes per process, so other networks' would count here.
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))
     logger, handler, trace = logging.getLogger(_LOGGER), _Keep(), sys.gettrace()
     propagated = logger.propagate

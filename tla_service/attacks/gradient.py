@@ -123,13 +123,8 @@ def craft_noisy_step(
 ) -> Tensor:
     """N-FGSM (de Jorge et al. 2022): noise, then one step of length epsilon, without a projection back to the ball.
 
-    Args:
-        logits_fn: As for `craft`.
-        images: Clean images (N, C, H, W), float, in [0, 1].
-        labels: True classes (N,), int64.
-        attack: Its epsilon and loss; L-infinity.
-        noise: Half width of the uniform noise in epsilons, the paper's k.
-        generator: Source of the noise.
+    Args are those of `craft`, for an L-infinity attack, and `noise`, the half width of the uniform noise in epsilons
+    (the paper's k).
 
     Returns:
         Images (N, C, H, W) in [0, 1], within (noise + 1) epsilons of `images`; detached.
@@ -172,16 +167,16 @@ def attack_images(
 ) -> Attacked:
     """Attack with all restarts and keep the worst result of each image.
 
-    Restarts only go on against images that still stand; among results that do not break an image, the one with the
-    highest loss is kept.
+    Restarts only attack images that are not broken yet; among results that do not break an image, the one with the
+    highest loss is kept. Arguments are those of `craft`.
 
     Args:
-        logits_fn: As for `craft`.
+        logits_fn: The network under attack.
         images: Clean images (N, C, H, W), float, in [0, 1].
         labels: True classes (N,), int64.
         attack: The adversary.
         generator: Source of the random starts, on the images' device.
-        crafted_on: The network whose gradients are followed (a transfer attack); None: `logits_fn`.
+        crafted_on: The network whose gradients are followed (a transfer attack); None: the one under attack.
     """
     images = images.detach()
     with torch.no_grad():

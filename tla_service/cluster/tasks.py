@@ -22,14 +22,7 @@ _AHEAD = 2  # shards in flight per slot: one measured, one waiting; more would o
 
 @dataclass(frozen=True)
 class Slots:
-    """Room for shards on the cluster.
-
-    Attributes:
-        count: Shards measured at a time.
-        cpus: CPU cores that each reserves.
-        gpus: GPU share that each reserves.
-        crashes: How often a shard whose worker dies is given to another.
-    """
+    """How many shards are measured at a time, what each reserves, and how often one is retried when its worker dies."""
 
     count: int
     cpus: float
@@ -114,7 +107,7 @@ def _result(reference: Any, name: str) -> Arrays:
     except RayTaskError as error:
         raise error.cause from error  # what the measurement itself raised
     except WorkerCrashedError as error:
-        remedy = "look for want of memory; the same command goes on from the shards that are there"
+        remedy = "check for lack of memory; the same command resumes from the saved shards"
         raise UnavailableError("shard", name, "its worker died more often than scaling.max_failures", remedy) from error
     return arrays
 

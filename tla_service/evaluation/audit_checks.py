@@ -86,7 +86,7 @@ class Subject:
         return generator(self.images.device, self.seed)
 
     def batches(self, images: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Images (by default the clean ones) and labels, a forward pass at a time."""
+        """Batches of images (by default the clean ones) and labels."""
         images = self.images if images is None else images
         return list(zip(images.split(self.batch_size), self.labels.split(self.batch_size), strict=True))
 

@@ -119,19 +119,15 @@ def measure_detection(
 ) -> RocCurve:
     """ROC curve and AUC of a score, with a 95% bootstrap interval.
 
+    Where all rows are right or all are wrong, there is no curve but the reason.
+
     Args:
-        scores: Higher is more trustworthy (N,), finite.
+        scores: Higher is more trustworthy (N,); ValueError if not finite.
         correct: Whether each row is classified correctly (N,): the positives.
         seed: Fixes the bootstrap.
         images: Which image each row shows (N,). Rows of one image, clean and attacked, are drawn together: they are
             not independent. By default each row is an image of its own.
         num_resamples: Draws of the bootstrap (percentile interval); 0 for no interval.
-
-    Returns:
-        The curve; without one, and with the reason, where all rows are right or all are wrong.
-
-    Raises:
-        ValueError: Scores are not finite.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -159,7 +155,10 @@ def detect_misclassified(
     metric: Metric = "angular",
     num_resamples: int = 1000,
 ) -> dict[str, RocCurve]:
-    """Measure the detector and the baselines on natural and attacked test images together.
+    """Measure the detector and the baselines on natural and attacked test images together, by score.
+
+    Scores are `gaussian` (with the detector's rule), `max_softmax` and `neighbours`, the distance to the k-th nearest
+    row of the bank.
 
     Args:
         detector: Fitted to training images.
@@ -167,12 +166,9 @@ def detect_misclassified(
         natural: Embedded test images.
         adversarial: The same images attacked, row by row (ValueError if not); the paper exceeds the training epsilon.
         seed: Fixes the bootstrap.
-        k: Neighbour whose distance is the k-NN score.
-        metric: That distance.
+        k: Which neighbour.
+        metric: The distance.
         num_resamples: Draws of the bootstrap.
-
-    Returns:
-        Curves by score: `gaussian` (with the detector's rule), `max_softmax`, `neighbours`.
     """
     if not np.array_equal(natural.labels, adversarial.labels):
         raise ValueError("natural and adversarial images differ in their labels: give the same images in one order")

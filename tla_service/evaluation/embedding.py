@@ -172,13 +172,7 @@ def _collect(parts: Iterable[Embedded]) -> Embedded:
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """Embedded images, and the pixels of those that were kept.
-
-    Attributes:
-        embedded: Row by row.
-        rows: Number of each image in its set (N,).
-        pixels: The first images as they were embedded (n, C, H, W), float32 in [0, 1].
-    """
+    """Embedded images, their numbers in their set (N,), and the pixels (n, C, H, W) in [0, 1] of the first n."""
 
     embedded: Embedded
     rows: IntArray

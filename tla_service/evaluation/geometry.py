@@ -71,17 +71,17 @@ def shift_ratios(natural: Embedded, adversarial: Embedded) -> ShiftRatios:
         shapes = f"{natural.embeddings.shape} and {adversarial.embeddings.shape}"
         raise ValueError(f"natural and adversarial embeddings {shapes}: want images, of equal width")
     classes = natural.logits.shape[1]
-    spread, mistaken, crafted = (np.full(classes, np.nan) for _ in range(3))
+    spread, taken, crafted = (np.full(classes, np.nan) for _ in range(3))
     predictions = adversarial.predictions
     for klass in range(classes):
         members = _doubles(natural.embeddings[natural.labels == klass])
         spread[klass] = _mean_distance(members, members, without_diagonal=True)
         misclassified = (predictions == klass) & (adversarial.labels != klass)
-        mistaken[klass] = _mean_distance(_doubles(adversarial.embeddings[misclassified]), members)
+        taken[klass] = _mean_distance(_doubles(adversarial.embeddings[misclassified]), members)
         crafted[klass] = _mean_distance(_doubles(adversarial.embeddings[adversarial.labels == klass]), members)
     # A spread below rounding is none: the images coincide.
     usable = np.where(spread > 1e-12, spread, np.nan)
-    return ShiftRatios(mistaken / usable, crafted / usable)
+    return ShiftRatios(taken / usable, crafted / usable)
 
 
 def mean_of(ratios: Values) -> float | None:

@@ -175,7 +175,7 @@ def shift_bars(ratios: Mapping[str, ShiftRatios], path: Path) -> None:
     figure = _figure(7.0, 3.6)
     left, right = figure.subplots(1, 2)
     panels = (
-        (left, "r: mistaken for the class (higher is better)", [x.r for x in ratios.values()]),
+        (left, "r: misclassified as the class (higher is better)", [x.r for x in ratios.values()]),
         (right, "r': crafted from it (lower is better)", [x.r_prime for x in ratios.values()]),
     )
     for axes, title, values in panels:

@@ -21,7 +21,7 @@ _MOST_POINTS = 40  # of a curve
 
 @dataclass(frozen=True)
 class NormMeasurement:
-    """The smallest perturbation found for each image; merged to norms (N,): 0 where wrong when clean, else infinite."""
+    """The smallest perturbation found for each image; merged to norms (N,): 0 if misclassified, else infinite."""
 
     norm: SparseNorm
     batch_size: int

@@ -40,7 +40,7 @@ class ShardOutcome:
         left_out: AutoAttack's stages that could not run on this network, and why.
         autoattack: How AutoAttack was run; None where it was not, or by a version that did not record it.
         gate: Which images are set aside for the promotion gate (N,); None where that is not recorded.
-        warnings: What AutoAttack says of this network, such as that it seems randomised; each once.
+        warnings: AutoAttack's warnings about this network, such as that it seems randomised; each once.
     """
 
     indices: IntArray
@@ -133,11 +133,7 @@ def save_arrays(arrays: Arrays, path: Path) -> None:
 
 
 def load_arrays(path: Path) -> Arrays:
-    """Read arrays that :func:`save_arrays` wrote.
-
-    Raises:
-        UnavailableError: There is no such file, or it is damaged.
-    """
+    """Read arrays that :func:`save_arrays` wrote; UnavailableError if there is no such file, or it is damaged."""
     try:
         # Opened here, because numpy leaves the file of a damaged archive open.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -152,11 +148,7 @@ def save_outcome(outcome: ShardOutcome, path: Path) -> None:
 
 
 def load_outcome(path: Path) -> ShardOutcome:
-    """Read an outcome that :func:`save_outcome` wrote.
-
-    Raises:
-        UnavailableError: There is no such file, or it is damaged.
-    """
+    """Read an outcome that :func:`save_outcome` wrote; UnavailableError if there is no such file, or it is damaged."""
     try:
         return outcome_from(load_arrays(path))
     except (KeyError, TypeError, ValueError) as error:

@@ -128,7 +128,7 @@ class ShippedDetection(DetectionScore):
 class Detection(DetectionScore):
     """Detection of misclassified images, natural and attacked together; `auc` is that of the class Gaussians.
 
-    These are fitted anew, by the settings of the evaluation; the detector that a model ships with is measured beside.
+    These are fitted anew, by the settings of the evaluation; `shipped` is the detector that the model ships with.
 
     Attributes:
         epsilon: Radius of the attacked images.

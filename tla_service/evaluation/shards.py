@@ -14,10 +14,10 @@ from tla_service.evaluation.outcomes import Arrays, IntArray
 
 @dataclass(frozen=True)
 class Shard:
-    """The images of one shard, and the networks that it is measured on.
+    """Images of one shard and the networks that they are measured on, which are on the device, in eval mode.
 
     Attributes:
-        network: Under evaluation, on the device, in eval mode.
+        network: Under evaluation.
         surrogate: An independently trained one, if there is one.
         images: (N, C, H, W), uint8.
         labels: (N,), int64.

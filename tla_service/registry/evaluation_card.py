@@ -1,4 +1,4 @@
-"""The model card of an evaluated version, as the registry shows it: what it withstands, and what it is not for."""
+"""The model card of an evaluated version, as the registry shows it: robustness, limits, origin."""
 
 from collections.abc import Mapping
 

@@ -49,7 +49,7 @@ def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple
 
 
 def evaluation_tags(report: Report) -> dict[str, str]:
-    """What a registered version says of its evaluation.
+    """Tags of a registered version that summarise its evaluation.
 
     Each threat model has tags of its own, ``tla.evaluation.SLUG.NAME``. The one that the version was trained for has
     the short ones, ``tla.NAME``, as well.

@@ -8,12 +8,12 @@ from safetensors.numpy import load_file
 
 from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.inference.detector import Rejector
 from tla_service.registry.loading import load_with_folder, pin_version
 from tla_service.report.schema import ModelFacts, ThreatModel
 from tla_service.report.subjects import WEIGHTS, Subject, load_checkpoint_subject
-from tla_service.tracking.connection import client, one_line
+from tla_service.tracking.connection import client
 
 
 def load_subject(uri: str, field: str, tracking: str) -> Subject:

@@ -2,7 +2,7 @@
 
     python -m tla_service.report --model runs/NAME/checkpoints/STEP
 
-Takes the settings of `jobs/evaluate_tla.py`, but for those of cluster and tracking server.
+Takes the settings of `jobs/evaluate_tla.py` except those of the cluster and of the tracking server.
 """
 
 import contextlib

@@ -154,7 +154,7 @@ class _Evaluation:
                 except UserError as error:
                     without = f"no surrogate was given, and none could be trained ({error})"
                     self.terminal.say(without)
-            # The audit first: it is one long shard, and the others fill up the time beside it.
+            # The audit first: it is one long shard, and other workers measure the rest in the meantime.
             tasks = [*audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
             results |= run_tasks(tasks, inputs, output, measure, say)
             if settings.page and (subject.key, "natural") in results:

@@ -125,8 +125,8 @@ class Figures:
             for epsilon, found in each.shift.items():
                 ratios[f"{name}\nε = {epsilon:.3g}"] = found
         caption = (
-            "r compares attacked images mistaken for a class with its natural images, r' those crafted from it; both "
-            "over the spread of the natural images."
+            "r compares attacked images misclassified as a class with its natural images, r' those crafted from it; "
+            "both over the spread of the natural images."
         )
         shift_bars(ratios, self._add("shift", "shift", "Shift ratios", caption))
 

@@ -40,16 +40,8 @@ _SQUARE_GAIN = 0.002
 class Findings:
     """What was measured of one model; None or empty for what was left out.
 
-    Attributes:
-        outcome: Per-image results under the table's attacks.
-        autoattack: Per-image results under AutoAttack, on its images.
-        embedded: By task name: natural, attacked at each radius, bank.
-        rocs: ROC curves by the score that detects.
-        detection: Detection of misclassified images.
-        shift: Ratios by radius.
-        curves: Accuracy along radius, steps and restarts.
-        norms: Smallest perturbations in other norms.
-        audit: The audit.
+    `outcome` holds per-image results under the table's attacks, `autoattack` those under AutoAttack on its images;
+    `embedded` is by task name, `rocs` by the score that detects, `shift` by radius.
     """
 
     outcome: ShardOutcome
@@ -183,7 +175,7 @@ def autoattack_facts(found: Findings, plan: Plan) -> AutoAttackFacts | None:
 
 
 def autoattack_warnings(strong: ShardOutcome | None) -> tuple[str, ...]:
-    """What AutoAttack says of a network; Square's share is judged here, over all images."""
+    """AutoAttack's warnings about a network; Square's share is judged here, over all images."""
     if strong is None:
         return ()
     broken_at = strong.broken_at["autoattack"]

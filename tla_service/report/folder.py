@@ -1,11 +1,11 @@
-"""The folder of a report: whose it is, and whether its evaluation may go on there."""
+"""The folder of a report: which evaluation it belongs to, and whether that may resume there."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.files import write_whole
 from tla_service.lock import LOCK_FILE
 from tla_service.report.plan import Plan, protocol
@@ -40,7 +40,7 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
     """Claim the folder of a report, which is made if it is missing.
 
     Returns:
-        Whether this very evaluation has finished there, with its page if that is asked for.
+        Whether the same evaluation has finished there, including its page if `page` is set.
 
     Raises:
         ConfigError: It holds another evaluation, or other files.
@@ -59,6 +59,6 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
         output.mkdir(parents=True, exist_ok=True)
         write_whole(mark, json.dumps(mine, indent=1))
     except (OSError, ValueError) as error:
-        reason = f"cannot be written ({' '.join(str(error).split())})"
+        reason = f"cannot be written ({one_line(error)})"
         raise UnavailableError("output", output, reason, "choose another --output") from error
     return (output / (PAGE_FILE if page else REPORT_FILE)).is_file()

@@ -187,7 +187,7 @@ def _compared_table(report: Report, *, with_paper: bool) -> tuple[list[str], lis
             found = [f"{row.accuracy[name]:.2f}" if name in row.accuracy else "" for name in names]
             add(f"{method_name(model.method)}, paper", found)
     for other in report.compared:
-        title = f"{method_name(report.model.method)} less {method_name(other.model.method)}"
+        title = f"{method_name(report.model.method)} minus {method_name(other.model.method)}"
         add(title, [_difference(other, name) for name in names])
     return header, [list(cells) for cells in zip(*columns, strict=True)]
 

@@ -1,4 +1,4 @@
-"""The paper's own figures, to stand beside ours where the setting is the same (Mao et al. 2019, Tables 1-4, Fig. 5).
+"""The paper's own figures, shown next to ours where the setting is the same (Mao et al. 2019, Tables 1-4, Fig. 5).
 
 Accuracies and areas are percentages, as printed. None is ever taken for a figure of ours.
 """

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tla_service.errors import UnavailableError
+from tla_service.errors import UnavailableError, one_line
 from tla_service.evaluation.results import (
     Accuracy,
     Audit,
@@ -117,7 +117,7 @@ class AutoAttackFacts(Part):
         strongest: The strongest of the other attacks on the same images.
         gap: Accuracy under that attack minus accuracy under AutoAttack, on the same images.
         weak: Whether the gap shows, beyond noise, that the other attacks are weak.
-        warnings: What AutoAttack says of the network, such as that it seems randomised.
+        warnings: AutoAttack's warnings, such as that the network seems randomised.
         outcome: File beside the report with the per-image results.
         version: The package's version.
     """
@@ -174,7 +174,7 @@ class Report(Part):
         format: Version of this format.
         accuracy: By attack, ``clean`` and ``autoattack`` among them, ``worst`` for images that no attack breaks.
         attacks: How each white-box and transfer attack was run.
-        outcome: File beside the report with each image's fate under the attacks of the table, AutoAttack not among
+        outcome: File beside the report with per-image results of the attacks of the table, AutoAttack not among
             them: it may have been run on fewer images.
         code: Version of the code, and the commit where it is known.
         seed: Seed of every random draw.
@@ -235,7 +235,7 @@ def read_report(path: Path) -> Report:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         return Report.model_validate(content)
     except (OSError, ValueError, ValidationError) as error:
-        reason = f"cannot be read ({' '.join(str(error).split())[:200]})"
+        reason = f"cannot be read ({one_line(error)})"
         raise UnavailableError("report", path, reason, "evaluate the model again") from error
 
 

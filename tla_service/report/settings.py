@@ -82,7 +82,7 @@ class ReportSettings(JobSettings):
     """What an evaluation of checkpoint folders takes."""
 
     model: str = setting("", "model to evaluate: a checkpoint folder")
-    compare: tuple[str, ...] = setting((), "other models to set beside it: --compare A B C")
+    compare: tuple[str, ...] = setting((), "other models to compare it with: --compare A B C")
     surrogate: str | None = setting(
         None,
         "independently trained model that transfer attacks are crafted on; none: the audit trains a small one, and "
@@ -102,7 +102,7 @@ class ReportSettings(JobSettings):
     )
     attacks: dict[str, EvaluationAttack] = setting({}, "attacks by name; none: the paper's columns for the data set")
     seed: int = setting(0, "seed of every random draw", ge=0, lt=2**31)
-    batch_size: int = setting(200, "images a forward pass, and a shard: the most work a killed worker loses", ge=2)
+    batch_size: int = setting(200, "images per forward pass and per shard: the most that a killed worker loses", ge=2)
     page: bool = setting(True, "draw figures and write report.html; without it report.json and outcomes only")
     data: EvaluatedData = EvaluatedData()
     images: ImageCounts = ImageCounts()

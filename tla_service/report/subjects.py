@@ -15,7 +15,7 @@ from torch import nn
 from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
 from tla_service.data import Dataset, load_dataset
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.evaluation.mode import as_pixels, logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.inference.detector import Rejector
@@ -133,7 +133,7 @@ def load_checkpoint_subject(address: str, field: str) -> Subject:
     try:
         network.load_state_dict(load(weights))
     except (SafetensorError, RuntimeError) as error:
-        reason = f"the weights are not those of {config.model.name} ({' '.join(str(error).split())[:200]})"
+        reason = f"the weights are not those of {config.model.name} ({one_line(error)})"
         raise UnavailableError(field, address, reason, "choose other weights") from error
     threat_model = ThreatModel(norm=config.attack.norm, epsilon=config.attack.epsilon)
     facts = ModelFacts(

@@ -28,8 +28,8 @@ class Task:
     Attributes:
         name: What is measured.
         model: First digits of the weights' SHA-256: a file of another model cannot be taken for this one's.
-        split: Where the images are.
-        rows: Which images.
+        split: Which split the images are in.
+        rows: Which images of it.
         shard_size: Images per shard.
         measurement: What is done with them.
     """
@@ -55,13 +55,7 @@ class Task:
 
 
 class Inputs(NamedTuple):
-    """What tasks measure on.
-
-    Attributes:
-        networks: By the tasks' `model`; in eval mode.
-        surrogate: For transfer attacks.
-        dataset: Where the images are.
-    """
+    """What tasks measure on: networks by the tasks' `model`, in eval mode; a surrogate for transfer attacks; images."""
 
     networks: Mapping[str, nn.Module]
     surrogate: nn.Module | None
@@ -111,14 +105,9 @@ class MeasureHere:
 def run_tasks(
     tasks: Sequence[Task], inputs: Inputs, folder: Path, measure: Measurer, say: Callable[[str], None]
 ) -> Results:
-    """Measure, shard by shard. Shards are saved as they come in; one that was saved before is not measured again.
+    """Measure, shard by shard, with progress passed to `say`; the merged results by model and task name.
 
-    Args:
-        tasks: What to measure.
-        inputs: On what.
-        folder: Shards are kept under ``shards/`` in it.
-        measure: Measures those that are not there.
-        say: Told of progress.
+    Shards are saved under ``shards/`` in the folder as they come in; one that was saved before is not measured again.
 
     Raises:
         UserError: A network or a data set does not fit, or a shard cannot be measured.

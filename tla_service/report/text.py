@@ -23,7 +23,7 @@ def show(report: Report, output: Path, terminal: Terminal) -> None:
         terminal.say(f"AutoAttack warns: {warning}")
     for other in report.compared:
         for warning in other.warnings:
-            terminal.say(f"AutoAttack warns of {other.model.uri}: {warning}")
+            terminal.say(f"AutoAttack warns about {other.model.uri}: {warning}")
     if report.audit is not None:
         terminal.say(f"audit: {'trusted' if report.audit.trusted else 'NOT trusted'}, {report.audit.summary}")
     page = output / PAGE_FILE
