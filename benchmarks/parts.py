@@ -73,11 +73,11 @@ class Parts:
     def forward(self) -> None:
         """All roles through the network, negatives, and the loss."""
         self.step.optimizer.zero_grad(set_to_none=True)
-        self.terms, self.totals = self.step.step.objective(self.batch, self.images, self.random)
+        self.loss, self.totals = self.step.step.objective(self.batch, self.images, self.random)
 
     def backward(self) -> None:
         """Gradients of all weights; a lone worker reduces none."""
-        self.terms.total.backward()
+        self.loss.backward()
 
     def mine(self) -> None:
         """The clean images through the network once more, and the search for negatives among them."""

@@ -18,8 +18,7 @@ from tla_service.evaluation.audit_checks import CHECKS
 from tla_service.evaluation.results import Audit
 from tla_service.evaluation.shards import Shard
 from tla_service.evaluation.surrogate import SurrogateMeasurement, TrainedSurrogate, surrogate_rows
-from tla_service.models import build_model
-from tla_service.models.output import ModelOutput
+from tla_service.models import ModelOutput, build_model
 
 CPU = torch.device("cpu")
 ATTACK = Attack(epsilon=0.15, step_size=0.02, num_steps=15)

@@ -26,7 +26,7 @@ from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, r
 from tla_service.evaluation.robustness import evaluation_attack
 from tla_service.evaluation.shards import Shard
 from tla_service.evaluation.suite import AttackMeasurement
-from tla_service.models.output import ModelOutput
+from tla_service.models import ModelOutput
 
 CPU = torch.device("cpu")
 PGD = Attack(kind="pgd", epsilon=0.03, step_size=0.01, num_steps=1, num_restarts=4)

@@ -3,7 +3,7 @@
     python -m tla_service.training --preset digits
     torchrun --nproc-per-node 4 -m tla_service.training --preset cifar10 --data.root /data/cifar10
 
-The output folder holds `summary.json`, `config.yaml`, `log.jsonl` and `checkpoints/`; started again, a run goes on from
+The output folder holds `summary.json`, `config.yaml`, `log.jsonl` and `checkpoints/`; started again, a run resumes from
 its newest checkpoint. `jobs/train_tla.py` does the same on a cluster, and registers the model.
 """
 
@@ -37,9 +37,8 @@ def main() -> int:
     config, output = find_output(settings)
     use_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
     if config.scaling.use_gpu is True and not use_gpu:
-        raise UnavailableError(
-            "scaling.use_gpu", True, "torch sees no GPU here", "leave it out, or run where there is one"
-        )
+        remedy = "leave it out, or run where there is one"
+        raise UnavailableError("scaling.use_gpu", True, "torch sees no GPU here", remedy)
     terminal = Terminal()
     with process_group(torch.device("cuda" if use_gpu else "cpu")) as context, contextlib.ExitStack() as locks:
         config.check_workers(context.world_size)
@@ -79,7 +78,7 @@ def _train(config: RunConfig, output: Path, context: WorkerContext, terminal: Te
 
 
 def stop_on_signals(reporter: LocalReporter) -> None:
-    """First SIGINT or SIGTERM: stop after a checkpoint; second: at once."""
+    """First SIGINT or SIGTERM: stop after a checkpoint; second: immediately."""
 
     def handle(number: int, _frame: object) -> None:
         reporter.interrupted = True
