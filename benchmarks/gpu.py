@@ -119,7 +119,7 @@ def measure_accuracy_of_precisions(
             found = run_autoattack(
                 network, test.images, test.labels, norm="linf", epsilon=epsilon, seed=0, batch_size=500
             )
-        clean = float(found.standing["clean"].float().mean())
+        clean = float((found.broken_at != 0).float().mean())
         seconds = run.phases.seconds["train"] / settings.accuracy_epochs
         rows.append(
             [precision, f"{seconds:.1f}", f"{100 * clean:.1f}", f"{100 * float(found.robust.float().mean()):.1f}"]

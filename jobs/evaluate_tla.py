@@ -15,9 +15,9 @@ def main() -> int:
     """Read the settings, evaluate, and say where the report is."""
     settings = read_settings(EvaluateSettings, spread_lists(sys.argv[1:]))
     # Imported late: --help and wrong settings should not wait for torch, ray and mlflow.
-    from tla_service.cluster.evaluate import evaluate_and_report
+    from tla_service.workflows.evaluate import evaluate_and_log
 
-    return evaluate_and_report(settings)
+    return evaluate_and_log(settings)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,18 @@ import pytest
 import tla_service
 
 WITHOUT = "import sys\nfor name in ('ray', 'mlflow', 'boto3', 'botocore', 'optuna'): sys.modules[name] = None\n"
-CORE_ROOMS = ("attacks", "data", "evaluation", "models", "training", "triplets")
+CORE_ROOMS = (
+    "attacks",
+    "data",
+    "evaluation",
+    "inference",
+    "models",
+    "report",
+    "results",
+    "training",
+    "triplets",
+    "tuning",
+)
 
 
 def run_python(code: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -39,13 +50,22 @@ def test_every_module_of_the_core_imports_without_cluster_libraries() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_core_trains_without_cluster_libraries(tmp_path: Path) -> None:
+def test_the_core_trains_and_evaluates_without_cluster_libraries(tmp_path: Path) -> None:
     arguments = ["--preset", "digits", "--data.train_limit", "200", "--data.test_limit", "40", "--training.epochs", "1"]
     code = f"{WITHOUT}sys.argv[1:1] = []\nimport runpy\nrunpy.run_module('tla_service.training', run_name='__main__')"
     done = run_python(code, *arguments, "--output", str(tmp_path / "run"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "clean accuracy" in done.stdout
     assert (tmp_path / "run" / "summary.json").exists()
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    counts = {"attacks": 40, "autoattack": 0, "curves": 0, "sparse": 0, "audit": 0, "representation": 40, "bank": 40}
+    arguments = [argument for name, count in counts.items() for argument in (f"--images.{name}", str(count))]
+    arguments += ["--attacks", '{"pgd5": {"num_steps": 5}}', "--detection.num_steps", "5", "--data.test_limit", "40"]
+    arguments += ["--neighbours.k", "5", "--model", str(checkpoint), "--output", str(tmp_path / "report")]
+    done = run_python(code.replace("tla_service.training", "tla_service.report"), *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"report  {tmp_path}/report/report.html" in done.stdout
+    assert "<img" in (tmp_path / "report" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from tla_service.config import RunConfig
 from tla_service.config.fields import parse_fraction
 from tla_service.config.loading import JobSettings, RunSettings, preset_names, read_settings, sweep_preset_names
 from tla_service.registry.job_settings import ExportSettings, ImportSettings, PromoteSettings
-from tla_service.report.settings import EvaluateSettings, spread_lists
+from tla_service.report.settings import EvaluateSettings, ReportSettings, spread_lists
 from tla_service.results.settings import ReproduceSettings
 from tla_service.tuning.settings import Dimension, SweepConfig, TuneSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ENTRY = re.compile(r"jobs/\w+\.py|-m benchmarks(?!\.)|tla_service\.training\b|\bARGS=")
+ENTRY = re.compile(r"jobs/\w+\.py|-m benchmarks(?!\.)|tla_service\.(?:training|report)\b|\bARGS=")
 
 
 def commands(page: Path) -> Iterator[str]:
@@ -34,6 +34,7 @@ def commands(page: Path) -> Iterator[str]:
 # What each job reads its command line into; all others read a run's settings.
 JOBS: dict[str, type[JobSettings]] = {
     "jobs/evaluate_tla.py": EvaluateSettings,
+    "-m tla_service.report": ReportSettings,
     "-m benchmarks": BenchmarkSettings,
     "jobs/tune_tla.py": TuneSettings,
     "jobs/promote_model.py": PromoteSettings,

@@ -59,7 +59,8 @@ def test_result_is_allowed(
     labels = torch.randint(3, shape[:1], generator=random)
     logits_fn = oracle.small_network(shape[1:], 3)
     assert_allowed(craft(logits_fn, images, labels, attack, random), images, attack)
-    worst, robust = attack_images(logits_fn, images, labels, attack, random)
+    attacked = attack_images(logits_fn, images, labels, attack, random)
+    worst, robust = attacked.images, attacked.robust
     assert_allowed(worst, images, attack)
     assert robust.dtype == torch.bool
     assert robust.shape == labels.shape
@@ -117,7 +118,8 @@ def test_empty_batch_stays_empty(norm: str) -> None:
     images, labels = torch.zeros(0, 1, 2, 2), torch.zeros(0, dtype=torch.int64)
     attack = Attack(norm=norm)  # type: ignore[arg-type]
     logits_fn = oracle.small_network((1, 2, 2), 3)
-    worst, robust = attack_images(logits_fn, images, labels, attack)
+    attacked = attack_images(logits_fn, images, labels, attack)
+    worst, robust = attacked.images, attacked.robust
     assert worst.shape == images.shape
     assert robust.shape == (0,)
     assert craft(logits_fn, images, labels, attack).shape == images.shape
@@ -135,6 +137,7 @@ def test_narrow_logits_are_judged_in_float32(kind: str, norm: str, narrow: torch
         for fn in (lambda x: network(x).to(narrow), lambda x: network(x).to(narrow).float())
     )
     assert torch.equal(narrowly, widely)
-    worst, robust = attack_images(lambda x: network(x).to(narrow), images, labels, attack)
+    attacked = attack_images(lambda x: network(x).to(narrow), images, labels, attack)
+    worst, robust = attacked.images, attacked.robust
     assert_allowed(worst, images, attack)
     assert torch.equal(robust, network(worst).to(narrow).argmax(1) == labels)

@@ -111,5 +111,5 @@ def test_robust_accuracy_is_the_same(trained: tuple[Logits, Tensor, Tensor], kin
         num_steps=STEPS,
         random_start=kind != "mim",
     )
-    _, robust = attack_images(network, images, labels, attack, torch.Generator().manual_seed(0))
+    robust = attack_images(network, images, labels, attack, torch.Generator().manual_seed(0)).robust
     assert_equal_within_noise(float(robust.double().mean()), accuracy(network, theirs, labels))

@@ -47,7 +47,8 @@ def test_worst_of_separate_restarts_is_kept(threshold: float) -> None:
     logits_fn = patchy(threshold)
     images, labels = batch(logits_fn)
     tried = each_restart(logits_fn, images, labels, RESTARTS, seed=1)
-    worst, robust = attack_images(logits_fn, images, labels, RESTARTS, torch.Generator().manual_seed(1))
+    attacked = attack_images(logits_fn, images, labels, RESTARTS, torch.Generator().manual_seed(1))
+    worst, robust = attacked.images, attacked.robust
     kept_from = []
     for i in range(len(images)):
         results = [restart[i] for restart in tried if i in restart]
@@ -69,7 +70,8 @@ def test_last_restart_does_not_undo_an_earlier_one() -> None:
     images, labels = batch(logits_fn, 200)
     attack = Attack(kind="pgd", epsilon=0.2, step_size=0.01, num_steps=1, num_restarts=20)
     tried = each_restart(logits_fn, images, labels, attack, seed=2)
-    worst, robust = attack_images(logits_fn, images, labels, attack, torch.Generator().manual_seed(2))
+    attacked = attack_images(logits_fn, images, labels, attack, torch.Generator().manual_seed(2))
+    worst, robust = attacked.images, attacked.robust
     broken_early = [i for i in range(200) if i not in tried[-1]]
     assert len(broken_early) > 20
     assert not robust[broken_early].any()
@@ -83,7 +85,7 @@ def test_more_restarts_never_raise_accuracy() -> None:
     accuracies = []
     for restarts in range(1, 9):
         attack = Attack(kind="pgd", epsilon=0.2, step_size=0.01, num_steps=1, num_restarts=restarts)
-        _, robust = attack_images(logits_fn, images, labels, attack, torch.Generator().manual_seed(3))
+        robust = attack_images(logits_fn, images, labels, attack, torch.Generator().manual_seed(3)).robust
         assert not (robust & ~before).any()  # the first restarts draw the same starts
         before = robust
         accuracies.append(robust.double().mean().item())
@@ -95,7 +97,8 @@ def test_among_results_that_break_nothing_the_highest_loss_is_kept() -> None:
     logits_fn = patchy(5.0)
     images, labels = batch(logits_fn)
     tried = each_restart(logits_fn, images, labels, RESTARTS, seed=4)
-    worst, robust = attack_images(logits_fn, images, labels, RESTARTS, torch.Generator().manual_seed(4))
+    attacked = attack_images(logits_fn, images, labels, RESTARTS, torch.Generator().manual_seed(4))
+    worst, robust = attacked.images, attacked.robust
     assert robust.all()
     margins = torch.stack([logits_fn(torch.stack(list(restart.values()))).diff(dim=1)[:, 0] for restart in tried])
     assert torch.equal(logits_fn(worst).diff(dim=1)[:, 0], margins.amax(0))
@@ -108,7 +111,8 @@ def test_images_misclassified_before_the_attack_are_broken_and_stay_clean() -> N
     labels = torch.where(torch.arange(30) % 3 == 0, (right + 1) % 3, right)
     asked.clear()
     attack = Attack(epsilon=0.05, step_size=0.02, num_steps=3, num_restarts=2)
-    worst, robust = attack_images(network, images, labels, attack)
+    attacked = attack_images(network, images, labels, attack)
+    worst, robust = attacked.images, attacked.robust
     wrong = torch.arange(30) % 3 == 0
     assert not robust[wrong].any()
     assert torch.equal(worst[wrong], images[wrong])
@@ -122,7 +126,8 @@ def test_all_misclassified_leaves_nothing_to_attack() -> None:
     images = torch.rand(6, 1, 2, 2)
     labels = (network(images).argmax(1) + 1) % 3
     asked.clear()
-    worst, robust = attack_images(network, images, labels, RESTARTS)
+    attacked = attack_images(network, images, labels, RESTARTS)
+    worst, robust = attacked.images, attacked.robust
     assert torch.equal(worst, images)
     assert not robust.any()
     assert len(asked) == 1

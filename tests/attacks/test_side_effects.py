@@ -91,7 +91,8 @@ def test_images_that_require_gradients_give_results_that_do_not(broken_before: b
     labels = network(images).argmax(1)
     labels = (labels + 1) % 3 if broken_before else labels
     assert not craft(network, images, labels, few_steps()).requires_grad
-    worst, robust = attack_images(network, images, labels, few_steps())
+    attacked = attack_images(network, images, labels, few_steps())
+    worst, robust = attacked.images, attacked.robust
     assert not worst.requires_grad
     assert not robust.requires_grad
     assert images.grad is None

@@ -19,13 +19,15 @@ import ray
 from ray import tune
 
 from tests.cluster.conftest import ROOT
-from tests.cluster.test_tune import EPOCHS, SPACE, goodness, plan_of
+from tests.cluster.test_budget import plan_of
+from tests.cluster.test_tune import EPOCHS, SPACE, goodness
 from tests.tuning.conftest import space_of
 from tla_service.cluster import attempts as attempts_module
 from tla_service.cluster import tune as ours
 from tla_service.cluster.attempts import SNAPSHOT, Snapshots, attempts, read_trials
+from tla_service.cluster.budget import Budget, Plan
 from tla_service.cluster.session import Placement
-from tla_service.cluster.tune import Budget, Plan, run_trials
+from tla_service.cluster.tune import run_trials
 from tla_service.errors import UnavailableError
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Progress, Trial, winner
@@ -190,6 +192,12 @@ def test_a_grid_with_failures_is_walked_once_and_may_grow(run_played: Callable[.
     trials = read_trials(str(tmp_path))
     assert [trial.status for trial in trials] == ["finished", "failed", "finished", "failed"]
     assert [trial.attempts for trial in trials] == [1, 1, 1, 1]
+    # A grid that got another point in front keeps the numbers of the trials it knows, and may repeat failed ones.
+    other = space_of({"loss.margin": [0.02, 0.05, 0.1], "seed": [0, 666]}, **grid)
+    run_played(plan_of(other, tmp_path, repeat_failed=True))
+    trials = read_trials(str(tmp_path))
+    assert [trial.point["loss.margin"] for trial in trials] == [0.05, 0.05, 0.1, 0.1, 0.02, 0.02]
+    assert [trial.attempts for trial in trials] == [1, 2, 1, 2, 1, 1]
 
 
 @pytest.mark.ray
@@ -236,13 +244,15 @@ from pathlib import Path
 import ray
 from ray import tune
 from tests.cluster import test_attempts
-from tests.cluster.test_tune import SPACE, plan_of
+from tests.cluster.test_budget import plan_of
+from tests.cluster.test_tune import SPACE
 from tests.tuning.conftest import space_of
 from tla_service.cluster import tune as ours
+from tla_service.cluster.budget import Budget
 ours.run_trial = test_attempts.play
 ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 plan = plan_of(space_of(SPACE, num_samples=5, grace_epochs=3), Path(sys.argv[1]), max_concurrent=2)
-budget = ours.Budget(plan)
+budget = Budget(plan)
 ours.run_trials(plan, budget, tune.Callback())
 """
 

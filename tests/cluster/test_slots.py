@@ -6,7 +6,7 @@ import pytest
 
 from tla_service.cluster import slots
 from tla_service.cluster.session import Placement
-from tla_service.cluster.slots import check_room, count_slots, workers_per_trial
+from tla_service.cluster.slots import check_room, max_concurrent, workers_per_trial
 from tla_service.config import ScalingConfig
 from tla_service.errors import UnavailableError
 
@@ -44,7 +44,9 @@ def test_what_can_never_be_placed_is_refused_with_the_arithmetic() -> None:
 def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False, "Resources": {"CPU": 100.0}}]
     monkeypatch.setattr(slots.ray, "nodes", lambda: nodes)
-    assert count_slots(Placement(2, False, 1, 1)) == 4
+    assert max_concurrent(ScalingConfig(), None, Placement(2, False, 1, 1)) == 4 + 1
+    assert max_concurrent(ScalingConfig(), 3, Placement(2, False, 1, 1)) == 3
+    assert max_concurrent(ScalingConfig(wait_seconds=60), 99, Placement(2, False, 1, 1)) == 99  # the cluster grows
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 
 from tests.tuning.conftest import space_of
 from tla_service.cluster import trial
+from tla_service.cluster.budget import Budget, Plan
 from tla_service.cluster.session import Placement
 from tla_service.cluster.trial import reason_of, run_trial
-from tla_service.cluster.tune import Budget, Plan
 from tla_service.errors import UnavailableError
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.result import FitResult

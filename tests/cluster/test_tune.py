@@ -1,4 +1,4 @@
-"""The glue between sweeps and Ray Tune: what is suggested, what is stopped, and when a sweep ends."""
+"""The glue between sweeps and Ray Tune: what is suggested, and what is stopped."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +12,8 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from tests.tuning.conftest import run_config, space_of, trial_of
-from tla_service.cluster import tune as ours
-from tla_service.cluster.session import Placement
-from tla_service.cluster.tune import Budget, Plan, scheduler, searcher
-from tla_service.tuning.space import Space
-from tla_service.tuning.trials import Progress, Trial
+from tla_service.cluster.tune import scheduler, searcher
+from tla_service.tuning.trials import Trial
 
 SPACE = {"loss.margin": {"low": 0.005, "high": 0.2}, "loss.triplet_weight": {"low": 0.1, "high": 8, "log": True}}
 EPOCHS = 27
@@ -167,80 +164,3 @@ def test_a_trial_that_reaches_its_last_epoch_is_not_stopped_there(grace: int) ->
 def test_without_asha_every_trial_runs_to_its_end() -> None:
     assert scheduler(space_of(SPACE, scheduler="none"), []) is None
     assert scheduler(space_of(SPACE, grace_epochs=EPOCHS), []) is None
-
-
-# ------------------------------------------------------------------------------------------------ when to end
-
-
-def plan_of(space: Space, storage: Path, **changes: Any) -> Plan:
-    return Plan(
-        space,
-        str(storage),
-        **({"placement": Placement(2, False, 1, 1), "weights": None, "max_concurrent": 1} | changes),
-    )
-
-
-def tune_trial(number: int, report: dict[str, Any], status: str = "RUNNING", deaths: int = 0) -> Any:
-    return SimpleNamespace(
-        trial_id=str(number), status=status, num_failures=deaths, storage=None,
-        config={"trial": {"number": number, "point": {"loss.margin": 0.1}}},
-        last_result=report and report | {"time_total_s": 1.0, "done": True},
-    )  # fmt: skip
-
-
-def end(budget: Budget, number: int, outcome: Any) -> None:
-    trial = tune_trial(number, Progress().report(outcome=outcome, reason="the loss is not finite by step 7"))
-    budget.on_trial_result(0, [], trial, trial.last_result)
-    budget.on_trial_complete(0, [], trial)
-
-
-def test_too_many_failures_in_a_row_end_a_sweep(tmp_path: Path) -> None:
-    budget = Budget(plan_of(space_of(SPACE, failures_in_a_row=2), tmp_path))
-    for number, outcome in enumerate(("failed", "finished", "failed")):
-        end(budget, number, outcome)
-    assert not budget.stop_all()
-    budget.on_trial_error(0, [], tune_trial(3, {}, "ERROR", 4))
-    assert budget.stop_all()
-    assert budget.gave_up == (
-        "2 trials failed one after another, the last: its process died 4 times (killed, or its node was lost)"
-    )
-
-
-def test_gpu_hours_count_from_the_workers_start_to_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(ours.time, "monotonic", lambda: now[0])
-    budget = Budget(plan_of(space_of(SPACE, max_gpu_hours=1), tmp_path, placement=Placement(2, True, 1, 0.5)))
-    trial = tune_trial(0, Progress().report())
-    budget.on_trial_result(0, [], trial, trial.last_result | {"worker_seconds": 600.0})
-    now[0] += 1200
-    assert budget.gpu_hours == pytest.approx(0.5)
-    budget.on_trial_complete(0, [], trial)
-    now[0] += 10_000
-    assert budget.gpu_hours == pytest.approx(600 / 3600)  # as in its last report, which comes at its end
-    assert not budget.stop_all()
-    budget.on_trial_result(0, [], trial, trial.last_result)
-    now[0] += 3000
-    assert budget.stop_all()
-    assert budget.used_up == "sweep.max_gpu_hours=1 are used"
-
-
-def test_wall_time_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(ours.time, "monotonic", lambda: now[0])
-    budget = Budget(plan_of(space_of(SPACE, max_hours=1), tmp_path))
-    now[0] += 3000
-    assert budget.seconds_left == 600
-    now[0] += 601
-    assert budget.stop_all()
-    assert budget.used_up == "sweep.max_hours=1 are over"
-
-
-def test_workers_that_are_never_placed_end_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(ours.time, "monotonic", lambda: now[0])
-    placed, waiting = (Budget(plan_of(space_of(SPACE), tmp_path, wait_seconds=60)) for _ in range(2))
-    trial = tune_trial(0, Progress().report())
-    placed.on_trial_result(0, [], trial, trial.last_result)
-    now[0] += 61
-    assert (placed.stop_all(), waiting.stop_all()) == (False, True)
-    assert str(waiting.error).startswith("scaling.wait_seconds=60: the cluster has not placed any trial's workers")

@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,11 @@ from tla_service.attacks import Attack, craft
 from tla_service.config import DataConfig
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
-from tla_service.evaluation.audit import Audit, Thresholds, audit
-from tla_service.evaluation.surrogate import surrogate_rows, train_surrogate
+from tla_service.evaluation.audit import AuditMeasurement
+from tla_service.evaluation.audit_checks import CHECKS
+from tla_service.evaluation.results import Audit
+from tla_service.evaluation.shards import Shard
+from tla_service.evaluation.surrogate import SurrogateMeasurement, TrainedSurrogate, surrogate_rows
 from tla_service.models import ModelOutput, build_model
 
 CPU = torch.device("cpu")
@@ -89,8 +93,9 @@ def trained(seed: int, robust: bool) -> nn.Module:
 def audited(network: nn.Module, *, surrogate: nn.Module | None = None, **changes: Any) -> Audit:
     data = load_dataset(DataConfig(name="digits"))
     chosen = torch.arange(IMAGES)
-    settings: dict[str, Any] = {"seed": 0, "batch_size": 64, "device": CPU, "square_queries": 200} | changes
-    return audit(network, data.test.fetch(chosen), data.test.labels[chosen], ATTACK, surrogate=surrogate, **settings)
+    measurement = AuditMeasurement(**{"attack": ATTACK, "seed": 0, "batch_size": 64, "square_queries": 200} | changes)
+    shard = Shard(network, surrogate, data.test.fetch(chosen), data.test.labels[chosen], chosen.numpy(), CPU)
+    return measurement.merge([measurement.run(shard)])
 
 
 def failed(result: Audit) -> set[str]:
@@ -106,8 +111,7 @@ def test_an_honest_network_is_trusted() -> None:
     assert len({check.name for check in result.checks}) == 11
     assert all(check.statement and check.meaning for check in result.checks)
     assert not network.training
-    assert result.as_dict()["trusted"] is True
-    assert result.as_dict()["images"] == IMAGES
+    assert result.images == IMAGES
 
 
 @pytest.mark.parametrize(
@@ -172,10 +176,16 @@ def test_square_that_cannot_run_does_not_pass() -> None:
     network = Small()
     attack = Attack(norm="l2", epsilon=0.01, step_size=0.002, num_steps=10)
     labels = network(images.clamp(0, 1)).logits.argmax(1)
-    result = audit(
-        network, images.clamp(0, 1), labels, attack, surrogate=None, seed=0, batch_size=20, device=CPU
-    )  # fmt: skip
+    measurement = AuditMeasurement(attack, seed=0, batch_size=20)
+    shard = Shard(network, None, images.clamp(0, 1), labels, np.arange(20), CPU)
+    result = measurement.merge([measurement.run(shard)])
     assert "needs images of 5 rows" in not_run(result)["white_box_against_square"]
+
+
+def surrogate_on(rows: Tensor, measurement: SurrogateMeasurement) -> TrainedSurrogate:
+    data = load_dataset(DataConfig(name="digits"))
+    shard = Shard(nn.Identity(), None, data.train.fetch(rows), data.train.labels[rows], rows.numpy(), CPU)
+    return measurement.merge([measurement.run(shard)])
 
 
 @cache
@@ -183,12 +193,11 @@ def own_surrogate() -> nn.Module:
     data = load_dataset(DataConfig(name="digits"))
     rows = surrogate_rows(data.train.labels, data.image_shape)
     assert len(rows) == len(data.train)
-    found = train_surrogate(
-        data.train.fetch(rows), data.train.labels[rows], 10, "linf", 0.15, seed=5, device=CPU
-    )  # fmt: skip
-    assert found.held_out + found.images == len(rows)
-    assert (found.clean_accuracy or 0) > 0.9
-    network = build_model(found.architecture, 10, data.image_shape)
+    found = surrogate_on(rows, SurrogateMeasurement("linf", 0.15, 10, seed=5))
+    facts = found.facts
+    assert facts.held_out + facts.images == len(rows)
+    assert (facts.clean_accuracy or 0) > 0.9
+    network = build_model(facts.architecture, 10, data.image_shape)
     network.load_state_dict(found.weights)
     return network.eval()
 
@@ -206,12 +215,8 @@ def test_the_surrogate_trained_on_the_spot_finds_masks_out(mask: type[Masked]) -
 
 def test_the_surrogate_is_fixed_by_its_seed_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tla_service.evaluation.surrogate._STEPS", 10)
-    data = load_dataset(DataConfig(name="digits"))
     rows, state = torch.arange(100), torch.get_rng_state()
-    one, two, other = (
-        train_surrogate(data.train.fetch(rows), data.train.labels[rows], 10, "l2", 0.6, seed=seed, device=CPU)
-        for seed in (0, 0, 1)
-    )
+    one, two, other = (surrogate_on(rows, SurrogateMeasurement("l2", 0.6, 10, seed)) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, two.weights[name]) for name, value in one.weights.items())
     assert not torch.equal(one.weights["fc.weight"], other.weights["fc.weight"])
@@ -221,27 +226,15 @@ def test_the_surrogate_is_fixed_by_its_seed_and_bounded(monkeypatch: pytest.Monk
 
 
 def test_an_attack_stopped_early_is_found_out() -> None:
-    network, surrogate = trained(0, robust=True), trained(1, robust=False)
-    data = load_dataset(DataConfig(name="digits"))
-    chosen = torch.arange(IMAGES)
     short = Attack(epsilon=0.15, step_size=0.005, num_steps=4)
-    result = audit(
-        network,
-        data.test.fetch(chosen),
-        data.test.labels[chosen],
-        short,
-        surrogate=surrogate,
-        seed=0,
-        batch_size=64,
-        device=CPU,
-        square_queries=20,
-    )
+    result = audited(trained(0, robust=True), surrogate=trained(1, robust=False), attack=short, square_queries=20)
     assert failed(result) >= {"more_steps_gain_little", "loss_has_settled", "iterative_against_single_step"}
 
 
-def test_thresholds_decide() -> None:
-    strict = Thresholds(**dict.fromkeys(vars(Thresholds()), -2.0) | {"bfloat16": 2.0})
-    result = audited(trained(0, robust=True), surrogate=trained(1, robust=False), thresholds=strict, square_queries=5)
+def test_thresholds_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, (_, meaning) in CHECKS.items():
+        monkeypatch.setitem(CHECKS, name, (2.0 if name == "bfloat16_agrees_with_float32" else -2.0, meaning))
+    result = audited(trained(0, robust=True), surrogate=trained(1, robust=False), square_queries=5)
     assert failed(result) == {check.name for check in result.checks}
 
 

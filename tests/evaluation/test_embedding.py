@@ -81,10 +81,8 @@ def test_attacked_images_stay_in_the_ball_and_wrong_ones_are_attacked_too(networ
     assert attacked.correct.sum() <= clean.correct.sum()
     assert all(parameter.grad is None for parameter in network.parameters())
 
-    left, kept = embed_attacked(network, given, ATTACK, seed=3, attack_wrong=False)
+    _, kept = embed_attacked(network, given, ATTACK, seed=3)
     assert kept is None
-    np.testing.assert_array_equal(left.embeddings[~clean.correct], clean.embeddings[~clean.correct])
-    assert (left.embeddings[clean.correct] != clean.embeddings[clean.correct]).any(1).all()
 
 
 def test_the_seed_fixes_the_attack(network: Tiny) -> None:

@@ -9,15 +9,14 @@ from tla_service.errors import ConfigError
 from tla_service.evaluation import geometry
 from tla_service.evaluation.embedding import Embedded
 from tla_service.evaluation.geometry import (
-    Selection,
-    TsneSettings,
     project,
     select_class,
     select_pair,
     shift_ratios,
 )
+from tla_service.evaluation.results import Shift
 
-QUICK = TsneSettings(perplexity=4, max_iter=250, learning_rate="auto")
+QUICK = {"perplexity": 4, "max_iter": 250, "learning_rate": "auto"}
 
 
 def made(labels: list[int], predictions: list[int], seed: int, width: int = 5, classes: int = 4) -> Embedded:
@@ -34,14 +33,13 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-@pytest.mark.parametrize("own_image", [True, False])
 @pytest.mark.parametrize("at_once", [1024, 2], ids=["whole", "in parts"])
-def test_ratios_by_loops(own_image: bool, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ratios_by_loops(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(geometry, "_ROWS_AT_ONCE", at_once)
     labels = [0, 1, 0, 1, 2, 2, 0, 1, 2, 0]
     natural = made(labels, labels, 1, classes=3)
     attacked = made(labels, [1, 1, 2, 0, 2, 0, 0, 2, 1, 1], 2, classes=3)
-    found = shift_ratios(natural, attacked, own_image=own_image)
+    found = shift_ratios(natural, attacked)
     ratios, primes = [], []
     for klass in range(3):
         members = [row for row in range(10) if labels[row] == klass]
@@ -50,22 +48,12 @@ def test_ratios_by_loops(own_image: bool, at_once: int, monkeypatch: pytest.Monk
         )
         taken = [row for row in range(10) if attacked.predictions[row] == klass and labels[row] != klass]
         away = mean([distance(attacked.embeddings[i], natural.embeddings[j]) for i in taken for j in members])
-        crafted = mean(
-            [
-                distance(attacked.embeddings[i], natural.embeddings[j])
-                for i in members
-                for j in members
-                if own_image or i != j
-            ]
-        )
+        crafted = mean([distance(attacked.embeddings[i], natural.embeddings[j]) for i in members for j in members])
         ratios.append(away / spread)
         primes.append(crafted / spread)
-        assert found.natural[klass] == pytest.approx(spread)
-        assert found.misclassified_as[klass] == len(taken)
-    np.testing.assert_allclose(found.r_by_class, ratios)
-    np.testing.assert_allclose(found.r_prime_by_class, primes)
-    assert (found.r, found.r_prime) == (pytest.approx(mean(ratios)), pytest.approx(mean(primes)))
-    assert (found.left_out_of_r, found.left_out_of_r_prime) == (0, 0)
+    np.testing.assert_allclose(found.r, ratios)
+    np.testing.assert_allclose(found.r_prime, primes)
+    assert found.at(0.1) == Shift(0.1, pytest.approx(mean(ratios)), pytest.approx(mean(primes)), 0, 0)
 
 
 def test_classes_without_a_ratio_are_left_out_and_counted() -> None:
@@ -73,22 +61,18 @@ def test_classes_without_a_ratio_are_left_out_and_counted() -> None:
     natural = made(labels, labels, 1)
     attacked = made(labels, [1, 1, 0, 1, 2, 1], 2)  # nothing is mistaken for 0 or 3
     found = shift_ratios(natural, attacked)
-    assert found.misclassified_as.tolist() == [0, 3, 1, 0]
-    assert np.isnan(found.r_by_class).tolist() == [True, False, True, True]
-    assert np.isnan(found.r_prime_by_class).tolist() == [False, False, True, True]
-    assert (found.left_out_of_r, found.left_out_of_r_prime) == (3, 2)
-    assert found.r == found.r_by_class[1]
-    assert found.r_prime == pytest.approx(found.r_prime_by_class[:2].mean())
+    assert np.isnan(found.r).tolist() == [True, False, True, True]
+    assert np.isnan(found.r_prime).tolist() == [False, False, True, True]
+    assert found.at(0.1) == Shift(0.1, found.r[1], pytest.approx(found.r_prime[:2].mean()), 3, 2)
 
 
 def test_identical_images_and_harmless_attacks_leave_nothing_to_average() -> None:
     natural = made([0, 0, 1, 1], [0, 0, 1, 1], 1, classes=2)
-    harmless = shift_ratios(natural, natural, own_image=False)
-    assert math.isnan(harmless.r)
-    assert harmless.left_out_of_r == 2
-    assert harmless.r_prime == pytest.approx(1), "unmoved images are as far apart as before"
+    harmless = shift_ratios(natural, natural).at(0.1)
+    # Half of the pairs are of an image with itself.
+    assert harmless == Shift(0.1, None, pytest.approx(0.5), 2, 0)
     natural.embeddings[:2] = natural.embeddings[0]
-    assert np.isnan(shift_ratios(natural, natural).r_prime_by_class).tolist() == [True, False]
+    assert np.isnan(shift_ratios(natural, natural).r_prime).tolist() == [True, False]
 
 
 def test_ratios_refuse_what_does_not_belong_together() -> None:
@@ -97,18 +81,20 @@ def test_ratios_refuse_what_does_not_belong_together() -> None:
         shift_ratios(natural, made([0, 1], [0, 1], 1, width=6))
     with pytest.raises(ValueError, match="want images"):
         shift_ratios(natural.subset(np.arange(0)), natural)
-    with pytest.raises(ValueError, match="same images"):
-        shift_ratios(natural, made([1, 0], [0, 1], 1), own_image=False)
 
 
 def test_pictures_choose_their_images() -> None:
     natural = made([0, 1, 2, 1, 0, 1, 2], [0] * 7, 1)
     attacked = made([0, 1, 2, 1, 0, 1, 2], [1, 2, 0, 2, 1, 0, 2], 2)
-    one = select_class(natural, attacked, 1, max_natural=2, max_adversarial=9)
-    assert (one.natural.tolist(), one.adversarial.tolist()) == ([1, 3], [1, 3, 5])
-    pair = select_pair(natural, attacked, 1, 2, max_natural=4)
-    assert (pair.natural.tolist(), pair.adversarial.tolist()) == ([1, 2, 3, 5], [1, 3])
-    assert select_pair(natural, attacked, 2, 1).adversarial.tolist() == []
+
+    def rows(chosen: tuple[Embedded, Embedded]) -> list[list[int]]:
+        """Which rows of the natural and of the attacked images they are."""
+        pairs = zip(chosen, (natural, attacked), strict=True)
+        return [[part.embeddings.tolist().index(row) for row in one.embeddings.tolist()] for one, part in pairs]
+
+    assert rows(select_class(natural, attacked, 1, max_natural=2, max_adversarial=9)) == [[1, 3], [1, 3, 5]]
+    assert rows(select_pair(natural, attacked, 1, 2, max_natural=4)) == [[1, 2, 3, 5], [1, 3]]
+    assert rows(select_pair(natural, attacked, 2, 1))[1] == []
     with pytest.raises(ConfigError, match="class=3"):
         select_class(natural, attacked, 3)
     with pytest.raises(ConfigError, match="class=3"):
@@ -120,29 +106,20 @@ def test_projection_is_joint_and_fixed_by_its_seed() -> None:
     for images in (natural, attacked):  # two directions: half of the images of each kind in either
         images.embeddings[:8, 0] += 20
         images.embeddings[8:, 1] += 20
-    chosen = Selection(np.arange(2, 14), np.arange(3, 13))
-    found = project(natural, attacked, chosen, seed=0, settings=QUICK)
+    natural, attacked = natural.subset(np.arange(2, 14)), attacked.subset(np.arange(3, 13))
+    found = project(natural, attacked, seed=0, **QUICK)
     assert found.natural.shape == (12, 2)
     assert found.adversarial.shape == (10, 2)
-    assert found.natural_labels.tolist() == natural.labels[2:14].tolist()
-    assert found.adversarial_predictions.tolist() == attacked.predictions[3:13].tolist()
+    assert found.labels.tolist() == natural.labels.tolist()
+    assert found.predictions.tolist() == attacked.predictions.tolist()
     gaps = np.linalg.norm(found.natural[:6, None] - found.adversarial[None], axis=2).mean(0)
     assert gaps[:5].max() < gaps[5:].min(), "attacked images lie beside natural ones of their direction"
-    again, other = (project(natural, attacked, chosen, seed=seed, settings=QUICK) for seed in (0, 1))
+    again, other = (project(natural, attacked, seed=seed, **QUICK) for seed in (0, 1))
     np.testing.assert_array_equal(found.natural, again.natural)
     assert not np.array_equal(found.natural, other.natural)
-
-
-def test_projecting_all_then_selecting_gives_the_same_rows_of_all() -> None:
-    natural, attacked = made([0, 1] * 8, [0, 1] * 8, 1), made([0, 1] * 8, [1, 0] * 8, 2)
-    some, every = Selection(np.array([4, 1]), np.array([7])), Selection(np.arange(16), np.arange(16))
-    part = project(natural, attacked, some, seed=0, whole=True, settings=QUICK)
-    full = project(natural, attacked, every, seed=0, settings=QUICK)
-    np.testing.assert_array_equal(part.natural, full.natural[[4, 1]])
-    np.testing.assert_array_equal(part.adversarial, full.adversarial[[7]])
 
 
 def test_too_few_points_are_refused() -> None:
     images = made([0] * 7, [0] * 7, 1)
     with pytest.raises(ConfigError, match=r"perplexity=15.0: not below the 14 images"):
-        project(images, images, Selection(np.arange(7), np.arange(7)), seed=0)
+        project(images, images, seed=0)

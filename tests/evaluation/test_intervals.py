@@ -33,7 +33,7 @@ def test_wilson_published_example() -> None:
 
 def test_no_images_tell_nothing() -> None:
     interval = wilson_interval(0, 0)
-    assert math.isnan(interval.estimate)
+    assert interval.estimate is None
     assert (interval.low, interval.high) == (0, 1)
 
 
@@ -58,7 +58,7 @@ def test_mcnemar_is_the_binomial_tail(counts: tuple[int, int, int, int]) -> None
     expected = math.fsum(p for p in chances if p <= chances[b] * (1 + 1e-9))
     result = paired_difference(*outcomes(*counts))
     assert result.p_value == pytest.approx(expected)
-    assert (result.first_only, result.second_only, result.images) == (b, c, sum(counts))
+    assert result.images == sum(counts)
     assert result.difference == pytest.approx((b - c) / sum(counts))
     assert result.low <= result.difference <= result.high
 
@@ -114,4 +114,4 @@ def test_accuracy_by_class_is_a_count() -> None:
     result = class_accuracy(correct, np.array([0, 0, 2, 2, 2]), 4)
     assert [(i.images, i.estimate) for i in result.per_class[0::2]] == [(2, 0.5), (3, pytest.approx(2 / 3))]
     assert [i.images for i in result.per_class[1::2]] == [0, 0]
-    assert result.overall.estimate == 0.6
+    assert result.estimate == 0.6

@@ -7,10 +7,16 @@ import pytest
 from matplotlib.figure import Figure
 
 from tla_service.evaluation import measure_figures
-from tla_service.evaluation.detection import DetectionResult, measure_detection
+from tla_service.evaluation.detection import RocCurve, measure_detection
 from tla_service.evaluation.geometry import Projection, ShiftRatios
-from tla_service.evaluation.measure_figures import class_map, pair_map, retrieval_panel, roc_curves, shift_bars
-from tla_service.evaluation.neighbours import Retrieval
+from tla_service.evaluation.measure_figures import (
+    PanelRow,
+    class_map,
+    pair_map,
+    retrieval_panel,
+    roc_curves,
+    shift_bars,
+)
 
 NAMES = [f"class {klass}" for klass in range(12)]
 
@@ -29,7 +35,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return seen
 
 
-def result(seed: int, num_resamples: int = 20) -> DetectionResult:
+def result(seed: int, num_resamples: int = 20) -> RocCurve:
     random = np.random.default_rng(seed)
     correct = random.random(50) < 0.5
     return measure_detection(random.normal(size=50) + correct, correct, seed=0, num_resamples=num_resamples)
@@ -41,12 +47,14 @@ def test_roc_names_auc_and_interval(tmp_path: Path, drawn: list[Figure]) -> None
     roc_curves(results, tmp_path / "new" / "roc.png")
     (axes,) = drawn[0].axes
     labels = axes.get_legend_handles_labels()[1]
-    first = results["Gaussians"]
+    first, scores = results["Gaussians"], {name: result.score for name, result in results.items()}
     assert labels == [
         "chance",
-        f"Gaussians: AUC {first.auc:.3f} [{first.low:.3f}, {first.high:.3f}]",
-        f"softmax: AUC {results['softmax'].auc:.3f} [{results['softmax'].low:.3f}, {results['softmax'].high:.3f}]",
-        f"bare: AUC {results['bare'].auc:.3f}",
+        *(
+            f"{n}: AUC {scores[n].auc:.3f} [{scores[n].low:.3f}, {scores[n].high:.3f}]"
+            for n in ("Gaussians", "softmax")
+        ),
+        f"bare: AUC {scores['bare'].auc:.3f}",
         "void: no AUC, every image is classified correctly (3 of 3)",
     ]
     assert len({str(line.get_linestyle()) + str(line._dash_pattern) for line in axes.lines[:4]}) == 4
@@ -60,11 +68,11 @@ def test_roc_names_auc_and_interval(tmp_path: Path, drawn: list[Figure]) -> None
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_retrieval_judges_by_colour_and_mark(channels: int, tmp_path: Path, drawn: list[Figure]) -> None:
-    rows = np.array([[0, 1]])
-    retrieval = Retrieval(np.array([4]), np.array([2]), rows, rows, np.array([[2, 2]]), np.array([[2, 5]]))
     query = np.full((1, channels, 4, 4), 0.25)
     found = np.stack([np.full((2, channels, 4, 4), value) for value in (0.5,)])
-    retrieval_panel(retrieval, query, 2 * query, found, found + 0.25, NAMES, tmp_path / "panel.png")
+    clean = PanelRow(query, found, np.array([[2, 2]]))
+    states = {"clean": clean, "attacked": PanelRow(2 * query, found + 0.25, np.array([[2, 5]]))}
+    retrieval_panel(np.array([2]), states, NAMES, tmp_path / "panel.png")
     cells = drawn[0].axes
     assert [cell.get_xlabel() for cell in cells] == [
         "query: class 2", "✓ class 2", "✓ class 2", "query: class 2", "✓ class 2", "✗ class 5",
@@ -76,14 +84,16 @@ def test_retrieval_judges_by_colour_and_mark(channels: int, tmp_path: Path, draw
     assert right.get_edgecolor() != wrong.get_edgecolor()
     assert right.get_linestyle() != wrong.get_linestyle()
     with pytest.raises(ValueError, match="leading shapes"):
-        retrieval_panel(retrieval, query, query, found[:, :1], found, NAMES, tmp_path / "panel.png")
+        retrieval_panel(
+            np.array([2]), states | {"clean": clean._replace(neighbours=found[:, :1])}, NAMES, tmp_path / "x.png"
+        )
 
 
 def projection(predictions: list[int], labels: int | None = None) -> Projection:
     random = np.random.default_rng(0)
     said = np.array(predictions, np.int64)
     natural = np.array([1, 1, 2]) if labels is None else np.full(3, labels)
-    return Projection(random.normal(size=(3, 2)), random.normal(size=(len(said), 2)), natural, np.ones_like(said), said)
+    return Projection(random.normal(size=(3, 2)), random.normal(size=(len(said), 2)), natural, said)
 
 
 def test_class_map_groups_by_prediction(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -123,8 +133,10 @@ def test_pair_map_shows_three_kinds(said: list[int], tmp_path: Path, drawn: list
 
 def test_bars_show_means_classes_and_what_is_left_out(tmp_path: Path, drawn: list[Figure]) -> None:
     nan = np.nan
-    some = ShiftRatios(1.5, 2.0, np.array([1, 2, nan]), np.array([1, 2, 3.0]), np.ones(3), np.ones(3, int), 1, 0)
-    none = ShiftRatios(nan, nan, np.full(3, nan), np.full(3, nan), np.ones(3), np.zeros(3, int), 3, 3)
+    some, none = (
+        ShiftRatios(np.array([1, 2, nan]), np.array([1, 2, 3.0])),
+        ShiftRatios(np.full(3, nan), np.full(3, nan)),
+    )
     shift_bars({"AT": some, "TLA": none}, tmp_path / "bars.png")
     left, right = drawn[0].axes
     assert [text.get_text() for text in left.texts] == ["1.500\nclasses left out: 1", "undefined"]

@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tla_service.attacks import Attack, attack_images, craft
+from tla_service.attacks import UNBROKEN, Attack, attack_images, craft
 from tla_service.config.adversary import AttackConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.outcomes import (
-    STANDS,
     AutoAttackRun,
     ShardOutcome,
-    compare_outcomes,
     load_outcome,
     merge_outcomes,
     outcome_arrays,
@@ -26,7 +24,8 @@ from tla_service.evaluation.outcomes import (
 )
 from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, restart_curve, step_sweep, sweep_curve
 from tla_service.evaluation.robustness import evaluation_attack
-from tla_service.evaluation.suite import evaluate_shard, restart_fates
+from tla_service.evaluation.shards import Shard
+from tla_service.evaluation.suite import AttackMeasurement
 from tla_service.models import ModelOutput
 
 CPU = torch.device("cpu")
@@ -56,28 +55,31 @@ def pictures(network: nn.Module, count: int = 40) -> tuple[Tensor, Tensor]:
 
 
 def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attacks: Any = None, **changes: Any) -> ShardOutcome:
-    settings = {"seed": 0, "batch_size": 16, "device": CPU} | changes
-    return evaluate_shard(network, images, labels, {"pgd": PGD} if attacks is None else attacks, **settings)
+    surrogate, indices = changes.pop("surrogate", None), changes.pop("indices", range(len(labels)))
+    shard = Shard(network, surrogate, images, labels, np.array(indices), CPU)
+    settings = {"transfer": {}, "autoattack": None, "seed": 0, "batch_size": 16} | changes
+    measurement = AttackMeasurement(attacks={"pgd": PGD} if attacks is None else attacks, **settings)
+    return measurement.merge([measurement.run(shard)])
 
 
 def logits(network: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda images: network(images).logits
 
 
-def test_fates_equal_attacks_with_so_many_restarts() -> None:
+def test_the_restart_that_breaks_an_image_equals_attacks_with_so_many_restarts() -> None:
     network = Wavy()
     images, labels = pictures(network)
     pixels = images.float() / 255
-    fates = restart_fates(logits(network), pixels, labels, PGD, torch.Generator().manual_seed(5))
+    broken_at = attack_images(logits(network), pixels, labels, PGD, torch.Generator().manual_seed(5)).broken_at
     for restarts in range(1, 5):
         attack = Attack(kind="pgd", epsilon=0.03, step_size=0.01, num_steps=1, num_restarts=restarts)
-        _, robust = attack_images(logits(network), pixels, labels, attack, torch.Generator().manual_seed(5))
-        assert torch.equal(robust, (fates == STANDS) | (fates > restarts))
-    assert set(fates.tolist()) >= {STANDS, 0, 1, 2}
+        robust = attack_images(logits(network), pixels, labels, attack, torch.Generator().manual_seed(5)).robust
+        assert torch.equal(robust, (broken_at == UNBROKEN) | (broken_at > restarts))
+    assert set(broken_at.tolist()) >= {UNBROKEN, 0, 1, 2}
 
 
 def test_standing_counts_restarts_by_hand() -> None:
-    outcome = ShardOutcome(np.arange(5), np.zeros(5, dtype=np.int64), {"pgd": np.array([0, 1, 2, 7, STANDS])})
+    outcome = ShardOutcome(np.arange(5), np.zeros(5, dtype=np.int64), {"pgd": np.array([0, 1, 2, 7, UNBROKEN])})
     assert outcome.standing("pgd").tolist() == [False, False, False, False, True]
     assert outcome.standing("pgd", 1).tolist() == [False, False, True, True, True]
     assert outcome.standing("pgd", 6).tolist() == [False, False, False, True, True]
@@ -159,7 +161,7 @@ def test_autoattack_is_no_weaker_and_says_what_it_left_out() -> None:
 
 def test_shards_of_one_autoattack_are_merged() -> None:
     def shard(row: int, run: AutoAttackRun | None) -> ShardOutcome:
-        return ShardOutcome(np.array([row]), np.array([0]), {"autoattack": np.array([STANDS])}, autoattack=run)
+        return ShardOutcome(np.array([row]), np.array([0]), {"autoattack": np.array([UNBROKEN])}, autoattack=run)
 
     one, other = (AutoAttackRun("standard", "linf", epsilon, ("square",)) for epsilon in (0.03, 1e-6))
     assert merge_outcomes([shard(1, one), shard(0, None)]).autoattack == one  # earlier versions kept no record
@@ -226,17 +228,6 @@ def test_shards_that_do_not_fit_are_refused() -> None:
         merge_outcomes([outcome, evaluate(network, images, labels, {}, indices=range(10, 20))])
     with pytest.raises(ValueError, match="no outcome"):
         merge_outcomes([])
-
-
-def test_comparison_is_image_by_image() -> None:
-    def outcome(fates: list[int]) -> ShardOutcome:
-        return ShardOutcome(np.arange(4), np.zeros(4, dtype=np.int64), {"pgd": np.array(fates)})
-
-    result = compare_outcomes(outcome([STANDS, STANDS, 1, 0]), outcome([STANDS, 2, 2, STANDS]), "pgd")
-    assert (result.first_only, result.second_only, result.difference) == (1, 1, 0)
-    other = ShardOutcome(np.arange(1, 5), np.zeros(4, dtype=np.int64), {"pgd": np.zeros(4, dtype=np.int64)})
-    with pytest.raises(ConfigError, match="different images"):
-        compare_outcomes(outcome([0, 0, 0, 0]), other, "pgd")
 
 
 class Broken(Wavy):
@@ -321,12 +312,12 @@ def test_curves_are_the_accuracies_of_their_points() -> None:
     assert [round(a.step_size / a.epsilon, 6) for a in by_radius.values()] == [0.333333, 0.333333]
     assert [a.num_steps for a in by_steps.values()] == [1, 2, 4, 9]
     outcome = evaluate(network, images, labels, {**by_radius, **by_steps, "pgd": PGD})
-    curve = sweep_curve(outcome, "epsilon")
+    curve = sweep_curve(outcome, "epsilon", "pgd")
     assert curve.x == (0, 0.02, 0.1)
     clean, *rest = [point.estimate for point in curve.accuracy]
     assert clean == outcome.standing("clean").mean()
     assert rest == [outcome.standing(f"epsilon={x}").mean() for x in (0.02, 0.1)]
-    assert sweep_curve(outcome, "steps").x == (0, 1, 2, 4, 9)
-    restarts = restart_curve(outcome, "pgd", 4)
+    assert sweep_curve(outcome, "steps", "pgd").x == (0, 1, 2, 4, 9)
+    restarts = restart_curve(outcome, "pgd", 4, "restarts")
     assert [point.estimate for point in restarts.accuracy] == [outcome.standing("pgd", k).mean() for k in (1, 2, 3, 4)]
-    assert restart_curve(outcome, "pgd", 4, steps_each=3).x == (3, 6, 9, 12)
+    assert restart_curve(outcome, "pgd", 4, "steps", steps_each=3).x == (3, 6, 9, 12)

@@ -7,8 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from tla_service.evaluation import suite_figures
-from tla_service.evaluation.intervals import AttackAccuracy, class_accuracy, wilson_interval
-from tla_service.evaluation.paper_columns import Axis, Curve
+from tla_service.evaluation.intervals import class_accuracy, wilson_interval
+from tla_service.evaluation.results import Accuracy, Axis, Curve
 from tla_service.evaluation.suite_figures import accuracy_curves, class_bars, class_heat_map
 
 
@@ -27,10 +27,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def curve(axis: Axis, x: tuple[float, ...], right: tuple[int, ...]) -> Curve:
-    return Curve(axis, x, tuple(wilson_interval(count, 50) for count in right))
+    return Curve("pgd", axis, x, tuple(wilson_interval(count, 50) for count in right))
 
 
-def by_class(per_class: list[int], images: int = 20) -> AttackAccuracy:
+def by_class(per_class: list[int], images: int = 20) -> Accuracy:
     """So many right of each class; -1: the class has no images."""
     labels = [k for k, right in enumerate(per_class) for _ in range(images if right >= 0 else 0)]
     correct = [i < right for right in per_class for i in range(images if right >= 0 else 0)]
@@ -44,7 +44,7 @@ def test_curves_have_a_line_and_a_band_each(
     axis: Axis, x: tuple[float, ...], tmp_path: Path, drawn: list[Figure]
 ) -> None:
     curves = {"ours": curve(axis, x, (48, 30, 20)), "theirs": curve(axis, x, (49, 20, 1))}
-    accuracy_curves(curves, tmp_path / "new" / "curves.png", title="PGD", marked=(x[1], "trained for"))
+    accuracy_curves(curves, tmp_path / "new" / "curves.png", marked=(x[1], "trained for"))
     (axes,) = drawn[0].axes
     lines = {line.get_label(): line for line in axes.lines}
     assert list(lines) == ["ours", "theirs", "trained for"]
@@ -102,7 +102,7 @@ def test_heat_map_of_many_classes_leaves_names_out(tmp_path: Path, drawn: list[F
 
 
 def test_bars_are_the_accuracies_with_their_intervals(tmp_path: Path, drawn: list[Figure]) -> None:
-    class_bars(by_class([10, 2, 15, -1]), ["a long name", "dog", "owl", "ant"], tmp_path / "bars.png", title="PGD")
+    class_bars(by_class([10, 2, 15, -1]), ["a long name", "dog", "owl", "ant"], tmp_path / "bars.png")
     (axes,) = drawn[0].axes
     assert [patch.get_height() for patch in axes.patches[:4]] == [0.1, 0.5, 0.75, 0.0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["dog", "a long name", "owl", "ant"]

@@ -1,7 +1,7 @@
 """Evaluations of registered versions, with results of single images chosen by the test."""
 
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from mlflow import MlflowClient
 
 from tests.registry.tracking_server import Packaged
+from tla_service.attacks import UNBROKEN
 from tla_service.data.splits import gate_images
 from tla_service.evaluation.intervals import class_accuracy
-from tla_service.evaluation.outcomes import STANDS, AutoAttackRun, ShardOutcome, save_outcome
+from tla_service.evaluation.outcomes import AutoAttackRun, ShardOutcome, save_outcome
 from tla_service.report.schema import Report, ThreatModel, artifact_folder, evaluations_folder, write_report
 from tla_service.tracking.runs import log_files
 
@@ -31,16 +32,16 @@ def fates(clean: int, autoattack: int, *, images: int = IMAGES, shuffle: int | N
     broken = {"clean": np.zeros(images, np.int64), "autoattack": np.zeros(images, np.int64)}
     for group, share in ((own, 0.25), (rest, 0.75)):
         right, standing = (round(share * count) for count in (clean, autoattack))
-        broken["clean"][group[:right]] = STANDS
+        broken["clean"][group[:right]] = UNBROKEN
         broken["autoattack"][group[:right]] = 1
-        broken["autoattack"][group[:standing]] = STANDS
+        broken["autoattack"][group[:standing]] = UNBROKEN
     return ShardOutcome(np.arange(images), labels, broken, gate=gate)
 
 
 def accuracies(outcome: ShardOutcome) -> dict[str, dict[str, Any]]:
     """What a report says of these images."""
-    found = {name: class_accuracy(outcome.standing(name), outcome.labels, 10).overall for name in outcome.broken_at}
-    return {name: each._asdict() for name, each in found.items()}
+    found = {name: class_accuracy(outcome.standing(name), outcome.labels, 10) for name in outcome.broken_at}
+    return {name: asdict(each) for name, each in found.items()}
 
 
 def report_on(sha256: str, outcome: ShardOutcome, threat: ThreatModel = TRAINED_FOR, **changes: Any) -> Report:

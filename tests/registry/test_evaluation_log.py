@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tla_service.config import RunConfig, TrackingConfig
+from tla_service.evaluation.results import Accuracy, Difference, Share
 from tla_service.registry.evaluation_card import evaluation_card
 from tla_service.registry.evaluation_log import log_evaluation
 from tla_service.report import schema as rp
@@ -18,12 +19,12 @@ TINY = rp.ThreatModel(norm="l2", epsilon=1e-6)
 
 def report(run_id: str, sha256: str, threat: rp.ThreatModel = TRAINED_FOR, better: float = 0.0) -> rp.Report:
     """Two classes, one attack and AutoAttack."""
-    per_class = tuple(rp.Share(estimate=share, low=0, high=1, images=5) for share in (0.8, 0.4))
+    per_class = tuple(Share(estimate=share, low=0, high=1, images=5) for share in (0.8, 0.4))
     accuracy = {
-        name: rp.Accuracy(estimate=share + better, low=0.1, high=0.9, images=10, per_class=per_class)
+        name: Accuracy(estimate=share + better, low=0.1, high=0.9, images=10, per_class=per_class)
         for name, share in {"clean": 0.9, "pgd20": 0.7, "worst": 0.6, "autoattack": 0.5}.items()
     }
-    gap = rp.Difference(difference=0.1, low=0, high=0.2, p_value=0.5, images=10)
+    gap = Difference(difference=0.1, low=0, high=0.2, p_value=0.5, images=10)
     pgd = rp.AttackFacts(kind="pgd", norm="linf", epsilon=0.1, step_size=0.01, num_steps=20, num_restarts=1)
     return rp.Report(
         model=rp.ModelFacts(

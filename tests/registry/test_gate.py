@@ -20,7 +20,8 @@ from tests.registry.evaluations import (
 )
 from tests.registry.test_promotion import aliases, attempt, failed
 from tests.registry.tracking_server import Packaged, config_for
-from tla_service.evaluation.outcomes import STANDS, AutoAttackRun, ShardOutcome
+from tla_service.attacks import UNBROKEN
+from tla_service.evaluation.outcomes import AutoAttackRun, ShardOutcome
 from tla_service.registry.gate import Evaluated, Finding, compare, judge
 from tla_service.registry.job_settings import GateRules
 from tla_service.report.schema import ThreatModel, artifact_folder
@@ -206,7 +207,7 @@ def test_training_for_less_does_not_make_a_champion(packaged: Packaged) -> None:
 def with_right(gate: bool, rest: bool) -> ShardOutcome:
     """All gate images right, or all others."""
     assert GOOD.gate is not None
-    right = np.where(GOOD.gate, STANDS if gate else 0, STANDS if rest else 0)
+    right = np.where(GOOD.gate, UNBROKEN if gate else 0, UNBROKEN if rest else 0)
     return replace(GOOD, broken_at={"clean": right, "autoattack": right})
 
 

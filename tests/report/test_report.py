@@ -12,17 +12,18 @@ import pytest
 import torch
 
 from tests.report.subjects import digits, settings, trained
-from tla_service.attacks import Attack, attack_images
+from tla_service.attacks import UNBROKEN, Attack, attack_images
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.detection import fit_detector
-from tla_service.evaluation.outcomes import STANDS, ShardOutcome
-from tla_service.evaluation.suite import restart_fates
+from tla_service.evaluation.minimum_norms import minimum_norms_of
+from tla_service.evaluation.outcomes import ShardOutcome
+from tla_service.evaluation.results import Accuracy, Audit, Check
+from tla_service.evaluation.shards import Shard
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
-from tla_service.report.audit_facts import audit_facts, autoattack_warnings
 from tla_service.report.figures import Figures
 from tla_service.report.page import size, write_page
 from tla_service.report.plan import (
@@ -39,7 +40,7 @@ from tla_service.report.plan import (
     single_tasks,
     surrogate_task,
 )
-from tla_service.report.tasks import Task, run_here, select
+from tla_service.report.tasks import Task, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
 
@@ -53,8 +54,12 @@ def plan() -> Plan:
 
 def run(task: Task, seed: int = 0) -> Any:
     source = digits().train if task.split == "train" else digits().test
-    rows = torch.arange(len(source))
-    return run_here(task, trained(seed), None, source.fetch(rows), source.labels, CPU)
+    parts = []
+    for _, rows in task.shards():
+        chosen = torch.from_numpy(rows)
+        shard = Shard(trained(seed), None, source.fetch(chosen), source.labels[chosen], rows, CPU)
+        parts.append(task.measurement.run(shard))
+    return task.measurement.merge(parts)
 
 
 def tasks() -> list[Task]:
@@ -88,21 +93,21 @@ def report(**changes: Any) -> rp.Report:
     )
     other = rp.Compared(
         model=facts.model_copy(update={"uri": "other", "method": "at"}),
-        accuracy=fd.accuracy_facts(fd.accuracies(found(1), plan(), 10)),
+        accuracy=fd.accuracies(found(1), plan(), 10),
         difference=fd.differences(own, found(1), plan()),
     )
     fields = {
         "model": facts,
         "data": rp.DataFacts(name="digits", images=60, fingerprint="f", class_names=digits().class_names),
         "threat_model": rp.ThreatModel(norm="linf", epsilon=0.15),
-        "accuracy": fd.accuracy_facts(fd.accuracies(own, plan(), 10)),
+        "accuracy": fd.accuracies(own, plan(), 10),
         "attacks": fd.attack_facts(plan()),
         "autoattack": fd.autoattack_facts(own, plan()),
-        "curves": fd.curve_facts(own, plan()),
-        "sparse": fd.sparse_facts(own),
-        "detection": fd.detection_facts(own, plan(), settings()),
-        "neighbours": fd.neighbour_facts(own, plan(), settings()),
-        "shift": fd.shift_facts(own),
+        "curves": own.curves,
+        "sparse": own.norms,
+        "detection": own.detection,
+        "neighbours": fd.neighbours(own, plan(), settings()),
+        "shift": tuple(ratios.at(epsilon) for epsilon, ratios in own.shift.items()),
         "compared": (other,),
         "seed": 0,
         "settings": "d",
@@ -120,12 +125,12 @@ def test_accuracies_are_those_of_plain_counting() -> None:
 
     table = fd.accuracies(found(), plan(), 10)
     clean = (logits(images).argmax(1) == labels).float().mean().item()
-    assert table["clean"].overall.estimate == pytest.approx(clean)
-    _, standing = attack_images(logits, images, labels, plan().columns["fgsm"])
-    assert table["fgsm"].overall.estimate == pytest.approx(standing.float().mean().item())
-    assert table["worst"].overall.estimate <= min(table[name].overall.estimate for name in plan().columns)
-    assert table["autoattack"].overall.images == 20
-    assert table["pgd5x2"].overall.estimate < table["clean"].overall.estimate
+    assert table["clean"].estimate == pytest.approx(clean)
+    standing = attack_images(logits, images, labels, plan().columns["fgsm"]).robust
+    assert table["fgsm"].estimate == pytest.approx(standing.float().mean().item())
+    assert table["worst"].estimate <= min(table[name].estimate for name in plan().columns)
+    assert table["autoattack"].images == 20
+    assert table["pgd5x2"].estimate < table["clean"].estimate
 
 
 def test_images_of_the_gate_and_the_others_are_counted_apart() -> None:
@@ -140,24 +145,24 @@ def test_images_of_the_gate_and_the_others_are_counted_apart() -> None:
                 if gate[row] == side
             ]
             table = fd.accuracies(of_the_gate(side), plan(), 10)
-            assert table[name].overall.images == len(standing) > 0
-            assert table[name].overall.estimate == pytest.approx(np.mean(standing))
+            assert table[name].images == len(standing) > 0
+            assert table[name].estimate == pytest.approx(np.mean(standing))
     own, rest = (of_the_gate(side).embedded["natural"] for side in (True, False))
     assert set(own.rows.tolist()) == set(np.flatnonzero(gate).tolist())
     assert sorted([*own.rows.tolist(), *rest.rows.tolist()]) == list(range(60))
     assert len(of_the_gate(True).embedded["bank"].rows) == 200
-    numbers = [each.detection["gaussian"].num_correct for each in (of_the_gate(True), of_the_gate(False), found())]
+    numbers = [each.detection.num_correct for each in (of_the_gate(True), of_the_gate(False), found())]
     assert numbers[0] + numbers[1] == numbers[2]
-    assert [len(of_the_gate(side).norms["l0"]) for side in (True, False)] == [
+    assert [of_the_gate(side).norms[0].images for side in (True, False)] == [
         int((gate[task.rows] == side).sum()) for side in (True, False) for task in tasks() if task.name == "l0"
     ]
 
 
 def test_a_gate_without_images_is_no_error() -> None:
     nothing = fd.gather(select(measured(), tasks(), np.zeros(60, dtype=bool)), MODEL, plan(), settings())
-    facts = fd.gate_facts(nothing, plan(), settings(), 10, 0)
-    assert facts.accuracy["autoattack"].estimate is None
-    assert facts.detection is None
+    assert fd.accuracies(nothing, plan(), 10)["autoattack"].estimate is None
+    assert nothing.detection is None
+    assert [norms.median for norms in nothing.norms] == [None, None]
 
 
 def test_shards_do_not_depend_on_how_many_there_are_of_other_tasks() -> None:
@@ -170,10 +175,10 @@ def test_shards_do_not_depend_on_how_many_there_are_of_other_tasks() -> None:
 def test_restarts_are_counted_per_image() -> None:
     outcome = found().outcome
     fates = outcome.broken_at["pgd5x2"]
-    assert set(fates.tolist()) <= {STANDS, 0, 1, 2}
+    assert set(fates.tolist()) <= {UNBROKEN, 0, 1, 2}
     images, labels = digits().test.fetch(torch.arange(25)).float() / 255, digits().test.labels[:25]
     one = Attack(kind="pgd", epsilon=0.15, step_size=0.05, num_steps=5, random_start=False)
-    assert (restart_fates(lambda x: trained()(x).logits, images, labels, one) != STANDS).any()
+    assert not attack_images(lambda x: trained()(x).logits, images, labels, one).robust.all()
 
 
 def test_embeddings_of_shards_are_those_of_the_whole() -> None:
@@ -252,7 +257,9 @@ def test_the_shipped_detector_is_measured_at_its_own_threshold() -> None:
     detector = fit_detector(own.embedded["bank"].embedded, covariance="tied")
     natural, attacked = (own.embedded[name].embedded for name in ("natural", detection_name(plan())))
     threshold = float(np.median(detector.score(natural)))
-    shipped = fd.gather(results, MODEL, plan(), settings(), Rejector(detector, threshold, 0.05, 200, 50)).shipped
+    detection = fd.gather(results, MODEL, plan(), settings(), Rejector(detector, threshold, 0.05, 200, 50)).detection
+    assert detection is not None
+    shipped = detection.shipped
     assert shipped is not None
     right = [score < threshold for each in (natural, attacked) for score in detector.score(each)[each.correct]]
     wrong = [score < threshold for each in (natural, attacked) for score in detector.score(each)[~each.correct]]
@@ -263,14 +270,14 @@ def test_the_shipped_detector_is_measured_at_its_own_threshold() -> None:
 
 def outcome(standing: list[bool], attack: str) -> ShardOutcome:
     rows = np.arange(len(standing))
-    fates = np.where(standing, STANDS, 1).astype(np.int64)
-    return ShardOutcome(rows, np.zeros_like(rows), {"clean": np.full(len(rows), STANDS), attack: fates})
+    fates = np.where(standing, UNBROKEN, 1).astype(np.int64)
+    return ShardOutcome(rows, np.zeros_like(rows), {"clean": np.full(len(rows), UNBROKEN), attack: fates})
 
 
 @pytest.mark.parametrize(("ours", "weak"), [(90, True), (52, False), (50, False)])
 def test_weak_attacks_are_told_apart_from_noise(ours: int, weak: bool) -> None:
     table = outcome([True] * ours + [False] * (100 - ours), "pgd5x2")
-    table.broken_at["fgsm"] = np.full(100, STANDS)
+    table.broken_at["fgsm"] = np.full(100, UNBROKEN)
     strong = outcome([True] * 50 + [False] * 50, "autoattack")
     facts = fd.autoattack_facts(fd.Findings(outcome=table, autoattack=strong), plan())
     assert facts is not None
@@ -279,9 +286,11 @@ def test_weak_attacks_are_told_apart_from_noise(ours: int, weak: bool) -> None:
 
 
 def test_norm_curves_count_what_stands() -> None:
-    curve = fd.norm_curve(np.array([0.0, 1.0, 2.0, 2.0, np.inf]), "l0")
-    assert curve.x == (0.0, 1.0, 2.0)
-    assert [point.estimate for point in curve.accuracy] == [0.8, 0.6, 0.2]
+    found = minimum_norms_of(np.array([0.0, 1.0, 2.0, 2.0, np.inf]), "l0")
+    assert (found.images, found.wrong, found.median) == (5, 1, 2.0)
+    assert found.curve.x == (0.0, 1.0, 2.0)
+    assert [point.estimate for point in found.curve.accuracy] == [0.8, 0.6, 0.2]
+    assert minimum_norms_of(np.array([0.0, np.inf, np.inf]), "l1").median is None
 
 
 def check(name: str, outcome: Any, figure: float | None = 0.0) -> dict[str, Any]:
@@ -298,43 +307,51 @@ def autoattacked(warnings: tuple[str, ...], by_square: int = 0) -> ShardOutcome:
 
 
 def test_the_audit_counts_what_autoattack_objects_to() -> None:
-    measured = {"trusted": True, "images": 9, "checks": [check("a", "passed"), check("b", "not run", None)]}
+    measured = Audit.of([Check(**check("a", "passed")), Check(**check("b", "not run", None))], 9)
+    table = found().outcome
 
     def judged(strong: ShardOutcome | None) -> tuple[bool, str, str]:
-        facts = audit_facts(measured, strong, None)
-        assert facts is not None
-        return facts.trusted, facts.checks[-1].outcome, facts.summary
+        results = {"columns": table, "audit": measured} | ({"autoattack": strong} if strong is not None else {})
+        audit = fd.gather({(MODEL, name): each for name, each in results.items()}, MODEL, plan(), settings()).audit
+        assert audit is not None
+        return audit.trusted, audit.checks[-1].outcome, audit.summary
 
-    assert audit_facts(None, autoattacked(()), None) is None
+    assert found().audit is None
     assert judged(autoattacked(())) == (True, "passed", "2 of 3 checks passed, 1 not run (b)")
     assert judged(autoattacked((ZERO_GRADIENT,)))[:2] == (True, "passed")
     assert judged(autoattacked(("it seems random",)))[:2] == (False, "failed")
     assert judged(None)[:2] == (True, "not run")
-    assert autoattack_warnings(autoattacked((), by_square=1))[0].startswith("Square, which sees no gradients, breaks 1")
+    assert fd.autoattack_warnings(autoattacked((), by_square=1))[0].startswith(
+        "Square, which sees no gradients, breaks 1"
+    )
 
 
 def test_the_surrogate_of_the_audit_is_trained_and_kept_as_any_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tla_service.evaluation.surrogate._STEPS", 30)
     task = surrogate_task(plan(), digits(), MODEL)
     trained_here, again = run(task), run(task)
-    assert (trained_here.steps, trained_here.images + trained_here.held_out) == (30, len(digits().train))
-    network = build_model(trained_here.architecture, 10, digits().image_shape)
+    facts = trained_here.facts
+    assert (facts.steps, facts.images + facts.held_out) == (30, len(digits().train))
+    network = build_model(facts.architecture, 10, digits().image_shape)
     network.load_state_dict(trained_here.weights)
     assert all(torch.equal(value, again.weights[name]) for name, value in trained_here.weights.items())
     assert audit_tasks(plan(), settings(images={"audit": 0}), digits(), MODEL, "") == []
     (audited,) = audit_tasks(plan(), settings(images={"audit": 10}), digits(), MODEL, "the images are too small")
-    facts = audit_facts(run(audited), autoattacked(()), trained_here)
-    assert facts is not None
-    assert [c.statement for c in facts.checks if c.outcome == "not run"] == ["the images are too small"]
-    assert facts.surrogate is not None
-    assert facts.surrogate.model_dump() == trained_here.facts
+    results = {"columns": found().outcome, "audit": run(audited), "surrogate": trained_here}
+    results["autoattack"] = autoattacked(())
+    audit = fd.gather({(MODEL, name): each for name, each in results.items()}, MODEL, plan(), settings()).audit
+    assert audit is not None
+    assert [c.statement for c in audit.checks if c.outcome == "not run"] == ["the images are too small"]
+    assert audit.surrogate == facts
 
 
 def test_a_report_of_before_is_read_with_three_outcomes() -> None:
     older = [{k: v for k, v in check(n, "passed", f).items() if k != "outcome"} | {"passed": p}
              for n, f, p in [("a", 0.0, True), ("b", 0.5, False), ("c", None, False)]]  # fmt: skip
-    facts = rp.AuditFacts.model_validate({"trusted": False, "images": 9, "checks": older})
-    assert [each.outcome for each in facts.checks] == ["passed", "failed", "not run"]
+    content = json.loads(report().model_dump_json()) | {"audit": {"trusted": False, "images": 9, "checks": older}}
+    audit = rp.Report.model_validate(content).audit
+    assert audit is not None
+    assert [each.outcome for each in audit.checks] == ["passed", "failed", "not run"]
 
 
 def test_page_shows_outcomes_warnings_and_the_surrogate(tmp_path: Path) -> None:
@@ -347,7 +364,7 @@ def test_page_shows_outcomes_warnings_and_the_surrogate(tmp_path: Path) -> None:
         "held_out": 135,
     }
     checks = [check("a", "passed"), check("b", "failed"), check("c", "not run", None)]
-    audit = rp.AuditFacts.model_validate({"trusted": False, "images": 9, "checks": checks, "surrogate": own})
+    audit = {"trusted": False, "images": 9, "checks": checks, "surrogate": own}
     facts = report().autoattack
     assert facts is not None
     (other,) = report().compared
@@ -362,7 +379,7 @@ def test_page_shows_outcomes_warnings_and_the_surrogate(tmp_path: Path) -> None:
     assert all(shown in text for shown in ("✓ passed", "✗ failed", "- not run", "c is so"))
     assert "small_cnn, 500 steps on 1212 training images in 3 s, clean accuracy 97.5 % on 135 held-out ones" in text
     assert "AutoAttack warns: it <seems> random" in text
-    assert "AutoAttack warns of other: so does this" in text
+    assert "AutoAttack warns about other: so does this" in text
 
 
 def test_page_names_another_threat_model_of_an_attack(tmp_path: Path) -> None:
@@ -425,14 +442,14 @@ def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
         assert figure.path.stat().st_size > 5000
         assert figure.title in page.text
     assert "<b>digits</b>" in page.text  # a name is text, never markup
-    assert re.search(r"TLA less AT", page.text)
+    assert re.search(r"TLA minus AT", page.text)
     assert "Not audited" in page.text
 
 
 def test_page_says_which_images_are_the_gates(tmp_path: Path) -> None:
-    rest = fd.accuracy_facts(fd.accuracies(of_the_gate(False), plan(), 10))
+    rest = fd.accuracies(of_the_gate(False), plan(), 10)
     count = int(digits().gate.sum())
-    gate = fd.gate_facts(of_the_gate(True), plan(), settings(), 10, count)
+    gate = rp.GateFacts(images=count, accuracy=fd.accuracies(of_the_gate(True), plan(), 10))
     write_page(report(accuracy=rest, gate=gate), [], tmp_path / "report.html", same_attacks=False)
     text = " ".join(re.sub(r"<[^>]+>", " ", (tmp_path / "report.html").read_text()).split())
     assert f"Figures are of {60 - count} of the 60 test images. The other {count} are set aside" in text
@@ -448,7 +465,7 @@ def test_page_says_which_images_are_the_gates(tmp_path: Path) -> None:
 def test_the_papers_figures_stand_beside_those_of_all_test_images(tmp_path: Path) -> None:
     """7,500 images are reported on and 2,500 are the gate's: together the paper's 10,000."""
     most, rest = (
-        rp.Accuracy(estimate=estimate, low=0, high=1, images=images) for estimate, images in ((0.9, 7500), (0.5, 2500))
+        Accuracy(estimate=estimate, low=0, high=1, images=images) for estimate, images in ((0.9, 7500), (0.5, 2500))
     )
     names = ("clean", "fgsm", "worst")
     facts = rp.ModelFacts(uri="x", weights_sha256="0" * 64, architecture="mnist_cnn", method="tla")

@@ -1,7 +1,6 @@
-"""Finished runs with made-up figures, as the measuring process would have left them."""
+"""Finished runs with chosen results, as their evaluation would have left them."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,11 @@ import pytest
 
 from tla_service.config.loading import read_settings
 from tla_service.evaluation.outcomes import ShardOutcome, save_outcome
-from tla_service.results.measure import AUTOATTACK, MEASURED, OUTCOME
+from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, write_report
+from tla_service.results.runs import REPORT
 from tla_service.results.settings import ReproduceSettings
 
-IMAGES = 200
+IMAGES = 1000
 
 
 def settings_of(*flags: str) -> ReproduceSettings:
@@ -22,32 +22,43 @@ def settings_of(*flags: str) -> ReproduceSettings:
 
 @pytest.fixture
 def finished() -> Callable[..., None]:
-    """Writes a finished run of given accuracies; image i stands under PGD where i is below the share."""
+    """Writes a finished run of given accuracies; image i is right under PGD if i is below that share."""
 
-    def write(state: Path, name: str, clean: float, robust: float, auc: float | None = 0.8) -> None:
-        folder = state / name
+    def write(
+        state: Path, name: str, clean: float, robust: float, auc: float = 0.8, warnings: Sequence[str] = ()
+    ) -> None:
+        folder = state / name / REPORT
         folder.mkdir(parents=True)
 
         def share(value: float) -> dict[str, Any]:
             return {"estimate": value, "low": value - 0.1, "high": value + 0.1, "images": IMAGES}
 
-        figures = {
-            "accuracy": {"clean": share(clean), "pgd100": share(robust), "autoattack": share(robust - 0.05)},
-            "detection": {"auc": auc},
-            "neighbours": {"clean": {"estimate": clean}, "attacked": {"estimate": robust}},
-            "shift": [{"epsilon": 0.3, "r": 1.25, "r_prime": 1.5}],
-            "is_paper": False,
-            "columns": ["pgd100"],
-            "iterative": "pgd100",
-            "device": "a processor, 2 cores",
-            "code": "0123abcd",
-            "seconds": {},
-        }
-        (folder / MEASURED).write_text(json.dumps(figures))
+        accuracy = {"clean": clean, "pgd100": robust, "autoattack": robust - 0.05}
+        threat: dict[str, Any] = {"norm": "linf", "epsilon": 0.3}
+        attack = {"kind": "pgd", "step_size": 0.01, "num_steps": 100, "num_restarts": 1, **threat}
+        gap = {"difference": 0.05, "low": 0.0, "high": 0.1, "p_value": 0.1, "images": IMAGES}
+        autoattack = {"stages": ["apgd-ce"], "left_out": {}, "broken_by": {}, "strongest": "pgd100", "gap": gap}
+        report = Report.model_validate(
+            {
+                "model": {"uri": "x", "weights_sha256": "0" * 64, "architecture": "mnist_cnn", "method": "tla"},
+                "data": {"name": "mnist", "images": IMAGES, "fingerprint": "f00d", "class_names": []},
+                "threat_model": threat,
+                "accuracy": {name: share(value) for name, value in accuracy.items()},
+                "attacks": {"pgd100": attack},
+                "autoattack": {**autoattack, "weak": False, "warnings": list(warnings)},
+                "detection": {"auc": auc, "low": 0.7, "high": 0.9, "epsilon": 0.3, "num_correct": 1, "num_wrong": 1,
+                              "baselines": {}, "settings": {}},
+                "neighbours": {"k": 5, "bank": 9, "clean": share(clean), "attacked": share(robust)},
+                "shift": [{"epsilon": 0.3, "r": 1.25, "r_prime": 1.5, "left_out_of_r": 0, "left_out_of_r_prime": 0}],
+                "code": {"version": "1", "commit": "0123abcd"},
+                "seed": 0, "settings": "abc", "seconds": 1.0, "hardware": "a processor, 2 cores",
+            }
+        )  # fmt: skip
+        write_report(report, folder / REPORT_FILE)
         rows = np.arange(IMAGES)
-        fates = {name: np.where(rows < value * IMAGES, -1, 0) for name, value in (("clean", clean), ("pgd100", robust))}
-        fates["autoattack"] = np.where(rows < (robust - 0.05) * IMAGES, -1, 0)
-        save_outcome(ShardOutcome(rows, rows % 10, fates), folder / OUTCOME)
-        save_outcome(ShardOutcome(rows, rows % 10, fates), folder / AUTOATTACK)
+        results = {name: np.where(rows < round(value * IMAGES), -1, 0) for name, value in accuracy.items()}
+        strong = ShardOutcome(rows, rows % 10, {"autoattack": results.pop("autoattack")})
+        save_outcome(ShardOutcome(rows, rows % 10, results), folder / OUTCOME_FILE)
+        save_outcome(strong, folder / AUTOATTACK_FILE)
 
     return write

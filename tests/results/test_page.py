@@ -1,12 +1,11 @@
 """The page: our figures from the runs alone, what is missing with its command, and a reading that follows them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.results.conftest import settings_of
-from tla_service.results.measure import MEASURED
 from tla_service.results.page import write_page
+from tla_service.results.runs import table_runs, table_space
 
 Finished = Callable[..., None]
 
@@ -14,7 +13,8 @@ Finished = Callable[..., None]
 def page_of(tmp_path: Path, *flags: str) -> str:
     output = ("--state", str(tmp_path / "state"), "--output", str(tmp_path / "page.md"))
     settings = settings_of("--table", "mnist", "--data.root", "/data", *output, *flags)
-    return write_page(settings, tmp_path / "state").read_text()
+    space = table_space(settings, table_runs(settings))
+    return write_page(settings, space, tmp_path / "state").read_text()
 
 
 def test_without_runs_every_cell_is_empty_and_the_command_is_there(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_the_papers_figures_are_never_in_our_rows(tmp_path: Path, finished: Fini
     assert rows["AT"].replace("|", "").split() == ["AT", "0"]
     assert "99.52" not in rows["TLA"]
     assert (tmp_path / "pictures" / "mnist-methods.png").stat().st_size > 1000
-    assert "200 test images, the paper's 10000" in page
+    assert "1000 test images, the paper's 10000" in page
 
 
 def test_the_modern_recipe_has_a_page_without_the_papers_figures(tmp_path: Path, finished: Finished) -> None:
@@ -61,12 +61,12 @@ def test_the_reading_follows_the_intervals(tmp_path: Path, finished: Finished) -
         finished(tmp_path / "state", f"at-s{seed}", 0.95 + 0.002 * seed, 0.60 + 0.002 * seed)
         finished(tmp_path / "state", f"alp-s{seed}", 0.90 + 0.03 * seed, 0.75 - 0.04 * seed)
     page = page_of(tmp_path)
-    lines = {label: next(line for line in page.splitlines() if line.startswith(f"- TLA less {label}"))
+    lines = {label: next(line for line in page.splitlines() if line.startswith(f"- TLA minus {label}"))
              for label in ("AT", "ALP")}  # fmt: skip
     assert "clean -5.1 [-5.3, -4.9] **worse**" in lines["AT"]
     assert "pgd100 +9.9 [+9.7, +10.1] **better**" in lines["AT"]
-    assert "3 seeds in common" in lines["AT"]
-    assert lines["ALP"].count("undecided") >= 3
+    assert "3 shared seeds" in lines["AT"]
+    assert lines["ALP"].count("not separated") >= 3
 
 
 def test_the_batch_as_pool_is_compared_with_a_pool_of_its_own(tmp_path: Path, finished: Finished) -> None:
@@ -76,17 +76,15 @@ def test_the_batch_as_pool_is_compared_with_a_pool_of_its_own(tmp_path: Path, fi
         finished(tmp_path / "state", f"tla-pool2000-s{seed}", 0.90, 0.10)
     page = page_of(tmp_path, "--budget", "30")
     assert "| 250 | 3 |" in page
-    assert "less TLA with a separate pool of 250, in points (3 seeds in common)" in page
+    assert "minus TLA with a separate pool of 250, in points (3 shared seeds)" in page
     assert "pgd100 +1.9 [+1.7, +2.1] **better**" in page
     # The paper's settings have a pool of their own, so there is nothing to compare.
     assert "separate pool of" not in page_of(tmp_path)
 
 
-def test_what_autoattack_warns_of_is_on_the_page(tmp_path: Path, finished: Finished) -> None:
-    for name in ("tla-s0", "tla-s1", "at-s0"):
-        finished(tmp_path / "state", name, 0.9, 0.5)
-    assert "AutoAttack warns" not in page_of(tmp_path)  # runs of earlier versions kept nothing of it
+def test_warnings_of_autoattack_are_on_the_page(tmp_path: Path, finished: Finished) -> None:
+    finished(tmp_path / "state", "at-s0", 0.9, 0.5)
+    assert "AutoAttack warns" not in page_of(tmp_path)
     for name in ("tla-s0", "tla-s1"):
-        path = tmp_path / "state" / name / MEASURED
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": ["it seems random"]}))
-    assert "AutoAttack warns of `tla-s0`, `tla-s1`: it seems random." in page_of(tmp_path)
+        finished(tmp_path / "state", name, 0.9, 0.5, warnings=["it seems random"])
+    assert "AutoAttack warns about `tla-s0`, `tla-s1`: it seems random." in page_of(tmp_path)

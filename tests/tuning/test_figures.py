@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from tests.tuning.conftest import run_config, space_of, trial_of
 from tla_service.config.loading import read_settings, sweep_preset_names
 from tla_service.tuning.figures import draw_all
 from tla_service.tuning.settings import TuneSettings
 from tla_service.tuning.space import Space
-from tla_service.tuning.studies import PAPER, _ours
+from tla_service.tuning.studies import PAPER, _draw, _ours
 from tla_service.tuning.trials import Trial
 
 
@@ -80,4 +81,11 @@ def test_seeds_are_averaged() -> None:
     trials = [trial_of(n, [0.5], point={"loss.margin": 0.1, "seed": n}, status="finished") for n in range(2)]
     for trial, value in zip(trials, (0.6, 0.8), strict=True):
         trial.test = {"robust_accuracy/pgd": value, "clean_accuracy": 0.9}
-    assert _ours(trials, "loss.margin") == {"pgd": {"0.1": (pytest.approx(0.7), pytest.approx(0.1414, abs=1e-3))}}
+    found = _ours(trials, "loss.margin")
+    assert found == {"pgd": {"0.1": [0.6, 0.8]}}
+    axes = Figure().subplots()
+    _draw(axes, found, ["0", "0.1"])
+    line, _, (bar,) = axes.containers[0].lines
+    assert line.get_xydata().tolist() == [[1, pytest.approx(0.7)]]
+    (low, high) = bar.get_segments()[0][:, 1]
+    assert (high - low) / 2 == pytest.approx(0.1414, abs=1e-3)  # the standard deviation

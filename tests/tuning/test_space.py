@@ -133,7 +133,7 @@ REFUSED = {
     "half a range": ({"loss.margin": {"low": 0}}, {}, "a range has a low and a high end"),
     "nothing": ({"loss.margin": {}}, {}, "needs one of"),
     "range and list": ({"loss.margin": {"low": 0, "high": 0.1, "values": [0.1]}}, {}, "needs one of"),
-    "range of words": ({"method": {"low": 0, "high": 1}}, {}, "sweep.space.method: is no number"),
+    "range of words": ({"method": {"low": 0, "high": 1}}, {}, "sweep.space.method: is not a number"),
     "section": ({"loss": [1]}, {}, "sweep.space.loss: is a section"),
     "value outside": (
         {"loss.margin": [0.1, 2]},
@@ -152,7 +152,11 @@ REFUSED = {
     ),
     "constraint on nothing": ({}, {"constraints": ["loss.margn > 0"]}, "the run has no field loss.margn"),
     "constraint that is none": ({}, {"constraints": ["loss.margin"]}, "not a comparison"),
-    "constraint with code": ({}, {"constraints": ["__import__('os').system('true') == 0"]}, "is no number, field or"),
+    "constraint with code": (
+        {},
+        {"constraints": ["__import__('os').system('true') == 0"]},
+        "is not a number",
+    ),
     "constraint between kinds": ({}, {"constraints": ["method < 3"]}, "cannot be computed"),
     "nothing allowed": (
         {"loss.margin": {"low": 0.1, "high": 0.2}},

@@ -1,7 +1,9 @@
 """Adversaries: functions of a network's logits, images and labels."""
 
 from tla_service.attacks.gradient import (
+    UNBROKEN,
     Attack,
+    Attacked,
     LogitsFn,
     attack_images,
     climb,
@@ -10,4 +12,7 @@ from tla_service.attacks.gradient import (
     starting_point,
 )
 
-__all__ = ["Attack", "LogitsFn", "attack_images", "climb", "craft", "craft_noisy_step", "starting_point"]
+__all__ = [
+    "UNBROKEN", "Attack", "Attacked", "LogitsFn", "attack_images", "climb", "craft", "craft_noisy_step",
+    "starting_point",
+]  # fmt: skip

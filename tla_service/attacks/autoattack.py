@@ -1,4 +1,4 @@
-"""AutoAttack through its authors' package, on any number of classes, with each image's fate.
+"""AutoAttack through its authors' package, on any number of classes, with per-image results.
 
 Source: Croce and Hein 2020, arXiv 2003.01690. The package's targeted APGD needs four logits and stops on fewer; what
 cannot run is left out here by name instead.
@@ -14,18 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tla_service.attacks.gradient import LogitsFn
+from tla_service.attacks.gradient import UNBROKEN, LogitsFn
 from tla_service.errors import ConfigError
 
 AutoAttackNorm = Literal["linf", "l2", "l1"]
-Version = Literal["standard", "plus", "rand"]
 
 _NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-_STAGES = {
-    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
-    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
-    "rand": ("apgd-ce", "apgd-dlr"),
-}
+VERSION = "standard"
+_STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+# Stages by their numbers in per-image results, from 1 on; files of earlier versions rest on this order.
 ALL_STAGES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 # The DLR loss divides by the distance of the 1st to the 3rd logit; its targeted form reads the 4th.
 _FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
@@ -40,7 +37,7 @@ _WARNINGS = {
     "dynamic defense": "the forward pass computes gradients (dynamic defense): AutoAttack may be too weak",
     "zero gradient": "some images have zero gradient under a loss of APGD",
 }
-# Numbers of classes and targets are looked after here: see `_stages`.
+# Numbers of classes and targets are looked after here: see `autoattack_stages`.
 _NO_CONCERN = ("DLR loss", "target classes")
 ZERO_GRADIENT = _WARNINGS["zero gradient"]
 
@@ -50,34 +47,24 @@ class AutoAttackResult:
     """What AutoAttack did to each image.
 
     Attributes:
-        version: The version that was run.
-        adversarial: Images (N, C, H, W); those that were not broken, or were wrong from the start, stay clean.
-        robust: Whether the network is right after all stages (N,), bool.
-        standing: For ``clean`` and each stage in the order of running: whether the image stands after it (N,), bool.
-        left_out: Stages of the version that were not run, and why.
-        warnings: What the package says of this network, such as that it seems randomised; each once.
+        adversarial: Images (N, C, H, W); those that were not broken, or misclassified from the start, stay clean.
+        broken_at: (N,), int64: 0 where the image is misclassified from the start, the number of the stage in
+            `ALL_STAGES`, from 1 on, that broke it, else `UNBROKEN`.
+        stages: Stages that were run, in their order.
+        left_out: Stages that were not run, and why.
+        warnings: The package's warnings about this network, such as that it seems randomised; each once.
     """
 
-    version: Version
     adversarial: Tensor
-    robust: Tensor
-    standing: dict[str, Tensor]
+    broken_at: Tensor
+    stages: tuple[str, ...]
     left_out: dict[str, str]
     warnings: tuple[str, ...]
 
     @property
-    def stages(self) -> tuple[str, ...]:
-        """Stages that were run, in their order."""
-        return tuple(name for name in self.standing if name != "clean")
-
-    @property
-    def broken_by(self) -> list[str | None]:
-        """For each image the stage that broke it, ``clean`` if it was wrong from the start, None if it stands."""
-        fates: list[str | None] = [None] * len(self.robust)
-        for stage in reversed(self.standing):
-            for image in (~self.standing[stage]).nonzero().flatten().tolist():
-                fates[image] = stage
-        return fates
+    def robust(self) -> Tensor:
+        """Whether the network is right after all stages (N,), bool."""
+        return self.broken_at == UNBROKEN
 
 
 def run_autoattack(
@@ -88,15 +75,13 @@ def run_autoattack(
     norm: AutoAttackNorm,
     epsilon: float,
     seed: int,
-    version: Version = "standard",
     batch_size: int,
     only: Collection[str] | None = None,
     square_queries: int = 5000,
 ) -> AutoAttackResult:
-    """Run AutoAttack's stages one after another, each on the images that still stand.
+    """Run the standard version's stages one after another, each on the images that still stand.
 
-    With three classes ``standard`` runs ``apgd-dlr`` in the place of ``apgd-t``; with two neither can run. Targeted
-    stages take as many targets as there are other classes, nine at most. Global random states are restored.
+    Targeted stages take as many targets as there are other classes, nine at most. Global random states are restored.
 
     Args:
         logits_fn: Images (N, C, H, W) in [0, 1] to logits (N, K); in eval mode, not a DDP wrapper. No parameter's
@@ -106,68 +91,63 @@ def run_autoattack(
         norm: Norm of the perturbation.
         epsilon: Radius, in pixels of [0, 1] (L-infinity) or as a length.
         seed: Fixes every draw; the package starts each batch of each stage from it.
-        version: The package's: ``standard``, ``plus``, or ``rand`` for randomised networks.
-        batch_size: Images a forward pass.
-        only: Run only these stages of the version; None: all.
+        batch_size: Images per forward pass.
+        only: Run only these stages; None: all.
         square_queries: Queries of the Square attack; the package's own number is 5000.
 
     Raises:
         ConfigError: A setting is not one of AutoAttack's, or the logits are not finite.
     """
-    _check(norm, epsilon, version, only)
+    if norm not in _NORMS:
+        raise ConfigError("norm", norm, "is none of AutoAttack's", f"choose from {', '.join(_NORMS)}")
+    if not epsilon > 0:
+        raise ConfigError("epsilon", epsilon, "leaves nothing to attack with", "give a radius above 0")
     images = images.detach()
     with torch.no_grad():
         logits = torch.cat([logits_fn(part) for part in images.split(batch_size)])
     if not logits.isfinite().all():
         raise ConfigError("model", None, "gives logits that are not finite on clean images", "choose other weights")
-    stages, left_out = autoattack_stages(version, logits.shape[1], norm, images.shape[2], only)
-    standing = {"clean": logits.argmax(1) == labels}
-    adversarial, robust = images.clone(), standing["clean"].clone()
+    stages, left_out = autoattack_stages(logits.shape[1], norm, images.shape[2], only)
+    broken_at = torch.where(logits.argmax(1) == labels, UNBROKEN, 0)
+    adversarial = images.clone()
     with _undisturbed(images.device) as messages:
-        library = _library(logits_fn, _NORMS[norm], epsilon, seed, version, images.device)
+        library = _library(logits_fn, _NORMS[norm], epsilon, seed, images.device)
         library.square.n_queries = square_queries
-        targets = min(library.fab.n_target_classes, logits.shape[1] - 1)
-        library.fab.n_target_classes = targets
-        library.apgd_targeted.n_target_classes = min(library.apgd_targeted.n_target_classes, logits.shape[1] - 1)
+        for attack in (library.fab, library.apgd_targeted):
+            attack.n_target_classes = min(attack.n_target_classes, logits.shape[1] - 1)
         for stage in stages:
-            left = robust.nonzero().squeeze(1)
-            if len(left):
-                library.attacks_to_run = [stage]
-                result, predicted = library.run_standard_evaluation(images[left], labels[left], batch_size=batch_size)
-                broken = predicted != labels[left]
-                adversarial[left[broken]] = result[broken]
-                robust[left[broken]] = False
-            standing[stage] = robust.clone()
-    return AutoAttackResult(version, adversarial, robust, standing, left_out, tuple(dict.fromkeys(messages)))
-
-
-def _check(norm: str, epsilon: float, version: str, only: Collection[str] | None) -> None:
-    if norm not in _NORMS:
-        raise ConfigError("norm", norm, "is none of AutoAttack's", f"choose from {', '.join(_NORMS)}")
-    if not epsilon > 0:
-        raise ConfigError("epsilon", epsilon, "leaves nothing to attack with", "give a radius above 0")
-    if version not in _STAGES:
-        raise ConfigError("version", version, "is none of AutoAttack's", f"choose from {', '.join(_STAGES)}")
-    known = {*_STAGES[version], "apgd-dlr"}
-    unknown = sorted(set(only or ()) - known)
-    if unknown:
-        raise ConfigError("only", unknown[0], f"is no stage of {version}", f"choose from {', '.join(sorted(known))}")
+            left = (broken_at == UNBROKEN).nonzero().squeeze(1)
+            if not len(left):
+                break
+            library.attacks_to_run = [stage]
+            result, predicted = library.run_standard_evaluation(images[left], labels[left], batch_size=batch_size)
+            broken = predicted != labels[left]
+            adversarial[left[broken]] = result[broken]
+            broken_at[left[broken]] = 1 + ALL_STAGES.index(stage)
+    return AutoAttackResult(adversarial, broken_at, tuple(stages), left_out, tuple(dict.fromkeys(messages)))
 
 
 def autoattack_stages(
-    version: Version, classes: int, norm: AutoAttackNorm, rows: int, only: Collection[str] | None = None
+    classes: int, norm: AutoAttackNorm, rows: int, only: Collection[str] | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """Stages that run on a network and its images, and those left out with the reason.
+    """Stages of the standard version that run on a network and its images, and those left out with the reason.
+
+    With three classes ``apgd-dlr`` runs in the place of ``apgd-t``; with two neither can run.
 
     Args:
-        version: The package's version.
         classes: Classes of the network, 2 at least.
         norm: Norm of the perturbation.
         rows: Height of the images.
-        only: Run only these stages of the version; None: all.
+        only: Run only these stages; None: all.
+
+    Raises:
+        ConfigError: `only` names no stage.
     """
+    unknown = sorted(set(only or ()) - {*_STANDARD, "apgd-dlr"})
+    if unknown:
+        raise ConfigError("only", unknown[0], "is no stage", f"choose from {', '.join(_STANDARD)}, apgd-dlr")
     stages, left_out = [], {}
-    for stage in _STAGES[version]:
+    for stage in _STANDARD:
         needed = _FEWEST_CLASSES.get(stage, 2)
         if only is not None and stage not in only:
             left_out[stage] = "not asked for"
@@ -175,7 +155,7 @@ def autoattack_stages(
             stages.append(stage)
         else:
             left_out[stage] = f"needs {needed} classes, there are {classes}"
-            if version == "standard" and classes >= _FEWEST_CLASSES["apgd-dlr"]:
+            if classes >= _FEWEST_CLASSES["apgd-dlr"]:
                 left_out[stage] += "; apgd-dlr runs in its place"
                 stages.append("apgd-dlr")
     if "square" in stages and norm != "linf" and rows < _SQUARE_FEWEST_ROWS:
@@ -184,13 +164,13 @@ def autoattack_stages(
     return stages, left_out
 
 
-def _library(logits_fn: LogitsFn, norm: str, epsilon: float, seed: int, version: str, device: torch.device) -> Any:
+def _library(logits_fn: LogitsFn, norm: str, epsilon: float, seed: int, device: torch.device) -> Any:
     from pyautoattack import AutoAttack
 
     def logits(images: Tensor) -> Tensor:
         return _ToImagesOnly.apply(images, logits_fn) if torch.is_grad_enabled() else logits_fn(images).float()
 
-    return AutoAttack(logits, eps=epsilon, norm=norm, seed=seed, version=version, device=device)
+    return AutoAttack(logits, eps=epsilon, norm=norm, seed=seed, version=VERSION, device=device)
 
 
 class _ToImagesOnly(torch.autograd.Function):
@@ -229,7 +209,7 @@ def _undisturbed(device: torch.device) -> Iterator[list[str]]:
     """Undo the package's changes to the process: it seeds the global generators, drops the trace function and logs."""
     from pyautoattack import checks
 
-    # It counts gradients taken in a forward pass for the whole process: another network's are not this one's.
+    # The package counts gradients taken in forward passes per process, so other networks' would count here.
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))
     logger, handler, trace = logging.getLogger(_LOGGER), _Keep(), sys.gettrace()
     propagated = logger.propagate

@@ -5,11 +5,13 @@ Definitions: Mao et al. 2019, section 2; C&W's margin as in the authors' evaluat
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tla_service.runtime import wide
 
 LogitsFn = Callable[[Tensor], Tensor]
 
@@ -50,6 +52,7 @@ class Attack:
         return self.random_start and self.kind not in ("fgsm", "bim")
 
 
+UNBROKEN = -1
 # The logit margin is held below this confidence (authors' code); beyond it the attack stops pushing.
 CW_CONFIDENCE = 50.0
 # At the clean image itself the divergence has no gradient: TRADES starts at this times a normal draw from it.
@@ -120,13 +123,8 @@ def craft_noisy_step(
 ) -> Tensor:
     """N-FGSM (de Jorge et al. 2022): noise, then one step of length epsilon, without a projection back to the ball.
 
-    Args:
-        logits_fn: As for `craft`.
-        images: Clean images (N, C, H, W), float, in [0, 1].
-        labels: True classes (N,), int64.
-        attack: Its epsilon and loss; L-infinity.
-        noise: Half width of the uniform noise in epsilons, the paper's k.
-        generator: Source of the noise.
+    Args are those of `craft`, for an L-infinity attack, and `noise`, the half width of the uniform noise in epsilons
+    (the paper's k).
 
     Returns:
         Images (N, C, H, W) in [0, 1], within (noise + 1) epsilons of `images`; detached.
@@ -141,32 +139,56 @@ def craft_noisy_step(
     return (noisy.detach() + attack.epsilon * gradient.sign()).clamp(0, 1)
 
 
+class Attacked(NamedTuple):
+    """Images after an attack with restarts.
+
+    Attributes:
+        images: (N, C, H, W): the worst result of each image; clean where it is misclassified without an attack.
+        broken_at: (N,), int64: 0 where the image is misclassified without an attack, r where the r-th restart is the
+            first to break it, `UNBROKEN` where none does.
+    """
+
+    images: Tensor
+    broken_at: Tensor
+
+    @property
+    def robust(self) -> Tensor:
+        """Whether each image is still classified correctly (N,), bool."""
+        return self.broken_at == UNBROKEN
+
+
 def attack_images(
     logits_fn: LogitsFn,
     images: Tensor,
     labels: Tensor,
     attack: Attack,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+    crafted_on: LogitsFn | None = None,
+) -> Attacked:
     """Attack with all restarts and keep the worst result of each image.
 
-    Restarts only go on against images that still stand; among results that do not break an image, the one with the
-    highest loss is kept. An image that the network gets wrong before any attack counts as broken and stays clean.
+    Restarts only attack images that are not broken yet; among results that do not break an image, the one with the
+    highest loss is kept. Arguments are those of `craft`.
 
-    Returns:
-        Adversarial images (N, C, H, W), and whether the network still classifies each correctly (N,), bool.
+    Args:
+        logits_fn: The network under attack.
+        images: Clean images (N, C, H, W), float, in [0, 1].
+        labels: True classes (N,), int64.
+        attack: The adversary.
+        generator: Source of the random starts, on the images' device.
+        crafted_on: The network whose gradients are followed (a transfer attack); None: the one under attack.
     """
     images = images.detach()
     with torch.no_grad():
-        robust = logits_fn(images).argmax(1) == labels
+        broken_at = torch.where(logits_fn(images).argmax(1) == labels, UNBROKEN, 0)
     worst = images.clone()
     highest = torch.full(labels.shape, -torch.inf, dtype=images.dtype, device=images.device)
-    for _ in range(attack.num_restarts if attack.starts_at_random else 1):
-        standing = robust.nonzero().squeeze(1)
+    for restart in range(1, (attack.num_restarts if attack.starts_at_random else 1) + 1):
+        standing = (broken_at == UNBROKEN).nonzero().squeeze(1)
         if len(standing) == 0:
             break
         targets = labels[standing]
-        adversarial = craft(logits_fn, images[standing], targets, attack, generator)
+        adversarial = craft(crafted_on or logits_fn, images[standing], targets, attack, generator)
         with torch.no_grad():
             logits = logits_fn(adversarial)
             broken = logits.argmax(1) != targets
@@ -174,22 +196,18 @@ def attack_images(
         better = broken | (loss > highest[standing])
         worst[standing[better]] = adversarial[better]
         highest[standing[better]] = loss[better]
-        robust[standing[broken]] = False
-    return worst, robust
+        broken_at[standing[broken]] = restart
+    return Attacked(worst, broken_at)
 
 
 def _clean_log_probabilities(logits_fn: LogitsFn, images: Tensor) -> Tensor:
     with torch.no_grad():
-        return F.log_softmax(_wide(logits_fn(images)), dim=1)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        return F.log_softmax(wide(logits_fn(images)), dim=1)
 
 
 def _loss(logits: Tensor, labels: Tensor, attack: Attack, clean: Tensor | None = None) -> Tensor:
     """What the attack ascends, summed over the batch; in float32 or wider, also under autocast."""
-    logits = _wide(logits)
+    logits = wide(logits)
     if clean is not None:
         return F.kl_div(F.log_softmax(logits, dim=1), clean, reduction="sum", log_target=True)
     if attack.kind != "cw":

@@ -36,7 +36,7 @@ def minimum_norms(logits_fn: LogitsFn, images: Tensor, labels: Tensor, norm: Spa
         steps: Steps of the attack.
 
     Returns:
-        (N,), float32: 0 where the image is wrong before, infinity where none was found. An upper bound of the true one.
+        (N,), float32: 0 where the image is misclassified already, infinity where none was found. An upper bound.
     """
     from foolbox import PyTorchModel
     from foolbox.attacks import L0FMNAttack, L1FMNAttack
@@ -49,7 +49,7 @@ def minimum_norms(logits_fn: LogitsFn, images: Tensor, labels: Tensor, norm: Spa
     with torch.no_grad():
         changed = (adversarial - images).flatten(1)
         sizes = (changed != 0).sum(1).float() if norm == "l0" else changed.abs().sum(1)
-        # The library's word for it is not taken: the returned image must be misclassified.
+        # Checked here rather than trusted: the returned image must be misclassified.
         broken = logits_fn(adversarial).argmax(1) != labels
     sizes = torch.where(broken, sizes, torch.inf)
     return torch.where(wrong, 0.0, sizes)

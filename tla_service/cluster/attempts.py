@@ -1,4 +1,4 @@
-"""Attempts at a sweep: each is a Ray Tune experiment of its own, and later ones read what earlier ones knew."""
+"""Attempts at a sweep: each is a Ray Tune experiment of its own, and later ones read the results of earlier ones."""
 
 import json
 import logging
@@ -29,15 +29,12 @@ def new_attempt(storage: str) -> str:
 
 
 def read_trials(storage: str) -> list[Trial]:
-    """All trials of all attempts, by number.
-
-    Args:
-        storage: Folder or s3:// prefix of the sweep.
+    """All trials of all attempts in a folder or s3:// prefix, by number.
 
     Raises:
         UnavailableError: The storage, or a snapshot in it, cannot be read.
     """
-    # It misses the loggers' files, which are not written.
+    # It warns about the loggers' files, which are not written.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     place, trials = Folder(storage), dict[int, Trial]()
     for attempt in attempts(storage):
@@ -54,7 +51,7 @@ def read_trials(storage: str) -> list[Trial]:
 
 
 def add_attempt(trials: dict[int, Trial], found: TuneTrial) -> Trial:
-    """Add what a Tune trial tells to the trials by number; returns the one it is about."""
+    """Add what a Tune trial reports to the trials by number; returns the trial it is about."""
     number, point = found.config["trial"]["number"], found.config["trial"]["point"]
     trial = trials.setdefault(number, Trial(number, point))
     trial.add_attempt(found.last_result or {}, found.num_failures if found.status == TuneTrial.ERROR else 0)
@@ -73,8 +70,15 @@ def seconds_before(storage: str) -> float:
     return seconds
 
 
-class Snapshots(tune.Callback):
-    """Keeps a copy of Ray Tune's snapshot that is always whole.
+class DriverCallback(tune.Callback):
+    """A callback that stays in the driver: Ray Tune's snapshot need not hold its state."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Snapshots(DriverCallback):
+    """Keeps a copy of Ray Tune's snapshot that is always complete.
 
     Ray Tune overwrites its own in place, so a driver that is killed meanwhile, or a full disk, leaves half of one.
 
@@ -105,6 +109,3 @@ class Snapshots(tune.Callback):
     def on_experiment_end(self, trials: list[TuneTrial], **info: Any) -> None:
         """Copy the last one."""
         self.on_step_end(0, trials)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}

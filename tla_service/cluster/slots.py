@@ -1,4 +1,4 @@
-"""How many trials a cluster has room for at a time."""
+"""How many trials fit on a cluster."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,33 +9,38 @@ from tla_service.cluster.session import Placement
 from tla_service.config import ScalingConfig
 from tla_service.errors import UnavailableError
 
-# A trial's own process reserves memory and no CPU: processes that hold what their workers wait for would wait for ever.
+# A trial's own process reserves memory and no CPU: if it held CPUs, its workers could wait for them forever.
 TRIAL_PROCESS_BYTES = 2**30
 
 
 def workers_per_trial(scaling: ScalingConfig) -> int:
-    """Workers of a trial; for `auto` few, so that more trials run at a time: one on a GPU, else two."""
+    """Workers per trial; for `auto` few, so that more trials run in parallel: one on a GPU, else two."""
     if scaling.num_workers != "auto":
         return scaling.num_workers
     gpus = ray.cluster_resources().get("GPU", 0.0) > 0
     return 1 if (gpus if scaling.use_gpu == "auto" else scaling.use_gpu) else 2
 
 
-def count_slots(placement: Placement) -> int:
-    """How many trials the nodes of the cluster have room for at a time.
+def max_concurrent(scaling: ScalingConfig, most: int | None, placement: Placement) -> int:
+    """Trials in parallel: one more than fit, so that its process is up when resources become free.
+
+    Args:
+        scaling: With `wait_seconds` the cluster grows, so its present size says nothing; `most` must be given.
+        most: The configured limit.
+        placement: Workers of a trial.
 
     Raises:
-        UnavailableError: Not for one.
+        UnavailableError: Not one trial fits.
     """
-    return check_room([node["Resources"] for node in ray.nodes() if node["Alive"]], placement)
+    if scaling.wait_seconds > 0:
+        assert most is not None
+        return most
+    fit = check_room([node["Resources"] for node in ray.nodes() if node["Alive"]], placement) + 1
+    return fit if most is None else min(most, fit)
 
 
 def check_room(nodes: Sequence[Mapping[str, float]], placement: Placement) -> int:
-    """See that a trial can be placed at all; returns how many whose workers all find room together.
-
-    Args:
-        nodes: Resources of each node, as Ray counts them.
-        placement: Workers a trial and what each reserves.
+    """Check that a trial can be placed on nodes with these resources; returns how many fit together.
 
     Raises:
         UnavailableError: Not one trial fits; the message shows the arithmetic.
@@ -59,7 +64,7 @@ def check_room(nodes: Sequence[Mapping[str, float]], placement: Placement) -> in
 
 
 def _workers_on(node: Mapping[str, float], placement: Placement) -> int:
-    """Workers that a node has room for. A share of a GPU below 1 lies on one GPU, a share above takes whole ones."""
+    """Workers that fit on a node. A GPU share below 1 is on one GPU, a share above takes whole ones."""
     cpus = math.floor(node.get("CPU", 0.0) / placement.cpus_per_worker + 1e-9)
     if not placement.use_gpu:
         return cpus

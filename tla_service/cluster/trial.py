@@ -14,16 +14,12 @@ from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Progress
 
 QUEUE_SECONDS = 7 * 24 * 3600
-# What to look for in the last line of a worker's error. Another attempt would meet the same end.
+# In the last line of a worker's error. A restart would end the same way.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def run_trial(
-    config: Mapping[str, Any],
-    space: Space,
-    placement: Placement,
-    storage: str,
-    weights: Mapping[str, Tensor] | None,
+    config: Mapping[str, Any], space: Space, placement: Placement, storage: str, weights: Mapping[str, Tensor] | None
 ) -> None:
     """Train one trial; it resumes from its last checkpoint if there is one.
 
@@ -34,7 +30,7 @@ def run_trial(
         storage: Folder or s3:// prefix for the checkpoints of all trials.
         weights: State dict to start from.
     """
-    # A trial waits for its place as long as the others take, instead of asking anew every minute.
+    # A trial waits for its resources as long as the others take, instead of asking again every minute.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(QUEUE_SECONDS))
     progress = Progress()
 

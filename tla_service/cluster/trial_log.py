@@ -1,4 +1,4 @@
-"""Trials on the terminal, in `log.jsonl` and in MLflow: a parent run, and under it a run per trial, live."""
+"""Trials on the terminal, in `log.jsonl` and in MLflow: a parent run with a nested run per trial, live."""
 
 import contextlib
 import logging
@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
-from tla_service.cluster.attempts import add_attempt
-from tla_service.cluster.tune import Plan
+from tla_service.cluster.attempts import DriverCallback, add_attempt
+from tla_service.cluster.budget import Plan
 from tla_service.config import RunConfig
 from tla_service.errors import UserError
 from tla_service.tracking.connection import tracking_uri
@@ -28,21 +27,70 @@ _STATUS: dict[str, RunStatus] = {"finished": "FINISHED", "stopped": "FINISHED", 
 CLOSE_SECONDS = 60.0
 
 
-class TrialLog(tune.Callback):
-    """Shows, logs and tracks what trials report. A thread talks to MLflow, so that a slow server delays nothing.
+class TrialLines(DriverCallback):
+    """Shows what trials report, and writes it to `log.jsonl` in a folder."""
 
-    Args:
-        terminal: Where to show it.
-        output: Folder for `log.jsonl`, and for metrics that the server does not have yet.
-        run: The run that is varied.
-        plan: The sweep; its storage identifies it over restarts.
-        facts: What describes its data.
+    def __init__(self, terminal: Terminal, output: Path) -> None:
+        self._terminal, self._lines = terminal, JsonLines(output / "log.jsonl")
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self._terminal.say(text)
+
+    def close(self, status: RunStatus = "FINISHED") -> None:
+        """Close the log."""
+        self._lines.close()
+
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Show the trial's point."""
+        point = trial.config["trial"]["point"]
+        self._tell(trial, "suggested", shown(point), point=point)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Show validations and messages."""
+        metrics = result["metrics"]
+        if result["message"]:
+            self._tell(trial, "message", result["message"])
+        if metrics and "validation/robust_accuracy" in metrics[-1]:
+            robust, clean = (metrics[-1][f"validation/{name}_accuracy"] for name in ("robust", "clean"))
+            text = f"epoch {metrics[-1]['epoch']:.0f}  validation robust {robust:.1%}  clean {clean:.1%}"
+            self._tell(trial, "epoch", text, metrics=metrics[-1])
+
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Show how it ended."""
+        ended = add_attempt({}, trial)
+        reason = f" ({ended.reason})" if ended.reason else ""
+        best = f", best validation robust {ended.best.robust_accuracy:.1%}" if ended.best is not None else ""
+        self._tell(trial, "ended", f"{ended.status}{reason}{best}", status=ended.status, reason=ended.reason)
+
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Its process died too often."""
+        self.on_trial_complete(iteration, trials, trial)
+
+    def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Its process died and is restarted."""
+        self._tell(trial, "message", "its process died and is restarted")
+
+    def _tell(self, trial: TuneTrial, event: str, text: str, **fields: Any) -> None:
+        number = trial.config["trial"]["number"]
+        self._terminal.say(f"trial {number:>3}  {text}")
+        # Only a log: a full disk ends the sweep with the next snapshot.
+        with contextlib.suppress(OSError):
+            self._lines.write({"event": event, "trial": number, "message": text, **fields})
+
+
+class TrialLog(TrialLines):
+    """Also tracks the trials in MLflow, from a thread, so that a slow server delays nothing.
+
+    The sweep's storage identifies its run there over restarts; `facts` describe its data.
     """
 
     def __init__(self, terminal: Terminal, output: Path, run: RunConfig, plan: Plan, facts: Mapping[str, str]) -> None:
-        self._terminal, self._output, self._plan = terminal, output, plan
+        super().__init__(terminal, output)
+        self._plan, self._unsent = plan, output / "unsent"
         self._facts = dict(facts) | {"sweep": plan.storage}
-        self._lines = JsonLines(output / "log.jsonl")
         self.uri = tracking_uri(run.tracking)
         self.run_id = open_run(run.model_copy(update={"name": plan.space.name}), plan.storage, facts=self._facts)
         self._runs: dict[int, tuple[str, RunLog]] = {}
@@ -50,82 +98,44 @@ class TrialLog(tune.Callback):
         self._thread = threading.Thread(target=self._track, name="trial-log", daemon=True)
         self._thread.start()
 
-    def say(self, text: str) -> None:
-        """Show a line."""
-        self._terminal.say(text)
-
     def store(self, files: Mapping[str, Path], metrics: Mapping[str, float], attempt: int) -> None:
-        """Log files and metrics to the parent run.
-
-        Args:
-            files: Path among the run's artifacts -> local file.
-            metrics: Values by name.
-            attempt: Their step.
-        """
+        """Log files (by their path among the artifacts), and metrics of an attempt, to the parent run."""
         try:
             log_files(self.uri, self.run_id, files)
-            with contextlib.closing(RunLog(self.uri, self.run_id, self._output / "unsent")) as log:
+            with contextlib.closing(RunLog(self.uri, self.run_id, self._unsent)) as log:
                 log.log(metrics, attempt)
         except UserError as error:
             self.say(f"warning: {error}")
 
-    def close(self, status: RunStatus) -> None:
-        """Close the runs of trials that are not over, and the parent's."""
+    def close(self, status: RunStatus = "FINISHED") -> None:
+        """Close the runs of unfinished trials, the parent run, and the log."""
         self._work.put(None)
         self._thread.join(CLOSE_SECONDS)
         for number in list(self._runs):
             self._finish(number, "KILLED")
         with contextlib.suppress(UserError):
             finish_run(self.uri, self.run_id, status)
-        self._lines.close()
-
-    # ------------------------------------------------------------------------------------------------ from Ray Tune
+        super().close()
 
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        """Open the trial's run in MLflow, or continue it."""
-        number, point = trial.config["trial"]["number"], trial.config["trial"]["point"]
-        self._tell(number, "suggested", shown(point), point=point)
-        self._work.put(lambda: self._open(Trial(number, point)))
+        """Open the trial's run, or continue it."""
+        super().on_trial_start(iteration, trials, trial)
+        found = Trial(trial.config["trial"]["number"], trial.config["trial"]["point"])
+        self._work.put(lambda: self._open(found))
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Show validations and messages; track every epoch. RunLog leaves out what MLflow has."""
+        """Track every epoch; RunLog leaves out what MLflow already has."""
+        super().on_trial_result(iteration, trials, trial, result)
         number, metrics = trial.config["trial"]["number"], result["metrics"]
-        if result["message"]:
-            self._tell(number, "message", result["message"])
-        if metrics and "validation/robust_accuracy" in metrics[-1]:
-            robust, clean = (metrics[-1][f"validation/{name}_accuracy"] for name in ("robust", "clean"))
-            text = f"epoch {metrics[-1]['epoch']:.0f}  validation robust {robust:.1%}  clean {clean:.1%}"
-            self._tell(number, "epoch", text, metrics=metrics[-1])
         self._work.put(lambda: self._track_epochs(number, metrics))
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Close its run."""
+        super().on_trial_complete(iteration, trials, trial)
         ended = add_attempt({}, trial)
-        reason = f" ({ended.reason})" if ended.reason else ""
-        best = f", best validation robust {ended.best.robust_accuracy:.1%}" if ended.best is not None else ""
-        self._tell(ended.number, "ended", f"{ended.status}{reason}{best}", status=ended.status, reason=ended.reason)
         self._work.put(lambda: self._close(ended))
-
-    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        """Its process died more often than it is started again."""
-        self.on_trial_complete(iteration, trials, trial)
-
-    def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        """Its process died and is started again."""
-        self._tell(trial.config["trial"]["number"], "message", "its process died; it is started again")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def _tell(self, number: int, event: str, text: str, **fields: Any) -> None:
-        self._terminal.say(f"trial {number:>3}  {text}")
-        # The log is for people: that the disk is full ends the sweep with the next snapshot.
-        with contextlib.suppress(OSError):
-            self._lines.write({"event": event, "trial": number, "message": text, **fields})
-
-    # ------------------------------------------------------------------------------------------------ in the thread
 
     def _track(self) -> None:
         while (action := self._work.get()) is not None:
@@ -138,12 +148,12 @@ class TrialLog(tune.Callback):
 
     def _open(self, trial: Trial) -> None:
         if trial.number in self._runs:
-            return  # its process was started again
+            return  # its process was restarted
         run = self._plan.space.trial(trial.number, trial.point, self._plan.placement.num_workers)
         facts = self._facts | {"trial": str(trial.number)}
         facts |= {f"searched.{name}": shown(value) for name, value in trial.point.items()}
         run_id = open_run(run, f"{self._plan.storage}/{run.name}", facts=facts, parent_run_id=self.run_id)
-        self._runs[trial.number] = (run_id, RunLog(self.uri, run_id, self._output / "unsent"))
+        self._runs[trial.number] = (run_id, RunLog(self.uri, run_id, self._unsent))
 
     def _track_epochs(self, number: int, history: list[Mapping[str, float]]) -> None:
         if number in self._runs:
@@ -155,8 +165,7 @@ class TrialLog(tune.Callback):
         if trial.number not in self._runs:
             return
         run_id, metrics = self._runs[trial.number]
-        best = trial.best
-        values = {} if best is None else {f"best/{n}": v for n, v in best._asdict().items() if n != "epochs"}
+        values = {f"best/{name}": value for name, value in trial.best_accuracies.items()}
         metrics.log(values | {f"test/{name}": value for name, value in trial.test.items()}, max(0, trial.epochs - 1))
         tag_run(self.uri, run_id, {"tla.trial_status": trial.status, "tla.trial_reason": trial.reason})
         self._finish(trial.number, _STATUS[trial.status])

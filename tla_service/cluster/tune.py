@@ -4,10 +4,9 @@ An attempt is a Tune experiment of its own (`tune-001`, `tune-002`, ...). `Tuner
 could change neither the number of trials nor the budget (ray/tune/search/search_generator.py, tune_controller.py).
 """
 
+import itertools
 import os
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,74 +18,44 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
-from ray.tune.stopper import Stopper
-from torch import Tensor
 
-from tla_service.cluster.attempts import Snapshots, add_attempt, new_attempt, read_trials, seconds_before
-from tla_service.cluster.session import Placement
+from tla_service.cluster.attempts import Snapshots, new_attempt, read_trials
+from tla_service.cluster.budget import Budget, Plan
 from tla_service.cluster.slots import TRIAL_PROCESS_BYTES
 from tla_service.cluster.trial import run_trial
-from tla_service.errors import UnavailableError, UserError
 from tla_service.tuning.space import Space, key_of
 from tla_service.tuning.study import STUDY, distributions, sampler_of, study_of, to_params, to_point
 from tla_service.tuning.trials import Trial, best_of
 
 DEFAULT_SAMPLES = 16
-SNAPSHOT_SECONDS = "2"
 PROCESS_RESTARTS = 3
+_ENVIRONMENT = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the snapshot and MLflow have it all
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the budget handles signals
+}
 _ASKS = 100  # suggestions that may be refused before a point is drawn at random
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A sweep that is about to run.
-
-    Attributes:
-        space: What is searched, and how.
-        storage: Its folder or s3:// prefix.
-        placement: Workers of a trial.
-        weights: State dict that trials start from, or None.
-        max_concurrent: Trials at a time.
-        wait_seconds: How long the first trial may wait for its workers; 0: for ever.
-    """
-
-    space: Space
-    storage: str
-    placement: Placement
-    weights: Mapping[str, Tensor] | None
-    max_concurrent: int
-    wait_seconds: float = 0.0
-
-    @property
-    def gpus(self) -> float:
-        """What a trial costs: its GPUs, or its workers where there are no GPUs."""
-        return self.placement.num_workers * (self.placement.gpus_per_worker if self.placement.use_gpu else 1.0)
-
-
-def run_trials(plan: Plan, budget: "Budget", log: tune.Callback, *, debug: bool = False) -> None:
-    """Run the trials that are left, in a new attempt.
-
-    Args:
-        plan: The sweep.
-        budget: Ends it early.
-        log: Follows the trials.
-        debug: Show Ray Tune's own tables.
-    """
+def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = False) -> None:
+    """Run the trials that are left, in a new attempt; `debug` shows Ray Tune's own tables."""
     space, sweep = plan.space, plan.space.sweep
     before = read_trials(plan.storage)
-    ended = [trial for trial in before if trial.status != "running"]
+    repeated = ("running", "failed") if plan.repeat_failed else ("running",)
+    ended = [trial for trial in before if trial.status not in repeated]
     grid: list[dict[str, Any]] = []
     if sweep.searcher == "grid":
-        points = enumerate(space.grid()[: sweep.num_samples])
-        done = {trial.number for trial in ended}
-        grid = [{"number": number, "point": point} for number, point in points if number not in done]
+        done, numbers = {key_of(each.point) for each in ended}, {key_of(each.point): each.number for each in before}
+        new = itertools.count(max(numbers.values(), default=-1) + 1)
+        for point in space.grid()[: sweep.num_samples]:
+            number = numbers[key_of(point)] if key_of(point) in numbers else next(new)
+            if key_of(point) not in done:
+                grid.append({"number": number, "point": point})
     num_left = len(grid) if sweep.searcher == "grid" else (sweep.num_samples or DEFAULT_SAMPLES) - len(ended)
     if num_left <= 0 or budget.stop_all():
         return
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = SNAPSHOT_SECONDS
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the snapshot and MLflow have it all
+    os.environ.update(_ENVIRONMENT)
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "1" if debug else "0"  # the log has them in a line
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # the budget takes note of signals
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables; --debug shows them
     attempt = new_attempt(plan.storage)
     trainable = tune.with_parameters(
@@ -120,9 +89,6 @@ def name_of(trial: TuneTrial) -> str:
     return f"trial-{trial.config['trial']['number']:04d}-{trial.trial_id}"
 
 
-# ---------------------------------------------------------------------------------------------------- what is next
-
-
 def searcher(space: Space, before: Sequence[Trial]) -> "Search":
     """The searcher, which knows the trials of earlier attempts and suggests the unfinished ones first."""
     ended = [trial for trial in before if trial.status != "running"]
@@ -150,14 +116,9 @@ def searcher(space: Space, before: Sequence[Trial]) -> "Search":
 
 
 class Search(OptunaSearch):
-    """OptunaSearch that refuses points that are known or not allowed, and numbers the others.
+    """OptunaSearch that refuses points whose keys were tried or that are not allowed, and numbers the others.
 
-    Args:
-        where: What is searched.
-        tried: Keys of the points that are not suggested again.
-        numbers: Numbers of unfinished trials, by key.
-        next_number: Number of the first new trial.
-        options: Of OptunaSearch.
+    Unfinished trials keep their `numbers`, by key.
     """
 
     def __init__(
@@ -167,7 +128,7 @@ class Search(OptunaSearch):
         self._where, self._tried, self._numbers, self._next = where, tried, dict(numbers), next_number
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial, or Ray Tune's word for the end: the space has no other point."""
+        """The next trial; `Searcher.FINISHED` if the space has no other point."""
         study: Any = self._ot_study
         for ask in range(_ASKS + 1):
             if ask == _ASKS:
@@ -187,7 +148,7 @@ class Search(OptunaSearch):
         return Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: trials are compared by ASHA, and Optuna is told of their ends."""
+        """Nothing: ASHA compares trials, and Optuna learns of them when they end."""
 
 
 def scheduler(space: Space, ended: Sequence[Trial]) -> ASHAScheduler | None:
@@ -197,9 +158,9 @@ def scheduler(space: Space, ended: Sequence[Trial]) -> ASHAScheduler | None:
     if sweep.scheduler == "none" or grace >= epochs:
         return None
     objective = sweep.objectives[0]
-    # Below a whole trial: who got to the end is not stopped there.
+    # Below a whole trial: one that gets to its end is not stopped there.
     asha = ASHAScheduler("epochs", objective, "max", epochs - 1, grace, sweep.reduction_factor, stop_last_trials=False)
-    controller: Any = None  # not looked at; and of a trial its id alone
+    controller: Any = None  # unused; and of a trial only its id is used
     for trial in ended:
         past: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}")
         asha.on_trial_add(controller, past)
@@ -207,97 +168,3 @@ def scheduler(space: Space, ended: Sequence[Trial]) -> ASHAScheduler | None:
             best = best_of(trial.curve[: index + 1])
             asha.on_trial_result(controller, past, {"epochs": score.epochs, objective: getattr(best, objective)})
     return asha
-
-
-# ---------------------------------------------------------------------------------------------------- when to end
-
-
-class Budget(Stopper, tune.Callback):
-    """Ends the sweep: when its GPU hours are used, too many trials failed, on a signal, or on an error.
-
-    Args:
-        plan: The sweep.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._began = time.monotonic()
-        self._worker_seconds = sum(trial.worker_seconds for trial in read_trials(plan.storage))
-        self._seconds_before = seconds_before(plan.storage)
-        self._running: dict[str, tuple[float, float]] = {}  # worker seconds, and when they were told
-        self._has_begun, self._failures = False, 0
-        self.interrupted = False
-        self.error: UserError | None = None
-        self.gave_up = ""  # why, if too many trials failed one after another
-
-    @property
-    def wall_seconds(self) -> float:
-        """Wall time over all attempts."""
-        return self._seconds_before + time.monotonic() - self._began
-
-    @property
-    def seconds_left(self) -> float | None:
-        """What is left of `sweep.max_hours`; None: there is no such limit."""
-        hours = self._plan.space.sweep.max_hours
-        return None if hours is None else max(0.0, 3600 * hours - self.wall_seconds)
-
-    @property
-    def gpu_hours(self) -> float:
-        """GPU hours over all attempts, of workers where there are no GPUs."""
-        now = time.monotonic()
-        running = sum(seconds + now - told for seconds, told in self._running.values())
-        return (self._worker_seconds + running) * self._plan.gpus / 3600
-
-    @property
-    def used_up(self) -> str:
-        """Which part of the budget is used up, or why the sweep gave up."""
-        sweep = self._plan.space.sweep
-        if self.seconds_left == 0:
-            return f"sweep.max_hours={sweep.max_hours:g} are over"
-        if sweep.max_gpu_hours is not None and self.gpu_hours >= sweep.max_gpu_hours:
-            return f"sweep.max_gpu_hours={sweep.max_gpu_hours:g} are used"
-        return self.gave_up
-
-    def fail(self, error: UserError) -> None:
-        """End the sweep with this error."""
-        self.error = self.error or error
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """No trial alone."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Whether to end all trials now; they keep their checkpoints."""
-        wait = self._plan.wait_seconds
-        if wait and not self._has_begun and time.monotonic() - self._began > wait:
-            reason = "the cluster has not placed any trial's workers in this time"
-            self.fail(UnavailableError("scaling.wait_seconds", wait, reason, "ask for fewer workers, or wait longer"))
-        return self.interrupted or self.error is not None or bool(self.used_up)
-
-    def on_trial_result(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Count its workers' time; the first report comes with their start."""
-        self._has_begun = True
-        if result["error"]:
-            self.fail(UnavailableError(*result["error"]))
-        self._running[trial.trial_id] = (result["worker_seconds"], time.monotonic())
-
-    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        """Count failures in a row."""
-        self._worker_seconds += self._running.pop(trial.trial_id, (0.0, 0.0))[0]
-        ended = add_attempt({}, trial)
-        self._failures = self._failures + 1 if ended.status == "failed" else 0
-        if self._failures >= self._plan.space.sweep.failures_in_a_row:
-            self.gave_up = f"{self._failures} trials failed one after another, the last: {ended.reason}"
-
-    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        """Its process died more often than it is started again."""
-        self.on_trial_complete(iteration, trials, trial)
-
-    def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        """Its process died and is started again, and counts its workers' time from 0."""
-        self._worker_seconds += self._running.pop(trial.trial_id, (0.0, 0.0))[0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}

@@ -5,73 +5,70 @@ Tramer et al. 2020. Thresholds are settings of this project, wide enough for the
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tla_service.attacks import Attack, LogitsFn, craft
+from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images, craft
 from tla_service.attacks.autoattack import run_autoattack
-from tla_service.evaluation.outcomes import STANDS
-from tla_service.evaluation.suite import logits_of, restart_fates
+from tla_service.evaluation.mode import logits_of
+from tla_service.evaluation.results import Check, Outcome
 from tla_service.runtime import autocast, generator
 
 # Attacks made on a network that knows much less than the model say nothing about the model.
 _LEAST_SURROGATE = 0.5
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """When a check fails; all are shares of images but one.
-
-    Attributes:
-        weaker: Most by which an attack that should be the stronger may leave more images standing.
-        square: Most images that stand after the iterative attack and fall to Square.
-        far: Most images that may stand when the radius covers every image.
-        more_steps: Most that four times the steps may gain.
-        rising_loss: Most that four times the steps may add to the loss, as a share of what the attack had added.
-        zero_gradient: Most images whose gradient is zero.
-        restarts: Most that ten starts may gain over one.
-        margin: Most that ascending the logit margin may gain over ascending the cross-entropy.
-        bfloat16: Fewest attacked images on which bfloat16 agrees with float32.
-    """
-
-    weaker: float = 0.01
-    square: float = 0.02
-    far: float = 0.01
-    more_steps: float = 0.03
-    rising_loss: float = 0.25
-    zero_gradient: float = 0.01
-    restarts: float = 0.05
-    margin: float = 0.05
-    bfloat16: float = 0.97
-
-
-Outcome = Literal["passed", "failed", "not run"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check.
-
-    Attributes:
-        name: What is checked.
-        figure: What was measured; None when the check was not run.
-        threshold: Where it fails.
-        outcome: What came of it.
-        statement: The figure in words, or why the check was not run.
-        meaning: What a failure means.
-    """
-
-    name: str
-    figure: float | None
-    threshold: float
-    outcome: Outcome
-    statement: str
-    meaning: str
+# By check: the most that its figure may be (the last one: the least), and what a failure means. Figures are shares of
+# images; of `loss_has_settled` it is the share of what the attack had added to the loss.
+CHECKS = {
+    "iterative_against_single_step": (
+        0.01,
+        "many small steps do worse than one large step: gradients near the images mislead",
+    ),
+    "white_box_against_transfer": (
+        0.01,
+        "an attacker who does not know the network does better than one who does: its gradients hide the way",
+    ),
+    "white_box_against_square": (
+        0.02,
+        "a search without gradients finds what gradients do not: they are masked",
+    ),
+    "accuracy_at_large_epsilon": (
+        0.01,
+        "no network can be right there, so the attack does not find its way",
+    ),
+    "more_steps_not_weaker": (
+        0.01,
+        "the attack loses its way as it goes on: the loss surface is broken up",
+    ),
+    "more_steps_gain_little": (
+        0.03,
+        "the attack was stopped early; with more steps the reported robustness falls",
+    ),
+    "loss_has_settled": (
+        0.25,
+        "the loss still rises steeply when the attack ends; use more or longer steps",
+    ),
+    "gradients_do_not_vanish": (
+        0.01,
+        "gradient attacks stand still on these images and call them robust",
+    ),
+    "restarts_gain_little": (
+        0.05,
+        "where the attack begins decides what it finds: the loss surface is rough, and one start overstates robustness",
+    ),
+    "cross_entropy_against_margin": (
+        0.05,
+        "the softmax saturates and hides the gradient; large logits make the cross-entropy a poor guide",
+    ),
+    "bfloat16_agrees_with_float32": (
+        0.97,
+        "predictions hang on rounding: small numerical noise stands in for robustness",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -88,77 +85,77 @@ class Subject:
         """A generator in the same state each time: attacks that are compared begin at the same points."""
         return generator(self.images.device, self.seed)
 
-    def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Images and labels, a forward pass at a time."""
-        return list(zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True))
+    def batches(self, images: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Batches of images (by default the clean ones) and labels."""
+        images = self.images if images is None else images
+        return list(zip(images.split(self.batch_size), self.labels.split(self.batch_size), strict=True))
 
     def accuracy(self, logits_fn: LogitsFn) -> float:
         """Share of clean images that a network classifies correctly."""
         with torch.no_grad():
-            return share_of(self.over_batches(lambda x, y: logits_fn(x).argmax(1) == y, self.images))
+            return mean_of(torch.cat([logits_fn(x).argmax(1) == y for x, y in self.batches()]))
 
-    def fates(self, attack: Attack, crafted_on: LogitsFn | None = None) -> Tensor:
+    def broken_at(self, attack: Attack, crafted_on: LogitsFn | None = None) -> Tensor:
         """Which restart breaks each image first (N,)."""
         random = self.random()
-        return torch.cat([restart_fates(self.logits_fn, x, y, attack, random, crafted_on) for x, y in self.batches()])
+        return torch.cat(
+            [attack_images(self.logits_fn, x, y, attack, random, crafted_on).broken_at for x, y in self.batches()]
+        )
 
     def standing(self, attack: Attack, crafted_on: LogitsFn | None = None) -> float:
         """Share of images that stand."""
-        return share_of(self.fates(attack, crafted_on) == STANDS)
+        return mean_of(self.broken_at(attack, crafted_on) == UNBROKEN)
 
     def attacked(self, attack: Attack) -> Tensor:
         """Images (N, C, H, W) after one start."""
         random = self.random()
         return torch.cat([craft(self.logits_fn, x, y, attack, random) for x, y in self.batches()])
 
-    def over_batches(self, measure: Callable[[Tensor, Tensor], Tensor], images: Tensor) -> Tensor:
-        """A measure of images and labels, batch by batch (N,)."""
-        parts = zip(images.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
-        return torch.cat([measure(x, y) for x, y in parts])
+    def loss(self, images: Tensor) -> float:
+        """Mean cross-entropy."""
+        with torch.no_grad():
+            losses = [F.cross_entropy(self.logits_fn(x), y, reduction="none") for x, y in self.batches(images)]
+        return mean_of(torch.cat(losses))
+
+    @staticmethod
+    def check(name: str, figure: float | None, statement: str) -> Check:
+        """Hold a figure against its threshold; None: the check was not run, for the reason stated."""
+        threshold, meaning = CHECKS[name]
+        outcome: Outcome = "not run"
+        if figure is not None:
+            passed = figure >= threshold if name == "bfloat16_agrees_with_float32" else figure <= threshold
+            outcome = "passed" if passed else "failed"
+        return Check(name, figure, threshold, outcome, statement, meaning)
 
 
-def single_step(subject: Subject, attack: Attack, iterative: float, limits: Thresholds) -> Check:
+def single_step(subject: Subject, attack: Attack, iterative: float) -> Check:
     """Iterative attacks should be at least as strong as a single step."""
     single = subject.standing(replace(attack, kind="fgsm"))
-    return _at_most(
-        "iterative_against_single_step",
-        iterative - single,
-        limits.weaker,
-        f"{iterative:.1%} stand after {attack.num_steps} steps, {single:.1%} after one",
-        "many small steps do worse than one large step: gradients near the images mislead",
-    )
+    statement = f"{iterative:.1%} stand after {attack.num_steps} steps, {single:.1%} after one"
+    return subject.check("iterative_against_single_step", iterative - single, statement)
 
 
-def transfer(
-    subject: Subject, attack: Attack, iterative: float, surrogate: nn.Module | str, limits: Thresholds
-) -> Check:
+def transfer(subject: Subject, attack: Attack, iterative: float, surrogate: nn.Module | str) -> Check:
     """White-box attacks should be at least as strong as attacks made on another network, or why there is none."""
-    name, meaning = (
-        "white_box_against_transfer",
-        "an attacker who does not know the network does better than one who does: its gradients hide the way",
-    )
+    name = "white_box_against_transfer"
     if isinstance(surrogate, str):
-        return _not_run(name, limits.weaker, surrogate, meaning)
+        return subject.check(name, None, surrogate)
     crafted_on = logits_of(surrogate)
     right, other = (subject.accuracy(logits_fn) for logits_fn in (subject.logits_fn, crafted_on))
     if other < _LEAST_SURROGATE * right:
         why = f"the surrogate classifies only {other:.1%} of the images correctly, the model {right:.1%}"
-        return _not_run(name, limits.weaker, why, meaning)
+        return subject.check(name, None, why)
     transferred = subject.standing(attack, crafted_on)
     statement = (
         f"{iterative:.1%} stand in the white box, {transferred:.1%} after transfer from a surrogate with "
         f"{other:.1%} clean accuracy"
     )
-    return _at_most(name, iterative - transferred, limits.weaker, statement, meaning)
+    return subject.check(name, iterative - transferred, statement)
 
 
-def square(subject: Subject, attack: Attack, standing: Tensor, queries: int, limits: Thresholds) -> Check:
+def square(subject: Subject, attack: Attack, standing: Tensor, queries: int) -> Check:
     """White-box attacks should leave little to a search without gradients."""
-    name, meaning = (
-        "white_box_against_square",
-        "a search without gradients finds what gradients do not: they are masked",
-    )
-    fell = 0
+    name, fell = "white_box_against_square", 0
     if standing.any():
         result = run_autoattack(
             subject.logits_fn,
@@ -172,71 +169,42 @@ def square(subject: Subject, attack: Attack, standing: Tensor, queries: int, lim
             square_queries=queries,
         )
         if "square" in result.left_out:
-            return _not_run(name, limits.square, result.left_out["square"], meaning)
+            return subject.check(name, None, result.left_out["square"])
         fell = int((~result.robust).sum())
     statement = (
         f"Square's {queries} queries break {fell} of {int(standing.sum())} images that the white-box attack leaves"
     )
-    return _at_most(name, fell / len(standing), limits.square, statement, meaning)
+    return subject.check(name, fell / len(standing), statement)
 
 
-def far(subject: Subject, attack: Attack, limits: Thresholds) -> Check:
+def far(subject: Subject, attack: Attack) -> Check:
     """With a radius that covers every image, nothing should stand."""
     # Within this radius lies mid-grey, whatever the image: nothing can be told there.
     pixels = math.prod(subject.images.shape[1:])
     radius = max(attack.epsilon, 0.5 if attack.norm == "linf" else 0.5 * math.sqrt(pixels))
     steps = max(50, attack.num_steps)
     share = subject.standing(replace(attack, epsilon=radius, step_size=radius / 10, num_steps=steps))
-    return _at_most(
-        "accuracy_at_large_epsilon",
-        share,
-        limits.far,
-        f"{share:.1%} stand at epsilon {radius:.3g}, where every image can be turned grey",
-        "no network can be right there, so the attack does not find its way",
-    )
+    statement = f"{share:.1%} stand at epsilon {radius:.3g}, where every image can be turned grey"
+    return subject.check("accuracy_at_large_epsilon", share, statement)
 
 
-def steps(subject: Subject, attack: Attack, iterative: float, limits: Thresholds) -> list[Check]:
+def steps(subject: Subject, attack: Attack, iterative: float) -> list[Check]:
     """More steps should neither lose nor gain much, and the loss should have settled."""
     longer = replace(attack, num_steps=4 * attack.num_steps)
     more = subject.standing(longer)
-
-    def loss(images: Tensor) -> float:
-        def measure(x: Tensor, y: Tensor) -> Tensor:
-            with torch.no_grad():
-                return F.cross_entropy(subject.logits_fn(x), y, reduction="none")
-
-        return float(subject.over_batches(measure, images).double().mean())
-
-    clean, now, then = loss(subject.images), loss(subject.attacked(attack)), loss(subject.attacked(longer))
+    clean, now, then = map(subject.loss, (subject.images, subject.attacked(attack), subject.attacked(longer)))
     rise = (then - now) / max(now - clean, 1e-12) if then > now else 0.0
     counts = f"{attack.num_steps} and {longer.num_steps} steps"
+    statement = f"{iterative:.1%} and {more:.1%} stand after {counts}"
+    losses = f"mean loss {clean:.3g} clean, {now:.3g} and {then:.3g} after {counts}"
     return [
-        _at_most(
-            "more_steps_not_weaker",
-            more - iterative,
-            limits.weaker,
-            f"{iterative:.1%} and {more:.1%} stand after {counts}",
-            "the attack loses its way as it goes on: the loss surface is broken up",
-        ),
-        _at_most(
-            "more_steps_gain_little",
-            iterative - more,
-            limits.more_steps,
-            f"{iterative:.1%} and {more:.1%} stand after {counts}",
-            "the attack was stopped early; with more steps the reported robustness falls",
-        ),
-        _at_most(
-            "loss_has_settled",
-            rise,
-            limits.rising_loss,
-            f"mean loss {clean:.3g} clean, {now:.3g} and {then:.3g} after {counts}",
-            "the loss still rises steeply when the attack ends; use more or longer steps",
-        ),
+        subject.check("more_steps_not_weaker", more - iterative, statement),
+        subject.check("more_steps_gain_little", iterative - more, statement),
+        subject.check("loss_has_settled", rise, losses),
     ]
 
 
-def gradients(subject: Subject, limits: Thresholds) -> Check:
+def gradients(subject: Subject) -> Check:
     """Gradients should not vanish."""
 
     def norms(images: Tensor, labels: Tensor) -> Tensor:
@@ -246,71 +214,41 @@ def gradients(subject: Subject, limits: Thresholds) -> Check:
             (gradient,) = torch.autograd.grad(total, images)
         return gradient.flatten(1).norm(dim=1)
 
-    lengths = subject.over_batches(norms, subject.images)
-    share = share_of((lengths == 0) | ~lengths.isfinite())
-    return _at_most(
-        "gradients_do_not_vanish",
-        share,
-        limits.zero_gradient,
-        f"{share:.1%} of the images have no gradient; the median length is {float(lengths.median()):.3g}",
-        "gradient attacks stand still on these images and call them robust",
-    )
+    lengths = torch.cat([norms(x, y) for x, y in subject.batches()])
+    share = mean_of((lengths == 0) | ~lengths.isfinite())
+    statement = f"{share:.1%} of the images have no gradient; the median length is {float(lengths.median()):.3g}"
+    return subject.check("gradients_do_not_vanish", share, statement)
 
 
-def restarts(subject: Subject, attack: Attack, limits: Thresholds) -> Check:
+def restarts(subject: Subject, attack: Attack) -> Check:
     """Restarts should gain little."""
-    fates = subject.fates(replace(attack, num_restarts=10, random_start=True))
-    first, last = share_of((fates == STANDS) | (fates > 1)), share_of(fates == STANDS)
-    return _at_most(
-        "restarts_gain_little",
-        first - last,
-        limits.restarts,
-        f"{first:.1%} stand after one start, {last:.1%} after ten",
-        "where the attack begins decides what it finds: the loss surface is rough, and one start overstates robustness",
-    )
+    broken_at = subject.broken_at(replace(attack, num_restarts=10, random_start=True))
+    first, last = mean_of((broken_at == UNBROKEN) | (broken_at > 1)), mean_of(broken_at == UNBROKEN)
+    statement = f"{first:.1%} stand after one start, {last:.1%} after ten"
+    return subject.check("restarts_gain_little", first - last, statement)
 
 
-def margin(subject: Subject, attack: Attack, iterative: float, limits: Thresholds) -> Check:
+def margin(subject: Subject, attack: Attack, iterative: float) -> Check:
     """The choice of the loss should matter little."""
     margin = subject.standing(replace(attack, kind="cw"))
-    return _at_most(
-        "cross_entropy_against_margin",
-        iterative - margin,
-        limits.margin,
-        f"{iterative:.1%} stand when the cross-entropy is ascended, {margin:.1%} when the logit margin is",
-        "the softmax saturates and hides the gradient; large logits make the cross-entropy a poor guide",
-    )
+    statement = f"{iterative:.1%} stand when the cross-entropy is ascended, {margin:.1%} when the logit margin is"
+    return subject.check("cross_entropy_against_margin", iterative - margin, statement)
 
 
-def bfloat16(subject: Subject, attack: Attack, limits: Thresholds) -> Check:
+def bfloat16(subject: Subject, attack: Attack) -> Check:
     """Rounding should not matter."""
-    attacked = subject.attacked(attack)
 
-    def agrees(images: Tensor, _: Tensor) -> Tensor:
+    def agrees(images: Tensor) -> Tensor:
         with torch.no_grad():
             exact = subject.logits_fn(images).argmax(1)
             with autocast("bfloat16", images.device):
                 return subject.logits_fn(images).argmax(1) == exact
 
-    share = share_of(subject.over_batches(agrees, attacked))
-    return Check(
-        "bfloat16_agrees_with_float32",
-        share,
-        limits.bfloat16,
-        "passed" if share >= limits.bfloat16 else "failed",
-        f"both predict the same class on {share:.1%} of the attacked images",
-        "predictions hang on rounding: small numerical noise stands in for robustness",
-    )
+    share = mean_of(torch.cat([agrees(x) for x, _ in subject.batches(subject.attacked(attack))]))
+    statement = f"both predict the same class on {share:.1%} of the attacked images"
+    return subject.check("bfloat16_agrees_with_float32", share, statement)
 
 
-def _at_most(name: str, figure: float, threshold: float, statement: str, meaning: str) -> Check:
-    return Check(name, figure, threshold, "passed" if figure <= threshold else "failed", statement, meaning)
-
-
-def _not_run(name: str, threshold: float, why: str, meaning: str) -> Check:
-    return Check(name, None, threshold, "not run", why, meaning)
-
-
-def share_of(flags: Tensor) -> float:
-    """The share of True (N,)."""
-    return float(flags.double().mean())
+def mean_of(values: Tensor) -> float:
+    """Mean of numbers, share of True, of (N,)."""
+    return float(values.double().mean())

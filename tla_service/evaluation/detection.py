@@ -17,17 +17,10 @@ import torch
 
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
+from tla_service.evaluation.intervals import share_of
 from tla_service.evaluation.neighbours import Metric, neighbour_score
-from tla_service.inference.detector import Detector, Integers, Rule, Scores, unit_rows
-
-__all__ = [
-    "DetectionResult",
-    "Detector",
-    "detect_misclassified",
-    "fit_detector",
-    "measure_detection",
-    "threshold_for",
-]
+from tla_service.evaluation.results import DetectionScore, ShippedDetection
+from tla_service.inference.detector import Detector, Integers, Rejector, Rule, Scores, unit_rows
 
 Covariance = Literal["full", "tied", "diagonal"]
 Shrinkage = Literal["ledoit_wolf", "none"]
@@ -35,36 +28,27 @@ Correct = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class DetectionResult:
+class RocCurve:
     """How well a score tells correctly classified images (positives) from misclassified ones.
 
     Attributes:
-        auc: Area under the ROC curve in [0, 1]; NaN where undefined.
-        low: Lower end of the 95% interval, NaN likewise.
-        high: Its upper end.
+        score: The area under the curve.
         num_correct: Correctly classified images.
         num_wrong: Misclassified images.
         false_accepts: Share of misclassified images accepted at each threshold, ascending; empty where undefined.
         true_accepts: Share of correctly classified images accepted.
-        thresholds: Scores from which on an image is accepted; the first is infinite.
-        reason: Why the AUC is undefined, or empty.
     """
 
-    auc: float
-    low: float
-    high: float
+    score: DetectionScore
     num_correct: int
     num_wrong: int
     false_accepts: Scores
     true_accepts: Scores
-    thresholds: Scores
-    reason: str = ""
 
 
 def fit_detector(
     training: Embedded,
     *,
-    attacked: Embedded | None = None,
     covariance: Covariance = "full",
     shrinkage: Shrinkage = "ledoit_wolf",
     normalize: bool = True,
@@ -73,28 +57,25 @@ def fit_detector(
 ) -> Detector:
     """Fit one Gaussian to each class that has training images, by true class.
 
+    A class with a single image takes the shared covariance: one point has none of its own.
+
     Args:
         training: Embedded natural training images.
-        attacked: Attacked training images to fit to as well; the default fits to natural ones only.
         covariance: `full` gives each class its own, `diagonal` its own variances, `tied` one that all share, around
             their own means: its memory does not grow with the classes.
         shrinkage: `ledoit_wolf` draws a covariance that is not diagonal towards a multiple of the identity, as a class
             with fewer images than dimensions needs; `none` takes it as it is.
-        normalize: Scale embeddings to length one: the learned metric is blind to length.
+        normalize: Scale embeddings to length one: the learned metric ignores length.
         rule: Whose log density is the score. The paper's is the likeliest class's.
         variance_floor: Added to every variance, as a share of the mean variance within classes, so that units which
             never vary have a density. Above 0.
 
-    Returns:
-        The detector. A class with a single image takes the shared covariance: one point has none of its own.
-
     Raises:
         ConfigError: No class varies at all, so that there is nothing to fit.
     """
-    images = training if attacked is None else Embedded.joined(training, attacked)
-    rows = unit_rows(images.embeddings) if normalize else images.embeddings.astype(np.float64)
-    classes, place, counts = np.unique(images.labels, return_inverse=True, return_counts=True)
-    means = np.stack([rows[images.labels == klass].mean(0) for klass in classes])
+    rows = unit_rows(training.embeddings) if normalize else training.embeddings.astype(np.float64)
+    classes, place, counts = np.unique(training.labels, return_inverse=True, return_counts=True)
+    means = np.stack([rows[training.labels == klass].mean(0) for klass in classes])
     within = rows - means[place]
     mean_variance = float((within**2).mean())
     if mean_variance <= np.finfo(np.float64).eps * float((rows**2).mean()):
@@ -121,9 +102,6 @@ def threshold_for(scores: Scores, correct: Correct, false_rejection_rate: float)
         correct: Whether each is classified correctly (N,).
         false_rejection_rate: Share of correctly classified images that may be rejected, in [0, 1).
 
-    Returns:
-        The threshold: a score of one of the images.
-
     Raises:
         ConfigError: The rate is outside [0, 1), or no image is classified correctly.
     """
@@ -138,20 +116,18 @@ def threshold_for(scores: Scores, correct: Correct, false_rejection_rate: float)
 
 def measure_detection(
     scores: Scores, correct: Correct, *, seed: int, images: Integers | None = None, num_resamples: int = 1000
-) -> DetectionResult:
+) -> RocCurve:
     """ROC curve and AUC of a score, with a 95% bootstrap interval.
 
+    Where all rows are right or all are wrong, there is no curve but the reason.
+
     Args:
-        scores: Higher is more trustworthy (N,), finite.
+        scores: Higher is more trustworthy (N,); ValueError if not finite.
         correct: Whether each row is classified correctly (N,): the positives.
         seed: Fixes the bootstrap.
         images: Which image each row shows (N,). Rows of one image, clean and attacked, are drawn together: they are
             not independent. By default each row is an image of its own.
         num_resamples: Draws of the bootstrap (percentile interval); 0 for no interval.
-
-    Returns:
-        The curve; without one, and with the reason, where all rows are right or all are wrong. Scores that are not
-        finite raise ValueError.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -161,10 +137,11 @@ def measure_detection(
     if right == 0 or wrong == 0:
         which = "every image is" if right else "none of the images is"
         reason = f"{which} classified correctly ({right} of {len(correct)}): there is nothing to tell apart"
-        none = np.empty(0)
-        return DetectionResult(np.nan, np.nan, np.nan, right, wrong, none, none, none, reason)
-    interval = _bootstrap(scores, correct, images, num_resamples, seed)
-    return DetectionResult(float(roc_auc_score(correct, scores)), *interval, right, wrong, *roc_curve(correct, scores))
+        return RocCurve(DetectionScore(None, None, None, reason), right, wrong, np.empty(0), np.empty(0))
+    low, high = _bootstrap(scores, correct, images, num_resamples, seed)
+    false_accepts, true_accepts, _ = roc_curve(correct, scores)
+    score = DetectionScore(float(roc_auc_score(correct, scores)), low, high)
+    return RocCurve(score, right, wrong, false_accepts, true_accepts)
 
 
 def detect_misclassified(
@@ -177,8 +154,11 @@ def detect_misclassified(
     k: int = 50,
     metric: Metric = "angular",
     num_resamples: int = 1000,
-) -> dict[str, DetectionResult]:
-    """Measure the detector and the baselines on natural and attacked test images together.
+) -> dict[str, RocCurve]:
+    """Measure the detector and the baselines on natural and attacked test images together, by score.
+
+    Scores are `gaussian` (with the detector's rule), `max_softmax` and `neighbours`, the distance to the k-th nearest
+    row of the bank.
 
     Args:
         detector: Fitted to training images.
@@ -186,12 +166,9 @@ def detect_misclassified(
         natural: Embedded test images.
         adversarial: The same images attacked, row by row (ValueError if not); the paper exceeds the training epsilon.
         seed: Fixes the bootstrap.
-        k: Neighbour whose distance is the k-NN score.
-        metric: That distance.
+        k: Which neighbour.
+        metric: The distance.
         num_resamples: Draws of the bootstrap.
-
-    Returns:
-        Results by score: `gaussian` (with the detector's rule), `max_softmax`, `neighbours`.
     """
     if not np.array_equal(natural.labels, adversarial.labels):
         raise ValueError("natural and adversarial images differ in their labels: give the same images in one order")
@@ -203,6 +180,18 @@ def detect_misclassified(
     }
     measured = partial(measure_detection, correct=both.correct, seed=seed, images=images, num_resamples=num_resamples)
     return {name: measured(values) for name, values in scores.items()}
+
+
+def shipped_detection(rejector: Rejector, both: Embedded, seed: int) -> ShippedDetection:
+    """A model's own detector on natural images, then the same attacked, at its own threshold."""
+    scores, images = rejector.detector.score(both), np.tile(np.arange(len(both) // 2), 2)
+    rejected = scores < rejector.threshold
+    return ShippedDetection(
+        **vars(measure_detection(scores, both.correct, seed=seed, images=images).score),
+        threshold=rejector.threshold,
+        false_rejections=share_of(rejected[both.correct]),
+        detected=share_of(rejected[~both.correct]),
+    )
 
 
 def _factor(centred: Scores, covariance: Covariance, shrinkage: Shrinkage, lowest: float) -> Scores:
@@ -221,7 +210,7 @@ def _factor(centred: Scores, covariance: Covariance, shrinkage: Shrinkage, lowes
 
 def _bootstrap(
     scores: Scores, correct: Correct, images: Integers | None, num_resamples: int, seed: int
-) -> tuple[float, float]:
+) -> tuple[float, float] | tuple[None, None]:
     """The middle 95% of AUCs over images drawn anew; a draw without both outcomes is left out."""
     groups = np.arange(len(scores)) if images is None else np.unique(images, return_inverse=True)[1]
     # AUC by ranks: sorting once instead of at every draw makes a thousand draws take seconds.
@@ -235,6 +224,6 @@ def _bootstrap(
             below = np.cumsum(wrong) - wrong / 2
             found.append(float((right * below).sum() / (right.sum() * wrong.sum())))
     if not found:
-        return np.nan, np.nan
+        return None, None
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)

@@ -1,7 +1,7 @@
 """Where a network puts images: embeddings and logits of clean and of attacked images, in float32."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -12,9 +12,12 @@ from torch import nn
 from tla_service.attacks import Attack, LogitsFn, attack_images, craft
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
-from tla_service.evaluation.mode import evaluating, float32
+from tla_service.evaluation.intervals import BoolArray
+from tla_service.evaluation.mode import evaluating, float32, logits_of
+from tla_service.evaluation.outcomes import Arrays, IntArray
+from tla_service.evaluation.shards import Shard
 from tla_service.inference.detector import Floats, Integers
-from tla_service.runtime import generator
+from tla_service.runtime import generator, mixed_seed
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,6 @@ class Embedded:
         labels: True classes (N,), int64.
 
     Raises:
-        ValueError: The numbers of rows differ, or an array has the wrong number of dimensions.
         ConfigError: Embeddings or logits are not finite: no measure of them would mean anything.
     """
 
@@ -80,20 +82,16 @@ class Embedded:
 
 
 def embed(network: nn.Module, batches: Iterable[Batch]) -> Embedded:
-    """Embed images as they are.
+    """Embed images as they are, in the order given.
 
     The network runs in eval mode and float32, also under a surrounding autocast; its mode is restored afterwards.
     Memory holds one batch and the (N, D + K) result, never the images.
 
     Args:
         network: The bare network, on the batches' device.
-        batches: Images in the order wanted.
-
-    Returns:
-        The embedded images, in the order given.
+        batches: At least one.
 
     Raises:
-        ValueError: There is no image.
         ConfigError: Embeddings or logits are not finite.
     """
     with evaluating(network), float32(_device(network)):
@@ -106,39 +104,35 @@ def embed_attacked(
     attack: Attack,
     seed: int,
     *,
-    attack_wrong: bool = True,
     keep_images: int = 0,
 ) -> tuple[Embedded, Floats | None]:
-    """Attack images and embed the result.
+    """Attack images and embed the result, in the order given.
+
+    Images that are misclassified when clean are attacked once: a shift or a score measured on them would otherwise be
+    that of clean images.
 
     Args:
         network: The bare network, on the batches' device.
-        batches: Clean images in the order wanted.
+        batches: Clean images.
         attack: The adversary; among restarts, an image keeps its worst.
         seed: Fixes the random starts, together with the division into batches.
-        attack_wrong: Whether images that the network gets wrong when clean are attacked as well, once. For accuracy
-            alone they need not be, but a shift or a score measured on them would be that of clean images.
         keep_images: How many of the first attacked images to return; this bounds the memory they take.
 
     Returns:
-        The embedded adversarial images in the order given, with the true classes as labels; and the first of them,
+        The embedded adversarial images, with the true classes as labels; and the first of them,
         (min(keep_images, N), C, H, W), float32 in [0, 1], or None where `keep_images` is 0.
 
     Raises:
-        ValueError: There is no image.
         ConfigError: Embeddings or logits are not finite.
     """
     kept: list[Floats] = []
-
-    def logits_fn(images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = network(images).logits
-        return logits
+    logits_fn = logits_of(network)
 
     def attacked() -> Iterator[Embedded]:
         room = keep_images
         for index, batch in enumerate(batches):
             random = generator(batch.images.device, seed, index)
-            images = _attack(logits_fn, batch, attack, random, attack_wrong=attack_wrong)
+            images = _attack(logits_fn, batch, attack, random)
             if room > 0:
                 kept.append(images[:room].float().cpu().numpy())
                 room -= len(kept[-1])
@@ -149,16 +143,12 @@ def embed_attacked(
     return embedded, np.concatenate(kept) if kept else None
 
 
-def _attack(
-    logits_fn: LogitsFn, batch: Batch, attack: Attack, random: torch.Generator, *, attack_wrong: bool
-) -> torch.Tensor:
-    adversarial, _ = attack_images(logits_fn, batch.images, batch.labels, attack, random)
-    if attack_wrong:
-        with torch.no_grad():
-            wrong = (logits_fn(batch.images).argmax(1) != batch.labels).nonzero().squeeze(1)
-        if len(wrong):
-            adversarial[wrong] = craft(logits_fn, batch.images[wrong], batch.labels[wrong], attack, random)
-    return adversarial
+def _attack(logits_fn: LogitsFn, batch: Batch, attack: Attack, random: torch.Generator) -> torch.Tensor:
+    attacked = attack_images(logits_fn, batch.images, batch.labels, attack, random)
+    wrong = (attacked.broken_at == 0).nonzero().squeeze(1)
+    if len(wrong):
+        attacked.images[wrong] = craft(logits_fn, batch.images[wrong], batch.labels[wrong], attack, random)
+    return attacked.images
 
 
 def _device(network: nn.Module) -> torch.device:
@@ -178,3 +168,46 @@ def _collect(parts: Iterable[Embedded]) -> Embedded:
     if not found:
         raise ValueError("there are no images to embed; give at least one batch")
     return Embedded.joined(*found)
+
+
+@dataclass(frozen=True)
+class EmbeddedImages:
+    """Embedded images, their numbers in their set (N,), and the pixels (n, C, H, W) in [0, 1] of the first n."""
+
+    embedded: Embedded
+    rows: IntArray
+    pixels: Floats
+
+    def only(self, chosen: BoolArray) -> Self:
+        """The images that are chosen (N,)."""
+        where = chosen.nonzero()[0]
+        pixels = self.pixels[chosen[: len(self.pixels)]]
+        return replace(self, embedded=self.embedded.subset(where), rows=self.rows[where], pixels=pixels)
+
+
+@dataclass(frozen=True)
+class EmbeddingMeasurement:
+    """Embeddings and logits of images, natural or attacked; merged to EmbeddedImages."""
+
+    attack: Attack | None
+    seed: int
+    batch_size: int
+    keep_images: int = 0
+
+    def run(self, shard: Shard) -> Arrays:
+        """See `Measurement`."""
+        batches = shard.batches(self.batch_size)
+        kept: Floats | None = None
+        if self.attack is None:
+            found = embed(shard.network, batches)
+        else:
+            seed = mixed_seed(self.seed, int(shard.rows[0]))
+            found, kept = embed_attacked(shard.network, batches, self.attack, seed, keep_images=self.keep_images)
+        pixels = np.empty((0, *shard.images.shape[1:]), np.float32) if kept is None else kept
+        return {**vars(found), "rows": shard.rows, "pixels": pixels}
+
+    def merge(self, parts: Sequence[Arrays]) -> EmbeddedImages:
+        """See `Measurement`."""
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        embedded = Embedded(joined["embeddings"], joined["logits"], joined["labels"])
+        return EmbeddedImages(embedded, joined["rows"], joined["pixels"])

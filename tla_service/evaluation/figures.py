@@ -36,13 +36,9 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     training chooses it.
 
     Args:
-        history: One mapping an epoch with ``epoch`` (0, 1, ...) and what was measured then: ``train/loss``,
-            ``train/cross_entropy``, ``train/triplet``, ``train/norm``, and ``validation/clean_accuracy``,
-            ``validation/robust_accuracy`` as fractions. What is missing or not finite is not drawn.
+        history: One mapping per epoch with ``epoch`` (0, 1, ...) and metrics by their names in a run. What is missing
+            or not finite is not drawn. An empty one raises ValueError.
         path: PNG file to write; its folder is made.
-
-    Raises:
-        ValueError: The history is empty.
     """
     if not history:
         raise ValueError("the history is empty; draw after at least one epoch")
@@ -75,21 +71,11 @@ def attack_panel(
     class_names: Sequence[str],
     path: Path,
 ) -> None:
-    """Draw a row an image: clean, perturbation, adversarial, with what the network says of the first and the last.
+    """Draw a row per image: clean, perturbation, adversarial, with the predictions on the first and the last.
 
-    Perturbations are drawn around mid-grey, all amplified by one factor, which the heading names.
-
-    Args:
-        clean: Images (N,C,H,W) in [0, 1]; C is 1 or 3.
-        adversarial: The same images attacked.
-        labels: True classes (N,).
-        clean_predictions: Predicted classes of the clean images (N,).
-        adversarial_predictions: Predicted classes of the attacked images (N,).
-        class_names: Names by class.
-        path: PNG file to write; its folder is made.
-
-    Raises:
-        ValueError: There is no image, or the shapes differ.
+    Perturbations are drawn around mid-grey, all amplified by one factor, which the heading names. Images are
+    (N, C, H, W) in [0, 1], with one or three channels; labels and predictions are (N,). No image, or images of other
+    shapes, raise ValueError.
     """
     if len(clean) == 0 or clean.shape != adversarial.shape:
         raise ValueError(f"images {clean.shape} and {adversarial.shape}: give at least one, in equal shapes")
@@ -109,11 +95,7 @@ def attack_panel(
         ):
             _show(axes, image)
             if prediction is not None:
-                right = prediction == truth
-                text = f"{'✓' if right else '✗'} {class_names[prediction]}"
-                axes.set_xlabel(
-                    text, color=_BLUE if right else _ORANGE, fontsize=9, fontweight="normal" if right else "bold"
-                )
+                _judge(axes, class_names[prediction], right=prediction == truth)
         grid[row][0].set_ylabel(f"true: {class_names[truth]}", fontsize=9)
     for axes, heading in zip(grid[0], headings, strict=True):
         axes.set_title(heading, fontsize=10)
@@ -182,11 +164,27 @@ def _frame(axes: "Axes", epochs: Sequence[float]) -> None:
         room = 0.03 * (max(epochs) - min(epochs))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.set_xlim(min(epochs) - room, max(epochs) + room)
-    axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)
+    _plain(axes)
+    if axes.get_legend_handles_labels()[0]:
+        _legend(axes)
+
+
+def _plain(axes: "Axes", grid: Any = "both") -> None:
+    axes.grid(visible=True, axis=grid, color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(facecolor="white", edgecolor="none", framealpha=0.85, fontsize=8.5, loc="best", handlelength=3.2)
+
+
+def _legend(axes: "Axes") -> None:
+    axes.legend(facecolor="white", edgecolor="none", framealpha=0.85, fontsize=8.5, loc="best", handlelength=3.2)
+
+
+def _judge(axes: "Axes", name: str, *, right: bool) -> str:
+    """Write a prediction below an image; gives the colour that says whether it is right."""
+    colour = _BLUE if right else _ORANGE
+    text = f"{'✓' if right else '✗'} {name}"
+    axes.set_xlabel(text, color=colour, fontsize=9, fontweight="normal" if right else "bold")
+    return colour
 
 
 def _percent() -> Any:

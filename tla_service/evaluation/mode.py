@@ -1,11 +1,13 @@
-"""The state that every evaluation runs in: eval mode, and float32 whatever the process's settings."""
+"""What every evaluation runs on: eval mode, float32 whatever the process's settings, logits, images as pixels."""
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tla_service.attacks import LogitsFn
+from tla_service.data.augmentation import to_unit
 from tla_service.runtime import autocast
 
 
@@ -37,3 +39,19 @@ def evaluating(*networks: nn.Module | None) -> Iterator[None]:
     finally:
         for network, was_training in before:
             network.train(was_training)
+
+
+def logits_of(network: nn.Module) -> LogitsFn:
+    """A network's logits as a function of images."""
+
+    def logits(images: Tensor) -> Tensor:
+        result: Tensor = network(images).logits
+        return result
+
+    return logits
+
+
+def as_pixels(images: Tensor, device: torch.device) -> Tensor:
+    """Images as float32 in [0, 1] on the device; uint8 counts to 255."""
+    images = images.to(device)
+    return to_unit(images) if images.dtype == torch.uint8 else images.float()

@@ -1,6 +1,5 @@
 """The learned metric at work: k-NN accuracy and nearest-neighbour retrieval (Mao et al. 2019, Table 4 and Fig. 4)."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -9,6 +8,8 @@ import torch
 
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
+from tla_service.evaluation.intervals import share_of
+from tla_service.evaluation.results import Share
 from tla_service.inference.detector import Floats, Integers
 from tla_service.triplets import cosine_similarity
 
@@ -18,55 +19,14 @@ Metric = Literal["angular", "cosine", "euclidean"]
 _PAIRS_AT_ONCE = 1 << 24
 
 
-@dataclass(frozen=True)
-class NeighbourAccuracy:
-    """How often the neighbours' vote is right.
-
-    Attributes:
-        accuracy: Share of queries that the vote gets right, in [0, 1].
-        low: Lower end of the 95% interval (Wilson).
-        high: Its upper end.
-        num_queries: Number of queries.
-    """
-
-    accuracy: float
-    low: float
-    high: float
-    num_queries: int
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """The nearest images of the bank for queries shown clean and attacked.
-
-    Attributes:
-        queries: Rows of the queries among the test images (Q,).
-        labels: Their true classes (Q,).
-        clean_neighbours: Rows of the bank nearest to each clean query (Q, n), nearest first.
-        attacked_neighbours: The same for each attacked query.
-        clean_classes: Classes of `clean_neighbours` (Q, n).
-        attacked_classes: Classes of `attacked_neighbours` (Q, n).
-    """
-
-    queries: Integers
-    labels: Integers
-    clean_neighbours: Integers
-    attacked_neighbours: Integers
-    clean_classes: Integers
-    attacked_classes: Integers
-
-
 def distances(first: torch.Tensor, second: torch.Tensor, metric: Metric = "angular") -> torch.Tensor:
-    """Distances of all pairs.
+    """Distances of all pairs (N, M).
 
     Args:
         first: Embeddings (N, D).
         second: Embeddings (M, D).
         metric: `angular` is the learned metric D = 1 - |cos| (Mao et al. 2019, section 4), in [0, 1]; `cosine` is
             1 - cos, in [0, 2]; `euclidean` takes the embeddings as they are. An all-zero embedding has cosine 0.
-
-    Returns:
-        Distances (N, M).
     """
     if metric == "euclidean":
         # By matrix products, a dozen times as fast; in float64, for they lose the small distances of tight clusters.
@@ -77,13 +37,7 @@ def distances(first: torch.Tensor, second: torch.Tensor, metric: Metric = "angul
 
 
 def nearest(queries: Floats, bank: Floats, count: int, *, metric: Metric = "angular") -> tuple[Integers, Floats]:
-    """The nearest rows of a bank, exactly.
-
-    Args:
-        queries: Embeddings (M, D), finite.
-        bank: Embeddings (N, D), finite.
-        count: Neighbours wanted, in [1, N].
-        metric: The distance; see :func:`distances`.
+    """The `count` nearest rows of a bank (N, D) for queries (M, D), exactly.
 
     Returns:
         Rows of the bank (M, count), nearest first, the lower row first of equals; and their distances (M, count).
@@ -109,13 +63,7 @@ def nearest(queries: Floats, bank: Floats, count: int, *, metric: Metric = "angu
 
 
 def neighbour_votes(queries: Floats, bank: Embedded, *, k: int = 50, metric: Metric = "angular") -> Integers:
-    """Classify by a vote of the `k` nearest training images, each with one voice.
-
-    Args:
-        queries: Embeddings (M, D).
-        bank: Embedded training images; their true classes vote.
-        k: Number of neighbours; the paper's is 50.
-        metric: The distance; the paper does not name its own.
+    """Classify embeddings (M, D) by a vote of the `k` nearest training images (the paper's k is 50).
 
     Returns:
         Classes (M,); of classes with equal votes, the one whose neighbour is nearest.
@@ -129,59 +77,31 @@ def neighbour_votes(queries: Floats, bank: Embedded, *, k: int = 50, metric: Met
     return classes[np.arange(len(classes)), leads.argmax(1)]
 
 
-def neighbour_accuracy(
-    queries: Embedded, bank: Embedded, *, k: int = 50, metric: Metric = "angular"
-) -> NeighbourAccuracy:
+def neighbour_accuracy(queries: Embedded, bank: Embedded, *, k: int = 50, metric: Metric = "angular") -> Share:
     """Accuracy of the k-NN classifier on embeddings (Mao et al. 2019, Table 4).
 
-    The paper names neither the bank nor the distance: here the bank is what is given, the clean training images, and
-    the distance is the learned metric.
-
-    Args:
-        queries: Embedded clean or attacked test images, at least one.
-        bank: Embedded training images.
-        k: Number of neighbours.
-        metric: The distance.
-
-    Returns:
-        The accuracy with its 95% interval.
+    The paper names neither the bank nor the distance: here the bank is the clean training images, and the distance is
+    the learned metric.
 
     Raises:
         ValueError: There is no query.
         ConfigError: The bank has fewer than `k` images.
     """
-    from scipy.stats import binomtest
-
     if len(queries) == 0:
         raise ValueError("there are no queries; give at least one")
-    right = int((neighbour_votes(queries.embeddings, bank, k=k, metric=metric) == queries.labels).sum())
-    interval = binomtest(right, len(queries)).proportion_ci(0.95, method="wilson")
-    return NeighbourAccuracy(right / len(queries), float(interval.low), float(interval.high), len(queries))
+    return share_of(neighbour_votes(queries.embeddings, bank, k=k, metric=metric) == queries.labels)
 
 
 def neighbour_score(
     images: Embedded, bank: Embedded, *, k: int = 50, metric: Metric = "angular"
 ) -> npt.NDArray[np.float64]:
-    """How near training images are, to detect errors by: a baseline (Sun et al. 2022), not the paper's.
-
-    Returns:
-        Minus the distance to the k-th nearest row of the bank (N,).
-    """
+    """Minus the distance to the k-th nearest row of the bank (N,): a baseline to detect errors by (Sun et al. 2022)."""
     _, found = nearest(images.embeddings, bank.embeddings, k, metric=metric)
     return -found[:, -1].astype(np.float64)
 
 
 def pick_queries(clean: Embedded, count: int, seed: int) -> Integers:
-    """Choose queries by chance among images that are right when clean, classes in turn, blind to the attack.
-
-    Args:
-        clean: Embedded clean test images.
-        count: Queries wanted.
-        seed: Fixes the choice.
-
-    Returns:
-        Rows (n,), n <= count: fewer where fewer images are right.
-    """
+    """Rows of at most `count` images that are right when clean: drawn blind to the attack, classes in turn."""
     shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(clean.correct))
     labels = clean.labels[shuffled]
     turn = np.empty(len(shuffled), np.int64)
@@ -189,38 +109,6 @@ def pick_queries(clean: Embedded, count: int, seed: int) -> Integers:
         members = np.flatnonzero(labels == klass)
         turn[members] = np.arange(len(members))
     return shuffled[np.lexsort((labels, turn))[:count]]
-
-
-def retrieve(
-    clean: Embedded,
-    attacked: Embedded,
-    bank: Embedded,
-    queries: Integers,
-    *,
-    count: int = 3,
-    metric: Metric = "angular",
-) -> Retrieval:
-    """Find the nearest training images of queries shown clean and attacked (Mao et al. 2019, Fig. 4).
-
-    Args:
-        clean: Embedded clean test images.
-        attacked: The same images attacked, row by row.
-        bank: Embedded training images (the paper does not name its gallery).
-        queries: Rows to show (Q,).
-        count: Neighbours a query; the paper shows 3.
-        metric: The distance; the paper does not name its own.
-
-    Returns:
-        Rows and classes of the neighbours.
-
-    Raises:
-        ValueError: `clean` and `attacked` are not the same images.
-    """
-    if not np.array_equal(clean.labels, attacked.labels):
-        raise ValueError("clean and attacked images differ in their labels: give the same images in the same order")
-    before, _ = nearest(clean.embeddings[queries], bank.embeddings, count, metric=metric)
-    after, _ = nearest(attacked.embeddings[queries], bank.embeddings, count, metric=metric)
-    return Retrieval(queries, clean.labels[queries], before, after, bank.labels[before], bank.labels[after])
 
 
 def _smallest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

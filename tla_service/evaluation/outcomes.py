@@ -1,7 +1,4 @@
-"""Each image's fate under each attack, as plain arrays.
-
-Shards are merged, kept for a rerun, and compared between models image by image.
-"""
+"""Per-image results of attacks as plain arrays, merged over shards and kept in files."""
 
 import json
 from collections.abc import Sequence
@@ -13,24 +10,17 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
+from tla_service.attacks import UNBROKEN
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.evaluation.intervals import BoolArray, PairedDifference, paired_difference
+from tla_service.evaluation.intervals import BoolArray
 from tla_service.files import whole_file
 
 IntArray = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
-STANDS = -1
 
 
 class AutoAttackRun(NamedTuple):
-    """How AutoAttack was run.
-
-    Attributes:
-        version: The package's: ``standard``, ``plus`` or ``rand``.
-        norm: Norm of the perturbations.
-        epsilon: Radius.
-        stages: Its parts that ran, in their order.
-    """
+    """How AutoAttack was run: version of the package's protocol, norm, radius, and the stages that ran, in order."""
 
     version: str
     norm: str
@@ -40,17 +30,17 @@ class AutoAttackRun(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardOutcome:
-    """The fate of some images.
+    """Per-image results of attacks on some images.
 
     Attributes:
         indices: Number of each image in its test set (N,).
         labels: True classes (N,).
-        broken_at: By attack, (N,): 0 where the network is wrong before any attack, r where the r-th restart (or the
-            r-th of AutoAttack's ``ALL_STAGES``) broke the image, STANDS where none did. ``clean`` is among the attacks.
+        broken_at: By attack, ``clean`` among them, (N,): 0 where the image is misclassified without an attack, r where
+            the r-th restart (or the r-th of AutoAttack's ``ALL_STAGES``) broke it, `UNBROKEN` where none did.
         left_out: AutoAttack's stages that could not run on this network, and why.
         autoattack: How AutoAttack was run; None where it was not, or by a version that did not record it.
         gate: Which images are set aside for the promotion gate (N,); None where that is not recorded.
-        warnings: What AutoAttack says of this network, such as that it seems randomised; each once.
+        warnings: AutoAttack's warnings about this network, such as that it seems randomised; each once.
     """
 
     indices: IntArray
@@ -68,10 +58,10 @@ class ShardOutcome:
         return replace(self, indices=self.indices[chosen], labels=self.labels[chosen], broken_at=broken_at, gate=gate)
 
     def standing(self, attack: str, restarts: int | None = None) -> BoolArray:
-        """Whether each image is still classified right (N,).
+        """Whether each image is still classified correctly under an attack, or ``clean`` (N,).
 
         Args:
-            attack: Its name; ``clean`` for no attack.
+            attack: Its name.
             restarts: Count only this many of its restarts; None: all.
 
         Raises:
@@ -80,10 +70,8 @@ class ShardOutcome:
         if attack not in self.broken_at:
             raise ConfigError("attack", attack, "was not run", f"choose from {', '.join(self.broken_at)}")
         broken_at = self.broken_at[attack]
-        standing: BoolArray = (
-            broken_at == STANDS if restarts is None else (broken_at == STANDS) | (broken_at > restarts)
-        )
-        return standing
+        standing: BoolArray = broken_at == UNBROKEN
+        return standing if restarts is None else standing | (broken_at > restarts)
 
 
 def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
@@ -108,36 +96,22 @@ def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
     runs = {outcome.autoattack for outcome in outcomes if outcome.autoattack is not None}
     if len(runs) > 1:
         raise ValueError("the shards were attacked differently; evaluate them with one AutoAttack")
-    run = next(iter(runs), None)
-    return ShardOutcome(indices[order], labels, broken_at, left_out, run, warnings=warnings)
-
-
-def compare_outcomes(first: ShardOutcome, second: ShardOutcome, attack: str) -> PairedDifference:
-    """Compare two networks under one attack, on the images of both.
-
-    Raises:
-        ConfigError: The attack was not run on one of them, or they were evaluated on different images.
-    """
-    same = np.array_equal(first.indices, second.indices) and np.array_equal(first.labels, second.labels)
-    if not same:
-        reason = "the models were evaluated on different images"
-        raise ConfigError("compare", attack, reason, "evaluate both on the same test set")
-    return paired_difference(first.standing(attack), second.standing(attack))
+    return ShardOutcome(indices[order], labels, broken_at, left_out, next(iter(runs), None), warnings=warnings)
 
 
 def outcome_arrays(outcome: ShardOutcome) -> Arrays:
-    """An outcome as plain arrays; :func:`outcome_from` makes it again."""
-    fates = {f"broken_at/{name}": broken_at for name, broken_at in outcome.broken_at.items()}
-    texts = {"left_out": outcome.left_out, "warnings": outcome.warnings}
+    """An outcome as plain arrays; :func:`outcome_from` is the inverse."""
+    texts: dict[str, Any] = {"left_out": outcome.left_out, "warnings": outcome.warnings}
     if outcome.autoattack is not None:
         texts["autoattack"] = outcome.autoattack._asdict()
-    arrays: Arrays = {"indices": outcome.indices, "labels": outcome.labels, **fates}
+    arrays: Arrays = {"indices": outcome.indices, "labels": outcome.labels}
+    arrays |= {f"broken_at/{name}": broken_at for name, broken_at in outcome.broken_at.items()}
     arrays |= {name: np.array(json.dumps(value)) for name, value in texts.items()}
     return arrays if outcome.gate is None else arrays | {"gate": outcome.gate}
 
 
 def outcome_from(arrays: Arrays) -> ShardOutcome:
-    """What :func:`outcome_arrays` took apart; a missing array raises KeyError."""
+    """The outcome that :func:`outcome_arrays` took apart; a missing array raises KeyError."""
     broken_at = {name.removeprefix("broken_at/"): arrays[name] for name in arrays if name.startswith("broken_at/")}
     autoattack = None
     if "autoattack" in arrays:
@@ -146,23 +120,20 @@ def outcome_from(arrays: Arrays) -> ShardOutcome:
     left_out = json.loads(str(arrays["left_out"]))
     # Outcomes of earlier versions have no warnings.
     warnings = tuple(json.loads(str(arrays["warnings"]))) if "warnings" in arrays else ()
-    gate = arrays.get("gate")
-    return ShardOutcome(arrays["indices"], arrays["labels"], broken_at, left_out, autoattack, gate, warnings)
+    return ShardOutcome(
+        arrays["indices"], arrays["labels"], broken_at, left_out, autoattack, arrays.get("gate"), warnings
+    )
 
 
 def save_arrays(arrays: Arrays, path: Path) -> None:
-    """Write arrays as ``.npz``; a reader sees all of them or nothing, also when the writer is killed."""
+    """Write arrays as ``.npz``, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_arrays(path: Path) -> Arrays:
-    """Read what :func:`save_arrays` wrote.
-
-    Raises:
-        UnavailableError: There is no such file, or it is damaged.
-    """
+    """Read arrays that :func:`save_arrays` wrote; UnavailableError if there is no such file, or it is damaged."""
     try:
         # Opened here, because numpy leaves the file of a damaged archive open.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -177,11 +148,7 @@ def save_outcome(outcome: ShardOutcome, path: Path) -> None:
 
 
 def load_outcome(path: Path) -> ShardOutcome:
-    """Read what :func:`save_outcome` wrote.
-
-    Raises:
-        UnavailableError: There is no such file, or it is damaged.
-    """
+    """Read an outcome that :func:`save_outcome` wrote; UnavailableError if there is no such file, or it is damaged."""
     try:
         return outcome_from(load_arrays(path))
     except (KeyError, TypeError, ValueError) as error:

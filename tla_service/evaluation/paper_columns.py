@@ -12,7 +12,10 @@ column, the momentum of MIM, C&W's confidence, the surrogate, or its L2 table. C
 - Tiny ImageNet's first PGD column is printed with 20 steps twice; it is taken as 10, as in the paper's Table 7.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,110 +25,50 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.bounds import Norm
 from tla_service.config.radii import documented_radius, no_radius
 from tla_service.errors import ConfigError
-from tla_service.evaluation.intervals import Interval, wilson_interval
+from tla_service.evaluation.intervals import share_of
 from tla_service.evaluation.outcomes import ShardOutcome
-
-Axis = Literal["epsilon", "steps", "restarts", "l0", "l1"]
+from tla_service.evaluation.results import Curve
 
 
 class Columns(NamedTuple):
-    """The attacks of one data set's table.
-
-    Attributes:
-        attacks: White-box attacks by name, in the table's order.
-        transfer: Black-box attacks: made on a surrogate, scored on the network.
-        epsilon: The radius they share.
-    """
+    """The attacks of one data set's table: white-box ones by name, transfer attacks, and the radius they share."""
 
     attacks: dict[str, EvaluationAttack]
     transfer: dict[str, EvaluationAttack]
     epsilon: float
 
 
-class Curve(NamedTuple):
-    """Accuracy along one axis.
-
-    Attributes:
-        axis: What varies: the radius, the total of gradient steps, the restarts, or the size of a sparse perturbation.
-        x: Its values, rising.
-        accuracy: Accuracy at each.
-    """
-
-    axis: Axis
-    x: tuple[float, ...]
-    accuracy: tuple[Interval, ...]
-
-
 class _Table(NamedTuple):
-    """Columns as (name, kind, steps, restarts, step size at this L-infinity radius)."""
+    """Columns by name (kind, steps, starts) and their step size at this L-infinity radius; FGSM takes one of it."""
 
     epsilon: float
-    columns: tuple[tuple[str, str, int, int, float], ...]
+    step_size: float
+    columns: str
+    step_sizes: Mapping[str, float] = MappingProxyType({})  # of columns with another one
 
 
 _TABLES = {
-    "mnist": _Table(
-        0.3,
-        (
-            ("fgsm", "fgsm", 1, 1, 0.3),
-            ("bim40", "bim", 40, 1, 0.01),
-            ("cw40", "cw", 40, 1, 0.01),
-            ("pgd40", "pgd", 40, 1, 0.01),
-            ("pgd100", "pgd", 100, 1, 0.01),
-            ("pgd100x20", "pgd", 100, 20, 0.01),
-            ("mim200", "mim", 200, 1, 0.01),
-            ("transfer_pgd100", "pgd", 100, 1, 0.01),
-        ),
-    ),
+    "mnist": _Table(0.3, 0.01, "fgsm bim40 cw40 pgd40 pgd100 pgd100x20 mim200 transfer_pgd100"),
     "cifar10": _Table(
         8 / 255,
-        (
-            ("fgsm", "fgsm", 1, 1, 8 / 255),
-            ("bim7", "bim", 7, 1, 2 / 255),
-            ("cw30", "cw", 30, 1, 1 / 255),
-            ("pgd7", "pgd", 7, 1, 2 / 255),
-            ("pgd20", "pgd", 20, 1, 1 / 255),
-            ("pgd20x20", "pgd", 20, 20, 1 / 255),
-            ("mim40", "mim", 40, 1, 1 / 255),
-            ("transfer_pgd7", "pgd", 7, 1, 2 / 255),
-        ),
+        1 / 255,
+        "fgsm bim7 cw30 pgd7 pgd20 pgd20x20 mim40 transfer_pgd7",
+        dict.fromkeys(("bim7", "pgd7", "transfer_pgd7"), 2 / 255),
     ),
-    "tiny_imagenet": _Table(
-        8 / 255,
-        (
-            ("fgsm", "fgsm", 1, 1, 8 / 255),
-            ("bim10", "bim", 10, 1, 2 / 255),
-            ("cw10", "cw", 10, 1, 2 / 255),
-            ("pgd10", "pgd", 10, 1, 2 / 255),
-            ("pgd20", "pgd", 20, 1, 2 / 255),
-            ("pgd20x20", "pgd", 20, 20, 2 / 255),
-            ("mim40", "mim", 40, 1, 2 / 255),
-            ("transfer_pgd10", "pgd", 10, 1, 2 / 255),
-        ),
-    ),
-    "digits": _Table(
-        0.15,
-        (
-            ("fgsm", "fgsm", 1, 1, 0.15),
-            ("bim20", "bim", 20, 1, 0.015),
-            ("cw50", "cw", 50, 1, 0.015),
-            ("pgd20", "pgd", 20, 1, 0.015),
-            ("pgd50", "pgd", 50, 1, 0.015),
-            ("pgd50x20", "pgd", 50, 20, 0.015),
-            ("mim50", "mim", 50, 1, 0.015),
-            ("transfer_pgd50", "pgd", 50, 1, 0.015),
-        ),
-    ),
+    "tiny_imagenet": _Table(8 / 255, 2 / 255, "fgsm bim10 cw10 pgd10 pgd20 pgd20x20 mim40 transfer_pgd10"),
+    "digits": _Table(0.15, 0.015, "fgsm bim20 cw50 pgd20 pgd50 pgd50x20 mim50 transfer_pgd50"),
 }
+_COLUMN = re.compile(r"(?:transfer_)?([a-z]+)(\d*)(?:x(\d+))?")
 _LIKE = {"fashion_mnist": "mnist"}
 
 
 def paper_columns(data_name: str, norm: Norm = "linf", epsilon: float | None = None) -> Columns:
     """The paper's columns for a data set.
 
+    Fashion-MNIST takes MNIST's columns; data sets that the paper does not have take CIFAR-10's.
+
     Args:
-        data_name: As in the catalogue. Fashion-MNIST takes MNIST's columns; sets that the paper does not have take
-            CIFAR-10's.
+        data_name: As in the catalogue.
         norm: Norm of the perturbations.
         epsilon: The radius; step sizes keep their share of it. None: the one documented for the data set.
 
@@ -138,20 +81,21 @@ def paper_columns(data_name: str, norm: Norm = "linf", epsilon: float | None = N
     radius = documented_radius(data_name, norm) if epsilon is None else epsilon
     if radius is None:
         raise ConfigError("norm", norm, *no_radius(data_name, norm, "epsilon"))
-    made = {
-        name: EvaluationAttack.model_validate(
+    made = {}
+    for name in table.columns.split():
+        kind, steps, restarts = _COLUMN.fullmatch(name).groups()  # type: ignore[union-attr]
+        step_size = table.epsilon if kind == "fgsm" else table.step_sizes.get(name, table.step_size)
+        made[name] = EvaluationAttack.model_validate(
             {
                 "kind": kind,
                 "norm": norm,
                 "epsilon": radius,
                 # The table's own steps must not pass through a division, so that they stay what they are.
-                "step_size": step if radius == table.epsilon else step * radius / table.epsilon,
-                "num_steps": steps,
-                "num_restarts": restarts,
+                "step_size": step_size if radius == table.epsilon else step_size * radius / table.epsilon,
+                "num_steps": int(steps or 1),
+                "num_restarts": int(restarts or 1),
             }
         )
-        for name, kind, steps, restarts, step in table.columns
-    }
     transfer = {name: attack for name, attack in made.items() if name.startswith("transfer_")}
     return Columns({name: attack for name, attack in made.items() if name not in transfer}, transfer, radius)
 
@@ -168,28 +112,25 @@ def step_sweep(attack: Attack, most: int, points: int = 8) -> dict[str, Attack]:
     return {f"steps={count}": replace(attack, num_steps=count, num_restarts=1) for count in counts}
 
 
-def sweep_curve(outcome: ShardOutcome, axis: Literal["epsilon", "steps"]) -> Curve:
+def sweep_curve(outcome: ShardOutcome, axis: Literal["epsilon", "steps"], attack: str) -> Curve:
     """Accuracy along a sweep that was evaluated; it begins with the clean accuracy at 0."""
     names = {float(name.partition("=")[2]): name for name in outcome.broken_at if name.startswith(f"{axis}=")}
     points = [(0.0, "clean"), *sorted(names.items())]
-    return Curve(axis, tuple(x for x, _ in points), tuple(_accuracy(outcome, name) for _, name in points))
+    accuracy = tuple(share_of(outcome.standing(name)) for _, name in points)
+    return Curve(attack, axis, tuple(x for x, _ in points), accuracy)
 
 
-def restart_curve(outcome: ShardOutcome, attack: str, restarts: int, steps_each: int | None = None) -> Curve:
+def restart_curve(outcome: ShardOutcome, name: str, restarts: int, attack: str, steps_each: int | None = None) -> Curve:
     """Accuracy after each restart of one attack, from its per-image record: nothing is run again.
 
     Args:
         outcome: Where the attack was run.
-        attack: Its name.
+        name: Its name there.
         restarts: How many it had.
+        attack: What the curve is called.
         steps_each: Give its steps to count gradient steps instead (20 restarts of 100 make 2000).
     """
-    counts = tuple(range(1, restarts + 1))
-    accuracy = tuple(_accuracy(outcome, attack, count) for count in counts)
-    scale = steps_each or 1
-    return Curve("steps" if steps_each else "restarts", tuple(float(scale * count) for count in counts), accuracy)
-
-
-def _accuracy(outcome: ShardOutcome, attack: str, restarts: int | None = None) -> Interval:
-    standing = outcome.standing(attack, restarts)
-    return wilson_interval(int(standing.sum()), len(standing))
+    counts = range(1, restarts + 1)
+    accuracy = tuple(share_of(outcome.standing(name, count)) for count in counts)
+    x = tuple(float((steps_each or 1) * count) for count in counts)
+    return Curve(attack, "steps" if steps_each else "restarts", x, accuracy)

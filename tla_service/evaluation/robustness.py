@@ -10,7 +10,7 @@ from tla_service.config.adversary import AttackConfig, EvaluationAttack
 from tla_service.config.radii import no_radius
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
-from tla_service.evaluation.mode import evaluating, float32
+from tla_service.evaluation.mode import evaluating, float32, logits_of
 from tla_service.runtime import WorkerContext, all_reduce_sum, generator
 
 
@@ -70,17 +70,13 @@ def measure_accuracy(
 
 def _count(network: nn.Module, batch: Batch, attacks: Mapping[str, Attack], random: torch.Generator) -> torch.Tensor:
     """Images, images right when clean, images right under every attack, then under each attack."""
-
-    def logits_fn(images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = network(images).logits
-        return logits
-
+    logits_fn = logits_of(network)
     with torch.no_grad():
         clean = logits_fn(batch.images).argmax(1) == batch.labels
     survived = clean.clone()
     robust = []
     for attack in attacks.values():
-        _, standing = attack_images(logits_fn, batch.images, batch.labels, attack, random)
+        standing = attack_images(logits_fn, batch.images, batch.labels, attack, random).robust
         survived &= standing
         robust.append(standing.sum())
     total = torch.tensor(len(batch.labels), device=clean.device)

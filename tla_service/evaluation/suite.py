@@ -1,142 +1,90 @@
-"""The robustness suite: each image's fate under each attack, one shard of the test set at a time."""
+"""Per-image results of attacks, one shard of the test set at a time."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from zlib import crc32
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tla_service.attacks import Attack, LogitsFn, craft
-from tla_service.attacks.autoattack import ALL_STAGES, AutoAttackNorm, run_autoattack
+from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images
+from tla_service.attacks.autoattack import VERSION, AutoAttackNorm, run_autoattack
 from tla_service.errors import ConfigError
-from tla_service.evaluation.mode import evaluating, float32
-from tla_service.evaluation.outcomes import STANDS, AutoAttackRun, ShardOutcome
+from tla_service.evaluation.mode import evaluating, float32, logits_of
+from tla_service.evaluation.outcomes import (
+    Arrays,
+    AutoAttackRun,
+    ShardOutcome,
+    merge_outcomes,
+    outcome_arrays,
+    outcome_from,
+)
+from tla_service.evaluation.shards import Shard
 from tla_service.runtime import generator
 
 
-def evaluate_shard(
-    network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    attacks: Mapping[str, Attack],
-    *,
-    indices: Sequence[int] | None = None,
-    transfer: Mapping[str, Attack] | None = None,
-    surrogate: nn.Module | None = None,
-    autoattack: tuple[AutoAttackNorm, float] | None = None,
-    seed: int,
-    batch_size: int,
-    device: torch.device,
-) -> ShardOutcome:
-    """Attack some images, in float32 whatever the process's settings.
+@dataclass(frozen=True)
+class AttackMeasurement:
+    """Per-image results of attacks, in float32 whatever the process's settings; merged to a ShardOutcome.
 
     An attack's random starts depend on the seed, its name and the number of the first image of the batch: not on the
     other attacks, nor on which worker runs the shard.
 
-    Args:
-        network: The bare network, on the device; gives ``.logits``. Its mode is restored.
-        images: (N, C, H, W), uint8 in [0, 255] or float in [0, 1], anywhere.
-        labels: True classes (N,), int64.
+    Attributes:
         attacks: White-box attacks by name.
-        indices: Number of each image in its test set; None: 0 to N - 1.
-        transfer: Attacks that are made on the surrogate and scored on the network (black box).
-        surrogate: An independently trained network for them.
+        transfer: Attacks crafted on the surrogate and scored on the network (black box).
         autoattack: Norm and radius of AutoAttack, run as ``autoattack``; None: not run.
         seed: Fixes every draw.
-        batch_size: Images a forward pass.
-        device: Where the network is.
-
-    Raises:
-        ConfigError: The network cannot take the images, has too few classes or gives logits that are not finite; an
-            attack's radius is not above 0; or attacks are to be transferred without a surrogate.
+        batch_size: Images per forward pass.
     """
-    transfer = transfer or {}
-    _check(images, labels, attacks, transfer, surrogate)
-    numbers = np.arange(len(labels), dtype=np.int64) if indices is None else np.asarray(indices, dtype=np.int64)
-    names = ["clean", *attacks, *transfer, *(["autoattack"] if autoattack else [])]
-    left_out: dict[str, str] = {}
-    warnings: list[str] = []
-    run: AutoAttackRun | None = None
-    broken_at = {name: np.full(len(labels), STANDS, dtype=np.int64) for name in names}
-    with evaluating(network, surrogate), float32(device):
-        logits_fn = logits_of(network)
-        source_fn = logits_fn if surrogate is None else logits_of(surrogate)
-        for start in range(0, len(labels), batch_size):
-            part = slice(start, start + batch_size)
-            pixels, truth = as_pixels(images[part], device), labels[part].to(device)
-            wrong = clean_logits(logits_fn, pixels, truth).argmax(1) != truth
-            broken_at["clean"][part] = torch.where(wrong, 0, STANDS).cpu().numpy()
-            for name, attack in (*attacks.items(), *transfer.items()):
-                random = generator(device, seed, crc32(name.encode()), int(numbers[start]))
-                crafted_on = source_fn if name in transfer else logits_fn
-                fates = restart_fates(logits_fn, pixels, truth, attack, random, crafted_on)
-                broken_at[name][part] = fates.cpu().numpy()
-            if autoattack:
-                norm, epsilon = autoattack
-                result = run_autoattack(
-                    logits_fn, pixels, truth, norm=norm, epsilon=epsilon, seed=seed, batch_size=batch_size
-                )
-                broken_at["autoattack"][part] = [
-                    STANDS if fate is None else 0 if fate == "clean" else 1 + ALL_STAGES.index(fate)
-                    for fate in result.broken_by
-                ]
-                left_out |= result.left_out
-                run = AutoAttackRun(result.version, norm, epsilon, result.stages)
-                warnings += result.warnings
-    truths, said = labels.cpu().numpy().astype(np.int64), tuple(dict.fromkeys(warnings))
-    return ShardOutcome(numbers, truths, broken_at, left_out, run, warnings=said)
 
+    attacks: Mapping[str, Attack]
+    transfer: Mapping[str, Attack]
+    autoattack: tuple[AutoAttackNorm, float] | None
+    seed: int
+    batch_size: int
 
-def restart_fates(
-    logits_fn: LogitsFn,
-    images: Tensor,
-    labels: Tensor,
-    attack: Attack,
-    random: torch.Generator | None = None,
-    crafted_on: LogitsFn | None = None,
-) -> Tensor:
-    """Which restart breaks each image first.
+    def run(self, shard: Shard) -> Arrays:
+        """Attack the images.
 
-    Args:
-        logits_fn: The network under attack.
-        images: (N, C, H, W), float32 in [0, 1].
-        labels: (N,), int64.
-        attack: The adversary, with its restarts.
-        random: Source of the random starts.
-        crafted_on: The network whose gradients are followed; None: the one under attack.
+        Raises:
+            ConfigError: Network, images, attacks and surrogate do not fit each other.
+        """
+        _check(shard, self.attacks, self.transfer)
+        device, seed, size = shard.device, self.seed, self.batch_size
+        names = ["clean", *self.attacks, *self.transfer, *(["autoattack"] if self.autoattack else [])]
+        left_out: dict[str, str] = {}
+        warnings: list[str] = []
+        run: AutoAttackRun | None = None
+        broken_at = {name: np.full(len(shard.labels), UNBROKEN, dtype=np.int64) for name in names}
+        with evaluating(shard.network, shard.surrogate), float32(device):
+            logits_fn = logits_of(shard.network)
+            source_fn = logits_fn if shard.surrogate is None else logits_of(shard.surrogate)
+            for start, batch in zip(range(0, len(shard.labels), size), shard.batches(size), strict=True):
+                part, (pixels, truth) = slice(start, start + size), (batch.images, batch.labels)
+                wrong = clean_logits(logits_fn, pixels, truth).argmax(1) != truth
+                broken_at["clean"][part] = torch.where(wrong, 0, UNBROKEN).cpu().numpy()
+                for name, attack in (*self.attacks.items(), *self.transfer.items()):
+                    random = generator(device, seed, crc32(name.encode()), int(shard.rows[start]))
+                    crafted_on = source_fn if name in self.transfer else logits_fn
+                    attacked = attack_images(logits_fn, pixels, truth, attack, random, crafted_on)
+                    broken_at[name][part] = attacked.broken_at.cpu().numpy()
+                if self.autoattack:
+                    norm, epsilon = self.autoattack
+                    result = run_autoattack(
+                        logits_fn, pixels, truth, norm=norm, epsilon=epsilon, seed=seed, batch_size=size
+                    )
+                    broken_at["autoattack"][part] = result.broken_at.cpu().numpy()
+                    left_out |= result.left_out
+                    run = AutoAttackRun(VERSION, norm, epsilon, result.stages)
+                    warnings += result.warnings
+        labels, said = shard.labels.cpu().numpy().astype(np.int64), tuple(dict.fromkeys(warnings))
+        return outcome_arrays(ShardOutcome(shard.rows, labels, broken_at, left_out, run, warnings=said))
 
-    Returns:
-        (N,), int64: 0 for wrong before the attack, then the number of the restart, STANDS for none. Images standing
-        after all restarts are those of :func:`tla_service.attacks.attack_images` with the same generator.
-    """
-    crafted_on = crafted_on or logits_fn
-    with torch.no_grad():
-        fates = torch.where(logits_fn(images).argmax(1) == labels, STANDS, 0)
-    for restart in range(1, (attack.num_restarts if attack.starts_at_random else 1) + 1):
-        left = (fates == STANDS).nonzero().squeeze(1)
-        if len(left) == 0:
-            break
-        adversarial = craft(crafted_on, images[left], labels[left], attack, random)
-        with torch.no_grad():
-            fates[left[logits_fn(adversarial).argmax(1) != labels[left]]] = restart
-    return fates
-
-
-def logits_of(network: nn.Module) -> LogitsFn:
-    """A network's logits as a function of images."""
-
-    def logits(images: Tensor) -> Tensor:
-        result: Tensor = network(images).logits
-        return result
-
-    return logits
-
-
-def as_pixels(images: Tensor, device: torch.device) -> Tensor:
-    """Images as float32 in [0, 1] on the device; uint8 counts to 255."""
-    images = images.to(device)
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    def merge(self, parts: Sequence[Arrays]) -> ShardOutcome:
+        """See `Measurement`."""
+        return merge_outcomes([outcome_from(part) for part in parts])
 
 
 def clean_logits(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:
@@ -165,23 +113,18 @@ def clean_logits(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:
     return logits
 
 
-def _check(
-    images: Tensor, labels: Tensor, attacks: Mapping[str, Attack], transfer: Mapping[str, Attack], surrogate: object
-) -> None:
-    if len(images) != len(labels) or not len(labels):
-        raise ConfigError(
-            "images", len(images), f"there are {len(labels)} labels", "give a label per image, and one at least"
-        )
+def _check(shard: Shard, attacks: Mapping[str, Attack], transfer: Mapping[str, Attack]) -> None:
+    images, labels = len(shard.images), len(shard.labels)
+    if images != labels or not labels:
+        raise ConfigError("images", images, f"there are {labels} labels", "give a label per image, and one at least")
     for name, attack in {**attacks, **transfer}.items():
         if not attack.epsilon > 0:
             raise ConfigError(
                 f"{name}.epsilon", attack.epsilon, "leaves nothing to attack with", "give a radius above 0"
             )
-    if transfer and surrogate is None:
-        name = next(iter(transfer))
-        raise ConfigError(
-            name, None, "transfers from a surrogate and there is none", "give one, or leave the attack out"
-        )
+    if transfer and shard.surrogate is None:
+        reason = "transfers from a surrogate and there is none"
+        raise ConfigError(next(iter(transfer)), None, reason, "give one, or leave the attack out")
     taken = {"clean", "autoattack"} & {*attacks, *transfer} or set(attacks) & set(transfer)
     if taken:
         raise ConfigError("attacks", min(taken), "this name is taken", "call the attack otherwise")

@@ -5,9 +5,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tla_service.evaluation.figures import _BLACK, _BLUE, _GREEN, _ORANGE, _PURPLE, _figure, _percent, _save
-from tla_service.evaluation.intervals import AttackAccuracy
-from tla_service.evaluation.paper_columns import Curve
+from tla_service.evaluation.figures import (
+    _BLACK,
+    _BLUE,
+    _GREEN,
+    _ORANGE,
+    _PURPLE,
+    _figure,
+    _legend,
+    _percent,
+    _plain,
+    _save,
+)
+from tla_service.evaluation.results import Accuracy, Curve, Share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,21 +39,15 @@ _AXES = {
 _READABLE_CLASSES = 25  # more rows than this leave no room for names and figures in the cells
 
 
-def accuracy_curves(
-    curves: Mapping[str, Curve], path: Path, *, title: str = "", marked: tuple[float, str] | None = None
-) -> None:
-    """Draw accuracy along one axis, a line a curve, with 95% intervals as bands.
+def accuracy_curves(curves: Mapping[str, Curve], path: Path, *, marked: tuple[float, str] | None = None) -> None:
+    """Draw accuracy along one axis, a line per curve (five at most), with 95% intervals as bands.
 
     Steps are drawn on a logarithmic axis that also shows zero, the clean accuracy.
 
     Args:
-        curves: By the name shown in the legend; all along one axis, five at most.
+        curves: By the name shown in the legend. None, too many, or along different axes raise ValueError.
         path: PNG file to write; its folder is made.
-        title: Heading.
         marked: A place on the axis to mark, such as the radius trained for, and its name.
-
-    Raises:
-        ValueError: There is no curve, there are too many, or they run along different axes.
     """
     if not 1 <= len(curves) <= len(_STYLES):
         raise ValueError(f"{len(curves)} curves: give one to {len(_STYLES)}")
@@ -55,7 +59,7 @@ def accuracy_curves(
     for (name, curve), style in zip(curves.items(), _STYLES, strict=False):
         low, high = [point.low for point in curve.accuracy], [point.high for point in curve.accuracy]
         axes.fill_between(curve.x, low, high, color=style["color"], alpha=0.18, linewidth=0)
-        estimates = [point.estimate for point in curve.accuracy]
+        estimates = [_or_nan(point) for point in curve.accuracy]
         axes.plot(curve.x, estimates, label=name, linewidth=1.6, markersize=4.5, **style)
     if marked is not None:
         axes.axvline(marked[0], color=_PURPLE, linewidth=1, linestyle=(0, (1, 2)), zorder=0, label=marked[1])
@@ -63,40 +67,26 @@ def accuracy_curves(
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(_percent())
     axes.set_ylabel("accuracy [%], band: 95% interval")
-    axes.set_title(title, fontsize=11)
-    axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(facecolor="white", edgecolor="none", framealpha=0.85, fontsize=8.5, loc="best", handlelength=3.2)
+    _plain(axes)
+    _legend(axes)
     _save(figure, path)
 
 
-def class_heat_map(
-    accuracies: Mapping[str, AttackAccuracy], class_names: Sequence[str], path: Path, *, title: str = ""
-) -> None:
+def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str], path: Path) -> None:
     """Draw accuracy by class (rows) and attack (columns) as shades of one colour, with the figure in each cell.
 
     Rows are in the order of accuracy under the last attack, the weakest class first; the last row is all classes.
-    With very many classes names and figures are left out.
-
-    Args:
-        accuracies: By attack, in the order of the columns.
-        class_names: Names by class.
-        path: PNG file to write; its folder is made.
-        title: Heading.
-
-    Raises:
-        ValueError: There is no attack, or the classes differ in number.
+    With very many classes names and figures are left out. Other numbers of classes than of names raise ValueError.
     """
     if not accuracies or any(len(result.per_class) != len(class_names) for result in accuracies.values()):
         raise ValueError(f"give at least one attack, each with {len(class_names)} classes")
     last = list(accuracies.values())[-1]
-    order = sorted(range(len(class_names)), key=lambda k: _or_above(last.per_class[k].estimate))
-    table = [[result.per_class[k].estimate for result in accuracies.values()] for k in order]
+    order = sorted(range(len(class_names)), key=lambda k: _or_above(last.per_class[k]))
+    table = [[_or_nan(result.per_class[k]) for result in accuracies.values()] for k in order]
     readable = len(class_names) <= _READABLE_CLASSES
     # Among many classes a single row could not be seen.
     whole = 1 if readable else 1 + len(class_names) // _READABLE_CLASSES
-    table += [[result.overall.estimate for result in accuracies.values()]] * whole
+    table += [[_or_nan(result) for result in accuracies.values()]] * whole
     height = 1.5 + (0.27 * len(table) if readable else 5.0)
     figure = _figure(max(4.2, 1.6 + 0.62 * len(accuracies)), height)
     axes = figure.subplots()
@@ -111,37 +101,29 @@ def class_heat_map(
         axes.set_yticks([len(order) + (whole - 1) / 2], ["all classes"])
         axes.set_ylabel(f"{len(order)} classes, the weakest first")
     axes.spines[:].set_visible(False)
-    axes.set_title(title, fontsize=11)
     figure.colorbar(picture, ax=axes, format=_percent(), label="accuracy [%]", fraction=0.06, pad=0.02)
     _save(figure, path)
 
 
-def class_bars(result: AttackAccuracy, class_names: Sequence[str], path: Path, *, title: str = "") -> None:
+def class_bars(result: Accuracy, class_names: Sequence[str], path: Path) -> None:
     """Draw accuracy by class under one attack as bars with 95% intervals, the weakest first, and the whole as a line.
 
-    Args:
-        result: Accuracy overall and by class; a class without images is drawn empty.
-        class_names: Names by class.
-        path: PNG file to write; its folder is made.
-        title: Heading.
-
-    Raises:
-        ValueError: The classes differ in number.
+    A class without images is drawn empty; another number of classes than of names raises ValueError.
     """
     if len(result.per_class) != len(class_names):
         raise ValueError(f"{len(result.per_class)} classes and {len(class_names)} names")
-    order = sorted(range(len(class_names)), key=lambda k: _or_above(result.per_class[k].estimate))
+    order = sorted(range(len(class_names)), key=lambda k: _or_above(result.per_class[k]))
     shown = [result.per_class[k] for k in order]
     figure = _figure(min(16.0, max(4.2, 1.2 + 0.42 * len(order))), 3.6)
     axes = figure.subplots()
-    heights = [0.0 if math.isnan(interval.estimate) else interval.estimate for interval in shown]
-    below = [0.0 if not i.images else i.estimate - i.low for i in shown]
-    above = [0.0 if not i.images else i.high - i.estimate for i in shown]
+    heights = [share.estimate or 0.0 for share in shown]
+    below = [height - share.low if share.images else 0.0 for height, share in zip(heights, shown, strict=True)]
+    above = [share.high - height if share.images else 0.0 for height, share in zip(heights, shown, strict=True)]
     axes.bar(range(len(order)), heights, color=_BLUE, alpha=0.75, width=0.75)
     axes.errorbar(range(len(order)), heights, yerr=(below, above), fmt="none", ecolor=_BLACK, elinewidth=1, capsize=2.5)
-    overall = result.overall
-    axes.axhspan(overall.low, overall.high, color=_ORANGE, alpha=0.18, linewidth=0)
-    axes.axhline(overall.estimate, color=_ORANGE, linewidth=1.4, label=f"all classes: {overall.estimate:.1%}")
+    axes.axhspan(result.low, result.high, color=_ORANGE, alpha=0.18, linewidth=0)
+    whole = _or_nan(result)
+    axes.axhline(whole, color=_ORANGE, linewidth=1.4, label=f"all classes: {whole:.1%}")
     axes.set_xlim(-0.6, len(order) - 0.4)
     if len(order) <= _READABLE_CLASSES:
         longest = max(len(class_names[k]) for k in order)
@@ -153,7 +135,6 @@ def class_bars(result: AttackAccuracy, class_names: Sequence[str], path: Path, *
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(_percent())
     axes.set_ylabel("accuracy [%], with 95% interval")
-    axes.set_title(title, fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     # Above the bars: inside the axes it would cover some of them.
     axes.legend(edgecolor="none", facecolor="none", fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
@@ -191,5 +172,10 @@ def _write_cells(axes: "Axes", table: Sequence[Sequence[float]]) -> None:
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
 
 
-def _or_above(value: float) -> float:
-    return 2.0 if math.isnan(value) else value
+def _or_nan(share: Share) -> float:
+    return math.nan if share.estimate is None else share.estimate
+
+
+def _or_above(share: Share) -> float:
+    """Sorts what was not measured last."""
+    return 2.0 if share.estimate is None else share.estimate

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tla_service.registry.evaluation_card import as_trained, evaluation_card
+from tla_service.registry.evaluation_card import evaluation_card
 from tla_service.registry.evaluations import other_reports
 from tla_service.report.schema import PAGE_FILE, Report, artifact_folder
 from tla_service.tracking.connection import client, storing
@@ -49,7 +49,7 @@ def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple
 
 
 def evaluation_tags(report: Report) -> dict[str, str]:
-    """What a registered version says of its evaluation.
+    """Tags of a registered version that summarise its evaluation.
 
     Each threat model has tags of its own, ``tla.evaluation.SLUG.NAME``. The one that the version was trained for has
     the short ones, ``tla.NAME``, as well.
@@ -66,7 +66,7 @@ def evaluation_tags(report: Report) -> dict[str, str]:
         facts["detection.auc"] = f"{report.detection.auc:.6f}"
     tags = {"tla.weights_sha256": report.model.weights_sha256}
     tags |= {f"tla.evaluation.{report.threat_model.slug}.{name}": value for name, value in facts.items()}
-    return tags | ({f"tla.{name}": value for name, value in facts.items()} if as_trained(report) else {})
+    return tags | ({f"tla.{name}": value for name, value in facts.items()} if report.is_as_trained else {})
 
 
 def _versions(made: "MlflowClient", report: Report) -> list[tuple[str, str]]:
@@ -94,7 +94,7 @@ def _log_metrics(made: "MlflowClient", run_id: str, report: Report, milliseconds
     if report.audit is not None:
         values["audit_trusted"] = float(report.audit.trusted)
     values = {f"evaluation/{report.threat_model.slug}/{name}": value for name, value in values.items()} | (
-        {f"evaluation/{name}": value for name, value in values.items()} if as_trained(report) else {}
+        {f"evaluation/{name}": value for name, value in values.items()} if report.is_as_trained else {}
     )
     metrics = [Metric(name, value, milliseconds, 0) for name, value in values.items() if value is not None]
     made.log_batch(run_id, metrics=metrics)

@@ -19,15 +19,10 @@ _NORMS = ("linf-", "l2-")
 
 
 def stored_evaluations(made: "MlflowClient", run_id: str, weights_sha256: str) -> dict[str, str]:
-    """The folder of each evaluation of these weights, by the slug of its threat model.
+    """The folder of each evaluation of these weights in the run that trained them, by the slug of its threat model.
 
     Earlier versions kept one evaluation, in the folder above: it is listed under its own threat model, unless that was
     evaluated again since.
-
-    Args:
-        made: Client of the tracking store.
-        run_id: Run that trained the weights.
-        weights_sha256: Of the weights file, 64 hex digits.
 
     Raises:
         UnavailableError: The server is away.
@@ -84,13 +79,7 @@ def described(slug: str) -> str:
 
 
 def evaluate_command(model: str, asked: ThreatModel, trained_for: ThreatModel) -> str:
-    """The command that evaluates a model under a threat model.
-
-    Args:
-        model: Its address.
-        asked: The threat model.
-        trained_for: The one that the job takes by itself.
-    """
+    """The command that evaluates a model under a threat model, by default the one it was trained for."""
     flags = "" if asked.slug == trained_for.slug else f" --norm {asked.norm} --epsilon {asked.radius}"
     return f"jobs/evaluate_tla.py --model {model}{flags}"
 

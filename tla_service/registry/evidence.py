@@ -133,7 +133,7 @@ def _evaluated(made: "MlflowClient", package: Package, threat: ThreatModel) -> E
     if report.threat_model.slug != threat.slug:
         raise bad(f"its report is about another threat model ({report.threat_model}, not {threat})", again)
     classes, (_, rows, _) = len(package.description["class_names"]), package.description["image_shape"]
-    stages, _ = autoattack_stages("standard", classes, threat.norm, rows)
+    stages, _ = autoattack_stages(classes, threat.norm, rows)
     return Evaluated(package.version, report, outcomes, tuple(stages), again)
 
 

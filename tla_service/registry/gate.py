@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tla_service.errors import UserError
-from tla_service.evaluation.intervals import paired_difference, wilson_interval
+from tla_service.evaluation.intervals import paired_difference, share_of
 from tla_service.evaluation.outcomes import ShardOutcome
+from tla_service.evaluation.results import Accuracy
 from tla_service.registry.job_settings import GateRules
-from tla_service.report.schema import Accuracy, Report
+from tla_service.report.schema import Report
 from tla_service.report.settings import ImageCounts
 
 _COMPARED = ("clean", "autoattack")
@@ -146,7 +147,8 @@ def _at_least(candidate: Evaluated, attack: str, rule: str, setting: str, floor:
     outcome = candidate.gate.get(attack)
     if outcome is None or not len(outcome.labels):
         return _finding(rule, f"not measured on gate images; at least {floor:.1%} required", "", candidate.again)
-    found = wilson_interval(int(outcome.standing(attack).sum()), len(outcome.labels))
+    found = share_of(outcome.standing(attack))
+    assert found.estimate is not None
     explanation = f"{found.estimate:.1%} ({found.low:.1%} to {found.high:.1%}, {found.images} gate images)"
     return Finding(rule, found.estimate >= floor, f"{explanation}; at least {floor:.1%} required", _better(setting))
 
@@ -215,11 +217,12 @@ def _same_images(first: ShardOutcome | None, second: ShardOutcome | None) -> boo
 
 
 def _not_worse(candidate: Evaluated, holder: Evaluated, attack: str, name: str, rules: GateRules) -> Finding:
-    found = paired_difference(candidate.gate[attack].standing(attack), holder.gate[attack].standing(attack))
+    own, other = (each.gate[attack].standing(attack) for each in (candidate, holder))
+    found = paired_difference(own, other)
     is_worse = found.difference < 0 and found.p_value < rules.significance
     explanation = (
         f"{100 * found.difference:+.2f} points ({100 * found.low:+.2f} to {100 * found.high:+.2f}) compared with "
-        f"{name}: {found.first_only} images gained, {found.second_only} lost; p = {found.p_value:.2g}"
+        f"{name}: {(own & ~other).sum()} images gained, {(~own & other).sum()} lost; p = {found.p_value:.2g}"
     )
     passed = not (is_worse or -found.difference > rules.max_drop)
     return Finding(f"{attack} not worse", passed, explanation, _better("max_drop"))

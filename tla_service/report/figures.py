@@ -8,17 +8,26 @@ import numpy as np
 import torch
 
 from tla_service.data import Dataset
+from tla_service.data.augmentation import to_unit
+from tla_service.data.sources import ImageSource
 from tla_service.errors import ConfigError
+from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.figures import attack_panel
 from tla_service.evaluation.geometry import ShiftRatios, project, select_class, select_pair
-from tla_service.evaluation.measure_figures import class_map, pair_map, retrieval_panel, roc_curves, shift_bars
-from tla_service.evaluation.neighbours import retrieve
+from tla_service.evaluation.measure_figures import (
+    PanelRow,
+    class_map,
+    pair_map,
+    retrieval_panel,
+    roc_curves,
+    shift_bars,
+)
+from tla_service.evaluation.neighbours import nearest
 from tla_service.evaluation.suite_figures import accuracy_curves, class_bars, class_heat_map
 from tla_service.inference.detector import Floats, Integers
-from tla_service.report.findings import Findings, accuracies, norm_curve
+from tla_service.report.findings import Findings, accuracies
 from tla_service.report.plan import Plan, radius_name
-from tla_service.report.settings import EvaluateSettings
-from tla_service.report.tasks import EmbeddedImages
+from tla_service.report.settings import ReportSettings
 
 _SCORES = {"gaussian": "class Gaussians", "max_softmax": "max softmax", "neighbours": "k-th neighbour"}
 _CIFAR_DEER, _CIFAR_TRUCK, _CIFAR_BIRD = 4, 9, 2
@@ -27,13 +36,9 @@ _FEWEST_POINTS = 20  # t-SNE of fewer shows nothing
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure of the page.
+    """A figure of the page: PNG file, heading, and a caption that says what it shows and what to look for.
 
-    Attributes:
-        path: PNG file.
-        section: Where it belongs: accuracy, curves, sparse, detection, neighbours, shift or examples.
-        title: Heading.
-        caption: What it shows, and what to look for.
+    `section` is accuracy, curves, sparse, detection, neighbours, shift or examples.
     """
 
     path: Path
@@ -43,14 +48,7 @@ class ReportFigure:
 
 
 class Figures:
-    """Draws the figures of a report into a folder.
-
-    Args:
-        folder: Made if it is missing.
-        found: What was measured.
-        plan: How.
-        class_names: In label order.
-    """
+    """Draws the figures of a report into a folder, which is made."""
 
     def __init__(self, folder: Path, found: Findings, plan: Plan, class_names: tuple[str, ...]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,29 +91,30 @@ class Figures:
             ),
             "restarts": ("Against restarts", "What each further random start breaks, worst start per image."),
         }
-        for axis, curves in self._found.curves.items():
-            title, caption = about[axis]
+        for axis, (title, caption) in about.items():
+            curves = {curve.label: curve for curve in self._found.curves if curve.axis == axis}
             marked = (self._plan.epsilon, f"ε = {self._plan.epsilon:.4g}") if axis == "epsilon" else None
-            accuracy_curves(curves, self._add(f"accuracy_{axis}", "curves", title, caption), marked=marked)
-        for norm, norms in self._found.norms.items():
-            what = "values changed" if norm == "l0" else "absolute changes"
+            if curves:
+                accuracy_curves(curves, self._add(f"accuracy_{axis}", "curves", title, caption), marked=marked)
+        for found in self._found.norms:
+            what = "values changed" if found.norm == "l0" else "absolute changes"
             caption = (
                 f"Share of images without a successful perturbation of that size, by the smallest that FMN found "
                 f"({what}). The model was not trained for this norm."
             )
-            path = self._add(f"accuracy_{norm}", "sparse", f"Against {norm.upper()} perturbations", caption)
-            accuracy_curves({"FMN": norm_curve(norms, norm)}, path)
+            path = self._add(f"accuracy_{found.norm}", "sparse", f"Against {found.norm.upper()} perturbations", caption)
+            accuracy_curves({"FMN": found.curve}, path)
 
     def detection(self) -> None:
         """ROC curves of the detection scores."""
-        if not self._found.detection:
+        if not self._found.rocs:
             return
         caption = (
             f"Natural and attacked test images together, ε = {self._plan.detection.epsilon:.4g}; positives are the "
             "correctly classified ones."
         )
         path = self._add("detection", "detection", "Misclassified images", caption)
-        roc_curves({_SCORES[name]: result for name, result in self._found.detection.items()}, path)
+        roc_curves({_SCORES[name]: result for name, result in self._found.rocs.items()}, path)
 
     def shift(self, others: Mapping[str, Findings], own_name: str) -> None:
         """Shift ratios of this model and those it is compared with."""
@@ -126,12 +125,12 @@ class Figures:
             for epsilon, found in each.shift.items():
                 ratios[f"{name}\nε = {epsilon:.3g}"] = found
         caption = (
-            "r compares attacked images mistaken for a class with its natural images, r' those crafted from it; both "
-            "over the spread of the natural images."
+            "r compares attacked images misclassified as a class with its natural images, r' those crafted from it; "
+            "both over the spread of the natural images."
         )
         shift_bars(ratios, self._add("shift", "shift", "Shift ratios", caption))
 
-    def maps(self, settings: EvaluateSettings, data_name: str) -> None:
+    def maps(self, settings: ReportSettings, data_name: str) -> None:
         """t-SNE of one class and of one pair."""
         attacked_name = radius_name(self._plan.epsilon)
         if attacked_name not in self._found.embedded:
@@ -150,7 +149,7 @@ class Figures:
             pair = (_CIFAR_TRUCK, _CIFAR_BIRD) if is_cifar else (source, target)
         _check_classes(klass, pair, len(self._names))
         chosen = select_class(natural, attacked, klass)
-        if len(chosen.natural) + len(chosen.adversarial) >= _FEWEST_POINTS:
+        if sum(map(len, chosen)) >= _FEWEST_POINTS:
             path = self._add(
                 "class_map",
                 "shift",
@@ -158,48 +157,38 @@ class Figures:
                 "Natural images and attacked ones by prediction (Fig. 1): attacked images inside the class's own "
                 "cloud are those that the metric holds.",
             )
-            class_map(project(natural, attacked, chosen, seed=self._plan.seed), self._names, path)
+            class_map(project(*chosen, seed=self._plan.seed), self._names, path)
         if pair[0] != pair[1]:
-            both = select_pair(natural, attacked, *pair)
-            if len(both.natural) + len(both.adversarial) >= _FEWEST_POINTS:
+            chosen = select_pair(natural, attacked, *pair)
+            if sum(map(len, chosen)) >= _FEWEST_POINTS:
                 title = f"t-SNE of {self._names[pair[0]]} attacked into {self._names[pair[1]]}"
                 caption = "Natural images of both classes and the attacked ones that cross over (Fig. 2)."
                 path = self._add("pair_map", "shift", title, caption)
-                pair_map(project(natural, attacked, both, seed=self._plan.seed), *pair, self._names, path)
+                pair_map(project(*chosen, seed=self._plan.seed), *pair, self._names, path)
 
-    def queries(self, attacked: EmbeddedImages, dataset: Dataset, settings: EvaluateSettings) -> None:
+    def queries(self, attacked: EmbeddedImages, dataset: Dataset, settings: ReportSettings) -> None:
         """Retrieval panel and attack panel of a few test images."""
-        bank = self._found.embedded["bank"]
-        natural = self._found.embedded["natural"]
+        bank, natural = self._found.embedded["bank"], self._found.embedded["natural"]
         place = {int(row): at for at, row in enumerate(natural.rows)}
         clean = natural.embedded.subset(np.array([place[int(row)] for row in attacked.rows]))
-        metric = settings.neighbours.metric
-        count = min(3, len(bank.embedded))
-        found = retrieve(
-            clean, attacked.embedded, bank.embedded, np.arange(len(attacked.rows)), count=count, metric=metric
-        )
 
-        def fetch(source: str, rows: Integers) -> Floats:
-            images = (dataset.train if source == "train" else dataset.test).fetch(torch.from_numpy(rows.reshape(-1)))
-            pixels: Floats = (images.float() / 255).numpy()
-            return pixels.reshape(*rows.shape, *images.shape[1:])
+        def fetch(source: ImageSource, rows: Integers) -> Floats:
+            pixels: Floats = to_unit(source.fetch(torch.from_numpy(rows.reshape(-1)))).numpy()
+            return pixels.reshape(*rows.shape, *pixels.shape[1:])
 
-        pixels = fetch("test", attacked.rows)
+        pixels = fetch(dataset.test, attacked.rows)
+        states = {}
+        count, metric = min(3, len(bank.embedded)), settings.neighbours.metric
+        for state, images, embedded in (("clean", pixels, clean), ("attacked", attacked.pixels, attacked.embedded)):
+            rows, _ = nearest(embedded.embeddings, bank.embedded.embeddings, count, metric=metric)
+            states[state] = PanelRow(images, fetch(dataset.train, bank.rows[rows]), bank.embedded.labels[rows])
         path = self._add(
             "retrieval",
             "neighbours",
             "Nearest training images",
             "Each query clean, then attacked; a solid frame and a tick mark neighbours of the query's class (Fig. 4).",
         )
-        retrieval_panel(
-            found,
-            pixels,
-            attacked.pixels,
-            fetch("train", bank.rows[found.clean_neighbours]),
-            fetch("train", bank.rows[found.attacked_neighbours]),
-            self._names,
-            path,
-        )
+        retrieval_panel(clean.labels, states, self._names, path)
         caption = f"Test images, what {self._plan.iterative} (one start) makes of them, and the difference."
         attack_panel(
             pixels,

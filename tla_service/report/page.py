@@ -3,15 +3,19 @@
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tla_service.evaluation.intervals import wilson_interval
+from tla_service.evaluation.results import DetectionScore, Share
 from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
 from tla_service.report.paper_results import differences_from_paper, paper_row
-from tla_service.report.schema import AttackFacts, Compared, DetectionScore, Report, Share
+from tla_service.report.schema import AttackFacts, Compared, Report
 
-_NORMS = {"linf": "L-infinity", "l2": "L2"}
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+NORMS = {"linf": "L-infinity", "l2": "L2"}
 _KINDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD", "mim": "MIM", "cw": "C&W"}
 _METHODS = {
     "natural": "natural training",
@@ -32,29 +36,15 @@ class _Row(NamedTuple):
 
 
 def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, same_attacks: bool) -> None:
-    """Render `report.html`.
+    """Render `report.html`, whole or not at all, with the pictures in it.
 
-    Args:
-        report: What was found.
-        figures: Pictures, which are put into the page.
-        path: File to write, whole or not at all.
-        same_attacks: Whether norm, radius and attacks are the paper's for this data set.
+    `same_attacks` tells whether norm, radius and attacks are the paper's for this data set.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("tla_service.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "interval": interval, "area": area, "number": number, "size": size}
     whole = {name: _whole(report, name) for name in report.accuracy}
     apart = differences_from_paper(
         report.data.name, report.model.architecture, whole["clean"].images, same_attacks=same_attacks
     )
-    content = environment.get_template("report.html.j2").render(
+    content = template("report.html.j2").render(
         report=report,
         columns=[name for name in report.accuracy if name != "worst"],
         marks={"passed": "✓", "failed": "✗", "not run": "-"},
@@ -71,6 +61,21 @@ def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, s
         method=method_name,
     )
     write_whole(path, content)
+
+
+def template(name: str) -> "Template":
+    """A template of the report, with filters that write figures for people."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("tla_service.report", "templates"),
+        autoescape=name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "interval": interval, "area": area, "number": number, "size": size}
+    return environment.get_template(name)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -114,7 +119,7 @@ def describe(report: Report, name: str) -> str:
         return "" if facts is None else f"{facts.version}: {', '.join(facts.stages)}"
     attack, threat = report.attacks[name], report.threat_model
     other = (attack.norm, attack.epsilon) != (threat.norm, threat.epsilon)
-    radius = f", up to {size(attack.epsilon, attack.norm)} in {_NORMS[attack.norm]}" if other else ""
+    radius = f", up to {size(attack.epsilon, attack.norm)} in {NORMS[attack.norm]}" if other else ""
     return _describe_attack(attack) + radius
 
 
@@ -142,8 +147,7 @@ def _whole(report: Report, name: str) -> Share:
     """Accuracy on all test images, those that are set aside for the gate among them: what the paper reports."""
     parts = [report.accuracy[name], *([report.gate.accuracy[name]] if report.gate is not None else [])]
     right = sum(round(part.estimate * part.images) for part in parts if part.estimate is not None)
-    found = wilson_interval(right, sum(part.images for part in parts))
-    return Share(estimate=found.estimate, low=found.low, high=found.high, images=found.images)
+    return wilson_interval(right, sum(part.images for part in parts))
 
 
 def _by_section(figures: Sequence[ReportFigure]) -> dict[str, list[ReportFigure]]:
@@ -183,7 +187,7 @@ def _compared_table(report: Report, *, with_paper: bool) -> tuple[list[str], lis
             found = [f"{row.accuracy[name]:.2f}" if name in row.accuracy else "" for name in names]
             add(f"{method_name(model.method)}, paper", found)
     for other in report.compared:
-        title = f"{method_name(report.model.method)} less {method_name(other.model.method)}"
+        title = f"{method_name(report.model.method)} minus {method_name(other.model.method)}"
         add(title, [_difference(other, name) for name in names])
     return header, [list(cells) for cells in zip(*columns, strict=True)]
 
@@ -220,9 +224,3 @@ def _measure_rows(report: Report, *, with_paper: bool) -> list[_Row]:
 
 def _label(method: str, uri: str) -> str:
     return f"{method_name(method)}  {uri if len(uri) <= 48 else '...' + uri[-45:]}"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table for a model card."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -1,15 +1,12 @@
-"""The paper's own figures, to stand beside ours where the setting is the same (Mao et al. 2019, Tables 1-4, Fig. 5).
+"""The paper's own figures, shown next to ours where the setting is the same (Mao et al. 2019, Tables 1-4, Fig. 5).
 
 Accuracies and areas are percentages, as printed. None is ever taken for a figure of ours.
 """
 
 from typing import NamedTuple
 
-_COLUMNS = {
-    "mnist": ("clean", "fgsm", "bim40", "cw40", "pgd40", "pgd100", "pgd100x20", "mim200", "transfer_pgd100"),
-    "cifar10": ("clean", "fgsm", "bim7", "cw30", "pgd7", "pgd20", "pgd20x20", "mim40", "transfer_pgd7"),
-    "tiny_imagenet": ("clean", "fgsm", "bim10", "cw10", "pgd10", "pgd20", "pgd20x20", "mim40", "transfer_pgd10"),
-}
+from tla_service.evaluation.paper_columns import paper_columns
+
 _ARCHITECTURES = {"mnist": "mnist_cnn", "cifar10": "wrn_32_10", "tiny_imagenet": "tiny_resnet50_stride2"}
 _TEST_IMAGES = 10_000
 _ACCURACY = {
@@ -64,10 +61,10 @@ _LEVELS = {"mnist": (0.03, 0.3), "cifar10": (8 / 255, 25 / 255), "tiny_imagenet"
 
 
 class PaperRow(NamedTuple):
-    """What the paper reports of a method on a data set.
+    """What the paper reports of a method on a data set, as printed.
 
     Attributes:
-        accuracy: Percentages by attack, in Table 1's order.
+        accuracy: Percentages by attack; Table 1.
         shift: (r, r') by radius; Tables 2 and 3.
         neighbours: Percentages (attacked, clean); Table 4.
         detection: Percentage; Fig. 5.
@@ -84,7 +81,9 @@ def paper_row(data_name: str, method: str) -> PaperRow | None:
     accuracy = _ACCURACY.get(data_name, {}).get(method)
     if accuracy is None:
         return None
-    named = {name: float(value) for name, value in zip(_COLUMNS[data_name], accuracy, strict=True)}
+    columns = paper_columns(data_name)
+    names = ("clean", *columns.attacks, *columns.transfer)
+    named = {name: float(value) for name, value in zip(names, accuracy, strict=True)}
     measures = _MEASURES[data_name].get(method)
     if measures is None:
         return PaperRow(named, {}, None, None)
@@ -96,11 +95,7 @@ def paper_row(data_name: str, method: str) -> PaperRow | None:
 def differences_from_paper(data_name: str, architecture: str, images: int, *, same_attacks: bool) -> list[str]:
     """What sets a measurement apart from the paper's; nothing where the setting is the same.
 
-    Args:
-        data_name: Data set.
-        architecture: Name of the network.
-        images: Test images measured on.
-        same_attacks: Whether norm, radius and columns are the paper's.
+    `same_attacks` tells whether norm, radius and attacks are the paper's.
     """
     if data_name not in _ACCURACY:
         return [f"the paper has no {data_name}"]

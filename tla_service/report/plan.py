@@ -8,34 +8,32 @@ from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 from zlib import crc32
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from tla_service.attacks import Attack
+from tla_service.attacks.minimum_norm import SparseNorm
 from tla_service.config.adversary import AttackConfig, EvaluationAttack
 from tla_service.config.bounds import ImageShape, Norm, known_shape, length_trouble
 from tla_service.config.radii import documented_radius, no_radius
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
+from tla_service.evaluation.audit import AuditMeasurement
+from tla_service.evaluation.embedding import EmbeddingMeasurement
+from tla_service.evaluation.minimum_norms import NormMeasurement
+from tla_service.evaluation.outcomes import IntArray
 from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, step_sweep
 from tla_service.evaluation.robustness import evaluation_attack
-from tla_service.evaluation.surrogate import surrogate_rows
-from tla_service.report.settings import EvaluateSettings
-from tla_service.report.tasks import (
-    AuditMeasurement,
-    EmbeddingMeasurement,
-    FateMeasurement,
-    Measurement,
-    NormMeasurement,
-    SurrogateMeasurement,
-    Task,
-)
+from tla_service.evaluation.shards import Measurement
+from tla_service.evaluation.suite import AttackMeasurement
+from tla_service.evaluation.surrogate import SurrogateMeasurement, surrogate_rows
+from tla_service.report.settings import ReportSettings
+from tla_service.report.tasks import Task
 from tla_service.runtime import mixed_seed
 
 _EPSILON_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _DETECTION_FACTOR = 1.5
+_SPARSE: tuple[SparseNorm, ...] = ("l0", "l1")
 
 
 class _Level(NamedTuple):
@@ -60,12 +58,12 @@ class Plan:
         within: Those of them under the threat model; others have a norm or a radius of their own.
         transfer: Attacks crafted on the surrogate.
         is_paper: Whether these are the paper's columns at the paper's radius.
-        iterative: The strongest PGD under the threat model: with one start, curves, audit, neighbours and pictures rest
-            on it.
+        iterative: The strongest PGD under the threat model. With one start, curves, audit, neighbours and pictures use
+            it.
         detection: The attack of the detection test.
         shift: Attacks of the shift ratios by radius, rising; among them the two above.
         seed: Seed of every draw.
-        batch_size: Images a forward pass, and a shard.
+        batch_size: Images per forward pass, and per shard.
     """
 
     norm: Norm
@@ -82,7 +80,7 @@ class Plan:
 
     @property
     def strongest(self) -> Attack:
-        """The attack that curves, audit, neighbours and pictures rest on."""
+        """The attack that curves, audit, neighbours and pictures use."""
         return replace(self.columns[self.iterative], num_restarts=1)
 
     @property
@@ -92,20 +90,17 @@ class Plan:
         return name if self.columns[name].num_restarts > 1 else None
 
 
-def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float, *, has_surrogate: bool) -> Plan:
+def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: float, *, has_surrogate: bool) -> Plan:
     """Decide on the attacks.
 
-    Args:
-        settings: What the job was told; its threat model wins.
-        data_name: Data set, for the paper's columns.
-        norm: Norm that the model was trained for.
-        epsilon: Radius that it was trained for.
-        has_surrogate: Without one transfer attacks are left out.
+    `norm` and `epsilon` are what the model was trained for; the settings take precedence. Without a surrogate transfer
+    attacks are left out.
 
     Raises:
         ConfigError: A norm has no radius, or none of the attacks is PGD under the threat model.
     """
     norm, epsilon = _threat_model(settings, data_name, norm, epsilon)
+    detection = _detection_attack(settings, data_name, norm, epsilon)
     training = AttackConfig(norm=norm, epsilon=epsilon, step_size=epsilon / 10)
     columns = paper_columns(data_name, norm, epsilon)
 
@@ -128,14 +123,14 @@ def make_plan(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: f
         transfer=black if has_surrogate else {},
         is_paper=not settings.attacks and norm == "linf" and epsilon == documented_radius(data_name, norm),
         iterative=max(iterative, key=lambda name: iterative[name].num_steps),
-        detection=_detection_attack(settings, data_name, norm, epsilon),
-        shift=_shift_attacks(settings, data_name, norm, epsilon),
+        detection=detection,
+        shift=dict(sorted(_shift_attacks(detection, data_name, norm).items())),
         seed=settings.seed,
         batch_size=settings.batch_size,
     )
 
 
-def _threat_model(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> tuple[Norm, float]:
+def _threat_model(settings: ReportSettings, data_name: str, norm: Norm, epsilon: float) -> tuple[Norm, float]:
     """What was asked for, else what the model was trained for; its radius counts in its own norm only."""
     chosen = settings.norm or norm
     radius = epsilon if chosen == norm else documented_radius(data_name, chosen)
@@ -166,7 +161,7 @@ def _pgd(norm: Norm, epsilon: float, steps: int, step_size: float | None = None)
     return Attack(kind="pgd", norm=norm, epsilon=epsilon, step_size=step_size or 2.5 * epsilon / steps, num_steps=steps)
 
 
-def _detection_attack(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> Attack:
+def _detection_attack(settings: ReportSettings, data_name: str, norm: Norm, epsilon: float) -> Attack:
     paper = _DETECTION.get(data_name) if norm == "linf" else None
     chosen = settings.detection
     shape = known_shape(data_name, None)
@@ -176,11 +171,9 @@ def _detection_attack(settings: EvaluateSettings, data_name: str, norm: Norm, ep
     return _pgd(norm, radius, chosen.num_steps or (paper.steps if paper else 50), chosen.step_size)
 
 
-def _shift_attacks(settings: EvaluateSettings, data_name: str, norm: Norm, epsilon: float) -> dict[float, Attack]:
-    detection = _detection_attack(settings, data_name, norm, epsilon)
+def _shift_attacks(detection: Attack, data_name: str, norm: Norm) -> dict[float, Attack]:
     small = _SHIFT.get(data_name) if norm == "linf" else None
-    attacks = {detection.epsilon: detection} | ({small.epsilon: _pgd(norm, *small)} if small else {})
-    return dict(sorted(attacks.items()))
+    return {detection.epsilon: detection} | ({small.epsilon: _pgd(norm, *small)} if small else {})
 
 
 def radius_name(epsilon: float) -> str:
@@ -188,51 +181,41 @@ def radius_name(epsilon: float) -> str:
     return f"attacked-{epsilon:.6g}"
 
 
-def attack_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str) -> list[Task]:
-    """The table of attacks and AutoAttack, for the model and those it is compared with."""
-    counts = settings.images
-    measures: list[tuple[str, int | None, Measurement]] = [
-        ("columns", counts.attacks, FateMeasurement(plan.columns, plan.transfer, None, plan.seed, plan.batch_size))
-    ]
-    if counts.autoattack:
-        stage = FateMeasurement({}, {}, (plan.norm, plan.epsilon), plan.seed, plan.batch_size)
-        measures.append(("autoattack", counts.autoattack, stage))
-    return [_task(name, model, dataset, count, plan, measure) for name, count, measure in measures]
-
-
-def embedding_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str, bank: npt.NDArray[np.int64]
-) -> list[Task]:  # fmt: skip
-    """Embeddings of test images, natural and attacked, and of the training images in `bank`."""
-    count = settings.images.representation
-    if not count:
-        return []
-    attacks = {radius_name(plan.epsilon): plan.strongest}
-    attacks |= {radius_name(epsilon): attack for epsilon, attack in plan.shift.items() if epsilon != plan.epsilon}
-    if plan.detection.epsilon == plan.epsilon:
-        attacks["larger"] = plan.detection
-    tasks = [_task("natural", model, dataset, count, plan, EmbeddingMeasurement(None, plan.seed, plan.batch_size))]
-    tasks += [
-        _task(name, model, dataset, count, plan, EmbeddingMeasurement(attack, plan.seed, plan.batch_size))
-        for name, attack in attacks.items()
-    ]
-    measure = EmbeddingMeasurement(None, plan.seed, plan.batch_size)
-    return [*tasks, Task("bank", model, "train", bank, plan.batch_size, measure)]
-
-
 def detection_name(plan: Plan) -> str:
     """Name of the task that embeds the attacked images of the detection test."""
     return "larger" if plan.detection.epsilon == plan.epsilon else radius_name(plan.detection.epsilon)
 
 
-def single_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str) -> list[Task]:
+def attack_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str) -> list[Task]:
+    """The table of attacks and AutoAttack, for the model and those it is compared with."""
+    table = AttackMeasurement(plan.columns, plan.transfer, None, plan.seed, plan.batch_size)
+    tasks = [_task("columns", model, dataset, settings.images.attacks, plan, table)]
+    if settings.images.autoattack:
+        strong = AttackMeasurement({}, {}, (plan.norm, plan.epsilon), plan.seed, plan.batch_size)
+        tasks.append(_task("autoattack", model, dataset, settings.images.autoattack, plan, strong))
+    return tasks
+
+
+def embedding_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, bank: IntArray) -> list[Task]:
+    """Embeddings of test images, natural and attacked, and of the training images in `bank`."""
+    count = settings.images.representation
+    if not count:
+        return []
+    attacks: dict[str, Attack | None] = {"natural": None}
+    attacks |= {radius_name(epsilon): attack for epsilon, attack in plan.shift.items()}
+    attacks |= {radius_name(plan.epsilon): plan.strongest}
+    attacks |= {detection_name(plan): plan.detection}
+    tasks = [
+        _task(name, model, dataset, count, plan, EmbeddingMeasurement(attack, plan.seed, plan.batch_size))
+        for name, attack in attacks.items()
+    ]
+    natural = EmbeddingMeasurement(None, plan.seed, plan.batch_size)
+    return [*tasks, Task("bank", model, "train", bank, plan.batch_size, natural)]
+
+
+def single_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str) -> list[Task]:
     """Curves and minimum norms, for the model alone."""
     counts, attack = settings.images, plan.strongest
-    tasks: list[Task] = []
-
-    def add(name: str, count: int, measurement: Measurement) -> None:
-        if count:
-            tasks.append(_task(name, model, dataset, count, plan, measurement))
-
     radii = tuple(plan.epsilon * factor for factor in _EPSILON_FACTORS)
     radii = tuple(radius for radius in radii if plan.norm == "l2" or radius <= 1)
     single = replace(attack, kind="fgsm", num_steps=1, step_size=attack.epsilon)
@@ -241,11 +224,12 @@ def single_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model
         "epsilon-single": epsilon_sweep(single, radii),
         "steps": step_sweep(attack, attack.num_steps),
     }
-    for name, attacks in sweeps.items():
-        add(name, counts.curves, FateMeasurement(attacks, {}, None, plan.seed, plan.batch_size))
-    for norm in ("l0", "l1"):
-        add(norm, counts.sparse, NormMeasurement(norm, plan.batch_size))
-    return tasks
+    measures: list[tuple[str, int, Measurement]] = [
+        (name, counts.curves, AttackMeasurement(attacks, {}, None, plan.seed, plan.batch_size))
+        for name, attacks in sweeps.items()
+    ]
+    measures += [(norm, counts.sparse, NormMeasurement(norm, plan.batch_size)) for norm in _SPARSE]
+    return [_task(name, model, dataset, count, plan, measure) for name, count, measure in measures if count]
 
 
 def surrogate_task(plan: Plan, dataset: Dataset, model: str) -> Task:
@@ -256,7 +240,7 @@ def surrogate_task(plan: Plan, dataset: Dataset, model: str) -> Task:
     return Task("surrogate", model, "train", rows, len(rows), measure)
 
 
-def audit_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model: str, no_surrogate: str) -> list[Task]:
+def audit_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, no_surrogate: str) -> list[Task]:
     """The audit, for the model alone, and why it has no surrogate if it has none."""
     if not settings.images.audit:
         return []
@@ -265,14 +249,14 @@ def audit_tasks(plan: Plan, settings: EvaluateSettings, dataset: Dataset, model:
     return [Task("audit", model, "test", rows, len(rows), audit)]
 
 
-def protocol(plan: Plan, settings: EvaluateSettings) -> str:
+def protocol(plan: Plan, settings: ReportSettings) -> str:
     """Eight hex digits of everything that shapes the figures, but weights and data."""
     parts = {name: getattr(settings, name).model_dump() for name in ("images", "detection", "neighbours", "pictures")}
     text = json.dumps(parts | {"plan": asdict(plan)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def query_task(plan: Plan, model: str, rows: npt.NDArray[np.int64]) -> Task:
+def query_task(plan: Plan, model: str, rows: IntArray) -> Task:
     """Embeddings and pixels of a few attacked test images, for the pictures."""
     measure = EmbeddingMeasurement(plan.strongest, plan.seed, len(rows), keep_images=len(rows))
     return Task("examples", model, "test", rows, len(rows), measure)
@@ -282,18 +266,12 @@ def _task(name: str, model: str, dataset: Dataset, count: int | None, plan: Plan
     return Task(name, model, "test", _rows(dataset, count), plan.batch_size, measurement)
 
 
-def _rows(dataset: Dataset, count: int | None) -> npt.NDArray[np.int64]:
+def _rows(dataset: Dataset, count: int | None) -> IntArray:
     labels = dataset.test.labels
     return stratified_subset(labels, len(labels) if count is None else count).numpy()
 
 
-def bank_rows(training_rows: torch.Tensor, labels: torch.Tensor, count: int) -> npt.NDArray[np.int64]:
-    """Training images to fit to, of the training split alone: those it was validated on are not among them.
-
-    Args:
-        training_rows: Rows of the training split (n,).
-        labels: Class of every training image (N,).
-        count: How many at most, stratified.
-    """
-    chosen: npt.NDArray[np.int64] = training_rows[stratified_subset(labels[training_rows], count)].numpy()
+def bank_rows(training_rows: torch.Tensor, labels: torch.Tensor, count: int) -> IntArray:
+    """Training images to fit to, `count` at most, stratified: of the training split (n,), none it was validated on."""
+    chosen: IntArray = training_rows[stratified_subset(labels[training_rows], count)].numpy()
     return chosen

@@ -3,60 +3,31 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tla_service.errors import UnavailableError
+from tla_service.errors import UnavailableError, one_line
+from tla_service.evaluation.results import (
+    Accuracy,
+    Audit,
+    Curve,
+    Detection,
+    Difference,
+    MinimumNorms,
+    Neighbours,
+    Shift,
+)
 from tla_service.files import write_whole
-from tla_service.report.audit_schema import AuditFacts, Part
 
 FORMAT: Literal[1] = 1
 REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, PAGE_FILE = "report.json", "outcome.npz", "autoattack.npz", "report.html"
 
 
-class Share(Part):
-    """A share of images with its 95% Wilson interval.
+class Part(BaseModel):
+    """A part of a report; figures that are undefined are None, as JSON has no NaN."""
 
-    Attributes:
-        estimate: In [0, 1]; None where nothing was counted.
-        low: Lower end.
-        high: Upper end.
-        images: Number of images it was measured on.
-    """
-
-    estimate: float | None
-    low: float
-    high: float
-    images: int
-
-
-class Accuracy(Share):
-    """Accuracy under one attack, or on clean images.
-
-    Attributes:
-        per_class: By class, in label order.
-    """
-
-    per_class: tuple[Share, ...] = ()
-
-
-class Difference(Part):
-    """Accuracy of this model less another's on the same images, with a paired test.
-
-    Attributes:
-        difference: In [-1, 1].
-        low: Lower end of its 95% interval (Newcombe).
-        high: Upper end.
-        p_value: McNemar's exact two-sided test.
-        images: Number of images compared.
-    """
-
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    images: int
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
 
 
 class ThreatModel(Part):
@@ -108,12 +79,9 @@ class ModelFacts(Part):
 
 
 class DataFacts(Part):
-    """What it was evaluated on.
+    """What it was evaluated on: the test set, those images among them that are set aside for the gate.
 
     Attributes:
-        name: Data set.
-        split: Always the test set.
-        images: Number of test images, those set aside for the gate among them.
         fingerprint: Digest of the data set's content.
         class_names: In label order.
         trained_on: Fingerprint of the set the model was trained on; None where it is not known.
@@ -147,10 +115,10 @@ class AutoAttackFacts(Part):
         left_out: Its parts that cannot run on this network, and why.
         broken_by: Images that each part was the first to break.
         strongest: The strongest of the other attacks on the same images.
-        gap: Accuracy under that attack less accuracy under AutoAttack, on the same images.
+        gap: Accuracy under that attack minus accuracy under AutoAttack, on the same images.
         weak: Whether the gap shows, beyond noise, that the other attacks are weak.
-        warnings: What AutoAttack says of the network, such as that it seems randomised.
-        outcome: File beside the report with the fate of each image that AutoAttack was run on.
+        warnings: AutoAttack's warnings, such as that the network seems randomised.
+        outcome: File beside the report with the per-image results.
         version: The package's version.
     """
 
@@ -165,131 +133,36 @@ class AutoAttackFacts(Part):
     version: str = "standard"
 
 
-class CurveFacts(Part):
-    """Accuracy along one axis."""
-
-    attack: str
-    axis: Literal["epsilon", "steps", "restarts", "l0", "l1"]
-    x: tuple[float, ...]
-    accuracy: tuple[Share, ...]
-
-
-class SparseFacts(Part):
-    """Smallest perturbations that a minimum-norm attack found.
-
-    Attributes:
-        norm: l0 (changed values of a pixel's channels) or l1.
-        images: Number of images.
-        wrong: Images misclassified when clean: their perturbation is 0.
-        median: Median size over all images; None where most were not broken.
-        curve: Accuracy against the size allowed.
-    """
-
-    norm: Literal["l0", "l1"]
-    images: int
-    wrong: int
-    median: float | None
-    curve: CurveFacts
-
-
-class DetectionScore(Part):
-    """How well a score finds misclassified images: area under the ROC curve with its 95% bootstrap interval."""
-
-    auc: float | None
-    low: float | None
-    high: float | None
-    reason: str = ""
-
-
-class ShippedFacts(DetectionScore):
-    """The detector that travels with the model, at the threshold it ships with.
-
-    Attributes:
-        threshold: Images below it are rejected.
-        false_rejections: Correctly classified test images that it rejects, natural and attacked together.
-        detected: Misclassified ones that it rejects.
-    """
-
-    threshold: float
-    false_rejections: Share
-    detected: Share
-
-
-class DetectionFacts(DetectionScore):
-    """Detection of misclassified images, natural and attacked together; `auc` is that of the class Gaussians.
-
-    These are fitted anew, by the settings of the evaluation; the detector that a model ships with is measured beside.
-
-    Attributes:
-        epsilon: Radius of the attacked images.
-        num_correct: Correctly classified ones among both.
-        num_wrong: Misclassified ones.
-        baselines: The same for other scores.
-        settings: The choices that the paper leaves open.
-        shipped: The model's own detector; None where it has none.
-    """
-
-    epsilon: float
-    num_correct: int
-    num_wrong: int
-    baselines: dict[str, DetectionScore]
-    settings: dict[str, str | float | bool]
-    shipped: ShippedFacts | None = None
-
-
-class NeighbourFacts(Part):
-    """Accuracy of a vote among the k nearest training images."""
-
-    k: int
-    bank: int
-    clean: Share
-    attacked: Share
-
-
-class ShiftFacts(Part):
-    """Shift ratios at one radius: r (higher is better) and r' (lower is better)."""
-
-    epsilon: float
-    r: float | None
-    r_prime: float | None
-    left_out_of_r: int
-    left_out_of_r_prime: int
-
-
 class Compared(Part):
-    """Another model measured on the same images.
-
-    Attributes:
-        model: Which.
-        accuracy: By attack.
-        difference: Accuracy of the report's model less this one's, by attack.
-        detection: As for the report's model, where measured.
-        neighbours: Likewise.
-        shift: Likewise.
-        warnings: What AutoAttack says of it.
-    """
+    """Another model measured on the same images; `difference` is the report's model minus this one, by attack."""
 
     model: ModelFacts
     accuracy: dict[str, Accuracy]
     difference: dict[str, Difference]
-    detection: DetectionFacts | None = None
-    neighbours: NeighbourFacts | None = None
-    shift: tuple[ShiftFacts, ...] = ()
+    detection: Detection | None = None
+    neighbours: Neighbours | None = None
+    shift: tuple[Shift, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 class GateFacts(Part):
-    """What the promotion gate decides on: test images set aside for it, which no other figure of the report is of.
-
-    Attributes:
-        images: Number of test images set aside.
-        accuracy: As in the report, on these images alone.
-        detection: Likewise.
-    """
+    """What the promotion gate decides on: the test images set aside for it, which no other figure is of."""
 
     images: int
     accuracy: dict[str, Accuracy]
-    detection: DetectionFacts | None = None
+    detection: Detection | None = None
+
+
+def _with_outcomes(audit: Any) -> Any:
+    """Checks of earlier versions said `passed`, and counted a check without a figure as failed."""
+
+    def converted(check: Any) -> Any:
+        if not (isinstance(check, dict) and "passed" in check):
+            return check
+        outcome = "passed" if check["passed"] else "not run" if check.get("figure") is None else "failed"
+        return {name: value for name, value in check.items() if name != "passed"} | {"outcome": outcome}
+
+    return audit | {"checks": [*map(converted, audit.get("checks", ()))]} if isinstance(audit, dict) else audit
 
 
 class Report(Part):
@@ -301,7 +174,7 @@ class Report(Part):
         format: Version of this format.
         accuracy: By attack, ``clean`` and ``autoattack`` among them, ``worst`` for images that no attack breaks.
         attacks: How each white-box and transfer attack was run.
-        outcome: File beside the report with each image's fate under the attacks of the table, AutoAttack not among
+        outcome: File beside the report with per-image results of the attacks of the table, AutoAttack not among
             them: it may have been run on fewer images.
         code: Version of the code, and the commit where it is known.
         seed: Seed of every random draw.
@@ -320,12 +193,12 @@ class Report(Part):
     attacks: dict[str, AttackFacts]
     outcome: str = OUTCOME_FILE
     autoattack: AutoAttackFacts | None = None
-    curves: tuple[CurveFacts, ...] = ()
-    sparse: tuple[SparseFacts, ...] = ()
-    audit: AuditFacts | None = None
-    detection: DetectionFacts | None = None
-    neighbours: NeighbourFacts | None = None
-    shift: tuple[ShiftFacts, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    sparse: tuple[MinimumNorms, ...] = ()
+    audit: Annotated[Audit | None, BeforeValidator(_with_outcomes)] = None
+    detection: Detection | None = None
+    neighbours: Neighbours | None = None
+    shift: tuple[Shift, ...] = ()
     compared: tuple[Compared, ...] = ()
     surrogate: ModelFacts | None = None
     code: dict[str, str] = Field(default_factory=dict)
@@ -334,6 +207,12 @@ class Report(Part):
     seconds: float
     hardware: str
     gate: GateFacts | None = None
+
+    @property
+    def is_as_trained(self) -> bool:
+        """Whether the threat model is the one that the model was trained for."""
+        trained_for = self.model.trained_for
+        return trained_for is not None and trained_for.slug == self.threat_model.slug
 
 
 def evaluations_folder(weights_sha256: str) -> str:
@@ -356,7 +235,7 @@ def read_report(path: Path) -> Report:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         return Report.model_validate(content)
     except (OSError, ValueError, ValidationError) as error:
-        reason = f"cannot be read ({' '.join(str(error).split())[:200]})"
+        reason = f"cannot be read ({one_line(error)})"
         raise UnavailableError("report", path, reason, "evaluate the model again") from error
 
 

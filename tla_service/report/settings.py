@@ -78,11 +78,11 @@ class PictureSettings(Section):
     )
 
 
-class EvaluateSettings(JobSettings):
-    """An evaluation, complete."""
+class ReportSettings(JobSettings):
+    """What an evaluation of checkpoint folders takes."""
 
-    model: str = setting("", "model to evaluate: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/..., or a folder")
-    compare: tuple[str, ...] = setting((), "other models to set beside it: --compare A B C")
+    model: str = setting("", "model to evaluate: a checkpoint folder")
+    compare: tuple[str, ...] = setting((), "other models to compare it with: --compare A B C")
     surrogate: str | None = setting(
         None,
         "independently trained model that transfer attacks are crafted on; none: the audit trains a small one, and "
@@ -102,15 +102,13 @@ class EvaluateSettings(JobSettings):
     )
     attacks: dict[str, EvaluationAttack] = setting({}, "attacks by name; none: the paper's columns for the data set")
     seed: int = setting(0, "seed of every random draw", ge=0, lt=2**31)
-    batch_size: int = setting(200, "images a forward pass, and a shard: the most work a killed worker loses", ge=2)
-    log: bool = setting(True, "log report and figures to the model's MLflow run, and tag its version")
+    batch_size: int = setting(200, "images per forward pass and per shard: the most that a killed worker loses", ge=2)
+    page: bool = setting(True, "draw figures and write report.html; without it report.json and outcomes only")
     data: EvaluatedData = EvaluatedData()
     images: ImageCounts = ImageCounts()
     detection: DetectionSettings = DetectionSettings()
     neighbours: NeighbourSettings = NeighbourSettings()
     pictures: PictureSettings = PictureSettings()
-    scaling: ScalingConfig = ScalingConfig()
-    tracking: TrackingConfig = TrackingConfig()
 
     def data_config(self, trained: DataConfig | None) -> DataConfig:
         """The data set: that of the training run, with what is given here in its place.
@@ -134,7 +132,7 @@ class EvaluateSettings(JobSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.model:
-            raise wrong("model", "", "no model is named", "give --model models:/NAME@ALIAS, runs:/... or a folder")
+            raise wrong("model", "", "no model is named", "give --model with the path of a checkpoint folder")
         trouble = attack_trouble("attacks", self.attacks, ("clean", "autoattack", "worst"))
         if trouble is not None:
             raise wrong(*trouble)
@@ -159,6 +157,15 @@ class EvaluateSettings(JobSettings):
         if trouble is not None:
             other = ", or give --norm l2" if norm is None and trouble.field.endswith("epsilon") else ""
             raise wrong(*trouble[:3], trouble.remedy + other)
+
+
+class EvaluateSettings(ReportSettings):
+    """What an evaluation on Ray takes, of checkpoints and of models in MLflow."""
+
+    model: str = setting("", "model to evaluate: models:/NAME@ALIAS, models:/NAME/VERSION, runs:/..., or a folder")
+    log: bool = setting(True, "log report and figures to the model's MLflow run, and tag its version")
+    scaling: ScalingConfig = ScalingConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
 
 def spread_lists(arguments: Sequence[str], names: Sequence[str] = ("compare",)) -> list[str]:

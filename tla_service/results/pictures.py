@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from tla_service.results.figures import Row, over_seeds
+from tla_service.results.statistics import Row, over_seeds
 
 
 def method_bars(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:

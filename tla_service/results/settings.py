@@ -1,4 +1,4 @@
-"""What the job that remakes a table of the paper can be told."""
+"""Settings of the job that remakes a table of the paper."""
 
 import os
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ RECIPE_METHODS: Mapping[str, tuple[Method, ...]] = {
 
 
 class TableData(Section):
-    """Where the images are."""
+    """The location of the images."""
 
     root: str | None = setting(None, "folder, zip file or s3://bucket/prefix that holds the data set")
 
 
 class TableTracking(TrackingConfig):
-    """MLflow, with an experiment of its own for the runs of tables."""
+    """MLflow, with a separate experiment for tables."""
 
     experiment: str = setting("tla-results", "MLflow experiment", min_length=1)
 
@@ -33,51 +33,48 @@ class TableTracking(TrackingConfig):
 class ReproduceSettings(JobSettings):
     """A table to remake."""
 
-    table: TableName = setting("mnist", "which table; digits is the same on embedded data, for trying things out")
+    table: TableName = setting("mnist", "data set of the table; digits is embedded, for trying things out")
     recipe: Literal["paper", "modern"] = setting(
-        "paper", "the paper's settings, or the preset modern_<table>: the same recipe for every method"
+        "paper", "the paper's settings, or the preset modern_<table> for every method"
     )
     budget: float | None = setting(
         None,
-        "reduced settings that two CPU cores finish in about this long; none: the paper's settings",
+        "reduced settings that take about this long on two CPU cores; none: the full settings",
         unit="minutes",
         gt=0,
         le=600,
     )
-    seeds: int = setting(3, "runs of each method", ge=1, le=100)
+    seeds: int = setting(3, "seeds per method", ge=1, le=100)
     methods: tuple[Method, ...] = setting(
-        (), "methods of the table; none: the paper's six, or with the modern recipe at, trades and tla"
+        (), "methods; none: the paper's six, or at, trades and tla with the modern recipe"
     )
-    pools: bool = setting(
-        True, "with the paper's recipe also the study of pool sizes (1, 250, 500, 1000, 2000) with method tla"
-    )
-    minutes: float | None = setting(
-        None, "stop after this long and keep everything; the same command goes on", unit="minutes", gt=0
-    )
+    pools: bool = setting(True, "with the paper's recipe, also train tla with pool sizes 1, 250, 500, 1000 and 2000")
+    minutes: float | None = setting(None, "stop after this long; the same command resumes", unit="minutes", gt=0)
     side_by_side: int | None = setting(
-        None, "runs at a time; none: one a core, or four on a GPU; on a cluster as many as fit", ge=1, le=256
+        None, "runs in parallel; none: one per core, or four on a GPU; on a cluster as many as fit", ge=1, le=256
     )
-    state: Path | None = Field(None, description="folder of the runs; default runs/tables/<table>[-<budget>]")
+    state: Path | None = Field(None, description="folder of the runs; default runs/tables/<table>-<settings>")
     output: Path | None = Field(
         None, description="Markdown page to write; default docs/results/<table>.md, or <table>-modern.md"
     )
-    log: bool = setting(True, "log every run's figures to MLflow, where it is installed")
+    log: bool = setting(True, "log the results to MLflow, if it is installed")
     data: TableData = TableData()
     scaling: ScalingConfig = Field(
         ScalingConfig(),
-        description="with scaling.address or RAY_ADDRESS runs go to that cluster, each to a worker of its own",
+        description="with scaling.address or RAY_ADDRESS the table is made on that cluster",
     )
     tracking: TableTracking = TableTracking()
 
     @property
     def budget_name(self) -> str:
-        """What the settings are called: the recipe, the budget's minutes, or both."""
-        parts = [self.recipe] if self.recipe != "paper" or self.budget is None else []
-        return "-".join(parts + ([f"{self.budget:g}-minutes"] if self.budget is not None else []))
+        """Name of the settings: the recipe, the budget's minutes, or both."""
+        if self.budget is None:
+            return self.recipe
+        return f"{'' if self.recipe == 'paper' else 'modern-'}{self.budget:g}-minutes"
 
     @property
     def page_name(self) -> str:
-        """What the page and its pictures are called."""
+        """Name of the page and of its figures."""
         return self.table if self.recipe == "paper" else f"{self.table}-{self.recipe}"
 
     @property
@@ -87,17 +84,17 @@ class ReproduceSettings(JobSettings):
 
     @property
     def state_folder(self) -> Path:
-        """Where runs are kept, as an absolute path."""
+        """Folder of the runs, an absolute path."""
         return (self.state or Path("runs/tables") / f"{self.table}-{self.budget_name}").expanduser().absolute()
 
     @property
     def page(self) -> Path:
-        """Where the page goes."""
+        """Path of the page."""
         return (self.output or Path("docs/results") / f"{self.page_name}.md").expanduser()
 
     @property
     def on_cluster(self) -> bool:
-        """Whether a Ray cluster is named."""
+        """Whether a Ray cluster is given."""
         return bool(self.scaling.address or os.environ.get("RAY_ADDRESS"))
 
     @model_validator(mode="after")
@@ -105,7 +102,10 @@ class ReproduceSettings(JobSettings):
         if self.data.root is None and self.table != "digits":
             raise wrong("data.root", None, f"{self.table} is not embedded", "give a folder, or s3://bucket/prefix")
         if self.recipe == "modern" and self.table == "digits":
-            raise wrong("recipe", "modern", "there is no such preset for digits", "take recipe paper")
+            raise wrong("recipe", "modern", "there is no such preset for digits", "use recipe paper")
         if len(set(self.methods)) < len(self.methods):
             raise wrong("methods", ",".join(self.methods), "names a method twice", "name each once")
+        if self.on_cluster and self.scaling.wait_seconds > 0 and self.side_by_side is None:
+            reason = "with scaling.wait_seconds the cluster may grow, so its present size sets no limit"
+            raise wrong("side_by_side", None, reason, "set it to the number of runs in parallel")
         return self

@@ -23,25 +23,15 @@ _FIXED = ("name", "scaling", "tracking", "evaluation", "data.name", "data.root",
 
 @dataclass(frozen=True)
 class Axis:
-    """A searched setting, checked.
+    """A searched setting, checked: a range, or choices."""
 
-    Attributes:
-        name: Field of the run, or the name of a group of variants.
-        low: Least value of a range.
-        high: Greatest value.
-        log: Whether draws are even on a logarithmic scale.
-        whole: Whether values are whole numbers.
-        choices: What is chosen from, if it is no range: values, or names of variants.
-        variants: Fields that each variant sets.
-    """
-
-    name: str
+    name: str  # field of the run, or name of a group of variants
     low: float = 0.0
     high: float = 0.0
-    log: bool = False
-    whole: bool = False
-    choices: tuple[Any, ...] = ()
-    variants: Mapping[str, Mapping[str, Any]] | None = None
+    log: bool = False  # draws are uniform on a log scale
+    whole: bool = False  # values are integers
+    choices: tuple[Any, ...] = ()  # values, or names of variants
+    variants: Mapping[str, Mapping[str, Any]] | None = None  # fields that each variant sets
 
     def draw(self, rng: np.random.Generator) -> Any:
         """A random value."""
@@ -57,7 +47,7 @@ class Axis:
         return round(value) if self.whole else float(value)
 
     def fields(self, value: Any) -> Mapping[str, Any]:
-        """What a value of this axis sets in the run."""
+        """The fields of the run that a value of this axis sets."""
         return self.variants[value] if self.variants is not None else {self.name: value}
 
     def holds(self, value: Any) -> bool:
@@ -81,19 +71,14 @@ class Axis:
 
 
 def axis_of(name: str, dimension: Dimension) -> Axis:
-    """The axis of a setting as it was configured.
-
-    Args:
-        name: Field of the run, or the name of a group of variants.
-        dimension: What to search.
+    """The axis of a field of the run, or of a group of variants.
 
     Raises:
-        ConfigError: It cannot be searched, or not so.
+        ConfigError: It cannot be searched, or not like this.
     """
     where = f"sweep.space.{name}"
     is_range = dimension.low is not None or dimension.high is not None
-    kinds = [is_range, dimension.values is not None, dimension.variants is not None]
-    if sum(kinds) != 1:
+    if sum([is_range, dimension.values is not None, dimension.variants is not None]) != 1:
         raise ConfigError(where, None, "needs one of: low and high; values; variants", "give exactly one of them")
     if dimension.variants is not None:
         _check_some(where, dimension.variants)
@@ -110,7 +95,7 @@ def axis_of(name: str, dimension: Dimension) -> Axis:
     annotation = field.annotation
     whole = _is_number(annotation, int) and not _is_number(annotation, float)
     if not (whole or _is_number(annotation, float)):
-        raise ConfigError(where, None, "is no number, so it has no range", "give a list of values")
+        raise ConfigError(where, None, "is not a number, so it has no range", "give a list of values")
     low, high = dimension.low, dimension.high
     if low is None or high is None:
         raise ConfigError(where, None, "a range has a low and a high end", "give both")
@@ -129,23 +114,16 @@ def _check_some(where: str, given: Any) -> None:
 
 
 def _as_field(field: FieldInfo, value: Any) -> Any:
-    """A value as the run has it: 8/255 and 1e-3 are text in a file. What is wrong is left for `Space` to explain."""
-    if isinstance(value, bool):
-        return value
+    """A value as the run has it: 8/255 and 1e-3 are text in a file. `Space` explains what is wrong with it."""
+    annotated: Any = typing.Annotated[field.annotation, field]
+    adapter = TypeAdapter(annotated)
     try:
-        annotated: Any = typing.Annotated[field.annotation, field]
-        adapter = TypeAdapter(annotated)
-        return adapter.dump_python(adapter.validate_python(value), mode="json")
+        return value if isinstance(value, bool) else adapter.dump_python(adapter.validate_python(value), mode="json")
     except ValidationError:
         return value
 
 
 def _field(path: str, where: str) -> FieldInfo:
-    """A run's field.
-
-    Raises:
-        ConfigError: There is no such field, or it must be the same for all trials.
-    """
     if any(path == fixed or path.startswith(f"{fixed}.") for fixed in _FIXED):
         raise ConfigError(where, None, f"{path} must be the same for all trials", "set it for the run instead")
     section: Any = RunConfig
@@ -179,7 +157,7 @@ def _is_number(annotation: Any, kind: type) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value, or a point's values with their names, for people."""
+    """A value as text, or a point's values with their names."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name}={shown(item)}" for name, item in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -17,16 +17,7 @@ FEWEST_TRIALS = 4  # for importances
 
 
 def draw_all(trials: Sequence[Trial], space: Space, folder: Path) -> list[Path]:
-    """Plot what these trials have to show.
-
-    Args:
-        trials: All trials; those without a validation, and failed ones, are left out.
-        space: What was searched.
-        folder: Where to; made if it is missing.
-
-    Returns:
-        The PNG files.
-    """
+    """Plot the trials that have a validation and did not fail to PNG files in a folder; returns their paths."""
     from optuna.visualization import matplotlib as plots
 
     measured = [trial for trial in trials if trial.curve and trial.status != "failed"]
@@ -34,36 +25,33 @@ def draw_all(trials: Sequence[Trial], space: Space, folder: Path) -> list[Path]:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     objective = space.sweep.objectives[0]
-    target_name = f"validation {objective.replace('_', ' ')}"
+    target = f"validation {objective.replace('_', ' ')}"
     study = study_of(space, measured, [objective])
     both = study_of(space, measured, ["clean_accuracy", "robust_accuracy"])
-    names = ["validation clean accuracy", "validation robust accuracy"]
+    names, width = ["validation clean accuracy", "validation robust accuracy"], 3.0 + 1.8 * len(space.axes)
+    parallel = folder / "parallel_coordinates.png"
     paths = [
-        _save(
-            lambda: plots.plot_parallel_coordinate(study, target_name=target_name),
-            folder,
-            "parallel_coordinates",
-            3.0 + 1.8 * len(space.axes),
-        ),
-        _save(lambda: plots.plot_pareto_front(both, target_names=names), folder, "clean_and_robust"),
+        _save(lambda: plots.plot_parallel_coordinate(study, target_name=target), parallel, width),
+        _save(lambda: plots.plot_pareto_front(both, target_names=names), folder / "clean_and_robust.png"),
     ]
     varies = len({trial.value(objective) for trial in measured}) > 1
     if varies and len(measured) >= FEWEST_TRIALS and len(space.axes) > 1:
-        paths.append(_save(lambda: plots.plot_param_importances(study, target_name=target_name), folder, "importance"))
-    if space.sweep.picture and study_figure(measured, space, folder / f"{space.sweep.picture}.png"):
-        paths.append(folder / f"{space.sweep.picture}.png")
+        importance = folder / "importance.png"
+        paths.append(_save(lambda: plots.plot_param_importances(study, target_name=target), importance))
+    picture = folder / f"{space.sweep.picture}.png"
+    if space.sweep.picture and study_figure(measured, space, picture):
+        paths.append(picture)
     return paths
 
 
-def _save(plot: "Callable[[], Axes]", folder: Path, name: str, width: float = 6.4) -> Path:
+def _save(plot: "Callable[[], Axes]", path: Path, width: float = 6.4) -> Path:
     """Draw and write one plot, without changing the style of others."""
     from matplotlib import pyplot as plt
     from optuna.exceptions import ExperimentalWarning
 
-    path = folder / f"{name}.png"
     with warnings.catch_warnings(), plt.rc_context({"backend": "agg"}):
-        warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna labels all its Matplotlib plots so
-        warnings.filterwarnings("ignore", "Attempting to set identical")  # of an axis on which all trials agree
+        warnings.simplefilter("ignore", ExperimentalWarning)  # raised by all of Optuna's Matplotlib plots
+        warnings.filterwarnings("ignore", "Attempting to set identical")  # an axis on which all trials agree
         plot()
         figure = plt.gcf()
         figure.set_size_inches(width, 4.8)

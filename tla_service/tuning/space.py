@@ -1,10 +1,11 @@
 """The space of a sweep: checked before anything starts; points of it, and the runs that points stand for."""
 
+import functools
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class Space:
         sweep: The search.
 
     Raises:
-        ConfigError: A field is unknown or may not be searched, a range or a list is wrong, or no point is allowed.
+        ConfigError: A field is unknown or cannot be searched, a range or a list is wrong, or no point is allowed.
     """
 
     def __init__(self, run: RunConfig, sweep: SweepConfig) -> None:
@@ -54,7 +55,7 @@ class Space:
 
     @property
     def name(self) -> str:
-        """The sweep's name: given, or made of what identifies it, never of the time."""
+        """The sweep's name: given, or derived from what identifies it, never from the time."""
         fields = self.sweep.model_dump(mode="json", exclude=self.sweep.NOT_IDENTITY)
         digest = hashlib.sha256(json.dumps([self.run.digest, fields], sort_keys=True).encode()).hexdigest()[:8]
         return self.sweep.name or f"{self.run.data.name}-{self.run.method}-sweep-{digest}"
@@ -62,8 +63,8 @@ class Space:
     def apply(self, point: Point, *, full_length: bool = False) -> RunConfig:
         """The run of a point.
 
-        Learning rate and whatever is counted in optimiser steps follow the batch size and the length of a trial, so
-        that every trial sees as many images.
+        Learning rate and whatever is counted in optimizer steps follow the batch size and the length of a trial, so
+        that every trial sees the same number of images.
 
         Args:
             point: A value for each axis.
@@ -72,17 +73,15 @@ class Space:
         Raises:
             ValidationError: The fields do not go together.
         """
-        fields = _copy(self._full if full_length else self._fields)
-        for axis in self.axes:
-            for path, value in axis.fields(point[axis.name]).items():
-                _put(fields, path, value)
+        values = {path: value for axis in self.axes for path, value in axis.fields(point[axis.name]).items()}
+        fields = _with(self._full if full_length else self._fields, values)
         self._follow_batch_size(fields, None if full_length else self.sweep.trial_epochs)
         return RunConfig.model_validate(fields)
 
     def trial(self, number: int, point: Point, num_workers: int) -> RunConfig:
         """The run of a trial, named by its number and point: checkpoints under that name are of this point."""
         run = self.apply(point)
-        # Trials queue for workers as long as others take, so none of them alone may give up waiting.
+        # Trials queue for workers while others train, so no single trial may give up waiting.
         scaling = run.scaling.model_copy(update={"num_workers": num_workers, "wait_seconds": 0.0})
         digest = hashlib.sha256(key_of(point).encode()).hexdigest()[:6]
         return run.model_copy(update={"name": f"{self.name}-{number:04d}-{digest}", "scaling": scaling})
@@ -93,16 +92,13 @@ class Space:
 
     def alone(self, axis: Axis, value: Any) -> RunConfig | None:
         """The run with one axis at a value and everything else as it was; None if these do not go together."""
-        fields = _copy(self._fields)
-        for path, single in axis.fields(value).items():
-            _put(fields, path, single)
         try:
-            return RunConfig.model_validate(fields)
+            return RunConfig.model_validate(_with(self._fields, axis.fields(value)))
         except ValidationError:
             return None
 
     def own_point(self) -> Point | None:
-        """The run's own settings as a point; None if they lie outside the space, or belong to no single variant."""
+        """The run's own settings as a point; None if they lie outside the space, or match no single variant."""
         point: Point = {}
         for axis in self.axes:
             names = axis.choices if axis.variants is not None else (_get(self._fields, axis.name),)
@@ -113,30 +109,29 @@ class Space:
         return point if self.allows(point) else None
 
     def random(self, rng: np.random.Generator, tried: Collection[str] = ()) -> Point | None:
-        """An allowed random point whose key is not among those tried, or None if there is none in `TRIES` draws."""
-        for _ in range(TRIES):
-            point = {axis.name: axis.draw(rng) for axis in self.axes}
-            if key_of(point) not in tried and self.allows(point):
-                return point
-        return None
+        """An allowed random point whose key is not among those tried; None if `TRIES` draws give none."""
+        draws = itertools.islice(self._draws(rng), TRIES)
+        return next((point for point in draws if key_of(point) not in tried and self.allows(point)), None)
 
     def grid(self) -> list[Point]:
         """All allowed points, the last axis changing first."""
         names = [axis.name for axis in self.axes]
-        points = (
-            dict(zip(names, values, strict=True)) for values in itertools.product(*(a.choices for a in self.axes))
-        )
+        values = itertools.product(*(axis.choices for axis in self.axes))
+        points = (dict(zip(names, each, strict=True)) for each in values)
         return [point for point in points if self.allows(point)]
 
     # ------------------------------------------------------------------------------------------------ checks
+
+    def _draws(self, rng: np.random.Generator) -> Iterator[Point]:
+        while True:
+            yield {axis.name: axis.draw(rng) for axis in self.axes}
 
     def _refusal(self, point: Point) -> str | None:
         found = self._valid(point)
         if isinstance(found, str):
             return found
         fields = found.model_dump(mode="json")
-        broken = next((constraint for constraint in self.constraints if not constraint.holds(fields)), None)
-        return None if broken is None else broken.text
+        return next((constraint.text for constraint in self.constraints if not constraint.holds(fields)), None)
 
     def _valid(self, point: Point) -> RunConfig | str:
         """The run of a point, or what is wrong with it; constraints aside."""
@@ -155,16 +150,11 @@ class Space:
                 raise ConfigError(f"sweep.space.{ranges[0]}", None, "a grid needs a list of values", "give one")
             size = math.prod(len(axis.choices) for axis in self.axes)
             if size > MOST_GRID_POINTS:
-                raise ConfigError(
-                    "sweep.searcher", "grid", f"{size} points are too many", "search at random, or by tpe"
-                )
+                remedy = "use sweep.searcher=random or tpe"
+                raise ConfigError("sweep.searcher", "grid", f"{size} points are too many", remedy)
         if sweep.measure_test and (sweep.searcher != "grid" or sweep.scheduler != "none"):
-            raise ConfigError(
-                "sweep.measure_test",
-                True,
-                "test images would take part in a search",
-                "use it with sweep.searcher=grid and sweep.scheduler=none",
-            )
+            remedy = "use it with sweep.searcher=grid and sweep.scheduler=none"
+            raise ConfigError("sweep.measure_test", True, "test images would take part in a search", remedy)
         if self.run.scaling.wait_seconds > 0 and sweep.max_concurrent is None:
             reason = "with scaling.wait_seconds the cluster may grow, so its present size sets no limit"
             raise ConfigError("sweep.max_concurrent", None, reason, "set it to the trials that may run at a time")
@@ -174,46 +164,39 @@ class Space:
             raise ConfigError("sweep.grace_epochs", sweep.grace_epochs, reason, "use fewer, or sweep.scheduler=none")
 
     def _check_values(self) -> None:
-        """Each value alone: wrong types and ranges are found, and what several fields make of it is left for later."""
-        for axis in self.axes:
-            for value in axis.ends:
-                fields = _copy(self._fields)
-                for path, single in axis.fields(value).items():
-                    _put(fields, path, single)
-                try:
-                    RunConfig.model_validate(fields)
-                except ValidationError as error:
-                    found = next((one for one in error.errors(include_url=False) if one["type"] != "cross_field"), None)
-                    if found is not None:
-                        wrong = Explainer(RunConfig, "").explain(found)
-                        raise ConfigError(f"sweep.space.{axis.name}", value, wrong.reason, wrong.remedy) from error
+        """Each value alone: finds wrong types and ranges; fields that do not go together are left for later."""
+        for axis, value in [(each, value) for each in self.axes for value in each.ends]:
+            try:
+                RunConfig.model_validate(_with(self._fields, axis.fields(value)))
+            except ValidationError as error:
+                found = next((one for one in error.errors(include_url=False) if one["type"] != "cross_field"), None)
+                if found is not None:
+                    wrong = Explainer(RunConfig, "").explain(found)
+                    raise ConfigError(f"sweep.space.{axis.name}", value, wrong.reason, wrong.remedy) from error
 
     def _check_lengths(self) -> None:
         """Refuse a radius or a step that makes no sense in any point: it would be left out of the search silently."""
         rng = np.random.default_rng(self.sweep.seed)
-        for axis in self.axes:
-            for value in axis.probes:
-                if not any(path.startswith("attack.") for path in axis.fields(value)):
-                    continue
-                draws = ({other.name: other.draw(rng) for other in self.axes} for _ in range(TRIES))
-                found: RunConfig | str = ""
-                for point in draws:
-                    found = self._valid(point | {axis.name: value})
-                    if not isinstance(found, str):
-                        break
-                if isinstance(found, str):
-                    reason = f"no point can have this value ({found})"
-                    raise ConfigError(f"sweep.space.{axis.name}", shown(value), reason, "correct it, or leave it out")
+        for axis, value in [(each, value) for each in self.axes for value in each.probes]:
+            if not any(path.startswith("attack.") for path in axis.fields(value)):
+                continue
+            found: RunConfig | str = ""
+            for point in itertools.islice(self._draws(rng), TRIES):
+                found = self._valid(point | {axis.name: value})
+                if not isinstance(found, str):
+                    break
+            else:
+                reason = f"no point can have this value ({found})"
+                raise ConfigError(f"sweep.space.{axis.name}", shown(value), reason, "correct it, or leave it out")
 
     def _check_not_empty(self) -> None:
+        rng = np.random.default_rng(self.sweep.seed)
         if self.sweep.searcher == "grid":
             found, how = bool(self.grid()), "no point of the grid is allowed"
         else:
-            rng = np.random.default_rng(self.sweep.seed)
             found, how = self.random(rng) is not None, f"none of {TRIES} random points is allowed"
         if not found:
-            rng = np.random.default_rng(self.sweep.seed)
-            example = {axis.name: axis.draw(rng) for axis in self.axes}
+            example = next(self._draws(np.random.default_rng(self.sweep.seed)))
             reason = f"{how}; {shown(example)} breaks: {self._refusal(example)}"
             subject = "sweep.constraints" if self.constraints else "sweep.space"
             raise ConfigError(subject, None, reason, "widen the space, or drop a constraint")
@@ -241,7 +224,7 @@ def key_of(point: Point) -> str:
 
 def default_space(run: RunConfig) -> dict[str, Dimension]:
     """The paper's weights and margin over wide ranges, and sizes around the run's own."""
-    batch = run.training.global_batch_size
+    batch, pool = run.training.global_batch_size, run.mining.pool_size
     space = {_BATCH: Dimension(values=(max(2, batch // 2), batch, 2 * batch))}
     if run.mines_triplets:
         space |= {
@@ -250,7 +233,6 @@ def default_space(run: RunConfig) -> dict[str, Dimension]:
             "loss.margin": Dimension(low=0.005, high=0.2),
         }
         if run.mining.pool == "separate":
-            pool = run.mining.pool_size
             space["mining.pool_size"] = Dimension(values=(max(1, pool // 2), pool, 2 * pool, 4 * pool))
     return space
 
@@ -258,8 +240,7 @@ def default_space(run: RunConfig) -> dict[str, Dimension]:
 def _check_overlap(axes: tuple[Axis, ...]) -> None:
     owners: dict[str, str] = {}
     for axis in axes:
-        paths = {path for value in axis.choices or (axis.low,) for path in axis.fields(value)}
-        for path in paths:
+        for path in {path for value in axis.choices or (axis.low,) for path in axis.fields(value)}:
             if path in owners:
                 reason = f"{path} is set by {owners[path]} too"
                 raise ConfigError(f"sweep.space.{axis.name}", None, reason, "let one of them set it")
@@ -287,18 +268,17 @@ def _freeze_evaluation(fields: dict[str, Any], run: RunConfig) -> None:
         attack.update(frozen[f"evaluation.test.{name}"]._asdict())
 
 
-def _put(fields: dict[str, Any], path: str, value: Any) -> None:
-    *sections, name = path.split(".")
-    for section in sections:
-        fields = fields[section]
-    fields[name] = value
+def _with(fields: dict[str, Any], values: Any) -> dict[str, Any]:
+    """A copy of nested fields with some replaced, by their paths."""
+    copied: dict[str, Any] = _copy(fields)
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        functools.reduce(dict.__getitem__, sections, copied)[name] = value
+    return copied
 
 
 def _get(fields: dict[str, Any], path: str) -> Any:
-    value: Any = fields
-    for name in path.split("."):
-        value = value[name]
-    return value
+    return functools.reduce(dict.__getitem__, path.split("."), fields)
 
 
 def _copy(value: Any) -> Any:

@@ -1,6 +1,7 @@
-"""Studies that end in a picture of the paper, with its figures on the left and ours on the right."""
+"""Studies that end in a figure of the paper: its results on the left, ours on the right."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,7 @@ _STYLES: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Study:
-    """What the paper found.
-
-    Attributes:
-        source: Where it says so, and on which data.
-        along: What varies.
-        accuracies: By attack, accuracy by the value of what varies.
-    """
+    """The paper's results: where they are from, what varies, and by attack the accuracy by value."""
 
     source: str
     along: str
@@ -64,41 +59,33 @@ PAPER = {
 
 
 def study_figure(trials: Sequence[Trial], space: Space, path: Path) -> bool:
-    """Draw the paper's figures and ours side by side, each on its own scale of the same span.
+    """Draw the paper's results and ours side by side, each on its own scale of the same span.
 
-    Ours are on the test set if the sweep measures it, else on the validation split; means over trials that differ in
-    the other settings (seeds), with their standard deviation.
-
-    Args:
-        trials: Those with a validation.
-        space: What was searched; its first axis is drawn along.
-        path: PNG file to write; its folder is made.
+    Ours are on the test set if the sweep measures it, else on the validation split: means over trials that differ in
+    other settings (seeds), with their standard deviation. The first axis of the space is drawn along x.
 
     Returns:
         False if no trial has finished: then nothing is drawn.
     """
     from matplotlib.ticker import PercentFormatter
 
-    study, axis = PAPER[space.sweep.picture], space.axes[0]
+    study, axis, run = PAPER[space.sweep.picture], space.axes[0], space.run
     finished = [trial for trial in trials if trial.status == "finished"]
     if not finished:
         return False
-    found = _ours(finished, axis.name)
-    order = [f"{choice:g}" if isinstance(choice, float) else str(choice) for choice in axis.choices]
+    order = [_label(choice) for choice in axis.choices]
     figure = _figure(10.4, 4.0)
-    left, right = figure.subplots(1, 2)
-    theirs = {name: {label: (value, 0.0) for label, value in line.items()} for name, line in study.accuracies.items()}
+    both = left, right = figure.subplots(1, 2)
+    theirs = {name: {label: [value] for label, value in line.items()} for name, line in study.accuracies.items()}
     _draw(left, theirs, order)
-    _draw(right, found, order)
+    _draw(right, _ours(finished, axis.name), order)
     left.set_title(study.source, fontsize=10)
-    run = space.run
-    seeds = max(len([t for t in finished if t.point[axis.name] == choice]) for choice in axis.choices)
+    seeds = max(sum(trial.point[axis.name] == choice for trial in finished) for choice in axis.choices)
     each = f"{seeds} trials each" if seeds > 1 else "one trial each"
     where = "test" if space.sweep.measure_test else "validation"
-    title = f"ours: {run.data.name}, {run.model.name}, {where} set, {each}"
-    right.set_title(title, fontsize=10)
-    span = 1.15 * max(_span(axes) for axes in (left, right))
-    for axes in (left, right):
+    right.set_title(f"ours: {run.data.name}, {run.model.name}, {where} set, {each}", fontsize=10)
+    span = 1.15 * max(high - low for low, high in (axes.get_ylim() for axes in both))
+    for axes in both:
         middle = sum(axes.get_ylim()) / 2
         axes.set_ylim(middle - span / 2, middle + span / 2)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
@@ -108,40 +95,34 @@ def study_figure(trials: Sequence[Trial], space: Space, path: Path) -> bool:
     return True
 
 
-def _ours(trials: Sequence[Trial], axis: str) -> dict[str, dict[str, tuple[float, float]]]:
-    """By attack and value of the axis: mean and standard deviation of the accuracy."""
-    values: dict[str, dict[str, list[float]]] = {}
+def _label(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _ours(trials: Sequence[Trial], axis: str) -> dict[str, dict[str, list[float]]]:
+    """Accuracies by attack and value of the axis."""
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    prefix = "robust_accuracy/"
     for trial in trials:
-        prefix = "robust_accuracy/"
-        label = f"{trial.point[axis]:g}" if isinstance(trial.point[axis], float) else str(trial.point[axis])
         measured = {name.removeprefix(prefix): value for name, value in trial.test.items() if name.startswith(prefix)}
         if not measured and trial.best is not None:
             measured = {"validation attack": trial.best.robust_accuracy}
         for name, value in measured.items():
-            values.setdefault(name, {}).setdefault(label, []).append(value)
-    return {
-        name: {
-            label: (statistics.mean(each), statistics.stdev(each) if len(each) > 1 else 0.0)
-            for label, each in line.items()
-        }
-        for name, line in values.items()
-    }
+            values[name][_label(trial.point[axis])].append(value)
+    return values
 
 
-def _draw(axes: "Axes", lines: Mapping[str, Mapping[str, tuple[float, float]]], order: Sequence[str]) -> None:
+def _draw(axes: "Axes", lines: Mapping[str, Mapping[str, Sequence[float]]], order: Sequence[str]) -> None:
+    """Means by label, with standard deviations where there are several values."""
     for (name, line), style in zip(lines.items(), _STYLES * len(lines), strict=False):
-        places = [place for place, label in enumerate(order) if label in line]
-        means, spreads = zip(*(line[order[place]] for place in places), strict=True)
+        values = {place: line[label] for place, label in enumerate(order) if label in line}
+        means = [statistics.mean(each) for each in values.values()]
+        spreads = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values.values()]
         errors = spreads if any(spreads) else None
-        axes.errorbar(places, means, yerr=errors, label=name, linewidth=1.6, markersize=5, capsize=3, **style)
+        axes.errorbar(list(values), means, yerr=errors, label=name, linewidth=1.6, markersize=5, capsize=3, **style)
     axes.set_xticks(range(len(order)), order)
     axes.set_xlim(-0.3, len(order) - 0.7)
     axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(facecolor="white", edgecolor="none", framealpha=0.85, fontsize=8.5, loc="best", handlelength=3.2)
-
-
-def _span(axes: "Axes") -> float:
-    low, high = axes.get_ylim()
-    return float(high - low)

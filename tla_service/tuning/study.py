@@ -27,8 +27,8 @@ def study_of(
     Args:
         space: What is searched.
         trials: The trials. One that failed, or has no validation, counts as 0.
-        objectives: What is maximised.
-        storage: Where the study is kept; in memory if not given.
+        objectives: What is maximized.
+        storage: Where the study is kept; default: in memory.
     """
     import optuna
 
@@ -44,18 +44,13 @@ def study_of(
 
 
 def sampler_of(space: Space, num_before: int) -> "optuna.samplers.BaseSampler":
-    """What suggests points.
-
-    Args:
-        space: What is searched, and how.
-        num_before: Trials before this attempt: another attempt draws other numbers.
-    """
+    """Optuna's sampler; seeded by the number of trials before this attempt too, so that it draws other numbers."""
     import optuna
 
     seed = int(np.random.SeedSequence([space.sweep.seed, num_before]).generate_state(1)[0])
     if space.sweep.searcher == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    # Running trials count as bad for the time being, so that several at once do not try the same.
+    # Running trials count as bad for the time being, so that parallel ones do not try the same.
     return optuna.samplers.TPESampler(
         seed=seed, n_startup_trials=space.sweep.startup_trials, multivariate=True, constant_liar=True
     )
@@ -67,16 +62,15 @@ def distributions(space: Space) -> "dict[str, optuna.distributions.BaseDistribut
 
 
 def to_params(space: Space, point: Point) -> dict[str, Any]:
-    """A point in Optuna's terms."""
+    """A point as Optuna's parameters."""
     return {axis.name: _param(point[axis.name]) for axis in space.axes}
 
 
 def to_point(space: Space, params: dict[str, Any]) -> Point:
     """The point of Optuna's parameters."""
     return {
-        axis.name: next((choice for choice in axis.choices if _param(choice) == value), value)
+        axis.name: next((choice for choice in axis.choices if _param(choice) == params[axis.name]), params[axis.name])
         for axis in space.axes
-        for value in [params[axis.name]]
     }
 
 

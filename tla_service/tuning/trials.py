@@ -3,6 +3,7 @@
 import csv
 import io
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -12,7 +13,9 @@ from tla_service.tuning.space import Point, Space
 
 Status = Literal["running", "finished", "stopped", "failed"]
 Outcome = Literal["running", "finished", "failed", "unavailable"]
-Report = dict[str, Any]
+_SHOWN: dict[Status, str] = {
+    "finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "unfinished",
+}  # fmt: skip
 
 
 class Score(NamedTuple):
@@ -31,8 +34,8 @@ def best_of(curve: Sequence[Score]) -> Score | None:
 class Progress:
     """Turns the records of a training run into the reports of its trial.
 
-    Every report is complete: whoever reads the last one knows the whole trial. Epochs that are repeated after a restart
-    count once.
+    Every report is complete: the last one describes the whole trial. Epochs that are repeated after a restart count
+    once.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,11 +46,7 @@ class Progress:
         self._began: float | None = None
 
     def add(self, record: Mapping[str, Any]) -> str | None:
-        """Take a record of `fit_on_ray`.
-
-        Returns:
-            A message for people, which may be empty; None if the record is no reason to report.
-        """
+        """Add a record of `fit_on_ray`; returns a message, possibly empty, or None if there is nothing to report."""
         match record["event"]:
             case "start":
                 self._began = self._clock() if self._began is None else self._began
@@ -62,7 +61,7 @@ class Progress:
         return record.get("message")
 
     def add_history(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Take the metrics of epochs; those that are known are left out."""
+        """Add the metrics of epochs; known ones are left out."""
         for metrics in history:
             epochs = int(metrics["epoch"]) + 1
             if epochs <= self._epochs:
@@ -80,15 +79,15 @@ class Progress:
         reason: str = "",
         test: Mapping[str, float] | None = None,
         error: Sequence[Any] = (),
-    ) -> Report:
+    ) -> dict[str, Any]:
         """The next report: plain values for `tune.report`.
 
         Accuracies are those of the best score so far, 0 before the first validation and for a failed trial. A failed
         trial has 0 epochs, so that the scheduler compares no other with it.
 
         Args:
-            message: For people.
-            outcome: How the trial ended, if it did; `unavailable`: it cannot go on, and not because of its point.
+            message: To show.
+            outcome: How the trial ended, if it did; `unavailable`: it cannot continue, and not because of its point.
             reason: Why.
             test: Accuracies on the test set.
             error: Arguments of the UnavailableError.
@@ -113,39 +112,21 @@ class Progress:
 
 @dataclass
 class Trial:
-    """What is known of a trial.
+    """What is known of a trial."""
 
-    Attributes:
-        number: 0, 1, ... in the order of suggestion.
-        point: A value for each searched setting.
-        status: `running` until it has ended, over interruptions too.
-        curve: Its validations.
-        reason: Why it was stopped or failed.
-        test: Accuracies on the test set, where the sweep measures them.
-        restarts: How often its workers failed and were started again.
-        attempts: Attempts at the sweep that ran it.
-        seconds: Wall time of its process, over all attempts, up to the last report of each.
-        worker_seconds: Wall time of its workers, likewise.
-    """
-
-    number: int
+    number: int  # 0, 1, ... in the order of suggestion
     point: Point
-    status: Status = "running"
+    status: Status = "running"  # or interrupted
     curve: list[Score] = field(default_factory=list)
-    reason: str = ""
-    test: dict[str, float] = field(default_factory=dict)
-    restarts: int = 0
-    attempts: int = 0
-    seconds: float = 0.0
-    worker_seconds: float = 0.0
+    reason: str = ""  # why it was stopped or failed
+    test: dict[str, float] = field(default_factory=dict)  # accuracies on the test set, if the sweep measures them
+    restarts: int = 0  # of its workers
+    attempts: int = 0  # at the sweep that ran it
+    seconds: float = 0.0  # wall time of its process, over all attempts, up to the last report of each
+    worker_seconds: float = 0.0  # wall time of its workers, likewise
 
     def add_attempt(self, report: Mapping[str, Any], deaths: int = 0) -> None:
-        """Take what an attempt at the sweep knows of the trial.
-
-        Args:
-            report: Its last report, with what Ray Tune adds (`done`, `time_total_s`); that alone if it made none.
-            deaths: How often its process died, if that ended it.
-        """
+        """Add an attempt: its last report, with what Ray Tune adds, and how often its process died if that ended it."""
         self.attempts += 1
         if "outcome" in report:
             self.curve = [Score(*each) for each in report["curve"]] or self.curve
@@ -170,9 +151,15 @@ class Trial:
         """The best score; None before the first validation."""
         return best_of(self.curve)
 
+    @property
+    def best_accuracies(self) -> dict[str, float]:
+        """The accuracies of the best score by name; empty before the first validation."""
+        best = self.best
+        return {} if best is None else {name: value for name, value in best._asdict().items() if name != "epochs"}
+
     def value(self, objective: Objective) -> float | None:
         """An objective at the best score; None before the first validation."""
-        return None if self.best is None else float(getattr(self.best, objective))
+        return self.best_accuracies.get(objective)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -189,7 +176,22 @@ def winner(trials: Sequence[Trial], objective: Objective) -> Trial | None:
 
 def table(trials: Sequence[Trial], space: Space) -> list[dict[str, Any]]:
     """One row per trial: number, status, point, best validation accuracies, epochs, times."""
-    return [_row(trial, space) for trial in trials]
+    return [
+        {
+            "trial": trial.number,
+            "status": trial.status,
+            **{axis.name: trial.point[axis.name] for axis in space.axes},
+            **{f"validation/{name}": value for name, value in trial.best_accuracies.items()},
+            **{f"test/{name}": value for name, value in trial.test.items()},
+            "best_epoch": None if trial.best is None else trial.best.epochs - 1,
+            "epochs": trial.epochs,
+            "attempts": trial.attempts,
+            "restarts": trial.restarts,
+            "seconds": round(trial.seconds, 1),
+            "reason": trial.reason,
+        }
+        for trial in trials
+    ]
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -203,26 +205,7 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def counts(trials: Sequence[Trial]) -> str:
-    """How many trials have which status, for people."""
-    words = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "unfinished"}
-    numbers = {word: sum(trial.status == status for trial in trials) for status, word in words.items()}
-    told = ", ".join(f"{number} {word}" for word, number in numbers.items() if number)
+    """How many trials have which status."""
+    numbers = Counter(trial.status for trial in trials)
+    told = ", ".join(f"{numbers[status]} {name}" for status, name in _SHOWN.items() if numbers[status])
     return f"{len(trials)} trials: {told}" if told else "no trials"
-
-
-def _row(trial: Trial, space: Space) -> dict[str, Any]:
-    best = trial.best
-    accuracies = {} if best is None else {f"validation/{n}": v for n, v in best._asdict().items() if n != "epochs"}
-    return {
-        "trial": trial.number,
-        "status": trial.status,
-        **{axis.name: trial.point[axis.name] for axis in space.axes},
-        **accuracies,
-        **{f"test/{name}": value for name, value in trial.test.items()},
-        "best_epoch": None if best is None else best.epochs - 1,
-        "epochs": trial.epochs,
-        "attempts": trial.attempts,
-        "restarts": trial.restarts,
-        "seconds": round(trial.seconds, 1),
-        "reason": trial.reason,
-    }

@@ -2,21 +2,19 @@
 
 import contextlib
 import json
-import os
-import signal
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tla_service.cluster.attempts import attempts, read_trials
+from tla_service.cluster.budget import Budget, Plan, stop_on_signal
 from tla_service.cluster.folder import Folder
 from tla_service.cluster.lease import Lease, held
-from tla_service.cluster.session import Placement, check_dashboard, place, ray_session
-from tla_service.cluster.slots import count_slots, workers_per_trial
+from tla_service.cluster.session import check_dashboard, place, ray_session
+from tla_service.cluster.slots import max_concurrent, workers_per_trial
 from tla_service.cluster.storage import check_storage
 from tla_service.cluster.trial_log import RunStatus, TrialLog
-from tla_service.cluster.tune import DEFAULT_SAMPLES, Budget, Plan, run_trials
+from tla_service.cluster.tune import DEFAULT_SAMPLES, run_trials
 from tla_service.config import RunConfig
 from tla_service.config.loading import load_config_file, to_yaml
 from tla_service.config.yaml_files import parse_yaml
@@ -74,9 +72,8 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
             run = _workers(run, workers_per_trial(run.scaling))
             placement = place(run)
             check_ends(space, facts, placement.num_workers)
-            plan = Plan(
-                space, uri, placement, facts.weights, _max_concurrent(run, space, placement), run.scaling.wait_seconds
-            )
+            most = max_concurrent(run.scaling, space.sweep.max_concurrent, placement)
+            plan = Plan(space, uri, placement, facts.weights, most, run.scaling.wait_seconds)
             storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
             return _search(plan, run, facts, output, lease, debug=debug)
 
@@ -87,37 +84,33 @@ def _number_of_trials(space: Space) -> int:
 
 
 def check_ends(space: Space, facts: Facts, num_workers: int) -> None:
-    """See that the data has enough images for batches, pools and networks at the ends of the space.
+    """Check that the data has enough images for batches, pools and networks at the ends of the space.
 
     Raises:
-        ConfigError: It has not.
+        ConfigError: It does not.
     """
-    dataset = facts.dataset
-    for axis in space.axes:
-        networks = {(space.run.model, space.run.loss.triplet_layer)}
-        for value in axis.ends:
-            found = space.alone(axis, value)
-            if found is None:
-                continue
-            try:
-                check_split(found, dataset, num_workers)
-                if (found.model, found.loss.triplet_layer) not in networks:
-                    networks.add((found.model, found.loss.triplet_layer))
-                    model = found.model
-                    network = build_model(
-                        model.name, len(dataset.class_names), dataset.image_shape, model.normalization
-                    )
-                    seen_by_triplets(network, found.loss.triplet_layer)
-            except ConfigError as error:
-                reason = f"{error.subject}={error.value}: {error.reason}"
-                raise ConfigError(f"sweep.space.{axis.name}", value, reason, error.remedy) from error
+    dataset, networks = facts.dataset, {(space.run.model, space.run.loss.triplet_layer)}
+    for axis, value in [(each, value) for each in space.axes for value in each.ends]:
+        found = space.alone(axis, value)
+        if found is None:
+            continue
+        model, layer = found.model, found.loss.triplet_layer
+        try:
+            check_split(found, dataset, num_workers)
+            if (model, layer) not in networks:
+                networks.add((model, layer))
+                classes = len(dataset.class_names)
+                seen_by_triplets(build_model(model.name, classes, dataset.image_shape, model.normalization), layer)
+        except ConfigError as error:
+            reason = f"{error.subject}={error.value}: {error.reason}"
+            raise ConfigError(f"sweep.space.{axis.name}", value, reason, error.remedy) from error
 
 
 def _compare(run: RunConfig, space: Space, storage: Folder, *, resume: bool) -> RunConfig:
-    """Compare with the sweep of this name that is there already, if any; returns the run with its number of workers."""
+    """Compare with an existing sweep of this name, if any; returns the run with its number of workers."""
     name = space.name
     if storage.read("driver.json") is not None:
-        reason = f"was begun by an earlier version ({storage.uri}), whose sweeps cannot be continued"
+        reason = f"was begun by an earlier version ({storage.uri}), whose sweeps cannot be resumed"
         raise ConfigError("sweep.name", name, reason, "choose another --sweep.name; its best.yaml still loads")
     text = storage.read(SETTINGS)
     if text is None:
@@ -130,12 +123,9 @@ def _compare(run: RunConfig, space: Space, storage: Folder, *, resume: bool) -> 
     before = parse_yaml(text.decode(), "sweep.name", name)
     workers = before["scaling"]["num_workers"]
     if run.scaling.num_workers not in ("auto", workers):
-        raise ConfigError(
-            "scaling.num_workers",
-            run.scaling.num_workers,
-            f"the sweep was started with {workers}, and trials with different numbers of workers do not compare",
-            f"use {workers}, or another --sweep.name",
-        )
+        reason = f"the sweep was started with {workers}, and trials with different numbers of workers do not compare"
+        remedy = f"use {workers}, or another --sweep.name"
+        raise ConfigError("scaling.num_workers", run.scaling.num_workers, reason, remedy)
     run_before = RunConfig.model_validate({key: value for key, value in before.items() if key != "sweep"})
     sweep_before = type(space.sweep).model_validate(before["sweep"])
     left_out = space.sweep.NOT_IDENTITY
@@ -150,19 +140,6 @@ def _workers(run: RunConfig, number: int) -> RunConfig:
     return run.model_copy(update={"scaling": run.scaling.model_copy(update={"num_workers": number})})
 
 
-def _max_concurrent(run: RunConfig, space: Space, placement: Placement) -> int:
-    """Trials at a time: one more than fit, so that its processes are up when a place becomes free."""
-    most = space.sweep.max_concurrent
-    if run.scaling.wait_seconds > 0:  # the cluster grows, so what fits now says nothing
-        assert most is not None
-        return most
-    slots = count_slots(placement)
-    return slots + 1 if most is None else min(most, slots + 1)
-
-
-# ---------------------------------------------------------------------------------------------------- the search
-
-
 def _search(plan: Plan, run: RunConfig, facts: Facts, output: Path, lease: Lease, *, debug: bool) -> int:
     space = plan.space
     budget = Budget(plan)
@@ -172,12 +149,12 @@ def _search(plan: Plan, run: RunConfig, facts: Facts, output: Path, lease: Lease
     status: RunStatus = "FAILED"
     try:
         log.say(f"sweep {space.name}: {', '.join(axis.name for axis in space.axes)}")
-        log.say(f"up to {plan.max_concurrent} trials at a time, {plan.placement.num_workers} workers each")
+        log.say(f"up to {plan.max_concurrent} trials in parallel, {plan.placement.num_workers} workers each")
         log.say(f"output in {output}")
         before = read_trials(plan.storage)
         if before:
             log.say(f"continuing: {counts(before)}")
-        with _stop_on_signal(budget):
+        with stop_on_signal(budget):
             run_trials(plan, budget, log, debug=debug)
         if budget.error is not None:
             raise budget.error
@@ -193,26 +170,8 @@ def _search(plan: Plan, run: RunConfig, facts: Facts, output: Path, lease: Lease
     return 1 if failed else 0
 
 
-@contextlib.contextmanager
-def _stop_on_signal(budget: Budget) -> Iterator[None]:
-    """First SIGINT or SIGTERM: end the sweep in good order; second: KeyboardInterrupt."""
-
-    def handle(_signal: int, _frame: object) -> None:
-        if budget.interrupted:
-            raise KeyboardInterrupt
-        budget.interrupted = True
-        os.write(2, b"stopping the sweep; interrupt again to stop at once\n")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, output: Path, log: TrialLog) -> None:
-    """Write, plot, track and show what came out so far."""
+    """Write, plot, track and show the results so far."""
     space = plan.space
     rows, best = table(trials, space), winner(trials, space.sweep.objectives[0])
     summary = {
@@ -225,23 +184,25 @@ def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, o
         "run_id": log.run_id,
         "tracking_uri": without_credentials(log.uri),
     }
-    (output / "trials.csv").write_text(as_csv(rows))
-    (output / "trials.json").write_text(json.dumps([trial.as_dict() for trial in trials], indent=1))
-    (output / SUMMARY).write_text(json.dumps(summary, indent=2))
-    files = {name: output / name for name in ("trials.csv", "trials.json", SUMMARY)}
-    metrics = {}
-    if best is not None and best.best is not None:
-        (output / WINNER).write_text(to_yaml(winning_run(space, best, run)))
-        files[WINNER] = output / WINNER
-        metrics = {f"best/{name}": value for name, value in best.best._asdict().items() if name != "epochs"}
+    written = {
+        "trials.csv": as_csv(rows),
+        "trials.json": json.dumps([trial.as_dict() for trial in trials], indent=1),
+        SUMMARY: json.dumps(summary, indent=2),
+    }
+    if best is not None:
+        written[WINNER] = to_yaml(winning_run(space, best, run))
+    for name, text in written.items():
+        (output / name).write_text(text)
+    files = {name: output / name for name in written}
+    metrics = {} if best is None else {f"best/{name}": value for name, value in best.best_accuracies.items()}
     figures = draw_all(trials, space, output / "figures")
     log.store(files | {f"figures/{path.name}": path for path in figures}, metrics, len(attempts(plan.storage)))
     log.say("")
     log.say(counts(trials) + (f"; {budget.used_up}" if budget.used_up else ""))
-    if best is not None and best.best is not None:
+    if best is not None:
         log.say(f"best: trial {best.number}, {shown(best.point)}")
-        log.say(f"  validation robust accuracy {best.best.robust_accuracy:7.2%}")
-        log.say(f"  validation clean accuracy  {best.best.clean_accuracy:7.2%}")
+        for name, value in best.best_accuracies.items():
+            log.say(f"  validation {name.replace('_', ' '):<15} {value:7.2%}")
         log.say(f"configuration {output / WINNER}  (train it with train_tla.py --config)")
     log.say(f"table         {output / 'trials.csv'}")
     log.say(f"plots         {output / 'figures'}")
@@ -249,14 +210,9 @@ def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, o
 
 
 def winning_run(space: Space, best: Trial, run: RunConfig) -> RunConfig:
-    """The winner's run at full length, named by what it is, with the number of workers it was tried with."""
-    found = space.apply(best.point, full_length=True)
-    return found.model_copy(
-        update={"name": "", "scaling": found.scaling.model_copy(update={"num_workers": run.scaling.num_workers})}
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- the winner
+    """The winner's run at full length, under its default name, with the number of workers of its trial."""
+    found = space.apply(best.point, full_length=True).model_copy(update={"name": ""})
+    return _workers(found, int(run.scaling.num_workers))
 
 
 def train_winner(output: Path, num_seeds: int, *, debug: bool = False) -> int:
@@ -279,10 +235,10 @@ def train_winner(output: Path, num_seeds: int, *, debug: bool = False) -> int:
     parent = json.loads((output / SUMMARY).read_text())["run_id"]
     terminal, summaries = Terminal(), []
     for seed in range(config.seed, config.seed + num_seeds):
-        terminal.say("")
-        terminal.say(f"the winner, seed {seed}")
+        terminal.say(f"\nthe winner, seed {seed}")
         folder = output / "winner" / f"seed-{seed}"
-        code = train_and_register(_with_seed(config, seed, parent), folder, debug=debug)
+        tracking = config.tracking.model_copy(update={"tags": config.tracking.tags | {"mlflow.parentRunId": parent}})
+        code = train_and_register(config.model_copy(update={"seed": seed, "tracking": tracking}), folder, debug=debug)
         if code != 0:
             return code
         summaries.append(json.loads((folder / "summary.json").read_text()))
@@ -291,17 +247,10 @@ def train_winner(output: Path, num_seeds: int, *, debug: bool = False) -> int:
         found[f"robust_accuracy/{name}"] = _spread([summary["robust_accuracy"][name] for summary in summaries])
     models = [summary["model_uri"] for summary in summaries]
     (output / SEEDS).write_text(json.dumps({"seeds": num_seeds, "test": found, "models": models}, indent=2))
-    terminal.say("")
-    terminal.say(f"the winner on the test set, {num_seeds} seeds:")
+    terminal.say(f"\nthe winner on the test set, {num_seeds} seeds:")
     for name, each in found.items():
         terminal.say(f"  {name:<28} {each['mean']:7.2%} ± {each['standard_deviation']:.2%}")
     return 0
-
-
-def _with_seed(config: RunConfig, seed: int, parent_run_id: str) -> RunConfig:
-    tags = config.tracking.tags | {"mlflow.parentRunId": parent_run_id}
-    tracking = config.tracking.model_copy(update={"tags": tags})
-    return config.model_copy(update={"seed": seed, "tracking": tracking})
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

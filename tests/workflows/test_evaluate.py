@@ -10,14 +10,15 @@ from mlflow import MlflowClient
 
 from tests.registry.evaluations import fates, report_on
 from tests.registry.tracking_server import Packaged
-from tla_service.cluster.evaluation_folder import identity, open_folder, report_folder
-from tla_service.cluster.evaluation_models import load_models
 from tla_service.errors import ConfigError
 from tla_service.evaluation.outcomes import save_outcome
 from tla_service.job import run_job
+from tla_service.registry.subject import load_subject
+from tla_service.report.folder import identity, open_folder, report_folder
 from tla_service.report.plan import make_plan
 from tla_service.report.schema import OUTCOME_FILE, PAGE_FILE, REPORT_FILE, write_report
 from tla_service.report.settings import EvaluateSettings
+from tla_service.report.subjects import load_models
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -49,8 +50,9 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packaged]:
 def prepared(packaged: Packaged, address: str, **changes: object) -> tuple[Path, dict[str, object]]:
     """Folder and identity of an evaluation."""
     settings = EvaluateSettings.model_validate({"model": address, "data": {"name": "digits"}, **changes})
-    models = load_models(settings, packaged.uri)
-    plan = make_plan(settings, "digits", models.subject.norm, models.subject.epsilon, has_surrogate=False)
+    models = load_models(settings, lambda uri, field: load_subject(uri, field, packaged.uri))
+    threat = models.subject.threat_model
+    plan = make_plan(settings, "digits", threat.norm, threat.epsilon, has_surrogate=False)
     return report_folder(settings, models, plan), identity(settings, models, plan)
 
 

@@ -1,6 +1,5 @@
 """A table's runs in a real MLflow store: logged once each, and the page made of what the store has."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +9,19 @@ import pytest
 
 from tests.results.conftest import settings_of
 from tla_service.evaluation.outcomes import load_outcome
+from tla_service.report.schema import read_report
 from tla_service.results.page import write_page
+from tla_service.results.runs import TableRun, table_runs, table_space
 from tla_service.results.settings import ReproduceSettings
-from tla_service.results.tables import units
-from tla_service.results.track import fetch_runs, log_runs
+from tla_service.tuning.space import Space
+from tla_service.workflows.table_log import log_and_fetch
 
 Finished = Callable[..., None]
+
+
+def runs_of(settings: ReproduceSettings) -> tuple[Space, list[TableRun]]:
+    runs = table_runs(settings)
+    return table_space(settings, runs), runs
 
 
 @pytest.fixture
@@ -28,11 +34,11 @@ def settings(tmp_path: Path, local_uri: str) -> ReproduceSettings:
 def test_the_page_is_made_of_the_runs_in_mlflow(
     tmp_path: Path, settings: ReproduceSettings, finished: Finished
 ) -> None:
-    state, todo, said = tmp_path / "state", list(units(settings)), []
+    (space, todo), state, said = runs_of(settings), tmp_path / "state", list[str]()
     for name, robust in (("at-s0", 0.5), ("tla-s0", 0.6), ("tla-s1", 0.7)):
         finished(state, name, 0.9, robust)
-    log_runs(settings, todo, state, said.append)
-    log_runs(settings, todo, state, said.append)  # again: nothing is logged twice
+    log_and_fetch(settings, space, todo, state, said.append)
+    log_and_fetch(settings, space, todo, state, said.append)  # again: nothing is logged twice
     assert len(said) == 3
     made = mlflow.MlflowClient(tracking_uri=settings.tracking.uri)
     experiment = made.get_experiment_by_name("tla-results")
@@ -44,35 +50,35 @@ def test_the_page_is_made_of_the_runs_in_mlflow(
 
     # Another machine, which has no state of its own, makes the same page.
     shutil.rmtree(state)
-    fetched = fetch_runs(settings, todo, state)
-    assert json.loads((fetched / "tla-s0" / "measured.json").read_text())["accuracy"]["pgd100"]["estimate"] == 0.6
-    assert load_outcome(fetched / "at-s0" / "outcome.npz").standing("pgd100").mean() == 0.5
-    page = write_page(settings, fetched).read_text()
+    fetched = log_and_fetch(settings, space, todo, state, said.append)
+    assert read_report(fetched / "tla-s0" / "report" / "report.json").accuracy["pgd100"].estimate == 0.6
+    assert load_outcome(fetched / "at-s0" / "report" / "outcome.npz").standing("pgd100").mean() == 0.5
+    page = write_page(settings, space, fetched).read_text()
     assert "| TLA | 2 | 90.0 [90.0, 90.0] | 65.0 [1.5, 128.5] |" in page
     assert "| AT | 1 | 90.0 | 50.0 |" in page
-    assert "1 runs: `at-s1`." in page
-    assert "runs measured at 0123abcd on a processor, 2 cores." in page
+    assert "1 run: `at-s1`." in page
+    assert "runs evaluated at 0123abcd on a processor, 2 cores." in page
 
 
 def test_figures_that_are_measured_again_replace_the_fetched_ones(
     tmp_path: Path, settings: ReproduceSettings, finished: Finished
 ) -> None:
-    state, todo = tmp_path / "state", list(units(settings))
+    (space, todo), state = runs_of(settings), tmp_path / "state"
     finished(state, "tla-s0", 0.9, 0.6)
-    log_runs(settings, todo, state, lambda _text: None)
-    fetch_runs(settings, todo, state)
+    log_and_fetch(settings, space, todo, state, lambda _text: None)
     shutil.rmtree(state / "tla-s0")
     finished(state, "tla-s0", 0.9, 0.4)
-    log_runs(settings, todo, state, lambda _text: None)
-    fetched = fetch_runs(settings, todo, state)
-    assert json.loads((fetched / "tla-s0" / "measured.json").read_text())["accuracy"]["pgd100"]["estimate"] == 0.4
+    fetched = log_and_fetch(settings, space, todo, state, lambda _text: None)
+    assert read_report(fetched / "tla-s0" / "report" / "report.json").accuracy["pgd100"].estimate == 0.4
 
 
 def test_another_store_gets_the_runs_as_well(tmp_path: Path, settings: ReproduceSettings, finished: Finished) -> None:
-    state, todo = tmp_path / "state", list(units(settings))
+    (space, todo), state = runs_of(settings), tmp_path / "state"
     finished(state, "tla-s0", 0.9, 0.6)
-    log_runs(settings, todo, state, lambda _text: None)
+    log_and_fetch(settings, space, todo, state, lambda _text: None)
     tracking = settings.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/other.db"})
     elsewhere = settings.model_copy(update={"tracking": tracking})
-    log_runs(elsewhere, todo, state, lambda _text: None)
-    assert (fetch_runs(elsewhere, todo, tmp_path / "fresh") / "tla-s0" / "measured.json").exists()
+    elsewhere_space, _ = runs_of(elsewhere)
+    log_and_fetch(elsewhere, elsewhere_space, todo, state, lambda _text: None)
+    fetched = log_and_fetch(elsewhere, elsewhere_space, todo, tmp_path / "fresh", lambda _text: None)
+    assert (fetched / "tla-s0" / "report" / "report.json").exists()

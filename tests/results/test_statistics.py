@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tla_service.evaluation.intervals import paired_difference
-from tla_service.results.figures import difference, over_seeds, read_row
-from tla_service.results.tables import Unit
+from tla_service.results.runs import TableRun
+from tla_service.results.statistics import difference, over_seeds, read_row
 
 
 def test_the_interval_over_seeds_is_students() -> None:
@@ -28,11 +28,11 @@ def test_methods_are_compared_on_the_seeds_they_share(tmp_path: Path, finished: 
         finished(tmp_path, f"tla-s{seed}", 0.9, tla)
         if seed != 1:
             finished(tmp_path, f"at-s{seed}", 0.9, at)
-    rows = [read_row(m, [Unit(f"{m}-s{seed}", m, seed) for seed in range(4)], tmp_path) for m in ("tla", "at")]
-    assert [len(row.units) for row in rows] == [3, 2]
+    rows = [read_row(m, [TableRun(f"{m}-s{seed}", m, seed) for seed in range(4)], tmp_path) for m in ("tla", "at")]
+    assert [len(row.runs) for row in rows] == [3, 2]
     found = difference(rows[0], rows[1], "pgd100")
     assert found is not None
-    assert (found.seeds, found.value) == (2, pytest.approx(0.045))
+    assert found.value == pytest.approx(0.045)
     # The two differences, 0.05 and 0.04, lie 0.005 from their mean; t(0.975, 1) = 12.706205, s / sqrt(2) = 0.005.
     assert found.high - found.value == pytest.approx(12.706205 * 0.005, rel=1e-5)
 
@@ -40,9 +40,9 @@ def test_methods_are_compared_on_the_seeds_they_share(tmp_path: Path, finished: 
 def test_one_seed_is_compared_image_by_image(tmp_path: Path, finished: Callable[..., None]) -> None:
     finished(tmp_path, "tla-s0", 0.9, 0.7)
     finished(tmp_path, "at-s0", 0.9, 0.6)
-    rows = [read_row(m, [Unit(f"{m}-s0", m, 0)], tmp_path) for m in ("tla", "at")]
+    rows = [read_row(m, [TableRun(f"{m}-s0", m, 0)], tmp_path) for m in ("tla", "at")]
     found = difference(rows[0], rows[1], "pgd100")
-    expected = paired_difference([True] * 140 + [False] * 60, [True] * 120 + [False] * 80)  # type: ignore[arg-type]
+    expected = paired_difference([True] * 700 + [False] * 300, [True] * 600 + [False] * 400)  # type: ignore[arg-type]
     assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx((0.1, expected.low, expected.high))
     detection = difference(rows[0], rows[1], "detection")

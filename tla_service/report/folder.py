@@ -1,31 +1,30 @@
-"""The folder of a report: whose it is, and whether its evaluation may go on there."""
+"""The folder of a report: which evaluation it belongs to, and whether that may resume there."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tla_service.cluster.evaluation_models import Models
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.files import write_whole
 from tla_service.lock import LOCK_FILE
 from tla_service.report.plan import Plan, protocol
-from tla_service.report.schema import PAGE_FILE, ThreatModel
-from tla_service.report.settings import EvaluateSettings
+from tla_service.report.schema import PAGE_FILE, REPORT_FILE, ThreatModel
+from tla_service.report.settings import ReportSettings
+from tla_service.report.subjects import Models
 
 _IDENTITY = "evaluation.json"
 
 
-def report_folder(settings: EvaluateSettings, models: Models, plan: Plan) -> Path:
+def report_folder(settings: ReportSettings, models: Models, plan: Plan) -> Path:
     """Where the report goes: given, or named after the weights, and the threat model if it is not that of training."""
     subject = models.subject
     threat = ThreatModel(norm=plan.norm, epsilon=plan.epsilon)
-    trained_for = ThreatModel(norm=subject.norm, epsilon=subject.epsilon)
-    name = subject.key if threat.slug == trained_for.slug else f"{subject.key}-{threat.slug}"
+    name = subject.key if threat.slug == subject.threat_model.slug else f"{subject.key}-{threat.slug}"
     return (settings.output or Path("reports") / name).expanduser().absolute()
 
 
-def identity(settings: EvaluateSettings, models: Models, plan: Plan) -> dict[str, Any]:
+def identity(settings: ReportSettings, models: Models, plan: Plan) -> dict[str, Any]:
     """What makes two evaluations the same one: weights, data and protocol, whatever the models' addresses."""
     surrogate = models.surrogate.facts.weights_sha256 if models.surrogate is not None else None
     return {
@@ -37,8 +36,11 @@ def identity(settings: EvaluateSettings, models: Models, plan: Plan) -> dict[str
     }
 
 
-def open_folder(output: Path, mine: Mapping[str, Any]) -> bool:
-    """Claim the folder of a report; answers whether this very evaluation has finished there.
+def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> bool:
+    """Claim the folder of a report, which is made if it is missing.
+
+    Returns:
+        Whether the same evaluation has finished there, including its page if `page` is set.
 
     Raises:
         ConfigError: It holds another evaluation, or other files.
@@ -57,6 +59,6 @@ def open_folder(output: Path, mine: Mapping[str, Any]) -> bool:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(mark, json.dumps(mine, indent=1))
     except (OSError, ValueError) as error:
-        reason = f"cannot be written ({' '.join(str(error).split())})"
+        reason = f"cannot be written ({one_line(error)})"
         raise UnavailableError("output", output, reason, "choose another --output") from error
-    return (output / PAGE_FILE).is_file()
+    return (output / (PAGE_FILE if page else REPORT_FILE)).is_file()

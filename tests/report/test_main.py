@@ -1,0 +1,106 @@
+"""Evaluation of checkpoint folders on one machine, without Ray and MLflow."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs.test_evaluate_refusals import checkpoint
+from tla_service.evaluation.outcomes import load_outcome
+from tla_service.evaluation.shards import Shard
+from tla_service.evaluation.suite import AttackMeasurement
+from tla_service.job import INTERRUPTED, run_job
+from tla_service.report.__main__ import main
+from tla_service.report.schema import read_report
+
+pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
+
+Run = Callable[..., tuple[int, str, str]]
+QUICK = [
+    "--data.test_limit", "40", "--batch_size", "10", "--attacks", '{"pgd3": {"num_steps": 3, "num_restarts": 2}}',
+    "--images.autoattack", "0", "--images.curves", "0", "--images.sparse", "0", "--images.audit", "0",
+    "--images.representation", "0", "--no-page",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Evaluates a few images; gives exit code, output and messages."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["report", *QUICK, *arguments])
+        code = run_job(main)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_an_interrupted_evaluation_resumes_from_its_shards(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = checkpoint(tmp_path / "model"), checkpoint(tmp_path / "other")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    code, printed, _ = run("--model", model, "--compare", other, "--output", str(whole))
+    assert code == 0
+    assert printed.splitlines()[-1] == f"report  {whole}/report.json"
+
+    measured: list[list[int]] = []
+    real = AttackMeasurement.run
+
+    def count(self: AttackMeasurement, shard: Shard) -> Any:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(shard.rows.tolist())
+        return real(self, shard)
+
+    monkeypatch.setattr(AttackMeasurement, "run", count)
+    assert run("--model", model, "--compare", other, "--output", str(cut))[0] == INTERRUPTED
+    saved = {path: path.stat().st_mtime_ns for path in cut.glob("shards/*/*.npz")}
+    assert len(saved) == 3
+    damaged = next(iter(saved))
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    monkeypatch.setattr(AttackMeasurement, "run", real)
+    code, printed, _ = run("--model", model, "--compare", other, "--output", str(cut))
+    assert code == 0
+    assert "6 shards to measure, 2 taken from before" in printed
+    assert {path.stat().st_mtime_ns for path in saved if path != damaged} < set(saved.values())
+
+    one, two = read_report(whole / "report.json"), read_report(cut / "report.json")
+    changes = {"seconds": 0.0}
+    assert one.model_copy(update=changes) == two.model_copy(update=changes)
+    before, after = load_outcome(whole / "outcome.npz"), load_outcome(cut / "outcome.npz")
+    assert {k: v.tolist() for k, v in before.broken_at.items()} == {k: v.tolist() for k, v in after.broken_at.items()}
+    assert "has finished before" in run("--model", model, "--compare", other, "--output", str(cut))[1]
+    # The page belongs to another request: only then is it missing.
+    assert not (cut / "report.html").exists()
+
+
+def test_addresses_that_name_no_checkpoint(run: Run, tmp_path: Path) -> None:
+    folder = Path(checkpoint(tmp_path / "model"))
+    code, _, message = run("--model", "models:/tla-digits/1")
+    assert (code, message.count("\n")) == (2, 1)
+    assert "model=models:/tla-digits/1: an address of MLflow" in message
+    (tmp_path / "empty").mkdir()
+    for address, said in [
+        ("nowhere", "there is no such folder"),
+        (str(tmp_path / "empty"), "holds no best.safetensors"),
+    ]:
+        code, _, message = run("--model", address)
+        assert (code, message.count("\n")) == (3, 1), message
+        assert f"model={address}: {said}" in message
+    (folder / "best.safetensors").write_bytes(b"cut off")
+    code, _, message = run("--model", str(folder))
+    assert code == 3
+    assert "the weights are not those of digits_cnn" in message
+    (folder / "data.json").unlink()
+    code, _, message = run("--model", str(folder))
+    assert code == 3
+    assert "the checkpoint is not complete: there is no data.json" in message
+
+
+def test_settings_of_the_cluster_are_not_taken(run: Run, tmp_path: Path) -> None:
+    code, _, message = run("--model", checkpoint(tmp_path / "model"), "--scaling.num_workers", "2")
+    assert code == 2
+    assert "scaling.num_workers" in message

@@ -1,0 +1,128 @@
+"""A table on one machine, from its command to its page: interrupted, killed, resumed; without ray and mlflow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.results.conftest import settings_of
+from tests.test_core_alone import WITHOUT
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.lock import locked_folder
+from tla_service.results.local import _Local, in_order, open_state, reproduce_here
+from tla_service.results.runs import TableRun, table_runs, table_space
+
+ROOT = Path(__file__).parents[2]
+FLAGS = "--table digits --budget 1 --seeds 1 --methods at tla --no-pools --side_by_side 1 --no-log"
+CODE = WITHOUT + f"import runpy; runpy.run_path({str(ROOT / 'jobs' / 'reproduce_paper.py')!r}, run_name='__main__')"
+
+
+def test_a_run_is_measured_once_it_and_its_surrogate_are_trained() -> None:
+    runs = [TableRun(f"{m}-s{s}", m, s, surrogate=f"{m}-s{1 - s}") for s in range(2) for m in ("at", "tla")]
+    pool = TableRun("tla-pool1-s0", "tla", 0, 1)
+    assert [f"{stage} {run.name}" for stage, run in in_order([*runs, pool])] == [
+        "train at-s0", "train tla-s0", "train at-s1", "measure at-s0", "measure at-s1",
+        "train tla-s1", "measure tla-s0", "measure tla-s1", "train tla-pool1-s0", "measure tla-pool1-s0",
+    ]  # fmt: skip
+    # The surrogate has been measured before.
+    assert [stage for stage, _ in in_order(runs[:1])] == ["train", "measure"]
+
+
+def test_a_folder_of_another_table_is_refused(tmp_path: Path) -> None:
+    open_state(settings_of("--table", "digits", "--budget", "5", "--state", str(tmp_path)))
+    open_state(settings_of("--table", "digits", "--budget", "5", "--state", str(tmp_path), "--seeds", "9"))
+    with pytest.raises(ConfigError, match="holds another table or other settings"):
+        open_state(settings_of("--table", "digits", "--state", str(tmp_path)))
+    assert json.loads((tmp_path / "table.json").read_text()) == {"table": "digits", "settings": "5-minutes"}
+
+
+def test_a_table_that_another_process_works_on_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    settings = settings_of("--table", "digits", "--state", str(tmp_path / "state"))
+    with (
+        locked_folder(tmp_path / "state", "state"),
+        pytest.raises(ConfigError, match=rf"state={tmp_path}/state: in use by process {os.getpid()} on "),
+    ):
+        reproduce_here(settings)
+
+
+def test_missing_data_is_reported_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    flags = ("--table", "mnist", "--state", str(tmp_path / "state"), "--output", str(tmp_path / "page.md"))
+    with pytest.raises(UnavailableError, match=rf"^data\.root={tmp_path}/none: "):
+        reproduce_here(settings_of(*flags, "--data.root", str(tmp_path / "none")))
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["table.json"]
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_processes_end_well_fail_with_their_last_line_or_are_stopped(tmp_path: Path) -> None:
+    settings = settings_of("--table", "digits", "--seeds", "1", "--methods", "at", "--no-pools")
+    (run,) = runs = table_runs(settings)
+    (tmp_path / run.name).mkdir()
+    said: list[str] = []
+    local = _Local(settings, table_space(settings, runs), tmp_path, said.append, 1)
+    assert local._run(run, "training", ["timeit", "-n", "1", "pass"])
+    with pytest.raises(UnavailableError, match=r"^run=at-s0: training failed with exit code 1 \(.*No module named"):
+        local._run(run, "training", ["tla_service.nothing"])
+    threading.Timer(1.0, local._stop).start()
+    began = time.monotonic()
+    assert not local._run(run, "training", ["timeit", "-n", "1", "import time; time.sleep(60)"])
+    assert time.monotonic() - began < 50
+    assert not local._run(run, "training", ["timeit", "-n", "1", "pass"])  # nothing starts after the stop
+    assert said == [
+        f"at-s0: {text}" for text in ("training", "training done", "training", "training failed", "training")
+    ]
+
+
+def start(folder: Path, *more: str) -> "subprocess.Popen[str]":
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TLA_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE, *FLAGS.split(), *more],
+        cwd=folder,
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_table_is_made_in_pieces_and_what_has_finished_is_not_repeated(tmp_path: Path) -> None:
+    state, page = tmp_path / "runs" / "tables" / "digits-1-minutes", tmp_path / "docs" / "results" / "digits.md"
+    cut = start(tmp_path, "--minutes", "0.02")
+    printed, _ = cut.communicate(timeout=400)
+    assert cut.returncode == 75, printed
+    assert "unfinished; the same command resumes" in printed
+    assert "2 runs: `at-s0`, `tla-s0`" in page.read_text()
+
+    killed = start(tmp_path)
+    while not (state / "at-s0" / "report" / "report.json").exists():
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    before = (state / "at-s0" / "report" / "report.json").stat().st_mtime_ns
+    whole = start(tmp_path)
+    printed, _ = whole.communicate(timeout=900)
+    assert whole.returncode == 0, printed
+    assert "at-s0:" not in printed
+    assert (state / "at-s0" / "report" / "report.json").stat().st_mtime_ns == before
+    found = json.loads((state / "tla-s0" / "report" / "report.json").read_text())
+    assert found["accuracy"]["clean"]["images"] + found["gate"]["accuracy"]["clean"]["images"] == 20
+    assert found["accuracy"]["autoattack"]["estimate"] <= found["accuracy"]["clean"]["estimate"]
+    assert [ratios["epsilon"] for ratios in found["shift"]] == pytest.approx([0.15, 0.225])
+    assert not (state / "tla-s0" / "report" / "shards").exists()
+    (checkpoint,) = (state / "tla-s0" / "checkpoints").iterdir()
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        "best.safetensors", "config.yaml", "data.json", "manifest.json",
+    ]  # fmt: skip
+    assert f"{100 * found['accuracy']['clean']['estimate']:.1f}" in page.read_text()
+    assert "Not run yet" not in page.read_text()

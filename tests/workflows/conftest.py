@@ -1,0 +1,5 @@
+"""What tests of tables share."""
+
+from tests.results.conftest import finished
+
+__all__ = ["finished"]

@@ -1,0 +1,181 @@
+"""The models of an evaluation, loaded with what is known of them and checked against the data."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import nn
+
+from tla_service.config import RunConfig
+from tla_service.config.yaml_files import read_yaml
+from tla_service.data import Dataset, load_dataset
+from tla_service.errors import ConfigError, UnavailableError, one_line
+from tla_service.evaluation.mode import as_pixels, logits_of
+from tla_service.evaluation.suite import clean_logits
+from tla_service.inference.detector import Rejector
+from tla_service.models import build_model
+from tla_service.report.schema import ModelFacts, ThreatModel
+from tla_service.report.settings import ReportSettings
+
+WEIGHTS, _CONFIG, _DATA = "best.safetensors", "config.yaml", "data.json"
+_PROBE_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation.
+
+    Attributes:
+        facts: Which it is.
+        network: In eval mode, on the CPU.
+        image_shape: (C, H, W) that it takes.
+        class_names: In label order.
+        threat_model: What it was trained for.
+        config: The run that trained it; None where it is not known.
+        trained_on: Fingerprint of the data it was trained on; None where it is not known.
+        rejector: The detector it ships with; None where it has none.
+    """
+
+    facts: ModelFacts
+    network: nn.Module
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    threat_model: ThreatModel
+    config: RunConfig | None
+    trained_on: str | None
+    rejector: Rejector | None = None
+
+    @property
+    def key(self) -> str:
+        """Identifies the weights: the first digits of their SHA-256."""
+        return self.facts.weights_sha256[:12]
+
+
+# Loads the model at an address; the second argument is the setting that named it, for messages.
+LoadSubject = Callable[[str, str], Subject]
+
+
+@dataclass(frozen=True)
+class Models:
+    """Models and data of an evaluation: the model evaluated, those compared with it, the surrogate."""
+
+    subject: Subject
+    others: tuple[Subject, ...]
+    surrogate: Subject | None
+    dataset: Dataset
+
+    @property
+    def all(self) -> tuple[Subject, ...]:
+        """Models that are measured."""
+        return (self.subject, *self.others)
+
+
+def load_models(settings: ReportSettings, load_subject: LoadSubject) -> Models:
+    """Load models and data, and check that they fit each other.
+
+    Raises:
+        UserError: One is missing, or does not fit.
+    """
+    subject = load_subject(settings.model, "model")
+    others = tuple(load_subject(other, "compare") for other in settings.compare)
+    surrogate = load_subject(settings.surrogate, "surrogate") if settings.surrogate else None
+    keys = [each.key for each in (subject, *others)]
+    if len(set(keys)) < len(keys):
+        twice = next(settings.compare[at] for at in range(len(others)) if keys[at + 1] in keys[: at + 1])
+        raise ConfigError("compare", twice, "these weights are named twice", "name each model once")
+    if surrogate is not None and surrogate.key in keys:
+        itself = "is the model under evaluation itself"
+        other = "is compared too: for that model a transferred attack would be a white-box one"
+        remedy = "name another, such as the same configuration trained with another --seed"
+        raise ConfigError("surrogate", settings.surrogate, itself if surrogate.key == keys[0] else other, remedy)
+    dataset = load_dataset(settings.data_config(subject.config.data if subject.config is not None else None))
+    named = [("model", subject), *(("compare", other) for other in others)]
+    for field, each in [*named, *([("surrogate", surrogate)] if surrogate is not None else [])]:
+        _check_fit(field, each, dataset)
+    return Models(subject, others, surrogate, dataset)
+
+
+def load_checkpoint_subject(address: str, field: str) -> Subject:
+    """Load the best weights of a checkpoint folder that training wrote.
+
+    Args:
+        address: The folder.
+        field: Setting that named it, for messages.
+
+    Raises:
+        ConfigError: The address is MLflow's.
+        UnavailableError: There is no such folder, a file is missing, or the weights do not fit.
+    """
+    if address.startswith(("models:", "runs:")):
+        remedy = "give a checkpoint folder, or use jobs/evaluate_tla.py"
+        raise ConfigError(field, address, "an address of MLflow, which is not used here", remedy)
+    folder = Path(address).expanduser()
+    if not (folder / WEIGHTS).is_file():
+        reason = f"holds no {WEIGHTS}" if folder.is_dir() else "there is no such folder"
+        raise UnavailableError(field, address, reason, "give a checkpoint folder, such as runs/NAME/checkpoints/LAST")
+    missing = [name for name in (_CONFIG, _DATA) if not (folder / name).is_file()]
+    if missing:
+        reason = f"the checkpoint is not complete: there is no {missing[0]}"
+        raise UnavailableError(field, address, reason, "give another checkpoint")
+    config = RunConfig.model_validate(read_yaml(folder / _CONFIG, field))
+    data: dict[str, Any] = json.loads((folder / _DATA).read_text(encoding="utf-8"))
+    weights = (folder / WEIGHTS).read_bytes()
+    channels, height, width = data["image_shape"]
+    network = build_model(
+        config.model.name, len(data["class_names"]), (channels, height, width), config.model.normalization
+    )
+    try:
+        network.load_state_dict(load(weights))
+    except (SafetensorError, RuntimeError) as error:
+        reason = f"the weights are not those of {config.model.name} ({one_line(error)})"
+        raise UnavailableError(field, address, reason, "choose other weights") from error
+    threat_model = ThreatModel(norm=config.attack.norm, epsilon=config.attack.epsilon)
+    facts = ModelFacts(
+        uri=address,
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
+        architecture=config.model.name,
+        method=config.method,
+        seed=config.seed,
+        trained_for=threat_model,
+    )
+    return Subject(
+        facts=facts,
+        network=network.eval(),
+        image_shape=(channels, height, width),
+        class_names=tuple(data["class_names"]),
+        threat_model=threat_model,
+        config=config,
+        trained_on=data.get("fingerprint"),
+    )
+
+
+def _check_fit(field: str, subject: Subject, dataset: Dataset) -> None:
+    """Image shape, classes and finite outputs, on two images."""
+    images = dataset.test.fetch(torch.arange(min(_PROBE_IMAGES, len(dataset.test))))
+    shape, takes = ("x".join(map(str, each)) for each in (dataset.image_shape, subject.image_shape))
+    if shape != takes:
+        remedy = "evaluate it on images like those it was trained on (data.name, data.root)"
+        raise ConfigError(field, subject.facts.uri, f"takes {takes} images, {dataset.name} has {shape}", remedy)
+    if len(subject.class_names) != len(dataset.class_names):
+        reason = f"knows {len(subject.class_names)} classes, {dataset.name} has {len(dataset.class_names)}"
+        raise ConfigError(field, subject.facts.uri, reason, "evaluate it on the classes it was trained on")
+    # Classes may have been renamed, but not moved.
+    for number, name in enumerate(subject.class_names):
+        if name != dataset.class_names[number] and name in dataset.class_names:
+            place = dataset.class_names.index(name)
+            reason = f"its class {name!r} is number {number}, in {dataset.name} it is number {place}"
+            raise ConfigError(field, subject.facts.uri, reason, "evaluate it on data with the classes in its order")
+    try:
+        clean_logits(
+            logits_of(subject.network),
+            as_pixels(images, torch.device("cpu")),
+            torch.zeros(len(images), dtype=torch.int64),
+        )
+    except ConfigError as error:
+        raise ConfigError(field, subject.facts.uri, error.reason, error.remedy) from error

@@ -1,0 +1,211 @@
+"""A table from its settings to its page; without Ray its runs are processes of this machine."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import torch
+
+from tla_service.config.loading import to_yaml
+from tla_service.data import load_dataset
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.files import write_whole
+from tla_service.job import INTERRUPTED
+from tla_service.lock import locked_folder
+from tla_service.results.page import write_page
+from tla_service.results.runs import (
+    REPORT,
+    TableRun,
+    is_measured,
+    is_trained,
+    run_config,
+    slim,
+    table_runs,
+    table_space,
+    write_report_settings,
+)
+from tla_service.results.settings import ReproduceSettings
+from tla_service.training.reporting import Terminal
+from tla_service.tuning.space import Space
+
+UNFINISHED = 75
+IDENTITY, PRINTED = "table.json", "printed.txt"
+_ON_ONE_GPU = 4  # small networks leave most of a large GPU idle
+_STOP_SECONDS = 60.0
+Say = Callable[[str], None]
+# Trains and measures runs in a folder; returns whether all are done.
+Make = Callable[[Space, Sequence[TableRun], Path, Say], bool]
+# Logs the finished runs, and returns the folder that the page is made from.
+Track = Callable[[Space, Sequence[TableRun], Path, Say], Path]
+
+
+def reproduce(settings: ReproduceSettings, make: Make, track: Track | None = None) -> int:
+    """Train and measure the runs that are missing, log them, and write the page.
+
+    Returns:
+        The job's exit code: 0, or 75 (try again) if the time was up before the table was complete.
+
+    Raises:
+        UserError: Something is wrong, another process works on this table, or a run failed; the page is written first.
+    """
+    # Runs are told to stop after a checkpoint, and none is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with locked_folder(settings.state_folder, "state"):
+        terminal, runs = Terminal(), table_runs(settings)
+        space = table_space(settings, runs)
+        for run in runs:
+            run_config(space, run)  # wrong settings are refused before anything runs
+        state = open_state(settings)
+        missing = [run for run in runs if not is_measured(state / run.name)]
+        if missing:
+            load_dataset(space.run.data)  # data that is missing is reported once, not by every run
+        terminal.say(f"{len(runs)} runs in {state}, {len(runs) - len(missing)} of them finished")
+        try:
+            is_complete = make(space, missing, state, terminal.say)
+        finally:
+            source = track(space, runs, state, terminal.say) if track is not None else state
+            terminal.say(f"page  {write_page(settings, space, source)}")
+        if not is_complete:
+            terminal.say("unfinished; the same command resumes")
+            return UNFINISHED
+        return 0
+
+
+def open_state(settings: ReproduceSettings) -> Path:
+    """Claim the folder of the runs.
+
+    Raises:
+        ConfigError: It holds another table, or one with other settings.
+        UnavailableError: It cannot be written.
+    """
+    folder, mine = settings.state_folder, {"table": settings.table, "settings": settings.budget_name}
+    mark = folder / IDENTITY
+    try:
+        if mark.exists() and json.loads(mark.read_text()) != mine:
+            raise ConfigError("state", folder, "holds another table or other settings", "choose another --state")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(mark, json.dumps(mine))
+    except (OSError, ValueError) as error:
+        raise UnavailableError("state", folder, f"cannot be used ({error})", "choose another --state") from error
+    return folder
+
+
+def reproduce_here(settings: ReproduceSettings, track: Track | None = None) -> int:
+    """Make a table on this machine; see `reproduce`."""
+
+    def make(space: Space, runs: Sequence[TableRun], state: Path, say: Say) -> bool:
+        count = settings.side_by_side or (_ON_ONE_GPU if torch.cuda.is_available() else os.cpu_count() or 1)
+        return _Local(settings, space, state, say, count).make(runs)
+
+    return reproduce(settings, make, track)
+
+
+def in_order(runs: Sequence[TableRun]) -> Iterator[tuple[str, TableRun]]:
+    """Stages and runs in the order they start: a run is measured as soon as it and its surrogate are trained."""
+    names, started, waiting = {run.name for run in runs}, set(), list[TableRun]()
+    for run in runs:
+        yield "train", run
+        started.add(run.name)
+        waiting.append(run)
+        for each in [each for each in waiting if not ({each.name, each.surrogate} & names) - started]:
+            waiting.remove(each)
+            yield "measure", each
+
+
+class _Local:
+    """Runs of a table as processes that share the cores, or the GPU, of this machine."""
+
+    def __init__(self, settings: ReproduceSettings, space: Space, state: Path, say: Say, count: int) -> None:
+        self._settings, self._space, self._state, self._say, self._count = settings, space, state, say, count
+        self._lock, self._stopped = threading.Lock(), False
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._trained: dict[str, Future[bool]] = {}
+
+    def make(self, runs: Sequence[TableRun]) -> bool:
+        """Train and measure; False if the time was up first.
+
+        Raises:
+            UnavailableError: A run failed; the others have finished.
+        """
+        limit, futures = self._settings.minutes, list[Future[bool]]()
+        with ThreadPoolExecutor(self._count) as threads:
+            try:
+                for stage, run in in_order(runs):
+                    if stage == "train":
+                        self._trained[run.name] = threads.submit(self._train, run)
+                    else:
+                        # Waits for training that was submitted before it, so the threads cannot all be waiting.
+                        futures.append(threads.submit(self._measure, run))
+                wait(futures, None if limit is None else 60 * limit)
+            finally:
+                self._stop()
+        results = [future.exception() or future.result() for future in futures]
+        if False in results:
+            return False
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return True
+
+    def _train(self, run: TableRun) -> bool:
+        folder = self._state / run.name
+        if not is_trained(folder):
+            folder.mkdir(exist_ok=True)
+            write_whole(folder / "run.yaml", to_yaml(run_config(self._space, run)))
+            command = ["tla_service.training", "--config", str(folder / "run.yaml"), "--output", str(folder)]
+            if not self._run(run, "training", command):
+                return False
+        slim(folder)
+        return True
+
+    def _measure(self, run: TableRun) -> bool:
+        needed = [self._trained[name] for name in (run.name, run.surrogate) if name in self._trained]
+        if not all(future.result() for future in needed):
+            return False
+        path = write_report_settings(self._settings, run, self._state)
+        if not self._run(run, "evaluation", ["tla_service.report", "--config", str(path)]):
+            return False
+        shutil.rmtree(path.parent / REPORT / "shards")
+        return True
+
+    def _run(self, run: TableRun, what: str, command: Sequence[str]) -> bool:
+        """Run a Python module to its end; False if it was stopped before."""
+        threads, printed = max(1, (os.cpu_count() or 1) // self._count), self._state / run.name / PRINTED
+        with self._lock, printed.open("ab") as file:
+            if self._stopped:
+                return False
+            self._say(f"{run.name}: {what}")
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+            self._processes.add(process)
+        code = process.wait()
+        if code == 0:
+            self._say(f"{run.name}: {what} done")
+        elif code != INTERRUPTED and not self._stopped:
+            last = (printed.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+            self._say(f"{run.name}: {what} failed")
+            reason = f"{what} failed with exit code {code} ({last})"
+            raise UnavailableError("run", run.name, reason, f"read {printed}, then give the same command again")
+        return code == 0
+
+    def _stop(self) -> None:
+        """Ask what still runs to save and end."""
+        with self._lock:
+            self._stopped = True
+            running = [process for process in self._processes if process.poll() is None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()

@@ -1,0 +1,187 @@
+"""The runs of a table, as a grid with one axis: the paper's settings, or reduced ones that two CPU cores finish."""
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from tla_service.config import RunConfig
+from tla_service.config.adversary import EvaluationAttack
+from tla_service.config.explain import Explainer
+from tla_service.config.loading import RunSettings, read_settings
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.evaluation.paper_columns import paper_columns
+from tla_service.files import write_whole
+from tla_service.report.schema import REPORT_FILE
+from tla_service.results.settings import ReproduceSettings
+from tla_service.training.checkpoint import MANIFEST, keep_best_only
+from tla_service.training.output import SUMMARY
+from tla_service.tuning.settings import Dimension, SweepConfig
+from tla_service.tuning.space import Space
+
+AXIS, REPORT = "run", "report"
+POOL_SIZES = (1, 250, 500, 1000, 2000)
+# The reduced settings at full length: minutes on two cores; smaller budgets scale steps and images down.
+FULL_MINUTES = {"paper": 120.0, "modern": 45.0}
+FULL_STEPS, FULL_IMAGES = 430, 1000
+_REDUCED_PRESET = {"mnist": "mnist_small", "digits": "digits"}
+# The paper's networks are too large for a CPU; this one is not, and learns CIFAR-10 poorly. The page says so.
+_REDUCED = "--model.name small_cnn --training.global_batch_size 256"
+_REDUCED_PAPER = dict.fromkeys(("cifar10", "tiny_imagenet"), f"{_REDUCED} --mining.pool batch ")
+# In so few steps: a learning rate that rises and falls once, and averages over ten steps instead of a thousand (0.9
+# was better than 0.98 for all three methods, on validation).
+_REDUCED_MODERN = (
+    f"{_REDUCED} --training.epochs 2 --training.ema_decay 0.9 --no-training.channels_last --schedule.name cyclic "
+    "--schedule.warmup 0 --evaluation.every_epochs 1 "
+)
+# As in the paper's reduced recipe: what learns at this radius in so few steps.
+_REDUCED_MODERN_MNIST = (
+    "--attack.step_size 0.075 --attack.num_steps 7 --attack.warmup 0.5 --optimizer.learning_rate 0.01 "
+    "--evaluation.validation.step_size 0.03 --evaluation.validation.num_steps 20"
+)
+# TRADES' weight on MNIST (Zhang et al. 2019, section 5.3.1).
+_MODERN_FIELDS = {("mnist", "trades"): {"loss.robust_weight": 1.0}}
+
+
+@dataclass(frozen=True)
+class TableRun:
+    """One run of a table: trained, then measured."""
+
+    name: str  # also of its folder
+    method: str
+    seed: int
+    pool_size: int | None = None  # in the study of pool sizes
+    surrogate: str | None = None  # run that transfer attacks are crafted on: the same method with the next seed
+
+
+def table_runs(settings: ReproduceSettings) -> list[TableRun]:
+    """All runs, seed by seed, so that an unfinished table has every method; the study of pool sizes last."""
+    seeds, runs = range(settings.seeds), list[TableRun]()
+    for seed in seeds:
+        for method in settings.all_methods:
+            other = f"{method}-s{(seed + 1) % len(seeds)}" if len(seeds) > 1 else None
+            runs.append(TableRun(f"{method}-s{seed}", method, seed, surrogate=other))
+    if settings.pools and settings.recipe == "paper":
+        runs += [TableRun(f"tla-pool{size}-s{seed}", "tla", seed, size) for seed in seeds for size in POOL_SIZES]
+    return runs
+
+
+def share_of_budget(settings: ReproduceSettings) -> float:
+    """The fraction of the reduced settings' full length that the budget allows, at most 1."""
+    full = FULL_MINUTES[settings.recipe]
+    return min(1.0, (settings.budget or full) / full)
+
+
+def table_space(settings: ReproduceSettings, runs: Sequence[TableRun], **sweep: Any) -> Space:
+    """The grid of some runs of the table, with further settings of the sweep."""
+    variants = {}
+    for run in runs:
+        pool = {} if run.pool_size is None else {"mining.pool": "separate", "mining.pool_size": run.pool_size}
+        modern = _MODERN_FIELDS.get((settings.table, run.method), {}) if settings.recipe == "modern" else {}
+        variants[run.name] = {"method": run.method, "seed": run.seed, **pool, **modern}
+    grid = SweepConfig(
+        name=f"{settings.table}-{settings.budget_name}",
+        space={AXIS: Dimension(variants=variants)},
+        searcher="grid",
+        scheduler="none",
+        measure_test=True,
+        failures_in_a_row=len(variants) + 1,
+        max_concurrent=settings.side_by_side,
+        **sweep,
+    )
+    return Space(_shared(settings), grid)
+
+
+def run_config(space: Space, run: TableRun) -> RunConfig:
+    """The configuration of one run of the grid.
+
+    Raises:
+        ConfigError: Its settings do not go together.
+    """
+    try:
+        return space.apply({AXIS: run.name}, full_length=True).model_copy(update={"name": run.name})
+    except ValidationError as error:
+        wrong = Explainer(RunConfig, "").explain(error.errors(include_url=False)[0])
+        reason = f"run {run.name} cannot be made: {wrong.reason}"
+        raise ConfigError(wrong.subject, wrong.value, reason, wrong.remedy) from error
+
+
+def _shared(settings: ReproduceSettings) -> RunConfig:
+    """What all runs have in common: the preset, shortened if there is a budget."""
+    preset = settings.table if settings.recipe == "paper" else f"modern_{settings.table}"
+    flags: list[str] = []
+    if settings.budget is not None:
+        steps = max(2, round(FULL_STEPS * share_of_budget(settings)))
+        flags += ["--training.max_steps", str(steps), "--evaluation.validation_limit", "500"]
+        if settings.recipe == "modern":
+            flags += shlex.split(_REDUCED_MODERN + (_REDUCED_MODERN_MNIST if settings.table == "mnist" else ""))
+        else:
+            preset = _REDUCED_PRESET.get(settings.table, settings.table)
+            flags += shlex.split(_REDUCED_PAPER.get(settings.table, ""))
+    if settings.data.root is not None:
+        flags += ["--data.root", settings.data.root]
+    config = read_settings(RunSettings, ["--preset", preset, *flags]).run_config
+    # The evaluation measures the test set; the training's own test is kept short.
+    short = config.evaluation.model_copy(update={"test": {"fgsm": EvaluationAttack(kind="fgsm")}})
+    # More workers mine negatives in smaller shares of the batch: a run has one unless told otherwise.
+    workers = 1 if settings.scaling.num_workers == "auto" else settings.scaling.num_workers
+    scaling = settings.scaling.model_copy(update={"num_workers": workers})
+    return config.model_copy(update={"evaluation": short, "scaling": scaling, "tracking": settings.tracking})
+
+
+def write_report_settings(settings: ReproduceSettings, run: TableRun, state: Path) -> Path:
+    """Write the settings of a trained run's evaluation (`ReportSettings`) to a file in its folder, and return it."""
+    folder, images = state / run.name, dict[str, int]()
+    images |= {"curves": 0, "sparse": 0, "audit": 0}
+    if settings.budget is not None:
+        count = max(20, round(FULL_IMAGES * share_of_budget(settings)))
+        images |= {"attacks": count, "autoattack": count, "representation": count, "bank": 10 * count}
+    if run.pool_size is not None:
+        images |= {"autoattack": 0, "representation": 0}
+    fields: dict[str, Any] = {"model": str(checkpoint_of(folder)), "output": str(folder / REPORT), "page": False}
+    fields |= {"images": images, "data": {"root": settings.data.root}}
+    if run.surrogate is not None:
+        fields["surrogate"] = str(checkpoint_of(state / run.surrogate))
+    if settings.budget is not None or run.pool_size is not None:
+        # Twenty restarts of PGD-100 cost as much as all other columns together, AutoAttack included. Without attacks
+        # of its own an evaluation takes the paper's, transfer attacks included.
+        columns = {name: attack.model_dump() for name, attack in paper_columns(settings.table).attacks.items()}
+        fields["attacks"] = {name: attack for name, attack in columns.items() if attack["num_restarts"] == 1}
+    path = folder / "report.yaml"
+    write_whole(path, yaml.safe_dump(fields, sort_keys=False))
+    return path
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """The newest checkpoint of a trained run.
+
+    Raises:
+        UnavailableError: There is none.
+    """
+    found = sorted(path.parent for path in (folder / "checkpoints").glob(f"*/{MANIFEST}"))
+    if not found:
+        raise UnavailableError("state", folder, "has no checkpoint", "delete the folder to train the run again")
+    return found[-1]
+
+
+def slim(folder: Path) -> None:
+    """Keep only the best weights of a trained run, so that the state is small enough to copy."""
+    newest = checkpoint_of(folder)
+    for old in set(newest.parent.glob("step-*")) - {newest}:
+        shutil.rmtree(old)
+    keep_best_only(newest)
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether the run in the folder has been trained."""
+    return (folder / SUMMARY).exists()
+
+
+def is_measured(folder: Path) -> bool:
+    """Whether the run in the folder is finished."""
+    return (folder / REPORT / REPORT_FILE).exists()

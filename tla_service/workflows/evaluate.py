@@ -1,0 +1,67 @@
+"""An evaluation on Ray, logged to MLflow."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tla_service.cluster.session import ray_session
+from tla_service.cluster.tasks import Workers
+from tla_service.job import next_command
+from tla_service.registry.evaluation_log import log_evaluation
+from tla_service.registry.subject import load_subject
+from tla_service.report.evaluate import evaluate
+from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, PAGE_FILE, REPORT_FILE, Report
+from tla_service.report.settings import EvaluateSettings
+from tla_service.report.subjects import load_models
+from tla_service.report.text import show
+from tla_service.tracking.connection import tracking_uri
+from tla_service.training.reporting import Terminal
+
+
+def evaluate_and_log(settings: EvaluateSettings) -> int:
+    """Evaluate a model on Ray and log the report to the run that trained it.
+
+    Returns:
+        The job's exit code, 0.
+
+    Raises:
+        UserError: Something is wrong or missing; found before anything is measured, as far as it can be.
+    """
+    terminal = Terminal()
+    uri = tracking_uri(settings.tracking)
+    models = load_models(settings, lambda address, field: load_subject(address, field, uri))
+
+    @contextlib.contextmanager
+    def workers() -> Iterator[Workers]:
+        with ray_session(settings, debug=settings.debug):
+            yield Workers(settings.scaling)
+
+    report, output = evaluate(settings, models, workers, terminal)
+    tagged: tuple[str, ...] = ()
+    # Also if it has finished before: MLflow may have been away by then.
+    if settings.log and report.model.run_id is not None:
+        tagged = log_evaluation(uri, report, _written(output))
+        terminal.say(f"logged to run {report.model.run_id} at {uri}" + "".join(f", tagged {each}" for each in tagged))
+    show(report, output, terminal)
+    terminal.say(_next_step(report, tagged, settings) or f"next: open {output / PAGE_FILE}")
+    return 0
+
+
+def _written(output: Path) -> dict[str, Path]:
+    """Files of a finished report, by their names in MLflow."""
+    names = (REPORT_FILE, OUTCOME_FILE, PAGE_FILE, AUTOATTACK_FILE)
+    found = [output / name for name in names] + sorted((output / "figures").glob("*"))
+    return {path.relative_to(output).as_posix(): path for path in found if path.is_file()}
+
+
+def _next_step(report: Report, tagged: Sequence[str], settings: EvaluateSettings) -> str | None:
+    """The command that promotes a version that was tagged, if it may pass."""
+    trusted = report.audit is not None and report.audit.trusted
+    if not (tagged and trusted and report.is_as_trained):
+        return None
+    asked = f"{report.model.name}/{report.model.version}"
+    name, _, version = (asked if asked in tagged else tagged[-1]).rpartition("/")
+    arguments = ["--model", name, "--version", version]
+    if settings.tracking.uri is not None:
+        arguments += ["--tracking.uri", settings.tracking.uri]
+    return next_command("promote_model.py", *arguments)

@@ -1,0 +1,75 @@
+"""A table's runs in MLflow: logged as they are measured, and fetched again for the page and its figures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tla_service.environment import code_facts
+from tla_service.errors import UserError
+from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE
+from tla_service.results.local import Say, Track
+from tla_service.results.runs import REPORT, TableRun, run_config
+from tla_service.results.settings import ReproduceSettings
+from tla_service.results.statistics import Measured, read_row
+from tla_service.tracking.connection import check_tracking, tracking_uri
+from tla_service.tracking.run_log import RunLog
+from tla_service.tracking.runs import fetch_files, find_finished, finish_run, log_files, open_run
+from tla_service.tuning.space import Space
+
+_LOGGED, _FETCHED = "logged.txt", "from-mlflow"
+_FILES = (REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE)
+
+
+def tracker(settings: ReproduceSettings) -> Track:
+    """What logs a table's finished runs, and fetches those of all machines; if MLflow is away, the state is used.
+
+    Raises:
+        UnavailableError: No server answers, or it refuses.
+    """
+    check_tracking(settings.tracking)
+
+    def track(space: Space, runs: Sequence[TableRun], state: Path, say: Say) -> Path:
+        try:
+            return log_and_fetch(settings, space, runs, state, say)
+        except UserError as error:
+            say(f"{error}; the page is made from {state} meanwhile")
+            return state
+
+    return track
+
+
+def log_and_fetch(settings: ReproduceSettings, space: Space, runs: Sequence[TableRun], state: Path, say: Say) -> Path:
+    """Log each finished run that MLflow does not have, and fetch all that it has, from whatever machine.
+
+    Returns:
+        A folder with the results of each run, as in the state folder.
+
+    Raises:
+        UnavailableError: MLflow is away; the next call logs what is missing.
+    """
+    uri, target = tracking_uri(settings.tracking), state / _FETCHED
+    for run in runs:
+        config, mark = run_config(space, run), state / run.name / _LOGGED
+        key = f"results/{settings.table}/{settings.budget_name}/{run.name}/{config.digest}"
+        run_id = find_finished(config, key)
+        for measured in read_row(run.name, [run], state).runs:
+            # Compared by its id, since the state may have been logged to another store before.
+            if run_id is None or not mark.exists() or mark.read_text() != run_id:
+                run_id = open_run(config, key, facts=code_facts())
+                _log(uri, run_id, measured, state / run.name)
+                mark.write_text(run_id)
+                say(f"{run.name}: logged to MLflow run {run_id}")
+        if run_id is not None:
+            fetch_files(uri, run_id, _FILES, target / run.name / REPORT)
+    return target
+
+
+def _log(uri: str, run_id: str, measured: Measured, folder: Path) -> None:
+    """Log a run's figures, its report and each image's results."""
+    names = [*measured.report.accuracy, "detection", "neighbours clean", "neighbours attacked"]
+    figures = {f"test/{name.replace(' ', '_')}": measured.figure(name) for name in names}
+    log = RunLog(uri, run_id, folder / "unsent")
+    log.log({name: value for name, value in figures.items() if value is not None}, 0)
+    log.close()
+    paths = [folder / REPORT / name for name in _FILES]
+    log_files(uri, run_id, {path.name: path for path in paths if path.exists()})
+    finish_run(uri, run_id)
