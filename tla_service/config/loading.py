@@ -137,12 +137,35 @@ class _NamedFile(YamlConfigSettingsSource):
 Settings = TypeVar("Settings", bound=JobSettings)
 
 
+def load_config(preset: str | None = None, config: str | Path | None = None, **settings: Any) -> RunConfig:
+    """Make a run's configuration in Python: defaults < preset < YAML file < environment < arguments.
+
+    ::
+
+        load_config("digits", seed=1, training={"epochs": 5}, attack={"epsilon": "8/255"})
+
+    Args:
+        preset: Preset to start from; see docs/configuration.md.
+        config: YAML file with any of the settings.
+        settings: Settings of the run; a section is a dictionary, of which only the given fields are replaced.
+
+    Raises:
+        ConfigError: One setting is wrong.
+        ExceptionGroup: Several are; a ConfigError each.
+    """
+    for name, value in settings.items():
+        if name not in RunConfig.model_fields:
+            raise ConfigError(name, value, "no such setting", suggest(name, list(RunConfig.model_fields)))
+    files = {name: value for name, value in (("preset", preset), ("config", config)) if value is not None}
+    return read_settings(RunSettings, [], **files, **settings).run_config
+
+
 def load_settings(arguments: Sequence[str] | None = None) -> RunSettings:
     """Read a run's configuration from all sources; see `read_settings`."""
     return read_settings(RunSettings, arguments)
 
 
-def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
+def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, **values: Any) -> Settings:
     """Read a job's settings from all sources.
 
     Environment variables of a run (``TLA_TRACKING__URI``) may be set for every job of a cluster: a job that has no such
@@ -151,6 +174,7 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None) 
     Args:
         kind: The job's settings.
         arguments: Command line without the program's name; None takes `sys.argv`.
+        values: Settings that override those of every other source but the command line.
 
     Raises:
         ConfigError: One field is wrong.
@@ -164,7 +188,7 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None) 
     for flag, text in [*_values(arguments), *explainer.variables()]:
         check_json(flag, text)
     try:
-        return kind(_cli_parse_args=arguments)
+        return kind(_cli_parse_args=arguments, **values)
     except ValidationError as error:
         found = {str(mended.subject): mended for mended in map(explainer.explain, error.errors(include_url=False))}
         errors = list(found.values())

@@ -9,6 +9,7 @@ from typing import Any
 from tla_service.config import RunConfig
 from tla_service.config.loading import RunSettings, load_config_file, same_run, to_yaml
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.evaluation.robustness import by_attack
 from tla_service.files import write_whole
 from tla_service.training.reporting import Terminal
 from tla_service.training.result import FitResult
@@ -88,16 +89,13 @@ def summarize(config: RunConfig, result: FitResult, checkpoint: Path | None) -> 
         result: How it went.
         checkpoint: Its newest checkpoint.
     """
-    prefix = "robust_accuracy/"
-    robust = {name.removeprefix(prefix): value for name, value in result.test.items() if name.startswith(prefix)}
     rates = [epoch["images_per_second"] for epoch in result.history]
     return {
         "status": "finished",
         "run_name": config.run_name,
         "method": config.method,
         "seed": config.seed,
-        "clean_accuracy": result.test["clean_accuracy"],
-        "robust_accuracy": {**robust, "worst": result.test["robust_accuracy"]},
+        **by_attack(result.test),
         "best_epoch": int(result.best["epoch"]),
         "validation": {key: value for key, value in result.best.items() if key.startswith("validation/")},
         "images_per_second": sum(rates) / len(rates),
