@@ -15,7 +15,7 @@ from tla_service.runtime import WorkerContext, autocast
 class Floor:
     """K forward and input-backward passes and one forward and backward pass; nothing else.
 
-    No data, random start, sign, projection, mining or optimiser; plain eager layers, BatchNorm not folded.
+    No data, random start, sign, projection, mining or optimizer; plain eager layers, BatchNorm not folded.
 
     Args:
         workload: Network, batch and K.

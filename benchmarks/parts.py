@@ -27,7 +27,7 @@ def measure_parts(work: dict[str, Workload], settings: BenchmarkSettings, result
         for name, spread in medians.items():
             rows.append([workload.name, name, f"{1000 * spread.median:.1f}", f"{100 * spread.median / whole:.1f} %"])
         results.raw[f"parts {key}"] = {name: spread.median for name, spread in medians.items()}
-    results.table("Parts", ["network", "part", "ms a step", "share"], rows)
+    results.table("Parts", ["network", "part", "ms per step", "share"], rows)
 
 
 class Parts:
@@ -53,7 +53,7 @@ class Parts:
             "attack": self.attack,
             "forward, mining, loss": self.forward,
             "backward": self.backward,
-            "optimiser": self.step.optimizer.step,
+            "optimizer": self.step.optimizer.step,
             "meter": lambda: self.step.meter.add(self.totals),
             self.MINING: self.mine,
         }

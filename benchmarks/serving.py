@@ -36,7 +36,7 @@ class Load:
 
     Attributes:
         clients: Requests at a time.
-        images: Images a request.
+        images: Images per request.
         requests: Answered in the time.
         seconds: The time.
         latencies: Seconds from request to answer: median, 95th and 99th percentile.
@@ -126,7 +126,7 @@ def measure(address: str, clients: int, images: int, seconds: float) -> Load:
 
 def table(loads: list[Load]) -> str:
     """The measurements as Markdown, with the hardware."""
-    head = "| clients | images a request | p50 | p95 | p99 | requests/s | images/s |\n|---|---|---|---|---|---|---|"
+    head = "| clients | images per request | p50 | p95 | p99 | requests/s | images/s |\n|---|---|---|---|---|---|---|"
     rows = [
         f"| {load.clients} | {load.images} | "
         + " | ".join(f"{1000 * value:.1f} ms" for value in load.latencies)
@@ -143,7 +143,7 @@ def main() -> int:
     parser.add_argument("--address", default="", help="address of a running application, in place of a model")
     parser.add_argument("--tracking-uri", help="registry; default: MLFLOW_TRACKING_URI, else mlflow.db here")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8], help="requests at a time")
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 64], help="images a request")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 64], help="images per request")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement, after a warm-up")
     parser.add_argument("--batch", type=int, default=64, help="max_batch_images of the served model")
     parser.add_argument("--port", type=int, default=8000, help="where to serve the model")

@@ -25,7 +25,7 @@ _CPU = torch.device("cpu")
 _SAME, _HALF = "two workers, same batch each", "two workers, half the batch each"
 _LATE = "two workers, reduction after the backward pass"
 # What the machine itself costs two processes: caches, memory and clock are common, and nothing is said.
-_APART = "two that do not speak, same batch each"
+_APART = "two independent processes, same batch each"
 _LEAST_SECONDS = 12.0  # of turns: short ones need many for a firm median
 _REDUCTIONS = 20  # a small network's takes a millisecond
 _BARS = {_SAME: 2 / 1.85}

@@ -27,7 +27,7 @@ class Workload:
     Attributes:
         model: Name of the network.
         image_shape: (C, H, W).
-        batch_size: Images a step.
+        batch_size: Images per step.
         num_steps: K, the attack's steps.
         epsilon: Radius, L-infinity.
         step_size: Length of one attack step.
