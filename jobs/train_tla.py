@@ -6,7 +6,7 @@ python jobs/train_tla.py --preset mnist --data.root /data/mnist --scaling.num_wo
 
 import sys
 
-from tla_service.config.loading import load_settings, print_config
+from tla_service.config.loading import find_output, load_settings, print_config
 from tla_service.job import run_job
 
 
@@ -17,7 +17,6 @@ def main() -> int:
         print(print_config(settings))
         return 0
     # Imported late: --help and a wrong configuration should not wait for torch, ray and mlflow.
-    from tla_service.training.output import find_output
     from tla_service.workflows.train import train_and_register
 
     config, output = find_output(settings)

@@ -4,11 +4,15 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from tla_service.errors import UnavailableError
+
 PART_SUFFIX = ".part"
+_SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107  # sun_path, less the byte that ends it
 
 
 @contextlib.contextmanager
@@ -74,6 +78,25 @@ def remove_parts(folder: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def check_socket_path(variable: str, folder: str, tail: str, whose: str, remedy: str) -> None:
+    """Refuse a folder below which the path of a Unix socket would be too long.
+
+    Args:
+        variable: Environment variable that names the folder, for messages.
+        folder: The folder.
+        tail: Path of the socket below it, as long as it will be.
+        whose: Whose sockets they are.
+        remedy: What to set.
+
+    Raises:
+        UnavailableError: It would be.
+    """
+    length = len(os.fsencode(Path(folder, tail)))
+    if length > _SOCKET_PATH_BYTES:
+        reason = f"too long a path for {whose}: sockets below it have {length} bytes, at most {_SOCKET_PATH_BYTES} work"
+        raise UnavailableError(variable, folder, reason, remedy)
 
 
 def _part_of(path: Path) -> Path:

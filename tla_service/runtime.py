@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tla_service.errors import UnavailableError, UserError
+from tla_service.errors import UserError
 
 # Parameters of glibc's mallopt(3): blocks mapped one by one at most, and what may lie free at the heap's end.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
-_SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107  # sun_path, less the byte that ends it
 T = TypeVar("T")
 
 
@@ -116,25 +114,6 @@ def gather_objects(value: T, context: WorkerContext) -> list[T]:
     values = [value] * context.world_size
     dist.all_gather_object(values, value)
     return values
-
-
-def check_socket_path(variable: str, folder: str, tail: str, whose: str, remedy: str) -> None:
-    """Refuse a folder below which the path of a Unix socket would be too long.
-
-    Args:
-        variable: Environment variable that names the folder, for messages.
-        folder: The folder.
-        tail: Path of the socket below it, as long as it will be.
-        whose: Whose sockets they are.
-        remedy: What to set.
-
-    Raises:
-        UnavailableError: It would be.
-    """
-    length = len(os.fsencode(Path(folder, tail)))
-    if length > _SOCKET_PATH_BYTES:
-        reason = f"too long a path for {whose}: sockets below it have {length} bytes, at most {_SOCKET_PATH_BYTES} work"
-        raise UnavailableError(variable, folder, reason, remedy)
 
 
 def hardware(device: torch.device) -> str:

@@ -7,8 +7,7 @@ import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
-from tests.conftest import S3Server
-from tla_service.cluster.session import check_storage, place, ray_session
+from tla_service.cluster.session import place, ray_session
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError, UnavailableError
 
@@ -22,47 +21,6 @@ def test_a_pool_that_the_clusters_gpus_cannot_share_is_refused(monkeypatch: pyte
         place(run)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 4.0, "CPU": 16.0})
     assert place(run).num_workers == 4
-
-
-def test_storage_that_can_be_written_is_accepted(s3: S3Server, tmp_path: Path) -> None:
-    check_storage(f"s3://{s3.bucket}/runs")
-    check_storage(str(tmp_path / "new" / "folder"))
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("bucket", "variables", "reason", "remedy"),
-    [
-        ("nowhere", {}, "NO_SUCH_BUCKET", "create the bucket, or correct its name"),
-        ("images", {"AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE"}, "INVALID_ACCESS_KEY_ID", "check AWS_ACCESS_KEY_ID"),
-        (
-            "images",
-            {"AWS_SECRET_ACCESS_KEY": "wrong"},
-            "SIGNATURE",
-            "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-        ),
-        ("images", {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, "NETWORK_CONNECTION", "check AWS_ENDPOINT_URL_S3"),
-    ],
-)
-def test_each_cause_of_an_unusable_bucket_has_its_own_remedy(
-    s3: S3Server, monkeypatch: pytest.MonkeyPatch, bucket: str, variables: dict[str, str], reason: str, remedy: str
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UnavailableError) as caught:
-        check_storage(f"s3://{bucket}/runs")
-    assert reason in caught.value.reason
-    assert remedy in caught.value.remedy
-
-
-def test_storage_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"^scaling\.storage=s4://a/b: no address of a storage .*; give a folder, or s3"
-    ):
-        check_storage("s4://a/b")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UnavailableError, match=r"file/runs: cannot be written \(not a directory\); give a folder that"):
-        check_storage(str(tmp_path / "file" / "runs"))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from tests.config.test_identity import SHAPES_NOTHING, with_setting
 from tests.training.conftest import digits_config
 from tests.training.test_resume import LAST, NEWEST, records, train
 from tla_service.config import RunConfig
-from tla_service.config.loading import load_settings, to_yaml
+from tla_service.config.loading import CONFIG, find_output, load_settings, to_yaml
 from tla_service.errors import ConfigError
-from tla_service.training.output import CONFIG, SUMMARY, find_output, open_output, write_config
+from tla_service.training.output import SUMMARY, open_output, write_config
 
 # Settings that this process, without a GPU and without Ray, does something with.
 LOOKED_AT = [name for name in SHAPES_NOTHING if name.split(".")[0] in ("data", "training", "evaluation", "speed")]

@@ -5,39 +5,24 @@ import logging
 import os
 import socket
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-from pyarrow import ArrowInvalid
-from pyarrow.fs import FileSystem
 from ray._private.services import get_webui_url_from_internal_kv
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
 from tla_service.config import RunConfig, ScalingConfig
-from tla_service.errors import ConfigError, UnavailableError
-from tla_service.runtime import check_socket_path
+from tla_service.errors import UnavailableError
+from tla_service.files import check_socket_path
 
-STORAGE_SECONDS = 20
-_CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
-_UNREACHABLE = "check AWS_ENDPOINT_URL_S3, the network and HTTP_PROXY"
-# What pyarrow's errors name, and what helps.
-_STORAGE_REMEDIES = {
-    "NO_SUCH_BUCKET": "create the bucket, or correct its name or AWS_ENDPOINT_URL_S3",
-    "ACCESS_DENIED": "allow these credentials to write and delete objects there (none are used if none are set)",
-    "INVALID_ACCESS_KEY_ID": _CREDENTIALS,
-    "INVALID_SIGNATURE": _CREDENTIALS,
-    "SIGNATURE_DOES_NOT_MATCH": _CREDENTIALS,
-    "EXPIRED_TOKEN": "renew the credentials",
-    "HTTP status 301": "set AWS_DEFAULT_REGION to the bucket's region",
-}
 CONNECT_SECONDS = 5
 DASHBOARD_SECONDS = 60
 # An address that refuses every connection: TCP port 1 is reserved.
@@ -103,6 +88,27 @@ def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def starting(session: AbstractContextManager[None]) -> Iterator[Callable[[], None]]:
+    """Enter a `ray_session` in the background, while the caller imports and checks.
+
+    The system kills Ray's daemons when the thread that started them ends, so that thread lasts as long as the block.
+
+    Args:
+        session: The session, not yet entered.
+
+    Yields:
+        A function that waits until the cluster is joined, and raises what joining it raised.
+    """
+    with ThreadPoolExecutor(1, "ray") as thread:
+        joined = thread.submit(session.__enter__)
+        try:
+            yield joined.result
+        finally:
+            if joined.exception() is None:
+                thread.submit(session.__exit__, None, None, None).result()
 
 
 def _not_joined(error: Exception) -> tuple[str, str]:
@@ -218,51 +224,6 @@ def check_dashboard() -> None:
             time.sleep(1)
         else:
             return
-
-
-def check_storage(storage: str) -> None:
-    """Write and delete a small file where checkpoints will go.
-
-    Raises:
-        ConfigError: It is no address of a storage.
-        UnavailableError: That fails, or takes longer than `STORAGE_SECONDS`.
-    """
-    if "://" not in storage:
-        _check_local_storage(Path(storage).expanduser())
-        return
-    probe = Future[None]()
-
-    def write() -> None:
-        try:
-            filesystem, path = FileSystem.from_uri(storage)
-            with filesystem.open_output_stream(f"{path}/.writable") as file:
-                file.write(b"ok")
-            filesystem.delete_file(f"{path}/.writable")
-            probe.set_result(None)
-        except (OSError, ArrowInvalid) as error:
-            probe.set_exception(error)
-
-    # A thread, because an unreachable store keeps pyarrow waiting for minutes.
-    threading.Thread(target=write, daemon=True).start()
-    try:
-        probe.result(STORAGE_SECONDS)
-    except ArrowInvalid as error:
-        reason = f"no address of a storage ({' '.join(str(error).split())})"
-        raise ConfigError("scaling.storage", storage, reason, "give a folder, or s3://bucket/prefix") from error
-    except (OSError, TimeoutError) as error:
-        reason = " ".join(str(error).split())[:300] or f"no answer within {STORAGE_SECONDS} seconds"
-        remedy = next((words for sign, words in _STORAGE_REMEDIES.items() if sign in reason), _UNREACHABLE)
-        raise UnavailableError("scaling.storage", storage, f"cannot be written ({reason})", remedy) from error
-
-
-def _check_local_storage(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = f"cannot be written ({(error.strerror or str(error)).lower()})"
-        remedy = "give a folder that can be written, or s3://bucket/prefix"
-        raise UnavailableError("scaling.storage", folder, reason, remedy) from error
 
 
 def _check_address(address: str) -> None:

@@ -5,7 +5,9 @@ import errno
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +19,7 @@ from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS, CHECKPOINT_MA
 from tla_service.cluster.folder import Folder
 from tla_service.config import RunConfig
 from tla_service.config.loading import same_run
-from tla_service.errors import UnavailableError
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import whole_folder
 from tla_service.retries import retried
 
@@ -25,6 +27,19 @@ RETRY_SECONDS = 300.0  # how long a run waits for a storage that is away
 _LATEST = "latest.json"
 _RAYS_LATEST = "latest_checkpoint_result"
 _CHUNK_BYTES = 64 * 2**20
+PROBE_SECONDS = 20
+_CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
+_UNREACHABLE = "check AWS_ENDPOINT_URL_S3, the network and HTTP_PROXY"
+# What pyarrow's errors name, and what helps.
+_STORAGE_REMEDIES = {
+    "NO_SUCH_BUCKET": "create the bucket, or correct its name or AWS_ENDPOINT_URL_S3",
+    "ACCESS_DENIED": "allow these credentials to write and delete objects there (none are used if none are set)",
+    "INVALID_ACCESS_KEY_ID": _CREDENTIALS,
+    "INVALID_SIGNATURE": _CREDENTIALS,
+    "SIGNATURE_DOES_NOT_MATCH": _CREDENTIALS,
+    "EXPIRED_TOKEN": "renew the credentials",
+    "HTTP status 301": "set AWS_DEFAULT_REGION to the bucket's region",
+}
 # What a shared folder's file system says while its server is away.
 _AWAY = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
@@ -195,8 +210,53 @@ def _may_pass(error: Exception) -> bool:
     return cause.errno in _AWAY or any(token in str(cause) for token in AWS_RETRYABLE_TOKENS)
 
 
+def check_storage(storage: str) -> None:
+    """Write and delete a small file where checkpoints will go.
+
+    Raises:
+        ConfigError: It is no address of a storage.
+        UnavailableError: That fails, or takes longer than `PROBE_SECONDS`.
+    """
+    if "://" not in storage:
+        _check_local_storage(Path(storage).expanduser())
+        return
+    probe = Future[None]()
+
+    def write() -> None:
+        try:
+            filesystem, path = FileSystem.from_uri(storage)
+            with filesystem.open_output_stream(f"{path}/.writable") as file:
+                file.write(b"ok")
+            filesystem.delete_file(f"{path}/.writable")
+            probe.set_result(None)
+        except (OSError, ArrowInvalid) as error:
+            probe.set_exception(error)
+
+    # A thread, because an unreachable store keeps pyarrow waiting for minutes.
+    threading.Thread(target=write, daemon=True).start()
+    try:
+        probe.result(PROBE_SECONDS)
+    except ArrowInvalid as error:
+        reason = f"no address of a storage ({' '.join(str(error).split())})"
+        raise ConfigError("scaling.storage", storage, reason, "give a folder, or s3://bucket/prefix") from error
+    except (OSError, TimeoutError) as error:
+        reason = " ".join(str(error).split())[:300] or f"no answer within {PROBE_SECONDS} seconds"
+        remedy = next((words for sign, words in _STORAGE_REMEDIES.items() if sign in reason), _UNREACHABLE)
+        raise UnavailableError("scaling.storage", storage, f"cannot be written ({reason})", remedy) from error
+
+
+def _check_local_storage(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"cannot be written ({(error.strerror or str(error)).lower()})"
+        remedy = "give a folder that can be written, or s3://bucket/prefix"
+        raise UnavailableError("scaling.storage", folder, reason, remedy) from error
+
+
 def earlier_name(config: RunConfig, storage: str) -> RunConfig:
-    """The run under the name that its folder in the storage has; see `tla_service.training.output.find_output`."""
+    """The run under the name that its folder in the storage has; see `tla_service.config.loading.find_output`."""
     if config.name:
         return config
     names = [

@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from tla_service.cluster.session import ray_session
 from tla_service.cluster.shards import Slots, find_slots
+from tla_service.config.loading import CONFIG
 from tla_service.errors import UnavailableError
 from tla_service.files import write_whole
 from tla_service.job import INTERRUPTED
@@ -29,7 +30,7 @@ from tla_service.results.places import LOST, Running, Work, start_process
 from tla_service.results.reproduce import reproduce
 from tla_service.results.settings import ReproduceSettings
 from tla_service.training.checkpoint import MANIFEST, verify_checkpoint
-from tla_service.training.output import CONFIG, SUMMARY
+from tla_service.training.output import SUMMARY
 
 HAND_OVER_SECONDS = 60.0
 # Written last: each makes the files before it count.

@@ -21,10 +21,10 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tla_service.cluster.mailbox import start_mailbox
+from tla_service.cluster.mailbox import FailuresToMailbox, start_mailbox
 from tla_service.cluster.session import Placement, own_dashboard
 from tla_service.cluster.storage import RunFolder
-from tla_service.cluster.worker import FailuresToMailbox, train_worker
+from tla_service.cluster.worker import train_worker
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
 from tla_service.files import whole_folder

@@ -1,4 +1,4 @@
-"""What runs in a Ray Train worker, and in the controller beside it."""
+"""What runs in a Ray Train worker."""
 
 import logging
 import shutil
@@ -11,7 +11,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, UserCallback
+from ray.train import Checkpoint
 
 from tla_service.cluster.storage import RunFolder
 from tla_service.config import RunConfig
@@ -144,15 +144,3 @@ class WarningsToMailbox(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Pass one on."""
         self._mailbox.push.remote({"event": "warning", "message": record.getMessage()})
-
-
-class FailuresToMailbox(UserCallback):
-    """Passes each failure of workers to the driver; runs in Ray's controller."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Pass on what went wrong; Ray restarts the workers by itself."""
-        reasons = {rank: str(error).strip().splitlines()[-1] for rank, error in worker_exceptions.items()}
-        self._mailbox.push.remote({"event": "failure", "message": f"workers failed: {reasons}"})

@@ -26,6 +26,7 @@ from tla_service.config.radii import without_lengths_of_other_norms
 from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError
 
+CONFIG = "config.yaml"  # in a run's output folder
 _PRESETS = resources.files("tla_service.config") / "presets"
 _FOLDERS = {"study": _PRESETS / "sweeps", "preset": _PRESETS}
 _FILES = ("config", *_FOLDERS)  # each may name the next
@@ -233,6 +234,20 @@ def print_config(settings: RunSettings) -> str:
     if settings.print_config == "schema":
         return json.dumps(RunConfig.model_json_schema(), indent=2)
     return to_yaml(settings.run_config).rstrip()
+
+
+def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
+    """The run and its output folder.
+
+    Earlier versions had other digests, and so other default names: a run that was started under such a name keeps it.
+    """
+    config, output = settings.run_config, settings.output_folder
+    if config.name or settings.output is not None or output.exists():
+        return config, output
+    for path in sorted(output.parent.glob(f"{config.name_stem}-{'[0-9a-f]' * 8}/{CONFIG}")):
+        if same_run(path.read_text(), config):
+            return config.model_copy(update={"name": path.parent.name}), path.parent
+    return config, output
 
 
 def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

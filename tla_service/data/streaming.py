@@ -11,7 +11,7 @@ from tla_service.data.decoding import usable_cores
 from tla_service.data.order import StepIndices
 from tla_service.data.sources import ImageSource
 from tla_service.errors import UserError
-from tla_service.runtime import check_socket_path
+from tla_service.files import check_socket_path
 
 
 class StepLoader:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tla_service.config import DataConfig, RunConfig
-from tla_service.config.loading import load_config_file
+from tla_service.config.loading import CONFIG, load_config_file
 from tla_service.data import Dataset, load_dataset, split_validation
 from tla_service.environment import code_facts
 from tla_service.errors import UnavailableError
@@ -29,7 +29,6 @@ from tla_service.report.settings import EvaluateSettings
 from tla_service.report.tasks import Shard, Task, shard_file
 from tla_service.runtime import hardware, keep_freed_memory
 from tla_service.training.checkpoint import MANIFEST, read_weights
-from tla_service.training.output import CONFIG
 
 ORDER, MEASURED, OUTCOME, AUTOATTACK = "measure.json", "measured.json", "outcome.npz", "autoattack.npz"
 

@@ -9,7 +9,7 @@ interrupted run from its last checkpoint. `jobs/train_tla.py` does the same on a
 
 import sys
 
-from tla_service.config.loading import load_settings, print_config
+from tla_service.config.loading import find_output, load_settings, print_config
 from tla_service.job import run_job
 
 
@@ -21,7 +21,6 @@ def main() -> int:
         return 0
     # Imported late: --help and a wrong configuration should not wait for torch.
     from tla_service.training.local import train
-    from tla_service.training.output import find_output
 
     config, output = find_output(settings)
     train(config, output, json_logs=settings.log_format == "json")

@@ -7,29 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tla_service.config import RunConfig
-from tla_service.config.loading import RunSettings, load_config_file, same_run, to_yaml
+from tla_service.config.loading import CONFIG, load_config_file, same_run, to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.robustness import by_attack
 from tla_service.files import write_whole
 from tla_service.training.reporting import Terminal
 from tla_service.training.result import FitResult
 
-SUMMARY, CONFIG = "summary.json", "config.yaml"
-
-
-def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
-    """The run and its output folder.
-
-    An earlier version counted other settings towards the digest, and so made another name of the same ones: a run that
-    was begun under such a name, where none is given, keeps it.
-    """
-    config, output = settings.run_config, settings.output_folder
-    if config.name or settings.output is not None or output.exists():
-        return config, output
-    for path in sorted(output.parent.glob(f"{config.name_stem}-{'[0-9a-f]' * 8}/{CONFIG}")):
-        if same_run(path.read_text(), config):
-            return config.model_copy(update={"name": path.parent.name}), path.parent
-    return config, output
+SUMMARY = "summary.json"
 
 
 def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:

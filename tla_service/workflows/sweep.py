@@ -12,8 +12,9 @@ from typing import Any
 from tla_service.cluster.attempts import attempts, read_trials
 from tla_service.cluster.folder import Folder
 from tla_service.cluster.lease import Lease, held
-from tla_service.cluster.session import Placement, check_dashboard, check_storage, place, ray_session
+from tla_service.cluster.session import Placement, check_dashboard, place, ray_session
 from tla_service.cluster.slots import count_slots, workers_per_trial
+from tla_service.cluster.storage import check_storage
 from tla_service.cluster.trial_log import RunStatus, TrialLog
 from tla_service.cluster.tune import DEFAULT_SAMPLES, Budget, Plan, run_trials
 from tla_service.config import RunConfig
@@ -32,7 +33,8 @@ from tla_service.tuning.figures import draw_all
 from tla_service.tuning.settings import sweep_yaml
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Trial, as_csv, counts, table, winner
-from tla_service.workflows.train import Facts, check_before_start, check_disks, check_split, train_and_register
+from tla_service.workflows.checks import Facts, check_before_start, check_disks, check_split
+from tla_service.workflows.train import train_and_register
 
 SETTINGS, WINNER, SUMMARY, SEEDS = "sweep.yaml", "best.yaml", "sweep.json", "winner.json"
 

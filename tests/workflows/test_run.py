@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tla_service.training.reporting import Terminal
-from tla_service.workflows.train import _show_end
+from tla_service.workflows.run import _show_end
 
 SUMMARY: dict[str, Any] = {
     "clean_accuracy": 0.9, "robust_accuracy": {"worst": 0.8}, "run_id": "r", "checkpoint": "c",
