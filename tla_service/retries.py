@@ -1,4 +1,4 @@
-"""Trying again while something that is needed is away."""
+"""Retries while a service is unavailable."""
 
 import logging
 import time
@@ -18,17 +18,14 @@ def retried(
     seconds: float,
     first_wait_seconds: float = 1.0,
 ) -> T:
-    """Call something; repeat it when it fails for a cause that may pass, waiting twice as long each time.
+    """Call `action`; retry transient failures with exponential backoff, and raise the last error.
 
     Args:
-        what: What is done, for the warnings.
+        what: Description for the warnings.
         action: The call.
-        may_pass: Whether the same call may succeed later, by what it raised.
+        may_pass: Whether an error is transient.
         seconds: How long to keep trying.
-        first_wait_seconds: Wait before the second attempt; no wait is longer than `LONGEST_WAIT_SECONDS`.
-
-    Raises:
-        Exception: What the last call raised.
+        first_wait_seconds: Wait before the second attempt; doubles up to `LONGEST_WAIT_SECONDS`.
     """
     deadline, wait = time.monotonic() + seconds, first_wait_seconds
     while True:
