@@ -1,4 +1,4 @@
-"""Stages for a GPU: numerics before speed, seconds per epoch, and what bfloat16 does to accuracy under AutoAttack."""
+"""Stages for a GPU: numerical checks, seconds per epoch, and the effect of bfloat16 on AutoAttack accuracy."""
 
 import tempfile
 from collections.abc import Iterator

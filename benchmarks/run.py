@@ -1,4 +1,4 @@
-"""The benchmark from settings to a file: the stages that were asked for, then the guard."""
+"""The benchmark from settings to output: the requested stages, then the regression check."""
 
 import os
 import time
@@ -86,7 +86,7 @@ def _guard(settings: BenchmarkSettings, results: Results) -> int:
 
 @contextmanager
 def _one_core(stage: str) -> Iterator[None]:
-    """Keep this process on one core for a while, so that a stage sees the same caches and clock throughout."""
+    """Pin this process to one core, so that a stage has the same caches and clock throughout."""
     if torch.cuda.is_initialized() or stage in ("scaling", "startup") or not hasattr(os, "sched_setaffinity"):
         yield
         return
