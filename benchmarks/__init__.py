@@ -1,1 +1,1 @@
-"""Speed of the training step, compared with its theoretical cost, other libraries, and each optimization switched off."""
+"""Speed of the training step, compared with its theoretical cost, other libraries, and fewer optimizations."""
