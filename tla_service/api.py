@@ -13,10 +13,11 @@ from tla_service.config.loading import load_config_file
 from tla_service.data import Batch, EvaluationBatches, load_dataset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.mode import evaluating
-from tla_service.evaluation.robustness import by_attack, evaluation_attack, measure_accuracy
+from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import ModelOutput
 from tla_service.registry.loading import load_with_folder
 from tla_service.runtime import WorkerContext, mixed_seed
+from tla_service.training.output import by_attack
 
 _BATCH_SIZE = 500
 

@@ -1,7 +1,6 @@
 """Clean and robust accuracy, over all workers' shards."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -86,13 +85,3 @@ def _count(network: nn.Module, batch: Batch, attacks: Mapping[str, Attack], rand
         robust.append(standing.sum())
     total = torch.tensor(len(batch.labels), device=clean.device)
     return torch.stack([total, clean.sum(), survived.sum(), *robust]).double()
-
-
-def by_attack(measured: Mapping[str, float]) -> dict[str, Any]:
-    """What `measure_accuracy` returned as `clean_accuracy` and `robust_accuracy` by attack, with `worst` over all."""
-    prefix = "robust_accuracy/"
-    robust = {name.removeprefix(prefix): value for name, value in measured.items() if name.startswith(prefix)}
-    return {
-        "clean_accuracy": measured["clean_accuracy"],
-        "robust_accuracy": {**robust, "worst": measured["robust_accuracy"]},
-    }

@@ -9,7 +9,6 @@ from typing import Any
 from tla_service.config import RunConfig
 from tla_service.config.loading import CONFIG, load_config_file, same_run, to_yaml
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.evaluation.robustness import by_attack
 from tla_service.files import write_whole
 from tla_service.training.reporting import Terminal
 from tla_service.training.result import FitResult
@@ -87,6 +86,16 @@ def summarize(config: RunConfig, result: FitResult, checkpoint: Path | None) -> 
         "wall_seconds": {name: round(value, 2) for name, value in result.wall_seconds.items()},
         "facts": result.facts,
         "checkpoint": str(checkpoint),
+    }
+
+
+def by_attack(measured: Mapping[str, float]) -> dict[str, Any]:
+    """`measure_accuracy`'s result as `clean_accuracy` and `robust_accuracy` by attack, with `worst` over all attacks."""
+    prefix = "robust_accuracy/"
+    robust = {name.removeprefix(prefix): value for name, value in measured.items() if name.startswith(prefix)}
+    return {
+        "clean_accuracy": measured["clean_accuracy"],
+        "robust_accuracy": {**robust, "worst": measured["robust_accuracy"]},
     }
 
 
