@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tla_service
 from tests.test_core_alone import WITHOUT, run_python
-from tla_service import Attack, ConfigError, RunConfig, craft, evaluate, load_config, load_model, train
+from tla_service import Attack, ConfigError, RunConfig, UserError, craft, evaluate, load_config, load_model, train
 from tla_service.registry.model_folder import _SHIPPED
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +105,9 @@ def test_any_module_is_measured_by_hand_and_left_as_it_was() -> None:
     network.norm.eval()  # frozen in a network that trains
     images, labels = torch.rand(700, 1, 8, 8), torch.randint(10, (700,))
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    found = evaluate(network, images, labels, attacks={"weak": WEAK, "none": Attack(epsilon=1e-6, step_size=1e-6)})
+    found = evaluate(
+        network, images.numpy(), labels.tolist(), attacks={"weak": WEAK, "none": Attack(epsilon=1e-6, step_size=1e-6)}
+    )
     assert (network.training, network.norm.training) == (True, False)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -151,6 +153,12 @@ IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
         ({"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS / 4}, "labels=(4,) torch.float32: not one class"),
         ({"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS + 7}, "labels=10: outside the network's 10 class"),
         ({"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS - 1}, "labels=-1: outside the network's 10 class"),
+        ({"model": "nowhere"}, "model=nowhere: there is no such folder"),
+        ({"attacks": {"worst": WEAK}}, "attacks.worst: this name is reserved"),
+        ({"attacks": {"a": Attack(epsilon=8)}}, "attacks.a.epsilon=8: outside (0, 1]; write 8/255"),
+        ({"attacks": {"a": Attack(epsilon=0.01, step_size=0.5)}}, "attacks.a.step_size=0.5: over twice attacks.a.eps"),
+        ({"attacks": {"a": Attack(kind="pgdd")}}, "attacks.a.kind=pgdd: not one of fgsm, bim, pgd, mim, cw; did you m"),
+        ({"attacks": {"a": Attack(num_restarts=0)}}, "attacks.a.num_restarts=0: input should be greater than or equal"),
         (
             {"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS, "model": nn.Flatten(0)},
             "model=(64,): its output is not logits (N, K)",
@@ -158,7 +166,7 @@ IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
     ],
 )
 def test_a_wrong_call_is_one_line(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         evaluate(**{"model": Linear(), **arguments})
 
 

@@ -90,7 +90,7 @@ def summarize(config: RunConfig, result: FitResult, checkpoint: Path | None) -> 
 
 
 def by_attack(measured: Mapping[str, float]) -> dict[str, Any]:
-    """`measure_accuracy`'s result as `clean_accuracy` and `robust_accuracy` by attack, with `worst` over all attacks."""
+    """Measured accuracies as `clean_accuracy` and `robust_accuracy` by attack, with `worst` over all attacks."""
     prefix = "robust_accuracy/"
     robust = {name.removeprefix(prefix): value for name, value in measured.items() if name.startswith(prefix)}
     return {
