@@ -47,8 +47,8 @@ def test_every_public_name_is_there_and_shown() -> None:
     for name in tla_service.__all__:
         assert getattr(tla_service, name).__name__ == name
     assert {*tla_service.__all__} <= {*dir(tla_service)}
-    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
-        tla_service.trian  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        tla_service.no_such_name  # noqa: B018
 
 
 def test_a_configuration_is_made_of_preset_file_environment_and_arguments(
@@ -70,7 +70,7 @@ def test_a_configuration_is_made_of_preset_file_environment_and_arguments(
     ("arguments", "message"),
     [
         ({"preset": "digts"}, "preset=digts: no such preset; did you mean digits?"),
-        ({"trainig": {}}, "trainig={}: no such setting; did you mean training?"),
+        ({"trainings": {}}, "trainings={}: no such setting; did you mean training?"),
         ({"output": "here"}, "output=here: no such setting"),
         ({"training": {"epoch": 1}}, "training.epoch=1: no such setting; did you mean epochs?"),
         ({"attack": {"epsilon": 8}}, "attack.epsilon=8: outside (0, 1]; write 8/255"),

@@ -90,12 +90,12 @@ class EvaluationAttack(Section):
     """
 
     kind: Literal["fgsm", "bim", "pgd", "mim", "cw"] = setting("pgd", "attack; cw is PGD on the logit margin")
-    norm: Norm | None = setting(None, "norm of the perturbation; default: as in training")
+    norm: Norm | None = setting(None, "norm of the perturbation; none: as in training")
     epsilon: Pixels | None = setting(
-        None, "radius; default: as in training, or the data set's documented radius in another norm", unit=_LENGTH, gt=0
+        None, "radius; none: as in training, or the data set's documented radius in another norm", unit=_LENGTH, gt=0
     )
     step_size: Pixels | None = setting(
-        None, "step size; default: the training attack's, relative to the radius", unit="as epsilon", gt=0
+        None, "step size; none: the training attack's, relative to the radius", unit="as epsilon", gt=0
     )
     num_steps: int = setting(20, "gradient steps", ge=1, le=10_000)
     num_restarts: int = setting(1, "random restarts; an image counts as broken if any of them breaks it", ge=1, le=1000)

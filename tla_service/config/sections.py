@@ -25,11 +25,11 @@ class DataConfig(Section):
     test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
     image_size: int | None = setting(None, "resize to this side; required by image_folder", unit="pixels", ge=4)
     label_column: str | None = setting(
-        None, "label column of parquet files; default: label, labels, fine_label, target or class", min_length=1
+        None, "label column of parquet files; none: label, labels, fine_label, target or class", min_length=1
     )
     image_column: str | None = setting(
         None,
-        "column of encoded images in parquet files; default: the only one, or one with a common name",
+        "column of encoded images in parquet files; none: the only one, or one with a common name",
         min_length=1,
     )
     crop_padding: int = setting(0, "random crop after zero padding of this size; 0: off", unit="pixels", ge=0, le=64)
@@ -94,7 +94,7 @@ class LossConfig(Section):
         "auto", "classification term: adversarial cross-entropy, or that of TRADES or MART; auto: by method"
     )
     robust_weight: float | None = setting(
-        None, "weight of the KL divergence of TRADES or MART; default: the papers' 6 and 5", gt=0
+        None, "weight of the KL divergence of TRADES or MART; none: the papers' 6 and 5", gt=0
     )
     triplet_weight: float = setting(0.5, "weight of the triplet term, the paper's lambda_1", ge=0)
     norm_weight: float = setting(0.001, "weight of the embedding norms, the paper's lambda_2", ge=0)
@@ -109,7 +109,7 @@ class LossConfig(Section):
     reduction: Literal["mean", "sum"] = setting("mean", "reduction over the batch; paper: sum, code: mean")
     label_smoothing: float = setting(0.0, "label smoothing of the cross-entropy", ge=0, lt=1)
     clean_weight: float | None = setting(
-        None, "share of the cross-entropy on clean images; default: 1/2 for alp, else 0", ge=0, le=1
+        None, "share of the cross-entropy on clean images; none: 1/2 for alp, else 0", ge=0, le=1
     )
     logit_pairing_weight: float = setting(0.5, "alp: weight of the squared logit difference", ge=0)
     embedding_match_weight: float = setting(
@@ -164,12 +164,12 @@ class ScalingConfig(Section):
     gpus_per_worker: float = setting(1, "GPUs per worker; below 1 workers share a GPU", unit="GPUs", gt=0)
     max_failures: int = setting(3, "restarts from the last checkpoint before the run fails", ge=0)
     storage: str | None = setting(
-        None, "storage of checkpoints: a shared folder or s3://bucket/prefix; default: the output folder"
+        None, "storage of checkpoints: a shared folder or s3://bucket/prefix; none: the output folder"
     )
     wait_seconds: float = setting(
         0, "wait this long for an autoscaling cluster to add nodes; 0: fail at once", unit="seconds", ge=0
     )
-    address: str | None = setting(None, "Ray cluster to join; default: RAY_ADDRESS, else start a local one")
+    address: str | None = setting(None, "Ray cluster to join; none: RAY_ADDRESS, else start a local one")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -181,10 +181,10 @@ class ScalingConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
-    uri: str | None = setting(None, "tracking server; default: MLFLOW_TRACKING_URI, else the SQLite file mlflow.db")
+    uri: str | None = setting(None, "tracking server; none: MLFLOW_TRACKING_URI, else the SQLite file mlflow.db")
     experiment: str = setting("tla", "MLflow experiment", min_length=1)
     registered_model: str | None = setting(
-        None, 'name to register the best weights under; default: tla-<data.name>; "": do not register'
+        None, 'name to register the best weights under; none: tla-<data.name>; "": do not register'
     )
     tags: dict[str, str] = setting({}, "additional tags of the run")
 
