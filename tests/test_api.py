@@ -62,6 +62,7 @@ def test_a_configuration_is_made_of_preset_file_environment_and_arguments(
     assert (config.seed, config.training.epochs, config.training.global_batch_size) == (5, 4, 64)
     assert (config.loss.margin, config.loss.label_smoothing) == (0.2, 0.1), "the rest of the preset's section stays"
     assert config.attack.step_size == 8 / 255
+    assert load_config(training={"epochs": 6}).training.epochs == 6
     monkeypatch.delenv("TLA_TRAINING__EPOCHS")
     assert load_config() == RunConfig()
 
