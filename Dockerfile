@@ -1,10 +1,10 @@
 # syntax=docker/dockerfile:1
-# One image for every part of the service: Ray's head and workers, a job's driver, the MLflow server, Serve replicas.
+# One image for all components: Ray head and workers, job drivers, the MLflow server, and Serve replicas.
 #
-#   docker build --tag tla-service:0.1.0 .                                 with CUDA, as torch's wheel on PyPI brings it
-#   docker build --tag tla-service:0.1.0-cpu --build-arg VARIANT=cpu .     without
+#   docker build --tag tla-service:0.1.0 .                                 with CUDA, as in torch's wheel on PyPI
+#   docker build --tag tla-service:0.1.0-cpu --build-arg VARIANT=cpu .     CPU only
 #
-# What is installed is what requirements.lock pins, by hash; tests run on the same lock.
+# Packages are pinned by hash in requirements.lock, which the tests use as well.
 ARG PYTHON_IMAGE=python:3.11.16-slim-bookworm@sha256:2e32f7d302adc1c37428355c1e646897c0c53f4fd60b6a551245fb90ee129f91
 
 FROM ${PYTHON_IMAGE} AS dependencies
@@ -12,8 +12,8 @@ ARG VARIANT=cuda
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /build
 COPY requirements.lock deploy/image/torch-cpu.txt ./
-# Every pinned file is fetched and compared with its hash. Without CUDA, torch and torchvision come from PyTorch's own
-# index instead, and the libraries that only they need stay away.
+# Every pinned file is verified against its hash. Without CUDA, torch and torchvision come from PyTorch's own index, and
+# the libraries that only their CUDA builds need are left out.
 RUN case "${VARIANT}" in \
         cuda) cp requirements.lock wanted.txt ;; \
         cpu) awk '/^[a-z]/ { drop = /^(torch|torchvision|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==/ && !/^nvidia-ml-py==/ } !drop' \
@@ -26,7 +26,7 @@ RUN case "${VARIANT}" in \
     esac \
     && pip wheel --require-hashes --no-deps --wheel-dir /wheels --requirement wanted.txt
 COPY pyproject.toml ./
-# From those files alone pip takes what the service needs; linters and test tools stay behind in this stage.
+# pip installs what the service needs from these files only; linters and test tools remain in this stage.
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = project['optional-dependencies']; print(*project['dependencies'], *extras['serve'], *extras['server'], *extras['export'], sep='\n')" > needed.txt \
     && python -m venv --without-pip /opt/tla \
     && pip --python /opt/tla/bin/python install --no-index --find-links /wheels --requirement needed.txt
@@ -47,7 +47,7 @@ LABEL org.opencontainers.image.title="tla-service" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="docker.io/library/python:3.11.16-slim-bookworm"
-# wget: KubeRay's health probes call it. A version pinned here would fail with Debian's next security update.
+# KubeRay's health probes call wget. A pinned version would break with Debian's next security update.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends wget \
@@ -57,9 +57,9 @@ RUN apt-get update \
 COPY --from=dependencies /opt/tla /opt/tla
 WORKDIR /home/tla/service
 COPY --chown=1000:1000 jobs jobs
-# Scripts that stand alone: the serving application, accounts.
+# Standalone scripts: the serving application and account setup.
 COPY --chown=1000:1000 deploy/*.py deploy/
-# The project itself comes last: a change of its code rebuilds a small layer.
+# The project comes last, so that a code change rebuilds a small layer only.
 RUN --mount=type=bind,from=package,source=/package,target=/package \
     pip --python /opt/tla/bin/python install --no-cache-dir --no-deps --no-index /package/*.whl
 ENV PATH=/opt/tla/bin:${PATH} \
@@ -70,7 +70,7 @@ ENV PATH=/opt/tla/bin:${PATH} \
     MLFLOW_DISABLE_TELEMETRY=true \
     GIT_COMMIT=${REVISION}
 USER 1000:1000
-# Of a Ray node, head or worker. What runs the image for something else brings its own.
+# For Ray nodes, head or worker. Other uses of the image override it.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=6 \
     CMD ["wget", "--quiet", "--tries=1", "--output-document=-", "http://127.0.0.1:52365/api/local_raylet_healthz"]
 CMD ["python", "jobs/train_tla.py", "--help"]

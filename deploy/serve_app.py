@@ -1,4 +1,4 @@
-"""The serving application under the name that Serve's configurations import: ``deploy.serve_app:app``.
+"""The serving application under the import path of Serve's configurations: ``deploy.serve_app:app``.
 
 serve run deploy.serve_app:app model=models:/tla-digits@champion
 """

@@ -1,6 +1,6 @@
-"""Make the bucket and the MLflow account that jobs use. Doing it again changes nothing but a password that differs.
+"""Create the bucket and the MLflow account that jobs use. Idempotent, except that it updates the password.
 
-Reads the store's address and keys, and the server's address, from the usual AWS and MLflow variables.
+Addresses and credentials come from the usual AWS and MLflow environment variables.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from mlflow.server.auth.client import AuthServiceClient
 
 
 def make_bucket(name: str) -> None:
-    """Make a bucket unless it is there."""
+    """Create a bucket unless it exists."""
     client = boto3.client("s3")
     try:
         client.head_bucket(Bucket=name)
@@ -25,7 +25,7 @@ def make_bucket(name: str) -> None:
 
 
 def make_user(name: str, password: str) -> None:
-    """Make an account, or give it this password."""
+    """Create an account, or update its password."""
     client = AuthServiceClient(os.environ["MLFLOW_TRACKING_URI"])
     try:
         client.create_user(name, password)
@@ -36,9 +36,9 @@ def make_user(name: str, password: str) -> None:
 
 
 def main() -> None:
-    """Make what the flags name."""
+    """Create what the flags name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bucket", help="bucket to make; left out, none")
+    parser.add_argument("--bucket", help="bucket to create")
     parser.add_argument("--user", required=True)
     parser.add_argument("--user-password-file", type=Path, required=True)
     parser.add_argument("--admin-password-file", type=Path, required=True)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole service on this machine, the way a cluster runs it, in under ten minutes: two Ray nodes in networks of their
-# own, an MLflow server with accounts on PostgreSQL, an S3 store, and a client that has a token and no key of the store.
+# End-to-end test of the service on this machine in under ten minutes: two Ray nodes in networks of their own, an MLflow
+# server with accounts on PostgreSQL, an S3 store, and a client that has a token but no credentials for the store.
 #
 #   deploy/smoke.sh
 #   SMOKE_BUCKET=name AWS_ENDPOINT_URL_S3=http://... AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... deploy/smoke.sh
 #
-# The first starts moto's S3 server, the second uses a store that is there. Needs this project's environment (PYTHON,
-# default .venv/bin/python) and PostgreSQL's programs. As root, each node gets a network namespace; else both share this
-# machine's network, on ports of their own. SMOKE_KEEP=1 leaves the folder with all logs behind. SMOKE_STEPS chooses steps.
+# The first starts moto's S3 server, the second uses an existing store. Requires this project's environment (PYTHON,
+# default .venv/bin/python) and PostgreSQL's programs. As root, each node gets a network namespace; otherwise both share
+# this machine's network, on separate ports. SMOKE_KEEP=1 keeps the folder with all logs. SMOKE_STEPS selects steps.
 set -euo pipefail
 ROOT="$(cd "$(dirname "$0")/.." && pwd)"
 PYTHON="${PYTHON:-$ROOT/.venv/bin/python}"
@@ -15,7 +15,7 @@ BIN="$(dirname "$PYTHON")"
 STEPS="${SMOKE_STEPS:-token doctor train sweep pull metrics secrets}"
 WORK="$(mktemp -d /tmp/tla-smoke-XXXXXX)"
 SPACE="tla$$"
-PORT=$((20000 + $$ % 200 * 50)) # a block of ports of this run's own, above those that Ray's workers take
+PORT=$((20000 + $$ % 200 * 50)) # a block of ports for this run, above those of Ray's workers
 BUCKET="${SMOKE_BUCKET:-tla-smoke}"
 STARTED="$(date +%s)"
 word() { od -An -N18 -tx1 /dev/urandom | tr -d ' \n'; }
@@ -40,7 +40,7 @@ if [ "$(id -u)" = 0 ] && ip netns add "$SPACE-probe" 2> /dev/null; then
         ip -n "$name" link set eth0 up
         ip -n "$name" route add default via "$NET.254"
     done
-    # All of them have this machine's name, by which gloo would look for an address.
+    # All share this machine's host name, from which gloo would derive an address.
     SOCKETS=(GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0)
     HEAD="$NET.1" WORKER="$NET.2" HOST="$NET.254"
     AT_HEAD=(ip netns exec "$SPACE-head") AT_WORKER=(ip netns exec "$SPACE-worker") AT_CLIENT=(ip netns exec "$SPACE-client")
@@ -49,10 +49,10 @@ else
     SPACES=() SOCKETS=()
     HEAD=127.0.0.1 WORKER=127.0.0.1 HOST=127.0.0.1
     AT_HEAD=() AT_WORKER=() AT_CLIENT=()
-    say "networks: one for all (namespaces need root)"
+    say "networks: shared (namespaces require root)"
 fi
 
-# Start in the background, in a session of its own, so that it ends with all its children.
+# Start in the background, in its own session, so that it can be killed with all its children.
 launch() {
     local name="$1"; shift
     setsid "$@" > "$WORK/logs/$name.log" 2>&1 < /dev/null &
@@ -62,7 +62,7 @@ launch() {
 finish() {
     local code=$?
     set +e
-    # PostgreSQL waits for its clients at TERM, and gives its shared memory back at INT.
+    # PostgreSQL waits for its clients on TERM, and frees its shared memory on INT.
     [ -e "$WORK/pids/postgres" ] && kill -INT -- "-$(cat "$WORK/pids/postgres")" 2> /dev/null && sleep 1
     for file in "$WORK"/pids/*; do
         [ -e "$file" ] && kill -TERM -- "-$(cat "$file")" 2> /dev/null
@@ -71,7 +71,7 @@ finish() {
     for file in "$WORK"/pids/*; do
         [ -e "$file" ] && kill -KILL -- "-$(cat "$file")" 2> /dev/null
     done
-    # What Ray starts leaves its session; its processes name this run's folder.
+    # Ray's processes leave the session; their command lines contain this run's folder.
     ps -eo pid=,args= | awk -v folder="$WORK/" -v self=$$ 'index($0, folder) && $1 != self { print $1 }' \
         | xargs --no-run-if-empty kill -KILL 2> /dev/null
     for name in "${SPACES[@]}"; do ip netns delete "$SPACE-$name"; done
@@ -94,7 +94,7 @@ await() {
     done
     fail "$what was not ready within $seconds s"
 }
-# A command, not a function: it runs in other networks too.
+# A command rather than a function, as it runs in other network namespaces too.
 ANSWERS=("$PYTHON" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=2)')
 
 # ---------------------------------------------------------------------------------------------------------- services
@@ -170,7 +170,7 @@ start_cluster() {
     say "Ray's head at $ADDRESS, a worker at $WORKER"
 }
 
-# What the client has: a token, an account of MLflow, and nothing of the store.
+# The client has a token and an MLflow account, but no credentials for the store.
 client() {
     "${AT_CLIENT[@]}" env -i HOME="$WORK/client" PATH="$BIN:/usr/bin:/bin" RAY_AUTH_MODE=token "${ACCOUNT[@]}" \
         RAY_AUTH_TOKEN_PATH="$WORK/secrets/token" MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 "$@"
@@ -186,14 +186,14 @@ QUICK=(--preset digits --data.train_limit 200 --data.test_limit 40 --training.ep
 step_token() {
     if "${AT_CLIENT[@]}" env -i HOME="$WORK/client" PATH="$BIN:/usr/bin:/bin" RAY_AUTH_MODE=disabled \
         "$BIN/ray" job list --address "$ADDRESS" > "$WORK/logs/no-token.log" 2>&1; then
-        fail "the head answers without a token"
+        fail "the head responds without a token"
     fi
-    grep -qi 'authentication required' "$WORK/logs/no-token.log" || fail "no token, and the answer does not say so"
-    say "without a token the head answers: $(grep -i 'authentication required' "$WORK/logs/no-token.log" | tail -n 1)"
+    grep -qi 'authentication required' "$WORK/logs/no-token.log" || fail "the response does not name the missing token"
+    say "without a token, the head responds: $(grep -i 'authentication required' "$WORK/logs/no-token.log" | tail -n 1)"
 }
 step_doctor() {
     submit doctor jobs/doctor.py --workers 2
-    say "doctor: $(grep -c ' ok ' "$WORK/logs/job-doctor.log") checks are well"
+    say "doctor: $(grep -c ' ok ' "$WORK/logs/job-doctor.log") checks passed"
 }
 step_train() {
     submit train jobs/train_tla.py "${QUICK[@]}" --scaling.num_workers 2 --log_format json --output "$WORK/runs/train"
@@ -202,7 +202,7 @@ step_train() {
     say "trained on 2 nodes: $(grep -o 'models:/[^" ]*' "$WORK/logs/job-train.log" | head -n 1)"
 }
 step_sweep() {
-    if [ ! -e "$ROOT/jobs/tune_tla.py" ]; then say "no sweeps here"; return; fi
+    if [ ! -e "$ROOT/jobs/tune_tla.py" ]; then say "sweeps are not available"; return; fi
     submit sweep jobs/tune_tla.py "${QUICK[@]}" --scaling.num_workers 1 --sweep.num_samples 2 --output "$WORK/runs/sweep"
     say "swept: $(grep -o '[0-9]* trials: .*' "$WORK/logs/job-sweep.log" | tail -n 1)"
 }
@@ -216,17 +216,17 @@ images = (digits.images[:200, None] / 16).astype("float32")
 uri = json.load(open(sys.argv[1]))["model_uri"]
 answer = mlflow.pyfunc.load_model(uri).predict(images)
 right = float((numpy.asarray(answer["label"]) == digits.target[:200]).mean())
-print(f"{uri} labels {right:.0%} of 200 digits rightly")
+print(f"{uri} labels {right:.0%} of 200 digits correctly")
 assert right > 0.15, right
 PULL
     ) || fail "pulling the model"
-    say "a third process, without keys of the store: $(tail -n 1 "$WORK/logs/pull.log")"
+    say "a client without credentials for the store: $(tail -n 1 "$WORK/logs/pull.log")"
 }
 step_metrics() {
     "$PYTHON" -c 'import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=5).read().decode())' \
         "http://$HEAD:$((PORT + 5))/metrics" > "$WORK/logs/metrics.log"
-    grep -q 'ray_tla_runs_ended_total{.*outcome="finished"' "$WORK/logs/metrics.log" || fail "no metric of ours"
-    say "Prometheus can read: $(grep -c '^ray_tla_' "$WORK/logs/metrics.log") series of ours, $(grep -c '^ray_' \
+    grep -q 'ray_tla_runs_ended_total{.*outcome="finished"' "$WORK/logs/metrics.log" || fail "no metrics of this project"
+    say "Prometheus metrics: $(grep -c '^ray_tla_' "$WORK/logs/metrics.log") series of this project, $(grep -c '^ray_' \
         "$WORK/logs/metrics.log") of Ray"
 }
 step_secrets() {
@@ -237,7 +237,7 @@ step_secrets() {
             fail "the secret $(basename "$file") is in $(tr '\n' ' ' < "$WORK/found")"
         fi
     done
-    say "no secret in any log, job description or file of a run"
+    say "no secret in any log, job description or run file"
 }
 
 cd "$WORK"
@@ -246,4 +246,4 @@ start_database
 start_tracking
 start_cluster
 for step in $STEPS; do "step_$step"; done
-say "all is well"
+say "all steps passed"

@@ -1,4 +1,4 @@
-"""Try out what training needs of this machine or cluster, and say what to mend.
+"""Check the health of this machine or cluster, with a remedy for each failure.
 
 python jobs/doctor.py
 ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/doctor.py --scaling.storage s3://bucket/runs
@@ -13,11 +13,10 @@ from tla_service.job import run_job
 
 
 def main() -> int:
-    """Examine, print the table, and fail if anything did."""
+    """Run the checks, print the table, and exit with 3 if one failed."""
     settings = read_settings(CheckupSettings)
-    # Imported late: --help and a wrong configuration should not wait for torch, ray and mlflow.
-    from tla_service.cluster.doctor.examine import examine
-    from tla_service.cluster.doctor.finding import table, verdict
+    # Imported late, so that --help and invalid settings do not wait for torch, ray and mlflow.
+    from tla_service.cluster.doctor.examine import examine, table, verdict
 
     findings = list(examine(settings))
     print(table(findings))

@@ -1,4 +1,4 @@
-"""Write a registered model as torch.export's pt2 and as ONNX, and compare what they compute.
+"""Export a registered model as torch.export's pt2 and as ONNX, and compare their outputs.
 
 python jobs/export_model.py --model models:/tla-digits@champion --output export
 """
@@ -11,15 +11,15 @@ from tla_service.registry.job_settings import ExportSettings
 
 
 def main() -> int:
-    """Read the settings, export, and say how exact each file is."""
+    """Read the settings, export, and print the accuracy of each file."""
     settings = read_settings(ExportSettings)
-    # Imported late: --help and wrong settings should not wait for torch and mlflow.
+    # Imported late, so that --help and invalid settings do not wait for torch and mlflow.
     from tla_service.registry.exporting import export_model
     from tla_service.tracking.connection import tracking_uri
 
     uri = tracking_uri(settings.tracking)
     for made in export_model(settings.model, settings.output, settings.formats, uri):
-        print(f"{made.path}: equal to the network within {made.difference:.1e} of its largest output")
+        print(f"{made.path}: matches the network to within {made.difference:.1e} of its largest output")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Register weights that were trained elsewhere: a state dict of one of the networks this project knows.
+"""Register weights that were trained elsewhere: the state dict of a supported architecture.
 
 python jobs/import_model.py --file wrn.safetensors --model.name wrn_28_10 --data.name cifar10 --data.root /data/cifar10
 """
@@ -11,16 +11,16 @@ from tla_service.registry.job_settings import ImportSettings
 
 
 def main() -> int:
-    """Read the settings, import, and say what to do next."""
+    """Read the settings, import, and print the next command."""
     settings = read_settings(ImportSettings)
-    # Imported late: --help and wrong settings should not wait for torch and mlflow.
+    # Imported late, so that --help and invalid settings do not wait for torch and mlflow.
     from tla_service.registry.importing import import_model
 
-    packaged, figures, notes = import_model(settings)
+    model_uri, clean_accuracy, notes = import_model(settings)
     for note in notes:
         print(f"{settings.file}: {note}")
-    print(f"{packaged.model_uri}: clean accuracy {figures['clean_accuracy']:.2%} on the test set")
-    print(f"its robustness: python jobs/evaluate_tla.py --model {packaged.model_uri}")
+    print(f"{model_uri}: clean accuracy {clean_accuracy:.2%} on the test set")
+    print(f"measure its robustness: python jobs/evaluate_tla.py --model {model_uri}")
     return 0
 
 

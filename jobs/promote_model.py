@@ -1,4 +1,4 @@
-"""Give a registered version an alias, if it passes the gate; or take the last promotion back.
+"""Give a registered version an alias if it passes the gate, or undo the last promotion.
 
 python jobs/promote_model.py --model tla-digits --version 3 --alias champion
 python jobs/promote_model.py --model tla-digits --version 3 --rules.min_autoattack_accuracy 0.7
@@ -9,8 +9,8 @@ python jobs/promote_model.py --model tla-digits --rollback
 import shlex
 import sys
 
-from tla_service.config import TrackingConfig
 from tla_service.config.loading import read_settings
+from tla_service.errors import without_credentials
 from tla_service.job import next_command, run_job
 from tla_service.registry.job_settings import PromoteSettings
 
@@ -18,45 +18,32 @@ REFUSED = 4
 
 
 def main() -> int:
-    """Read the settings, decide, and say why."""
+    """Read the settings, decide, and print why."""
     settings = read_settings(PromoteSettings)
-    # Imported late: --help and wrong settings should not wait for mlflow.
-    from tla_service.registry.promotion import previous_alias, promote, roll_back
+    # Imported late, so that --help and invalid settings do not wait for mlflow.
+    from tla_service.registry.promotion import Promotion, previous_alias
 
-    tracking, model, alias = settings.tracking, settings.model, settings.alias
-    if settings.rollback:
-        decision = roll_back(tracking, model, alias)
-    else:
-        decision = promote(tracking, model, settings.version, alias, settings.rules)
+    model, alias, store = settings.model, settings.alias, without_credentials(settings.tracking.uri or "")
+    promotion = Promotion(settings.tracking, model, alias, settings.rules)
+    decision = promotion.roll_back() if settings.rollback else promotion.promote(settings.version)
     for finding in decision.findings:
         print(finding)
     if decision.verdict == "refused":
         print(f"refused: {alias} stays with {f'version {decision.replaced}' if decision.replaced else 'nobody'}")
         remedy = next((finding.remedy for finding in decision.findings if not finding.passed and finding.remedy), "")
-        if remedy:
-            print(_next(remedy, tracking))
+        if remedy.startswith("run jobs/"):
+            where = ["--tracking.uri", store] if store else []
+            print(next_command(*shlex.split(remedy.removeprefix("run jobs/")), *where))
+        elif remedy:
+            print(f"next: {remedy}")
         return REFUSED
     was = f"; before: version {decision.replaced}" if decision.replaced else ""
     print(f"{decision.verdict}: models:/{model}@{alias} is version {decision.version}{was}")
     if decision.verdict == "promoted" and decision.replaced:
-        print(f"version {decision.replaced} is models:/{model}@{previous_alias(alias)}; --rollback brings it back")
-    store = _store(tracking)
+        print(f"version {decision.replaced} is models:/{model}@{previous_alias(alias)}; --rollback restores it")
     there = f'mlflow.set_tracking_uri("{store}"); ' if store else ""
     print(f'next: {there}mlflow.pyfunc.load_model("models:/{model}@{alias}")')
     return 0
-
-
-def _next(remedy: str, tracking: TrackingConfig) -> str:
-    """The line that says what to do about a refusal: a command where the remedy is one."""
-    if not remedy.startswith("run jobs/"):
-        return f"next: {remedy}"
-    store = _store(tracking)
-    return next_command(*shlex.split(remedy.removeprefix("run jobs/")), *(["--tracking.uri", store] if store else []))
-
-
-def _store(tracking: TrackingConfig) -> str:
-    """The tracking store, where this command was given one; without names and passwords, which no log must show."""
-    return tracking.uri if tracking.uri and "@" not in tracking.uri else ""
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tla_service import errors
-from tla_service.errors import ConfigError, UnavailableError, UserError
+from tla_service.errors import ConfigError, UnavailableError, UserError, one_line, without_credentials
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Exception)]
 
@@ -60,6 +60,36 @@ def test_message_shows_the_value_where_there_is_one(value: object, expected: str
 
 def test_exit_codes_tell_the_kinds_apart() -> None:
     assert (UserError.exit_code, ConfigError.exit_code, UnavailableError.exit_code) == (1, 2, 3)
+
+
+CREDENTIALS = [
+    ("http://me:hunter2@host:5000/x", "http://host:5000/x"),
+    ("http://hunter2@host", "http://host"),
+    ("http://me:hun@ter2@host", "http://host"),
+    ("postgresql+psycopg2://me:hunter2@host/db", "postgresql+psycopg2://host/db"),
+    ("postgresql://host/db?user=me&password=hunter2&x=1", "postgresql://host/db?user=me&password=&x=1"),
+    ("--uri=http://me:hunter2@a, http://me:hunter2@b", "--uri=http://a, http://b"),
+    ("http://host/a@b?c=d@e", "http://host/a@b?c=d@e"),
+    ("models:/tla-digits@champion", "models:/tla-digits@champion"),
+    ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
+    ("s3://bucket/a@b", "s3://bucket/a@b"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), CREDENTIALS)
+def test_credentials_are_removed_from_urls(text: str, expected: str) -> None:
+    assert without_credentials(text) == expected
+    for error in (
+        ConfigError("tracking.uri", text, "r", "m"),
+        ConfigError("x", 1, text, "m"),
+        ConfigError("x", 1, "r", text),
+    ):
+        assert expected in str(pickle.loads(pickle.dumps(error)))
+        assert "hunter2" not in repr(error)
+
+
+def test_credentials_are_removed_before_a_text_is_cut() -> None:
+    assert one_line(RuntimeError("http://me:hunter2@host failed\nagain"), 18) == "http://host fai..."
 
 
 def test_kinds_can_be_caught_together() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tla_service.job import next_command
+from tla_service.job import next_command, run_job
 
 
 def test_the_next_command_can_be_typed_in_the_shell_of_this_one(
@@ -21,3 +21,20 @@ def test_the_next_command_can_be_typed_in_the_shell_of_this_one(
     monkeypatch.chdir(tmp_path / "elsewhere")
     line = next_command("train_tla.py", "--config", "my runs/best.yaml")
     assert shlex.split(line) == ["next:", "python", "jobs/train_tla.py", "--config", "my runs/best.yaml"]
+
+
+def test_commands_and_errors_show_no_credentials(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = "http://me:hunter2@mlflow:5000"
+    assert next_command("promote_model.py", "--tracking.uri", uri).endswith("--tracking.uri http://mlflow:5000")
+
+    def main() -> int:
+        raise ValueError(f"request to {uri} failed")
+
+    monkeypatch.setattr(sys, "argv", ["jobs/train_tla.py"])
+    assert run_job(main) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert printed.endswith("error: request to http://mlflow:5000 failed\n")
+    assert "hunter2" not in printed

@@ -66,7 +66,7 @@ def test_the_second_is_told_who_the_first_is(tmp_path: Path, hold: Callable[...,
     told = refusal(tmp_path / "run")
     assert "\n" not in told
     assert f"output={tmp_path / 'run'}: in use by process {first.pid} on {socket.gethostname()} since 20" in told
-    assert "--tracking.uri http://***@server:5000" in told
+    assert "--tracking.uri http://server:5000" in told
     assert "secret" not in told
     assert told.endswith("; wait for it, end it, or choose another --output")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tla_service.logs import log_as_json
-from tla_service.training.reporting import JsonTerminal
+from tla_service.training.reporting import JsonTerminal, Terminal
 
 
 @pytest.fixture
@@ -24,6 +24,26 @@ def root_logger() -> Iterator[None]:
 
 def parsed(stream: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+@pytest.mark.usefixtures("root_logger")
+def test_no_output_shows_credentials() -> None:
+    uri = "http://me:hunter2@mlflow:5000"
+    log, lines, text = io.StringIO(), io.StringIO(), io.StringIO()
+    log_as_json({}, stream=log)
+    logging.getLogger("tla_service").warning("%s is down", uri)
+    try:
+        int(uri)
+    except ValueError:
+        logging.getLogger("tla_service").exception("it failed")
+    JsonTerminal({}, lines).say(uri)
+    JsonTerminal({}, lines).show({"event": "warning", "message": uri})
+    Terminal(text).say(uri)
+    Terminal(text).show({"event": "warning", "message": uri})
+    for stream in (log, lines, text):
+        written = stream.getvalue()
+        assert written.count("http://mlflow:5000") == 2 if stream is not log else 3
+        assert "hunter2" not in written
 
 
 @pytest.mark.usefixtures("root_logger")

@@ -1,10 +1,24 @@
 """Errors that are the user's to mend: each carries the exit code a job ends with, and survives pickling."""
 
+import re
 from typing import ClassVar
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]*@|(?<=[?&]password=)[^&\s]+")
+
+
+def without_credentials(text: str) -> str:
+    """Text with user names and passwords removed from every URL in it, for terminals, logs and MLflow."""
+    return _CREDENTIALS.sub("", text)
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """An error's text without line breaks and credentials, cut to ``limit`` characters."""
+    text = without_credentials(" ".join(str(error).split()))
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 class UserError(Exception):
-    """A problem the user can mend.
+    """A problem the user can mend. Credentials in URLs are removed from its texts.
 
     Args:
         subject: What is wrong: a configuration field as spelled on the command line, a path, an address.
@@ -17,6 +31,8 @@ class UserError(Exception):
 
     def __init__(self, subject: str, value: object, reason: str, remedy: str) -> None:
         # All arguments go to Exception, so that the error pickles: it crosses process boundaries under Ray.
+        value = without_credentials(value) if isinstance(value, str) else value
+        reason, remedy = without_credentials(reason), without_credentials(remedy)
         super().__init__(subject, value, reason, remedy)
         self.subject, self.value, self.reason, self.remedy = subject, value, reason, remedy
 

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from tla_service.errors import UserError
+from tla_service.errors import UserError, without_credentials
 
 INTERRUPTED = 130
 
@@ -37,18 +37,19 @@ def next_command(job: str, *arguments: str) -> str:
 
     Args:
         job: File name of a job in the folder of the running one.
-        arguments: Its command line.
+        arguments: Its command line; credentials in URLs are left out.
     """
     python, folder = Path(sys.executable), Path.cwd()
     interpreter = str(python.relative_to(folder)) if python.is_relative_to(folder) else "python"
-    return f"next: {shlex.join([interpreter, str(Path(sys.argv[0]).with_name(job)), *arguments])}"
+    command = [interpreter, str(Path(sys.argv[0]).with_name(job)), *map(without_credentials, arguments)]
+    return f"next: {shlex.join(command)}"
 
 
 def _tell(error: Exception, *, debug: bool) -> int:
     if debug or not (isinstance(error, UserError) or type(error) is RuntimeError or _says_enough(error)):
-        traceback.print_exception(error)
+        print(without_credentials("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     text = " ".join(str(error).split("\n")) if isinstance(error, UserError) else str(error)
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {without_credentials(text)}", file=sys.stderr)
     return error.exit_code if isinstance(error, UserError) else 1
 
 

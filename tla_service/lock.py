@@ -5,7 +5,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import shlex
 import socket
 import sys
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Self
 
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, UnavailableError, without_credentials
 
 LOCK_FILE = ".lock"
 _READ_SECONDS = 2.0
@@ -35,8 +34,7 @@ class Holder:
     @classmethod
     def here(cls) -> Self:
         """This process, now."""
-        # An address may contain a user name and a password.
-        command = re.sub(r"://[^/@\s]*@", "://***@", " ".join(shlex.join(sys.orig_argv).split()))
+        command = without_credentials(" ".join(shlex.join(sys.orig_argv).split()))
         return cls(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %z"), command)
 
     def __str__(self) -> str:

@@ -7,10 +7,13 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from tla_service.errors import without_credentials
+
 
 def json_line(level: str, fields: Mapping[str, Any]) -> str:
     """One line with `time` (seconds since 1970), `level` and the fields; values that are not JSON become text."""
-    return json.dumps({"time": round(time.time(), 3), "level": level, **fields}, default=str)
+    line = json.dumps({"time": round(time.time(), 3), "level": level, **fields}, default=str)
+    return without_credentials(line)
 
 
 class JsonFormatter(logging.Formatter):

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Make the secrets of this machine's service, once: passwords and keys as files in secrets/, which git ignores.
-# The folder is closed to others; the files are open, because containers read them under other user ids.
+# Create passwords and keys, once, as files in secrets/, which git ignores.
+# Only the folder restricts access: containers read the files under other user ids.
 set -euo pipefail
 cd "$(dirname "$0")"
 mkdir -p secrets data
 chmod 700 secrets
 
 word() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
-once() { if [ -e "secrets/$1" ]; then cat > /dev/null; else cat > "secrets/$1" && echo "made secrets/$1"; fi; }
+once() { if [ -e "secrets/$1" ]; then cat > /dev/null; else cat > "secrets/$1" && echo "created secrets/$1"; fi; }
 
 word | once ray_auth_token
 word | once postgres_password

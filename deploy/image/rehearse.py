@@ -1,11 +1,11 @@
-"""Carry out the Dockerfile's steps with chroot, on a machine without a container engine. Needs root and debootstrap.
+"""Run the Dockerfile's steps with chroot, on a machine without a container engine. Requires root and debootstrap.
 
     sudo python deploy/image/rehearse.py /var/tmp/rehearsal --arg VARIANT=cuda
     sudo chroot --userspec 1000:1000 /var/tmp/rehearsal/service /opt/tla/bin/python -c "import tla_service"
 
-Every stage gets a folder of its own, made from one plain Debian with Python. FROM, ARG, ENV, WORKDIR, COPY, RUN and
-USER do what they do in a build; LABEL, HEALTHCHECK and CMD are noted. What differs from a build: Debian's Python in
-place of the base image's, and the host's network and kernel as they are.
+Every stage is a folder, created from a plain Debian with Python. FROM, ARG, ENV, WORKDIR, COPY, RUN and USER behave as
+in a build; LABEL, HEALTHCHECK and CMD are ignored. Unlike in a build, Python is Debian's, and network and kernel are
+the host's.
 """
 
 import argparse
@@ -25,7 +25,7 @@ VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 def instructions(dockerfile: Path) -> Iterator[tuple[str, str]]:
-    """The file's instructions: keyword and the rest of its line, continued lines joined as the shell would."""
+    """The instructions of a Dockerfile: keyword and rest of the line, with continued lines joined."""
     lines = [line for line in dockerfile.read_text().splitlines() if not line.lstrip().startswith("#")]
     for statement in "\n".join(lines).replace("\\\n", "\x00").splitlines():
         if statement.strip():
@@ -37,10 +37,10 @@ class Build:
     """The stages of a Dockerfile, as folders.
 
     Args:
-        work: Where they go.
-        context: The folder that COPY reads.
-        given: Values of ARG, by name.
-        shared: Files of the host that every step may read, certificates for example.
+        work: Their parent folder.
+        context: Build context.
+        given: Build arguments.
+        shared: Host files that every step may read, such as certificates.
     """
 
     def __init__(self, work: Path, context: Path, given: dict[str, str], shared: list[Path]) -> None:
@@ -48,18 +48,18 @@ class Build:
         self.root, self.folder, self.user, self.variables = work, "/", "0", dict[str, str]()
 
     def begin(self, rest: str) -> None:
-        """FROM: a copy of the stage that is named, else of the plain system."""
+        """FROM: a copy of the named stage, else of the plain system."""
         origin, _, name = rest.partition(" AS ")
         source = self.work / origin if (self.work / origin).is_dir() else self.plain_system()
         self.root, self.folder, self.user = self.work / name, "/", "0"
         shutil.rmtree(self.root, ignore_errors=True)
-        # Files that a step changes in place would change in both; package managers and pip write new ones instead.
+        # Hard links: package managers and pip replace files instead of modifying them in place.
         subprocess.run(["cp", "--archive", "--link", source, self.root], check=True)
         state = self.work / f"{origin}.json"
         self.folder, self.variables = json.loads(state.read_text()) if state.exists() else ("/", {})
 
     def plain_system(self) -> Path:
-        """Debian with Python, made once."""
+        """Debian with Python, created once."""
         target = self.work / "base"
         if not (target / "usr/bin/python").exists():
             subprocess.run(
@@ -81,7 +81,7 @@ class Build:
             subprocess.run(["chown", "--recursive", flags.get("chown", "0:0"), into], check=True)
 
     def run(self, rest: str) -> None:
-        """RUN, as the stage's user, with bind mounts from other stages."""
+        """RUN, as the stage's user, with bind mounts of other stages."""
         mounts = re.findall(r"^(?:--mount=(\S+)\s*(?:\\\n\s*)?)", rest)
         command = re.sub(r"^(--mount=\S+\s*(\\\n\s*)?)+", "", rest)
         options = [dict(part.split("=") for part in mount.split(",")) for mount in mounts]
@@ -98,11 +98,11 @@ class Build:
             subprocess.run(["chroot", f"--userspec={self.user}", self.root, *inside], check=True, env=environment)
 
     def expand(self, text: str) -> str:
-        """Put values in place of ${names} that are known."""
+        """Substitute known ${variables}."""
         return VARIABLE.sub(lambda found: self.variables.get(found[1], self.given.get(found[1], "")), text)
 
     def step(self, keyword: str, rest: str) -> None:
-        """Carry out one instruction."""
+        """Run one instruction."""
         if keyword == "FROM":
             self.begin(self.expand(rest))
         elif keyword == "ARG":
@@ -127,7 +127,7 @@ class Build:
 
 @contextmanager
 def mounted(root: Path, binds: list[tuple[Path, str]]) -> Iterator[None]:
-    """Kernel file systems, name resolution and folders of other stages, for the time of a step."""
+    """Mount kernel file systems, name resolution and folders of other stages during a step."""
     resolver = root / "etc/resolv.conf"
     resolver.unlink(missing_ok=True)
     shutil.copy("/etc/resolv.conf", resolver)
@@ -150,11 +150,11 @@ def mounted(root: Path, binds: list[tuple[Path, str]]) -> Iterator[None]:
 
 
 def main() -> None:
-    """Build, and say what each step took."""
+    """Build, and print the duration of each step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="folder for the stages; the last one stays in WORK/service")
+    parser.add_argument("work", type=Path, help="folder of the stages; the final one is WORK/service")
     parser.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="as docker's --build-arg")
-    parser.add_argument("--share", action="append", default=[], type=Path, help="a file of this machine that steps see")
+    parser.add_argument("--share", action="append", default=[], type=Path, help="host file that steps can read")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     build = Build(options.work.resolve(), ROOT, dict(pair.split("=", 1) for pair in options.arg), options.share)

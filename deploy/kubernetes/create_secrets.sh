@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make the passwords of the service, once, straight into the cluster: they touch no file and no command line.
+# Create the passwords, once, directly in the cluster: they appear in no file and on no command line.
 set -euo pipefail
 namespace="${1:-tla}"
 kubectl get namespace "$namespace" > /dev/null 2>&1 || kubectl create namespace "$namespace"
 if kubectl --namespace "$namespace" get secret tla-secrets > /dev/null 2>&1; then
-    echo "tla-secrets is there already"
+    echo "tla-secrets exists already"
     exit 0
 fi
 word() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }

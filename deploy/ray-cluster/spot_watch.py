@@ -1,6 +1,6 @@
-"""Tell Ray when AWS is about to take this spot machine, so that training restarts elsewhere from its last checkpoint.
+"""Drain this node when AWS announces a spot interruption, so that training restarts elsewhere from a checkpoint.
 
-Runs beside `ray start` on each worker, asks the machine's metadata every five seconds, and ends after the notice.
+Runs beside `ray start` on each worker, polls the instance metadata every five seconds, and exits after the notice.
 """
 
 import os
@@ -11,12 +11,12 @@ import urllib.request
 
 METADATA = os.environ.get("EC2_METADATA", "http://169.254.169.254")
 SECONDS_BETWEEN = float(os.environ.get("SPOT_WATCH_SECONDS", "5"))
-# AWS gives two minutes; some of them are gone by now.
+# AWS gives two minutes' notice, part of which has passed.
 DEADLINE_SECONDS = 110
 
 
 def ask(path: str, method: str = "GET", **headers: str) -> str | None:
-    """The metadata service's answer; None where it has none, or is not there."""
+    """The response of the metadata service; None if it has none or is unavailable."""
     request = urllib.request.Request(
         f"{METADATA}/latest/{path}",
         method=method,
@@ -30,14 +30,14 @@ def ask(path: str, method: str = "GET", **headers: str) -> str | None:
 
 
 def is_noticed() -> bool:
-    """Whether AWS has announced that it takes the machine."""
+    """Whether AWS has announced an interruption."""
     token = ask("api/token", "PUT", X_aws_ec2_metadata_token_ttl_seconds="60")
     return token is not None and ask("meta-data/spot/instance-action", X_aws_ec2_metadata_token=token) is not None
 
 
 def drain() -> None:
-    """Let Ray drain this node, as one that is preempted."""
-    command = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot machine"]
+    """Let Ray drain this node as preempted."""
+    command = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot interruption"]
     deadline = ["--deadline-remaining-seconds", str(DEADLINE_SECONDS)]
     subprocess.run([*command, *deadline], check=True)
 
@@ -46,7 +46,7 @@ def main() -> None:
     """Watch, then drain."""
     while not is_noticed():
         time.sleep(SECONDS_BETWEEN)
-    print("AWS takes this machine; draining", flush=True)
+    print("AWS interrupts this spot instance; draining", flush=True)
     drain()
 
 

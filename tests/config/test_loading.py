@@ -16,6 +16,7 @@ from tla_service.config import EvaluationConfig, RunConfig, TrackingConfig
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.loading import RunSettings, load_config_file, load_settings, print_config, to_yaml
 from tla_service.errors import ConfigError
+from tla_service.tuning.settings import SweepConfig, sweep_yaml
 
 
 @pytest.fixture
@@ -245,6 +246,16 @@ def test_help_shows_every_setting_with_description_range_and_default(
             assert any(f"(default: {text})" in shown for text in shown_as), name
         else:
             assert "(default: " in shown, name
+
+
+def test_no_file_of_settings_contains_credentials() -> None:
+    found = load_settings(["--preset=digits", "--tracking.uri=http://me:hunter2@mlflow:5000", "--print_config=yaml"])
+    config = found.run_config
+    for text in (print_config(found), to_yaml(config), sweep_yaml(config, SweepConfig())):
+        assert "uri: http://mlflow:5000\n" in text
+        assert "hunter2" not in text
+    assert config.tracking.uri == "http://me:hunter2@mlflow:5000"
+    assert RunConfig.model_validate(yaml.safe_load(to_yaml(config))).digest == config.digest
 
 
 def test_print_config_prints_what_was_resolved() -> None:

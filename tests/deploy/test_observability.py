@@ -69,16 +69,16 @@ tests:
       - {series: 'ray_tla_runs_ended_total{run="done", outcome="finished"}', values: '_x20 1x200'}
       - {series: 'ray_tla_unsent_bytes{run="waits"}', values: '100x60'}
     alert_rule_test:
-      - {eval_time: 29m, alertname: TrainingStands, exp_alerts: []}
-      - {eval_time: 40m, alertname: TrainingStands, exp_alerts: [{exp_labels: {severity: warning, run: stands}}]}
-      - {eval_time: 40m, alertname: WorkersRestartOften, exp_alerts: [{exp_labels: {severity: warning, run: falls}}]}
+      - {eval_time: 29m, alertname: TrainingStalled, exp_alerts: []}
+      - {eval_time: 40m, alertname: TrainingStalled, exp_alerts: [{exp_labels: {severity: warning, run: stands}}]}
+      - {eval_time: 40m, alertname: FrequentWorkerRestarts, exp_alerts: [{exp_labels: {severity: warning, run: falls}}]}
       - {eval_time: 10m, alertname: LossNotFinite, exp_alerts: []}
       - eval_time: 40m
         alertname: LossNotFinite
         exp_alerts: [{exp_labels: {severity: warning, run: diverged, outcome: loss_not_finite}}]
       - {eval_time: 120m, alertname: LossNotFinite, exp_alerts: []}
-      - {eval_time: 10m, alertname: MetricsWait, exp_alerts: []}
-      - {eval_time: 20m, alertname: MetricsWait, exp_alerts: [{exp_labels: {severity: warning, run: waits}}]}
+      - {eval_time: 10m, alertname: MetricsUnsent, exp_alerts: []}
+      - {eval_time: 20m, alertname: MetricsUnsent, exp_alerts: [{exp_labels: {severity: warning, run: waits}}]}
 """
 
 

@@ -92,14 +92,18 @@ def test_an_export_that_computes_something_else_is_not_left_behind(
     assert not (tmp_path / "out" / "model.pt2").exists()
 
 
-def test_the_job(packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_job(
+    packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def call(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["export_model.py", "--tracking.uri", packaged.uri, *arguments])
         return run_job(job.main)
 
     assert call() == 2
     assert call("--model", "models:/tla-digits/1", "--formats", "tflite") == 2
+    capsys.readouterr()
     assert call("--model", "models:/tla-digits/9") == 3
+    assert capsys.readouterr().err.startswith("error: model=models:/tla-digits/9: cannot be fetched")
     output = str(tmp_path / "out")
     assert call("--model", "models:/tla-digits/1", "--output", output, "--formats", "pt2") == 0
     assert (tmp_path / "out" / "model.pt2").is_file()
@@ -125,6 +129,6 @@ def test_the_papers_networks(local_uri: str, tmp_path: Path, name: str) -> None:
         registered_model=None,
         facts={},
     )
-    for export in export_model(made.model_uri, tmp_path / "out", ("pt2", "onnx"), local_uri):
+    for export in export_model(made, tmp_path / "out", ("pt2", "onnx"), local_uri):
         assert export.difference < 1e-4
     assert pickles(tmp_path / "out" / "model.pt2") == []

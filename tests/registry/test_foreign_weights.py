@@ -159,13 +159,13 @@ def test_the_imported_network_predicts_as_the_source_does(
     with torch.inference_mode():
         torch.testing.assert_close(ours(images).logits, source(images), atol=1e-5, rtol=1e-5)
     notes = {
-        "madry": ("model.module.model is used; model.module.attacker.model holds the same weights and is left out",),
-        "ema": ("state_dict_ema.module is used; state_dict.module holds other weights and is left out",),
+        "madry": ("model.module.model is used; model.module.attacker.model has the same weights and is ignored",),
+        "ema": ("state_dict_ema.module is used; state_dict.module has other weights and is ignored",),
         "torchvision references": (
-            "model_ema.module is used; model holds other weights and is left out",
-            "left out, since no layer of the network: n_averaged",
+            "model_ema.module is used; model has other weights and is ignored",
+            "ignored, not part of the network: n_averaged",
         ),
-        "lightning": ("left out, since no layer of the network: val_acc.tp, val_acc.confmat",),
+        "lightning": ("ignored, not part of the network: val_acc.tp, val_acc.confmat",),
     }
     assert found.notes == notes.get(kind, ())
 
@@ -192,10 +192,10 @@ def test_a_normalisation_that_is_stored_must_be_the_networks() -> None:
     }
     fitted({**ours.state_dict(), **statistics}, ours)
     statistics["sigma"] = torch.tensor([0.2, 0.2, 0.2])
-    with pytest.raises(ConfigError, match=r"sigma = \[0\.2, 0\.2, 0\.2\], that is not the network's; no model\.norm"):
+    with pytest.raises(ConfigError, match=r"sigma = \[0\.2, 0\.2, 0\.2\], is not the network's; no model\.norm"):
         fitted({**ours.state_dict(), **statistics}, ours)
     bare = build_model("preact_resnet_18", 10, (3, 32, 32), "none")
-    with pytest.raises(ConfigError, match="carry a normalisation"):
+    with pytest.raises(ConfigError, match="its normalization"):
         fitted({**bare.state_dict(), **statistics}, bare)
 
 
@@ -204,20 +204,20 @@ def test_the_normalisation_that_a_file_carries_is_named(source: Wrapped, choice:
     ours = build_model("torchvision:resnet18", 2, (3, 32, 32), choice)
     with pytest.raises(ConfigError) as caught:
         fitted(source.state_dict(), ours)
-    assert "normalize.mean = [0.485, 0.456, 0.406], that is not the network's" in caught.value.reason
+    assert "normalize.mean = [0.485, 0.456, 0.406], is not the network's" in caught.value.reason
     assert caught.value.remedy == "set model.normalization to imagenet"
 
 
 WRONG: list[tuple[Any, str]] = [
     (lambda found: found.pop("fc.bias"), r"fc\.bias is missing\)"),
-    (lambda found: found.update(extra=torch.zeros(1)), r"extra has no place\)"),
+    (lambda found: found.update(extra=torch.zeros(1)), r"extra is unused\)"),
     (lambda found: found.update({"fc.bias": torch.zeros(3)}), r"fc\.bias is \(3,\), not \(10,\)\)"),
-    (lambda found: found.update({"fc.bias": torch.zeros(10, dtype=torch.int8)}), r"fc\.bias holds int8\)"),
+    (lambda found: found.update({"fc.bias": torch.zeros(10, dtype=torch.int8)}), r"fc\.bias has type int8\)"),
     (
         lambda found: found.update({"fc.bias": torch.full((10,), torch.nan)}),
-        r"fc\.bias: values that are not finite; take",
+        r"fc\.bias: values are not finite; take",
     ),
-    (lambda found: found.update({"fc.weight": found["fc.weight"] / 0}), r"fc\.weight: values that are not finite"),
+    (lambda found: found.update({"fc.weight": found["fc.weight"] / 0}), r"fc\.weight: values are not finite"),
 ]
 
 
@@ -235,15 +235,15 @@ def test_layers_before_the_network_are_not_dropped(source: Wrapped) -> None:
     """A denoiser before the classifier would change every prediction."""
     ours = build_model("torchvision:resnet18", 2, (3, 32, 32))
     found = {"denoiser.conv.weight": torch.zeros(3, 3, 3, 3), **source.state_dict()}
-    with pytest.raises(ConfigError, match=r"hold more than this network \(denoiser\.conv\.weight has no place\)"):
+    with pytest.raises(ConfigError, match=r"contains more than this network \(denoiser\.conv\.weight is unused\)"):
         fitted(found, ours)
 
 
 def test_a_file_of_something_else_says_so() -> None:
     ours = build_model("digits_cnn", 10, (1, 8, 8))
-    with pytest.raises(ConfigError, match="hold none of this network's weights"):
+    with pytest.raises(ConfigError, match="contains none of this network's weights"):
         fit({}, ours, "x")
-    with pytest.raises(ConfigError, match="hold none of this network's weights"):
+    with pytest.raises(ConfigError, match="contains none of this network's weights"):
         fitted({"step": torch.zeros(1)}, ours)
 
 
@@ -295,20 +295,20 @@ def test_each_kind_of_unusable_file_has_its_own_remedy(tmp_path: Path) -> None:
         archive.write(tmp_path / "good.pt", "model/good.pt")
     expected = {
         "evil.pt": (
-            "holds more than weights (exec), and loading it would run code",
-            "save its state_dict alone",
+            "contains more than weights (exec), and loading it would run code",
+            "save only its state_dict",
         ),
-        "network.pt": ("holds more than weights (tla_service.models", "save its state_dict alone"),
+        "network.pt": ("contains more than weights (tla_service.models", "save only its state_dict"),
         "script.pt": ("a TorchScript program", "torch.jit.load"),
-        "cut-good.pt": ("cut short or damaged", "fetch it again"),
-        "cut-legacy.pt": ("cut short or damaged", "fetch it again"),
-        "cut-good.safetensors": ("cut short or damaged", "fetch it again"),
+        "cut-good.pt": ("truncated or damaged", "download it again"),
+        "cut-legacy.pt": ("truncated or damaged", "download it again"),
+        "cut-good.safetensors": ("truncated or damaged", "download it again"),
         "page.pt": ("a web page, not weights", "download the file that the page links to"),
         "pointer.pt": ("a Git LFS pointer", "git lfs pull"),
         "text.pt": ("neither a PyTorch file nor safetensors", "torch.save or safetensors"),
         "empty.pt": ("neither a PyTorch file nor safetensors", "torch.save or safetensors"),
-        "archive.pt": ("a zip archive, but not one that torch.save wrote", "unpack it"),
-        "none.pt": ("there is no such file", "give the weights' file"),
+        "archive.pt": ("a zip archive that torch.save did not write", "unpack it"),
+        "none.pt": ("there is no such file", "give a file of weights"),
     }
     for name, (reason, remedy) in expected.items():
         error = refused(tmp_path / name)

@@ -29,7 +29,7 @@ from tla_service.config import DataConfig
 from tla_service.data import load_dataset, split_validation
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
-from tla_service.registry.loading import resolve_weights
+from tla_service.registry.loading import open_package
 from tla_service.registry.packaging import log_model
 from tla_service.tracking.runs import open_run
 from tla_service.training.rejector import fit_rejector
@@ -85,7 +85,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Shipped:
         "embedding": output.embeddings.numpy(),
     }
     assert (expected["label"] == dataset.test.labels.numpy()).mean() > 0.85
-    packaged = log_model(
+    model_uri = log_model(
         uri,
         open_run(config, "fresh", facts={"data_fingerprint": dataset.fingerprint}),
         state_dict=network.state_dict(),
@@ -98,7 +98,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Shipped:
         facts={"data_fingerprint": dataset.fingerprint},
         rejector=rejector,
     )
-    requirements = resolve_weights(packaged.model_uri, tracking=uri) / "requirements.txt"
+    requirements = open_package(model_uri, uri)[0].parent / "requirements.txt"
     uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
     subprocess.run([uv, "venv", "-q", "--python", sys.executable, str(folder / "venv")], check=True)
     python = folder / "venv" / "bin" / "python"

@@ -1,4 +1,4 @@
-"""What the gate reads: the evaluation under the threat model that it asks for, and the images set aside for it."""
+"""What the gate reads: the evaluation under the threat model that it asks for, and the gate images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.registry.test_promotion import aliases, attempt, failed
 from tests.registry.tracking_server import Packaged, config_for
 from tla_service.evaluation.outcomes import STANDS, AutoAttackRun, ShardOutcome
 from tla_service.registry.gate import Evaluated, Finding, compare, judge
-from tla_service.registry.gate_rules import GateRules
+from tla_service.registry.job_settings import GateRules
 from tla_service.report.schema import ThreatModel, artifact_folder
 
 RULES = GateRules(min_clean_accuracy=0.9, min_autoattack_accuracy=0.5, min_detection_auc=0.7)
@@ -126,16 +126,16 @@ def test_a_report_in_another_ones_place_is_refused(packaged: Packaged) -> None:
     # And with another threat model written into it: the images' results say how they were attacked.
     evaluate(packaged, "1", PERFECT, run=AutoAttackRun("standard", TINY.norm, TINY.epsilon, STANDARD))
     found = failed(attempt(packaged, "1"))
-    assert found["AutoAttack"] == "it was run with l2 1e-06, the report is about linf 0.15"
+    assert found["AutoAttack"] == "it was run with l2 1e-06, but the report is about linf 0.15"
 
 
 PGD = {"kind": "pgd", "step_size": 0.01, "num_restarts": 1}
 WEAKER: dict[str, tuple[dict[str, Any], str, str]] = {
-    "another version": ({"run": AutoAttackRun("rand", "linf", 0.15, STANDARD)}, "AutoAttack", "the version is rand"),
+    "another version": ({"run": AutoAttackRun("rand", "linf", 0.15, STANDARD)}, "AutoAttack", "rand, not standard"),
     "a part left out": (
         {"run": AutoAttackRun("standard", "linf", 0.15, STANDARD[:3])}, "AutoAttack", "square was not run",
     ),
-    "audit on few images": ({"audit": {"trusted": True, "images": 7, "checks": []}}, "audit", "saw 7 images"),
+    "audit on few images": ({"audit": {"trusted": True, "images": 7, "checks": []}}, "audit", "used 7 images"),
 }  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def test_detection_on_few_images_is_refused() -> None:
     gate = report_on("0" * 64, GOOD).model_dump()["gate"]
     gate["detection"] |= {"num_correct": 30, "num_wrong": 10}
     found = refusals(judge(evaluated(GOOD, gate=gate), RULES))
-    assert "on 20 images; at least 100 images are asked" in found["detection"].explanation
+    assert "on 20 images; at least 100 images required" in found["detection"].explanation
 
 
 def test_the_holder_is_compared_under_the_same_threat_model(packaged: Packaged) -> None:
@@ -194,7 +194,7 @@ def test_training_for_less_does_not_make_a_champion(packaged: Packaged) -> None:
     for version in ("1", second):
         evaluate(packaged, version, PERFECT, threat=less)
     decision = attempt(packaged, second)
-    assert "trained for linf 0.001, version 1 (champion) for linf 0.15" in failed(decision)["comparable"]
+    assert "trained for linf 0.001, but version 1 (champion) for linf 0.15" in failed(decision)["comparable"]
     assert decision.findings[-1].remedy == (
         f"run jobs/promote_model.py --model tla-digits --version {second} --rules.norm linf --rules.epsilon 0.15"
     )
@@ -204,7 +204,7 @@ def test_training_for_less_does_not_make_a_champion(packaged: Packaged) -> None:
 
 
 def with_right(gate: bool, rest: bool) -> ShardOutcome:
-    """All images of the gate right, or all others."""
+    """All gate images right, or all others."""
     assert GOOD.gate is not None
     right = np.where(GOOD.gate, STANDS if gate else 0, STANDS if rest else 0)
     return replace(GOOD, broken_at={"clean": right, "autoattack": right})
@@ -216,7 +216,7 @@ def test_only_images_set_aside_decide() -> None:
     found = refusals(judge(loser, RULES))
     assert set(found) == {"clean accuracy", "AutoAttack accuracy"}
     assert found["clean accuracy"].explanation.startswith("0.0% (")
-    assert "100 images of the gate" in found["clean accuracy"].explanation
+    assert "100 gate images" in found["clean accuracy"].explanation
     assert not refusals(compare(champion, loser, "champion", RULES))
     found = refusals(compare(loser, champion, "champion", RULES))
     assert "-100.00 points" in found["clean not worse"].explanation
@@ -230,7 +230,7 @@ def test_detection_is_judged_on_images_set_aside() -> None:
 
 @pytest.mark.parametrize(
     ("images", "fewest", "remedy"),
-    [(80, 100, "this test set has 20 images of the gate"), (400, 101, "this test set has 100 images of the gate")],
+    [(80, 100, "this test set has 20 gate images"), (400, 101, "this test set has 100 gate images")],
 )
 def test_a_test_set_with_few_images_says_so(images: int, fewest: int, remedy: str) -> None:
     rules = RULES.model_copy(update={"min_images": fewest})
@@ -255,7 +255,7 @@ def test_evaluations_of_earlier_versions_are_read(packaged: Packaged) -> None:
     evaluate(packaged, "1", without_marks(with_right(gate=True, rest=False)))
     decision = attempt(packaged, "1", RULES)
     assert decision.verdict == "promoted"
-    assert "100 of 400 test images are set aside for the gate; evaluated before" in decision.findings[1].explanation
+    assert "100 of 400 test images are gate images; evaluated before" in decision.findings[1].explanation
     second = register_another(packaged)
     evaluate(packaged, second, with_right(gate=True, rest=True))
     assert attempt(packaged, second).verdict == "promoted"

@@ -8,8 +8,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from tla_service.errors import UnavailableError
-from tla_service.registry import lock
-from tla_service.registry.lock import LockLostError, registry_lock
+from tla_service.registry.lock import RegistryLock, registry_lock
 from tla_service.tracking.connection import client
 
 
@@ -49,21 +48,22 @@ def test_different_names_do_not_wait_for_each_other(local_uri: str) -> None:
 
 def test_a_dead_holder_is_passed_over_and_finds_out(local_uri: str) -> None:
     made = client(local_uri)
-    dead = lock.HeldLock(made, "x-lock-", lock._acquire(made, "x-lock-", lambda: True, 1, 60) or 0, 60)
+    dead = RegistryLock(made, "x", stale_seconds=60)
+    assert dead.acquire(lambda: True, 1)
     dead.check()
     began = time.monotonic()
     with registry_lock(made, "x", stale_seconds=0.6) as held:
         assert time.monotonic() - began > 0.6
         assert held.generation == 2
         held.check()
-        with pytest.raises(LockLostError):
+        with pytest.raises(UnavailableError, match="lock was lost"):
             dead.check()
 
 
 def test_a_holder_that_took_too_long_stops_before_the_next_write(local_uri: str) -> None:
     with registry_lock(client(local_uri), "x", stale_seconds=0.3) as held:
         time.sleep(0.15)
-        with pytest.raises(LockLostError, match="give the same command again"):
+        with pytest.raises(UnavailableError, match="give the same command again"):
             held.check()
 
 
@@ -89,7 +89,7 @@ def test_a_slow_contender_takes_back_a_generation_that_has_been_and_gone(local_u
         with registry_lock(made, "x"):
             pass
     with registry_lock(made, "x") as held:
-        assert not lock._take(made, "x-lock-", 2), "it read generation 1 as the highest, long ago"
+        assert not RegistryLock(made, "x").take(2), "it read generation 1 as the highest, long ago"
         held.check()
     assert names(local_uri) == ["x-lock-00000003"]
 
@@ -103,5 +103,5 @@ def test_a_success_whose_answer_was_lost_is_recognised(local_uri: str, monkeypat
         raise MlflowException("the connection was reset")
 
     monkeypatch.setattr(made, "create_registered_model", create_and_lose)
-    assert lock._take(made, "x-lock-", 1)
-    assert not lock._take(made, "x-lock-", 1)
+    assert RegistryLock(made, "x").take(1)
+    assert not RegistryLock(made, "x").take(1)

@@ -13,15 +13,15 @@ from tests.registry.evaluations import evaluate, fates, register_another, report
 from tests.registry.tracking_server import Packaged
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.job import run_job
-from tla_service.registry.gate_rules import GateRules
-from tla_service.registry.promotion import Decision, promote, roll_back
+from tla_service.registry.job_settings import GateRules
+from tla_service.registry.promotion import Decision, Promotion
 
 RULES = GateRules(min_clean_accuracy=0.9, min_autoattack_accuracy=0.5, min_detection_auc=0.7)
 GOOD = fates(clean=390, autoattack=300)
 
 
 def attempt(packaged: Packaged, version: str, rules: GateRules = RULES) -> Decision:
-    return promote(packaged.config.tracking, "tla-digits", version, "champion", rules)
+    return Promotion(packaged.config.tracking, "tla-digits", "champion", rules).promote(version)
 
 
 def aliases(packaged: Packaged) -> dict[str, str]:
@@ -61,10 +61,10 @@ POOR: dict[str, tuple[dict[str, Any], str, str]] = {
     "few images": (
         {"outcome": fates(80, 80, images=80)},
         "images",
-        "20 test images set aside for the gate; at least 100",
+        "20 gate images; at least 100 required",
     ),
-    "audit failed": ({"audit": {"trusted": False, "images": 100, "checks": []}}, "audit", "does not trust"),
-    "no audit": ({"audit": None}, "audit", "no audit"),
+    "audit failed": ({"audit": {"trusted": False, "images": 100, "checks": []}}, "audit", "gradient masking failed"),
+    "no audit": ({"audit": None}, "audit", "was not run"),
     "no detection": ({"gate": {"detection": None}}, "detection", "was not measured"),
 }
 
@@ -112,12 +112,14 @@ def test_a_report_on_other_weights_is_refused(packaged: Packaged, tmp_path: Path
 def test_an_embellished_report_is_refused(packaged: Packaged) -> None:
     honest, better = report_on("0" * 64, fates(390, 8)), report_on("0" * 64, GOOD)
     evaluate(packaged, "1", fates(390, 8), accuracy=better.model_dump()["accuracy"])
-    assert "the report says 75.00% of 300, the images' results 6 of 300" in failed(attempt(packaged, "1"))["figures"]
+    assert (
+        "the report states 75.00% of 300, the per-image results 6 of 300" in failed(attempt(packaged, "1"))["figures"]
+    )
     assert honest.gate is not None
     assert better.gate is not None
     embellished = honest.gate.model_copy(update={"accuracy": better.gate.accuracy})
     evaluate(packaged, "1", fates(390, 8), gate=embellished)
-    assert "autoattack of the gate: the report says 75.00% of 100" in failed(attempt(packaged, "1"))["figures"]
+    assert "autoattack on gate images: the report states 75.00% of 100" in failed(attempt(packaged, "1"))["figures"]
 
 
 def test_tampered_files_are_refused(packaged: Packaged) -> None:
@@ -127,11 +129,11 @@ def test_tampered_files_are_refused(packaged: Packaged) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert "weights.safetensors was changed" in failed(attempt(packaged, "1"))["version intact"]
+    assert "weights.safetensors was modified" in failed(attempt(packaged, "1"))["version intact"]
     content[-1] ^= 1
     weights.write_bytes(content)
     (Path(location) / "extra.pkl").write_bytes(b"")
-    assert "holds a pickle file" in failed(attempt(packaged, "1"))["version intact"]
+    assert "contains a pickle file" in failed(attempt(packaged, "1"))["version intact"]
 
 
 def test_a_foreign_model_is_refused(packaged: Packaged, tmp_path: Path) -> None:
@@ -177,9 +179,9 @@ def test_small_losses_are_refused_by_size_and_by_significance(packaged: Packaged
     [
         (
             {"data": {"name": "digits", "images": 400, "fingerprint": "beef", "class_names": []}},
-            "data f00d against beef",
+            "data f00d instead of beef",
         ),
-        ({"outcome": fates(300, 250, images=300)}, "other clean images"),
+        ({"outcome": fates(300, 250, images=300)}, "different clean images"),
     ],
 )
 def test_only_what_was_measured_alike_is_compared(packaged: Packaged, changes: dict[str, Any], words: str) -> None:
@@ -208,13 +210,13 @@ def test_rollback_walks_back_through_the_champions(packaged: Packaged) -> None:
         evaluate(packaged, version, fates(clean=390, autoattack=300 + 4 * place))
         assert attempt(packaged, version).verdict == "promoted"
     assert aliases(packaged) == {"champion": "3", "previous": "2"}
-    decision = roll_back(packaged.config.tracking, "tla-digits", "champion")
+    decision = Promotion(packaged.config.tracking, "tla-digits", "champion", RULES).roll_back()
     assert (decision.verdict, decision.version, decision.replaced) == ("rolled back", "2", "3")
     assert aliases(packaged) == {"champion": "2", "previous": "1"}
-    roll_back(packaged.config.tracking, "tla-digits", "champion")
+    Promotion(packaged.config.tracking, "tla-digits", "champion", RULES).roll_back()
     assert aliases(packaged) == {"champion": "1"}
-    with pytest.raises(ConfigError, match="no version that carried 'champion' before"):
-        roll_back(packaged.config.tracking, "tla-digits", "champion")
+    with pytest.raises(ConfigError, match="no version carried 'champion' before"):
+        Promotion(packaged.config.tracking, "tla-digits", "champion", RULES).roll_back()
     sequence = [int(record["tla.promotion.sequence"]) for record in records(packaged)]
     assert sequence == sorted(set(sequence))
     assert [record["tla.promotion"] for record in records(packaged)] == 3 * ["promoted"] + 2 * ["rolled back"]
@@ -228,8 +230,8 @@ def test_rollback_does_not_bring_back_what_was_changed(packaged: Packaged) -> No
         attempt(packaged, version)
     location = MlflowClient(packaged.uri).get_model_version_download_uri("tla-digits", "1").removeprefix("file://")
     (Path(location) / "conda.yaml").write_text("")
-    with pytest.raises(UnavailableError, match=r"conda\.yaml was changed"):
-        roll_back(packaged.config.tracking, "tla-digits", "champion")
+    with pytest.raises(UnavailableError, match=r"conda\.yaml was modified"):
+        Promotion(packaged.config.tracking, "tla-digits", "champion", RULES).roll_back()
     assert aliases(packaged)["champion"] == second
 
 
@@ -251,7 +253,7 @@ def test_the_job_explains_itself(
     evaluate(packaged, "1", GOOD)
     code, out, _ = job("--model", "tla-digits", "--version", "1", "--rules.min_autoattack_accuracy", "0.9")
     assert (code, "REFUSED AutoAttack accuracy" in out) == (4, True)
-    assert out.splitlines()[-1].startswith("next: train a version that does better, or change rules.min_autoattack")
+    assert out.splitlines()[-1].startswith("next: train a better version, or change rules.min_autoattack")
     code, out, _ = job("--model", "tla-digits", "--version", "1")
     promoted, load = out.splitlines()[-2:]
     assert (code, promoted) == (0, "promoted: models:/tla-digits@champion is version 1")

@@ -19,9 +19,9 @@ from mlflow.entities import Run
 from tests.registry.evaluations import evaluate, fates, register_another
 from tests.registry.tracking_server import Packaged, TrackingServer
 from tla_service.config import TrackingConfig
-from tla_service.registry.gate_rules import GateRules
+from tla_service.registry.job_settings import GateRules
 from tla_service.registry.lock import registry_lock
-from tla_service.registry.promotion import promote
+from tla_service.registry.promotion import Promotion
 from tla_service.tracking.connection import client
 
 pytestmark = [pytest.mark.chaos, pytest.mark.distributed, pytest.mark.timeout(1800)]
@@ -47,7 +47,7 @@ def promote_many(uri: str, versions: list[str], begin: float, results: "multipro
     def one(version: str) -> str:
         time.sleep(max(0.0, begin - time.time()))
         try:
-            return promote(TrackingConfig(uri=uri), "tla-digits", version, "champion", RULES).verdict
+            return Promotion(TrackingConfig(uri=uri), "tla-digits", "champion", RULES).promote(version).verdict
         except Exception as error:  # noqa: BLE001 - or the test would wait for a verdict that never comes
             return f"failed: {error}"
 
@@ -115,6 +115,6 @@ def test_a_promotion_that_is_killed_does_not_stop_the_next(
     os.kill(ready.get(timeout=120), signal.SIGKILL)
     process.join()
     began = time.monotonic()
-    decision = promote(TrackingConfig(uri=own_server.uri), "tla-digits", "1", "champion", RULES)
+    decision = Promotion(TrackingConfig(uri=own_server.uri), "tla-digits", "champion", RULES).promote("1")
     assert decision.verdict == "promoted"
     assert 80 < time.monotonic() - began < 300

@@ -1,4 +1,4 @@
-"""What the tests of this room share: a real tracking server, and a small network that MLflow holds."""
+"""What these tests share: a real tracking server, and a small network that MLflow holds."""
 
 import os
 import signal
@@ -8,16 +8,18 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from mlflow import MlflowClient
 
 from tla_service.config import RunConfig
 from tla_service.evaluation.detection import fit_detector
 from tla_service.evaluation.embedding import Embedded
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
-from tla_service.registry.packaging import PackagedModel, log_model
+from tla_service.registry.packaging import log_model
 from tla_service.tracking.runs import open_run
 
 START_SECONDS = 240  # 10 on an idle machine
@@ -81,6 +83,14 @@ def images(count: int = 5) -> np.ndarray:
     return np.random.default_rng(0).random((count, 1, 8, 8), dtype=np.float32)
 
 
+class Logged(NamedTuple):
+    """What MLflow made of a network; `version` is None where it is not registered."""
+
+    model_uri: str
+    version: str | None
+    model_id: str
+
+
 class Packaged:
     """A network, and what MLflow made of it."""
 
@@ -101,7 +111,7 @@ class Packaged:
         detector = fit_detector(seen, covariance="tied")
         return Rejector(detector, float(np.median(detector.score(seen))), 0.5, 200, 200)
 
-    def log(self, registered_model: str | None = "tla-digits", **changes: object) -> PackagedModel:
+    def log(self, registered_model: str | None = "tla-digits", **changes: object) -> Logged:
         arguments = {
             "state_dict": self.network.state_dict(),
             "config": self.config,
@@ -112,7 +122,12 @@ class Packaged:
             "facts": {"data_fingerprint": "f00d", "train_images": "1000"},
             "rejector": self.rejector,
         }
-        return log_model(self.uri, self.run_id, registered_model=registered_model, **(arguments | changes))  # type: ignore[arg-type]
+        uri = log_model(self.uri, self.run_id, registered_model=registered_model, **(arguments | changes))  # type: ignore[arg-type]
+        if registered_model is None:
+            return Logged(uri, None, uri.removeprefix("models:/"))
+        version = uri.rpartition("/")[2]
+        found = MlflowClient(self.uri).get_model_version(registered_model, version)
+        return Logged(uri, version, found.tags["model_id"])
 
     def logits(self, batch: np.ndarray) -> torch.Tensor:
         with torch.inference_mode():

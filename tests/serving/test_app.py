@@ -125,7 +125,7 @@ def test_bad_requests_are_explained_and_it_stays_up(address: str, packaged: Pack
         (b"hello", "image/png", 400, "no PNG or JPEG"),
         (b"{", "application/json", 400, "not JSON"),
         (b"hello", "text/plain", 415, "send application/json"),
-        (b"x" * 300_000, "application/x-npy", 413, "over 200000 bytes"),
+        (b"x" * 300_000, "application/x-npy", 413, "exceeds 200000 bytes"),
     ]
     for body, kind, expected, words in bad:
         status, answer = call(f"{address}/predict", body, kind)
@@ -153,5 +153,5 @@ def test_wrong_settings_and_missing_models_are_refused(packaged: Packaged) -> No
 
     with pytest.raises(ConfigError, match="replicas=0"):
         app({"model": "models:/tla-digits/1", "replicas": 0})
-    with pytest.raises(ConfigError, match="names no registered version"):
+    with pytest.raises(ConfigError, match="not the address of a registered version"):
         app({"model": "runs:/x/model", "tracking_uri": packaged.uri})

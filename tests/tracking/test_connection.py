@@ -93,7 +93,7 @@ def answer() -> Iterator[dict[str, object]]:
     ("status", "text", "match"),
     [
         (401, "You are not authenticated", "refuses the credentials; set MLFLOW_TRACKING_USERNAME"),
-        (403, json.dumps({"message": "Permission denied"}), "may not write here"),
+        (403, json.dumps({"message": "Permission denied"}), "do not permit writing"),
         (404, "<html>", "not an MLflow server"),
         (503, "busy", r"status 503 \(busy\)"),
     ],
@@ -105,19 +105,19 @@ def test_answers_that_are_no_success(answer: dict[str, object], status: int, tex
 
 
 def test_plain_folders_are_explained() -> None:
-    with pytest.raises(ConfigError, match="no longer keeps runs in plain folders; write sqlite"):
+    with pytest.raises(ConfigError, match="no longer supports plain folders; write sqlite"):
         check_tracking(TrackingConfig(uri="file:///tmp/mlruns"))
 
 
 def test_sqlite_path_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UnavailableError, match=r"cannot be opened and written.*give a path that can be written"):
+    with pytest.raises(UnavailableError, match=r"cannot be opened for writing.*give a writable path"):
         check_tracking(TrackingConfig(uri=f"sqlite:///{tmp_path}/file/mlflow.db"))
 
 
 def test_sqlite_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(UnavailableError, match="cannot be opened and written"):
+    with pytest.raises(UnavailableError, match="cannot be opened for writing"):
         check_tracking(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
 
 
@@ -139,7 +139,8 @@ def test_two_processes_make_the_same_store(tmp_path: Path) -> None:
     assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
 
 
-def test_retrying_repeats_what_may_pass_and_nothing_else() -> None:
+def test_retrying_repeats_what_may_pass_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "time", Clock())
     calls = []
 
     def flaky() -> str:
@@ -148,9 +149,9 @@ def test_retrying_repeats_what_may_pass_and_nothing_else() -> None:
             raise ConnectionError("away")
         return "done"
 
-    assert retrying("it", flaky, first_wait_seconds=0.01) == "done"
+    assert retrying("it", flaky) == "done"
     with pytest.raises(ValueError, match="no"):
-        retrying("it", lambda: (_ for _ in ()).throw(ValueError("no")), first_wait_seconds=100)
+        retrying("it", lambda: (_ for _ in ()).throw(ValueError("no")))
 
 
 class Clock:

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from tests.registry.tracking_server import TrackingServer, config_for
 from tla_service.config import RunConfig
 from tla_service.tracking import runs as tracking_module
-from tla_service.tracking.runs import finish_run, log_files, open_run, start_system_metrics
+from tla_service.tracking.runs import finish_run, log_files, open_run, run_page, start_system_metrics
 
 FACTS = {"data_fingerprint": "0123456789abcdef" * 4, "train_images": "1438"}
 
@@ -172,3 +172,22 @@ def test_system_metrics_arrive(
     stop()
     assert "system/cpu_utilization_percentage" in found
     assert not caplog.records
+
+
+def test_a_run_stores_no_credentials(server: TrackingServer) -> None:
+    uri = server.uri.replace("://", "://me:hunter2@")
+    run_id = open_run(config_for(uri), "secret", facts={})
+    run = MlflowClient(server.uri).get_run(run_id)
+    assert run.data.params["tracking.uri"] == server.uri
+    text = text_of(server.uri, run_id, "config.yaml")
+    assert server.uri in text
+    assert "hunter2" not in text
+    assert run_page(uri, run_id) == f"{server.uri}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
+    assert open_run(config_for(uri), "secret", facts={}) == run_id
+    files = {artifact.path for artifact in MlflowClient(server.uri).list_artifacts(run_id)}
+    assert "config-resumed-1.yaml" not in files, "the configuration is the same"
+
+
+def test_a_local_run_page_shows_no_credentials() -> None:
+    page = run_page("postgresql://me:hunter2@host/mlflow", "1a")
+    assert page == "run 1a, shown by: mlflow ui --backend-store-uri postgresql://host/mlflow"

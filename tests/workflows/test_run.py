@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tla_service.training.reporting import Terminal
-from tla_service.workflows.run import _show_end
+from tla_service.workflows.run import show_end
 
 SUMMARY: dict[str, Any] = {
     "clean_accuracy": 0.9, "robust_accuracy": {"worst": 0.8}, "run_id": "r", "checkpoint": "c",
@@ -17,7 +17,7 @@ SUMMARY: dict[str, Any] = {
 
 def last_line(model_uri: str, tracking_uri: str) -> str:
     printed = io.StringIO()
-    _show_end(SUMMARY | {"model_uri": model_uri, "tracking_uri": tracking_uri}, Terminal(printed))
+    show_end(SUMMARY | {"model_uri": model_uri, "tracking_uri": tracking_uri}, Terminal(printed))
     return printed.getvalue().splitlines()[-1]
 
 
@@ -33,6 +33,17 @@ def test_the_last_line_evaluates_the_model_wherever_it_is_tracked(
     server = "http://mlflow:5000"
     told = last_line("models:/tla-digits/3", server)
     assert told.endswith(f"evaluate_tla.py --model models:/tla-digits/3 --tracking.uri {server}")
-    assert "hunter2" not in last_line("models:/tla-digits/3", "http://me:hunter2@mlflow:5000")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     assert last_line("models:/tla-digits/3", server).endswith("evaluate_tla.py --model models:/tla-digits/3")
+
+
+def test_the_end_shows_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A summary of an earlier version may contain them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    printed = io.StringIO()
+    facts = {"model_uri": "models:/tla-digits/3", "tracking_uri": "http://me:hunter2@mlflow:5000"}
+    show_end(SUMMARY | facts, Terminal(printed))
+    assert "tracking   http://mlflow:5000  run" in printed.getvalue()
+    assert printed.getvalue().endswith("--tracking.uri http://mlflow:5000\n")
+    assert "hunter2" not in printed.getvalue()

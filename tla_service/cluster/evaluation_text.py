@@ -57,7 +57,6 @@ def next_step(report: Report, tagged: Sequence[str], settings: EvaluateSettings,
     asked = f"{report.model.name}/{report.model.version}"
     name, _, version = (asked if asked in tagged else tagged[-1]).rpartition("/")
     arguments = ["--model", name, "--version", version]
-    # Without names and passwords, which no log must show.
-    if settings.tracking.uri is not None and "@" not in settings.tracking.uri:
+    if settings.tracking.uri is not None:
         arguments += ["--tracking.uri", settings.tracking.uri]
     return next_command("promote_model.py", *arguments)

@@ -1,4 +1,4 @@
-"""One driver per folder of a storage that machines share, or that is on S3, where nothing can be locked."""
+"""One driver per folder of shared storage or S3, which have no file locks."""
 
 import contextlib
 import json
@@ -20,17 +20,16 @@ from tla_service.lock import Holder, in_use
 
 LEASE = "held_by.json"
 BEAT_SECONDS = 5.0
-RELEASE_SECONDS = 10.0  # at most, should the storage be away
-SILENT_SECONDS = 30.0  # a holder elsewhere that is silent this long is taken for dead
+RELEASE_SECONDS = 10.0  # at most, while the storage is unavailable
+SILENT_SECONDS = 30.0  # a holder on another host counts as dead after this long without a heartbeat
 _FIELDS = {"host", "pid", "since", "command", "machine", "began", "id"}
 
 
 class Lease:
-    """A folder that is held.
+    """A held folder.
 
     Attributes:
-        lost: Called, in a thread of its own, with the error when another driver has taken the folder because this one
-            was silent for too long.
+        lost: Called, in a thread of its own, with the error when another driver has taken over the folder.
     """
 
     def __init__(self) -> None:
@@ -38,7 +37,7 @@ class Lease:
         self._error: UserError | None = None
 
     def check(self) -> None:
-        """Raise the error, unless `lost` was set."""
+        """Raise the error, unless `lost` was replaced."""
         if self._error is not None:
             raise self._error
 
@@ -48,14 +47,14 @@ class Lease:
 
 @contextlib.contextmanager
 def held(folder: Folder, say: Callable[[str], None]) -> Iterator[Lease]:
-    """Hold a folder against drivers on any machine.
+    """Hold a folder against drivers on any host.
 
-    The holder rewrites a small file every few seconds. A driver that finds one of its own machine looks for the
-    process; any other it watches, by its own clock, until the file changes or `SILENT_SECONDS` are over.
+    The holder rewrites a small file every few seconds. A driver on the same host looks for the process; a driver on
+    another watches the file, by its own clock, until it changes or `SILENT_SECONDS` have passed.
 
     Args:
         folder: The folder.
-        say: Told when this has to wait.
+        say: Shows a message if this has to wait.
 
     Raises:
         ConfigError: Another driver holds it.
@@ -68,7 +67,7 @@ def held(folder: Folder, say: Callable[[str], None]) -> Iterator[Lease]:
 
     def beat() -> None:
         while not over.wait(BEAT_SECONDS):
-            # A storage that is away for a while does not end the run.
+            # An outage of the storage does not end the run.
             with contextlib.suppress(UnavailableError):
                 now = _read(folder)
                 if now is not None and now["id"] != mine["id"]:
@@ -120,7 +119,7 @@ def _write(folder: Folder, lease: dict[str, Any]) -> None:
 
 
 def _process(pid: int) -> dict[str, Any]:
-    """What tells a process from all others: its machine since it started, its container, and when it began."""
+    """Identity of a process: host, boot, container and start time."""
     machine = socket.gethostname()
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -129,7 +128,7 @@ def _process(pid: int) -> dict[str, Any]:
 
 
 def _may_live(lease: dict[str, Any]) -> bool:
-    """Whether a holder may live: on another machine, nothing is known of it."""
+    """Whether the holder may be alive; on another host, that is unknown."""
     if lease["machine"] != _process(os.getpid())["machine"]:
         return True
     try:

@@ -8,24 +8,24 @@ import ray
 from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-# Progress of a driver that does not listen is dropped beyond this many records, oldest first.
+# The oldest records are dropped beyond this many.
 MOST_RECORDS = 10_000
 
 
 class Mailbox:
-    """Keeps records until the driver fetches them, and a flag by which the driver asks workers to stop."""
+    """Keeps records until the driver fetches them, and the driver's request to stop."""
 
     def __init__(self) -> None:
         self._records: deque[Mapping[str, Any]] = deque(maxlen=MOST_RECORDS)
         self._stop = False
 
     def push(self, record: Mapping[str, Any]) -> bool:
-        """Add a record; answers whether workers should stop."""
+        """Add a record; returns whether workers should stop."""
         self._records.append(record)
         return self._stop
 
     def fetch(self) -> list[Mapping[str, Any]]:
-        """Take all records out."""
+        """Remove and return all records."""
         records = list(self._records)
         self._records.clear()
         return records
@@ -35,7 +35,7 @@ class Mailbox:
         return self._stop
 
     def stop(self) -> None:
-        """Ask the workers to stop at their next chance."""
+        """Ask the workers to stop at the end of their step."""
         self._stop = True
 
 
@@ -49,12 +49,12 @@ class FailuresToMailbox(UserCallback):
         self._mailbox = mailbox
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Pass on what went wrong; Ray restarts the workers by itself."""
+        """Send the reasons; Ray Train restarts the workers."""
         reasons = {rank: str(error).strip().splitlines()[-1] for rank, error in worker_exceptions.items()}
         self._mailbox.push.remote({"event": "failure", "message": f"workers failed: {reasons}"})
 
 
 def start_mailbox() -> Any:
-    """The handle of a mailbox on this node, which reserves nothing and ends with the driver."""
+    """Start a mailbox actor on this node; it reserves no resources and ends with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()

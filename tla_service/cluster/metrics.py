@@ -1,7 +1,7 @@
-"""What a run tells Prometheus, through Ray's own exporter on the driver's node (port: ray start --metrics-export-port).
+"""Prometheus metrics of a run, exported by Ray on the driver's node (port: ray start --metrics-export-port).
 
-All of it is set in the driver, from records that reach it anyway: training waits for none of it. Ray puts `ray_` before
-each name. Gauges end with the driver; Ray's agent on the node keeps counters.
+The driver sets them from the workers' records, so training never waits for them. Ray prefixes each name with `ray_`.
+Gauges end with the driver; counters are kept by Ray's agent on the node.
 """
 
 import time
@@ -16,9 +16,9 @@ Outcome = Literal["finished", "interrupted", "loss_not_finite", "failed"]
 GAUGES = {
     "tla_step": "optimiser steps done",
     "tla_total_steps": "optimiser steps of the whole run",
-    "tla_epoch": "epoch under way, or the last one",
+    "tla_epoch": "current epoch, or the last one",
     "tla_loss": "training loss, mean over the epoch so far",
-    "tla_images_per_second": "training images a second, over all workers",
+    "tla_images_per_second": "training images per second, over all workers",
     "tla_clean_accuracy": "accuracy on clean validation images, a fraction",
     "tla_robust_accuracy": "accuracy on attacked validation images, a fraction",
     "tla_workers": "workers of the run",
@@ -26,7 +26,7 @@ GAUGES = {
     "tla_unsent_bytes": "metrics on disk that MLflow has not confirmed",
 }
 COUNTERS = {
-    "tla_worker_restarts_total": "how often workers failed and were started again",
+    "tla_worker_restarts_total": "worker failures followed by a restart",
     "tla_runs_ended_total": "runs that ended, by outcome",
 }
 _OF_RECORDS = {
@@ -65,7 +65,7 @@ class RunMetrics:
             metric.set_default_tags(labels)
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Take what a record tells: `start`, `step`, `epoch` or `failure`."""
+        """Update from a record: `start`, `step`, `epoch` or `failure`."""
         self._gauges["tla_last_progress_timestamp_seconds"].set(time.time())
         if record["event"] == "failure":
             self._counters["tla_worker_restarts_total"].inc(tags={"outcome": "restarted"})
@@ -75,9 +75,9 @@ class RunMetrics:
                 self._gauges[name].set(told[key])
 
     def unsent(self, size: int) -> None:
-        """Tell how many bytes of metrics wait for MLflow."""
+        """Set the size of the metrics that MLflow has not confirmed, in bytes."""
         self._gauges["tla_unsent_bytes"].set(size)
 
     def ended(self, outcome: Outcome) -> None:
-        """Count the run as ended; Ray sends what is left when the session closes."""
+        """Count the run as ended; Ray flushes when the session closes."""
         self._counters["tla_runs_ended_total"].inc(tags={"outcome": outcome})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
+import ray.train  # here, so that `starting` never imports parts of ray in two threads at once
 from ray._private.services import get_webui_url_from_internal_kv
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.state import list_nodes
@@ -45,26 +46,24 @@ class Placement:
 
 
 class _Scaled(Protocol):
-    """Any configuration with a scaling section."""
-
     @property
     def scaling(self) -> ScalingConfig: ...
 
 
 @contextlib.contextmanager
 def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False) -> Iterator[None]:
-    """Join the cluster that is named, else start one on this machine for the time of the block.
+    """Join the configured cluster, or start one on this machine, for the duration of the block.
 
     Args:
-        config: The run, or whatever names the cluster.
-        debug: Show what Ray and its workers log.
-        dashboard: Start the dashboard with a cluster of our own. It takes seconds; what cleans up behind a killed Ray
-            Train run asks it who is alive.
+        config: Settings with a `scaling` section.
+        debug: Show the log of Ray and its workers.
+        dashboard: Start a dashboard with a local cluster. It takes seconds; Ray Train needs it to clean up after a
+            killed run.
 
     Raises:
-        UnavailableError: No cluster answers at the address given.
+        UnavailableError: The cluster does not answer, or does not start.
     """
-    # Ray's announced defaults; without them it warns about the change on every start.
+    # Ray warns that this becomes the default.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.scaling.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
@@ -77,6 +76,8 @@ def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False
             raise UnavailableError("scaling.address", address, *_not_joined(error)) from error
     else:
         _check_temporary_folder()
+        # Nobody preempts this machine with notice; without the watcher, workers start a second earlier.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         try:
             # "local": without it Ray joins a cluster that somebody else started on this machine.
             ray.init("local", num_cpus=_local_cpus(config.scaling), include_dashboard=dashboard, **quiet)
@@ -124,17 +125,13 @@ def _not_joined(error: Exception) -> tuple[str, str]:
 
 
 def _temporary_folder() -> tuple[str, str]:
-    """Where a local cluster keeps its sockets and logs, and the variable that says so: Ray's own rule."""
+    """The variable that sets a local cluster's folder for sockets and logs, and the folder, as Ray resolves it."""
     found = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "RAY_TMPDIR")
     return found, os.environ.get(found) or "/tmp"
 
 
 def _check_temporary_folder() -> None:
-    """See that a local cluster can make its sockets and logs; Ray says so late, or in other words.
-
-    Raises:
-        UnavailableError: The folder's path is too long, it cannot be written, or its disk is full.
-    """
+    """Refuse a folder that is too deep, read-only or full, which Ray reports late and unclearly."""
     variable, folder = _temporary_folder()
     remedy = "set RAY_TMPDIR to a short folder on a local disk, such as /tmp"
     socket_path = f"ray/session_{'0' * len('2026-01-01_00-00-00_000000')}_{os.getpid()}/sockets/plasma_store"
@@ -149,20 +146,20 @@ def _check_temporary_folder() -> None:
 
 
 def place(config: RunConfig) -> Placement:
-    """Decide on workers, and check that the cluster has room for them.
+    """Decide the number of workers, and check that the cluster has the resources.
 
     Raises:
-        ConfigError: A step cannot be shared among that many workers.
-        UnavailableError: It has not, and the run is not to wait for more nodes; the message shows the arithmetic.
+        ConfigError: A step cannot be divided among that many workers.
+        UnavailableError: It has not, and `scaling.wait_seconds` is 0.
     """
-    scaling: ScalingConfig = config.scaling
+    scaling = config.scaling
     total: dict[str, float] = ray.cluster_resources()
     gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 0.0)
     use_gpu = gpus > 0 if scaling.use_gpu == "auto" else scaling.use_gpu
     if isinstance(scaling.num_workers, int):
         workers = scaling.num_workers
     else:
-        # Two images a worker is the least that BatchNorm and mining can work with.
+        # BatchNorm and mining need two images per worker.
         most = config.training.global_batch_size // 2
         workers = min(most, max(1, int(gpus / scaling.gpus_per_worker))) if use_gpu else min(most, 2)
     placement = Placement(workers, use_gpu, scaling.cpus_per_worker, scaling.gpus_per_worker)
@@ -183,13 +180,13 @@ def place(config: RunConfig) -> Placement:
 
 @contextlib.contextmanager
 def own_dashboard() -> Iterator[None]:
-    """Point Ray's state API at the dashboard of the cluster that this process has joined, and at no other.
+    """Point Ray's state API at the dashboard of this cluster only.
 
-    A cluster without a dashboard announces Ray's default address all the same, where the dashboard of another cluster
-    on this machine may listen; and the environment may name one, for `ray job submit`. Asked whether a run is alive,
-    that one answers no, and Ray Train removes the run's workers.
+    A cluster without a dashboard still announces Ray's default address, where another cluster's dashboard may listen,
+    and `ray job submit` may set one in the environment. Such a dashboard reports the run as unknown, and Ray Train
+    then removes its workers.
     """
-    url = get_webui_url_from_internal_kv()  # empty without a dashboard; the state API does not tell the difference
+    url = get_webui_url_from_internal_kv()  # empty without a dashboard
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{url}" if url else NO_DASHBOARD
     try:
@@ -202,10 +199,10 @@ def own_dashboard() -> Iterator[None]:
 
 
 def check_dashboard() -> None:
-    """See that the cluster's dashboard answers who is alive.
+    """Check that the cluster's dashboard answers.
 
-    Ray Train frees the places of a run that was killed only when the dashboard says so. Without it every trial that is
-    stopped early would keep its workers' places, and the others would wait for ever.
+    Ray Train frees a killed run's resources only once the dashboard reports it dead. Without one, every trial that is
+    stopped early would keep its workers' resources.
 
     Raises:
         UnavailableError: It does not answer within `DASHBOARD_SECONDS`.
@@ -227,10 +224,10 @@ def check_dashboard() -> None:
 
 
 def _check_address(address: str) -> None:
-    """Knock at host:port first: Ray itself waits for minutes where nobody answers."""
+    """Connect to host:port first: Ray itself waits for minutes when nothing answers."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdecimal()):
-        return  # "auto" or "local": Ray knows at once
+        return  # "auto" or "local" fail at once
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
@@ -239,6 +236,6 @@ def _check_address(address: str) -> None:
 
 
 def _local_cpus(scaling: ScalingConfig) -> int:
-    """CPUs to declare on this machine: enough for the workers asked for, even on a smaller one."""
+    """CPUs to declare on this machine: at least as many as the workers reserve."""
     workers = 2 if scaling.num_workers == "auto" else scaling.num_workers
     return max(os.cpu_count() or 1, int(-(-workers * scaling.cpus_per_worker // 1)))

@@ -1,4 +1,4 @@
-"""A run's folder in its storage, which nodes share or which is on S3: its checkpoints."""
+"""Checkpoints in the run's storage: a folder that all nodes share, or S3."""
 
 import contextlib
 import errno
@@ -23,14 +23,14 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import whole_folder
 from tla_service.retries import retried
 
-RETRY_SECONDS = 300.0  # how long a run waits for a storage that is away
+RETRY_SECONDS = 300.0  # how long an unavailable storage is retried
 _LATEST = "latest.json"
 _RAYS_LATEST = "latest_checkpoint_result"
 _CHUNK_BYTES = 64 * 2**20
 PROBE_SECONDS = 20
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
 _UNREACHABLE = "check AWS_ENDPOINT_URL_S3, the network and HTTP_PROXY"
-# What pyarrow's errors name, and what helps.
+# Sign in pyarrow's error -> remedy.
 _STORAGE_REMEDIES = {
     "NO_SUCH_BUCKET": "create the bucket, or correct its name or AWS_ENDPOINT_URL_S3",
     "ACCESS_DENIED": "allow these credentials to write and delete objects there (none are used if none are set)",
@@ -40,7 +40,7 @@ _STORAGE_REMEDIES = {
     "EXPIRED_TOKEN": "renew the credentials",
     "HTTP status 301": "set AWS_DEFAULT_REGION to the bucket's region",
 }
-# What a shared folder's file system says while its server is away.
+# Errors of a network file system whose server is unavailable.
 _AWAY = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
     errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.EREMOTEIO, errno.EAGAIN,
@@ -49,13 +49,13 @@ T = TypeVar("T")
 
 
 class StoredCheckpoint(Checkpoint):
-    """A checkpoint in the storage, which is waited for while it is away."""
+    """A checkpoint in the storage; reading retries while the storage is unavailable."""
 
     @contextlib.contextmanager
     def as_directory(self) -> Iterator[str]:
-        """A local folder with its files, for the time of the block; raises as `to_directory`.
+        """A local folder with its files; raises as `to_directory`.
 
-        Not shared among the workers of a node, as Ray's is: those that wait there take what one of them could fetch.
+        One per worker: Ray's is shared by a node's workers, and if one fails to fetch it, the others use what is there.
         """
         if isinstance(self.filesystem, LocalFileSystem):
             yield str(self.path)
@@ -67,8 +67,8 @@ class StoredCheckpoint(Checkpoint):
         """As `ray.train.Checkpoint.to_directory`.
 
         Raises:
-            FileNotFoundError: It is not there.
-            UnavailableError: The storage is away, or cannot be read for another reason.
+            FileNotFoundError: It does not exist.
+            UnavailableError: The storage cannot be read.
         """
 
         def fetch() -> str | FileNotFoundError:
@@ -91,31 +91,23 @@ class RunFolder(Folder):
         name: The run's name.
 
     Raises:
-        UnavailableError: It cannot be reached; so do all methods that read or write.
+        UnavailableError: It cannot be read or written; raised by all methods.
     """
 
     def __init__(self, storage: str, name: str) -> None:
         super().__init__(f"{storage if '://' in storage else Path(storage).expanduser().absolute()}/{name}")
 
     def checkpoints(self) -> list[StoredCheckpoint]:
-        """Its checkpoints, newest first, whole or not."""
+        """All checkpoints, newest first, complete or not."""
         names = patiently("Listing", _address(self.filesystem, self.path), self.folders)
         return [self.checkpoint(name) for name in reversed(names) if name.startswith("step-")]
 
     def checkpoint(self, name: str) -> StoredCheckpoint:
-        """One of them."""
+        """A checkpoint by name."""
         return StoredCheckpoint(f"{self.path}/{name}", self.filesystem)
 
     def save(self, checkpoint: Path, name: str) -> None:
-        """Store a checkpoint, waiting while the storage is away.
-
-        Args:
-            checkpoint: The local folder with its files.
-            name: What to keep it under; replaced if it is there.
-
-        Raises:
-            UnavailableError: The storage is away for `RETRY_SECONDS`, or full, or cannot be written for another reason.
-        """
+        """Store a local checkpoint folder under a name, replacing an older one; retries for `RETRY_SECONDS`."""
         target = f"{self.path}/{name}"
 
         def write() -> None:
@@ -123,7 +115,7 @@ class RunFolder(Folder):
                 with whole_folder(Path(target)) as part:
                     copy_files(str(checkpoint), str(part))
             else:
-                # Threads of one upload may wait for each other for ever (apache/arrow#32372).
+                # Threads of one upload can deadlock (apache/arrow#32372).
                 options = {"chunk_size": _CHUNK_BYTES, "use_threads": False}
                 copy_files(str(checkpoint), target, destination_filesystem=self.filesystem, **options)
             self.write(_LATEST, json.dumps({"checkpoint": name}).encode())
@@ -131,22 +123,22 @@ class RunFolder(Folder):
         patiently("Writing", _address(self.filesystem, target), write)
 
     def keep(self, kept: Collection[str]) -> None:
-        """Remove all checkpoints but some; what cannot be removed now goes with the next."""
+        """Delete all other checkpoints; those that cannot be deleted now are deleted with the next."""
         with contextlib.suppress(OSError, UnavailableError):
             for name in set(self.folders()) - set(kept):
                 if name.startswith("step-"):
                     self.filesystem.delete_dir(f"{self.path}/{name}")
 
     def forget_record(self) -> str:
-        """Remove the record of the newest checkpoint, and compare it with those that are there.
+        """Delete the record of the newest checkpoint after comparing it with the checkpoints that exist.
 
-        Earlier versions had Ray keep one, from which it refuses to start when it is damaged or names what is gone.
+        Earlier versions let Ray Train keep the record; Ray refuses to start from a damaged one.
 
         Returns:
-            What was wrong with it; empty for nothing.
+            What was wrong with it; empty if nothing.
 
         Raises:
-            UnavailableError: There is a record, but no checkpoint is left.
+            UnavailableError: There is a record, but no checkpoint.
         """
         name, text = _LATEST, self.read(_LATEST)
         if text is None:
@@ -170,21 +162,21 @@ class RunFolder(Folder):
         return f"{wrong}; falling back to {there[0]}" if wrong else ""
 
     def unavailable(self, error: Exception) -> UnavailableError:
-        """What to raise when it cannot be used."""
+        """The error to raise when it cannot be used."""
         remedy = "check bucket, credentials and AWS_ENDPOINT_URL_S3, or the folder's permissions"
         return UnavailableError("scaling.storage", self.uri, super().unavailable(error).reason, remedy)
 
 
 def patiently(what: str, address: str, action: Callable[[], T]) -> T:
-    """Do something with the storage; while it is away, try again for `RETRY_SECONDS`.
+    """Call the storage; retry for `RETRY_SECONDS` while it is unavailable.
 
     Args:
-        what: What is done, as a participle.
-        address: What with.
+        what: The operation, as a participle, for messages.
+        address: Its target.
         action: The call.
 
     Raises:
-        UnavailableError: It is away all the time, or cannot be used for another reason.
+        UnavailableError: It still fails, or fails for a reason that does not pass.
     """
     try:
         return retried(f"{what} {address}", action, _may_pass, seconds=RETRY_SECONDS)
@@ -211,11 +203,11 @@ def _may_pass(error: Exception) -> bool:
 
 
 def check_storage(storage: str) -> None:
-    """Write and delete a small file where checkpoints will go.
+    """Write and delete a small file where checkpoints will be stored.
 
     Raises:
-        ConfigError: It is no address of a storage.
-        UnavailableError: That fails, or takes longer than `PROBE_SECONDS`.
+        ConfigError: Not a valid address.
+        UnavailableError: It fails, or takes longer than `PROBE_SECONDS`.
     """
     if "://" not in storage:
         _check_local_storage(Path(storage).expanduser())
@@ -232,7 +224,7 @@ def check_storage(storage: str) -> None:
         except (OSError, ArrowInvalid) as error:
             probe.set_exception(error)
 
-    # A thread, because an unreachable store keeps pyarrow waiting for minutes.
+    # In a thread, because pyarrow waits minutes for an unreachable store.
     threading.Thread(target=write, daemon=True).start()
     try:
         probe.result(PROBE_SECONDS)
@@ -256,7 +248,7 @@ def _check_local_storage(folder: Path) -> None:
 
 
 def earlier_name(config: RunConfig, storage: str) -> RunConfig:
-    """The run under the name that its folder in the storage has; see `tla_service.config.loading.find_output`."""
+    """The run under the name of its folder in the storage; see `tla_service.config.loading.find_output`."""
     if config.name:
         return config
     names = [

@@ -1,4 +1,4 @@
-"""A training run on Ray, from the driver's side: start the workers, follow them, hand back what they made."""
+"""The driver's side of a training run on Ray Train: starts the workers, passes their records on, fetches results."""
 
 import contextlib
 import os
@@ -34,8 +34,7 @@ from tla_service.training.result import FitResult
 
 Record = Mapping[str, Any]
 FETCH_SECONDS = 0.2
-# How often Ray's controller polls its workers; its default of 2 s delays the end of small runs, and spares it work in
-# large ones.
+# How often Ray Train's controller polls its workers. The default of 2 s delays the end of a small run.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
 # A rank that waits for one that is gone gives up after this long.
 COLLECTIVE_TIMEOUT_SECONDS = 1800
@@ -43,12 +42,12 @@ COLLECTIVE_TIMEOUT_SECONDS = 1800
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What the workers made.
+    """Results of a training run.
 
     Attributes:
         result: Metrics and times.
-        best_weights: State dict of the best weights, on the CPU; empty if the run was interrupted before any.
-        checkpoint: Copy of the newest checkpoint, with the last and the best weights.
+        best_weights: State dict of the best weights on validation, on the CPU; empty if the run was interrupted first.
+        checkpoint: Local copy of the newest checkpoint, with the last and the best weights.
     """
 
     result: FitResult
@@ -65,16 +64,16 @@ def train_on_ray(
     weights: Mapping[str, Tensor] | None = None,
     log_labels: Mapping[str, Any] | None = None,
 ) -> TrainedRun:
-    """Run `fit` as `fit_on_ray` does, and fetch what the workers made.
+    """Run `fit_on_ray` and copy the newest checkpoint.
 
     Args:
         config: The run.
         placement: Workers and their resources.
         storage: Folder or s3:// prefix for checkpoints.
-        copy_to: Local folder to bring the newest checkpoint to at the end; replaced if it is there.
+        copy_to: Local folder for the newest checkpoint; replaced.
         follow: Called in this thread with each record: `start`, `step`, `epoch`, `failure`.
         weights: State dict to start from.
-        log_labels: Fields of the workers' log lines, which are then JSON; none: they log as text.
+        log_labels: Fields added to the workers' JSON log lines; None logs text.
 
     Raises:
         Exception: As `fit_on_ray`.
@@ -98,31 +97,31 @@ def fit_on_ray(
     measure_test: bool = True,
     with_rejector: bool = False,
 ) -> tuple[FitResult, Checkpoint]:
-    """Run `fit` on Ray Train workers, with restarts; a run of the same name and storage goes on where it stopped.
+    """Run `fit` on Ray Train workers, with restarts; a run of the same name and storage resumes.
 
-    The first interrupt (Ctrl-C or SIGTERM) asks the workers to save a checkpoint and stop, the second ends at once.
+    The first interrupt (Ctrl-C or SIGTERM) makes the workers save a checkpoint and stop; the second stops at once.
 
     Args:
         config: The run.
         placement: Workers and their resources.
         storage: Folder or s3:// prefix for checkpoints.
-        follow: Called in this thread with each record: `start`, `step`, `epoch`, `failure`. What it raises ends this.
+        follow: Called in this thread with each record: `start`, `step`, `epoch`, `failure`. An exception ends the run.
         weights: State dict to start from.
-        log_labels: Fields of the workers' log lines, which are then JSON; none: they log as text.
-        measure_test: Whether to measure the best weights on the test set.
-        with_rejector: Whether to fit the detector that is packaged with them.
+        log_labels: Fields added to the workers' JSON log lines; None logs text.
+        measure_test: Evaluate the best weights on the test set.
+        with_rejector: Fit the detector that is packaged with them.
 
     Returns:
         Metrics and times, and the newest checkpoint in the storage.
 
     Raises:
-        UserError: The workers found something the user can mend.
+        UserError: Raised by a worker.
         NonFiniteLossError: Training diverged.
-        RuntimeError: It failed more often than `scaling.max_failures`.
+        RuntimeError: More failures than `scaling.max_failures`.
     """
     if placement.num_workers <= FEW_WORKERS:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
-    ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # no public way leads to the environment of the controller
+    ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # the controller's environment has no public setting
     folder = RunFolder(storage, config.run_name)
     damage = folder.forget_record()
     if damage:
@@ -153,8 +152,8 @@ def fit_on_ray(
         ),
         run_config=RayRunConfig(
             name=config.run_name,
-            # Workers store checkpoints themselves. Given the storage, Ray would write marks to it whenever workers
-            # start, and end the run when it is away at that moment.
+            # Workers store checkpoints themselves: Ray Train would write marker files whenever workers start, and end
+            # the run if the storage is unavailable at that moment.
             storage_path="ray",
             storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
@@ -175,13 +174,13 @@ def fit_on_ray(
 
 
 def _in_background(call: Callable[[], Result]) -> "Future[Result]":
-    """Run a call in a daemon thread: this thread stays free for records and signals."""
+    """Run a call in a daemon thread; this thread handles records and signals."""
     future: Future[Result] = Future()
 
     def work() -> None:
         try:
             future.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - raised again by whoever asks for the result
+        except BaseException as error:  # noqa: BLE001 - raised by `Future.result`
             future.set_exception(error)
 
     threading.Thread(target=work, name="ray-train", daemon=True).start()
@@ -189,7 +188,7 @@ def _in_background(call: Callable[[], Result]) -> "Future[Result]":
 
 
 def _follow(future: "Future[Result]", mailbox: Any, follow: Callable[[Record], None], wait_seconds: float) -> Result:
-    """Pass records on until the run has ended."""
+    """Pass records on until the run ends."""
     began, started = time.monotonic(), False
     with _stop_on_signal(mailbox):
         while True:

@@ -26,13 +26,13 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     """One worker of a run.
 
     Args:
-        loop: `config` (the run as plain values), `folder` (its RunFolder), `keep` (how many checkpoints stay there),
-            `mailbox`, `weights` (an object reference to a state dict, or None), `log_labels` (fields of JSON log lines;
-            None: log as text), `measure_test` and `with_rejector` (what `fit` is to do at the end).
+        loop: `config` (the run as plain values), `folder` (its RunFolder), `keep` (number of checkpoints kept),
+            `mailbox`, `weights` (object reference to a state dict, or None), `log_labels` (fields of JSON log lines;
+            None logs text), `measure_test` and `with_rejector` (for `fit`).
 
     Returns:
-        `result`, a FitResult's fields, and `checkpoint`, the name of the newest one; or `error`, when the run ended for
-        a reason that a restart would not change: raising it would make Ray try again.
+        `result`, the fields of a FitResult, and `checkpoint`, the name of the newest; or `error`, which a restart would
+        not mend: raised, it would make Ray Train restart the workers.
     """
     config = RunConfig.model_validate(loop["config"])
     ray_context = ray.train.get_context()
@@ -45,7 +45,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         device=ray.train.torch.get_device(),
     )
     if context.device.type == "cuda":
-        # Ray shows a node's GPUs to all its workers; NCCL's object collectives go by the current one.
+        # Every worker of a node sees all its GPUs; NCCL's object collectives use the current one.
         torch.cuda.set_device(context.device)
     weights = ray.get(loop["weights"]) if loop["weights"] is not None else None
     ends = {name: loop[name] for name in ("measure_test", "with_rejector")}
@@ -58,34 +58,34 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     except (UserError, NonFiniteLossError) as error:
         return {"error": error}
     finally:
-        # Records arrive in order: with this answer all of them have.
+        # Calls are ordered: once this one is answered, all records have arrived.
         ray.get(loop["mailbox"].stop_asked.remote())
     return {"result": result.as_dict(), "checkpoint": reporter.newest}
 
 
 class RayReporter:
-    """Stores checkpoints, and reports to the driver's mailbox.
+    """Stores checkpoints and reports to the driver's mailbox.
 
-    Ray Train has no part in it: its controller would end the run when it cannot write its record of a checkpoint, and
-    takes only one report a poll.
+    Not through `ray.train.report`: Ray Train's controller ends the run when it cannot write its own record of a
+    checkpoint, and takes one report per poll.
 
     Args:
-        mailbox: The driver's.
+        mailbox: The driver's mailbox.
         folder: The run's folder in the storage.
-        keep: How many checkpoints stay there.
+        keep: Number of checkpoints kept.
         is_main: Whether this is rank 0.
     """
 
     def __init__(self, mailbox: Any, folder: RunFolder, keep: int, *, is_main: bool) -> None:
         self._mailbox, self._folder, self._keep = mailbox, folder, keep
         self._is_main = is_main
-        self._kept: list[str] = []  # names of the checkpoints stored here, and of the one resumed from
+        self._kept: list[str] = []  # checkpoints stored by this process, and the one resumed from
         self._answer: Any = None
         self._stop = False
 
     @property
     def newest(self) -> str:
-        """On rank 0, name of the newest checkpoint that is known to be whole; empty if there is none."""
+        """On rank 0, name of the newest complete checkpoint; empty if there is none."""
         return self._kept[-1] if self._kept else ""
 
     def stored(self) -> Sequence[Checkpoint]:
@@ -93,7 +93,7 @@ class RayReporter:
         return self._folder.checkpoints()
 
     def progress(self, record: Mapping[str, Any]) -> None:
-        """Send the record without waiting; the answer to the one before says whether to stop."""
+        """Send a record without waiting; the answer to the previous one tells whether to stop."""
         self._read_answer()
         if record.get("resumed_from"):
             self._kept = [Path(record["resumed_from"]).name]
@@ -104,13 +104,13 @@ class RayReporter:
         return Path(tempfile.mkdtemp(prefix="tla-checkpoint-"), name)
 
     def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
-        """Store the checkpoint, waiting while the storage is away; then tell the driver of the epoch.
+        """Store the checkpoint, retrying while the storage is unavailable; then report the epoch.
 
         Raises:
             UnavailableError: The storage cannot be written.
         """
         if checkpoint is not None:
-            # A replayed epoch writes to the same name, so an upload that was cut short leaves no orphan.
+            # A repeated epoch writes to the same name, so an interrupted upload leaves no orphan.
             self._folder.save(checkpoint, name)
             shutil.rmtree(checkpoint.parent)
             self._kept = [*(kept for kept in self._kept if kept != name), name][-self._keep :]
@@ -120,7 +120,7 @@ class RayReporter:
             self.progress({"event": "epoch", "metrics": metrics, "checkpoint": checkpoint is not None})
 
     def stop_requested(self) -> bool:
-        """Whether the driver has asked for a stop: the answer to the question before this one, without waiting."""
+        """Whether the driver has asked to stop, by the answer to the previous question, without waiting."""
         self._read_answer()
         if self._is_main and self._answer is None:
             self._answer = self._mailbox.stop_asked.remote()
@@ -135,7 +135,7 @@ class RayReporter:
 
 
 class WarningsToMailbox(logging.Handler):
-    """Passes warnings of this process to the driver."""
+    """Sends warnings of this process to the driver."""
 
     def __init__(self, mailbox: Any) -> None:
         super().__init__(logging.WARNING)

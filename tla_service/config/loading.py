@@ -24,7 +24,7 @@ from tla_service.config.fields import wrong
 from tla_service.config.names import attack_trouble
 from tla_service.config.radii import without_lengths_of_other_norms
 from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
-from tla_service.errors import ConfigError
+from tla_service.errors import ConfigError, without_credentials
 
 CONFIG = "config.yaml"  # in a run's output folder
 _PRESETS = resources.files("tla_service.config") / "presets"
@@ -225,8 +225,8 @@ def same_run(text: str, config: RunConfig) -> bool:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The complete configuration as YAML; `--config` reads it back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The complete configuration as YAML, without credentials in URLs; `--config` reads it back to an equal one."""
+    return without_credentials(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def print_config(settings: RunSettings) -> str:

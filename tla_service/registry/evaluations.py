@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tla_service.errors import UnavailableError, UserError
+from tla_service.errors import UnavailableError, UserError, one_line
 from tla_service.report.schema import REPORT_FILE, Report, ThreatModel, evaluations_folder, read_report
-from tla_service.tracking.connection import one_line, retrying
+from tla_service.tracking.connection import retrying
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -1,60 +1,45 @@
-"""A model outside this project: as torch.export's ``pt2`` and as ONNX, each compared with the network it came from."""
+"""Exports models as torch.export's ``pt2`` and as ONNX, and compares each with the network."""
 
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tla_service.errors import UnavailableError
+from tla_service.errors import UnavailableError, UserError
 from tla_service.registry.job_settings import Format
 from tla_service.registry.loading import load_model, open_package
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-BATCHES = (1, 2, 7)  # of the comparison: another one than the example's, and one image alone
-# What another order of additions may change in float32; logits are compared on the scale of the largest.
-RELATIVE_TOLERANCE = 1e-4
+_BATCHES = (1, 2, 7)  # sizes to compare: the example's, others, and a single image
+_TOLERANCE = 1e-4  # float32 additions in another order, relative to the largest output
 _OUTPUTS = ("logits", "embeddings")
 Run = Callable[[npt.NDArray[np.float32]], Sequence[npt.NDArray[np.float32]]]
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A file and how far its outputs are from the network's.
-
-    Attributes:
-        path: The file.
-        difference: Largest difference of an output, over the largest output; over all batches compared.
-    """
+class Exported(NamedTuple):
+    """A file, and the largest difference of its outputs from the network's, relative to the largest output."""
 
     path: Path
     difference: float
 
 
 def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: str | None = None) -> list[Exported]:
-    """Write a packaged model in other formats, and compare what they compute.
+    """Write a packaged model in other formats, and compare their outputs with the network's.
 
-    Each takes images (N, C, H, W), float32 in [0, 1], N of any size, and gives logits and embeddings. The description,
-    the card and the detector are copied beside them.
-
-    Args:
-        uri: As for :func:`tla_service.registry.load_model`; not a checkpoint.
-        folder: Where to write; made if it is missing.
-        formats: Which.
-        tracking: Tracking store.
-
-    Raises:
-        UserError: There is no such model, it was changed, or a format's packages are missing.
-        RuntimeError: An export computes something else; its file is removed.
+    Each takes images (N, C, H, W), float32 in [0, 1], with dynamic N, and returns logits and embeddings. Description,
+    model card and detector are copied to the same folder. A file that computes something else is removed.
     """
-    artifacts, description = open_package(uri, tracking)
+    try:
+        artifacts, description = open_package(uri, tracking)
+    except UserError as error:
+        raise type(error)("model", uri, error.reason, error.remedy) from error
     network = load_model(str(artifacts))
     shape = tuple(description["image_shape"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,12 +47,12 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
         if (artifacts / name).is_file():
             shutil.copy(artifacts / name, folder / name)
     program = _program(network, shape)
-    makers = {"pt2": _write_pt2, "onnx": _write_onnx}
+    writers = {"pt2": _write_pt2, "onnx": _write_onnx}
     found = []
     for kind in formats:
         path = folder / f"model.{kind}"
-        difference = _compare(makers[kind](program, path), network, shape)
-        if not difference <= RELATIVE_TOLERANCE:
+        difference = _compare(writers[kind](program, path), network, shape)
+        if not difference <= _TOLERANCE:
             path.unlink()
             raise RuntimeError(f"{path.name} differs from the network by {difference:.2g} of its largest output")
         found.append(Exported(path, difference))
@@ -75,7 +60,7 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
 
 
 class _Plain(torch.nn.Module):
-    """A network that gives a plain tuple: a file must not ask for a class of this project when it is loaded."""
+    """Returns a plain tuple: loading an exported file must not need a class of this project."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -88,8 +73,7 @@ class _Plain(torch.nn.Module):
 
 
 def _program(network: torch.nn.Module, shape: tuple[int, ...]) -> "ExportedProgram":
-    """The network as a graph, for batches of any size."""
-    example = torch.rand(2, *shape)  # one image alone would be taken for a constant
+    example = torch.rand(2, *shape)  # torch.export would treat a batch size of 1 as a constant
     program = torch.export.export(
         _Plain(network).eval(), (example,), dynamic_shapes={"images": {0: torch.export.Dim.AUTO}}
     )
@@ -116,7 +100,7 @@ def _write_onnx(program: "ExportedProgram", path: Path) -> Run:
         remedy = "pip install 'tla-service[export]', or leave onnx out of --formats"
         raise UnavailableError("formats", "onnx", f"a package is missing ({error.name})", remedy) from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.onnx warns of its own parts
+        warnings.simplefilter("ignore")  # torch.onnx warns about its own internals
         made = torch.onnx.export(program, verbose=False, output_names=list(_OUTPUTS), optimize=True)
     assert made is not None
     made.save(str(path), external_data=False)
@@ -128,7 +112,7 @@ def _write_onnx(program: "ExportedProgram", path: Path) -> Run:
 def _compare(run: Run, network: torch.nn.Module, shape: tuple[int, ...]) -> float:
     random = np.random.default_rng(0)
     worst = 0.0
-    for size in BATCHES:
+    for size in _BATCHES:
         images = random.random((size, *shape), dtype=np.float32)
         with torch.inference_mode():
             expected = [output.numpy() for output in network(torch.from_numpy(images))]

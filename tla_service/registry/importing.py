@@ -1,6 +1,5 @@
-"""Weights that somebody else trained, as a registered version like our own."""
+"""Registers weights that were trained elsewhere."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +13,9 @@ from tla_service.evaluation.robustness import measure_accuracy
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
 from tla_service.registry.foreign_weights import fit, read_entries
+from tla_service.registry.integrity import sha256
 from tla_service.registry.job_settings import ImportSettings
-from tla_service.registry.packaging import PackagedModel, check_packaging, log_model
+from tla_service.registry.packaging import check_packaging, log_model
 from tla_service.runtime import WorkerContext
 from tla_service.tracking.connection import check_tracking, client, experiment_id, retrying, tracking_uri
 from tla_service.tracking.runs import FINGERPRINT, RUN_KEY
@@ -27,14 +27,11 @@ if TYPE_CHECKING:
 METHOD = "imported"
 
 
-def import_model(settings: ImportSettings) -> tuple[PackagedModel, dict[str, float], tuple[str, ...]]:
-    """Read weights, check them against the network, fit the detector, measure clean accuracy, package and register.
+def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]:
+    """Read weights, match them to the network, fit the detector, measure clean accuracy, package and register.
 
     Returns:
-        The version, its figures on the test set, and what of the file was used and what was not.
-
-    Raises:
-        UserError: The file, the data or the server is missing, or they do not fit together.
+        The address of the version, its clean accuracy on the test set, and notes on which of the weights were used.
     """
     path = Path(settings.file).expanduser()
     entries = read_entries(path)
@@ -60,23 +57,21 @@ def import_model(settings: ImportSettings) -> tuple[PackagedModel, dict[str, flo
     rows = torch.arange(len(dataset.test))
     alone = WorkerContext(device=device)
     batches = EvaluationBatches(dataset.test, rows, alone, batch_size=config.evaluation.batch_size)
-    measured = measure_accuracy(network, batches, {}, alone, settings.seed)
-    figures = {"clean_accuracy": measured["clean_accuracy"]}
+    clean_accuracy = measure_accuracy(network, batches, {}, alone, settings.seed)["clean_accuracy"]
     labels, fraction = dataset.train.labels, settings.data.validation_fraction
     train, validation = split_validation(labels, fraction, settings.seed, dataset.class_names)
     arrays = fit_rejector(network, dataset.train, train, validation, config, device)
     facts = {
         FINGERPRINT: dataset.fingerprint,
         "source": settings.source or path.name,
-        "note": "the validation images may be among those it was trained on",
+        "note": "the validation images may be part of its training data",
     } | ({"weights_used": "; ".join(found.notes)} if found.notes else {})
     uri = tracking_uri(settings.tracking)
     made = client(uri)
-    with path.open("rb") as file:
-        key = f"import/{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    key = f"import/{sha256(path)[:16]}"
     run_id = retrying("Opening the run", lambda: _open_run(made, settings, uri, key, facts))
-    made.log_metric(run_id, "test/clean_accuracy", figures["clean_accuracy"])
-    packaged = log_model(
+    made.log_metric(run_id, "test/clean_accuracy", clean_accuracy)
+    model_uri = log_model(
         uri,
         run_id,
         state_dict=network.cpu().state_dict(),
@@ -84,18 +79,18 @@ def import_model(settings: ImportSettings) -> tuple[PackagedModel, dict[str, flo
         class_names=dataset.class_names,
         image_shape=dataset.image_shape,
         example=dataset.test.fetch(rows[:4]).float().div(255).numpy(),
-        metrics=figures,
+        metrics={"clean_accuracy": clean_accuracy},
         registered_model=settings.name or f"tla-{settings.data.name.replace('_', '-')}",
         facts=facts,
         rejector=Rejector.from_arrays(arrays) if arrays else None,
         method=METHOD,
     )
     made.set_terminated(run_id, "FINISHED")
-    return packaged, figures, found.notes
+    return model_uri, clean_accuracy, found.notes
 
 
 def _open_run(made: "MlflowClient", settings: ImportSettings, uri: str, key: str, facts: Mapping[str, str]) -> str:
-    """The run of an import; the same file goes to the same run."""
+    """The run of an import; the same file has the same run."""
     experiment = experiment_id(made, settings.tracking.experiment, uri)
     runs = made.search_runs([experiment], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
     if runs:

@@ -1,4 +1,4 @@
-"""Whether a packaged model is what was packaged: a list of its files with their digests, and no pickle among them."""
+"""Verifies that a packaged model is unmodified: a manifest of its files with their digests, and no pickle."""
 
 import hashlib
 import json
@@ -20,8 +20,8 @@ _SMALL_BYTES = 10_000_000
 
 
 def find_pickles(folder: Path) -> list[Path]:
-    """Files that hold Python pickles, by name or by content: loading one runs whatever code it carries."""
-    return [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and _is_pickle(path)]
+    """Files that contain Python pickles, by name or content: loading one can run arbitrary code."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_pickle(path)]
 
 
 def sha256(path: Path) -> str:
@@ -31,62 +31,56 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path) -> str:
-    """List every file of a packaged model with its SHA-256 in ``manifest.json``.
-
-    Returns:
-        The SHA-256 of that list: who knows it can tell whether anything was changed.
-    """
-    digests = {str(path.relative_to(folder)): sha256(path) for path in _files(folder) if path.name != MANIFEST}
+    """Write ``manifest.json``, the SHA-256 of every file of a packaged model; returns the manifest's own SHA-256."""
+    digests = {name: sha256(path) for name, path in _files(folder).items() if path.name != MANIFEST}
     (folder / MANIFEST).write_text(json.dumps(digests, indent=1, sort_keys=True), encoding="utf-8")
     return sha256(folder / MANIFEST)
 
 
 def verify_package(folder: Path, subject: str, name: str, expected: str | None = None) -> None:
-    """Make sure that a folder holds what was packaged, all of it and nothing else.
+    """Raise `UnavailableError` unless a folder contains exactly the files that were packaged, and no pickle.
 
     Args:
         folder: The packaged model.
-        subject: What messages call the setting that named it.
+        subject: Setting that named it, for messages.
         name: Its address, for messages.
-        expected: SHA-256 of the list of files, as the registry keeps it; ``None`` where there is no registry: then
-            only the list itself vouches for the files.
-
-    Raises:
-        UnavailableError: There is no list, a file is missing, changed or new, or one holds a pickle.
+        expected: SHA-256 of the manifest in the registry; None without a registry: the manifest is trusted then.
     """
-    remedy = "load another version"
+
+    def bad(reason: str, remedy: str = "load another version") -> UnavailableError:
+        return UnavailableError(subject, name, reason, remedy)
+
     try:
         manifest = (folder / MANIFEST).read_bytes()
         digests: dict[str, str] = dict(json.loads(manifest))
     except (OSError, ValueError) as error:
-        reason = f"holds no readable {MANIFEST}, so it was not packaged by this project"
-        raise UnavailableError(subject, name, reason, "give a model of this project, or a checkpoint folder") from error
+        reason = f"contains no readable {MANIFEST}, so it was not packaged by this project"
+        raise bad(reason, "give a model of this project, or a checkpoint folder") from error
     if expected is not None and hashlib.sha256(manifest).hexdigest() != expected:
-        reason = f"{MANIFEST} was changed: its SHA-256 is not {expected[:12]}..., which the registry keeps"
-        raise UnavailableError(subject, name, reason, remedy)
+        raise bad(f"{MANIFEST} was modified: its SHA-256 is not {expected[:12]}... as in the registry")
     pickles = find_pickles(folder)
     if pickles:
-        reason = f"holds a pickle file ({pickles[0].relative_to(folder)}), which could run any code"
-        raise UnavailableError(subject, name, reason, "load a version without it")
-    present = {str(path.relative_to(folder)): path for path in _files(folder)}
+        raise bad(f"contains a pickle file ({pickles[0].relative_to(folder)}), which could run arbitrary code")
+    present = _files(folder)
     for file in sorted(set(present) - set(digests) - {MANIFEST} - _ADDED_BY_MLFLOW):
         if not _is_cache(present[file]):
-            raise UnavailableError(subject, name, f"holds a file that was not packaged ({file})", remedy)
+            raise bad(f"contains a file that was not packaged ({file})")
     for file, digest in digests.items():
         if file not in present:
-            raise UnavailableError(subject, name, f"{file} is missing", remedy)
+            raise bad(f"{file} is missing")
         if present[file].is_symlink() or sha256(present[file]) != digest:
-            raise UnavailableError(subject, name, f"{file} was changed: its SHA-256 is not {digest[:12]}...", remedy)
+            raise bad(f"{file} was modified: its SHA-256 is not {digest[:12]}...")
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+def _files(folder: Path) -> dict[str, Path]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {str(path.relative_to(folder)): path for path in paths}
 
 
 def _is_cache(path: Path) -> bool:
-    """Whether a file is what Python itself makes of a source beside it, when MLflow loads a model where it is stored.
+    """Whether a file is what Python compiles from a source beside it, when MLflow loads a model in place.
 
-    Compared with the source, since a planted one would run in place of it.
+    Compared with the source, since a planted one would run instead of it.
     """
     source = path.parent.parent / f"{path.name.partition('.')[0]}.py"
     if path.parent.name != "__pycache__" or path.suffix != ".pyc" or path.is_symlink() or not source.is_file():
@@ -95,7 +89,7 @@ def _is_cache(path: Path) -> bool:
     if content[: len(MAGIC_NUMBER)] != MAGIC_NUMBER:
         return False
     try:
-        found = marshal.loads(content[_CACHE_HEADER:])  # reads, runs nothing
+        found = marshal.loads(content[_CACHE_HEADER:])  # does not execute it
         return bool(found == compile(source.read_bytes(), found.co_filename, "exec", dont_inherit=True))
     except (ValueError, EOFError, TypeError, AttributeError, SyntaxError):
         return False
@@ -106,7 +100,7 @@ def _is_pickle(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         start = file.read(3)
-    # No opcode of a pickle is 0; the length of a safetensors header may start like a pickle, and goes on with 0.
+    # The length of a safetensors header may start like a pickle, but continues with 0, which is no opcode.
     if start[:2] in _PICKLE_STARTS and start[2:] != b"\0":
         return True
     if path.stat().st_size <= _SMALL_BYTES and _calls_something(path.read_bytes()):
@@ -118,13 +112,13 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _calls_something(content: bytes) -> bool:
-    """Whether bytes are, first to last, a pickle that looks up or calls a name: those of protocol 0 have no mark."""
+    """Whether bytes are entirely a pickle that looks up or calls a name; protocol 0 has no magic number."""
     calls = False
     try:
         for opcode, _, place in pickletools.genops(content):
             calls = calls or opcode.name in _CALLING
             if opcode.name == "STOP":
                 return calls and content[(place or 0) + 1 :].strip() == b""
-    except Exception:  # noqa: BLE001 - whatever is no pickle ends somewhere in an error
+    except Exception:  # noqa: BLE001 - content that is no pickle may raise anything
         return False
     return False

@@ -1,24 +1,20 @@
-"""The page that travels with a model version: what it is, how well it does, and what it must not be trusted with."""
+"""The model card that is part of a packaged model."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tla_service.report.schema import ThreatModel
+
+_NORMS = {"linf": "L-infinity", "l2": "L2"}
+
 
 def model_card(description: Mapping[str, Any]) -> str:
-    """Write the card.
-
-    Args:
-        description: The content of ``model.json``.
-
-    Returns:
-        Markdown.
-    """
-    threat = description["threat_model"]
-    detector = description["detector"]
+    """The card in Markdown, from the content of ``model.json``."""
+    threat, detector = ThreatModel.model_validate(description["threat_model"]), description["detector"]
     channels, height, width = description["image_shape"]
+    method = description["method"]
     lines = [
-        f"# {description['architecture']}, {_training(description['method'])}",
+        f"# {description['architecture']}, " + ("imported" if method == "imported" else f"trained with {method}"),
         "",
         f"Classifies {channels}x{height}x{width} images (float32 in [0, 1]) into {description['num_classes']} classes: "
         + _listed(description["class_names"])
@@ -26,31 +22,32 @@ def model_card(description: Mapping[str, Any]) -> str:
         "",
         "## Robustness",
         "",
-        f"Trained against perturbations of {_radius(threat)}. Figures on the test set:",
+        f"Trained against perturbations of {_NORMS[threat.norm]} norm up to {threat.radius}, pixels in [0, 1]. Test "
+        "set results:",
         "",
-        "| measure | value |",
+        "| metric | value |",
         "|---|---|",
         *(f"| {name} | {_shown(name, value)} |" for name, value in sorted(description["metrics"].items())),
         "",
-        "Robust accuracy is measured by attacks, so it is an upper bound: a stronger attack may lower it. Nothing is "
-        "claimed about other norms, larger radii, corruptions, or images unlike the training set.",
+        "Robust accuracy is an upper bound: a stronger attack may lower it. It does not extend to other norms, larger "
+        "radii, image corruptions, or images outside the training distribution.",
         "",
-        "## Use",
+        "## Usage",
         "",
         "```python",
         "import mlflow",
         'model = mlflow.pyfunc.load_model("models:/NAME/VERSION")',
-        "answer = model.predict(images)  # (N, C, H, W) float32 in [0, 1] or uint8, or a list of PNG or JPEG bytes",
-        'answer["label"], answer["probabilities"]  # int64 (N,), float32 (N, K)',
-        *(['answer["detection_score"], answer["accepted"]  # float64 (N,), bool (N,)'] if detector else []),
+        "output = model.predict(images)  # (N, C, H, W) float32 in [0, 1] or uint8, or a list of PNG or JPEG bytes",
+        'output["label"], output["probabilities"]  # int64 (N,), float32 (N, K)',
+        *(['output["detection_score"], output["accepted"]  # float64 (N,), bool (N,)'] if detector else []),
         'model.predict(images, params={"embedding": True})["embedding"]  # float32 (N, D)',
         "```",
         "",
-        "## Trust",
+        "## Detection of misclassified images",
         "",
-        *_trust(detector),
+        _detection(detector),
         "",
-        "## Origin",
+        "## Provenance",
         "",
         *(f"- {name}: {value}" for name, value in sorted(description["facts"].items())),
         f"- run key: {description['run_key']}",
@@ -61,29 +58,16 @@ def model_card(description: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _training(method: str) -> str:
-    return "trained elsewhere" if method == "imported" else f"trained with {method}"
-
-
-def _trust(detector: Mapping[str, Any] | None) -> list[str]:
+def _detection(detector: Mapping[str, Any] | None) -> str:
     if detector is None:
-        return ["This version holds no detector of misclassified images."]
-    return [
+        return "This model has no detector of misclassified images."
+    return (
         "`detection_score` is the log density of an image's embedding under Gaussians fitted to "
-        f"{detector['training_images']} training images. `accepted` is false where it is below "
-        f"{detector['threshold']:.6g}. This threshold rejects at most {detector['false_rejection_rate']:.2%} of the "
-        f"correctly classified ones among {detector['validation_images']} validation images that were not trained on. "
-        "An attacker who knows the detector can aim at it as well."
-    ]
-
-
-def _radius(threat: Mapping[str, Any]) -> str:
-    epsilon = float(threat["epsilon"])
-    levels = epsilon * 255
-    near_level = math.isclose(levels, round(levels), abs_tol=1e-6)
-    size = f"{round(levels)}/255" if near_level else f"{epsilon:g}"
-    norm = {"linf": "L-infinity", "l2": "L2"}.get(threat["norm"], threat["norm"])
-    return f"{norm} norm up to {size}, pixels in [0, 1]"
+        f"{detector['training_images']} training images. `accepted` is false below a score of "
+        f"{detector['threshold']:.6g}, a threshold that rejects at most {detector['false_rejection_rate']:.2%} of the "
+        f"correctly classified images among {detector['validation_images']} held-out validation images. An attacker "
+        "who knows the detector can evade it."
+    )
 
 
 def _shown(name: str, value: float) -> str:

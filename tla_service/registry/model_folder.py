@@ -1,12 +1,12 @@
-"""The folder of a packaged network: safetensors, a description, a card, the code that runs it, and a list of it all."""
+"""The folder of a packaged network: safetensors, a description, a model card, its code, and a manifest."""
 
-import contextlib
 import importlib.metadata
 import json
+import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,9 @@ import numpy.typing as npt
 import torch
 
 import tla_service
-from tla_service.config import RunConfig
 from tla_service.inference.detector import Rejector
 from tla_service.registry.integrity import sha256, write_manifest
-from tla_service.registry.loading import FORMAT_VERSION
 from tla_service.registry.model_card import model_card
-from tla_service.tracking.connection import quiet
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -28,45 +25,21 @@ if TYPE_CHECKING:
 
 _SHIPPED = ("__init__.py", "errors.py", "models", "inference")
 _REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "torch", "torchvision")
+_METADATA = ("architecture", "method", "threat_model", "class_names", "image_shape", "detector")
 _ENTRY = Path(__file__).with_name("pyfunc_entry.py")
 
 
 def write_source(
-    folder: Path,
-    *,
-    state_dict: Mapping[str, torch.Tensor],
-    config: RunConfig,
-    class_names: Sequence[str],
-    image_shape: tuple[int, int, int],
-    metrics: Mapping[str, float],
-    facts: Mapping[str, str],
-    run_key: str,
-    rejector: Rejector | None,
-    method: str | None,
+    folder: Path, description: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor], rejector: Rejector | None
 ) -> dict[str, Any]:
-    """Write weights, detector, description, card and code to a new folder; returns the content of model.json."""
+    """Write weights, detector, description, model card and code to a new folder; returns the complete description."""
     from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
     folder.mkdir()
     weights = folder / "weights.safetensors"
     save_file({name: _storable(tensor) for name, tensor in state_dict.items()}, weights)
-    description = {
-        "format_version": FORMAT_VERSION,
-        "architecture": config.model.name,
-        "num_classes": len(class_names),
-        "image_shape": list(image_shape),
-        "normalization": config.model.normalization,
-        "class_names": list(class_names),
-        "method": method or config.method,
-        "threat_model": {"norm": config.attack.norm, "epsilon": config.attack.epsilon},
-        "metrics": {name: float(value) for name, value in metrics.items()},
-        "facts": dict(facts),
-        "run_key": run_key,
-        "config_digest": config.digest if method is None else "",
-        "weights": {"file": weights.name, "sha256": sha256(weights)},
-        "detector": None,
-    }
+    description = {**description, "weights": {"file": weights.name, "sha256": sha256(weights)}, "detector": None}
     if rejector is not None:
         detector = folder / "detector.safetensors"
         save_arrays(rejector.to_arrays(), detector)
@@ -92,19 +65,9 @@ def write_source(
 
 
 def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray[np.float32]) -> str:
-    """Turn what :func:`write_source` wrote into MLflow's folder of a model.
-
-    Args:
-        model: MLflow's description, with the id of the logged model.
-        source: Folder that :func:`write_source` filled.
-        folder: Folder to make.
-        example: Images (n,C,H,W), stored as the input example.
-
-    Returns:
-        The SHA-256 of the list of its files, ``manifest.json``.
-    """
+    """Write MLflow's model folder from `source`, which `write_source` wrote; returns its manifest's SHA-256."""
     with warnings.catch_warnings():
-        # MLflow warns of a type hint of its own while it imports.
+        # MLflow warns about a type hint of its own on import.
         warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType")
         import mlflow.pyfunc
 
@@ -112,7 +75,9 @@ def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray
     names = {"weights": "weights.safetensors", "model": "model.json", "card": "model_card.md"}
     if description["detector"] is not None:
         names["detector"] = description["detector"]["file"]
-    with _unchanged_path(), quiet("mlflow.pyfunc"):
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
+    path_before = list(sys.path)
+    try:
         mlflow.pyfunc.save_model(
             path=str(folder),
             mlflow_model=model,
@@ -120,11 +85,13 @@ def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray
             code_paths=[str(source / "code" / "tla_service")],
             artifacts={name: str(source / file) for name, file in names.items()},
             signature=_signature(description),
-            metadata=_metadata(description),
+            metadata={name: description[name] for name in _METADATA},
             input_example=np.ascontiguousarray(example, dtype=np.float32),
-            pip_requirements=requirements(),
+            pip_requirements=_requirements(),
         )
-    # MLflow notes paths of this machine, and a cloudpickle version although nothing here is pickled.
+    finally:
+        sys.path[:] = path_before  # MLflow adds folders that are about to be deleted
+    # MLflow records paths of this machine, and a cloudpickle version although nothing is pickled.
     flavor = model.flavors["python_function"]
     flavor.pop("cloudpickle_version", None)
     flavor["model_code_path"] = _ENTRY.name
@@ -136,21 +103,15 @@ def save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray
     return write_manifest(folder)
 
 
-def requirements() -> list[str]:
-    """What a version needs, pinned to what is installed; ``+cpu`` and ``+cu130`` go: PyPI has no such versions."""
+def _requirements() -> list[str]:
+    """Pinned to the installed versions; without ``+cpu`` and ``+cu130``, which PyPI does not have."""
     return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS]
 
 
 def _storable(tensor: torch.Tensor) -> torch.Tensor:
-    """A float32 (or integer) copy that shares no memory, as safetensors demands."""
+    """A float32 (or integer) copy that shares no memory, as safetensors requires."""
     kept = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
     return kept.clone(memory_format=torch.contiguous_format)
-
-
-def _metadata(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What a client may ask the loaded model for (``model.metadata.metadata``) without reading files."""
-    names = ("architecture", "method", "threat_model", "class_names", "image_shape", "detector")
-    return {name: description[name] for name in names}
 
 
 def _signature(description: Mapping[str, Any]) -> "ModelSignature":
@@ -164,20 +125,12 @@ def _signature(description: Mapping[str, Any]) -> "ModelSignature":
     if description["detector"] is not None:
         outputs.append(TensorSpec(np.dtype(np.float64), (-1,), "detection_score"))
         outputs.append(TensorSpec(np.dtype(np.bool_), (-1,), "accepted"))
-    inputs = [TensorSpec(np.dtype(np.float32), (-1, *description["image_shape"]))]
-    params = [ParamSpec("embedding", "boolean", default=False)]
-    signature = ModelSignature(inputs=Schema([*inputs]), outputs=Schema([*outputs]), params=ParamSchema(params))
-    # Tells MLflow that `predict` checks its input itself. A tensor schema could not say "float32, or uint8, or encoded
-    # images", and MLflow would refuse what it does not say.
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, *description["image_shape"]))]),
+        outputs=Schema([*outputs]),
+        params=ParamSchema([ParamSpec("embedding", "boolean", default=False)]),
+    )
+    # Tells MLflow that `predict` validates its input itself: a tensor schema cannot express "float32, uint8 or encoded
+    # images", and MLflow would reject the other types.
     signature._is_signature_from_type_hint = True
     return signature
-
-
-@contextlib.contextmanager
-def _unchanged_path() -> Iterator[None]:
-    """Undo what MLflow adds to ``sys.path`` while it saves: folders that are about to be deleted."""
-    before = list(sys.path)
-    try:
-        yield
-    finally:
-        sys.path[:] = before

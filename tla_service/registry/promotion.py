@@ -1,51 +1,46 @@
-"""Aliases that never get worse by accident: a version passes the gate or is refused, one promotion at a time."""
+"""Promotion: gives an alias to a version that passes the gate, one promotion at a time."""
 
 import contextlib
 import functools
 import json
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
 from tla_service.config import TrackingConfig
 from tla_service.environment import code_version
-from tla_service.errors import ConfigError
-from tla_service.registry.evidence import Package, check_files, examine_evaluation, examine_files, find_version
+from tla_service.errors import ConfigError, one_line
+from tla_service.registry.evidence import examine_evaluation, examine_files, find_version, verify
 from tla_service.registry.gate import Evaluated, Finding, compare, judge
-from tla_service.registry.gate_rules import GateRules
-from tla_service.registry.lock import HeldLock, registry_lock
+from tla_service.registry.job_settings import GateRules
+from tla_service.registry.lock import RegistryLock, registry_lock
 from tla_service.report.schema import ThreatModel
-from tla_service.tracking.connection import client, experiment_id, one_line, retrying, tracking_uri
+from tla_service.tracking.connection import client, experiment_id, retrying, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "tla-promotions"
 _TAG_LENGTH = 5000  # MLflow's limit
-Verdict = Literal["promoted", "refused", "unchanged", "rolled back"]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of a promotion.
+    """The outcome of a promotion.
 
     Attributes:
-        verdict: ``promoted``, ``refused``, ``unchanged`` (it carries the alias already) or ``rolled back``.
-        model: Registered model.
-        version: The version in question; after a rollback the one that carries the alias now.
-        alias: The alias.
-        replaced: Version that carried it before; ``None`` where there was none.
-        findings: Each rule's outcome.
-        sequence: Rises with every change of the alias; 0 where nothing changed.
+        verdict: ``unchanged`` if the version carries the alias already.
+        version: The version in question; after a rollback, the one that carries the alias now.
+        replaced: Version that carried the alias before, if any.
+        findings: The outcome of each rule.
+        sequence: Increases with every change of the alias; 0 if nothing changed.
     """
 
-    verdict: Verdict
-    model: str
+    verdict: Literal["promoted", "refused", "unchanged", "rolled back"]
     version: str
-    alias: str
     replaced: str | None
     findings: Sequence[Finding] = ()
     sequence: int = 0
@@ -56,196 +51,164 @@ def previous_alias(alias: str) -> str:
     return "previous" if alias == "champion" else f"{alias}-previous"
 
 
-def promote(tracking: TrackingConfig, model: str, version: str, alias: str, rules: GateRules) -> Decision:
-    """Give an alias to a version, if the gate lets it through; record the decision either way.
+class Promotion:
+    """Changes an alias of a registered model; safe against concurrent promotions on any machine."""
 
-    Safe against other promotions of the same alias, wherever they run.
-
-    Raises:
-        UserError: There is no such version, or the server is away.
-    """
-    return _Promotion(tracking, model, alias, rules).promote(version)
-
-
-def roll_back(tracking: TrackingConfig, model: str, alias: str) -> Decision:
-    """Give an alias back to the version that carried it before.
-
-    Raises:
-        UserError: There is none, it was changed since, or the server is away.
-    """
-    return _Promotion(tracking, model, alias, GateRules()).roll_back()
-
-
-class _Promotion:
     def __init__(self, tracking: TrackingConfig, model: str, alias: str, rules: GateRules) -> None:
-        self.uri = tracking_uri(tracking)
-        self.made: MlflowClient = client(self.uri)
-        self.model, self.alias, self.rules = model, alias, rules
-        self.files: dict[str, tuple[Finding, Package | None]] = {}
-        self.evaluations: dict[str, tuple[Finding, Evaluated | None]] = {}
+        self._uri = tracking_uri(tracking)
+        self._made: MlflowClient = client(self._uri)
+        self._model, self._alias, self._rules = model, alias, rules
+        # Files and reports are immutable, so each is examined once.
+        self._files = functools.cache(functools.partial(examine_files, self._made, self._uri, model))
+        self._evaluation = functools.cache(functools.partial(examine_evaluation, self._made))
 
     def promote(self, version: str) -> Decision:
-        find_version(self.made, self.model, version)
+        """Give the alias to a version if it passes the gate; records the decision either way."""
+        self._files(version, "version")
         while True:
-            # Files and reports do not change, only the alias does: all that is slow happens without the lock.
+            # Only the alias can change, so everything slow happens without the lock.
             holder = self._holder()
             findings = self._judge(version, holder)
-            if not all(finding.passed for finding in findings):
-                return self._finish(Decision("refused", self.model, version, self.alias, holder, findings))
-            if holder == version:
-                return self._finish(Decision("unchanged", self.model, version, self.alias, holder, findings))
+            is_passed = all(finding.passed for finding in findings)
+            if not is_passed or holder == version:
+                decision = Decision("unchanged" if is_passed else "refused", version, holder, findings)
+                with self._recorded(decision):
+                    return decision
             with self._lock(functools.partial(self._is_holder, holder)) as lock:
-                if lock is not None and self._holder() == holder:
-                    decision = Decision("promoted", self.model, version, self.alias, holder, findings, lock.generation)
+                if lock is not None and self._is_holder(holder):
+                    decision = Decision("promoted", version, holder, findings, lock.generation)
                     return self._apply(decision, holder, lock)
-            # Somebody else was promoted meanwhile: that is whom to compare with.
+            # Another version was promoted meanwhile: compare with that one.
 
     def roll_back(self) -> Decision:
-        with self._lock() as lock:
+        """Give the alias back to the version that carried it before, if its files are unmodified."""
+        with self._lock(lambda: True) as lock:
             assert lock is not None
             holder = self._holder()
             target = None if holder is None else self._replaced_by(holder)
-            if holder is None or target is None:
-                reason = f"there is no version that carried {self.alias!r} before"
-                raise ConfigError("rollback", f"{self.model}@{self.alias}", reason, "promote a version instead")
-            check_files(self.uri, find_version(self.made, self.model, target))
-            decision = Decision("rolled back", self.model, target, self.alias, holder, (), lock.generation)
+            if target is None:
+                reason = f"no version carried {self._alias!r} before"
+                raise ConfigError("rollback", f"{self._model}@{self._alias}", reason, "promote a version instead")
+            verify(self._uri, find_version(self._made, self._model, target))
+            decision = Decision("rolled back", target, holder, (), lock.generation)
             return self._apply(decision, self._replaced_by(target), lock)
 
-    def _lock(self, wanted: Callable[[], bool] = lambda: True) -> contextlib.AbstractContextManager[HeldLock | None]:
-        return registry_lock(self.made, f"{self.model}-{self.alias}", wanted=wanted)
+    def _lock(self, wanted: Callable[[], bool]) -> contextlib.AbstractContextManager[RegistryLock | None]:
+        return registry_lock(self._made, f"{self._model}-{self._alias}", wanted=wanted)
 
     def _judge(self, version: str, holder: str | None) -> list[Finding]:
         intact, package = self._files(version, "version")
         if package is None:
             return [intact]
-        threat = self.rules.threat_model or package.trained_for
+        threat = self._rules.threat_model or package.trained_for
         evaluated, candidate = self._evaluation(package, threat, "version")
         if candidate is None:
             return [intact, evaluated]
-        findings = [intact, evaluated, *judge(candidate, self.rules)]
-        if holder is None or holder == version or not self.rules.not_worse:
+        findings = [intact, evaluated, *judge(candidate, self._rules)]
+        if holder is None or holder == version or not self._rules.not_worse:
             return findings
         return [*findings, *self._compare(candidate, threat, holder)]
 
     def _compare(self, candidate: Evaluated, threat: ThreatModel, holder: str) -> list[Finding]:
-        """Hold the candidate against the holder of the alias, both under one threat model."""
-        intact, theirs = self._files(holder, self.alias)
+        """Compare the candidate with the holder of the alias under one threat model."""
+        intact, theirs = self._files(holder, self._alias)
         if theirs is None:
             return [intact]
-        if self.rules.threat_model is None and theirs.trained_for.slug != threat.slug:
-            # Nobody replaces a champion by training for less than it.
+        if self._rules.threat_model is None and theirs.trained_for.slug != threat.slug:
+            # A version must not replace the champion by being trained for a weaker threat model.
             explanation = (
-                f"trained for {threat}, version {holder} ({self.alias}) for {theirs.trained_for}; name the threat "
+                f"trained for {threat}, but version {holder} ({self._alias}) for {theirs.trained_for}; name the threat "
                 "model to compare them under: rules.norm and rules.epsilon"
             )
-            alias = "" if self.alias == "champion" else f" --alias {self.alias}"
+            alias = "" if self._alias == "champion" else f" --alias {self._alias}"
             remedy = (
-                f"run jobs/promote_model.py --model {self.model} --version {candidate.version}{alias} "
+                f"run jobs/promote_model.py --model {self._model} --version {candidate.version}{alias} "
                 f"--rules.norm {theirs.trained_for.norm} --rules.epsilon {theirs.trained_for.radius}"
             )
             return [Finding("comparable", passed=False, explanation=explanation, remedy=remedy)]
-        evaluated, champion = self._evaluation(theirs, threat, self.alias)
-        return [evaluated] if champion is None else compare(candidate, champion, self.alias, self.rules)
-
-    def _files(self, version: str, subject: str) -> tuple[Finding, Package | None]:
-        if version not in self.files:
-            self.files[version] = examine_files(self.made, self.uri, self.model, version, subject=subject)
-        return self.files[version]
-
-    def _evaluation(self, package: Package, threat: ThreatModel, subject: str) -> tuple[Finding, Evaluated | None]:
-        version = str(package.version.version)
-        if version not in self.evaluations:
-            self.evaluations[version] = examine_evaluation(self.made, package, threat, subject=subject)
-        return self.evaluations[version]
+        evaluated, champion = self._evaluation(theirs, threat, self._alias)
+        return [evaluated] if champion is None else compare(candidate, champion, self._alias, self._rules)
 
     def _holder(self) -> str | None:
-        found = retrying("Reading the alias", lambda: self.made.get_registered_model(self.model)).aliases
-        return None if self.alias not in found else str(found[self.alias])
+        found = retrying("Reading the alias", lambda: self._made.get_registered_model(self._model)).aliases
+        return str(found[self._alias]) if self._alias in found else None
 
     def _is_holder(self, version: str | None) -> bool:
         return self._holder() == version
 
     def _replaced_by(self, version: str) -> str | None:
         """The version that another one took the alias from."""
-        tags = retrying("Reading the version", lambda: self.made.get_model_version(self.model, version)).tags
-        return tags.get(f"tla.{self.alias}.replaced") or None
+        tags = retrying("Reading the version", lambda: self._made.get_model_version(self._model, version)).tags
+        return tags.get(f"tla.{self._alias}.replaced") or None
 
-    def _apply(self, decision: Decision, previous: str | None, lock: HeldLock) -> Decision:
-        """Change the aliases. Whatever is interrupted on the way leaves a record that says RUNNING."""
+    def _apply(self, decision: Decision, previous: str | None, lock: RegistryLock) -> Decision:
+        """Change the aliases. An interruption leaves a record with status RUNNING."""
         from mlflow.exceptions import MlflowException
 
-        model, alias, version = self.model, self.alias, decision.version
-        run_id = self._record(decision)
-        try:
-            if decision.verdict == "promoted":
+        model, alias, before = self._model, self._alias, previous_alias(self._alias)
+        with self._recorded(decision):
+            try:
+                if decision.verdict == "promoted":
+                    lock.check()
+                    self._tag(decision.version, "replaced", decision.replaced or "")
                 lock.check()
-                self._tag(version, "replaced", decision.replaced or "")
-            lock.check()
-            retrying("Setting the alias", lambda: self.made.set_registered_model_alias(model, alias, version))
-            lock.check()
-            before = previous_alias(alias)
-            if previous is not None:
-                retrying("Setting the alias", lambda: self.made.set_registered_model_alias(model, before, previous))
-            else:
-                with contextlib.suppress(MlflowException):  # there is none
-                    self.made.delete_registered_model_alias(model, before)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            raise ConfigError("alias", alias, f"MLflow refuses it ({one_line(error)})", "choose another") from error
-        self._tag_decision(decision, run_id)
-        retrying("Closing the record", lambda: self.made.set_terminated(run_id, "FINISHED"))
+                self._set_alias(alias, decision.version)
+                lock.check()
+                if previous is not None:
+                    self._set_alias(before, previous)
+                else:
+                    with contextlib.suppress(MlflowException):  # it does not exist
+                        self._made.delete_registered_model_alias(model, before)
+            except MlflowException as error:
+                if error.error_code != "INVALID_PARAMETER_VALUE":
+                    raise
+                raise ConfigError("alias", alias, f"MLflow refuses it ({one_line(error)})", "choose another") from error
         return decision
 
-    def _finish(self, decision: Decision) -> Decision:
-        """Record a decision that changes nothing."""
-        run_id = self._record(decision)
-        self._tag_decision(decision, run_id)
-        retrying("Closing the record", lambda: self.made.set_terminated(run_id, "FINISHED"))
-        return decision
+    def _set_alias(self, alias: str, version: str) -> None:
+        retrying("Setting the alias", lambda: self._made.set_registered_model_alias(self._model, alias, version))
 
-    def _record(self, decision: Decision) -> str:
-        """A run of its own for each decision: versions keep their last one only."""
-        key = uuid.uuid4().hex
+    @contextlib.contextmanager
+    def _recorded(self, decision: Decision) -> Iterator[None]:
+        """Record a decision in a run of its own, as a version's tags keep the last one only."""
+        key, findings = uuid.uuid4().hex, _as_json(decision.findings)
         tags = {
             "tla.promotion": decision.verdict,
             "tla.promotion.id": key,
-            "tla.promotion.model": decision.model,
+            "tla.promotion.model": self._model,
             "tla.promotion.version": decision.version,
-            "tla.promotion.alias": decision.alias,
+            "tla.promotion.alias": self._alias,
             "tla.promotion.replaced": decision.replaced or "",
             "tla.promotion.sequence": str(decision.sequence),
-            "tla.promotion.rules": self.rules.model_dump_json(),
-            "tla.promotion.findings": _findings(decision),
+            "tla.promotion.rules": self._rules.model_dump_json(),
+            "tla.promotion.findings": findings,
             **code_version(),
         }
-        name = f"{decision.model}/{decision.version} {decision.verdict}"
+        name = f"{self._model}/{decision.version} {decision.verdict}"
 
         def create() -> str:
-            experiment = experiment_id(self.made, EXPERIMENT, self.uri)
-            # An attempt whose answer was lost may have made it.
-            made = self.made.search_runs([experiment], f"tags.`tla.promotion.id` = '{key}'", max_results=1)
-            run = made[0] if made else self.made.create_run(experiment, run_name=name, tags=tags)
+            experiment = experiment_id(self._made, EXPERIMENT, self._uri)
+            # An attempt whose response was lost may have created it.
+            made = self._made.search_runs([experiment], f"tags.`tla.promotion.id` = '{key}'", max_results=1)
+            run = made[0] if made else self._made.create_run(experiment, run_name=name, tags=tags)
             return str(run.info.run_id)
 
-        return retrying("Recording the decision", create)
-
-    def _tag_decision(self, decision: Decision, run_id: str) -> None:
+        run_id = retrying("Recording the decision", create)
+        yield
         facts = {"decision": decision.verdict, "by": os.environ.get("MLFLOW_TRACKING_USERNAME") or "", "run": run_id}
-        facts |= {"at": datetime.now(UTC).isoformat(timespec="seconds"), "findings": _findings(decision)}
-        for name, value in facts.items():
-            self._tag(decision.version, name, value)
+        facts |= {"at": datetime.now(UTC).isoformat(timespec="seconds"), "findings": findings}
+        for fact, value in facts.items():
+            self._tag(decision.version, fact, value)
+        retrying("Closing the record", lambda: self._made.set_terminated(run_id, "FINISHED"))
 
     def _tag(self, version: str, name: str, value: str) -> None:
-        key = f"tla.{self.alias}.{name}"
-        retrying("Tagging the version", lambda: self.made.set_model_version_tag(self.model, version, key, value))
+        key = f"tla.{self._alias}.{name}"
+        retrying("Tagging the version", lambda: self._made.set_model_version_tag(self._model, version, key, value))
 
 
-def _findings(decision: Decision) -> str:
-    """All findings as JSON, or as many as fit into a tag."""
-    names = ("rule", "passed", "explanation")
-    found = [{name: getattr(finding, name) for name in names} for finding in decision.findings]
+def _as_json(findings: Sequence[Finding]) -> str:
+    """As many findings as fit into a tag."""
+    found = [{"rule": each.rule, "passed": each.passed, "explanation": each.explanation} for each in findings]
     while len(text := json.dumps(found)) > _TAG_LENGTH:
         found.pop()
     return text

@@ -1,7 +1,7 @@
-"""What MLflow runs to load a packaged network (models-from-code): copied into every model version as it is.
+"""The models-from-code script of MLflow, copied into every model version.
 
-It imports only what a version ships beside it (``tla_service.inference``, ``tla_service.models``) and its pinned
-requirements, so it works where this project is not installed.
+It imports only the code in a version (``tla_service.inference``, ``tla_service.models``) and its pinned requirements,
+so it works without an installation of this project.
 """
 
 from pathlib import Path
@@ -17,9 +17,9 @@ from tla_service.inference.predictor import Predictor
 
 
 class Refusal(MlflowException):
-    """Input that cannot be classified: status 400 when served.
+    """Invalid input: status 400 when served.
 
-    MLflow's server puts the input itself, all of it, before an error's message; a client needs the message alone.
+    MLflow's server puts the whole input before an error's message, so the message cannot be reassigned.
     """
 
     def __init__(self, message: str) -> None:
@@ -36,41 +36,25 @@ class Refusal(MlflowException):
 
 
 class RobustClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined, misc]
-    """Classifies images, and says which of its answers to trust."""
+    """Classifies images, and flags likely misclassifications."""
 
     def load_context(self, context: Any) -> None:
-        """Build the network and load its weights and detector.
-
-        Args:
-            context: MLflow's; ``artifacts`` holds the path of ``model``, and the other files lie beside it.
-
-        Raises:
-            MlflowException: A file is not the one that the description was written for.
-        """
+        """Load the network and its detector; raises `MlflowException` if a file was modified."""
         try:
             self.predictor = Predictor.load(Path(context.artifacts["model"]).parent)
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(f"{error}; load another version") from error
 
-    # MLflow reads the input's annotation and warns of every one it does not know; it passes over this one.
+    # MLflow warns about type hints of the input that it does not know; not about this one.
     def predict(
         self,
-        context: Any,  # noqa: ARG002 - MLflow passes all
+        context: Any,  # noqa: ARG002 - part of MLflow's interface
         model_input: np.ndarray,
         params: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Classify images.
+        """Classify images: see :func:`tla_service.inference.images.read_images` for the forms of the input.
 
-        Args:
-            context: MLflow's, unused.
-            model_input: Images in any form that :func:`tla_service.inference.images.read_images` takes.
-            params: ``embedding``: whether to return the embeddings as well.
-
-        Returns:
-            As :meth:`tla_service.inference.predictor.Predictor.predict`.
-
-        Raises:
-            MlflowException: The images cannot be classified (HTTP 400 when served).
+        ``params={"embedding": True}`` returns the embeddings as well. Invalid images raise `Refusal`.
         """
         try:
             images = read_images(model_input, self.predictor.image_shape)

@@ -10,11 +10,11 @@ from safetensors.numpy import load_file
 
 from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.inference.detector import Rejector
 from tla_service.registry.loading import load_with_folder
 from tla_service.report.schema import ModelFacts, ThreatModel
-from tla_service.tracking.connection import client, one_line
+from tla_service.tracking.connection import client
 
 if TYPE_CHECKING:
     import torch

@@ -1,6 +1,6 @@
-"""The Ray Serve application: replicas that classify, and one that counts.
+"""The Ray Serve application: replicas that classify, and one that collects metrics.
 
-| request | answer |
+| request | response |
 |---|---|
 | `GET /` | the model: address, classes, image shape, detector |
 | `GET /health` | 200 once the model is loaded |
@@ -29,33 +29,8 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 
-def build_app(settings: ServeSettings) -> Application:
-    """The application, bound to the version that the address names now.
-
-    An alias is looked up once, here: replicas that start later serve the same version. Deploy again to follow it.
-
-    Raises:
-        ConfigError: The address names no registered version.
-        UnavailableError: There is no such version, or the registry is away.
-    """
-    from tla_service.config import TrackingConfig
-    from tla_service.registry.loading import pin_version
-    from tla_service.tracking.connection import tracking_uri
-
-    uri = tracking_uri(TrackingConfig(uri=settings.tracking_uri))
-    model = pin_version(settings.model, uri)
-    options: dict[str, Any] = {"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica}
-    classifier = Classifier.options(  # type: ignore[attr-defined]
-        num_replicas=settings.replicas,
-        ray_actor_options=options,
-        max_queued_requests=settings.max_waiting_requests,
-        max_ongoing_requests=2 * settings.max_batch_images,
-    )
-    return classifier.bind(settings, model, uri, Meter.bind(model))  # type: ignore[attr-defined]
-
-
 class RequestError(Exception):
-    """A request that is answered with an HTTP status of its own."""
+    """A request that is refused with an HTTP status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(status, message)
@@ -64,14 +39,7 @@ class RequestError(Exception):
 
 @serve.deployment
 class Classifier:
-    """A replica: one copy of the model.
-
-    Args:
-        settings: Of the application.
-        model: ``models:/NAME/VERSION``.
-        uri: Registry.
-        meter: Counts answers.
-    """
+    """A replica of ``model`` (``models:/NAME/VERSION``), from the registry at ``uri``."""
 
     def __init__(self, settings: ServeSettings, model: str, uri: str, meter: "DeploymentHandle[Any]") -> None:
         from tla_service.inference.predictor import Predictor
@@ -84,20 +52,23 @@ class Classifier:
         self._classify.set_batch_wait_timeout_s(settings.batch_wait_seconds)  # type: ignore[attr-defined]
 
     async def __call__(self, request: "Request") -> "Response":
-        """Answer a request; whatever is wrong with it is said in one sentence."""
-        from starlette.responses import JSONResponse
+        """Handle a request."""
+        from starlette.responses import JSONResponse, PlainTextResponse
 
         route = f"{request.method} {request.url.path.rstrip('/') or '/'}"
         if route == "GET /":
-            return JSONResponse(self._facts())
+            names = ("architecture", "method", "threat_model", "class_names", "image_shape", "detector")
+            facts = {name: self._description[name] for name in names}
+            sha256 = self._description["weights"]["sha256"]
+            return JSONResponse({"model": self._model, **facts, "weights_sha256": sha256})
         if route == "GET /health":
             return JSONResponse({"status": "ok", "model": self._model})
         if route == "GET /metrics":
-            from starlette.responses import PlainTextResponse
-
             return PlainTextResponse(await self._meter.text.remote(), media_type="text/plain; version=0.0.4")
         if route != "POST /predict":
-            return JSONResponse({"error": "there is GET /, /health, /metrics and POST /predict"}, status_code=404)
+            return JSONResponse(
+                {"error": "not found; available: GET /, /health, /metrics and POST /predict"}, status_code=404
+            )
         began = time.perf_counter()
         accepted = rejected = 0
         try:
@@ -118,7 +89,7 @@ class Classifier:
             images, embedding = await asyncio.to_thread(parse_body, body, content_type, shape, most)
         except BadImages as error:
             raise RequestError(400, str(error)) from None
-        # Small enough for a batch each; the batcher puts them together again.
+        # Each chunk fits into a batch; the batcher combines them again.
         size = self._settings.max_batch_images
         chunks = [images[start : start + size] for start in range(0, len(images), size)]
         parts = await asyncio.gather(*(self._classify(chunk) for chunk in chunks))
@@ -131,18 +102,18 @@ class Classifier:
         return answer, len(images) - rejected, rejected
 
     async def _body(self, request: "Request") -> bytes:
-        """The body, as long as it is not too large: a client's word for its length is not relied on."""
+        """The body, limited in size whatever Content-Length says."""
         limit, parts, size = self._settings.max_request_bytes, [], 0
         async for part in request.stream():
             size += len(part)
             if size > limit:
-                raise RequestError(413, f"the body is over {limit} bytes; send the images in several requests")
+                raise RequestError(413, f"the body exceeds {limit} bytes; send the images in several requests")
             parts.append(part)
         return b"".join(parts)
 
     @serve.batch(batch_size_fn=lambda batch: sum(len(images) for images in batch))
     async def _classify(self, batch: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Classify the images of several requests at once; the event loop stays free for more."""
+        """Classify the images of several requests in a thread, so that the event loop accepts more."""
         found = await asyncio.to_thread(self._predictor.predict, np.concatenate(batch), embedding=True)
         ends = np.cumsum([len(images) for images in batch])
         return [
@@ -150,25 +121,35 @@ class Classifier:
             for images, end in zip(batch, ends, strict=True)
         ]
 
-    def _facts(self) -> dict[str, Any]:
-        names = ("architecture", "method", "threat_model", "class_names", "image_shape", "detector")
-        facts = {name: self._description[name] for name in names}
-        return {"model": self._model, **facts, "weights_sha256": self._description["weights"]["sha256"]}
-
 
 def app(arguments: dict[str, Any]) -> Application:
-    """What Serve calls with the ``args`` of its configuration.
+    """The application for the ``args`` of Serve's configuration.
+
+    An alias is resolved once, here, so that replicas started later serve the same version; redeploy to follow it.
 
     Raises:
-        ConfigError: A field is wrong.
+        ConfigError: A field is invalid, or the address is not that of a registered version.
+        UnavailableError: There is no such version, or the registry is unavailable.
     """
     from pydantic import ValidationError
+
+    from tla_service.config import TrackingConfig
+    from tla_service.registry.loading import pin_version
+    from tla_service.tracking.connection import tracking_uri
 
     try:
         settings = ServeSettings.model_validate(arguments)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"]) or "args"
-        shown = ", ".join(ServeSettings.model_fields)
-        raise ConfigError(name, first["input"], first["msg"].lower(), f"the settings are {shown}") from error
-    return build_app(settings)
+        remedy = f"the settings are {', '.join(ServeSettings.model_fields)}"
+        raise ConfigError(name, first["input"], first["msg"].lower(), remedy) from error
+    uri = tracking_uri(TrackingConfig(uri=settings.tracking_uri))
+    model = pin_version(settings.model, uri)
+    classifier = Classifier.options(  # type: ignore[attr-defined]
+        num_replicas=settings.replicas,
+        ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": settings.gpus_per_replica},
+        max_queued_requests=settings.max_waiting_requests,
+        max_ongoing_requests=2 * settings.max_batch_images,
+    )
+    return classifier.bind(settings, model, uri, Meter.bind(model))  # type: ignore[attr-defined]

@@ -1,8 +1,7 @@
-"""Metrics on their way to the tracking server, written to disk first, so that a server that is away loses nothing.
+"""Metrics are written to disk before they are sent, so that an unavailable server loses none.
 
-Every point is appended to a file, and a thread sends the file's lines. What the server has not confirmed is still
-in the file when the process is killed, and the next log of the same run sends it. The file is the queue, so memory
-stays bounded however long the server is away.
+Every point is appended to a file, whose lines a thread sends. What the server has not confirmed when the process is
+killed is sent by the next log of the same run. The file is the queue, so memory stays bounded during an outage.
 """
 
 import contextlib
@@ -17,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from tla_service.tracking.connection import client, one_line
+from tla_service.errors import one_line, without_credentials
+from tla_service.tracking.connection import client
 
 _BATCH = 1000  # MLflow's limit of metrics in one request
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 0.5, 30.0
@@ -29,13 +29,8 @@ Point = tuple[str, float, int, int]  # key, value, timestamp in ms, step
 class RunLog:
     """Sends metrics of one run from a background thread; the caller never waits for the server.
 
-    A point (key, step) is sent once: what is on the server already, from before a restart, is left out. One process
-    logs a given metric of a run.
-
-    Args:
-        uri: Tracking store, as :func:`tla_service.registry.tracking_uri` gives it.
-        run_id: MLflow run.
-        spill_dir: Folder for what is not sent yet. The same folder after a restart sends what an ended process left.
+    A point (key, step) is sent once: what the server has already, from before a restart, is skipped. Each metric of a
+    run must be logged by one process only. `spill_dir` has the unsent metrics, also those of an ended process.
     """
 
     def __init__(self, uri: str, run_id: str, spill_dir: str | Path) -> None:
@@ -45,8 +40,8 @@ class RunLog:
         self._changed = threading.Condition()
         self._path, self._file = self._adopt()
         self._sent_bytes = 0
-        self._known: dict[str, set[int]] | None = None  # key -> steps on the server; None: ask first
-        self._unasked: set[str] = set()  # keys on the server whose steps were not asked for yet
+        self._known: dict[str, set[int]] | None = None  # key -> steps on the server; None: unknown
+        self._unasked: set[str] = set()  # keys on the server whose steps are not in `_known` yet
         self._api: Any = None
         self._away = False
         self._closing = False
@@ -55,15 +50,7 @@ class RunLog:
         self._thread.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Queue metrics of one step; returns at once.
-
-        Args:
-            metrics: Values by name; anything ``float`` takes.
-            step: Epoch or optimiser step the values belong to.
-
-        Raises:
-            ValueError: The log is closed.
-        """
+        """Queue metrics of one epoch or optimizer step; returns at once."""
         now = int(time.time() * 1000)
         lines = [json.dumps([key, float(value), now, int(step)]) + "\n" for key, value in metrics.items()]
         with self._changed:
@@ -79,25 +66,17 @@ class RunLog:
             self._changed.notify_all()
 
     def flush(self, timeout_seconds: float) -> bool:
-        """Wait until everything logged so far is on the server.
-
-        Returns:
-            Whether it is; ``False`` when the time ran out, which loses nothing.
-        """
+        """Wait until the server has everything logged so far; False on a timeout, which loses nothing."""
         with self._changed:
             return self._changed.wait_for(lambda: self._pending_bytes() == 0, timeout_seconds)
 
     def unsent_bytes(self) -> int:
-        """How much of what was logged the server has not confirmed yet, as it lies on disk."""
+        """Bytes on disk that the server has not confirmed yet."""
         with self._changed:
             return self._pending_bytes()
 
     def close(self, timeout_seconds: float = 30.0) -> bool:
-        """Send what is left and stop. What cannot be sent in time stays on disk for the next log of this run.
-
-        Returns:
-            Whether everything was sent.
-        """
+        """Send what is left and stop; returns whether all was sent. The rest stays on disk for the next log."""
         if self._closing:
             return not self._path.exists()
         self.flush(timeout_seconds)
@@ -115,19 +94,19 @@ class RunLog:
         return done
 
     def _adopt(self) -> tuple[Path, IO[bytes]]:
-        """Open a new file and move into it what ended processes left; files of living ones are locked."""
+        """Open a new file and move into it what ended processes left; files of running ones are locked."""
         path = self._folder / f"{self._run_id}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
         hidden = path.with_suffix(".new")
         own = hidden.open("a+b")
         fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        hidden.rename(path)  # locked before others see it, or they would take it for one left behind
+        hidden.rename(path)  # locked before others see it, or they would adopt it
         for left in sorted(self._folder.glob(f"{self._run_id}-*.jsonl")):
             if left == path:
                 continue
             with contextlib.suppress(BlockingIOError, FileNotFoundError), left.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 content = file.read()
-                # A process killed while writing leaves half a line, which must not swallow the next one.
+                # A process killed while writing leaves half a line, which must not be joined with the next.
                 own.write(content if content.endswith(b"\n") or not content else content + b"\n")
                 own.flush()
                 os.fsync(own.fileno())
@@ -147,7 +126,7 @@ class RunLog:
                 points, end = self._read()
             try:
                 self._send(points)
-            except Exception as error:  # noqa: BLE001 - whatever goes wrong here must not end the training
+            except Exception as error:  # noqa: BLE001 - no error here may stop training
                 failures += 1
                 self._failed(error, failures)
                 continue
@@ -166,7 +145,7 @@ class RunLog:
 
     def _confirm(self, end: int) -> None:
         if self._away:
-            _log.warning("The tracking server %s is back; metrics are sent again", self._uri)
+            _log.warning("The tracking server %s is back; sending metrics again", without_credentials(self._uri))
             self._away = False
         with self._changed:
             if self._file.closed:
@@ -178,11 +157,11 @@ class RunLog:
             self._changed.notify_all()
 
     def _failed(self, error: Exception, failures: int) -> None:
-        self._known = None  # the request may have arrived all the same, so ask again what is there
+        self._known = None  # the request may have arrived all the same
         if failures > 1 and not self._away:  # a single failure is often a closed connection
             _log.warning(
-                "The tracking server %s is away (%s); metrics are kept in %s until it is back",
-                self._uri,
+                "The tracking server %s is unavailable (%s); metrics are kept in %s until it is back",
+                without_credentials(self._uri),
                 one_line(error),
                 self._path,
             )
@@ -192,44 +171,41 @@ class RunLog:
             self._changed.wait_for(lambda: self._closing, wait)
 
     def _send(self, points: list[Point]) -> None:
-        """Send what the server does not have; raises when it cannot be reached."""
+        """Send what the server does not have."""
         from mlflow.entities import Metric
 
         if self._api is None:
             self._api = client(self._uri)
-        api = self._api
         fresh: dict[tuple[str, int], Metric] = {}
         for key, value, timestamp, step in points:
-            if step not in self._steps(api, key):
+            if step not in self._steps(key):
                 fresh.setdefault((key, step), Metric(key, value, timestamp, step))
         if fresh:
-            self._send_metrics(api, list(fresh.values()))
+            self._send_metrics(list(fresh.values()))
         for key, step in fresh:
-            self._steps(api, key).add(step)
+            self._steps(key).add(step)
 
-    def _send_metrics(self, api: Any, metrics: list[Any]) -> None:
+    def _send_metrics(self, metrics: list[Any]) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
-            api.log_batch(self._run_id, metrics=metrics)
+            self._api.log_batch(self._run_id, metrics=metrics)
         except MlflowException as error:
             if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise
             if len(metrics) == 1:
-                # No later attempt can succeed, and the points behind this one must not wait for it.
+                # Retrying cannot succeed, and must not delay the points behind this one.
                 _log.warning("MLflow refuses metric %r (%s); it is left out", metrics[0].key, one_line(error))
                 return
             for metric in metrics:
-                self._send_metrics(api, [metric])
+                self._send_metrics([metric])
 
-    def _steps(self, api: Any, key: str) -> set[int]:
-        """Steps of a metric that are on the server, asked for once."""
+    def _steps(self, key: str) -> set[int]:
+        """Steps of a metric that the server has, requested once."""
         if self._known is None:
-            self._unasked = set(api.get_run(self._run_id).data.metrics)
+            self._unasked = set(self._api.get_run(self._run_id).data.metrics)
             self._known = {}
         if key not in self._known:
-            steps = (
-                {point.step for point in api.get_metric_history(self._run_id, key)} if key in self._unasked else set()
-            )
-            self._known[key] = steps
+            history = self._api.get_metric_history(self._run_id, key) if key in self._unasked else ()
+            self._known[key] = {point.step for point in history}
         return self._known[key]

@@ -1,4 +1,4 @@
-"""A run in MLflow: opened or continued by its key, described completely, given files, and closed."""
+"""MLflow runs: created or resumed by their key, described, given files, and closed."""
 
 import functools
 import json
@@ -12,27 +12,26 @@ from typing import TYPE_CHECKING, Any, Literal
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
 from tla_service.environment import code_version, environment
-from tla_service.errors import UnavailableError, UserError
+from tla_service.errors import UnavailableError, UserError, one_line, without_credentials
 from tla_service.tracking.connection import (
     FIELD,
     client,
     exclusive,
     experiment_id,
-    one_line,
     retrying,
     sqlite_path,
     storing,
     tracking_uri,
 )
-from tla_service.tracking.store_errors import artifact_cause, shown
+from tla_service.tracking.store_errors import artifact_cause
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 RUN_KEY = "tla.run_key"
-RESUMED = "tla.resumed"
-FINGERPRINT = "data_fingerprint"  # the fact that names the data set's content
+FINGERPRINT = "data_fingerprint"  # fact: the digest of the data set
+_RESUMED = "tla.resumed"
 _PARAMS_PER_REQUEST = 100  # MLflow's limits
 _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH = 6000, 8000, 36
 _SETTLE_SECONDS = 0.5
@@ -41,15 +40,15 @@ _log = logging.getLogger(__name__)
 
 
 def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], parent_run_id: str | None = None) -> str:
-    """Open the MLflow run of a key, or continue it when it exists, and describe it.
+    """Create the MLflow run of a key, or resume it, and describe it.
 
-    Parameters in MLflow cannot change, so a continued run keeps those it started with; a configuration that differs
-    (other workers, another name) is added as a file.
+    MLflow's parameters are immutable, so a resumed run keeps its own; a configuration that differs (other workers,
+    another name) is added as a file.
 
     Args:
         config: The resolved configuration: every field becomes a parameter, and ``config.yaml`` loads it again.
-        run_key: What identifies the logical run over restarts.
-        facts: What else describes the run: data fingerprint (``data_fingerprint``), sizes. Each becomes a tag.
+        run_key: Identifies the run across restarts.
+        facts: Tags: data fingerprint (``data_fingerprint``), sizes.
         parent_run_id: Run of the sweep this one belongs to.
 
     Returns:
@@ -68,21 +67,21 @@ def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], paren
     run_id = str(run.info.run_id)
     count = 0
     if not is_new:
-        count = int(run.data.tags.get(RESUMED, "0")) + 1
-        retrying("Continuing the run", lambda: _continue(made, run_id, tags | {RESUMED: str(count)}))
+        count = int(run.data.tags.get(_RESUMED, "0")) + 1
+        retrying("Resuming the run", lambda: _resume(made, run_id, tags | {_RESUMED: str(count)}))
     try:
         retrying("Describing the run", lambda: _describe(made, run_id, config, facts, count))
     except UserError:
         raise
     except Exception as error:
-        # Its first file is written here: a run whose results could not be stored is not begun.
+        # The first file is written here: a run whose results could not be stored does not start.
         location = str(made.get_run(run_id).info.artifact_uri)
-        raise UnavailableError(FIELD, shown(uri), *artifact_cause(location, error)) from error
+        raise UnavailableError(FIELD, uri, *artifact_cause(location, error)) from error
     return run_id
 
 
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and values: strings as they are, everything else as JSON (``null``, ``true``, ``[1, 2]``)."""
+    """Dotted names and values: strings unchanged, everything else as JSON (``null``, ``true``, ``[1, 2]``)."""
     for name, value in fields.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{name}.")
@@ -91,48 +90,23 @@ def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def run_page(uri: str, run_id: str) -> str:
-    """Where people look at a run: its page on a server, or the command that shows a local store.
-
-    Args:
-        uri: Tracking store.
-        run_id: MLflow run.
-    """
+    """The URL of a run's page on a server, or the command that shows it in a local store."""
     if not uri.startswith("http"):
-        return f"run {run_id}, shown by: mlflow ui --backend-store-uri {uri}"
+        return f"run {run_id}, shown by: mlflow ui --backend-store-uri {without_credentials(uri)}"
     made = client(uri)
     experiment = retrying("Reading the run", lambda: made.get_run(run_id)).info.experiment_id
-    # An address may carry a name and a password, which no log must show.
-    scheme, _, rest = uri.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}/#/experiments/{experiment}/runs/{run_id}"
+    return f"{without_credentials(uri)}/#/experiments/{experiment}/runs/{run_id}"
 
 
 def log_files(uri: str, run_id: str, files: Mapping[str, Path]) -> None:
-    """Store files with a run, repeating for minutes while the server is away.
-
-    Args:
-        uri: Tracking store.
-        run_id: MLflow run.
-        files: Path among the run's artifacts (``plots/curves.png``) -> local file. Names may differ.
-
-    Raises:
-        UnavailableError: The server was away all the time.
-        MlflowException: It refuses.
-    """
+    """Store files (artifact path -> local file) with a run; retries for minutes while the server is unavailable."""
     made = client(uri)
     for target, source in files.items():
         storing(f"Storing {target}", functools.partial(_log_file, made, run_id, target, source))
 
 
 def find_finished(config: RunConfig, run_key: str) -> str | None:
-    """The finished MLflow run of a key, if there is one.
-
-    Args:
-        config: Any configuration with the tracking section of the run.
-        run_key: As given to `open_run`.
-
-    Raises:
-        UnavailableError: The server cannot be reached.
-    """
+    """The finished MLflow run of a key, if there is one; of ``config``, only the tracking section is read."""
     uri = tracking_uri(config.tracking)
     made = client(uri)
     experiment = retrying("Finding the experiment", lambda: experiment_id(made, config.tracking.experiment, uri))
@@ -141,17 +115,7 @@ def find_finished(config: RunConfig, run_key: str) -> str | None:
 
 
 def fetch_files(uri: str, run_id: str, names: Sequence[str], folder: Path) -> None:
-    """Copy files of a run into a folder, those of the names that it has.
-
-    Args:
-        uri: Tracking store.
-        run_id: MLflow run.
-        names: Names among the run's artifacts, without folders.
-        folder: Where they go; files of the same names are replaced.
-
-    Raises:
-        UnavailableError: The server cannot be reached.
-    """
+    """Download those of the named artifacts that a run has into a folder, replacing files of the same names."""
     made = client(uri)
     folder.mkdir(parents=True, exist_ok=True)
     there = {artifact.path for artifact in retrying("Listing files", lambda: made.list_artifacts(run_id))}
@@ -163,26 +127,14 @@ def fetch_files(uri: str, run_id: str, names: Sequence[str], folder: Path) -> No
 
 
 def finish_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
-    """Close a run. A process that ends without this leaves it RUNNING until its key is opened again.
-
-    Args:
-        uri: Tracking store.
-        run_id: MLflow run.
-        status: How it ended.
-    """
+    """Close a run. A process that ends without this leaves it RUNNING until its key is opened again."""
     made = client(uri)
-    close = storing if status == "FINISHED" else retrying  # where a run failed, so may its server have
+    close = storing if status == "FINISHED" else retrying  # after a failure, the server may be down as well
     close("Closing the run", lambda: made.set_terminated(run_id, status))
 
 
 def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a run; those of the same names are replaced.
-
-    Args:
-        uri: Tracking store.
-        run_id: MLflow run.
-        tags: Names and values; empty values are left out.
-    """
+    """Set tags of a run; empty values are left out."""
     from mlflow.entities import RunTag
 
     made = client(uri)
@@ -191,21 +143,20 @@ def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
 
 
 def start_system_metrics(uri: str, run_id: str) -> Callable[[], None]:
-    """Log processor, memory, disk, network and GPU use of this machine with a run, every ten seconds.
+    """Log CPU, memory, disk, network and GPU utilization of this machine every ten seconds; returns what stops it.
 
-    Returns:
-        Call it to stop. Failures of either are logged and never raised: this is a convenience.
+    Failures are logged, never raised: training does not depend on it.
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     logger = logging.getLogger("mlflow.system_metrics.system_metrics_monitor")
-    logger.setLevel(logging.WARNING)  # it tells of each start and stop, and of GPUs that are not there
+    logger.setLevel(logging.WARNING)  # it logs each start and stop, and missing GPUs
     try:
         monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
             run_id, sampling_interval=_SYSTEM_METRICS_SECONDS, resume_logging=True, tracking_uri=uri
         )
         monitor.start()  # type: ignore[no-untyped-call]
-    except Exception as error:  # noqa: BLE001 - psutil is missing, the server is away
+    except Exception as error:  # noqa: BLE001 - psutil is missing, the server is down
         _log.warning("System metrics are not logged: %s", one_line(error))
         return lambda: None
     return monitor.finish
@@ -221,7 +172,7 @@ def _tags(config: RunConfig, run_key: str, facts: Mapping[str, str], parent_run_
 
 
 def _find(made: "MlflowClient", experiment: str, run_key: str) -> "list[Run]":
-    # MLflow's filters know two kinds of quotes and no escape: a folder's name may have either, or both.
+    # MLflow's filters have two kinds of quotes and no escape; a folder's name may contain both.
     quote = next((sign for sign in "'\"" if sign not in run_key), None)
     wanted = f"tags.`{RUN_KEY}` = {quote}{run_key}{quote}" if quote else f"tags.`{RUN_KEY}` LIKE '%/%'"
     order = ["attributes.start_time ASC", "attributes.run_id ASC"]
@@ -237,7 +188,7 @@ def _find(made: "MlflowClient", experiment: str, run_key: str) -> "list[Run]":
 def _find_or_create(
     made: "MlflowClient", find: "Callable[[], list[Run]]", create: "Callable[[], Run]", database: Path | None
 ) -> "tuple[Run, bool]":
-    """The run of a key and whether it is new. Two processes that open one key together get the same run."""
+    """The run of a key and whether it is new. Two processes that open the same key get the same run."""
     if database is not None:
         with exclusive(database):
             found = find()
@@ -246,7 +197,7 @@ def _find_or_create(
     if found:
         return found[0], False
     run = create()
-    # A server has no lock to offer: look again once others had time to appear; all keep the earliest.
+    # A server offers no lock: look again once concurrent runs are visible; all processes keep the earliest.
     time.sleep(_SETTLE_SECONDS)
     first = next(iter(find()), run)
     if first.info.run_id == run.info.run_id:
@@ -255,7 +206,7 @@ def _find_or_create(
     return first, False
 
 
-def _continue(made: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> None:
+def _resume(made: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag
 
     made.update_run(run_id, status="RUNNING")
@@ -263,12 +214,12 @@ def _continue(made: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> Non
 
 
 def _describe(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mapping[str, str], resumed: int) -> None:
-    """Add the parameters and files that are not there yet; repeating it changes nothing."""
+    """Add the parameters and files that are missing; idempotent."""
     from mlflow.entities import Param
 
     there = made.get_run(run_id).data.params
-    fields = {name: value for name, value in flatten(config.model_dump(mode="json")) if name not in there}
-    params = [Param(name, value[:_PARAM_LENGTH]) for name, value in fields.items()]
+    fields = {name: without_credentials(value) for name, value in flatten(config.model_dump(mode="json"))}
+    params = [Param(name, value[:_PARAM_LENGTH]) for name, value in fields.items() if name not in there]
     for start in range(0, len(params), _PARAMS_PER_REQUEST):
         made.log_batch(run_id, params=params[start : start + _PARAMS_PER_REQUEST])
     _log_dataset(made, run_id, config, facts)
@@ -276,7 +227,7 @@ def _describe(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mappi
     text = to_yaml(config)
     if "config.yaml" not in files:
         made.log_text(run_id, text, "config.yaml")
-    elif dict(flatten(config.model_dump(mode="json"))) != {**there, **fields}:
+    elif fields != {**fields, **there}:
         made.log_text(run_id, text, f"config-resumed-{resumed}.yaml")
     if resumed or "environment.json" not in files:
         name = f"environment-resumed-{resumed}.json" if resumed else "environment.json"
@@ -303,7 +254,7 @@ def _log_dataset(made: "MlflowClient", run_id: str, config: RunConfig, facts: Ma
     try:
         made.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
     except MlflowException:
-        # MLflow refuses the second of two processes that describe one run at once.
+        # MLflow refuses the second of two processes that describe a run concurrently.
         if not is_there():
             raise
 
@@ -313,7 +264,7 @@ def _log_file(made: "MlflowClient", run_id: str, target: str, source: Path) -> N
     if Path(source).name == name:
         made.log_artifact(run_id, str(source), folder or None)
         return
-    # MLflow names an artifact after its file, so another name needs another file: a link costs nothing.
+    # MLflow names an artifact after its file, so another name needs another file: a symbolic link.
     with tempfile.TemporaryDirectory() as scratch:
         link = Path(scratch, name)
         link.symlink_to(Path(source).absolute())

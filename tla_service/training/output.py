@@ -4,14 +4,16 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import CONFIG, load_config_file, same_run, to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import write_whole
-from tla_service.training.reporting import Terminal
-from tla_service.training.result import FitResult
+
+if TYPE_CHECKING:  # without torch, a job can look whether its run has finished before
+    from tla_service.training.reporting import Terminal
+    from tla_service.training.result import FitResult
 
 SUMMARY = "summary.json"
 
@@ -65,7 +67,7 @@ def write_config(config: RunConfig, output: Path) -> None:
     write_whole(output / CONFIG, to_yaml(config))
 
 
-def summarize(config: RunConfig, result: FitResult, checkpoint: Path | None) -> dict[str, Any]:
+def summarize(config: RunConfig, result: "FitResult", checkpoint: Path | None) -> dict[str, Any]:
     """What every finished run can say of itself.
 
     Args:
@@ -104,7 +106,7 @@ def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
     write_whole(output / SUMMARY, json.dumps(summary, indent=2))
 
 
-def show_summary(summary: Mapping[str, Any], terminal: Terminal) -> None:
+def show_summary(summary: Mapping[str, Any], terminal: "Terminal") -> None:
     """Tell people the figures, and where everything is."""
     terminal.say("")
     terminal.say(f"clean accuracy            {summary['clean_accuracy']:7.2%}   (test set, best-on-validation weights)")

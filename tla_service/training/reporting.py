@@ -11,6 +11,7 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tla_service.errors import without_credentials
 from tla_service.files import remove_parts
 from tla_service.logs import json_line
 from tla_service.training.checkpoint import MANIFEST
@@ -56,7 +57,7 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record."""
-        self._file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+        self._file.write(without_credentials(json.dumps({"time": round(time.time(), 3), **record})) + "\n")
 
     def close(self) -> None:
         """Close the file."""
@@ -74,8 +75,8 @@ class Terminal:
         self._last_line = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print a line."""
-        self._console.print(text, markup=False)
+        """Print a line, without credentials in URLs."""
+        self._console.print(without_credentials(text), markup=False)
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Show a record of `fit`: of a few steps, or of an epoch."""

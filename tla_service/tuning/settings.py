@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from tla_service.config import RunConfig
 from tla_service.config.fields import Pixels, Section, setting
 from tla_service.config.loading import RunSettings, sweep_preset_names
+from tla_service.errors import without_credentials
 
 Objective = Literal["robust_accuracy", "clean_accuracy"]
 
@@ -94,6 +95,6 @@ class TuneSettings(RunSettings):
 
 
 def sweep_yaml(run: RunConfig, sweep: SweepConfig) -> str:
-    """All settings of a sweep as a file that the job takes with `--config`."""
+    """All settings of a sweep, without credentials in URLs, as a file that the job takes with `--config`."""
     fields = run.model_dump(mode="json") | {"sweep": sweep.model_dump(mode="json", exclude_defaults=True)}
-    return str(yaml.safe_dump(fields, sort_keys=False))
+    return without_credentials(yaml.safe_dump(fields, sort_keys=False))

@@ -17,11 +17,10 @@ from tla_service.cluster.storage import RunFolder, check_storage, earlier_name
 from tla_service.cluster.train import Record, TrainedRun, train_on_ray
 from tla_service.config import RunConfig, TrackingConfig
 from tla_service.data import Dataset
-from tla_service.errors import UnavailableError
+from tla_service.errors import UnavailableError, without_credentials
 from tla_service.evaluation.figures import attack_panel, training_curves
 from tla_service.inference.detector import Rejector
 from tla_service.job import INTERRUPTED, next_command
-from tla_service.lock import locked_folder
 from tla_service.logs import log_as_json
 from tla_service.models import build_model
 from tla_service.registry.packaging import log_model
@@ -31,7 +30,7 @@ from tla_service.tracking.run_log import RunLog
 from tla_service.tracking.runs import finish_run, log_files, open_run, run_page, start_system_metrics
 from tla_service.training.adversary import training_attack
 from tla_service.training.meter import NonFiniteLossError
-from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
+from tla_service.training.output import show_summary, summarize, write_config, write_summary
 from tla_service.training.reporting import LOG, JsonLines, JsonTerminal, Terminal
 from tla_service.workflows.checks import Facts, check_before_start, check_disks, check_split
 
@@ -119,23 +118,13 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
 
     Args:
         config: The run.
-        output: Its output folder.
+        output: Its output folder, locked.
         join: Waits until the Ray cluster is joined.
         json_logs: Write progress and log as JSON lines.
     """
     began = time.monotonic()
-    # The run's id is added once it is known.
-    labels = {"run": config.run_name, "run_id": "", "rank": "driver"}
-    terminal = JsonTerminal(labels) if json_logs else Terminal()
-    if json_logs:
-        log_as_json(labels)
-    with contextlib.ExitStack() as locks:
-        locks.enter_context(locked_folder(output, "output"))
-        summary = open_output(config, output)
-        if summary is not None:
-            terminal.say("this run has finished before; to train again choose another --name, --seed or --output")
-            _show_end(summary, terminal)
-            return 0
+    terminal, labels = open_terminal(config, json_logs=json_logs)
+    with contextlib.ExitStack() as stack:
         check_tracking(config.tracking)
         facts = check_before_start(config)
         storage = config.scaling.storage or str(output / "ray")
@@ -144,7 +133,7 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
         run_key = f"{storage}/{config.run_name}"
         lease = None
         if config.scaling.storage is not None:  # else the checkpoints are in the output folder, which is locked
-            lease = locks.enter_context(held(RunFolder(storage, config.run_name), terminal.say))
+            lease = stack.enter_context(held(RunFolder(storage, config.run_name), terminal.say))
         check_disks(config, output, run_key, facts.checkpoint_bytes)
         terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
         join()
@@ -177,16 +166,25 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
                 return INTERRUPTED
             summary = _conclude(config, output, facts, trained, tracked, start_seconds)
     write_summary(output, summary)
-    _show_end(summary, terminal)
+    show_end(summary, terminal)
     return 0
 
 
-def _show_end(summary: Mapping[str, Any], terminal: Terminal) -> None:
+def open_terminal(config: RunConfig, *, json_logs: bool) -> tuple[Terminal, dict[str, Any]]:
+    """Where progress is shown, and the labels of JSON lines; the run's id is added once it is known."""
+    labels = {"run": config.run_name, "run_id": "", "rank": "driver"}
+    if not json_logs:
+        return Terminal(), labels
+    log_as_json(labels)
+    return JsonTerminal(labels), labels
+
+
+def show_end(summary: Mapping[str, Any], terminal: Terminal) -> None:
     """Show the summary and, on the last line, how to evaluate the model, registered or not."""
     show_summary(summary, terminal)
-    uri = summary["tracking_uri"]
-    # Where a flag, not the environment, named the server; never with credentials.
-    where = [] if tracking_uri(TrackingConfig()) == uri or "@" in uri else ["--tracking.uri", uri]
+    uri = without_credentials(summary["tracking_uri"])
+    # The flag is needed unless the environment names the same store.
+    where = [] if without_credentials(tracking_uri(TrackingConfig())) == uri else ["--tracking.uri", uri]
     terminal.say(next_command("evaluate_tla.py", "--model", summary["model_uri"], *where))
 
 
@@ -204,7 +202,7 @@ def _conclude(
     # What resuming takes. The best weights, in it too, are packaged below.
     files |= {f"checkpoint/{path.name}": path for path in trained.checkpoint.iterdir()}
     log_files(tracked.uri, tracked.run_id, files)
-    packaged = log_model(
+    model_uri = log_model(
         tracked.uri,
         tracked.run_id,
         state_dict=trained.best_weights,
@@ -221,8 +219,8 @@ def _conclude(
     seconds = {"start": start_seconds, **summary["wall_seconds"], "register": time.monotonic() - begin}
     return summary | {
         "run_id": tracked.run_id,
-        "tracking_uri": tracked.uri,
-        "model_uri": packaged.model_uri,
+        "tracking_uri": without_credentials(tracked.uri),
+        "model_uri": model_uri,
         "wall_seconds": {name: round(value, 2) for name, value in seconds.items()},
         "restarts": tracked.restarts,
         "figures": [str(path) for path in figures],

@@ -20,7 +20,7 @@ from tla_service.cluster.tune import DEFAULT_SAMPLES, Budget, Plan, run_trials
 from tla_service.config import RunConfig
 from tla_service.config.loading import load_config_file, to_yaml
 from tla_service.config.yaml_files import parse_yaml
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, UnavailableError, without_credentials
 from tla_service.job import INTERRUPTED
 from tla_service.lock import locked_folder
 from tla_service.models import build_model
@@ -223,7 +223,7 @@ def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, o
         "wall_seconds": round(budget.wall_seconds, 1),
         "gpu_hours": round(budget.gpu_hours, 4),
         "run_id": log.run_id,
-        "tracking_uri": log.uri,
+        "tracking_uri": without_credentials(log.uri),
     }
     (output / "trials.csv").write_text(as_csv(rows))
     (output / "trials.json").write_text(json.dumps([trial.as_dict() for trial in trials], indent=1))

@@ -1,1 +1,1 @@
-"""A check-up of a cluster: what training needs of it, tried on every node, with a remedy for what is wrong."""
+"""Cluster health checks: what training needs is tested on every node, with a remedy for each failure."""

@@ -1,4 +1,4 @@
-"""Sums over workers, started as a run's workers are: the same trainer, placement and backend."""
+"""An all-reduce over workers that are started like those of a run: with the same trainer, placement and backend."""
 
 import time
 from typing import Any
@@ -13,17 +13,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from tla_service.cluster.session import Placement
 
-REPEATS = 5
+_REPEATS = 5
 
 
 def measure(placement: Placement, size: int, storage: str, name: str, timeout_seconds: float) -> dict[str, Any]:
-    """Sum a tensor of that many bytes over the workers.
+    """All-reduce a tensor of that many bytes; raises if the workers fail or the sum is wrong.
 
     Returns:
-        `backend`; `seconds` a sum; `gigabytes_per_second` over each worker's links, by the ring's 2 (n-1)/n.
-
-    Raises:
-        RuntimeError: The sums are wrong, or the workers failed.
+        `backend`; `seconds` of the fastest all-reduce; `gigabytes_per_second`, its bus bandwidth: 2 (n-1)/n * size /
+        seconds.
     """
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]
@@ -39,8 +37,7 @@ def measure(placement: Placement, size: int, storage: str, name: str, timeout_se
         ),
         run_config=RayRunConfig(name=name, storage_path=storage),
     )
-    measured: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
-    return measured
+    return trainer.fit().return_value  # type: ignore[attr-defined]
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +50,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     if float(numbers[0]) != world:
         raise RuntimeError(f"the sum over {world} workers is {float(numbers[0])}")
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(_REPEATS):
         numbers.fill_(1.0)
         dist.barrier()
         began = time.perf_counter()

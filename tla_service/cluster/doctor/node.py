@@ -1,4 +1,4 @@
-"""What is asked of a node, in a Ray task there."""
+"""Checks that run on a node, in a Ray task."""
 
 import importlib.metadata
 import os
@@ -10,27 +10,43 @@ from typing import Any
 
 from tla_service.errors import UserError
 
-PACKAGES = ("ray", "torch", "torchvision", "mlflow", "numpy", "pyarrow", "tla-service")
-SHARED_MEMORY = Path("/dev/shm")
+_PACKAGES = ("ray", "torch", "torchvision", "mlflow", "numpy", "pyarrow", "tla-service")
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 def facts(data_root: str | None, cache_dir: str) -> dict[str, Any]:
-    """Versions, memory, disk, clock; whether the data root can be read. Numbers are bytes and seconds."""
-    # The first import takes seconds, which must not be taken for a clock that is wrong.
-    versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    """Versions, free bytes of shared memory and cache disk, and why the data root cannot be read, if so."""
     return {
-        "versions": versions | _gpu_versions(),
-        "shared_memory": _free(SHARED_MEMORY),
+        "versions": versions(),
+        "shared_memory": _free(_SHARED_MEMORY),
         "cache_free": _free(Path(cache_dir).expanduser()),
         "data": _data(data_root),
-        "auth": os.environ.get("RAY_AUTH_MODE", ""),
-        "time": time.time(),
     }
 
 
+def versions() -> dict[str, str]:
+    """Versions by package; ``cuda`` is torch's, ``driver`` the GPU driver's."""
+    import torch
+
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda or "none", "driver": "none"}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "missing"
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        found["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # noqa: BLE001 - there is no NVIDIA driver
+        return found
+    return found
+
+
 def use_shared_memory(size: int) -> str:
-    """Write that many bytes to shared memory; an empty answer is a good one."""
-    path = SHARED_MEMORY / f"tla-checkup-{os.getpid()}"
+    """Write that many bytes to shared memory; returns the error, if any."""
+    path = _SHARED_MEMORY / f"tla-checkup-{os.getpid()}"
     try:
         path.write_bytes(bytes(size))
     except OSError as error:
@@ -41,10 +57,10 @@ def use_shared_memory(size: int) -> str:
 
 
 def use_storage(storage: str, size: int) -> tuple[float, float]:
-    """Write and read an object of that many bytes below a folder or s3:// prefix; seconds for each.
+    """Write and read an object of that many bytes below a folder or s3:// prefix; returns the seconds of each.
 
     Raises:
-        OSError: It cannot be done, or what is read is not what was written.
+        OSError: It fails, or returns other content.
     """
     from pyarrow.fs import FileSystem
 
@@ -58,20 +74,16 @@ def use_storage(storage: str, size: int) -> tuple[float, float]:
         file.write(content)
     written = time.perf_counter()
     with filesystem.open_input_stream(path) as file:
-        same = file.read() == content
+        is_same = file.read() == content
     read = time.perf_counter()
     filesystem.delete_file(path)
-    if not same:
-        raise OSError("what was read is not what was written")
+    if not is_same:
+        raise OSError("the object read differs from the object written")
     return written - began, read - written
 
 
 def use_gpus() -> list[tuple[str, float]]:
-    """Multiply matrices on every GPU that this task sees: its name and TFLOP/s in bfloat16.
-
-    Raises:
-        RuntimeError: A GPU does not work.
-    """
+    """Multiply matrices on every visible GPU; returns the name and bfloat16 TFLOP/s of each."""
     import torch
 
     found = []
@@ -85,30 +97,9 @@ def use_gpus() -> list[tuple[str, float]]:
         torch.cuda.synchronize(index)
         seconds = time.perf_counter() - began
         if not torch.isfinite(product).all():
-            raise RuntimeError(f"cuda:{index} computes numbers that are not finite")
+            raise RuntimeError(f"cuda:{index} computes non-finite numbers")
         found.append((torch.cuda.get_device_name(index), 10 * 2 * 8192**3 / seconds / 1e12))
     return found
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
-
-
-def _gpu_versions() -> dict[str, str]:
-    import torch
-
-    versions = {"cuda": torch.version.cuda or "none"}
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        versions["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:  # noqa: BLE001 - no NVIDIA driver here
-        versions["driver"] = "none"
-    return versions
 
 
 def _free(path: Path) -> int:

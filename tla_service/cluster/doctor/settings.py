@@ -1,4 +1,4 @@
-"""What the check-up looks at. Read without torch and Ray."""
+"""Settings of the health checks, importable without torch and Ray."""
 
 from pydantic import Field
 
@@ -7,11 +7,11 @@ from tla_service.config.loading import JobSettings
 
 
 class CheckupSettings(JobSettings):
-    """Settings of `jobs/doctor.py`: those of a run that say where things are, and how hard to try them."""
+    """Settings of `jobs/doctor.py`: the sections of a run that name what to check, and the size of the checks."""
 
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()
     data: DataConfig = DataConfig()
-    workers: int | None = Field(None, ge=1, description="workers of the all-reduce; none: a run's own number")
-    megabytes: int = Field(64, ge=1, le=4096, description="size of what is written, read and summed over workers")
-    timeout_seconds: float = Field(120, gt=0, description="how long a node, or the workers together, may take")
+    workers: int | None = Field(None, ge=1, description="workers of the all-reduce; none: as for a run")
+    megabytes: int = Field(64, ge=1, le=4096, description="size of what is written, read and all-reduced")
+    timeout_seconds: float = Field(120, gt=0, description="timeout of a node, or of all workers together")
