@@ -73,11 +73,11 @@ class Parts:
     def forward(self) -> None:
         """All roles through the network, negatives, and the loss."""
         self.step.optimizer.zero_grad(set_to_none=True)
-        self.terms, self.totals = self.step.step.objective(self.batch, self.images, self.random)
+        self.loss, self.totals = self.step.step.objective(self.batch, self.images, self.random)
 
     def backward(self) -> None:
         """Gradients of all weights; with one worker there is no reduction."""
-        self.terms.total.backward()
+        self.loss.backward()
 
     def mine(self) -> None:
         """A separate forward pass of the clean images, and the search for negatives."""

@@ -11,9 +11,9 @@ from tla_service.data import ArraySource, RawBatch, StepBatch, TrainingBatches
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext
 from tla_service.training.adversary import Adversary
-from tla_service.training.fit import training_batches_of
 from tla_service.training.meter import Meter
 from tla_service.training.optimizer import build_optimizer
+from tla_service.training.precheck import training_batches
 from tla_service.training.step import TrainingStep
 
 CLASSES = 10
@@ -129,4 +129,4 @@ def _synthetic_batches(workload: Workload, config: RunConfig, context: WorkerCon
     draws = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (_IMAGES, *workload.image_shape), generator=draws, dtype=torch.uint8)
     source = ArraySource(images, torch.arange(_IMAGES) % CLASSES)
-    return training_batches_of(config, source, torch.arange(_IMAGES), context)
+    return training_batches(config, source, torch.arange(_IMAGES), context)

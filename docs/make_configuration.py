@@ -18,7 +18,7 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.fields import parse_fraction
 from tla_service.config.loading import RunSettings, load_settings
 from tla_service.config.radii import RADII, Radius
-from tla_service.models.names import MODEL_DESCRIPTIONS, TORCHVISION_PREFIX
+from tla_service.models.catalog import MODEL_DESCRIPTIONS, TORCHVISION_PREFIX
 from tla_service.report.settings import EvaluateSettings
 from tla_service.tuning.settings import Dimension, Objective, SweepConfig, TuneSettings
 

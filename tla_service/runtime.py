@@ -1,4 +1,4 @@
-"""What a worker process knows of itself: rank, device, process group, seeds, precision."""
+"""The worker process: rank, device, process group, seeds, precision."""
 
 import contextlib
 import ctypes
@@ -43,13 +43,13 @@ class WorkerContext:
 
 
 def mixed_seed(*parts: int) -> int:
-    """One 63-bit seed out of several numbers, well mixed: (0, 1), (1, 0) and (0, 1, 0) share nothing."""
+    """One 63-bit seed from several numbers, well mixed: (0, 1), (1, 0) and (0, 1, 0) are unrelated."""
     # The count is mixed in because numpy reads trailing zeros as absent.
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def generator(device: torch.device, *parts: int) -> torch.Generator:
-    """A generator whose draws are a function of the given numbers alone, so no state need be saved to resume."""
+    """A generator whose draws are a function of the given numbers alone, so resuming needs no saved state."""
     return torch.Generator(device=device).manual_seed(mixed_seed(*parts))
 
 
@@ -84,27 +84,20 @@ def all_reduce_sum(values: torch.Tensor, context: WorkerContext) -> torch.Tensor
     return values
 
 
-def raise_together(error: Exception | None, context: WorkerContext) -> None:
-    """Raise the first worker's error on all workers, so that none waits for one that has given up.
-
-    Args:
-        error: This worker's error, or None. Every worker must call this at the same point.
-        context: This worker.
-    """
-    first = next((found for found in gather_objects(error, context) if found is not None), None)
-    if first is not None:
-        raise first
-
-
 @contextlib.contextmanager
 def failing_together(context: WorkerContext) -> Iterator[None]:
-    """Let a user's error on any worker (data missing on one node, say) end all of them at once."""
+    """Raise the first worker's `UserError` on all workers, so that none waits for one that has failed.
+
+    Every worker must run the block at the same point.
+    """
     error: UserError | None = None
     try:
         yield
     except UserError as caught:
         error = caught
-    raise_together(error, context)
+    for found in gather_objects(error, context):
+        if found is not None:
+            raise found
 
 
 def gather_objects(value: T, context: WorkerContext) -> list[T]:
@@ -117,7 +110,7 @@ def gather_objects(value: T, context: WorkerContext) -> list[T]:
 
 
 def hardware(device: torch.device) -> str:
-    """What a figure was measured on, for people: the GPU's name, or the processor's and how many cores it has."""
+    """Name of the GPU, or of the processor and its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -127,11 +120,11 @@ def hardware(device: torch.device) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what this process frees, for the next step to use again.
+    """Make glibc keep freed memory for the next step.
 
-    A CPU step allocates and frees the same large activations over and over. glibc hands blocks of that size back to the
-    system each time, and the system then clears every page anew: thousands of page faults a step. Kept, they cost
-    nothing; the process holds its peak of memory until it ends. Other C libraries are left as they are.
+    A CPU step allocates and frees the same large activations again and again. By default glibc returns such blocks to
+    the system each time, which then zeroes every page again: thousands of page faults per step. The cost is that the
+    process holds its peak memory until it ends. Has no effect with other C libraries.
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -140,5 +133,10 @@ def keep_freed_memory() -> None:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Run the network in bfloat16 where the run asks for it; parameters, losses and attacks stay as they are."""
+    """Run the network in bfloat16 if `precision` says so; parameters, losses and attacks keep their types."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """Float32 for bfloat16 and float16; wider types stay as they are."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

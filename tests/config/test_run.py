@@ -29,7 +29,7 @@ from tla_service.config.fields import Section
 from tla_service.config.loading import load_settings, preset_names, to_yaml
 from tla_service.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
 from tla_service.errors import ConfigError
-from tla_service.models.names import model_names
+from tla_service.models import model_names
 
 SECTIONS = Section.__subclasses__()
 
@@ -290,7 +290,7 @@ def test_the_schema_beside_the_presets_is_the_present_one() -> None:
 
 
 def test_the_help_names_every_network() -> None:
-    from tla_service.models.names import model_names
+    from tla_service.models import model_names
 
     described = ModelConfig.model_fields["name"].description or ""
     assert [name for name in model_names() if name not in described] == []

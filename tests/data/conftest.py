@@ -17,6 +17,9 @@ import torch
 from PIL import Image
 
 from tla_service.config import DataConfig
+from tla_service.data import ImageSource, TrainingBatches
+from tla_service.data.order import StepOrder
+from tla_service.runtime import WorkerContext
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -49,6 +52,20 @@ def make_config(tmp_path: Path) -> Callable[..., DataConfig]:
         return DataConfig(**{"cache_dir": str(tmp_path / "cache"), **fields})
 
     return make
+
+
+def batches_of(
+    source: ImageSource,
+    indices: torch.Tensor,
+    config: DataConfig,
+    context: WorkerContext,
+    *,
+    augment_pool: bool = True,
+    **order: Any,
+) -> TrainingBatches:
+    """Training batches in the order of these settings."""
+    steps = StepOrder(source.labels[indices], rank=context.rank, world_size=context.world_size, **order)
+    return TrainingBatches(source, indices, steps, config, context, augment_pool=augment_pool)
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:

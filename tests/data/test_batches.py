@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.data.conftest import batches_of
 from tla_service.config import DataConfig
-from tla_service.data.batches import Batch, EvaluationBatches, StepBatch, TrainingBatches
+from tla_service.data.batches import Batch, EvaluationBatches, StepBatch
 from tla_service.data.decoding import probe
 from tla_service.data.sources import ArraySource, FileSource
 from tla_service.data.trees import FolderTree, TreeBlobs
@@ -21,7 +23,7 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.runtime import WorkerContext
 
 AUGMENTED = {"crop_padding": 1, "flip": True, "saturation": 1.5}
-OPTIONS = {"global_batch_size": 16, "seed": 5, "pool_size_per_worker": 9, "same_class_positives": True}
+OPTIONS = {"global_batch_size": 16, "seed": 5, "pool_size": 9, "same_class_positives": True}
 
 
 def array_source(count: int = 60) -> ArraySource:
@@ -62,7 +64,7 @@ def wait_for_no_children() -> None:
 def test_batches_carry_the_right_pixels_labels_and_types() -> None:
     source = array_source()
     indices = torch.arange(10, 50)
-    batches = TrainingBatches(source, indices, DataConfig(), WorkerContext(), **OPTIONS)
+    batches = batches_of(source, indices, DataConfig(), WorkerContext(), **OPTIONS)
     lookup = {tuple(source.images[index].flatten().tolist()): index for index in indices.tolist()}
 
     def original(batch: Batch) -> list[int]:
@@ -83,7 +85,7 @@ def test_batches_carry_the_right_pixels_labels_and_types() -> None:
 
 
 def test_reading_and_augmenting_by_hand_gives_the_same_batches_in_any_order() -> None:
-    batches = TrainingBatches(array_source(), torch.arange(60), DataConfig(**AUGMENTED), WorkerContext(), **OPTIONS)
+    batches = batches_of(array_source(), torch.arange(60), DataConfig(**AUGMENTED), WorkerContext(), **OPTIONS)
     raw = list(batches.read(1, 1))
     by_hand = [batches.augmented(one) for one in reversed(raw)]
     assert all(role is not None and role[0].dtype == torch.uint8 for one in raw for role in one.roles)
@@ -92,7 +94,7 @@ def test_reading_and_augmenting_by_hand_gives_the_same_batches_in_any_order() ->
 
 def test_parts_that_are_not_asked_for_are_absent() -> None:
     source = array_source()
-    batches = TrainingBatches(source, torch.arange(60), DataConfig(), WorkerContext(), global_batch_size=16, seed=0)
+    batches = batches_of(source, torch.arange(60), DataConfig(), WorkerContext(), global_batch_size=16, seed=0)
     step = next(batches.epoch(0))
     assert step.positives is None
     assert step.pool is None
@@ -104,9 +106,9 @@ def test_parts_that_are_not_asked_for_are_absent() -> None:
 def test_streaming_equals_resident_bit_for_bit(file_source: FileSource, workers: int, rank: int) -> None:
     context = WorkerContext(rank=rank, world_size=2)
     indices = torch.arange(5, 60)
-    resident = TrainingBatches(array_source(), indices, DataConfig(**AUGMENTED), context, **OPTIONS)
+    resident = batches_of(array_source(), indices, DataConfig(**AUGMENTED), context, **OPTIONS)
     config = DataConfig(residency="stream", loader_workers=workers, **AUGMENTED)
-    with TrainingBatches(file_source, indices, config, context, **OPTIONS) as streamed:
+    with closing(batches_of(file_source, indices, config, context, **OPTIONS)) as streamed:
         for epoch in range(2):
             assert same(list(streamed.epoch(epoch)), list(resident.epoch(epoch)))
         assert same(list(streamed.epoch(1, 2)), list(resident.epoch(1))[2:])
@@ -116,8 +118,8 @@ def test_streaming_equals_resident_bit_for_bit(file_source: FileSource, workers:
 def test_a_file_source_kept_on_the_device_gives_the_same(file_source: FileSource) -> None:
     indices = torch.arange(3, 60)
     config = DataConfig(residency="device", **AUGMENTED)
-    kept = TrainingBatches(file_source, indices, config, WorkerContext(), **OPTIONS)
-    resident = TrainingBatches(array_source(), indices, DataConfig(**AUGMENTED), WorkerContext(), **OPTIONS)
+    kept = batches_of(file_source, indices, config, WorkerContext(), **OPTIONS)
+    resident = batches_of(array_source(), indices, DataConfig(**AUGMENTED), WorkerContext(), **OPTIONS)
     assert same(list(kept.epoch(0)), list(resident.epoch(0)))
 
 
@@ -126,7 +128,7 @@ def test_resuming_at_a_step_equals_the_tail(residency: str) -> None:
     config = DataConfig(residency=residency, loader_workers=1, **AUGMENTED)
 
     def tail(start: int) -> list[StepBatch]:
-        with TrainingBatches(array_source(), torch.arange(60), config, WorkerContext(), **OPTIONS) as batches:
+        with closing(batches_of(array_source(), torch.arange(60), config, WorkerContext(), **OPTIONS)) as batches:
             return list(batches.epoch(3, start))
 
     assert same(tail(2), tail(0)[2:])
@@ -136,8 +138,8 @@ def test_resuming_at_a_step_equals_the_tail(residency: str) -> None:
 
 def test_an_abandoned_epoch_leaves_nothing_behind_in_the_next(file_source: FileSource) -> None:
     config = DataConfig(residency="stream", loader_workers=2, **AUGMENTED)
-    resident = TrainingBatches(array_source(), torch.arange(60), DataConfig(**AUGMENTED), WorkerContext(), **OPTIONS)
-    with TrainingBatches(file_source, torch.arange(60), config, WorkerContext(), **OPTIONS) as streamed:
+    resident = batches_of(array_source(), torch.arange(60), DataConfig(**AUGMENTED), WorkerContext(), **OPTIONS)
+    with closing(batches_of(file_source, torch.arange(60), config, WorkerContext(), **OPTIONS)) as streamed:
         abandoned = streamed.epoch(0)
         next(abandoned)
         abandoned.close()
@@ -147,7 +149,7 @@ def test_an_abandoned_epoch_leaves_nothing_behind_in_the_next(file_source: FileS
 
 def test_loader_processes_outlive_epochs_and_end_with_close() -> None:
     config = DataConfig(residency="stream", loader_workers=2)
-    batches = TrainingBatches(array_source(), torch.arange(60), config, WorkerContext(), **OPTIONS)
+    batches = batches_of(array_source(), torch.arange(60), config, WorkerContext(), **OPTIONS)
     list(batches.epoch(0))
     first = {child.pid for child in multiprocessing.active_children()}
     list(batches.epoch(1))
@@ -160,7 +162,7 @@ def test_loader_processes_outlive_epochs_and_end_with_close() -> None:
 @pytest.mark.parametrize("residency", ["device", "stream"])
 def test_the_global_generator_is_neither_used_nor_moved(residency: str) -> None:
     config = DataConfig(residency=residency, loader_workers=0, **AUGMENTED)
-    batches = TrainingBatches(array_source(), torch.arange(60), config, WorkerContext(), **OPTIONS)
+    batches = batches_of(array_source(), torch.arange(60), config, WorkerContext(), **OPTIONS)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = list(batches.epoch(0))
@@ -178,21 +180,21 @@ def test_a_damaged_image_in_a_loader_process_names_its_file(tmp_path: Path, work
     source = FileSource(blobs, torch.arange(8) % 2, probe(blobs, None))
     (tmp_path / "5.png").write_bytes(b"rubbish")
     config = DataConfig(residency="stream", loader_workers=workers)
-    batches = TrainingBatches(source, torch.arange(8), config, WorkerContext(), global_batch_size=8, seed=0)
+    batches = batches_of(source, torch.arange(8), config, WorkerContext(), global_batch_size=8, seed=0)
 
-    with batches, pytest.raises(UnavailableError, match=r"data\.root=.*5\.png: not a readable image"):
+    with closing(batches), pytest.raises(UnavailableError, match=r"data\.root=.*5\.png: not a readable image"):
         list(batches.epoch(0))
 
 
 def test_roles_are_augmented_apart_and_the_pool_on_request() -> None:
     images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8).expand(8, -1, -1, -1)
     source = ArraySource(images, torch.zeros(8, dtype=torch.int64))
-    options = {"global_batch_size": 8, "seed": 0, "pool_size_per_worker": 8, "same_class_positives": True}
+    options = {"global_batch_size": 8, "seed": 0, "pool_size": 8, "same_class_positives": True}
 
     def step(augment_pool: bool) -> StepBatch:
         every = torch.arange(8)
         config = DataConfig(crop_padding=4)
-        batches = TrainingBatches(source, every, config, WorkerContext(), augment_pool=augment_pool, **options)
+        batches = batches_of(source, every, config, WorkerContext(), augment_pool=augment_pool, **options)
         return next(batches.epoch(0))
 
     augmented = step(True)
@@ -209,21 +211,21 @@ def test_augmentation_is_drawn_anew_each_epoch_step_and_rank() -> None:
     for rank in range(2):
         context = WorkerContext(rank=rank, world_size=2)
         config = DataConfig(crop_padding=8)
-        batches = TrainingBatches(source, torch.arange(64), config, context, global_batch_size=32, seed=0)
+        batches = batches_of(source, torch.arange(64), config, context, global_batch_size=32, seed=0)
         seen |= {tuple(step.anchors.images.flatten().tolist()) for epoch in range(2) for step in batches.epoch(epoch)}
     assert len(seen) == 8
 
 
 def test_too_large_a_pool_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"mining\.pool_size=61"):
-        TrainingBatches(
+        batches_of(
             array_source(),
             torch.arange(60),
             DataConfig(),
             WorkerContext(),
             global_batch_size=16,
             seed=0,
-            pool_size_per_worker=61,
+            pool_size=61,
         )
 
 

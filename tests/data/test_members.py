@@ -104,8 +104,8 @@ def test_a_bucket_gives_the_set_without_droppings(s3: Any, littered: Path, make_
     found = load_dataset(config)
     expected = load_dataset(make_config(name="image_folder", root=str(littered), image_size=8))
     assert found.fingerprint == expected.fingerprint
-    copied = {path.name for path in Path(config.cache_dir).glob("s3/*/objects/**/*") if path.is_file()}
-    assert copied == {"0.png", "1.png", "2.png"}
+    copied = {path.name for path in Path(config.cache_dir).glob("s3/*/*/**/*") if path.is_file()}
+    assert copied == {"0.png", "1.png", "2.png", ".listing.json"}
 
 
 def test_a_zip_file_beside_droppings_is_the_set(littered: Path, make_config: MakeConfig, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def read(tmp_path: Path) -> Read:
             features = {"info": {"features": {"label": {"names": own}}}}
             metadata = {"huggingface": json.dumps(features)} if own else None
             pq.write_table(pa.table({"label": array}).replace_schema_metadata(metadata), path, row_group_size=3)
-        return read_labels(str(tmp_path / "cache"), open_shards(paths, tmp_path, "x"), "label")
+        return read_labels(open_shards(paths, tmp_path, "x"), "label")
 
     return make
 
@@ -73,9 +73,7 @@ def test_class_numbers_of_any_labels(tmp_path_factory: pytest.TempPathFactory, d
         pq.write_table(pa.table({"label": pa.array(part, pa.int64())}), home / f"{name}.parquet", row_group_size=2)
 
     def labels(*names: str) -> Labels:
-        return read_labels(
-            str(home / "c"), open_shards([home / f"{name}.parquet" for name in names], home, "x"), "label"
-        )
+        return read_labels(open_shards([home / f"{name}.parquet" for name in names], home, "x"), "label")
 
     names, train, test = number_classes(labels("train-0", "train-1"), labels("test-0"))
     assert names == tuple(str(value) for value in sorted(values))
@@ -97,9 +95,8 @@ def test_files_with_names_in_any_order_are_matched_by_name(
         features = {"info": {"features": {"label": {"names": order}}}}
         table = pa.table({"label": [order.index(name) for name in chosen]})
         pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
-    cache = str(home / "cache")
-    train = read_labels(cache, open_shards(paths[:2], home, "x"), "label")
-    test = read_labels(cache, open_shards(paths[2:], home, "x"), "label")
+    train = read_labels(open_shards(paths[:2], home, "x"), "label")
+    test = read_labels(open_shards(paths[2:], home, "x"), "label")
     found, train_classes, test_classes = number_classes(train, test)
     assert list(found) == orders[0]
     assert [found[number] for number in train_classes] == rows[0] + rows[1]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
-from tla_service.data.trees import FolderTree, open_tree
-from tla_service.data.zip_tree import ZipTree
+from tla_service.data.trees import FolderTree
+from tla_service.data.zip_tree import ZipTree, open_tree
 from tla_service.errors import ConfigError, UnavailableError
 
 PARTS = st.sampled_from(["a", "b", ".c", "__MACOSX", "d e", "é", "Thumbs.db", "0.png"])

@@ -14,8 +14,7 @@ from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.audit import Audit, Thresholds, audit
 from tla_service.evaluation.surrogate import surrogate_rows, train_surrogate
-from tla_service.models import build_model
-from tla_service.models.output import ModelOutput
+from tla_service.models import ModelOutput, build_model
 
 CPU = torch.device("cpu")
 ATTACK = Attack(epsilon=0.15, step_size=0.02, num_steps=15)

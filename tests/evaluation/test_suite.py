@@ -27,7 +27,7 @@ from tla_service.evaluation.outcomes import (
 from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, restart_curve, step_sweep, sweep_curve
 from tla_service.evaluation.robustness import evaluation_attack
 from tla_service.evaluation.suite import evaluate_shard, restart_fates
-from tla_service.models.output import ModelOutput
+from tla_service.models import ModelOutput
 
 CPU = torch.device("cpu")
 PGD = Attack(kind="pgd", epsilon=0.03, step_size=0.01, num_steps=1, num_restarts=4)

@@ -82,7 +82,10 @@ WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
         ("--evaluation.test", '{"PGD-20, eps=8/255 (strong!)": {"kind": "fgsm"}}'),
         "evaluation.test=PGD-20, eps=8/255 (strong!): MLflow allows letters",
     ),
-    "one test image": (("--data.test_limit", "1"), "data.test_limit=1: 1 test image; the example in a packaged model"),
+    "one test image": (
+        ("--data.test_limit", "1"),
+        "data.test_limit=1: 1 test image; the input example of a packaged model",
+    ),
     "a step with one image": (
         (
             *("--model.name", "torchvision:resnet18", "--training.global_batch_size", "2"),

@@ -9,7 +9,9 @@ import torch
 
 from tla_service.config import RunConfig
 from tla_service.data import Batch, StepBatch
+from tla_service.runtime import generator
 from tla_service.training.resume import LocalCheckpoint
+from tla_service.training.step import TrainingStep
 
 IMAGES = 24
 
@@ -42,6 +44,13 @@ def random_batch(
 
     anchors = batch(count)
     return StepBatch(anchors, batch(count, anchors.labels), batch(pool) if pool else None, count)
+
+
+def loss_of(step: TrainingStep, batch: StepBatch, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a batch, with a graph, and its sums: what `backward` differentiates."""
+    random = generator(torch.device("cpu"), seed)
+    adversarial = None if step.config.method == "natural" else step.adversary.craft(batch.anchors, random)
+    return step.objective(batch, adversarial, random)
 
 
 class KeepingReporter:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.training.conftest import digits_config, random_batch
+from tests.training.conftest import digits_config, loss_of, random_batch
 from tla_service.config import RunConfig
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, generator
@@ -119,7 +119,7 @@ def test_mining_with_them_saves_a_forward_pass(monkeypatch: pytest.MonkeyPatch) 
             patched.setattr(Adversary, "embed", embed)
             config = digits_config(mining={"pool": "separate", "pool_size": 12, "queries": queries})
             step = TrainingStep(batchnorm_network(), config, WorkerContext())
-            step.losses(random_batch(pool=12), generator(CPU, 0))
+            loss_of(step, random_batch(pool=12))
         counts[queries] = seen
     assert counts == {"final": [24, 12], "last_step": [12]}
 

@@ -16,10 +16,10 @@ from tests.training.conftest import digits_config, random_batch
 from tla_service.data import Batch, StepBatch, load_dataset
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model
-from tla_service.runtime import WorkerContext, generator, raise_together
+from tla_service.runtime import WorkerContext, failing_together, generator
 from tla_service.training import step as step_module
-from tla_service.training.fit import average_buffers, training_batches
-from tla_service.training.roles import shard_sizes
+from tla_service.training.precheck import training_batches
+from tla_service.training.roles import average_buffers, shard_sizes
 from tla_service.training.step import TrainingStep
 
 pytestmark = pytest.mark.distributed
@@ -46,6 +46,11 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": {"margin": 0.5, "norm_form": "mean_squares"},
     },
 }
+
+
+def fail_on_rank_1(rank: int) -> None:
+    if rank == 1:
+        raise UnavailableError("data.root", "/x", "missing", "give it")
 
 
 def shard(batch: Batch, rank: int, world_size: int) -> Batch:
@@ -97,7 +102,8 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     average_buffers(norm, context)
     results["buffers"] = norm.running_mean
     try:
-        raise_together(UnavailableError("data.root", "/x", "missing", "give it") if rank == 1 else None, context)
+        with failing_together(context):
+            fail_on_rank_1(rank)
     except UnavailableError as error:
         results["error"] = str(error)
     torch.save(results, f"{folder}/rank-{rank}.pt")
@@ -161,11 +167,13 @@ def test_workers_pools_are_the_whole_pool(workers: int) -> None:
     config = digits_config(mining={"scope": "global", "pool": "separate", "pool_size": 30})
     dataset = load_dataset(config.data)
     rows = torch.arange(len(dataset.train))
-    shares = [training_batches(config, dataset, rows, WorkerContext(rank, rank, workers)) for rank in range(workers)]
+    shares = [
+        training_batches(config, dataset.train, rows, WorkerContext(rank, rank, workers)) for rank in range(workers)
+    ]
     pools = [next(share.epoch(0)).pool for share in shares]
     assert sum(len(pool) for pool in pools if pool is not None) == 30
     with pytest.raises(ConfigError, match=r"mining\.pool_size=30: not divisible by 4 workers"):
-        training_batches(config, dataset, rows, WorkerContext(world_size=4))
+        training_batches(config, dataset.train, rows, WorkerContext(world_size=4))
 
 
 def test_generators_depend_on_every_part() -> None:

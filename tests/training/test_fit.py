@@ -13,9 +13,10 @@ from tla_service.models import build_model
 from tla_service.runtime import WorkerContext
 from tla_service.training import fit as fit_module
 from tla_service.training.checkpoint import load_checkpoint, read_weights
-from tla_service.training.fit import Run, average_buffers, fit
-from tla_service.training.meter import METRIC_NAMES, NonFiniteLossError
-from tla_service.training.step import TOTALS
+from tla_service.training.fit import Run, fit
+from tla_service.training.meter import NonFiniteLossError
+from tla_service.training.roles import average_buffers
+from tla_service.training.step import METRIC_NAMES, TOTALS
 
 NewReporter = Callable[..., KeepingReporter]
 
@@ -128,7 +129,9 @@ def test_the_best_weights_are_chosen_on_validation_and_tested_once(
     measured: list[str] = []
     seen: list[dict[str, torch.Tensor]] = []
 
-    def measure(self: Run, source: Any, rows: torch.Tensor, attacks: Any, network: nn.Module) -> dict[str, float]:
+    def measure(
+        self: Run, source: Any, _rows: Any, _section: str, _attacks: Any, network: nn.Module
+    ) -> dict[str, float]:
         measured.append("test" if source is self.dataset.test else "validation")
         seen.append({name: value.clone() for name, value in network.state_dict().items()})
         value = next(robust, 0.5)

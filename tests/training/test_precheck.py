@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from tests.data.conftest import batches_of
 from tla_service.config import RunConfig
-from tla_service.data import ArraySource, Dataset, TrainingBatches, load_dataset
+from tla_service.data import ArraySource, Dataset, load_dataset
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext
@@ -42,7 +43,7 @@ def test_the_smallest_share_is_the_smallest_that_any_worker_gets(batch: int, wor
         least = min(
             len(step.anchors)
             for rank in range(world_size)
-            for step in TrainingBatches(
+            for step in batches_of(
                 source,
                 torch.arange(count),
                 config.data,
@@ -71,7 +72,7 @@ def test_one_image_that_batchnorm_would_see_alone_is_refused(fields: dict[str, o
         check_start(run_config(2, **fields), images(9), torch.arange(9), 1)
     assert str(caught.value) == (
         "training.global_batch_size=2: 9 training images in 5 steps leave it with one image in some step, which the "
-        "BatchNorm of torchvision:resnet18 cannot normalise; use 3"
+        "BatchNorm of torchvision:resnet18 cannot normalize; use 3"
     )
     check_start(run_config(3, **fields | {"training": {"global_batch_size": 3}}), images(9), torch.arange(9), 1)
 

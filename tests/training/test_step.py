@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training.conftest import digits_config, random_batch
+from tests.training.conftest import digits_config, loss_of, random_batch
 from tla_service.config import RunConfig
 from tla_service.data import StepBatch
-from tla_service.models import ImageClassifier, build_model
-from tla_service.models.output import ModelOutput
+from tla_service.models import ImageClassifier, ModelOutput, build_model
 from tla_service.runtime import WorkerContext, generator
 from tla_service.training import adversary as adversary_module
 from tla_service.training import step as step_module
@@ -179,10 +178,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 def test_the_objective_is_what_plain_loops_compute(changes: dict[str, Any], reduction: str) -> None:
     config = digits_config(**changes | {"loss": changes.get("loss", {}) | {"reduction": reduction}})
     net, batch = network(), random_batch(pool=POOL)
-    terms, totals = TrainingStep(net, config, WorkerContext()).losses(batch, generator(torch.device("cpu"), 0))
+    loss, totals = loss_of(TrainingStep(net, config, WorkerContext()), batch)
     expected = expected_total(config, net, batch)
     divisor = len(batch.anchors.labels) if reduction == "mean" else 1
-    assert terms.total.item() == pytest.approx(expected / divisor, rel=1e-9)
+    assert loss.item() == pytest.approx(expected / divisor, rel=1e-9)
     assert totals[TOTALS.index("total")].item() == pytest.approx(expected, rel=1e-9)
     assert totals[TOTALS.index("images")].item() == len(batch.anchors.labels)
 
@@ -191,13 +190,12 @@ def test_anchors_without_a_negative_are_counted_and_cost_nothing() -> None:
     batch = random_batch(classes=1, pool=POOL)
     for changes in ({}, {"mining": {"pool": "separate", "pool_size": POOL}}, {"method": "tla_rn"}):
         config = digits_config(**changes)
-        terms, totals = TrainingStep(network(), config, WorkerContext()).losses(
-            batch, generator(torch.device("cpu"), 0)
-        )
+        loss, totals = loss_of(TrainingStep(network(), config, WorkerContext()), batch)
         sums = dict(zip(TOTALS, totals.tolist(), strict=True))
         assert sums["without_negative"] == sums["images"] == 24
         assert sums["triplet"] == sums["norm"] == sums["active_triplets"] == 0
-        assert terms.total.item() == pytest.approx(terms.cross_entropy.item())
+        assert sums["total"] == pytest.approx(sums["cross_entropy"])
+        assert loss.item() == pytest.approx(sums["cross_entropy"] / 24)
 
 
 def test_random_negatives_of_any_class_may_be_the_anchors_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +210,7 @@ def test_random_negatives_of_any_class_may_be_the_anchors_own(monkeypatch: pytes
     batch = random_batch(200)
     for choice in ("any", "other_class"):
         config = digits_config(method="tla_rn", mining={"random_negatives": choice})
-        TrainingStep(network(), config, WorkerContext()).losses(batch, generator(torch.device("cpu"), 1))
+        loss_of(TrainingStep(network(), config, WorkerContext()), batch, seed=1)
     same = [(batch.anchors.labels[found.indices] == batch.anchors.labels).double().mean().item() for _, found in drawn]
     assert same[0] == pytest.approx(0.25, abs=0.1)
     assert same[1] == 0
@@ -231,7 +229,7 @@ def test_noise_reaches_the_roles_it_is_set_for(monkeypatch: pytest.MonkeyPatch, 
     batch = random_batch(pool=POOL)
     mining = {"pool": "separate", "pool_size": POOL, "positives": "both", "clean_noise": 0.1, "clean_noise_on": roles}
     config = digits_config(mining=mining | {"clean_noise_round": True})
-    TrainingStep(network(), config, WorkerContext()).losses(batch, generator(torch.device("cpu"), 0))
+    loss_of(TrainingStep(network(), config, WorkerContext()), batch)
     adversarial, negatives, own, positives = seen[0]
     assert torch.equal(adversarial, shifted(batch.anchors.images))
     assert batch.pool is not None
@@ -289,9 +287,9 @@ def test_bfloat16_keeps_losses_in_float32_and_near_the_float32_ones() -> None:
     for precision in ("float32", "bfloat16"):
         net = network().float()
         config = digits_config(training={"precision": precision}, loss={"margin": 0.3})
-        terms, _ = TrainingStep(net, config, WorkerContext()).losses(batch, generator(torch.device("cpu"), 0))
-        terms.total.backward()
+        loss, _ = loss_of(TrainingStep(net, config, WorkerContext()), batch)
+        loss.backward()
         assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in net.parameters())
-        assert terms.total.dtype == torch.float32
-        found[precision] = terms.total.item()
+        assert loss.dtype == torch.float32
+        found[precision] = loss.item()
     assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.02)

@@ -2,9 +2,9 @@
 
 from tla_service.data.batches import Batch, EvaluationBatches, RawBatch, StepBatch, TrainingBatches
 from tla_service.data.catalog import load_dataset
+from tla_service.data.roots import check_root
 from tla_service.data.sources import ArraySource, Dataset, FileSource, ImageSource
 from tla_service.data.splits import split_validation
-from tla_service.data.storage import check_root, local_root
 
 __all__ = [
     "ArraySource",
@@ -18,6 +18,5 @@ __all__ = [
     "TrainingBatches",
     "check_root",
     "load_dataset",
-    "local_root",
     "split_validation",
 ]

@@ -14,14 +14,14 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor, config: DataConfig, draws: torch.Generator) -> torch.Tensor:
-    """Crop, flip and change the saturation of every image at random, as far as the configuration asks for it.
+    """Crop, flip and change the saturation of every image at random, as configured.
 
-    Every step is one operation on the whole batch; nothing waits for the device.
+    Works on the whole batch at once, without waiting for the device.
 
     Args:
         images: (N, C, H, W), uint8.
-        config: ``crop_padding`` (zero padding, then a random crop of the old size), ``flip`` (horizontal, of half the
-            images) and ``saturation`` s (RGB only: the distance from grey times a factor uniform in [1/s, s]).
+        config: ``crop_padding`` (zero padding, then a random crop of the original size), ``flip`` (horizontal, half of
+            the images) and ``saturation`` s (RGB only: distance from grey times a factor uniform in [1/s, s]).
         draws: Generator on the images' device.
 
     Returns:

@@ -1,11 +1,10 @@
-"""Batches: from image sources to tensors on the device, in an order that can be resumed at any step."""
+"""Batches on the device, in an order that can be resumed at any step."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
-from typing import Self
+from itertools import zip_longest
 
 import torch
 
@@ -24,18 +23,12 @@ _DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL)
 
 @dataclass(frozen=True)
 class Batch:
-    """Images and their classes.
-
-    Attributes:
-        images: (N, C, H, W), float32 in [0, 1], on the device.
-        labels: (N,), int64, on the device.
-    """
+    """Images (N, C, H, W), float32 in [0, 1], and their classes (N,), int64, on the device."""
 
     images: torch.Tensor
     labels: torch.Tensor
 
     def __len__(self) -> int:
-        """Number of images, N."""
         return self.labels.numel()
 
 
@@ -45,10 +38,10 @@ class StepBatch:
 
     Attributes:
         anchors: Images to attack.
-        positives: Another image of each anchor's class, row by row; the anchor's own image, augmented anew, where its
-            class has only one. ``None`` unless asked for.
-        pool: Images to mine negatives from. ``None`` unless asked for.
-        global_size: Anchors of this step over all workers, which hold shares of it that differ by one at most.
+        positives: Another image of each anchor's class, row by row; the anchor's own image with another augmentation
+            where its class has only one. ``None`` if not requested.
+        pool: Images to mine negatives from. ``None`` if not requested.
+        global_size: Anchors of this step over all workers; the workers' shares differ by one at most.
     """
 
     anchors: Batch
@@ -59,14 +52,13 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """A step's images as they are read: no augmentation yet.
+    """A step's images before augmentation.
 
     Attributes:
         epoch: Epoch of the step, from 0.
         step: Step of the epoch, from 0.
-        roles: Images (N, C, H, W), uint8, and labels (N,) of anchors, positives and pool, on the device; ``None`` for
-            what was not asked for.
-        global_size: As the batch's.
+        roles: Images (N, C, H, W), uint8, and labels (N,) of anchors, positives and pool, on the device, or ``None``.
+        global_size: See `StepBatch`.
     """
 
     epoch: int
@@ -76,87 +68,54 @@ class RawBatch:
 
 
 class TrainingBatches:
-    """Training batches of one worker.
+    """Training batches of one worker; `steps_per_epoch` is ceil(N / global_batch_size).
 
-    Everything is a function of (seed, epoch, step, rank, world size), so a run can go on at any step. Images are kept
-    on the device as uint8, or read by loader processes; on the CPU both give the same batches, bit for bit.
+    Everything is a function of (seed, epoch, step, rank, world size), so a run can resume at any step. Images are kept
+    on the device as uint8, or read by loader processes; on the CPU both give identical batches.
 
     Args:
         source: Images.
         indices: Which of them to train on (N,), int64, each once.
-        config: The data section: augmentation, residency, loaders.
+        order: Positions in `indices` that each step uses.
+        config: Augmentation, residency, loaders.
         context: This worker.
-        global_batch_size: Images a step over all workers, at most; steps of an epoch differ by at most one image.
-        seed: The run's seed.
-        pool_size_per_worker: Images of the mining pool a step; 0 for none.
-        same_class_positives: Whether to draw another image of each anchor's class.
         augment_pool: Whether the pool is augmented.
 
-    Attributes:
-        steps_per_epoch: Steps an epoch, ceil(N / global_batch_size).
-
-    Raises:
-        ConfigError: If the pools need more images than there are, or some worker would get none.
-        UnavailableError: If images cannot be read (also while iterating).
+    Iterating raises UnavailableError if images cannot be read.
     """
 
     def __init__(
         self,
         source: ImageSource,
         indices: torch.Tensor,
+        order: StepOrder,
         config: DataConfig,
         context: WorkerContext,
         *,
-        global_batch_size: int,
-        seed: int,
-        pool_size_per_worker: int = 0,
-        same_class_positives: bool = False,
         augment_pool: bool = True,
     ) -> None:
-        self._indices, self._config, self._context = indices, config, context
-        self._seed, self._augment_pool = seed, augment_pool
-        labels = source.labels[indices]
-        self._order = StepOrder(
-            labels,
-            seed=seed,
-            rank=context.rank,
-            world_size=context.world_size,
-            global_batch_size=global_batch_size,
-            pool_size=pool_size_per_worker,
-            same_class_positives=same_class_positives,
-        )
-        self.steps_per_epoch = self._order.steps_per_epoch
-        self._labels = labels.to(context.device)
-        self._source = source
+        self._source, self._indices, self._order = source, indices, order
+        self._config, self._context, self._augment_pool = config, context, augment_pool
+        self.steps_per_epoch = order.steps_per_epoch
+        self._labels = source.labels[indices].to(context.device)
         self._loader: StepLoader | None = None
         if not _fits(source, config):
             self._loader = StepLoader(source, indices, config.loader_workers, context.device)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
-        """Batches of an epoch.
-
-        Args:
-            epoch: Epoch, from 0.
-            start_step: First step wanted; a run that resumes gets the tail it would have seen.
-
-        Yields:
-            One batch a step. A second epoch may only be started when the first was exhausted or closed.
-        """
+        """Batches of an epoch (from 0), one per step, from ``start_step`` on; one epoch at a time."""
         for raw in self.read(epoch, start_step):
             yield self.augmented(raw)
 
     def read(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        """What `epoch` augments, under the same conditions."""
+        """As `epoch`, before augmentation."""
         steps = self._order.epoch(epoch, start_step)
-        if self._loader is None:
-            for step, indices in enumerate(steps, start=start_step):
-                yield self._raw(epoch, step, indices, None)
-        else:
-            for step, (indices, images) in enumerate(self._loader.read(steps), start=start_step):
-                yield self._raw(epoch, step, indices, images)
+        read = ((indices, None) for indices in steps) if self._loader is None else self._loader.read(steps)
+        for step, (indices, images) in enumerate(read, start=start_step):
+            yield self._raw(epoch, step, indices, images)
 
     def augmented(self, raw: RawBatch) -> StepBatch:
-        """The batch of what was read: always the same one."""
+        """The batch of a step, the same one every time."""
         batches = [
             None if role is None else Batch(self._finished(role[0], draw, raw), role[1])
             for draw, role in zip(_DRAWS, raw.roles, strict=True)
@@ -165,21 +124,13 @@ class TrainingBatches:
         return StepBatch(batches[0], batches[1], batches[2], raw.global_size)
 
     def close(self) -> None:
-        """End the loader processes, if there are any. The object cannot be used afterwards."""
+        """Stop the loader processes, if any. The object cannot be used afterwards."""
         if self._loader is not None:
             self._loader.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     @cached_property
     def _resident(self) -> torch.Tensor:
-        """All training images on the device, as uint8; brought there when the first epoch begins."""
+        """All training images on the device, as uint8; copied when the first epoch begins."""
         return _all_images(self._source, self._indices).to(self._context.device)
 
     def _raw(self, epoch: int, step: int, indices: StepIndices, images: torch.Tensor | None) -> RawBatch:
@@ -201,23 +152,16 @@ class TrainingBatches:
     def _finished(self, pixels: torch.Tensor, draw: Draw, raw: RawBatch) -> torch.Tensor:
         if draw is Draw.AUGMENT_POOL and not self._augment_pool:
             return to_unit(pixels)
-        draws = generator(self._context.device, draw, self._seed, raw.epoch, raw.step, self._context.rank)
+        draws = generator(self._context.device, draw, self._order.seed, raw.epoch, raw.step, self._context.rank)
         return augment(pixels, self._config, draws)
 
 
 class EvaluationBatches:
-    """Images of one worker in order, as they are: no augmentation. Can be iterated again and again.
+    """Images of one worker in order, without augmentation; can be iterated repeatedly.
 
-    Rank r of W gets ``indices[r::W]``: every image is in exactly one worker's batches, none is padded.
+    Rank r of W gets ``indices[r::W]``: every image is in exactly one worker's batches, without padding.
 
-    Args:
-        source: Images.
-        indices: Which of them (N,), int64.
-        context: This worker.
-        batch_size: Images a batch; the last one may be smaller.
-
-    Raises:
-        UnavailableError: If images cannot be read (while iterating).
+    The last batch may be smaller. Iterating raises UnavailableError if images cannot be read.
     """
 
     def __init__(self, source: ImageSource, indices: torch.Tensor, context: WorkerContext, *, batch_size: int) -> None:
@@ -226,19 +170,18 @@ class EvaluationBatches:
         self._chunks = torch.split(own, batch_size) if len(own) else ()
 
     def __len__(self) -> int:
-        """Number of batches; 0 when there are fewer images than workers."""
         return len(self._chunks)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches; the next one is read while the present one is in use."""
+        """Yield the batches; the next one is read while the current one is in use."""
         if not self._chunks:
             return
         with ThreadPoolExecutor(1) as reader:
             coming = reader.submit(self._source.fetch, self._chunks[0])
-            for place, chunk in enumerate(self._chunks):
+            for chunk, following in zip_longest(self._chunks, self._chunks[1:]):
                 images = coming.result()
-                if place + 1 < len(self._chunks):
-                    coming = reader.submit(self._source.fetch, self._chunks[place + 1])
+                if following is not None:
+                    coming = reader.submit(self._source.fetch, following)
                 yield Batch(to_unit(_moved(images, self._device)), _moved(self._source.labels[chunk], self._device))
 
 
@@ -250,7 +193,6 @@ def _fits(source: ImageSource, config: DataConfig) -> bool:
 
 
 def _all_images(source: ImageSource, indices: torch.Tensor) -> torch.Tensor:
-    """The chosen images (N, C, H, W), uint8, in the order of the indices."""
     if isinstance(source, ArraySource):
         whole = len(indices) == len(source) and torch.equal(indices, torch.arange(len(source)))
         return source.images if whole else source.images[indices]
@@ -258,5 +200,5 @@ def _all_images(source: ImageSource, indices: torch.Tensor) -> torch.Tensor:
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device without waiting for it: from page-locked memory a copy can run beside the computation."""
+    """Copy to the device without waiting: from pinned memory, a copy overlaps with computation."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,4 @@
-"""Files kept per node: locks between processes, decoded images."""
+"""The cache of a node: locks between processes, decoded images."""
 
 import contextlib
 import errno
@@ -27,22 +27,19 @@ _REASONS = {
 
 @contextlib.contextmanager
 def disk_trouble(field: str, folder: Path | str, remedy: str) -> Iterator[None]:
-    """Turn trouble with files into a message.
+    """Raise UnavailableError instead of any ``OSError`` or error of safetensors inside.
 
     Args:
         field: Setting that named the folder.
         folder: What the message shows when the error names no file.
         remedy: What to do about it.
-
-    Raises:
-        UnavailableError: Instead of any ``OSError`` inside, and of what safetensors raises.
     """
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        # Rust reports a full disk in words only.
+        # safetensors reports a full disk only in its text.
         reason = _REASONS[errno.ENOSPC] if "os error 28" in str(error) else str(error)
         raise UnavailableError(field, folder, reason, remedy) from error
     except OSError as error:
@@ -51,11 +48,7 @@ def disk_trouble(field: str, folder: Path | str, remedy: str) -> Iterator[None]:
 
 
 def cache_folder(cache_dir: str, *parts: str) -> Path:
-    """Make a folder of the cache and return it.
-
-    Raises:
-        UnavailableError: If it cannot be made or written to.
-    """
+    """Make a folder of the cache and return it; UnavailableError if it cannot be made."""
     with disk_trouble("data.cache_dir", cache_dir, "give a folder that can be written"):
         try:
             folder = Path(cache_dir).expanduser().joinpath(*parts)
@@ -67,10 +60,9 @@ def cache_folder(cache_dir: str, *parts: str) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes; the system frees it even when the holder is killed.
+    """Hold an exclusive lock between processes, which the system frees even when the holder is killed.
 
-    Args:
-        path: Lock file, created when missing and left behind: removing it would let two processes hold it.
+    The lock file is left behind: removing it would let two processes hold it.
     """
     with disk_trouble("data.cache_dir", path, "give a local folder that can be written"):
         handle = path.open("a")
@@ -88,10 +80,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def files_key(paths: Iterable[Path], *settings: object) -> str:
-    """A name for what is derived from files: it changes with their paths, sizes, times or the settings.
-
-    Files of an s3:// mirror are rewritten when their ETag changes, so their times stand for it.
-    """
+    """A name for what is derived from files: it changes with their paths, sizes, times or the settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for path in paths:
         with disk_trouble("data.root", path, "check the folder"):
@@ -101,7 +90,7 @@ def files_key(paths: Iterable[Path], *settings: object) -> str:
 
 
 def content_digest(*tensors: torch.Tensor) -> str:
-    """SHA-256 of shapes, types and every byte; about 0.7 s a GB."""
+    """SHA-256 of shapes, types and every byte; about 0.7 s per GB."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -112,14 +101,9 @@ def content_digest(*tensors: torch.Tensor) -> str:
 def cached_tensors(
     cache_dir: str, key: str, build: Callable[[], dict[str, torch.Tensor]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors built once a node and read back ever after; processes that start together build once.
+    """Tensors built once per node, under a key that changes whenever the result of ``build`` would.
 
     The file is mapped into memory, so the workers of a node share one copy. Treat the tensors as read-only.
-
-    Args:
-        cache_dir: The cache.
-        key: Name that changes whenever the result of ``build`` would.
-        build: Makes the tensors.
 
     Returns:
         The tensors, and a digest of each one's content.
@@ -127,17 +111,19 @@ def cached_tensors(
     Raises:
         UnavailableError: If the cache cannot be written.
     """
+    from safetensors.torch import save_file
+
     path = cache_folder(cache_dir, "decoded") / f"{key}.safetensors"
-    found = _read_tensors(path)
-    if found is not None:
+    if (found := _read_tensors(path)) is not None:
         return found
     with locked(path.with_suffix(".lock")):
-        found = _read_tensors(path)
-        if found is None:
+        if (found := _read_tensors(path)) is None:
             tensors = build()
-            with disk_trouble("data.cache_dir", path.parent, "free some space, or give another folder"):
-                _write_tensors(path, tensors)
-            # Read back rather than handed on: the builder, too, uses the shared mapping.
+            digests = {name: content_digest(tensor) for name, tensor in tensors.items()}
+            remedy = "free some space, or give another folder"
+            with disk_trouble("data.cache_dir", path.parent, remedy), whole_file(path) as part:
+                save_file(tensors, part, digests)
+            # Read back, so that the builder uses the shared mapping, too.
             del tensors
             found = _read_tensors(path)
     if found is None:
@@ -145,16 +131,8 @@ def cached_tensors(
     return found
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    metadata = {name: content_digest(tensor) for name, tensor in tensors.items()}
-    with whole_file(path) as part:
-        save_file(tensors, part, metadata)
-
-
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
-    """Map the file, or ``None`` when it is missing or unreadable (then it is built again)."""
+    """Map the file; ``None`` if it is missing or unreadable."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 

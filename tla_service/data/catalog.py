@@ -10,8 +10,8 @@ from tla_service.config import DataConfig
 from tla_service.data.digits import load_digits
 from tla_service.data.image_folder import load_image_folder
 from tla_service.data.members import listed, notice
-from tla_service.data.parquet import load_parquet
-from tla_service.data.sources import Dataset, Splits, StoredSource
+from tla_service.data.parquet import load_parquet, refuse_columns
+from tla_service.data.sources import Dataset, ImageSource, Splits
 from tla_service.data.splits import gate_images, stratified_subset
 from tla_service.data.tiny_imagenet import load_tiny_imagenet
 from tla_service.data.torchvision_sets import load_cifar, load_mnist
@@ -32,23 +32,15 @@ _LOADERS = {
 def load_dataset(config: DataConfig) -> Dataset:
     """Load a data set by name.
 
-    Archives and s3:// roots are copied, and images decoded, into ``data.cache_dir`` once a node; processes that
+    Archives and s3:// roots are copied, and images decoded, into ``data.cache_dir`` once per node; processes that
     start together share the work. A root is never written to, except by ``data.download``.
-
-    Args:
-        config: The data section.
-
-    Returns:
-        Training and test images, cut down to ``train_limit`` and ``test_limit``.
 
     Raises:
         ConfigError: If settings do not fit the set, or a class has no training images.
-        UnavailableError: If the set is not there, not readable or damaged.
+        UnavailableError: If the set is missing, unreadable or damaged.
     """
-    for field in ("label_column", "image_column"):
-        if getattr(config, field) is not None and config.name in ("digits", "tiny_imagenet", "image_folder"):
-            reason = f"data set {config.name} has no columns"
-            raise ConfigError(f"data.{field}", getattr(config, field), reason, "leave it out, or set data.name=parquet")
+    if config.name in ("digits", "tiny_imagenet", "image_folder"):
+        refuse_columns(config, f"data set {config.name} has no columns")
     splits = _LOADERS[config.name](config)
     _check(config, splits)
     train, test = _limited(splits.train, config.train_limit), _limited(splits.test, config.test_limit)
@@ -57,18 +49,14 @@ def load_dataset(config: DataConfig) -> Dataset:
         gate = gate[stratified_subset(splits.test.labels, len(test))]
     if config.train_limit is not None and len(torch.unique(train.labels)) < len(splits.class_names):
         classes = len(splits.class_names)
-        raise ConfigError(
-            "data.train_limit",
-            config.train_limit,
-            f"leaves some of the {classes} classes without images",
-            f"use at least {min(4 * classes, len(splits.train))}",
-        )
+        reason, enough = f"leaves some of the {classes} classes without images", min(4 * classes, len(splits.train))
+        raise ConfigError("data.train_limit", config.train_limit, reason, f"use at least {enough}")
     facts = [train.digest(), test.digest(), splits.class_names, train.image_shape]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return Dataset(config.name, train, test, gate, splits.class_names, train.image_shape, fingerprint)
 
 
-def _limited(source: StoredSource, limit: int | None) -> StoredSource:
+def _limited(source: ImageSource, limit: int | None) -> ImageSource:
     return source if limit is None or limit >= len(source) else source.subset(stratified_subset(source.labels, limit))
 
 
@@ -80,7 +68,7 @@ def _check(config: DataConfig, splits: Splits) -> None:
     if not len(train) or not len(test):
         part = "test" if len(train) else "training"
         raise UnavailableError("data.root", config.root, f"has no {part} images", "point it at a whole data set")
-    # Before anything is made that is as large as the largest label.
+    # Before anything as large as the largest label is allocated.
     for source in (train, test):
         if int(source.labels.min()) < 0 or int(source.labels.max()) >= len(names):
             reason = f"has labels beyond its {len(names)} classes"
@@ -100,13 +88,12 @@ def _check(config: DataConfig, splits: Splits) -> None:
 
 
 def _notice_twins(config: DataConfig, names: tuple[str, ...]) -> None:
-    """Say so if two classes look like one that was spelled in two ways; letters are a set of their own."""
+    """Warn of classes that look like two spellings of one; single letters may be a set of their own."""
     spellings: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
         if len(name) > 1:
             spellings[name.strip().casefold()].append(name)
     for twins in spellings.values():
         if len(twins) > 1:
-            notice(
-                "data.root=%s: classes %s differ only in case or spaces", config.root, " and ".join(map(repr, twins))
-            )
+            shown = " and ".join(map(repr, twins))
+            notice("data.root=%s: classes %s differ only in case or spaces", config.root, shown)

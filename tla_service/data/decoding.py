@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Protocol
@@ -18,43 +18,39 @@ _PROBED = 64
 _CHUNK = 256
 # Formats with an unmistakable header; some of Pillow's others match almost any bytes.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "QOI")
-# Two letters of text make these; a look at the whole header decides.
+# Two letters of text look like these; the whole header decides.
 _TEXT_LIKE = frozenset({"BMP", "PPM"})
 _PREFIX = 16  # bytes that Pillow's plugins look at
 _GREY_MODES = frozenset({"1", "L", "LA"})
 
 
 class Blobs(Protocol):
-    """Encoded images by number."""
+    """Encoded images by number; `name` is for messages, `stamp` changes with the files as far as that is cheap."""
 
-    def __len__(self) -> int:
-        """Number of images."""
+    def __len__(self) -> int: ...
 
-    def read(self, row: int) -> bytes:
-        """The encoded image."""
+    def read(self, row: int) -> bytes: ...  # noqa: D102
 
-    def name(self, row: int) -> str:
-        """What to call it in a message."""
+    def name(self, row: int) -> str: ...  # noqa: D102
 
-    def stamp(self) -> str:
-        """Hex digits that change with names, sizes, order, and content as far as that is cheap."""
+    def stamp(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """How to decode every image of a set.
+    """Decodes the images of a set to (C, H, W), uint8.
 
     Attributes:
         image_shape: Channels (1 or 3), height, width (C, H, W) of the result.
-        resize: Whether to take the largest centred square and resize it (bilinear, antialiased); otherwise an
-            image of another size is refused.
+        resize: Whether to resize the largest centered square (bilinear, antialiased); otherwise an image of another
+            size is refused.
     """
 
     image_shape: tuple[int, int, int]
     resize: bool
 
     def __call__(self, blob: bytes, name: str) -> np.ndarray:
-        """Decode one image to (C, H, W), uint8.
+        """Decode one image; ``name`` is for messages.
 
         Raises:
             UnavailableError: If it is no readable image.
@@ -69,10 +65,8 @@ class Decoder:
             # Cropped first: with resize's own box the filter reads pixels outside the square.
             image = image.crop(box).resize((width, height), Image.Resampling.BILINEAR)
         elif image.size != (width, height):
-            found, wanted = f"{image.width}x{image.height}", f"{width}x{height}"
-            raise ConfigError(
-                "data.image_size", None, f"{name} has {found} pixels, others {wanted}", "give the side to resize all to"
-            )
+            reason = f"{name} has {image.width}x{image.height} pixels, others {width}x{height}"
+            raise ConfigError("data.image_size", None, reason, "give the side to resize all to")
         pixels = np.asarray(image)
         return pixels[None] if channels == 1 else np.moveaxis(pixels, 2, 0)
 
@@ -96,25 +90,20 @@ def is_image(handle: IO[bytes]) -> bool:
 
 
 def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:
-    """Read an image and convert it.
-
-    Args:
-        blob: Its encoded bytes.
-        name: What to call it in a message.
-        mode: Pillow mode to convert to; ``None`` leaves it as it is.
+    """Read an encoded image and convert it to a Pillow mode, if one is given.
 
     Raises:
-        UnavailableError: If the bytes are no image, damaged, or of more than 8 bits a channel.
+        UnavailableError: If the bytes are no image, damaged, or of more than 8 bits per channel.
     """
     try:
         image = Image.open(io.BytesIO(blob))
         image.load()
-    # Pillow's decoders let errors of many kinds through when they meet rubbish.
+    # Pillow's decoders raise errors of many kinds.
     except Exception as error:
         reason = f"not a readable image ({type(error).__name__}: {error})"
         raise UnavailableError("data.root", name, reason, "replace or remove the file") from error
     if image.mode[0] in "IF":
-        raise UnavailableError("data.root", name, "has more than 8 bits a channel", "convert it to 8 bits")
+        raise UnavailableError("data.root", name, "has more than 8 bits per channel", "convert it to 8 bits")
     if mode is None or image.mode == mode:
         return image
     # Pillow wants palettes with transparency to pass through RGBA.
@@ -122,12 +111,10 @@ def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:
 
 
 def probe(blobs: Blobs, image_size: int | None, *, colour: bool | None = None) -> Decoder:
-    """Choose a decoder by looking at up to 64 images, evenly spread.
+    """Choose a decoder from up to 64 training images, evenly spread.
 
-    Args:
-        blobs: The training images.
-        image_size: Side to resize to, in pixels; ``None`` keeps the size of the first image.
-        colour: Whether images are RGB; ``None``: they are unless every image looked at is grey.
+    Images keep the size of the first one if no side ``image_size`` in pixels is given, and become RGB unless ``colour``
+    is false, or it is ``None`` and all are grey.
     """
     rows = evenly_spread(len(blobs), _PROBED if colour is None else 1)
     images = [open_image(blobs.read(row), blobs.name(row)) for row in rows]
@@ -138,16 +125,9 @@ def probe(blobs: Blobs, image_size: int | None, *, colour: bool | None = None) -
 
 
 def decode(blobs: Blobs, rows: Sequence[int], decoder: Decoder, threads: int | None = None) -> torch.Tensor:
-    """Decode images.
+    """Decode some images to (len(rows), C, H, W), uint8.
 
-    Args:
-        blobs: Where they are.
-        rows: Which ones.
-        decoder: How.
-        threads: How many to decode at a time; ``None``: one a core. Pillow decodes outside the interpreter lock.
-
-    Returns:
-        Images (len(rows), C, H, W), uint8.
+    In up to 16 threads, one per core, by default: Pillow decodes outside the interpreter lock.
     """
     images = np.empty((len(rows), *decoder.image_shape), np.uint8)
 
@@ -159,41 +139,18 @@ def decode(blobs: Blobs, rows: Sequence[int], decoder: Decoder, threads: int | N
     if threads is None:
         threads = min(16, usable_cores())
     size = max(1, min(_CHUNK, -(-len(rows) // threads)))
-    _run(fill, range(0, len(rows), size), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, range(0, len(rows), size)))  # the first damaged file cancels the rest
     return torch.from_numpy(images)
 
 
-def _run(work: Callable[[int], None], items: Iterable[int], threads: int) -> None:
-    if threads <= 1:
-        for item in items:
-            work(item)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            # The first damaged file ends it; the rest of the queue would be wasted work.
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
 def usable_cores() -> int:
-    """Processor cores this process may run on, at least 1."""
+    """CPU cores this process may run on, at least 1."""
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def resized(images: torch.Tensor, side: int) -> torch.Tensor:
-    """Resize images that are in memory.
-
-    Args:
-        images: (N, C, H, W), uint8.
-        side: Height and width of the result, in pixels.
-
-    Returns:
-        Images (N, C, side, side), uint8; bilinear, antialiased.
-    """
+    """Resize images (N, C, H, W) to (N, C, side, side), uint8; bilinear, antialiased."""
     if images.shape[2:] == (side, side):
         return images
     chunks = [_resized(chunk, side) for chunk in torch.split(images, 4096)]
@@ -208,5 +165,5 @@ def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def evenly_spread(count: int, wanted: int) -> list[int]:
-    """Up to ``wanted`` numbers in [0, count), evenly spread and rising, the first among them."""
+    """Up to ``wanted`` numbers in [0, count), evenly spread, ascending, the first among them."""
     return sorted({place * count // wanted for place in range(wanted)}) if count else []

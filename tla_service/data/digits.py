@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1797 grey images of 8x8, in every installation."""
+"""scikit-learn's handwritten digits: 1797 grey images of 8x8, embedded in the library."""
 
 import torch
 
@@ -13,8 +13,8 @@ _SPLIT_SEED = 0
 def load_digits(config: DataConfig) -> Splits:
     """Load the digits; values 0..16 become 0..255.
 
-    The set has no test split of its own. A fixed, stratified quarter (450 images) is the test set here: the same
-    whatever the run's seed, so that results compare.
+    The set has no test split. A fixed, stratified quarter (450 images) is the test set, the same for every seed of a
+    run, so that results are comparable.
 
     Raises:
         UnavailableError: If scikit-learn is not installed.

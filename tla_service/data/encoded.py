@@ -1,13 +1,15 @@
-"""From encoded images to sources: decoded once into the cache, or left where they are."""
+"""From encoded images to sources: decoded once into the cache, or on demand."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from PIL import __version__ as PIL_VERSION
 
 from tla_service.config import DataConfig
 from tla_service.data.cache import cached_tensors, content_digest
 from tla_service.data.decoding import Blobs, decode, probe
-from tla_service.data.sources import SPLITS, ArraySource, FileSource, Split, Splits, StoredSource
+from tla_service.data.sources import SPLITS, ArraySource, FileSource, Split, Splits
+from tla_service.data.trees import FileTree, TreeBlobs
 
 # The largest training set, as decoded uint8 pixels, that data.residency=auto keeps in memory.
 RESIDENT_BYTES = 4 * 2**30
@@ -26,36 +28,44 @@ def build_splits(
 
     Args:
         config: The data section.
-        key: Changes with the files, their order and what is in them; part of a file name.
+        key: Part of a cache file's name; changes with the files, their order and content.
         blobs: Encoded images of both splits.
         labels: Their classes, (N,) each.
         class_names: Name of every class.
-        colour: Whether to make RGB images; ``None``: unless all are grey.
-
-    Returns:
-        Both splits, as arrays in the cache or as files.
+        colour: Whether images become RGB; ``None``: unless all are grey.
     """
     decoder = probe(blobs["train"], config.image_size, colour=colour)
     channels, height, width = decoder.image_shape
     size = len(blobs["train"]) * channels * height * width
     if config.residency == "stream" or (config.residency == "auto" and size >= RESIDENT_BYTES):
-        sources: list[StoredSource] = [FileSource(blobs[split], labels[split], decoder) for split in SPLITS]
-        return Splits(sources[0], sources[1], class_names)
+        train, test = (FileSource(blobs[split], labels[split], decoder) for split in SPLITS)
+        return Splits(train, test, class_names)
 
     def build() -> dict[str, torch.Tensor]:
         return {split: decode(blobs[split], range(len(blobs[split])), decoder) for split in SPLITS}
 
-    # Labels are not cached: they are known already, and the key need not cover how they are read.
-    full_key = f"{key}-{decoder_key(decoder.image_shape, resize=decoder.resize)}"
+    # Labels are not cached, so the key need not cover how they are read. JPEG pixels depend on the decoder's version.
+    full_key = f"{key}-{channels}x{height}x{width}{'r' if decoder.resize else ''}-{PIL_VERSION}"
     images, digests = cached_tensors(config.cache_dir, full_key, build)
-    arrays = [
-        ArraySource(images[split], labels[split], content_digest(labels[split]) + digests[split]) for split in SPLITS
-    ]
-    return Splits(arrays[0], arrays[1], class_names)
+    arrays = (ArraySource(images[s], labels[s], content_digest(labels[s]) + digests[s]) for s in SPLITS)
+    return Splits(next(arrays), next(arrays), class_names)
 
 
-def decoder_key(shape: tuple[int, int, int], *, resize: bool) -> str:
-    """Part of a cache key: the shape, the resizing, and the decoder's version, as JPEG pixels depend on it."""
-    from PIL import __version__
-
-    return f"{'x'.join(map(str, shape))}{'r' if resize else ''}-{__version__}"
+def tree_splits(
+    config: DataConfig,
+    tree: FileTree,
+    images: Mapping[Split, Sequence[tuple[str, int]]],
+    class_names: tuple[str, ...],
+    *,
+    colour: bool | None = None,
+) -> Splits:
+    """As `build_splits`, for images that are files of a tree: (name, class) of each."""
+    names = {split: [name for name, _ in images[split]] for split in SPLITS}
+    return build_splits(
+        config,
+        tree.key([*names["train"], *names["test"]]),
+        {split: TreeBlobs(tree, names[split]) for split in SPLITS},
+        {split: torch.tensor([label for _, label in images[split]]) for split in SPLITS},
+        class_names,
+        colour=colour,
+    )

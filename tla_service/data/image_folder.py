@@ -1,4 +1,4 @@
-"""Folders of images: train/<class>/... and test/<class>/..., or the same in a zip file."""
+"""Folders of images: train/<class>/... and test/<class>/..., also in a zip file."""
 
 import posixpath
 import unicodedata
@@ -6,46 +6,39 @@ from collections import defaultdict
 from collections.abc import Container
 from typing import NamedTuple
 
-import torch
-
 from tla_service.config import DataConfig
 from tla_service.data.decoding import is_image
-from tla_service.data.encoded import build_splits
+from tla_service.data.encoded import tree_splits
 from tla_service.data.members import TEST_SPLITS, notice, notice_left_out, refuse_several
-from tla_service.data.sources import Splits
-from tla_service.data.storage import required_root
-from tla_service.data.trees import FileTree, TreeBlobs, open_tree
+from tla_service.data.roots import required_root
+from tla_service.data.sources import SPLITS, Split, Splits
+from tla_service.data.trees import FileTree
+from tla_service.data.zip_tree import open_tree
 from tla_service.errors import ConfigError, UnavailableError
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
-# Left out without a look inside: opening a million annotation files would take minutes.
+# Left out unopened: opening a million annotation files would take minutes.
 _TEXT_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".log"})
 _FIX = "use the layout train/<class>/<image> and test/<class>/<image> (or val/)"
 
 
 class _Part(NamedTuple):
-    """The files of one split.
+    """The files of one split."""
 
-    Attributes:
-        images: Path and class of every image in a class folder.
-        beside: Files beside the class folders.
-        others: Files in class folders that are no images.
-    """
-
-    images: list[tuple[str, str]]
-    beside: list[str]
-    others: list[str]
+    images: list[tuple[str, str]]  # path and class
+    beside: list[str]  # beside the class folders
+    others: list[str]  # in class folders, but not images
 
 
 def load_image_folder(config: DataConfig) -> Splits:
-    """Load class folders; images are cropped to a centred square and resized to ``data.image_size``.
+    """Load class folders; images are cropped to a centered square and resized to ``data.image_size``.
 
     Classes are the folders under ``train/``, sorted by name; images are sorted by path. Files are images by their
     ending, or else by their content. RGB, unless all of up to 64 images looked at are grey.
 
     Raises:
         ConfigError: If ``data.image_size`` is not set, a class has no images, or the root holds several data sets.
-        UnavailableError: If folders are missing, or the test set has a class that the training set has not.
+        UnavailableError: If folders are missing, or the test set has a class that the training set does not have.
     """
     if config.image_size is None:
         remedy = "give a side in pixels, like 64"
@@ -74,17 +67,11 @@ def load_image_folder(config: DataConfig) -> Splits:
         f"outside train/ and {test_folder}/": outside,
     }
     notice_left_out(config.root, left_out)
-    names = {"train": [path for path, _ in train.images], "test": [path for path, _ in test.images]}
-    return build_splits(
-        config,
-        tree.key([*names["train"], *names["test"]]),
-        {"train": TreeBlobs(tree, names["train"]), "test": TreeBlobs(tree, names["test"])},
-        {
-            "train": torch.tensor([numbers[_key(name)] for _, name in train.images]),
-            "test": torch.tensor([numbers[_key(name)] for _, name in test.images]),
-        },
-        tuple(sorted(classes.values())),
-    )
+    images: dict[Split, list[tuple[str, int]]] = {
+        split: [(path, numbers[_key(name)]) for path, name in part.images]
+        for split, part in zip(SPLITS, (train, test), strict=True)
+    }
+    return tree_splits(config, tree, images, tuple(sorted(classes.values())))
 
 
 def _layout(tree: FileTree, root: str | None) -> tuple[str, list[str]]:
@@ -96,7 +83,7 @@ def _layout(tree: FileTree, root: str | None) -> tuple[str, list[str]]:
             if part == "train" or part in TEST_SPLITS:
                 found["".join(f"{above}/" for above in parts[:depth])].add(part)
     inside = tuple(f"{base}{part}/" for base, parts in found.items() if _is_whole(parts) for part in parts)
-    # Classes may be called train or test, too.
+    # Classes may have the names of splits, too.
     bases = [base for base, parts in found.items() if "train" in parts and not base.startswith(inside)]
     whole = [base for base in bases if _is_whole(found[base])]
     refuse_several(root, whole)

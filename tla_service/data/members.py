@@ -1,4 +1,4 @@
-"""Which files belong to a data set: one rule for folders, zip files, buckets and parquet."""
+"""Which files belong to a data set: one rule for folders, zip files, buckets and Parquet."""
 
 import logging
 import posixpath
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 
 from torch import distributed
 
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError
 
 LOG = logging.getLogger(__name__)
 # In order of preference: the first one with labels is the test set.
 TEST_SPLITS = ("test", "val", "validation", "valid", "dev")
 _SHOWN = 6
-# What macOS, Windows and NAS systems leave between files (names compared without case).
-_DROPPINGS = frozenset(
+# What macOS, Windows and NAS systems leave between files, in lower case.
+_SYSTEM_FILES = frozenset(
     {
         "__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",
         "@eadir", "#recycle", "#snapshot", "lost+found",
@@ -23,41 +23,24 @@ _DROPPINGS = frozenset(
 
 
 def is_member(name: str) -> bool:
-    """Whether a file or folder can be part of a data set: no part of its path is hidden or left by the system.
-
-    Args:
-        name: Path inside the data set, with forward slashes. Only the names count, never where a link leads.
-    """
+    """Whether a path inside a data set, with forward slashes, can be part of it: not hidden, not a system's file."""
     return not any(
-        (part.startswith(".") and part not in (".", "..")) or part.casefold() in _DROPPINGS for part in name.split("/")
+        (part.startswith(".") and part not in (".", "..")) or part.casefold() in _SYSTEM_FILES
+        for part in name.split("/")
     )
 
 
 def refuse_several(root: str | None, sets: Iterable[str]) -> None:
-    """Refuse a root that holds more than one data set: choosing or merging them would be a guess.
+    """Raise ConfigError if a root holds several data sets: choosing or merging them would be a guess.
 
     Args:
         root: ``data.root`` as configured.
         sets: Folder of each data set inside the root; "" is the root itself.
-
-    Raises:
-        ConfigError: If there are several.
     """
     found = sorted({name.strip("/") or "." for name in sets})
     if len(found) > 1:
         reason = f"holds {len(found)} data sets: {listed(found)}"
         raise ConfigError("data.root", root, reason, "point it at one of them, or move the others out of it")
-
-
-def broken_link(path: object) -> UnavailableError:
-    """The error for an image that is a link to nothing."""
-    remedy = "restore what it points at, or remove the link"
-    return UnavailableError("data.root", path, "is a link to a file that is not there", remedy)
-
-
-def link_loop(path: object) -> UnavailableError:
-    """The error for a link that would make a folder contain itself."""
-    return UnavailableError("data.root", path, "is a link to a folder that holds it", "remove the link")
 
 
 def notice(text: str, *values: object) -> None:
@@ -67,12 +50,7 @@ def notice(text: str, *values: object) -> None:
 
 
 def notice_left_out(root: str | None, files: Mapping[str, Iterable[str]]) -> None:
-    """Log how many files of each ending are not used, in one line; nothing if there are none.
-
-    Args:
-        root: ``data.root`` as configured.
-        files: File names by the reason why they are not used.
-    """
+    """Log in one line how many files of each ending are not used; names are given by the reason why."""
     counts = {reason: by_ending(names) for reason, names in files.items()}
     parts = [f"{shown} {reason}" for reason, shown in counts.items() if shown]
     if parts:

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 class Draw(IntEnum):
-    """What a random draw is for; the first part of its seed, so that no two purposes share numbers."""
+    """Purpose of a random draw; the first part of its seed, so that no two purposes share numbers."""
 
     ORDER = 0xDA7A01
     POOL_ORDER = 0xDA7A02
@@ -25,10 +25,10 @@ class Draw(IntEnum):
 
 @dataclass(frozen=True)
 class StepIndices:
-    """One worker's images of one step, as places in the training set.
+    """One worker's images of one step, as positions in the training set, int64.
 
     Attributes:
-        anchors: (n,), int64.
+        anchors: (n,).
         positives: Another image of each anchor's class (n,), or ``None``.
         pool: Images to mine negatives from (P,), all different, or ``None``.
         global_size: Anchors of this step over all workers.
@@ -41,11 +41,7 @@ class StepIndices:
 
 
 class ClassMates:
-    """Draws another image of the same class.
-
-    Args:
-        labels: Class of every image (N,), int64.
-    """
+    """Draws another image of the same class; ``labels`` are the classes of all images (N,), int64."""
 
     def __init__(self, labels: torch.Tensor) -> None:
         self._by_class = labels.argsort(stable=True)
@@ -59,12 +55,7 @@ class ClassMates:
     def draw(self, anchors: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
         """Another image of each anchor's class, uniformly; the anchor itself where its class has no other.
 
-        Args:
-            anchors: Places (n,), int64.
-            draws: On the CPU.
-
-        Returns:
-            Places (n,), int64.
+        Both are positions (n,), int64; the generator is on the CPU.
         """
         others = self._count[anchors] - 1
         # Float64 keeps the product below `others`, and the draw uniform to one part in 10^10 even for huge classes.
@@ -78,17 +69,17 @@ class StepOrder:
     """The steps of every epoch, as one worker sees them.
 
     An epoch's permutation is the same on all ranks. It is cut into ``steps_per_epoch`` chunks and each chunk into a
-    shard for every rank, sizes differing by at most one each time: every image is used once an epoch, none is padded
-    or dropped, and the images of a step do not depend on the number of workers.
+    shard for every rank, with sizes that differ by at most one: every image is used once per epoch, without padding or
+    dropping, and the images of a step do not depend on the number of workers.
 
     Args:
         labels: Class of every training image (N,), int64.
         seed: The run's seed.
         rank: This worker, in [0, world_size).
         world_size: Number of workers.
-        global_batch_size: Images a step, over all workers, at most.
-        pool_size: Images of this worker's pool a step; 0 for none.
-        same_class_positives: Whether to draw positives.
+        global_batch_size: Images per step, over all workers, at most.
+        pool_size: Images of this worker's mining pool per step; 0 for none.
+        same_class_positives: Whether to draw another image of each anchor's class.
 
     Raises:
         ConfigError: If the pools of a step need more images than there are, or a worker would get none in some step.
@@ -105,31 +96,21 @@ class StepOrder:
         pool_size: int = 0,
         same_class_positives: bool = False,
     ) -> None:
-        self._count, self._seed, self._rank, self._world_size = len(labels), seed, rank, world_size
+        self._count, self.seed, self._rank, self._world_size = len(labels), seed, rank, world_size
         self._pool_size = pool_size
         self._mates = ClassMates(labels) if same_class_positives else None
         if pool_size * world_size > self._count:
-            raise ConfigError(
-                "mining.pool_size",
-                pool_size,
-                f"{world_size} workers' pools of {pool_size} need more than the {self._count} training images",
-                f"use at most {self._count // world_size} a worker",
-            )
-        self.steps_per_epoch = -(-self._count // global_batch_size)
-        if self._count < self.steps_per_epoch * world_size or self._count == 0:
-            raise ConfigError(
-                "training.global_batch_size",
-                global_batch_size,
-                f"{self._count} training images in {self.steps_per_epoch} steps are too few for {world_size} workers",
-                "use a larger batch, fewer workers or more images",
-            )
+            reason = f"{world_size} workers' pools of {pool_size} need more than the {self._count} training images"
+            remedy = f"use at most {self._count // world_size} per worker"
+            raise ConfigError("mining.pool_size", pool_size, reason, remedy)
+        self.steps_per_epoch = steps = -(-self._count // global_batch_size)
+        if self._count < steps * world_size or self._count == 0:
+            reason = f"{self._count} training images in {steps} steps are too few for {world_size} workers"
+            remedy = "use a larger batch, fewer workers or more images"
+            raise ConfigError("training.global_batch_size", global_batch_size, reason, remedy)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepIndices]:
-        """The steps of an epoch from ``start_step`` on; the same ones, whatever was drawn before.
-
-        Args:
-            epoch: Epoch, from 0.
-            start_step: First step wanted, in [0, steps_per_epoch]; the last means none.
+        """The steps of an epoch (from 0), from ``start_step`` in [0, steps_per_epoch] on.
 
         Raises:
             ValueError: If ``start_step`` is outside.
@@ -146,14 +127,14 @@ class StepOrder:
             anchors = chunks[step].tensor_split(self._world_size)[self._rank]
             positives = None
             if self._mates is not None:
-                draws = generator(CPU, Draw.POSITIVES, self._seed, epoch, step, self._rank)
+                draws = generator(CPU, Draw.POSITIVES, self.seed, epoch, step, self._rank)
                 positives = self._mates.draw(anchors, draws)
             pool = None if pool_order is None else self._pool(pool_order, step)
             yield StepIndices(anchors, positives, pool, len(chunks[step]))
 
     def _permutation(self, draw: Draw, epoch: int) -> torch.Tensor:
-        # Step and rank are zeros here, not absent: seeds of different lengths may coincide.
-        return torch.randperm(self._count, generator=generator(CPU, draw, self._seed, epoch, 0, 0))
+        # With zeros for step and rank: seeds of different lengths may coincide.
+        return torch.randperm(self._count, generator=generator(CPU, draw, self.seed, epoch, 0, 0))
 
     def _pool(self, order: torch.Tensor, step: int) -> torch.Tensor:
         start = (step * self._world_size + self._rank) * self._pool_size

@@ -1,12 +1,10 @@
-"""Encoded images laid end to end in one file of the cache, for formats that cannot be read at random."""
+"""Encoded images concatenated in one file of the cache, for formats without random access."""
 
 import hashlib
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,44 +16,31 @@ LOG = logging.getLogger(__name__)
 
 
 class PackedBlobs:
-    """Encoded images of one packed file.
+    """Encoded images of one packed file; a ``Blobs``.
 
     Args:
         path: The file.
-        offsets: Where each image begins, and where the last one ends (N + 1,), int64, in bytes.
+        offsets: Start of each image, and end of the last one (N + 1,), int64, in bytes.
         digest: SHA-256 of the file's content.
         origins: Name and first row of every original file, in order.
     """
 
     def __init__(self, path: Path, offsets: torch.Tensor, digest: str, origins: list[tuple[str, int]]) -> None:
         self._path, self._offsets, self._digest, self._origins = path, offsets, digest, origins
-        self._descriptor: int | None = None
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self._offsets) - 1
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
-
-    def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-
     def read(self, row: int) -> bytes:
-        """The encoded image.
-
-        Raises:
-            UnavailableError: If the cache was removed or cut meanwhile.
-        """
-        with disk_trouble("data.cache_dir", self._path, "start again: the file is then packed again"):
-            if self._descriptor is None:
-                self._descriptor = os.open(self._path, os.O_RDONLY)
-            start, end = self._offsets[row : row + 2].tolist()
-            # Reads at a place of their own need no shared file position: threads and forked loaders do not meet.
-            blob = os.pread(self._descriptor, end - start, start)
+        """The encoded image; UnavailableError if the cache was removed or truncated meanwhile."""
+        start, end = self._offsets[row : row + 2].tolist()
+        remedy = "start again: the file is then packed again"
+        # Opened anew, so that threads and forked loaders share no file position.
+        with disk_trouble("data.cache_dir", self._path, remedy), self._path.open("rb", buffering=0) as handle:
+            handle.seek(start)
+            blob = handle.read(end - start)
         if len(blob) != end - start:
-            raise UnavailableError("data.cache_dir", self._path, "is cut short", "remove it and start again")
+            raise UnavailableError("data.cache_dir", self._path, "is truncated", "remove it and start again")
         return blob
 
     def name(self, row: int) -> str:
@@ -64,39 +49,16 @@ class PackedBlobs:
         return f"{file}, row {row - first}"
 
     def stamp(self) -> str:
-        """Covers every byte, and where each image begins."""
+        """Covers every byte and offset."""
         return hashlib.sha256(self._digest.encode() + self._offsets.numpy().tobytes()).hexdigest()
 
 
 def pack(
     cache_dir: str, key: str, images: Callable[[], Iterator[bytes]], origins: list[tuple[str, int]]
 ) -> PackedBlobs:
-    """Lay images end to end, once a node.
-
-    Args:
-        cache_dir: The cache.
-        key: Changes with the images.
-        images: Makes an iterator over encoded images.
-        origins: Name and first row of every original file, in order.
-
-    Returns:
-        The images.
-
-    Raises:
-        UnavailableError: If the cache cannot be written.
-    """
+    """Concatenate images, once per node, in the file of a key that changes with them; arguments as `PackedBlobs`."""
     path = cache_folder(cache_dir, "packed") / f"{key}.blobs"
-    index = _index(cache_dir, key, path, images)
-    expected = int(index["offsets"][-1])
-    if not path.is_file() or path.stat().st_size != expected:
-        LOG.warning("packing %s again: it is missing or cut short", path)
-        (cache_folder(cache_dir, "decoded") / f"{key}-index.safetensors").unlink(missing_ok=True)
-        index = _index(cache_dir, key, path, images)
-    digest = bytes(index["digest"].tolist()).hex()
-    return PackedBlobs(path, index["offsets"], digest, origins)
 
-
-def _index(cache_dir: str, key: str, path: Path, images: Callable[[], Iterator[bytes]]) -> dict[str, torch.Tensor]:
     def build() -> dict[str, torch.Tensor]:
         offsets, digest = [0], hashlib.sha256()
         remedy = "free some space, or give another folder"
@@ -110,4 +72,9 @@ def _index(cache_dir: str, key: str, path: Path, images: Callable[[], Iterator[b
             "digest": torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8),
         }
 
-    return cached_tensors(cache_dir, f"{key}-index", build)[0]
+    index = cached_tensors(cache_dir, f"{key}-index", build)[0]
+    if not path.is_file() or path.stat().st_size != int(index["offsets"][-1]):
+        LOG.warning("packing %s again: it is missing or truncated", path)
+        (cache_folder(cache_dir, "decoded") / f"{key}-index.safetensors").unlink(missing_ok=True)
+        index = cached_tensors(cache_dir, f"{key}-index", build)[0]
+    return PackedBlobs(path, index["offsets"], bytes(index["digest"].tolist()).hex(), origins)

@@ -1,6 +1,7 @@
-"""Parquet files as image hubs publish them: a row per image, with encoded bytes and a label."""
+"""Parquet files in the layout of image hubs: one row per image, with encoded bytes and a label."""
 
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from tla_service.config import DataConfig
@@ -9,12 +10,19 @@ from tla_service.data.decoding import Blobs
 from tla_service.data.encoded import build_splits
 from tla_service.data.members import TEST_SPLITS, listed, notice
 from tla_service.data.packed import PackedBlobs, pack
-from tla_service.data.parquet_columns import find_image_column, find_label_columns, no_label_column
-from tla_service.data.parquet_files import Shard, find_splits, open_shards, read_column
+from tla_service.data.parquet_files import (
+    Shard,
+    find_image_column,
+    find_label_columns,
+    find_splits,
+    no_label_column,
+    open_shards,
+    read_column,
+)
 from tla_service.data.parquet_labels import Labels, number_classes, read_labels
+from tla_service.data.roots import required_root
 from tla_service.data.sources import Split, Splits
-from tla_service.data.storage import required_root
-from tla_service.errors import UnavailableError
+from tla_service.errors import ConfigError, UnavailableError
 
 _FIX = "use the layout of image hubs: train-*.parquet and test-*.parquet (or validation-*) in one folder"
 _BATCH = 512
@@ -23,9 +31,9 @@ _BATCH = 512
 def load_parquet(config: DataConfig) -> Splits:
     """Load ``train-*.parquet`` and ``test-*.parquet`` (or ``validation-*``), found anywhere under ``data.root``.
 
-    The label column is known by its name, or given by ``data.label_column``; the image column is the only one of
-    encoded images, known by its name, or given by ``data.image_column``. Rows keep their order, files go by name.
-    If the test files hold no labels, labelled validation files are used for testing. Images of one size need no
+    The label column has a usual name, or is given by ``data.label_column``; the image column is the only one with
+    encoded images, has a usual name, or is given by ``data.image_column``. Rows keep their order, files are sorted by
+    name. If the test files have no labels, labeled validation files are used for testing. Images of one size need no
     ``data.image_size``.
 
     Raises:
@@ -47,8 +55,11 @@ def load_parquet(config: DataConfig) -> Splits:
     test = _labelled_test(config, root, found)
     images = [_image_column(config, labels.shards) for labels in (train, test)]
     names, train_classes, test_classes = number_classes(train, test)
-    _notice_unused(config, root, found, [*train.shards, *test.shards])
-    key = files_key([shard.path for shard in [*train.shards, *test.shards]], images[0])
+    used = [shard.path for shard in [*train.shards, *test.shards]]
+    unused = [path.relative_to(root).as_posix() for files in found.values() for path in files if path not in used]
+    if unused:
+        notice("data.root=%s: files left out: %s", config.root, listed(unused))
+    key = files_key(used, images[0])
     blobs: dict[Split, Blobs] = {"train": _packed(config, train, images[0]), "test": _packed(config, test, images[1])}
     return build_splits(config, key, blobs, {"train": train_classes, "test": test_classes}, names)
 
@@ -59,11 +70,11 @@ def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:
     if len(columns) > 1:
         text = "%s: labels are read from column %r, not from %s; data.label_column chooses another"
         notice(text, shards[0].path, columns[0], listed(columns[1:]))
-    return read_labels(config.cache_dir, shards, columns[0]) if columns else None
+    return read_labels(shards, columns[0]) if columns else None
 
 
 def _labelled_test(config: DataConfig, root: Path, found: dict[str, list[Path]]) -> Labels:
-    """Labels of the first split for testing that has any: published test sets often have none."""
+    """Labels of the first test split that has any: published test sets often have none."""
     splits = [name for name in TEST_SPLITS if name in found]
     for name in splits:
         labels = _labels(config, open_shards(found[name], root, config.root))
@@ -86,38 +97,34 @@ def _image_column(config: DataConfig, shards: list[Shard]) -> str:
     return column
 
 
-def _notice_unused(config: DataConfig, root: Path, found: dict[str, list[Path]], used: list[Shard]) -> None:
-    paths = {shard.path for shard in used}
-    unused = [path.relative_to(root).as_posix() for files in found.values() for path in files if path not in paths]
-    if unused:
-        notice("data.root=%s: files left out: %s", config.root, listed(unused))
-
-
 def _packed(config: DataConfig, labels: Labels, image: str) -> PackedBlobs:
-    files, origins, first = [shard.path for shard in labels.shards], [], 0
-    for shard in labels.shards:
-        origins.append((str(shard.path), first))
-        first += shard.rows
+    files = [shard.path for shard in labels.shards]
+    first_rows = accumulate((shard.rows for shard in labels.shards), initial=0)
+    origins = list(zip(map(str, files), first_rows, strict=False))
 
     def all_images() -> Iterator[bytes]:
         for path in files:
             yield from read_images(path, image)
 
-    # The label column is in the key for the sake of older caches only.
+    # The label column is in the key only for older caches.
     return pack(config.cache_dir, files_key(files, image, labels.column), all_images, origins)
 
 
-def read_images(path: Path, column: str) -> Iterator[bytes]:
-    """Encoded images of one file, in order.
+def refuse_columns(config: DataConfig, reason: str) -> None:
+    """Raise ConfigError if ``data.label_column`` or ``data.image_column`` is set."""
+    for name in ("label_column", "image_column"):
+        value = getattr(config, name)
+        if value is not None:
+            raise ConfigError(f"data.{name}", value, reason, "leave it out, or set data.name=parquet")
 
-    Raises:
-        UnavailableError: If the file is damaged, or a row has no image.
-    """
+
+def read_images(path: Path, column: str) -> Iterator[bytes]:
+    """Encoded images of one file, in order; UnavailableError if it is damaged, or a row has no image."""
     from pyarrow import compute, types
 
     row = 0
     for images in read_column(path, column, _BATCH):
-        # Unlike field(), this passes the struct's own nulls on.
+        # Unlike field(), this propagates the struct's own nulls.
         blobs = compute.struct_field(images, "bytes") if types.is_struct(images.type) else images
         for blob in blobs.to_pylist():
             if blob is None:

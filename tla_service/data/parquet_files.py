@@ -1,6 +1,7 @@
-"""Parquet files of a data set: which there are, what they contain, reading a column."""
+"""Parquet files of a data set, and which of their columns hold images and labels: found by name, never guessed."""
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,24 +10,21 @@ from typing import TYPE_CHECKING
 
 from tla_service.data.members import TEST_SPLITS, notice, refuse_several
 from tla_service.data.trees import FolderTree
-from tla_service.errors import UnavailableError
+from tla_service.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     import pyarrow
 
+# In order of preference; compared without case.
+IMAGE_NAMES = ("image", "img", "images", "png", "jpg")
+LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
 _NAME = re.compile(rf"({'|'.join(('train', *TEST_SPLITS))})(-.*)?\.parquet")
 _NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a split.
-
-    Attributes:
-        path: The file.
-        rows: How many rows it has.
-        schema: Its schema.
-    """
+    """One file of a split, with its number of rows and its schema."""
 
     path: Path
     rows: int
@@ -34,10 +32,9 @@ class Shard:
 
 
 def find_splits(root: Path) -> dict[str, list[Path]] | None:
-    """Find the files of every split, at any depth of a folder.
+    """Files of each split, at any depth of a folder, sorted by path; ``None`` without training or test files.
 
-    Returns:
-        Each split's files, sorted by path, and those of no split under ""; ``None`` without training or test files.
+    Files of no split are under "".
     """
     if not root.is_dir():
         return None
@@ -53,15 +50,10 @@ def find_splits(root: Path) -> dict[str, list[Path]] | None:
 
 
 def open_shards(files: list[Path], root: Path, shown_root: str | None) -> list[Shard]:
-    """Rows and schemas of one split's files.
-
-    Args:
-        files: The files.
-        root: The local folder they are in.
-        shown_root: ``data.root`` as configured.
+    """Rows and schemas of one split's files below a root, which messages show as ``shown_root``.
 
     Raises:
-        ConfigError: If they are in several folders: those are several data sets.
+        ConfigError: If they are in several folders, and so of several data sets.
         UnavailableError: If one is damaged, or there are no rows.
     """
     refuse_several(shown_root, [path.parent.relative_to(root).as_posix() for path in files])
@@ -85,16 +77,80 @@ def _shard(path: Path) -> Shard:
 
 
 def read_column(path: Path, column: str, batch: int) -> Iterator["pyarrow.Array"]:
-    """One column of a file, in arrays of up to ``batch`` rows.
-
-    Raises:
-        UnavailableError: If the file is damaged.
-    """
+    """One column of a file, in arrays of up to ``batch`` rows; UnavailableError if the file is damaged."""
     from pyarrow import parquet
 
     with _readable(path), parquet.ParquetFile(path) as opened:
         for rows in opened.iter_batches(batch, columns=[column]):
             yield rows.column(column)
+
+
+def find_image_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) -> str:
+    """The column of encoded images: the one wanted, the only one, or the one with a usual name.
+
+    Raises:
+        ConfigError: If ``wanted`` is no such column, or there are several and none has a usual name.
+        UnavailableError: If there is none.
+    """
+    fitting = [field.name for field in schema if _holds_images(field.type)]
+    if wanted is not None:
+        if wanted not in fitting:
+            raise ConfigError("data.image_column", wanted, f"is no column of image bytes in {shown}", _choose(fitting))
+        return wanted
+    named = _known(fitting, IMAGE_NAMES)
+    if named or len(fitting) == 1:
+        return named[0] if named else fitting[0]
+    if not fitting:
+        reason = f"{shown} has no column of encoded images (bytes), but {_columns(schema)}"
+        raise UnavailableError("data.root", None, reason, "store the images themselves, not their paths or pixels")
+    names = f"{', '.join(IMAGE_NAMES[:-1])} or {IMAGE_NAMES[-1]}"
+    reason = f"{shown} has several columns of image bytes, none named {names}: {', '.join(fitting)}"
+    raise ConfigError("data.image_column", None, reason, "set it to the column that holds the images")
+
+
+def find_label_columns(schema: "pyarrow.Schema", wanted: str | None) -> list[str]:
+    """The columns of possible labels that are ``wanted`` or else have a usual name, the preferred one first."""
+    fitting = [field.name for field in schema if label_kind(field.type) is not None]
+    return _known(fitting, LABEL_NAMES) if wanted is None else [name for name in fitting if name == wanted]
+
+
+def no_label_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) -> ConfigError:
+    """The error for a file without a label column."""
+    if wanted is None and not (named := _known(schema.names, LABEL_NAMES)):
+        names = f"{', '.join(LABEL_NAMES[:-1])} or {LABEL_NAMES[-1]}"
+        reason = f"{shown} has no column named {names}, but {_columns(schema)}"
+        return ConfigError("data.label_column", None, reason, "set it to the column that holds the labels")
+    wanted = named[0] if wanted is None else wanted
+    if wanted in schema.names:
+        reason = f"is {_short(schema.field(wanted).type)} in {shown}; labels are integers, text or booleans"
+        return ConfigError("data.label_column", wanted, reason, "cast the column, or give another one")
+    return ConfigError("data.label_column", wanted, f"is no column of {shown}", f"give one of {_columns(schema)}")
+
+
+def label_kind(kind: "pyarrow.DataType") -> str | None:
+    """Kind of labels in a column, dictionary-encoded or not: integers, text or booleans; else ``None``."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_integer(kind):
+        return "integers"
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return "text"
+    return "booleans" if types.is_boolean(kind) else None
+
+
+def class_names(schema: "pyarrow.Schema", label: str) -> tuple[str, ...]:
+    """Class names from a schema's metadata; empty if there are none that can be read."""
+    metadata = schema.metadata or {}
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+        if isinstance(names, list) and names:
+            return tuple(map(str, names))
+    except (KeyError, ValueError, TypeError, RecursionError):
+        pass
+    text = metadata.get(b"label_names", b"").decode("utf-8", errors="replace")
+    return tuple(name.strip() for name in text.split(",")) if text.strip() else ()
 
 
 @contextlib.contextmanager
@@ -107,3 +163,29 @@ def _readable(path: Path) -> Iterator[None]:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = f"not a readable Parquet file ({text})"
         raise UnavailableError("data.root", path, reason, "fetch the file again") from error
+
+
+def _holds_images(kind: "pyarrow.DataType") -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+
+def _known(found: list[str], names: tuple[str, ...]) -> list[str]:
+    return [column for name in names for column in found if column.casefold() == name]
+
+
+def _columns(schema: "pyarrow.Schema") -> str:
+    return ", ".join(f"{field.name} ({_short(field.type)})" for field in schema) or "none"
+
+
+def _short(kind: "pyarrow.DataType") -> str:
+    from pyarrow import types
+
+    return "struct" if types.is_struct(kind) else str(kind)
+
+
+def _choose(fitting: list[str]) -> str:
+    return f"give one of {', '.join(fitting)}" if fitting else "give a column of encoded images"

@@ -1,20 +1,17 @@
 """Labels of Parquet files, whatever their type, to class numbers."""
 
 import functools
-import json
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from tla_service.data.cache import cached_tensors, files_key
 from tla_service.data.members import notice
-from tla_service.data.parquet_columns import class_names, label_kind
-from tla_service.data.parquet_files import Shard, read_column
+from tla_service.data.parquet_files import Shard, class_names, label_kind, read_column
 from tla_service.errors import ConfigError, UnavailableError
 
 _BATCH = 2**16
-# Share of rows with a label of their own from which labels tell images apart.
+# Share of distinct labels above which they identify images, not classes.
 _MOSTLY = 0.9
 _FIX = "correct the labels, or leave these rows out"
 
@@ -23,10 +20,10 @@ Value = int | str | bool | None
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of a split as its files have them.
+    """Labels of a split as they are in its files.
 
     Attributes:
-        column: Where they are.
+        column: Their column.
         shards: The files.
         values: The distinct values, sorted; ``None`` comes last.
         codes: Position in ``values`` of every row's label (N,), int64.
@@ -48,17 +45,13 @@ class Labels:
         return not any(map(_is_label, self.values))
 
     def refuse_missing(self) -> None:
-        """Refuse rows without a label.
-
-        Raises:
-            UnavailableError: If there is one.
-        """
+        """Raise UnavailableError if a row has no label."""
         for code, value in enumerate(self.values):
             if not _is_label(value):
                 raise UnavailableError("data.root", self.first_row(code), f"has no label ({value!r})", _FIX)
 
     def first_row(self, code: int) -> str:
-        """What to call the first row with a value in a message."""
+        """File and number of the first row with a value, for messages."""
         row = int((self.codes == code).nonzero()[0])
         for shard in self.shards:
             if row < shard.rows:
@@ -72,8 +65,8 @@ def _is_label(value: Value) -> bool:
     return value not in (None, "") and not (isinstance(value, int) and value < 0)
 
 
-def read_labels(cache_dir: str, shards: list[Shard], column: str) -> Labels:
-    """Read the labels of a split, once a node.
+def read_labels(shards: list[Shard], column: str) -> Labels:
+    """Read the labels of a split.
 
     Raises:
         UnavailableError: If a file is damaged, or its labels are of another type than the first file's.
@@ -84,29 +77,20 @@ def read_labels(cache_dir: str, shards: list[Shard], column: str) -> Labels:
             reason = f"has no column {column!r} of {kind}, unlike {shards[0].path.name}"
             raise UnavailableError("data.root", shard.path, reason, "fetch the file again, or leave it out")
 
-    def build() -> dict[str, torch.Tensor]:
-        from pyarrow import types
+    from pyarrow import types
 
-        found: dict[Value, int] = {}
-        parts = [np.zeros(0, np.int64)]
-        for shard in shards:
-            for array in read_column(shard.path, column, _BATCH):
-                plain = array.dictionary_decode() if types.is_dictionary(array.type) else array
-                encoded = plain.dictionary_encode(null_encoding="encode")
-                places = [found.setdefault(value, len(found)) for value in encoded.dictionary.to_pylist()]
-                parts.append(np.array(places, np.int64)[encoded.indices.to_numpy(zero_copy_only=False)])
-        values = sorted(found, key=lambda value: (value is None, value))
-        ranks = np.empty(len(found), np.int64)
-        ranks[[found[value] for value in values]] = np.arange(len(found))
-        text = json.dumps(values).encode()
-        return {
-            "codes": torch.from_numpy(ranks[np.concatenate(parts)]),
-            "values": torch.frombuffer(bytearray(text), dtype=torch.uint8),
-        }
-
-    key = f"{files_key([shard.path for shard in shards], 'labels', column)}-labels"
-    tensors = cached_tensors(cache_dir, key, build)[0]
-    return Labels(column, shards, json.loads(bytes(tensors["values"].tolist())), tensors["codes"])
+    found: dict[Value, int] = {}
+    parts = [np.zeros(0, np.int64)]
+    for shard in shards:
+        for array in read_column(shard.path, column, _BATCH):
+            plain = array.dictionary_decode() if types.is_dictionary(array.type) else array
+            encoded = plain.dictionary_encode(null_encoding="encode")
+            codes = [found.setdefault(value, len(found)) for value in encoded.dictionary.to_pylist()]
+            parts.append(np.array(codes, np.int64)[encoded.indices.to_numpy(zero_copy_only=False)])
+    values = sorted(found, key=lambda value: (value is None, value))
+    ranks = np.empty(len(found), np.int64)
+    ranks[[found[value] for value in values]] = np.arange(len(found))
+    return Labels(column, shards, values, torch.from_numpy(ranks[np.concatenate(parts)]))
 
 
 def number_classes(train: Labels, test: Labels) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor]:
@@ -119,7 +103,7 @@ def number_classes(train: Labels, test: Labels) -> tuple[tuple[str, ...], torch.
         The class names, and the class of every training and every test image, (N,) and (M,), int64.
 
     Raises:
-        ConfigError: If most training images have a label of their own.
+        ConfigError: If labels identify images, not classes.
         UnavailableError: If labels are missing, or differ between the splits in type or classes.
     """
     train.refuse_missing()
@@ -153,7 +137,7 @@ def _by_name(labels: Labels, names: tuple[str, ...], first: int) -> torch.Tensor
 
     @functools.cache
     def classes(own: tuple[str, ...]) -> torch.Tensor:
-        # Not through the names where they are the same: they need not be distinct.
+        # By position where the names are the same, since they need not be distinct.
         by_place = list(range(len(names))) if own == names else [numbers.get(name, -1) for name in own]
         places = [int(value) - first for value in labels.values if value is not None]
         return torch.tensor([by_place[place] if 0 <= place < len(own) else -1 for place in places])
@@ -175,7 +159,7 @@ def _by_name(labels: Labels, names: tuple[str, ...], first: int) -> torch.Tensor
 
 
 def _check_values(train: Labels) -> None:
-    """Refuse labels that tell images apart rather than classes; say so if integers are not 0 to K-1."""
+    """Refuse labels that identify images rather than classes; warn of integers that are not 0 to K-1."""
     values, shown = train.values, train.shards[0].path
     if len(values) > _MOSTLY * len(train.codes):
         reason = f"has {len(values)} distinct values in {len(train.codes)} rows, so it identifies images, not classes"

@@ -1,8 +1,8 @@
-"""Where the bytes of an image set are: in memory, or in files decoded on demand."""
+"""Images by number, with their labels: in memory, or in files decoded on demand."""
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -13,48 +13,17 @@ Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
 
 
-class ImageSource(Protocol):
-    """Images by number, with their labels.
-
-    Attributes:
-        labels: Class of every image (N,), int64, on the CPU, known up front.
-        image_shape: Channels, height and width (C, H, W) of every image.
-    """
-
-    labels: torch.Tensor
-    image_shape: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        """Number of images, N."""
-
-    def fetch(self, indices: torch.Tensor) -> torch.Tensor:
-        """Read images.
-
-        Args:
-            indices: Which ones (n,), int64 in [0, N), on the CPU; repeats are allowed.
-
-        Returns:
-            Images (n, C, H, W), uint8, on the CPU.
-        """
-
-
-class StoredSource(ImageSource, Protocol):
-    """An image source as the data sets build it: it can be cut down and told from another."""
-
-    def subset(self, indices: torch.Tensor) -> Self:
-        """The images at ``indices`` (n,), in that order."""
-
-    def digest(self) -> str:
-        """A SHA-256 that changes with the images, the labels or their order."""
-
-
 class ArraySource:
     """Images held in memory.
 
     Args:
         images: All images (N, C, H, W), uint8, on the CPU; kept, not copied.
         labels: Their classes (N,), int64.
-        digest: SHA-256 of the content, if it is known; computed on demand else.
+        digest: SHA-256 of the content, if known; otherwise computed on demand.
+
+    Attributes:
+        labels: Classes (N,), int64, on the CPU.
+        image_shape: (C, H, W) of every image.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, digest: str | None = None) -> None:
@@ -65,15 +34,14 @@ class ArraySource:
         self._digest = digest
 
     def __len__(self) -> int:
-        """Number of images."""
         return self.labels.numel()
 
     def fetch(self, indices: torch.Tensor) -> torch.Tensor:
-        """Images at ``indices`` (n,): (n, C, H, W), uint8."""
+        """Images at ``indices`` (n,), int64 in [0, N), on the CPU, repeats allowed: (n, C, H, W), uint8, on the CPU."""
         return self.images[indices]
 
     def subset(self, indices: torch.Tensor) -> "ArraySource":
-        """The images at ``indices`` (n,), copied, in that order."""
+        """The images at ``indices`` (n,), in that order."""
         return ArraySource(self.images[indices], self.labels[indices])
 
     def digest(self) -> str:
@@ -84,13 +52,13 @@ class ArraySource:
 
 
 class FileSource:
-    """Images decoded when they are asked for; safe to hand to forked and spawned loader processes.
+    """Images decoded on demand, with the interface of `ArraySource`; can be passed to loader processes.
 
     Args:
         blobs: The encoded images of the whole set.
-        labels: Their classes (N,), int64.
+        labels: Classes of this source's images (N,), int64.
         decoder: How to decode them.
-        rows: Which of ``blobs`` this source consists of (N,); all when ``None``.
+        rows: Their rows in ``blobs`` (N,); all when ``None``.
     """
 
     def __init__(self, blobs: Blobs, labels: torch.Tensor, decoder: Decoder, rows: torch.Tensor | None = None) -> None:
@@ -100,22 +68,16 @@ class FileSource:
         self.image_shape = decoder.image_shape
 
     def __len__(self) -> int:
-        """Number of images."""
         return self.labels.numel()
 
     def fetch(self, indices: torch.Tensor) -> torch.Tensor:
-        """Images at ``indices`` (n,): (n, C, H, W), uint8.
-
-        Raises:
-            UnavailableError: If a file is missing or damaged.
-            ConfigError: If images differ in size and no ``data.image_size`` is set.
-        """
-        # Loader processes are the parallelism already; a lone caller gets threads.
+        """As `ArraySource.fetch`, with errors as `Decoder`."""
+        # Loader processes run in parallel already.
         threads = None if torch.utils.data.get_worker_info() is None else 1
         return decode(self._blobs, self._rows[indices].tolist(), self._decoder, threads)
 
     def subset(self, indices: torch.Tensor) -> "FileSource":
-        """The images at ``indices`` (n,), in that order."""
+        """As `ArraySource.subset`."""
         return FileSource(self._blobs, self.labels[indices], self._decoder, self._rows[indices])
 
     def digest(self) -> str:
@@ -125,11 +87,14 @@ class FileSource:
         return digest.hexdigest()
 
 
-class Splits(NamedTuple):
-    """What a kind of data set hands to the catalog."""
+ImageSource = ArraySource | FileSource
 
-    train: StoredSource
-    test: StoredSource
+
+class Splits(NamedTuple):
+    """What a loader returns to the catalog."""
+
+    train: ImageSource
+    test: ImageSource
     class_names: tuple[str, ...]
 
 
@@ -141,18 +106,18 @@ class Dataset:
         name: Its name in the configuration.
         train: Training images, validation images included.
         test: Test images.
-        gate: Which of the test images are set aside for the promotion gate (N,), bool: the same ones under every
+        gate: Which test images are reserved for the promotion gate (N,), bool: the same ones under every
             ``test_limit``. Figures are published on the others.
         class_names: Name of every class; labels are positions in it.
         image_shape: Channels, height, width (C, H, W), the same in both splits.
         fingerprint: 16 hex digits that change when images, labels, their order or the class names change. For images
-            in memory they cover every byte. For images decoded on demand they cover names, sizes and labels, and the
-            content by checksum where that is cheap (zip, parquet) or by a sample of 256 files (folders).
+            in memory they cover every byte; for images decoded on demand names, sizes and labels, and the content by
+            checksum (zip, Parquet) or by a sample of 256 files (folders).
     """
 
     name: str
-    train: StoredSource
-    test: StoredSource
+    train: ImageSource
+    test: ImageSource
     gate: torch.Tensor
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]

@@ -1,4 +1,4 @@
-"""Which images are for training and which for validation; stratified subsets."""
+"""Training and validation split, gate images, stratified subsets."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from tla_service.data.members import listed
 from tla_service.errors import ConfigError
 
 _LIMIT_SEED = 0
-_GATE_EVERY = 4  # the share of test images set aside for the promotion gate is one in so many
+_GATE_EVERY = 4  # one in four test images is reserved for the promotion gate
 
 
 def split_validation(
@@ -20,8 +20,8 @@ def split_validation(
     Args:
         labels: Class of every image (N,), int64.
         fraction: Share to hold out, in (0, 1); rounded up to whole images.
-        seed: Chooses the images.
-        class_names: For messages; empty: classes are called by their number.
+        seed: Selects the images.
+        class_names: For messages; numbers if empty.
 
     Returns:
         Indices of the training and of the validation images, int64, each sorted; disjoint, together all of [0, N).
@@ -31,44 +31,40 @@ def split_validation(
     """
     from sklearn.model_selection import train_test_split
 
+    field, value = "data.validation_fraction", f"{fraction:g}"
     counts = labels.bincount()
     rare = (counts == 1).nonzero().flatten().tolist()
     classes, total = int((counts > 0).sum()), len(labels)
     if classes == 0:
-        raise ConfigError("data.validation_fraction", f"{fraction:g}", "there are no training images", "add some")
+        raise ConfigError(field, value, "there are no training images", "add some")
     if rare:
         names = listed([repr(class_names[number]) if class_names else str(number) for number in rare])
         subject = f"class {names} has" if len(rare) == 1 else f"each of the classes {names} has"
         reason = f"{subject} a single training image, too few to split off validation images"
         remedy = "add images, remove the class, or raise data.train_limit if it is set"
-        raise ConfigError("data.validation_fraction", f"{fraction:g}", reason, remedy)
+        raise ConfigError(field, value, reason, remedy)
     held_out = -int(-total * fraction // 1)
     if held_out < classes or total - held_out < classes:
         reason = f"{held_out} of {total} images for validation, with {classes} classes to cover in both parts"
         # Rounded up, or the share would be too small again.
         least = min(0.5, math.ceil(1000 * classes / total) / 1000)
-        raise ConfigError("data.validation_fraction", f"{fraction:g}", reason, f"use at least {least:g}")
+        raise ConfigError(field, value, reason, f"use at least {least:g}")
     train, validation = train_test_split(range(total), test_size=held_out, random_state=seed, stratify=labels.numpy())
     return torch.tensor(sorted(train)), torch.tensor(sorted(validation))
 
 
 def stratified_subset(labels: torch.Tensor, count: int) -> torch.Tensor:
-    """Choose images so that classes keep their shares; the same ones every time, and more of them with a larger count.
+    """Select images so that classes keep their shares: always the same ones, and more of them for a larger count.
 
-    Args:
-        labels: Class of every image (N,), int64.
-        count: How many to choose.
-
-    Returns:
-        Indices (min(count, N),), int64, sorted.
+    Takes the class of every image (N,), int64; returns sorted indices (min(count, N),), int64.
     """
     total = len(labels)
     if count >= total:
         return torch.arange(total)
     shuffled, by_class, place = _shuffled_by_class(labels)
-    # The k-th of a class's n images stands at (k + 1/2) / n: cutting that line anywhere takes the same share of each.
+    # The k-th of a class's n images is at (k + 1/2) / n: cutting that line anywhere takes the same share of each.
     position = (place + 0.5) / labels.bincount()[labels[by_class]]
-    # Ties between classes go by the shuffle, or the lowest classes would win all of them.
+    # Ties between classes are broken by the shuffle; otherwise the lowest classes would win all of them.
     tie = torch.empty(total, dtype=torch.int64)
     tie[shuffled] = torch.arange(total)
     order = tie[by_class].argsort()
@@ -76,26 +72,21 @@ def stratified_subset(labels: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def gate_images(labels: torch.Tensor) -> torch.Tensor:
-    """Which test images are set aside for the promotion gate: one in four of each class, chosen by the labels alone.
+    """Which test images are reserved for the promotion gate: one in four of each class, determined by the labels.
 
-    Every fourth image of a class, in the order in which :func:`stratified_subset` takes them: each of its subsets
-    holds about a quarter of gate images, too, and the first image of a class is never one.
-
-    Args:
-        labels: Class of every image of the whole test set (N,), int64.
-
-    Returns:
-        (N,), bool.
+    Every fourth image of a class, in the order of :func:`stratified_subset`: about a quarter of each of its subsets
+    are gate images, too, and the first image of a class never is. Takes the class of every image of the whole test set
+    (N,), int64; returns (N,), bool.
     """
     _, by_class, place = _shuffled_by_class(labels)
     gate = torch.zeros(len(labels), dtype=torch.bool)
-    # Classes begin at different places, or rounding would favour one side in all of them at once.
+    # Classes begin at different places; otherwise rounding would favor one side in all of them.
     gate[by_class] = place % _GATE_EVERY == 1 + labels[by_class] % (_GATE_EVERY - 1)
     return gate
 
 
 def _shuffled_by_class(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A fixed shuffle of N images; the same sorted by class; and each of these images' number within its class."""
+    """A fixed shuffle of N images; the same sorted by class; and the number of each of these within its class."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_LIMIT_SEED))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     counts = labels.bincount()

@@ -15,17 +15,13 @@ from tla_service.files import check_socket_path
 
 
 class StepLoader:
-    """Reads whole steps ahead: one loader process reads all images of one step.
+    """Reads steps ahead: one loader process reads all images of one step.
 
-    Args:
-        source: Images.
-        indices: The training images (N,), int64; steps name places in it.
-        workers: Loader processes, at most one a core; 0 reads in this process.
-        device: Where the images go: for a GPU they are put in page-locked memory.
+    Uses at most one process per core, or this one for 0 workers; reads into pinned memory for a GPU.
     """
 
     def __init__(self, source: ImageSource, indices: torch.Tensor, workers: int, device: torch.device) -> None:
-        # More processes than cores only wait for each other, and torch warns of them.
+        # torch warns of more processes than cores.
         workers = min(workers, usable_cores())
         if workers:
             # Loader processes hand their tensors over through sockets of multiprocessing.
@@ -40,18 +36,14 @@ class StepLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            # Of its own, or every epoch would draw from the global generator and shift what others draw from it.
+            # Its own: otherwise every epoch would draw from the global generator and change what others draw.
             generator=torch.Generator(),
         )
 
     def read(self, steps: Iterator[StepIndices]) -> Iterator[tuple[StepIndices, torch.Tensor]]:
-        """Read the images of some steps, in their order.
+        """Read the images (n, C, H, W), uint8, of each step: anchors, then positives, then pool.
 
-        Args:
-            steps: Which images; consumed ahead of what is yielded.
-
-        Yields:
-            Each step with its images (n, C, H, W), uint8: anchors, then positives, then pool.
+        ``steps`` is consumed ahead of what is yielded.
 
         Raises:
             UserError: If images cannot be read.
@@ -64,8 +56,8 @@ class StepLoader:
             yield self._steps.handed_out.pop(0), images
 
     def close(self) -> None:
-        """End the loader processes."""
-        # The iterator that persistent workers live in ends them when it is released.
+        """Stop the loader processes."""
+        # Releasing the loader's iterator stops its persistent workers.
         self._loader = None
 
 
@@ -84,7 +76,7 @@ class _StepSampler(data.Sampler[list[int]]):
         for step in self._steps:
             self.handed_out.append(step)
             parts = [part for part in (step.anchors, step.positives, step.pool) if part is not None]
-            # A list: a tensor would be put in shared memory, one file descriptor a step.
+            # A list: a tensor would be put in shared memory, with one file descriptor per step.
             yield self._indices[torch.cat(parts)].tolist()
 
 
@@ -101,7 +93,7 @@ class _StepImages(data.Dataset[torch.Tensor]):
         try:
             return self._source.fetch(torch.tensor(indices))
         except UserError as error:
-            # Returned, not raised: the loader would rebuild it from its text alone and lose what it is.
+            # Returned, not raised: the loader would rebuild it from its text alone, as another error.
             return error
 
 

@@ -1,23 +1,23 @@
-"""Tiny ImageNet, as its zip file has it; any number of its classes."""
+"""Tiny ImageNet in the layout of its zip file, with any number of its classes."""
 
+import re
 from collections import Counter
 from pathlib import PurePosixPath
 
-import torch
-
 from tla_service.config import DataConfig
-from tla_service.data.encoded import build_splits
+from tla_service.data.encoded import tree_splits
 from tla_service.data.members import refuse_several
-from tla_service.data.sources import Splits
-from tla_service.data.storage import required_root
-from tla_service.data.trees import FileTree, TreeBlobs, open_tree
+from tla_service.data.roots import required_root
+from tla_service.data.sources import Split, Splits
+from tla_service.data.trees import FileTree
+from tla_service.data.zip_tree import open_tree
 from tla_service.errors import ConfigError, UnavailableError
 
 _FIX = "use the original layout: wnids.txt, train/<wnid>/images, val/images, val/val_annotations.txt"
 
 
 def load_tiny_imagenet(config: DataConfig) -> Splits:
-    """Load Tiny ImageNet from its zip file, unopened, or from the unpacked folder.
+    """Load Tiny ImageNet from its zip file, without unpacking it, or from the unpacked folder.
 
     The validation images with their annotations are the test set: the real test set has no labels. Classes are the
     lines of ``wnids.txt``, sorted; grey JPEGs become RGB.
@@ -30,38 +30,31 @@ def load_tiny_imagenet(config: DataConfig) -> Splits:
     base = _base(tree, config.root)
     wnids = sorted(set(_text(tree, f"{base}wnids.txt").split()))
     numbers = {wnid: number for number, wnid in enumerate(wnids)}
-    train = [(name, numbers[name.removeprefix(base).split("/")[1]]) for name in _train_names(tree, base, numbers)]
-    _refuse_empty_classes(wnids, Counter(number for _, number in train))
+    pattern = re.compile(rf"{re.escape(base)}train/([^/]+)/images/[^/]+\.(?i:jpe?g)")
+    matches = [match for name in tree.names if (match := pattern.fullmatch(name)) and match[1] in numbers]
+    train = [(match[0], numbers[match[1]]) for match in matches]
+    empty = sorted(numbers.keys() - {match[1] for match in matches})
+    if empty:
+        reason = f"{len(empty)} of the {len(wnids)} classes in wnids.txt have no training images, {empty[0]} first"
+        raise ConfigError("data.name", "tiny_imagenet", reason, "fetch the whole set, or cut wnids.txt down")
     annotations = f"{base}val/val_annotations.txt"
     test = parse_annotations(_text(tree, annotations), numbers, tree.describe(annotations))
     present = set(tree.names)
     missing = [name for name, _ in test if f"{base}val/images/{name}" not in present]
     if missing:
         raise UnavailableError("data.root", tree.describe(f"{base}val/images/{missing[0]}"), "is missing", _FIX)
-    names = {"train": [name for name, _ in train], "test": [f"{base}val/images/{name}" for name, _ in test]}
-    return build_splits(
-        config,
-        tree.key([*names["train"], *names["test"]]),
-        {"train": TreeBlobs(tree, names["train"]), "test": TreeBlobs(tree, names["test"])},
-        {"train": torch.tensor([number for _, number in train]), "test": torch.tensor([number for _, number in test])},
-        _class_names(tree, base, wnids),
-        colour=True,
-    )
+    images: dict[Split, list[tuple[str, int]]] = {
+        "train": train,
+        "test": [(f"{base}val/images/{name}", number) for name, number in test],
+    }
+    return tree_splits(config, tree, images, _class_names(tree, base, wnids), colour=True)
 
 
 def parse_annotations(text: str, numbers: dict[str, int], shown: str) -> list[tuple[str, int]]:
-    """Read ``val_annotations.txt``: a line an image, tab-separated file name, wnid and box.
+    """File names and labels from ``val_annotations.txt``: one line per image with tab-separated name, wnid and box.
 
-    Args:
-        text: The file.
-        numbers: Label of every wnid in use; images of others are left out.
-        shown: What to call the file in a message.
-
-    Returns:
-        File names and labels, in the file's order.
-
-    Raises:
-        UnavailableError: If a line has no wnid or a name leads elsewhere, or nothing is left.
+    Images of wnids without a number are left out. UnavailableError if a line has no wnid or a name is a path, or if no
+    image is left.
     """
     found: list[tuple[str, int]] = []
     for place, line in enumerate(text.split("\n"), start=1):
@@ -92,23 +85,6 @@ def _text(tree: FileTree, name: str) -> str:
     if name not in tree.names:
         raise UnavailableError("data.root", tree.describe(name), "is missing", _FIX)
     return tree.read(name).decode("utf-8", errors="replace")
-
-
-def _train_names(tree: FileTree, base: str, numbers: dict[str, int]) -> list[str]:
-    inside = len(base)
-    parts = ((name, name[inside:].split("/")) for name in tree.names if name.startswith(f"{base}train/"))
-    return [
-        name
-        for name, part in parts
-        if len(part) == 4 and part[1] in numbers and part[2] == "images" and part[3].lower().endswith((".jpeg", ".jpg"))
-    ]
-
-
-def _refuse_empty_classes(wnids: list[str], counts: Counter[int]) -> None:
-    empty = [wnid for number, wnid in enumerate(wnids) if not counts[number]]
-    if empty:
-        reason = f"{len(empty)} of the {len(wnids)} classes in wnids.txt have no training images, {empty[0]} first"
-        raise ConfigError("data.name", "tiny_imagenet", reason, "fetch the whole set, or cut wnids.txt down")
 
 
 def _class_names(tree: FileTree, base: str, wnids: list[str]) -> tuple[str, ...]:

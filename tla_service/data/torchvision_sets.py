@@ -1,6 +1,6 @@
 """MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 as torchvision stores them.
 
-torchvision takes seconds to import, so it is left alone where it is not needed: for MNIST that is there already.
+torchvision takes seconds to import, so it is imported only when needed: not for MNIST files that are present.
 """
 
 import gzip
@@ -8,8 +8,8 @@ import shutil
 import tarfile
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +17,22 @@ import torch
 from tla_service.config import DataConfig
 from tla_service.data.cache import cache_folder, disk_trouble, files_key, locked
 from tla_service.data.decoding import resized
-from tla_service.data.parquet import load_parquet
+from tla_service.data.parquet import load_parquet, refuse_columns
 from tla_service.data.parquet_files import find_splits
+from tla_service.data.roots import required_root
 from tla_service.data.sources import ArraySource, Splits
-from tla_service.data.storage import required_root
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.files import whole_file, write_whole
+from tla_service.files import write_whole
 
 _DIGITS = tuple(map(str, range(10)))
 _CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _IDX_SETS = {"mnist": ("MNIST", _DIGITS), "fashion_mnist": ("FashionMNIST", _CLOTHES)}
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-# torchvision's class, and what it makes of a root: known here, so that it need not be imported to look.
+# torchvision's class, and its files below a root, known without importing it.
+_CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
 _CIFAR_SETS = {
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", "cifar-10-python.tar.gz"),
-    "cifar100": ("CIFAR100", "cifar-100-python", "cifar-100-python.tar.gz"),
+    "cifar10": ("CIFAR10", "cifar-10-python.tar.gz", "cifar-10-batches-py", _CIFAR10_FILES),
+    "cifar100": ("CIFAR100", "cifar-100-python.tar.gz", "cifar-100-python", ("train", "test", "meta")),
 }
 _AGAIN = "fetch the file again"
 _DISK_FIX = "free some space, or give another folder"
@@ -39,69 +40,45 @@ _FETCH_FIX = "check the network and the folder, or put the files there yourself"
 
 
 def load_mnist(config: DataConfig) -> Splits:
-    """Load MNIST or Fashion-MNIST, whole, into memory.
+    """Load MNIST or Fashion-MNIST into memory.
 
     ``data.root`` is torchvision's root, with ``MNIST/raw/*`` in it; the ``.gz`` files are enough: they are unpacked
-    into the cache, never beside the files. A root without them, but with ``train-*.parquet`` files, is read as such.
-    With ``data.download`` the set is fetched into the root first.
+    into the cache, never beside the files. Otherwise, ``train-*.parquet`` files under the root are read. With
+    ``data.download`` the set is fetched into the root first.
 
     Raises:
         ConfigError: If ``data.download`` is set for an s3:// root.
-        UnavailableError: If the set is not there, damaged, or cannot be fetched.
+        UnavailableError: If the set is missing, damaged, or cannot be fetched.
     """
-    root = _root(config)
-    folder_name, class_names = _IDX_SETS[config.name]
-    folder = _idx_folder(root, folder_name, config.cache_dir)
-    if folder is None and (splits := _from_parquet(config, root, channels=1)) is not None:
-        return splits
-    _refuse_columns(config)
-    if folder is None and config.download:
-        _download(root, folder_name, config.cache_dir)
-        folder = _idx_folder(root, folder_name, config.cache_dir)
-    if folder is None:
-        raise _missing(config, root / folder_name / "raw" / _IDX_FILES[0])
-    arrays = [read_idx(folder / name) for name in _IDX_FILES]
+    kind_name, class_names = _IDX_SETS[config.name]
+    found = _locate(config, kind_name, lambda root: _idx_folder(root, kind_name, config.cache_dir), channels=1)
+    if isinstance(found, Splits):
+        return found
+    arrays = [read_idx(found / name) for name in _IDX_FILES]
     train = _source(arrays[0][:, None], arrays[1], config)
     return Splits(train, _source(arrays[2][:, None], arrays[3], config), class_names)
 
 
 def load_cifar(config: DataConfig) -> Splits:
-    """Load CIFAR-10 or CIFAR-100, whole, into memory; torchvision checks every file's MD5 before it is unpickled.
+    """Load CIFAR-10 or CIFAR-100 into memory; torchvision checks every file's MD5 before it unpickles it.
 
-    ``data.root`` is torchvision's root, with ``cifar-10-batches-py`` or ``cifar-10-python.tar.gz`` in it. The rest is
-    as for ``load_mnist``.
-
-    Raises:
-        ConfigError: If ``data.download`` is set for an s3:// root.
-        UnavailableError: If the set is not there, damaged, or cannot be fetched.
+    ``data.root`` is torchvision's root, with ``cifar-10-batches-py`` or ``cifar-10-python.tar.gz`` in it; otherwise as
+    `load_mnist`.
     """
-    root = _root(config)
-    kind_name, *own = _CIFAR_SETS[config.name]
-    there = any((root / name).exists() for name in own)
-    if not there and (splits := _from_parquet(config, root, channels=3)) is not None:
-        return splits
-    _refuse_columns(config)
-    from torchvision import datasets
-
-    kind = getattr(datasets, kind_name)
-    ready, missing = _batches_root(root, kind, config.cache_dir)
-    if missing and config.download:
-        _download(root, kind.__name__, config.cache_dir)
-        ready, missing = _batches_root(root, kind, config.cache_dir)
-    if missing:
-        raise _missing(config, missing[0])
-    train, test = (_read_batches(kind, ready, config, train=train) for train in (True, False))
+    kind_name, archive, folder, files = _CIFAR_SETS[config.name]
+    paths = [f"{folder}/{name}" for name in files]
+    found = _locate(config, kind_name, lambda root: _cifar_root(root, archive, paths, config.cache_dir), channels=3)
+    if isinstance(found, Splits):
+        return found
+    train, test = (_read_batches(kind_name, found, config, train=train) for train in (True, False))
     return Splits(train[0], test[0], train[1])
 
 
 def read_idx(path: Path) -> torch.Tensor:
-    """Read a file of MNIST's own format.
-
-    Returns:
-        The array it holds, uint8, of the shape its header says.
+    """Read a file in MNIST's own format: an array, uint8, of the shape in its header.
 
     Raises:
-        UnavailableError: If it is missing, or not what its header says.
+        UnavailableError: If it is missing, or does not match its header.
     """
     with disk_trouble("data.root", path, _AGAIN):
         content = path.read_bytes()
@@ -115,34 +92,34 @@ def read_idx(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
-def _root(config: DataConfig) -> Path:
+def _locate(
+    config: DataConfig, kind_name: str, find: Callable[[Path], tuple[Path, list[Path]]], *, channels: int
+) -> Path | Splits:
+    """The folder of the set's own files, fetched if need be, or the set from Parquet files.
+
+    ``find`` returns that folder of a root, and the files that are missing.
+    """
     if config.download and (config.root or "").startswith("s3://"):
         raise ConfigError("data.download", True, "an s3:// root is only read", "upload the set, or give a local root")
-    return required_root(config)
-
-
-def _refuse_columns(config: DataConfig) -> None:
-    for name in ("label_column", "image_column"):
-        if getattr(config, name) is not None:
-            reason = "data.root is not read as Parquet files"
-            raise ConfigError(f"data.{name}", getattr(config, name), reason, "leave it out, or set data.name=parquet")
-
-
-def _from_parquet(config: DataConfig, root: Path, channels: int) -> Splits | None:
-    """The set from Parquet files, if the root has some."""
-    if find_splits(root) is None:
-        return None
-    splits = load_parquet(config)
-    if splits.train.image_shape[0] != channels:
-        # The root may hold another set: files are found at any depth.
-        reason = f"its Parquet files hold {splits.train.image_shape[0]}-channel images, {config.name} has {channels}"
-        raise ConfigError("data.root", config.root, reason, "point it at this set's folder, or set data.name=parquet")
-    return splits
-
-
-def _missing(config: DataConfig, path: Path) -> UnavailableError:
-    remedy = "give torchvision's root folder, or set data.download=true"
-    return UnavailableError("data.root", config.root, f"no {config.name} there: {path} is missing", remedy)
+    root = required_root(config)
+    folder, missing = find(root)
+    if missing and find_splits(root) is not None:
+        splits = load_parquet(config)
+        if (there := splits.train.image_shape[0]) != channels:
+            # The root may hold another set, since files are found at any depth.
+            reason = f"its Parquet files hold {there}-channel images, {config.name} has {channels}"
+            remedy = "point it at this set's folder, or set data.name=parquet"
+            raise ConfigError("data.root", config.root, reason, remedy)
+        return splits
+    refuse_columns(config, "data.root is not read as Parquet files")
+    if missing and config.download:
+        _download(root, kind_name, config.cache_dir)
+        folder, missing = find(root)
+    if missing:
+        remedy = "give torchvision's root folder, or set data.download=true"
+        reason = f"no {config.name} there: {missing[0]} is missing"
+        raise UnavailableError("data.root", config.root, reason, remedy)
+    return folder
 
 
 def _source(images: torch.Tensor, labels: torch.Tensor, config: DataConfig) -> ArraySource:
@@ -152,57 +129,58 @@ def _source(images: torch.Tensor, labels: torch.Tensor, config: DataConfig) -> A
     return ArraySource(images if config.image_size is None else resized(images, config.image_size), labels)
 
 
-def _idx_folder(root: Path, folder_name: str, cache_dir: str) -> Path | None:
-    """The folder that holds the four unpacked files, unpacking them into the cache if need be."""
-    raw = root / folder_name / "raw"
+def _idx_folder(root: Path, kind_name: str, cache_dir: str) -> tuple[Path, list[Path]]:
+    """The folder of the four files, unpacked into the cache if need be, and which are missing."""
+    raw = root / kind_name / "raw"
     for folder in (raw, root / "raw", root):
         if all((folder / name).is_file() for name in _IDX_FILES):
-            return folder
+            return folder, []
         packed = [folder / f"{name}.gz" for name in _IDX_FILES]
         if all(path.is_file() for path in packed):
-            return _unpacked_idx(packed, cache_dir)
-    return None
+            return _unpacked(packed, cache_dir, _gunzip), []
+    return raw, [raw / _IDX_FILES[0]]
 
 
-def _unpacked_idx(packed: list[Path], cache_dir: str) -> Path:
-    folder = cache_folder(cache_dir, "unpacked", files_key(packed))
-    with locked(folder / "lock"):
-        for path in packed:
-            target = folder / path.stem
-            if target.exists():
-                continue
-            with disk_trouble("data.cache_dir", folder, _DISK_FIX), whole_file(target) as part:
-                try:
-                    with gzip.open(path, "rb") as source, part.open("wb") as sink:
-                        shutil.copyfileobj(source, sink, 2**20)
-                except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                    raise UnavailableError("data.root", path, f"damaged ({error})", _AGAIN) from error
+def _cifar_root(root: Path, archive: str, paths: list[str], cache_dir: str) -> tuple[Path, list[Path]]:
+    """The root of the files, unpacked into the cache if need be, and which are missing."""
+    missing = [root / path for path in paths if not (root / path).is_file()]
+    if missing and (root / archive).is_file():
+        root = _unpacked([root / archive], cache_dir, _untar)
+        missing = [root / path for path in paths if not (root / path).is_file()]
+    return root, missing
+
+
+def _unpacked(archives: list[Path], cache_dir: str, unpack: Callable[[Path, Path], None]) -> Path:
+    """A folder of the cache with the content of archives, unpacked once per node."""
+    folder = cache_folder(cache_dir, "unpacked", files_key(archives))
+    with locked(folder / "lock"), disk_trouble("data.cache_dir", folder, _DISK_FIX):
+        for archive in archives if not (folder / "done").exists() else ():
+            try:
+                unpack(archive, folder)
+            except (gzip.BadGzipFile, tarfile.TarError, EOFError, zlib.error) as error:
+                raise UnavailableError("data.root", archive, f"damaged ({error})", _AGAIN) from error
+        write_whole(folder / "done", "")
     return folder
 
 
-def _batches_root(root: Path, kind: Any, cache_dir: str) -> tuple[Path, list[Path]]:
-    """A root that holds the unpacked files of CIFAR, and which are missing there."""
-    names = [f"{kind.base_folder}/{name}" for name, _ in kind.train_list + kind.test_list]
-    names.append(f"{kind.base_folder}/{kind.meta['filename']}")
-    missing = [root / name for name in names if not (root / name).is_file()]
-    archive = root / kind.filename
-    if not missing or not archive.is_file():
-        return root, missing
-    ready = cache_folder(cache_dir, "unpacked", files_key([archive]))
-    with locked(ready / "lock"), disk_trouble("data.cache_dir", ready, _DISK_FIX):
-        if not (ready / "done").exists():
-            try:
-                with tarfile.open(archive) as opened:
-                    opened.extractall(ready, filter="data")
-            except (tarfile.TarError, EOFError, zlib.error) as error:
-                raise UnavailableError("data.root", archive, f"damaged ({error})", _AGAIN) from error
-            write_whole(ready / "done", "")
-    return ready, [ready / name for name in names if not (ready / name).is_file()]
+def _gunzip(archive: Path, folder: Path) -> None:
+    with gzip.open(archive, "rb") as source, (folder / archive.stem).open("wb") as sink:
+        shutil.copyfileobj(source, sink, 2**20)
 
 
-def _read_batches(kind: Any, root: Path, config: DataConfig, *, train: bool) -> tuple[ArraySource, tuple[str, ...]]:
+def _untar(archive: Path, folder: Path) -> None:
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+
+
+def _read_batches(
+    kind_name: str, root: Path, config: DataConfig, *, train: bool
+) -> tuple[ArraySource, tuple[str, ...]]:
+    from torchvision import datasets
+
+    kind = getattr(datasets, kind_name)
     with disk_trouble("data.root", root, _AGAIN), warnings.catch_warnings():
-        # The files were pickled by a NumPy so old that today's complains about their dtypes.
+        # Today's NumPy warns about the dtypes of these old pickles.
         warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
         try:
             loaded = kind(root, train=train)
@@ -215,7 +193,7 @@ def _read_batches(kind: Any, root: Path, config: DataConfig, *, train: bool) -> 
 def _download(root: Path, kind_name: str, cache_dir: str) -> None:
     from torchvision import datasets
 
-    # One process a node fetches; the others find the files.
+    # One process per node fetches; the others find the files.
     with locked(cache_folder(cache_dir, "downloads") / f"{kind_name}.lock"):
         try:
             with disk_trouble("data.root", root, _FETCH_FIX):

@@ -1,22 +1,23 @@
-"""Files of a data set: in a folder here, in a zip file in ``zip_tree``."""
+"""Files of a data set, by name: in a folder here, in a zip file in ``zip_tree``."""
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from tla_service.data.cache import disk_trouble
 from tla_service.data.decoding import evenly_spread
-from tla_service.data.members import broken_link, is_member, link_loop
-from tla_service.data.zip_tree import ZipTree
+from tla_service.data.members import is_member
+from tla_service.errors import UnavailableError
 
 _SAMPLED = 256
-_FIX = "fetch the data set again, or point data.root at another copy"
+FIX = "fetch the data set again, or point data.root at another copy"
 
 
-class FileTree(Protocol):
-    """Named files that can be read: those that ``is_member`` lets in, links followed.
+class FileTree(ABC):
+    """Named files that can be read: those that ``is_member`` accepts, links followed.
 
     Attributes:
         path: The folder or the zip file.
@@ -24,48 +25,53 @@ class FileTree(Protocol):
         folders: Paths of the folders inside, empty ones too.
     """
 
-    path: Path
-    names: list[str]
-    folders: set[str]
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names: list[str] = []
+        self.folders: set[str] = set()
+        # Size, and time of change in ns or checksum; None for a broken link.
+        self._entries: dict[str, tuple[int, int] | None] = {}
 
+    @abstractmethod
     def read(self, name: str) -> bytes:
-        """The content of one file."""
+        """The content of one file; UnavailableError if it is missing or cannot be read."""
 
+    @abstractmethod
     def open(self, name: str) -> IO[bytes]:
-        """One file, opened to read a part of it."""
+        """Open one file to read a part of it; UnavailableError as for `read`, or if it is a broken link."""
 
-    def describe(self, name: str) -> str:
-        """What to call a file in a message."""
-
+    @abstractmethod
     def stamp(self, names: Sequence[str]) -> str:
         """Hex digits that change with the files' names, sizes, order, and content as far as that is cheap."""
 
+    @abstractmethod
     def key(self, names: Sequence[str]) -> str:
-        """As ``stamp``, but by place and time of the files, for caches on this machine: reads no content.
+        """As ``stamp``, for caches on this machine: by paths, sizes and times, without reading content."""
 
-        Raises:
-            UnavailableError: If one of the files is a link to nothing.
-        """
+    def describe(self, name: str) -> str:
+        """A file's full path, for messages."""
+        return f"{self.path}/{name}".rstrip("/")
+
+    def _entry(self, name: str) -> tuple[int, int]:
+        found = self._entries[name]
+        if found is None:
+            remedy = "restore what it points at, or remove the link"
+            raise UnavailableError("data.root", self.describe(name), "is a link to a file that is not there", remedy)
+        return found
+
+    def _link_loop(self, name: str) -> UnavailableError:
+        reason = "is a link to a folder that holds it"
+        return UnavailableError("data.root", self.describe(name), reason, "remove the link")
 
 
-class FolderTree:
-    """A folder.
-
-    Args:
-        path: The folder.
-
-    Raises:
-        UnavailableError: If it cannot be read, or a link in it leads back to a folder above.
-    """
+class FolderTree(FileTree):
+    """A folder; UnavailableError if it cannot be read, or a link in it leads back to a folder above."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.folders: set[str] = set()
-        # Size and time of change in ns; None for a link to nothing.
-        self._stats: dict[str, tuple[int, int] | None] = {}
+        super().__init__(path)
         with disk_trouble("data.root", path, "check the path and its permissions"):
             self._scan("", ())
-        self.names = sorted(self._stats)
+        self.names = sorted(self._entries)
 
     def _scan(self, inside: str, above: tuple[tuple[int, int], ...]) -> None:
         here = (self.path / inside).stat()
@@ -78,73 +84,48 @@ class FolderTree:
                 if entry.is_dir():
                     found = entry.stat() if entry.is_symlink() else None
                     if found is not None and (found.st_dev, found.st_ino) in above:
-                        raise link_loop(self.path / name)
+                        raise self._link_loop(name)
                     self.folders.add(name)
                     self._scan(f"{name}/", above)
                 elif entry.is_file():
                     found = entry.stat()
-                    self._stats[name] = (found.st_size, found.st_mtime_ns)
+                    self._entries[name] = (found.st_size, found.st_mtime_ns)
                 elif entry.is_symlink():
-                    self._stats[name] = None
+                    self._entries[name] = None
 
     def read(self, name: str) -> bytes:
-        """The content of one file.
-
-        Raises:
-            UnavailableError: If it is gone or may not be read.
-        """
-        with disk_trouble("data.root", self.path / name, _FIX):
+        """See `FileTree`."""
+        with disk_trouble("data.root", self.path / name, FIX):
             return (self.path / name).read_bytes()
 
     def open(self, name: str) -> IO[bytes]:
-        """One file, opened.
-
-        Raises:
-            UnavailableError: If it is gone, a link to nothing, or may not be read.
-        """
-        self._stat(name)
-        path = self.path / name
-        with disk_trouble("data.root", path, _FIX):
-            return path.open("rb", buffering=0)
-
-    def describe(self, name: str) -> str:
-        """Its full path."""
-        return str(self.path / name)
+        """See `FileTree`."""
+        self._entry(name)
+        with disk_trouble("data.root", self.path / name, FIX):
+            return (self.path / name).open("rb", buffering=0)
 
     def stamp(self, names: Sequence[str]) -> str:
         """Covers every name and size, and the content of 256 files: reading all would take minutes for a large set."""
         digest = hashlib.sha256()
         for name in names:
-            digest.update(f"{name}\0{self._stat(name)[0]}\n".encode())
-        for place in evenly_spread(len(names), _SAMPLED):
-            digest.update(self.read(names[place]))
+            digest.update(f"{name}\0{self._entry(name)[0]}\n".encode())
+        for row in evenly_spread(len(names), _SAMPLED):
+            digest.update(self.read(names[row]))
         return digest.hexdigest()
 
     def key(self, names: Sequence[str]) -> str:
         """Covers the folder, and every file's name, size and time of change."""
-        lines = ("\0".join(map(str, (name, *self._stat(name)))) for name in names)
+        lines = ("\0".join(map(str, (name, *self._entry(name)))) for name in names)
         return hashlib.sha256("\n".join([str(self.path.absolute()), *lines]).encode()).hexdigest()[:24]
-
-    def _stat(self, name: str) -> tuple[int, int]:
-        found = self._stats[name]
-        if found is None:
-            raise broken_link(self.describe(name))
-        return found
 
 
 class TreeBlobs:
-    """Images that are files of a tree, by number.
-
-    Args:
-        tree: Where they are.
-        names: Their paths inside it.
-    """
+    """Images that are files of a tree, by number; a ``Blobs``."""
 
     def __init__(self, tree: FileTree, names: Sequence[str]) -> None:
         self._tree, self._names = tree, names
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self._names)
 
     def read(self, row: int) -> bytes:
@@ -156,23 +137,5 @@ class TreeBlobs:
         return self._tree.describe(self._names[row])
 
     def stamp(self) -> str:
-        """See the tree's ``stamp``."""
+        """See `FileTree.stamp`."""
         return self._tree.stamp(self._names)
-
-
-def open_tree(path: Path, zip_pattern: str = "*.zip") -> FileTree:
-    """Open a folder, a zip file, or the only zip file in an otherwise empty folder.
-
-    Args:
-        path: What ``data.root`` points at.
-        zip_pattern: Names of zip files to look for in a folder.
-
-    Raises:
-        UnavailableError: If it is neither, or cannot be read.
-    """
-    if path.is_dir():
-        with disk_trouble("data.root", path, "check the path and its permissions"):
-            zips = [found for found in path.glob(zip_pattern) if is_member(found.name)]
-            folders = any(entry.is_dir() and is_member(entry.name) for entry in path.iterdir())
-        return ZipTree(zips[0]) if len(zips) == 1 and not folders else FolderTree(path)
-    return ZipTree(path)

@@ -7,37 +7,32 @@ import posixpath
 import stat
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from tla_service.data.cache import disk_trouble
-from tla_service.data.members import broken_link, is_member, link_loop
+from tla_service.data.members import is_member
+from tla_service.data.trees import FIX, FileTree, FolderTree
 from tla_service.errors import UnavailableError
 
-_FIX = "fetch the data set again, or point data.root at another copy"
 # What zipfile raises for a damaged or unknown member.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError)
 _ENCRYPTED, _UTF8 = 0x1, 0x800
-_LINKS = 40  # as many as Linux follows
+_LINKS = 40  # Linux's limit
 
 
-class ZipTree:
-    """A zip file; a ``FileTree`` with the names that unpacking it would give.
-
-    Args:
-        path: The zip file.
+class ZipTree(FileTree):
+    """A zip file, with the names that unpacking it would give.
 
     Raises:
-        UnavailableError: If it is damaged, encrypted or may not be read, or leads outside of itself.
+        UnavailableError: If it is damaged, encrypted or cannot be read, or has names that lead outside of it.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self._handles: dict[int, zipfile.ZipFile] = {}
-        # Size and checksum; None for a link to nothing.
-        self._entries: dict[str, tuple[int, int] | None] = {}
-        # What the archive calls an entry, where that is another name.
+        # The archive's name of an entry, where it differs.
         self._stored: dict[str, str] = {}
         links: dict[str, str] = {}
         folders: set[str] = set()
@@ -54,8 +49,8 @@ class ZipTree:
             if stat.S_ISLNK(entry.external_attr >> 16):
                 links[name] = self.read(name).decode("utf-8", errors="replace")
         folders = _with_parents(folders)
-        # Hidden files are kept until here: links that are part of the set may lead to them.
-        # Links to files go first: linked folders may hold some.
+        # Hidden files are kept until here, since links may lead to them. Links to files come first, since linked
+        # folders may hold some.
         for name, target in sorted(self._followed(links).items(), key=lambda pair: pair[1] in folders):
             self._resolve(name, target, is_folder=target in folders)
         self._entries = {name: entry for name, entry in self._entries.items() if is_member(name)}
@@ -72,7 +67,7 @@ class ZipTree:
         """The path that unpacking would give an entry; a folder's ends with a slash."""
         name = entry.filename
         if not entry.flag_bits & _UTF8:
-            # macOS writes UTF-8 without saying so; what is not UTF-8 is left as zipfile reads it.
+            # macOS writes UTF-8 without the flag; other names stay as zipfile reads them.
             with contextlib.suppress(UnicodeError):
                 name = name.encode("cp437").decode("utf-8")
         if entry.create_system == 0:
@@ -94,7 +89,7 @@ class ZipTree:
             if at in links:
                 at = ""  # links that lead to each other lead nowhere
             elif at == "." or f"{link}/".startswith(f"{at}/"):
-                raise link_loop(self.describe(link))
+                raise self._link_loop(link)
             found[link] = at
         return found
 
@@ -109,7 +104,7 @@ class ZipTree:
             self._add(alias, self._entries[name], self._stored.get(name, name))
 
     def _open(self) -> zipfile.ZipFile:
-        # One handle a process: forked ones would share, and fight over, one file position.
+        # One handle per process: forked ones would share one file position.
         process = os.getpid()
         if process not in self._handles:
             with disk_trouble("data.root", self.path, "check the path and its permissions"):
@@ -117,44 +112,34 @@ class ZipTree:
                     self._handles[process] = zipfile.ZipFile(self.path)
                 except (*_ZIP_ERRORS, NotImplementedError) as error:
                     reason = f"not a readable zip file ({error})"
-                    raise UnavailableError("data.root", self.path, reason, _FIX) from error
+                    raise UnavailableError("data.root", self.path, reason, FIX) from error
         return self._handles[process]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}
 
     def read(self, name: str) -> bytes:
-        """The content of one file, checked against its checksum.
-
-        Raises:
-            UnavailableError: If it is missing, damaged or compressed in a way that Python does not know.
-        """
-        with disk_trouble("data.root", self.describe(name), _FIX):
-            try:
-                with self.open(name) as handle:
-                    return handle.read()
-            except _ZIP_ERRORS as error:
-                raise UnavailableError("data.root", self.describe(name), f"damaged ({error})", _FIX) from error
+        """See `FileTree`; the content is checked against its checksum."""
+        with self._readable(name), self.open(name) as handle:
+            return handle.read()
 
     def open(self, name: str) -> IO[bytes]:
-        """One file, opened.
-
-        Raises:
-            UnavailableError: As ``read``, or if it is a link to nothing.
-        """
+        """See `FileTree`."""
         self._entry(name)
-        with disk_trouble("data.root", self.describe(name), _FIX):
+        with self._readable(name):
             try:
                 return self._open().open(self._stored.get(name, name))
             except NotImplementedError as error:
                 reason = f"cannot be unpacked ({error})"
                 raise UnavailableError("data.root", self.describe(name), reason, "unpack the zip file") from error
-            except _ZIP_ERRORS as error:
-                raise UnavailableError("data.root", self.describe(name), f"damaged ({error})", _FIX) from error
 
-    def describe(self, name: str) -> str:
-        """The zip file's path and the path inside."""
-        return f"{self.path}/{name}"
+    @contextlib.contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
+        with disk_trouble("data.root", self.describe(name), FIX):
+            try:
+                yield
+            except _ZIP_ERRORS as error:
+                raise UnavailableError("data.root", self.describe(name), f"damaged ({error})", FIX) from error
 
     def stamp(self, names: Sequence[str]) -> str:
         """Covers every name, size and content, by the checksums that zip files carry."""
@@ -163,15 +148,23 @@ class ZipTree:
             digest.update(f"{name}\0{self._entry(name)}\n".encode())
         return digest.hexdigest()
 
-    def _entry(self, name: str) -> tuple[int, int]:
-        found = self._entries[name]
-        if found is None:
-            raise broken_link(self.describe(name))
-        return found
-
     def key(self, names: Sequence[str]) -> str:
-        """Covers the zip file's place, and every file's name, size and checksum."""
+        """Covers the zip file's path, and every file's name, size and checksum."""
         return hashlib.sha256(f"{self.path.absolute()}{self.stamp(names)}".encode()).hexdigest()[:24]
+
+
+def open_tree(path: Path, zip_pattern: str = "*.zip") -> FileTree:
+    """Open a folder, a zip file, or the only zip file of a pattern in a folder without subfolders.
+
+    Raises:
+        UnavailableError: If it is none of them, or cannot be read.
+    """
+    if path.is_dir():
+        with disk_trouble("data.root", path, "check the path and its permissions"):
+            zips = [found for found in path.glob(zip_pattern) if is_member(found.name)]
+            folders = any(entry.is_dir() and is_member(entry.name) for entry in path.iterdir())
+        return ZipTree(zips[0]) if len(zips) == 1 and not folders else FolderTree(path)
+    return ZipTree(path)
 
 
 def _with_parents(folders: set[str]) -> set[str]:

@@ -1,16 +1,29 @@
-"""The one shape that every network has: normalise, embed, classify linearly."""
+"""The structure that all networks share: normalize, embed, classify linearly."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from tla_service.errors import ConfigError
-from tla_service.models.output import ModelOutput
+
+
+class ModelOutput(NamedTuple):
+    """What every network returns.
+
+    Attributes:
+        logits: (N, K) class scores before the softmax.
+        embeddings: (N, D) penultimate activations, the input of the final linear layer: the paper's ``h`` (Mao et al.
+            2019, section 4).
+    """
+
+    logits: Tensor
+    embeddings: Tensor
 
 
 class ImageClassifier(nn.Module):
-    """Base of all networks. A subclass defines :meth:`embed` and keeps its final linear layer as ``fc``.
+    """Base class of all networks. A subclass defines :meth:`embed` and has its final linear layer as ``fc``.
 
     Args:
         normalization: Applied to the images inside the network, so that attacks differentiate through it and their
@@ -19,7 +32,7 @@ class ImageClassifier(nn.Module):
 
     fc: nn.Linear
     layers: Mapping[str, int] = MappingProxyType({})
-    """Hidden layers that have a name, as places in what `embed_with` runs."""
+    """Named hidden layers, as positions in what `embed_with` runs."""
 
     def __init__(self, normalization: nn.Module) -> None:
         super().__init__()
@@ -32,7 +45,7 @@ class ImageClassifier(nn.Module):
 
     @property
     def embedding_size(self) -> int:
-        """D, the width of the embeddings."""
+        """D, the size of the embeddings."""
         return self.classifier.in_features
 
     def published_names(self) -> dict[str, str]:
@@ -40,7 +53,7 @@ class ImageClassifier(nn.Module):
         return {name: name for name in self.state_dict()}
 
     def embed(self, normalized: Tensor) -> Tensor:
-        """Maps normalised images (N, C, H, W) to embeddings (N, D)."""
+        """Maps normalized images (N, C, H, W) to embeddings (N, D)."""
         raise NotImplementedError
 
     def embed_with(self, normalized: Tensor, layer: str) -> tuple[Tensor, Tensor]:
@@ -48,24 +61,13 @@ class ImageClassifier(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> ModelOutput:
-        """Classifies.
-
-        Args:
-            images: (N, C, H, W), floating point, in [0, 1].
-
-        Returns:
-            Logits (N, K) and embeddings (N, D), with ``logits == classifier(embeddings)``.
-        """
+        """Classifies images (N, C, H, W), floating point, in [0, 1]; ``logits == classifier(embeddings)``."""
         embeddings = self.embed(self.normalization(images))
         return ModelOutput(logits=self.classifier(embeddings), embeddings=embeddings)
 
 
 class LogitsOnly(nn.Module):
-    """A network that returns logits alone, as attack toolboxes and RobustBench expect of a model.
-
-    Args:
-        classifier: The network; shared, not copied.
-    """
+    """A network that returns logits alone, as attack toolboxes and RobustBench expect; shared, not copied."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
@@ -73,19 +75,13 @@ class LogitsOnly(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W) in [0, 1]."""
-        logits: Tensor = self.classifier(images).logits
-        return logits
+        return self.classifier(images).logits
 
 
 class AtLayer(nn.Module):
     """A network whose embeddings are taken from another layer, flattened (Mao et al. 2019, Table 10).
 
-    Args:
-        classifier: The network; shared, not copied.
-        layer: `logits`, or one of the network's :attr:`~ImageClassifier.layers`.
-
-    Raises:
-        ConfigError: The network has no layer of this name.
+    The layer is `logits`, or one of the network's :attr:`~ImageClassifier.layers`; else ConfigError is raised.
     """
 
     def __init__(self, classifier: ImageClassifier, layer: str) -> None:

@@ -1,4 +1,4 @@
-"""A network's frozen twin, which attacks go through: eval mode, no parameter gradients, BatchNorm folded away."""
+"""A network's frozen twin, which attacks use: eval mode, no parameter gradients, BatchNorm folded."""
 
 import copy
 from collections.abc import Iterator
@@ -7,28 +7,27 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tla_service.models.output import ModelOutput
+from tla_service.models.classifier import ModelOutput
 
 
 class FrozenTwin:
     """A second view of a network in eval mode.
 
-    The twin shares the network's storage, so it follows every update that is made in place (optimisers,
-    `load_state_dict`, BatchNorm's statistics). Nothing in it asks for a gradient: neither eager nor compiled code
-    computes one for a weight, and the network itself stays in train mode.
+    The twin shares the network's storage, so it follows every in-place update (optimizers, `load_state_dict`,
+    BatchNorm's statistics). None of its tensors requires a gradient, so no code, compiled or not, computes weight
+    gradients, and the network itself stays in train mode.
 
-    In eval mode BatchNorm is an affine map a channel, so behind a convolution it can be multiplied into its weights:
-    the same function up to rounding, without reading and writing the activations once more. Folded weights are the
-    only copies; `refresh` renews them after an update.
+    In eval mode BatchNorm is an affine map per channel, so it can be folded into the convolution before it: the same
+    function up to rounding, with one pass less over the activations. Folded weights are the only copies; `refresh`
+    recomputes them after an update.
 
     Args:
         network: The network; it must stay on its device, in its memory format.
-        fold_batchnorm: Fold each BatchNorm that alone follows a convolution. A network that cannot be traced, or that
-            has none, is left as it is.
+        fold_batchnorm: Fold each BatchNorm that is the only reader of a convolution. A network that cannot be traced,
+            or has none, is used unchanged.
 
     Attributes:
         module: The twin.
-        folded: How many BatchNorms were folded.
     """
 
     def __init__(self, network: nn.Module, *, fold_batchnorm: bool = True) -> None:
@@ -38,19 +37,13 @@ class FrozenTwin:
             self._fold_batchnorms()
         self.refresh()
 
-    @property
-    def folded(self) -> int:
-        """Number of BatchNorms that were folded."""
-        return len(self._folds)
-
     def __call__(self, images: Tensor) -> ModelOutput:
         """Logits and embeddings of images (N, C, H, W), as the network gives them in eval mode."""
-        output: ModelOutput = self.module(images)
-        return output
+        return self.module(images)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Compute the folded weights anew; to be called after every update of the network."""
+        """Recompute the folded weights; call it after every update of the network."""
         for fold in self._folds:
             fold.refresh()
 
@@ -60,7 +53,7 @@ class FrozenTwin:
         try:
             graph = _BatchNormTracer().trace(self.module)
         except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, NotImplementedError):
-            return  # its forward depends on values or shapes: attacked as it is
+            return  # its forward depends on values or shapes: used unchanged
         traced = fx.GraphModule(self.module, graph)
         for convolution, norm in _foldable(traced):
             self._folds.append(_fold(traced, convolution, norm))

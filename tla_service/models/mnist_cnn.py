@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from tla_service.models.classifier import ImageClassifier
-from tla_service.models.initialization import initialize_truncated_normal
 
 _WIDTH = 1024
-# What the authors' code hands out: the second and the fourth BatchNorm, before the ReLU. That Table 10's lower and
-# middle layers are these is our reading.
+# What the authors' code returns: the second and the fourth BatchNorm, before the ReLU. That these are Table 10's lower
+# and middle layers is our reading.
 _CNN_LAYERS: Mapping[str, int] = {"lower": 4, "middle": 11}
 _BATCH_NORM_EPS = 1e-3  # TensorFlow's default, which the authors' code leaves as it is; torch's is 1e-5
 
@@ -17,13 +16,9 @@ _BATCH_NORM_EPS = 1e-3  # TensorFlow's default, which the authors' code leaves a
 class MnistNetwork(ImageClassifier):
     """Hidden layers of BatchNorm and ReLU; the last, of 1024, is the embedding (>= 0).
 
-    Convolution and linear weights start at N(0, 0.1^2) cut off at two sigma, their biases at 0.1.
+    Convolution and linear weights start at N(0, 0.1^2) truncated at two sigma, biases at 0.1 (the authors' release).
 
-    Args:
-        body: Maps normalised images to embeddings (N, 1024).
-        num_classes: K.
-        normalization: Applied to the images first.
-        layers: Places in the body that have a name.
+    The body maps normalized images to embeddings; `layers` are named positions in it.
     """
 
     def __init__(
@@ -37,31 +32,27 @@ class MnistNetwork(ImageClassifier):
         self.layers = layers or {}
         self.body = body
         self.fc = nn.Linear(_WIDTH, num_classes)
-        initialize_truncated_normal(self)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.1, a=-0.2, b=0.2)
+                nn.init.constant_(module.get_parameter("bias"), 0.1)
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, 1024), non-negative."""
-        embeddings: Tensor = self.body(normalized)
-        return embeddings
+        return self.body(normalized)
 
     def embed_with(self, normalized: Tensor, layer: str) -> tuple[Tensor, Tensor]:
         """Embeddings (N, 1024), and a layer's activations (N, C', H', W')."""
         hidden, activations = normalized, normalized
-        for place, module in enumerate(self.body):
+        for position, module in enumerate(self.body):
             hidden = module(hidden)
-            if place == self.layers[layer]:
+            if position == self.layers[layer]:
                 activations = hidden
         return hidden, activations
 
 
 def build_mnist_cnn(num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module) -> MnistNetwork:
-    """3x3 convolutions 32, 64, pool, 128, 256, pool, then 1024: Mao et al. 2019, Table 5.
-
-    Args:
-        num_classes: K.
-        image_shape: (C, H, W); H and W at least 4.
-        normalization: Applied to the images first; the paper has none.
-    """
+    """3x3 convolutions 32, 64, pool, 128, 256, pool, then 1024: Mao et al. 2019, Table 5. H and W are at least 4."""
     channels, height, width = image_shape
     body = nn.Sequential(
         *_convolution(channels, 32),
@@ -77,13 +68,7 @@ def build_mnist_cnn(num_classes: int, image_shape: tuple[int, int, int], normali
 
 
 def build_mnist_mlp(num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module) -> MnistNetwork:
-    """Three hidden layers of 1024; the authors' MNIST configuration selects this one, the paper's results are the CNN.
-
-    Args:
-        num_classes: K.
-        image_shape: (C, H, W), any.
-        normalization: Applied to the images first; the authors have none.
-    """
+    """Three hidden layers of 1024: what the authors' MNIST configuration selects; the paper's results are the CNN's."""
     channels, height, width = image_shape
     body = nn.Sequential(nn.Flatten(), *_hidden(channels * height * width), *_hidden(_WIDTH), *_hidden(_WIDTH))
     return MnistNetwork(body, num_classes, normalization)

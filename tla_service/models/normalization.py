@@ -1,4 +1,4 @@
-"""Normalisation of images inside a network."""
+"""Normalization of images inside a network."""
 
 import math
 from collections.abc import Sequence
@@ -29,24 +29,20 @@ class PerImageStandardization(nn.Module):
         self.pixel_range = pixel_range
 
     def forward(self, images: Tensor) -> Tensor:
-        """Standardises images (N, C, H, W) in [0, 1]; same shape, mean 0 per image."""
+        """Standardizes images (N, C, H, W) in [0, 1]; same shape, mean 0 per image."""
         smallest_std = 1.0 / (self.pixel_range * math.sqrt(images.shape[1:].numel()))
         centered = images - images.mean(dim=(1, 2, 3), keepdim=True)
         variance = centered.square().mean(dim=(1, 2, 3), keepdim=True)
         # The bound goes on before the root: the root's slope at 0 is infinite, and a constant image would give NaN.
         return centered / variance.clamp_min(smallest_std**2).sqrt()
 
-    def extra_repr(self) -> str:
-        """What printing the network shows of this layer."""
-        return f"pixel_range={self.pixel_range:g}"
-
 
 class ChannelNormalization(nn.Module):
     """Fixed ``(x - mean) / std`` per channel.
 
     Args:
-        mean: One a channel, in [0, 1] pixels.
-        std: One a channel, in [0, 1] pixels, positive.
+        mean: One per channel, in [0, 1] pixels.
+        std: One per channel, in [0, 1] pixels, positive.
 
     Raises:
         ValueError: The lengths differ, or a standard deviation is not positive.
@@ -65,5 +61,5 @@ class ChannelNormalization(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalises images (N, C, H, W) in [0, 1]; same shape."""
+        """Normalizes images (N, C, H, W) in [0, 1]; same shape."""
         return (images - self.mean) / self.std

@@ -17,21 +17,14 @@ class PreActBlock(PreActivationBlock):
 
     def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:
         """The input, or the projection of its activation."""
-        if self.shortcut is None:
-            return block_input
-        shortcut: Tensor = self.shortcut(activated)
-        return shortcut
+        return block_input if self.shortcut is None else self.shortcut(activated)
 
 
 class PreActResNet18(ImageClassifier):
     """Four groups of two blocks (64, 128, 256, 512), BatchNorm and ReLU before the pool; embedding 512, non-negative.
 
     Module names are those of the widely used CIFAR implementations (``conv1``, ``layer1.0.bn1``, ``bn``, ``linear``).
-
-    Args:
-        num_classes: K.
-        in_channels: C.
-        normalization: Applied to the images first; Rice et al. use CIFAR-10's mean and standard deviation.
+    Rice et al. normalize by CIFAR-10's mean and standard deviation.
     """
 
     def __init__(self, *, num_classes: int, in_channels: int, normalization: nn.Module) -> None:

@@ -1,4 +1,6 @@
-"""The pre-activation residual block that all our residual networks share."""
+"""What the residual networks share: the pre-activation block and initial weights."""
+
+import math
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,13 +9,13 @@ from torch.nn import functional as F
 class PreActivationBlock(nn.Module):
     """BatchNorm, activation, convolution, two or three times, plus a shortcut (He et al. 2016, arXiv 1603.05027).
 
-    A subclass says in :meth:`shortcut_of` what is added; here it is the block's own input.
+    A subclass defines in :meth:`shortcut_of` what is added.
 
     Args:
-        conv1: First convolution; it carries the stride.
+        conv1: First convolution; it has the stride.
         conv2: Second convolution.
         conv3: Third convolution of a bottleneck, or ``None``.
-        negative_slope: Slope of the leaky ReLU below 0; 0 is the plain ReLU.
+        negative_slope: Of the leaky ReLU; 0 is the plain ReLU.
         batch_norm_eps: Added to the variance by every BatchNorm of the block.
     """
 
@@ -35,17 +37,14 @@ class PreActivationBlock(nn.Module):
         self.bn3 = None if conv3 is None else nn.BatchNorm2d(conv3.in_channels, eps=batch_norm_eps)
         self.conv3 = conv3
 
-    def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:  # noqa: ARG002 - subclasses use it
-        """What is added to the residual branch.
+    def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:
+        """What is added to the residual branch, (N, C', H', W').
 
         Args:
-            block_input: (N, C, H, W) as it came in.
+            block_input: (N, C, H, W).
             activated: (N, C, H, W), the same after the first BatchNorm and activation.
-
-        Returns:
-            (N, C', H', W'), the shape of the block's output.
         """
-        return block_input
+        raise NotImplementedError
 
     def forward(self, block_input: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C', H', W')."""
@@ -68,3 +67,17 @@ def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     """A 1x1 convolution without bias."""
     return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+
+def initialize_convolutions(network: nn.Module) -> None:
+    """Draws every convolution's weights from N(0, 2 / (k^2 * out_channels)) (He et al. 2015, by outputs)."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def initialize_linear_uniform(linear: nn.Linear) -> None:
+    """Draws weights uniformly with variance 1 / in_features, biases 0: TensorFlow's uniform variance scaling."""
+    bound = math.sqrt(3.0 / linear.in_features)
+    nn.init.uniform_(linear.weight, -bound, bound)
+    nn.init.zeros_(linear.bias)

@@ -1,4 +1,4 @@
-"""Networks for a CPU's budget. No BatchNorm: an image's output and gradient never depend on its batch mates."""
+"""Small networks for CPUs. Without BatchNorm, so an image's output and gradient do not depend on its batch."""
 
 from torch import Tensor, nn
 
@@ -8,14 +8,7 @@ _EMBEDDING_SIZE = 128
 
 
 class SmallCNN(ImageClassifier):
-    """Convolutions, then one hidden layer of 128 ReLUs, which is the embedding (>= 0).
-
-    Args:
-        convolutions: Maps normalised images to (N, C', H', W').
-        num_features: C' * H' * W'.
-        num_classes: K.
-        normalization: Applied to the images first.
-    """
+    """Convolutions to (N, C', H', W'), C' * H' * W' being `num_features`, then 128 ReLUs: the embedding (>= 0)."""
 
     def __init__(self, convolutions: nn.Module, num_features: int, num_classes: int, normalization: nn.Module) -> None:
         super().__init__(normalization)
@@ -26,18 +19,11 @@ class SmallCNN(ImageClassifier):
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, 128), non-negative."""
         features: Tensor = self.convolutions(normalized)
-        hidden: Tensor = self.hidden(features.flatten(1))
-        return hidden.relu()
+        return self.hidden(features.flatten(1)).relu()
 
 
 def build_digits_cnn(num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module) -> SmallCNN:
-    """Two 3x3 convolutions (32, and 64 with stride 2), for scikit-learn's 8x8 digits.
-
-    Args:
-        num_classes: K.
-        image_shape: (C, H, W).
-        normalization: Applied to the images first.
-    """
+    """Two 3x3 convolutions (32, and 64 with stride 2), for scikit-learn's 8x8 digits."""
     channels, height, width = image_shape
     convolutions = nn.Sequential(
         nn.Conv2d(channels, 32, 3, padding=1),
@@ -50,14 +36,9 @@ def build_digits_cnn(num_classes: int, image_shape: tuple[int, int, int], normal
 
 
 def build_small_cnn(num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module) -> SmallCNN:
-    """Two 4x4 convolutions (16, 32) of stride 2, for 28x28 or 32x32 images.
+    """Two 4x4 convolutions (16, 32) of stride 2, for 28x28 or 32x32 images; H and W are at least 4.
 
     The convolutions are those of Wong and Kolter 2018 (arXiv 1711.00851) for MNIST.
-
-    Args:
-        num_classes: K.
-        image_shape: (C, H, W); H and W at least 4.
-        normalization: Applied to the images first.
     """
     channels, height, width = image_shape
     convolutions = nn.Sequential(

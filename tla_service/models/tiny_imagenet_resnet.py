@@ -1,7 +1,7 @@
 """The paper's networks for Tiny ImageNet (Mao et al. 2019, section 5 and Table 7), after the authors' release.
 
 "ResNet-50" is the paper's name: the released network has 2, 3, 5 and 2 bottlenecks, 38 weight layers along its depth,
-where the standard ResNet-50 has 3, 4, 6 and 3. "ResNet-20" has one block of two 3x3 convolutions a group.
+where the standard ResNet-50 has 3, 4, 6 and 3. "ResNet-20" has one block of two 3x3 convolutions per group.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,8 +9,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from tla_service.models.classifier import ImageClassifier
-from tla_service.models.initialization import initialize_convolutions, initialize_linear_uniform
-from tla_service.models.residual import PreActivationBlock, conv1x1
+from tla_service.models.residual import (
+    PreActivationBlock,
+    conv1x1,
+    initialize_convolutions,
+    initialize_linear_uniform,
+)
 from tla_service.models.same_padding import SameConv2d, SameMaxPool2d
 
 _BATCH_NORM_EPS = 1e-3  # TensorFlow's default, which the authors' code leaves as it is
@@ -21,12 +25,7 @@ _BOTTLENECK_EXPANSION = 4
 
 
 class TinyBlock(PreActivationBlock):
-    """Two or three convolutions; a group's first block adds a 1x1 convolution of its raw, not activated, input.
-
-    Args:
-        convolutions: Two, or the three of a bottleneck; the first carries the stride.
-        projection: The shortcut's convolution, or ``None`` for the input itself.
-    """
+    """Two or three convolutions; the first block of a group adds a 1x1 convolution of its input before activation."""
 
     def __init__(self, convolutions: Sequence[nn.Conv2d], projection: nn.Conv2d | None) -> None:
         super().__init__(*convolutions, batch_norm_eps=_BATCH_NORM_EPS)
@@ -35,21 +34,18 @@ class TinyBlock(PreActivationBlock):
 
     def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:  # noqa: ARG002
         """The input, or its projection."""
-        if self.projection is None:
-            return block_input
-        shortcut: Tensor = self.projection(block_input)
-        return shortcut
+        return block_input if self.projection is None else self.projection(block_input)
 
 
 def bottleneck_block(in_channels: int, width: int, stride: int, *, is_first: bool) -> TinyBlock:
-    """1x1, 3x3 and 1x1 convolutions; out come 4 * width channels."""
+    """1x1, 3x3 and 1x1 convolutions; 4 * width output channels."""
     out_channels = _BOTTLENECK_EXPANSION * width
     convolutions = (conv1x1(in_channels, width, stride), SameConv2d(width, width, 3), conv1x1(width, out_channels))
     return TinyBlock(convolutions, conv1x1(in_channels, out_channels, stride) if is_first else None)
 
 
 def basic_block(in_channels: int, width: int, stride: int, *, is_first: bool) -> TinyBlock:
-    """Two 3x3 convolutions; out come ``width`` channels."""
+    """Two 3x3 convolutions; ``width`` output channels."""
     convolutions = (SameConv2d(in_channels, width, 3, stride), SameConv2d(width, width, 3))
     return TinyBlock(convolutions, conv1x1(in_channels, width, stride) if is_first else None)
 
@@ -60,10 +56,10 @@ class TinyImageNetResNet(ImageClassifier):
     Args:
         block: Makes a block from (in_channels, width, stride, is_first=...).
         num_blocks: Blocks in each of the four groups (64, 128, 256, 512 wide).
-        stem_stride: 1, or 2, which also adds a 3x3 max-pool of stride 2.
-        num_classes: K.
+        stem_stride: 2 for the paper's main results, which also adds a 3x3 max-pool of stride 2; 1 for Table 7.
+        num_classes: K; 200 in the paper.
         in_channels: C.
-        normalization: Applied to the images first; the authors standardise each image.
+        normalization: Applied to the images first; the authors standardize each image.
     """
 
     def __init__(
@@ -98,44 +94,4 @@ class TinyImageNetResNet(ImageClassifier):
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, 2048 or 512), non-negative."""
-        features: Tensor = self.bn(self.blocks(self.stem(normalized)))
-        return features.relu().mean(dim=(2, 3))
-
-
-def build_tiny_resnet50(
-    stem_stride: int, *, num_classes: int, in_channels: int, normalization: nn.Module
-) -> TinyImageNetResNet:
-    """The paper's ResNet-50 for 64x64 images; embedding 2048.
-
-    Args:
-        stem_stride: 2 for the paper's main results, 1 for Table 7's "Stride1".
-        num_classes: K; 200 in the paper.
-        in_channels: C.
-        normalization: Applied to the images first.
-    """
-    return TinyImageNetResNet(
-        bottleneck_block,
-        (2, 3, 5, 2),
-        stem_stride,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        normalization=normalization,
-    )
-
-
-def build_tiny_resnet20(*, num_classes: int, in_channels: int, normalization: nn.Module) -> TinyImageNetResNet:
-    """The paper's ResNet-20, stem stride 1; embedding 512.
-
-    Args:
-        num_classes: K; 200 in the paper.
-        in_channels: C.
-        normalization: Applied to the images first.
-    """
-    return TinyImageNetResNet(
-        basic_block,
-        (1, 1, 1, 1),
-        1,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        normalization=normalization,
-    )
+        return self.bn(self.blocks(self.stem(normalized))).relu().mean(dim=(2, 3))

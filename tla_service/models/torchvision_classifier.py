@@ -1,29 +1,30 @@
-"""torchvision's classifiers, split into a body that embeds and the linear layer that classifies."""
+"""torchvision's classifiers, split into a body that embeds and the linear layer that classifies.
+
+torchvision takes seconds to import, so it is imported only when one of its networks is asked for.
+"""
 
 from typing import Any
 
 import torch
-import torchvision.models
 from torch import Tensor, nn
 
 from tla_service.errors import ConfigError
 from tla_service.models.classifier import ImageClassifier
-from tla_service.models.names import TORCHVISION_PREFIX
 
+TORCHVISION_PREFIX = "torchvision:"
 _RGB = 3
 
 
 class TorchvisionClassifier(ImageClassifier):
     """A body and a linear layer.
 
-    Where torchvision puts dropout before the linear layer, the embeddings of training mode have it too, since they are
-    what the layer is fed.
+    Where torchvision has dropout before the linear layer, it applies to the embeddings in training mode too.
 
     Args:
-        body: Maps normalised images to (N, D), or to (N, D, 1, 1).
+        body: Maps normalized images to (N, D), or to (N, D, 1, 1).
         fc: The linear layer, D to K.
-        normalization: Applied to the images first; torchvision's recipes use ImageNet's mean and standard deviation.
-        head: What torchvision calls the linear layer.
+        normalization: torchvision's recipes use ImageNet's mean and standard deviation.
+        head: torchvision's name of the linear layer.
     """
 
     def __init__(self, body: nn.Module, fc: nn.Linear, normalization: nn.Module, head: str = "fc") -> None:
@@ -41,33 +42,32 @@ class TorchvisionClassifier(ImageClassifier):
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, D)."""
-        embeddings: Tensor = self.body(normalized)
-        return embeddings.flatten(1)
+        return self.body(normalized).flatten(1)
 
 
 def torchvision_names() -> tuple[str, ...]:
     """Names of torchvision's image classifiers, with the prefix ``torchvision:``."""
-    return tuple(TORCHVISION_PREFIX + name for name in torchvision.models.list_models(module=torchvision.models))
+    from torchvision import models
+
+    return tuple(TORCHVISION_PREFIX + name for name in models.list_models(module=models))
 
 
 def build_torchvision_classifier(
     name: str, num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module
 ) -> TorchvisionClassifier:
-    """Builds a classifier of torchvision with fresh weights; nothing is downloaded.
+    """Builds one of :func:`torchvision_names` with fresh weights; nothing is downloaded.
 
-    Args:
-        name: One of :func:`torchvision_names`.
-        num_classes: K.
-        image_shape: (C, H, W). For C other than 3 the first convolution is made anew.
-        normalization: Applied to the images first.
+    For a number of channels other than 3 the first convolution is replaced.
 
     Raises:
         ConfigError: The network cannot take this image shape, or does not end in a linear layer.
     """
+    from torchvision import models
+
     channels, height, width = image_shape
     bare_name = name.removeprefix(TORCHVISION_PREFIX)
     try:
-        body = torchvision.models.get_model(
+        body = models.get_model(
             bare_name, weights=None, num_classes=num_classes, **_extra_arguments(bare_name, height, width)
         )
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -85,21 +85,18 @@ def _extra_arguments(name: str, height: int, width: int) -> dict[str, Any]:
     if name.startswith("maxvit_"):
         return {"input_size": (height, width)}
     if name in {"googlenet", "inception_v3"}:
-        # Their auxiliary heads would return a second kind of logits in training mode.
+        # Their auxiliary heads would return more logits in training mode.
         return {"aux_logits": False, "transform_input": False, "init_weights": False}
     return {}
 
 
 def _detach_classifier(name: str, body: nn.Module, num_classes: int) -> tuple[nn.Linear, str]:
-    """Takes the last linear layer, with its name, out of the body, which then returns what that layer was fed."""
+    """Takes the last linear layer, with its name, out of the body, which then returns that layer's input."""
     linears = [(path, module) for path, module in body.named_modules() if isinstance(module, nn.Linear)]
     if not linears or linears[-1][1].out_features != num_classes:
-        raise ConfigError(
-            "model.name",
-            name,
-            "its logits do not come from a linear layer, so it has no penultimate embedding",
-            "choose a network that ends in a linear layer, for example torchvision:resnet18",
-        )
+        reason = "its logits do not come from a linear layer, so it has no penultimate embedding"
+        remedy = "choose a network that ends in a linear layer, for example torchvision:resnet18"
+        raise ConfigError("model.name", name, reason, remedy)
     path, fc = linears[-1]
     body.set_submodule(path, nn.Identity())
     return fc, path
@@ -107,19 +104,13 @@ def _detach_classifier(name: str, body: nn.Module, num_classes: int) -> tuple[nn
 
 def _replace_first_convolution(body: nn.Module, channels: int) -> None:
     path, old = next((path, module) for path, module in body.named_modules() if isinstance(module, nn.Conv2d))
-    new = nn.Conv2d(
-        channels,
-        old.out_channels,
-        (old.kernel_size[0], old.kernel_size[1]),
-        (old.stride[0], old.stride[1]),
-        old.padding if isinstance(old.padding, str) else (old.padding[0], old.padding[1]),
-        bias=old.bias is not None,
-    )
-    body.set_submodule(path, new)
+    geometry: dict[str, Any] = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding")}
+    geometry["bias"] = old.bias is not None
+    body.set_submodule(path, nn.Conv2d(channels, old.out_channels, **geometry))
 
 
 def _check_embedding(name: str, body: nn.Module, fc: nn.Linear, image_shape: tuple[int, int, int]) -> None:
-    """One blank image goes through, since torchvision has no other way to ask for the smallest image."""
+    """Runs one blank image: torchvision has no other way to ask for the smallest image."""
     body.eval()
     try:
         with torch.no_grad():
@@ -129,20 +120,12 @@ def _check_embedding(name: str, body: nn.Module, fc: nn.Linear, image_shape: tup
         raise _shape_error(name, image_shape, error) from error
     body.train()
     if shape != (1, fc.in_features):
-        raise ConfigError(
-            "model.name",
-            name,
-            f"its last linear layer takes {fc.in_features} numbers an image, but the layers before it give {shape[1:]}",
-            "choose another network, for example torchvision:resnet18",
-        )
+        reason = f"its last linear layer takes {fc.in_features} numbers per image, but the body gives {shape[1:]}"
+        raise ConfigError("model.name", name, reason, "choose another network, for example torchvision:resnet18")
 
 
 def _shape_error(name: str, image_shape: tuple[int, int, int], error: Exception) -> ConfigError:
     size = "x".join(str(length) for length in image_shape)
     cause = str(error).strip().partition("\n")[0] or type(error).__name__
-    return ConfigError(
-        "model.name",
-        name,
-        f"it cannot take {size} images ({cause})",
-        "choose larger images, or a network for small ones such as preact_resnet_18",
-    )
+    remedy = "choose larger images, or a network for small ones such as preact_resnet_18"
+    return ConfigError("model.name", name, f"it cannot take {size} images ({cause})", remedy)

@@ -1,13 +1,19 @@
 """Wide residual networks: Madry et al.'s, which the paper uses on CIFAR-10, and the standard one of TRADES."""
 
+from collections import OrderedDict
 from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tla_service.models.classifier import ImageClassifier
-from tla_service.models.initialization import initialize_convolutions, initialize_linear_uniform
-from tla_service.models.residual import PreActivationBlock, conv1x1, conv3x3
+from tla_service.models.residual import (
+    PreActivationBlock,
+    conv1x1,
+    conv3x3,
+    initialize_convolutions,
+    initialize_linear_uniform,
+)
 from tla_service.models.same_padding import SameConv2d
 
 _STEM_WIDTH = 16
@@ -17,11 +23,8 @@ _STRIDES = (1, 2, 2)
 class MadryBlock(PreActivationBlock):
     """Two 3x3 convolutions with leaky ReLUs; a wider output gets the input average-pooled and padded with channels.
 
-    Args:
-        in_channels: Channels in.
-        out_channels: Channels out; both even or both odd, since the zeros go half before and half after.
-        stride: Of the first convolution.
-        activate_before_residual: The shortcut starts after the first BatchNorm and activation (first block only).
+    Half of the zeros go before and half after, so the numbers of channels are both even or both odd. With
+    ``activate_before_residual`` (first block only) the shortcut starts after the first BatchNorm and activation.
     """
 
     def __init__(
@@ -48,17 +51,17 @@ class MadryBlock(PreActivationBlock):
 
 
 class MadryWideResNet(ImageClassifier):
-    """Madry et al. 2018's wide ResNet for CIFAR-10, as in the paper's authors' release ("w32-10": 5 blocks a group).
+    """Madry et al. 2018's wide ResNet for CIFAR-10, as in the paper's authors' release ("w32-10": 5 blocks per group).
 
     The embedding comes from a leaky ReLU averaged over the image, so it may be negative. The paper's Table 6 prints 6
-    blocks a group; the released code has 5, and this follows the code.
+    blocks per group; the released code has 5, and this follows the code.
 
     Args:
         depth: 6 * blocks + 2; 32 in the paper.
         width: Factor on the groups' 16, 32 and 64 channels; 10 in the paper.
         num_classes: K.
         in_channels: C.
-        normalization: Applied to the images first; the paper standardises each image.
+        normalization: The paper standardizes each image.
 
     Raises:
         ValueError: The depth is not 6n + 2, or less than 8.
@@ -97,31 +100,21 @@ class WideBlock(PreActivationBlock):
 
     def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:
         """The input, or the projection of its activation."""
-        if self.convShortcut is None:
-            return block_input
-        shortcut: Tensor = self.convShortcut(activated)
-        return shortcut
+        return block_input if self.convShortcut is None else self.convShortcut(activated)
 
 
-class WideGroup(nn.Module):
-    """Blocks of one width; the first carries the stride. It exists for the ``layer`` in the checkpoints' names."""
-
-    def __init__(self, num_blocks: int, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        first = WideBlock(in_channels, out_channels, stride)
-        self.layer = nn.Sequential(first, *(WideBlock(out_channels, out_channels, 1) for _ in range(num_blocks - 1)))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to (N, C', ceil(H / stride), ceil(W / stride))."""
-        outputs: Tensor = self.layer(inputs)
-        return outputs
+def _group(num_blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """Blocks of one width; the first has the stride. Checkpoints name them ``layer.0``, ``layer.1``, ..."""
+    first = WideBlock(in_channels, out_channels, stride)
+    rest = (WideBlock(out_channels, out_channels, 1) for _ in range(num_blocks - 1))
+    return nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest)))
 
 
 class WideResNet(ImageClassifier):
     """Wide ResNet without dropout (Zagoruyko and Komodakis 2016), the embedding being non-negative.
 
     Module names are those of the TRADES and RobustBench checkpoints (``conv1``, ``block1.layer.0.bn1``, ``bn1``,
-    ``fc``). Some of those carry a ``sub_block1`` that their forward never uses; it is left out, since DDP stops at
+    ``fc``). Some of those carry a ``sub_block1`` that their forward never uses; it is left out, since DDP fails on
     parameters without a gradient.
 
     Args:
@@ -129,7 +122,7 @@ class WideResNet(ImageClassifier):
         width: Factor on the groups' 16, 32 and 64 channels.
         num_classes: K.
         in_channels: C.
-        normalization: Applied to the images first; TRADES has none.
+        normalization: TRADES has none.
 
     Raises:
         ValueError: The depth is not 6n + 4, or less than 10.
@@ -141,9 +134,9 @@ class WideResNet(ImageClassifier):
         if rest or num_blocks < 1:
             raise ValueError(f"depth {depth} is not 6n + 4 with n >= 1")
         self.conv1 = conv3x3(in_channels, _STEM_WIDTH)
-        self.block1 = WideGroup(num_blocks, _STEM_WIDTH, 16 * width, _STRIDES[0])
-        self.block2 = WideGroup(num_blocks, 16 * width, 32 * width, _STRIDES[1])
-        self.block3 = WideGroup(num_blocks, 32 * width, 64 * width, _STRIDES[2])
+        self.block1 = _group(num_blocks, _STEM_WIDTH, 16 * width, _STRIDES[0])
+        self.block2 = _group(num_blocks, 16 * width, 32 * width, _STRIDES[1])
+        self.block3 = _group(num_blocks, 32 * width, 64 * width, _STRIDES[2])
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
         initialize_convolutions(self)

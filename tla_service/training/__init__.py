@@ -1,1 +1,1 @@
-"""Training: one batch (`step`), one run (`fit`), what is saved (`checkpoint`) and what is told (`reporting`)."""
+"""Training: one batch (`step`), one run (`fit`), checkpoints and progress."""

@@ -1,8 +1,9 @@
-"""The adversary that training meets: which images it makes, and how it moves weights."""
+"""The adversary of training: adversarial images and adversarial weights."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +16,22 @@ from tla_service.models.frozen import FrozenTwin
 from tla_service.runtime import WorkerContext, autocast
 from tla_service.training.cuda_graph import GraphedClimb
 
-# Batches of an epoch come in at most two sizes; a third graph would only hold memory.
+# Batches of an epoch have at most two sizes; a third graph would only use memory.
 _MOST_GRAPHS = 2
 
 
 class Adversary:
-    """Makes adversarial images of a batch, and embeds images as it sees them.
+    """Crafts adversarial images of a batch, and embeds images in eval mode.
 
     Args:
-        network: The bare network, never a DDP wrapper: attacking that would reduce gradients and broadcast buffers at
-            every attack step. Its frozen twin is attacked: no parameter gradients, no BatchNorm updates.
+        network: The bare network, never a DDP wrapper, which would communicate at every attack step. Its frozen twin is
+            attacked: no parameter gradients, no BatchNorm updates.
         config: The run.
         context: This worker.
 
     Attributes:
-        kind: As configured; `pgd` once single-step training has collapsed and `attack.on_collapse` says so.
-        last_embeddings: Embeddings (N, D) of the images that the last attack's last step started from, without a graph.
+        kind: As configured; `pgd` after a collapse of single-step training with `attack.on_collapse=pgd`.
+        last_embeddings: Embeddings (N, D) of the images before the last attack's last step, without a graph.
     """
 
     def __init__(self, network: nn.Module, config: RunConfig, context: WorkerContext) -> None:
@@ -45,22 +46,23 @@ class Adversary:
         self._graphs: dict[torch.Size, GraphedClimb] = {}
 
     def grow(self, done: float) -> None:
-        """Set the radius for the share of the run that is done; it grows in proportion until `attack.warmup`."""
+        """Set the radius for a share of the run; it grows linearly until `attack.warmup`."""
         share = min(1.0, done / self._config.attack.warmup) if self._config.attack.warmup else 1.0
         epsilon, step_size = share * self._full.epsilon, share * self._full.step_size
         self._attack = self._full if share == 1 else replace(self._full, epsilon=epsilon, step_size=step_size)
 
     def craft(self, anchors: Batch, random: torch.Generator) -> Tensor:
-        """Adversarial images (N, C, H, W) of the batch's, detached."""
+        """Adversarial images (N, C, H, W) of a batch, detached."""
         if self._config.attack.batchnorm == "train":
-            with kept_buffers(self._network):
-                return self._make(self._logits_in_train_mode, anchors, random)
+            with restored(self._network.buffers()):
+                return self._make(partial(self._logits, self._network), anchors, random)
         self._twin.refresh()
+        logits_fn = partial(self._logits, self._run)
         # A graph has its radius fixed.
         graphs = self._config.speed.cuda_graphs and anchors.images.is_cuda
         if graphs and self.kind == "pgd" and self._attack is self._full:
-            return self._replay(anchors, random)
-        return self._make(self._logits, anchors, random)
+            return self._replay(logits_fn, anchors, random)
+        return self._make(logits_fn, anchors, random)
 
     def embed(self, images: Tensor) -> Tensor:
         """Embeddings (N, D) of images in eval mode, without a graph."""
@@ -74,37 +76,31 @@ class Adversary:
             return craft_noisy_step(logits_fn, anchors.images, anchors.labels, self._attack, noise, random)
         return craft(logits_fn, anchors.images, anchors.labels, self._attack, random)
 
-    def _replay(self, anchors: Batch, random: torch.Generator) -> Tensor:
+    def _replay(self, logits_fn: LogitsFn, anchors: Batch, random: torch.Generator) -> Tensor:
         start = starting_point(anchors.images, self._attack, random)
         graph = self._graphs.get(anchors.images.shape)
         if graph is None and len(self._graphs) == _MOST_GRAPHS:
-            return climb(self._logits, anchors.images, start, anchors.labels, self._attack)
+            return climb(logits_fn, anchors.images, start, anchors.labels, self._attack)
         if graph is None:
-            graph = GraphedClimb(self._logits, anchors, start, self._attack)
+            graph = GraphedClimb(logits_fn, anchors, start, self._attack)
             graph.embeddings = self.last_embeddings
             self._graphs[anchors.images.shape] = graph
         self.last_embeddings = graph.embeddings
         return graph(anchors, start)
 
-    def _logits(self, images: Tensor) -> Tensor:
+    def _logits(self, run: Callable[[Tensor], ModelOutput], images: Tensor) -> Tensor:
         with autocast(self._config.training.precision, self._context.device):
-            output = self._run(images)
-        self.last_embeddings = output.embeddings.detach()
-        return output.logits
-
-    def _logits_in_train_mode(self, images: Tensor) -> Tensor:
-        with autocast(self._config.training.precision, self._context.device):
-            output: ModelOutput = self._network(images)
+            output = run(images)
         self.last_embeddings = output.embeddings.detach()
         return output.logits
 
     def first_perturbation(self, images: Tensor, random: torch.Generator) -> Tensor:
-        """Where free training starts on a batch: uniform in the ball, (N, C, H, W)."""
+        """Initial perturbation of free training on a batch: uniform in the ball, (N, C, H, W)."""
         draw = torch.rand(images.shape, generator=random, device=images.device, dtype=images.dtype)
         return (2 * draw - 1) * self._attack.epsilon
 
     def next_perturbation(self, perturbation: Tensor, gradient: Tensor) -> Tensor:
-        """Free training's ascent: a step of epsilon along the update's own gradient to the images, back in the ball."""
+        """Free training's ascent: a step of epsilon along the update's gradient to the images, clamped to the ball."""
         epsilon = self._attack.epsilon
         return (perturbation + epsilon * gradient.sign()).clamp(-epsilon, epsilon)
 
@@ -127,36 +123,31 @@ def training_attack(config: RunConfig) -> Attack:
 def moved_weights(network: nn.Module, gamma: float) -> Iterator[None]:
     """Adversarial weights (Wu et al. 2020, equation 8 with one step): every kernel up its gradient by gamma norms.
 
-    Args:
-        network: With gradients of the loss in its parameters; they are dropped.
-        gamma: Length of the move, as a share of the kernel's own norm.
-
-    The weights are put back afterwards, bit for bit: gradients taken inside move the original weights. BatchNorm's
+    The weights are restored afterwards, bit for bit: gradients taken inside update the original weights. BatchNorm's
     scales and biases stay, as in the authors' code.
+
+    Args:
+        network: With gradients of the loss in its parameters; they are cleared.
+        gamma: Length of the move, as a share of the kernel's own norm.
     """
     kernels = [p for p in network.parameters() if p.ndim > 1 and p.grad is not None]
-    saved = [kernel.detach().clone() for kernel in kernels]
-    with torch.no_grad():
-        for kernel in kernels:
-            assert kernel.grad is not None
-            length = kernel.grad.norm().clamp_min(torch.finfo(kernel.dtype).tiny)
-            kernel.add_(kernel.grad * (gamma * kernel.norm() / length))
-    network.zero_grad(set_to_none=True)
-    try:
-        yield
-    finally:
+    with restored(kernels):
         with torch.no_grad():
-            for kernel, value in zip(kernels, saved, strict=True):
-                kernel.copy_(value)
+            for kernel in kernels:
+                assert kernel.grad is not None
+                length = kernel.grad.norm().clamp_min(torch.finfo(kernel.dtype).tiny)
+                kernel.add_(kernel.grad * (gamma * kernel.norm() / length))
+        network.zero_grad(set_to_none=True)
+        yield
 
 
 @contextlib.contextmanager
-def kept_buffers(network: nn.Module) -> Iterator[None]:
-    """Put the network's buffers back afterwards: a forward pass in train mode moves BatchNorm's."""
-    saved = [buffer.clone() for buffer in network.buffers()]
+def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Restore the values of tensors afterwards, such as BatchNorm's buffers after a forward pass in train mode."""
+    saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in zip(network.buffers(), saved, strict=True):
-                buffer.copy_(value)
+            for tensor, value in saved:
+                tensor.copy_(value)

@@ -1,7 +1,7 @@
-"""Everything needed to go on exactly where a run stopped, verified by checksum.
+"""Checkpoints: everything needed to resume a run exactly, verified by checksum.
 
-A folder holds the current and the best weights, so that the newest checkpoint alone can finish a run. Random draws are
-functions of (seed, epoch, step, rank), so the position stands in for the state of every generator.
+A checkpoint holds the current and the best weights, so the newest one is enough to finish a run. Random draws are
+functions of (seed, epoch, step, rank), so the position replaces the state of every generator.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ class TrainingState:
 
     Attributes:
         network: The trained network.
-        optimizer: Its optimiser.
+        optimizer: Its optimizer.
         average: Moving average of the weights, if the run keeps one.
-        step: Optimiser steps done; epoch and offset follow from it, and so does every random draw.
-        partial_totals: Sums of the epoch begun, over all workers (see `step.TOTALS`).
+        step: Optimizer steps done; epoch, offset and every random draw follow from it.
+        partial_totals: Sums of the current epoch over all workers (see `step.TOTALS`).
         best_weights: State dict of the best weights so far, on the CPU; empty before the first validation.
-        best: Metrics of the epoch they come from.
+        best: Metrics of their epoch.
         history: Metrics of each epoch done.
     """
 
@@ -53,7 +53,7 @@ class TrainingState:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network whose accuracy counts: the average, where there is one."""
+        """The network to evaluate: the average, if there is one."""
         return self.average.module if self.average is not None else self.network
 
 
@@ -63,10 +63,10 @@ def cpu_weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any]) -> None:
-    """Write a checkpoint; the folder appears whole or not at all, on the file system it belongs to.
+    """Write a checkpoint; the folder appears complete or not at all, and replaces an existing one.
 
     Args:
-        folder: Where to write; replaced if it is there.
+        folder: Where to write.
         state: What to save.
         config: The run, saved beside the weights.
         data_facts: Class names and image shape, which a loader needs to rebuild the network, and fingerprints.
@@ -81,7 +81,7 @@ def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
             save_file(state.best_weights, partial / "best.safetensors")
         if state.average is not None:
             save_file(cpu_weights(state.average), partial / "average.safetensors")
-        optimizer = io.BytesIO()  # written to a file that fails, torch.save hides why
+        optimizer = io.BytesIO()  # torch.save to a file hides why it fails
         torch.save(state.optimizer.state_dict(), optimizer)
         (partial / "optimizer.pt").write_bytes(optimizer.getbuffer())
         position = {name: getattr(state, name) for name in ("step", "partial_totals", "best", "history")}
@@ -93,13 +93,7 @@ def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
 
 
 def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any]) -> None:
-    """Put a saved state back, in place.
-
-    Args:
-        folder: The checkpoint, verified.
-        state: Network, optimiser and average of the same kind; filled in.
-        config: The run.
-        data_facts: As for `save_checkpoint`.
+    """Load a verified checkpoint into a state of the same kind, in place.
 
     Raises:
         ConfigError: The checkpoint is of a run with another configuration, or on other data.
@@ -107,12 +101,8 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
     saved = json.loads((folder / "state.json").read_text())
     # The digest of an earlier version may count other settings.
     if saved["config_digest"] != config.digest and not same_run((folder / "config.yaml").read_text(), config):
-        raise ConfigError(
-            "name",
-            config.run_name,
-            f"has checkpoints of another configuration ({folder / 'config.yaml'} differs)",
-            "choose another --name, or start from that config.yaml",
-        )
+        reason = f"has checkpoints of another configuration ({folder / 'config.yaml'} differs)"
+        raise ConfigError("name", config.run_name, reason, "choose another --name, or start from that config.yaml")
     if not _same_training_data(json.loads((folder / "data.json").read_text()), data_facts):
         reason = "the data set is not the one that this run began with"
         raise ConfigError("data.root", config.data.root, reason, "bring the data back, or choose another --name")
@@ -125,7 +115,7 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
     for group, own in zip(optimizer["param_groups"], state.optimizer.param_groups, strict=True):
         group.update({name: value for name, value in own.items() if name != "params"})
     state.optimizer.load_state_dict(optimizer)
-    # A fused step walks through memory: each tensor of the state must lie as its parameter does.
+    # A fused step needs each tensor of the state in the memory layout of its parameter.
     for parameter, tensors in state.optimizer.state.items():
         for name, value in tensors.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -137,21 +127,18 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
 
 
 def _same_training_data(saved: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
-    """Whether a run may resume: test images shape no weights, but older checkpoints have one fingerprint of all."""
+    """Whether a run may resume; older checkpoints have one fingerprint of training and test images together."""
     left_out = "fingerprint" if "training_fingerprint" in saved else "training_fingerprint"
     before, now = ({key: facts[key] for key in facts if key != left_out} for facts in (saved, present))
     return before == now
 
 
 def find_damage(folder: Path, required: Collection[str] = ()) -> str:
-    """What is wrong with a checkpoint: every file is compared with the checksum it was written with.
+    """The first damaged file of a checkpoint and what is wrong with it, by checksums; empty if it is intact.
 
     Args:
         folder: The checkpoint.
-        required: Names of files that it must have; `RESUMABLE` for one that a run is to resume from.
-
-    Returns:
-        The file and what is wrong with it; empty for a checkpoint that is whole.
+        required: Files that it must have: `RESUMABLE` for a run that resumes.
     """
     try:
         checksums = dict(json.loads((folder / MANIFEST).read_text()))
@@ -171,35 +158,24 @@ def find_damage(folder: Path, required: Collection[str] = ()) -> str:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Check that a checkpoint is whole.
-
-    Raises:
-        UnavailableError: A file is missing or differs from what was written.
-    """
+    """Raise UnavailableError if a file of a checkpoint is missing or differs from what was written."""
     damage = find_damage(folder)
     if damage:
-        remedy = "put the file back, or use another checkpoint"
-        raise UnavailableError("checkpoint", folder, damage, remedy)
+        raise UnavailableError("checkpoint", folder, damage, "put the file back, or use another checkpoint")
 
 
 def keep_best_only(folder: Path) -> None:
-    """Drop what only a run that goes on needs: the rest is enough to load the best weights."""
+    """Remove what only a run that resumes needs: the rest is enough to load the best weights."""
     kept = ("best.safetensors", "config.yaml", "data.json")
-    checksums = json.loads((folder / MANIFEST).read_text())
-    write_whole(
-        folder / MANIFEST, json.dumps({name: value for name, value in checksums.items() if name in kept}, indent=1)
-    )
+    checksums = {name: value for name, value in json.loads((folder / MANIFEST).read_text()).items() if name in kept}
+    write_whole(folder / MANIFEST, json.dumps(checksums, indent=1))
     for path in folder.iterdir():
         if path.name not in (*kept, MANIFEST):
             path.unlink()
 
 
 def read_weights(folder: str) -> dict[str, Tensor]:
-    """The best weights of a checkpoint folder, on the CPU.
-
-    Raises:
-        UnavailableError: There are none, or a file is damaged.
-    """
+    """The best weights of a checkpoint folder, on the CPU; UnavailableError if missing or damaged."""
     path = Path(folder).expanduser() / "best.safetensors"
     if not path.is_file():
         raise UnavailableError("model.weights", folder, "no best.safetensors in it", "give a checkpoint folder")

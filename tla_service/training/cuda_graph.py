@@ -10,22 +10,16 @@ _WARM_UP = 3
 
 
 class GraphedClimb:
-    """All steps of an attack, forward and backward, replayed as one CUDA graph for batches of one shape.
+    """All steps of an attack, forward and backward, replayed as one CUDA graph for batches of the given one's shape.
 
-    Args:
-        logits_fn: Images to logits; reads weights from storage that stays where it is.
-        batch: A batch of the shape.
-        start: Where its attack starts.
-        attack: The adversary.
-
-    Attributes:
-        embeddings: What the last forward pass embedded; overwritten by the next replay.
+    The storage of the weights behind `logits_fn` must not change; the next replay overwrites `embeddings`, those of the
+    last forward pass.
     """
 
     def __init__(self, logits_fn: LogitsFn, batch: Batch, start: Tensor, attack: Attack) -> None:
         self.embeddings: Tensor | None = None
         self._images, self._start, self._labels = batch.images.clone(), start.clone(), batch.labels.clone()
-        # Capture must not see first-time work (cuDNN's choices, compilation), so that happens on a side stream before.
+        # Capture must not see first-time work (cuDNN's choices, compilation), which happens on a side stream before.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -1,43 +1,37 @@
-"""A run: epochs of steps, validation, checkpoints, and one look at the test set at the end.
+"""A run: epochs of steps, validation, checkpoints, and one evaluation on the test set at the end.
 
-The same call serves a plain process, torchrun and a Ray Train worker; what differs is the Reporter.
+A plain process, torchrun and a Ray Train worker all call `fit`; only the Reporter differs.
 """
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tla_service.attacks import Attack
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.data import (
-    Dataset,
-    EvaluationBatches,
-    ImageSource,
-    StepBatch,
-    TrainingBatches,
-    load_dataset,
-    split_validation,
-)
+from tla_service.data import EvaluationBatches, ImageSource, StepBatch, load_dataset
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, failing_together, keep_freed_memory, mixed_seed
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
 from tla_service.training.guard import COLLAPSED, collapses, has_collapsed, message
 from tla_service.training.meter import Meter
-from tla_service.training.optimizer import build_optimizer
-from tla_service.training.precheck import check_start, check_weights
+from tla_service.training.optimizer import build_optimizer, set_learning_rate
+from tla_service.training.precheck import check_weights, split_and_check
 from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
 from tla_service.training.result import FitResult, Phases
 from tla_service.training.resume import restore
-from tla_service.training.schedule import learning_rate_factor
+from tla_service.training.roles import average_buffers
 from tla_service.training.step import TrainingStep
+
+Attacks = Mapping[str, EvaluationAttack]
+_rank = itemgetter("validation/robust_accuracy", "validation/clean_accuracy")
 
 
 def fit(
@@ -49,18 +43,17 @@ def fit(
     measure_test: bool = True,
     with_rejector: bool = False,
 ) -> FitResult:
-    """Train, choose the best weights on the validation split, and measure them once on the test set.
+    """Train, select the best weights on the validation split, and measure them once on the test set.
+
+    Returns the same on every rank, except for the detector, which only rank 0 has.
 
     Args:
         config: The run.
         context: This worker; its process group is already up.
-        reporter: Where progress, metrics and checkpoints go, and checkpoints to resume from are found.
+        reporter: Receives progress, metrics and checkpoints, and finds checkpoints to resume from.
         initial_weights: State dict to start from (fine-tuning); ignored by a run that resumes.
-        measure_test: Leave the test set alone if False: runs that are compared to choose among them must not see it.
-        with_rejector: Fit the detector that is packaged with the best weights as well.
-
-    Returns:
-        Metrics, the same on every rank; the detector on rank 0 only.
+        measure_test: Whether to measure on the test set: runs that are compared for selection must not see it.
+        with_rejector: Whether to fit the detector that is packaged with the best weights.
 
     Raises:
         NonFiniteLossError: The loss became NaN or infinite; all ranks stop together.
@@ -72,13 +65,7 @@ def fit(
 
 
 class Run:
-    """One worker's part of a run.
-
-    Args:
-        config: The run.
-        context: This worker.
-        reporter: Where progress, metrics and checkpoints go, and checkpoints to resume from are found.
-    """
+    """One worker's part of a run; arguments as for `fit`."""
 
     def __init__(self, config: RunConfig, context: WorkerContext, reporter: Reporter) -> None:
         self.config, self.context, self.reporter = config, context, reporter
@@ -87,32 +74,27 @@ class Run:
             keep_freed_memory()
         with self.phases("data"), failing_together(context):
             self.dataset = load_dataset(config.data)
-            self.train_rows, self.validation_rows = split_validation(
-                self.dataset.train.labels, config.data.validation_fraction, config.seed, self.dataset.class_names
-            )
-            self.batches = training_batches(config, self.dataset, self.train_rows, context)
+            self.train_rows, self.validation_rows, self.batches = split_and_check(config, self.dataset, context)
             self._data_facts = {
                 "class_names": list(self.dataset.class_names),
                 "image_shape": list(self.dataset.image_shape),
                 "fingerprint": self.dataset.fingerprint,
                 "training_fingerprint": self.dataset.train.digest(),
             }
-            check_start(config, self.dataset, self.train_rows, context.world_size)
         self.total_steps = config.training.epochs * self.batches.steps_per_epoch
         if config.training.max_steps is not None:
             self.total_steps = min(self.total_steps, config.training.max_steps)
 
     def start(self, initial_weights: Mapping[str, Tensor] | None) -> None:
-        """Build network, optimiser and step; load the newest checkpoint that is whole, if there is any.
+        """Build network, optimizer and step; load the newest intact checkpoint, if there is any.
 
-        Everything that can refuse a run has been checked when this returns; rank 0 has then reported `start`.
+        Everything that can refuse a run has been checked when this returns, and rank 0 has reported `start`.
         """
         config, context = self.config, self.context
         with self.phases("build"), failing_together(context):
             torch.manual_seed(mixed_seed(config.seed, 0))
-            network = build_model(
-                config.model.name, len(self.dataset.class_names), self.dataset.image_shape, config.model.normalization
-            )
+            classes, shape = len(self.dataset.class_names), self.dataset.image_shape
+            network = build_model(config.model.name, classes, shape, config.model.normalization)
             if initial_weights is not None:
                 check_weights(config, network, initial_weights)
                 network.load_state_dict(dict(initial_weights))
@@ -128,81 +110,81 @@ class Run:
                 self.reporter.stored,
                 lambda folder: load_checkpoint(folder, self.state, config, self._data_facts),
                 context,
-                lambda message: self.reporter.progress({"event": "damaged_checkpoint", "message": message}),
+                lambda message: self._tell(event="damaged_checkpoint", message=message),
             )
             with failing_together(context):
                 self.step = TrainingStep(network, config, context)
         if has_collapsed(self.state.history):
             self._after_collapse()
-        if context.is_main:
-            workers = f"{context.world_size} worker{'s' if context.world_size != 1 else ''}"
-            resumes = f"resuming from {resumed_from} on {workers}"
-            self.reporter.progress(
-                {
-                    "event": "start",
-                    "workers": context.world_size,
-                    "resumed": bool(resumed_from),
-                    "resumed_from": resumed_from,
-                    # A driver that was killed may have missed epochs that its workers still did.
-                    "history": self.state.history,
-                    "message": resumes if resumed_from else f"training on {workers}",
-                }
-            )
+        workers = f"{context.world_size} worker{'s' if context.world_size != 1 else ''}"
+        self._tell(
+            event="start",
+            workers=context.world_size,
+            resumed=bool(resumed_from),
+            resumed_from=resumed_from,
+            # A driver that was killed may have missed epochs that its workers still did.
+            history=self.state.history,
+            message=f"resuming from {resumed_from} on {workers}" if resumed_from else f"training on {workers}",
+        )
 
     def train(self, *, measure_test: bool = True, with_rejector: bool = False) -> FitResult:
-        """Train to the end, or until a stop is asked for; arguments and result as for `fit`."""
+        """Train to the end, or until a stop is requested; arguments and result as for `fit`."""
         while self.state.step < self.total_steps:
             if not (self.train_epoch() and self.finish_epoch()):
                 return self.result(interrupted=True)
         return self.result(interrupted=False, measure_test=measure_test, with_rejector=with_rejector)
 
     def train_epoch(self) -> bool:
-        """Train to the end of the epoch; False if a stop was asked for on the way: the checkpoint is saved then."""
+        """Train to the end of the epoch; False, with a checkpoint saved, if a stop was requested before."""
         state, training = self.state, self.config.training
         epoch, offset = divmod(state.step, self.batches.steps_per_epoch)
         self.meter = Meter(self.context, state.partial_totals)
         state.network.train()
         with self.phases("train"):
             for batch in self.batches.epoch(epoch, offset):
-                self._set_learning_rate()
+                set_learning_rate(
+                    state.optimizer, self.config, state.step, self.batches.steps_per_epoch, self.total_steps
+                )
                 self.meter.add(self._update(batch))
                 state.step += 1
                 if state.step == self.total_steps or state.step % self.batches.steps_per_epoch == 0:
                     break
                 if state.step % training.log_every_steps == 0 and self._log(epoch):
                     state.partial_totals = self.meter.epoch_totals
-                    self._save(None)  # means over a part of an epoch are no epoch's metrics
+                    self._save(None)  # means over part of an epoch are not its metrics
                     return False
         return True
 
     def finish_epoch(self) -> bool:
-        """Average BatchNorm statistics over workers, validate, keep the best weights, save and report.
-
-        Returns:
-            False if the run is to stop here before its end.
-        """
-        epoch = (self.state.step - 1) // self.batches.steps_per_epoch
-        self.meter.reduce(self.reporter.stop_requested())
-        self.meter.check_finite(self.state.step)
-        average_buffers(self.state.network, self.context)
-        if self.state.average is not None:
-            average_buffers(self.state.average.module, self.context)
-        metrics = self._epoch_metrics(epoch)
-        is_last = self.state.step == self.total_steps
-        due = is_last or (epoch + 1) % self.config.evaluation.every_epochs == 0
+        """Average BatchNorm statistics, validate, keep the best weights, save and report; False to stop early."""
+        state, meter = self.state, self.meter
+        epoch = (state.step - 1) // self.batches.steps_per_epoch
+        meter.reduce(state.step, stop_requested=self.reporter.stop_requested())
+        average_buffers(state.network, self.context)
+        if state.average is not None:
+            average_buffers(state.average.module, self.context)
+        metrics = {
+            "epoch": float(epoch),
+            "step": float(state.step),
+            "learning_rate": float(state.optimizer.param_groups[0]["lr"]),
+            "images_per_second": meter.images_per_second,
+            **meter.means,
+        }
+        due = state.step == self.total_steps or (epoch + 1) % self.config.evaluation.every_epochs == 0
         if due:
             with self.phases("validation"):
                 measured = self._validate()
             metrics |= {f"validation/{name}": value for name, value in measured.items()}
-            self._keep_best(metrics)
-            if not has_collapsed(self.state.history) and collapses(metrics, self.state.best, self.config):
+            if not state.best or _rank(metrics) > _rank(state.best):
+                # Every rank keeps them: any rank may become rank 0 after a restart, and all need them for the test.
+                state.best, state.best_weights = metrics, cpu_weights(state.evaluated)
+            if not has_collapsed(state.history) and collapses(metrics, state.best, self.config):
                 metrics[COLLAPSED] = 1.0
-        self.state.history.append(metrics)
+        state.history.append(metrics)
         if COLLAPSED in metrics:
             self._answer_collapse(metrics)
-            is_last = self.state.step == self.total_steps
-        self.state.partial_totals = []
-        stopping = self.meter.stop_requested and not is_last
+        state.partial_totals = []
+        stopping = meter.stop_requested and state.step != self.total_steps
         if due or stopping:
             self._save(metrics)
         else:
@@ -210,43 +192,33 @@ class Run:
         return not stopping
 
     def result(self, *, interrupted: bool, measure_test: bool = True, with_rejector: bool = False) -> FitResult:
-        """Load the best weights into the network, measure them on the test set if wanted, and sum the run up."""
+        """Load the best weights, measure them on the test set if asked, and summarize the run."""
+        state, config, dataset, context = self.state, self.config, self.dataset, self.context
         test: dict[str, float] = {}
         rejector: dict[str, npt.NDArray[Any]] = {}
         if not interrupted:
-            self._load_best()
-        if measure_test and not interrupted:
-            with self.phases("test"):
-                attacks = {
-                    name: self._attack(attack, f"evaluation.test.{name}")
-                    for name, attack in self.config.evaluation.test.items()
-                }
-                rows = torch.arange(len(self.dataset.test))
-                test = self._measure(self.dataset.test, rows, attacks, self.state.network)
-        if with_rejector and not interrupted and self.context.is_main:
-            with self.phases("detector"):
-                rejector = fit_rejector(
-                    self.state.network,
-                    self.dataset.train,
-                    self.train_rows,
-                    self.validation_rows,
-                    self.config,
-                    self.context.device,
-                )
+            state.network.load_state_dict(state.best_weights)
+            if measure_test:
+                with self.phases("test"):
+                    rows = torch.arange(len(dataset.test))
+                    test = self._measure(dataset.test, rows, "evaluation.test", config.evaluation.test, state.network)
+            if with_rejector and context.is_main:
+                with self.phases("detector"):
+                    rejector = fit_rejector(
+                        state.network, dataset.train, self.train_rows, self.validation_rows, config, context.device
+                    )
         facts = {
-            "data_fingerprint": self.dataset.fingerprint,
+            "data_fingerprint": dataset.fingerprint,
             "training_images": str(len(self.train_rows)),
             "validation_images": str(len(self.validation_rows)),
-            "test_images": str(len(self.dataset.test)),
-            "workers": str(self.context.world_size),
-            "device": torch.cuda.get_device_name() if self.context.device.type == "cuda" else "cpu",
+            "test_images": str(len(dataset.test)),
+            "workers": str(context.world_size),
+            "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
         }
-        return FitResult(interrupted, test, self.state.best, self.state.history, self.phases.seconds, facts, rejector)
-
-    # ------------------------------------------------------------------------------------------------ the parts
+        return FitResult(interrupted, test, state.best, state.history, self.phases.seconds, facts, rejector)
 
     def _update(self, batch: StepBatch) -> Tensor:
-        """Move the weights by a batch: once, or as often as free training replays it. Returns the last sums."""
+        """Update the weights on a batch: once, or once per replay of free training. Returns the last sums."""
         state, position = self.state, (self.state.step, self.context.rank)
         self.step.adversary.grow((state.step + 1) / self.total_steps)
         # Dropout draws from the global generator; this ties its draws to the position too.
@@ -264,12 +236,11 @@ class Run:
         return totals
 
     def _answer_collapse(self, metrics: Mapping[str, float]) -> None:
-        """Say what happened, and put the best weights back where training goes on from them."""
+        """Report it, and restore the best weights where training continues from them."""
         config, state = self.config, self.state
-        if self.context.is_main:
-            self.reporter.progress({"event": "collapse", "message": message(metrics, state.best, config)})
+        self._tell(event="collapse", message=message(metrics, state.best, config))
         if config.attack.on_collapse == "pgd":
-            self._load_best()
+            state.network.load_state_dict(state.best_weights)
             state.optimizer = build_optimizer(state.network, config)
             if state.average is not None:
                 state.average.module.load_state_dict(state.best_weights)
@@ -281,68 +252,43 @@ class Run:
         else:
             self.total_steps = self.state.step
 
-    def _set_learning_rate(self) -> None:
-        factor = learning_rate_factor(
-            self.config.schedule, self.state.step, self.batches.steps_per_epoch, self.total_steps
-        )
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = self.config.optimizer.learning_rate * factor
-
     def _log(self, epoch: int) -> bool:
-        """Sum the last steps over the workers and tell rank 0's reporter; True if the run is to stop."""
-        self.meter.reduce(self.reporter.stop_requested())
-        self.meter.check_finite(self.state.step)
-        if self.context.is_main:
-            rate = self.meter.images_per_second
-            left = self.total_steps - self.state.step
-            images_a_step = len(self.train_rows) / self.batches.steps_per_epoch
-            record = {
-                "event": "step",
-                "epoch": epoch,
-                "step": self.state.step,
-                "total_steps": self.total_steps,
-                "loss": self.meter.means["train/loss"],
-                "images_per_second": rate,
-                "seconds_left": left * images_a_step / max(rate, 1e-9),
-            }
-            self.reporter.progress(record)
-        return self.meter.stop_requested
+        """Sum the last steps over the workers and report them; True if the run is to stop."""
+        meter, step = self.meter, self.state.step
+        meter.reduce(step, stop_requested=self.reporter.stop_requested())
+        images_per_step = len(self.train_rows) / self.batches.steps_per_epoch
+        self._tell(
+            event="step",
+            epoch=epoch,
+            step=step,
+            total_steps=self.total_steps,
+            loss=meter.means["train/loss"],
+            images_per_second=meter.images_per_second,
+            seconds_left=(self.total_steps - step) * images_per_step / max(meter.images_per_second, 1e-9),
+        )
+        return meter.stop_requested
 
-    def _epoch_metrics(self, epoch: int) -> dict[str, float]:
-        return {
-            "epoch": float(epoch),
-            "step": float(self.state.step),
-            "learning_rate": float(self.state.optimizer.param_groups[0]["lr"]),
-            "images_per_second": self.meter.images_per_second,
-            **self.meter.means,
-        }
+    def _tell(self, **record: Any) -> None:
+        if self.context.is_main:
+            self.reporter.progress(record)
 
     def _validate(self) -> dict[str, float]:
-        attack = self._attack(self.config.evaluation.validation, "evaluation.validation")
-        rows = self.validation_rows
-        limit = self.config.evaluation.validation_limit
-        if limit is not None and limit < len(rows):
-            rows = rows[torch.linspace(0, len(rows) - 1, limit).long()]
-        return self._measure(self.dataset.train, rows, {"validation": attack}, self.state.evaluated)
+        rows, evaluation = self.validation_rows, self.config.evaluation
+        if evaluation.validation_limit is not None and evaluation.validation_limit < len(rows):
+            rows = rows[torch.linspace(0, len(rows) - 1, evaluation.validation_limit).long()]
+        attacks = {"validation": evaluation.validation}
+        return self._measure(self.dataset.train, rows, "evaluation", attacks, self.state.evaluated)
 
-    def _attack(self, attack: EvaluationAttack, field: str) -> Attack:
-        return evaluation_attack(attack, self.config.attack, self.config.data.name, field)
-
-    def _measure(self, source: Any, rows: Tensor, attacks: Mapping[str, Any], network: nn.Module) -> dict[str, float]:
-        batches = EvaluationBatches(source, rows, self.context, batch_size=self.config.evaluation.batch_size)
-        return measure_accuracy(network, batches, attacks, self.context, mixed_seed(self.config.seed, 3))
-
-    def _keep_best(self, metrics: dict[str, float]) -> None:
-        def rank(of: Mapping[str, float]) -> tuple[float, float]:
-            return of["validation/robust_accuracy"], of["validation/clean_accuracy"]
-
-        if not self.state.best or rank(metrics) > rank(self.state.best):
-            self.state.best = metrics
-            # Every rank keeps them: any rank may become rank 0 after a restart, and all need them for the test.
-            self.state.best_weights = cpu_weights(self.state.evaluated)
-
-    def _load_best(self) -> None:
-        self.state.network.load_state_dict(self.state.best_weights)
+    def _measure(
+        self, source: ImageSource, rows: Tensor, section: str, settings: Attacks, network: nn.Module
+    ) -> dict[str, float]:
+        config = self.config
+        attacks = {
+            name: evaluation_attack(attack, config.attack, config.data.name, f"{section}.{name}")
+            for name, attack in settings.items()
+        }
+        batches = EvaluationBatches(source, rows, self.context, batch_size=config.evaluation.batch_size)
+        return measure_accuracy(network, batches, attacks, self.context, mixed_seed(config.seed, 3))
 
     def _save(self, metrics: dict[str, float] | None) -> None:
         name = f"step-{self.state.step:09d}"
@@ -352,41 +298,3 @@ class Run:
                 if target is not None:
                     save_checkpoint(target, self.state, self.config, self._data_facts)
                 self.reporter.report(metrics, target, name)
-
-
-def training_batches(config: RunConfig, dataset: Dataset, rows: Tensor, context: WorkerContext) -> TrainingBatches:
-    """The training split as batches with what the method's mining needs."""
-    return training_batches_of(config, dataset.train, rows, context)
-
-
-def training_batches_of(
-    config: RunConfig, source: ImageSource, rows: Tensor, context: WorkerContext
-) -> TrainingBatches:
-    """Some of a source's images as batches with what the method's mining needs."""
-    config.check_workers(context.world_size)
-    mining = config.mining
-    separate = config.mines_triplets and mining.pool == "separate"
-    pool_size = mining.pool_size if separate else 0
-    if mining.scope == "global":
-        pool_size //= context.world_size
-    return TrainingBatches(
-        source,
-        rows,
-        config.data,
-        context,
-        global_batch_size=config.training.global_batch_size,
-        seed=config.seed,
-        pool_size_per_worker=pool_size,
-        same_class_positives=separate and mining.positives != "own",
-        augment_pool=mining.augment_pool,
-    )
-
-
-def average_buffers(network: nn.Module, context: WorkerContext) -> None:
-    """Make BatchNorm's running statistics the mean over workers: each has seen only its own shards."""
-    if context.world_size == 1:
-        return
-    for buffer in network.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer.div_(context.world_size)

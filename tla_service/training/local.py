@@ -46,9 +46,8 @@ def train(config: RunConfig, output: str | Path, *, json_logs: bool = False) -> 
     output = Path(output).expanduser().absolute()
     use_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
     if config.scaling.use_gpu is True and not use_gpu:
-        raise UnavailableError(
-            "scaling.use_gpu", True, "torch sees no GPU here", "leave it out, or run where there is one"
-        )
+        remedy = "leave it out, or run where there is one"
+        raise UnavailableError("scaling.use_gpu", True, "torch sees no GPU here", remedy)
     terminal = Terminal()
     with process_group(torch.device("cuda" if use_gpu else "cpu")) as context, contextlib.ExitStack() as locks:
         config.check_workers(context.world_size)

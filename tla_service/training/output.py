@@ -1,4 +1,4 @@
-"""The output folder of a run: what it holds, and that no run writes over another."""
+"""The output folder of a run, which no other run overwrites."""
 
 import json
 import tempfile
@@ -19,14 +19,10 @@ SUMMARY = "summary.json"
 
 
 def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
-    """Make sure that a run can use the folder.
-
-    Args:
-        config: The run.
-        output: The folder, made if it is missing.
+    """Check that a run can use its folder, which is made if missing.
 
     Returns:
-        The summary, if this run has finished there before; else None.
+        The summary, if this run has already finished there; else None.
 
     Raises:
         ConfigError: The folder holds a run of another configuration, or one that has finished and measured other
@@ -38,7 +34,7 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
             remedy = "choose another --output or --name"
             raise ConfigError("output", output, "holds a run with another configuration", remedy)
         output.mkdir(parents=True, exist_ok=True)
-        # A nameless file: several workers may try at once.
+        # Without a name, since several workers may try at once.
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
@@ -68,13 +64,7 @@ def write_config(config: RunConfig, output: Path) -> None:
 
 
 def summarize(config: RunConfig, result: "FitResult", checkpoint: Path | None) -> dict[str, Any]:
-    """What every finished run can say of itself.
-
-    Args:
-        config: The run.
-        result: How it went.
-        checkpoint: Its newest checkpoint.
-    """
+    """The summary of a finished run; `checkpoint` is its newest one."""
     rates = [epoch["images_per_second"] for epoch in result.history]
     return {
         "status": "finished",
@@ -107,7 +97,7 @@ def write_summary(output: Path, summary: Mapping[str, Any]) -> None:
 
 
 def show_summary(summary: Mapping[str, Any], terminal: "Terminal") -> None:
-    """Tell people the figures, and where everything is."""
+    """Show the accuracies, and where everything is."""
     terminal.say("")
     terminal.say(f"clean accuracy            {summary['clean_accuracy']:7.2%}   (test set, best-on-validation weights)")
     for name, value in summary["robust_accuracy"].items():

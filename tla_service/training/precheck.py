@@ -1,7 +1,6 @@
-"""What can be known of a run before its first step: lengths against images, the smallest step, room on disks."""
+"""What precedes the first step: split and batches, and checks of radii, step sizes, weights and disk space."""
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tla_service.config import RunConfig
-from tla_service.data import Batch, Dataset, StepBatch
+from tla_service.data import Batch, Dataset, ImageSource, StepBatch, TrainingBatches, split_validation
+from tla_service.data.order import StepOrder
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import ImageClassifier, build_model
 from tla_service.runtime import WorkerContext
@@ -19,18 +19,47 @@ _FLOAT_BYTES = 4
 _GB = 10**9
 
 
-def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int) -> None:
-    """Refuse a run that its data would stop on the way.
+def split_and_check(
+    config: RunConfig, dataset: Dataset, context: WorkerContext
+) -> tuple[Tensor, Tensor, TrainingBatches]:
+    """Training rows, validation rows and training batches of a run.
 
-    Args:
-        config: The run.
-        dataset: Its data.
-        rows: Which training images are trained on (N,), int64.
-        world_size: Number of workers.
+    Raises:
+        ConfigError: The split, the mining pool or the batches do not fit the data, or as `check_start`.
+    """
+    labels, fraction = dataset.train.labels, config.data.validation_fraction
+    train, validation = split_validation(labels, fraction, config.seed, dataset.class_names)
+    batches = training_batches(config, dataset.train, train, context)
+    check_start(config, dataset, train, context.world_size)
+    return train, validation, batches
+
+
+def training_batches(config: RunConfig, source: ImageSource, rows: Tensor, context: WorkerContext) -> TrainingBatches:
+    """Batches of some of a source's images, with what the method's mining needs."""
+    config.check_workers(context.world_size)
+    mining = config.mining
+    separate = config.mines_triplets and mining.pool == "separate"
+    pool_size = mining.pool_size if separate else 0
+    if mining.scope == "global":
+        pool_size //= context.world_size
+    order = StepOrder(
+        source.labels[rows],
+        seed=config.seed,
+        rank=context.rank,
+        world_size=context.world_size,
+        global_batch_size=config.training.global_batch_size,
+        pool_size=pool_size,
+        same_class_positives=separate and mining.positives != "own",
+    )
+    return TrainingBatches(source, rows, order, config.data, context, augment_pool=mining.augment_pool)
+
+
+def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int) -> None:
+    """Refuse a run that would fail later on its data; ``rows`` are the images it trains on (N,), int64.
 
     Raises:
         ConfigError: A radius or a step size makes no sense on these images, or some step leaves a worker one image,
-            which BatchNorm cannot normalise.
+            which BatchNorm cannot normalize.
     """
     trouble = config.attack_trouble(dataset.image_shape)
     if trouble is not None:
@@ -38,19 +67,16 @@ def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: i
     batch = config.training.global_batch_size
     steps = -(-len(rows) // batch)
     if smallest_share(len(rows), steps, world_size) == 1 and not _one_image_trains(config, dataset, rows):
-        reason = f"{len(rows)} training images in {steps} steps leave {_whom(world_size)} with one image in some step"
-        reason += f", which the BatchNorm of {config.model.name} cannot normalise"
+        whom = "a worker" if world_size > 1 else "it"
+        reason = f"{len(rows)} training images in {steps} steps leave {whom} with one image in some step"
+        reason += f", which the BatchNorm of {config.model.name} cannot normalize"
         enough = next((fewer for fewer in range(steps, 0, -1) if smallest_share(len(rows), fewer, world_size) > 1), 0)
         remedy = f"use {-(-len(rows) // enough)}" if enough else "use fewer workers, or more images"
         raise ConfigError("training.global_batch_size", batch, reason, remedy)
 
 
 def check_weights(config: RunConfig, network: ImageClassifier, weights: Mapping[str, Tensor]) -> None:
-    """Refuse initial weights of another network.
-
-    Raises:
-        ConfigError: Names or shapes differ.
-    """
+    """Raise ConfigError for initial weights of another network: other names or shapes."""
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     if {name: value.shape for name, value in weights.items()} != shapes:
         reason = f"are not of a {config.model.name} with {network.classifier.out_features} classes"
@@ -64,7 +90,7 @@ def smallest_share(images: int, steps: int, world_size: int) -> int:
 
 
 def checkpoint_bytes(config: RunConfig, network: nn.Module) -> int:
-    """Size of a checkpoint: the current and the best weights, their average, and the optimiser's state."""
+    """Size of a checkpoint: the current and the best weights, their average, and the optimizer's state."""
     floats = sum(tensor.numel() for tensor in network.state_dict().values())
     trained = sum(parameter.numel() for parameter in network.parameters())
     moments = 2 if config.optimizer.name != "sgd" else int(config.optimizer.momentum > 0)
@@ -73,14 +99,11 @@ def checkpoint_bytes(config: RunConfig, network: nn.Module) -> int:
 
 
 def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
-    """Refuse to begin what the disks have no room for.
+    """Raise UnavailableError if a filesystem does not have enough space.
 
     Args:
-        needs: Setting -> folder (it need not exist) and the bytes that will be written there, beyond what is there
-            now. Folders of one filesystem share its room.
-
-    Raises:
-        UnavailableError: A filesystem has not enough room.
+        needs: Setting -> folder (it need not exist) and the bytes that will be written there, in addition to what is
+            there. Folders of one filesystem share its space.
     """
     groups: dict[int, list[str]] = {}
     for field, (folder, _) in needs.items():
@@ -95,16 +118,11 @@ def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
             raise UnavailableError(fields[0], needs[fields[0]][0], reason, remedy)
 
 
-def scratch_need(checkpoint: int) -> tuple[Path, int]:
-    """Where checkpoints are written before they are moved to their place, and how much that takes."""
-    return Path(tempfile.gettempdir()), checkpoint
-
-
 def kept_need(folder: Path, checkpoint: int, kept: int) -> tuple[Path, int]:
-    """A folder that keeps some checkpoints, and what it still has to take: the new one is there before an old one goes.
+    """A folder that keeps a number of checkpoints, and the bytes still to be written: a new one before an old one goes.
 
     Args:
-        folder: Where they are kept; what lies there already counts.
+        folder: Where they are kept; what is there already counts.
         checkpoint: Size of one, in bytes.
         kept: How many stay.
     """
@@ -120,12 +138,8 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _whom(world_size: int) -> str:
-    return "a worker" if world_size > 1 else "it"
-
-
 def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor) -> bool:
-    """Try a step with one image on a fresh network: which passes see it alone depends on method, attack and roles."""
+    """Try a step with one image on a new network: which passes see it alone depends on method, attack and roles."""
     with torch.random.fork_rng(devices=[]):
         shape, classes = dataset.image_shape, len(dataset.class_names)
         network = build_model(config.model.name, classes, shape, config.model.normalization)

@@ -1,4 +1,4 @@
-"""The detector that a registered model carries: fitted to training images, its threshold fixed on validation images."""
+"""The detector of a registered model: fitted to training images, with a threshold from validation images."""
 
 import logging
 from typing import Any
@@ -27,19 +27,19 @@ def fit_rejector(
     config: RunConfig,
     device: torch.device,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Fit class Gaussians to natural training images, and fix the threshold on natural validation images.
+    """Fit class Gaussians to clean training images, and choose the threshold on clean validation images.
 
     Args:
         network: The bare network with its final weights, on the device.
-        source: Images of the training set, without augmentation.
-        train_rows: Which of them it was trained on (N,), int64.
-        validation_rows: Which were held out (M,), int64.
+        source: Images of the training set.
+        train_rows: Rows it was trained on (N,), int64.
+        validation_rows: Rows that were held out (M,), int64.
         config: `detection`, and the batch size of `evaluation`.
-        device: Where the network is.
+        device: The network's.
 
     Returns:
-        The arrays of a :class:`tla_service.inference.detector.Rejector`; none, with a warning, where the network tells
-        nothing apart: a run is not lost for want of a detector.
+        The arrays of a :class:`tla_service.inference.detector.Rejector`; none, with a warning, where no detector can be
+        fitted: a run must not fail for lack of one.
     """
 
     def embedded(rows: Tensor) -> Embedded:

@@ -1,4 +1,4 @@
-"""What a run tells the outside: the Reporter protocol, the terminal, JSON lines, and a reporter for one machine."""
+"""Progress of a run: the Reporter protocol, the terminal, JSON lines, and a reporter for one machine."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from tla_service.training.checkpoint import MANIFEST
 from tla_service.training.resume import LocalCheckpoint, Stored
 
 LOG = "log.jsonl"
-# Each checkpoint holds the best weights too, so the newest is enough; one more in case it is damaged.
+# The newest checkpoint is enough, since it holds the best weights too; one more in case it is damaged.
 KEPT = 2
 WARNINGS = ("failure", "damaged_checkpoint", "warning")
 
@@ -27,29 +27,29 @@ class Reporter(Protocol):
     """What `fit` needs of its surroundings."""
 
     def progress(self, record: Mapping[str, Any]) -> None:
-        """Take a record of a few steps; called on rank 0 only, and must not wait."""
+        """Take a record; called on rank 0 only, must not wait."""
 
     def stored(self) -> Sequence[Stored]:
         """Checkpoints that the run may resume from, newest first; called on rank 0 only."""
 
     def destination(self, name: str) -> Path:
-        """Where to write a checkpoint before it is reported; called on rank 0 only."""
+        """Where to write a checkpoint; called on rank 0 only."""
 
     def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
         """Take an epoch's metrics, a checkpoint, or both; called on every rank.
 
         Args:
-            metrics: Plain numbers, the same on every rank; None for a checkpoint in the middle of an epoch.
+            metrics: The same on every rank; None for a checkpoint in the middle of an epoch.
             checkpoint: On rank 0, the checkpoint written to `destination`, if there is one.
-            name: What to keep the checkpoint under; the same on every rank, empty when there is none.
+            name: The checkpoint's name, the same on every rank; empty if there is none.
         """
 
     def stop_requested(self) -> bool:
-        """Whether this worker was asked to stop; `fit` then saves a checkpoint and returns."""
+        """Whether to stop; `fit` then saves a checkpoint and returns."""
 
 
 class JsonLines:
-    """Appends records to a file, a JSON object a line, with the time of writing."""
+    """Appends records with their time to a file, one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class Terminal:
         self._console.print(without_credentials(text), markup=False)
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Show a record of `fit`: of a few steps, or of an epoch."""
+        """Show a record of `fit`."""
         if record["event"] == "step":
             self._show_step(record)
         elif record["event"] == "epoch":
@@ -89,7 +89,7 @@ class Terminal:
             self.say(f"{warning}{record.get('message', record['event'])}")
 
     def close(self) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -111,11 +111,11 @@ class Terminal:
 
 
 class JsonTerminal(Terminal):
-    """Progress for machines: every record and every word as a JSON line.
+    """Progress for machines: every record and message as a JSON line.
 
     Args:
-        labels: Fields of every line. What is put into the mapping later is in the lines from then on.
-        stream: Where to; standard output if not given.
+        labels: Fields of every line; later changes of the mapping count from then on.
+        stream: Standard output if not given.
     """
 
     def __init__(self, labels: Mapping[str, Any], stream: TextIO | None = None) -> None:
@@ -123,7 +123,7 @@ class JsonTerminal(Terminal):
         self._labels, self._stream = labels, stream or sys.stdout
 
     def say(self, text: str) -> None:
-        """Write a line with a message; an empty one, which is for the eye, is left out."""
+        """Write a line with a message; an empty one, which only separates, is left out."""
         if text:
             self._write("info", {"message": text})
 
@@ -160,7 +160,7 @@ class LocalReporter:
     """Reports to the terminal and a folder: for a plain process, or torchrun on one machine.
 
     Args:
-        output: Folder for `log.jsonl` and `checkpoints/`; only rank 0 writes to it.
+        output: Folder of `log.jsonl` and `checkpoints/`; only rank 0 writes to it.
         is_main: Whether this is rank 0.
         terminal: Where to show progress.
     """
@@ -168,10 +168,9 @@ class LocalReporter:
     def __init__(self, output: Path, *, is_main: bool = True, terminal: Terminal | None = None) -> None:
         self.checkpoints = output / "checkpoints"
         self.interrupted = False
-        self._is_main = is_main
         self._terminal = terminal or Terminal()
         self._log = JsonLines(output / LOG) if is_main else None
-        self._kept: list[str] = []  # names of the checkpoints that were written here, and of the one resumed from
+        self._kept: list[str] = []  # names of the checkpoints written here, and of the one resumed from
 
     def progress(self, record: Mapping[str, Any]) -> None:
         """Show and log the record."""
@@ -187,11 +186,11 @@ class LocalReporter:
         return [LocalCheckpoint(str(path)) for path in sorted(self.checkpoints.glob("step-*"), reverse=True)]
 
     def destination(self, name: str) -> Path:
-        """The checkpoint's place: it is written whole or not at all."""
+        """Its final path: it is written whole or not at all."""
         return self.checkpoints / name
 
     def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
-        """Show and log the epoch; of the checkpoints keep the last `KEPT` that are known to be whole."""
+        """Show and log the epoch; keep the last `KEPT` checkpoints that are known to be intact."""
         if metrics is not None:
             self.progress({"event": "epoch", "metrics": metrics})
         if checkpoint is None:
@@ -202,11 +201,11 @@ class LocalReporter:
                 shutil.rmtree(path, ignore_errors=True)
 
     def stop_requested(self) -> bool:
-        """Whether `interrupted` was set, by a signal handler say."""
+        """Whether `interrupted` was set, by a signal handler for example."""
         return self.interrupted
 
     def close(self) -> None:
-        """Take the progress bar down and close the log."""
+        """Remove the progress bar and close the log."""
         self._terminal.close()
         if self._log is not None:
             self._log.close()

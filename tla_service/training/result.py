@@ -1,4 +1,4 @@
-"""What a run ends with, and where its time went."""
+"""The result of a run, and its wall time by phase."""
 
 import time
 from collections.abc import Iterator
@@ -11,17 +11,16 @@ import numpy.typing as npt
 
 @dataclass
 class FitResult:
-    """What a run ends with. Plain values only: it crosses process boundaries.
+    """The result of a run, in plain values: it crosses process boundaries.
 
     Attributes:
-        interrupted: Whether a stop was asked for; the run can go on from its last checkpoint.
-        test: Accuracies of the best weights on the test set; empty if interrupted or not asked for.
-        best: Metrics of the epoch the best weights come from.
+        interrupted: Whether a stop was requested; the run can resume from its last checkpoint.
+        test: Accuracies of the best weights on the test set; empty if interrupted or not requested.
+        best: Metrics of the epoch of the best weights.
         history: Metrics of every epoch.
         wall_seconds: Time by phase on rank 0.
         facts: Data set fingerprint and sizes, workers, device.
-        rejector: Arrays of the detector and its threshold (:class:`tla_service.inference.detector.Rejector`); empty
-            where none was asked for or none can be fitted.
+        rejector: Arrays of a :class:`tla_service.inference.detector.Rejector`; empty if not requested or not fitted.
     """
 
     interrupted: bool

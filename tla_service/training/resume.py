@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the newest that is whole."""
+"""Resuming from the newest intact checkpoint."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -12,16 +12,12 @@ from tla_service.training.checkpoint import RESUMABLE, find_damage
 
 
 class Stored(Protocol):
-    """A checkpoint where it is kept; `ray.train.Checkpoint` is one.
-
-    Attributes:
-        path: Its folder there.
-    """
+    """A stored checkpoint and its path; `ray.train.Checkpoint` is one."""
 
     path: str
 
     def as_directory(self) -> contextlib.AbstractContextManager[str]:
-        """A local folder with its files, for the time of the block."""
+        """A local folder with its files, within the block."""
 
 
 @dataclass
@@ -41,19 +37,19 @@ def restore(
     context: WorkerContext,
     warn: Callable[[str], None],
 ) -> str:
-    """Load the newest checkpoint that is whole on every worker; all workers call this together.
+    """Load the newest checkpoint that is intact on every worker; all workers call this together.
 
     Args:
         stored: Lists the checkpoints, newest first; called on rank 0.
         load: Loads one from its folder.
         context: This worker.
-        warn: Told on rank 0 of each checkpoint that is passed over, and why.
+        warn: Called on rank 0 for each checkpoint that is skipped.
 
     Returns:
-        Where the checkpoint is kept; empty if there is none.
+        Path of the checkpoint; empty if there is none.
 
     Raises:
-        UserError: None of those that are there can be used, or `load` refuses one.
+        UserError: There are some but none can be used, or `load` refuses one.
     """
     own: Sequence[Stored] = ()
     with failing_together(context):

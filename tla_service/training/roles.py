@@ -1,4 +1,4 @@
-"""All roles of a batch through the network in one call, and rows gathered from other workers."""
+"""One forward pass for all roles of a batch; rows gathered and buffers averaged over workers."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -13,11 +13,11 @@ from tla_service.runtime import WorkerContext
 
 
 class RoleForward(nn.Module):
-    """One forward pass for every role (adversarial, clean, negatives, ...): what DDP wraps, once a step.
+    """One forward pass for every role (adversarial, clean, negatives, ...): what DDP wraps, once per step.
 
     Args:
         network: The bare network.
-        together: BatchNorm sees all roles as one batch; else each role is normalised by its own statistics, as in
+        together: BatchNorm sees all roles as one batch; otherwise each role is normalized by its own statistics, as in
             the authors' code.
     """
 
@@ -37,15 +37,14 @@ class RoleForward(nn.Module):
 
 
 def shard_sizes(total: int, world_size: int) -> list[int]:
-    """Rows each worker holds of `total`, as `torch.tensor_split` cuts them; known without asking anyone."""
+    """Rows of `total` on each worker, as `torch.tensor_split` cuts them."""
     return [total // world_size + (rank < total % world_size) for rank in range(world_size)]
 
 
 def gather_rows(rows: Tensor, sizes: Sequence[int], context: WorkerContext) -> Tensor:
     """Rows of all workers, in rank order: (n_r, ...) to (sum of sizes, ...).
 
-    Gradients flow back to the worker that owns a row: each worker's loss reaches every embedding it used, so that
-    DDP's average over workers is the gradient of the mean loss.
+    Gradients flow back to the worker that owns a row, so DDP's average over workers is the gradient of the mean loss.
     """
     if context.world_size == 1:
         return rows
@@ -57,3 +56,13 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], context: WorkerContext) -> T
         gathered = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(gathered, padded)
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+def average_buffers(network: nn.Module, context: WorkerContext) -> None:
+    """Make BatchNorm's running statistics the mean over workers: each has seen only its own shards."""
+    if context.world_size == 1:
+        return
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer.div_(context.world_size)

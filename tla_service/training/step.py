@@ -1,61 +1,53 @@
-"""One batch: attack, mine, loss, backward, optimiser. Every method goes this one way."""
+"""One batch: attack, mine, loss, gradients. Every method shares this code."""
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tla_service.config import RunConfig
-from tla_service.data import Batch, StepBatch
+from tla_service.data import StepBatch
 from tla_service.models import ImageClassifier, ModelOutput
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.runtime import WorkerContext, autocast, generator
-from tla_service.training.adversary import Adversary, kept_buffers, moved_weights
+from tla_service.training.adversary import Adversary, moved_weights, restored
 from tla_service.training.roles import RoleForward, gather_rows, shard_sizes
 from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
-from tla_service.triplets import (
-    LossTerms,
-    Negatives,
-    mine_hardest,
-    mine_random,
-    norm_penalty,
-    pick_positives,
-    triplet_hinge,
-)
+from tla_service.triplets import Negatives, mine_hardest, mine_random, norm_penalty, pick_positives, triplet_hinge
 
-# What a step adds up, in this order; all but `images` are sums over images.
-TOTALS = (
-    "total",
-    "cross_entropy",
-    "triplet",
-    "norm",
-    "pairing",
-    "correct",
-    "active_triplets",
-    "without_negative",
-    "images",
-)
-
-
+METRIC_NAMES = {
+    "total": "train/loss",
+    "cross_entropy": "train/cross_entropy",
+    "triplet": "train/triplet",
+    "norm": "train/norm",
+    "pairing": "train/pairing",
+    "correct": "train/adversarial_accuracy",
+    "active_triplets": "train/active_triplets",
+    "without_negative": "train/without_negative",
+}
+TOTALS = (*METRIC_NAMES, "images")
+"""What a step adds up over its images, in this order."""
 _EVERYTHING_MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Triplets:
-    """Embeddings of a batch's triplets.
+class Roles(NamedTuple):
+    """What the loss compares, row by row.
 
     Attributes:
-        negatives: Negative of each anchor (N, D).
-        valid: Whether the anchor has one (N,), as 0 and 1.
-        positives: One (embeddings (N, D), margin) for each kind of positive in use.
+        attacked: Output for the adversarial images; for natural training, the clean ones.
+        clean: Output for the clean images, where a term uses it.
+        negatives: Embedding of each anchor's negative (N, D).
+        valid: Whether the anchor has a negative (N,), bool.
+        same_class: Embedding of another image of each anchor's class (N, D), where it is a positive.
     """
 
-    negatives: Tensor
-    valid: Tensor
-    positives: tuple[tuple[Tensor, float], ...]
+    attacked: ModelOutput
+    clean: ModelOutput | None = None
+    negatives: Tensor | None = None
+    valid: Tensor | None = None
+    same_class: Tensor | None = None
 
 
 class TrainingStep:
@@ -77,27 +69,25 @@ class TrainingStep:
         if config.speed.compile == "all":
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
         if context.world_size > 1:
-            devices = [context.device.index] if context.device.type == "cuda" else None
             # Buffers stay local between epochs and are averaged at their end (`fit`), which uses every worker's
-            # statistics where a broadcast would throw all but rank 0's away, and costs nothing inside a step.
+            # statistics where a broadcast would drop all but rank 0's, and costs nothing inside a step.
             ddp = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.14 and later
             local_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-            # One bucket for everything is full, and sent, only when the backward pass has ended.
-            bucket_mib = None if config.speed.overlap_reduction else _EVERYTHING_MIB
             self.wrapped = ddp(
                 self.wrapped,
-                device_ids=devices,
+                device_ids=[context.device.index] if context.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                bucket_cap_mb=bucket_mib,
+                # A single bucket is full, and sent, only when the backward pass has ended.
+                bucket_cap_mb=None if config.speed.overlap_reduction else _EVERYTHING_MIB,
                 **local_buffers,
             )
         self.adversary = Adversary(seen, config, context)
-        self._mined: Negatives | None = None  # hardest negatives of the batch last seen
+        self._mined: Negatives | None = None  # hardest negatives of the last batch
         loss = config.loss
         default_clean_weight = 0.5 if config.method == "alp" else 0.0
         self.clean_weight = default_clean_weight if loss.clean_weight is None else loss.clean_weight
-        # Terms that compare an image with its adversarial version, or look at it alone.
+        # Terms that compare an image with its adversarial version, or use the clean image alone.
         self.needs_clean = (
             config.method == "alp"
             or config.robust_term != "cross_entropy"
@@ -105,17 +95,7 @@ class TrainingStep:
         )
 
     def updates(self, batch: StepBatch, *seeds: int) -> Iterator[Tensor]:
-        """Compute the gradients of each update that a batch leads to: one, or as many as free training replays it.
-
-        The caller moves the weights between them, and clears the gradients.
-
-        Args:
-            batch: This worker's share of the step.
-            *seeds: Numbers that fix this step's random draws.
-
-        Yields:
-            Sums as `backward` returns them.
-        """
+        """`backward` for each update, which the caller makes, on a batch: once, or once per replay of free training."""
         if self.adversary.kind != "free" or self.config.method == "natural":
             yield self.backward(batch, *seeds)
             return
@@ -124,100 +104,79 @@ class TrainingStep:
         perturbation = self.adversary.first_perturbation(images, random)
         for _ in range(self.config.attack.free_replays):
             adversarial = (images + perturbation).clamp(0, 1).requires_grad_()
-            terms, totals = self.objective(batch, adversarial, random)
-            terms.total.backward()
-            yield totals
+            yield self._descend(batch, adversarial, random)
             assert adversarial.grad is not None
             perturbation = self.adversary.next_perturbation(perturbation, adversarial.grad)
 
     def backward(self, batch: StepBatch, *seeds: int) -> Tensor:
-        """Compute the batch's loss and its gradients, averaged over workers.
+        """Compute the gradients of the loss on this worker's share of a step, averaged over workers.
 
-        Args:
-            batch: This worker's share of the step.
-            *seeds: Numbers that fix this step's random draws.
-
-        Returns:
-            Sums over this worker's images, in the order of `TOTALS`: a float64 vector on the device.
+        The seeds determine the random draws. Returns sums over this worker's images, in the order of `TOTALS`: float64,
+        on the device.
         """
         random = generator(self.context.device, *seeds)
-        adversarial = self._craft(batch.anchors, random)
+        adversarial = None if self.config.method == "natural" else self.adversary.craft(batch.anchors, random)
         if not self.config.attack.awp:
             return self._descend(batch, adversarial, random)
         before = random.get_state()
-        with kept_buffers(self.network):
+        with restored(self.network.buffers()):
             self._descend(batch, adversarial, random)
-        # Both passes take one loss: the same adversarial images (Wu et al. 2020, algorithm 1), noise and negatives.
-        # Negatives mined anew at the moved weights would make another loss than the one those weights ascended.
+        # Both passes take the same loss: adversarial images (Wu et al. 2020, algorithm 1), noise and negatives.
+        # Negatives mined again at the moved weights would make another loss than the one those weights ascended.
         random.set_state(before)
         with moved_weights(self.network, self.config.attack.awp_gamma):
             return self._descend(batch, adversarial, random, self._mined)
 
-    def losses(self, batch: StepBatch, random: torch.Generator) -> tuple[LossTerms, Tensor]:
-        """The batch's loss, with a graph, and the sums that `backward` returns."""
-        return self.objective(batch, self._craft(batch.anchors, random), random)
+    def _descend(self, *arguments: Any) -> Tensor:
+        loss, totals = self.objective(*arguments)
+        loss.backward()
+        return totals
 
     def objective(
         self, batch: StepBatch, adversarial: Tensor | None, random: torch.Generator, mined: Negatives | None = None
-    ) -> tuple[LossTerms, Tensor]:
-        """The loss on a batch whose adversarial images (N, C, H, W) are made; none for natural training.
+    ) -> tuple[Tensor, Tensor]:
+        """The loss on a batch.
 
         Args:
             batch: This worker's share of the step.
-            adversarial: Its adversarial images.
+            adversarial: Its adversarial images (N, C, H, W); ``None`` for natural training.
             random: Source of noise and random negatives.
             mined: The hardest negatives of these images, if they have been mined before.
+
+        Returns:
+            The loss, a scalar with a graph, and the sums that `backward` returns.
         """
-        anchors = batch.anchors
-        # DDP averages gradients over workers, whose shards may differ by one image: weighting each image by
-        # world_size / global size makes that average the mean over the global batch (or, for `sum`, its sum).
-        weight = float(self.context.world_size)
-        if self.config.loss.reduction == "mean":
-            weight /= batch.global_size
+        clean = batch.anchors.images
         if adversarial is None:
-            (output,) = self._forward(anchors.images)
-            return self._assemble(anchors, output, None, None, weight)
-        if not self.config.mines_triplets:
-            return self._without_triplets(anchors, adversarial, weight)
-        if self.config.mining.pool == "batch":
-            return self._mine_in_batch(batch, adversarial, random, weight, mined)
-        return self._mine_in_pool(batch, adversarial, random, weight, mined)
-
-    # ------------------------------------------------------------------------------------------------ the roles
-
-    def _without_triplets(self, anchors: Batch, adversarial: Tensor, weight: float) -> tuple[LossTerms, Tensor]:
-        """Without triplets the clean images go through the network only where a term uses them."""
-        if not self.needs_clean:
-            (output,) = self._forward(adversarial)
-            return self._assemble(anchors, output, None, None, weight)
-        output, clean = self._forward(adversarial, anchors.images)
-        return self._assemble(anchors, output, clean, None, weight)
+            roles = Roles(self._forward(clean)[0])
+        elif self.config.mines_triplets:
+            mine = self._mine_in_batch if self.config.mining.pool == "batch" else self._mine_in_pool
+            roles = mine(batch, adversarial, random, mined)
+        else:
+            attacked, *others = self._forward(adversarial, *([clean] if self.needs_clean else []))
+            roles = Roles(attacked, others[0] if others else None)
+        return self._loss(roles, batch)
 
     def _mine_in_batch(
-        self, batch: StepBatch, adversarial: Tensor, random: torch.Generator, weight: float, mined: Negatives | None
-    ) -> tuple[LossTerms, Tensor]:
+        self, batch: StepBatch, adversarial: Tensor, random: torch.Generator, mined: Negatives | None
+    ) -> Roles:
         """The cheap mode: one clean pass of the worker's own batch serves positives, pool and negatives."""
-        anchors, mining = batch.anchors, self.config.mining
-        clean_images = self._add_noise(anchors.images, random)
-        output, clean = self._forward(adversarial, clean_images)
-        rows = torch.arange(len(anchors.labels), device=self.context.device)
-        pool, pool_labels = clean.embeddings, anchors.labels
+        labels, mining = batch.anchors.labels, self.config.mining
+        output, clean = self._forward(adversarial, self._add_noise(batch.anchors.images, random))
+        rows = torch.arange(len(labels), device=self.context.device)
+        pool, pool_labels = clean.embeddings, labels
         if mining.scope == "global":
             sizes = shard_sizes(batch.global_size, self.context.world_size)
-            pool = gather_rows(pool, sizes, self.context)
-            pool_labels = gather_rows(pool_labels, sizes, self.context)
+            pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))
             rows = rows + sum(sizes[: self.context.rank])
-        mined = self._mine(output.embeddings, anchors.labels, pool, pool_labels, random, mined)
-        same_class = None
-        if mining.positives != "own":
-            same_class = pool[pick_positives(anchors.labels, pool_labels, rows)]
-        triplets = self._triplets(pool[mined.indices], mined.valid, clean.embeddings, same_class)
-        return self._assemble(anchors, output, clean, triplets, weight)
+        mined = self._mine(output.embeddings, labels, pool, pool_labels, random, mined)
+        same_class = None if mining.positives == "own" else pool[pick_positives(labels, pool_labels, rows)]
+        return Roles(output, clean, pool[mined.indices], mined.valid, same_class)
 
     def _mine_in_pool(
-        self, batch: StepBatch, adversarial: Tensor, random: torch.Generator, weight: float, mined: Negatives | None
-    ) -> tuple[LossTerms, Tensor]:
-        """The authors' way: mine in a separate draw with the network in eval mode, then embed the chosen negatives."""
+        self, batch: StepBatch, adversarial: Tensor, random: torch.Generator, mined: Negatives | None
+    ) -> Roles:
+        """The authors' mode: mine in a separate draw with the network in eval mode, then embed the chosen negatives."""
         anchors, mining = batch.anchors, self.config.mining
         assert batch.pool is not None
         pool_images, pool_labels = batch.pool.images, batch.pool.labels
@@ -226,46 +185,25 @@ class TrainingStep:
         pool = self.adversary.embed(pool_images)
         if mining.scope == "global":
             sizes = [len(pool)] * self.context.world_size
-            pool, pool_labels = (gather_rows(rows, sizes, self.context) for rows in (pool, pool_labels))
-            # The chosen images are embedded again, with a graph, by the worker that uses them.
+            pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))
+            # The worker that uses the chosen images embeds them again, with a graph.
             pool_images = gather_rows(pool_images, sizes, self.context)
         mined = self._mine(queries, anchors.labels, pool, pool_labels, random, mined)
         noise_on_all = mining.clean_noise_on == "all"
-        negatives = self._add_noise(pool_images[mined.indices], random, apply=noise_on_all)
-        roles = [adversarial, negatives]
+        images = [adversarial, self._add_noise(pool_images[mined.indices], random, apply=noise_on_all)]
         needs_own = mining.positives != "same_class" or self.needs_clean
         if needs_own:
-            roles.append(self._add_noise(anchors.images, random))
+            images.append(self._add_noise(anchors.images, random))
         if mining.positives != "own":
             assert batch.positives is not None
-            roles.append(self._add_noise(batch.positives.images, random, apply=noise_on_all))
-        output, negative, *others = self._forward(*roles)
+            images.append(self._add_noise(batch.positives.images, random, apply=noise_on_all))
+        output, negative, *others = self._forward(*images)
         clean = others.pop(0) if needs_own else None
-        own = clean.embeddings if clean is not None else None
-        same_class = others[0].embeddings if others else None
-        triplets = self._triplets(negative.embeddings, mined.valid, own, same_class)
-        return self._assemble(anchors, output, clean, triplets, weight)
+        return Roles(output, clean, negative.embeddings, mined.valid, others[0].embeddings if others else None)
 
-    # ------------------------------------------------------------------------------------------------ the parts
-
-    def _forward(self, *roles: Tensor) -> tuple[ModelOutput, ...]:
+    def _forward(self, *images: Tensor) -> tuple[ModelOutput, ...]:
         with autocast(self.config.training.precision, self.context.device):
-            outputs: tuple[ModelOutput, ...] = self.wrapped(*roles)
-        return outputs
-
-    def _craft(self, anchors: Batch, random: torch.Generator) -> Tensor | None:
-        return None if self.config.method == "natural" else self.adversary.craft(anchors, random)
-
-    def _descend(
-        self,
-        batch: StepBatch,
-        adversarial: Tensor | None,
-        random: torch.Generator,
-        mined: Negatives | None = None,
-    ) -> Tensor:
-        terms, totals = self.objective(batch, adversarial, random, mined)
-        terms.total.backward()
-        return totals
+            return self.wrapped(*images)
 
     def _mine(
         self,
@@ -299,43 +237,44 @@ class TrainingStep:
         noisy = (noisy * 255).round() / 255 if mining.clean_noise_round else noisy
         return noisy.clamp(0, 1)
 
-    def _triplets(self, negatives: Tensor, valid: Tensor, own: Tensor | None, same_class: Tensor | None) -> Triplets:
-        loss, kinds = self.config.loss, self.config.mining.positives
-        positives: list[tuple[Tensor, float]] = []
-        if kinds != "same_class" and own is not None:
-            positives.append((own, loss.margin * loss.own_margin_scale))
-        if same_class is not None:
-            positives.append((same_class, loss.margin))
-        return Triplets(negatives, valid, tuple(positives))
-
-    def _assemble(
-        self, anchors: Batch, output: ModelOutput, clean: ModelOutput | None, triplets: Triplets | None, weight: float
-    ) -> tuple[LossTerms, Tensor]:
-        """Put the terms together, image by image, then weight and sum them."""
-        loss, labels = self.config.loss, anchors.labels
-        label_term, pairing = self._label_term(output, clean, labels)
+    def _loss(self, roles: Roles, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """Compute the terms image by image, then weight and sum them."""
+        loss, labels, output = self.config.loss, batch.anchors.labels, roles.attacked
+        label_term, pairing = self._label_term(output, roles.clean, labels)
         none = torch.zeros_like(label_term)
         triplet, norm, active, valid = none, none, none, torch.ones_like(none)
-        if triplets is not None:
-            valid = triplets.valid.to(none.dtype)
-            for positives, margin in triplets.positives:
+        if roles.negatives is not None and roles.valid is not None:
+            valid = roles.valid.to(none.dtype)
+            for positives, margin in self._positives(roles):
                 pair = (output.embeddings, positives)
                 anchor, positive = reversed(pair) if self.config.method == "tla_sa" else pair
-                hinge = triplet_hinge(anchor, positive, triplets.negatives, margin) * valid
+                hinge = triplet_hinge(anchor, positive, roles.negatives, margin) * valid
                 triplet, active = triplet + hinge, active + (hinge > 0)
-                norm = norm + norm_penalty((anchor, positive, triplets.negatives), loss.norm_form) * valid
-        # The code multiplies lambda_1 into the norm term as well; the paper does not.
+                norm = norm + norm_penalty((anchor, positive, roles.negatives), loss.norm_form) * valid
+        # The authors' code multiplies lambda_1 into the norm term as well; the paper does not.
         norm_weight = loss.norm_weight * (loss.triplet_weight if loss.norm_form == "mean_squares" else 1.0)
         total = label_term + loss.triplet_weight * triplet + norm_weight * norm + pairing
-        correct = output.logits.argmax(1) == labels
         with torch.no_grad():
+            correct = output.logits.argmax(1) == labels
             columns = (total, label_term, triplet, norm, pairing, correct, active, 1 - valid, torch.ones_like(none))
             totals = torch.stack([column.double().sum() for column in columns])
-        terms = LossTerms(*(weight * values.sum() for values in (total, label_term, triplet, norm, pairing)))
-        return terms, totals
+        # DDP averages gradients over workers, whose shards may differ by one image: weighting each image by
+        # world_size / global size makes that average the mean over the global batch (or, for `sum`, its sum).
+        weight = float(self.context.world_size)
+        if loss.reduction == "mean":
+            weight /= batch.global_size
+        return weight * total.sum(), totals
+
+    def _positives(self, roles: Roles) -> Iterator[tuple[Tensor, float]]:
+        """Embeddings (N, D) and margin of each kind of positive in use."""
+        loss = self.config.loss
+        if self.config.mining.positives != "same_class" and roles.clean is not None:
+            yield roles.clean.embeddings, loss.margin * loss.own_margin_scale
+        if roles.same_class is not None:
+            yield roles.same_class, loss.margin
 
     def _label_term(self, output: ModelOutput, clean: ModelOutput | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The term on labels, and what pairs clean with adversarial images, (N,) each."""
+        """The term on labels, and the terms that pair clean with adversarial images, (N,) each."""
         loss, smoothing, kind = self.config.loss, self.config.loss.label_smoothing, self.config.robust_term
         adversarial_term = cross_entropy(output.logits, labels, smoothing)
         pairing = torch.zeros_like(adversarial_term)

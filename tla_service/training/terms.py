@@ -1,13 +1,10 @@
-"""Terms on logits and embeddings, image by image, in float32 or wider."""
+"""Loss terms on logits and embeddings, per image, in float32 or wider."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def wide(rows: Tensor) -> Tensor:
-    """Float32 for what autocast made shorter."""
-    return rows.float() if rows.dtype == torch.bfloat16 else rows
+from tla_service.runtime import wide
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -27,7 +24,7 @@ def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:
 def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
     """-log(1 - the highest wrong probability), (N, K) to (N,): MART's boost (Wang et al. 2020, equation 8).
 
-    Summed from the other classes' probabilities, so that it stays finite when a wrong class is all but certain.
+    Summed from the other classes' probabilities, so that it stays finite when a wrong class is almost certain.
     """
     logs = F.log_softmax(wide(logits), dim=1)
     wrong = logs.masked_fill(F.one_hot(labels, logs.shape[1]).bool(), -torch.inf).argmax(1)

@@ -1,7 +1,8 @@
 """The distance of the learned metric."""
 
-import torch
 from torch import Tensor
+
+from tla_service.runtime import wide
 
 # Keeps the direction of an all-zero embedding defined (as zero), and its gradient finite.
 SMALLEST_SQUARE = 1e-20
@@ -9,7 +10,7 @@ SMALLEST_SQUARE = 1e-20
 
 def unit_length(embeddings: Tensor) -> Tensor:
     """Scale each embedding (N, D) to length one; in float32 or wider."""
-    embeddings = embeddings.float() if embeddings.dtype in (torch.bfloat16, torch.float16) else embeddings
+    embeddings = wide(embeddings)
     return embeddings * (embeddings.square().sum(1, keepdim=True) + SMALLEST_SQUARE).rsqrt()
 
 

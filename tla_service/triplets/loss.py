@@ -1,22 +1,11 @@
 """The terms of the objective (Mao et al. 2019, equation 1). Every function returns one value per example."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tla_service.runtime import wide
 from tla_service.triplets.distance import angular_distance
-
-
-class LossTerms(NamedTuple):
-    """Scalars of one batch; `total` is what is minimised, the rest is what it is made of, before weighting."""
-
-    total: Tensor
-    cross_entropy: Tensor
-    triplet: Tensor
-    norm: Tensor
-    pairing: Tensor
 
 
 def triplet_hinge(anchors: Tensor, positives: Tensor, negatives: Tensor, margin: float) -> Tensor:
@@ -25,7 +14,7 @@ def triplet_hinge(anchors: Tensor, positives: Tensor, negatives: Tensor, margin:
 
 
 def norm_penalty(embeddings: tuple[Tensor, ...], form: str) -> Tensor:
-    """What keeps embeddings short.
+    """Penalty on the length of embeddings.
 
     Args:
         embeddings: Anchors, positives and negatives, each (N, D).
@@ -35,8 +24,7 @@ def norm_penalty(embeddings: tuple[Tensor, ...], form: str) -> Tensor:
     Returns:
         One value per example (N,), at least 0.
     """
-    wide = [e.float() if e.dtype in (torch.bfloat16, torch.float16) else e for e in embeddings]
     if form == "mean_squares":
-        return torch.stack([e.square().mean(1) for e in wide]).sum(0)
+        return torch.stack([wide(e).square().mean(1) for e in embeddings]).sum(0)
     # A tiny square under the root: the gradient of a zero embedding's norm is then zero instead of NaN.
-    return torch.stack([(e.square().sum(1) + 1e-20).sqrt() for e in wide]).sum(0)
+    return torch.stack([(wide(e).square().sum(1) + 1e-20).sqrt() for e in embeddings]).sum(0)

@@ -1,4 +1,4 @@
-"""Which positives and negatives an anchor gets. Miners return indices; the loss consumes them."""
+"""Mining of positives and negatives. Miners return indices; the loss consumes them."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Negatives(NamedTuple):
 
     Attributes:
         indices: Row of the pool for each anchor (N,), int64; 0 where there is none.
-        valid: Whether the anchor has a negative (N,), bool. One without contributes no triplet.
+        valid: Whether the anchor has a negative (N,), bool; without one it contributes no triplet.
     """
 
     indices: Tensor
@@ -44,9 +44,6 @@ def mine_hardest(
         pool_labels: Their classes (M,).
         absolute: Closest by |cos|, the loss's own distance; else by the signed cosine (the authors' code).
         keep: Pool entries each anchor may use (N, M), bool; None means all.
-
-    Returns:
-        Indices into the pool, and which anchors have a negative at all.
     """
     indices = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
     valid = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
@@ -58,7 +55,7 @@ def mine_hardest(
         allowed = anchor_labels[chunk, None] != pool_labels[None, :]
         if keep is not None:
             allowed &= keep[chunk]
-        # max of a bool-masked row: argmax alone does not promise the first of equal values on every device.
+        # argmax alone does not guarantee the first of equal values on every device.
         similarity = similarity.masked_fill(~allowed, -torch.inf)
         is_closest = similarity == similarity.amax(1, keepdim=True)
         indices[chunk] = first_true(is_closest & allowed)
@@ -80,7 +77,7 @@ def mine_random(
         anchor_labels: True classes (N,).
         pool_labels: Classes of the pool (M,).
         generator: Source of the draw, on the labels' device.
-        any_class: Draw from the whole pool; a "negative" is then at times of the anchor's own class.
+        any_class: Draw from the whole pool; a "negative" may then be of the anchor's own class.
     """
     allowed = anchor_labels[:, None] != pool_labels[None, :]
     if any_class:
@@ -93,10 +90,10 @@ def mine_random(
 
 @torch.no_grad()
 def pick_positives(anchor_labels: Tensor, pool_labels: Tensor, own_rows: Tensor) -> Tensor:
-    """For each anchor, the next pool entry of its class after its own row, walking round the pool.
+    """For each anchor, the next pool entry of its class after its own row, cyclically.
 
-    The pool is in random order, so this is a random other image of the class without a draw, and does not depend on
-    how the pool is spread over workers. An anchor whose class has no other entry gets its own row.
+    The pool is in random order, so this is a random other image of the class, however the pool is distributed over
+    workers. An anchor whose class has no other entry gets its own row.
 
     Args:
         anchor_labels: True classes (N,).

@@ -1,5 +1,6 @@
 """What is checked before a run claims workers."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from tla_service.config import RunConfig
 from tla_service.config.names import attack_trouble
-from tla_service.data import Dataset, load_dataset, split_validation
+from tla_service.data import Dataset, load_dataset
 from tla_service.errors import ConfigError
 from tla_service.models import build_model
 from tla_service.models.classifier import seen_by_triplets
@@ -16,14 +17,12 @@ from tla_service.registry.loading import load_model
 from tla_service.registry.packaging import check_packaging
 from tla_service.runtime import WorkerContext
 from tla_service.tracking.connection import sqlite_path, tracking_uri
-from tla_service.training.fit import training_batches
 from tla_service.training.precheck import (
     check_room,
-    check_start,
     check_weights,
     checkpoint_bytes,
     kept_need,
-    scratch_need,
+    split_and_check,
 )
 from tla_service.training.reporting import KEPT
 
@@ -86,7 +85,7 @@ def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, r
     Raises:
         UnavailableError: A disk has not enough.
     """
-    needs = {"output": (output, checkpoint), "TMPDIR": scratch_need(checkpoint)}
+    needs = {"output": (output, checkpoint), "TMPDIR": (Path(tempfile.gettempdir()), checkpoint)}
     if "://" not in folder:
         needs["scaling.storage"] = kept_need(Path(folder).expanduser(), checkpoint, runs * KEPT)
     database = sqlite_path(tracking_uri(config.tracking))
@@ -97,7 +96,4 @@ def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, r
 
 def check_split(config: RunConfig, dataset: Dataset, num_workers: int) -> None:
     """Pool and batch against the training split: what one worker cannot have, more of them cannot have either."""
-    labels, fraction = dataset.train.labels, config.data.validation_fraction
-    rows, _ = split_validation(labels, fraction, config.seed, dataset.class_names)
-    training_batches(config, dataset, rows, WorkerContext(world_size=num_workers))
-    check_start(config, dataset, rows, num_workers)
+    split_and_check(config, dataset, WorkerContext(world_size=num_workers))

@@ -109,7 +109,7 @@ def _free(path: Path) -> int:
 
 
 def _data(root: str | None) -> str:
-    from tla_service.data.storage import check_root
+    from tla_service.data import check_root
 
     try:
         check_root(root)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tla_service.config.training import ScheduleConfig
-from tla_service.training.schedule import learning_rate_factor
+from tla_service.training.optimizer import learning_rate_factor
 
 
 def factors(steps: list[int], total: int, steps_per_epoch: int = 1, **schedule: Any) -> list[float]:
