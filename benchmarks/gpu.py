@@ -114,9 +114,11 @@ def measure_accuracy_of_precisions(
                 run.finish_epoch()
         network = LogitsOnly(run.state.network).eval()
         test = _first_test_images(run, settings.accuracy_images, context.device)
-        found = run_autoattack(
-            network, test.images, test.labels, norm="linf", epsilon=work[key].epsilon, seed=0, batch_size=500
-        )
+        epsilon = work[key].epsilon
+        with _exact_float32():
+            found = run_autoattack(
+                network, test.images, test.labels, norm="linf", epsilon=epsilon, seed=0, batch_size=500
+            )
         clean = float(found.standing["clean"].float().mean())
         seconds = run.phases.seconds["train"] / settings.accuracy_epochs
         rows.append(

@@ -40,7 +40,7 @@ class Results:
         self.ratios[name] = {"median": spread.median, "low": spread.low, "high": spread.high, "bar": bar}
 
     def on_top_of(self, earlier: "Results", stages: list[str]) -> "Results":
-        """Results of an earlier run, updated with these.
+        """An earlier run's results, with these in place of what was measured again, network by network.
 
         Args:
             earlier: What is kept of: everything that these results have not.
@@ -49,12 +49,23 @@ class Results:
         again = {stage: {name: self.facts[name] for name in ("command", "commit", "device")} for stage in stages}
         took = {name: value for name, value in self.facts.items() if name.startswith("seconds of ")}
         facts = earlier.facts | took | {"again": earlier.facts.get("again", {}) | again}
-        return Results(facts, earlier.tables | self.tables, earlier.ratios | self.ratios, earlier.raw | self.raw)
+        tables = earlier.tables | {
+            name: _merged(earlier.tables.get(name), table) for name, table in self.tables.items()
+        }
+        return Results(facts, tables, earlier.ratios | self.ratios, earlier.raw | self.raw)
 
     def write(self, path: Path) -> None:
         """Write everything as JSON; called after every stage, so that an interrupted run keeps its results."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(self.__dict__, indent=1) + "\n")
+
+
+def _merged(earlier: dict[str, Any] | None, table: dict[str, Any]) -> dict[str, Any]:
+    """A table with the rows of other networks, which the first column names, from an earlier one."""
+    if earlier is None or earlier["columns"] != table["columns"] or "network" not in table["columns"][:1]:
+        return table
+    measured = {row[0] for row in table["rows"]}
+    return {**table, "rows": [row for row in earlier["rows"] if row[0] not in measured] + table["rows"]}
 
 
 def read_results(path: Path) -> Results:

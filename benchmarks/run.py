@@ -1,5 +1,7 @@
-"""The benchmark from settings to output: the requested stages, then the regression check."""
+"""Runs the stages of the benchmark, writes their results, and compares ratios with the kept ones."""
 
+import itertools
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -7,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch._dynamo
 
 from benchmarks import parts, stages, switches
 from benchmarks.results import Results, facts, keep_ratios, read_ratios, read_results, worsened
@@ -31,42 +34,77 @@ def run_benchmark(settings: BenchmarkSettings) -> int:
     Raises:
         UserError: A stage or network is unknown, or there is no GPU.
     """
-    work = _workloads(settings)
-    on_gpu = settings.device == "cuda"
-    offered = _gpu_stages() if on_gpu else _cpu_stages()
-    wanted = settings.stages or list(GPU_STAGES if on_gpu else CPU_STAGES)
+    work, offered = _workloads(settings), _stages(settings)
+    wanted = settings.stages or list(GPU_STAGES if settings.device == "cuda" else CPU_STAGES)
     for stage in wanted:
         if stage not in offered:
             raise ConfigError("stages", stage, "there is no such stage", f"choose from {', '.join(offered)}")
+    if settings.device == "cpu":
+        return _guard(settings, measure(settings, wanted, again=bool(settings.stages or settings.workloads)))
+    deadline = time.monotonic() + settings.seconds
+    for index, (key, stage) in enumerate(itertools.product(work, wanted)):
+        again = index > 0 or bool(settings.stages or settings.workloads)
+        left = deadline - time.monotonic()
+        if left <= 0 or not _measure_elsewhere(
+            settings.model_copy(update={"workloads": [key]}), stage, left, again=again
+        ):
+            print(f"no time left for {stage} of {key}", flush=True)
+    return _guard(settings, read_results(settings.output))
+
+
+def measure(settings: BenchmarkSettings, wanted: list[str], *, again: bool) -> Results:
+    """Run stages in this process, and write the file after each.
+
+    Args:
+        settings: What to measure.
+        wanted: The stages.
+        again: Keep what the file holds of other stages and networks.
+    """
     began = time.monotonic()
-    if on_gpu:
+    # All candidates of a stage compile the same code object, each with its own guards; past the limit, dynamo would
+    # silently run it eagerly.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if settings.device == "cuda":
         torch.cuda.init()
         torch.backends.cudnn.benchmark = True
     else:
         torch.set_num_threads(1)
         keep_freed_memory()  # as a run does
-    results = Results(facts())
-    # Of some stages alone, the rest of what the file holds is kept.
-    earlier = read_results(settings.output) if settings.stages and settings.output.exists() else None
+    work, offered, results = _workloads(settings), _stages(settings), Results(facts())
+    earlier = read_results(settings.output) if again and settings.output.exists() else None
     for stage in wanted:
-        if on_gpu and time.monotonic() - began > settings.seconds:
-            print(f"no time left for {stage}")
-            continue
         start = time.monotonic()
         with _one_core(stage):
             offered[stage](work, settings, results)
         results.facts[f"seconds of {stage}"] = round(time.monotonic() - start, 1)
-        _write(settings, results, earlier)
-    results.facts["seconds"] = round(time.monotonic() - began)
-    results.facts["load after"] = os.getloadavg()[0]
-    _write(settings, results, earlier)
-    return _guard(settings, results)
+        results.facts["seconds"] = round(time.monotonic() - began)
+        results.facts["load after"] = os.getloadavg()[0]
+        (results if earlier is None else results.on_top_of(earlier, wanted)).write(settings.output)
+    return results
 
 
-def _write(settings: BenchmarkSettings, results: Results, earlier: Results | None) -> None:
-    if earlier is not None:
-        results = results.on_top_of(earlier, settings.stages)
-    results.write(settings.output)
+def _measure_elsewhere(settings: BenchmarkSettings, stage: str, seconds: float, *, again: bool) -> bool:
+    """Run a stage in a new process, without what earlier ones compiled or hold in memory.
+
+    Returns:
+        Whether it ended in time; if not, it was killed, and the file is as it was.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    process = multiprocessing.get_context("spawn").Process(
+        target=measure, args=(settings, [stage]), kwargs={"again": again}
+    )
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return False
+    if process.exitcode:
+        raise RuntimeError(f"stage {stage} failed on {', '.join(settings.workloads)}")
+    return True
 
 
 def _guard(settings: BenchmarkSettings, results: Results) -> int:
@@ -101,7 +139,18 @@ def _one_core(stage: str) -> Iterator[None]:
 Stage = Callable[[dict[str, Workload], BenchmarkSettings, Results], None]
 
 
-def _cpu_stages() -> dict[str, Stage]:
+def _stages(settings: BenchmarkSettings) -> dict[str, Stage]:
+    if settings.device == "cuda":
+        from benchmarks import gpu
+
+        return {
+            "numerics": gpu.check_numerics,
+            "steps": partial(stages.measure_steps, base=GPU_BASE),
+            "switches": partial(switches.measure_switches, switches=gpu.SWITCHES, base=GPU_BASE),
+            "parts": partial(parts.measure_parts, base=GPU_BASE),
+            "epochs": partial(gpu.measure_epochs, base=GPU_BASE),
+            "accuracy": partial(gpu.measure_accuracy_of_precisions, base=GPU_BASE),
+        }
     from benchmarks.startup import measure_startup
     from benchmarks.workers import measure_scaling
 
@@ -115,19 +164,6 @@ def _cpu_stages() -> dict[str, Stage]:
         "scaling": measure_scaling,
         "startup": lambda _work, _settings, results: measure_startup(results),
         "compile": partial(switches.measure_switches, switches=compiled, base={}, title="Compiled"),
-    }
-
-
-def _gpu_stages() -> dict[str, Stage]:
-    from benchmarks import gpu
-
-    return {
-        "numerics": gpu.check_numerics,
-        "steps": partial(stages.measure_steps, base=GPU_BASE),
-        "switches": partial(switches.measure_switches, switches=gpu.SWITCHES, base=GPU_BASE),
-        "parts": partial(parts.measure_parts, base=GPU_BASE),
-        "epochs": partial(gpu.measure_epochs, base=GPU_BASE),
-        "accuracy": partial(gpu.measure_accuracy_of_precisions, base=GPU_BASE),
     }
 
 

@@ -31,4 +31,4 @@ class BenchmarkSettings(JobSettings):
     data_root: Path | None = Field(None, description="folder with CIFAR-10, for the stage accuracy (GPU)")
     accuracy_epochs: int = Field(8, description="epochs of each training of the stage accuracy", ge=1)
     accuracy_images: int = Field(512, description="test images for AutoAttack in the stage accuracy", ge=8)
-    seconds: float = Field(500, description="on a GPU, start no new stage after this many seconds", gt=0)
+    seconds: float = Field(500, description="on a GPU, stop after this long; finished stages are kept", gt=0)

@@ -107,18 +107,21 @@ def _cpu_seconds(run: Callable[[], object]) -> float:
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Bytes at most in use inside the block beyond what was in use before it, as the list's one entry.
+    """Peak bytes used inside the block beyond those used before it, as the list's only entry.
 
-    On a GPU what torch has allocated, on a CPU the process's resident memory, looked at every other millisecond.
+    On a GPU memory that torch has reserved, which includes the pools of CUDA graphs; on a CPU the process's resident
+    memory, sampled every 2 ms.
     """
     result: list[int] = [0]
     if torch.cuda.is_initialized():
+        gc.collect()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_reserved()
         yield result
         torch.cuda.synchronize()
-        result[0] = torch.cuda.max_memory_allocated() - before
+        result[0] = torch.cuda.max_memory_reserved() - before
         return
     process, ended = psutil.Process(), threading.Event()
     _give_back()

@@ -1,5 +1,6 @@
 """The measured networks, batches and attacks, and a complete training step of each."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -92,9 +93,11 @@ class FullStep:
         self.network = network.to(context.device, memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(self.network, self.config)
         self.step = TrainingStep(self.network, self.config, context)
+        self.adversary.prepare((workload.batch_size, *workload.image_shape))
         self.meter = Meter(context)
         self.batches = _synthetic_batches(workload, self.config, context)
-        self._upcoming = self._endless()
+        # Not a method: a generator that holds the step would keep it, and its graphs, until the next collection.
+        self._upcoming = _endless(self.batches)
         self._count = 0
 
     @property
@@ -118,11 +121,10 @@ class FullStep:
         self.optimizer.step()
         self._count += 1
 
-    def _endless(self) -> Iterator[RawBatch]:
-        epoch = 0
-        while True:
-            yield from self.batches.read(epoch)
-            epoch += 1
+
+def _endless(batches: TrainingBatches) -> Iterator[RawBatch]:
+    for epoch in itertools.count():
+        yield from batches.read(epoch)
 
 
 def _synthetic_batches(workload: Workload, config: RunConfig, context: WorkerContext) -> TrainingBatches:

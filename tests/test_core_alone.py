@@ -55,3 +55,20 @@ def test_reading_a_configuration_imports_no_heavy_library(module: str) -> None:
     heavy = "{'torch', 'ray', 'mlflow', 'boto3', 'sklearn', 'matplotlib', 'pyarrow'}"
     done = run_python(f"import sys, {module}\nprint(sorted({heavy} & set(sys.modules)))")
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_tests_for_a_gpu_are_collected_without_other_packages() -> None:
+    """As on a GPU machine with torch and little else; assertion rewriting needs the blocked modules to be absent."""
+    code = """
+import importlib.abc, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"ray", "mlflow", "boto3", "botocore", "foolbox", "torchattacks", "pyautoattack"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+import pytest
+sys.exit(pytest.main(["-q", "-m", "gpu", "--collect-only", "-p", "no:timeout", "-p", "no:xdist"]))
+"""
+    done = run_python(code, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_a_step_on_a_gpu_does_not_synchronize[True]" in done.stdout

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import datetime
 import os
 import platform
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from tla_service.errors import UserError
 
 # Parameters of glibc's mallopt(3): blocks mapped one by one at most, and what may lie free at the heap's end.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
+# A rank that waits for one that is gone gives up after this long; NCCL's own default is 10 minutes.
+COLLECTIVE_TIMEOUT_SECONDS = 1800
 T = TypeVar("T")
 
 
@@ -70,7 +73,8 @@ def process_group(device: torch.device) -> Iterator[WorkerContext]:
     if world_size == 1:
         yield context
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield context
     finally:

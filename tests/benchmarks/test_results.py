@@ -62,6 +62,18 @@ def test_stages_that_are_measured_again_take_the_place_of_the_earlier_ones(tmp_p
         read_results(path)
 
 
+def test_another_network_keeps_the_rows_of_the_first(tmp_path: Path) -> None:
+    def results(*rows: list[str]) -> Results:
+        facts = {"command": "python -m benchmarks", "commit": "a", "device": "one"}
+        return Results(facts, {"Steps": {"columns": ["network", "step"], "rows": list(rows)}})
+
+    path = tmp_path / "found.json"
+    results(["small", "1"], ["small", "2"]).write(path)
+    results(["large", "3"]).on_top_of(read_results(path), ["steps"]).write(path)
+    results(["small", "4"]).on_top_of(read_results(path), ["steps"]).write(path)
+    assert read_results(path).tables["Steps"]["rows"] == [["large", "3"], ["small", "4"]]
+
+
 def test_ratios_are_taken_turn_by_turn() -> None:
     """A machine that grows ten times slower in the middle changes no ratio."""
     times = Times({"a": [1, 10, 100, 1], "b": [2, 20, 200, 2]}, {"a": [1] * 4, "b": [4] * 4})

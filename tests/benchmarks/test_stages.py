@@ -1,6 +1,8 @@
 """Every stage, for real, on a network that takes milliseconds."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from benchmarks import parts, peers, stages, switches, workers
 from benchmarks import run as run_module
 from benchmarks.floor import Floor
 from benchmarks.gpu import check_numerics
-from benchmarks.results import Results
+from benchmarks.results import Results, read_results
 from benchmarks.run import run_benchmark
 from benchmarks.settings import BenchmarkSettings
 from benchmarks.workloads import CPU_WORKLOADS, FullStep, Workload
@@ -57,6 +59,28 @@ def test_parts_are_measured() -> None:
     assert rows[:3] == ["wait for data", "augmentation", "attack"]
     shares = [float(row[3].rstrip(" %")) for row in results.tables["Parts"]["rows"] if "alone" not in row[1]]
     assert sum(shares) == pytest.approx(100, abs=0.5)
+
+
+def test_a_step_is_freed_without_the_garbage_collector() -> None:
+    """It holds CUDA graphs of gigabytes."""
+    gc.disable()
+    try:
+        step = FullStep(TINY, ALONE)
+        step()
+        gone = weakref.ref(step)
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_stage_that_takes_too_long_is_killed_and_leaves_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    settings = quick("--workloads", '["small_cnn"]', "--output", str(path))
+    assert not run_module._measure_elsewhere(settings, "mining", 0.1, again=False)
+    assert not path.exists()
+    assert run_module._measure_elsewhere(settings, "mining", 100, again=False)
+    assert set(read_results(path).tables) == {"Mining"}
 
 
 def test_a_switch_is_measured_against_the_step_without_it() -> None:

@@ -23,6 +23,13 @@ def test_a_pool_that_the_clusters_gpus_cannot_share_is_refused(monkeypatch: pyte
     assert place(run).num_workers == 4
 
 
+def test_cuda_graphs_need_a_gpu_on_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunConfig.model_validate({"speed": {"cuda_graphs": True}, "scaling": {"num_workers": 1}})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0})
+    with pytest.raises(ConfigError, match=r"speed\.cuda_graphs=True: CUDA graphs need a GPU"):
+        place(run)
+
+
 @pytest.mark.parametrize(
     ("error", "reason", "remedy"),
     [

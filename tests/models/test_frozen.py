@@ -135,3 +135,22 @@ def test_a_convolution_with_a_second_reader_is_not_folded() -> None:
     twin = FrozenTwin(network)
     assert len(twin._folds) == 0
     assert torch.equal(twin(images).logits, network.eval()(images).logits)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_weights_kept_in_bfloat16_change_nothing_under_autocast(fold: bool) -> None:
+    torch.manual_seed(0)
+    network = build_model("mnist_cnn", 4, (1, 8, 8)).train()
+    network(torch.rand(16, 1, 8, 8))
+    images = torch.rand(4, 1, 8, 8)
+    plain, narrow = (FrozenTwin(network, fold_batchnorm=fold, weights_dtype=dtype) for dtype in (None, torch.bfloat16))
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            assert torch.equal(narrow(images).logits, plain(images).logits)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.mul_(1.1)
+        plain.refresh()
+        narrow.refresh()
+    kept = {parameter.dtype for name, parameter in narrow.module.named_parameters() if parameter.dim() > 1}
+    assert kept == {torch.bfloat16}

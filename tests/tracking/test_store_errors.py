@@ -51,24 +51,6 @@ def test_a_newer_schema_cannot_be_upgraded(local_uri: str) -> None:
     assert "upgrade sqlite" not in error.remedy
 
 
-@pytest.mark.slow
-def test_the_upgrade_that_is_advised_helps(tmp_path: Path) -> None:
-    """Tables as MLflow 2.0 made them, upgraded with the very command of the message."""
-    import sqlalchemy
-    from alembic import command
-    from mlflow.store.db.utils import _get_alembic_config
-    from mlflow.store.tracking.dbmodels.initial_models import Base
-
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    Base.metadata.create_all(sqlalchemy.create_engine(uri))
-    command.upgrade(_get_alembic_config(uri), "cc1f77228345")
-    advice = refused(uri).remedy.partition("run: ")[2]
-    assert advice.startswith("mlflow db upgrade ")
-    done = subprocess.run([sys.executable, "-m", *shlex.split(advice)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    check_tracking(TrackingConfig(uri=uri))
-
-
 def test_a_deleted_experiment_comes_back_by_the_command_that_is_advised(local_uri: str) -> None:
     made = MlflowClient(local_uri)
     made.delete_experiment(made.create_experiment("gone"))

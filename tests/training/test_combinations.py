@@ -31,7 +31,6 @@ OTHERS: tuple[dict[str, dict[str, Any]], ...] = (
     {"attack": {"random_start": False}},
     {"mining": {"scope": "global", "keep_probability": 0.5}},
     {"training": {"precision": "bfloat16"}},
-    {"speed": {"cuda_graphs": True}},
     {"mining": {"clean_noise": 0.1, "clean_noise_on": "all"}},
     {"attack": {"objective": "kl"}},
     {"mining": {"similarity": "cosine", "random_negatives": "any"}, "loss": {"norm_form": "mean_squares"}},

@@ -232,7 +232,8 @@ def _projection(images: Tensor, attack: Attack) -> Callable[[Tensor], Tensor]:
     def project(adversarial: Tensor) -> Tensor:
         perturbation = adversarial - images
         length = perturbation.flatten(1).norm(dim=1)
-        scale = (attack.epsilon / length.clamp_min(attack.epsilon)).clamp(max=1)
+        # Written out, so that a radius in a tensor rounds as a number does: that is what dividing a number computes.
+        scale = (length.clamp_min(attack.epsilon).reciprocal() * attack.epsilon).clamp(max=1)
         return (images + perturbation * _per_image(scale)).clamp(0, 1)
 
     return project

@@ -164,6 +164,7 @@ def place(config: RunConfig) -> Placement:
         workers = min(most, max(1, int(gpus / scaling.gpus_per_worker))) if use_gpu else min(most, 2)
     placement = Placement(workers, use_gpu, scaling.cpus_per_worker, scaling.gpus_per_worker)
     config.check_workers(workers)
+    config.check_device(has_gpu=use_gpu)
     if scaling.wait_seconds == 0:
         needed = {name: workers * share for name, share in placement.resources_per_worker.items()}
         for name, available in (("GPU", gpus), ("CPU", cpus)):

@@ -28,6 +28,7 @@ from tla_service.cluster.worker import train_worker
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
 from tla_service.files import whole_folder
+from tla_service.runtime import COLLECTIVE_TIMEOUT_SECONDS
 from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.reporting import KEPT
 from tla_service.training.result import FitResult
@@ -36,8 +37,6 @@ Record = Mapping[str, Any]
 FETCH_SECONDS = 0.2
 # How often Ray Train's controller polls its workers. The default of 2 s delays the end of a small run.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
-# A rank that waits for one that is gone gives up after this long.
-COLLECTIVE_TIMEOUT_SECONDS = 1800
 
 
 @dataclass(frozen=True)

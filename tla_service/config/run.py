@@ -139,6 +139,16 @@ class RunConfig(Section):
             found.append(length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape))
         return next(filter(None, found), None)
 
+    def check_device(self, *, has_gpu: bool) -> None:
+        """Refuse CUDA graphs without a GPU, which may be known late.
+
+        Raises:
+            ConfigError: As said.
+        """
+        if self.speed.cuda_graphs and not has_gpu:
+            remedy = "leave it out, or run where there is a GPU"
+            raise ConfigError("speed.cuda_graphs", True, "CUDA graphs need a GPU, and this run has none", remedy)
+
     def check_workers(self, workers: int) -> None:
         """Check that each step can be split over this many workers; their number may be known late.
 

@@ -81,6 +81,10 @@ class TrainingBatches:
         context: This worker.
         augment_pool: Whether the pool is augmented.
 
+    Attributes:
+        steps_per_epoch: Steps per epoch.
+        sizes: Sizes of this worker's batches of anchors; two at most.
+
     Iterating raises UnavailableError if images cannot be read.
     """
 
@@ -96,7 +100,7 @@ class TrainingBatches:
     ) -> None:
         self._source, self._indices, self._order = source, indices, order
         self._config, self._context, self._augment_pool = config, context, augment_pool
-        self.steps_per_epoch = order.steps_per_epoch
+        self.steps_per_epoch, self.sizes = order.steps_per_epoch, order.sizes
         self._labels = source.labels[indices].to(context.device)
         self._loader: StepLoader | None = None
         if not _fits(source, config):

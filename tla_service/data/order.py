@@ -109,6 +109,12 @@ class StepOrder:
             remedy = "use a larger batch, fewer workers or more images"
             raise ConfigError("training.global_batch_size", global_batch_size, reason, remedy)
 
+    @property
+    def sizes(self) -> set[int]:
+        """Sizes of this worker's batches: two at most."""
+        steps = torch.arange(self._count).tensor_split(self.steps_per_epoch)
+        return {len(steps[step].tensor_split(self._world_size)[self._rank]) for step in (0, -1)}
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepIndices]:
         """The steps of an epoch (from 0), from ``start_step`` in [0, steps_per_epoch] on.
 

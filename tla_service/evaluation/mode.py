@@ -11,14 +11,19 @@ from tla_service.runtime import autocast
 
 @contextlib.contextmanager
 def float32(device: torch.device) -> Iterator[None]:
-    """Compute in full float32: neither autocast nor the 19-bit TF32 that GPUs otherwise use in convolutions."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    """Compute in full float32: neither autocast nor the 19-bit TF32 that GPUs otherwise use in convolutions.
+
+    cuDNN does not time its kernels meanwhile (`speed.tune_kernels`): restarts attack fewer and fewer images, and every
+    new batch size would be timed again.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32 = matmul.allow_tf32 = cudnn.benchmark = False
     try:
         with autocast("float32", device):
             yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
 
 
 @contextlib.contextmanager

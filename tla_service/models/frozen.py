@@ -25,16 +25,24 @@ class FrozenTwin:
         network: The network; it must stay on its device, in its memory format.
         fold_batchnorm: Fold each BatchNorm that is the only reader of a convolution. A network that cannot be traced,
             or has none, is used unchanged.
+        weights_dtype: Keep the weights of convolutions and linear layers in this type as well, for autocast: it would
+            cast them again in every forward pass, because it caches casts only of weights that require gradients.
 
     Attributes:
         module: The twin.
     """
 
-    def __init__(self, network: nn.Module, *, fold_batchnorm: bool = True) -> None:
+    def __init__(
+        self, network: nn.Module, *, fold_batchnorm: bool = True, weights_dtype: torch.dtype | None = None
+    ) -> None:
         self.module = _sharing_copy(network)
         self._folds: list[_Fold] = []
+        self._wide: list[Tensor] = []
+        self._narrow: list[Tensor] = []
         if fold_batchnorm:
             self._fold_batchnorms()
+        if weights_dtype is not None:
+            self._narrow_weights(weights_dtype)
         self.refresh()
 
     def __call__(self, images: Tensor) -> ModelOutput:
@@ -46,6 +54,17 @@ class FrozenTwin:
         """Recompute the folded weights; call it after every update of the network."""
         for fold in self._folds:
             fold.refresh()
+        if self._wide:
+            torch._foreach_copy_(self._narrow, self._wide)
+
+    def _narrow_weights(self, dtype: torch.dtype) -> None:
+        for module in self.module.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    narrow = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
+                    self._wide.append(weight.detach())
+                    self._narrow.append(narrow)
+                    setattr(module, name, narrow)
 
     def _fold_batchnorms(self) -> None:
         if not any(isinstance(module, nn.BatchNorm2d) for module in self.module.modules()):
@@ -68,21 +87,20 @@ class _Fold:
     def __init__(self, source: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         self._source, self._norm = source, norm
         self.target = copy.deepcopy(source)
-        like = source.weight
-        self.target.weight = nn.Parameter(torch.empty_like(like), requires_grad=False)
-        self.target.bias = nn.Parameter(like.new_empty(source.out_channels), requires_grad=False)
+        self.weight, self.bias = torch.empty_like(source.weight), source.weight.new_empty(source.out_channels)
+        self.target.weight = nn.Parameter(self.weight, requires_grad=False)
+        self.target.bias = nn.Parameter(self.bias, requires_grad=False)
 
     def refresh(self) -> None:
-        norm, target = self._norm, self.target
+        norm = self._norm
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        assert target.bias is not None
         scale = (norm.running_var + norm.eps).rsqrt()
         if norm.weight is not None:
             scale = scale * norm.weight
-        torch.mul(self._source.weight, scale[:, None, None, None], out=target.weight)
+        torch.mul(self._source.weight, scale[:, None, None, None], out=self.weight)
         mean = norm.running_mean if self._source.bias is None else norm.running_mean - self._source.bias
-        target.bias.copy_(-mean * scale if norm.bias is None else norm.bias - mean * scale)
+        self.bias.copy_(-mean * scale if norm.bias is None else norm.bias - mean * scale)
 
 
 class _BatchNormTracer(fx.Tracer):

@@ -8,16 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tla_service.attacks import Attack, LogitsFn, climb, craft, craft_noisy_step, starting_point
+from tla_service.attacks import Attack, LogitsFn, craft, craft_noisy_step, starting_point
 from tla_service.config import RunConfig
 from tla_service.data import Batch
 from tla_service.models import ModelOutput
 from tla_service.models.frozen import FrozenTwin
 from tla_service.runtime import WorkerContext, autocast
 from tla_service.training.cuda_graph import GraphedClimb
-
-# Batches of an epoch have at most two sizes; a third graph would only use memory.
-_MOST_GRAPHS = 2
 
 
 class Adversary:
@@ -39,11 +36,22 @@ class Adversary:
         self._full = self._attack = training_attack(config)
         self.kind = config.attack.kind
         self.last_embeddings: Tensor | None = None
-        self._twin = FrozenTwin(network, fold_batchnorm=config.speed.fold_batchnorm)
+        narrow = torch.bfloat16 if config.training.precision == "bfloat16" else None
+        self._twin = FrozenTwin(network, fold_batchnorm=config.speed.fold_batchnorm, weights_dtype=narrow)
+        self._refreshed = False  # since the last update of the network
         self._run: Callable[[Tensor], ModelOutput] = self._twin
         if config.speed.compile != "none":
             self._run = torch.compile(self._twin.module)
         self._graphs: dict[torch.Size, GraphedClimb] = {}
+
+    def prepare(self, *shapes: tuple[int, ...]) -> None:
+        """Capture the attack on batches of these shapes (N, C, H, W), so that no training step waits for it."""
+        if self._uses_graphs:
+            self._twin.refresh()
+            for shape in shapes:
+                images = torch.zeros(shape, device=self._context.device)
+                labels = torch.zeros(shape[0], dtype=torch.int64, device=self._context.device)
+                self._graph(Batch(images.contiguous(memory_format=layout_of(self._config)), labels))
 
     def grow(self, done: float) -> None:
         """Set the radius for a share of the run; it grows linearly until `attack.warmup`."""
@@ -57,18 +65,20 @@ class Adversary:
             with restored(self._network.buffers()):
                 return self._make(partial(self._logits, self._network), anchors, random)
         self._twin.refresh()
-        logits_fn = partial(self._logits, self._run)
-        # A graph has its radius fixed.
-        graphs = self._config.speed.cuda_graphs and anchors.images.is_cuda
-        if graphs and self.kind == "pgd" and self._attack is self._full:
-            return self._replay(logits_fn, anchors, random)
-        return self._make(logits_fn, anchors, random)
+        self._refreshed = True
+        if not self._uses_graphs:
+            return self._make(partial(self._logits, self._run), anchors, random)
+        graph = self._graph(anchors)
+        self.last_embeddings = graph.embeddings
+        return graph(anchors, starting_point(anchors.images, self._attack, random), self._attack)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Embeddings (N, D) of images in eval mode, without a graph."""
-        self._twin.refresh()
+    def embed(self, *images: Tensor) -> list[Tensor]:
+        """Embeddings (N, D) of each batch of images in eval mode, without a graph."""
+        if not self._refreshed:
+            self._twin.refresh()
+        self._refreshed = False  # the network is updated next
         with torch.no_grad(), autocast(self._config.training.precision, self._context.device):
-            return self._twin(images).embeddings
+            return [self._run(each).embeddings for each in images]
 
     def _make(self, logits_fn: LogitsFn, anchors: Batch, random: torch.Generator) -> Tensor:
         if self.kind == "n_fgsm":
@@ -76,17 +86,18 @@ class Adversary:
             return craft_noisy_step(logits_fn, anchors.images, anchors.labels, self._attack, noise, random)
         return craft(logits_fn, anchors.images, anchors.labels, self._attack, random)
 
-    def _replay(self, logits_fn: LogitsFn, anchors: Batch, random: torch.Generator) -> Tensor:
-        start = starting_point(anchors.images, self._attack, random)
-        graph = self._graphs.get(anchors.images.shape)
-        if graph is None and len(self._graphs) == _MOST_GRAPHS:
-            return climb(logits_fn, anchors.images, start, anchors.labels, self._attack)
-        if graph is None:
-            graph = GraphedClimb(logits_fn, anchors, start, self._attack)
-            graph.embeddings = self.last_embeddings
-            self._graphs[anchors.images.shape] = graph
-        self.last_embeddings = graph.embeddings
-        return graph(anchors, start)
+    @property
+    def _uses_graphs(self) -> bool:
+        graphs = self._config.speed.cuda_graphs and self._config.attack.batchnorm != "train"
+        return graphs and self.kind == "pgd"
+
+    def _graph(self, batch: Batch) -> GraphedClimb:
+        """The graph for batches of this shape; an epoch has two shapes at most."""
+        shape = batch.images.shape
+        if shape not in self._graphs:
+            self._graphs[shape] = GraphedClimb(partial(self._logits, self._run), batch, self._full)
+            self._graphs[shape].embeddings = self.last_embeddings
+        return self._graphs[shape]
 
     def _logits(self, run: Callable[[Tensor], ModelOutput], images: Tensor) -> Tensor:
         with autocast(self._config.training.precision, self._context.device):
@@ -103,6 +114,11 @@ class Adversary:
         """Free training's ascent: a step of epsilon along the update's gradient to the images, clamped to the ball."""
         epsilon = self._attack.epsilon
         return (perturbation + epsilon * gradient.sign()).clamp(-epsilon, epsilon)
+
+
+def layout_of(config: RunConfig) -> torch.memory_format:
+    """Memory format of the network's weights and of the images it gets."""
+    return torch.channels_last if config.training.channels_last else torch.contiguous_format
 
 
 def training_attack(config: RunConfig) -> Attack:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import same_run, to_yaml
 from tla_service.data.cache import disk_trouble
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import whole_folder, write_whole
+from tla_service.training.average import WeightAverage
 
 MANIFEST = "manifest.json"
 RESUMABLE = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml", "data.json")
@@ -44,7 +44,7 @@ class TrainingState:
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    average: AveragedModel | None = None
+    average: WeightAverage | None = None
     step: int = 0
     partial_totals: list[float] = field(default_factory=list)
     best_weights: dict[str, Tensor] = field(default_factory=dict)

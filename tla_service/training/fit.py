@@ -10,7 +10,6 @@ from typing import Any
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
@@ -18,6 +17,8 @@ from tla_service.data import EvaluationBatches, ImageSource, StepBatch, load_dat
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, failing_together, keep_freed_memory, mixed_seed
+from tla_service.training.adversary import layout_of
+from tla_service.training.average import WeightAverage
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
 from tla_service.training.guard import COLLAPSED, collapses, has_collapsed, message
 from tla_service.training.meter import Meter
@@ -73,6 +74,7 @@ class Run:
         if config.speed.keep_freed_memory and context.device.type == "cpu":
             keep_freed_memory()
         with self.phases("data"), failing_together(context):
+            config.check_device(has_gpu=context.device.type == "cuda")
             self.dataset = load_dataset(config.data)
             self.train_rows, self.validation_rows, self.batches = split_and_check(config, self.dataset, context)
             self._data_facts = {
@@ -98,12 +100,10 @@ class Run:
             if initial_weights is not None:
                 check_weights(config, network, initial_weights)
                 network.load_state_dict(dict(initial_weights))
-            layout = torch.channels_last if config.training.channels_last else torch.contiguous_format
-            network = network.to(context.device, memory_format=layout)  # type: ignore[call-overload]
+            network = network.to(context.device, memory_format=layout_of(config))  # type: ignore[call-overload]
             average = None
             if config.training.ema_decay is not None:
-                update = get_ema_multi_avg_fn(config.training.ema_decay)
-                average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
+                average = WeightAverage(network, config.training.ema_decay)
             self.state = TrainingState(network, build_optimizer(network, config), average)
         with self.phases("build"):
             resumed_from = restore(
@@ -114,6 +114,7 @@ class Run:
             )
             with failing_together(context):
                 self.step = TrainingStep(network, config, context)
+            self.step.adversary.prepare(*((size, *self.dataset.image_shape) for size in self.batches.sizes))
         if has_collapsed(self.state.history):
             self._after_collapse()
         workers = f"{context.world_size} worker{'s' if context.world_size != 1 else ''}"

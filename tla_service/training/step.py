@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tla_service.config import RunConfig
-from tla_service.data import StepBatch
+from tla_service.data import Batch, StepBatch
 from tla_service.models import ImageClassifier, ModelOutput
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.runtime import WorkerContext, autocast, generator
@@ -99,6 +100,7 @@ class TrainingStep:
         if self.adversary.kind != "free" or self.config.method == "natural":
             yield self.backward(batch, *seeds)
             return
+        batch = self._laid_out(batch)
         random = generator(self.context.device, *seeds)
         images = batch.anchors.images
         perturbation = self.adversary.first_perturbation(images, random)
@@ -114,6 +116,7 @@ class TrainingStep:
         The seeds determine the random draws. Returns sums over this worker's images, in the order of `TOTALS`: float64,
         on the device.
         """
+        batch = self._laid_out(batch)
         random = generator(self.context.device, *seeds)
         adversarial = None if self.config.method == "natural" else self.adversary.craft(batch.anchors, random)
         if not self.config.attack.awp:
@@ -126,6 +129,17 @@ class TrainingStep:
         random.set_state(before)
         with moved_weights(self.network, self.config.attack.awp_gamma):
             return self._descend(batch, adversarial, random, self._mined)
+
+    def _laid_out(self, batch: StepBatch) -> StepBatch:
+        """The batch in the network's memory format: converted once, not by every attack step."""
+        if not self.config.training.channels_last:
+            return batch
+
+        def convert(part: Batch) -> Batch:
+            return Batch(part.images.contiguous(memory_format=torch.channels_last), part.labels)
+
+        positives, pool = (part and convert(part) for part in (batch.positives, batch.pool))
+        return replace(batch, anchors=convert(batch.anchors), positives=positives, pool=pool)
 
     def _descend(self, *arguments: Any) -> Tensor:
         loss, totals = self.objective(*arguments)
@@ -180,9 +194,11 @@ class TrainingStep:
         anchors, mining = batch.anchors, self.config.mining
         assert batch.pool is not None
         pool_images, pool_labels = batch.pool.images, batch.pool.labels
-        queries = self.adversary.last_embeddings if mining.queries == "last_step" else self.adversary.embed(adversarial)
+        if mining.queries == "last_step":
+            (pool,), queries = self.adversary.embed(pool_images), self.adversary.last_embeddings
+        else:
+            queries, pool = self.adversary.embed(adversarial, pool_images)
         assert queries is not None
-        pool = self.adversary.embed(pool_images)
         if mining.scope == "global":
             sizes = [len(pool)] * self.context.world_size
             pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))

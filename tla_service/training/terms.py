@@ -27,8 +27,8 @@ def runner_up(logits: Tensor, labels: Tensor) -> Tensor:
     Summed from the other classes' probabilities, so that it stays finite when a wrong class is almost certain.
     """
     logs = F.log_softmax(wide(logits), dim=1)
-    wrong = logs.masked_fill(F.one_hot(labels, logs.shape[1]).bool(), -torch.inf).argmax(1)
-    return -logs.masked_fill(F.one_hot(wrong, logs.shape[1]).bool(), -torch.inf).logsumexp(1)
+    wrong = logs.scatter(1, labels[:, None], -torch.inf).argmax(1)
+    return -logs.scatter(1, wrong[:, None], -torch.inf).logsumexp(1)
 
 
 def squared_distance(first: Tensor, second: Tensor) -> Tensor:

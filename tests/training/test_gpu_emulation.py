@@ -1,0 +1,146 @@
+"""The CUDA path on CPU tensors: what a GPU would wait for, and graphs that are replayed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.conftest import KeepingReporter, digits_config
+from tests.training.emulation import EmulatedGraph, emulated_graphs, violations
+from tla_service.config import RunConfig
+from tla_service.config.loading import load_settings, preset_names
+from tla_service.errors import ConfigError
+from tla_service.runtime import WorkerContext
+from tla_service.training.fit import Run, fit
+from tla_service.training.meter import Meter
+
+__all__ = ["emulated_graphs"]
+ALONE = WorkerContext()
+NewReporter = Callable[..., KeepingReporter]
+POOL = {"pool": "separate", "pool_size": 20, "positives": "both", "clean_noise": 0.05}
+STEPS: dict[str, dict[str, Any]] = {
+    **{method: {"method": method} for method in ("natural", "at", "alp", "tla", "tla_rn", "tla_sa")},
+    "mart": {"method": "at", "loss": {"robust_term": "mart"}},
+    "TLA on TRADES": {"loss": {"robust_term": "trades"}},
+    "separate pool": {"mining": POOL},
+    "global scope": {"mining": {"scope": "global", "positives": "both", "keep_probability": 0.5}},
+    "average, clipping, weight decay": {
+        "training": {"ema_decay": 0.9},
+        "optimizer": {"name": "sgd", "momentum": 0.9, "weight_decay": 1e-3, "grad_clip": 1.0},
+    },
+    "adversarial weights": {"attack": {"awp": True}, "training": {"ema_decay": 0.9}},
+    "growing radius": {"attack": {"warmup": 0.8}},
+    "L2": {"attack": {"norm": "l2", "epsilon": 1.0, "step_size": 0.4}},
+    "n_fgsm": {"attack": {"kind": "n_fgsm"}},
+    "free": {"attack": {"kind": "free", "free_replays": 2}},
+    "BatchNorm in train mode": {"attack": {"batchnorm": "train"}, "model": {"name": "mnist_cnn"}},
+    "roles apart": {"training": {"batchnorm_roles": "apart"}, "model": {"name": "mnist_cnn"}},
+    "bfloat16": {"training": {"precision": "bfloat16"}, "model": {"name": "mnist_cnn"}},
+    "channels_last": {"training": {"channels_last": True}, "mining": POOL, "model": {"name": "mnist_cnn"}},
+    "augmentation": {"data": {"crop_padding": 1, "flip": True}},
+}
+
+
+def on_digits(name: str) -> RunConfig:
+    """A preset on small images, with a small network and batch."""
+    preset = load_settings(["--preset", name, "--data.root", "unused"]).run_config
+    kept = {"method", "loss", "mining", "attack", "optimizer", "schedule", "training", "speed"}
+    sections = preset.model_dump(exclude_defaults=True, include=kept)
+    sections["training"] = sections.get("training", {}) | {"epochs": 4, "global_batch_size": 50, "max_steps": None}
+    sections["attack"] = sections.get("attack", {}) | {"num_steps": 2}
+    if sections.get("mining", {}).get("pool") == "separate":
+        sections["mining"] |= {"pool_size": 20}
+    return digits_config(**sections)
+
+
+def check_update(config: RunConfig, reporter: KeepingReporter) -> None:
+    run = Run(config, ALONE, reporter)
+    run.start(None)
+    run.meter = Meter(ALONE)
+    batches = run.batches.epoch(0)
+    first, second = next(batches), next(batches)
+    run._update(first)  # allocates the optimizer's state
+
+    def update() -> None:
+        run.meter.add(run._update(second))
+
+    assert violations(update, channels_last=config.training.channels_last) == []
+
+
+@pytest.mark.parametrize("changes", STEPS.values(), ids=STEPS.keys())
+def test_an_update_never_waits_for_the_device(reporter: KeepingReporter, changes: dict[str, Any]) -> None:
+    check_update(digits_config(**changes), reporter)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_nor_does_one_of_a_preset(reporter: KeepingReporter, name: str) -> None:
+    check_update(on_digits(name), reporter)
+
+
+def test_the_rules_see_what_they_are_there_to_see() -> None:
+    weights, labels = torch.rand(8, 8), torch.arange(8)
+    image, kernel = torch.rand(2, 3, 8, 8), torch.rand(4, 3, 3, 3)
+    cases: dict[str, Callable[[], object]] = {
+        "waits": lambda: float(weights.sum()),
+        "with a mask waits": lambda: weights[labels > 3],
+        "mixes a tensor of the host": lambda: weights + torch.ones(8),
+        "not in channels_last": lambda: torch.nn.functional.conv2d(image, kernel),
+    }
+    for expected, call in cases.items():
+        found = violations(call, channels_last=True)
+        assert any(expected in line for line in found), (expected, found)
+    harmless = violations(lambda: weights.add_(torch.ones(8, device=weights.device)).mul_(torch.tensor(2.0)))
+    assert harmless == []
+
+
+GRAPHED: dict[str, dict[str, Any]] = {
+    "ragged batches": {},
+    "average and a growing radius": {"training": {"ema_decay": 0.9}, "attack": {"warmup": 0.8}},
+    "adversarial weights, BatchNorm": {"attack": {"awp": True}, "model": {"name": "mnist_cnn"}},
+    "embeddings of the last step": {"mining": {"pool": "separate", "pool_size": 20, "queries": "last_step"}},
+    "bfloat16": {"training": {"precision": "bfloat16"}, "model": {"name": "mnist_cnn"}},
+    "L2": {"attack": {"norm": "l2", "epsilon": 1.0, "step_size": 0.4, "warmup": 0.5}},
+    "KL": {"loss": {"robust_term": "trades"}},
+}
+
+
+@pytest.mark.parametrize("changes", GRAPHED.values(), ids=GRAPHED.keys())
+def test_graphs_train_the_same_weights(
+    new_reporter: NewReporter, emulated_graphs: type[EmulatedGraph], changes: dict[str, Any]
+) -> None:
+    data = {"train_limit": 190}
+    sections = {**changes, "data": data, "training": {"epochs": 2, **changes.get("training", {})}}
+    weights = []
+    for graphs in (False, True):
+        reporter = new_reporter()
+        fit(digits_config(**sections, speed={"cuda_graphs": graphs}), ALONE, reporter)
+        weights.append(_weights(reporter))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    run = Run(digits_config(**sections), ALONE, new_reporter())
+    assert len(run.batches.sizes) == 2
+    assert len(emulated_graphs.captured) == 2
+    assert len(emulated_graphs.replays) == run.total_steps
+
+
+def _weights(reporter: KeepingReporter) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    folder = reporter.checkpoints[-1]
+    names = (path.name for path in folder.glob("*.safetensors"))
+    return {f"{file}/{name}": value for file in names for name, value in load_file(folder / file).items()}
+
+
+def test_all_graphs_are_captured_before_the_first_step(
+    reporter: KeepingReporter, emulated_graphs: type[EmulatedGraph]
+) -> None:
+    run = Run(digits_config(data={"train_limit": 190}, speed={"cuda_graphs": True}), ALONE, reporter)
+    run.start(None)
+    assert len(emulated_graphs.captured) == len(run.batches.sizes) == 2
+    assert emulated_graphs.replays == []
+
+
+def test_graphs_without_a_gpu_are_refused_with_a_sentence(reporter: KeepingReporter) -> None:
+    with pytest.raises(ConfigError, match=r"^speed\.cuda_graphs=True: CUDA graphs need a GPU, .*; leave it out"):
+        fit(digits_config(speed={"cuda_graphs": True}), ALONE, reporter)
