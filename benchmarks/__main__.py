@@ -1,9 +1,9 @@
-"""Measure how fast training is, and compare with the ratios that the repository keeps.
+"""Measure training speed and compare with the ratios kept in the repository.
 
 python -m benchmarks --output docs/results/performance-cpu.json
 python -m benchmarks --device cuda --output docs/results/performance-gpu.json
 
-Tables are printed as they come; docs/make_performance.py writes them into the documentation.
+Tables are printed as they are measured; docs/make_performance.py writes them into the documentation.
 """
 
 import sys
@@ -14,7 +14,7 @@ from tla_service.job import run_job
 
 
 def main() -> int:
-    """Read the settings, measure, and say which ratio has worsened."""
+    """Read the settings, measure, and report worsened ratios."""
     settings = read_settings(BenchmarkSettings)
     # Imported late: --help should not wait for torch.
     from benchmarks.run import run_benchmark

@@ -1,4 +1,4 @@
-"""Candidates in a process of their own: what a process decides once and for all cannot be switched within one."""
+"""Candidates in a separate process, for settings that are fixed for the lifetime of a process."""
 
 import gc
 import multiprocessing
@@ -15,7 +15,7 @@ Candidates = Iterable[tuple[str, Callable[[], object]]]
 
 
 class Elsewhere:
-    """A candidate of another process: a call has it run there once, and waits.
+    """A candidate in another process: calling it runs it there once.
 
     Args:
         name: Its name there.
@@ -45,7 +45,7 @@ class Elsewhere:
 
 @contextmanager
 def elsewhere(make: Callable[..., Candidates], *arguments: Any) -> Iterator[dict[str, Elsewhere]]:
-    """Have a fresh process build candidates and run them one at a time, when they are called here.
+    """Build candidates in a new process, and run them there one at a time.
 
     It has one thread, this one's cores, no garbage collector, and the C library's allocator as it comes. It ends with
     the block or with this process, after the run it is at.
@@ -86,7 +86,7 @@ def _answer(connection: Any) -> Any:
 
 
 def _serve(connection: Any, make: Callable[..., Candidates], arguments: tuple[Any, ...]) -> None:
-    """Send the candidates' names, then run those that are named and send the CPU seconds; or send what was raised."""
+    """Send the candidates' names, then run the requested ones and send the CPU seconds or the exception."""
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError):  # the pipe ends when the other side does
         candidates = _outcome(lambda: dict(make(*arguments)))

@@ -1,4 +1,4 @@
-"""What the arithmetic alone costs, and how fast the device multiplies matrices."""
+"""The theoretical cost of a step, and the matrix multiplication rate of the device."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from tla_service.runtime import WorkerContext, autocast
 class Floor:
     """K forward and input-backward passes and one forward and backward pass; nothing else.
 
-    No data, random start, sign, projection, mining or optimiser; plain eager layers, BatchNorm not folded.
+    No data, random start, sign, projection, mining or optimizer; plain eager layers, BatchNorm not folded.
 
     Args:
         workload: Network, batch and K.
@@ -69,7 +69,7 @@ class Floor:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> Spread:
-    """FLOP/s of one large matrix product on the device: the best of what its libraries reach in practice."""
+    """FLOP/s of one large matrix product on the device, a practical upper bound."""
     size = 8192 if device.type == "cuda" else 1024
     first, second = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = take_turns({"product": lambda: first @ second}, rounds=8, burn_in=3, repeats=4).wall["product"]

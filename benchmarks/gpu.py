@@ -1,4 +1,4 @@
-"""Stages for a GPU: numerics before speed, seconds an epoch, and what bfloat16 does to accuracy under AutoAttack."""
+"""Stages for a GPU: numerical checks, seconds per epoch, and the effect of bfloat16 on AutoAttack accuracy."""
 
 import tempfile
 from collections.abc import Iterator
@@ -124,7 +124,7 @@ def measure_accuracy_of_precisions(
         rows.append(
             [precision, f"{seconds:.1f}", f"{100 * clean:.1f}", f"{100 * float(found.robust.float().mean()):.1f}"]
         )
-    columns = ["precision", "s an epoch", "clean accuracy, %", "accuracy under AutoAttack, %"]
+    columns = ["precision", "s per epoch", "clean accuracy, %", "accuracy under AutoAttack, %"]
     results.table("Precision and robustness", columns, rows)
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Time per part of a training step."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from tla_service.triplets import mine_hardest
 
 
 def measure_parts(work: dict[str, Workload], settings: BenchmarkSettings, results: Results, base: Changes) -> None:
-    """Where a TLA step's time goes: every part between two synchronisations."""
+    """Time per part of a TLA step, each between two synchronizations."""
     rows = []
     for key, workload in work.items():
         parts = Parts(FullStep(workload, context_of(settings), **base))
@@ -27,7 +27,7 @@ def measure_parts(work: dict[str, Workload], settings: BenchmarkSettings, result
         for name, spread in medians.items():
             rows.append([workload.name, name, f"{1000 * spread.median:.1f}", f"{100 * spread.median / whole:.1f} %"])
         results.raw[f"parts {key}"] = {name: spread.median for name, spread in medians.items()}
-    results.table("Parts", ["network", "part", "ms a step", "share"], rows)
+    results.table("Parts", ["network", "part", "ms per step", "share"], rows)
 
 
 class Parts:
@@ -46,14 +46,14 @@ class Parts:
         self.images = self.batch.anchors.images
 
     def in_order(self) -> dict[str, Callable[[], object]]:
-        """The parts, to be run in this order, each once a step."""
+        """The parts, in the order in which a step runs them."""
         return {
             "wait for data": self.read,
             "augmentation": self.augment,
             "attack": self.attack,
             "forward, mining, loss": self.forward,
             "backward": self.backward,
-            "optimiser": self.step.optimizer.step,
+            "optimizer": self.step.optimizer.step,
             "meter": lambda: self.step.meter.add(self.totals),
             self.MINING: self.mine,
         }
@@ -67,7 +67,7 @@ class Parts:
         self.batch = self.step.batches.augmented(self.raw)
 
     def attack(self) -> None:
-        """Craft the adversarial images."""
+        """Generate the adversarial images."""
         self.images = self.step.adversary.craft(self.batch.anchors, self.random)
 
     def forward(self) -> None:
@@ -76,11 +76,11 @@ class Parts:
         self.loss, self.totals = self.step.step.objective(self.batch, self.images, self.random)
 
     def backward(self) -> None:
-        """Gradients of all weights; a lone worker reduces none."""
+        """Gradients of all weights; with one worker there is no reduction."""
         self.loss.backward()
 
     def mine(self) -> None:
-        """The clean images through the network once more, and the search for negatives among them."""
+        """A separate forward pass of the clean images, and the search for negatives."""
         labels = self.batch.anchors.labels
         with autocast(self.step.config.training.precision, labels.device):
             (clean,) = self.step.step.wrapped(self.batch.anchors.images)

@@ -1,4 +1,4 @@
-"""Other libraries on the same work: the same network, images and PGD, as each library ships it."""
+"""Other libraries on the same network, images and PGD, with their default settings."""
 
 import contextlib
 import io

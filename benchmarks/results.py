@@ -1,4 +1,4 @@
-"""What a benchmark has found: tables for people, ratios for the guard, raw numbers for models; as text and as JSON."""
+"""Results of a benchmark: tables, ratios for the regression check, raw numbers for models; as text and JSON."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TOLERANCE = 0.10
 
 @dataclass
 class Results:
-    """Tables by name, ratios by name (the lower the better), raw measurements by name, and where they come from."""
+    """Tables, ratios (lower is better) and raw measurements by name, and their origin."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Results:
         print(f"\n{name}\n" + "\n".join(markdown(columns, rows)), flush=True)
 
     def ratio(self, name: str, spread: Spread, bar: float | None = None) -> None:
-        """Keep a ratio that should be low, with the bar it is held to."""
+        """Keep a ratio, with its threshold if it has one."""
         self.ratios[name] = {"median": spread.median, "low": spread.low, "high": spread.high, "bar": bar}
 
     def on_top_of(self, earlier: "Results", stages: list[str]) -> "Results":
@@ -55,7 +55,7 @@ class Results:
         return Results(facts, tables, earlier.ratios | self.ratios, earlier.raw | self.raw)
 
     def write(self, path: Path) -> None:
-        """Write everything as JSON, a stage after the other, so that a run that is cut short leaves what it has."""
+        """Write everything as JSON; called after every stage, so that an interrupted run keeps its results."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(self.__dict__, indent=1) + "\n")
 
@@ -69,7 +69,7 @@ def _merged(earlier: dict[str, Any] | None, table: dict[str, Any]) -> dict[str, 
 
 
 def read_results(path: Path) -> Results:
-    """What an earlier run has written.
+    """Read the results of an earlier run.
 
     Raises:
         UnavailableError: The file is something else.
@@ -96,7 +96,7 @@ def facts() -> dict[str, Any]:
 
 
 def worsened(found: dict[str, dict[str, float | None]], kept: dict[str, float]) -> list[str]:
-    """One line for each ratio that is more than a tenth above the kept one, whose spread does not reach down to it."""
+    """A line for each ratio over 10 % above the kept one and whose lower quartile is above it."""
     lines = []
     for name, spread in found.items():
         before, now, low = kept.get(name), spread["median"], spread["low"]
@@ -108,7 +108,7 @@ def worsened(found: dict[str, dict[str, float | None]], kept: dict[str, float]) 
 
 
 def read_ratios(path: Path) -> dict[str, float]:
-    """Kept ratios by name; none if there is no such file."""
+    """Kept ratios by name; empty without a file."""
     if not path.exists():
         return {}
     ratios: dict[str, float] = json.loads(path.read_text())
@@ -116,13 +116,13 @@ def read_ratios(path: Path) -> dict[str, float]:
 
 
 def keep_ratios(path: Path, found: dict[str, dict[str, float | None]]) -> None:
-    """Write medians by name beside those of ratios that were not measured this time."""
+    """Update the kept ratios with these medians."""
     kept = read_ratios(path) | {name: round(float(spread["median"] or 0), 3) for name, spread in found.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table's lines."""
+    """Lines of a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return ["| " + " | ".join(cells) + " |" for cells in lines]

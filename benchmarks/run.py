@@ -124,7 +124,7 @@ def _guard(settings: BenchmarkSettings, results: Results) -> int:
 
 @contextmanager
 def _one_core(stage: str) -> Iterator[None]:
-    """Keep this process on one core for a while, so that a stage sees the same caches and clock throughout."""
+    """Pin this process to one core, so that a stage has the same caches and clock throughout."""
     if torch.cuda.is_initialized() or stage in ("scaling", "startup") or not hasattr(os, "sched_setaffinity"):
         yield
         return

@@ -1,4 +1,4 @@
-"""Step time on many GPUs, on paper: measured or assumed compute, and all-reduce from bytes and bandwidths."""
+"""Model of the step time on many GPUs: measured or assumed compute, all-reduce from bytes and bandwidths."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ GPUS = (8, 16, 64, 256, 1024)
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a cluster is assumed to be.
+    """Assumed properties of a cluster.
 
     Attributes:
         gpus_per_node: GPUs that share a node's fast links.
@@ -38,7 +38,7 @@ class Cluster:
 def efficiency(
     compute: float, backward: float, num_bytes: float, buckets: int, workers: int, cluster: Cluster
 ) -> float:
-    """Weak scaling: a lone worker's step time over that of `workers`, same batch each; at most 1.
+    """Weak scaling: step time of one worker over that of `workers`, same batch each; at most 1.
 
     Args:
         compute: Seconds of a lone worker's step.

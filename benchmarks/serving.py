@@ -32,12 +32,12 @@ _WARM_UP_SHARE = 0.2  # of the time, before it
 
 @dataclass(frozen=True)
 class Load:
-    """A steady load and what came of it.
+    """A constant load and its results.
 
     Attributes:
-        clients: Requests at a time.
-        images: Images a request.
-        requests: Answered in the time.
+        clients: Concurrent requests.
+        images: Images per request.
+        requests: Requests answered in the time.
         seconds: The time.
         latencies: Seconds from request to answer: median, 95th and 99th percentile.
     """
@@ -56,7 +56,7 @@ class Load:
 
 @contextlib.contextmanager
 def local_service(model: str, tracking_uri: str, port: int, max_batch_images: int) -> Iterator[str]:
-    """Serve a model from this machine, on a Ray cluster of its own, for the time of the block; gives its address."""
+    """Serve a model on a local Ray cluster for the duration of the block; yields its address."""
     import ray
     from ray import serve
 
@@ -74,7 +74,7 @@ def local_service(model: str, tracking_uri: str, port: int, max_batch_images: in
 
 
 def image_shape(address: str) -> tuple[int, ...]:
-    """What the served model takes.
+    """Input of the served model.
 
     Raises:
         UnavailableError: Nothing answers.
@@ -90,7 +90,7 @@ def image_shape(address: str) -> tuple[int, ...]:
 
 
 def measure(address: str, clients: int, images: int, seconds: float) -> Load:
-    """Send requests for a time, each client one after another, and count what is answered after a warm-up.
+    """Send requests, each client one after another, and measure responses after a warm-up.
 
     Raises:
         UnavailableError: A request was not answered with 200.
@@ -125,8 +125,8 @@ def measure(address: str, clients: int, images: int, seconds: float) -> Load:
 
 
 def table(loads: list[Load]) -> str:
-    """The measurements as Markdown, with the hardware."""
-    head = "| clients | images a request | p50 | p95 | p99 | requests/s | images/s |\n|---|---|---|---|---|---|---|"
+    """The measurements as a Markdown table, with the hardware."""
+    head = "| clients | images per request | p50 | p95 | p99 | requests/s | images/s |\n|---|---|---|---|---|---|---|"
     rows = [
         f"| {load.clients} | {load.images} | "
         + " | ".join(f"{1000 * value:.1f} ms" for value in load.latencies)
@@ -142,8 +142,8 @@ def main() -> int:
     parser.add_argument("--model", default="", help="registered model to serve: models:/NAME@ALIAS or models:/NAME/N")
     parser.add_argument("--address", default="", help="address of a running application, in place of a model")
     parser.add_argument("--tracking-uri", help="registry; default: MLFLOW_TRACKING_URI, else mlflow.db here")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8], help="requests at a time")
-    parser.add_argument("--images", type=int, nargs="+", default=[1, 64], help="images a request")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8], help="concurrent requests")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 64], help="images per request")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement, after a warm-up")
     parser.add_argument("--batch", type=int, default=64, help="max_batch_images of the served model")
     parser.add_argument("--port", type=int, default=8000, help="where to serve the model")

@@ -1,4 +1,4 @@
-"""What the benchmark job takes."""
+"""Settings of the benchmark."""
 
 from pathlib import Path
 from typing import Literal
@@ -14,21 +14,21 @@ GPU_STAGES = ("numerics", "steps", "switches", "parts", "epochs", "accuracy")
 class BenchmarkSettings(JobSettings):
     """Settings of `python -m benchmarks`."""
 
-    device: Literal["cpu", "cuda"] = Field("cpu", description="what to measure: one CPU core (or two), or one GPU")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="device: one CPU core (two for scaling), or one GPU")
     stages: list[str] = Field(
         [],
-        description=f"only these; default: all of {', '.join(CPU_STAGES)}, or with cuda {', '.join(GPU_STAGES)}; "
-        "compile (minutes on a CPU) runs only when named. What the output file holds of other stages is kept",
+        description=f"stages to run; default: all of {', '.join(CPU_STAGES)}, or with cuda {', '.join(GPU_STAGES)}; "
+        "compile (minutes on a CPU) runs only if listed. Results of other stages in the output file are kept",
     )
-    workloads: list[str] = Field([], description="only these networks of the suite; default: all")
-    rounds: int = Field(3, description="timed rounds at least, each of which runs every candidate once", ge=2)
+    workloads: list[str] = Field([], description="networks of the suite; default: all")
+    rounds: int = Field(3, description="minimum number of timed rounds, each of which runs every candidate once", ge=2)
     clock: Literal["wall", "cpu"] = Field(
-        "wall", description="what ratios of single-process stages are taken of; cpu ignores other programs' load"
+        "wall", description="clock for ratios of single-process stages; cpu is not affected by other processes"
     )
     output: Path = Field(Path("runs/benchmark.json"), description="JSON file to write")
     ratios: Path = Field(Path("benchmarks/ratios.json"), description="ratios to compare with")
-    keep_ratios: bool = Field(False, description="write this run's ratios there, instead of comparing")
-    data_root: Path | None = Field(None, description="folder with CIFAR-10, for the stage accuracy of a GPU")
+    keep_ratios: bool = Field(False, description="update the ratios instead of comparing")
+    data_root: Path | None = Field(None, description="folder with CIFAR-10, for the stage accuracy (GPU)")
     accuracy_epochs: int = Field(8, description="epochs of each training of the stage accuracy", ge=1)
     accuracy_images: int = Field(512, description="test images for AutoAttack in the stage accuracy", ge=8)
     seconds: float = Field(500, description="on a GPU, stop after this long; finished stages are kept", gt=0)

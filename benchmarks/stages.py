@@ -1,4 +1,4 @@
-"""Stages of the benchmark that compare whole: training steps, attacks, mining."""
+"""Stages of the benchmark: whole training steps, attacks, mining."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -74,7 +74,7 @@ def measure_steps(work: dict[str, Workload], settings: BenchmarkSettings, result
 def keep_step_ratios(
     key: str, workload: Workload, times: Times, theirs: list[str], settings: BenchmarkSettings, results: Results
 ) -> None:
-    """Ratios of whole steps, with the bar of each that has one."""
+    """Ratios of whole steps, with their thresholds."""
     long, on_gpu = workload.num_steps >= 40, settings.device == "cuda"
     bars: dict[str, tuple[str, str, float | None]] = {
         "AT over its floor": ("AT", "floor of AT", 1.15 if on_gpu else 1.10),
@@ -89,7 +89,7 @@ def keep_step_ratios(
 
 
 def measure_attacks(work: dict[str, Workload], settings: BenchmarkSettings, results: Results) -> None:
-    """Images attacked a second: ours and other libraries'."""
+    """Images attacked per second, by us and other libraries."""
     context, rows = context_of(settings), []
     for key, workload in work.items():
         if workload.num_steps > 10:
@@ -133,5 +133,5 @@ def merged(base: Changes, changes: Changes) -> Changes:
 
 
 def context_of(settings: BenchmarkSettings) -> WorkerContext:
-    """The lone worker on the device."""
+    """The single worker on the device."""
     return WorkerContext(device=torch.device(settings.device))

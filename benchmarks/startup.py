@@ -1,4 +1,4 @@
-"""Where the seconds go before the first step: imports, the command line, a submitted job, and a sweep's trials."""
+"""Time before the first step: imports, the command line, a submitted job, and the trials of a sweep."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ _ROUNDS = 3
 
 
 def measure_startup(results: Results) -> None:
-    """Imports and commands, each in processes of their own; then one submitted job."""
+    """Imports and commands, each in a new process; then one submitted job."""
     rows = []
     for module in _IMPORTS:
         code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
@@ -115,7 +115,7 @@ def _measure_trials(results: Results) -> None:
 
 @contextlib.contextmanager
 def _cluster() -> Iterator[str]:
-    """A Ray head with two CPUs, on ports and in a folder of its own; yields its dashboard's address."""
+    """A Ray head with two CPUs, its own ports and folder; yields the address of its dashboard."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     port, dashboard, client = _free_port(), _free_port(), _free_port()
     command = f"ray start --head --block --num-cpus 2 --disable-usage-stats --temp-dir {folder} --port {port}"

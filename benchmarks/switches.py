@@ -1,4 +1,4 @@
-"""What each switch of the fast path is worth."""
+"""The effect of each speed setting."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -44,7 +44,7 @@ def measure_switches(
     base: Changes,
     title: str = "Switches",
 ) -> None:
-    """Time of a TLA step without a switch over the time with it."""
+    """Time of a TLA step without a setting over the time with it."""
     context, rows = context_of(settings), []
     burn_in = 3 if settings.device == "cuda" else 1
     for workload in work.values():

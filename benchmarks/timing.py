@@ -1,4 +1,4 @@
-"""Timing that a noisy machine does not spoil: candidates take turns, and ratios are taken within a turn."""
+"""Timing on noisy machines: candidates alternate, and ratios are computed within a round."""
 
 import ctypes
 import gc
@@ -65,7 +65,7 @@ def take_turns(
     burn_in: int = 1,
     repeats: int = 1,
 ) -> Times:
-    """Time candidates round by round, each once a round, between synchronisations.
+    """Time candidates in rounds, each once per round, between synchronizations.
 
     Args:
         candidates: What to run, by name. CPU time is this process's, and that in a candidate's own attribute
@@ -141,7 +141,7 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def _give_back() -> None:
-    """Return freed memory to the system: what is in use again afterwards would not show."""
+    """Return freed memory to the system, since its reuse would not be visible."""
     gc.collect()
     with suppress(AttributeError, OSError):  # glibc has it, other C libraries do not
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""One worker against two on gloo, one core each, and what they send each other, in bytes and in time."""
+"""One worker versus two with gloo, one core each, and the bytes and time of their communication."""
 
 import gc
 import json
@@ -25,7 +25,7 @@ _CPU = torch.device("cpu")
 _SAME, _HALF = "two workers, same batch each", "two workers, half the batch each"
 _LATE = "two workers, reduction after the backward pass"
 # What the machine itself costs two processes: caches, memory and clock are common, and nothing is said.
-_APART = "two that do not speak, same batch each"
+_APART = "two independent processes, same batch each"
 _LEAST_SECONDS = 12.0  # of turns: short ones need many for a firm median
 _REDUCTIONS = 20  # a small network's takes a millisecond
 _BARS = {_SAME: 2 / 1.85}
@@ -121,7 +121,7 @@ def _measured(rank: int, workload: Workload, rounds: int) -> dict[str, Any]:
 
 
 def _reduction_alone(buckets: list[int], rounds: int) -> list[float]:
-    """Seconds of an all-reduce of buckets of so many bytes, with no computation beside it."""
+    """Seconds of an all-reduce of buckets of these sizes, without concurrent computation."""
     gradients = [torch.zeros(num_bytes // 4) for num_bytes in buckets]
 
     def reduce() -> None:
@@ -132,7 +132,7 @@ def _reduction_alone(buckets: list[int], rounds: int) -> list[float]:
 
 
 def _bytes_reduced(workload: Workload, context: WorkerContext) -> tuple[list[int], list[int]]:
-    """Bytes of each bucket that goes through all-reduce: in an attack, and in a whole step after it."""
+    """Bytes of each all-reduced bucket: in an attack, and in a whole step."""
     step = FullStep(workload, context)
     step()
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""The networks, batches and attacks that are measured, and a complete training step on each."""
+"""The measured networks, batches and attacks, and a complete training step of each."""
 
 import itertools
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ _IMAGES = 4096
 
 @dataclass(frozen=True)
 class Workload:
-    """One network on one kind of images, under one attack.
+    """A network with a kind of images and an attack.
 
     Attributes:
         model: Name of the network.
         image_shape: (C, H, W).
-        batch_size: Images a step.
+        batch_size: Images per step.
         num_steps: K, the attack's steps.
         epsilon: Radius, L-infinity.
         step_size: Length of one attack step.
@@ -49,7 +49,7 @@ class Workload:
         return f"{self.model}, K = {self.num_steps}, batch {self.batch_size}"
 
     def config(self, **changes: Any) -> RunConfig:
-        """The run, in the cheap mode (`pool: batch`) unless the changes say otherwise; sections are merged."""
+        """The run, in the cheap mode (`pool: batch`) unless changed; sections are merged."""
         fields: dict[str, Any] = {
             "data": {"name": "cifar10", "root": "synthetic"},
             "model": {"name": self.model},
@@ -102,7 +102,7 @@ class FullStep:
 
     @property
     def adversary(self) -> Adversary:
-        """What attacks."""
+        """The training attack."""
         return self.step.adversary
 
     def next_raw(self) -> RawBatch:

@@ -1,4 +1,4 @@
-"""Write the tables of settings into configuration.md, sweeps.md and evaluation.md, from the fields that validate them.
+"""Generate the tables of settings in configuration.md, sweeps.md and evaluation.md from the settings classes.
 
 python docs/make_configuration.py
 """
@@ -29,50 +29,50 @@ END = "<!-- end of settings -->"
 EXAMPLE = re.compile(r"digits-tla-s0-[0-9a-f]{8}")
 _HEAD = ("| setting | type or choices | default | range, unit | meaning |", "|---|---|---|---|---|")
 _RADII_HEAD = ("| data set | L-infinity | L2 |", "|---|---|---|")
-_NETWORKS_HEAD = ("| network | what |", "|---|---|")
+_NETWORKS_HEAD = ("| network | description |", "|---|---|")
 _TYPES = {
     bool: "`true`, `false`",
-    int: "whole number",
+    int: "integer",
     float: "number",
-    str: "text",
+    str: "string",
     Path: "path",
-    tuple[int, ...]: "list of whole numbers",
-    dict[str, str]: "mapping of text to text",
+    tuple[int, ...]: "list of integers",
+    dict[str, str]: "mapping of strings",
     dict[str, EvaluationAttack]: "mapping of names to attacks",
-    dict[str, Dimension]: "mapping of fields to what is searched",
+    dict[str, Dimension]: "mapping of fields to dimensions",
     dict[str, dict[str, typing.Any]]: "mapping of names to fields",
-    tuple[int, int]: "two whole numbers",
-    tuple[str, ...]: "list of text",
+    tuple[int, int]: "two integers",
+    tuple[str, ...]: "list of strings",
     tuple[typing.Any, ...]: "list",
     tuple[Objective, ...]: "list of `robust_accuracy`, `clean_accuracy`",
 }
 
 
 def page_with_tables(page: str) -> str:
-    """The page with the tables of all settings between its two markers, and the run name of its examples renewed."""
+    """The page with its generated tables and the current run name in its examples."""
     example = load_settings(["--preset", "digits"]).run_config.run_name
     return _between_markers(EXAMPLE.sub(example, page), tables())
 
 
 def sweeps_with_tables(page: str) -> str:
-    """The page on sweeps with its tables between the two markers."""
-    text = f"{Dimension.__doc__} These are the fields of every entry of `sweep.space`."
+    """The page on sweeps with its generated tables."""
+    text = f"{Dimension.__doc__} Fields of each entry of `sweep.space`."
     beside = [name for name in TuneSettings.model_fields if name not in RunSettings.model_fields and name != "sweep"]
     blocks = [
         _block("`sweep`", SweepConfig.__doc__ or "", _rows(SweepConfig, list(SweepConfig.model_fields), "sweep.")),
-        _block("A searched setting", text, _rows(Dimension, list(Dimension.model_fields))),
-        _block("Beside the sweep", "Besides those of a run.", _rows(TuneSettings, beside)),
+        _block("Search dimensions", text, _rows(Dimension, list(Dimension.model_fields))),
+        _block("Job options", "In addition to those of a run.", _rows(TuneSettings, beside)),
     ]
     return _between_markers(page, "\n".join(blocks))
 
 
 def evaluation_with_tables(page: str) -> str:
-    """The page on evaluation with its tables between the two markers."""
+    """The page on evaluation with its generated tables."""
     shared = {"scaling", "tracking"}
     fields = {name: field for name, field in EvaluateSettings.model_fields.items() if name not in shared}
     sections = {name: kind for name, field in fields.items() if (kind := _section(field)) is not None}
     own = [name for name in fields if name not in sections]
-    text = "`scaling` and `tracking` are those of a run."
+    text = "`scaling` and `tracking` are as for a run."
     blocks = [_radii(), _block("The evaluation", text, _rows(EvaluateSettings, own))]
     for name, kind in sections.items():
         blocks.append(_block(f"`{name}`", kind.__doc__ or "", _rows(kind, list(kind.model_fields), f"{name}.")))
@@ -80,16 +80,16 @@ def evaluation_with_tables(page: str) -> str:
 
 
 def _radii() -> str:
-    """The documented radii, a data set a row."""
+    """The documented radii, one row per data set."""
     names = list(dict.fromkeys(name for name, _ in RADII))
     rows = [_row(f"`{name}`", *(_radius(RADII.get((name, norm))) for norm in ("linf", "l2"))) for name in names]
-    text = "The radius of a norm that is named without one, where training used another norm."
+    text = "Default radii for a norm other than the training norm."
     return "\n".join(["### Documented radii", "", text, "", *_RADII_HEAD, *rows, ""])
 
 
 def _radius(radius: Radius | None) -> str:
     if radius is None:
-        return "none: give one"
+        return "none; set one"
     fraction = Fraction(radius.epsilon).limit_denominator(255)
     shown = str(fraction) if fraction.denominator == 255 else f"{radius.epsilon:g}"
     return f"{shown} ({radius.source})"
@@ -104,24 +104,21 @@ def _between_markers(page: str, text: str) -> str:
 
 
 def tables() -> str:
-    """All settings as Markdown: the run, its sections, an attack of the evaluation, networks, what is not the run."""
+    """All settings as Markdown: the run, its sections, evaluation attacks, networks, job options."""
     sections = {name: kind for name, field in RunConfig.model_fields.items() if (kind := _section(field)) is not None}
     own = [name for name in RunConfig.model_fields if name not in sections]
     beside = [name for name in RunSettings.model_fields if name not in RunConfig.model_fields]
-    blocks = [_block("The run", "What a run is called, and what it does.", _rows(RunConfig, own))]
+    blocks = [_block("The run", "Name, method and seed.", _rows(RunConfig, own))]
     for name, kind in sections.items():
         blocks.append(_block(f"`{name}`", kind.__doc__ or "", _rows(kind, list(kind.model_fields), f"{name}.")))
     attack = list(EvaluationAttack.model_fields)
-    text = (
-        f"{EvaluationAttack.__doc__} These are the fields of `evaluation.validation` and of every entry of "
-        "`evaluation.test`."
-    )
-    blocks.append(_block("Attacks of the evaluation", text, _rows(EvaluationAttack, attack)))
+    text = f"{EvaluationAttack.__doc__} Fields of `evaluation.validation` and of each entry of `evaluation.test`."
+    blocks.append(_block("Evaluation attacks", text, _rows(EvaluationAttack, attack)))
     networks = [_row(f"`{name}`", _plain(text)) for name, text in MODEL_DESCRIPTIONS.items()]
     networks.append(_row(f"`{TORCHVISION_PREFIX}NAME`", "a classifier of torchvision, such as `torchvision:resnet18`"))
-    blocks.append("\n".join(["### Networks", "", "What `model.name` takes.", "", *_NETWORKS_HEAD, *networks, ""]))
-    text = "Not part of the run: not in `config.yaml`, not in MLflow's parameters."
-    blocks.append(_block("Beside the run", text, _rows(RunSettings, beside)))
+    blocks.append("\n".join(["### Networks", "", "Values of `model.name`.", "", *_NETWORKS_HEAD, *networks, ""]))
+    text = "Not part of the run: neither in `config.yaml` nor among the MLflow parameters."
+    blocks.append(_block("Job options", text, _rows(RunSettings, beside)))
     return "\n".join(blocks)
 
 
@@ -132,7 +129,7 @@ def _block(title: str, text: str, rows: Iterator[str]) -> str:
 def _rows(section: type[BaseModel], names: list[str], prefix: str = "") -> Iterator[str]:
     for name in names:
         field = section.model_fields[name]
-        meaning, facts = _split_facts(field.description or "the fields are below")
+        meaning, facts = _split_facts(field.description or "fields are below")
         yield _row(f"`{prefix}{name}`", _type(field), _default(field), _plain(facts), _plain(meaning))
 
 
@@ -141,7 +138,7 @@ def _row(*cells: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that no renderer takes for a tag."""
+    """Text with escaped angle brackets."""
     return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -151,7 +148,7 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _split_facts(description: str) -> tuple[str, str]:
-    """A description `text [facts]` in its two parts; facts may hold brackets themselves."""
+    """Split a description `text [facts]`; facts may contain brackets."""
     if not description.endswith("]"):
         return description, ""
     depth = 0

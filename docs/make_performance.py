@@ -3,7 +3,7 @@
     python -m benchmarks --keep_ratios --output docs/results/performance-cpu.json
     python -m docs.make_performance
 
-A GPU's tables come from docs/results/performance-gpu.json, where there is one.
+The GPU tables come from docs/results/performance-gpu.json, if it exists.
 """
 
 import json
@@ -17,14 +17,14 @@ HERE = Path(__file__).parent
 PAGES = (HERE / "performance.md", HERE / "scaling.md")
 RESULTS = {device: HERE / "results" / f"performance-{device}.json" for device in ("cpu", "gpu")}
 BLOCK = re.compile(r"(<!-- (cpu|gpu|model): ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-# Where no GPU has been measured, the model assumes this share of an H200's dense bfloat16 rate.
+# If no GPU has been measured, the model assumes this share of an H200's dense bfloat16 rate.
 ASSUMED_RATE, ASSUMED_SHARE = 989e12, 0.25
 MODELLED = {"preact_resnet_18": (512, 10, 0.5554e9, 11_172_170), "wrn_32_10": (256, 7, 6.630e9, 45_901_914)}
 BUCKET_BYTES = 25 * 2**20
 
 
 def filled(page: str, results: dict[str, dict[str, Any]]) -> str:
-    """The page with every marked block written anew."""
+    """The page with every marked block regenerated."""
 
     def block(found: re.Match[str]) -> str:
         begin, source, name, end = found.groups()
@@ -34,7 +34,7 @@ def filled(page: str, results: dict[str, dict[str, Any]]) -> str:
 
 
 def content(source: str, name: str, results: dict[str, dict[str, Any]]) -> str:
-    """What goes into one block."""
+    """Content of a block."""
     if source == "model":
         return model(results)
     found = results.get(source)
@@ -54,7 +54,7 @@ def lines(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def facts(found: dict[str, Any]) -> str:
-    """Where the figures come from."""
+    """Origin of the figures."""
     load = max(found["load before"], found.get("load after", 0))
     again = "".join(
         f" Stage {stage} was measured again: `{run['command']}` at {run['commit']}, {run['device']}."
@@ -68,7 +68,7 @@ def facts(found: dict[str, Any]) -> str:
 
 
 def bars(ratios: dict[str, dict[str, float | None]]) -> str:
-    """Ratios that are held to a bar, and whether they meet it."""
+    """Ratios that have a threshold, and whether they meet it."""
     rows = []
     for name, ratio in ratios.items():
         if ratio["bar"] is None:
@@ -77,11 +77,11 @@ def bars(ratios: dict[str, dict[str, float | None]]) -> str:
         verdict = "met" if missed <= 0 else f"missed by {missed:.0f} %"
         rows.append([name, f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"])
         rows[-1] += [f"{ratio['bar']:.2f}", verdict]
-    return lines(["ratio, the lower the better", "median (quartiles)", "bar", ""], rows)
+    return lines(["ratio (lower is better)", "median (quartiles)", "threshold", ""], rows)
 
 
 def model(results: dict[str, dict[str, Any]]) -> str:
-    """Weak scaling on paper."""
+    """Modelled weak scaling."""
     measured = results.get("gpu", {}).get("raw", {})
     rows = []
     for name, (batch, steps, multiply_adds, parameters) in MODELLED.items():
@@ -94,13 +94,13 @@ def model(results: dict[str, dict[str, Any]]) -> str:
         num_bytes = 4 * parameters
         buckets = -(-num_bytes // BUCKET_BYTES) + 1
         shares = [efficiency(seconds, 4 / passes * seconds, num_bytes, buckets, count, Cluster()) for count in GPUS]
-        rows.append([f"`{name}`, K = {steps}, {batch} a GPU", f"{1000 * seconds:.0f} ({origin})"])
+        rows.append([f"`{name}`, K = {steps}, {batch} per GPU", f"{1000 * seconds:.0f} ({origin})"])
         rows[-1] += [f"{num_bytes / 1e6:.0f}", *(f"{100 * share:.1f} %" for share in shares)]
     return lines(["run", "step, ms", "MB reduced", *(f"{count} GPUs" for count in GPUS)], rows)
 
 
 def load() -> dict[str, dict[str, Any]]:
-    """The results that there are."""
+    """The available results."""
     return {device: json.loads(path.read_text()) for device, path in RESULTS.items() if path.exists()}
 
 

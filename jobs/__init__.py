@@ -1,1 +1,1 @@
-"""Scripts, one for each thing a user does."""
+"""Scripts, one per user action."""

@@ -1,4 +1,4 @@
-"""Train a robust classifier on Ray and register it in MLflow.
+"""Train a robust classifier with Ray Train and register it in MLflow.
 
 python jobs/train_tla.py --preset digits
 python jobs/train_tla.py --preset mnist --data.root /data/mnist --scaling.num_workers 4
@@ -11,7 +11,7 @@ from tla_service.job import run_job
 
 
 def main() -> int:
-    """Read the configuration, train, and say where everything is."""
+    """Read the configuration, train, and print the results."""
     settings = load_settings()
     if settings.print_config:
         print(print_config(settings))

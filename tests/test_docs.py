@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from benchmarks.settings import BenchmarkSettings
+from tla_service.cluster.doctor.settings import CheckupSettings
 from tla_service.config import RunConfig
 from tla_service.config.fields import parse_fraction
 from tla_service.config.loading import JobSettings, RunSettings, preset_names, read_settings, sweep_preset_names
@@ -21,7 +22,7 @@ from tla_service.tuning.settings import Dimension, SweepConfig, TuneSettings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ENTRY = re.compile(r"jobs/\w+\.py|-m benchmarks(?!\.)|tla_service\.(?:training|report)\b|\bARGS=")
+ENTRY = re.compile(r"jobs/\w+\.py|-m benchmarks(?:\.serving)?\b|tla_service\.(?:training|report)\b|\bARGS=")
 
 
 def commands(page: Path) -> Iterator[str]:
@@ -33,6 +34,7 @@ def commands(page: Path) -> Iterator[str]:
 
 # What each job reads its command line into; all others read a run's settings.
 JOBS: dict[str, type[JobSettings]] = {
+    "jobs/doctor.py": CheckupSettings,
     "jobs/evaluate_tla.py": EvaluateSettings,
     "-m tla_service.report": ReportSettings,
     "-m benchmarks": BenchmarkSettings,
@@ -68,8 +70,8 @@ def settings_of(line: str) -> type[JobSettings]:
 
 
 def flags_of_job(line: str) -> set[str]:
-    """Flags that a job script defines itself."""
-    scripts = re.findall(r"jobs/\w+\.py", line)
+    """Flags that a script defines itself."""
+    scripts = re.findall(r"jobs/\w+\.py", line) + ["benchmarks/serving.py"] * ("benchmarks.serving" in line)
     return {
         flag for script in scripts for flag in re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / script).read_text())
     }
@@ -143,7 +145,7 @@ def test_every_flag_of_a_command_exists(page: str, line: str) -> None:
 
 @pytest.mark.parametrize(
     ("page", "line"),
-    [(page, line) for page, line in OURS if not re.search("compare_methods|--help", line)],
+    [(page, line) for page, line in OURS if not re.search("compare_methods|benchmarks.serving|--help", line)],
 )
 def test_every_command_is_a_valid_configuration(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments(line)

@@ -1,4 +1,4 @@
-"""What a result depends on beside its configuration: the code's version and the installed packages."""
+"""Code version and installed packages, on which a result depends besides its configuration."""
 
 import getpass
 import importlib.metadata
@@ -15,27 +15,27 @@ _GIT_TIMEOUT_SECONDS = 10
 
 
 def code_version() -> dict[str, str]:
-    """Tags that say which code ran: package version and, in a git checkout, commit and whether it was changed."""
+    """Tags with the package version and, in a git checkout, the commit and whether it has local changes."""
     tags = {"tla.version": tla_service.__version__}
     commit = _git("rev-parse", "HEAD")
     if commit:
         changed = _git("status", "--porcelain", "--untracked-files=no")
         tags["tla.git_dirty"] = str(bool(changed)).lower()
     else:
-        commit = os.environ.get("GIT_COMMIT")  # the image's builder says what it was built from
+        commit = os.environ.get("GIT_COMMIT")  # set when the image is built
     if commit:
         tags |= {"tla.git_commit": commit, "mlflow.source.git.commit": commit}
     tags["mlflow.source.name"] = Path(sys.argv[0]).name or "python"
     try:
         tags["mlflow.user"] = getpass.getuser()
     except (KeyError, OSError):
-        # A container may run under a user id that has no name.
+        # A container may run with a user id without a name.
         tags["mlflow.user"] = str(os.getuid())
     return tags
 
 
 def code_facts() -> dict[str, str]:
-    """Version and, in a git checkout, commit of the code, for reports."""
+    """Version and, in a git checkout, commit, for reports."""
     tags = code_version()
     changed = " with changes" if tags.get("tla.git_dirty") == "true" else ""
     facts = {"version": tags["tla.version"]}
@@ -61,7 +61,7 @@ def environment() -> dict[str, Any]:
 
 
 def _torch_cuda() -> str | None:
-    """The CUDA version torch was built for; asking for devices would claim a GPU context in the driver."""
+    """The CUDA version of torch; querying devices would create a GPU context in the driver."""
     try:
         import torch
     except ImportError:
@@ -70,7 +70,7 @@ def _torch_cuda() -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """The output of a git command in this package's folder; ``None`` without git or outside a checkout."""
+    """Output of a git command in this package's folder; None without git or outside a checkout."""
     folder = Path(tla_service.__file__).parent
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""How a job ends: exit codes, and one line an error instead of a traceback."""
+"""Exit codes of jobs, and one line per error instead of a traceback."""
 
 import os
 import shlex
@@ -13,15 +13,13 @@ INTERRUPTED = 130
 
 
 def run_job(main: Callable[[], int | None]) -> int:
-    """Run a job's main function and turn what it raises into an exit code.
-
-    With `--debug` or `TLA_DEBUG=true` the traceback is shown as well; both are looked at here, because the error may be
-    one of reading them.
+    """Run a job's main function and convert exceptions to exit codes.
 
     Returns:
-        What `main` returned, or 0; 2 when the configuration is wrong; 3 when something the job needs is not there; 130
-        when it was interrupted; 1 for everything else.
+        The result of `main`, or 0; 2 for an invalid configuration; 3 if something is missing or unavailable; 130 if
+        interrupted; 1 for other errors.
     """
+    # Read here and not from the settings, because reading those may be what fails.
     debug = "--debug" in sys.argv or os.environ.get("TLA_DEBUG", "").lower() in ("1", "true", "yes", "on")
     try:
         return main() or 0
@@ -30,15 +28,15 @@ def run_job(main: Callable[[], int | None]) -> int:
         return INTERRUPTED
     except ExceptionGroup as group:
         return max(_tell(error, debug=debug) for error in group.exceptions)
-    except Exception as error:  # noqa: BLE001 - the one place where every error ends
+    except Exception as error:  # noqa: BLE001 - the last resort for all errors
         return _tell(error, debug=debug)
 
 
 def next_command(job: str, *arguments: str) -> str:
-    """The line that says which job to run next, as it can be typed in the shell that started this one.
+    """A line with the command to run next, as typed in the shell that started this job.
 
     Args:
-        job: File name of the job, next to the one that is running.
+        job: File name of a job in the folder of the running one.
         arguments: Its command line; credentials in URLs are left out.
     """
     python, folder = Path(sys.executable), Path.cwd()
@@ -56,5 +54,5 @@ def _tell(error: Exception, *, debug: bool) -> int:
 
 
 def _says_enough(error: Exception) -> bool:
-    """Errors of the training itself, whose message is complete."""
+    """Whether it is one of our errors, with a complete message."""
     return type(error).__module__.startswith("tla_service.")

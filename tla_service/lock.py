@@ -1,4 +1,4 @@
-"""One process per folder: a lock that says who holds it, and that the system frees when its holder dies."""
+"""One process per folder: a lock that names its holder and is released by the system when the holder dies."""
 
 import contextlib
 import fcntl
@@ -24,14 +24,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
-
-    Attributes:
-        host: Name of its machine.
-        pid: Its process.
-        since: When it took the lock, local time.
-        command: What it was started with, without passwords.
-    """
+    """The process that holds a lock, since when (local time), and its command line without passwords."""
 
     host: str
     pid: int
@@ -40,7 +33,7 @@ class Holder:
 
     @classmethod
     def here(cls) -> Self:
-        """This process, from now on."""
+        """This process, now."""
         command = without_credentials(" ".join(shlex.join(sys.orig_argv).split()))
         return cls(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %z"), command)
 
@@ -50,22 +43,21 @@ class Holder:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path, setting: str) -> Iterator[None]:
-    """Hold a folder against every other process, of other machines too where the file system passes locks on.
+    """Lock a folder against other processes, on other machines too if the file system supports it.
 
-    The lock is of the process, as POSIX has it: children do not inherit it, and it is free the moment the process is
-    gone, however it ended.
+    A POSIX lock belongs to the process: children do not inherit it, and it is released when the process ends.
 
     Args:
-        folder: The folder, made if it is missing.
-        setting: Setting that names it.
+        folder: The folder, created if missing.
+        setting: Setting that names it, for messages.
 
     Raises:
-        ConfigError: Another process, or another run of this one, holds it.
-        UnavailableError: It cannot be written.
+        ConfigError: Another process, or another run in this process, holds the lock.
+        UnavailableError: The folder cannot be written.
     """
     path = folder.resolve() / LOCK_FILE
     if path in _held:
-        # Opening and closing the file again would free the lock.
+        # Opening and closing the file again would release the lock.
         raise in_use(setting, folder, Holder.here())
     with _acquired(path, folder, setting) as file:
         _held.add(path)
@@ -98,11 +90,11 @@ def _acquired(path: Path, folder: Path, setting: str) -> IO[str]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()  # its last holder has removed it in between
+        file.close()  # removed by its last holder in the meantime
 
 
 def _read_holder(path: Path) -> Holder | None:
-    """Who the file says holds it; it is written just after the lock was taken."""
+    """The holder according to the file, which is written just after the lock is taken."""
     deadline = time.monotonic() + _READ_SECONDS
     while path.exists() and time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -112,6 +104,6 @@ def _read_holder(path: Path) -> Holder | None:
 
 
 def in_use(setting: str, folder: Path | str, holder: Holder | None) -> ConfigError:
-    """What the second of two processes is told."""
+    """The error for the second of two processes."""
     reason = f"in use by {holder or 'another process'}"
     return ConfigError(setting, folder, reason, f"wait for it, end it, or choose another --{setting}")

@@ -1,4 +1,4 @@
-"""Log lines for machines: one JSON object each, with the run and the rank they are about."""
+"""JSON log lines with labels such as run and rank."""
 
 import json
 import logging
@@ -11,24 +11,20 @@ from tla_service.errors import without_credentials
 
 
 def json_line(level: str, fields: Mapping[str, Any]) -> str:
-    """A record as one line: `time` (seconds since 1970), `level`, and the fields; what is no JSON becomes text."""
+    """One line with `time` (seconds since 1970), `level` and the fields; values that are not JSON become text."""
     line = json.dumps({"time": round(time.time(), 3), "level": level, **fields}, default=str)
     return without_credentials(line)
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats log records so.
-
-    Args:
-        labels: Fields of every line, such as `run`, `run_id` and `rank`.
-    """
+    """Formats log records as JSON lines; `labels` are fields of every line."""
 
     def __init__(self, labels: Mapping[str, Any]) -> None:
         super().__init__()
         self.labels = labels
 
     def format(self, record: logging.LogRecord) -> str:
-        """One record, its traceback within it."""
+        """Format a record, including its traceback."""
         fields = {"logger": record.name, "message": record.getMessage(), **self.labels}
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
@@ -36,12 +32,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_as_json(labels: Mapping[str, Any], level: int = logging.INFO, stream: TextIO | None = None) -> None:
-    """Let this process log JSON lines and nothing else, to standard error unless told otherwise.
+    """Make this process log JSON lines only.
 
     Args:
-        labels: Fields of every line. What is put into the mapping later is in the lines from then on.
-        level: Of this project's loggers; others tell from warnings upwards.
-        stream: Where to.
+        labels: Fields of every line; later changes of the mapping take effect.
+        level: Level of this project's loggers; others log warnings.
+        stream: Default: standard error.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(labels))

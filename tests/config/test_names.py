@@ -16,29 +16,29 @@ from tla_service.registry.job_settings import ImportSettings, PromoteSettings
 from tla_service.report.settings import EvaluateSettings
 
 WRONG = [
-    ("--tracking.registered_model=team/digits", "tracking.registered_model=team/digits", "cannot hold /"),
-    ("--tracking.registered_model=a:b", "tracking.registered_model=a:b", "cannot hold :"),
-    ("--tracking.registered_model=o'neil", "tracking.registered_model=o'neil", "cannot hold '"),
-    ("--tracking.registered_model=a@b", "tracking.registered_model=a@b", "cannot hold @"),
-    ("--tracking.registered_model=..", "tracking.registered_model=..", "not a name"),
-    ("--tracking.registered_model=m-1", "tracking.registered_model=m-1", "MLflow's ids"),
+    ("--tracking.registered_model=team/digits", "tracking.registered_model=team/digits", "cannot contain /"),
+    ("--tracking.registered_model=a:b", "tracking.registered_model=a:b", "cannot contain :"),
+    ("--tracking.registered_model=o'neil", "tracking.registered_model=o'neil", "cannot contain '"),
+    ("--tracking.registered_model=a@b", "tracking.registered_model=a@b", "cannot contain @"),
+    ("--tracking.registered_model=..", "tracking.registered_model=..", "not a valid name"),
+    ("--tracking.registered_model=m-1", "tracking.registered_model=m-1", "model ids in MLflow"),
     (f"--tracking.registered_model={'x' * 300}", f"tracking.registered_model={'x' * 30}...", "300 characters"),
     (f"--tracking.experiment={'x' * 600}", f"tracking.experiment={'x' * 30}...", "600 characters"),
-    ("--tracking.experiment= ", "tracking.experiment= ", "not a name that can be shown"),
-    ('--tracking.tags={"owner%": "x"}', "tracking.tags=owner%", "MLflow takes letters"),
-    ('--tracking.tags={"": "x"}', "tracking.tags=", "shortest form"),
-    ('--tracking.tags={"a//b": "x"}', "tracking.tags=a//b", "shortest form"),
+    ("--tracking.experiment= ", "tracking.experiment= ", "not a printable name"),
+    ('--tracking.tags={"owner%": "x"}', "tracking.tags=owner%", "MLflow allows letters"),
+    ('--tracking.tags={"": "x"}', "tracking.tags=", "not normalized"),
+    ('--tracking.tags={"a//b": "x"}', "tracking.tags=a//b", "not normalized"),
     ('--tracking.tags={"tla.method": "x"}', "tracking.tags=tla.method", "set by the run itself"),
     (f'--tracking.tags={{"{"k" * 240}": "x"}}', f"tracking.tags={'k' * 240}", "longer than 236 characters"),
     (f'--tracking.tags={{"note": "{"x" * 9000}"}}', f"tracking.tags.note={'x' * 30}...", "9000 characters"),
     (
         '--evaluation.test={"PGD-20, eps=8/255 (strong!)": {"kind": "fgsm"}}',
         "evaluation.test=PGD-20, eps=8/255 (strong!)",
-        "MLflow takes letters",
+        "MLflow allows letters",
     ),
-    ('--evaluation.test={"../up": {}}', "evaluation.test=../up", "shortest form"),
-    ('--evaluation.test={"": {}}', "evaluation.test=", "shortest form"),
-    ('--evaluation.test={"worst": {}}', "evaluation.test.worst=worst", "taken"),
+    ('--evaluation.test={"../up": {}}', "evaluation.test=../up", "not normalized"),
+    ('--evaluation.test={"": {}}', "evaluation.test=", "not normalized"),
+    ('--evaluation.test={"worst": {}}', "evaluation.test.worst=worst", "reserved"),
     (f"--name={'n' * 241}", f"name={'n' * 241}", "at most 240 characters"),
 ]
 
@@ -55,11 +55,11 @@ def test_every_job_with_a_tracking_section_asks() -> None:
     for kind, arguments in ((EvaluateSettings, ["--model=a"]), (PromoteSettings, ["--model=a", "--version=1"])):
         with pytest.raises(ConfigError, match=r"^tracking\.experiment= : "):
             read_settings(kind, [*arguments, "--tracking.experiment= "])  # type: ignore[type-var]
-    with pytest.raises(ConfigError, match=r"^name=a/b: a registered model's name cannot hold /"):
+    with pytest.raises(ConfigError, match=r"^name=a/b: a registered model's name cannot contain /"):
         read_settings(ImportSettings, ["--file=w.pt", "--name=a/b"])
     with pytest.raises(ConfigError, match=r"^epsilon=8: outside .*write 8/255"):
         read_settings(ImportSettings, ["--file=w.pt", "--epsilon=8"])
-    with pytest.raises(ConfigError, match=r"^attacks=a%: MLflow takes"):
+    with pytest.raises(ConfigError, match=r"^attacks=a%: MLflow allows"):
         read_settings(EvaluateSettings, ["--model=a", '--attacks={"a%": {}}'])
     for alias in ("latest", "v3", "a b", "a/b"):
         with pytest.raises(ConfigError, match=r"^alias="):

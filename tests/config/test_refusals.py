@@ -64,7 +64,7 @@ WRONG_FLAGS = [
         "write 8/255 if it is in 8-bit levels",
     ),
     ("--data.validation_fraction=10", "data.validation_fraction=10", "less than or equal to 0.5", "write 0.1 for 10%"),
-    ("--mining.clean_noise=800", "mining.clean_noise=800", "less than or equal to 1", "it is: uniform noise"),
+    ("--mining.clean_noise=800", "mining.clean_noise=800", "less than or equal to 1", "expected: uniform noise"),
     (
         '--evaluation.test={"a": {"num_steps": 3, "num_steps": 4}}',
         "--evaluation.test",
@@ -79,7 +79,7 @@ WRONG_FLAGS = [
     ("--method=tla_r", "method=tla_r", "not one of natural, at, alp", "did you mean tla_rn?"),
     ("--method=zzzz", "method=zzzz", "not one of", "choose from natural, at"),
     ("--data.name=cifra10", "data.name=cifra10", "not one of", "did you mean cifar10?"),
-    ("--data.name=mnist", "data.root=None", "mnist is not embedded", "give a folder"),
+    ("--data.name=mnist", "data.root=None", "mnist does not ship with the installation", "give a folder"),
     ("--data.validation_fraction=0.6", "data.validation_fraction=0.6", "less than or equal to 0.5", "held out"),
     ("--model.normalization=cifar", "model.normalization=cifar", "not one of", "did you mean cifar10?"),
     ("--evaluation.validation.kind=cww", "evaluation.validation.kind=cww", "not one of", "did you mean cw?"),
@@ -87,8 +87,8 @@ WRONG_FLAGS = [
     ('--evaluation.test={"a": {"kind": "pgdd"}}', "evaluation.test.a.kind=pgdd", "not one of", "did you mean pgd?"),
     ('--evaluation.test={"a": {"num_step": 3}}', "evaluation.test.a.num_step=3", "no such", "did you mean num_steps?"),
     ('--evaluation.test={"a": {"epsilon": 8}}', "evaluation.test.a.epsilon=8", "outside (0, 1]", "write 8/255"),
-    ("--schedule.milestones=5,2", "schedule.milestones=(5, 2)", "rising order", "sort them"),
-    ("--schedule.milestones=2,2", "schedule.milestones=(2, 2)", "rising order", "each once"),
+    ("--schedule.milestones=5,2", "schedule.milestones=(5, 2)", "ascending order", "sort them"),
+    ("--schedule.milestones=2,2", "schedule.milestones=(2, 2)", "ascending order", "without repeats"),
     ("--schedule.milestones=soon", "schedule.milestones", "valid integer", "multiply by factor"),
     ("--schedule.name=piecewise", "schedule.milestones=()", "needs milestones", "constant"),
     ("--scaling.num_workers=0", "scaling.num_workers=0", "below 1", "number of processes, or auto"),
@@ -101,9 +101,14 @@ WRONG_FLAGS = [
         "not divisible by 3 workers",
         "use 498 or 501",
     ),
-    ("--method=trades --loss.robust_term=mart", "loss.robust_term=mart", "trades has a term of its own", "method mart"),
-    ("--method=alp --loss.robust_term=trades", "loss.robust_term=trades", "alp has a term", "trades or tla"),
-    ("--method=natural --loss.robust_term=mart", "loss.robust_term=mart", "natural has a term", "mart or tla"),
+    (
+        "--method=trades --loss.robust_term=mart",
+        "loss.robust_term=mart",
+        "trades has its own classification term",
+        "method mart",
+    ),
+    ("--method=alp --loss.robust_term=trades", "loss.robust_term=trades", "alp has its own", "trades or tla"),
+    ("--method=natural --loss.robust_term=mart", "loss.robust_term=mart", "natural has its own", "mart or tla"),
     (
         "--method=alp --loss.robust_term=cross_entropy --loss.robust_weight=1",
         "loss.robust_weight=1",
@@ -113,17 +118,17 @@ WRONG_FLAGS = [
     ("--loss.robust_weight=3", "loss.robust_weight=3", "method tla has no divergence", "loss.robust_term to trades"),
     ("--method=mart --loss.clean_weight=0.5", "loss.clean_weight=0.5", "mart term has its own share", "robust_weight"),
     ("--method=trades --no-attack.random_start", "attack.random_start=False", "no gradient", "set it to true"),
-    ("--method=trades --attack.kind=n_fgsm --attack.noise=0", "attack.noise=0", "no gradient", "give noise"),
+    ("--method=trades --attack.kind=n_fgsm --attack.noise=0", "attack.noise=0", "no gradient", "above 0"),
     (
         "--attack.kind=free --mining.pool=separate --mining.queries=last_step",
         "mining.queries=last_step",
-        "no attack steps before it mines",
+        "no attack steps before mining",
         "use final",
     ),
     ("--attack.kind=n_fgsm --attack.norm=l2", "attack.kind=n_fgsm", "for linf only", "use pgd"),
     ("--attack.kind=free --attack.awp", "attack.awp=True", "one backward pass", "pgd or n_fgsm"),
-    ("--method=natural --attack.awp", "attack.awp=True", "meets no adversary", "method at"),
-    ("--attack.free_replays=1", "attack.free_replays=1", "greater than or equal to 2", "updates from each batch"),
+    ("--method=natural --attack.awp", "attack.awp=True", "has no attack", "method at"),
+    ("--attack.free_replays=1", "attack.free_replays=1", "greater than or equal to 2", "updates per batch"),
     ("--attack.kind=fgsm", "attack.kind=fgsm", "not one of", "did you mean n_fgsm?"),
     ("--training.ema_decay=1", "training.ema_decay=1", "less than 1", "decay"),
     ("--seed=-1", "seed=-1", "greater than or equal to 0", "seed of the split"),
@@ -222,7 +227,7 @@ def test_file_that_is_no_text(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "run.yaml").write_bytes(content)
     error = refusal(["--config", str(tmp_path / "run.yaml")])
     assert error.subject == "config"
-    assert "not a text file" in error.reason
+    assert "not a UTF-8 text file" in error.reason
 
 
 WRONG_VARIABLES = [
@@ -302,7 +307,7 @@ def test_wrong_number_of_workers_is_told_that_a_number_will_do(value: str) -> No
 def test_section_that_is_no_section_is_told_what_to_write(tmp_path: Path, section: str, value: str) -> None:
     error = refusal(file_of(tmp_path, f"{section}: {value}"))
     assert error.subject == section
-    assert error.remedy != "it is: see --help"
+    assert error.remedy != "expected: see --help"
 
 
 def test_inherited_epsilon_is_checked_under_the_attack_s_own_norm() -> None:

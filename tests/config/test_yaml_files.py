@@ -71,7 +71,7 @@ def test_an_anchor_inside_itself_ends() -> None:
     ("text", "seed"), [("010", 10), ("0x10", 16), ("1_000", 1000), ("1.0", 1), ("+3", 3), ("'7'", 7), ("00", 0)]
 )
 def test_whole_numbers_mean_what_they_mean_on_the_command_line(tmp_path: Path, text: str, seed: int) -> None:
-    """YAML 1.1 takes 010 for 8 and 1:30 for 90."""
+    """As in YAML 1.2; YAML 1.1 reads 010 as 8 and 1:30 as 90."""
     assert load_settings(file_of(tmp_path, f"seed: {text}")).seed == seed
     with pytest.raises(ConfigError, match="seed=1:30: "):
         load_settings(file_of(tmp_path, "seed: 1:30"))
@@ -96,11 +96,11 @@ def test_presets_and_studies_are_read_by_it_too() -> None:
 
 
 UNREADABLE = [
-    (b"# r\xe9glages\nseed: 3\n", "not a text file in UTF-8 (byte 0xE9 in line 1)", "saved as UTF-8"),
-    (b"seed: 3\n# \xff\n", "byte 0xFF in line 2", "saved as UTF-8"),
-    ("seed: 3\n".encode("utf-16"), "not a text file in UTF-8", "saved as UTF-8"),
+    (b"# r\xe9glages\nseed: 3\n", "not a UTF-8 text file (byte 0xE9 in line 1)", "save it as UTF-8"),
+    (b"seed: 3\n# \xff\n", "byte 0xFF in line 2", "save it as UTF-8"),
+    ("seed: 3\n".encode("utf-16"), "not a UTF-8 text file", "save it as UTF-8"),
     (b"attack:\n\tepsilon: 8/255\n", "a tab in line 2", "indent with spaces"),
-    (b"seed: 1\n---\nseed: 2\n", "holds a second document from line 2 on", "one document per file"),
+    (b"seed: 1\n---\nseed: 2\n", "contains a second document from line 2 on", "one document per file"),
     (b"attack: {epsilon: 1\nseed: 3\n", "in line 2, column", "correct the file"),
 ]
 

@@ -43,7 +43,7 @@ WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "layer without triplets": (
         ("--method", "at", "--loss.triplet_layer", "logits"),
-        "loss.triplet_layer=logits: method at makes no triplets; leave it out",
+        "loss.triplet_layer=logits: method at has no triplets; leave it out",
     ),
     "method without its weight": (
         ("--loss.triplet_weight", "0"),
@@ -75,12 +75,12 @@ WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
     "network too large": (("--model.name", "torchvision:inception_v3"), "model.name=torchvision:inception_v3: "),
     "registered model that MLflow refuses": (
         ("--tracking.registered_model", "team/digits"),
-        "tracking.registered_model=team/digits: a registered model's name cannot hold /",
+        "tracking.registered_model=team/digits: a registered model's name cannot contain /",
     ),
-    "tag that MLflow refuses": (("--tracking.tags", '{"owner%": "x"}'), "tracking.tags=owner%: MLflow takes letters"),
+    "tag that MLflow refuses": (("--tracking.tags", '{"owner%": "x"}'), "tracking.tags=owner%: MLflow allows letters"),
     "attack whose metric MLflow refuses": (
         ("--evaluation.test", '{"PGD-20, eps=8/255 (strong!)": {"kind": "fgsm"}}'),
-        "evaluation.test=PGD-20, eps=8/255 (strong!): MLflow takes letters",
+        "evaluation.test=PGD-20, eps=8/255 (strong!): MLflow allows letters",
     ),
     "one test image": (
         ("--data.test_limit", "1"),

@@ -38,7 +38,7 @@ def test_spreading_keeps_what_is_no_list(words: list[str]) -> None:
         (["--model", "a", "--attacks", '{"x": {"norm": "linf", "epsilon": 8}}'], "attacks.x.epsilon", "8/255"),
         (["--model", "a", "--attacks", '{"x": {"epsilon": 0.1, "step_size": 2}}'], "attacks.x.step_size", "2/255"),
         (["--model", "a", "--attacks", '{"x": {"kind": "deepfool"}}'], "attacks.x.kind", "fgsm"),
-        (["--model", "a", "--attacks", '{"worst": {}}'], "attacks.worst", "otherwise"),
+        (["--model", "a", "--attacks", '{"worst": {}}'], "attacks.worst", "rename"),
         (["--model", "a", "--images.autoatack", "5"], "images.autoatack", "images.autoattack"),
         (["--model", "a", "--batch_size", "1"], "batch_size", "batch_size"),
     ],

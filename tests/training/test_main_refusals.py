@@ -1,7 +1,6 @@
 """What `python -m tla_service.training` refuses before the first step."""
 
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,12 @@ QUICK = ("--preset", "digits", "--training.max_steps", "1", "--data.train_limit"
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
     def call(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["training", *QUICK, "--output", str(tmp_path / "out"), *arguments])
         code = run_job(job.main)
         return code, capsys.readouterr().err
 
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return call
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

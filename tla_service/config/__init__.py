@@ -1,16 +1,15 @@
 """A run's configuration: frozen, validated sections. Importing it needs no torch."""
 
 from tla_service.config.adversary import AttackConfig, EvaluationAttack
-from tla_service.config.run import (
+from tla_service.config.run import Method, RunConfig
+from tla_service.config.sections import (
     DataConfig,
     DatasetName,
     DetectionConfig,
     EvaluationConfig,
     LossConfig,
-    Method,
     MiningConfig,
     ModelConfig,
-    RunConfig,
     ScalingConfig,
     TrackingConfig,
 )

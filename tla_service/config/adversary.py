@@ -1,4 +1,4 @@
-"""The adversaries of a run: the one that training meets, and those of the evaluation."""
+"""Attacks of a run: the one it trains against, and those it is evaluated with."""
 
 from typing import Literal, NamedTuple, Self
 
@@ -8,52 +8,52 @@ from tla_service.config.bounds import Norm, length_trouble
 from tla_service.config.fields import Pixels, Section, setting, wrong
 from tla_service.config.radii import documented_radius
 
+_LENGTH = "pixels in [0, 1], or L2 length"
+
 
 class AttackConfig(Section):
-    """The adversary that training meets: images stay within epsilon of the original and in [0, 1]."""
+    """The training attack: images stay within epsilon of the original and in [0, 1]."""
 
-    norm: Norm = setting("linf", "norm of the perturbation; l2 needs epsilon and step_size")
-    epsilon: Pixels = setting(8 / 255, "radius of the perturbation", unit="pixels in [0, 1], or L2 length", gt=0)
-    step_size: Pixels = setting(2 / 255, "length of one attack step", unit="as epsilon", gt=0)
+    norm: Norm = setting("linf", "norm of the perturbation; l2 requires epsilon and step_size")
+    epsilon: Pixels = setting(8 / 255, "radius of the perturbation", unit=_LENGTH, gt=0)
+    step_size: Pixels = setting(2 / 255, "step size", unit="as epsilon", gt=0)
     num_steps: int = setting(7, "gradient steps", ge=1, le=10_000)
     warmup: float = setting(
         0.0,
-        "share of the run over which epsilon and step_size grow to their full length; under a large radius a fresh "
-        "network may learn nothing",
+        "share of the run over which epsilon and step_size grow linearly to their full length; with a large radius a "
+        "freshly initialized network may not learn without it",
         ge=0,
         le=1,
     )
     random_start: bool = setting(True, "start at a random point of the ball")
     kind: Literal["pgd", "n_fgsm", "free"] = setting(
         "pgd",
-        "pgd; n_fgsm: one step of epsilon from large noise, not projected (fast); free: replays each batch, images and "
-        "weights move by the same backward pass",
+        "pgd; n_fgsm: a single step of epsilon from large noise, not projected (fast); free: replays each batch and "
+        "updates images and weights with the same backward pass",
     )
     noise: float = setting(2.0, "n_fgsm: uniform noise before the step, the paper's k", unit="epsilons", ge=0, le=10)
-    free_replays: int = setting(
-        8, "free: updates from each batch, the paper's m; divide the epochs by it", ge=2, le=100
-    )
+    free_replays: int = setting(8, "free: updates per batch, the paper's m; divide the epochs by it", ge=2, le=100)
     on_collapse: Literal["stop", "pgd", "ignore"] = setting(
         "stop",
-        "when single-step training (n_fgsm, free, one step of pgd) breaks down under the validation attack: end with "
-        "the best weights, go on from them with num_steps (at least 2) of pgd, or do nothing",
+        "on catastrophic overfitting of single-step training (n_fgsm, free, pgd with one step): stop with the best "
+        "weights, continue from them with pgd (num_steps, at least 2), or ignore it",
     )
     collapse_drop: float = setting(
-        0.5, "what counts as that: robust accuracy lower than the best so far by this share of it", gt=0, lt=1
+        0.5, "relative drop of the validation robust accuracy from its best that counts as such", gt=0, lt=1
     )
     objective: Literal["auto", "cross_entropy", "kl"] = setting(
-        "auto", "what it ascends; auto: TRADES' divergence from the clean prediction for trades, else cross-entropy"
+        "auto", "loss it maximizes; auto: for trades the KL divergence from the clean prediction, else cross-entropy"
     )
-    awp: bool = setting(False, "also move the weights against the loss before each update (adversarial weights)")
-    awp_gamma: float = setting(0.005, "how far, as a share of each kernel's norm", gt=0, le=1)
+    awp: bool = setting(False, "adversarial weight perturbation before each update")
+    awp_gamma: float = setting(0.005, "size of the weight perturbation relative to each kernel's norm", gt=0, le=1)
     batchnorm: Literal["eval", "train"] = setting(
-        "eval", "BatchNorm while crafting: running or batch statistics; running statistics never change either way"
+        "eval", "BatchNorm during the attack: running or batch statistics; running statistics are never updated"
     )
-    label_smoothing: bool = setting(True, "craft against the smoothed loss that training minimises (the authors' code)")
+    label_smoothing: bool = setting(True, "attack the label-smoothed loss that training minimizes (authors' code)")
 
     @property
     def is_single_step(self) -> bool:
-        """Whether catastrophic overfitting is to be watched for."""
+        """Whether training is prone to catastrophic overfitting."""
         return self.kind != "pgd" or self.num_steps == 1
 
     @model_validator(mode="after")
@@ -67,12 +67,10 @@ class AttackConfig(Section):
         if trouble is not None:
             raise wrong(*trouble)
         if self.on_collapse == "pgd" and self.num_steps == 1:
-            reason = "attack.num_steps=1 makes that a single step too, which would collapse again"
-            raise wrong(
-                "attack.on_collapse", "pgd", reason, "set attack.num_steps to 2 or more, or take stop or ignore"
-            )
+            reason = "attack.num_steps=1 is a single step too and would collapse again"
+            raise wrong("attack.on_collapse", "pgd", reason, "set attack.num_steps to 2 or more, or use stop or ignore")
         if self.awp and self.kind == "free":
-            reason = "free training moves weights and images by one backward pass, adversarial weights need another"
+            reason = "free training has one backward pass for images and weights, weight perturbation needs another"
             raise wrong("attack.awp", "True", reason, "use attack.kind pgd or n_fgsm")
         return self
 
@@ -86,39 +84,30 @@ class Lengths(NamedTuple):
 
 
 class EvaluationAttack(Section):
-    """An adversary of the evaluation; what is not given is taken from the training attack.
+    """An evaluation attack; what is not given is taken from the training attack.
 
-    In another norm than the training attack's, the radius is the one documented for the data set in that norm.
+    In another norm than the training attack's, the default radius is the one documented for the data set in that norm.
     """
 
     kind: Literal["fgsm", "bim", "pgd", "mim", "cw"] = setting("pgd", "attack; cw is PGD on the logit margin")
     norm: Norm | None = setting(None, "norm of the perturbation; none: as in training")
     epsilon: Pixels | None = setting(
-        None,
-        "radius; none: as in training, or in another norm the one documented for the data set",
-        unit="pixels in [0, 1], or L2 length",
-        gt=0,
+        None, "radius; none: as in training, or the data set's documented radius in another norm", unit=_LENGTH, gt=0
     )
     step_size: Pixels | None = setting(
-        None, "length of one step; none: the training attack's share of the radius", unit="as epsilon", gt=0
+        None, "step size; none: the training attack's, relative to the radius", unit="as epsilon", gt=0
     )
     num_steps: int = setting(20, "gradient steps", ge=1, le=10_000)
     num_restarts: int = setting(1, "random restarts; an image counts as broken if any of them breaks it", ge=1, le=1000)
 
     def lengths(self, training: AttackConfig, data_name: str) -> Lengths:
-        """Norm, radius and step size, with what is not given filled in.
-
-        Args:
-            training: The attack that they are taken from. Its radius counts in its own norm only; its step size as a
-                share of its radius.
-            data_name: Data set whose documented radius another norm takes.
-        """
+        """Norm, radius and step size, with defaults taken from the training attack and the data set."""
         norm = self.norm or training.norm
         inherited = training.epsilon if norm == training.norm else documented_radius(data_name, norm)
         epsilon = self.epsilon if self.epsilon is not None else inherited
         step_size = self.step_size
         if step_size is None and epsilon is not None:
             same = norm == training.norm and epsilon == training.epsilon
-            # The training attack's own step must not pass through a division, so that it stays what it is.
+            # Not through a division where the radius is the same, so that the step stays exactly what it is.
             step_size = training.step_size if same else training.step_size / training.epsilon * epsilon
         return Lengths(norm, epsilon, step_size)

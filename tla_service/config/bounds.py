@@ -1,4 +1,4 @@
-"""Which radii and step sizes make sense. Every section that holds an attack asks here."""
+"""Valid radii and step sizes; every section with an attack checks them here."""
 
 import math
 from typing import Literal
@@ -9,11 +9,11 @@ Norm = Literal["linf", "l2"]
 ImageShape = tuple[int, int, int]
 
 _LEVELS = 255
-# A step may cross the ball once; one that is longer jumps from wall to wall. Rounding must not decide.
+# A step may cross the ball once; a longer one jumps from side to side. The margin is for rounding.
 _LONGEST_STEP = 2 * (1 + 1e-9)
-# Steps that together cover less of the radius than this leave the image where it starts.
+# Steps that cover less of the radius than this in total leave the image where it starts.
 _SHORTEST_PATH = 0.005
-# (C, H, W) of the sets whose images have one size.
+# (C, H, W) of data sets with images of one size.
 _SHAPES: dict[str, ImageShape] = {
     "digits": (1, 8, 8),
     "mnist": (1, 28, 28),
@@ -25,7 +25,7 @@ _SHAPES: dict[str, ImageShape] = {
 
 
 def known_shape(data_name: str, image_size: int | None) -> ImageShape | None:
-    """(C, H, W) of a data set's images, as far as it is known without reading it."""
+    """(C, H, W) of a data set's images, if known without reading it."""
     shape = _SHAPES.get(data_name)
     return shape if shape is None or image_size is None else (shape[0], image_size, image_size)
 
@@ -38,18 +38,15 @@ def length_trouble(
     num_steps: int | None = None,
     shape: ImageShape | None = None,
 ) -> Trouble | None:
-    """What is wrong with the lengths of an attack on images in [0, 1].
+    """The first thing wrong with radius and step size of an attack on images in [0, 1], or None.
 
     Args:
-        where: Section of the attack, for messages: `attack`, `evaluation.validation`; empty for a job's own settings.
+        where: Section of the attack, for messages, such as `attack`; empty for a job's own settings.
         norm: Norm of the perturbation.
-        epsilon: Its radius.
-        step_size: Length of one step; None where the attack makes none of its own.
-        num_steps: How many; None where that is not known.
-        shape: (C, H, W) of the images; None where it is not known.
-
-    Returns:
-        The first trouble, or None.
+        epsilon: Radius.
+        step_size: Step size; None for attacks that choose their own.
+        num_steps: Number of steps, if known.
+        shape: (C, H, W) of the images, if known.
     """
     prefix = f"{where}." if where else ""
     radius = f"{prefix}epsilon"

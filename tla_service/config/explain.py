@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one line an error: field, value, reason, remedy."""
+"""What is wrong with a configuration, one line per error: field, value, reason, remedy."""
 
 import difflib
 import json
@@ -16,18 +16,13 @@ from tla_service.errors import ConfigError
 
 
 class Explainer:
-    """Explains errors in the terms of one tree of settings.
-
-    Args:
-        root: The settings class.
-        prefix: What environment variables of it begin with.
-    """
+    """Explains errors in the terms of a settings class whose environment variables begin with a prefix."""
 
     def __init__(self, root: type[BaseModel], prefix: str) -> None:
         self._root, self._prefix = root, prefix
 
     def explain(self, error: ErrorDetails) -> ConfigError:
-        """Say what pydantic found."""
+        """Explain a pydantic error."""
         context = error.get("ctx", {})
         if error["type"] == "cross_field":
             return ConfigError(context["field"], context["value"], context["reason"], context["remedy"])
@@ -36,9 +31,10 @@ class Explainer:
         if error["type"] == "extra_forbidden":
             parts = location[-1].split(".")
             if len(parts) > 1 and self._field_at([*location[:-1], *parts]) is not None:
-                nested = f"{': {'.join(parts)}: ...{'}' * (len(parts) - 1)}"
-                return ConfigError(name, value, "no such setting", f"nest it, as in {nested}")
-            return ConfigError(name, value, "no such setting", suggest(location[-1], self._names_at(location[:-1])))
+                remedy = f"nest it, as in {': {'.join(parts)}: ...{'}' * (len(parts) - 1)}"
+            else:
+                remedy = suggest(location[-1], self._names_at(location[:-1]))
+            return ConfigError(name, value, "no such setting", remedy)
         if error["type"] == "literal_error" and not (known is not None and _is_union(known.annotation)):
             choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
             return ConfigError(name, value, f"not one of {', '.join(choices)}", suggest(str(value), choices))
@@ -47,24 +43,26 @@ class Explainer:
         if section is not None:
             return ConfigError(name, value, reason, f"write settings under it: {', '.join(section.model_fields)}")
         described = known.description if known is not None and known.description else "see --help"
-        return ConfigError(name, value, reason, f"{_in_other_units(error, described)}it is: {described}")
+        return ConfigError(name, value, reason, f"{_in_other_units(error, described)}expected: {described}")
 
     def explain_flag(self, message: str) -> ConfigError:
-        """Say what the argument parser complains of."""
+        """Explain a complaint of the argument parser."""
         unknown = re.search(r"unrecognized arguments: (--)?(\S+)", message)
         if unknown is None:
             return ConfigError("command line", None, message.removeprefix("error parsing CLI: "), "see --help")
         flag = unknown[2].split("=")[0]
-        close = difflib.get_close_matches(flag, self._all_flags(), n=1, cutoff=0.5)
+        top = list(self._root.model_fields)
+        flags = [*top, *(f"{name}.{field}" for name in top for field in self._names_at([name]))]
+        close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
         remedy = f"did you mean --{close[0]}?" if close else "see --help"
         return ConfigError(f"{unknown[1] or ''}{flag}", None, "no such flag", remedy)
 
     def broken_variable(self) -> ConfigError | None:
-        """Find the variable of a section or a list that is no JSON; pydantic-settings does not say which."""
+        """Find the variable of a section or a list that is not JSON; pydantic-settings does not say which."""
         for variable, path in self._variables():
             field = self._field_at(path)
             composite = field is not None and typing.get_origin(field.annotation) in (dict, tuple)
-            if field is not None and (composite or self._section_at(path) is not None):
+            if composite or (field is not None and self._section_at(path) is not None):
                 try:
                     json.loads(os.environ[variable])
                 except ValueError:
@@ -73,29 +71,28 @@ class Explainer:
         return None
 
     def unknown_variable(self, *others: type[BaseModel]) -> ConfigError | None:
-        """Find a variable with our prefix that sets nothing, here or in `others`; pydantic-settings ignores those."""
-        explainers = [self, *(Explainer(root, self._prefix) for root in others)]
+        """Find a variable with the prefix that sets nothing, here or in `others`; pydantic-settings ignores those."""
+        roots = (self._root, *others)
         for variable, path in self._variables():
-            if not (path[0].startswith("test_") or any(explainer._sets(path) for explainer in explainers)):
+            if not (path[0].startswith("test_") or any(Explainer(root, "")._sets(path) for root in roots)):
                 remedy = "sections and fields are joined by two underscores, as in TLA_LOSS__MARGIN"
                 return ConfigError(variable, os.environ[variable], "no such setting", remedy)
         return None
 
     def variables(self) -> list[tuple[str, str]]:
-        """Environment variables with our prefix, and their values."""
+        """Environment variables with the prefix, and their values."""
         return [(name, os.environ[name]) for name, _ in self._variables()]
 
-    def _sets(self, path: Sequence[str]) -> bool:
-        below_a_value = len(path) > 1 and self._section_at(path[:1]) is None
-        return path[0] in self._root.model_fields and not below_a_value
-
     def _variables(self) -> list[tuple[str, list[str]]]:
-        """Environment variables with our prefix, and the path of names each stands for."""
+        """Environment variables with the prefix, and the field that each sets as a path of names."""
         ours = [name for name in os.environ if name.upper().startswith(self._prefix)]
         return [(name, name[len(self._prefix) :].lower().split("__")) for name in ours]
 
+    def _sets(self, path: Sequence[str]) -> bool:
+        return path[0] in self._root.model_fields and (len(path) == 1 or self._section_at(path[:1]) is not None)
+
     def _locate(self, error: ErrorDetails) -> tuple[list[str], Any]:
-        """The path of names of the field at fault, and the field."""
+        """The field at fault, as a path of names and as pydantic knows it."""
         location = [str(part) for part in error["loc"] if part != "[key]"]
         known = self._field_at(location)
         if error["type"] == "extra_forbidden":
@@ -107,29 +104,24 @@ class Explainer:
                 location = location[:-1]
         return location, known
 
-    def _section_at(self, location: Sequence[str]) -> type[BaseModel] | None:
-        """The section that a path of names leads to, through dictionaries too."""
+    def _section_at(self, path: Sequence[str]) -> type[BaseModel] | None:
+        """The section at a path of names, through dictionaries too (`evaluation.test.NAME`)."""
         section: Any = self._root
-        for name in location:
-            if not (isinstance(section, type) and issubclass(section, BaseModel)):
-                # A dictionary's values: evaluation.test.NAME
+        for name in path:
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                field = section.model_fields.get(name)
+                section = field.annotation if field else None
+            else:
                 section = typing.get_args(section)[-1] if typing.get_args(section) else None
-                continue
-            field = section.model_fields.get(name)
-            section = field.annotation if field else None
         return section if isinstance(section, type) and issubclass(section, BaseModel) else None
 
-    def _field_at(self, location: Sequence[str]) -> Any:
-        section = self._section_at(location[:-1]) if location else None
-        return section.model_fields.get(location[-1]) if section is not None else None
+    def _field_at(self, path: Sequence[str]) -> Any:
+        section = self._section_at(path[:-1]) if path else None
+        return section.model_fields.get(path[-1]) if section is not None else None
 
-    def _names_at(self, location: Sequence[str]) -> list[str]:
-        section = self._section_at(location)
+    def _names_at(self, path: Sequence[str]) -> list[str]:
+        section = self._section_at(path)
         return list(section.model_fields) if section is not None else []
-
-    def _all_flags(self) -> list[str]:
-        top = list(self._root.model_fields)
-        return [*top, *(f"{name}.{field}" for name in top for field in self._names_at([name]))]
 
 
 def suggest(word: str, choices: Sequence[str]) -> str:

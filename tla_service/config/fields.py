@@ -1,4 +1,4 @@
-"""What configuration fields are made of: help with unit and range, fractions, errors that name their field."""
+"""Building blocks of settings: help with unit and range, fractions, and errors that name their field."""
 
 import math
 import typing
@@ -7,13 +7,15 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
 
 def parse_fraction(value: object) -> object:
-    """Turn "8/255" into 8/255; leave every other value to pydantic. Nothing is ever evaluated."""
+    """Turn "8/255" into 8/255 without evaluating anything; leave every other value to pydantic."""
     if isinstance(value, str) and "/" in value:
         try:
-            above, below = (float(part) for part in value.split("/"))
-            quotient = above / below
+            numerator, denominator = map(float, value.split("/"))
+            quotient = numerator / denominator
         except (ValueError, ZeroDivisionError):
             quotient = math.nan
         if not math.isfinite(quotient):
@@ -27,20 +29,19 @@ Pixels = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type
 
 def setting(default: Any, text: str, *, unit: str = "", **constraints: Any) -> Any:
     """A field whose help names its unit and range, taken from the constraints that validate it."""
-    low = next((f"{sign} {constraints[key]}" for key, sign in (("gt", ">"), ("ge", ">=")) if key in constraints), "")
-    high = next((f"{sign} {constraints[key]}" for key, sign in (("lt", "<"), ("le", "<=")) if key in constraints), "")
-    facts = ", ".join(part for part in (unit, " and ".join(filter(None, (low, high)))) if part)
+    bounds = " and ".join(f"{sign} {constraints[key]}" for key, sign in _SIGNS.items() if key in constraints)
+    facts = ", ".join(filter(None, (unit, bounds)))
     return Field(default, description=f"{text} [{facts}]" if facts else text, **constraints)
 
 
 class Section(BaseModel):
-    """A frozen group of settings; unknown names are refused."""
+    """A frozen group of settings; unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+    def _bool_is_no_number(cls, value: object, info: ValidationInfo) -> object:
         """Refuse `true` (and YAML's `yes`, `on`) for a number: pydantic would take it for 1."""
         if isinstance(value, bool) and not _takes_bool(cls.model_fields[str(info.field_name)].annotation):
             raise PydanticCustomError("bool_as_value", "true and false are not valid here")
@@ -48,12 +49,11 @@ class Section(BaseModel):
 
 
 def _takes_bool(annotation: Any) -> bool:
-    members = typing.get_args(annotation)
-    return annotation in (bool, Any) or any(_takes_bool(member) for member in members)
+    return annotation in (bool, Any) or any(map(_takes_bool, typing.get_args(annotation)))
 
 
 class Trouble(NamedTuple):
-    """What is wrong with a field, as the arguments of a ConfigError."""
+    """What is wrong with a field: the arguments of a ConfigError."""
 
     field: str
     value: str

@@ -27,30 +27,27 @@ from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError, without_credentials
 
 CONFIG = "config.yaml"  # in a run's output folder
-ENV_PREFIX = "TLA_"
-_FILES = ("config", "study", "preset")  # each may name the next
+_PRESETS = resources.files("tla_service.config") / "presets"
+_FOLDERS = {"study": _PRESETS / "sweeps", "preset": _PRESETS}
+_FILES = ("config", *_FOLDERS)  # each may name the next
 
 
-def preset_names() -> list[str]:
-    """Names that `--preset` takes."""
-    files = resources.files("tla_service.config") / "presets"
-    return sorted(path.name.removesuffix(".yaml") for path in files.iterdir() if path.name.endswith(".yaml"))
+def preset_names(field: str = "preset") -> list[str]:
+    """Names that `--preset` or `--study` takes."""
+    files = [file.name for file in _FOLDERS[field].iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
 def sweep_preset_names() -> list[str]:
     """Names that `--study` takes."""
-    files = resources.files("tla_service.config") / "presets" / "sweeps"
-    return sorted(path.name.removesuffix(".yaml") for path in files.iterdir() if path.name.endswith(".yaml"))
+    return preset_names("study")
 
 
 class JobSettings(BaseSettings):
-    """What every job takes: settings from a file, the environment and the command line.
-
-    A job's own settings are a subclass; `read_settings` reads it. A subclass with a field `preset` takes presets too.
-    """
+    """Base of every job's settings: read from a file, the environment and the command line by `read_settings`."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX,
+        env_prefix="TLA_",
         env_nested_delimiter="__",
         cli_exit_on_error=False,
         cli_avoid_json=True,
@@ -80,27 +77,27 @@ class JobSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The command line comes first by itself; then the environment, the file, the sweep's preset, the run's."""
+        """After the command line, which comes first by itself: the environment, then the files."""
         files = [_NamedFile(settings_cls, name) for name in _FILES if name in settings_cls.model_fields]
         return init_settings, env_settings, *files
 
 
 class RunSettings(JobSettings, RunConfig):
-    """A run's configuration and what the training job needs beside it."""
+    """A run's configuration, and options of the training job that are not part of it."""
 
     model_config = JobSettings.model_config
 
     preset: str | None = Field(None, description="start from this preset: " + ", ".join(preset_names()))
-    output: Path | None = Field(None, description="folder for results; default runs/<run name>")
+    output: Path | None = Field(None, description="output folder; default: runs/<run name>")
     log_format: Literal["text", "json"] = Field(
-        "text", description="progress and log as text, or as JSON lines with run, run id and rank"
+        "text", description="print progress and logs as text, or as JSON lines with run, run id and rank"
     )
     print_config: Literal["", "yaml", "schema"] = Field(
-        "", description="print the resolved configuration or its JSON schema, and stop"
+        "", description="print the resolved configuration or its JSON schema, and exit"
     )
 
     @model_validator(mode="after")
-    def _check_lengths(self) -> Self:
+    def _check_attacks(self) -> Self:
         trouble = self.attack_trouble(known_shape(self.data.name, self.data.image_size))
         trouble = trouble or attack_trouble("evaluation.test", self.evaluation.test)
         if trouble is not None:
@@ -114,28 +111,56 @@ class RunSettings(JobSettings, RunConfig):
 
     @property
     def output_folder(self) -> Path:
-        """Where results go, as an absolute path."""
+        """The output folder as an absolute path."""
         return (self.output or Path("runs") / self.run_config.run_name).expanduser().absolute()
 
 
 class _NamedFile(YamlConfigSettingsSource):
-    """A YAML file that another setting names."""
+    """A YAML file that the setting `field` names: a path, a preset or a study."""
 
     def __init__(self, settings_cls: type[BaseSettings], field: str) -> None:
         super().__init__(settings_cls, yaml_file=None)
         self._field = field
 
     def __call__(self) -> dict[str, Any]:
-        name = self.current_state.get(self._field)
+        field, name = self._field, self.current_state.get(self._field)
         if name is None:
             return {}
-        values = _READERS[self._field](name) or {}
+        if field == "config":
+            values = read_yaml(Path(name), field) or {}
+        elif name in preset_names(field):
+            values = parse_yaml((_FOLDERS[field] / f"{name}.yaml").read_text("utf-8"), field, name)
+        else:
+            raise ConfigError(field, name, f"no such {field}", suggest(str(name), preset_names(field)))
         if not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
-            raise ConfigError(self._field, name, "holds no settings", "write them as 'section: {field: value}'")
+            raise ConfigError(field, name, "contains no settings", "write them as 'section: {field: value}'")
         return without_lengths_of_other_norms(values, self.current_state)
 
 
 Settings = TypeVar("Settings", bound=JobSettings)
+
+
+def load_config(preset: str | None = None, config: str | Path | None = None, **settings: Any) -> RunConfig:
+    """Make a run's configuration in Python: defaults < preset < YAML file < environment < arguments.
+
+    ::
+
+        load_config("digits", seed=1, training={"epochs": 5}, attack={"epsilon": "8/255"})
+
+    Args:
+        preset: Preset to start from; see docs/configuration.md.
+        config: YAML file with any of the settings.
+        settings: Settings of the run. A section is a dictionary; fields that it does not have keep their values.
+
+    Raises:
+        ConfigError: A setting is wrong.
+        ExceptionGroup: Several are; one ConfigError each.
+    """
+    for name, value in settings.items():
+        if name not in RunConfig.model_fields:
+            raise ConfigError(name, value, "no such setting", suggest(name, list(RunConfig.model_fields)))
+    files = {name: value for name, value in (("preset", preset), ("config", config)) if value is not None}
+    return read_settings(RunSettings, [], **files, **settings).run_config
 
 
 def load_settings(arguments: Sequence[str] | None = None) -> RunSettings:
@@ -143,21 +168,22 @@ def load_settings(arguments: Sequence[str] | None = None) -> RunSettings:
     return read_settings(RunSettings, arguments)
 
 
-def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
+def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, **values: Any) -> Settings:
     """Read a job's settings from all sources.
 
-    Environment variables of a run (``TLA_TRACKING__URI``) may be set for every job of a cluster: a job that has no such
-    setting passes over them.
+    Environment variables of a run (``TLA_TRACKING__URI``) may be set for all jobs of a cluster: a job without such a
+    setting ignores them.
 
     Args:
         kind: The job's settings.
-        arguments: Command line without the program's name; None takes `sys.argv`.
+        arguments: Command line without the program's name; None: `sys.argv`.
+        values: Settings that override those of every other source but the command line.
 
     Raises:
-        ConfigError: One field is wrong.
-        ExceptionGroup: Several are; a ConfigError each.
+        ConfigError: A setting is wrong.
+        ExceptionGroup: Several are; one ConfigError each.
     """
-    explainer = Explainer(kind, ENV_PREFIX)
+    explainer = Explainer(kind, "TLA_")
     unknown = explainer.unknown_variable(RunSettings)
     if unknown is not None:
         raise unknown
@@ -165,10 +191,10 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None) 
     for flag, text in [*_values(arguments), *explainer.variables()]:
         check_json(flag, text)
     try:
-        return kind(_cli_parse_args=arguments)
+        return kind(_cli_parse_args=arguments, **values)
     except ValidationError as error:
-        found = {str(mended.subject): mended for mended in map(explainer.explain, error.errors(include_url=False))}
-        errors = list(found.values())
+        found = map(explainer.explain, error.errors(include_url=False))
+        errors = list({str(one.subject): one for one in found}.values())
     except SettingsError as error:
         errors = [explainer.broken_variable() or explainer.explain_flag(str(error))]
     if len(errors) == 1:
@@ -191,7 +217,7 @@ def load_config_file(path: Path) -> RunConfig:
 
 
 def same_run(text: str, config: RunConfig) -> bool:
-    """Whether a `config.yaml` is of this run: equal in everything that shapes its weights, by this version's rules."""
+    """Whether a `config.yaml` equals this run's in everything that shapes the weights, by this version's rules."""
     try:
         return RunConfig.model_validate(parse_yaml(text, "config", "config.yaml")).digest == config.digest
     except (ValidationError, ConfigError):
@@ -203,6 +229,27 @@ def to_yaml(config: RunConfig) -> str:
     return without_credentials(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
+def print_config(settings: RunSettings) -> str:
+    """What `--print_config` prints: the resolved configuration, or the schema that editors check files against."""
+    if settings.print_config == "schema":
+        return json.dumps(RunConfig.model_json_schema(), indent=2)
+    return to_yaml(settings.run_config).rstrip()
+
+
+def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
+    """The run and its output folder.
+
+    Earlier versions had other digests, and so other default names: a run that was started under such a name keeps it.
+    """
+    config, output = settings.run_config, settings.output_folder
+    if config.name or settings.output is not None or output.exists():
+        return config, output
+    for path in sorted(output.parent.glob(f"{config.name_stem}-{'[0-9a-f]' * 8}/{CONFIG}")):
+        if same_run(path.read_text(), config):
+            return config.model_copy(update={"name": path.parent.name}), path.parent
+    return config, output
+
+
 def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Values of a command line, each with the flag before it."""
     flag = ""
@@ -212,48 +259,3 @@ def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         else:
             value = argument
         yield flag, value
-
-
-def _read_preset(name: str) -> Any:
-    if name not in preset_names():
-        raise ConfigError("preset", name, "no such preset", suggest(str(name), preset_names()))
-    return _read_resource("preset", name, f"{name}.yaml")
-
-
-def _read_study(name: str) -> Any:
-    if name not in sweep_preset_names():
-        raise ConfigError("study", name, "no such study", suggest(str(name), sweep_preset_names()))
-    return _read_resource("study", name, f"sweeps/{name}.yaml")
-
-
-def _read_resource(field: str, name: str, file: str) -> Any:
-    return parse_yaml((resources.files("tla_service.config") / "presets" / file).read_text("utf-8"), field, name)
-
-
-def _read_file(path: str) -> Any:
-    return read_yaml(Path(path), "config")
-
-
-_READERS = {"config": _read_file, "study": _read_study, "preset": _read_preset}
-
-
-def print_config(settings: RunSettings) -> str:
-    """What `--print_config` asks for: the resolved configuration, or the schema that editors check files against."""
-    if settings.print_config == "schema":
-        return json.dumps(RunConfig.model_json_schema(), indent=2)
-    return to_yaml(settings.run_config).rstrip()
-
-
-def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
-    """The run and its output folder.
-
-    An earlier version counted other settings towards the digest, and so made another name of the same ones: a run that
-    was begun under such a name, where none is given, keeps it.
-    """
-    config, output = settings.run_config, settings.output_folder
-    if config.name or settings.output is not None or output.exists():
-        return config, output
-    for path in sorted(output.parent.glob(f"{config.name_stem}-{'[0-9a-f]' * 8}/{CONFIG}")):
-        if same_run(path.read_text(), config):
-            return config.model_copy(update={"name": path.parent.name}), path.parent
-    return config, output

@@ -1,4 +1,4 @@
-"""Names that end in MLflow, checked where settings are read: it would refuse them when training is over."""
+"""Names for MLflow, checked when settings are read: MLflow would refuse them only after training."""
 
 import posixpath
 import re
@@ -8,33 +8,27 @@ from tla_service.config.fields import Trouble
 
 # MLflow's rules for keys (mlflow.utils.validation), and the lengths of its columns.
 _KEY = re.compile(r"[/\w.\- :]*")
-_KEY_RULE = "MLflow takes letters, digits, spaces and _ - . : / in names"
+_KEY_RULE = "MLflow allows letters, digits, spaces and _ - . : / in names"
 _KEY_LENGTH, _TAG_LENGTH = 250, 8000
 _EXPERIMENT_LENGTH = 256
-# Attack names are parts of keys, between a section and a field.
+# Attack names are parts of keys.
 _ATTACK_LENGTH = 150
-# The lock of a model's promotions is a registered model too, and has a longer name.
+# The promotion lock of a model is a registered model with a longer name.
 _MODEL_LENGTH = 200
-# "/" and ":" are MLflow's own; "@" parts the alias in an address, and the others have a meaning in its filters.
+# "/" and ":" are reserved by MLflow; "@" precedes an alias, and the others have a meaning in its filters.
 _NOT_IN_MODELS = re.compile(r"[/:@'\"`%\\#?]")
 _OURS = "tla."
 
 
 def attack_trouble(section: str, names: Iterable[str], taken: Sequence[str] = ("worst",)) -> Trouble | None:
-    """What is wrong with the names of attacks, which become names of metrics, parameters and tags.
-
-    Args:
-        section: The setting that holds the attacks.
-        names: Their names.
-        taken: Names that mean something else there.
-    """
+    """What is wrong with the names of attacks, which become names of metrics, parameters and tags."""
     for name in names:
         field = f"{section}.{name}"
         if name in taken:
-            return Trouble(field, name, "this name is taken", "call the attack otherwise")
+            return Trouble(field, name, "this name is reserved", "rename the attack")
         reason = _key_trouble(name, _ATTACK_LENGTH)
         if reason:
-            return Trouble(section, name, reason, "call the attack otherwise, such as pgd20")
+            return Trouble(section, name, reason, "rename the attack, to pgd20 for example")
     return None
 
 
@@ -42,24 +36,24 @@ def model_trouble(field: str, name: str) -> Trouble | None:
     """What is wrong with the name of a registered model."""
     found = _NOT_IN_MODELS.search(name)
     if found is not None:
-        return Trouble(field, name, f"a registered model's name cannot hold {found[0]}", "leave it out, or write -")
+        return Trouble(field, name, f"a registered model's name cannot contain {found[0]}", "leave it out, or use -")
     if not name.isprintable() or name.strip() != name or name == "." or name.startswith(".."):
-        return Trouble(field, name, "not a name of a registered model", "write letters, digits, _ - .")
+        return Trouble(field, name, "not a valid name of a registered model", "use letters, digits, _ - .")
     if name.startswith("m-"):
-        return Trouble(field, name, "names that begin with m- are MLflow's ids of models", "begin it otherwise")
+        return Trouble(field, name, "names that begin with m- are model ids in MLflow", "start it with something else")
     return _length_trouble(field, name, _MODEL_LENGTH)
 
 
 def experiment_trouble(field: str, name: str) -> Trouble | None:
     """What is wrong with the name of an experiment."""
     if not name.isprintable() or not name.strip():
-        return Trouble(field, name, "not a name that can be shown", "write letters and digits")
+        return Trouble(field, name, "not a printable name", "use letters and digits")
     return _length_trouble(field, name, _EXPERIMENT_LENGTH)
 
 
 def tag_trouble(field: str, key: str, value: str) -> Trouble | None:
     """What is wrong with a tag of a run."""
-    reason = _key_trouble(key, _KEY_LENGTH - len(field) - 1)  # it is logged as a parameter of the run too
+    reason = _key_trouble(key, _KEY_LENGTH - len(field) - 1)  # also logged as a parameter of the run
     if reason:
         return Trouble(field, key, reason, "rename the tag")
     if key.startswith(_OURS):
@@ -71,11 +65,11 @@ def _key_trouble(name: str, most: int) -> str | None:
     if not _KEY.fullmatch(name):
         return _KEY_RULE
     if posixpath.normpath(name) != name or name.startswith((".", "/")):
-        return "MLflow takes names for paths, and this one is not in its shortest form"
+        return "MLflow treats names as paths, and this one is not normalized"
     return f"longer than {most} characters" if len(name) > most else None
 
 
 def _length_trouble(field: str, value: str, most: int) -> Trouble | None:
     if len(value) <= most:
         return None
-    return Trouble(field, f"{value[:30]}...", f"{len(value)} characters, MLflow takes {most} here", "shorten it")
+    return Trouble(field, f"{value[:30]}...", f"{len(value)} characters, MLflow allows {most}", "shorten it")

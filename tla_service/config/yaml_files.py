@@ -1,4 +1,4 @@
-"""The one reader of YAML, and of JSON on the command line: nothing given twice is dropped silently."""
+"""Reading YAML, and JSON on the command line: duplicate keys are errors."""
 
 import json
 import re
@@ -12,7 +12,10 @@ from tla_service.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader`, but `010` is not 8 and `1:30` is not 90: both stay text, as on the command line."""
+    """`yaml.SafeLoader` with the numbers of YAML 1.2: `010` is not octal (8), `1:30` is not sexagesimal (90).
+
+    Both stay text, which pydantic reads as on the command line.
+    """
 
 
 _NUMBERS = {
@@ -31,14 +34,10 @@ for _tag, _pattern in _NUMBERS.items():
 
 
 def read_yaml(path: Path, subject: str) -> Any:
-    """Read a YAML file in UTF-8, with or without a byte order mark.
-
-    Args:
-        path: The file.
-        subject: Setting that named it, for messages.
+    """Read a YAML file in UTF-8, with or without a byte order mark; `subject` is the setting that named it.
 
     Raises:
-        ConfigError: It cannot be read, is no UTF-8 text, or as `parse_yaml` says.
+        ConfigError: It cannot be read, is not UTF-8 text, or is not valid for `parse_yaml`.
     """
     try:
         content = path.expanduser().read_bytes()
@@ -48,23 +47,21 @@ def read_yaml(path: Path, subject: str) -> Any:
         raise ConfigError(subject, path, reason, "give the path of a YAML file") from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        reason = f"not a text file in UTF-8 (byte 0x{content[error.start]:02X} in line {line})"
-        raise ConfigError(subject, path, reason, "give a YAML file that is saved as UTF-8") from error
+        reason = f"not a UTF-8 text file (byte 0x{content[error.start]:02X} in line {line})"
+        raise ConfigError(subject, path, reason, "save it as UTF-8") from error
     return parse_yaml(text, subject, path)
 
 
 def parse_yaml(text: str, subject: str, name: object) -> Any:
-    """Read a YAML document; None of an empty one.
-
-    Anchors, aliases and merge keys (``<<: *base``) work as usual: a key of the mapping itself wins over a merged one.
+    """Read a YAML document; an empty one is None. Anchors, aliases and merge keys (``<<: *base``) work as usual.
 
     Args:
         text: The document.
-        subject: What it is, for messages: a setting.
-        name: Which it is: a path, a preset.
+        subject: Setting that named it, for messages.
+        name: Value of that setting: a path, a preset.
 
     Raises:
-        ConfigError: It is not valid YAML, holds a key twice in one mapping, or more than one document.
+        ConfigError: It is not valid YAML, has a duplicate key, or is more than one document.
     """
     try:
         loader = _Loader(text)
@@ -84,11 +81,7 @@ def parse_yaml(text: str, subject: str, name: object) -> Any:
 
 
 def check_json(flag: str, text: str) -> None:
-    """Refuse a JSON object that holds a key twice; what is no JSON is left to whoever reads it.
-
-    Raises:
-        ConfigError: It does.
-    """
+    """Raise a ConfigError for a JSON object with a duplicate key; other text is left to its reader."""
 
     def pairs(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in items]
@@ -104,7 +97,7 @@ def check_json(flag: str, text: str) -> None:
 
 
 def _repeated(node: yaml.Node, path: str = "", seen: frozenset[int] = frozenset()) -> Iterator[str]:
-    """Each key that a mapping holds more than once, in words."""
+    """A sentence for each duplicate key."""
     if id(node) in seen:
         return  # an anchor inside itself
     seen |= {id(node)}
@@ -136,7 +129,7 @@ def _explained(error: Exception) -> tuple[str, str]:
         return f"not valid YAML ({' '.join(problem.split())})", "correct the file"
     line = mark.line + 1
     if problem == "but found another document":
-        return f"holds a second document from line {line} on", "keep one document per file"
+        return f"contains a second document from line {line} on", "keep one document per file"
     if r"'\t'" in problem:
         return f"not valid YAML (a tab in line {line})", "indent with spaces"
     return f"not valid YAML ({problem} in line {line}, column {mark.column + 1})", "correct the file"

@@ -30,15 +30,16 @@ def float32(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(*networks: nn.Module | None) -> Iterator[None]:
-    """Put networks in eval mode, and back."""
-    before = [(network, network.training) for network in networks if network is not None]
-    for network, _ in before:
+    """Put networks in eval mode; afterwards every module is in the mode it was in, frozen ones too."""
+    given = [network for network in networks if network is not None]
+    before = [(module, module.training) for network in given for module in network.modules()]
+    for network in given:
         network.eval()
     try:
         yield
     finally:
-        for network, was_training in before:
-            network.train(was_training)
+        for module, was_training in before:
+            module.training = was_training
 
 
 def logits_of(network: nn.Module) -> LogitsFn:

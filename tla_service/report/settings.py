@@ -15,66 +15,66 @@ from tla_service.config.names import attack_trouble
 
 
 class EvaluatedData(Section):
-    """The data set; what is not given is as in the run that trained the model."""
+    """The data set; what is not given is taken from the run that trained the model."""
 
-    name: DatasetName | None = setting(None, "data set; none: as the model was trained on")
-    root: str | None = setting(None, "folder, zip file or s3://bucket/prefix that holds it; none: as in training")
-    cache_dir: str | None = setting(None, "where copies are kept, per node; none: as in training")
+    name: DatasetName | None = setting(None, "data set; none: as in training")
+    root: str | None = setting(None, "folder, zip file or s3://bucket/prefix with the data set; none: as in training")
+    cache_dir: str | None = setting(None, "cache of s3:// roots and unpacked archives, per node; none: as in training")
     test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
-    label_column: str | None = setting(None, "column of labels in parquet files; none: as in training", min_length=1)
-    image_column: str | None = setting(None, "column of images in parquet files; none: as in training", min_length=1)
+    label_column: str | None = setting(None, "label column of parquet files; none: as in training", min_length=1)
+    image_column: str | None = setting(None, "image column of parquet files; none: as in training", min_length=1)
 
 
 class ImageCounts(Section):
-    """How many images each measure takes (stratified, always the same ones); 0 leaves it out."""
+    """Images per measurement (stratified, always the same ones); 0 skips it."""
 
     attacks: int | None = setting(None, "test images for the table of attacks; none: all", unit="images", ge=1)
     autoattack: int = setting(1000, "test images for AutoAttack", unit="images", ge=0)
-    curves: int = setting(500, "test images for accuracy against radius and steps", unit="images", ge=0)
+    curves: int = setting(500, "test images for accuracy versus radius and steps", unit="images", ge=0)
     sparse: int = setting(100, "test images for the L0 and L1 minimum-norm attacks", unit="images", ge=0)
     audit: int = setting(256, "test images for the audit", unit="images", ge=0)
     representation: int = setting(
         10_000, "test images for detection, k-NN, shift ratios and t-SNE", unit="images", ge=0
     )
-    bank: int = setting(10_000, "training images that Gaussians are fitted to and neighbours found in", ge=1)
+    bank: int = setting(10_000, "training images for the class Gaussians and nearest neighbours", ge=1)
 
 
 class DetectionSettings(Section):
-    """Detection of misclassified images; each field is a choice that the paper leaves open."""
+    """Detection of misclassified images: choices that the paper leaves open."""
 
     epsilon: Pixels | None = setting(
         None,
-        "radius of the attacked images; none: the paper's (MNIST 0.3, CIFAR-10 and Tiny ImageNet 25/255), else 1.5 "
+        "radius of the adversarial images; none: the paper's (MNIST 0.3, CIFAR-10 and Tiny ImageNet 25/255), else 1.5 "
         "times the threat model's",
         unit="pixels in [0, 1], or L2 length",
         gt=0,
     )
     num_steps: int | None = setting(None, "attack steps; none: the paper's (100, 20, 30), else 50", ge=1, le=10_000)
-    step_size: Pixels | None = setting(None, "length of one step; none: 2.5 radii over all steps", gt=0)
+    step_size: Pixels | None = setting(None, "step size; none: 2.5 radii over all steps", gt=0)
     covariance: Literal["full", "tied", "diagonal"] = setting("full", "covariance of the class Gaussians")
     shrinkage: Literal["ledoit_wolf", "none"] = setting("ledoit_wolf", "shrinkage of the covariance")
-    normalize: bool = setting(True, "scale embeddings to length one before")
-    rule: Literal["likeliest", "predicted"] = setting("likeliest", "whose log density is the score")
+    normalize: bool = setting(True, "scale embeddings to unit length")
+    rule: Literal["likeliest", "predicted"] = setting("likeliest", "class whose log density is the score")
 
 
 class NeighbourSettings(Section):
-    """Classification and retrieval by the nearest training images."""
+    """Classification and retrieval by nearest training images."""
 
-    k: int = setting(50, "neighbours that vote; the paper's K", ge=1)
+    k: int = setting(50, "number of neighbours; the paper's K", ge=1)
     metric: Literal["angular", "cosine", "euclidean"] = setting("angular", "distance; angular is the learned metric")
 
 
 class PictureSettings(Section):
-    """What the pictures show."""
+    """Contents of the figures."""
 
     queries: int = setting(4, "queries of the retrieval panel", ge=1, le=12)
     tsne_class: int | None = setting(
-        None, "class of the first t-SNE picture; none: deer for CIFAR-10 (Fig. 1), else the one that attacks break most"
+        None, "class of the first t-SNE figure; none: deer for CIFAR-10 (Fig. 1), else the one that attacks break most"
     )
     tsne_pair: tuple[int, int] | None = setting(
         None,
-        "true class and wrong prediction of the second; none: truck and bird for CIFAR-10 (Fig. 2), else the "
-        "commonest pair",
+        "true class and wrong prediction of the second; none: truck and bird for CIFAR-10 (Fig. 2), else the most "
+        "frequent pair",
     )
 
 
@@ -82,27 +82,27 @@ class ReportSettings(JobSettings):
     """What an evaluation of checkpoint folders takes."""
 
     model: str = setting("", "model to evaluate: a checkpoint folder")
-    compare: tuple[str, ...] = setting((), "other models to compare it with: --compare A B C")
+    compare: tuple[str, ...] = setting((), "other models to compare with: --compare A B C")
     surrogate: str | None = setting(
         None,
-        "independently trained model that transfer attacks are crafted on; none: the audit trains a small one, and "
-        "transfer attacks are left out of the table",
+        "independently trained model for transfer attacks; none: the audit trains a small one, and the table has no "
+        "transfer attacks",
     )
     output: Path | None = Field(
         None,
-        description="folder of the report; default reports/<digest of the weights>, followed by norm and radius if "
-        "they are not those of training",
+        description="output folder; default reports/<digest of the weights>, with norm and radius if they differ from "
+        "training",
     )
     norm: Norm | None = setting(None, "norm of the threat model; none: as in training")
     epsilon: Pixels | None = setting(
         None,
-        "radius of the threat model; none: as in training, or in another norm the one documented for the data set",
+        "radius of the threat model; none: as in training, or the data set's documented radius in another norm",
         unit="pixels in [0, 1], or L2 length",
         gt=0,
     )
     attacks: dict[str, EvaluationAttack] = setting({}, "attacks by name; none: the paper's columns for the data set")
-    seed: int = setting(0, "seed of every random draw", ge=0, lt=2**31)
-    batch_size: int = setting(200, "images per forward pass and per shard: the most that a killed worker loses", ge=2)
+    seed: int = setting(0, "seed of all random draws", ge=0, lt=2**31)
+    batch_size: int = setting(200, "images per forward pass and shard; a killed worker repeats one shard", ge=2)
     page: bool = setting(True, "draw figures and write report.html; without it report.json and outcomes only")
     data: EvaluatedData = EvaluatedData()
     images: ImageCounts = ImageCounts()

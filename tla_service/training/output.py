@@ -65,22 +65,29 @@ def write_config(config: RunConfig, output: Path) -> None:
 
 def summarize(config: RunConfig, result: "FitResult", checkpoint: Path | None) -> dict[str, Any]:
     """The summary of a finished run; `checkpoint` is its newest one."""
-    prefix = "robust_accuracy/"
-    robust = {name.removeprefix(prefix): value for name, value in result.test.items() if name.startswith(prefix)}
     rates = [epoch["images_per_second"] for epoch in result.history]
     return {
         "status": "finished",
         "run_name": config.run_name,
         "method": config.method,
         "seed": config.seed,
-        "clean_accuracy": result.test["clean_accuracy"],
-        "robust_accuracy": {**robust, "worst": result.test["robust_accuracy"]},
+        **by_attack(result.test),
         "best_epoch": int(result.best["epoch"]),
         "validation": {key: value for key, value in result.best.items() if key.startswith("validation/")},
         "images_per_second": sum(rates) / len(rates),
         "wall_seconds": {name: round(value, 2) for name, value in result.wall_seconds.items()},
         "facts": result.facts,
         "checkpoint": str(checkpoint),
+    }
+
+
+def by_attack(measured: Mapping[str, float]) -> dict[str, Any]:
+    """Measured accuracies as `clean_accuracy` and `robust_accuracy` by attack, with `worst` over all attacks."""
+    prefix = "robust_accuracy/"
+    robust = {name.removeprefix(prefix): value for name, value in measured.items() if name.startswith(prefix)}
+    return {
+        "clean_accuracy": measured["clean_accuracy"],
+        "robust_accuracy": {**robust, "worst": measured["robust_accuracy"]},
     }
 
 

@@ -1,0 +1,159 @@
+"""Accuracy under attack of any network, in one call; `tla_service` exports it."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from tla_service.attacks import Attack
+from tla_service.config import EvaluationAttack, RunConfig
+from tla_service.config.bounds import length_trouble
+from tla_service.config.explain import Explainer
+from tla_service.config.loading import load_config_file
+from tla_service.data import Batch, EvaluationBatches, load_dataset
+from tla_service.errors import ConfigError, UserError
+from tla_service.evaluation.mode import evaluating
+from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
+from tla_service.models import ModelOutput
+from tla_service.registry.loading import load_with_folder
+from tla_service.runtime import WorkerContext, mixed_seed
+from tla_service.training.output import by_attack
+
+_BATCH_SIZE = 500
+
+
+def evaluate(
+    model: nn.Module | str | Path,
+    images: Any = None,
+    labels: Any = None,
+    *,
+    attacks: Mapping[str, Attack] | None = None,
+    config: RunConfig | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Measure the accuracy of a network on clean images and under attack, in eval mode and float32.
+
+    `jobs/evaluate_tla.py` measures more: AutoAttack, confidence intervals, transfer attacks, an audit for gradient
+    masking.
+
+    Args:
+        model: Network from images (N, C, H, W) in [0, 1] to logits (N, K), on any device; or the address of one for
+            `load_model`, such as a checkpoint folder or `models:/NAME@ALIAS`.
+        images: Tensor or array (N, C, H, W), float, in [0, 1]. Default: the test set of `config`.
+        labels: True classes, integers (N,).
+        attacks: Attacks by name. Default: `evaluation.test` of `config`.
+        config: Run whose test set and attacks are the defaults; for a checkpoint folder, that of the checkpoint.
+        seed: Seed of the random starts. Default: that of `config`, or 0.
+
+    Returns:
+        `clean_accuracy` and `robust_accuracy`: accuracy by attack, and `worst`, which counts an image as correct only
+        if no attack breaks it. Fractions in [0, 1].
+
+    Raises:
+        ConfigError: An argument is missing or does not fit the others.
+        UnavailableError: The model or the data cannot be read.
+    """
+    if isinstance(model, nn.Module):
+        network, parameter = model, next(model.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+    else:
+        try:
+            network, folder = load_with_folder(str(model))
+        except UserError as error:
+            raise type(error)("model", model, error.reason, error.remedy) from error
+        if config is None and (folder / "config.yaml").is_file():
+            config = load_config_file(folder / "config.yaml")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network = network.to(device)
+    if attacks is None:
+        if config is None:
+            raise ConfigError("attacks", None, "not given", "pass attacks={'pgd20': Attack(...)}, or config")
+        attacks = {
+            name: evaluation_attack(attack, config.attack, config.data.name, f"evaluation.test.{name}")
+            for name, attack in config.evaluation.test.items()
+        }
+    else:
+        _check_attacks(attacks)
+    classifier = _Classifier(network)
+    context = WorkerContext(device=device)
+    batches = _batches(classifier, images, labels, config, context)
+    if seed is None:
+        seed = config.seed if config is not None else 0
+    # The seed that training measures the test set with, so that a checkpoint gives the figures of its summary.
+    return by_attack(measure_accuracy(classifier, batches, attacks, context, mixed_seed(seed, 3)))
+
+
+class _Classifier(nn.Module):
+    """A network whose output has `logits`, whether the wrapped one returns logits alone or with embeddings."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        output = self.network(images)
+        return output if isinstance(output, ModelOutput) else ModelOutput(output, output)
+
+
+def _batches(
+    classifier: nn.Module, images: Any, labels: Any, config: RunConfig | None, context: WorkerContext
+) -> Iterable[Batch]:
+    """The given images, or else the test set of the run."""
+    size = config.evaluation.batch_size if config is not None else _BATCH_SIZE
+    if images is None and labels is None:
+        if config is None:
+            raise ConfigError("images", None, "not given", "pass images and labels, or config for its test set")
+        source = load_dataset(config.data).test
+        return EvaluationBatches(source, torch.arange(len(source)), context, batch_size=size)
+    if images is None or labels is None:
+        raise ConfigError("labels" if labels is None else "images", None, "not given", "pass images and labels")
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    _check_images(classifier, images, labels, context.device)
+    chunks = zip(images.float().split(size), labels.long().split(size), strict=True)
+    return (Batch(some.to(context.device), classes.to(context.device)) for some, classes in chunks)
+
+
+def _check_attacks(attacks: Mapping[str, Attack]) -> None:
+    """Refuse what the attacks of a configuration are refused for."""
+    for name, attack in attacks.items():
+        where = f"attacks.{name}"
+        if name == "worst":
+            raise ConfigError(where, None, "this name is reserved", "rename the attack")
+        fields = {field: getattr(attack, field) for field in EvaluationAttack.model_fields}
+        try:
+            EvaluationAttack.model_validate(fields)
+        except ValidationError as error:
+            found = Explainer(EvaluationAttack, "").explain(error.errors(include_url=False)[0])
+            raise ConfigError(f"{where}.{found.subject}", found.value, found.reason, found.remedy) from None
+        step_size = None if attack.kind == "fgsm" else attack.step_size
+        trouble = length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps)
+        if trouble is not None:
+            raise ConfigError(*trouble)
+
+
+def _check_images(classifier: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> None:
+    """Refuse images and labels that do not belong together, or that the network is not for."""
+    shape = tuple(images.shape)
+    if images.dim() != 4 or not len(images) or not images.is_floating_point():
+        raise ConfigError("images", f"{shape} {images.dtype}", "not (N, C, H, W), float", "pass images in [0, 1]")
+    low, high = images.aminmax()
+    if not (low >= 0 and high <= 1):
+        reason = "outside [0, 1]"
+        raise ConfigError(
+            "images", f"[{low:g}, {high:g}]", reason, "divide 8-bit images by 255; normalize in the model"
+        )
+    if labels.shape != shape[:1] or labels.is_floating_point():
+        remedy = f"pass {len(images)} integer class indices"
+        raise ConfigError("labels", f"{tuple(labels.shape)} {labels.dtype}", "not one class per image", remedy)
+    with evaluating(classifier), torch.no_grad():
+        logits = classifier(images[:1].float().to(device)).logits
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError("model", shown, "its output is not logits (N, K)", "wrap it in a module that returns them")
+    wrong = labels[(labels < 0) | (labels >= logits.shape[1])]
+    if len(wrong):
+        reason = f"outside the network's {logits.shape[1]} classes, [0, {logits.shape[1] - 1}]"
+        raise ConfigError("labels", int(wrong[0]), reason, "pass the class indices that the network was trained with")

@@ -1,0 +1,197 @@
+"""The sections of a run: data, model, evaluation, detection, loss, mining, scaling and tracking."""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from tla_service.config.adversary import EvaluationAttack
+from tla_service.config.fields import Pixels, Section, Trouble, setting, wrong
+from tla_service.config.names import experiment_trouble, model_trouble, tag_trouble
+
+DatasetName = Literal[
+    "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "image_folder", "parquet"
+]
+
+
+class DataConfig(Section):
+    """The data set, its splits and augmentation."""
+
+    name: DatasetName = setting("digits", "data set; digits ships with the installation")
+    root: str | None = setting(None, "folder, zip file or s3://bucket/prefix with the data set")
+    download: bool = setting(False, "download the data set into data.root if it is missing (torchvision data sets)")
+    cache_dir: str = setting("~/.cache/tla-service", "cache of s3:// roots and unpacked archives, per node")
+    validation_fraction: Pixels = setting(0.1, "share of the training set held out for validation", gt=0, le=0.5)
+    train_limit: int | None = setting(None, "use only this many training images (stratified)", unit="images", ge=2)
+    test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
+    image_size: int | None = setting(None, "resize to this side; required by image_folder", unit="pixels", ge=4)
+    label_column: str | None = setting(
+        None, "label column of parquet files; none: label, labels, fine_label, target or class", min_length=1
+    )
+    image_column: str | None = setting(
+        None,
+        "column of encoded images in parquet files; none: the only one, or one with a common name",
+        min_length=1,
+    )
+    crop_padding: int = setting(0, "random crop after zero padding of this size; 0: off", unit="pixels", ge=0, le=64)
+    flip: bool = setting(False, "random horizontal flip")
+    saturation: float = setting(1.0, "random saturation factor in [1/s, s]; 1: off", ge=1, le=10)
+    residency: Literal["auto", "device", "stream"] = setting(
+        "auto", "keep all images on the device as uint8, or stream them through data loaders; auto: by size"
+    )
+    loader_workers: int = setting(2, "data loader processes per worker when streaming", ge=0, le=128)
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    name: str = setting(
+        "digits_cnn",
+        "network: digits_cnn, small_cnn, mnist_cnn, mnist_mlp, wrn_32_10, wrn_28_10, wrn_34_10, preact_resnet_18, "
+        "tiny_resnet50_stride2, tiny_resnet50_stride1, tiny_resnet20_stride1, or torchvision:NAME",
+    )
+    normalization: Literal["default", "none", "per_image", "cifar10", "imagenet"] = setting(
+        "default", "input normalization inside the network; default: the network's own"
+    )
+    weights: str | None = setting(None, "initial weights: a checkpoint folder, runs:/... or models:/...")
+
+
+class EvaluationConfig(Section):
+    """Model selection (on the validation split) and testing (once, at the end). Always in float32."""
+
+    validation: EvaluationAttack = setting(
+        EvaluationAttack(), "attack on the validation split, selects the best weights"
+    )
+    validation_limit: int | None = setting(None, "attack only this many validation images", unit="images", ge=1)
+    every_epochs: int = setting(1, "validate every this many epochs, and after the last", unit="epochs", ge=1)
+    test: dict[str, EvaluationAttack] = setting(
+        {"fgsm": EvaluationAttack(kind="fgsm"), "pgd20": EvaluationAttack()}, "attacks on the test set, by name"
+    )
+    batch_size: int = setting(500, "images per forward pass, per worker", unit="images", ge=1)
+
+    @property
+    def attacks(self) -> dict[str, EvaluationAttack]:
+        """All attacks by the field that holds them."""
+        test = {f"evaluation.test.{name}": attack for name, attack in self.test.items()}
+        return {"evaluation.validation": self.validation, **test}
+
+
+class DetectionConfig(Section):
+    """The misclassification detector of a registered model: class-conditional Gaussians over training embeddings."""
+
+    covariance: Literal["tied", "full", "diagonal"] = setting(
+        "tied", "one covariance shared by all classes, one per class (size grows with the classes), or variances only"
+    )
+    false_rejection_rate: float = setting(
+        0.05, "maximum share of correctly classified validation images that the threshold rejects", ge=0, lt=1
+    )
+    training_limit: int = setting(20_000, "fit on at most this many training images", unit="images", ge=2)
+
+
+class LossConfig(Section):
+    """Adversarial cross-entropy, the triplet term, the norm penalty, and the terms of the baselines."""
+
+    robust_term: Literal["auto", "cross_entropy", "trades", "mart"] = setting(
+        "auto", "classification term: adversarial cross-entropy, or that of TRADES or MART; auto: by method"
+    )
+    robust_weight: float | None = setting(
+        None, "weight of the KL divergence of TRADES or MART; none: the papers' 6 and 5", gt=0
+    )
+    triplet_weight: float = setting(0.5, "weight of the triplet term, the paper's lambda_1", ge=0)
+    norm_weight: float = setting(0.001, "weight of the embedding norms, the paper's lambda_2", ge=0)
+    margin: float = setting(0.05, "triplet margin, the paper's alpha, in units of D = 1 - |cos|", ge=0, le=1)
+    triplet_layer: Literal["embedding", "logits", "lower", "middle"] = setting(
+        "embedding", "layer of the triplets: embedding, logits, or an earlier layer of mnist_cnn (paper, table 10)"
+    )
+    norm_form: Literal["l2_norms", "mean_squares"] = setting(
+        "l2_norms", "paper: sum of L2 norms times lambda_2; code: mean of squares times lambda_2 times lambda_1"
+    )
+    own_margin_scale: float = setting(1.0, "factor on the margin of triplets with the anchor's own clean image", gt=0)
+    reduction: Literal["mean", "sum"] = setting("mean", "reduction over the batch; paper: sum, code: mean")
+    label_smoothing: float = setting(0.0, "label smoothing of the cross-entropy", ge=0, lt=1)
+    clean_weight: float | None = setting(
+        None, "share of the cross-entropy on clean images; none: 1/2 for alp, else 0", ge=0, le=1
+    )
+    logit_pairing_weight: float = setting(0.5, "alp: weight of the squared logit difference", ge=0)
+    embedding_match_weight: float = setting(
+        0.0, "weight of the squared distance between clean and adversarial embeddings (the code's match_l2)", ge=0
+    )
+
+
+class MiningConfig(Section):
+    """Where positives and negatives come from."""
+
+    pool: Literal["batch", "separate"] = setting(
+        "batch", "mine in the worker's own clean batch (one forward pass for everything), or in a separate draw"
+    )
+    pool_size: int = setting(500, "pool separate: images to mine negatives from", unit="images", ge=1)
+    scope: Literal["worker", "global"] = setting("worker", "mine in each worker's pool, or across all workers' pools")
+    positives: Literal["own", "same_class", "both"] = setting(
+        "own", "the anchor's own clean image, another image of its class, or a triplet with each (code)"
+    )
+    queries: Literal["final", "last_step"] = setting(
+        "final",
+        "pool separate: query with the embeddings of the final adversarial images, or reuse those of the attack's last "
+        "step",
+    )
+    similarity: Literal["cosine", "absolute_cosine"] = setting(
+        "absolute_cosine", "nearest by |cos|, the distance of the loss (paper), or by the signed cosine (code)"
+    )
+    random_negatives: Literal["other_class", "any"] = setting(
+        "other_class", "tla_rn draws from other classes, or from all images (code)"
+    )
+    keep_probability: float = setting(
+        1.0,
+        "probability that a pool image is available to an anchor; below 1 negatives get easier (the code's --diff_neg)",
+        gt=0,
+        le=1,
+    )
+    augment_pool: bool = setting(True, "augment the images of a separate pool")
+    clean_noise: Pixels = setting(
+        0.0, "uniform noise added to clean images after the attack", unit="pixels in [0, 1]", ge=0, le=1
+    )
+    clean_noise_on: Literal["own", "all"] = setting(
+        "own", "add the noise to the anchors' own clean images (code), or to all clean images (paper)"
+    )
+    clean_noise_round: bool = setting(False, "round noisy images to 8-bit levels (code)")
+
+
+class ScalingConfig(Section):
+    """Workers and their resources."""
+
+    num_workers: int | Literal["auto"] = setting("auto", "DDP processes; auto: all GPUs of the cluster, or 2 on CPUs")
+    use_gpu: bool | Literal["auto"] = setting("auto", "train on GPUs; auto: if the cluster has any")
+    cpus_per_worker: float = setting(1, "CPU cores reserved per worker", unit="cores", gt=0)
+    gpus_per_worker: float = setting(1, "GPUs per worker; below 1 workers share a GPU", unit="GPUs", gt=0)
+    max_failures: int = setting(3, "restarts from the last checkpoint before the run fails", ge=0)
+    storage: str | None = setting(
+        None, "storage of checkpoints: a shared folder or s3://bucket/prefix; none: the output folder"
+    )
+    wait_seconds: float = setting(
+        0, "wait this long for an autoscaling cluster to add nodes; 0: fail at once", unit="seconds", ge=0
+    )
+    address: str | None = setting(None, "Ray cluster to join; none: RAY_ADDRESS, else start a local one")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.num_workers, int) and self.num_workers < 1:
+            raise wrong("scaling.num_workers", self.num_workers, "below 1", "give the number of processes, or auto")
+        return self
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = setting(None, "tracking server; none: MLFLOW_TRACKING_URI, else the SQLite file mlflow.db")
+    experiment: str = setting("tla", "MLflow experiment", min_length=1)
+    registered_model: str | None = setting(
+        None, 'name to register the best weights under; none: tla-<data.name>; "": do not register'
+    )
+    tags: dict[str, str] = setting({}, "additional tags of the run")
+
+    def trouble(self) -> Trouble | None:
+        """What MLflow would refuse. Checked when a run begins, not when a configuration is read back."""
+        found = [experiment_trouble("tracking.experiment", self.experiment)]
+        found += [tag_trouble("tracking.tags", key, value) for key, value in self.tags.items()]
+        if self.registered_model:
+            found.append(model_trouble("tracking.registered_model", self.registered_model))
+        return next(filter(None, found), None)

@@ -1,0 +1,106 @@
+"""Training on one machine, without Ray or MLflow: one process, or one of a torchrun group."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tla_service.config import RunConfig
+from tla_service.errors import UnavailableError
+from tla_service.lock import locked_folder
+from tla_service.logs import log_as_json
+from tla_service.runtime import WorkerContext, failing_together, process_group
+from tla_service.training.checkpoint import read_weights
+from tla_service.training.fit import Run
+from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
+from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need
+from tla_service.training.reporting import KEPT, JsonTerminal, LocalReporter, Terminal
+
+
+def train(config: RunConfig, output: str | Path, *, json_logs: bool = False) -> dict[str, Any]:
+    """Train a network, select its best weights on the validation split, and measure them on the test set.
+
+    Called again with the same arguments, a run that was interrupted or killed resumes from its last checkpoint, and a
+    finished run returns its summary without training.
+
+    Args:
+        config: The run; see `load_config`.
+        output: Output folder, created if missing. Receives `summary.json`, `config.yaml`, `log.jsonl` and
+            `checkpoints/`.
+        json_logs: Print progress and logs as JSON lines instead of text.
+
+    Returns:
+        The content of `summary.json`. `clean_accuracy` and the values of `robust_accuracy` (by attack; `worst` counts
+        an image as correct only if no attack breaks it) are fractions in [0, 1]; `checkpoint` is the folder with the
+        weights, which `evaluate` and `load_model` accept.
+
+    Raises:
+        ConfigError: The configuration does not fit the data, or `output` holds a different run.
+        UnavailableError: The data, the GPU or the output folder is not available.
+        KeyboardInterrupt: SIGINT or SIGTERM was received; a checkpoint has been saved.
+    """
+    output = Path(output).expanduser().absolute()
+    use_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
+    if config.scaling.use_gpu is True and not use_gpu:
+        remedy = "leave it out, or run where there is one"
+        raise UnavailableError("scaling.use_gpu", True, "torch sees no GPU here", remedy)
+    terminal = Terminal()
+    with process_group(torch.device("cuda" if use_gpu else "cpu")) as context, contextlib.ExitStack() as locks:
+        config.check_workers(context.world_size)
+        with failing_together(context):
+            if context.is_main:
+                locks.enter_context(locked_folder(output, "output"))
+            summary = open_output(config, output)
+        if json_logs:
+            labels = {"run": config.run_name, "rank": context.rank}
+            log_as_json(labels)
+            terminal = JsonTerminal(labels)
+        if summary is None:
+            summary = _train(config, output, context, terminal)
+        if context.is_main:
+            show_summary(summary, terminal)
+    return summary
+
+
+def _train(config: RunConfig, output: Path, context: WorkerContext, terminal: Terminal) -> dict[str, Any]:
+    reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
+    with contextlib.closing(reporter), _stopping_on_signals(reporter):
+        run = Run(config, context, reporter)
+        run.start(read_weights(config.model.weights) if config.model.weights else None)
+        with failing_together(context):
+            if context.is_main:
+                need = kept_need(reporter.checkpoints, checkpoint_bytes(config, run.state.network), KEPT)
+                check_room({"output": need})
+                write_config(config, output)
+        result = run.train()
+    if result.interrupted:
+        raise KeyboardInterrupt
+    summary = summarize(config, result, reporter.latest())
+    if context.is_main:
+        write_summary(output, summary)
+    return summary
+
+
+@contextlib.contextmanager
+def _stopping_on_signals(reporter: LocalReporter) -> Iterator[None]:
+    """First SIGINT or SIGTERM: stop after a checkpoint; second: as before this block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets only the main thread handle signals
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, _frame: object) -> None:
+        reporter.interrupted = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
