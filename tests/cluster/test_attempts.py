@@ -24,8 +24,7 @@ from tests.cluster.test_tune import EPOCHS, SPACE, goodness
 from tests.tuning.conftest import space_of
 from tla_service.cluster import attempts as attempts_module
 from tla_service.cluster import tune as ours
-from tla_service.cluster.attempts import SNAPSHOT, Snapshots, attempts, read_trials
-from tla_service.cluster.budget import Budget, Plan
+from tla_service.cluster.attempts import SNAPSHOT, Budget, Plan, Snapshots, attempts, read_trials
 from tla_service.cluster.session import Placement
 from tla_service.cluster.tune import run_trials
 from tla_service.errors import UnavailableError
@@ -248,7 +247,7 @@ from tests.cluster.test_budget import plan_of
 from tests.cluster.test_tune import SPACE
 from tests.tuning.conftest import space_of
 from tla_service.cluster import tune as ours
-from tla_service.cluster.budget import Budget
+from tla_service.cluster.attempts import Budget
 ours.run_trial = test_attempts.play
 ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 plan = plan_of(space_of(SPACE, num_samples=5, grace_epochs=3), Path(sys.argv[1]), max_concurrent=2)

@@ -8,8 +8,8 @@ import pytest
 
 from tests.cluster.test_tune import SPACE
 from tests.tuning.conftest import space_of
-from tla_service.cluster import budget as budget_module
-from tla_service.cluster.budget import Budget, Plan
+from tla_service.cluster import attempts as budget_module
+from tla_service.cluster.attempts import Budget, Plan
 from tla_service.cluster.session import Placement
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Progress

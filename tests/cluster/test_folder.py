@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tla_service.cluster.folder import Folder
+from tla_service.cluster.storage import Folder
 from tla_service.errors import UnavailableError
 
 

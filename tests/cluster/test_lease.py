@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from tla_service.cluster import lease as lease_module
-from tla_service.cluster.folder import Folder
 from tla_service.cluster.lease import LEASE, held
+from tla_service.cluster.storage import Folder
 from tla_service.errors import ConfigError
 
 HOLD = """
 import sys
-from tla_service.cluster.folder import Folder
+from tla_service.cluster.storage import Folder
 from tla_service.cluster.lease import held
 with held(Folder(sys.argv[1]), print):
     print("held", flush=True)
@@ -89,7 +89,7 @@ def test_a_driver_that_was_killed_on_this_machine_is_taken_over_at_once(
 
 
 def test_another_process_that_has_the_pid_of_the_dead_one_holds_nothing(tmp_path: Path) -> None:
-    lease = elsewhere(**lease_module._process(os.getpid()), pid=os.getpid()) | {"began": 1.0}
+    lease = elsewhere(**lease_module._this_process(), pid=os.getpid()) | {"began": 1.0}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LEASE).write_text(json.dumps(lease))
     take(tmp_path)
@@ -111,7 +111,7 @@ def test_a_driver_elsewhere_that_is_silent_is_taken_over(tmp_path: Path) -> None
 def test_a_driver_elsewhere_that_lives_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real holder, which the second takes for one on another machine."""
     with held(Folder(str(tmp_path / "run")), print):
-        monkeypatch.setattr(lease_module, "_process", lambda _pid: {"machine": "another", "began": 2.0})
+        monkeypatch.setattr(lease_module, "_this_process", lambda: {"machine": "another", "began": 2.0})
         with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on "):
             take(tmp_path, print)
 

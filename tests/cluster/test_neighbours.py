@@ -79,7 +79,7 @@ from ray.util.state.exception import ServerUnavailable
 from tla_service.cluster.session import own_dashboard, ray_session
 from tla_service.config import RunConfig
 
-with ray_session(RunConfig()):
+with ray_session(RunConfig().scaling):
     print("workers", ray.cluster_resources()["CPU"] >= 2)
     with own_dashboard():
         try:

@@ -50,7 +50,7 @@ def test_a_cluster_that_cannot_be_joined(
 
     monkeypatch.setattr(ray, "init", fail)
     run = RunConfig.model_validate({"scaling": {"address": "auto"}})
-    with pytest.raises(UnavailableError) as caught, ray_session(run):
+    with pytest.raises(UnavailableError) as caught, ray_session(run.scaling):
         pass
     assert caught.value.reason.startswith(reason)
     assert remedy in caught.value.remedy
@@ -65,23 +65,23 @@ def test_a_folder_too_deep_for_rays_sockets_is_refused_before_ray_starts(
     monkeypatch.setattr(ray, "init", lambda *_, **options: started.append(options))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 60)))
-    with pytest.raises(UnavailableError) as caught, ray_session(RunConfig()):
+    with pytest.raises(UnavailableError) as caught, ray_session(RunConfig().scaling):
         pass
     assert str(caught.value).startswith(f"TMPDIR={tmp_path}/xxx")
     assert "at most 107 work; set RAY_TMPDIR to a short folder on a local disk, such as /tmp" in str(caught.value)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 60)))
-    with pytest.raises(UnavailableError, match=r"^RAY_TMPDIR="), ray_session(RunConfig()):
+    with pytest.raises(UnavailableError, match=r"^RAY_TMPDIR="), ray_session(RunConfig().scaling):
         pass
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null/tmp")
     with pytest.raises(
         UnavailableError, match=r"^RAY_TMPDIR=/dev/null/tmp: Ray cannot write there \(not a directory\)"
     ):
-        with ray_session(RunConfig()):
+        with ray_session(RunConfig().scaling):
             pass
     assert started == []
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
-    with ray_session(RunConfig()):
+    with ray_session(RunConfig().scaling):
         pass
     assert len(started) == 1
 

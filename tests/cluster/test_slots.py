@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from tla_service.cluster import slots
-from tla_service.cluster.session import Placement
-from tla_service.cluster.slots import check_room, max_concurrent, workers_per_trial
+from tla_service.cluster import session
+from tla_service.cluster.session import Placement, check_room, max_concurrent, workers_per_trial
 from tla_service.config import ScalingConfig
 from tla_service.errors import UnavailableError
 
@@ -43,7 +42,7 @@ def test_what_can_never_be_placed_is_refused_with_the_arithmetic() -> None:
 
 def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False, "Resources": {"CPU": 100.0}}]
-    monkeypatch.setattr(slots.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(session.ray, "nodes", lambda: nodes)
     assert max_concurrent(ScalingConfig(), None, Placement(2, False, 1, 1)) == 4 + 1
     assert max_concurrent(ScalingConfig(), 3, Placement(2, False, 1, 1)) == 3
     assert max_concurrent(ScalingConfig(wait_seconds=60), 99, Placement(2, False, 1, 1)) == 99  # the cluster grows
@@ -56,5 +55,5 @@ def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_trial_has_few_workers(
     monkeypatch: pytest.MonkeyPatch, gpus: int, scaling: dict[str, Any], workers: int
 ) -> None:
-    monkeypatch.setattr(slots.ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": float(gpus)})
+    monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": float(gpus)})
     assert workers_per_trial(ScalingConfig(**scaling)) == workers

@@ -8,7 +8,7 @@ import pytest
 
 from tests.tuning.conftest import space_of
 from tla_service.cluster import trial
-from tla_service.cluster.budget import Budget, Plan
+from tla_service.cluster.attempts import Budget, Plan
 from tla_service.cluster.session import Placement
 from tla_service.cluster.trial import reason_of, run_trial
 from tla_service.errors import UnavailableError

@@ -98,7 +98,7 @@ def test_a_sweep_of_an_earlier_version_is_refused(run_in_process: Run, tmp_path:
 def test_a_second_driver_is_refused(run_in_process: Run, tmp_path: Path, where: str) -> None:
     folder = tmp_path / "out" if where == "output" else tmp_path / "shared" / "mine"
     code = """import pathlib, sys
-from tla_service.cluster.folder import Folder
+from tla_service.cluster.storage import Folder
 from tla_service.cluster.lease import held
 from tla_service.lock import locked_folder
 folder, where = sys.argv[1:]

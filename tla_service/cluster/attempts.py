@@ -1,17 +1,23 @@
-"""Attempts at a sweep: each is a Ray Tune experiment of its own, and later ones read the results of earlier ones."""
+"""Attempts at a sweep, each a Ray Tune experiment of its own: what earlier ones found, and when this one ends early."""
 
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.stopper import Stopper
+from torch import Tensor
 
-from tla_service.cluster.folder import Folder
-from tla_service.errors import UnavailableError
+from tla_service.cluster.lease import Lease
+from tla_service.cluster.session import Placement
+from tla_service.cluster.storage import Folder
+from tla_service.errors import UnavailableError, UserError
+from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Trial
 
 SNAPSHOT = "trials.json"
@@ -29,11 +35,7 @@ def new_attempt(storage: str) -> str:
 
 
 def read_trials(storage: str) -> list[Trial]:
-    """All trials of all attempts in a folder or s3:// prefix, by number.
-
-    Raises:
-        UnavailableError: The storage, or a snapshot in it, cannot be read.
-    """
+    """All trials of all attempts in a folder or s3:// prefix, by number."""
     # It warns about the loggers' files, which are not written.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     place, trials = Folder(storage), dict[int, Trial]()
@@ -78,13 +80,9 @@ class DriverCallback(tune.Callback):
 
 
 class Snapshots(DriverCallback):
-    """Keeps a copy of Ray Tune's snapshot that is always complete.
+    """Keeps a complete copy of Ray Tune's snapshot; calls `fail` if none could be written for `OUTAGE_SECONDS`.
 
     Ray Tune overwrites its own in place, so a driver that is killed meanwhile, or a full disk, leaves half of one.
-
-    Args:
-        attempt: Folder or s3:// prefix of the attempt.
-        fail: Ends the sweep; called if no copy could be written for `OUTAGE_SECONDS`.
     """
 
     def __init__(self, attempt: str, fail: Callable[[UnavailableError], None]) -> None:
@@ -109,3 +107,108 @@ class Snapshots(DriverCallback):
     def on_experiment_end(self, trials: list[TuneTrial], **info: Any) -> None:
         """Copy the last one."""
         self.on_step_end(0, trials)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that is about to run."""
+
+    space: Space
+    storage: str  # folder or s3:// prefix
+    placement: Placement  # workers of a trial
+    weights: Mapping[str, Tensor] | None  # state dict that trials start from
+    max_concurrent: int
+    wait_seconds: float = 0.0  # for the first trial's workers; 0: forever
+    repeat_failed: bool = False  # run failed trials again
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a trial, or its workers if there are no GPUs."""
+        return self.placement.num_workers * (self.placement.gpus_per_worker if self.placement.use_gpu else 1.0)
+
+
+class Budget(Stopper, DriverCallback):
+    """Ends the sweep when its budget is used, too many trials failed, on a signal, or on an error."""
+
+    def __init__(self, plan: Plan, lease: Lease | None = None) -> None:
+        self._plan, self._lease = plan, lease or Lease()
+        self._began = time.monotonic()
+        self._worker_seconds = sum(trial.worker_seconds for trial in read_trials(plan.storage))
+        self._seconds_before = seconds_before(plan.storage)
+        self._running: dict[str, tuple[float, float]] = {}  # worker seconds, and when they were reported
+        self._has_begun, self._failures = False, 0
+        self.interrupted = False
+        self.error: UserError | None = None
+        self.gave_up = ""  # why, if too many trials failed one after another
+
+    @property
+    def wall_seconds(self) -> float:
+        """Wall time over all attempts."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What is left of `sweep.max_hours`; None: there is no such limit."""
+        hours = self._plan.space.sweep.max_hours
+        return None if hours is None else max(0.0, 3600 * hours - self.wall_seconds)
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU hours over all attempts; worker hours if there are no GPUs."""
+        now = time.monotonic()
+        running = sum(seconds + now - told for seconds, told in self._running.values())
+        return (self._worker_seconds + running) * self._plan.gpus / 3600
+
+    @property
+    def used_up(self) -> str:
+        """Which part of the budget is used up, or why the sweep gave up."""
+        sweep = self._plan.space.sweep
+        if self.seconds_left == 0:
+            return f"sweep.max_hours={sweep.max_hours:g} are over"
+        if sweep.max_gpu_hours is not None and self.gpu_hours >= sweep.max_gpu_hours:
+            return f"sweep.max_gpu_hours={sweep.max_gpu_hours:g} are used"
+        return self.gave_up
+
+    def fail(self, error: UserError) -> None:
+        """End the sweep with this error."""
+        self.error = self.error or error
+
+    def interrupt(self) -> None:
+        """End the sweep in good order."""
+        self.interrupted = True
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Stops no single trial."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether to end all trials now; they keep their checkpoints."""
+        wait = self._plan.wait_seconds
+        if wait and not self._has_begun and time.monotonic() - self._began > wait:
+            reason = "the cluster has not placed any trial's workers in this time"
+            self.fail(UnavailableError("scaling.wait_seconds", wait, reason, "ask for fewer workers, or wait longer"))
+        self.error = self.error or self._lease.error
+        return self.interrupted or self.error is not None or bool(self.used_up)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Count its workers' time; the first report comes when they start."""
+        self._has_begun = True
+        if result["error"]:
+            self.fail(UnavailableError(*result["error"]))
+        self._running[trial.trial_id] = (result["worker_seconds"], time.monotonic())
+
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Count failures in a row."""
+        self.on_trial_recover(iteration, trials, trial)
+        ended = add_attempt({}, trial)
+        self._failures = self._failures + 1 if ended.status == "failed" else 0
+        if self._failures >= self._plan.space.sweep.failures_in_a_row:
+            self.gave_up = f"{self._failures} trials failed one after another, the last: {ended.reason}"
+
+    on_trial_error = on_trial_complete  # its process died too often
+
+    def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Its process died and is restarted; its workers' time starts from 0."""
+        self._worker_seconds += self._running.pop(trial.trial_id, (0.0, 0.0))[0]

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import socket
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from tla_service.cluster.folder import Folder
+from tla_service.cluster.storage import Folder
 from tla_service.errors import UnavailableError, UserError
 from tla_service.lock import Holder, in_use
 
@@ -22,47 +21,35 @@ LEASE = "held_by.json"
 BEAT_SECONDS = 5.0
 RELEASE_SECONDS = 10.0  # at most, while the storage is unavailable
 SILENT_SECONDS = 30.0  # a holder on another host counts as dead after this long without a heartbeat
-_FIELDS = {"host", "pid", "since", "command", "machine", "began", "id"}
+_HOLDER = ("host", "pid", "since", "command")
+_FIELDS = {*_HOLDER, "machine", "began", "id"}
 
 
 class Lease:
-    """A held folder.
+    """A held folder; `error` is set when another driver has taken it over."""
 
-    Attributes:
-        lost: Called, in a thread of its own, with the error when another driver has taken over the folder.
-    """
-
-    def __init__(self) -> None:
-        self.lost: Callable[[UserError], None] = self._remember
-        self._error: UserError | None = None
+    error: UserError | None = None
 
     def check(self) -> None:
-        """Raise the error, unless `lost` was replaced."""
-        if self._error is not None:
-            raise self._error
-
-    def _remember(self, error: UserError) -> None:
-        self._error = error
+        """Raise the error, if there is one."""
+        if self.error is not None:
+            raise self.error
 
 
 @contextlib.contextmanager
 def held(folder: Folder, say: Callable[[str], None]) -> Iterator[Lease]:
-    """Hold a folder against drivers on any host.
+    """Hold a folder against drivers on any host; `say` shows a message if this has to wait.
 
     The holder rewrites a small file every few seconds. A driver on the same host looks for the process; a driver on
     another watches the file, by its own clock, until it changes or `SILENT_SECONDS` have passed.
-
-    Args:
-        folder: The folder.
-        say: Shows a message if this has to wait.
 
     Raises:
         ConfigError: Another driver holds it.
         UnavailableError: It cannot be read or written.
     """
-    mine = {**asdict(Holder.here()), **_process(os.getpid()), "id": uuid.uuid4().hex, "beat": 0}
+    mine = {**asdict(Holder.here()), **_this_process(), "id": uuid.uuid4().hex, "beat": 0}
     _wait_until_free(folder, say)
-    _write(folder, mine)
+    folder.write(LEASE, json.dumps(mine).encode())
     lease, over = Lease(), threading.Event()
 
     def beat() -> None:
@@ -71,10 +58,10 @@ def held(folder: Folder, say: Callable[[str], None]) -> Iterator[Lease]:
             with contextlib.suppress(UnavailableError):
                 now = _read(folder)
                 if now is not None and now["id"] != mine["id"]:
-                    lease.lost(in_use("scaling.storage", folder.uri, _holder(now)))
+                    lease.error = _refusal(folder, now)
                     return
                 mine["beat"] += 1
-                _write(folder, mine)
+                folder.write(LEASE, json.dumps(mine).encode())
         with contextlib.suppress(UnavailableError):
             folder.delete(LEASE)
 
@@ -89,21 +76,21 @@ def held(folder: Folder, say: Callable[[str], None]) -> Iterator[Lease]:
 
 def _wait_until_free(folder: Folder, say: Callable[[str], None]) -> None:
     found = _read(folder)
-    if found is None or not _may_live(found):
+    if found is None:
         return
-    if found["machine"] != _process(os.getpid())["machine"]:
-        say(f"{folder.uri} was held by {_holder(found)}; watching for up to {SILENT_SECONDS:.0f} s if it still is")
-        deadline = time.monotonic() + SILENT_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, BEAT_SECONDS / 2))
-            now = _read(folder)
-            if now is None:
-                return
-            if now != found:
-                break
-        else:
+    if found["machine"] == _this_process()["machine"]:
+        if _lives(found):
+            raise _refusal(folder, found)
+        return
+    say(f"{folder.uri} was held by {_holder(found)}; watching for up to {SILENT_SECONDS:.0f} s if it still is")
+    deadline = time.monotonic() + SILENT_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, BEAT_SECONDS / 2))
+        now = _read(folder)
+        if now is None:
             return
-    raise in_use("scaling.storage", folder.uri, _holder(found))
+        if now != found:
+            raise _refusal(folder, found)
 
 
 def _read(folder: Folder) -> dict[str, Any] | None:
@@ -114,30 +101,27 @@ def _read(folder: Folder) -> dict[str, Any] | None:
     return lease if lease.keys() >= _FIELDS else None
 
 
-def _write(folder: Folder, lease: dict[str, Any]) -> None:
-    folder.write(LEASE, json.dumps(lease).encode())
-
-
-def _process(pid: int) -> dict[str, Any]:
-    """Identity of a process: host, boot, container and start time."""
+def _this_process() -> dict[str, Any]:
+    """Its identity: host, boot, container and start time."""
     machine = socket.gethostname()
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{machine} {boot} {Path('/proc/self/ns/pid').readlink()}"
-    return {"machine": machine, "began": psutil.Process(pid).create_time()}
+    return {"machine": machine, "began": psutil.Process().create_time()}
 
 
-def _may_live(lease: dict[str, Any]) -> bool:
-    """Whether the holder may be alive; on another host, that is unknown."""
-    if lease["machine"] != _process(os.getpid())["machine"]:
-        return True
+def _lives(lease: dict[str, Any]) -> bool:
+    """Whether the holder, a process of this machine, lives."""
     try:
         process = psutil.Process(lease["pid"])
-        is_same = abs(process.create_time() - lease["began"]) < 2
-        return is_same and process.status() != psutil.STATUS_ZOMBIE
+        return abs(process.create_time() - lease["began"]) < 2 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
 def _holder(lease: dict[str, Any]) -> Holder:
-    return Holder(lease["host"], lease["pid"], lease["since"], lease["command"])
+    return Holder(*(lease[name] for name in _HOLDER))
+
+
+def _refusal(folder: Folder, lease: dict[str, Any]) -> UserError:
+    return in_use("scaling.storage", folder.uri, _holder(lease))

@@ -8,8 +8,7 @@ import ray
 from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-# The oldest records are dropped beyond this many.
-MOST_RECORDS = 10_000
+MOST_RECORDS = 10_000  # the oldest are dropped beyond
 
 
 class Mailbox:
@@ -26,8 +25,7 @@ class Mailbox:
 
     def fetch(self) -> list[Mapping[str, Any]]:
         """Remove and return all records."""
-        records = list(self._records)
-        self._records.clear()
+        records, self._records = list(self._records), deque(maxlen=MOST_RECORDS)
         return records
 
     def stop_asked(self) -> bool:

@@ -29,30 +29,16 @@ COUNTERS = {
     "tla_worker_restarts_total": "worker failures followed by a restart",
     "tla_runs_ended_total": "runs that ended, by outcome",
 }
-_OF_RECORDS = {
-    "step": "tla_step",
-    "total_steps": "tla_total_steps",
-    "epoch": "tla_epoch",
-    "loss": "tla_loss",
-    "images_per_second": "tla_images_per_second",
-    "workers": "tla_workers",
-}
-_OF_EPOCHS = {
-    "step": "tla_step",
-    "epoch": "tla_epoch",
+# Keys of records and of an epoch's metrics whose gauges are called otherwise than `tla_` and the key.
+_NAMES = {
     "train/loss": "tla_loss",
-    "images_per_second": "tla_images_per_second",
     "validation/clean_accuracy": "tla_clean_accuracy",
     "validation/robust_accuracy": "tla_robust_accuracy",
 }
 
 
 class RunMetrics:
-    """The metrics of one run, labelled with its name, method and data set. Needs a Ray session.
-
-    Args:
-        config: The run.
-    """
+    """The metrics of one run, labelled with its name, method and data set. Needs a Ray session."""
 
     def __init__(self, config: RunConfig) -> None:
         labels = {"run": config.run_name, "method": config.method, "dataset": config.data.name}
@@ -69,10 +55,11 @@ class RunMetrics:
         self._gauges["tla_last_progress_timestamp_seconds"].set(time.time())
         if record["event"] == "failure":
             self._counters["tla_worker_restarts_total"].inc(tags={"outcome": "restarted"})
-        told, names = (record["metrics"], _OF_EPOCHS) if record["event"] == "epoch" else (record, _OF_RECORDS)
-        for key, name in names.items():
-            if key in told:
-                self._gauges[name].set(told[key])
+        told = record["metrics"] if record["event"] == "epoch" else record
+        for key, value in told.items():
+            gauge = self._gauges.get(_NAMES.get(key, f"tla_{key}"))
+            if gauge is not None:
+                gauge.set(value)
 
     def unsent(self, size: int) -> None:
         """Set the size of the metrics that MLflow has not confirmed, in bytes."""

@@ -1,17 +1,20 @@
-"""Joining a Ray cluster, and whether a run fits it."""
+"""Joining a Ray cluster, and what fits it: a run, or the trials of a sweep."""
 
 import contextlib
 import logging
+import math
 import os
+import signal
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import ray.train  # here, so that `starting` never imports parts of ray in two threads at once
@@ -27,7 +30,9 @@ from tla_service.files import check_socket_path
 CONNECT_SECONDS = 5
 DASHBOARD_SECONDS = 60
 # An address that refuses every connection: TCP port 1 is reserved.
-NO_DASHBOARD = "http://127.0.0.1:1"
+_NO_DASHBOARD = "http://127.0.0.1:1"
+# A trial's own process reserves memory and no CPU: if it held CPUs, its workers could wait for them forever.
+TRIAL_PROCESS_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -45,27 +50,19 @@ class Placement:
         return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.use_gpu else {})
 
 
-class _Scaled(Protocol):
-    @property
-    def scaling(self) -> ScalingConfig: ...
-
-
 @contextlib.contextmanager
-def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False) -> Iterator[None]:
+def ray_session(scaling: ScalingConfig, *, debug: bool = False, dashboard: bool = False) -> Iterator[None]:
     """Join the configured cluster, or start one on this machine, for the duration of the block.
 
-    Args:
-        config: Settings with a `scaling` section.
-        debug: Show the log of Ray and its workers.
-        dashboard: Start a dashboard with a local cluster. It takes seconds; Ray Train needs it to clean up after a
-            killed run.
+    `debug` shows the log of Ray and its workers. A `dashboard` is started with a local cluster, which takes seconds, or
+    looked for: without one Ray Train does not free the resources of a killed run, such as a trial stopped early.
 
     Raises:
         UnavailableError: The cluster does not answer, or does not start.
     """
     # Ray warns that this becomes the default.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = config.scaling.address or os.environ.get("RAY_ADDRESS")
+    address = scaling.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": debug, "logging_level": logging.INFO if debug else logging.ERROR}
     logging.getLogger("ray.train").setLevel(logging.INFO if debug else logging.WARNING)
     if address:
@@ -78,14 +75,18 @@ def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False
         _check_temporary_folder()
         # Nobody preempts this machine with notice; without the watcher, workers start a second earlier.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        workers = 2 if scaling.num_workers == "auto" else scaling.num_workers
+        cpus = max(os.cpu_count() or 1, math.ceil(workers * scaling.cpus_per_worker))  # what the workers reserve
         try:
             # "local": without it Ray joins a cluster that somebody else started on this machine.
-            ray.init("local", num_cpus=_local_cpus(config.scaling), include_dashboard=dashboard, **quiet)
+            ray.init("local", num_cpus=cpus, include_dashboard=dashboard, **quiet)
         except Exception as error:  # Ray raises no class of its own here
             reason = f"does not start on this machine ({' '.join(str(error).split())[:200]})"
             remedy = f"look at load, memory and the logs in {_temporary_folder()[1]}/ray/session_latest/logs"
             raise UnavailableError("Ray", None, reason, remedy) from error
     try:
+        if dashboard:
+            _check_dashboard()
         yield
     finally:
         ray.shutdown()
@@ -93,15 +94,9 @@ def ray_session(config: _Scaled, *, debug: bool = False, dashboard: bool = False
 
 @contextlib.contextmanager
 def starting(session: AbstractContextManager[None]) -> Iterator[Callable[[], None]]:
-    """Enter a `ray_session` in the background, while the caller imports and checks.
+    """Enter a `ray_session` in the background; yields a function that waits for it, and raises what it raised.
 
     The system kills Ray's daemons when the thread that started them ends, so that thread lasts as long as the block.
-
-    Args:
-        session: The session, not yet entered.
-
-    Yields:
-        A function that waits until the cluster is joined, and raises what joining it raised.
     """
     with ThreadPoolExecutor(1, "ray") as thread:
         joined = thread.submit(session.__enter__)
@@ -125,7 +120,7 @@ def _not_joined(error: Exception) -> tuple[str, str]:
 
 
 def _temporary_folder() -> tuple[str, str]:
-    """The variable that sets a local cluster's folder for sockets and logs, and the folder, as Ray resolves it."""
+    """The variable that sets a local cluster's folder for sockets and logs, and the folder."""
     found = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), "RAY_TMPDIR")
     return found, os.environ.get(found) or "/tmp"
 
@@ -143,6 +138,80 @@ def _check_temporary_folder() -> None:
     except OSError as error:
         reason = f"Ray cannot write there ({(error.strerror or str(error)).lower()})"
         raise UnavailableError(variable, folder, reason, remedy.replace("short ", "")) from error
+
+
+@contextlib.contextmanager
+def own_dashboard() -> Iterator[None]:
+    """Point Ray's state API at the dashboard of this cluster only.
+
+    A cluster without a dashboard still announces Ray's default address, where another cluster's dashboard may listen,
+    and `ray job submit` may set one in the environment. Such a dashboard reports the run as unknown, and Ray Train
+    then removes its workers.
+    """
+    url = get_webui_url_from_internal_kv()  # empty without a dashboard
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{url}" if url else _NO_DASHBOARD
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_API_SERVER_ADDRESS"]
+        else:
+            os.environ["RAY_API_SERVER_ADDRESS"] = before
+
+
+def _check_dashboard() -> None:
+    """Check that the cluster's dashboard answers within `DASHBOARD_SECONDS`."""
+    deadline = time.monotonic() + DASHBOARD_SECONDS
+    while True:
+        try:
+            with own_dashboard():
+                list_nodes(limit=1, timeout=CONNECT_SECONDS)
+        except (RayStateApiException, OSError, RuntimeError) as error:
+            if time.monotonic() > deadline:
+                address = ray.get_runtime_context().gcs_address
+                reason = f"the cluster's dashboard does not answer ({' '.join(str(error).split())[:200]})"
+                remedy = "install ray[default] and start the head with its dashboard"
+                raise UnavailableError("scaling.address", address, reason, remedy) from error
+            time.sleep(1)
+        else:
+            return
+
+
+@contextlib.contextmanager
+def stop_on_signal(message: str, stop: Callable[[], object]) -> Iterator[None]:
+    """First SIGINT or SIGTERM: show the message and call `stop`; second: KeyboardInterrupt. Only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def handle(_signal: int, _frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        os.write(2, f"{message}; interrupt again to stop at once\n".encode())
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_address(address: str) -> None:
+    """Connect to host:port first: Ray itself waits for minutes when nothing answers."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # "auto" or "local" fail at once
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        reason = f"no Ray cluster answers ({(error.strerror or str(error)).lower()})"
+        raise UnavailableError("scaling.address", address, reason, "start one with: ray start --head") from error
 
 
 def place(config: RunConfig) -> Placement:
@@ -179,64 +248,48 @@ def place(config: RunConfig) -> Placement:
     return placement
 
 
-@contextlib.contextmanager
-def own_dashboard() -> Iterator[None]:
-    """Point Ray's state API at the dashboard of this cluster only.
-
-    A cluster without a dashboard still announces Ray's default address, where another cluster's dashboard may listen,
-    and `ray job submit` may set one in the environment. Such a dashboard reports the run as unknown, and Ray Train
-    then removes its workers.
-    """
-    url = get_webui_url_from_internal_kv()  # empty without a dashboard
-    before = os.environ.get("RAY_API_SERVER_ADDRESS")
-    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{url}" if url else NO_DASHBOARD
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["RAY_API_SERVER_ADDRESS"]
-        else:
-            os.environ["RAY_API_SERVER_ADDRESS"] = before
+def workers_per_trial(scaling: ScalingConfig) -> int:
+    """Workers per trial; for `auto` few, so that more trials run in parallel: one on a GPU, else two."""
+    if scaling.num_workers != "auto":
+        return scaling.num_workers
+    gpus = ray.cluster_resources().get("GPU", 0.0) > 0
+    return 1 if (gpus if scaling.use_gpu == "auto" else scaling.use_gpu) else 2
 
 
-def check_dashboard() -> None:
-    """Check that the cluster's dashboard answers.
-
-    Ray Train frees a killed run's resources only once the dashboard reports it dead. Without one, every trial that is
-    stopped early would keep its workers' resources.
-
-    Raises:
-        UnavailableError: It does not answer within `DASHBOARD_SECONDS`.
-    """
-    deadline = time.monotonic() + DASHBOARD_SECONDS
-    while True:
-        try:
-            with own_dashboard():
-                list_nodes(limit=1, timeout=CONNECT_SECONDS)
-        except (RayStateApiException, OSError, RuntimeError) as error:
-            if time.monotonic() > deadline:
-                address = ray.get_runtime_context().gcs_address
-                reason = f"the cluster's dashboard does not answer ({' '.join(str(error).split())[:200]})"
-                remedy = "install ray[default] and start the head with its dashboard"
-                raise UnavailableError("scaling.address", address, reason, remedy) from error
-            time.sleep(1)
-        else:
-            return
+def max_concurrent(scaling: ScalingConfig, most: int | None, placement: Placement) -> int:
+    """Trials in parallel, at most `most`: one more than fit, so that its process is up when resources become free."""
+    if scaling.wait_seconds > 0:  # the cluster grows, so its present size says nothing
+        assert most is not None
+        return most
+    fit = check_room([node["Resources"] for node in ray.nodes() if node["Alive"]], placement) + 1
+    return fit if most is None else min(most, fit)
 
 
-def _check_address(address: str) -> None:
-    """Connect to host:port first: Ray itself waits for minutes when nothing answers."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdecimal()):
-        return  # "auto" or "local" fail at once
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        reason = f"no Ray cluster answers ({(error.strerror or str(error)).lower()})"
-        raise UnavailableError("scaling.address", address, reason, "start one with: ray start --head") from error
+def check_room(nodes: Sequence[Mapping[str, float]], placement: Placement) -> int:
+    """How many trials fit on nodes with these resources; raises UnavailableError with the arithmetic if none does."""
+    fits = [_workers_on(node, placement) for node in nodes]
+    slots = sum(fits) // placement.num_workers
+    if slots > 0:
+        return slots
+    needs = " and ".join(f"{share:g} {name}" for name, share in placement.resources_per_worker.items())
+    have = "; ".join(
+        f"{' and '.join(f'{node.get(name, 0.0):g} {name}' for name in placement.resources_per_worker)} -> {fit}"
+        for node, fit in zip(nodes, fits, strict=True)
+    )
+    raise UnavailableError(
+        "scaling.num_workers",
+        placement.num_workers,
+        f"a trial can never be placed: a worker needs {needs} on one node, and the nodes have room for this many: "
+        f"{have}; together {sum(fits)} of {placement.num_workers}",
+        "use fewer workers or smaller shares, or set scaling.wait_seconds if the cluster scales up",
+    )
 
 
-def _local_cpus(scaling: ScalingConfig) -> int:
-    """CPUs to declare on this machine: at least as many as the workers reserve."""
-    workers = 2 if scaling.num_workers == "auto" else scaling.num_workers
-    return max(os.cpu_count() or 1, int(-(-workers * scaling.cpus_per_worker // 1)))
+def _workers_on(node: Mapping[str, float], placement: Placement) -> int:
+    """Workers that fit on a node. A GPU share below 1 is on one GPU, a share above takes whole ones."""
+    cpus = math.floor(node.get("CPU", 0.0) / placement.cpus_per_worker + 1e-9)
+    if not placement.use_gpu:
+        return cpus
+    gpus, share = node.get("GPU", 0.0), placement.gpus_per_worker
+    on_gpus = math.floor(gpus) * math.floor(1 / share + 1e-9) if share < 1 else math.floor(gpus / share)
+    return min(cpus, on_gpus)

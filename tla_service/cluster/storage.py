@@ -1,4 +1,4 @@
-"""Checkpoints in the run's storage: a folder that all nodes share, or S3."""
+"""Files in the storage, a folder that all nodes share or S3: a run's checkpoints, and small ones beside them."""
 
 import contextlib
 import errno
@@ -9,23 +9,21 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from pyarrow import ArrowInvalid
-from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 from ray.train import Checkpoint
 from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
-from tla_service.cluster.folder import Folder
 from tla_service.config import RunConfig
 from tla_service.config.loading import same_run
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.files import whole_folder
+from tla_service.files import whole_folder, write_whole
 from tla_service.retries import retried
 
 RETRY_SECONDS = 300.0  # how long an unavailable storage is retried
 _LATEST = "latest.json"
-_RAYS_LATEST = "latest_checkpoint_result"
 _CHUNK_BYTES = 64 * 2**20
 PROBE_SECONDS = 20
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
@@ -48,6 +46,61 @@ _AWAY = {
 T = TypeVar("T")
 
 
+class Folder:
+    """A folder (absolute path) or s3:// prefix; what cannot be read or written raises UnavailableError."""
+
+    remedy: ClassVar[str] = "repair it, then give the command with --resume"
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        with self._available():
+            self.filesystem, path = FileSystem.from_uri(uri)
+        self.path = path.rstrip("/")
+
+    def folders(self) -> list[str]:
+        """Names of the folders in it, sorted."""
+        with self._available():
+            found = self.filesystem.get_file_info(FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.type == FileType.Directory)
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content; None if there is no such file."""
+        path = f"{self.path}/{name}"
+        with self._available():
+            if self.filesystem.get_file_info(path).type == FileType.NotFound:
+                return None
+            with self.filesystem.open_input_stream(path) as file:
+                return bytes(file.read())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all; S3 shows an object once it is complete."""
+        path = f"{self.path}/{name}"
+        with self._available():
+            if isinstance(self.filesystem, LocalFileSystem):
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                write_whole(Path(path), content)
+                return
+            with self.filesystem.open_output_stream(path) as file:
+                file.write(content)
+
+    def delete(self, name: str) -> None:
+        """Delete a file."""
+        with self._available():
+            self.filesystem.delete_file(f"{self.path}/{name}")
+
+    def unavailable(self, error: Exception) -> UnavailableError:
+        """What to raise when it cannot be used."""
+        reason = f"cannot be read or written ({' '.join(str(error).split())[:300]})"
+        return UnavailableError("scaling.storage", self.uri, reason, self.remedy)
+
+    @contextlib.contextmanager
+    def _available(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ArrowInvalid) as error:
+            raise self.unavailable(error) from error
+
+
 class StoredCheckpoint(Checkpoint):
     """A checkpoint in the storage; reading retries while the storage is unavailable."""
 
@@ -64,35 +117,20 @@ class StoredCheckpoint(Checkpoint):
             yield self.to_directory(folder)
 
     def to_directory(self, path: str | os.PathLike[str] | None = None) -> str:
-        """As `ray.train.Checkpoint.to_directory`.
-
-        Raises:
-            FileNotFoundError: It does not exist.
-            UnavailableError: The storage cannot be read.
-        """
-
-        def fetch() -> str | FileNotFoundError:
-            try:
-                return str(super(StoredCheckpoint, self).to_directory(path))
-            except FileNotFoundError as error:
-                return error
-
-        fetched = patiently("Reading", _address(self.filesystem, self.path), fetch)
-        if isinstance(fetched, FileNotFoundError):
-            raise fetched
-        return fetched
+        """As Ray's; raises UnavailableError if the storage cannot be read, FileNotFoundError if it has none of it."""
+        fetch = super().to_directory
+        try:
+            return patiently("Reading", _address(self.filesystem, self.path), lambda: str(fetch(path)))
+        except UnavailableError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise error.__cause__ from None
+            raise
 
 
 class RunFolder(Folder):
-    """The folder of a run.
+    """The folder of a run, by its name, in the storage of all runs (a folder or s3:// prefix)."""
 
-    Args:
-        storage: Folder or s3:// prefix of all runs.
-        name: The run's name.
-
-    Raises:
-        UnavailableError: It cannot be read or written; raised by all methods.
-    """
+    remedy = "check bucket, credentials and AWS_ENDPOINT_URL_S3, or the folder's permissions"
 
     def __init__(self, storage: str, name: str) -> None:
         super().__init__(f"{storage if '://' in storage else Path(storage).expanduser().absolute()}/{name}")
@@ -130,27 +168,22 @@ class RunFolder(Folder):
                     self.filesystem.delete_dir(f"{self.path}/{name}")
 
     def forget_record(self) -> str:
-        """Delete the record of the newest checkpoint after comparing it with the checkpoints that exist.
+        """Delete the record of the newest checkpoint, ours or that of Ray Train, which kept it in earlier versions.
 
-        Earlier versions let Ray Train keep the record; Ray refuses to start from a damaged one.
-
-        Returns:
-            What was wrong with it; empty if nothing.
-
-        Raises:
-            UnavailableError: There is a record, but no checkpoint.
+        Returns what was wrong with it, or ""; raises UnavailableError if there is a record, but no checkpoint.
         """
-        name, text = _LATEST, self.read(_LATEST)
-        if text is None:
-            name, text = CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, self.read(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
-        if text is None:
+        for name in (_LATEST, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME):
+            if (text := self.read(name)) is not None:
+                break
+        else:
             return ""
         there, wrong = [checkpoint.path for checkpoint in self.checkpoints()], ""
         try:
             record = json.loads(text)
-            latest = (
-                record["checkpoint"] if name == _LATEST else (record[_RAYS_LATEST] or {}).get("checkpoint_dir_name")
-            )
+            if name == _LATEST:
+                latest = record["checkpoint"]
+            else:
+                latest = (record["latest_checkpoint_result"] or {}).get("checkpoint_dir_name")
             if latest is not None and f"{self.path}/{latest}" not in there:
                 wrong = f"checkpoint {self.path}/{latest} is missing"
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -161,19 +194,9 @@ class RunFolder(Folder):
         self.delete(name)
         return f"{wrong}; falling back to {there[0]}" if wrong else ""
 
-    def unavailable(self, error: Exception) -> UnavailableError:
-        """The error to raise when it cannot be used."""
-        remedy = "check bucket, credentials and AWS_ENDPOINT_URL_S3, or the folder's permissions"
-        return UnavailableError("scaling.storage", self.uri, super().unavailable(error).reason, remedy)
-
 
 def patiently(what: str, address: str, action: Callable[[], T]) -> T:
-    """Call the storage; retry for `RETRY_SECONDS` while it is unavailable.
-
-    Args:
-        what: The operation, as a participle, for messages.
-        address: Its target.
-        action: The call.
+    """Call the storage, for messages `what` (a participle) at an address; retry for `RETRY_SECONDS` while it is away.
 
     Raises:
         UnavailableError: It still fails, or fails for a reason that does not pass.
@@ -210,7 +233,14 @@ def check_storage(storage: str) -> None:
         UnavailableError: It fails, or takes longer than `PROBE_SECONDS`.
     """
     if "://" not in storage:
-        _check_local_storage(Path(storage).expanduser())
+        folder = Path(storage).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = f"cannot be written ({(error.strerror or str(error)).lower()})"
+            remedy = "give a folder that can be written, or s3://bucket/prefix"
+            raise UnavailableError("scaling.storage", folder, reason, remedy) from error
         return
     probe = Future[None]()
 
@@ -237,25 +267,12 @@ def check_storage(storage: str) -> None:
         raise UnavailableError("scaling.storage", storage, f"cannot be written ({reason})", remedy) from error
 
 
-def _check_local_storage(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = f"cannot be written ({(error.strerror or str(error)).lower()})"
-        remedy = "give a folder that can be written, or s3://bucket/prefix"
-        raise UnavailableError("scaling.storage", folder, reason, remedy) from error
-
-
 def earlier_name(config: RunConfig, storage: str) -> RunConfig:
     """The run under the name of its folder in the storage; see `tla_service.config.loading.find_output`."""
     if config.name:
         return config
-    names = [
-        name
-        for name in RunFolder(storage, "").folders()
-        if name.startswith(f"{config.name_stem}-") and len(name) == len(config.run_name)
-    ]
+    stem, length = f"{config.name_stem}-", len(config.run_name)
+    names = [name for name in RunFolder(storage, "").folders() if name.startswith(stem) and len(name) == length]
     if config.run_name in names:
         return config
     for name in names:

@@ -1,13 +1,10 @@
 """The driver's side of a training run on Ray Train: starts the workers, passes their records on, fetches results."""
 
-import contextlib
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,10 @@ from ray.train import Checkpoint, FailureConfig, Result, ScalingConfig, Training
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tla_service.cluster.mailbox import FailuresToMailbox, start_mailbox
-from tla_service.cluster.session import Placement, own_dashboard
+from tla_service.cluster.session import Placement, own_dashboard, stop_on_signal
 from tla_service.cluster.storage import RunFolder
 from tla_service.cluster.worker import train_worker
 from tla_service.config import RunConfig
@@ -37,52 +33,6 @@ Record = Mapping[str, Any]
 FETCH_SECONDS = 0.2
 # How often Ray Train's controller polls its workers. The default of 2 s delays the end of a small run.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """Results of a training run.
-
-    Attributes:
-        result: Metrics and times.
-        best_weights: State dict of the best weights on validation, on the CPU; empty if the run was interrupted first.
-        checkpoint: Local copy of the newest checkpoint, with the last and the best weights.
-    """
-
-    result: FitResult
-    best_weights: dict[str, Tensor]
-    checkpoint: Path
-
-
-def train_on_ray(
-    config: RunConfig,
-    placement: Placement,
-    storage: str,
-    copy_to: Path,
-    follow: Callable[[Record], None],
-    weights: Mapping[str, Tensor] | None = None,
-    log_labels: Mapping[str, Any] | None = None,
-) -> TrainedRun:
-    """Run `fit_on_ray` and copy the newest checkpoint.
-
-    Args:
-        config: The run.
-        placement: Workers and their resources.
-        storage: Folder or s3:// prefix for checkpoints.
-        copy_to: Local folder for the newest checkpoint; replaced.
-        follow: Called in this thread with each record: `start`, `step`, `epoch`, `failure`.
-        weights: State dict to start from.
-        log_labels: Fields added to the workers' JSON log lines; None logs text.
-
-    Raises:
-        Exception: As `fit_on_ray`.
-    """
-    result, checkpoint = fit_on_ray(config, placement, storage, follow, weights, log_labels, with_rejector=True)
-    with whole_folder(copy_to) as partial:
-        checkpoint.to_directory(partial)
-        verify_checkpoint(partial)
-    best = copy_to / "best.safetensors"
-    return TrainedRun(result, load_file(best) if best.exists() else {}, copy_to)
 
 
 def fit_on_ray(
@@ -172,6 +122,13 @@ def fit_on_ray(
     return FitResult(**returned["result"]), folder.checkpoint(returned["checkpoint"])
 
 
+def fetch_checkpoint(stored: Checkpoint, folder: Path) -> None:
+    """Copy a checkpoint from the storage to a local folder, which is replaced, and check that it is complete."""
+    with whole_folder(folder) as part:
+        stored.to_directory(part)
+        verify_checkpoint(part)
+
+
 def _in_background(call: Callable[[], Result]) -> "Future[Result]":
     """Run a call in a daemon thread; this thread handles records and signals."""
     future: Future[Result] = Future()
@@ -189,7 +146,7 @@ def _in_background(call: Callable[[], Result]) -> "Future[Result]":
 def _follow(future: "Future[Result]", mailbox: Any, follow: Callable[[Record], None], wait_seconds: float) -> Result:
     """Pass records on until the run ends."""
     began, started = time.monotonic(), False
-    with _stop_on_signal(mailbox):
+    with stop_on_signal("stopping after a checkpoint", mailbox.stop.remote):
         while True:
             done = future.done()
             records: list[Record] = ray.get(mailbox.fetch.remote())
@@ -199,34 +156,9 @@ def _follow(future: "Future[Result]", mailbox: Any, follow: Callable[[Record], N
             if done:
                 return future.result()
             if not started and wait_seconds and time.monotonic() - began > wait_seconds:
-                raise UnavailableError(
-                    "scaling.wait_seconds",
-                    wait_seconds,
+                reason, remedy = (
                     "the cluster has not placed the workers in this time",
                     "ask for fewer workers, or wait longer",
                 )
+                raise UnavailableError("scaling.wait_seconds", wait_seconds, reason, remedy)
             time.sleep(FETCH_SECONDS)
-
-
-@contextlib.contextmanager
-def _stop_on_signal(mailbox: Any) -> Iterator[None]:
-    """First SIGINT or SIGTERM: ask the workers to stop; second: KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = False
-
-    def handle(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        os.write(2, b"stopping after a checkpoint; interrupt again to stop at once\n")
-        mailbox.stop.remote()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

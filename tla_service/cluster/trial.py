@@ -21,14 +21,9 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 def run_trial(
     config: Mapping[str, Any], space: Space, placement: Placement, storage: str, weights: Mapping[str, Tensor] | None
 ) -> None:
-    """Train one trial; it resumes from its last checkpoint if there is one.
+    """Train one trial (`config` has its `number` and `point`) from its last checkpoint, or from `weights`.
 
-    Args:
-        config: `trial`, with the trial's `number` and `point`.
-        space: What is searched.
-        placement: Workers and their resources.
-        storage: Folder or s3:// prefix for the checkpoints of all trials.
-        weights: State dict to start from.
+    `storage` is the folder or s3:// prefix of the checkpoints of all trials.
     """
     # A trial waits for its resources as long as the others take, instead of asking again every minute.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(QUEUE_SECONDS))

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from ray.tune.experiment import Trial as TuneTrial
 
-from tla_service.cluster.attempts import DriverCallback, add_attempt
-from tla_service.cluster.budget import Plan
+from tla_service.cluster.attempts import DriverCallback, Plan, add_attempt
 from tla_service.config import RunConfig
 from tla_service.errors import UserError
 from tla_service.tracking.connection import tracking_uri
@@ -31,11 +30,7 @@ class TrialLines(DriverCallback):
     """Shows what trials report, and writes it to `log.jsonl` in a folder."""
 
     def __init__(self, terminal: Terminal, output: Path) -> None:
-        self._terminal, self._lines = terminal, JsonLines(output / "log.jsonl")
-
-    def say(self, text: str) -> None:
-        """Show a line."""
-        self._terminal.say(text)
+        self.say, self._lines = terminal.say, JsonLines(output / "log.jsonl")
 
     def close(self, status: RunStatus = "FINISHED") -> None:
         """Close the log."""
@@ -75,7 +70,7 @@ class TrialLines(DriverCallback):
 
     def _tell(self, trial: TuneTrial, event: str, text: str, **fields: Any) -> None:
         number = trial.config["trial"]["number"]
-        self._terminal.say(f"trial {number:>3}  {text}")
+        self.say(f"trial {number:>3}  {text}")
         # Only a log: a full disk ends the sweep with the next snapshot.
         with contextlib.suppress(OSError):
             self._lines.write({"event": event, "trial": number, "message": text, **fields})

@@ -19,9 +19,8 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from tla_service.cluster.attempts import Snapshots, new_attempt, read_trials
-from tla_service.cluster.budget import Budget, Plan
-from tla_service.cluster.slots import TRIAL_PROCESS_BYTES
+from tla_service.cluster.attempts import Budget, Plan, Snapshots, new_attempt, read_trials
+from tla_service.cluster.session import TRIAL_PROCESS_BYTES
 from tla_service.cluster.trial import run_trial
 from tla_service.tuning.space import Space, key_of
 from tla_service.tuning.study import STUDY, distributions, sampler_of, study_of, to_params, to_point
@@ -116,10 +115,7 @@ def searcher(space: Space, before: Sequence[Trial]) -> "Search":
 
 
 class Search(OptunaSearch):
-    """OptunaSearch that refuses points whose keys were tried or that are not allowed, and numbers the others.
-
-    Unfinished trials keep their `numbers`, by key.
-    """
+    """OptunaSearch that refuses what was tried or is not allowed, and numbers the rest unless `numbers` has its key."""
 
     def __init__(
         self, where: Space, tried: set[str], numbers: Mapping[str, int], next_number: int, **options: Any

@@ -23,12 +23,7 @@ from tla_service.training.meter import NonFiniteLossError
 
 
 def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
-    """One worker of a run.
-
-    Args:
-        loop: `config` (the run as plain values), `folder` (its RunFolder), `keep` (number of checkpoints kept),
-            `mailbox`, `weights` (object reference to a state dict, or None), `log_labels` (fields of JSON log lines;
-            None logs text), `measure_test` and `with_rejector` (for `fit`).
+    """One worker of a run; `loop` is made by `tla_service.cluster.train.fit_on_ray`.
 
     Returns:
         `result`, the fields of a FitResult, and `checkpoint`, the name of the newest; or `error`, which a restart would
@@ -64,16 +59,10 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
 
 
 class RayReporter:
-    """Stores checkpoints and reports to the driver's mailbox.
+    """Stores checkpoints, of which the last `keep` stay, and on rank 0 (`is_main`) reports to the driver's mailbox.
 
     Not through `ray.train.report`: Ray Train's controller ends the run when it cannot write its own record of a
     checkpoint, and takes one report per poll.
-
-    Args:
-        mailbox: The driver's mailbox.
-        folder: The run's folder in the storage.
-        keep: Number of checkpoints kept.
-        is_main: Whether this is rank 0.
     """
 
     def __init__(self, mailbox: Any, folder: RunFolder, keep: int, *, is_main: bool) -> None:
@@ -104,11 +93,7 @@ class RayReporter:
         return Path(tempfile.mkdtemp(prefix="tla-checkpoint-"), name)
 
     def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
-        """Store the checkpoint, retrying while the storage is unavailable; then report the epoch.
-
-        Raises:
-            UnavailableError: The storage cannot be written.
-        """
+        """Store the checkpoint, retrying while the storage is unavailable; then report the epoch."""
         if checkpoint is not None:
             # A repeated epoch writes to the same name, so an interrupted upload leaves no orphan.
             self._folder.save(checkpoint, name)
@@ -127,11 +112,9 @@ class RayReporter:
         return self._stop
 
     def _read_answer(self) -> None:
-        if self._answer is not None:
-            ready, _ = ray.wait([self._answer], timeout=0)
-            if ready:
-                self._stop = self._stop or ray.get(self._answer)
-                self._answer = None
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._stop = self._stop or ray.get(self._answer)
+            self._answer = None
 
 
 class WarningsToMailbox(logging.Handler):

@@ -33,7 +33,7 @@ def evaluate_and_log(settings: EvaluateSettings) -> int:
 
     @contextlib.contextmanager
     def workers() -> Iterator[Workers]:
-        with ray_session(settings, debug=settings.debug):
+        with ray_session(settings.scaling, debug=settings.debug):
             yield Workers(settings.scaling)
 
     report, output = evaluate(settings, models, workers, terminal)

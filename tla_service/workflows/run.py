@@ -1,38 +1,46 @@
 """The steps of a training job: check, train on Ray, track, package, register."""
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tla_service.attacks import craft
 from tla_service.cluster.lease import held
 from tla_service.cluster.metrics import Outcome, RunMetrics
 from tla_service.cluster.session import place
 from tla_service.cluster.storage import RunFolder, check_storage, earlier_name
-from tla_service.cluster.train import Record, TrainedRun, train_on_ray
+from tla_service.cluster.train import Record, fetch_checkpoint, fit_on_ray
 from tla_service.config import RunConfig, TrackingConfig
-from tla_service.data import Dataset
-from tla_service.errors import UnavailableError, without_credentials
+from tla_service.config.names import attack_trouble
+from tla_service.data import Dataset, load_dataset
+from tla_service.errors import ConfigError, UnavailableError, without_credentials
 from tla_service.evaluation.figures import attack_panel, training_curves
 from tla_service.inference.detector import Rejector
 from tla_service.job import INTERRUPTED, next_command
 from tla_service.logs import log_as_json
 from tla_service.models import build_model
-from tla_service.registry.packaging import log_model
-from tla_service.runtime import generator
-from tla_service.tracking.connection import check_tracking, tracking_uri
+from tla_service.models.classifier import seen_by_triplets
+from tla_service.registry.loading import load_model
+from tla_service.registry.packaging import check_packaging, log_model
+from tla_service.runtime import WorkerContext, generator
+from tla_service.tracking.connection import check_tracking, sqlite_path, tracking_uri
 from tla_service.tracking.run_log import RunLog
 from tla_service.tracking.runs import finish_run, log_files, open_run, run_page, start_system_metrics
 from tla_service.training.adversary import training_attack
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.output import show_summary, summarize, write_config, write_summary
-from tla_service.training.reporting import LOG, JsonLines, JsonTerminal, Terminal
-from tla_service.workflows.checks import Facts, check_before_start, check_disks, check_split
+from tla_service.training.precheck import check_room, check_weights, checkpoint_bytes, kept_need, split_and_check
+from tla_service.training.reporting import KEPT, LOG, JsonLines, JsonTerminal, Terminal
+from tla_service.training.result import FitResult
 
 PANEL_IMAGES = 4
 STATUSES: dict[Outcome, Literal["FINISHED", "FAILED", "KILLED"]] = {
@@ -40,20 +48,62 @@ STATUSES: dict[Outcome, Literal["FINISHED", "FAILED", "KILLED"]] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the checks before a run found out."""
+
+    dataset: Dataset
+    weights: Mapping[str, Tensor] | None  # to start from
+    checkpoint_bytes: int  # estimated
+    described: dict[str, str]  # the data set, for MLflow
+
+
+def check_before_start(config: RunConfig) -> Facts:
+    """Load what the run starts from; raise UserError if its parts are missing, or do not fit together."""
+    trouble = config.tracking.trouble() or attack_trouble("evaluation.test", config.evaluation.test)
+    if trouble is not None:
+        raise ConfigError(*trouble)
+    dataset = load_dataset(config.data)
+    check_split(config, dataset, config.scaling.num_workers if isinstance(config.scaling.num_workers, int) else 1)
+    network = build_model(config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization)
+    seen_by_triplets(network, config.loss.triplet_layer)
+    check_packaging(config, dataset.class_names, len(dataset.test), network.embedding_size)
+    weights = None
+    if config.model.weights is not None:
+        weights = load_model(config.model.weights, tracking=tracking_uri(config.tracking)).state_dict()
+        check_weights(config, network, weights)
+    described = {
+        "data_fingerprint": dataset.fingerprint,
+        "classes": str(len(dataset.class_names)),
+        "training_images": str(len(dataset.train)),
+        "test_images": str(len(dataset.test)),
+    }
+    return Facts(dataset, weights, checkpoint_bytes(config, network), described)
+
+
+def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, runs: int = 1) -> None:
+    """Check that local disks have room for checkpoints of so many bytes, and for MLflow's artifacts.
+
+    `folder` in the storage keeps those of `runs` runs; `output` gets a copy of one.
+    """
+    needs = {"output": (output, checkpoint), "TMPDIR": (Path(tempfile.gettempdir()), checkpoint)}
+    if "://" not in folder:
+        needs["scaling.storage"] = kept_need(Path(folder).expanduser(), checkpoint, runs * KEPT)
+    database = sqlite_path(tracking_uri(config.tracking))
+    if database is not None:
+        needs["tracking.uri"] = (database.parent, checkpoint)
+    check_room(needs)
+
+
+def check_split(config: RunConfig, dataset: Dataset, num_workers: int) -> None:
+    """Pool and batch against the training split: what one worker cannot have, more of them cannot have either."""
+    split_and_check(config, dataset, WorkerContext(world_size=num_workers))
+
+
 class TrackedRun:
     """Sends a run's records to the terminal, `log.jsonl`, MLflow and Prometheus, from its start to its outcome.
 
-    Args:
-        config: The run.
-        output: Its output folder.
-        run_key: Identifies the run in MLflow when it resumes.
-        facts: Data set facts for MLflow.
-        terminal: Where progress is shown.
-
-    Attributes:
-        run_id: The run in MLflow.
-        interrupted: Set when training stopped early on request.
-        restarts: How often workers failed and were restarted.
+    `run_key` identifies the run in MLflow when it resumes; `facts` describe its data there.
     """
 
     def __init__(
@@ -61,7 +111,7 @@ class TrackedRun:
     ) -> None:
         self.uri = tracking_uri(config.tracking)
         self.run_id = open_run(config, run_key, facts=facts)
-        self.interrupted, self.restarts = False, 0
+        self.interrupted, self.restarts = False, 0  # stopped early on request; how often workers were restarted
         self._terminal = terminal
         self._stop_system_metrics = start_system_metrics(self.uri, self.run_id)
         self._metrics = RunLog(self.uri, self.run_id, str(output / "unsent"))
@@ -114,14 +164,7 @@ class TrackedRun:
 
 
 def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, json_logs: bool) -> int:
-    """Train and register; see `tla_service.workflows.train.train_and_register`.
-
-    Args:
-        config: The run.
-        output: Its output folder, locked.
-        join: Waits until the Ray cluster is joined.
-        json_logs: Write progress and log as JSON lines.
-    """
+    """As `tla_service.workflows.train.train_and_register`, in a locked folder; `join` waits for the Ray cluster."""
     began = time.monotonic()
     terminal, labels = open_terminal(config, json_logs=json_logs)
     with contextlib.ExitStack() as stack:
@@ -155,16 +198,17 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
                     write_config(config, output)
                 tracked(record)
 
-            log_labels = labels if json_logs else None
-            copy = output / "checkpoint"
-            trained = train_on_ray(config, placement, storage, copy, follow, facts.weights, log_labels)
-            if trained.result.interrupted:
+            log_labels, copy = labels if json_logs else None, output / "checkpoint"
+            result, stored = fit_on_ray(
+                config, placement, storage, follow, facts.weights, log_labels, with_rejector=True
+            )
+            fetch_checkpoint(stored, copy)
+            if result.interrupted:
                 tracked.interrupted = True
-                summary = {"status": "interrupted", "run_id": tracked.run_id, "checkpoint": str(trained.checkpoint)}
-                write_summary(output, summary)
+                write_summary(output, {"status": "interrupted", "run_id": tracked.run_id, "checkpoint": str(copy)})
                 terminal.say("stopped after a checkpoint; the same command resumes from it")
                 return INTERRUPTED
-            summary = _conclude(config, output, facts, trained, tracked, start_seconds)
+            summary = _conclude(config, output, facts, result, tracked, start_seconds)
     write_summary(output, summary)
     show_end(summary, terminal)
     return 0
@@ -189,23 +233,24 @@ def show_end(summary: Mapping[str, Any], terminal: Terminal) -> None:
 
 
 def _conclude(
-    config: RunConfig, output: Path, facts: Facts, trained: TrainedRun, tracked: TrackedRun, start_seconds: float
+    config: RunConfig, output: Path, facts: Facts, result: FitResult, tracked: TrackedRun, start_seconds: float
 ) -> dict[str, Any]:
     """Log what is left, draw, package and register; returns the summary."""
     begin = time.monotonic()
-    result, dataset = trained.result, facts.dataset
+    dataset, checkpoint = facts.dataset, output / "checkpoint"
+    weights = load_file(checkpoint / "best.safetensors")
     for metrics in result.history:
         tracked.log_epoch(metrics)
     tracked.log({f"test/{name}": value for name, value in result.test.items()}, int(result.history[-1]["epoch"]))
-    figures = draw_figures(config, output / "figures", dataset, trained)
+    figures = _draw(config, output / "figures", dataset, result, weights)
     files = {f"figures/{path.name}": path for path in figures} | {LOG: output / LOG}
     # What resuming takes. The best weights, in it too, are packaged below.
-    files |= {f"checkpoint/{path.name}": path for path in trained.checkpoint.iterdir()}
+    files |= {f"checkpoint/{path.name}": path for path in checkpoint.iterdir()}
     log_files(tracked.uri, tracked.run_id, files)
     model_uri = log_model(
         tracked.uri,
         tracked.run_id,
-        state_dict=trained.best_weights,
+        state_dict=weights,
         config=config,
         class_names=dataset.class_names,
         image_shape=dataset.image_shape,
@@ -215,7 +260,7 @@ def _conclude(
         facts=facts.described,
         rejector=Rejector.from_arrays(result.rejector) if result.rejector else None,
     )
-    summary = summarize(config, result, trained.checkpoint)
+    summary = summarize(config, result, checkpoint)
     seconds = {"start": start_seconds, **summary["wall_seconds"], "register": time.monotonic() - begin}
     return summary | {
         "run_id": tracked.run_id,
@@ -227,13 +272,15 @@ def _conclude(
     }
 
 
-def draw_figures(config: RunConfig, folder: Path, dataset: Dataset, trained: TrainedRun) -> list[Path]:
+def _draw(
+    config: RunConfig, folder: Path, dataset: Dataset, result: FitResult, weights: Mapping[str, Tensor]
+) -> list[Path]:
     """Draw the training curves, and a few test images before and after the training attack."""
     folder.mkdir(parents=True, exist_ok=True)
     curves, panel = folder / "training_curves.png", folder / "attack.png"
-    training_curves(trained.result.history, curves)
+    training_curves(result.history, curves)
     network = build_model(config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization)
-    network.load_state_dict(trained.best_weights)
+    network.load_state_dict(weights)
     network.eval()
     rows = torch.arange(min(PANEL_IMAGES, len(dataset.test)))
     clean, labels = dataset.test.fetch(rows).float() / 255, dataset.test.labels[rows]

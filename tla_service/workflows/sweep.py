@@ -6,13 +6,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from tla_service.cluster.attempts import attempts, read_trials
-from tla_service.cluster.budget import Budget, Plan, stop_on_signal
-from tla_service.cluster.folder import Folder
+from tla_service.cluster.attempts import Budget, Plan, attempts, read_trials
 from tla_service.cluster.lease import Lease, held
-from tla_service.cluster.session import check_dashboard, place, ray_session
-from tla_service.cluster.slots import max_concurrent, workers_per_trial
-from tla_service.cluster.storage import check_storage
+from tla_service.cluster.session import max_concurrent, place, ray_session, stop_on_signal, workers_per_trial
+from tla_service.cluster.storage import Folder, check_storage
 from tla_service.cluster.trial_log import RunStatus, TrialLog
 from tla_service.cluster.tune import DEFAULT_SAMPLES, run_trials
 from tla_service.config import RunConfig
@@ -31,7 +28,7 @@ from tla_service.tuning.figures import draw_all
 from tla_service.tuning.settings import sweep_yaml
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Trial, as_csv, counts, table, winner
-from tla_service.workflows.checks import Facts, check_before_start, check_disks, check_split
+from tla_service.workflows.run import Facts, check_before_start, check_disks, check_split
 from tla_service.workflows.train import train_and_register
 
 SETTINGS, WINNER, SUMMARY, SEEDS = "sweep.yaml", "best.yaml", "sweep.json", "winner.json"
@@ -40,13 +37,8 @@ SETTINGS, WINNER, SUMMARY, SEEDS = "sweep.yaml", "best.yaml", "sweep.json", "win
 def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug: bool = False) -> int:
     """Run or continue a sweep until it is done or its budget is used; then write and track what came out.
 
-    Args:
-        run: The run that is varied.
-        space: What is searched, and how.
-        output: Folder for the table, the plots, the winner's configuration, `log.jsonl` and, unless `scaling.storage`
-            says otherwise, Ray Tune's experiments and the trials' checkpoints.
-        resume: Continue the sweep of this name, if there is one.
-        debug: Show what Ray and its workers log.
+    `output` gets the table, the plots, the winner's configuration, `log.jsonl` and, unless `scaling.storage` says
+    otherwise, Ray Tune's experiments and the trials' checkpoints.
 
     Returns:
         The job's exit code: 0; 1 if every trial failed, or too many in a row; 130 after an interrupt.
@@ -65,10 +57,10 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
         run = _compare(run, space, storage, resume=resume)
         check_tracking(run.tracking)
         facts = check_before_start(run)
-        check_disks(run, output, f"{uri}/trials", facts.checkpoint_bytes, _number_of_trials(space))
-        # Trials that are stopped early or killed leave their places to Ray Train's cleaner, which needs the dashboard.
-        with ray_session(run, debug=debug, dashboard=True):
-            check_dashboard()
+        wanted = space.sweep.num_samples
+        trials = len(space.grid()[:wanted]) if space.sweep.searcher == "grid" else wanted or DEFAULT_SAMPLES
+        check_disks(run, output, f"{uri}/trials", facts.checkpoint_bytes, trials)
+        with ray_session(run.scaling, debug=debug, dashboard=True):
             run = _workers(run, workers_per_trial(run.scaling))
             placement = place(run)
             check_ends(space, facts, placement.num_workers)
@@ -78,17 +70,8 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
             return _search(plan, run, facts, output, lease, debug=debug)
 
 
-def _number_of_trials(space: Space) -> int:
-    wanted = space.sweep.num_samples
-    return len(space.grid()[:wanted]) if space.sweep.searcher == "grid" else wanted or DEFAULT_SAMPLES
-
-
 def check_ends(space: Space, facts: Facts, num_workers: int) -> None:
-    """Check that the data has enough images for batches, pools and networks at the ends of the space.
-
-    Raises:
-        ConfigError: It does not.
-    """
+    """Check that the data has enough images for batches, pools and networks at the ends of the space."""
     dataset, networks = facts.dataset, {(space.run.model, space.run.loss.triplet_layer)}
     for axis, value in [(each, value) for each in space.axes for value in each.ends]:
         found = space.alone(axis, value)
@@ -141,10 +124,8 @@ def _workers(run: RunConfig, number: int) -> RunConfig:
 
 
 def _search(plan: Plan, run: RunConfig, facts: Facts, output: Path, lease: Lease, *, debug: bool) -> int:
-    space = plan.space
-    budget = Budget(plan)
+    space, budget = plan.space, Budget(plan, lease)
     lease.check()
-    lease.lost = budget.fail
     log = TrialLog(Terminal(), output, run, plan, facts.described)
     status: RunStatus = "FAILED"
     try:
@@ -154,8 +135,9 @@ def _search(plan: Plan, run: RunConfig, facts: Facts, output: Path, lease: Lease
         before = read_trials(plan.storage)
         if before:
             log.say(f"continuing: {counts(before)}")
-        with stop_on_signal(budget):
+        with stop_on_signal("stopping the sweep", budget.interrupt):
             run_trials(plan, budget, log, debug=debug)
+        lease.check()
         if budget.error is not None:
             raise budget.error
         trials = read_trials(plan.storage)
@@ -216,12 +198,9 @@ def winning_run(space: Space, best: Trial, run: RunConfig) -> RunConfig:
 
 
 def train_winner(output: Path, num_seeds: int, *, debug: bool = False) -> int:
-    """Train, evaluate and register the winner once per seed; seeds that have finished before are not repeated.
+    """Train, evaluate and register the winner once per seed, counted from the run's own, in `output`/winner.
 
-    Args:
-        output: The sweep's output folder; each seed gets a folder in `winner/` there.
-        num_seeds: Seeds, counted from the run's own.
-        debug: Show what Ray and its workers log.
+    Seeds that have finished before are not repeated.
 
     Returns:
         The exit code of the first run that did not finish, or 0.

@@ -8,21 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tla_service.cluster.attempts import read_trials, seconds_before
-from tla_service.cluster.budget import Budget, Plan, stop_on_signal
-from tla_service.cluster.folder import Folder
+from tla_service.cluster.attempts import Budget, Plan, read_trials, seconds_before
 from tla_service.cluster.lease import held
-from tla_service.cluster.session import check_dashboard, place, ray_session
-from tla_service.cluster.slots import max_concurrent
-from tla_service.cluster.storage import RunFolder, check_storage
+from tla_service.cluster.session import max_concurrent, place, ray_session, stop_on_signal
+from tla_service.cluster.storage import Folder, RunFolder, check_storage
 from tla_service.cluster.tasks import Workers
+from tla_service.cluster.train import fetch_checkpoint
 from tla_service.cluster.trial_log import TrialLines
 from tla_service.cluster.tune import run_trials
 from tla_service.config import ScalingConfig
 from tla_service.config.loading import read_settings
 from tla_service.errors import UnavailableError
 from tla_service.evaluation.outcomes import Arrays
-from tla_service.files import whole_folder
 from tla_service.report.evaluate import evaluate
 from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import load_checkpoint_subject, load_models
@@ -39,21 +36,14 @@ from tla_service.results.runs import (
     write_report_settings,
 )
 from tla_service.results.settings import ReproduceSettings
-from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.output import write_config, write_summary
 from tla_service.training.reporting import Terminal
 from tla_service.tuning.space import Space
 
 
 def reproduce_on_ray(settings: ReproduceSettings, track: Track | None = None) -> int:
-    """Make a table on a cluster; see `reproduce`.
-
-    Raises:
-        UserError: Also if no cluster answers, or none of its nodes has room for a run.
-    """
-    # Trials that are stopped leave their resources to Ray Train's cleanup, which needs the dashboard.
-    with ray_session(settings, debug=settings.debug, dashboard=True):
-        check_dashboard()
+    """Make a table on a cluster; see `reproduce`."""
+    with ray_session(settings.scaling, debug=settings.debug, dashboard=True):
         return reproduce(settings, partial(_make, settings), track)
 
 
@@ -121,13 +111,12 @@ def _train(
         grid = table_space(settings, missing, max_hours=hours)
         concurrent = max_concurrent(space.run.scaling, settings.side_by_side, placement)
         plan = Plan(grid, uri, placement, None, concurrent, space.run.scaling.wait_seconds, repeat_failed=True)
-        budget = Budget(plan)
-        lease.check()
-        lease.lost = budget.fail
+        budget = Budget(plan, lease)
         lines = TrialLines(terminal, state)
         stack.callback(lines.close)
-        with stop_on_signal(budget):
+        with stop_on_signal("stopping the sweep", budget.interrupt):
             run_trials(plan, budget, lines, debug=settings.debug)
+        lease.check()
         if budget.error is not None:
             raise budget.error
         _fetch_trained(settings, space, runs, uri, state)
@@ -152,9 +141,7 @@ def _fetch_trained(settings: ReproduceSettings, space: Space, runs: Sequence[Tab
             remedy = "restore them, or choose another --state and --scaling.storage"
             raise UnavailableError("scaling.storage", stored.uri, "the run's checkpoints are missing", remedy)
         newest = stored.checkpoints()[0]
-        with whole_folder(folder / "checkpoints" / Path(newest.path).name) as part:
-            newest.to_directory(part)
-            verify_checkpoint(part)
+        fetch_checkpoint(newest, folder / "checkpoints" / Path(newest.path).name)
         slim(folder)
         write_config(run_config(space, run), folder)
         write_summary(folder, {"status": "finished", **trial.test})

@@ -11,24 +11,19 @@ from tla_service.training.output import open_output
 def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, json_logs: bool = False) -> int:
     """Train on Ray, track in MLflow, register the model.
 
-    Args:
-        config: The run.
-        output: Folder for `summary.json`, `config.yaml`, `log.jsonl`, figures, the newest checkpoint and, unless
-            `scaling.storage` is set, the run's checkpoints.
-        debug: Show the log of Ray and its workers.
-        json_logs: Write progress and log as JSON lines, with run, run id and rank.
+    `output` gets `summary.json`, `config.yaml`, `log.jsonl`, figures, the newest checkpoint and, unless
+    `scaling.storage` is set, the run's checkpoints. `json_logs` writes progress and log as JSON lines.
 
     Returns:
         The job's exit code: 0, or 130 after an interrupt.
 
     Raises:
-        UserError: Something is wrong or missing, or another process uses the output folder; raised before workers
-            start wherever it can be known.
+        UserError: Something is wrong or missing, or another process uses `output`; before workers start if possible.
     """
     with locked_folder(output, "output"):
         finished = open_output(config, output)
         if finished is None:
-            with starting(ray_session(config, debug=debug)) as join:
+            with starting(ray_session(config.scaling, debug=debug)) as join:
                 # Importing torch and MLflow, and the checks, take as long as Ray takes to start.
                 from tla_service.workflows.run import run_training
 

@@ -73,7 +73,7 @@ def examine(settings: CheckupSettings) -> Iterator[Finding]:
     """
     config = RunConfig(scaling=settings.scaling, tracking=settings.tracking)
     yield tracking(settings)
-    with ray_session(config):
+    with ray_session(config.scaling):
         alive = [entry for entry in ray.nodes() if entry["Alive"]]
         nodes = [Node(e["NodeID"], e["NodeManagerAddress"], int(e["Resources"].get("GPU", 0))) for e in alive]
         nodes.sort(key=lambda found: (found.address, found.id))
