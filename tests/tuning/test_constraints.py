@@ -3,7 +3,7 @@
 import pytest
 
 from tla_service.errors import ConfigError
-from tla_service.tuning.constraints import Constraint
+from tla_service.tuning.axes import Constraint
 
 FIELDS = {"training": {"global_batch_size": 100}, "mining": {"pool_size": 250}, "method": "tla", "seed": 3}
 

@@ -8,10 +8,9 @@ from matplotlib.figure import Figure
 
 from tests.tuning.conftest import run_config, space_of, trial_of
 from tla_service.config.loading import read_settings, sweep_preset_names
-from tla_service.tuning.figures import draw_all
+from tla_service.tuning.figures import PAPER, _draw, _ours, draw_all
 from tla_service.tuning.settings import TuneSettings
 from tla_service.tuning.space import Space
-from tla_service.tuning.studies import PAPER, _draw, _ours
 from tla_service.tuning.trials import Trial
 
 

@@ -47,13 +47,10 @@ Track = Callable[[Space, Sequence[TableRun], Path, Say], Path]
 
 
 def reproduce(settings: ReproduceSettings, make: Make, track: Track | None = None) -> int:
-    """Train and measure the runs that are missing, log them, and write the page.
+    """Train and measure the runs that are missing, log them, and write the page, also if one of them failed.
 
     Returns:
         The job's exit code: 0, or 75 (try again) if the time was up before the table was complete.
-
-    Raises:
-        UserError: Something is wrong, another process works on this table, or a run failed; the page is written first.
     """
     # Runs are told to stop after a checkpoint, and none is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -79,12 +76,7 @@ def reproduce(settings: ReproduceSettings, make: Make, track: Track | None = Non
 
 
 def open_state(settings: ReproduceSettings) -> Path:
-    """Claim the folder of the runs.
-
-    Raises:
-        ConfigError: It holds another table, or one with other settings.
-        UnavailableError: It cannot be written.
-    """
+    """Claim the folder of the runs; raises ConfigError if it holds another table, or one with other settings."""
     folder, mine = settings.state_folder, {"table": settings.table, "settings": settings.budget_name}
     mark = folder / IDENTITY
     try:
@@ -129,11 +121,7 @@ class _Local:
         self._trained: dict[str, Future[bool]] = {}
 
     def make(self, runs: Sequence[TableRun]) -> bool:
-        """Train and measure; False if the time was up first.
-
-        Raises:
-            UnavailableError: A run failed; the others have finished.
-        """
+        """Train and measure; False if the time was up first. If a run failed, raises once the others have finished."""
         limit, futures = self._settings.minutes, list[Future[bool]]()
         with ThreadPoolExecutor(self._count) as threads:
             try:

@@ -1,27 +1,20 @@
 """The page of a table: our results with intervals, the paper's beside them, comparisons, and what is missing."""
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from tla_service.config import RunConfig
 from tla_service.report.paper_results import differences_from_paper, paper_row
-from tla_service.results.pictures import method_bars, pool_curve
 from tla_service.results.runs import POOL_SIZES, share_of_budget, table_runs
 from tla_service.results.settings import ReproduceSettings
 from tla_service.results.statistics import AUTOATTACK, Estimate, Row, difference, over_seeds, read_row, shared_seeds
 from tla_service.tuning.space import Space
 
-NAMES: dict[str, str] = {
-    "natural": "natural",
-    "at": "AT",
-    "alp": "ALP",
-    "trades": "TRADES",
-    "mart": "MART",
-    "tla_rn": "TLA-RN",
-    "tla_sa": "TLA-SA",
-    "tla": "TLA",
-}
 # GPU hours of one run, measuring included: estimates from its passes, not measurements.
 _GPU_HOURS = {"mnist": 3, "cifar10": 15, "tiny_imagenet": 40, "digits": 0.1}
 _MODERN_GPU_HOURS = {"mnist": 1, "cifar10": 1, "tiny_imagenet": 3}
@@ -30,10 +23,10 @@ _MODERN_GPU_HOURS = {"mnist": 1, "cifar10": 1, "tiny_imagenet": 3}
 def write_page(settings: ReproduceSettings, space: Space, state: Path) -> Path:
     """Write the page and its figures from the runs that have finished in the state folder; returns its path."""
     path, runs = settings.page, table_runs(settings)
-    rows: dict[str, Row] = {
-        method: read_row(NAMES[method], [r for r in runs if (r.method, r.pool_size) == (method, None)], state)
-        for method in settings.all_methods
-    }
+    rows: dict[str, Row] = {}
+    for method in settings.all_methods:
+        label = method if method == "natural" else method.upper().replace("_", "-")
+        rows[method] = read_row(label, [r for r in runs if (r.method, r.pool_size) == (method, None)], state)
     pools = {size: read_row(str(size), [run for run in runs if run.pool_size == size], state) for size in POOL_SIZES}
     pools = {size: row for size, row in pools.items() if row.runs}
     finished = [row for row in rows.values() if row.runs]
@@ -45,7 +38,7 @@ def write_page(settings: ReproduceSettings, space: Space, state: Path) -> Path:
         pgd = {name: attack for name, attack in first.attacks.items() if attack.kind == "pgd" and not attack.transfer}
         iterative = max(pgd, key=lambda name: pgd[name].num_steps)
         strong = [iterative, *autoattack]
-        method_bars(finished, ["clean", *strong], path.parent / "pictures" / f"{settings.page_name}-methods.png")
+        _method_bars(finished, ["clean", *strong], path.parent / "pictures" / f"{settings.page_name}-methods.png")
         lines += [f"![Methods](pictures/{settings.page_name}-methods.png)", "", "## Accuracy, %", ""]
         lines += [*_table(settings, rows, ["clean", *first.attacks, *autoattack]), ""]
         if first.detection is not None:
@@ -66,19 +59,16 @@ def write_page(settings: ReproduceSettings, space: Space, state: Path) -> Path:
 
 def command(settings: ReproduceSettings) -> str:
     """The command that makes the page."""
-    parts = ["python jobs/reproduce_paper.py --table", settings.table]
-    if settings.budget is not None:
-        parts.append(f"--budget {settings.budget:g}")
-    parts.append(f"--seeds {settings.seeds}")
-    if settings.recipe != "paper":
-        parts.append(f"--recipe {settings.recipe}")
-    if settings.methods:
-        parts.append(f"--methods {' '.join(settings.methods)}")
-    if not settings.pools:
-        parts.append("--no-pools")
-    if settings.data.root is not None:
-        parts.append(f"--data.root /data/{settings.table}")
-    return " ".join(parts)
+    parts = {
+        f"python jobs/reproduce_paper.py --table {settings.table}": True,
+        f"--budget {settings.budget or 0:g}": settings.budget is not None,
+        f"--seeds {settings.seeds}": True,
+        f"--recipe {settings.recipe}": settings.recipe != "paper",
+        f"--methods {' '.join(settings.methods)}": settings.methods,
+        "--no-pools": not settings.pools,
+        f"--data.root /data/{settings.table}": settings.data.root is not None,
+    }
+    return " ".join(part for part, is_given in parts.items() if is_given)
 
 
 def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row]) -> list[str]:
@@ -98,10 +88,7 @@ def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row
     apart = differences_from_paper(settings.table, config.model.name, images, same_attacks=settings.budget is None)
     if apart and images and settings.recipe == "paper":
         lines += ["", f"Differences from the paper's table: {'; '.join(apart)}."]
-    lines += [
-        "",
-        "Cells are means over seeds with Student's 95% interval, for the weights chosen on validation.",
-    ]
+    lines += ["", "Cells are means over seeds with Student's 95% interval, for the weights chosen on validation."]
     if settings.budget_name == "paper":
         lines[-1] += " Rows marked *paper* are the paper's own results."
     warnings: dict[str, list[str]] = {}
@@ -142,7 +129,7 @@ def _pool_sizes(
 ) -> list[str]:
     """The study of pool sizes; if the table's TLA mines in its own batch, also compared with a separate pool."""
     picture = f"{settings.page_name}-pools.png"
-    pool_curve(pools, names, settings.page.parent / "pictures" / picture)
+    _pool_curve(pools, names, settings.page.parent / "pictures" / picture)
     lines = ["## Pool size", "", f"![Pool sizes](pictures/{picture})", "", *_table(settings, pools, names, "pool"), ""]
     if config.mining.pool == "batch" and "tla" in rows:
         batch = config.training.global_batch_size
@@ -200,3 +187,44 @@ def _missing(settings: ReproduceSettings, finished: Sequence[Row]) -> list[str]:
         takes = f"about {settings.budget * len(left) / (len(left) + len(done)):.0f} minutes on two CPU cores"
     runs, names = f"{len(left)} run{'s' if len(left) > 1 else ''}", ", ".join(f"`{name}`" for name in left)
     return ["## Not run yet", "", f"{runs}: {names}.", "", f"`{command(settings)}` takes {takes}."]
+
+
+@contextlib.contextmanager
+def _picture(path: Path, *inches: float) -> Iterator[Axes]:
+    """Axes of accuracies in percent, written to a file at the end."""
+    drawn = Figure(figsize=inches, layout="constrained")
+    axes = drawn.subplots()
+    yield axes
+    axes.set_ylabel("accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=130)
+
+
+def _method_bars(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
+    """Means over seeds with every seed as a dot, a group of bars for each measure."""
+    width = 0.8 / len(rows)
+    with _picture(path, 8, 3.4) as axes:
+        for place, row in enumerate(rows):
+            left = [group - 0.4 + (place + 0.5) * width for group in range(len(names))]
+            found = [row.values(name) for name in names]
+            heights = [100 * estimate.value if (estimate := over_seeds(values)) else 0.0 for values in found]
+            axes.bar(left, heights, width * 0.92, label=row.label)
+            for x, values in zip(left, found, strict=True):
+                axes.plot([x] * len(values), [100 * value for value in values], "k.", markersize=3)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_ylim(0, 100)
+        axes.legend(ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False, fontsize=8)
+
+
+def _pool_curve(rows: Mapping[int, Row], names: Sequence[str], path: Path) -> None:
+    """Accuracy under some attacks against the size of the pool that negatives are mined from."""
+    with _picture(path, 5, 3.2) as axes:
+        for name in names:
+            means = {size: over_seeds(row.values(name)) for size, row in rows.items()}
+            points = [(size, 100 * mean.value) for size, mean in means.items() if mean]
+            axes.plot(*zip(*points, strict=True), "o-", label=name)
+        axes.set_xscale("symlog", linthresh=200)
+        axes.set_xticks(list(rows), [str(size) for size in rows])
+        axes.set_xlabel("images in the pool")
+        axes.legend(frameon=False)

@@ -98,11 +98,7 @@ def table_space(settings: ReproduceSettings, runs: Sequence[TableRun], **sweep: 
 
 
 def run_config(space: Space, run: TableRun) -> RunConfig:
-    """The configuration of one run of the grid.
-
-    Raises:
-        ConfigError: Its settings do not go together.
-    """
+    """The configuration of one run of the grid; raises ConfigError if its settings do not go together."""
     try:
         return space.apply({AXIS: run.name}, full_length=True).model_copy(update={"name": run.name})
     except ValidationError as error:
@@ -136,8 +132,7 @@ def _shared(settings: ReproduceSettings) -> RunConfig:
 
 def write_report_settings(settings: ReproduceSettings, run: TableRun, state: Path) -> Path:
     """Write the settings of a trained run's evaluation (`ReportSettings`) to a file in its folder, and return it."""
-    folder, images = state / run.name, dict[str, int]()
-    images |= {"curves": 0, "sparse": 0, "audit": 0}
+    folder, images = state / run.name, {"curves": 0, "sparse": 0, "audit": 0}
     if settings.budget is not None:
         count = max(20, round(FULL_IMAGES * share_of_budget(settings)))
         images |= {"attacks": count, "autoattack": count, "representation": count, "bank": 10 * count}
@@ -158,11 +153,7 @@ def write_report_settings(settings: ReproduceSettings, run: TableRun, state: Pat
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """The newest checkpoint of a trained run.
-
-    Raises:
-        UnavailableError: There is none.
-    """
+    """The newest checkpoint of a trained run; raises UnavailableError if there is none."""
     found = sorted(path.parent for path in (folder / "checkpoints").glob(f"*/{MANIFEST}"))
     if not found:
         raise UnavailableError("state", folder, "has no checkpoint", "delete the folder to train the run again")

@@ -60,8 +60,7 @@ class ReproduceSettings(JobSettings):
     log: bool = setting(True, "log the results to MLflow, if it is installed")
     data: TableData = TableData()
     scaling: ScalingConfig = Field(
-        ScalingConfig(),
-        description="with scaling.address or RAY_ADDRESS the table is made on that cluster",
+        ScalingConfig(), description="with scaling.address or RAY_ADDRESS the table is made on that cluster"
     )
     tracking: TableTracking = TableTracking()
 

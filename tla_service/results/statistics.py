@@ -69,20 +69,13 @@ class Row:
 
 
 def read_row(label: str, runs: Sequence[TableRun], state: Path) -> Row:
-    """Read the finished ones of some runs.
-
-    Raises:
-        UnavailableError: A file is damaged.
-    """
+    """Read the finished ones of some runs."""
     found = []
-    for run in runs:
+    for run in [run for run in runs if is_measured(state / run.name)]:
         folder = state / run.name / REPORT
-        if is_measured(state / run.name):
-            strong = folder / AUTOATTACK_FILE
-            autoattack = load_outcome(strong) if strong.exists() else None
-            found.append(
-                Measured(run, read_report(folder / REPORT_FILE), load_outcome(folder / OUTCOME_FILE), autoattack)
-            )
+        strong = folder / AUTOATTACK_FILE
+        autoattack = load_outcome(strong) if strong.exists() else None
+        found.append(Measured(run, read_report(folder / REPORT_FILE), load_outcome(folder / OUTCOME_FILE), autoattack))
     return Row(label, tuple(found))
 
 
@@ -106,15 +99,12 @@ def shared_seeds(first: Row, second: Row) -> list[tuple[Measured, Measured]]:
 
 
 def difference(first: Row, second: Row, name: str) -> Estimate | None:
-    """First minus second, seed by seed.
-
-    With one shared seed an accuracy's interval is over its images instead (Newcombe's, paired).
-    """
+    """First minus second, seed by seed; with one shared seed an accuracy's interval is over images (Newcombe's)."""
     pairs = shared_seeds(first, second)
     values = [a - b for a, b in ((x.figure(name), y.figure(name)) for x, y in pairs) if a is not None and b is not None]
-    outcomes = [each.outcome(name) for each in pairs[0]] if len(values) == len(pairs) == 1 else []
-    match outcomes:
-        case [ShardOutcome() as one, ShardOutcome() as two]:
+    if len(values) == len(pairs) == 1:
+        one, two = (each.outcome(name) for each in pairs[0])
+        if one is not None and two is not None:
             paired = paired_difference(one.standing(name), two.standing(name))
             return Estimate(paired.difference, paired.low, paired.high)
     return over_seeds(values)

@@ -1,9 +1,11 @@
-"""A searched setting: its values, and whether it can be searched at all."""
+"""What a sweep may try: searched settings with their values, and constraints that a point must satisfy."""
 
+import ast
 import math
+import operator
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,15 @@ from tla_service.tuning.settings import Dimension
 _INSET = 0.01
 # What shapes how a trial is measured, or where it runs: searching it would compare different things.
 _FIXED = ("name", "scaling", "tracking", "evaluation", "data.name", "data.root", "data.validation_fraction")
+_CONSTRAINTS = "sweep.constraints"
+_EXAMPLE = "write it like 'mining.pool_size >= 2 * training.global_batch_size'"
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+}  # fmt: skip
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,14 +82,9 @@ class Axis:
 
 
 def axis_of(name: str, dimension: Dimension) -> Axis:
-    """The axis of a field of the run, or of a group of variants.
-
-    Raises:
-        ConfigError: It cannot be searched, or not like this.
-    """
-    where = f"sweep.space.{name}"
-    is_range = dimension.low is not None or dimension.high is not None
-    if sum([is_range, dimension.values is not None, dimension.variants is not None]) != 1:
+    """The axis of a field of the run, or of a group of variants; raises ConfigError if it cannot be searched so."""
+    where, low, high = f"sweep.space.{name}", dimension.low, dimension.high
+    if sum([(low, high) != (None, None), dimension.values is not None, dimension.variants is not None]) != 1:
         raise ConfigError(where, None, "needs one of: low and high; values; variants", "give exactly one of them")
     if dimension.variants is not None:
         _check_some(where, dimension.variants)
@@ -92,11 +98,9 @@ def axis_of(name: str, dimension: Dimension) -> Axis:
         values = tuple(_as_field(field, value) for value in dimension.values)
         _check_some(where, values)
         return Axis(name, choices=values)
-    annotation = field.annotation
-    whole = _is_number(annotation, int) and not _is_number(annotation, float)
-    if not (whole or _is_number(annotation, float)):
+    whole = not _is_number(field.annotation, float)
+    if whole and not _is_number(field.annotation, int):
         raise ConfigError(where, None, "is not a number, so it has no range", "give a list of values")
-    low, high = dimension.low, dimension.high
     if low is None or high is None:
         raise ConfigError(where, None, "a range has a low and a high end", "give both")
     if low >= high:
@@ -161,3 +165,57 @@ def shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name}={shown(item)}" for name, item in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Constraint:
+    """A comparison (`a < b < c` means both) of arithmetic over numbers and fields of the run, never run as code."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        try:
+            tree: ast.expr | None = ast.parse(text.strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError):
+            tree = None
+        if not isinstance(tree, ast.Compare):
+            raise ConfigError(_CONSTRAINTS, text, "not a comparison", _EXAMPLE)
+        self._tree = tree
+
+    def check(self, fields: Mapping[str, Any]) -> None:
+        """Raise ConfigError if it names a field that does not exist, or compares what cannot be compared."""
+        try:
+            self.holds(fields)
+        except (TypeError, ZeroDivisionError) as error:
+            raise ConfigError(_CONSTRAINTS, self.text, f"cannot be computed ({error})", _EXAMPLE) from error
+
+    def holds(self, fields: Mapping[str, Any]) -> bool:
+        """Whether a run, as nested plain values, satisfies it."""
+        left = self._value(self._tree.left, fields)
+        for sign, node in zip(self._tree.ops, self._tree.comparators, strict=True):
+            right = self._value(node, fields)
+            if type(sign) not in _COMPARISONS:
+                raise ConfigError(_CONSTRAINTS, self.text, "uses a comparison other than < <= > >= == !=", _EXAMPLE)
+            if not _COMPARISONS[type(sign)](left, right):
+                return False
+            left = right
+        return True
+
+    def _value(self, node: ast.expr, fields: Mapping[str, Any]) -> Any:
+        match node:
+            case ast.Constant(value=int() | float() | str() as value):
+                return value
+            case ast.UnaryOp(op=ast.USub()):
+                return -self._value(node.operand, fields)
+            case ast.BinOp() if type(node.op) in _ARITHMETIC:
+                return _ARITHMETIC[type(node.op)](self._value(node.left, fields), self._value(node.right, fields))
+            case ast.Name() | ast.Attribute():
+                return self._field(ast.unparse(node), fields)
+        reason = f"'{ast.unparse(node)}' is not a number, a field or + - * / of them"
+        raise ConfigError(_CONSTRAINTS, self.text, reason, _EXAMPLE)
+
+    def _field(self, path: str, fields: Mapping[str, Any]) -> Any:
+        value: Any = fields
+        for name in path.split("."):
+            if not (isinstance(value, Mapping) and name in value):
+                raise ConfigError(_CONSTRAINTS, self.text, f"the run has no field {path}", "see docs/configuration.md")
+            value = value[name]
+        return value

@@ -1,12 +1,14 @@
-"""Plots of a sweep: Optuna's own, and a study's beside the paper's."""
+"""Plots of a sweep: Optuna's own; and for a study of the paper, its results on the left, ours on the right."""
 
+import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tla_service.evaluation.figures import _BLUE, _GREEN, _ORANGE, _figure, _save
 from tla_service.tuning.space import Space
-from tla_service.tuning.studies import study_figure
 from tla_service.tuning.study import study_of
 from tla_service.tuning.trials import Trial
 
@@ -14,10 +16,53 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FEWEST_TRIALS = 4  # for importances
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": _ORANGE, "linestyle": "-", "marker": "o"},
+    {"color": _BLUE, "linestyle": "--", "marker": "s"},
+    {"color": _GREEN, "linestyle": "-.", "marker": "^"},
+)
+
+
+class Study(NamedTuple):
+    """The paper's results: where they are from, what varies, and by attack the accuracy by value."""
+
+    source: str
+    along: str
+    accuracies: Mapping[str, Mapping[str, float]]
+
+
+PAPER = {
+    "pool_size": Study(
+        "Mao et al. 2019, poster, read from its bars: CIFAR-10",
+        "images negatives are mined from (1: random negatives)",
+        {
+            "C&W": {"1": 0.4967, "250": 0.5049, "500": 0.5130, "1000": 0.5089, "2000": 0.5057},
+            "PGD": {"1": 0.4995, "250": 0.5073, "500": 0.5046, "1000": 0.5122, "2000": 0.5020},
+            "MIM": {"1": 0.4963, "250": 0.5032, "500": 0.5008, "1000": 0.5074, "2000": 0.4979},
+        },
+    ),
+    "triplet_weight": Study(
+        "Mao et al. 2019, table 8: MNIST",
+        "triplet weight λ₁ (0: adversarial training)",
+        {"PGD-100": {"0": 0.9482, "0.025": 0.9631, "0.5": 0.9696, "1": 0.9657, "2": 0.9672, "4": 0.9626}},
+    ),
+    "margin": Study(
+        "Mao et al. 2019, table 9: MNIST, λ₁ = 2",
+        "margin α",  # noqa: RUF001
+        {"PGD-100": {"0": 0.9660, "0.025": 0.9647, "0.05": 0.9672, "0.1": 0.9636, "0.2": 0.9635}},
+    ),
+    "layer": Study(
+        "Mao et al. 2019, table 10: MNIST, λ₁ = 2",
+        "layer that triplets are made of",
+        {"PGD-100": {"lower": 0.9614, "middle": 0.9648, "embedding": 0.9672, "logits": 0.9634}},
+    ),
+}
 
 
 def draw_all(trials: Sequence[Trial], space: Space, folder: Path) -> list[Path]:
     """Plot the trials that have a validation and did not fail to PNG files in a folder; returns their paths."""
+    from matplotlib import pyplot as plt
+    from optuna.exceptions import ExperimentalWarning
     from optuna.visualization import matplotlib as plots
 
     measured = [trial for trial in trials if trial.curve and trial.status != "failed"]
@@ -28,33 +73,93 @@ def draw_all(trials: Sequence[Trial], space: Space, folder: Path) -> list[Path]:
     target = f"validation {objective.replace('_', ' ')}"
     study = study_of(space, measured, [objective])
     both = study_of(space, measured, ["clean_accuracy", "robust_accuracy"])
-    names, width = ["validation clean accuracy", "validation robust accuracy"], 3.0 + 1.8 * len(space.axes)
-    parallel = folder / "parallel_coordinates.png"
-    paths = [
-        _save(lambda: plots.plot_parallel_coordinate(study, target_name=target), parallel, width),
-        _save(lambda: plots.plot_pareto_front(both, target_names=names), folder / "clean_and_robust.png"),
-    ]
+    names = ["validation clean accuracy", "validation robust accuracy"]
+    drawn: dict[str, Callable[[], Axes]] = {
+        "parallel_coordinates": lambda: plots.plot_parallel_coordinate(study, target_name=target),
+        "clean_and_robust": lambda: plots.plot_pareto_front(both, target_names=names),
+    }
     varies = len({trial.value(objective) for trial in measured}) > 1
     if varies and len(measured) >= FEWEST_TRIALS and len(space.axes) > 1:
-        importance = folder / "importance.png"
-        paths.append(_save(lambda: plots.plot_param_importances(study, target_name=target), importance))
+        drawn["importance"] = lambda: plots.plot_param_importances(study, target_name=target)
+    paths = []
+    # Without changing the style of others' plots.
+    with warnings.catch_warnings(), plt.rc_context({"backend": "agg"}):
+        warnings.simplefilter("ignore", ExperimentalWarning)  # raised by all of Optuna's Matplotlib plots
+        warnings.filterwarnings("ignore", "Attempting to set identical")  # an axis on which all trials agree
+        for name, plot in drawn.items():
+            plot()
+            plt.gcf().set_size_inches(3.0 + 1.8 * len(space.axes) if name == "parallel_coordinates" else 6.4, 4.8)
+            paths.append(folder / f"{name}.png")
+            plt.savefig(paths[-1], dpi=150, bbox_inches="tight")
+            plt.close()
     picture = folder / f"{space.sweep.picture}.png"
-    if space.sweep.picture and study_figure(measured, space, picture):
+    if space.sweep.picture and _draw_study(measured, space, picture):
         paths.append(picture)
     return paths
 
 
-def _save(plot: "Callable[[], Axes]", path: Path, width: float = 6.4) -> Path:
-    """Draw and write one plot, without changing the style of others."""
-    from matplotlib import pyplot as plt
-    from optuna.exceptions import ExperimentalWarning
+def _draw_study(trials: Sequence[Trial], space: Space, path: Path) -> bool:
+    """Draw the paper's results and ours side by side, each on its own scale of the same span; False without results.
 
-    with warnings.catch_warnings(), plt.rc_context({"backend": "agg"}):
-        warnings.simplefilter("ignore", ExperimentalWarning)  # raised by all of Optuna's Matplotlib plots
-        warnings.filterwarnings("ignore", "Attempting to set identical")  # an axis on which all trials agree
-        plot()
-        figure = plt.gcf()
-        figure.set_size_inches(width, 4.8)
-        figure.savefig(path, dpi=150, bbox_inches="tight")
-        plt.close(figure)
-    return path
+    Ours are on the test set if the sweep measures it, else on the validation split: means over trials that differ in
+    other settings (seeds), with their standard deviation. The first axis of the space is drawn along x.
+    """
+    from matplotlib.ticker import PercentFormatter
+
+    study, axis, run = PAPER[space.sweep.picture], space.axes[0], space.run
+    finished = [trial for trial in trials if trial.status == "finished"]
+    if not finished:
+        return False
+    order = [_label(choice) for choice in axis.choices]
+    figure = _figure(10.4, 4.0)
+    both = left, right = figure.subplots(1, 2)
+    theirs = {name: {label: [value] for label, value in line.items()} for name, line in study.accuracies.items()}
+    _draw(left, theirs, order)
+    _draw(right, _ours(finished, axis.name), order)
+    left.set_title(study.source, fontsize=10)
+    seeds = max(sum(trial.point[axis.name] == choice for trial in finished) for choice in axis.choices)
+    each = f"{seeds} trials each" if seeds > 1 else "one trial each"
+    where = "test" if space.sweep.measure_test else "validation"
+    right.set_title(f"ours: {run.data.name}, {run.model.name}, {where} set, {each}", fontsize=10)
+    span = 1.15 * max(high - low for low, high in (axes.get_ylim() for axes in both))
+    for axes in both:
+        middle = sum(axes.get_ylim()) / 2
+        axes.set_ylim(middle - span / 2, middle + span / 2)
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
+        axes.set_xlabel(study.along)
+        axes.set_ylabel("accuracy under attack [%]")
+    _save(figure, path)
+    return True
+
+
+def _label(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _ours(trials: Sequence[Trial], axis: str) -> dict[str, dict[str, list[float]]]:
+    """Accuracies by attack and value of the axis."""
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    prefix = "robust_accuracy/"
+    for trial in trials:
+        measured = {name.removeprefix(prefix): value for name, value in trial.test.items() if name.startswith(prefix)}
+        if not measured and trial.best is not None:
+            measured = {"validation attack": trial.best.robust_accuracy}
+        for name, value in measured.items():
+            values[name][_label(trial.point[axis])].append(value)
+    return values
+
+
+def _draw(axes: "Axes", lines: Mapping[str, Mapping[str, Sequence[float]]], order: Sequence[str]) -> None:
+    """Means by label, with standard deviations where there are several values."""
+    for (name, line), style in zip(lines.items(), _STYLES * len(lines), strict=False):
+        values = {place: line[label] for place, label in enumerate(order) if label in line}
+        means = [statistics.mean(each) for each in values.values()]
+        spreads = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values.values()]
+        errors = spreads if any(spreads) else None
+        axes.errorbar(list(values), means, yerr=errors, label=name, linewidth=1.6, markersize=5, capsize=3, **style)
+    axes.set_xticks(range(len(order)), order)
+    axes.set_xlim(-0.3, len(order) - 0.7)
+    axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(facecolor="white", edgecolor="none", framealpha=0.85, fontsize=8.5, loc="best", handlelength=3.2)

@@ -1,5 +1,6 @@
 """The space of a sweep: checked before anything starts; points of it, and the runs that points stand for."""
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -15,8 +16,7 @@ from tla_service.config import RunConfig
 from tla_service.config.bounds import known_shape
 from tla_service.config.explain import Explainer
 from tla_service.errors import ConfigError
-from tla_service.tuning.axes import Axis, axis_of, shown
-from tla_service.tuning.constraints import Constraint
+from tla_service.tuning.axes import Axis, Constraint, axis_of, shown
 from tla_service.tuning.settings import Dimension, SweepConfig
 
 Point = dict[str, Any]
@@ -26,11 +26,7 @@ _BATCH = "training.global_batch_size"
 
 
 class Space:
-    """What a sweep searches.
-
-    Args:
-        run: The run that is varied.
-        sweep: The search.
+    """What a sweep searches around a run.
 
     Raises:
         ConfigError: A field is unknown or cannot be searched, a range or a list is wrong, or no point is allowed.
@@ -39,7 +35,7 @@ class Space:
     def __init__(self, run: RunConfig, sweep: SweepConfig) -> None:
         self.run, self.sweep = run, sweep
         self._full = run.model_dump(mode="json")
-        self._fields = _copy(self._full)
+        self._fields = copy.deepcopy(self._full)
         _freeze_evaluation(self._fields, run)
         given = sweep.space or default_space(run)
         self.axes = tuple(axis_of(name, dimension) for name, dimension in given.items())
@@ -64,14 +60,8 @@ class Space:
         """The run of a point.
 
         Learning rate and whatever is counted in optimizer steps follow the batch size and the length of a trial, so
-        that every trial sees the same number of images.
-
-        Args:
-            point: A value for each axis.
-            full_length: As long as the run, and evaluated as it is: what is trained after a sweep.
-
-        Raises:
-            ValidationError: The fields do not go together.
+        that every trial sees the same number of images. With `full_length` it is as long as the run, and evaluated as
+        it is. Raises pydantic's ValidationError if the fields do not go together.
         """
         values = {path: value for axis in self.axes for path, value in axis.fields(point[axis.name]).items()}
         fields = _with(self._full if full_length else self._fields, values)
@@ -115,12 +105,9 @@ class Space:
 
     def grid(self) -> list[Point]:
         """All allowed points, the last axis changing first."""
-        names = [axis.name for axis in self.axes]
-        values = itertools.product(*(axis.choices for axis in self.axes))
+        names, values = [axis.name for axis in self.axes], itertools.product(*(axis.choices for axis in self.axes))
         points = (dict(zip(names, each, strict=True)) for each in values)
         return [point for point in points if self.allows(point)]
-
-    # ------------------------------------------------------------------------------------------------ checks
 
     def _draws(self, rng: np.random.Generator) -> Iterator[Point]:
         while True:
@@ -270,7 +257,7 @@ def _freeze_evaluation(fields: dict[str, Any], run: RunConfig) -> None:
 
 def _with(fields: dict[str, Any], values: Any) -> dict[str, Any]:
     """A copy of nested fields with some replaced, by their paths."""
-    copied: dict[str, Any] = _copy(fields)
+    copied = copy.deepcopy(fields)
     for path, value in values.items():
         *sections, name = path.split(".")
         functools.reduce(dict.__getitem__, sections, copied)[name] = value
@@ -279,7 +266,3 @@ def _with(fields: dict[str, Any], values: Any) -> dict[str, Any]:
 
 def _get(fields: dict[str, Any], path: str) -> Any:
     return functools.reduce(dict.__getitem__, path.split("."), fields)
-
-
-def _copy(value: Any) -> Any:
-    return {name: _copy(item) for name, item in value.items()} if isinstance(value, dict) else value

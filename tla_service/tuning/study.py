@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tla_service.tuning.axes import Axis
 from tla_service.tuning.settings import Objective
 from tla_service.tuning.space import Point, Space
 from tla_service.tuning.trials import Trial
@@ -22,14 +21,7 @@ def study_of(
     objectives: Sequence[Objective],
     storage: "optuna.storages.BaseStorage | None" = None,
 ) -> "optuna.Study":
-    """The trials as a study in which all are complete.
-
-    Args:
-        space: What is searched.
-        trials: The trials. One that failed, or has no validation, counts as 0.
-        objectives: What is maximized.
-        storage: Where the study is kept; default: in memory.
-    """
+    """The trials as a study in which all are complete; one that failed, or has no validation, counts as 0."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -58,7 +50,15 @@ def sampler_of(space: Space, num_before: int) -> "optuna.samplers.BaseSampler":
 
 def distributions(space: Space) -> "dict[str, optuna.distributions.BaseDistribution]":
     """Optuna's distribution of each axis."""
-    return {axis.name: _distribution(axis) for axis in space.axes}
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: dict[str, BaseDistribution] = {}
+    for axis in space.axes:
+        if axis.choices:
+            found[axis.name] = CategoricalDistribution([_param(choice) for choice in axis.choices])
+        else:
+            found[axis.name] = (IntDistribution if axis.whole else FloatDistribution)(*axis.ends, log=axis.log)
+    return found
 
 
 def to_params(space: Space, point: Point) -> dict[str, Any]:
@@ -77,13 +77,3 @@ def to_point(space: Space, params: dict[str, Any]) -> Point:
 def _param(value: Any) -> Any:
     """A value as Optuna takes it: numbers and text as they are, lists and the like as text."""
     return value if isinstance(value, bool | int | float | str | None) else str(value)
-
-
-def _distribution(axis: Axis) -> "optuna.distributions.BaseDistribution":
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if axis.choices:
-        return CategoricalDistribution([_param(choice) for choice in axis.choices])
-    if axis.whole:
-        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
-    return FloatDistribution(axis.low, axis.high, log=axis.log)

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from tla_service.tuning.settings import Objective
 from tla_service.tuning.space import Point, Space
@@ -32,11 +32,7 @@ def best_of(curve: Sequence[Score]) -> Score | None:
 
 
 class Progress:
-    """Turns the records of a training run into the reports of its trial.
-
-    Every report is complete: the last one describes the whole trial. Epochs that are repeated after a restart count
-    once.
-    """
+    """Turns the records of a training run into the reports of its trial, of which each describes the whole trial."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -61,7 +57,7 @@ class Progress:
         return record.get("message")
 
     def add_history(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Add the metrics of epochs; known ones are left out."""
+        """Add the metrics of epochs; known ones, repeated after a restart, are left out."""
         for metrics in history:
             epochs = int(metrics["epoch"]) + 1
             if epochs <= self._epochs:
@@ -80,17 +76,10 @@ class Progress:
         test: Mapping[str, float] | None = None,
         error: Sequence[Any] = (),
     ) -> dict[str, Any]:
-        """The next report: plain values for `tune.report`.
+        """The next report: plain values for `tune.report`; `unavailable` trials have the arguments of an `error`.
 
         Accuracies are those of the best score so far, 0 before the first validation and for a failed trial. A failed
         trial has 0 epochs, so that the scheduler compares no other with it.
-
-        Args:
-            message: To show.
-            outcome: How the trial ended, if it did; `unavailable`: it cannot continue, and not because of its point.
-            reason: Why.
-            test: Accuracies on the test set.
-            error: Arguments of the UnavailableError.
         """
         best = best_of(self._curve) if outcome in ("running", "finished") else None
         metrics, self._metrics = self._metrics, []
@@ -154,8 +143,7 @@ class Trial:
     @property
     def best_accuracies(self) -> dict[str, float]:
         """The accuracies of the best score by name; empty before the first validation."""
-        best = self.best
-        return {} if best is None else {name: value for name, value in best._asdict().items() if name != "epochs"}
+        return {} if self.best is None else {name: getattr(self.best, name) for name in get_args(Objective)}
 
     def value(self, objective: Objective) -> float | None:
         """An objective at the best score; None before the first validation."""
