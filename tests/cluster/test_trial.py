@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from tests.tuning.conftest import space_of
-from tla_service.cluster import trial
-from tla_service.cluster.attempts import Budget, Plan
+from tla_service.cluster import attempts
+from tla_service.cluster.attempts import Budget, Plan, reason_of, run_trial
 from tla_service.cluster.session import Placement
-from tla_service.cluster.trial import reason_of, run_trial
 from tla_service.errors import UnavailableError
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.result import FitResult
@@ -22,7 +21,7 @@ OUT_OF_MEMORY = "workers failed: {0: 'torch.OutOfMemoryError: CUDA out of memory
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     reports: list[dict[str, Any]] = []
-    monkeypatch.setattr(trial.tune, "report", reports.append)
+    monkeypatch.setattr(attempts.tune, "report", reports.append)
     return reports
 
 
@@ -36,7 +35,7 @@ def play(monkeypatch: pytest.MonkeyPatch, *records: dict[str, Any], history: Any
             follow(record)
         return FitResult(False, {"clean_accuracy": 0.9}, {}, list(history), {}), None
 
-    monkeypatch.setattr(trial, "fit_on_ray", fit)
+    monkeypatch.setattr(attempts, "fit_on_ray", fit)
     space = space_of({"loss.margin": {"low": 0.005, "high": 0.2}})
     run_trial({"trial": {"number": 7, "point": {"loss.margin": 0.1}}}, space, Placement(2, False, 1, 1), "/x", None)
 
@@ -75,7 +74,7 @@ def test_storage_that_is_away_is_not_the_trials_fault(
     def follow(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(trial, "fit_on_ray", follow)
+    monkeypatch.setattr(attempts, "fit_on_ray", follow)
     space = space_of({"loss.margin": [0.1]})
     run_trial({"trial": {"number": 0, "point": {"loss.margin": 0.1}}}, space, Placement(2, False, 1, 1), "/x", None)
     (report,) = sent

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tla_service.cluster.storage import RunFolder
-from tla_service.cluster.worker import RayReporter, WarningsToMailbox
+from tla_service.cluster.train import RayReporter, WarningsToMailbox
 
 
 class Mailbox:

@@ -5,8 +5,7 @@ import optuna
 import pytest
 
 from tests.tuning.conftest import run_config, space_of, trial_of
-from tla_service.tuning.study import distributions, sampler_of, study_of, to_params, to_point
-from tla_service.tuning.trials import Trial
+from tla_service.tuning.trials import Trial, distributions, sampler_of, study_of, to_params, to_point
 
 
 def test_points_come_back_as_they_were() -> None:

@@ -41,11 +41,8 @@ def held(folder: Folder, say: Callable[[str], None]) -> Iterator[Lease]:
     """Hold a folder against drivers on any host; `say` shows a message if this has to wait.
 
     The holder rewrites a small file every few seconds. A driver on the same host looks for the process; a driver on
-    another watches the file, by its own clock, until it changes or `SILENT_SECONDS` have passed.
-
-    Raises:
-        ConfigError: Another driver holds it.
-        UnavailableError: It cannot be read or written.
+    another watches the file, by its own clock, until it changes or `SILENT_SECONDS` have passed. If another driver
+    holds the folder, raises ConfigError.
     """
     mine = {**asdict(Holder.here()), **_this_process(), "id": uuid.uuid4().hex, "beat": 0}
     _wait_until_free(folder, say)

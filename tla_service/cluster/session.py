@@ -54,11 +54,8 @@ class Placement:
 def ray_session(scaling: ScalingConfig, *, debug: bool = False, dashboard: bool = False) -> Iterator[None]:
     """Join the configured cluster, or start one on this machine, for the duration of the block.
 
-    `debug` shows the log of Ray and its workers. A `dashboard` is started with a local cluster, which takes seconds, or
-    looked for: without one Ray Train does not free the resources of a killed run, such as a trial stopped early.
-
-    Raises:
-        UnavailableError: The cluster does not answer, or does not start.
+    A `dashboard` is started with a local cluster, which takes seconds, or looked for: without one Ray Train does not
+    free the resources of a killed run, such as a trial stopped early. `debug` shows the log of Ray and its workers.
     """
     # Ray warns that this becomes the default.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -215,12 +212,7 @@ def _check_address(address: str) -> None:
 
 
 def place(config: RunConfig) -> Placement:
-    """Decide the number of workers, and check that the cluster has the resources.
-
-    Raises:
-        ConfigError: A step cannot be divided among that many workers.
-        UnavailableError: It has not, and `scaling.wait_seconds` is 0.
-    """
+    """Decide the number of workers; check that a step divides among them, and that the cluster has room or may grow."""
     scaling = config.scaling
     total: dict[str, float] = ray.cluster_resources()
     gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 0.0)
@@ -239,12 +231,9 @@ def place(config: RunConfig) -> Placement:
         for name, available in (("GPU", gpus), ("CPU", cpus)):
             if needed.get(name, 0.0) > available:
                 share = placement.resources_per_worker[name]
-                raise UnavailableError(
-                    "scaling.num_workers",
-                    workers,
-                    f"needs {workers} x {share:g} = {needed[name]:g} {name}s, the cluster has {available:g}",
-                    "use fewer workers, or set scaling.wait_seconds if the cluster scales up",
-                )
+                reason = f"needs {workers} x {share:g} = {needed[name]:g} {name}s, the cluster has {available:g}"
+                remedy = "use fewer workers, or set scaling.wait_seconds if the cluster scales up"
+                raise UnavailableError("scaling.num_workers", workers, reason, remedy)
     return placement
 
 
@@ -276,13 +265,10 @@ def check_room(nodes: Sequence[Mapping[str, float]], placement: Placement) -> in
         f"{' and '.join(f'{node.get(name, 0.0):g} {name}' for name in placement.resources_per_worker)} -> {fit}"
         for node, fit in zip(nodes, fits, strict=True)
     )
-    raise UnavailableError(
-        "scaling.num_workers",
-        placement.num_workers,
-        f"a trial can never be placed: a worker needs {needs} on one node, and the nodes have room for this many: "
-        f"{have}; together {sum(fits)} of {placement.num_workers}",
-        "use fewer workers or smaller shares, or set scaling.wait_seconds if the cluster scales up",
-    )
+    reason = f"a trial can never be placed: a worker needs {needs} on one node, and the nodes have room for this many"
+    reason += f": {have}; together {sum(fits)} of {placement.num_workers}"
+    remedy = "use fewer workers or smaller shares, or set scaling.wait_seconds if the cluster scales up"
+    raise UnavailableError("scaling.num_workers", placement.num_workers, reason, remedy)
 
 
 def _workers_on(node: Mapping[str, float], placement: Placement) -> int:

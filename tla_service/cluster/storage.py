@@ -196,11 +196,7 @@ class RunFolder(Folder):
 
 
 def patiently(what: str, address: str, action: Callable[[], T]) -> T:
-    """Call the storage, for messages `what` (a participle) at an address; retry for `RETRY_SECONDS` while it is away.
-
-    Raises:
-        UnavailableError: It still fails, or fails for a reason that does not pass.
-    """
+    """Call the storage, retrying for `RETRY_SECONDS` while it is away; messages name `what`, a participle."""
     try:
         return retried(f"{what} {address}", action, _may_pass, seconds=RETRY_SECONDS)
     except (OSError, ArrowInvalid) as error:
@@ -226,12 +222,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def check_storage(storage: str) -> None:
-    """Write and delete a small file where checkpoints will be stored.
-
-    Raises:
-        ConfigError: Not a valid address.
-        UnavailableError: It fails, or takes longer than `PROBE_SECONDS`.
-    """
+    """Write and delete a small file where checkpoints will be stored, within `PROBE_SECONDS`."""
     if "://" not in storage:
         folder = Path(storage).expanduser()
         try:

@@ -1,6 +1,8 @@
 """Shards of an evaluation as remote tasks on Ray; see `tla_service.report.tasks.Measurer`."""
 
+import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,17 +21,19 @@ from tla_service.runtime import keep_freed_memory
 _AHEAD = 2  # shards in flight per worker: one measured, one waiting; more would only hold images in memory
 
 
+class TimeIsUpError(Exception):
+    """The deadline of a measurement has passed; shards that were saved are kept."""
+
+
 class Workers:
     """Measures shards on the cluster that this process has joined, as many at a time as it has room for.
 
     Images of the shards in flight are in memory, not the whole set. A shard whose worker dies is given to another, up
     to `scaling.max_failures` times.
-
-    Raises:
-        UnavailableError: No node has room for one; the message shows the arithmetic.
     """
 
-    def __init__(self, scaling: ScalingConfig) -> None:
+    def __init__(self, scaling: ScalingConfig, deadline: float = math.inf) -> None:
+        self._deadline = deadline  # by the monotonic clock
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         use_gpu = any(node.get("GPU", 0) for node in nodes) if scaling.use_gpu == "auto" else scaling.use_gpu
         share = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if use_gpu else {})
@@ -42,6 +46,11 @@ class Workers:
             raise UnavailableError("scaling", None, reason, "ask for less, or join a larger cluster")
         self._count = min(scaling.num_workers, room) if isinstance(scaling.num_workers, int) else room
         self._cpus, self._gpus, self._crashes = share["CPU"], share.get("GPU", 0.0), scaling.max_failures
+
+    def check_time(self) -> None:
+        """Raise TimeIsUpError once it is."""
+        if time.monotonic() > self._deadline:
+            raise TimeIsUpError
 
     def __str__(self) -> str:
         each = f"{self._gpus:g} GPU" if self._gpus else f"{self._cpus:g} CPU core" + ("s" if self._cpus != 1 else "")
@@ -65,6 +74,7 @@ class Workers:
             for reference in ready:
                 shard = running.pop(reference)
                 yield shard, _result(reference, shard.name)
+                self.check_time()
 
 
 def _result(reference: Any, name: str) -> Arrays:

@@ -1,14 +1,19 @@
-"""The driver's side of a training run on Ray Train: starts the workers, passes their records on, fetches results."""
+"""A training run on Ray Train: the driver starts workers, passes their records on and fetches results."""
 
+import logging
 import os
+import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.train.torch
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import Checkpoint, FailureConfig, Result, ScalingConfig, TrainingFailedError
@@ -20,12 +25,14 @@ from torch import Tensor
 from tla_service.cluster.mailbox import FailuresToMailbox, start_mailbox
 from tla_service.cluster.session import Placement, own_dashboard, stop_on_signal
 from tla_service.cluster.storage import RunFolder
-from tla_service.cluster.worker import train_worker
 from tla_service.config import RunConfig
-from tla_service.errors import UnavailableError
+from tla_service.errors import UnavailableError, UserError
 from tla_service.files import whole_folder
-from tla_service.runtime import COLLECTIVE_TIMEOUT_SECONDS
+from tla_service.logs import log_as_json
+from tla_service.runtime import COLLECTIVE_TIMEOUT_SECONDS, WorkerContext
 from tla_service.training.checkpoint import verify_checkpoint
+from tla_service.training.fit import fit
+from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.reporting import KEPT
 from tla_service.training.result import FitResult
 
@@ -49,16 +56,8 @@ def fit_on_ray(
     """Run `fit` on Ray Train workers, with restarts; a run of the same name and storage resumes.
 
     The first interrupt (Ctrl-C or SIGTERM) makes the workers save a checkpoint and stop; the second stops at once.
-
-    Args:
-        config: The run.
-        placement: Workers and their resources.
-        storage: Folder or s3:// prefix for checkpoints.
-        follow: Called in this thread with each record: `start`, `step`, `epoch`, `failure`. An exception ends the run.
-        weights: State dict to start from.
-        log_labels: Fields added to the workers' JSON log lines; None logs text.
-        measure_test: Evaluate the best weights on the test set.
-        with_rejector: Fit the detector that is packaged with them.
+    `storage` (a folder or s3:// prefix) keeps the checkpoints; `follow` is called in this thread with each record, and
+    an exception of it ends the run. Training starts from `weights`; `log_labels` turn the workers' log to JSON lines.
 
     Returns:
         Metrics and times, and the newest checkpoint in the storage.
@@ -162,3 +161,110 @@ def _follow(future: "Future[Result]", mailbox: Any, follow: Callable[[Record], N
                 )
                 raise UnavailableError("scaling.wait_seconds", wait_seconds, reason, remedy)
             time.sleep(FETCH_SECONDS)
+
+
+def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
+    """One worker of a run; `loop` is made by `fit_on_ray`.
+
+    Returns:
+        `result`, the fields of a FitResult, and `checkpoint`, the name of the newest; or `error`, which a restart would
+        not mend: raised, it would make Ray Train restart the workers.
+    """
+    config = RunConfig.model_validate(loop["config"])
+    ray_context = ray.train.get_context()
+    if loop["log_labels"] is not None:
+        log_as_json({**loop["log_labels"], "rank": ray_context.get_world_rank()})
+    context = WorkerContext(
+        rank=ray_context.get_world_rank(),
+        local_rank=ray_context.get_local_rank(),
+        world_size=ray_context.get_world_size(),
+        device=ray.train.torch.get_device(),
+    )
+    if context.device.type == "cuda":
+        # Every worker of a node sees all its GPUs; NCCL's object collectives use the current one.
+        torch.cuda.set_device(context.device)
+    weights = ray.get(loop["weights"]) if loop["weights"] is not None else None
+    ends = {name: loop[name] for name in ("measure_test", "with_rejector")}
+    reporter = RayReporter(loop["mailbox"], loop["folder"], loop["keep"], is_main=context.is_main)
+    if context.is_main:
+        logging.getLogger("tla_service").addHandler(WarningsToMailbox(loop["mailbox"]))
+        reporter.progress({"event": "placed"})
+    try:
+        result = fit(config, context, reporter, initial_weights=weights, **ends)
+    except (UserError, NonFiniteLossError) as error:
+        return {"error": error}
+    finally:
+        # Calls are ordered: once this one is answered, all records have arrived.
+        ray.get(loop["mailbox"].stop_asked.remote())
+    return {"result": result.as_dict(), "checkpoint": reporter.newest}
+
+
+class RayReporter:
+    """Stores checkpoints, of which the last `keep` stay, and on rank 0 (`is_main`) reports to the driver's mailbox.
+
+    Not through `ray.train.report`: Ray Train's controller ends the run when it cannot write its own record of a
+    checkpoint, and takes one report per poll.
+    """
+
+    def __init__(self, mailbox: Any, folder: RunFolder, keep: int, *, is_main: bool) -> None:
+        self._mailbox, self._folder, self._keep = mailbox, folder, keep
+        self._is_main = is_main
+        self._kept: list[str] = []  # checkpoints stored by this process, and the one resumed from
+        self._answer: Any = None
+        self._stop = False
+
+    @property
+    def newest(self) -> str:
+        """On rank 0, name of the newest complete checkpoint; empty if there is none."""
+        return self._kept[-1] if self._kept else ""
+
+    def stored(self) -> Sequence[Checkpoint]:
+        """Checkpoints in the storage, newest first."""
+        return self._folder.checkpoints()
+
+    def progress(self, record: Mapping[str, Any]) -> None:
+        """Send a record without waiting; the answer to the previous one tells whether to stop."""
+        self._read_answer()
+        if record.get("resumed_from"):
+            self._kept = [Path(record["resumed_from"]).name]
+        self._answer = self._mailbox.push.remote(record)
+
+    def destination(self, name: str) -> Path:
+        """A temporary folder, which `report` stores."""
+        return Path(tempfile.mkdtemp(prefix="tla-checkpoint-"), name)
+
+    def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
+        """Store the checkpoint, retrying while the storage is unavailable; then report the epoch."""
+        if checkpoint is not None:
+            # A repeated epoch writes to the same name, so an interrupted upload leaves no orphan.
+            self._folder.save(checkpoint, name)
+            shutil.rmtree(checkpoint.parent)
+            self._kept = [*(kept for kept in self._kept if kept != name), name][-self._keep :]
+            if len(self._kept) == self._keep:
+                self._folder.keep(self._kept)
+        if self._is_main and metrics is not None:
+            self.progress({"event": "epoch", "metrics": metrics, "checkpoint": checkpoint is not None})
+
+    def stop_requested(self) -> bool:
+        """Whether the driver has asked to stop, by the answer to the previous question, without waiting."""
+        self._read_answer()
+        if self._is_main and self._answer is None:
+            self._answer = self._mailbox.stop_asked.remote()
+        return self._stop
+
+    def _read_answer(self) -> None:
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._stop = self._stop or ray.get(self._answer)
+            self._answer = None
+
+
+class WarningsToMailbox(logging.Handler):
+    """Sends warnings of this process to the driver."""
+
+    def __init__(self, mailbox: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._mailbox = mailbox
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass one on."""
+        self._mailbox.push.remote({"event": "warning", "message": record.getMessage()})

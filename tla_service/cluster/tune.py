@@ -19,12 +19,10 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from tla_service.cluster.attempts import Budget, Plan, Snapshots, new_attempt, read_trials
+from tla_service.cluster.attempts import Budget, Plan, Snapshots, attempts, read_trials, run_trial
 from tla_service.cluster.session import TRIAL_PROCESS_BYTES
-from tla_service.cluster.trial import run_trial
 from tla_service.tuning.space import Space, key_of
-from tla_service.tuning.study import STUDY, distributions, sampler_of, study_of, to_params, to_point
-from tla_service.tuning.trials import Trial, best_of
+from tla_service.tuning.trials import STUDY, Trial, best_of, distributions, sampler_of, study_of, to_params, to_point
 
 DEFAULT_SAMPLES = 16
 PROCESS_RESTARTS = 3
@@ -56,7 +54,7 @@ def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = 
     os.environ.update(_ENVIRONMENT)
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "1" if debug else "0"  # the log has them in a line
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables; --debug shows them
-    attempt = new_attempt(plan.storage)
+    attempt = f"tune-{max((int(name.removeprefix('tune-')) for name in attempts(plan.storage)), default=0) + 1:03d}"
     trainable = tune.with_parameters(
         run_trial, space=space, placement=plan.placement, storage=f"{plan.storage}/trials", weights=plan.weights
     )
@@ -84,7 +82,7 @@ def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = 
 
 
 def name_of(trial: TuneTrial) -> str:
-    """Ray Tune's name of a trial."""
+    """Ray Tune's name of a trial; its snapshots refer to this function by its module."""
     return f"trial-{trial.config['trial']['number']:04d}-{trial.trial_id}"
 
 

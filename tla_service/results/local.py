@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from tla_service.job import INTERRUPTED
 from tla_service.lock import locked_folder
 from tla_service.results.page import write_page
 from tla_service.results.runs import (
-    REPORT,
     TableRun,
     is_measured,
     is_trained,
@@ -160,7 +158,7 @@ class _Local:
         path = write_report_settings(self._settings, run, self._state)
         if not self._run(run, "evaluation", ["tla_service.report", "--config", str(path)]):
             return False
-        shutil.rmtree(path.parent / REPORT / "shards")
+        slim(path.parent)
         return True
 
     def _run(self, run: TableRun, what: str, command: Sequence[str]) -> bool:

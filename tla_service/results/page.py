@@ -190,7 +190,7 @@ def _missing(settings: ReproduceSettings, finished: Sequence[Row]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _picture(path: Path, *inches: float) -> Iterator[Axes]:
+def _picture(path: Path, inches: tuple[float, float]) -> Iterator[Axes]:
     """Axes of accuracies in percent, written to a file at the end."""
     drawn = Figure(figsize=inches, layout="constrained")
     axes = drawn.subplots()
@@ -204,7 +204,7 @@ def _picture(path: Path, *inches: float) -> Iterator[Axes]:
 def _method_bars(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     """Means over seeds with every seed as a dot, a group of bars for each measure."""
     width = 0.8 / len(rows)
-    with _picture(path, 8, 3.4) as axes:
+    with _picture(path, (8, 3.4)) as axes:
         for place, row in enumerate(rows):
             left = [group - 0.4 + (place + 0.5) * width for group in range(len(names))]
             found = [row.values(name) for name in names]
@@ -219,7 +219,7 @@ def _method_bars(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
 
 def _pool_curve(rows: Mapping[int, Row], names: Sequence[str], path: Path) -> None:
     """Accuracy under some attacks against the size of the pool that negatives are mined from."""
-    with _picture(path, 5, 3.2) as axes:
+    with _picture(path, (5, 3.2)) as axes:
         for name in names:
             means = {size: over_seeds(row.values(name)) for size, row in rows.items()}
             points = [(size, 100 * mean.value) for size, mean in means.items() if mean]

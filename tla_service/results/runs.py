@@ -161,11 +161,12 @@ def checkpoint_of(folder: Path) -> Path:
 
 
 def slim(folder: Path) -> None:
-    """Keep only the best weights of a trained run, so that the state is small enough to copy."""
+    """Keep only the best weights and the report of a run, so that the state is small enough to copy."""
     newest = checkpoint_of(folder)
     for old in set(newest.parent.glob("step-*")) - {newest}:
         shutil.rmtree(old)
     keep_best_only(newest)
+    shutil.rmtree(folder / REPORT / "shards", ignore_errors=True)
 
 
 def is_trained(folder: Path) -> bool:

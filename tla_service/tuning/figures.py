@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tla_service.evaluation.figures import _BLUE, _GREEN, _ORANGE, _figure, _save
 from tla_service.tuning.space import Space
-from tla_service.tuning.study import study_of
-from tla_service.tuning.trials import Trial
+from tla_service.tuning.trials import Trial, study_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -32,14 +32,9 @@ class SweepConfig(Section):
     """The search: space, searcher, scheduler, budget."""
 
     # What may change when a sweep is resumed.
-    NOT_IDENTITY: ClassVar[dict[str, Any]] = {
-        "name": True,
-        "num_samples": True,
-        "max_hours": True,
-        "max_gpu_hours": True,
-        "max_concurrent": True,
-        "failures_in_a_row": True,
-    }
+    NOT_IDENTITY: ClassVar[set[str]] = {
+        "name", "num_samples", "max_hours", "max_gpu_hours", "max_concurrent", "failures_in_a_row",
+    }  # fmt: skip
 
     name: str = setting("", "name; default: data set, method and a digest of the sweep", pattern=r"^([\w-][\w.-]*)?$")
     space: dict[str, Dimension] = setting(

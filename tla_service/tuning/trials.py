@@ -1,4 +1,4 @@
-"""Trials: what one reports while it trains, what is known of it over all attempts, the winner, and the table."""
+"""Trials: what one reports while it trains, and what is known of all: the winner, the table, and Optuna's study."""
 
 import csv
 import io
@@ -6,11 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import numpy as np
 
 from tla_service.tuning.settings import Objective
 from tla_service.tuning.space import Point, Space
 
+if TYPE_CHECKING:
+    import optuna
+
+STUDY = "sweep"
 Status = Literal["running", "finished", "stopped", "failed"]
 Outcome = Literal["running", "finished", "failed", "unavailable"]
 _SHOWN: dict[Status, str] = {
@@ -197,3 +203,68 @@ def counts(trials: Sequence[Trial]) -> str:
     numbers = Counter(trial.status for trial in trials)
     told = ", ".join(f"{numbers[status]} {name}" for status, name in _SHOWN.items() if numbers[status])
     return f"{len(trials)} trials: {told}" if told else "no trials"
+
+
+def study_of(
+    space: Space,
+    trials: Sequence[Trial],
+    objectives: Sequence[Objective],
+    storage: "optuna.storages.BaseStorage | None" = None,
+) -> "optuna.Study":
+    """The trials as a study in which all are complete; one that failed, or has no validation, counts as 0."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    maximize = optuna.study.StudyDirection.MAXIMIZE
+    study = optuna.create_study(directions=[maximize] * len(objectives), storage=storage, study_name=STUDY)
+    axes = distributions(space)
+    for trial in trials:
+        values = [0.0 if trial.status == "failed" else trial.value(name) or 0.0 for name in objectives]
+        params = to_params(space, trial.point)
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=axes, values=values))
+    return study
+
+
+def sampler_of(space: Space, num_before: int) -> "optuna.samplers.BaseSampler":
+    """Optuna's sampler; seeded by the number of trials before this attempt too, so that it draws other numbers."""
+    import optuna
+
+    seed = int(np.random.SeedSequence([space.sweep.seed, num_before]).generate_state(1)[0])
+    if space.sweep.searcher == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    # Running trials count as bad for the time being, so that parallel ones do not try the same.
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=space.sweep.startup_trials, multivariate=True, constant_liar=True
+    )
+
+
+def distributions(space: Space) -> "dict[str, optuna.distributions.BaseDistribution]":
+    """Optuna's distribution of each axis."""
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: dict[str, BaseDistribution] = {}
+    for axis in space.axes:
+        if axis.choices:
+            found[axis.name] = CategoricalDistribution([_param(choice) for choice in axis.choices])
+        else:
+            low, high = axis.ends
+            found[axis.name] = (IntDistribution if axis.whole else FloatDistribution)(low, high, log=axis.log)
+    return found
+
+
+def to_params(space: Space, point: Point) -> dict[str, Any]:
+    """A point as Optuna's parameters."""
+    return {axis.name: _param(point[axis.name]) for axis in space.axes}
+
+
+def to_point(space: Space, params: dict[str, Any]) -> Point:
+    """The point of Optuna's parameters."""
+    return {
+        axis.name: next((choice for choice in axis.choices if _param(choice) == params[axis.name]), params[axis.name])
+        for axis in space.axes
+    }
+
+
+def _param(value: Any) -> Any:
+    """A value as Optuna takes it: numbers and text as they are, lists and the like as text."""
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from tla_service.cluster.session import ray_session
 from tla_service.cluster.tasks import Workers
@@ -19,14 +18,7 @@ from tla_service.training.reporting import Terminal
 
 
 def evaluate_and_log(settings: EvaluateSettings) -> int:
-    """Evaluate a model on Ray and log the report to the run that trained it.
-
-    Returns:
-        The job's exit code, 0.
-
-    Raises:
-        UserError: Something is wrong or missing; found before anything is measured, as far as it can be.
-    """
+    """Evaluate a model on Ray and log the report to the run that trained it; returns the job's exit code, 0."""
     terminal = Terminal()
     uri = tracking_uri(settings.tracking)
     models = load_models(settings, lambda address, field: load_subject(address, field, uri))
@@ -40,18 +32,14 @@ def evaluate_and_log(settings: EvaluateSettings) -> int:
     tagged: tuple[str, ...] = ()
     # Also if it has finished before: MLflow may have been away by then.
     if settings.log and report.model.run_id is not None:
-        tagged = log_evaluation(uri, report, _written(output))
+        names = (REPORT_FILE, OUTCOME_FILE, PAGE_FILE, AUTOATTACK_FILE)
+        written = [output / name for name in names] + sorted((output / "figures").glob("*"))
+        files = {path.relative_to(output).as_posix(): path for path in written if path.is_file()}
+        tagged = log_evaluation(uri, report, files)
         terminal.say(f"logged to run {report.model.run_id} at {uri}" + "".join(f", tagged {each}" for each in tagged))
     show(report, output, terminal)
     terminal.say(_next_step(report, tagged, settings) or f"next: open {output / PAGE_FILE}")
     return 0
-
-
-def _written(output: Path) -> dict[str, Path]:
-    """Files of a finished report, by their names in MLflow."""
-    names = (REPORT_FILE, OUTCOME_FILE, PAGE_FILE, AUTOATTACK_FILE)
-    found = [output / name for name in names] + sorted((output / "figures").glob("*"))
-    return {path.relative_to(output).as_posix(): path for path in found if path.is_file()}
 
 
 def _next_step(report: Report, tagged: Sequence[str], settings: EvaluateSettings) -> str | None:

@@ -111,10 +111,11 @@ class TrackedRun:
     ) -> None:
         self.uri = tracking_uri(config.tracking)
         self.run_id = open_run(config, run_key, facts=facts)
-        self.interrupted, self.restarts = False, 0  # stopped early on request; how often workers were restarted
+        self.outcome: Outcome = "finished"
+        self.restarts = 0  # how often workers failed and were restarted
         self._terminal = terminal
         self._stop_system_metrics = start_system_metrics(self.uri, self.run_id)
-        self._metrics = RunLog(self.uri, self.run_id, str(output / "unsent"))
+        self.metrics = RunLog(self.uri, self.run_id, output / "unsent")
         self._lines = JsonLines(output / LOG)
         self._gauges = RunMetrics(config)
 
@@ -124,20 +125,17 @@ class TrackedRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        outcome: Outcome = "failed"
-        if self.interrupted or isinstance(error, KeyboardInterrupt):
-            outcome = "interrupted"
-        elif isinstance(error, NonFiniteLossError):
-            outcome = "loss_not_finite"
-        elif error is None:
-            outcome = "finished"
-        self._gauges.ended(outcome)
+        if isinstance(error, KeyboardInterrupt):
+            self.outcome = "interrupted"
+        elif error is not None:
+            self.outcome = "loss_not_finite" if isinstance(error, NonFiniteLossError) else "failed"
+        self._gauges.ended(self.outcome)
         self._stop_system_metrics()
         self._terminal.close()
-        self._metrics.close()
+        self.metrics.close()
         self._lines.close()
         try:
-            finish_run(self.uri, self.run_id, STATUSES[outcome])
+            finish_run(self.uri, self.run_id, STATUSES[self.outcome])
         except UnavailableError as unavailable:  # must not hide how the run ended
             self._terminal.say(f"warning: {unavailable}")
 
@@ -145,7 +143,7 @@ class TrackedRun:
         """Take one record from the workers."""
         self._lines.write({name: value for name, value in record.items() if name != "history"})
         self._gauges.take(record)
-        self._gauges.unsent(self._metrics.unsent_bytes())
+        self._gauges.unsent(self.metrics.unsent_bytes())
         self._terminal.show(record)
         for metrics in record.get("history", ()):
             self.log_epoch(metrics)
@@ -156,11 +154,7 @@ class TrackedRun:
 
     def log_epoch(self, metrics: Mapping[str, float]) -> None:
         """Send an epoch's metrics; MLflow keeps the first value of each."""
-        self.log({name: value for name, value in metrics.items() if name != "epoch"}, int(metrics["epoch"]))
-
-    def log(self, metrics: Mapping[str, float], epoch: int) -> None:
-        """Send metrics of an epoch."""
-        self._metrics.log(metrics, epoch)
+        self.metrics.log({name: value for name, value in metrics.items() if name != "epoch"}, int(metrics["epoch"]))
 
 
 def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, json_logs: bool) -> int:
@@ -204,7 +198,7 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
             )
             fetch_checkpoint(stored, copy)
             if result.interrupted:
-                tracked.interrupted = True
+                tracked.outcome = "interrupted"
                 write_summary(output, {"status": "interrupted", "run_id": tracked.run_id, "checkpoint": str(copy)})
                 terminal.say("stopped after a checkpoint; the same command resumes from it")
                 return INTERRUPTED
@@ -241,7 +235,9 @@ def _conclude(
     weights = load_file(checkpoint / "best.safetensors")
     for metrics in result.history:
         tracked.log_epoch(metrics)
-    tracked.log({f"test/{name}": value for name, value in result.test.items()}, int(result.history[-1]["epoch"]))
+    tracked.metrics.log(
+        {f"test/{name}": value for name, value in result.test.items()}, int(result.history[-1]["epoch"])
+    )
     figures = _draw(config, output / "figures", dataset, result, weights)
     files = {f"figures/{path.name}": path for path in figures} | {LOG: output / LOG}
     # What resuming takes. The best weights, in it too, are packaged below.

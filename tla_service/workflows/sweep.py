@@ -37,14 +37,8 @@ SETTINGS, WINNER, SUMMARY, SEEDS = "sweep.yaml", "best.yaml", "sweep.json", "win
 def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug: bool = False) -> int:
     """Run or continue a sweep until it is done or its budget is used; then write and track what came out.
 
-    `output` gets the table, the plots, the winner's configuration, `log.jsonl` and, unless `scaling.storage` says
-    otherwise, Ray Tune's experiments and the trials' checkpoints.
-
     Returns:
         The job's exit code: 0; 1 if every trial failed, or too many in a row; 130 after an interrupt.
-
-    Raises:
-        UserError: Something is wrong or missing; found before workers start, as far as it can be.
     """
     with contextlib.ExitStack() as locks:
         locks.enter_context(locked_folder(output, "output"))
@@ -198,15 +192,9 @@ def winning_run(space: Space, best: Trial, run: RunConfig) -> RunConfig:
 
 
 def train_winner(output: Path, num_seeds: int, *, debug: bool = False) -> int:
-    """Train, evaluate and register the winner once per seed, counted from the run's own, in `output`/winner.
+    """Train, evaluate and register the winner once per seed, unless it has finished before.
 
-    Seeds that have finished before are not repeated.
-
-    Returns:
-        The exit code of the first run that did not finish, or 0.
-
-    Raises:
-        UnavailableError: The sweep has no winner.
+    Seeds are counted from the run's own. Returns the exit code of the first run that did not finish, or 0.
     """
     if not (output / WINNER).exists():
         raise UnavailableError("then_train", num_seeds, "the sweep has no winner", "see its trials.csv")

@@ -1,40 +1,26 @@
 """A table on a Ray cluster: trained as the trials of a grid, as in a sweep, then measured shard by shard."""
 
 import contextlib
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tla_service.cluster.attempts import Budget, Plan, read_trials, seconds_before
 from tla_service.cluster.lease import held
 from tla_service.cluster.session import max_concurrent, place, ray_session, stop_on_signal
 from tla_service.cluster.storage import Folder, RunFolder, check_storage
-from tla_service.cluster.tasks import Workers
+from tla_service.cluster.tasks import TimeIsUpError, Workers
 from tla_service.cluster.train import fetch_checkpoint
 from tla_service.cluster.trial_log import TrialLines
 from tla_service.cluster.tune import run_trials
-from tla_service.config import ScalingConfig
 from tla_service.config.loading import read_settings
 from tla_service.errors import UnavailableError
-from tla_service.evaluation.outcomes import Arrays
 from tla_service.report.evaluate import evaluate
 from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import load_checkpoint_subject, load_models
-from tla_service.report.tasks import MissingShard
 from tla_service.results.local import Say, Track, reproduce
-from tla_service.results.runs import (
-    AXIS,
-    REPORT,
-    TableRun,
-    is_trained,
-    run_config,
-    slim,
-    table_space,
-    write_report_settings,
-)
+from tla_service.results.runs import AXIS, TableRun, is_trained, run_config, slim, table_space, write_report_settings
 from tla_service.results.settings import ReproduceSettings
 from tla_service.training.output import write_config, write_summary
 from tla_service.training.reporting import Terminal
@@ -47,44 +33,21 @@ def reproduce_on_ray(settings: ReproduceSettings, track: Track | None = None) ->
         return reproduce(settings, partial(_make, settings), track)
 
 
-class _TimeIsUpError(Exception):
-    """`minutes` are over."""
-
-
-class _Deadline(Workers):
-    """Workers that measure until the time is up; shards that were saved are kept."""
-
-    def __init__(self, scaling: ScalingConfig, deadline: float) -> None:
-        super().__init__(scaling)
-        self._deadline = deadline
-
-    def check(self) -> None:
-        """Raise once the time is up."""
-        if time.monotonic() > self._deadline:
-            raise _TimeIsUpError
-
-    def __call__(self, *shards: Any, **named: Any) -> Iterator[tuple[MissingShard, Arrays]]:
-        """As `Workers`."""
-        for measured in super().__call__(*shards, **named):
-            yield measured
-            self.check()
-
-
 def _make(settings: ReproduceSettings, space: Space, runs: Sequence[TableRun], state: Path, say: Say) -> bool:
     deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else float("inf")
     failed = _train(settings, space, runs, state, deadline)
     ready = [run for run in runs if all(is_trained(state / name) for name in (run.name, run.surrogate) if name)]
-    workers, terminal = _Deadline(settings.scaling, deadline), Terminal()
+    workers, terminal = Workers(settings.scaling, deadline), Terminal()
     try:
         for run in ready:
-            workers.check()
+            workers.check_time()
             say(f"{run.name}: evaluation")
             path = write_report_settings(settings, run, state)
             report = read_settings(ReportSettings, ["--config", str(path)])
             models = load_models(report, load_checkpoint_subject)
             evaluate(report, models, lambda: contextlib.nullcontext(workers), terminal)
-            shutil.rmtree(path.parent / REPORT / "shards")
-    except _TimeIsUpError:
+            slim(path.parent)
+    except TimeIsUpError:
         return False
     if failed is not None:
         raise failed

@@ -20,11 +20,7 @@ _FILES = (REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE)
 
 
 def tracker(settings: ReproduceSettings) -> Track:
-    """What logs a table's finished runs, and fetches those of all machines; if MLflow is away, the state is used.
-
-    Raises:
-        UnavailableError: No server answers, or it refuses.
-    """
+    """What logs a table's finished runs, and fetches those of all machines; if MLflow is away, the state is used."""
     check_tracking(settings.tracking)
 
     def track(space: Space, runs: Sequence[TableRun], state: Path, say: Say) -> Path:
@@ -38,14 +34,7 @@ def tracker(settings: ReproduceSettings) -> Track:
 
 
 def log_and_fetch(settings: ReproduceSettings, space: Space, runs: Sequence[TableRun], state: Path, say: Say) -> Path:
-    """Log each finished run that MLflow does not have, and fetch all that it has, from whatever machine.
-
-    Returns:
-        A folder with the results of each run, as in the state folder.
-
-    Raises:
-        UnavailableError: MLflow is away; the next call logs what is missing.
-    """
+    """Log each finished run that MLflow does not have; fetch all it has to a folder like the state, and return that."""
     uri, target = tracking_uri(settings.tracking), state / _FETCHED
     for run in runs:
         config, mark = run_config(space, run), state / run.name / _LOGGED
@@ -64,7 +53,6 @@ def log_and_fetch(settings: ReproduceSettings, space: Space, runs: Sequence[Tabl
 
 
 def _log(uri: str, run_id: str, measured: Measured, folder: Path) -> None:
-    """Log a run's figures, its report and each image's results."""
     names = [*measured.report.accuracy, "detection", "neighbours clean", "neighbours attacked"]
     figures = {f"test/{name.replace(' ', '_')}": measured.figure(name) for name in names}
     log = RunLog(uri, run_id, folder / "unsent")

@@ -9,16 +9,9 @@ from tla_service.training.output import open_output
 
 
 def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, json_logs: bool = False) -> int:
-    """Train on Ray, track in MLflow, register the model.
+    """Train on Ray, track in MLflow, register the model; returns the job's exit code: 0, or 130 after an interrupt.
 
-    `output` gets `summary.json`, `config.yaml`, `log.jsonl`, figures, the newest checkpoint and, unless
-    `scaling.storage` is set, the run's checkpoints. `json_logs` writes progress and log as JSON lines.
-
-    Returns:
-        The job's exit code: 0, or 130 after an interrupt.
-
-    Raises:
-        UserError: Something is wrong or missing, or another process uses `output`; before workers start if possible.
+    `json_logs` writes progress and log as JSON lines, with run, run id and rank.
     """
     with locked_folder(output, "output"):
         finished = open_output(config, output)
