@@ -52,14 +52,13 @@ def run_trial(
         run = space.trial(config["trial"]["number"], config["trial"]["point"], placement.num_workers)
         result, _ = fit_on_ray(run, placement, storage, follow, weights, measure_test=space.sweep.measure_test)
     except UnavailableError as error:  # storage or data are away: that ends the sweep, and the trial can be resumed
-        tune.report(progress.report(outcome="unavailable", reason=error.reason, error=error.args))
-        return
+        report = progress.report(outcome="unavailable", reason=error.reason, error=error.args)
     except Exception as error:  # noqa: BLE001 - whatever ends a trial is recorded with it and does not end the sweep
-        tune.report(progress.report(outcome="failed", reason=reason_of(error)))
-        return
-    # A run that had finished before an interruption reports no epoch again: its history does.
-    progress.add_history(result.history)
-    tune.report(progress.report(outcome="finished", test=result.test))
+        report = progress.report(outcome="failed", reason=reason_of(error))
+    else:
+        progress.add_history(result.history)  # a run that had finished before an interruption reports no epoch again
+        report = progress.report(outcome="finished", test=result.test)
+    tune.report(report)
 
 
 def reason_of(error: Exception) -> str:
@@ -117,6 +116,10 @@ class DriverCallback(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
+    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Its process died too often."""
+        self.on_trial_complete(iteration, trials, trial)
+
 
 class Snapshots(DriverCallback):
     """Keeps a complete copy of Ray Tune's snapshot; calls `fail` if none could be written for `OUTAGE_SECONDS`.
@@ -160,11 +163,6 @@ class Plan:
     wait_seconds: float = 0.0  # for the first trial's workers; 0: forever
     repeat_failed: bool = False  # run failed trials again
 
-    @property
-    def gpus(self) -> float:
-        """GPUs of a trial, or its workers if there are no GPUs."""
-        return self.placement.num_workers * (self.placement.gpus_per_worker if self.placement.use_gpu else 1.0)
-
 
 class Budget(Stopper, DriverCallback):
     """Ends the sweep when its budget is used, too many trials failed, on a signal, or on an error."""
@@ -194,9 +192,10 @@ class Budget(Stopper, DriverCallback):
     @property
     def gpu_hours(self) -> float:
         """GPU hours over all attempts; worker hours if there are no GPUs."""
-        now = time.monotonic()
+        now, placement = time.monotonic(), self._plan.placement
         running = sum(seconds + now - told for seconds, told in self._running.values())
-        return (self._worker_seconds + running) * self._plan.gpus / 3600
+        gpus = placement.num_workers * (placement.gpus_per_worker if placement.use_gpu else 1.0)  # of a trial
+        return (self._worker_seconds + running) * gpus / 3600
 
     @property
     def used_up(self) -> str:
@@ -245,8 +244,6 @@ class Budget(Stopper, DriverCallback):
         self._failures = self._failures + 1 if ended.status == "failed" else 0
         if self._failures >= self._plan.space.sweep.failures_in_a_row:
             self.gave_up = f"{self._failures} trials failed one after another, the last: {ended.reason}"
-
-    on_trial_error = on_trial_complete  # its process died too often
 
     def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Its process died and is restarted; its workers' time starts from 0."""

@@ -151,9 +151,8 @@ def own_dashboard() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["RAY_API_SERVER_ADDRESS"]
-        else:
+        del os.environ["RAY_API_SERVER_ADDRESS"]
+        if before is not None:
             os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 

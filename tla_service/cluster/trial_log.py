@@ -60,10 +60,6 @@ class TrialLines(DriverCallback):
         best = f", best validation robust {ended.best.robust_accuracy:.1%}" if ended.best is not None else ""
         self._tell(trial, "ended", f"{ended.status}{reason}{best}", status=ended.status, reason=ended.reason)
 
-    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        """Its process died too often."""
-        self.on_trial_complete(iteration, trials, trial)
-
     def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Its process died and is restarted."""
         self._tell(trial, "message", "its process died and is restarted")
@@ -115,8 +111,7 @@ class TrialLog(TrialLines):
     def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Open the trial's run, or continue it."""
         super().on_trial_start(iteration, trials, trial)
-        found = Trial(trial.config["trial"]["number"], trial.config["trial"]["point"])
-        self._work.put(lambda: self._open(found))
+        self._work.put(lambda: self._open(Trial(**trial.config["trial"])))
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any

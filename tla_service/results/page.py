@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 
 from tla_service.config import RunConfig
 from tla_service.report.paper_results import differences_from_paper, paper_row
-from tla_service.results.runs import POOL_SIZES, share_of_budget, table_runs
+from tla_service.results.runs import AUTOATTACK, POOL_SIZES, Estimate, Row, read_row, share_of_budget, table_runs
 from tla_service.results.settings import ReproduceSettings
-from tla_service.results.statistics import AUTOATTACK, Estimate, Row, difference, over_seeds, read_row, shared_seeds
 from tla_service.tuning.space import Space
 
 # GPU hours of one run, measuring included: estimates from its passes, not measurements.
@@ -105,7 +104,7 @@ def _table(
 ) -> list[str]:
     lines = [f"| {head} | seeds | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for key, row in rows.items():
-        cells = [_cell(over_seeds(row.values(name)), percent=name.split()[0] not in ("r", "r'")) for name in names]
+        cells = [_cell(Estimate.over_seeds(row.values(name)), name) for name in names]
         lines.append(f"| {row.label} | {len(row.runs)} | " + " | ".join(cells) + " |")
         paper = paper_row(settings.table, str(key)) if settings.budget_name == "paper" and "clean" in names else None
         if paper is not None:
@@ -114,10 +113,10 @@ def _table(
     return lines
 
 
-def _cell(estimate: Estimate | None, *, percent: bool) -> str:
+def _cell(estimate: Estimate | None, name: str) -> str:
     if estimate is None:
         return ""
-    scale, digits = (100, 1) if percent else (1, 3)
+    scale, digits = (1, 3) if name.split()[0] in ("r", "r'") else (100, 1)
     text = f"{scale * estimate.value:.{digits}f}"
     if math.isnan(estimate.low):
         return text
@@ -159,7 +158,7 @@ def _compared(ours: Row, other: Row, names: Sequence[str]) -> str:
     """Differences by measure, and the seeds they are based on."""
     verdicts = []
     for name in names:
-        found = difference(ours, other, name)
+        found = ours.minus(other, name)
         if found is None:
             continue
         shown = f"{name} {100 * found.value:+.1f}"
@@ -168,7 +167,7 @@ def _compared(ours: Row, other: Row, names: Sequence[str]) -> str:
             continue
         says = "**better**" if found.low > 0 else "**worse**" if found.high < 0 else "not separated"
         verdicts.append(f"{shown} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] {says}")
-    seeds = len(shared_seeds(ours, other))
+    seeds = len(ours.paired(other))
     over = f"{seeds} shared seeds" if seeds > 1 else "one shared seed: intervals are over test images"
     return f"({over}): {'; '.join(verdicts)}"
 
@@ -208,7 +207,7 @@ def _method_bars(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
         for place, row in enumerate(rows):
             left = [group - 0.4 + (place + 0.5) * width for group in range(len(names))]
             found = [row.values(name) for name in names]
-            heights = [100 * estimate.value if (estimate := over_seeds(values)) else 0.0 for values in found]
+            heights = [100 * estimate.value if (estimate := Estimate.over_seeds(values)) else 0.0 for values in found]
             axes.bar(left, heights, width * 0.92, label=row.label)
             for x, values in zip(left, found, strict=True):
                 axes.plot([x] * len(values), [100 * value for value in values], "k.", markersize=3)
@@ -221,7 +220,7 @@ def _pool_curve(rows: Mapping[int, Row], names: Sequence[str], path: Path) -> No
     """Accuracy under some attacks against the size of the pool that negatives are mined from."""
     with _picture(path, (5, 3.2)) as axes:
         for name in names:
-            means = {size: over_seeds(row.values(name)) for size, row in rows.items()}
+            means = {size: Estimate.over_seeds(row.values(name)) for size, row in rows.items()}
             points = [(size, 100 * mean.value) for size, mean in means.items() if mean]
             axes.plot(*zip(*points, strict=True), "o-", label=name)
         axes.set_xscale("symlog", linthresh=200)

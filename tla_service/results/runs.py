@@ -1,7 +1,9 @@
-"""The runs of a table, as a grid with one axis: the paper's settings, or reduced ones that two CPU cores finish."""
+"""The runs of a table, a grid with one axis, and their results: means with intervals, compared seed by seed."""
 
+import math
 import shlex
 import shutil
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +17,18 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.explain import Explainer
 from tla_service.config.loading import RunSettings, read_settings
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.evaluation.intervals import CONFIDENCE, paired_difference
+from tla_service.evaluation.outcomes import ShardOutcome, load_outcome
 from tla_service.evaluation.paper_columns import paper_columns
 from tla_service.files import write_whole
-from tla_service.report.schema import REPORT_FILE
+from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, read_report
 from tla_service.results.settings import ReproduceSettings
 from tla_service.training.checkpoint import MANIFEST, keep_best_only
 from tla_service.training.output import SUMMARY
 from tla_service.tuning.settings import Dimension, SweepConfig
 from tla_service.tuning.space import Space
 
-AXIS, REPORT = "run", "report"
+AXIS, REPORT, AUTOATTACK = "run", "report", "autoattack"
 POOL_SIZES = (1, 250, 500, 1000, 2000)
 # The reduced settings at full length: minutes on two cores; smaller budgets scale steps and images down.
 FULL_MINUTES = {"paper": 120.0, "modern": 45.0}
@@ -177,3 +181,98 @@ def is_trained(folder: Path) -> bool:
 def is_measured(folder: Path) -> bool:
     """Whether the run in the folder is finished."""
     return (folder / REPORT / REPORT_FILE).exists()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95% interval, over seeds or over the images of the only one."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def over_seeds(cls, values: Sequence[float]) -> "Estimate | None":
+        """With Student's t interval; of one seed there is no interval, of none nothing."""
+        if not values:
+            return None
+        mean = statistics.mean(values)
+        if len(values) == 1:
+            return cls(mean, math.nan, math.nan)
+        from scipy.stats import t
+
+        reach = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+        return cls(mean, mean - reach, mean + reach)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished run: its report, and each image's result under the attacks and under AutoAttack."""
+
+    run: TableRun
+    report: Report
+    outcomes: ShardOutcome
+    autoattack: ShardOutcome | None
+
+    def outcome(self, name: str) -> ShardOutcome | None:
+        """The results under an attack; None if it was not run."""
+        if name == AUTOATTACK:
+            return self.autoattack
+        return self.outcomes if name in self.outcomes.broken_at else None
+
+    def figure(self, name: str) -> float | None:
+        """A figure by name: an attack, `detection`, `neighbours clean`, `neighbours attacked`, `r EPS` or `r' EPS`.
+
+        Accuracies are of all test images, as in the paper; the others leave out those set aside for the gate.
+        """
+        kind, _, rest = name.partition(" ")
+        if kind == "detection":
+            return None if self.report.detection is None else self.report.detection.auc
+        if kind == "neighbours":
+            votes = self.report.neighbours
+            return None if votes is None else (votes.clean if rest == "clean" else votes.attacked).estimate
+        if kind in ("r", "r'"):
+            found = next((each for each in self.report.shift if f"{each.epsilon:.3g}" == rest), None)
+            return None if found is None else found.r if kind == "r" else found.r_prime
+        outcome = self.outcome(name)
+        return None if outcome is None else float(outcome.standing(name).mean())
+
+
+@dataclass(frozen=True)
+class Row:
+    """The finished runs of a method or a pool size, in the order of their seeds."""
+
+    label: str
+    runs: tuple[Measured, ...]
+
+    def values(self, name: str) -> list[float]:
+        """A figure of each run, as fractions, without the runs that lack it."""
+        return [value for each in self.runs if (value := each.figure(name)) is not None]
+
+    def paired(self, other: "Row") -> list[tuple[Measured, Measured]]:
+        """Pairs of runs with equal seeds, which share split, order and initial weights."""
+        others = {each.run.seed: each for each in other.runs}
+        return [(each, others[each.run.seed]) for each in self.runs if each.run.seed in others]
+
+    def minus(self, other: "Row", name: str) -> Estimate | None:
+        """The difference, seed by seed; with one shared seed an accuracy's interval is over images (Newcombe's)."""
+        pairs = self.paired(other)
+        figures = [(first.figure(name), second.figure(name)) for first, second in pairs]
+        values = [first - second for first, second in figures if first is not None and second is not None]
+        if len(values) == len(pairs) == 1:
+            one, two = (each.outcome(name) for each in pairs[0])
+            if one is not None and two is not None:
+                found = paired_difference(one.standing(name), two.standing(name))
+                return Estimate(found.difference, found.low, found.high)
+        return Estimate.over_seeds(values)
+
+
+def read_row(label: str, runs: Sequence[TableRun], state: Path) -> Row:
+    """Read the finished ones of some runs."""
+    found = []
+    for run in [run for run in runs if is_measured(state / run.name)]:
+        folder = state / run.name / REPORT
+        strong = folder / AUTOATTACK_FILE
+        autoattack = load_outcome(strong) if strong.exists() else None
+        found.append(Measured(run, read_report(folder / REPORT_FILE), load_outcome(folder / OUTCOME_FILE), autoattack))
+    return Row(label, tuple(found))

@@ -57,14 +57,14 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
         with ray_session(run.scaling, debug=debug, dashboard=True):
             run = _workers(run, workers_per_trial(run.scaling))
             placement = place(run)
-            check_ends(space, facts, placement.num_workers)
+            _check_ends(space, facts, placement.num_workers)
             most = max_concurrent(run.scaling, space.sweep.max_concurrent, placement)
             plan = Plan(space, uri, placement, facts.weights, most, run.scaling.wait_seconds)
             storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
             return _search(plan, run, facts, output, lease, debug=debug)
 
 
-def check_ends(space: Space, facts: Facts, num_workers: int) -> None:
+def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:
     """Check that the data has enough images for batches, pools and networks at the ends of the space."""
     dataset, networks = facts.dataset, {(space.run.model, space.run.loss.triplet_layer)}
     for axis, value in [(each, value) for each in space.axes for value in each.ends]:
@@ -166,7 +166,8 @@ def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, o
         SUMMARY: json.dumps(summary, indent=2),
     }
     if best is not None:
-        written[WINNER] = to_yaml(winning_run(space, best, run))
+        found = space.apply(best.point, full_length=True).model_copy(update={"name": ""})
+        written[WINNER] = to_yaml(_workers(found, int(run.scaling.num_workers)))
     for name, text in written.items():
         (output / name).write_text(text)
     files = {name: output / name for name in written}
@@ -183,12 +184,6 @@ def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, o
     log.say(f"table         {output / 'trials.csv'}")
     log.say(f"plots         {output / 'figures'}")
     log.say(f"tracking      {log.uri}  run {log.run_id}")
-
-
-def winning_run(space: Space, best: Trial, run: RunConfig) -> RunConfig:
-    """The winner's run at full length, under its default name, with the number of workers of its trial."""
-    found = space.apply(best.point, full_length=True).model_copy(update={"name": ""})
-    return _workers(found, int(run.scaling.num_workers))
 
 
 def train_winner(output: Path, num_seeds: int, *, debug: bool = False) -> int:
@@ -209,17 +204,16 @@ def train_winner(output: Path, num_seeds: int, *, debug: bool = False) -> int:
         if code != 0:
             return code
         summaries.append(json.loads((folder / "summary.json").read_text()))
-    found = {"clean_accuracy": _spread([summary["clean_accuracy"] for summary in summaries])}
+    values = {"clean_accuracy": [summary["clean_accuracy"] for summary in summaries]}
     for name in summaries[0]["robust_accuracy"]:
-        found[f"robust_accuracy/{name}"] = _spread([summary["robust_accuracy"][name] for summary in summaries])
+        values[f"robust_accuracy/{name}"] = [summary["robust_accuracy"][name] for summary in summaries]
+    found: dict[str, Any] = {}
+    for name, each in values.items():
+        deviation = statistics.stdev(each) if num_seeds > 1 else 0.0
+        found[name] = {"mean": statistics.mean(each), "standard_deviation": deviation, "values": each}
     models = [summary["model_uri"] for summary in summaries]
     (output / SEEDS).write_text(json.dumps({"seeds": num_seeds, "test": found, "models": models}, indent=2))
     terminal.say(f"\nthe winner on the test set, {num_seeds} seeds:")
     for name, each in found.items():
         terminal.say(f"  {name:<28} {each['mean']:7.2%} ± {each['standard_deviation']:.2%}")
     return 0
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.mean(values), "standard_deviation": deviation, "values": values}

@@ -7,9 +7,8 @@ from tla_service.environment import code_facts
 from tla_service.errors import UserError
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE
 from tla_service.results.local import Say, Track
-from tla_service.results.runs import REPORT, TableRun, run_config
+from tla_service.results.runs import REPORT, Measured, TableRun, read_row, run_config
 from tla_service.results.settings import ReproduceSettings
-from tla_service.results.statistics import Measured, read_row
 from tla_service.tracking.connection import check_tracking, tracking_uri
 from tla_service.tracking.run_log import RunLog
 from tla_service.tracking.runs import fetch_files, find_finished, finish_run, log_files, open_run
