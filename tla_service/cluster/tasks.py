@@ -40,12 +40,11 @@ class Workers:
         room = sum(int(min(node.get(name, 0.0) / need for name, need in share.items())) for node in nodes)
         if room == 0:
             needs = " and ".join(f"{need:g} {name}s" for name, need in share.items())
-            found = {name: max((node.get(name, 0.0) for node in nodes), default=0) for name in share}
-            largest = ", ".join(f"{most:g} {name}s" for name, most in found.items())
-            reason = f"a worker needs {needs}; the largest node has {largest}"
+            have = ", ".join(f"{max((node.get(name, 0.0) for node in nodes), default=0):g} {name}s" for name in share)
+            reason = f"a worker needs {needs}; the largest node has {have}"
             raise UnavailableError("scaling", None, reason, "ask for less, or join a larger cluster")
         self._count = min(scaling.num_workers, room) if isinstance(scaling.num_workers, int) else room
-        self._cpus, self._gpus, self._crashes = share["CPU"], share.get("GPU", 0.0), scaling.max_failures
+        self._cpus, self._gpus, self._retries = share["CPU"], share.get("GPU", 0.0), scaling.max_failures
 
     def check_time(self) -> None:
         """Raise TimeIsUpError once it is."""
@@ -61,7 +60,7 @@ class Workers:
         networks = {model: ray.put(network) for model, network in inputs.networks.items()}
         surrogate = ray.put(inputs.surrogate)
         measure = ray.remote(_measure).options(
-            num_cpus=self._cpus, num_gpus=self._gpus, max_retries=self._crashes, retry_exceptions=False
+            num_cpus=self._cpus, num_gpus=self._gpus, max_retries=self._retries, retry_exceptions=False
         )
         waiting = list(reversed(shards))
         running: dict[Any, MissingShard] = {}
