@@ -32,10 +32,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 def run_trial(
     config: Mapping[str, Any], space: Space, placement: Placement, storage: str, weights: Mapping[str, Tensor] | None
 ) -> None:
-    """Train one trial (`config` has its `number` and `point`) from its last checkpoint, or from `weights`.
-
-    `storage` is the folder or s3:// prefix of the checkpoints of all trials.
-    """
+    """Train one trial, of which `config` has number and point, from its last checkpoint there, or from `weights`."""
     # A trial waits for its resources as long as the others take, instead of asking again every minute.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(QUEUE_SECONDS))
     progress = Progress()

@@ -38,10 +38,7 @@ class Mailbox:
 
 
 class FailuresToMailbox(UserCallback):
-    """Sends each worker failure to the driver.
-
-    Runs in Ray Train's controller, which imports this module: without torch it starts seconds earlier.
-    """
+    """Sends worker failures to the driver from Ray Train's controller, which starts seconds earlier without torch."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox

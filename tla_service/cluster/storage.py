@@ -106,10 +106,7 @@ class StoredCheckpoint(Checkpoint):
 
     @contextlib.contextmanager
     def as_directory(self) -> Iterator[str]:
-        """A local folder with its files; raises as `to_directory`.
-
-        One per worker: Ray's is shared by a node's workers, and if one fails to fetch it, the others use what is there.
-        """
+        """A local folder with its files, one per worker: of Ray's shared one, workers would use what another left."""
         if isinstance(self.filesystem, LocalFileSystem):
             yield str(self.path)
             return

@@ -59,13 +59,8 @@ def fit_on_ray(
     `storage` (a folder or s3:// prefix) keeps the checkpoints; `follow` is called in this thread with each record, and
     an exception of it ends the run. Training starts from `weights`; `log_labels` turn the workers' log to JSON lines.
 
-    Returns:
-        Metrics and times, and the newest checkpoint in the storage.
-
-    Raises:
-        UserError: Raised by a worker.
-        NonFiniteLossError: Training diverged.
-        RuntimeError: More failures than `scaling.max_failures`.
+    Returns metrics and times, and the newest checkpoint in the storage. Raises a worker's UserError, NonFiniteLossError
+    if training diverged, or RuntimeError after more failures than `scaling.max_failures`.
     """
     if placement.num_workers <= FEW_WORKERS:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
@@ -164,11 +159,9 @@ def _follow(future: "Future[Result]", mailbox: Any, follow: Callable[[Record], N
 
 
 def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
-    """One worker of a run; `loop` is made by `fit_on_ray`.
+    """One worker of a run: returns the fields of a FitResult and the name of the newest checkpoint, or an error.
 
-    Returns:
-        `result`, the fields of a FitResult, and `checkpoint`, the name of the newest; or `error`, which a restart would
-        not mend: raised, it would make Ray Train restart the workers.
+    An error is returned if a restart would not mend it: raised, it would make Ray Train restart the workers.
     """
     config = RunConfig.model_validate(loop["config"])
     ray_context = ray.train.get_context()

@@ -47,8 +47,7 @@ Track = Callable[[Space, Sequence[TableRun], Path, Say], Path]
 def reproduce(settings: ReproduceSettings, make: Make, track: Track | None = None) -> int:
     """Train and measure the runs that are missing, log them, and write the page, also if one of them failed.
 
-    Returns:
-        The job's exit code: 0, or 75 (try again) if the time was up before the table was complete.
+    Returns the job's exit code: 0, or 75 (try again) if the time was up before the table was complete.
     """
     # Runs are told to stop after a checkpoint, and none is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

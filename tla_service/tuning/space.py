@@ -26,11 +26,7 @@ _BATCH = "training.global_batch_size"
 
 
 class Space:
-    """What a sweep searches around a run.
-
-    Raises:
-        ConfigError: A field is unknown or cannot be searched, a range or a list is wrong, or no point is allowed.
-    """
+    """What a sweep searches around a run; raises ConfigError if an axis is wrong, or no point is allowed."""
 
     def __init__(self, run: RunConfig, sweep: SweepConfig) -> None:
         self.run, self.sweep = run, sweep
@@ -57,11 +53,10 @@ class Space:
         return self.sweep.name or f"{self.run.data.name}-{self.run.method}-sweep-{digest}"
 
     def apply(self, point: Point, *, full_length: bool = False) -> RunConfig:
-        """The run of a point.
+        """The run of a point; with `full_length` as long as the run, and evaluated as it. Raises ValidationError.
 
         Learning rate and whatever is counted in optimizer steps follow the batch size and the length of a trial, so
-        that every trial sees the same number of images. With `full_length` it is as long as the run, and evaluated as
-        it is. Raises pydantic's ValidationError if the fields do not go together.
+        that every trial sees the same number of images.
         """
         values = {path: value for axis in self.axes for path, value in axis.fields(point[axis.name]).items()}
         fields = _with(self._full if full_length else self._fields, values)

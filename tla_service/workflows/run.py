@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tla_service.attacks import craft
-from tla_service.cluster.lease import held
+from tla_service.cluster.lease import Lease, held
 from tla_service.cluster.metrics import Outcome, RunMetrics
 from tla_service.cluster.session import place
 from tla_service.cluster.storage import RunFolder, check_storage, earlier_name
@@ -82,10 +82,7 @@ def check_before_start(config: RunConfig) -> Facts:
 
 
 def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, runs: int = 1) -> None:
-    """Check that local disks have room for checkpoints of so many bytes, and for MLflow's artifacts.
-
-    `folder` in the storage keeps those of `runs` runs; `output` gets a copy of one.
-    """
+    """Check that local disks have room for checkpoints of so many bytes: those of the storage, and copies of one."""
     needs = {"output": (output, checkpoint), "TMPDIR": (Path(tempfile.gettempdir()), checkpoint)}
     if "://" not in folder:
         needs["scaling.storage"] = kept_need(Path(folder).expanduser(), checkpoint, runs * KEPT)
@@ -101,10 +98,7 @@ def check_split(config: RunConfig, dataset: Dataset, num_workers: int) -> None:
 
 
 class TrackedRun:
-    """Sends a run's records to the terminal, `log.jsonl`, MLflow and Prometheus, from its start to its outcome.
-
-    `run_key` identifies the run in MLflow when it resumes; `facts` describe its data there.
-    """
+    """Sends a run's records to the terminal, `log.jsonl`, MLflow (where `run_key` identifies it) and Prometheus."""
 
     def __init__(
         self, config: RunConfig, output: Path, run_key: str, facts: Mapping[str, str], terminal: Terminal
@@ -168,7 +162,7 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
         check_storage(storage)
         config = earlier_name(config, storage)
         run_key = f"{storage}/{config.run_name}"
-        lease = None
+        lease = Lease()
         if config.scaling.storage is not None:  # else the checkpoints are in the output folder, which is locked
             lease = stack.enter_context(held(RunFolder(storage, config.run_name), terminal.say))
         check_disks(config, output, run_key, facts.checkpoint_bytes)
@@ -183,8 +177,7 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
 
             def follow(record: Record) -> None:
                 nonlocal start_seconds
-                if lease is not None:
-                    lease.check()
+                lease.check()
                 if record["event"] == "placed":
                     start_seconds = start_seconds or time.monotonic() - began
                     return

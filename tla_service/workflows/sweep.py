@@ -37,8 +37,7 @@ SETTINGS, WINNER, SUMMARY, SEEDS = "sweep.yaml", "best.yaml", "sweep.json", "win
 def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug: bool = False) -> int:
     """Run or continue a sweep until it is done or its budget is used; then write and track what came out.
 
-    Returns:
-        The job's exit code: 0; 1 if every trial failed, or too many in a row; 130 after an interrupt.
+    Returns the job's exit code: 0; 1 if every trial failed, or too many in a row; 130 after an interrupt.
     """
     with contextlib.ExitStack() as locks:
         locks.enter_context(locked_folder(output, "output"))

@@ -9,10 +9,7 @@ from tla_service.training.output import open_output
 
 
 def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, json_logs: bool = False) -> int:
-    """Train on Ray, track in MLflow, register the model; returns the job's exit code: 0, or 130 after an interrupt.
-
-    `json_logs` writes progress and log as JSON lines, with run, run id and rank.
-    """
+    """Train on Ray, track in MLflow, register the model; returns the job's exit code: 0, or 130 after an interrupt."""
     with locked_folder(output, "output"):
         finished = open_output(config, output)
         if finished is None:
