@@ -18,7 +18,6 @@ from tla_service.config.explain import suggest
 from tla_service.errors import ConfigError
 from tla_service.tuning.settings import Dimension
 
-_INSET = 0.01
 # What shapes how a trial is measured, or where it runs: searching it would compare different things.
 _FIXED = ("name", "scaling", "tracking", "evaluation", "data.name", "data.root", "data.validation_fraction")
 _CONSTRAINTS = "sweep.constraints"
@@ -65,20 +64,14 @@ class Axis:
         """Whether a value lies on this axis."""
         return value in self.choices if self.choices else self.low <= value <= self.high
 
-    @property
-    def ends(self) -> tuple[Any, ...]:
-        """All choices, or the two ends of the range."""
+    def ends(self, inset: float = 0.0) -> tuple[Any, ...]:
+        """All choices, or the ends of the range; a range of reals is shortened by a fraction at both."""
         if self.choices:
             return self.choices
-        return (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
-
-    @property
-    def probes(self) -> tuple[Any, ...]:
-        """All choices, or values just inside the ends of the range: an end itself may be open."""
-        if self.choices or self.whole:
-            return self.ends
-        inset = _INSET * (self.high - self.low)
-        return (self.low + inset, self.high - inset)
+        if self.whole:
+            return (int(self.low), int(self.high))
+        reach = inset * (self.high - self.low)
+        return (self.low + reach, self.high - reach)
 
 
 def axis_of(name: str, dimension: Dimension) -> Axis:

@@ -22,6 +22,7 @@ from tla_service.tuning.settings import Dimension, SweepConfig
 Point = dict[str, Any]
 TRIES = 1000  # random points before a space counts as empty
 MOST_GRID_POINTS = 100_000
+_INSET = 0.01  # the ends of a range may be open
 _BATCH = "training.global_batch_size"
 
 
@@ -147,7 +148,7 @@ class Space:
 
     def _check_values(self) -> None:
         """Each value alone: finds wrong types and ranges; fields that do not go together are left for later."""
-        for axis, value in [(each, value) for each in self.axes for value in each.ends]:
+        for axis, value in [(each, value) for each in self.axes for value in each.ends()]:
             try:
                 RunConfig.model_validate(_with(self._fields, axis.fields(value)))
             except ValidationError as error:
@@ -159,7 +160,7 @@ class Space:
     def _check_lengths(self) -> None:
         """Refuse a radius or a step that makes no sense in any point: it would be left out of the search silently."""
         rng = np.random.default_rng(self.sweep.seed)
-        for axis, value in [(each, value) for each in self.axes for value in each.probes]:
+        for axis, value in [(each, value) for each in self.axes for value in each.ends(_INSET)]:
             if not any(path.startswith("attack.") for path in axis.fields(value)):
                 continue
             found: RunConfig | str = ""

@@ -247,7 +247,7 @@ def distributions(space: Space) -> "dict[str, optuna.distributions.BaseDistribut
         if axis.choices:
             found[axis.name] = CategoricalDistribution([_param(choice) for choice in axis.choices])
         else:
-            low, high = axis.ends
+            low, high = axis.ends()
             found[axis.name] = (IntDistribution if axis.whole else FloatDistribution)(low, high, log=axis.log)
     return found
 
