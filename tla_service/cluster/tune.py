@@ -42,19 +42,20 @@ def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = 
     ended = [trial for trial in before if trial.status not in repeated]
     grid: list[dict[str, Any]] = []
     if sweep.searcher == "grid":
-        done, numbers = {key_of(each.point) for each in ended}, {key_of(each.point): each.number for each in before}
-        new = itertools.count(max(numbers.values(), default=-1) + 1)
+        known = {key_of(trial.point): trial for trial in before}
+        new = itertools.count(max((trial.number for trial in before), default=-1) + 1)
         for point in space.grid()[: sweep.num_samples]:
-            number = numbers[key_of(point)] if key_of(point) in numbers else next(new)
-            if key_of(point) not in done:
-                grid.append({"number": number, "point": point})
+            trial = known.get(key_of(point))
+            if trial is None or trial.status in repeated:
+                grid.append({"number": next(new) if trial is None else trial.number, "point": point})
     num_left = len(grid) if sweep.searcher == "grid" else (sweep.num_samples or DEFAULT_SAMPLES) - len(ended)
     if num_left <= 0 or budget.stop_all():
         return
     os.environ.update(_ENVIRONMENT)
     os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "1" if debug else "0"  # the log has them in a line
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables; --debug shows them
-    attempt = f"tune-{max((int(name.removeprefix('tune-')) for name in attempts(plan.storage)), default=0) + 1:03d}"
+    number = max((int(name.removeprefix("tune-")) for name in attempts(plan.storage)), default=0) + 1
+    attempt = f"tune-{number:03d}"
     trainable = tune.with_parameters(
         run_trial, space=space, placement=plan.placement, storage=f"{plan.storage}/trials", weights=plan.weights
     )
