@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from tests.tuning.conftest import run_config, space_of, trial_of
-from tla_service.cluster.tune import scheduler, searcher
+from tla_service.cluster.tune import Search, scheduler
 from tla_service.tuning.trials import Trial
 
 SPACE = {"loss.margin": {"low": 0.005, "high": 0.2}, "loss.triplet_weight": {"low": 0.1, "high": 8, "log": True}}
@@ -45,7 +45,7 @@ def suggest(search: Any, count: int, value: Callable[[dict[str, float]], float] 
 
 
 def test_the_private_names_that_we_use_of_optuna_search_are_there() -> None:
-    search = searcher(space_of(SPACE), [])
+    search = Search(space_of(SPACE), [])
     assert isinstance(search, OptunaSearch)
     search.suggest("a")
     assert search._ot_trials.keys() == {"a"}
@@ -54,7 +54,7 @@ def test_the_private_names_that_we_use_of_optuna_search_are_there() -> None:
 
 def test_suggestions_satisfy_constraints_and_the_runs_own_rules() -> None:
     space = space_of(SPACE, startup_trials=2, constraints=["loss.margin < 0.02 * loss.triplet_weight"])
-    trials = suggest(searcher(space, []), 12)
+    trials = suggest(Search(space, []), 12)
     assert len(trials) == 12
     assert all(trial.point["loss.margin"] < 0.02 * trial.point["loss.triplet_weight"] for trial in trials)
 
@@ -62,12 +62,12 @@ def test_suggestions_satisfy_constraints_and_the_runs_own_rules() -> None:
 def test_a_small_allowed_corner_is_found() -> None:
     """The sampler alone would offer a hundred points in vain."""
     space = space_of(SPACE, own_first=False, constraints=["loss.margin > 0.199"])
-    assert len(suggest(searcher(space, []), 5)) == 5
+    assert len(suggest(Search(space, []), 5)) == 5
 
 
 def test_no_point_is_tried_twice_and_a_space_may_run_out() -> None:
     space = space_of({"loss.margin": [0.01, 0.1], "seed": [0, 1, 2]})
-    trials = suggest(searcher(space, []), 20)
+    trials = suggest(Search(space, []), 20)
     assert len({str(trial.point) for trial in trials}) == len(trials) == 6
     assert [trial.number for trial in trials] == list(range(6))
 
@@ -76,20 +76,20 @@ def test_the_first_trial_is_the_run_itself() -> None:
     run = run_config(loss={"margin": 0.05, "triplet_weight": 2})
     space = {"loss.margin": {"low": 0.005, "high": 0.2}, "loss.triplet_weight": [1, 2]}
     own = {"loss.margin": 0.05, "loss.triplet_weight": 2}
-    assert suggest(searcher(space_of(space, run=run), []), 1)[0].point == own
-    assert suggest(searcher(space_of(space, run=run, own_first=False), []), 1)[0].point != own
+    assert suggest(Search(space_of(space, run=run), []), 1)[0].point == own
+    assert suggest(Search(space_of(space, run=run, own_first=False), []), 1)[0].point != own
     variants = {"kind": {"variants": {"a": {"loss.margin": 0.1}, "b": {"loss.margin": 0.05}}}}
-    assert suggest(searcher(space_of(variants, run=run), []), 1)[0].point == {"kind": "b"}
-    elsewhere = suggest(searcher(space_of({"loss.margin": {"low": 0.1, "high": 0.2}}, run=run), []), 1)
+    assert suggest(Search(space_of(variants, run=run), []), 1)[0].point == {"kind": "b"}
+    elsewhere = suggest(Search(space_of({"loss.margin": {"low": 0.1, "high": 0.2}}, run=run), []), 1)
     assert elsewhere[0].point["loss.margin"] >= 0.1
 
 
 @pytest.mark.parametrize("name", ["tpe", "random"])
 def test_an_attempt_takes_up_unfinished_trials_first_and_repeats_no_ended_one(name: str) -> None:
     space = space_of(SPACE, searcher=name, startup_trials=2)
-    before = suggest(searcher(space, []), 5)
+    before = suggest(Search(space, []), 5)
     before[1].status, before[3].status, before[4].status = "running", "running", "failed"
-    after = suggest(searcher(space, before), 6)
+    after = suggest(Search(space, before), 6)
     assert [(trial.number, trial.point) for trial in after[:2]] == [(1, before[1].point), (3, before[3].point)]
     assert [trial.number for trial in after[2:]] == [5, 6, 7, 8]
     assert not [trial for trial in after[2:] if trial.point in [each.point for each in before]]
@@ -98,20 +98,20 @@ def test_an_attempt_takes_up_unfinished_trials_first_and_repeats_no_ended_one(na
 def test_tpe_learns_over_attempts() -> None:
     trials: list[Trial] = []
     for _ in range(5):
-        trials += suggest(searcher(space_of(SPACE), trials), 5)
+        trials += suggest(Search(space_of(SPACE), trials), 5)
     values = [trial.value("robust_accuracy") or 0.0 for trial in trials]
     assert np.mean(values[15:]) > np.mean(values[:10]) + 0.15
 
 
 def test_two_objectives_are_searched_together() -> None:
     space = space_of(SPACE, startup_trials=2, objectives=["robust_accuracy", "clean_accuracy"])
-    before = suggest(searcher(space, []), 5)
+    before = suggest(Search(space, []), 5)
     before[1].status = "failed"
-    assert len(suggest(searcher(space, before), 4)) == 4
+    assert len(suggest(Search(space, before), 4)) == 4
 
 
 def test_the_searcher_can_be_written_down_as_ray_tune_does(tmp_path: Path) -> None:
-    search = searcher(space_of(SPACE), [])
+    search = Search(space_of(SPACE), [])
     suggest(search, 2)
     search.save(str(tmp_path / "state"))
     assert (tmp_path / "state").stat().st_size > 0

@@ -6,7 +6,7 @@ could change neither the number of trials nor the budget (ray/tune/search/search
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,7 +63,7 @@ def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = 
         tune.with_resources(trainable, {"memory": TRIAL_PROCESS_BYTES}),
         param_space={"trial": tune.grid_search(grid)} if grid else None,
         tune_config=tune.TuneConfig(
-            search_alg=None if grid else searcher(space, before),
+            search_alg=None if grid else Search(space, before),
             scheduler=scheduler(space, ended),
             num_samples=1 if grid else num_left,
             max_concurrent_trials=plan.max_concurrent,
@@ -87,40 +87,32 @@ def name_of(trial: TuneTrial) -> str:
     return f"trial-{trial.config['trial']['number']:04d}-{trial.trial_id}"
 
 
-def searcher(space: Space, before: Sequence[Trial]) -> "Search":
-    """The searcher, which knows the trials of earlier attempts and suggests the unfinished ones first."""
-    ended = [trial for trial in before if trial.status != "running"]
-    running = {trial.number: trial.point for trial in before if trial.status == "running"}
-    first = list(running.values())
-    own = space.own_point() if space.sweep.own_first else None
-    if own is not None and own not in [trial.point for trial in before]:
-        first.append(own)
-    objectives, storage = list(space.sweep.objectives), InMemoryStorage()
-    study_of(space, ended, objectives, storage)
-    is_single = len(objectives) == 1
-    return Search(
-        space,
-        {key_of(trial.point) for trial in ended},
-        {key_of(point): number for number, point in running.items()},
-        max((trial.number for trial in before), default=-1) + 1,
-        space=distributions(space),
-        metric=objectives[0] if is_single else objectives,
-        mode="max" if is_single else ["max"] * len(objectives),
-        points_to_evaluate=[to_params(space, point) for point in first],
-        sampler=sampler_of(space, len(before)),
-        study_name=STUDY,
-        storage=storage,
-    )
-
-
 class Search(OptunaSearch):
-    """OptunaSearch that refuses what was tried or is not allowed, and numbers the rest unless `numbers` has its key."""
+    """OptunaSearch that first repeats what earlier attempts left unfinished, and refuses what was tried or is wrong."""
 
-    def __init__(
-        self, where: Space, tried: set[str], numbers: Mapping[str, int], next_number: int, **options: Any
-    ) -> None:
-        super().__init__(**options)
-        self._where, self._tried, self._numbers, self._next = where, tried, dict(numbers), next_number
+    def __init__(self, space: Space, before: Sequence[Trial]) -> None:
+        ended = [trial for trial in before if trial.status != "running"]
+        running = [trial for trial in before if trial.status == "running"]
+        first = [trial.point for trial in running]
+        own = space.own_point() if space.sweep.own_first else None
+        if own is not None and own not in [trial.point for trial in before]:
+            first.append(own)
+        objectives, storage = list(space.sweep.objectives), InMemoryStorage()
+        study_of(space, ended, objectives, storage)
+        is_single = len(objectives) == 1
+        super().__init__(
+            space=distributions(space),
+            metric=objectives[0] if is_single else objectives,
+            mode="max" if is_single else ["max"] * len(objectives),
+            points_to_evaluate=[to_params(space, point) for point in first],
+            sampler=sampler_of(space, len(before)),
+            study_name=STUDY,
+            storage=storage,
+        )
+        self._where = space
+        self._tried = {key_of(trial.point) for trial in ended}
+        self._numbers = {key_of(trial.point): trial.number for trial in running}
+        self._next = max((trial.number for trial in before), default=-1) + 1
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial; `Searcher.FINISHED` if the space has no other point."""
