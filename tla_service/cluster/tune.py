@@ -97,8 +97,8 @@ class Search(OptunaSearch):
         own = space.own_point() if space.sweep.own_first else None
         if own is not None and own not in [trial.point for trial in before]:
             first.append(own)
-        objectives, storage = list(space.sweep.objectives), InMemoryStorage()
-        study_of(space, ended, objectives, storage)
+        storage, objectives = InMemoryStorage(), [*map(str, space.sweep.objectives)]
+        study_of(space, ended, space.sweep.objectives, storage)
         is_single = len(objectives) == 1
         super().__init__(
             space=distributions(space),
