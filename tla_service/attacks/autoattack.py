@@ -52,7 +52,7 @@ class AutoAttackResult:
             `ALL_STAGES`, from 1 on, that broke it, else `UNBROKEN`.
         stages: Stages that were run, in their order.
         left_out: Stages that were not run, and why.
-        warnings: The package's warnings about this network, such as that it seems randomised; each once.
+        warnings: The package's distinct warnings about this network.
     """
 
     adversarial: Tensor
@@ -130,18 +130,10 @@ def run_autoattack(
 def autoattack_stages(
     classes: int, norm: AutoAttackNorm, rows: int, only: Collection[str] | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """Stages of the standard version that run on a network and its images, and those left out with the reason.
+    """Stages of the standard version that run on a network of `classes` and images of `rows`; those left out, and why.
 
-    With three classes ``apgd-dlr`` runs in the place of ``apgd-t``; with two neither can run.
-
-    Args:
-        classes: Classes of the network, 2 at least.
-        norm: Norm of the perturbation.
-        rows: Height of the images.
-        only: Run only these stages; None: all.
-
-    Raises:
-        ConfigError: `only` names no stage.
+    With three classes ``apgd-dlr`` runs in the place of ``apgd-t``; with two neither can run. `only` restricts them;
+    ConfigError if it names no stage.
     """
     unknown = sorted(set(only or ()) - {*_STANDARD, "apgd-dlr"})
     if unknown:

@@ -26,17 +26,11 @@ class _Logits(torch.nn.Module):
 
 
 def minimum_norms(logits_fn: LogitsFn, images: Tensor, labels: Tensor, norm: SparseNorm, *, steps: int = 100) -> Tensor:
-    """The size of the smallest perturbation found that changes each image's class to a wrong one.
+    """Sizes (N,) of the smallest perturbations found that change the images' classes to wrong ones: upper bounds.
 
-    Args:
-        logits_fn: Images in [0, 1] to logits (N, K); of a network in eval mode whose parameters want no gradients.
-        images: (N, C, H, W), float32 in [0, 1].
-        labels: True classes (N,).
-        norm: ``l0`` counts changed values (a colour pixel has three), ``l1`` sums absolute changes.
-        steps: Steps of the attack.
-
-    Returns:
-        (N,), float32: 0 where the image is misclassified already, infinity where none was found. An upper bound.
+    0 where an image is misclassified already, infinity where none was found. Images are (N, C, H, W), float32 in
+    [0, 1]; the network is in eval mode, and its parameters want no gradients. ``l0`` counts changed values (a colour
+    pixel has three), ``l1`` sums absolute changes.
     """
     from foolbox import PyTorchModel
     from foolbox.attacks import L0FMNAttack, L1FMNAttack

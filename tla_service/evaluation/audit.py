@@ -19,14 +19,8 @@ from tla_service.evaluation.suite import clean_logits
 class AuditMeasurement:
     """Looks for signs that attacks fail for other reasons than robustness; one shard, merged to an Audit.
 
-    Some hundred test images are enough.
-
-    Attributes:
-        attack: The iterative white-box attack that the report relies on, with one start.
-        seed: Fixes every draw.
-        batch_size: Images per forward pass.
-        no_surrogate: Why there is no surrogate; without one the transfer check is not run.
-        square_queries: Queries of the Square attack.
+    Some hundred test images are enough. `attack` is the iterative white-box attack that the report relies on, with one
+    start; `no_surrogate` is why the transfer check is not run, if there is no surrogate.
     """
 
     attack: Attack
@@ -36,11 +30,7 @@ class AuditMeasurement:
     square_queries: int = 1000
 
     def run(self, shard: Shard) -> Arrays:
-        """Run every check.
-
-        Raises:
-            ConfigError: The network cannot take the images, or gives logits that are not finite.
-        """
+        """Run every check; ConfigError if the network cannot take the images, or gives logits that are not finite."""
         one = replace(self.attack, kind="pgd", num_restarts=1)
         with evaluating(shard.network, shard.surrogate), float32(shard.device):
             pixels, labels = as_pixels(shard.images, shard.device), shard.labels.to(shard.device)

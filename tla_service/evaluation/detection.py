@@ -31,12 +31,8 @@ Correct = npt.NDArray[np.bool_]
 class RocCurve:
     """How well a score tells correctly classified images (positives) from misclassified ones.
 
-    Attributes:
-        score: The area under the curve.
-        num_correct: Correctly classified images.
-        num_wrong: Misclassified images.
-        false_accepts: Share of misclassified images accepted at each threshold, ascending; empty where undefined.
-        true_accepts: Share of correctly classified images accepted.
+    `false_accepts` is the share of misclassified images accepted at each threshold, ascending, and `true_accepts` that
+    of correctly classified ones; both are empty where the curve is undefined.
     """
 
     score: DetectionScore
@@ -61,10 +57,9 @@ def fit_detector(
 
     Args:
         training: Embedded natural training images.
-        covariance: `full` gives each class its own, `diagonal` its own variances, `tied` one that all share, around
-            their own means: its memory does not grow with the classes.
-        shrinkage: `ledoit_wolf` draws a covariance that is not diagonal towards a multiple of the identity, as a class
-            with fewer images than dimensions needs; `none` takes it as it is.
+        covariance: `full` or `diagonal` by class; `tied` is one around all classes' means, whatever their number.
+        shrinkage: `ledoit_wolf` shrinks a covariance that is not diagonal towards a multiple of the identity, as
+            a class with fewer images than dimensions needs.
         normalize: Scale embeddings to length one: the learned metric ignores length.
         rule: Whose log density is the score. The paper's is the likeliest class's.
         variance_floor: Added to every variance, as a share of the mean variance within classes, so that units which
@@ -93,17 +88,10 @@ def fit_detector(
 
 
 def threshold_for(scores: Scores, correct: Correct, false_rejection_rate: float) -> float:
-    """The highest threshold that rejects no more than a share of the correctly classified images.
+    """The highest threshold that rejects at most a share, in [0, 1), of the correctly classified images.
 
-    An image is rejected when its score is below the threshold. Fix it on validation images, never on test images.
-
-    Args:
-        scores: Scores of validation images (N,).
-        correct: Whether each is classified correctly (N,).
-        false_rejection_rate: Share of correctly classified images that may be rejected, in [0, 1).
-
-    Raises:
-        ConfigError: The rate is outside [0, 1), or no image is classified correctly.
+    From scores (N,) of validation images, never test images, and whether each is correct (N,); an image is rejected
+    when its score is below. ConfigError if the rate is out of range or no image is classified correctly.
     """
     accepted = np.sort(scores[correct])
     if not 0 <= false_rejection_rate < 1 or not len(accepted):
@@ -117,9 +105,7 @@ def threshold_for(scores: Scores, correct: Correct, false_rejection_rate: float)
 def measure_detection(
     scores: Scores, correct: Correct, *, seed: int, images: Integers | None = None, num_resamples: int = 1000
 ) -> RocCurve:
-    """ROC curve and AUC of a score, with a 95% bootstrap interval.
-
-    Where all rows are right or all are wrong, there is no curve but the reason.
+    """ROC curve and AUC of a score, with a 95% percentile bootstrap interval, or the reason why there is none.
 
     Args:
         scores: Higher is more trustworthy (N,); ValueError if not finite.
@@ -127,7 +113,7 @@ def measure_detection(
         seed: Fixes the bootstrap.
         images: Which image each row shows (N,). Rows of one image, clean and attacked, are drawn together: they are
             not independent. By default each row is an image of its own.
-        num_resamples: Draws of the bootstrap (percentile interval); 0 for no interval.
+        num_resamples: Draws of the bootstrap; 0 for no interval.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -155,20 +141,11 @@ def detect_misclassified(
     metric: Metric = "angular",
     num_resamples: int = 1000,
 ) -> dict[str, RocCurve]:
-    """Measure the detector and the baselines on natural and attacked test images together, by score.
+    """ROC curves on natural and attacked test images together, by score.
 
-    Scores are `gaussian` (with the detector's rule), `max_softmax` and `neighbours`, the distance to the k-th nearest
-    row of the bank.
-
-    Args:
-        detector: Fitted to training images.
-        bank: Embedded training images, at least `k`.
-        natural: Embedded test images.
-        adversarial: The same images attacked, row by row (ValueError if not); the paper exceeds the training epsilon.
-        seed: Fixes the bootstrap.
-        k: Which neighbour.
-        metric: The distance.
-        num_resamples: Draws of the bootstrap.
+    `gaussian` is the detector, by its rule; `max_softmax` and `neighbours`, minus the distance to the k-th nearest row
+    of the bank of training images, are baselines. ValueError unless `adversarial` are the natural images attacked, row
+    by row; the paper's radius exceeds that of training.
     """
     if not np.array_equal(natural.labels, adversarial.labels):
         raise ValueError("natural and adversarial images differ in their labels: give the same images in one order")

@@ -22,15 +22,9 @@ from tla_service.runtime import generator, mixed_seed
 
 @dataclass(frozen=True)
 class Embedded:
-    """Images as a network sees them, row by row.
+    """Images as a network sees them: embeddings (N, D) and logits (N, K), float32, and true classes (N,), int64.
 
-    Attributes:
-        embeddings: Penultimate activations (N, D), float32.
-        logits: (N, K), float32.
-        labels: True classes (N,), int64.
-
-    Raises:
-        ConfigError: Embeddings or logits are not finite: no measure of them would mean anything.
+    Embeddings are penultimate activations. ConfigError if a value is not finite: no measure would mean anything.
     """
 
     embeddings: Floats
@@ -82,17 +76,9 @@ class Embedded:
 
 
 def embed(network: nn.Module, batches: Iterable[Batch]) -> Embedded:
-    """Embed images as they are, in the order given.
+    """Embed images as they are, in the order given, with the bare network in eval mode and float32.
 
-    The network runs in eval mode and float32, also under a surrounding autocast; its mode is restored afterwards.
-    Memory holds one batch and the (N, D + K) result, never the images.
-
-    Args:
-        network: The bare network, on the batches' device.
-        batches: At least one.
-
-    Raises:
-        ConfigError: Embeddings or logits are not finite.
+    Memory holds one batch and the (N, D + K) result, never the images. ConfigError if a value is not finite.
     """
     with evaluating(network), float32(_device(network)):
         return _collect(_forward(network, batch.images, batch.labels) for batch in batches)
@@ -106,7 +92,7 @@ def embed_attacked(
     *,
     keep_images: int = 0,
 ) -> tuple[Embedded, Floats | None]:
-    """Attack images and embed the result, in the order given.
+    """Attack images and embed the result, in the order given, with the true classes as labels.
 
     Images that are misclassified when clean are attacked once: a shift or a score measured on them would otherwise be
     that of clean images.
@@ -116,11 +102,7 @@ def embed_attacked(
         batches: Clean images.
         attack: The adversary; among restarts, an image keeps its worst.
         seed: Fixes the random starts, together with the division into batches.
-        keep_images: How many of the first attacked images to return; this bounds the memory they take.
-
-    Returns:
-        The embedded adversarial images, with the true classes as labels; and the first of them,
-        (min(keep_images, N), C, H, W), float32 in [0, 1], or None where `keep_images` is 0.
+        keep_images: How many of the first attacked images (n, C, H, W), float32, to return, too; 0: None instead.
 
     Raises:
         ConfigError: Embeddings or logits are not finite.

@@ -32,13 +32,9 @@ _MANY_EPOCHS = 40  # from here on markers would touch each other
 def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """Draw losses and validation accuracies over the epochs, with the epoch marked whose weights are the best.
 
-    The best epoch has the highest validation accuracy under attack, then on clean images; the first of equals, as
-    training chooses it.
-
-    Args:
-        history: One mapping per epoch with ``epoch`` (0, 1, ...) and metrics by their names in a run. What is missing
-            or not finite is not drawn. An empty one raises ValueError.
-        path: PNG file to write; its folder is made.
+    That is the one with the highest validation accuracy under attack, then on clean images; the first of equals.
+    `history` has a mapping per epoch with ``epoch`` (0, 1, ...) and metrics by their names in a run; what is missing or
+    not finite is not drawn. ValueError if it is empty.
     """
     if not history:
         raise ValueError("the history is empty; draw after at least one epoch")
@@ -74,8 +70,7 @@ def attack_panel(
     """Draw a row per image: clean, perturbation, adversarial, with the predictions on the first and the last.
 
     Perturbations are drawn around mid-grey, all amplified by one factor, which the heading names. Images are
-    (N, C, H, W) in [0, 1], with one or three channels; labels and predictions are (N,). No image, or images of other
-    shapes, raise ValueError.
+    (N, C, H, W) in [0, 1], with one or three channels; labels and predictions are (N,). ValueError without images.
     """
     if len(clean) == 0 or clean.shape != adversarial.shape:
         raise ValueError(f"images {clean.shape} and {adversarial.shape}: give at least one, in equal shapes")

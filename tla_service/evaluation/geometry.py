@@ -29,13 +29,11 @@ _TSNE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ShiftRatios:
-    """How far adversarials lie from natural images, relative to how far these lie from each other; D = 1 - |cos|.
+    """Distances D = 1 - |cos| of adversarials to natural images, over those of natural images to each other (K,).
 
-    Attributes:
-        r: D between adversarials misclassified as each class and its natural images, over the mean D of the unordered
-            pairs of these (K,). Higher is better. NaN where nothing is misclassified as the class, or that mean is
-            undefined or zero.
-        r_prime: The same with adversarials crafted from the class's own images (K,). Lower is better.
+    r: mean D between adversarials misclassified as a class and its natural images, over the mean D of the unordered
+    pairs of these; higher is better. r': the same with adversarials crafted from the class's own images; lower is
+    better. NaN where nothing is misclassified as the class, or the denominator is undefined or zero.
     """
 
     r: Values
@@ -49,7 +47,7 @@ class ShiftRatios:
 
 @dataclass(frozen=True)
 class Projection:
-    """Points of natural (n, 2) and of attacked (m, 2) images, true classes of the former, predictions on the latter."""
+    """Points of natural (n, 2) and attacked (m, 2) images, true classes of the former, predictions on the latter."""
 
     natural: Floats
     adversarial: Floats
@@ -60,12 +58,9 @@ class Projection:
 def shift_ratios(natural: Embedded, adversarial: Embedded) -> ShiftRatios:
     """Measure r and r' (Mao et al. 2019, section 5.2) of K classes, the width of the logits.
 
-    The paper does not say which natural images r compares with: here they are the ones given, test images, as for r'.
-    All adversarials misclassified as a class count for r, also of images that are misclassified without an attack;
-    all adversarials of a class count for r', also those that the network gets right.
-
-    Raises:
-        ValueError: There is no image, or widths differ.
+    The paper does not say which natural images r compares with: here they are the test images given, as for r'. r
+    counts all adversarials misclassified as a class, also those misclassified without an attack; r' counts all
+    adversarials of a class, also those that the network gets right. ValueError without images, or if widths differ.
     """
     if not len(natural) or natural.embeddings.shape[1:] != adversarial.embeddings.shape[1:]:
         shapes = f"{natural.embeddings.shape} and {adversarial.embeddings.shape}"
@@ -93,11 +88,7 @@ def mean_of(ratios: Values) -> float | None:
 def select_class(
     natural: Embedded, adversarial: Embedded, klass: int, *, max_natural: int = 500, max_adversarial: int = 1000
 ) -> tuple[Embedded, Embedded]:
-    """Choose the images of Fig. 1: the first natural and the first attacked images of one true class.
-
-    Raises:
-        ConfigError: There are no natural or no attacked images of the class.
-    """
+    """The images of Fig. 1: the first natural and attacked ones of a true class; ConfigError if there are none."""
     chosen = natural.subset(np.flatnonzero(natural.labels == klass)[:max_natural])
     attacked = adversarial.subset(np.flatnonzero(adversarial.labels == klass)[:max_adversarial])
     if not len(chosen) or not len(attacked):
@@ -108,12 +99,9 @@ def select_class(
 def select_pair(
     natural: Embedded, adversarial: Embedded, source: int, target: int, *, max_natural: int = 200
 ) -> tuple[Embedded, Embedded]:
-    """Choose the images of Fig. 2: natural ones of two classes, and attacked ones of `source` taken for `target`.
+    """The images of Fig. 2: natural ones of two classes, and attacked ones of `source` taken for `target`, if any.
 
-    There may be no attacked ones, where no attack leads from `source` to `target`.
-
-    Raises:
-        ConfigError: There are no natural images of one of the classes.
+    Raises ConfigError if there are no natural images of one of the classes.
     """
     chosen = natural.subset(np.flatnonzero(np.isin(natural.labels, (source, target)))[:max_natural])
     for klass in (source, target):
@@ -124,13 +112,10 @@ def select_pair(
 
 
 def project(natural: Embedded, adversarial: Embedded, *, seed: int, **settings: Any) -> Projection:
-    """Project natural and attacked embeddings into the plane together, by t-SNE.
+    """Project natural and attacked embeddings into the plane together, by t-SNE; ConfigError if they are too few.
 
     The authors project all images, then select; 20,000 points take the better part of an hour. `settings` replace the
     authors' for :class:`sklearn.manifold.TSNE`.
-
-    Raises:
-        ConfigError: There are too few points for the perplexity.
     """
     from sklearn.manifold import TSNE
 

@@ -15,14 +15,8 @@ CONFIDENCE = 0.95
 def wilson_interval(successes: int, count: int) -> Share:
     """Wilson's score interval of a binomial share; unlike the normal one it stays inside [0, 1] and works at 0 and 1.
 
-    Args:
-        successes: In [0, count].
-        count: Trials; with none there is no estimate, and the interval is [0, 1].
-
-    Raises:
-        ValueError: The counts are not those of a share.
-
-    Source: Wilson 1927; Brown, Cai and DasGupta 2001 recommend it.
+    Without trials there is no estimate, and the interval is [0, 1]. ValueError unless successes are in [0, count].
+    Source: Wilson 1927; recommended by Brown, Cai and DasGupta 2001.
     """
     if not 0 <= successes <= count:
         raise ValueError(f"{successes} of {count} is not a share")
@@ -47,19 +41,11 @@ def class_accuracy(correct: BoolArray, labels: npt.NDArray[np.integer[Any]], num
 
 
 def paired_difference(first: BoolArray, second: BoolArray) -> Difference:
-    """Compare two models image by image.
+    """Compare two models by whether each is right (N,) on the same images, in the same order.
 
-    Both see the same images, so their accuracies rise and fall together: a paired test sees differences that two
-    separate intervals hide.
-
-    Args:
-        first: Whether the first model is right on each image (N,).
-        second: The same for the second, on the same images in the same order (N,).
-
-    Raises:
-        ValueError: The arrays differ in length, or are empty.
-
-    Source: McNemar 1947, exact form; the interval is Newcombe 1998 (Statistics in Medicine 17:2635), method 10.
+    Their accuracies rise and fall together: a paired test sees differences that two separate intervals hide.
+    ValueError if the arrays differ in length or are empty. Source: McNemar 1947, exact form; the interval is Newcombe
+    1998 (Statistics in Medicine 17:2635), method 10.
     """
     first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     if first.shape != second.shape or first.ndim != 1 or not len(first):

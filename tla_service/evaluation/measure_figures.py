@@ -60,10 +60,7 @@ class PanelRow(NamedTuple):
 
 
 def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
-    """Draw the ROC curve of every score, with its AUC and 95% interval in the legend (Fig. 5).
-
-    An undefined one is named there, with the reason. No result raises ValueError.
-    """
+    """Draw the ROC curve of every score, with AUC and 95% interval, or why it is undefined, in the legend (Fig. 5)."""
     _some(results, "results")
     figure = _figure(5.0, 5.4)
     axes: Axes = figure.subplots()
@@ -93,8 +90,8 @@ def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
 def retrieval_panel(labels: Integers, states: Mapping[str, PanelRow], class_names: Sequence[str], path: Path) -> None:
     """Draw a row per query and state (clean, attacked): it and its nearest training images (Fig. 4).
 
-    A neighbour of the query's class has a solid blue frame and a tick, another one a dashed orange frame and a cross.
-    True classes of the queries are (Q,); no query, or images that do not fit them, raise ValueError.
+    A neighbour of the query's class (`labels`, (Q,)) has a solid blue frame and a tick, others a dashed orange frame
+    and a cross. ValueError without queries, or if images do not fit them.
     """
     shapes = [(len(row.queries), *row.neighbours.shape[:2]) for row in states.values()]
     wanted = next(iter(states.values())).classes.shape
@@ -119,10 +116,7 @@ def retrieval_panel(labels: Integers, states: Mapping[str, PanelRow], class_name
 
 
 def class_map(projection: Projection, class_names: Sequence[str], path: Path) -> None:
-    """Draw one class in the plane: natural images grey, attacked ones by their predicted class (Fig. 1).
-
-    No natural or no attacked images raise ValueError.
-    """
+    """Draw one class in the plane: natural images grey, attacked ones by their predicted class (Fig. 1)."""
     _some(projection.natural, "natural images")
     _some(projection.adversarial, "attacked images")
     figure = _figure(6.8, 4.4)
@@ -149,10 +143,7 @@ def class_map(projection: Projection, class_names: Sequence[str], path: Path) ->
 
 
 def pair_map(projection: Projection, source: int, target: int, class_names: Sequence[str], path: Path) -> None:
-    """Draw two classes in the plane, and attacked images of `source` that are predicted as `target` (Fig. 2).
-
-    No natural images raise ValueError.
-    """
+    """Draw two classes in the plane, and attacked images of `source` that are predicted as `target` (Fig. 2)."""
     _some(projection.natural, "natural images")
     figure = _figure(6.8, 4.4)
     axes: Axes = figure.subplots()
@@ -167,10 +158,7 @@ def pair_map(projection: Projection, source: int, target: int, class_names: Sequ
 
 
 def shift_bars(ratios: Mapping[str, ShiftRatios], path: Path) -> None:
-    """Draw r and r' as bars, one per model or attack (Tables 2 and 3), with each class as a dot.
-
-    No ratios raise ValueError.
-    """
+    """Draw r and r' as bars, one per model or attack (Tables 2 and 3), with each class as a dot."""
     _some(ratios, "ratios")
     figure = _figure(7.0, 3.6)
     left, right = figure.subplots(1, 2)

@@ -20,13 +20,10 @@ _PAIRS_AT_ONCE = 1 << 24
 
 
 def distances(first: torch.Tensor, second: torch.Tensor, metric: Metric = "angular") -> torch.Tensor:
-    """Distances of all pairs (N, M).
+    """Distances (N, M) of all pairs of embeddings (N, D) and (M, D).
 
-    Args:
-        first: Embeddings (N, D).
-        second: Embeddings (M, D).
-        metric: `angular` is the learned metric D = 1 - |cos| (Mao et al. 2019, section 4), in [0, 1]; `cosine` is
-            1 - cos, in [0, 2]; `euclidean` takes the embeddings as they are. An all-zero embedding has cosine 0.
+    `angular` is the learned metric D = 1 - |cos| (Mao et al. 2019, section 4), in [0, 1]; `cosine` is 1 - cos, in
+    [0, 2]; `euclidean` takes the embeddings as they are. An all-zero embedding has cosine 0.
     """
     if metric == "euclidean":
         # By matrix products, a dozen times as fast; in float64, for they lose the small distances of tight clusters.
@@ -37,14 +34,10 @@ def distances(first: torch.Tensor, second: torch.Tensor, metric: Metric = "angul
 
 
 def nearest(queries: Floats, bank: Floats, count: int, *, metric: Metric = "angular") -> tuple[Integers, Floats]:
-    """The `count` nearest rows of a bank (N, D) for queries (M, D), exactly.
+    """The `count` nearest rows of a bank (N, D) for queries (M, D), exactly: rows and distances, each (M, count).
 
-    Returns:
-        Rows of the bank (M, count), nearest first, the lower row first of equals; and their distances (M, count).
-
-    Raises:
-        ValueError: Widths differ, or embeddings are not finite.
-        ConfigError: `count` is outside [1, N].
+    Nearest first, the lower row first among equals. ValueError if widths differ or embeddings are not finite,
+    ConfigError if `count` is outside [1, N].
     """
     if queries.ndim != 2 or bank.ndim != 2 or queries.shape[1] != bank.shape[1]:
         raise ValueError(f"queries {queries.shape} and bank {bank.shape}: want (M, D) and (N, D)")
@@ -63,10 +56,9 @@ def nearest(queries: Floats, bank: Floats, count: int, *, metric: Metric = "angu
 
 
 def neighbour_votes(queries: Floats, bank: Embedded, *, k: int = 50, metric: Metric = "angular") -> Integers:
-    """Classify embeddings (M, D) by a vote of the `k` nearest training images (the paper's k is 50).
+    """Classes (M,) of embeddings (M, D) by a vote of the `k` nearest training images (the paper's k is 50).
 
-    Returns:
-        Classes (M,); of classes with equal votes, the one whose neighbour is nearest.
+    Among classes with equal votes, the one with the nearest neighbour.
     """
     neighbours, _ = nearest(queries, bank.embeddings, k, metric=metric)
     classes = bank.labels[neighbours]
@@ -78,14 +70,9 @@ def neighbour_votes(queries: Floats, bank: Embedded, *, k: int = 50, metric: Met
 
 
 def neighbour_accuracy(queries: Embedded, bank: Embedded, *, k: int = 50, metric: Metric = "angular") -> Share:
-    """Accuracy of the k-NN classifier on embeddings (Mao et al. 2019, Table 4).
+    """Accuracy of the k-NN classifier on embeddings (Mao et al. 2019, Table 4); ValueError without queries.
 
-    The paper names neither the bank nor the distance: here the bank is the clean training images, and the distance is
-    the learned metric.
-
-    Raises:
-        ValueError: There is no query.
-        ConfigError: The bank has fewer than `k` images.
+    The paper names neither bank nor distance: here, the clean training images and the learned metric.
     """
     if len(queries) == 0:
         raise ValueError("there are no queries; give at least one")

@@ -30,7 +30,7 @@ class AutoAttackRun(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardOutcome:
-    """Per-image results of attacks on some images.
+    """Per-image results of attacks on N images.
 
     Attributes:
         indices: Number of each image in its test set (N,).
@@ -40,7 +40,7 @@ class ShardOutcome:
         left_out: AutoAttack's stages that could not run on this network, and why.
         autoattack: How AutoAttack was run; None where it was not, or by a version that did not record it.
         gate: Which images are set aside for the promotion gate (N,); None where that is not recorded.
-        warnings: AutoAttack's warnings about this network, such as that it seems randomised; each once.
+        warnings: AutoAttack's distinct warnings about this network.
     """
 
     indices: IntArray
@@ -58,14 +58,9 @@ class ShardOutcome:
         return replace(self, indices=self.indices[chosen], labels=self.labels[chosen], broken_at=broken_at, gate=gate)
 
     def standing(self, attack: str, restarts: int | None = None) -> BoolArray:
-        """Whether each image is still classified correctly under an attack, or ``clean`` (N,).
+        """Whether each image is still right under an attack, or ``clean`` (N,); ConfigError if it was not run.
 
-        Args:
-            attack: Its name.
-            restarts: Count only this many of its restarts; None: all.
-
-        Raises:
-            ConfigError: The attack was not run.
+        `restarts` counts only this many of its restarts.
         """
         if attack not in self.broken_at:
             raise ConfigError("attack", attack, "was not run", f"choose from {', '.join(self.broken_at)}")
@@ -77,8 +72,7 @@ class ShardOutcome:
 def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
     """Put shards together, in the order of the test set.
 
-    Raises:
-        ValueError: There is none, an image occurs twice, or the shards were attacked differently.
+    ValueError if there is none, an image occurs twice, or the shards were attacked differently.
     """
     if not outcomes:
         raise ValueError("there is no outcome to merge")

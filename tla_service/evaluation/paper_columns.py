@@ -63,17 +63,10 @@ _LIKE = {"fashion_mnist": "mnist"}
 
 
 def paper_columns(data_name: str, norm: Norm = "linf", epsilon: float | None = None) -> Columns:
-    """The paper's columns for a data set.
+    """The paper's columns for a data set, at a radius, by default the documented one; steps keep their share of it.
 
-    Fashion-MNIST takes MNIST's columns; data sets that the paper does not have take CIFAR-10's.
-
-    Args:
-        data_name: As in the catalogue.
-        norm: Norm of the perturbations.
-        epsilon: The radius; step sizes keep their share of it. None: the one documented for the data set.
-
-    Raises:
-        ConfigError: The radius is not above 0, or none is given or documented.
+    Fashion-MNIST takes MNIST's columns; data sets that the paper does not have take CIFAR-10's. ConfigError if the
+    radius is not above 0, or none is given or documented.
     """
     if epsilon is not None and not epsilon > 0:
         raise ConfigError("epsilon", epsilon, "leaves nothing to attack with", "give a radius above 0, such as 8/255")
@@ -123,12 +116,7 @@ def sweep_curve(outcome: ShardOutcome, axis: Literal["epsilon", "steps"], attack
 def restart_curve(outcome: ShardOutcome, name: str, restarts: int, attack: str, steps_each: int | None = None) -> Curve:
     """Accuracy after each restart of one attack, from its per-image record: nothing is run again.
 
-    Args:
-        outcome: Where the attack was run.
-        name: Its name there.
-        restarts: How many it had.
-        attack: What the curve is called.
-        steps_each: Give its steps to count gradient steps instead (20 restarts of 100 make 2000).
+    `attack` is what the curve is called; `steps_each` counts gradient steps instead (20 restarts of 100 make 2000).
     """
     counts = range(1, restarts + 1)
     accuracy = tuple(share_of(outcome.standing(name, count)) for count in counts)

@@ -10,14 +10,7 @@ Outcome = Literal["passed", "failed", "not run"]
 
 @dataclass(frozen=True)
 class Share:
-    """A share of images with its 95% Wilson interval.
-
-    Attributes:
-        estimate: In [0, 1]; None where nothing was counted.
-        low: Lower end.
-        high: Upper end.
-        images: Number of images it was measured on.
-    """
+    """A share of images: estimate in [0, 1] (None where nothing was counted) and its 95% Wilson interval."""
 
     estimate: float | None
     low: float
@@ -34,15 +27,7 @@ class Accuracy(Share):
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy of one model minus another's on the same images.
-
-    Attributes:
-        difference: In [-1, 1].
-        low: Lower end of its 95% interval (Newcombe).
-        high: Upper end.
-        p_value: McNemar's exact two-sided test.
-        images: Number of images compared.
-    """
+    """Accuracy of one model minus another's on the same images, its 95% interval (Newcombe), McNemar's exact p."""
 
     difference: float
     low: float
@@ -53,14 +38,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy along one axis.
-
-    Attributes:
-        attack: The attack, then what the curve shows of it.
-        axis: What varies: the radius, the total of gradient steps, the restarts, or the size of a sparse perturbation.
-        x: Its values, rising.
-        accuracy: Accuracy at each.
-    """
+    """Accuracy at rising values x of one axis; `attack` is the attack, then what the curve shows of it."""
 
     attack: str
     axis: Axis
@@ -75,14 +53,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class MinimumNorms:
-    """Smallest perturbations that a minimum-norm attack found.
+    """Smallest perturbations found by a minimum-norm attack.
 
-    Attributes:
-        norm: l0 (changed values of a pixel's channels) or l1.
-        images: Number of images.
-        wrong: Images misclassified when clean: their perturbation is 0.
-        median: Median size over all images; None where most were not broken.
-        curve: Accuracy against the size allowed.
+    L0 counts changed values of a pixel's channels. The perturbation is 0 for the `wrong` images, misclassified when
+    clean; `median` is over all images, None where most were not broken.
     """
 
     norm: Literal["l0", "l1"]
@@ -94,14 +68,7 @@ class MinimumNorms:
 
 @dataclass(frozen=True)
 class DetectionScore:
-    """How well a score finds misclassified images: area under the ROC curve with its 95% bootstrap interval.
-
-    Attributes:
-        auc: In [0, 1]; None where undefined.
-        low: Lower end; None likewise, or without resampling.
-        high: Upper end.
-        reason: Why the AUC is undefined, or empty.
-    """
+    """Area under the ROC curve in [0, 1] and its 95% bootstrap interval; where it is undefined, None and why."""
 
     auc: float | None
     low: float | None
@@ -111,12 +78,10 @@ class DetectionScore:
 
 @dataclass(frozen=True, kw_only=True)
 class ShippedDetection(DetectionScore):
-    """The detector that travels with the model, at the threshold it ships with.
+    """The detector that ships with the model: images that score below `threshold` are rejected.
 
-    Attributes:
-        threshold: Images below it are rejected.
-        false_rejections: Correctly classified test images that it rejects, natural and attacked together.
-        detected: Misclassified ones that it rejects.
+    `detected` is the rejected share of misclassified images, `false_rejections` that of correctly classified ones,
+    natural and attacked together.
     """
 
     threshold: float
@@ -126,17 +91,9 @@ class ShippedDetection(DetectionScore):
 
 @dataclass(frozen=True, kw_only=True)
 class Detection(DetectionScore):
-    """Detection of misclassified images, natural and attacked together; `auc` is that of the class Gaussians.
+    """Detection of misclassified images, natural and attacked (at `epsilon`) together, by class Gaussians.
 
     These are fitted anew, by the settings of the evaluation; `shipped` is the detector that the model ships with.
-
-    Attributes:
-        epsilon: Radius of the attacked images.
-        num_correct: Correctly classified ones among both.
-        num_wrong: Misclassified ones.
-        baselines: The same for other scores.
-        settings: The choices that the paper leaves open.
-        shipped: The model's own detector; None where it has none.
     """
 
     epsilon: float
@@ -161,12 +118,7 @@ class Neighbours:
 class Shift:
     """Shift ratios at one radius, means over classes: r (higher is better) and r' (lower is better).
 
-    Attributes:
-        epsilon: The radius.
-        r: None where no class has a ratio.
-        r_prime: Likewise.
-        left_out_of_r: Classes that `r` does without.
-        left_out_of_r_prime: Classes that `r_prime` does without.
+    None where no class has a ratio; `left_out_of_...` counts the classes without one.
     """
 
     epsilon: float
@@ -178,16 +130,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class Check:
-    """One check.
-
-    Attributes:
-        name: What is checked.
-        figure: What was measured; None when the check was not run.
-        threshold: Where it fails.
-        outcome: Its result.
-        statement: The figure in words, or why the check was not run.
-        meaning: What a failure means.
-    """
+    """One check: what was measured (None: not run), where it fails, the figure in words, and what a failure means."""
 
     name: str
     figure: float | None
@@ -199,16 +142,7 @@ class Check:
 
 @dataclass(frozen=True)
 class SurrogateFacts:
-    """How a surrogate was trained for the audit, as none was given.
-
-    Attributes:
-        architecture: Name of the network.
-        images: Number of training images.
-        steps: Optimizer steps.
-        seconds: Wall time of its training.
-        clean_accuracy: On held-out training images; None without any.
-        held_out: Their number.
-    """
+    """How the audit's own surrogate was trained; its accuracy is on held-out training images, None without any."""
 
     architecture: str
     images: int
@@ -220,13 +154,9 @@ class SurrogateFacts:
 
 @dataclass(frozen=True)
 class Audit:
-    """Whether the robustness is real.
+    """Whether the robustness is real: trusted if no check failed. One that was not run says nothing.
 
-    Attributes:
-        trusted: Whether no check failed. One that was not run says nothing, and is shown as such.
-        images: How many images it was measured on.
-        checks: In the order of running.
-        surrogate: What attacks were transferred from, if it was trained for this audit.
+    `surrogate` is what attacks were transferred from, if it was trained for this audit.
     """
 
     trusted: bool

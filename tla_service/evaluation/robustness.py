@@ -15,16 +15,9 @@ from tla_service.runtime import WorkerContext, all_reduce_sum, generator
 
 
 def evaluation_attack(attack: EvaluationAttack, training: AttackConfig, data_name: str, field: str) -> Attack:
-    """An attack of the evaluation, with what it leaves open taken from the training attack.
+    """An attack of the evaluation; radius and step size, where left open, are the training attack's in the same norm.
 
-    Args:
-        attack: As configured.
-        training: Where radius and step size come from in the same norm.
-        data_name: Data set whose documented radius counts in another norm.
-        field: Setting that named the attack, for messages.
-
-    Raises:
-        ConfigError: It has another norm and no radius, and none is documented.
+    In another norm the data set's documented radius counts; ConfigError, naming `field`, if there is none.
     """
     norm, epsilon, step_size = attack.lengths(training, data_name)
     if epsilon is None or step_size is None:
@@ -56,8 +49,7 @@ def measure_accuracy(
         seed: Fixes the random starts.
 
     Returns:
-        `clean_accuracy`, `robust_accuracy/NAME` for each attack and `robust_accuracy`, the share of images that no
-        attack breaks; fractions in [0, 1].
+        Shares in [0, 1]: `clean_accuracy`, `robust_accuracy/NAME` by attack, and `robust_accuracy` under all of them.
     """
     counts = torch.zeros(len(attacks) + 3, dtype=torch.float64, device=context.device)
     with evaluating(network), float32(context.device):

@@ -14,16 +14,7 @@ from tla_service.evaluation.outcomes import Arrays, IntArray
 
 @dataclass(frozen=True)
 class Shard:
-    """Images of one shard and the networks that they are measured on, which are on the device, in eval mode.
-
-    Attributes:
-        network: Under evaluation.
-        surrogate: An independently trained one, if there is one.
-        images: (N, C, H, W), uint8.
-        labels: (N,), int64.
-        rows: Number of each image in its set (N,).
-        device: Where to compute.
-    """
+    """Images (N, C, H, W), uint8, labels and numbers in their set (N,), and networks on the device, in eval mode."""
 
     network: nn.Module
     surrogate: nn.Module | None

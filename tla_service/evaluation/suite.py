@@ -29,14 +29,8 @@ class AttackMeasurement:
     """Per-image results of attacks, in float32 whatever the process's settings; merged to a ShardOutcome.
 
     An attack's random starts depend on the seed, its name and the number of the first image of the batch: not on the
-    other attacks, nor on which worker runs the shard.
-
-    Attributes:
-        attacks: White-box attacks by name.
-        transfer: Attacks crafted on the surrogate and scored on the network (black box).
-        autoattack: Norm and radius of AutoAttack, run as ``autoattack``; None: not run.
-        seed: Fixes every draw.
-        batch_size: Images per forward pass.
+    other attacks, nor on which worker runs the shard. Transfer attacks are crafted on the surrogate and scored on the
+    network (black box); `autoattack` is norm and radius, None: not run.
     """
 
     attacks: Mapping[str, Attack]
@@ -46,11 +40,7 @@ class AttackMeasurement:
     batch_size: int
 
     def run(self, shard: Shard) -> Arrays:
-        """Attack the images.
-
-        Raises:
-            ConfigError: Network, images, attacks and surrogate do not fit each other.
-        """
+        """Attack the images; ConfigError if network, images, attacks and surrogate do not fit each other."""
         _check(shard, self.attacks, self.transfer)
         device, seed, size = shard.device, self.seed, self.batch_size
         names = ["clean", *self.attacks, *self.transfer, *(["autoattack"] if self.autoattack else [])]
@@ -88,11 +78,7 @@ class AttackMeasurement:
 
 
 def clean_logits(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:
-    """Logits (N, K) of clean images, checked.
-
-    Raises:
-        ConfigError: The network cannot take the images, has too few classes, or gives logits that are not finite.
-    """
+    """Logits (N, K) of clean images; ConfigError if the network does not fit the images or their classes."""
     shape = "x".join(map(str, images.shape[1:]))
     try:
         with torch.no_grad():

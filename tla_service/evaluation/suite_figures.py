@@ -40,14 +40,10 @@ _READABLE_CLASSES = 25  # more rows than this leave no room for names and figure
 
 
 def accuracy_curves(curves: Mapping[str, Curve], path: Path, *, marked: tuple[float, str] | None = None) -> None:
-    """Draw accuracy along one axis, a line per curve (five at most), with 95% intervals as bands.
+    """Draw accuracy along one axis, a line per curve (one to five, by name), with 95% intervals as bands.
 
-    Steps are drawn on a logarithmic axis that also shows zero, the clean accuracy.
-
-    Args:
-        curves: By the name shown in the legend. None, too many, or along different axes raise ValueError.
-        path: PNG file to write; its folder is made.
-        marked: A place on the axis to mark, such as the radius trained for, and its name.
+    Steps are drawn on a logarithmic axis that also shows zero, the clean accuracy. `marked` is a place on the axis,
+    such as the radius trained for, and its name.
     """
     if not 1 <= len(curves) <= len(_STYLES):
         raise ValueError(f"{len(curves)} curves: give one to {len(_STYLES)}")
@@ -75,8 +71,8 @@ def accuracy_curves(curves: Mapping[str, Curve], path: Path, *, marked: tuple[fl
 def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str], path: Path) -> None:
     """Draw accuracy by class (rows) and attack (columns) as shades of one colour, with the figure in each cell.
 
-    Rows are in the order of accuracy under the last attack, the weakest class first; the last row is all classes.
-    With very many classes names and figures are left out. Other numbers of classes than of names raise ValueError.
+    The weakest class under the last attack is on top; the last row is all classes. With very many classes, names and
+    figures are left out.
     """
     if not accuracies or any(len(result.per_class) != len(class_names) for result in accuracies.values()):
         raise ValueError(f"give at least one attack, each with {len(class_names)} classes")
@@ -108,7 +104,7 @@ def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str
 def class_bars(result: Accuracy, class_names: Sequence[str], path: Path) -> None:
     """Draw accuracy by class under one attack as bars with 95% intervals, the weakest first, and the whole as a line.
 
-    A class without images is drawn empty; another number of classes than of names raises ValueError.
+    A class without images is drawn empty.
     """
     if len(result.per_class) != len(class_names):
         raise ValueError(f"{len(result.per_class)} classes and {len(class_names)} names")

@@ -107,12 +107,7 @@ class Detector:
 class Rejector:
     """A detector with the score below which images are rejected.
 
-    Attributes:
-        detector: Scores images.
-        threshold: An image is accepted from this score on.
-        false_rejection_rate: Share of correctly classified validation images that it rejects at most.
-        training_images: How many images the detector was fitted to.
-        validation_images: How many the threshold was fixed on.
+    `false_rejection_rate` is the share of correctly classified validation images that it rejects at most.
     """
 
     detector: Detector

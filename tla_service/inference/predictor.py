@@ -26,13 +26,7 @@ class _Batch:
 
 
 class Predictor:
-    """A network with its detector.
-
-    Args:
-        network: In eval mode, float32, on its device.
-        description: The content of ``model.json``.
-        rejector: Detector and threshold; ``None`` for a version without.
-    """
+    """A network in eval mode and float32 with the content of its ``model.json`` and, if it has one, its detector."""
 
     def __init__(self, network: ImageClassifier, description: dict[str, Any], rejector: Rejector | None) -> None:
         self.network, self.description, self.rejector = network, description, rejector
@@ -42,15 +36,9 @@ class Predictor:
 
     @classmethod
     def load(cls, artifacts: Path, device: str | None = None) -> Self:
-        """Build the network of a model version and load its weights.
+        """Build the network of a model version, in a folder, and load its weights, by default to a GPU if there is one.
 
-        Args:
-            artifacts: Folder of ``model.json``, ``weights.safetensors`` and, where there is one,
-                ``detector.safetensors``.
-            device: Where to put the network; the default is a GPU if there is one.
-
-        Raises:
-            ValueError: A file is not the one that the description was written for.
+        ValueError if a file is not the one that the description was written for.
         """
         from safetensors.numpy import load as load_arrays
         from safetensors.torch import load as load_tensors
@@ -69,11 +57,7 @@ class Predictor:
         return cls(network.float().eval().to(target), description, rejector)
 
     def predict(self, images: Images, *, embedding: bool = False) -> dict[str, npt.NDArray[Any]]:
-        """Classify images.
-
-        Args:
-            images: (N,C,H,W), float32 in [0, 1] or uint8, as :func:`tla_service.inference.images.read_images` checks.
-            embedding: Whether to return the embeddings as well.
+        """Classify images (N,C,H,W), float32 in [0, 1] or uint8, as `tla_service.inference.images.read_images` gives.
 
         Returns:
             ``label`` int64 (N,) and ``probabilities`` float32 (N,K); with a detector ``detection_score`` float64 (N,),

@@ -52,22 +52,11 @@ def evaluate(
     workers: Callable[[], AbstractContextManager[Measurer]],
     terminal: Terminal,
 ) -> tuple[rp.Report, Path]:
-    """Evaluate models and write the report.
+    """Evaluate models and write the report; returns it, and the folder it is in.
 
     Shards are saved as they come in: the same evaluation, under whatever address of the weights, resumes where it was
-    stopped or killed.
-
-    Args:
-        settings: What to evaluate, and how.
-        models: Loaded models and data.
-        workers: Starts what measures, and ends it; called once everything is checked.
-        terminal: Progress goes there.
-
-    Returns:
-        The report, and the folder it is in.
-
-    Raises:
-        UserError: Something is wrong or missing; found before anything is measured, as far as it can be.
+    stopped or killed. `workers` starts what measures once everything is checked, and ends it. UserError if something is
+    wrong or missing, found before anything is measured as far as it can be.
     """
     subject, dataset = models.subject, models.dataset
     threat = subject.threat_model
@@ -110,11 +99,7 @@ class _Evaluation:
     terminal: Terminal
 
     def tasks(self) -> list[Task]:
-        """What is measured of every test image, whether it is set aside for the gate or not.
-
-        Raises:
-            ConfigError: So few images are taken that all of them are set aside.
-        """
+        """What is measured of every test image; ConfigError if so few are taken that all of them are set aside."""
         plan, settings, models = self.plan, self.settings, self.models
         subject, dataset = models.subject, models.dataset
         bank = self._bank()

@@ -37,14 +37,9 @@ def identity(settings: ReportSettings, models: Models, plan: Plan) -> dict[str, 
 
 
 def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> bool:
-    """Claim the folder of a report, which is made if it is missing.
+    """Claim the folder of a report, which is made if missing; whether the same evaluation has finished there.
 
-    Returns:
-        Whether the same evaluation has finished there, including its page if `page` is set.
-
-    Raises:
-        ConfigError: It holds another evaluation, or other files.
-        UnavailableError: It cannot be written.
+    `page` makes its page part of that. ConfigError if it holds anything else, UnavailableError if not writable.
     """
     mark = output / _IDENTITY
     try:

@@ -61,13 +61,10 @@ _LEVELS = {"mnist": (0.03, 0.3), "cifar10": (8 / 255, 25 / 255), "tiny_imagenet"
 
 
 class PaperRow(NamedTuple):
-    """What the paper reports of a method on a data set, as printed.
+    """What the paper reports of a method on a data set, as printed, in percent, but for the shift ratios.
 
-    Attributes:
-        accuracy: Percentages by attack; Table 1.
-        shift: (r, r') by radius; Tables 2 and 3.
-        neighbours: Percentages (attacked, clean); Table 4.
-        detection: Percentage; Fig. 5.
+    `accuracy` by attack (Table 1), `shift` (r, r') by radius (Tables 2 and 3), `neighbours` attacked and clean
+    (Table 4), `detection` (Fig. 5).
     """
 
     accuracy: dict[str, float]
@@ -93,10 +90,7 @@ def paper_row(data_name: str, method: str) -> PaperRow | None:
 
 
 def differences_from_paper(data_name: str, architecture: str, images: int, *, same_attacks: bool) -> list[str]:
-    """What sets a measurement apart from the paper's; nothing where the setting is the same.
-
-    `same_attacks` tells whether norm, radius and attacks are the paper's.
-    """
+    """What sets a measurement apart from the paper's; `same_attacks` is about norm, radius and attacks."""
     if data_name not in _ACCURACY:
         return [f"the paper has no {data_name}"]
     differences = []

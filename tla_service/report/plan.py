@@ -51,19 +51,9 @@ _SHIFT = {"mnist": _Level(0.03, 40)}
 class Plan:
     """The attacks of an evaluation.
 
-    Attributes:
-        norm: Norm of the threat model.
-        epsilon: Its radius.
-        columns: White-box attacks by name.
-        within: Those of them under the threat model; others have a norm or a radius of their own.
-        transfer: Attacks crafted on the surrogate.
-        is_paper: Whether these are the paper's columns at the paper's radius.
-        iterative: The strongest PGD under the threat model. With one start, curves, audit, neighbours and pictures use
-            it.
-        detection: The attack of the detection test.
-        shift: Attacks of the shift ratios by radius, rising; among them the two above.
-        seed: Seed of every draw.
-        batch_size: Images per forward pass, and per shard.
+    `columns` are white-box attacks by name, those in `within` under the threat model itself; `transfer` attacks are
+    crafted on the surrogate. `iterative` is the strongest PGD under the threat model. `shift` has the attacks of the
+    shift ratios by radius, rising.
     """
 
     norm: Norm
@@ -91,13 +81,10 @@ class Plan:
 
 
 def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: float, *, has_surrogate: bool) -> Plan:
-    """Decide on the attacks.
+    """Decide on the attacks, from the settings and what the model was trained for.
 
-    `norm` and `epsilon` are what the model was trained for; the settings take precedence. Without a surrogate transfer
-    attacks are left out.
-
-    Raises:
-        ConfigError: A norm has no radius, or none of the attacks is PGD under the threat model.
+    Without a surrogate transfer attacks are left out. ConfigError if a norm has no radius, or none of the attacks is
+    PGD under the threat model.
     """
     norm, epsilon = _threat_model(settings, data_name, norm, epsilon)
     detection = _detection_attack(settings, data_name, norm, epsilon)
@@ -142,11 +129,7 @@ def _threat_model(settings: ReportSettings, data_name: str, norm: Norm, epsilon:
 
 
 def check_plan(plan: Plan, shape: ImageShape) -> None:
-    """Refuse radii and step sizes that make no sense on images of a shape (C, H, W).
-
-    Raises:
-        ConfigError: One does not.
-    """
+    """Raise ConfigError for radii and step sizes that make no sense on images of a shape (C, H, W)."""
     named = {f"attacks.{name}": attack for name, attack in plan.columns.items()} | {"detection": plan.detection}
     found = [length_trouble("", plan.norm, plan.epsilon, shape=shape)]
     for where, attack in named.items():

@@ -53,18 +53,9 @@ class ThreatModel(Part):
 
 
 class ModelFacts(Part):
-    """Which network was evaluated.
+    """Which network was evaluated: its address as asked for, its origin, and the digest of the weights file.
 
-    Attributes:
-        uri: As it was asked for.
-        name: Registered name, if it is a registered version.
-        version: Its number.
-        run_id: MLflow run that trained it.
-        weights_sha256: Of the weights file that was evaluated, 64 hex digits.
-        architecture: Name of the network.
-        method: How it was trained.
-        seed: Seed of that training; None where it is not known.
-        trained_for: Threat model that it was trained for; None in reports of earlier versions.
+    The seed is None where it is not known, `trained_for` in reports of earlier versions.
     """
 
     uri: str
@@ -79,13 +70,7 @@ class ModelFacts(Part):
 
 
 class DataFacts(Part):
-    """What it was evaluated on: the test set, those images among them that are set aside for the gate.
-
-    Attributes:
-        fingerprint: Digest of the data set's content.
-        class_names: In label order.
-        trained_on: Fingerprint of the set the model was trained on; None where it is not known.
-    """
+    """The test set, images set aside for the gate included; fingerprint of the training data where it is known."""
 
     name: str
     split: Literal["test"] = "test"
@@ -110,16 +95,9 @@ class AttackFacts(Part):
 class AutoAttackFacts(Part):
     """How AutoAttack was run, and what it says about the other attacks.
 
-    Attributes:
-        stages: Its parts that ran.
-        left_out: Its parts that cannot run on this network, and why.
-        broken_by: Images that each part was the first to break.
-        strongest: The strongest of the other attacks on the same images.
-        gap: Accuracy under that attack minus accuracy under AutoAttack, on the same images.
-        weak: Whether the gap shows, beyond noise, that the other attacks are weak.
-        warnings: AutoAttack's warnings, such as that the network seems randomised.
-        outcome: File beside the report with the per-image results.
-        version: The package's version.
+    `broken_by` counts the images that each stage was the first to break. `gap` is the accuracy under `strongest` of the
+    other attacks minus that under AutoAttack, on the same images; `weak` tells whether it shows, beyond noise, that the
+    other attacks are weak.
     """
 
     stages: tuple[str, ...]
@@ -168,21 +146,9 @@ def _with_outcomes(audit: Any) -> Any:
 class Report(Part):
     """An evaluation of one model. Its figures are of the test images that are not set aside for the promotion gate.
 
-    The audit alone is of both: it asks whether the attacks work.
-
-    Attributes:
-        format: Version of this format.
-        accuracy: By attack, ``clean`` and ``autoattack`` among them, ``worst`` for images that no attack breaks.
-        attacks: How each white-box and transfer attack was run.
-        outcome: File beside the report with per-image results of the attacks of the table, AutoAttack not among
-            them: it may have been run on fewer images.
-        code: Version of the code, and the commit where it is known.
-        seed: Seed of every random draw.
-        settings: Digest of the evaluation's settings.
-        seconds: Wall time of the measurements.
-        hardware: Workers and what they ran on.
-        gate: Figures on the images set aside; None in reports of earlier versions, whose figures are of all test
-            images.
+    The audit alone is of both: it asks whether the attacks work. `accuracy` is by attack, with ``clean``,
+    ``autoattack`` and ``worst``, for images that no attack breaks. Files are beside the report.
+    `gate` is None in reports of earlier versions, whose figures are of all test images.
     """
 
     format: Literal[1] = FORMAT
@@ -226,11 +192,7 @@ def artifact_folder(weights_sha256: str, threat_model: ThreatModel) -> str:
 
 
 def read_report(path: Path) -> Report:
-    """Read `report.json`.
-
-    Raises:
-        UnavailableError: There is none, or it is damaged or of another format.
-    """
+    """Read `report.json`; UnavailableError if there is none, or it is damaged or of another format."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         return Report.model_validate(content)

@@ -111,14 +111,7 @@ class ReportSettings(JobSettings):
     pictures: PictureSettings = PictureSettings()
 
     def data_config(self, trained: DataConfig | None) -> DataConfig:
-        """The data set: that of the training run, with what is given here in its place.
-
-        Args:
-            trained: The data section of the run that trained the model; None where it is not known.
-
-        Raises:
-            ConfigError: It is not known, and not given.
-        """
+        """The data set of the training run, None where it is not known, with what is given here in its place."""
         from tla_service.errors import ConfigError
 
         given = self.data.model_dump(exclude_none=True)

@@ -25,13 +25,7 @@ Results = dict[tuple[str, str], Any]  # merged, by model and task name
 class Task:
     """A measurement of one model on some images.
 
-    Attributes:
-        name: What is measured.
-        model: First digits of the weights' SHA-256: a file of another model cannot be taken for this one's.
-        split: Which split the images are in.
-        rows: Which images of it.
-        shard_size: Images per shard.
-        measurement: What is done with them.
+    `model` is the first digits of the weights' SHA-256: a file of another model cannot be taken for this one's.
     """
 
     name: str
@@ -108,9 +102,6 @@ def run_tasks(
     """Measure, shard by shard, with progress passed to `say`; the merged results by model and task name.
 
     Shards are saved under ``shards/`` in the folder as they come in; one that was saved before is not measured again.
-
-    Raises:
-        UserError: A network or a data set does not fit, or a shard cannot be measured.
     """
     shards = [MissingShard(task, name, rows) for task in tasks for name, rows in task.shards()]
     missing = [shard for shard in shards if not _is_saved(folder / "shards" / shard.name)]
