@@ -11,10 +11,9 @@ import torch
 
 from tla_service.attacks.minimum_norm import SparseNorm, minimum_norms
 from tla_service.evaluation.intervals import share_of
-from tla_service.evaluation.mode import evaluating, float32, logits_of
 from tla_service.evaluation.outcomes import Arrays
 from tla_service.evaluation.results import Curve, MinimumNorms
-from tla_service.evaluation.shards import Shard
+from tla_service.evaluation.shards import Shard, evaluating, float32, logits_of
 
 _MOST_POINTS = 40  # of a curve
 

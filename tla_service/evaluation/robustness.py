@@ -10,7 +10,7 @@ from tla_service.config.adversary import AttackConfig, EvaluationAttack
 from tla_service.config.radii import no_radius
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
-from tla_service.evaluation.mode import evaluating, float32, logits_of
+from tla_service.evaluation.shards import evaluating, float32, logits_of
 from tla_service.runtime import WorkerContext, all_reduce_sum, generator
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images
 from tla_service.attacks.autoattack import VERSION, AutoAttackNorm, run_autoattack
 from tla_service.errors import ConfigError
-from tla_service.evaluation.mode import evaluating, float32, logits_of
 from tla_service.evaluation.outcomes import (
     Arrays,
     AutoAttackRun,
@@ -20,7 +19,7 @@ from tla_service.evaluation.outcomes import (
     outcome_arrays,
     outcome_from,
 )
-from tla_service.evaluation.shards import Shard
+from tla_service.evaluation.shards import Shard, evaluating, float32, logits_of
 from tla_service.runtime import generator
 
 

@@ -12,18 +12,18 @@ from tla_service.data.augmentation import to_unit
 from tla_service.data.sources import ImageSource
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import EmbeddedImages
-from tla_service.evaluation.figures import attack_panel
+from tla_service.evaluation.figures import PanelRow, attack_panel, retrieval_panel
 from tla_service.evaluation.geometry import ShiftRatios, project, select_class, select_pair
 from tla_service.evaluation.measure_figures import (
-    PanelRow,
+    accuracy_curves,
+    class_bars,
+    class_heat_map,
     class_map,
     pair_map,
-    retrieval_panel,
     roc_curves,
     shift_bars,
 )
 from tla_service.evaluation.neighbours import nearest
-from tla_service.evaluation.suite_figures import accuracy_curves, class_bars, class_heat_map
 from tla_service.inference.detector import Floats, Integers
 from tla_service.report.findings import Findings, accuracies
 from tla_service.report.plan import Plan, radius_name

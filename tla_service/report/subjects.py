@@ -16,7 +16,7 @@ from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
 from tla_service.data import Dataset, load_dataset
 from tla_service.errors import ConfigError, UnavailableError, one_line
-from tla_service.evaluation.mode import as_pixels, logits_of
+from tla_service.evaluation.shards import as_pixels, logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model

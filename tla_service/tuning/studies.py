@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tla_service.evaluation.figures import _BLUE, _GREEN, _ORANGE, _figure, _save
+from tla_service.evaluation.figures import BLUE, GREEN, ORANGE, new_figure, save
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Trial
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _STYLES: tuple[dict[str, Any], ...] = (
-    {"color": _ORANGE, "linestyle": "-", "marker": "o"},
-    {"color": _BLUE, "linestyle": "--", "marker": "s"},
-    {"color": _GREEN, "linestyle": "-.", "marker": "^"},
+    {"color": ORANGE, "linestyle": "-", "marker": "o"},
+    {"color": BLUE, "linestyle": "--", "marker": "s"},
+    {"color": GREEN, "linestyle": "-.", "marker": "^"},
 )
 
 
@@ -74,7 +74,7 @@ def study_figure(trials: Sequence[Trial], space: Space, path: Path) -> bool:
     if not finished:
         return False
     order = [_label(choice) for choice in axis.choices]
-    figure = _figure(10.4, 4.0)
+    figure = new_figure(10.4, 4.0)
     both = left, right = figure.subplots(1, 2)
     theirs = {name: {label: [value] for label, value in line.items()} for name, line in study.accuracies.items()}
     _draw(left, theirs, order)
@@ -91,7 +91,7 @@ def study_figure(trials: Sequence[Trial], space: Space, path: Path) -> bool:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
         axes.set_xlabel(study.along)
         axes.set_ylabel("accuracy under attack [%]")
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
