@@ -23,7 +23,7 @@ from tla_service.report import findings as fd
 from tla_service.report import schema as rp
 from tla_service.report.figures import Figures
 from tla_service.report.folder import identity, open_folder, report_folder
-from tla_service.report.page import method_name, write_page
+from tla_service.report.page import describe_surrogate, method_name, write_page
 from tla_service.report.plan import (
     Plan,
     attack_tasks,
@@ -40,7 +40,6 @@ from tla_service.report.plan import (
 from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import Models
 from tla_service.report.tasks import Inputs, Measurer, Results, Task, run_tasks, select
-from tla_service.report.text import describe_surrogate
 from tla_service.training.reporting import Terminal
 
 _SECONDS_BETWEEN_LINES = 5.0

@@ -72,6 +72,10 @@ class PaperRow(NamedTuple):
     neighbours: tuple[float, float] | None
     detection: float | None
 
+    def at(self, epsilon: float) -> tuple[float, float] | tuple[str, str]:
+        """(r, r') at a radius, or empty cells."""
+        return next((pair for radius, pair in self.shift.items() if abs(radius - epsilon) < 1e-6), ("", ""))
+
 
 def paper_row(data_name: str, method: str) -> PaperRow | None:
     """The paper's row of a method, or None where it has none."""
