@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from tla_service.evaluation import figures
 from tla_service.evaluation.detection import RocCurve, measure_detection
 from tla_service.evaluation.geometry import Projection, ShiftRatios
-from tla_service.evaluation.intervals import class_accuracy, wilson_interval
 from tla_service.evaluation.measure_figures import (
     accuracy_curves,
     class_bars,
@@ -19,7 +18,7 @@ from tla_service.evaluation.measure_figures import (
     roc_curves,
     shift_bars,
 )
-from tla_service.evaluation.results import Accuracy, Axis, Curve
+from tla_service.evaluation.results import Accuracy, Axis, Curve, class_accuracy, wilson_interval
 
 NAMES = [f"class {klass}" for klass in range(12)]
 

@@ -23,9 +23,8 @@ from tla_service.evaluation.outcomes import (
     save_outcome,
 )
 from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, restart_curve, step_sweep, sweep_curve
-from tla_service.evaluation.robustness import evaluation_attack
 from tla_service.evaluation.shards import Shard
-from tla_service.evaluation.suite import AttackMeasurement
+from tla_service.evaluation.suite import AttackMeasurement, evaluation_attack
 from tla_service.models import ModelOutput
 
 CPU = torch.device("cpu")

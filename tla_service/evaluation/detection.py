@@ -17,9 +17,8 @@ import torch
 
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
-from tla_service.evaluation.intervals import share_of
 from tla_service.evaluation.neighbours import Metric, neighbour_score
-from tla_service.evaluation.results import DetectionScore, ShippedDetection
+from tla_service.evaluation.results import DetectionScore, ShippedDetection, share_of
 from tla_service.inference.detector import Detector, Integers, Rejector, Rule, Scores, unit_rows
 
 Covariance = Literal["full", "tied", "diagonal"]
@@ -151,7 +150,7 @@ def detect_misclassified(
         raise ValueError("natural and adversarial images differ in their labels: give the same images in one order")
     both, images = Embedded.joined(natural, adversarial), np.tile(np.arange(len(natural)), 2)
     scores = {
-        "gaussian": detector.score(both),
+        "gaussian": detector.score(both.embeddings, both.predictions),
         "max_softmax": both.max_softmax,
         "neighbours": neighbour_score(both, bank, k=k, metric=metric),
     }
@@ -161,7 +160,7 @@ def detect_misclassified(
 
 def shipped_detection(rejector: Rejector, both: Embedded, seed: int) -> ShippedDetection:
     """A model's own detector on natural images, then the same attacked, at its own threshold."""
-    scores, images = rejector.detector.score(both), np.tile(np.arange(len(both) // 2), 2)
+    scores, images = rejector.detector.score(both.embeddings, both.predictions), np.tile(np.arange(len(both) // 2), 2)
     rejected = scores < rejector.threshold
     return ShippedDetection(
         **vars(measure_detection(scores, both.correct, seed=seed, images=images).score),

@@ -12,8 +12,8 @@ from torch import nn
 from tla_service.attacks import Attack, LogitsFn, attack_images, craft
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
-from tla_service.evaluation.intervals import BoolArray
 from tla_service.evaluation.outcomes import Arrays, IntArray
+from tla_service.evaluation.results import BoolArray
 from tla_service.evaluation.shards import Shard, evaluating, float32, logits_of
 from tla_service.inference.detector import Floats, Integers
 from tla_service.runtime import generator, mixed_seed

@@ -8,8 +8,7 @@ import torch
 
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
-from tla_service.evaluation.intervals import share_of
-from tla_service.evaluation.results import Share
+from tla_service.evaluation.results import Share, share_of
 from tla_service.inference.detector import Floats, Integers
 from tla_service.triplets import cosine_similarity
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from tla_service.attacks import UNBROKEN
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.evaluation.intervals import BoolArray
+from tla_service.evaluation.results import BoolArray
 from tla_service.files import whole_file
 
 IntArray = npt.NDArray[np.int64]

@@ -1,26 +1,29 @@
-"""Per-image results of attacks, one shard of the test set at a time."""
+"""Attacks on one shard of images at a time: per-image results, smallest perturbations, accuracy over all workers."""
 
-from collections.abc import Mapping, Sequence
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images
 from tla_service.attacks.autoattack import VERSION, AutoAttackNorm, run_autoattack
+from tla_service.attacks.minimum_norm import SparseNorm, minimum_norms
+from tla_service.config.adversary import AttackConfig, EvaluationAttack
+from tla_service.config.radii import no_radius
+from tla_service.data import Batch
 from tla_service.errors import ConfigError
-from tla_service.evaluation.outcomes import (
-    Arrays,
-    AutoAttackRun,
-    ShardOutcome,
-    merge_outcomes,
-    outcome_arrays,
-    outcome_from,
-)
+from tla_service.evaluation import outcomes as oc
+from tla_service.evaluation.results import Curve, MinimumNorms, share_of
 from tla_service.evaluation.shards import Shard, evaluating, float32, logits_of
-from tla_service.runtime import generator
+from tla_service.runtime import WorkerContext, all_reduce_sum, generator
+
+_MOST_POINTS = 40  # of a curve
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,14 @@ class AttackMeasurement:
     seed: int
     batch_size: int
 
-    def run(self, shard: Shard) -> Arrays:
+    def run(self, shard: Shard) -> oc.Arrays:
         """Attack the images; ConfigError if network, images, attacks and surrogate do not fit each other."""
         _check(shard, self.attacks, self.transfer)
         device, seed, size = shard.device, self.seed, self.batch_size
         names = ["clean", *self.attacks, *self.transfer, *(["autoattack"] if self.autoattack else [])]
         left_out: dict[str, str] = {}
         warnings: list[str] = []
-        run: AutoAttackRun | None = None
+        run: oc.AutoAttackRun | None = None
         broken_at = {name: np.full(len(shard.labels), UNBROKEN, dtype=np.int64) for name in names}
         with evaluating(shard.network, shard.surrogate), float32(device):
             logits_fn = logits_of(shard.network)
@@ -66,14 +69,103 @@ class AttackMeasurement:
                     )
                     broken_at["autoattack"][part] = result.broken_at.cpu().numpy()
                     left_out |= result.left_out
-                    run = AutoAttackRun(VERSION, norm, epsilon, result.stages)
+                    run = oc.AutoAttackRun(VERSION, norm, epsilon, result.stages)
                     warnings += result.warnings
         labels, said = shard.labels.cpu().numpy().astype(np.int64), tuple(dict.fromkeys(warnings))
-        return outcome_arrays(ShardOutcome(shard.rows, labels, broken_at, left_out, run, warnings=said))
+        return oc.outcome_arrays(oc.ShardOutcome(shard.rows, labels, broken_at, left_out, run, warnings=said))
 
-    def merge(self, parts: Sequence[Arrays]) -> ShardOutcome:
+    def merge(self, parts: Sequence[oc.Arrays]) -> oc.ShardOutcome:
         """See `Measurement`."""
-        return merge_outcomes([outcome_from(part) for part in parts])
+        return oc.merge_outcomes([oc.outcome_from(part) for part in parts])
+
+
+@dataclass(frozen=True)
+class NormMeasurement:
+    """The smallest perturbation found for each image; merged to norms (N,): 0 if misclassified, else infinite."""
+
+    norm: SparseNorm
+    batch_size: int
+
+    def run(self, shard: Shard) -> oc.Arrays:
+        """See `Measurement`."""
+        # The library's backward pass reaches every parameter that wants a gradient: a copy wants none.
+        still = copy.deepcopy(shard.network).requires_grad_(requires_grad=False)
+        with evaluating(still), float32(shard.device):
+            found = [
+                minimum_norms(logits_of(still), batch.images, batch.labels, self.norm)
+                for batch in shard.batches(self.batch_size)
+            ]
+        return {"norms": torch.cat(found).cpu().numpy()}
+
+    def merge(self, parts: Sequence[oc.Arrays]) -> npt.NDArray[np.float64]:
+        """See `Measurement`."""
+        return np.concatenate([part["norms"] for part in parts]).astype(np.float64)
+
+
+def minimum_norms_of(norms: npt.NDArray[np.float64], norm: SparseNorm) -> MinimumNorms:
+    """Summarise the smallest perturbation found for each image (N,): 0 if misclassified, infinite if none."""
+    finite = norms[np.isfinite(norms) & (norms > 0)]
+    sizes = np.unique(finite) if len(finite) else np.array([1.0])
+    if len(sizes) > _MOST_POINTS:
+        sizes = np.unique(np.quantile(finite, np.linspace(0, 1, _MOST_POINTS), method="higher"))
+    x = (0.0, *(float(size) for size in sizes))
+    curve = Curve("FMN", norm, x, tuple(share_of(norms > size) for size in x))
+    median = float(np.quantile(norms, 0.5, method="higher")) if len(norms) else math.inf
+    return MinimumNorms(norm, len(norms), int((norms == 0).sum()), median if math.isfinite(median) else None, curve)
+
+
+def evaluation_attack(attack: EvaluationAttack, training: AttackConfig, data_name: str, field: str) -> Attack:
+    """An attack of the evaluation; radius and step size, where left open, are the training attack's in the same norm.
+
+    In another norm the data set's documented radius counts; ConfigError, naming `field`, if there is none.
+    """
+    norm, epsilon, step_size = attack.lengths(training, data_name)
+    if epsilon is None or step_size is None:
+        raise ConfigError(f"{field}.norm", norm, *no_radius(data_name, norm, f"{field}.epsilon"))
+    return Attack(attack.kind, norm, epsilon, step_size, attack.num_steps, attack.num_restarts)
+
+
+def measure_accuracy(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    attacks: Mapping[str, Attack],
+    context: WorkerContext,
+    seed: int,
+) -> dict[str, float]:
+    """Accuracy on clean images and under each attack; the network is in eval mode and float32 throughout.
+
+    Args:
+        network: The bare network; its mode is restored afterwards.
+        batches: This worker's shard of the images.
+        attacks: Adversaries by name.
+        context: This worker; counts are summed over all of them.
+        seed: Fixes the random starts.
+
+    Returns:
+        Shares in [0, 1]: `clean_accuracy`, `robust_accuracy/NAME` by attack, and `robust_accuracy` under all of them.
+    """
+    counts = torch.zeros(len(attacks) + 3, dtype=torch.float64, device=context.device)
+    with evaluating(network), float32(context.device):
+        for index, batch in enumerate(batches):
+            counts += _count(network, batch, attacks, generator(context.device, seed, context.rank, index))
+    total, clean, unbroken, *robust = all_reduce_sum(counts, context).tolist()
+    named = {f"robust_accuracy/{name}": count / total for name, count in zip(attacks, robust, strict=True)}
+    return {"clean_accuracy": clean / total, "robust_accuracy": unbroken / total, **named}
+
+
+def _count(network: nn.Module, batch: Batch, attacks: Mapping[str, Attack], random: torch.Generator) -> Tensor:
+    """Images, images right when clean, images right under every attack, then under each attack."""
+    logits_fn = logits_of(network)
+    with torch.no_grad():
+        clean = logits_fn(batch.images).argmax(1) == batch.labels
+    survived = clean.clone()
+    robust = []
+    for attack in attacks.values():
+        standing = attack_images(logits_fn, batch.images, batch.labels, attack, random).robust
+        survived &= standing
+        robust.append(standing.sum())
+    total = torch.tensor(len(batch.labels), device=clean.device)
+    return torch.stack([total, clean.sum(), survived.sum(), *robust]).double()
 
 
 def clean_logits(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:

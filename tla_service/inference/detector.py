@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log, pi
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +20,6 @@ _NO_GAUSSIAN = float(np.finfo(np.float32).min)
 _ROWS_AT_ONCE = 2048
 # Keeps the direction of an all-zero embedding defined (as zero); the learned metric has the same.
 SMALLEST_SQUARE = 1e-20
-
-
-class Seen(Protocol):
-    """Images as a network sees them, row by row."""
-
-    @property
-    def embeddings(self) -> Floats:
-        """Penultimate activations (N, D)."""
-
-    @property
-    def predictions(self) -> Integers:
-        """Predicted classes (N,), int64."""
 
 
 def unit_rows(embeddings: Floats) -> npt.NDArray[np.float64]:
@@ -82,14 +70,14 @@ class Detector:
     def _prepared(self, embeddings: Floats) -> Scores:
         return unit_rows(embeddings) if self.normalize else embeddings.astype(np.float64)
 
-    def score(self, images: Seen) -> Scores:
+    def score(self, embeddings: Floats, predictions: Integers) -> Scores:
         """Log density (N,) under the class that `rule` names; one without a Gaussian scores below everything."""
-        densities = self.log_densities(images.embeddings)
+        densities = self.log_densities(embeddings)
         if self.rule == "likeliest":
             return densities.max(1)
-        places = np.searchsorted(self.classes, images.predictions).clip(max=len(self.classes) - 1)
+        places = np.searchsorted(self.classes, predictions).clip(max=len(self.classes) - 1)
         scores = densities[np.arange(len(densities)), places]
-        return np.where(self.classes[places] == images.predictions, scores, _NO_GAUSSIAN)
+        return np.where(self.classes[places] == predictions, scores, _NO_GAUSSIAN)
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Everything as arrays of numbers, fit for a safetensors file."""

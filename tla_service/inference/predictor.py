@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,19 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tla_service.inference.detector import Floats, Integers, Rejector
+from tla_service.inference.detector import Rejector
 from tla_service.inference.images import Images
 from tla_service.models import ImageClassifier, build_model
 
 _BATCH_SIZE = 256  # bounds memory whatever the size of a request
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Images as the network sees them: what a detector scores."""
-
-    embeddings: Floats
-    predictions: Integers
 
 
 class Predictor:
@@ -81,7 +72,7 @@ class Predictor:
         embeddings = output.embeddings.float().cpu().numpy()
         found = {"label": labels, "probabilities": probabilities}
         if self.rejector is not None:
-            score = self.rejector.detector.score(_Batch(embeddings, labels))
+            score = self.rejector.detector.score(embeddings, labels)
             found |= {"detection_score": score, "accepted": score >= self.rejector.threshold}
         return found | {"embedding": embeddings} if embedding else found
 

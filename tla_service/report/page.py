@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tla_service.evaluation.intervals import wilson_interval
-from tla_service.evaluation.results import DetectionScore, Share, SurrogateFacts
+from tla_service.evaluation.results import DetectionScore, Share, SurrogateFacts, wilson_interval
 from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
 from tla_service.report.paper_results import differences_from_paper, paper_row
