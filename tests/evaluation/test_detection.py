@@ -168,8 +168,6 @@ def test_no_auc_without_both_outcomes(right: bool) -> None:
     assert (result.score.auc, result.score.low) == (None, None)
     assert result.score.reason.startswith("every image is" if right else "none of the images is")
     assert len(result.false_accepts) == 0
-    with pytest.raises(ValueError, match="finite"):
-        measure_detection(np.array([1, np.nan]), np.array([True, False]), seed=0)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.29, 0.5, 0.999])
@@ -209,5 +207,3 @@ def test_all_scores_on_natural_and_attacked_images_together() -> None:
     same = [*range(24), *range(24)]
     paired = measure_detection(both.max_softmax, both.correct, seed=0, images=np.array(same), num_resamples=20)
     assert results["max_softmax"].score == paired.score
-    with pytest.raises(ValueError, match="same images"):
-        detect_misclassified(detector, training, natural, embedded([1] * 24), seed=0, k=5)

@@ -16,9 +16,8 @@ from tla_service.attacks import UNBROKEN, Attack, attack_images
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.detection import fit_detector
-from tla_service.evaluation.outcomes import ShardOutcome
 from tla_service.evaluation.results import Accuracy, Audit, Check
-from tla_service.evaluation.shards import Shard
+from tla_service.evaluation.shards import Shard, ShardOutcome
 from tla_service.evaluation.suite import minimum_norms_of
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model

@@ -44,15 +44,11 @@ ZERO_GRADIENT = _WARNINGS["zero gradient"]
 
 @dataclass(frozen=True)
 class AutoAttackResult:
-    """What AutoAttack did to each image.
+    """What AutoAttack did to each image, and its distinct warnings about the network.
 
-    Attributes:
-        adversarial: Images (N, C, H, W); those that were not broken, or misclassified from the start, stay clean.
-        broken_at: (N,), int64: 0 where the image is misclassified from the start, the number of the stage in
-            `ALL_STAGES`, from 1 on, that broke it, else `UNBROKEN`.
-        stages: Stages that were run, in their order.
-        left_out: Stages that were not run, and why.
-        warnings: The package's distinct warnings about this network.
+    `adversarial` images (N, C, H, W) stay clean where they were not broken, or misclassified from the start.
+    `broken_at` (N,), int64, is 0 in the latter case, the number of the stage in `ALL_STAGES`, from 1 on, that broke the
+    image, else `UNBROKEN`.
     """
 
     adversarial: Tensor
@@ -81,27 +77,23 @@ def run_autoattack(
 ) -> AutoAttackResult:
     """Run the standard version's stages one after another, each on the images that still stand.
 
-    Targeted stages take as many targets as there are other classes, nine at most. Global random states are restored.
+    Targeted stages take as many targets as there are other classes, nine at most. Global random states are restored,
+    and no parameter's ``.grad`` is touched.
 
     Args:
-        logits_fn: Images (N, C, H, W) in [0, 1] to logits (N, K); in eval mode, not a DDP wrapper. No parameter's
-            ``.grad`` is touched.
+        logits_fn: Images (N, C, H, W) in [0, 1] to logits (N, K); in eval mode, not a DDP wrapper.
         images: Clean images (N, C, H, W), float32, in [0, 1]; any C.
         labels: True classes (N,), int64.
         norm: Norm of the perturbation.
-        epsilon: Radius, in pixels of [0, 1] (L-infinity) or as a length.
+        epsilon: Radius, in pixels of [0, 1] (L-infinity) or as a length. Above 0.
         seed: Fixes every draw; the package starts each batch of each stage from it.
         batch_size: Images per forward pass.
         only: Run only these stages; None: all.
         square_queries: Queries of the Square attack; the package's own number is 5000.
 
     Raises:
-        ConfigError: A setting is not one of AutoAttack's, or the logits are not finite.
+        ConfigError: The logits are not finite.
     """
-    if norm not in _NORMS:
-        raise ConfigError("norm", norm, "is none of AutoAttack's", f"choose from {', '.join(_NORMS)}")
-    if not epsilon > 0:
-        raise ConfigError("epsilon", epsilon, "leaves nothing to attack with", "give a radius above 0")
     images = images.detach()
     with torch.no_grad():
         logits = torch.cat([logits_fn(part) for part in images.split(batch_size)])
@@ -132,12 +124,8 @@ def autoattack_stages(
 ) -> tuple[list[str], dict[str, str]]:
     """Stages of the standard version that run on a network of `classes` and images of `rows`; those left out, and why.
 
-    With three classes ``apgd-dlr`` runs in the place of ``apgd-t``; with two neither can run. `only` restricts them;
-    ConfigError if it names no stage.
+    With three classes ``apgd-dlr`` runs in the place of ``apgd-t``; with two neither can run. `only` restricts them.
     """
-    unknown = sorted(set(only or ()) - {*_STANDARD, "apgd-dlr"})
-    if unknown:
-        raise ConfigError("only", unknown[0], "is no stage", f"choose from {', '.join(_STANDARD)}, apgd-dlr")
     stages, left_out = [], {}
     for stage in _STANDARD:
         needed = _FEWEST_CLASSES.get(stage, 2)

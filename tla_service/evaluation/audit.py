@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images, craft
 from tla_service.attacks.autoattack import run_autoattack
-from tla_service.evaluation.outcomes import Arrays
 from tla_service.evaluation.results import Audit, Check, Outcome
-from tla_service.evaluation.shards import Shard, as_pixels, evaluating, float32, logits_of
+from tla_service.evaluation.shards import Arrays, Shard, as_pixels, evaluating, float32, logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.runtime import autocast, generator
 
@@ -111,10 +110,6 @@ class _Subject:
     seed: int
     batch_size: int
 
-    def random(self) -> torch.Generator:
-        """A generator in the same state each time: attacks that are compared begin at the same points."""
-        return generator(self.images.device, self.seed)
-
     def batches(self, images: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """Batches of images (by default the clean ones) and labels."""
         images = self.images if images is None else images
@@ -127,7 +122,8 @@ class _Subject:
 
     def broken_at(self, attack: Attack, crafted_on: LogitsFn | None = None) -> Tensor:
         """Which restart breaks each image first (N,)."""
-        random = self.random()
+        # In the same state each time: attacks that are compared begin at the same points.
+        random = generator(self.images.device, self.seed)
         return torch.cat(
             [attack_images(self.logits_fn, x, y, attack, random, crafted_on).broken_at for x, y in self.batches()]
         )
@@ -138,7 +134,7 @@ class _Subject:
 
     def attacked(self, attack: Attack) -> Tensor:
         """Images (N, C, H, W) after one start."""
-        random = self.random()
+        random = generator(self.images.device, self.seed)
         return torch.cat([craft(self.logits_fn, x, y, attack, random) for x, y in self.batches()])
 
     def loss(self, images: Tensor) -> float:

@@ -17,7 +17,7 @@ import torch
 
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
-from tla_service.evaluation.neighbours import Metric, neighbour_score
+from tla_service.evaluation.geometry import Metric, neighbour_score
 from tla_service.evaluation.results import DetectionScore, ShippedDetection, share_of
 from tla_service.inference.detector import Detector, Integers, Rejector, Rule, Scores, unit_rows
 
@@ -106,18 +106,12 @@ def measure_detection(
 ) -> RocCurve:
     """ROC curve and AUC of a score, with a 95% percentile bootstrap interval, or the reason why there is none.
 
-    Args:
-        scores: Higher is more trustworthy (N,); ValueError if not finite.
-        correct: Whether each row is classified correctly (N,): the positives.
-        seed: Fixes the bootstrap.
-        images: Which image each row shows (N,). Rows of one image, clean and attacked, are drawn together: they are
-            not independent. By default each row is an image of its own.
-        num_resamples: Draws of the bootstrap; 0 for no interval.
+    Higher scores (N,) are more trustworthy; the positives are the rows that are classified correctly (N,). `images` is
+    which image each row shows (N,): rows of one image, clean and attacked, are drawn together, for they are not
+    independent; by default each row is an image of its own. `num_resamples` is 0 for no interval.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
-    if scores.shape != correct.shape or scores.ndim != 1 or not np.isfinite(scores).all():
-        raise ValueError(f"scores {scores.shape} and outcomes {correct.shape}: want finite scores, equal shapes (N,)")
     right, wrong = int(correct.sum()), int((~correct).sum())
     if right == 0 or wrong == 0:
         which = "every image is" if right else "none of the images is"
@@ -143,11 +137,9 @@ def detect_misclassified(
     """ROC curves on natural and attacked test images together, by score.
 
     `gaussian` is the detector, by its rule; `max_softmax` and `neighbours`, minus the distance to the k-th nearest row
-    of the bank of training images, are baselines. ValueError unless `adversarial` are the natural images attacked, row
-    by row; the paper's radius exceeds that of training.
+    of the bank of training images, are baselines. `adversarial` are the natural images attacked, row by row; the
+    paper's radius exceeds that of training.
     """
-    if not np.array_equal(natural.labels, adversarial.labels):
-        raise ValueError("natural and adversarial images differ in their labels: give the same images in one order")
     both, images = Embedded.joined(natural, adversarial), np.tile(np.arange(len(natural)), 2)
     scores = {
         "gaussian": detector.score(both.embeddings, both.predictions),

@@ -12,9 +12,8 @@ from torch import nn
 from tla_service.attacks import Attack, LogitsFn, attack_images, craft
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
-from tla_service.evaluation.outcomes import Arrays, IntArray
 from tla_service.evaluation.results import BoolArray
-from tla_service.evaluation.shards import Shard, evaluating, float32, logits_of
+from tla_service.evaluation.shards import Arrays, IntArray, Shard, evaluating, float32, logits_of
 from tla_service.inference.detector import Floats, Integers
 from tla_service.runtime import generator, mixed_seed
 
@@ -31,9 +30,6 @@ class Embedded:
     labels: Integers
 
     def __post_init__(self) -> None:
-        shapes = (self.embeddings.shape, self.logits.shape, self.labels.shape)
-        if [len(shape) for shape in shapes] != [2, 2, 1] or len({shape[0] for shape in shapes}) != 1:
-            raise ValueError(f"embeddings, logits and labels of shapes {shapes}: want (N, D), (N, K) and (N,)")
         finite = np.isfinite(self.embeddings).all(axis=1), np.isfinite(self.logits).all(axis=1)
         broken: npt.NDArray[np.bool_] = ~np.logical_and(*finite)
         if broken.any():
@@ -80,7 +76,7 @@ def embed(network: nn.Module, batches: Iterable[Batch]) -> Embedded:
     Memory holds one batch and the (N, D + K) result, never the images. ConfigError if a value is not finite.
     """
     with evaluating(network), float32(_device(network)):
-        return _collect(_forward(network, batch.images, batch.labels) for batch in batches)
+        return Embedded.joined(*(_forward(network, batch.images, batch.labels) for batch in batches))
 
 
 def embed_attacked(
@@ -94,17 +90,9 @@ def embed_attacked(
     """Attack images and embed the result, in the order given, with the true classes as labels.
 
     Images that are misclassified when clean are attacked once: a shift or a score measured on them would otherwise be
-    that of clean images.
-
-    Args:
-        network: The bare network, on the batches' device.
-        batches: Clean images.
-        attack: The adversary; among restarts, an image keeps its worst.
-        seed: Fixes the random starts, together with the division into batches.
-        keep_images: How many of the first attacked images (n, C, H, W), float32, to return, too; 0: None instead.
-
-    Raises:
-        ConfigError: Embeddings or logits are not finite.
+    that of clean images. Among restarts, an image keeps its worst. The seed fixes the random starts, together with the
+    division into batches. The first `keep_images` attacked images (n, C, H, W), float32, are returned, too, if any.
+    ConfigError if embeddings or logits are not finite.
     """
     kept: list[Floats] = []
     logits_fn = logits_of(network)
@@ -120,7 +108,7 @@ def embed_attacked(
             yield _forward(network, images, batch.labels)
 
     with evaluating(network), float32(_device(network)):
-        embedded = _collect(attacked())
+        embedded = Embedded.joined(*attacked())
     return embedded, np.concatenate(kept) if kept else None
 
 
@@ -142,13 +130,6 @@ def _forward(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> 
     output = network(images)
     embeddings, logits = (tensor.float().cpu().numpy() for tensor in (output.embeddings, output.logits))
     return Embedded(embeddings, logits, labels.cpu().numpy())
-
-
-def _collect(parts: Iterable[Embedded]) -> Embedded:
-    found = list(parts)
-    if not found:
-        raise ValueError("there are no images to embed; give at least one batch")
-    return Embedded.joined(*found)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""The shape of the representation under attack: shift ratios r and r', and t-SNE pictures.
+"""The learned metric at work: nearest neighbours, shift ratios r and r', and t-SNE pictures.
 
-Sources: Mao et al. 2019, section 5.2 and Tables 2 and 3 (ratios); section 3, Figs. 1 and 2 (pictures).
+Sources: Mao et al. 2019, Table 4 and Fig. 4 (neighbours); section 5.2 and Tables 2 and 3 (ratios); Figs. 1 and 2.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +12,14 @@ import torch
 
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
-from tla_service.evaluation.results import Shift
+from tla_service.evaluation.results import Share, Shift, share_of
 from tla_service.inference.detector import Floats, Integers, unit_rows
 from tla_service.triplets import angular_distance, cosine_similarity
 
+Metric = Literal["angular", "cosine", "euclidean"]
+
+# Distances held at once: 2^24 float32 are 64 MiB, however large the bank is.
+_PAIRS_AT_ONCE = 1 << 24
 Values = npt.NDArray[np.float64]
 
 _ROWS_AT_ONCE = 1024
@@ -25,6 +29,78 @@ _TSNE: dict[str, Any] = {
     "perplexity": 15.0, "max_iter": 5000, "n_iter_without_progress": 800, "learning_rate": 5.0, "metric": "cosine",
     "init": "random",
 }  # fmt: skip
+
+
+def distances(first: torch.Tensor, second: torch.Tensor, metric: Metric = "angular") -> torch.Tensor:
+    """Distances (N, M) of all pairs of embeddings (N, D) and (M, D).
+
+    `angular` is the learned metric D = 1 - |cos| (Mao et al. 2019, section 4), in [0, 1]; `cosine` is 1 - cos, in
+    [0, 2]; `euclidean` takes the embeddings as they are. An all-zero embedding has cosine 0.
+    """
+    if metric == "euclidean":
+        # By matrix products, a dozen times as fast; in float64, for they lose the small distances of tight clusters.
+        exact = torch.cdist(first.double(), second.double(), compute_mode="use_mm_for_euclid_dist")
+        return exact.to(first.dtype)
+    cosines = cosine_similarity(first, second)
+    return 1 - (cosines.abs() if metric == "angular" else cosines)
+
+
+def nearest(queries: Floats, bank: Floats, count: int, *, metric: Metric = "angular") -> tuple[Integers, Floats]:
+    """The `count` nearest rows of a bank (N, D) for queries (M, D), exactly: rows and distances, each (M, count).
+
+    Nearest first, the lower row first among equals. ConfigError if `count` is outside [1, N].
+    """
+    if not 1 <= count <= len(bank):
+        raise ConfigError("neighbours", count, f"outside [1, {len(bank)}], the images of the bank", "ask for fewer")
+    rows = max(1, _PAIRS_AT_ONCE // len(bank))
+    held = torch.from_numpy(np.ascontiguousarray(bank))
+    indices, found = np.empty((len(queries), count), np.int64), np.empty((len(queries), count), bank.dtype)
+    for start in range(0, len(queries), rows):
+        part = torch.from_numpy(np.ascontiguousarray(queries[start : start + rows])).to(held.dtype)
+        chosen, values = _smallest(distances(part, held, metric), count)
+        indices[start : start + rows], found[start : start + rows] = chosen.numpy(), values.numpy()
+    return indices, found
+
+
+def neighbour_votes(queries: Floats, bank: Embedded, *, k: int = 50, metric: Metric = "angular") -> Integers:
+    """Classes (M,) of embeddings (M, D) by a vote of the `k` nearest training images (the paper's k is 50).
+
+    Among classes with equal votes, the one with the nearest neighbour.
+    """
+    neighbours, _ = nearest(queries, bank.embeddings, k, metric=metric)
+    classes = bank.labels[neighbours]
+    votes = np.zeros((len(classes), int(bank.labels.max()) + 1), np.int64)
+    np.add.at(votes, (np.arange(len(classes))[:, None], classes), 1)
+    leads = np.take_along_axis(votes, classes, 1) == votes.max(1, keepdims=True)
+    # Neighbours are in order, so the first one of a leading class is the nearest.
+    return classes[np.arange(len(classes)), leads.argmax(1)]
+
+
+def neighbour_accuracy(queries: Embedded, bank: Embedded, *, k: int = 50, metric: Metric = "angular") -> Share:
+    """Accuracy of the k-NN classifier on embeddings (Mao et al. 2019, Table 4).
+
+    The paper names neither bank nor distance: here, the clean training images and the learned metric.
+    """
+    return share_of(neighbour_votes(queries.embeddings, bank, k=k, metric=metric) == queries.labels)
+
+
+def neighbour_score(
+    images: Embedded, bank: Embedded, *, k: int = 50, metric: Metric = "angular"
+) -> npt.NDArray[np.float64]:
+    """Minus the distance to the k-th nearest row of the bank (N,): a baseline to detect errors by (Sun et al. 2022)."""
+    _, found = nearest(images.embeddings, bank.embeddings, k, metric=metric)
+    return -found[:, -1].astype(np.float64)
+
+
+def pick_queries(clean: Embedded, count: int, seed: int) -> Integers:
+    """Rows of at most `count` images that are right when clean: drawn blind to the attack, classes in turn."""
+    shuffled = np.random.default_rng(seed).permutation(np.flatnonzero(clean.correct))
+    labels = clean.labels[shuffled]
+    turn = np.empty(len(shuffled), np.int64)
+    for klass in np.unique(labels):
+        members = np.flatnonzero(labels == klass)
+        turn[members] = np.arange(len(members))
+    return shuffled[np.lexsort((labels, turn))[:count]]
 
 
 @dataclass(frozen=True)
@@ -60,11 +136,8 @@ def shift_ratios(natural: Embedded, adversarial: Embedded) -> ShiftRatios:
 
     The paper does not say which natural images r compares with: here they are the test images given, as for r'. r
     counts all adversarials misclassified as a class, also those misclassified without an attack; r' counts all
-    adversarials of a class, also those that the network gets right. ValueError without images, or if widths differ.
+    adversarials of a class, also those that the network gets right.
     """
-    if not len(natural) or natural.embeddings.shape[1:] != adversarial.embeddings.shape[1:]:
-        shapes = f"{natural.embeddings.shape} and {adversarial.embeddings.shape}"
-        raise ValueError(f"natural and adversarial embeddings {shapes}: want images, of equal width")
     classes = natural.logits.shape[1]
     spread, taken, crafted = (np.full(classes, np.nan) for _ in range(3))
     predictions = adversarial.predictions
@@ -126,6 +199,22 @@ def project(natural: Embedded, adversarial: Embedded, *, seed: int, **settings: 
         raise ConfigError("perplexity", chosen["perplexity"], reason, "draw more images, or lower it")
     points = TSNE(n_components=2, random_state=seed, **chosen).fit_transform(rows)
     return Projection(points[: len(natural)], points[len(natural) :], natural.labels, adversarial.predictions)
+
+
+def _smallest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns and values (M, count) of each row's smallest, in order; the lower column first of equals."""
+    last = values.kthvalue(count, dim=1, keepdim=True).values
+    candidates = values <= last
+    chosen = torch.empty(len(values), count, dtype=torch.int64)
+    plain = candidates.sum(1) == count
+    chosen[plain] = candidates[plain].nonzero()[:, 1].view(-1, count)
+    # Where several are as far as the last one, only a stable sort knows which belong.
+    for row in (~plain).nonzero().flatten().tolist():
+        chosen[row] = values[row].sort(stable=True).indices[:count]
+    found = values.gather(1, chosen)
+    order = found.sort(dim=1, stable=True).indices
+    ordered = torch.where(plain[:, None], chosen.gather(1, order), chosen)
+    return ordered, values.gather(1, ordered)
 
 
 def _doubles(embeddings: Floats) -> torch.Tensor:

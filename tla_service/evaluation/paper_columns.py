@@ -25,8 +25,8 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.bounds import Norm
 from tla_service.config.radii import documented_radius, no_radius
 from tla_service.errors import ConfigError
-from tla_service.evaluation.outcomes import ShardOutcome
 from tla_service.evaluation.results import Curve, share_of
+from tla_service.evaluation.shards import ShardOutcome
 
 
 class Columns(NamedTuple):

@@ -18,7 +18,7 @@ from tla_service.config.adversary import AttackConfig, EvaluationAttack
 from tla_service.config.radii import no_radius
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
-from tla_service.evaluation import outcomes as oc
+from tla_service.evaluation import shards as sh
 from tla_service.evaluation.results import Curve, MinimumNorms, share_of
 from tla_service.evaluation.shards import Shard, evaluating, float32, logits_of
 from tla_service.runtime import WorkerContext, all_reduce_sum, generator
@@ -41,14 +41,13 @@ class AttackMeasurement:
     seed: int
     batch_size: int
 
-    def run(self, shard: Shard) -> oc.Arrays:
-        """Attack the images; ConfigError if network, images, attacks and surrogate do not fit each other."""
-        _check(shard, self.attacks, self.transfer)
+    def run(self, shard: Shard) -> sh.Arrays:
+        """Attack the images; ConfigError if the network does not fit them."""
         device, seed, size = shard.device, self.seed, self.batch_size
         names = ["clean", *self.attacks, *self.transfer, *(["autoattack"] if self.autoattack else [])]
         left_out: dict[str, str] = {}
         warnings: list[str] = []
-        run: oc.AutoAttackRun | None = None
+        run: sh.AutoAttackRun | None = None
         broken_at = {name: np.full(len(shard.labels), UNBROKEN, dtype=np.int64) for name in names}
         with evaluating(shard.network, shard.surrogate), float32(device):
             logits_fn = logits_of(shard.network)
@@ -69,14 +68,14 @@ class AttackMeasurement:
                     )
                     broken_at["autoattack"][part] = result.broken_at.cpu().numpy()
                     left_out |= result.left_out
-                    run = oc.AutoAttackRun(VERSION, norm, epsilon, result.stages)
+                    run = sh.AutoAttackRun(VERSION, norm, epsilon, result.stages)
                     warnings += result.warnings
         labels, said = shard.labels.cpu().numpy().astype(np.int64), tuple(dict.fromkeys(warnings))
-        return oc.outcome_arrays(oc.ShardOutcome(shard.rows, labels, broken_at, left_out, run, warnings=said))
+        return sh.outcome_arrays(sh.ShardOutcome(shard.rows, labels, broken_at, left_out, run, warnings=said))
 
-    def merge(self, parts: Sequence[oc.Arrays]) -> oc.ShardOutcome:
+    def merge(self, parts: Sequence[sh.Arrays]) -> sh.ShardOutcome:
         """See `Measurement`."""
-        return oc.merge_outcomes([oc.outcome_from(part) for part in parts])
+        return sh.merge_outcomes([sh.outcome_from(part) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class NormMeasurement:
     norm: SparseNorm
     batch_size: int
 
-    def run(self, shard: Shard) -> oc.Arrays:
+    def run(self, shard: Shard) -> sh.Arrays:
         """See `Measurement`."""
         # The library's backward pass reaches every parameter that wants a gradient: a copy wants none.
         still = copy.deepcopy(shard.network).requires_grad_(requires_grad=False)
@@ -97,7 +96,7 @@ class NormMeasurement:
             ]
         return {"norms": torch.cat(found).cpu().numpy()}
 
-    def merge(self, parts: Sequence[oc.Arrays]) -> npt.NDArray[np.float64]:
+    def merge(self, parts: Sequence[sh.Arrays]) -> npt.NDArray[np.float64]:
         """See `Measurement`."""
         return np.concatenate([part["norms"] for part in parts]).astype(np.float64)
 
@@ -132,17 +131,11 @@ def measure_accuracy(
     context: WorkerContext,
     seed: int,
 ) -> dict[str, float]:
-    """Accuracy on clean images and under each attack; the network is in eval mode and float32 throughout.
+    """Accuracy on clean images and under each attack, of a bare network in eval mode and float32.
 
-    Args:
-        network: The bare network; its mode is restored afterwards.
-        batches: This worker's shard of the images.
-        attacks: Adversaries by name.
-        context: This worker; counts are summed over all of them.
-        seed: Fixes the random starts.
-
-    Returns:
-        Shares in [0, 1]: `clean_accuracy`, `robust_accuracy/NAME` by attack, and `robust_accuracy` under all of them.
+    `batches` are this worker's shard of the images; counts are summed over all workers. The seed fixes the random
+    starts. Returns shares in [0, 1]: `clean_accuracy`, `robust_accuracy/NAME` by attack, and `robust_accuracy` under
+    all of them.
     """
     counts = torch.zeros(len(attacks) + 3, dtype=torch.float64, device=context.device)
     with evaluating(network), float32(context.device):
@@ -188,20 +181,3 @@ def clean_logits(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:
     if not logits.isfinite().all():
         raise ConfigError("model", None, "gives logits that are not finite on clean images", "choose other weights")
     return logits
-
-
-def _check(shard: Shard, attacks: Mapping[str, Attack], transfer: Mapping[str, Attack]) -> None:
-    images, labels = len(shard.images), len(shard.labels)
-    if images != labels or not labels:
-        raise ConfigError("images", images, f"there are {labels} labels", "give a label per image, and one at least")
-    for name, attack in {**attacks, **transfer}.items():
-        if not attack.epsilon > 0:
-            raise ConfigError(
-                f"{name}.epsilon", attack.epsilon, "leaves nothing to attack with", "give a radius above 0"
-            )
-    if transfer and shard.surrogate is None:
-        reason = "transfers from a surrogate and there is none"
-        raise ConfigError(next(iter(transfer)), None, reason, "give one, or leave the attack out")
-    taken = {"clean", "autoattack"} & {*attacks, *transfer} or set(attacks) & set(transfer)
-    if taken:
-        raise ConfigError("attacks", min(taken), "this name is taken", "call the attack otherwise")

@@ -14,8 +14,7 @@ from tla_service.errors import ConfigError
 from tla_service.evaluation import measure_figures as mf
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.figures import PanelRow, attack_panel, retrieval_panel
-from tla_service.evaluation.geometry import project, select_class, select_pair
-from tla_service.evaluation.neighbours import nearest
+from tla_service.evaluation.geometry import nearest, project, select_class, select_pair
 from tla_service.inference.detector import Floats, Integers
 from tla_service.report.findings import Findings, accuracies
 from tla_service.report.plan import Plan, radius_name

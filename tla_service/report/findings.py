@@ -9,9 +9,7 @@ import numpy as np
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.evaluation.detection import RocCurve, detect_misclassified, fit_detector, shipped_detection
 from tla_service.evaluation.embedding import Embedded, EmbeddedImages
-from tla_service.evaluation.geometry import ShiftRatios, shift_ratios
-from tla_service.evaluation.neighbours import neighbour_accuracy
-from tla_service.evaluation.outcomes import ShardOutcome
+from tla_service.evaluation.geometry import ShiftRatios, neighbour_accuracy, shift_ratios
 from tla_service.evaluation.paper_columns import restart_curve, sweep_curve
 from tla_service.evaluation.results import (
     Accuracy,
@@ -26,6 +24,7 @@ from tla_service.evaluation.results import (
     class_accuracy,
     paired_difference,
 )
+from tla_service.evaluation.shards import ShardOutcome
 from tla_service.evaluation.suite import minimum_norms_of
 from tla_service.inference.detector import Rejector
 from tla_service.report.plan import Plan, detection_name, radius_name

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from tla_service.data import Dataset
 from tla_service.errors import UnavailableError
 from tla_service.evaluation.embedding import EmbeddedImages
-from tla_service.evaluation.outcomes import Arrays, IntArray, ShardOutcome, load_arrays, save_arrays
 from tla_service.evaluation.results import BoolArray
-from tla_service.evaluation.shards import Measurement, Shard
+from tla_service.evaluation.shards import Arrays, IntArray, Measurement, Shard, ShardOutcome, load_arrays, save_arrays
 from tla_service.runtime import hardware
 
 Results = dict[tuple[str, str], Any]  # merged, by model and task name

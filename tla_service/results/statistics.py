@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tla_service.evaluation.outcomes import ShardOutcome, load_outcome
 from tla_service.evaluation.results import CONFIDENCE, paired_difference
+from tla_service.evaluation.shards import ShardOutcome, load_outcome
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, read_report
 from tla_service.results.runs import REPORT, TableRun, is_measured
 

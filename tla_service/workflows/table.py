@@ -21,7 +21,7 @@ from tla_service.cluster.tune import run_trials
 from tla_service.config import ScalingConfig
 from tla_service.config.loading import read_settings
 from tla_service.errors import UnavailableError
-from tla_service.evaluation.outcomes import Arrays
+from tla_service.evaluation.shards import Arrays
 from tla_service.files import whole_folder
 from tla_service.report.evaluate import evaluate
 from tla_service.report.settings import ReportSettings
