@@ -94,6 +94,11 @@ def run_autoattack(
     Raises:
         ConfigError: The logits are not finite.
     """
+    from pyautoattack import AutoAttack
+
+    def guarded(pixels: Tensor) -> Tensor:
+        return _ToImagesOnly.apply(pixels, logits_fn) if torch.is_grad_enabled() else logits_fn(pixels).float()
+
     images = images.detach()
     with torch.no_grad():
         logits = torch.cat([logits_fn(part) for part in images.split(batch_size)])
@@ -103,7 +108,9 @@ def run_autoattack(
     broken_at = torch.where(logits.argmax(1) == labels, UNBROKEN, 0)
     adversarial = images.clone()
     with _undisturbed(images.device) as messages:
-        library = _library(logits_fn, _NORMS[norm], epsilon, seed, images.device)
+        library: Any = AutoAttack(
+            guarded, eps=epsilon, norm=_NORMS[norm], seed=seed, version=VERSION, device=images.device
+        )
         library.square.n_queries = square_queries
         for attack in (library.fab, library.apgd_targeted):
             attack.n_target_classes = min(attack.n_target_classes, logits.shape[1] - 1)
@@ -142,15 +149,6 @@ def autoattack_stages(
         stages.remove("square")
         left_out["square"] = f"needs images of {_SQUARE_FEWEST_ROWS} rows in {norm}, these have {rows}"
     return stages, left_out
-
-
-def _library(logits_fn: LogitsFn, norm: str, epsilon: float, seed: int, device: torch.device) -> Any:
-    from pyautoattack import AutoAttack
-
-    def logits(images: Tensor) -> Tensor:
-        return _ToImagesOnly.apply(images, logits_fn) if torch.is_grad_enabled() else logits_fn(images).float()
-
-    return AutoAttack(logits, eps=epsilon, norm=norm, seed=seed, version=VERSION, device=device)
 
 
 class _ToImagesOnly(torch.autograd.Function):

@@ -172,18 +172,9 @@ def _mark_best(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
     clean = dict(_points(history, "validation/clean_accuracy"))
     epoch, accuracy = max(points, key=lambda point: (point[1], clean.get(point[0], 0.0), -point[0]))
     axes.axvline(epoch, color=PURPLE, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
-    axes.plot(
-        [epoch],
-        [accuracy],
-        marker="*",
-        markersize=16,
-        color=PURPLE,
-        markerfacecolor="none",
-        markeredgewidth=1.6,
-        linestyle="none",
-        zorder=5,
-        label=f"best: {accuracy:.1%}, epoch {epoch:.0f}",
-    )
+    style = {"markersize": 16, "markerfacecolor": "none", "markeredgewidth": 1.6, "zorder": 5}
+    label = f"best: {accuracy:.1%}, epoch {epoch:.0f}"
+    axes.plot(epoch, accuracy, marker="*", color=PURPLE, linestyle="none", label=label, **style)
 
 
 def _frame(axes: "Axes", epochs: Sequence[float]) -> None:

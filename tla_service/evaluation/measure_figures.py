@@ -21,16 +21,7 @@ if TYPE_CHECKING:
 
 _YELLOW, _SKY, _PINK, _GREY = "#E69F00", "#56B4E9", "#CC79A7", "#9A9A9A"
 _CURVES = ((fg.BLUE, "-"), (fg.ORANGE, "--"), (fg.GREEN, "-."))
-_MARKS = (
-    (fg.BLUE, "o"),
-    (fg.ORANGE, "^"),
-    (fg.GREEN, "s"),
-    (_YELLOW, "D"),
-    (_SKY, "v"),
-    (_PINK, "p"),
-    (fg.BLACK, "X"),
-    (fg.PURPLE, "h"),
-)
+_MARKS = list(zip((fg.BLUE, fg.ORANGE, fg.GREEN, _YELLOW, _SKY, _PINK, fg.BLACK, fg.PURPLE), "o^sDvpXh", strict=True))
 _BARS = ((fg.BLUE, ""), (fg.ORANGE, "//"), (fg.GREEN, ".."), (_YELLOW, "xx"), (_SKY, "\\\\"), (_PINK, "++"))
 
 

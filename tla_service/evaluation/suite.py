@@ -21,6 +21,7 @@ from tla_service.errors import ConfigError
 from tla_service.evaluation import shards as sh
 from tla_service.evaluation.results import Curve, MinimumNorms, share_of
 from tla_service.evaluation.shards import Shard, evaluating, float32, logits_of
+from tla_service.models import LogitsOnly
 from tla_service.runtime import WorkerContext, all_reduce_sum, generator
 
 _MOST_POINTS = 40  # of a curve
@@ -91,7 +92,7 @@ class NormMeasurement:
         still = copy.deepcopy(shard.network).requires_grad_(requires_grad=False)
         with evaluating(still), float32(shard.device):
             found = [
-                minimum_norms(logits_of(still), batch.images, batch.labels, self.norm)
+                minimum_norms(LogitsOnly(still).eval(), batch.images, batch.labels, self.norm)
                 for batch in shard.batches(self.batch_size)
             ]
         return {"norms": torch.cat(found).cpu().numpy()}

@@ -8,16 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tla_service.errors import UnavailableError, one_line
-from tla_service.evaluation.results import (
-    Accuracy,
-    Audit,
-    Curve,
-    Detection,
-    Difference,
-    MinimumNorms,
-    Neighbours,
-    Shift,
-)
+from tla_service.evaluation import results as rs
 from tla_service.files import write_whole
 
 FORMAT: Literal[1] = 1
@@ -104,7 +95,7 @@ class AutoAttackFacts(Part):
     left_out: dict[str, str]
     broken_by: dict[str, int]
     strongest: str
-    gap: Difference
+    gap: rs.Difference
     weak: bool
     warnings: tuple[str, ...] = ()
     outcome: str = AUTOATTACK_FILE
@@ -115,11 +106,11 @@ class Compared(Part):
     """Another model measured on the same images; `difference` is the report's model minus this one, by attack."""
 
     model: ModelFacts
-    accuracy: dict[str, Accuracy]
-    difference: dict[str, Difference]
-    detection: Detection | None = None
-    neighbours: Neighbours | None = None
-    shift: tuple[Shift, ...] = ()
+    accuracy: dict[str, rs.Accuracy]
+    difference: dict[str, rs.Difference]
+    detection: rs.Detection | None = None
+    neighbours: rs.Neighbours | None = None
+    shift: tuple[rs.Shift, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -127,8 +118,8 @@ class GateFacts(Part):
     """What the promotion gate decides on: the test images set aside for it, which no other figure is of."""
 
     images: int
-    accuracy: dict[str, Accuracy]
-    detection: Detection | None = None
+    accuracy: dict[str, rs.Accuracy]
+    detection: rs.Detection | None = None
 
 
 def _with_outcomes(audit: Any) -> Any:
@@ -155,16 +146,16 @@ class Report(Part):
     model: ModelFacts
     data: DataFacts
     threat_model: ThreatModel
-    accuracy: dict[str, Accuracy]
+    accuracy: dict[str, rs.Accuracy]
     attacks: dict[str, AttackFacts]
     outcome: str = OUTCOME_FILE
     autoattack: AutoAttackFacts | None = None
-    curves: tuple[Curve, ...] = ()
-    sparse: tuple[MinimumNorms, ...] = ()
-    audit: Annotated[Audit | None, BeforeValidator(_with_outcomes)] = None
-    detection: Detection | None = None
-    neighbours: Neighbours | None = None
-    shift: tuple[Shift, ...] = ()
+    curves: tuple[rs.Curve, ...] = ()
+    sparse: tuple[rs.MinimumNorms, ...] = ()
+    audit: Annotated[rs.Audit | None, BeforeValidator(_with_outcomes)] = None
+    detection: rs.Detection | None = None
+    neighbours: rs.Neighbours | None = None
+    shift: tuple[rs.Shift, ...] = ()
     compared: tuple[Compared, ...] = ()
     surrogate: ModelFacts | None = None
     code: dict[str, str] = Field(default_factory=dict)
