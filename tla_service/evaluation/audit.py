@@ -115,11 +115,6 @@ class _Subject:
         images = self.images if images is None else images
         return list(zip(images.split(self.batch_size), self.labels.split(self.batch_size), strict=True))
 
-    def accuracy(self, logits_fn: LogitsFn) -> float:
-        """Share of clean images that a network classifies correctly."""
-        with torch.no_grad():
-            return _mean(torch.cat([logits_fn(x).argmax(1) == y for x, y in self.batches()]))
-
     def broken_at(self, attack: Attack, crafted_on: LogitsFn | None = None) -> Tensor:
         """Which restart breaks each image first (N,)."""
         # In the same state each time: attacks that are compared begin at the same points.
@@ -166,7 +161,11 @@ def _transfer(subject: _Subject, iterative: float, surrogate: nn.Module | str) -
     if isinstance(surrogate, str):
         return _check(name, None, surrogate)
     crafted_on = logits_of(surrogate)
-    right, other = (subject.accuracy(logits_fn) for logits_fn in (subject.logits_fn, crafted_on))
+    with torch.no_grad():
+        right, other = (
+            _mean(torch.cat([logits_fn(x).argmax(1) == y for x, y in subject.batches()]))
+            for logits_fn in (subject.logits_fn, crafted_on)
+        )
     if other < _LEAST_SURROGATE * right:
         why = f"the surrogate classifies only {other:.1%} of the images correctly, the model {right:.1%}"
         return _check(name, None, why)

@@ -54,18 +54,12 @@ def fit_detector(
 
     A class with a single image takes the shared covariance: one point has none of its own.
 
-    Args:
-        training: Embedded natural training images.
-        covariance: `full` or `diagonal` by class; `tied` is one around all classes' means, whatever their number.
-        shrinkage: `ledoit_wolf` shrinks a covariance that is not diagonal towards a multiple of the identity, as
-            a class with fewer images than dimensions needs.
-        normalize: Scale embeddings to length one: the learned metric ignores length.
-        rule: Whose log density is the score. The paper's is the likeliest class's.
-        variance_floor: Added to every variance, as a share of the mean variance within classes, so that units which
-            never vary have a density. Above 0.
-
-    Raises:
-        ConfigError: No class varies at all, so that there is nothing to fit.
+    `full` and `diagonal` covariances are by class, `tied` is one around all classes' means, whatever their number.
+    `ledoit_wolf` shrinks one that is not diagonal towards a multiple of the identity, as a class with fewer images than
+    dimensions needs. Embeddings are scaled to length one if `normalize`: the learned metric ignores length. `rule`
+    names the class whose log density is the score; the paper's is the likeliest. `variance_floor`, above 0, is added to
+    every variance, as a share of the mean variance within classes, so that units which never vary have a density.
+    ConfigError if no class varies at all, so that there is nothing to fit.
     """
     rows = unit_rows(training.embeddings) if normalize else training.embeddings.astype(np.float64)
     classes, place, counts = np.unique(training.labels, return_inverse=True, return_counts=True)

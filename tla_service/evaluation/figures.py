@@ -49,9 +49,8 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     losses.set_ylabel("mean per training image, before weighting")
     losses.set_title("Losses", fontsize=11)
     _draw(accuracies, history, _ACCURACIES)
-    accuracies.set_ylabel("validation accuracy [%]")
+    accuracies.set(ylabel="validation accuracy [%]", ylim=(-0.02, 1.02))
     accuracies.set_title("Accuracy on held-out images", fontsize=11)
-    accuracies.set_ylim(-0.02, 1.02)
     accuracies.yaxis.set_major_formatter(percent())
     _mark_best(accuracies, history)
     for axes in (losses, accuracies):

@@ -46,8 +46,7 @@ def accuracy_curves(curves: Mapping[str, Curve], path: Path, *, marked: tuple[fl
     Steps are drawn on a logarithmic axis that also shows zero, the clean accuracy. `marked` is a place on the axis,
     such as the radius trained for, and its name.
     """
-    figure = fg.new_figure(5.6, 3.8)
-    axes = figure.subplots()
+    axes = fg.new_figure(5.6, 3.8).subplots()
     for (name, curve), style in zip(curves.items(), _STYLES, strict=False):
         low, high = [point.low for point in curve.accuracy], [point.high for point in curve.accuracy]
         axes.fill_between(curve.x, low, high, color=style["color"], alpha=0.18, linewidth=0)
@@ -56,12 +55,11 @@ def accuracy_curves(curves: Mapping[str, Curve], path: Path, *, marked: tuple[fl
     if marked is not None:
         axes.axvline(marked[0], color=fg.PURPLE, linewidth=1, linestyle=(0, (1, 2)), zorder=0, label=marked[1])
     _scale(axes, next(iter(curves.values())).axis, sorted({x for curve in curves.values() for x in curve.x}))
-    axes.set_ylim(-0.02, 1.02)
+    axes.set(ylim=(-0.02, 1.02), ylabel="accuracy [%], band: 95% interval")
     axes.yaxis.set_major_formatter(fg.percent())
-    axes.set_ylabel("accuracy [%], band: 95% interval")
     fg.plain(axes)
     fg.legend(axes)
-    fg.save(figure, path)
+    fg.save(axes.figure, path)
 
 
 def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str], path: Path) -> None:
@@ -78,8 +76,7 @@ def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str
     whole = 1 if readable else 1 + len(class_names) // _READABLE_CLASSES
     table += [[_or_nan(result) for result in accuracies.values()]] * whole
     height = 1.5 + (0.27 * len(table) if readable else 5.0)
-    figure = fg.new_figure(max(4.2, 1.6 + 0.62 * len(accuracies)), height)
-    axes = figure.subplots()
+    axes = fg.new_figure(max(4.2, 1.6 + 0.62 * len(accuracies)), height).subplots()
     picture = axes.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.axhline(len(order) - 0.5, color="white", linewidth=3)
     axes.set_xticks(range(len(accuracies)), list(accuracies), rotation=40, ha="right", rotation_mode="anchor")
@@ -91,8 +88,8 @@ def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str
         axes.set_yticks([len(order) + (whole - 1) / 2], ["all classes"])
         axes.set_ylabel(f"{len(order)} classes, the weakest first")
     axes.spines[:].set_visible(False)
-    figure.colorbar(picture, ax=axes, format=fg.percent(), label="accuracy [%]", fraction=0.06, pad=0.02)
-    fg.save(figure, path)
+    axes.figure.colorbar(picture, ax=axes, format=fg.percent(), label="accuracy [%]", fraction=0.06, pad=0.02)
+    fg.save(axes.figure, path)
 
 
 def class_bars(result: Accuracy, class_names: Sequence[str], path: Path) -> None:
@@ -102,8 +99,7 @@ def class_bars(result: Accuracy, class_names: Sequence[str], path: Path) -> None
     """
     order = sorted(range(len(class_names)), key=lambda k: _or_above(result.per_class[k]))
     shown = [result.per_class[k] for k in order]
-    figure = fg.new_figure(min(16.0, max(4.2, 1.2 + 0.42 * len(order))), 3.6)
-    axes = figure.subplots()
+    axes = fg.new_figure(min(16.0, max(4.2, 1.2 + 0.42 * len(order))), 3.6).subplots()
     heights = [share.estimate or 0.0 for share in shown]
     errors = [
         (y - share.low, share.high - y) if share.images else (0, 0) for y, share in zip(heights, shown, strict=True)
@@ -122,20 +118,17 @@ def class_bars(result: Accuracy, class_names: Sequence[str], path: Path) -> None
         axes.set_xticks(range(len(order)), [class_names[k] for k in order], **turn)
     else:
         axes.set_xticks([])
-    axes.set_xlabel("class, the weakest first")
-    axes.set_ylim(0, 1.02)
+    axes.set(xlabel="class, the weakest first", ylim=(0, 1.02), ylabel="accuracy [%], with 95% interval")
     axes.yaxis.set_major_formatter(fg.percent())
-    axes.set_ylabel("accuracy [%], with 95% interval")
     axes.spines[["top", "right"]].set_visible(False)
     # Above the bars: inside the axes it would cover some of them.
     axes.legend(edgecolor="none", facecolor="none", fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
-    fg.save(figure, path)
+    fg.save(axes.figure, path)
 
 
 def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
     """Draw the ROC curve of every score, with AUC and 95% interval, or why it is undefined, in the legend (Fig. 5)."""
-    figure = fg.new_figure(5.0, 5.4)
-    axes: Axes = figure.subplots()
+    axes = fg.new_figure(5.0, 5.4).subplots()
     axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=(0, (2, 2)), label="chance")
     for place, (name, result) in enumerate(results.items()):
         score = result.score
@@ -154,13 +147,12 @@ def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
     axes.set_title(f"Misclassified images\n{first.num_correct} correct, {first.num_wrong} misclassified", fontsize=11)
     fg.plain(axes)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False, fontsize=8.5, handlelength=3.2)
-    fg.save(figure, path)
+    fg.save(axes.figure, path)
 
 
 def class_map(projection: Projection, class_names: Sequence[str], path: Path) -> None:
     """Draw one class in the plane: natural images grey, attacked ones by their predicted class (Fig. 1)."""
-    figure = fg.new_figure(6.8, 4.4)
-    axes: Axes = figure.subplots()
+    axes = fg.new_figure(6.8, 4.4).subplots()
     truth = int(projection.labels[0])
     name = class_names[truth]
     _dots(axes, projection.natural, f"natural {name}", (_GREY, "o"), 14, alpha=0.7, linewidths=0)
@@ -179,13 +171,12 @@ def class_map(projection: Projection, class_names: Sequence[str], path: Path) ->
     for (label, members), mark in zip(groups, _MARKS, strict=False):
         _dots(axes, projection.adversarial[members], label, mark, 30, **style)
     _finish_map(axes, f"True class {name}: natural and attacked images")
-    fg.save(figure, path)
+    fg.save(axes.figure, path)
 
 
 def pair_map(projection: Projection, source: int, target: int, class_names: Sequence[str], path: Path) -> None:
     """Draw two classes in the plane, and attacked images of `source` that are predicted as `target` (Fig. 2)."""
-    figure = fg.new_figure(6.8, 4.4)
-    axes: Axes = figure.subplots()
+    axes = fg.new_figure(6.8, 4.4).subplots()
     for klass, mark in ((source, _MARKS[0]), (target, _MARKS[2])):
         members = projection.labels == klass
         points = projection.natural[members]
@@ -193,7 +184,7 @@ def pair_map(projection: Projection, source: int, target: int, class_names: Sequ
     label = f"attacked {class_names[source]},\ntaken for {class_names[target]}"
     _dots(axes, projection.adversarial, label, _MARKS[1], 34, edgecolors=fg.BLACK, linewidths=0.5)
     _finish_map(axes, f"{class_names[source]} attacked into {class_names[target]}")
-    fg.save(figure, path)
+    fg.save(axes.figure, path)
 
 
 def shift_bars(ratios: Mapping[str, ShiftRatios], path: Path) -> None:

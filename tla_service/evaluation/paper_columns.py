@@ -1,15 +1,10 @@
 """The attacks of the paper's result tables, and sweeps of one attack over radius, steps and restarts.
 
-Kinds, numbers of steps and restarts are those of Mao et al. 2019, Table 1. The paper does not give step sizes by
-column, the momentum of MIM, C&W's confidence, the surrogate, or its L2 table. Chosen here:
-
-- Step sizes are the authors' configurations': those of their strong attack (MNIST 0.01, CIFAR-10 1/255, Tiny ImageNet
-  2/255), and the training attack's for the columns that repeat it (CIFAR-10's 7 steps of 2/255).
-- MIM keeps the whole running gradient (momentum 1, Dong et al. 2018); C&W's confidence is 50, as in the authors' code;
-  both start at random as PGD does.
-- Radii are those of `tla_service.config.radii`; a step is the same share of the radius in every norm and at every
-  radius.
-- Tiny ImageNet's first PGD column is printed with 20 steps twice; it is taken as 10, as in the paper's Table 7.
+Kinds, numbers of steps and restarts are those of Mao et al. 2019, Table 1; Tiny ImageNet's first PGD column, printed
+with 20 steps twice, is taken as 10, as in Table 7. What the paper does not give is chosen here: step sizes are those of
+the authors' configurations for their strong attack, and for the columns that repeat the training attack its own. MIM
+keeps the whole running gradient (Dong et al. 2018), C&W's confidence is 50, as in the authors' code; both start at
+random as PGD does. Radii are those of `tla_service.config.radii`; a step is the same share of the radius everywhere.
 """
 
 import re

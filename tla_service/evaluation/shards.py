@@ -105,17 +105,12 @@ class AutoAttackRun(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardOutcome:
-    """Per-image results of attacks on N images.
+    """Per-image results of attacks on N images, with their numbers in the test set and true classes (N,).
 
-    Attributes:
-        indices: Number of each image in its test set (N,).
-        labels: True classes (N,).
-        broken_at: By attack, ``clean`` among them, (N,): 0 where the image is misclassified without an attack, r where
-            the r-th restart (or the r-th of AutoAttack's ``ALL_STAGES``) broke it, `UNBROKEN` where none did.
-        left_out: AutoAttack's stages that could not run on this network, and why.
-        autoattack: How AutoAttack was run; None where it was not, or by a version that did not record it.
-        gate: Which images are set aside for the promotion gate (N,); None where that is not recorded.
-        warnings: AutoAttack's distinct warnings about this network.
+    `broken_at` is by attack, ``clean`` among them, (N,): 0 where the image is misclassified without an attack, r where
+    the r-th restart (or the r-th of AutoAttack's ``ALL_STAGES``) broke it, `UNBROKEN` where none did. `left_out` has
+    AutoAttack's stages that could not run on this network, and why; `warnings` its distinct warnings about it. Earlier
+    versions did not record `autoattack`, and `gate`, the images set aside for the promotion gate (N,).
     """
 
     indices: IntArray

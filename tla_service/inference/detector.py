@@ -30,15 +30,11 @@ def unit_rows(embeddings: Floats) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Detector:
-    """Gaussians by class, as plain arrays.
+    """Gaussians by class, as plain arrays: classes (G,), int64, ascending, and their means (G, D), float64.
 
-    Attributes:
-        classes: Classes that have a Gaussian (G,), int64, ascending.
-        means: (G, D), float64.
-        whitening: Factor W of each precision matrix W Wᵀ: (G, D, D), (1, D, D) where tied, (G, D) where diagonal.
-        log_determinants: log |det W| of each (G,).
-        normalize: Whether embeddings are scaled to length one first.
-        rule: Whose log density is the score: the likeliest class's, or the predicted class's.
+    `whitening` is the factor W of each precision matrix W Wᵀ: (G, D, D), (1, D, D) where tied, (G, D) where diagonal;
+    `log_determinants` are log |det W| (G,). Embeddings are scaled to length one first if `normalize`. The score is the
+    log density of the likeliest or of the predicted class, by `rule`.
     """
 
     classes: Integers

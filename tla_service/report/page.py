@@ -9,14 +9,14 @@ from tla_service.evaluation.results import DetectionScore, Share, SurrogateFacts
 from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
 from tla_service.report.paper_results import differences_from_paper, paper_row
-from tla_service.report.schema import PAGE_FILE, REPORT_FILE, AttackFacts, Report
+from tla_service.report.schema import PAGE_FILE, REPORT_FILE, Report
 from tla_service.training.reporting import Terminal
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 NORMS = {"linf": "L-infinity", "l2": "L2"}
-_KINDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD", "mim": "MIM", "cw": "C&W"}
+_KINDS = {"bim": "BIM", "pgd": "PGD", "mim": "MIM", "cw": "C&W"}
 _METHODS = {
     "natural": "natural training",
     "at": "AT",
@@ -121,16 +121,12 @@ def describe(report: Report, name: str) -> str:
     attack, threat = report.attacks[name], report.threat_model
     other = (attack.norm, attack.epsilon) != (threat.norm, threat.epsilon)
     radius = f", up to {size(attack.epsilon, attack.norm)} in {NORMS[attack.norm]}" if other else ""
-    return _describe_attack(attack) + radius
-
-
-def _describe_attack(facts: AttackFacts) -> str:
-    kind = _KINDS[facts.kind]
-    if facts.kind == "fgsm":
-        return f"{kind}, one step"
-    restarts = f", {facts.num_restarts} starts" if facts.num_restarts > 1 else ""
-    crafted = ", crafted on the surrogate" if facts.transfer else ""
-    return f"{kind}, {facts.num_steps} steps of {size(facts.step_size, facts.norm)}{restarts}{crafted}"
+    if attack.kind == "fgsm":
+        return f"FGSM, one step{radius}"
+    restarts = f", {attack.num_restarts} starts" if attack.num_restarts > 1 else ""
+    crafted = ", crafted on the surrogate" if attack.transfer else ""
+    steps = f"{attack.num_steps} steps of {size(attack.step_size, attack.norm)}"
+    return f"{_KINDS[attack.kind]}, {steps}{restarts}{crafted}{radius}"
 
 
 def split_sentence(report: Report) -> str:

@@ -86,6 +86,8 @@ def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: flo
     norm, epsilon = _threat_model(settings, data_name, norm, epsilon)
     detection = _detection_attack(settings, data_name, norm, epsilon)
     training = AttackConfig(norm=norm, epsilon=epsilon, step_size=epsilon / 10)
+    small = _SHIFT.get(data_name) if norm == "linf" else None
+    shift = {detection.epsilon: detection} | ({small.epsilon: _pgd(norm, *small)} if small else {})
     columns = paper_columns(data_name, norm, epsilon)
 
     def attacks(entries: Mapping[str, EvaluationAttack]) -> dict[str, Attack]:
@@ -108,7 +110,7 @@ def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: flo
         is_paper=not settings.attacks and norm == "linf" and epsilon == documented_radius(data_name, norm),
         iterative=max(iterative, key=lambda name: iterative[name].num_steps),
         detection=detection,
-        shift=dict(sorted(_shift_attacks(detection, data_name, norm).items())),
+        shift=dict(sorted(shift.items())),
         seed=settings.seed,
         batch_size=settings.batch_size,
     )
@@ -149,11 +151,6 @@ def _detection_attack(settings: ReportSettings, data_name: str, norm: Norm, epsi
     larger = min(_DETECTION_FACTOR * epsilon, largest)
     radius = chosen.epsilon or (paper.epsilon if paper else larger)
     return _pgd(norm, radius, chosen.num_steps or (paper.steps if paper else 50), chosen.step_size)
-
-
-def _shift_attacks(detection: Attack, data_name: str, norm: Norm) -> dict[float, Attack]:
-    small = _SHIFT.get(data_name) if norm == "linf" else None
-    return {detection.epsilon: detection} | ({small.epsilon: _pgd(norm, *small)} if small else {})
 
 
 def radius_name(epsilon: float) -> str:

@@ -1,5 +1,6 @@
 """Measurements cut into shards, each kept as a file: an evaluation that was stopped resumes from those it finds."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,11 +119,9 @@ def run_tasks(
 
 def _is_saved(path: Path) -> bool:
     """Whether a shard has a file that can be read; a damaged one is measured again."""
-    try:
-        load_arrays(path)
-    except UnavailableError:
-        return False
-    return True
+    with contextlib.suppress(UnavailableError):
+        return bool(load_arrays(path))
+    return False
 
 
 def select(results: Results, tasks: Sequence[Task], chosen: BoolArray) -> Results:
