@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tla_service.attacks import UNBROKEN, Attack, attack_images, craft
 from tla_service.config.adversary import AttackConfig
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, restart_curve, step_sweep, sweep_curve
+from tla_service.evaluation.paper import epsilon_sweep, paper_columns, restart_curve, step_sweep, sweep_curve
 from tla_service.evaluation.shards import (
     AutoAttackRun,
     Shard,

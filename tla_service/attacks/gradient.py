@@ -60,11 +60,7 @@ _KL_START = 0.001
 
 
 def craft(
-    logits_fn: LogitsFn,
-    images: Tensor,
-    labels: Tensor,
-    attack: Attack,
-    generator: torch.Generator | None = None,
+    logits_fn: LogitsFn, images: Tensor, labels: Tensor, attack: Attack, generator: torch.Generator | None = None
 ) -> Tensor:
     """Attack a batch once, from one start.
 

@@ -80,12 +80,7 @@ def embed(network: nn.Module, batches: Iterable[Batch]) -> Embedded:
 
 
 def embed_attacked(
-    network: nn.Module,
-    batches: Iterable[Batch],
-    attack: Attack,
-    seed: int,
-    *,
-    keep_images: int = 0,
+    network: nn.Module, batches: Iterable[Batch], attack: Attack, seed: int, *, keep_images: int = 0
 ) -> tuple[Embedded, Floats | None]:
     """Attack images and embed the result, in the order given, with the true classes as labels.
 

@@ -126,11 +126,7 @@ def evaluation_attack(attack: EvaluationAttack, training: AttackConfig, data_nam
 
 
 def measure_accuracy(
-    network: nn.Module,
-    batches: Iterable[Batch],
-    attacks: Mapping[str, Attack],
-    context: WorkerContext,
-    seed: int,
+    network: nn.Module, batches: Iterable[Batch], attacks: Mapping[str, Attack], context: WorkerContext, seed: int
 ) -> dict[str, float]:
     """Accuracy on clean images and under each attack, of a bare network in eval mode and float32.
 

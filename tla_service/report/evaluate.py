@@ -156,7 +156,7 @@ class _Evaluation:
         subject, dataset = models.subject, models.dataset
         surrogate = models.surrogate.network if models.surrogate is not None else None
         inputs = Inputs({each.key: each.network for each in models.all}, surrogate, dataset)
-        say = _Now(self.terminal)
+        say = _seldom(self.terminal.say)
         with workers() as measure:
             self.terminal.say(f"measuring on {measure}")
             results: Results = {}
@@ -261,13 +261,14 @@ def _built(trained: TrainedSurrogate, models: Models) -> nn.Module:
     return network.eval()
 
 
-class _Now:
+def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:
     """Passes progress on, a line every few seconds."""
+    last = 0.0
 
-    def __init__(self, terminal: Terminal) -> None:
-        self._terminal, self._last = terminal, 0.0
+    def said(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            say(text)
 
-    def __call__(self, text: str) -> None:
-        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            self._terminal.say(text)
+    return said

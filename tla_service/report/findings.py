@@ -11,7 +11,7 @@ from tla_service.evaluation import results as rs
 from tla_service.evaluation.detection import RocCurve, detect_misclassified, fit_detector, shipped_detection
 from tla_service.evaluation.embedding import Embedded, EmbeddedImages
 from tla_service.evaluation.geometry import ShiftRatios, neighbour_accuracy, shift_ratios
-from tla_service.evaluation.paper_columns import restart_curve, sweep_curve
+from tla_service.evaluation.paper import restart_curve, sweep_curve
 from tla_service.evaluation.shards import ShardOutcome
 from tla_service.evaluation.suite import minimum_norms_of
 from tla_service.inference.detector import Rejector

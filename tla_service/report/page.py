@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.evaluation.results import DetectionScore, Share, SurrogateFacts, wilson_interval
 from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
-from tla_service.report.paper_results import differences_from_paper, paper_row
 from tla_service.report.schema import PAGE_FILE, REPORT_FILE, Report
 from tla_service.training.reporting import Terminal
 

@@ -20,7 +20,7 @@ from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.audit import AuditMeasurement
 from tla_service.evaluation.embedding import EmbeddingMeasurement
-from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, step_sweep
+from tla_service.evaluation.paper import epsilon_sweep, paper_columns, step_sweep
 from tla_service.evaluation.shards import IntArray, Measurement
 from tla_service.evaluation.suite import AttackMeasurement, NormMeasurement, evaluation_attack
 from tla_service.evaluation.surrogate import SurrogateMeasurement, surrogate_rows

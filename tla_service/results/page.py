@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tla_service.config import RunConfig
-from tla_service.report.paper_results import differences_from_paper, paper_row
+from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.results.pictures import method_bars, pool_curve
 from tla_service.results.runs import POOL_SIZES, share_of_budget, table_runs
 from tla_service.results.settings import ReproduceSettings

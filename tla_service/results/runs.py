@@ -15,7 +15,7 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.explain import Explainer
 from tla_service.config.loading import RunSettings, read_settings
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.evaluation.paper_columns import paper_columns
+from tla_service.evaluation.paper import paper_columns
 from tla_service.files import write_whole
 from tla_service.report.schema import REPORT_FILE
 from tla_service.results.settings import ReproduceSettings
