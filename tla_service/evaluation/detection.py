@@ -12,18 +12,16 @@ from math import floor
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
 from tla_service.evaluation.geometry import Metric, neighbour_score
-from tla_service.evaluation.results import DetectionScore, ShippedDetection, share_of
+from tla_service.evaluation.results import BoolArray, DetectionScore, ShippedDetection, share_of
 from tla_service.inference.detector import Detector, Integers, Rejector, Rule, Scores, unit_rows
 
 Covariance = Literal["full", "tied", "diagonal"]
 Shrinkage = Literal["ledoit_wolf", "none"]
-Correct = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def fit_detector(
     return Detector(classes, means, np.stack(factors), log_determinants, normalize, rule)
 
 
-def threshold_for(scores: Scores, correct: Correct, false_rejection_rate: float) -> float:
+def threshold_for(scores: Scores, correct: BoolArray, false_rejection_rate: float) -> float:
     """The highest threshold that rejects at most a share, in [0, 1), of the correctly classified images.
 
     From scores (N,) of validation images, never test images, and whether each is correct (N,); an image is rejected
@@ -96,7 +94,7 @@ def threshold_for(scores: Scores, correct: Correct, false_rejection_rate: float)
 
 
 def measure_detection(
-    scores: Scores, correct: Correct, *, seed: int, images: Integers | None = None, num_resamples: int = 1000
+    scores: Scores, correct: BoolArray, *, seed: int, images: Integers | None = None, num_resamples: int = 1000
 ) -> RocCurve:
     """ROC curve and AUC of a score, with a 95% percentile bootstrap interval, or the reason why there is none.
 
@@ -171,7 +169,7 @@ def _factor(centred: Scores, covariance: Covariance, shrinkage: Shrinkage, lowes
 
 
 def _bootstrap(
-    scores: Scores, correct: Correct, images: Integers | None, num_resamples: int, seed: int
+    scores: Scores, correct: BoolArray, images: Integers | None, num_resamples: int, seed: int
 ) -> tuple[float, float] | tuple[None, None]:
     """The middle 95% of AUCs over images drawn anew; a draw without both outcomes is left out."""
     groups = np.arange(len(scores)) if images is None else np.unique(images, return_inverse=True)[1]

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -14,7 +13,7 @@ from tla_service.data import Batch
 from tla_service.errors import ConfigError
 from tla_service.evaluation.results import BoolArray
 from tla_service.evaluation.shards import Arrays, IntArray, Shard, evaluating, float32, logits_of
-from tla_service.inference.detector import Floats, Integers
+from tla_service.inference.detector import Floats, Integers, Scores
 from tla_service.runtime import generator, mixed_seed
 
 
@@ -31,7 +30,7 @@ class Embedded:
 
     def __post_init__(self) -> None:
         finite = np.isfinite(self.embeddings).all(axis=1), np.isfinite(self.logits).all(axis=1)
-        broken: npt.NDArray[np.bool_] = ~np.logical_and(*finite)
+        broken: BoolArray = ~np.logical_and(*finite)
         if broken.any():
             reason = f"gives embeddings or logits that are not finite for {broken.sum()} of {len(broken)} images"
             raise ConfigError("model", None, reason, "evaluate another checkpoint: this one has diverged")
@@ -46,12 +45,12 @@ class Embedded:
         return self.logits.argmax(1).astype(np.int64)
 
     @property
-    def correct(self) -> npt.NDArray[np.bool_]:
+    def correct(self) -> BoolArray:
         """Whether each image is classified correctly (N,)."""
         return self.predictions == self.labels
 
     @property
-    def max_softmax(self) -> npt.NDArray[np.float64]:
+    def max_softmax(self) -> Scores:
         """The largest class probability of each image (N,), in [1/K, 1]."""
         shifted = self.logits.astype(np.float64) - self.logits.max(1, keepdims=True)
         return 1 / np.exp(shifted).sum(1)

@@ -7,21 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
 from tla_service.evaluation.results import Share, Shift, share_of
-from tla_service.inference.detector import Floats, Integers, unit_rows
+from tla_service.inference.detector import Floats, Integers, Scores, unit_rows
 from tla_service.triplets import angular_distance, cosine_similarity
 
 Metric = Literal["angular", "cosine", "euclidean"]
-
 # Distances held at once: 2^24 float32 are 64 MiB, however large the bank is.
 _PAIRS_AT_ONCE = 1 << 24
-Values = npt.NDArray[np.float64]
-
 _ROWS_AT_ONCE = 1024
 # As in the authors' code. Their learning rate of 20 is 5 in scikit-learn, whose definition is larger by a factor of 4;
 # whether their library honours the metric is not known.
@@ -63,10 +59,7 @@ def nearest(queries: Floats, bank: Floats, count: int, *, metric: Metric = "angu
 
 
 def neighbour_votes(queries: Floats, bank: Embedded, *, k: int = 50, metric: Metric = "angular") -> Integers:
-    """Classes (M,) of embeddings (M, D) by a vote of the `k` nearest training images (the paper's k is 50).
-
-    Among classes with equal votes, the one with the nearest neighbour.
-    """
+    """Classes (M,) of embeddings (M, D) by a vote of the `k` nearest training images; the nearest decides ties."""
     neighbours, _ = nearest(queries, bank.embeddings, k, metric=metric)
     classes = bank.labels[neighbours]
     votes = np.zeros((len(classes), int(bank.labels.max()) + 1), np.int64)
@@ -77,16 +70,11 @@ def neighbour_votes(queries: Floats, bank: Embedded, *, k: int = 50, metric: Met
 
 
 def neighbour_accuracy(queries: Embedded, bank: Embedded, *, k: int = 50, metric: Metric = "angular") -> Share:
-    """Accuracy of the k-NN classifier on embeddings (Mao et al. 2019, Table 4).
-
-    The paper names neither bank nor distance: here, the clean training images and the learned metric.
-    """
+    """Accuracy of the k-NN classifier on embeddings; Mao et al. 2019, Table 4, names neither bank nor distance."""
     return share_of(neighbour_votes(queries.embeddings, bank, k=k, metric=metric) == queries.labels)
 
 
-def neighbour_score(
-    images: Embedded, bank: Embedded, *, k: int = 50, metric: Metric = "angular"
-) -> npt.NDArray[np.float64]:
+def neighbour_score(images: Embedded, bank: Embedded, *, k: int = 50, metric: Metric = "angular") -> Scores:
     """Minus the distance to the k-th nearest row of the bank (N,): a baseline to detect errors by (Sun et al. 2022)."""
     _, found = nearest(images.embeddings, bank.embeddings, k, metric=metric)
     return -found[:, -1].astype(np.float64)
@@ -112,8 +100,8 @@ class ShiftRatios:
     better. NaN where nothing is misclassified as the class, or the denominator is undefined or zero.
     """
 
-    r: Values
-    r_prime: Values
+    r: Scores
+    r_prime: Scores
 
     def at(self, epsilon: float) -> Shift:
         """The means, for a report."""
@@ -152,7 +140,7 @@ def shift_ratios(natural: Embedded, adversarial: Embedded) -> ShiftRatios:
     return ShiftRatios(taken / usable, crafted / usable)
 
 
-def mean_of(ratios: Values) -> float | None:
+def mean_of(ratios: Scores) -> float | None:
     """Mean over the classes that have a ratio; None without any."""
     found = ratios[~np.isnan(ratios)]
     return float(found.mean()) if len(found) else None
@@ -172,10 +160,7 @@ def select_class(
 def select_pair(
     natural: Embedded, adversarial: Embedded, source: int, target: int, *, max_natural: int = 200
 ) -> tuple[Embedded, Embedded]:
-    """The images of Fig. 2: natural ones of two classes, and attacked ones of `source` taken for `target`, if any.
-
-    Raises ConfigError if there are no natural images of one of the classes.
-    """
+    """The images of Fig. 2: natural of two classes (else ConfigError), attacked ones of one taken as the other."""
     chosen = natural.subset(np.flatnonzero(np.isin(natural.labels, (source, target)))[:max_natural])
     for klass in (source, target):
         if not (chosen.labels == klass).any():

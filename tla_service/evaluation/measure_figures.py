@@ -63,11 +63,7 @@ def accuracy_curves(curves: Mapping[str, Curve], path: Path, *, marked: tuple[fl
 
 
 def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str], path: Path) -> None:
-    """Draw accuracy by class (rows) and attack (columns) as shades of one colour, with the figure in each cell.
-
-    The weakest class under the last attack is on top; the last row is all classes. With very many classes, names and
-    figures are left out.
-    """
+    """Draw accuracy by class (rows; weakest under the last attack on top, all of them last) and attack (columns)."""
     last = list(accuracies.values())[-1]
     order = sorted(range(len(class_names)), key=lambda k: _or_above(last.per_class[k]))
     table = [[_or_nan(result.per_class[k]) for result in accuracies.values()] for k in order]
@@ -93,10 +89,7 @@ def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str
 
 
 def class_bars(result: Accuracy, class_names: Sequence[str], path: Path) -> None:
-    """Draw accuracy by class under one attack as bars with 95% intervals, the weakest first, and the whole as a line.
-
-    A class without images is drawn empty.
-    """
+    """Draw accuracy by class under one attack as bars with 95% intervals, the weakest first, the whole as a line."""
     order = sorted(range(len(class_names)), key=lambda k: _or_above(result.per_class[k]))
     shown = [result.per_class[k] for k in order]
     axes = fg.new_figure(min(16.0, max(4.2, 1.2 + 0.42 * len(order))), 3.6).subplots()

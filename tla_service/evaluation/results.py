@@ -122,10 +122,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Shift:
-    """Shift ratios at one radius, means over classes: r (higher is better) and r' (lower is better).
-
-    None where no class has a ratio; `left_out_of_...` counts the classes without one.
-    """
+    """Shift ratios at one radius, means over classes that have one: r (higher is better) and r' (lower is better)."""
 
     epsilon: float
     r: float | None
@@ -160,10 +157,7 @@ class SurrogateFacts:
 
 @dataclass(frozen=True)
 class Audit:
-    """Whether the robustness is real: trusted if no check failed. One that was not run says nothing.
-
-    `surrogate` is what attacks were transferred from, if it was trained for this audit.
-    """
+    """Whether the robustness is real: trusted if no check failed; `surrogate` is the one trained for it, if any."""
 
     trusted: bool
     images: int

@@ -128,10 +128,7 @@ class ShardOutcome:
         return replace(self, indices=self.indices[chosen], labels=self.labels[chosen], broken_at=broken_at, gate=gate)
 
     def standing(self, attack: str, restarts: int | None = None) -> BoolArray:
-        """Whether each image is still right under an attack, or ``clean`` (N,); ConfigError if it was not run.
-
-        `restarts` counts only this many of its restarts.
-        """
+        """Whether each image is still right under an attack, or its first restarts (N,); ConfigError if not run."""
         if attack not in self.broken_at:
             raise ConfigError("attack", attack, "was not run", f"choose from {', '.join(self.broken_at)}")
         broken_at = self.broken_at[attack]

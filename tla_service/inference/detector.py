@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 2048
 SMALLEST_SQUARE = 1e-20
 
 
-def unit_rows(embeddings: Floats) -> npt.NDArray[np.float64]:
+def unit_rows(embeddings: Floats) -> Scores:
     """Embeddings (N, D) scaled to length one, in float64; all zeros stay so, as in the learned metric."""
     rows = embeddings.astype(np.float64)
     return rows / np.sqrt((rows**2).sum(1, keepdims=True) + SMALLEST_SQUARE)
@@ -89,10 +89,7 @@ class Detector:
 
 @dataclass(frozen=True)
 class Rejector:
-    """A detector with the score below which images are rejected.
-
-    `false_rejection_rate` is the share of correctly classified validation images that it rejects at most.
-    """
+    """A detector that rejects images below a score; of correct validation images, a share at most."""
 
     detector: Detector
     threshold: float

@@ -27,10 +27,7 @@ class Predictor:
 
     @classmethod
     def load(cls, artifacts: Path, device: str | None = None) -> Self:
-        """Build the network of a model version, in a folder, and load its weights, by default to a GPU if there is one.
-
-        ValueError if a file is not the one that the description was written for.
-        """
+        """Load a model version from its folder, by default to a GPU if present; ValueError if a file was changed."""
         from safetensors.numpy import load as load_arrays
         from safetensors.torch import load as load_tensors
 

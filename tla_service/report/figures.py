@@ -26,10 +26,7 @@ _FEWEST_POINTS = 20  # t-SNE of fewer shows nothing
 
 
 class ReportFigure(NamedTuple):
-    """A figure of the page: PNG file, heading, and a caption that says what it shows and what to look for.
-
-    `section` is accuracy, curves, sparse, detection, neighbours, shift or examples.
-    """
+    """A figure of the page: PNG file, section, heading, and a caption that says what it shows and what to look for."""
 
     path: Path
     section: str

@@ -176,10 +176,7 @@ def autoattack_warnings(strong: ShardOutcome | None) -> tuple[str, ...]:
 
 
 def _with_objections(audit: rs.Audit, strong: ShardOutcome | None) -> rs.Audit:
-    """One more check: AutoAttack should find nothing that makes its figure unreliable.
-
-    Zero gradients have a check of their own.
-    """
+    """One more check: AutoAttack's warnings about its own figure; zero gradients have a check of their own."""
     warnings = strong.warnings if strong is not None else ()
     objections = [warning for warning in warnings if warning != ZERO_GRADIENT]
     check = rs.Check(

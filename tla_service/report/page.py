@@ -28,10 +28,7 @@ _METHODS = {
 
 
 def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, same_attacks: bool) -> None:
-    """Render `report.html`, whole or not at all, with the pictures in it.
-
-    `same_attacks` tells whether norm, radius and attacks are the paper's for this data set.
-    """
+    """Render `report.html`; `same_attacks` tells whether norm, radius and attacks are the paper's for this data set."""
     whole = {name: _whole(report, name) for name in report.accuracy}
     apart = differences_from_paper(
         report.data.name, report.model.architecture, whole["clean"].images, same_attacks=same_attacks

@@ -44,10 +44,7 @@ class ThreatModel(Part):
 
 
 class ModelFacts(Part):
-    """Which network was evaluated: its address as asked for, its origin, and the digest of the weights file.
-
-    The seed is None where it is not known, `trained_for` in reports of earlier versions.
-    """
+    """Which network was evaluated; `uri` is as asked for, `trained_for` None in reports of earlier versions."""
 
     uri: str
     name: str | None = None

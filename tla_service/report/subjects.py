@@ -29,10 +29,7 @@ _PROBE_IMAGES = 2
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under evaluation: its network, on the CPU, in eval mode, with what is known of it.
-
-    Attributes are None where they are not known; `trained_on` is the fingerprint of its training data.
-    """
+    """A model under evaluation: its network, on the CPU, in eval mode, and what is known of it."""
 
     facts: ModelFacts
     network: nn.Module

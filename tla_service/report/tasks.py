@@ -23,10 +23,7 @@ Results = dict[tuple[str, str], Any]  # merged, by model and task name
 
 @dataclass(frozen=True)
 class Task:
-    """A measurement of one model on some images.
-
-    `model` is the first digits of the weights' SHA-256: a file of another model cannot be taken for this one's.
-    """
+    """A measurement of one model, named by the first digits of its weights' SHA-256, on some images."""
 
     name: str
     model: str
@@ -125,10 +122,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def select(results: Results, tasks: Sequence[Task], chosen: BoolArray) -> Results:
-    """Results of the chosen test images (N,) alone.
-
-    What is of training images, and the audit, which has no result by image, stay as they were.
-    """
+    """Results of the chosen test images (N,) alone; those of training images, and the audit's, stay as they were."""
     selected = dict(results)
     for task in tasks:
         found = results[task.key]
