@@ -26,10 +26,9 @@ Shrinkage = Literal["ledoit_wolf", "none"]
 
 @dataclass(frozen=True)
 class RocCurve:
-    """How well a score tells correctly classified images (positives) from misclassified ones.
+    """How well a score tells correctly classified images (positives) from misclassified ones, threshold by threshold.
 
-    `false_accepts` is the share of misclassified images accepted at each threshold, ascending, and `true_accepts` that
-    of correctly classified ones; both are empty where the curve is undefined.
+    The shares accepted of both rise; they are empty where the curve is undefined.
     """
 
     score: DetectionScore

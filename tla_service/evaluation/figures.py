@@ -171,7 +171,7 @@ def _mark_best(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
     clean = dict(_points(history, "validation/clean_accuracy"))
     epoch, accuracy = max(points, key=lambda point: (point[1], clean.get(point[0], 0.0), -point[0]))
     axes.axvline(epoch, color=PURPLE, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
-    style = {"markersize": 16, "markerfacecolor": "none", "markeredgewidth": 1.6, "zorder": 5}
+    style: dict[str, Any] = {"markersize": 16, "markerfacecolor": "none", "markeredgewidth": 1.6, "zorder": 5}
     label = f"best: {accuracy:.1%}, epoch {epoch:.0f}"
     axes.plot(epoch, accuracy, marker="*", color=PURPLE, linestyle="none", label=label, **style)
 

@@ -46,7 +46,7 @@ def accuracy_curves(curves: Mapping[str, Curve], path: Path, *, marked: tuple[fl
     Steps are drawn on a logarithmic axis that also shows zero, the clean accuracy. `marked` is a place on the axis,
     such as the radius trained for, and its name.
     """
-    axes = fg.new_figure(5.6, 3.8).subplots()
+    axes: Any = fg.new_figure(5.6, 3.8).subplots()
     for (name, curve), style in zip(curves.items(), _STYLES, strict=False):
         low, high = [point.low for point in curve.accuracy], [point.high for point in curve.accuracy]
         axes.fill_between(curve.x, low, high, color=style["color"], alpha=0.18, linewidth=0)
@@ -72,7 +72,7 @@ def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str
     whole = 1 if readable else 1 + len(class_names) // _READABLE_CLASSES
     table += [[_or_nan(result) for result in accuracies.values()]] * whole
     height = 1.5 + (0.27 * len(table) if readable else 5.0)
-    axes = fg.new_figure(max(4.2, 1.6 + 0.62 * len(accuracies)), height).subplots()
+    axes: Any = fg.new_figure(max(4.2, 1.6 + 0.62 * len(accuracies)), height).subplots()
     picture = axes.imshow(table, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.axhline(len(order) - 0.5, color="white", linewidth=3)
     axes.set_xticks(range(len(accuracies)), list(accuracies), rotation=40, ha="right", rotation_mode="anchor")
@@ -92,7 +92,7 @@ def class_bars(result: Accuracy, class_names: Sequence[str], path: Path) -> None
     """Draw accuracy by class under one attack as bars with 95% intervals, the weakest first, the whole as a line."""
     order = sorted(range(len(class_names)), key=lambda k: _or_above(result.per_class[k]))
     shown = [result.per_class[k] for k in order]
-    axes = fg.new_figure(min(16.0, max(4.2, 1.2 + 0.42 * len(order))), 3.6).subplots()
+    axes: Any = fg.new_figure(min(16.0, max(4.2, 1.2 + 0.42 * len(order))), 3.6).subplots()
     heights = [share.estimate or 0.0 for share in shown]
     errors = [
         (y - share.low, share.high - y) if share.images else (0, 0) for y, share in zip(heights, shown, strict=True)
@@ -121,7 +121,7 @@ def class_bars(result: Accuracy, class_names: Sequence[str], path: Path) -> None
 
 def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
     """Draw the ROC curve of every score, with AUC and 95% interval, or why it is undefined, in the legend (Fig. 5)."""
-    axes = fg.new_figure(5.0, 5.4).subplots()
+    axes: Any = fg.new_figure(5.0, 5.4).subplots()
     axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=(0, (2, 2)), label="chance")
     for place, (name, result) in enumerate(results.items()):
         score = result.score
@@ -145,7 +145,7 @@ def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
 
 def class_map(projection: Projection, class_names: Sequence[str], path: Path) -> None:
     """Draw one class in the plane: natural images grey, attacked ones by their predicted class (Fig. 1)."""
-    axes = fg.new_figure(6.8, 4.4).subplots()
+    axes: Any = fg.new_figure(6.8, 4.4).subplots()
     truth = int(projection.labels[0])
     name = class_names[truth]
     _dots(axes, projection.natural, f"natural {name}", (_GREY, "o"), 14, alpha=0.7, linewidths=0)
@@ -169,7 +169,7 @@ def class_map(projection: Projection, class_names: Sequence[str], path: Path) ->
 
 def pair_map(projection: Projection, source: int, target: int, class_names: Sequence[str], path: Path) -> None:
     """Draw two classes in the plane, and attacked images of `source` that are predicted as `target` (Fig. 2)."""
-    axes = fg.new_figure(6.8, 4.4).subplots()
+    axes: Any = fg.new_figure(6.8, 4.4).subplots()
     for klass, mark in ((source, _MARKS[0]), (target, _MARKS[2])):
         members = projection.labels == klass
         points = projection.natural[members]

@@ -51,11 +51,6 @@ class Curve:
     x: tuple[float, ...]
     accuracy: tuple[Share, ...]
 
-    @property
-    def label(self) -> str:
-        """What the curve shows of its attack."""
-        return self.attack.partition(": ")[2]
-
 
 @dataclass(frozen=True)
 class MinimumNorms:
@@ -169,17 +164,15 @@ class Audit:
         """An audit with these checks."""
         return cls(all(check.outcome != "failed" for check in checks), images, tuple(checks), surrogate)
 
-    def named(self, outcome: Outcome) -> list[str]:
-        """Names of the checks with an outcome."""
-        return [check.name for check in self.checks if check.outcome == outcome]
-
     @property
     def summary(self) -> str:
         """How many checks had each outcome; those that did not pass by name."""
-        parts = [f"{len(self.named('passed'))} of {len(self.checks)} checks passed"]
-        outcomes: tuple[Outcome, ...] = ("failed", "not run")
-        for outcome in outcomes:
-            names = self.named(outcome)
+        passed, failed, not_run = (
+            [check.name for check in self.checks if check.outcome == outcome]
+            for outcome in ("passed", "failed", "not run")
+        )
+        parts = [f"{len(passed)} of {len(self.checks)} checks passed"]
+        for outcome, names in (("failed", failed), ("not run", not_run)):
             if names:
                 parts.append(f"{len(names)} {outcome} ({', '.join(names)})")
         return ", ".join(parts)

@@ -75,7 +75,7 @@ class Figures:
             "restarts": ("Against restarts", "What each further random start breaks, worst start per image."),
         }
         for axis, (title, caption) in about.items():
-            curves = {curve.label: curve for curve in self._found.curves if curve.axis == axis}
+            curves = {curve.attack.partition(": ")[2]: curve for curve in self._found.curves if curve.axis == axis}
             marked = (self._plan.epsilon, f"ε = {self._plan.epsilon:.4g}") if axis == "epsilon" else None
             if curves:
                 mf.accuracy_curves(curves, self._add(f"accuracy_{axis}", "curves", title, caption), marked=marked)

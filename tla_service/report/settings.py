@@ -130,13 +130,15 @@ class ReportSettings(JobSettings):
             raise wrong(*trouble)
         # As far as they are given here; `check_plan` checks what they become.
         chosen = self.detection
-        lengths = [("", self.norm, self.epsilon, None, None)]
-        lengths.append(("detection", self.norm, chosen.epsilon, chosen.step_size, chosen.num_steps))
+        lengths: list[tuple[str, Norm | None, float | None, float | None, int | None]] = [
+            ("", self.norm, self.epsilon, None, None),
+            ("detection", self.norm, chosen.epsilon, chosen.step_size, chosen.num_steps),
+        ]
         for name, attack in self.attacks.items():
-            step_size = None if attack.kind == "fgsm" else attack.step_size
-            lengths.append((f"attacks.{name}", attack.norm or self.norm, attack.epsilon, step_size, attack.num_steps))
-        for where, norm, epsilon, *steps in lengths:
-            found = length_trouble(where, norm or "linf", epsilon, *steps) if epsilon is not None else None
+            step = None if attack.kind == "fgsm" else attack.step_size
+            lengths.append((f"attacks.{name}", attack.norm or self.norm, attack.epsilon, step, attack.num_steps))
+        for where, norm, epsilon, step_size, steps in lengths:
+            found = length_trouble(where, norm or "linf", epsilon, step_size, steps) if epsilon is not None else None
             if found is not None:
                 other = ", or give --norm l2" if norm is None and found.field.endswith("epsilon") else ""
                 raise wrong(*found[:3], found.remedy + other)
