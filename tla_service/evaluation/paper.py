@@ -83,9 +83,8 @@ _ACCURACY = {
         "tla": (36.79, 20.95, 14.89, 12.47, 15.05, 14.65, 14.43, 14.74, 21.09),
     },
 }
-_Votes = tuple[float, float] | None
 # (r, r') at the smaller and at the larger radius, neighbours (attacked, clean), detection.
-_MEASURES: dict[str, dict[str, tuple[tuple[float, float], tuple[float, float], _Votes, float]]] = {
+_MEASURES: dict[str, dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, float] | None, float]]] = {
     "mnist": {
         "natural": ((1.485, 1.071), (1.194, 2.159), None, 94.83),
         "at": ((1.288, 1.004), (1.308, 1.042), (93.01, 98.68), 91.25),

@@ -199,7 +199,6 @@ class _Evaluation:
         classes = len(dataset.class_names)
 
         def measured(each: fd.Findings) -> dict[str, Any]:
-            """What is reported of every model."""
             return {
                 "accuracy": fd.accuracies(each, plan, classes),
                 "detection": each.detection,
