@@ -15,8 +15,8 @@ from tla_service.config.explain import Explainer
 from tla_service.config.loading import load_config_file
 from tla_service.data import Batch, EvaluationBatches, load_dataset
 from tla_service.errors import ConfigError, UserError
-from tla_service.evaluation.mode import evaluating
-from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
+from tla_service.evaluation.shards import evaluating
+from tla_service.evaluation.suite import evaluation_attack, measure_accuracy
 from tla_service.models import ModelOutput
 from tla_service.registry.loading import load_with_folder
 from tla_service.runtime import WorkerContext, mixed_seed

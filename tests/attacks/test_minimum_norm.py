@@ -1,9 +1,11 @@
 """Smallest sparse perturbations: on a linear network the true ones are known."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tla_service.attacks.minimum_norm import minimum_norms
 
@@ -13,6 +15,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:
 WEIGHTS = torch.tensor([1.0, -0.5, 0.25, 0.1, -0.05, 0.02])
 
 
+class Module(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.forward = function
+        self.eval()
+
+
+@Module
 def two_classes(images: Tensor) -> Tensor:
     """Class 1 where w . x > 0.3."""
     score = images.flatten(1) @ WEIGHTS - 0.3
@@ -61,6 +71,7 @@ def test_an_image_that_is_wrong_needs_no_change(batch: tuple[Tensor, Tensor]) ->
 def test_a_network_that_nothing_moves_has_no_minimum(batch: tuple[Tensor, Tensor]) -> None:
     images, _ = batch
 
+    @Module
     def constant(pictures: Tensor) -> Tensor:
         return torch.tensor([1.0, 0.0]) + 0 * pictures.flatten(1).sum(1, keepdim=True)
 

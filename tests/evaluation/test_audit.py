@@ -13,8 +13,7 @@ from tla_service.attacks import Attack, craft
 from tla_service.config import DataConfig
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
-from tla_service.evaluation.audit import AuditMeasurement
-from tla_service.evaluation.audit_checks import CHECKS
+from tla_service.evaluation.audit import CHECKS, AuditMeasurement
 from tla_service.evaluation.results import Audit
 from tla_service.evaluation.shards import Shard
 from tla_service.evaluation.surrogate import SurrogateMeasurement, TrainedSurrogate, surrogate_rows

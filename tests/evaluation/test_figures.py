@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tla_service.evaluation import figures
-from tla_service.evaluation.figures import attack_panel, training_curves
+from tla_service.evaluation.figures import PanelRow, attack_panel, retrieval_panel, training_curves
 
 KEYS = (
     "train/loss",
@@ -31,13 +31,13 @@ def history(*robust: float) -> list[dict[str, float]]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure that is saved."""
     seen: list[Figure] = []
-    save = figures._save
+    save = figures.save
 
     def keep(figure: Figure, path: Path) -> None:
         seen.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(figures, "save", keep)
     return seen
 
 
@@ -103,3 +103,29 @@ def test_panel_without_any_perturbation(tmp_path: Path) -> None:
     attack_panel(clean, clean, [0], [0], [0], ["cat"], tmp_path / "panel.png")
     with pytest.raises(ValueError, match="at least one"):
         attack_panel(clean[:0], clean[:0], [], [], [], ["cat"], tmp_path / "panel.png")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_retrieval_judges_by_colour_and_mark(channels: int, tmp_path: Path, drawn: list[Figure]) -> None:
+    query = np.full((1, channels, 4, 4), 0.25)
+    found = np.stack([np.full((2, channels, 4, 4), value) for value in (0.5,)])
+    clean = PanelRow(query, found, np.array([[2, 2]]))
+    states = {"clean": clean, "attacked": PanelRow(2 * query, found + 0.25, np.array([[2, 5]]))}
+    retrieval_panel(np.array([2]), states, [f"class {klass}" for klass in range(12)], tmp_path / "panel.png")
+    cells = drawn[0].axes
+    assert [cell.get_xlabel() for cell in cells] == [
+        "query: class 2", "✓ class 2", "✓ class 2", "query: class 2", "✓ class 2", "✗ class 5",
+    ]  # fmt: skip
+    assert [cell.get_ylabel() for cell in cells][::3] == ["clean", "attacked"]
+    values = [float(np.asarray(cell.images[0].get_array()).ravel()[0]) for cell in cells]
+    assert values == [0.25, 0.5, 0.5, 0.5, 0.75, 0.75]
+    right, wrong = (cells[place].spines["left"] for place in (4, 5))
+    assert right.get_edgecolor() != wrong.get_edgecolor()
+    assert right.get_linestyle() != wrong.get_linestyle()
+    with pytest.raises(ValueError, match="leading shapes"):
+        retrieval_panel(
+            np.array([2]),
+            states | {"clean": clean._replace(neighbours=found[:, :1])},
+            [f"class {klass}" for klass in range(12)],
+            tmp_path / "x.png",
+        )

@@ -75,14 +75,6 @@ def test_identical_images_and_harmless_attacks_leave_nothing_to_average() -> Non
     assert np.isnan(shift_ratios(natural, natural).r_prime).tolist() == [True, False]
 
 
-def test_ratios_refuse_what_does_not_belong_together() -> None:
-    natural = made([0, 1], [0, 1], 1)
-    with pytest.raises(ValueError, match="equal width"):
-        shift_ratios(natural, made([0, 1], [0, 1], 1, width=6))
-    with pytest.raises(ValueError, match="want images"):
-        shift_ratios(natural.subset(np.arange(0)), natural)
-
-
 def test_pictures_choose_their_images() -> None:
     natural = made([0, 1, 2, 1, 0, 1, 2], [0] * 7, 1)
     attacked = made([0, 1, 2, 1, 0, 1, 2], [1, 2, 0, 2, 1, 0, 2], 2)

@@ -21,4 +21,7 @@ def test_a_rejector_crosses_a_file_unchanged(covariance: str) -> None:
     assert (again.threshold, again.false_rejection_rate) == (-3.25, 0.05)
     assert (again.training_images, again.validation_images) == (27, 9)
     test = embedded([0, 1, 2, 2], seed=4)
-    np.testing.assert_array_equal(again.detector.score(test), fitted.detector.score(test))
+    np.testing.assert_array_equal(
+        again.detector.score(test.embeddings, test.predictions),
+        fitted.detector.score(test.embeddings, test.predictions),
+    )

@@ -26,7 +26,7 @@ from tests.cluster.conftest import QUICK, ROOT, Cluster, Job, free_port
 from tests.conftest import S3Server
 from tla_service.config.loading import load_config_file
 from tla_service.data import load_dataset
-from tla_service.evaluation.outcomes import load_outcome
+from tla_service.evaluation.shards import load_outcome
 from tla_service.job import run_job
 from tla_service.registry.loading import load_model
 from tla_service.report.schema import read_report

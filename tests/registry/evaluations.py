@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from tests.registry.tracking_server import Packaged
 from tla_service.attacks import UNBROKEN
 from tla_service.data.splits import gate_images
-from tla_service.evaluation.intervals import class_accuracy
-from tla_service.evaluation.outcomes import AutoAttackRun, ShardOutcome, save_outcome
+from tla_service.evaluation.results import class_accuracy
+from tla_service.evaluation.shards import AutoAttackRun, ShardOutcome, save_outcome
 from tla_service.report.schema import Report, ThreatModel, artifact_folder, evaluations_folder, write_report
 from tla_service.tracking.runs import log_files
 

@@ -21,7 +21,7 @@ from tests.registry.evaluations import (
 from tests.registry.test_promotion import aliases, attempt, failed
 from tests.registry.tracking_server import Packaged, config_for
 from tla_service.attacks import UNBROKEN
-from tla_service.evaluation.outcomes import AutoAttackRun, ShardOutcome
+from tla_service.evaluation.shards import AutoAttackRun, ShardOutcome
 from tla_service.registry.gate import Evaluated, Finding, compare, judge
 from tla_service.registry.job_settings import GateRules
 from tla_service.report.schema import ThreatModel, artifact_folder

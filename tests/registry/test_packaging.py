@@ -166,7 +166,7 @@ def test_the_verdict_is_the_detectors(packaged: Packaged) -> None:
         output = packaged.network(torch.from_numpy(many))
     np.testing.assert_allclose(out["embedding"], output.embeddings, atol=1e-5)
     seen = Embedded(output.embeddings.numpy(), output.logits.numpy(), out["label"])
-    expected = packaged.rejector.detector.score(seen)
+    expected = packaged.rejector.detector.score(seen.embeddings, seen.predictions)
     np.testing.assert_allclose(out["detection_score"], expected, rtol=1e-5)
     assert out["accepted"].tolist() == (expected >= packaged.rejector.threshold).tolist()
     assert 0 < out["accepted"].sum() < 60

@@ -109,7 +109,7 @@ class Packaged:
             output = self.network(torch.from_numpy(images(200)))
         seen = Embedded(output.embeddings.numpy(), output.logits.numpy(), np.arange(200) % 10)
         detector = fit_detector(seen, covariance="tied")
-        return Rejector(detector, float(np.median(detector.score(seen))), 0.5, 200, 200)
+        return Rejector(detector, float(np.median(detector.score(seen.embeddings, seen.predictions))), 0.5, 200, 200)
 
     def log(self, registered_model: str | None = "tla-digits", **changes: object) -> Logged:
         arguments = {

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tests.jobs.test_evaluate_refusals import checkpoint
-from tla_service.evaluation.outcomes import load_outcome
-from tla_service.evaluation.shards import Shard
+from tla_service.evaluation.shards import Shard, load_outcome
 from tla_service.evaluation.suite import AttackMeasurement
 from tla_service.job import INTERRUPTED, run_job
 from tla_service.report.__main__ import main

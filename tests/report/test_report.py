@@ -16,10 +16,9 @@ from tla_service.attacks import UNBROKEN, Attack, attack_images
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.detection import fit_detector
-from tla_service.evaluation.minimum_norms import minimum_norms_of
-from tla_service.evaluation.outcomes import ShardOutcome
 from tla_service.evaluation.results import Accuracy, Audit, Check
-from tla_service.evaluation.shards import Shard
+from tla_service.evaluation.shards import Shard, ShardOutcome
+from tla_service.evaluation.suite import minimum_norms_of
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
 from tla_service.report import findings as fd
@@ -256,13 +255,21 @@ def test_the_shipped_detector_is_measured_at_its_own_threshold() -> None:
     results = {(MODEL, "columns"): own.outcome} | {(MODEL, name): each for name, each in own.embedded.items()}
     detector = fit_detector(own.embedded["bank"].embedded, covariance="tied")
     natural, attacked = (own.embedded[name].embedded for name in ("natural", detection_name(plan())))
-    threshold = float(np.median(detector.score(natural)))
+    threshold = float(np.median(detector.score(natural.embeddings, natural.predictions)))
     detection = fd.gather(results, MODEL, plan(), settings(), Rejector(detector, threshold, 0.05, 200, 50)).detection
     assert detection is not None
     shipped = detection.shipped
     assert shipped is not None
-    right = [score < threshold for each in (natural, attacked) for score in detector.score(each)[each.correct]]
-    wrong = [score < threshold for each in (natural, attacked) for score in detector.score(each)[~each.correct]]
+    right = [
+        score < threshold
+        for each in (natural, attacked)
+        for score in detector.score(each.embeddings, each.predictions)[each.correct]
+    ]
+    wrong = [
+        score < threshold
+        for each in (natural, attacked)
+        for score in detector.score(each.embeddings, each.predictions)[~each.correct]
+    ]
     assert shipped.false_rejections.estimate == pytest.approx(np.mean(right))
     assert shipped.detected.estimate == pytest.approx(np.mean(wrong))
     assert shipped.false_rejections.images + shipped.detected.images == 120

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tla_service.config.loading import read_settings
-from tla_service.evaluation.outcomes import ShardOutcome, save_outcome
+from tla_service.evaluation.shards import ShardOutcome, save_outcome
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, write_report
 from tla_service.results.runs import REPORT
 from tla_service.results.settings import ReproduceSettings

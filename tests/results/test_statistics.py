@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tla_service.evaluation.intervals import paired_difference
+from tla_service.evaluation.results import paired_difference
 from tla_service.results.runs import Estimate, TableRun, read_row
 
 

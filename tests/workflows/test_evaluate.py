@@ -11,10 +11,10 @@ from mlflow import MlflowClient
 from tests.registry.evaluations import fates, report_on
 from tests.registry.tracking_server import Packaged
 from tla_service.errors import ConfigError
-from tla_service.evaluation.outcomes import save_outcome
+from tla_service.evaluation.shards import save_outcome
 from tla_service.job import run_job
 from tla_service.registry.subject import load_subject
-from tla_service.report.folder import identity, open_folder, report_folder
+from tla_service.report.evaluate import identity, open_folder, report_folder
 from tla_service.report.plan import make_plan
 from tla_service.report.schema import OUTCOME_FILE, PAGE_FILE, REPORT_FILE, write_report
 from tla_service.report.settings import EvaluateSettings

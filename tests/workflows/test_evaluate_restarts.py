@@ -14,7 +14,7 @@ import pytest
 
 from tests.cluster.conftest import ROOT
 from tests.jobs.test_evaluate_refusals import checkpoint
-from tla_service.evaluation.outcomes import load_outcome
+from tla_service.evaluation.shards import load_outcome
 from tla_service.report.schema import read_report
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]

@@ -8,7 +8,7 @@ import mlflow
 import pytest
 
 from tests.results.conftest import settings_of
-from tla_service.evaluation.outcomes import load_outcome
+from tla_service.evaluation.shards import load_outcome
 from tla_service.report.schema import read_report
 from tla_service.results.page import write_page
 from tla_service.results.runs import TableRun, table_runs, table_space

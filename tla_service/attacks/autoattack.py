@@ -44,15 +44,11 @@ ZERO_GRADIENT = _WARNINGS["zero gradient"]
 
 @dataclass(frozen=True)
 class AutoAttackResult:
-    """What AutoAttack did to each image.
+    """What AutoAttack did to each image, and its distinct warnings about the network.
 
-    Attributes:
-        adversarial: Images (N, C, H, W); those that were not broken, or misclassified from the start, stay clean.
-        broken_at: (N,), int64: 0 where the image is misclassified from the start, the number of the stage in
-            `ALL_STAGES`, from 1 on, that broke it, else `UNBROKEN`.
-        stages: Stages that were run, in their order.
-        left_out: Stages that were not run, and why.
-        warnings: The package's warnings about this network, such as that it seems randomised; each once.
+    `adversarial` images (N, C, H, W) stay clean where they were not broken, or misclassified from the start.
+    `broken_at` (N,), int64, is 0 in the latter case, the number of the stage in `ALL_STAGES`, from 1 on, that broke the
+    image, else `UNBROKEN`.
     """
 
     adversarial: Tensor
@@ -81,27 +77,28 @@ def run_autoattack(
 ) -> AutoAttackResult:
     """Run the standard version's stages one after another, each on the images that still stand.
 
-    Targeted stages take as many targets as there are other classes, nine at most. Global random states are restored.
+    Targeted stages take as many targets as there are other classes, nine at most. Global random states are restored,
+    and no parameter's ``.grad`` is touched.
 
     Args:
-        logits_fn: Images (N, C, H, W) in [0, 1] to logits (N, K); in eval mode, not a DDP wrapper. No parameter's
-            ``.grad`` is touched.
+        logits_fn: Images (N, C, H, W) in [0, 1] to logits (N, K); in eval mode, not a DDP wrapper.
         images: Clean images (N, C, H, W), float32, in [0, 1]; any C.
         labels: True classes (N,), int64.
         norm: Norm of the perturbation.
-        epsilon: Radius, in pixels of [0, 1] (L-infinity) or as a length.
+        epsilon: Radius, in pixels of [0, 1] (L-infinity) or as a length. Above 0.
         seed: Fixes every draw; the package starts each batch of each stage from it.
         batch_size: Images per forward pass.
         only: Run only these stages; None: all.
         square_queries: Queries of the Square attack; the package's own number is 5000.
 
     Raises:
-        ConfigError: A setting is not one of AutoAttack's, or the logits are not finite.
+        ConfigError: The logits are not finite.
     """
-    if norm not in _NORMS:
-        raise ConfigError("norm", norm, "is none of AutoAttack's", f"choose from {', '.join(_NORMS)}")
-    if not epsilon > 0:
-        raise ConfigError("epsilon", epsilon, "leaves nothing to attack with", "give a radius above 0")
+    from pyautoattack import AutoAttack
+
+    def guarded(pixels: Tensor) -> Tensor:
+        return _ToImagesOnly.apply(pixels, logits_fn) if torch.is_grad_enabled() else logits_fn(pixels).float()
+
     images = images.detach()
     with torch.no_grad():
         logits = torch.cat([logits_fn(part) for part in images.split(batch_size)])
@@ -111,7 +108,9 @@ def run_autoattack(
     broken_at = torch.where(logits.argmax(1) == labels, UNBROKEN, 0)
     adversarial = images.clone()
     with _undisturbed(images.device) as messages:
-        library = _library(logits_fn, _NORMS[norm], epsilon, seed, images.device)
+        library: Any = AutoAttack(
+            guarded, eps=epsilon, norm=_NORMS[norm], seed=seed, version=VERSION, device=images.device
+        )
         library.square.n_queries = square_queries
         for attack in (library.fab, library.apgd_targeted):
             attack.n_target_classes = min(attack.n_target_classes, logits.shape[1] - 1)
@@ -130,22 +129,10 @@ def run_autoattack(
 def autoattack_stages(
     classes: int, norm: AutoAttackNorm, rows: int, only: Collection[str] | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """Stages of the standard version that run on a network and its images, and those left out with the reason.
+    """Stages of the standard version that run on a network of `classes` and images of `rows`; those left out, and why.
 
-    With three classes ``apgd-dlr`` runs in the place of ``apgd-t``; with two neither can run.
-
-    Args:
-        classes: Classes of the network, 2 at least.
-        norm: Norm of the perturbation.
-        rows: Height of the images.
-        only: Run only these stages; None: all.
-
-    Raises:
-        ConfigError: `only` names no stage.
+    With three classes ``apgd-dlr`` runs in the place of ``apgd-t``; with two neither can run. `only` restricts them.
     """
-    unknown = sorted(set(only or ()) - {*_STANDARD, "apgd-dlr"})
-    if unknown:
-        raise ConfigError("only", unknown[0], "is no stage", f"choose from {', '.join(_STANDARD)}, apgd-dlr")
     stages, left_out = [], {}
     for stage in _STANDARD:
         needed = _FEWEST_CLASSES.get(stage, 2)
@@ -162,15 +149,6 @@ def autoattack_stages(
         stages.remove("square")
         left_out["square"] = f"needs images of {_SQUARE_FEWEST_ROWS} rows in {norm}, these have {rows}"
     return stages, left_out
-
-
-def _library(logits_fn: LogitsFn, norm: str, epsilon: float, seed: int, device: torch.device) -> Any:
-    from pyautoattack import AutoAttack
-
-    def logits(images: Tensor) -> Tensor:
-        return _ToImagesOnly.apply(images, logits_fn) if torch.is_grad_enabled() else logits_fn(images).float()
-
-    return AutoAttack(logits, eps=epsilon, norm=norm, seed=seed, version=VERSION, device=device)
 
 
 class _ToImagesOnly(torch.autograd.Function):

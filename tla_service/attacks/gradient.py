@@ -60,11 +60,7 @@ _KL_START = 0.001
 
 
 def craft(
-    logits_fn: LogitsFn,
-    images: Tensor,
-    labels: Tensor,
-    attack: Attack,
-    generator: torch.Generator | None = None,
+    logits_fn: LogitsFn, images: Tensor, labels: Tensor, attack: Attack, generator: torch.Generator | None = None
 ) -> Tensor:
     """Attack a batch once, from one start.
 
@@ -123,11 +119,8 @@ def craft_noisy_step(
 ) -> Tensor:
     """N-FGSM (de Jorge et al. 2022): noise, then one step of length epsilon, without a projection back to the ball.
 
-    Args are those of `craft`, for an L-infinity attack, and `noise`, the half width of the uniform noise in epsilons
-    (the paper's k).
-
-    Returns:
-        Images (N, C, H, W) in [0, 1], within (noise + 1) epsilons of `images`; detached.
+    For L-infinity; `noise` is the half width of the uniform noise in epsilons (the paper's k), other arguments are
+    those of `craft`. Returns detached images (N, C, H, W) in [0, 1], within (noise + 1) epsilons of `images`.
     """
     images = images.detach()
     draw = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
@@ -142,10 +135,8 @@ def craft_noisy_step(
 class Attacked(NamedTuple):
     """Images after an attack with restarts.
 
-    Attributes:
-        images: (N, C, H, W): the worst result of each image; clean where it is misclassified without an attack.
-        broken_at: (N,), int64: 0 where the image is misclassified without an attack, r where the r-th restart is the
-            first to break it, `UNBROKEN` where none does.
+    `images` (N, C, H, W) are the worst result of each; clean where misclassified without an attack. `broken_at` (N,),
+    int64, is 0 there, r where the r-th restart is the first to break the image, `UNBROKEN` where none does.
     """
 
     images: Tensor
@@ -168,15 +159,8 @@ def attack_images(
     """Attack with all restarts and keep the worst result of each image.
 
     Restarts only attack images that are not broken yet; among results that do not break an image, the one with the
-    highest loss is kept. Arguments are those of `craft`.
-
-    Args:
-        logits_fn: The network under attack.
-        images: Clean images (N, C, H, W), float, in [0, 1].
-        labels: True classes (N,), int64.
-        attack: The adversary.
-        generator: Source of the random starts, on the images' device.
-        crafted_on: The network whose gradients are followed (a transfer attack); None: the one under attack.
+    highest loss is kept. Arguments are those of `craft`; `crafted_on` is the network whose gradients are followed (a
+    transfer attack), by default the one under attack.
     """
     images = images.detach()
     with torch.no_grad():

@@ -6,50 +6,30 @@ Source: Pintor et al. 2021, "Fast minimum-norm adversarial attacks through adapt
 from typing import Literal
 
 import torch
-from torch import Tensor
-
-from tla_service.attacks.gradient import LogitsFn
+from torch import Tensor, nn
 
 SparseNorm = Literal["l0", "l1"]
 
 
-class _Logits(torch.nn.Module):
-    """A function as a module, which is what foolbox takes."""
+def minimum_norms(logits: nn.Module, images: Tensor, labels: Tensor, norm: SparseNorm, *, steps: int = 100) -> Tensor:
+    """Sizes (N,) of the smallest perturbations found that change the images' classes to wrong ones: upper bounds.
 
-    def __init__(self, logits_fn: LogitsFn) -> None:
-        super().__init__()
-        self._logits_fn = logits_fn
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of images."""
-        return self._logits_fn(images)
-
-
-def minimum_norms(logits_fn: LogitsFn, images: Tensor, labels: Tensor, norm: SparseNorm, *, steps: int = 100) -> Tensor:
-    """The size of the smallest perturbation found that changes each image's class to a wrong one.
-
-    Args:
-        logits_fn: Images in [0, 1] to logits (N, K); of a network in eval mode whose parameters want no gradients.
-        images: (N, C, H, W), float32 in [0, 1].
-        labels: True classes (N,).
-        norm: ``l0`` counts changed values (a colour pixel has three), ``l1`` sums absolute changes.
-        steps: Steps of the attack.
-
-    Returns:
-        (N,), float32: 0 where the image is misclassified already, infinity where none was found. An upper bound.
+    0 where an image is misclassified already, infinity where none was found. Images are (N, C, H, W), float32 in
+    [0, 1]; the module gives logits (N, K), is in eval mode, and its parameters want no gradients. ``l0`` counts changed
+    values (a colour pixel has three), ``l1`` sums absolute changes.
     """
     from foolbox import PyTorchModel
     from foolbox.attacks import L0FMNAttack, L1FMNAttack
 
     with torch.no_grad():
-        wrong = logits_fn(images).argmax(1) != labels
-    model = PyTorchModel(_Logits(logits_fn).eval(), bounds=(0, 1), device=images.device)
+        wrong = logits(images).argmax(1) != labels
+    model = PyTorchModel(logits, bounds=(0, 1), device=images.device)
     attack = (L0FMNAttack if norm == "l0" else L1FMNAttack)(steps=steps)
     _, adversarial, broken = attack(model, images, labels, epsilons=None)
     with torch.no_grad():
         changed = (adversarial - images).flatten(1)
         sizes = (changed != 0).sum(1).float() if norm == "l0" else changed.abs().sum(1)
         # Checked here rather than trusted: the returned image must be misclassified.
-        broken = logits_fn(adversarial).argmax(1) != labels
+        broken = logits(adversarial).argmax(1) != labels
     sizes = torch.where(broken, sizes, torch.inf)
     return torch.where(wrong, 0.0, sizes)

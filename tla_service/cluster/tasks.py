@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tla_service.config import ScalingConfig
 from tla_service.errors import UnavailableError
-from tla_service.evaluation.outcomes import Arrays, IntArray
-from tla_service.evaluation.shards import Measurement, Shard
+from tla_service.evaluation.shards import Arrays, IntArray, Measurement, Shard
 from tla_service.report.tasks import Inputs, MissingShard
 from tla_service.runtime import keep_freed_memory
 

@@ -1,32 +1,66 @@
-"""Is the robustness real? Checks for gradient masking, each with its figure, threshold and meaning."""
+"""Is the robustness real? Checks for gradient masking, each with its figure, threshold and meaning.
+
+Sources: Athalye, Carlini and Wagner 2018, section 3.1; Carlini et al. 2019, "On evaluating adversarial robustness";
+Tramer et al. 2020. Thresholds are settings of this project, wide enough for the noise of some hundred images.
+"""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from tla_service.attacks import UNBROKEN, Attack
-from tla_service.evaluation import audit_checks as checks
-from tla_service.evaluation.mode import as_pixels, evaluating, float32, logits_of
-from tla_service.evaluation.outcomes import Arrays
-from tla_service.evaluation.results import Audit, Check
-from tla_service.evaluation.shards import Shard
+from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images, craft
+from tla_service.attacks.autoattack import run_autoattack
+from tla_service.evaluation.results import Audit, Check, Outcome
+from tla_service.evaluation.shards import Arrays, Shard, as_pixels, evaluating, float32, logits_of
 from tla_service.evaluation.suite import clean_logits
+from tla_service.runtime import autocast, generator
+
+# Attacks made on a network that knows much less than the model say nothing about the model.
+_LEAST_SURROGATE = 0.5
+# By check: the most that its figure may be (the last one: the least), and what a failure means. Figures are shares of
+# images; of `loss_has_settled` it is the share of what the attack had added to the loss.
+CHECKS = {
+    "iterative_against_single_step": (
+        0.01,
+        "many small steps do worse than one large step: gradients near the images mislead",
+    ),
+    "white_box_against_transfer": (
+        0.01,
+        "an attacker who does not know the network does better than one who does: its gradients hide the way",
+    ),
+    "white_box_against_square": (0.02, "a search without gradients finds what gradients do not: they are masked"),
+    "accuracy_at_large_epsilon": (0.01, "no network can be right there, so the attack does not find its way"),
+    "more_steps_not_weaker": (0.01, "the attack loses its way as it goes on: the loss surface is broken up"),
+    "more_steps_gain_little": (0.03, "the attack was stopped early; with more steps the reported robustness falls"),
+    "loss_has_settled": (0.25, "the loss still rises steeply when the attack ends; use more or longer steps"),
+    "gradients_do_not_vanish": (0.01, "gradient attacks stand still on these images and call them robust"),
+    "restarts_gain_little": (
+        0.05,
+        "where the attack begins decides what it finds: the loss surface is rough, and one start overstates robustness",
+    ),
+    "cross_entropy_against_margin": (
+        0.05,
+        "the softmax saturates and hides the gradient; large logits make the cross-entropy a poor guide",
+    ),
+    "bfloat16_agrees_with_float32": (
+        0.97,
+        "predictions hang on rounding: small numerical noise stands in for robustness",
+    ),
+}
 
 
 @dataclass(frozen=True)
 class AuditMeasurement:
     """Looks for signs that attacks fail for other reasons than robustness; one shard, merged to an Audit.
 
-    Some hundred test images are enough.
-
-    Attributes:
-        attack: The iterative white-box attack that the report relies on, with one start.
-        seed: Fixes every draw.
-        batch_size: Images per forward pass.
-        no_surrogate: Why there is no surrogate; without one the transfer check is not run.
-        square_queries: Queries of the Square attack.
+    Some hundred test images are enough. `attack` is the iterative white-box attack that the report relies on, with one
+    start; `no_surrogate` is why the transfer check is not run, if there is no surrogate.
     """
 
     attack: Attack
@@ -36,29 +70,25 @@ class AuditMeasurement:
     square_queries: int = 1000
 
     def run(self, shard: Shard) -> Arrays:
-        """Run every check.
-
-        Raises:
-            ConfigError: The network cannot take the images, or gives logits that are not finite.
-        """
+        """Run every check; ConfigError if the network cannot take the images, or gives logits that are not finite."""
         one = replace(self.attack, kind="pgd", num_restarts=1)
         with evaluating(shard.network, shard.surrogate), float32(shard.device):
             pixels, labels = as_pixels(shard.images, shard.device), shard.labels.to(shard.device)
-            subject = checks.Subject(logits_of(shard.network), pixels, labels, self.seed, self.batch_size)
+            subject = _Subject(logits_of(shard.network), pixels, labels, one, self.seed, self.batch_size)
             for x, y in subject.batches():
                 clean_logits(subject.logits_fn, x, y)
             standing = subject.broken_at(one) == UNBROKEN
-            iterative = checks.mean_of(standing)
+            iterative = _mean(standing)
             results = [
-                checks.single_step(subject, one, iterative),
-                checks.transfer(subject, one, iterative, shard.surrogate or self.no_surrogate),
-                checks.square(subject, one, standing, self.square_queries),
-                checks.far(subject, one),
-                *checks.steps(subject, one, iterative),
-                checks.gradients(subject),
-                checks.restarts(subject, one),
-                checks.margin(subject, one, iterative),
-                checks.bfloat16(subject, one),
+                _single_step(subject, iterative),
+                _transfer(subject, iterative, shard.surrogate or self.no_surrogate),
+                _square(subject, standing, self.square_queries),
+                _far(subject),
+                *_steps(subject, iterative),
+                _gradients(subject),
+                _restarts(subject),
+                _margin(subject, iterative),
+                _bfloat16(subject),
             ]
         return {"audit": np.array(json.dumps(asdict(Audit.of(results, len(shard.labels)))))}
 
@@ -67,3 +97,171 @@ class AuditMeasurement:
         (only,) = parts
         found = json.loads(str(only["audit"]))
         return Audit.of([Check(**check) for check in found["checks"]], found["images"])
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What the checks measure on, and the attack they vary."""
+
+    logits_fn: LogitsFn
+    images: Tensor
+    labels: Tensor
+    attack: Attack
+    seed: int
+    batch_size: int
+
+    def batches(self, images: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Batches of images (by default the clean ones) and labels."""
+        images = self.images if images is None else images
+        return list(zip(images.split(self.batch_size), self.labels.split(self.batch_size), strict=True))
+
+    def broken_at(self, attack: Attack, crafted_on: LogitsFn | None = None) -> Tensor:
+        """Which restart breaks each image first (N,)."""
+        # In the same state each time: attacks that are compared begin at the same points.
+        random = generator(self.images.device, self.seed)
+        return torch.cat(
+            [attack_images(self.logits_fn, x, y, attack, random, crafted_on).broken_at for x, y in self.batches()]
+        )
+
+    def standing(self, attack: Attack, crafted_on: LogitsFn | None = None) -> float:
+        """Share of images that stand."""
+        return _mean(self.broken_at(attack, crafted_on) == UNBROKEN)
+
+    def attacked(self, attack: Attack) -> Tensor:
+        """Images (N, C, H, W) after one start."""
+        random = generator(self.images.device, self.seed)
+        return torch.cat([craft(self.logits_fn, x, y, attack, random) for x, y in self.batches()])
+
+    def loss(self, images: Tensor) -> float:
+        """Mean cross-entropy."""
+        with torch.no_grad():
+            losses = [F.cross_entropy(self.logits_fn(x), y, reduction="none") for x, y in self.batches(images)]
+        return _mean(torch.cat(losses))
+
+
+def _check(name: str, figure: float | None, statement: str) -> Check:
+    """Hold a figure against its threshold; None: the check was not run, for the reason stated."""
+    threshold, meaning = CHECKS[name]
+    outcome: Outcome = "not run"
+    if figure is not None:
+        passed = figure >= threshold if name == "bfloat16_agrees_with_float32" else figure <= threshold
+        outcome = "passed" if passed else "failed"
+    return Check(name, figure, threshold, outcome, statement, meaning)
+
+
+def _single_step(subject: _Subject, iterative: float) -> Check:
+    single = subject.standing(replace(subject.attack, kind="fgsm"))
+    statement = f"{iterative:.1%} stand after {subject.attack.num_steps} steps, {single:.1%} after one"
+    return _check("iterative_against_single_step", iterative - single, statement)
+
+
+def _transfer(subject: _Subject, iterative: float, surrogate: nn.Module | str) -> Check:
+    """`surrogate` is a network, or why there is none."""
+    name = "white_box_against_transfer"
+    if isinstance(surrogate, str):
+        return _check(name, None, surrogate)
+    crafted_on = logits_of(surrogate)
+    with torch.no_grad():
+        right, other = (
+            _mean(torch.cat([logits_fn(x).argmax(1) == y for x, y in subject.batches()]))
+            for logits_fn in (subject.logits_fn, crafted_on)
+        )
+    if other < _LEAST_SURROGATE * right:
+        why = f"the surrogate classifies only {other:.1%} of the images correctly, the model {right:.1%}"
+        return _check(name, None, why)
+    transferred = subject.standing(subject.attack, crafted_on)
+    statement = (
+        f"{iterative:.1%} stand in the white box, {transferred:.1%} after transfer from a surrogate with "
+        f"{other:.1%} clean accuracy"
+    )
+    return _check(name, iterative - transferred, statement)
+
+
+def _square(subject: _Subject, standing: Tensor, queries: int) -> Check:
+    name, fell = "white_box_against_square", 0
+    if standing.any():
+        result = run_autoattack(
+            subject.logits_fn,
+            subject.images[standing],
+            subject.labels[standing],
+            norm=subject.attack.norm,
+            epsilon=subject.attack.epsilon,
+            seed=subject.seed,
+            batch_size=subject.batch_size,
+            only=("square",),
+            square_queries=queries,
+        )
+        if "square" in result.left_out:
+            return _check(name, None, result.left_out["square"])
+        fell = int((~result.robust).sum())
+    left = int(standing.sum())
+    statement = f"Square's {queries} queries break {fell} of {left} images that the white-box attack leaves"
+    return _check(name, fell / len(standing), statement)
+
+
+def _far(subject: _Subject) -> Check:
+    # Within this radius lies mid-grey, whatever the image: nothing can be told there.
+    attack, pixels = subject.attack, math.prod(subject.images.shape[1:])
+    radius = max(attack.epsilon, 0.5 if attack.norm == "linf" else 0.5 * math.sqrt(pixels))
+    steps = max(50, attack.num_steps)
+    share = subject.standing(replace(attack, epsilon=radius, step_size=radius / 10, num_steps=steps))
+    statement = f"{share:.1%} stand at epsilon {radius:.3g}, where every image can be turned grey"
+    return _check("accuracy_at_large_epsilon", share, statement)
+
+
+def _steps(subject: _Subject, iterative: float) -> list[Check]:
+    longer = replace(subject.attack, num_steps=4 * subject.attack.num_steps)
+    more = subject.standing(longer)
+    clean, now, then = map(subject.loss, (subject.images, subject.attacked(subject.attack), subject.attacked(longer)))
+    rise = (then - now) / max(now - clean, 1e-12) if then > now else 0.0
+    counts = f"{subject.attack.num_steps} and {longer.num_steps} steps"
+    statement = f"{iterative:.1%} and {more:.1%} stand after {counts}"
+    losses = f"mean loss {clean:.3g} clean, {now:.3g} and {then:.3g} after {counts}"
+    return [
+        _check("more_steps_not_weaker", more - iterative, statement),
+        _check("more_steps_gain_little", iterative - more, statement),
+        _check("loss_has_settled", rise, losses),
+    ]
+
+
+def _gradients(subject: _Subject) -> Check:
+    def norms(images: Tensor, labels: Tensor) -> Tensor:
+        images = images.detach().requires_grad_()
+        with torch.enable_grad():
+            total = F.cross_entropy(subject.logits_fn(images), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(total, images)
+        return gradient.flatten(1).norm(dim=1)
+
+    lengths = torch.cat([norms(x, y) for x, y in subject.batches()])
+    share = _mean((lengths == 0) | ~lengths.isfinite())
+    statement = f"{share:.1%} of the images have no gradient; the median length is {float(lengths.median()):.3g}"
+    return _check("gradients_do_not_vanish", share, statement)
+
+
+def _restarts(subject: _Subject) -> Check:
+    broken_at = subject.broken_at(replace(subject.attack, num_restarts=10, random_start=True))
+    first, last = _mean((broken_at == UNBROKEN) | (broken_at > 1)), _mean(broken_at == UNBROKEN)
+    statement = f"{first:.1%} stand after one start, {last:.1%} after ten"
+    return _check("restarts_gain_little", first - last, statement)
+
+
+def _margin(subject: _Subject, iterative: float) -> Check:
+    margin = subject.standing(replace(subject.attack, kind="cw"))
+    statement = f"{iterative:.1%} stand when the cross-entropy is ascended, {margin:.1%} when the logit margin is"
+    return _check("cross_entropy_against_margin", iterative - margin, statement)
+
+
+def _bfloat16(subject: _Subject) -> Check:
+    def agrees(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            exact = subject.logits_fn(images).argmax(1)
+            with autocast("bfloat16", images.device):
+                return subject.logits_fn(images).argmax(1) == exact
+
+    share = _mean(torch.cat([agrees(x) for x, _ in subject.batches(subject.attacked(subject.attack))]))
+    statement = f"both predict the same class on {share:.1%} of the attacked images"
+    return _check("bfloat16_agrees_with_float32", share, statement)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())

@@ -12,31 +12,23 @@ from math import floor
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
-from tla_service.evaluation.intervals import share_of
-from tla_service.evaluation.neighbours import Metric, neighbour_score
-from tla_service.evaluation.results import DetectionScore, ShippedDetection
+from tla_service.evaluation.geometry import Metric, neighbour_score
+from tla_service.evaluation.results import BoolArray, DetectionScore, ShippedDetection, share_of
 from tla_service.inference.detector import Detector, Integers, Rejector, Rule, Scores, unit_rows
 
 Covariance = Literal["full", "tied", "diagonal"]
 Shrinkage = Literal["ledoit_wolf", "none"]
-Correct = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class RocCurve:
-    """How well a score tells correctly classified images (positives) from misclassified ones.
+    """How well a score tells correctly classified images (positives) from misclassified ones, threshold by threshold.
 
-    Attributes:
-        score: The area under the curve.
-        num_correct: Correctly classified images.
-        num_wrong: Misclassified images.
-        false_accepts: Share of misclassified images accepted at each threshold, ascending; empty where undefined.
-        true_accepts: Share of correctly classified images accepted.
+    The shares accepted of both rise; they are empty where the curve is undefined.
     """
 
     score: DetectionScore
@@ -59,19 +51,12 @@ def fit_detector(
 
     A class with a single image takes the shared covariance: one point has none of its own.
 
-    Args:
-        training: Embedded natural training images.
-        covariance: `full` gives each class its own, `diagonal` its own variances, `tied` one that all share, around
-            their own means: its memory does not grow with the classes.
-        shrinkage: `ledoit_wolf` draws a covariance that is not diagonal towards a multiple of the identity, as a class
-            with fewer images than dimensions needs; `none` takes it as it is.
-        normalize: Scale embeddings to length one: the learned metric ignores length.
-        rule: Whose log density is the score. The paper's is the likeliest class's.
-        variance_floor: Added to every variance, as a share of the mean variance within classes, so that units which
-            never vary have a density. Above 0.
-
-    Raises:
-        ConfigError: No class varies at all, so that there is nothing to fit.
+    `full` and `diagonal` covariances are by class, `tied` is one around all classes' means, whatever their number.
+    `ledoit_wolf` shrinks one that is not diagonal towards a multiple of the identity, as a class with fewer images than
+    dimensions needs. Embeddings are scaled to length one if `normalize`: the learned metric ignores length. `rule`
+    names the class whose log density is the score; the paper's is the likeliest. `variance_floor`, above 0, is added to
+    every variance, as a share of the mean variance within classes, so that units which never vary have a density.
+    ConfigError if no class varies at all, so that there is nothing to fit.
     """
     rows = unit_rows(training.embeddings) if normalize else training.embeddings.astype(np.float64)
     classes, place, counts = np.unique(training.labels, return_inverse=True, return_counts=True)
@@ -92,18 +77,11 @@ def fit_detector(
     return Detector(classes, means, np.stack(factors), log_determinants, normalize, rule)
 
 
-def threshold_for(scores: Scores, correct: Correct, false_rejection_rate: float) -> float:
-    """The highest threshold that rejects no more than a share of the correctly classified images.
+def threshold_for(scores: Scores, correct: BoolArray, false_rejection_rate: float) -> float:
+    """The highest threshold that rejects at most a share, in [0, 1), of the correctly classified images.
 
-    An image is rejected when its score is below the threshold. Fix it on validation images, never on test images.
-
-    Args:
-        scores: Scores of validation images (N,).
-        correct: Whether each is classified correctly (N,).
-        false_rejection_rate: Share of correctly classified images that may be rejected, in [0, 1).
-
-    Raises:
-        ConfigError: The rate is outside [0, 1), or no image is classified correctly.
+    From scores (N,) of validation images, never test images, and whether each is correct (N,); an image is rejected
+    when its score is below. ConfigError if the rate is out of range or no image is classified correctly.
     """
     accepted = np.sort(scores[correct])
     if not 0 <= false_rejection_rate < 1 or not len(accepted):
@@ -115,24 +93,16 @@ def threshold_for(scores: Scores, correct: Correct, false_rejection_rate: float)
 
 
 def measure_detection(
-    scores: Scores, correct: Correct, *, seed: int, images: Integers | None = None, num_resamples: int = 1000
+    scores: Scores, correct: BoolArray, *, seed: int, images: Integers | None = None, num_resamples: int = 1000
 ) -> RocCurve:
-    """ROC curve and AUC of a score, with a 95% bootstrap interval.
+    """ROC curve and AUC of a score, with a 95% percentile bootstrap interval, or the reason why there is none.
 
-    Where all rows are right or all are wrong, there is no curve but the reason.
-
-    Args:
-        scores: Higher is more trustworthy (N,); ValueError if not finite.
-        correct: Whether each row is classified correctly (N,): the positives.
-        seed: Fixes the bootstrap.
-        images: Which image each row shows (N,). Rows of one image, clean and attacked, are drawn together: they are
-            not independent. By default each row is an image of its own.
-        num_resamples: Draws of the bootstrap (percentile interval); 0 for no interval.
+    Higher scores (N,) are more trustworthy; the positives are the rows that are classified correctly (N,). `images` is
+    which image each row shows (N,): rows of one image, clean and attacked, are drawn together, for they are not
+    independent; by default each row is an image of its own. `num_resamples` is 0 for no interval.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
-    if scores.shape != correct.shape or scores.ndim != 1 or not np.isfinite(scores).all():
-        raise ValueError(f"scores {scores.shape} and outcomes {correct.shape}: want finite scores, equal shapes (N,)")
     right, wrong = int(correct.sum()), int((~correct).sum())
     if right == 0 or wrong == 0:
         which = "every image is" if right else "none of the images is"
@@ -155,26 +125,15 @@ def detect_misclassified(
     metric: Metric = "angular",
     num_resamples: int = 1000,
 ) -> dict[str, RocCurve]:
-    """Measure the detector and the baselines on natural and attacked test images together, by score.
+    """ROC curves on natural and attacked test images together, by score.
 
-    Scores are `gaussian` (with the detector's rule), `max_softmax` and `neighbours`, the distance to the k-th nearest
-    row of the bank.
-
-    Args:
-        detector: Fitted to training images.
-        bank: Embedded training images, at least `k`.
-        natural: Embedded test images.
-        adversarial: The same images attacked, row by row (ValueError if not); the paper exceeds the training epsilon.
-        seed: Fixes the bootstrap.
-        k: Which neighbour.
-        metric: The distance.
-        num_resamples: Draws of the bootstrap.
+    `gaussian` is the detector, by its rule; `max_softmax` and `neighbours`, minus the distance to the k-th nearest row
+    of the bank of training images, are baselines. `adversarial` are the natural images attacked, row by row; the
+    paper's radius exceeds that of training.
     """
-    if not np.array_equal(natural.labels, adversarial.labels):
-        raise ValueError("natural and adversarial images differ in their labels: give the same images in one order")
     both, images = Embedded.joined(natural, adversarial), np.tile(np.arange(len(natural)), 2)
     scores = {
-        "gaussian": detector.score(both),
+        "gaussian": detector.score(both.embeddings, both.predictions),
         "max_softmax": both.max_softmax,
         "neighbours": neighbour_score(both, bank, k=k, metric=metric),
     }
@@ -184,7 +143,7 @@ def detect_misclassified(
 
 def shipped_detection(rejector: Rejector, both: Embedded, seed: int) -> ShippedDetection:
     """A model's own detector on natural images, then the same attacked, at its own threshold."""
-    scores, images = rejector.detector.score(both), np.tile(np.arange(len(both) // 2), 2)
+    scores, images = rejector.detector.score(both.embeddings, both.predictions), np.tile(np.arange(len(both) // 2), 2)
     rejected = scores < rejector.threshold
     return ShippedDetection(
         **vars(measure_detection(scores, both.correct, seed=seed, images=images).score),
@@ -209,7 +168,7 @@ def _factor(centred: Scores, covariance: Covariance, shrinkage: Shrinkage, lowes
 
 
 def _bootstrap(
-    scores: Scores, correct: Correct, images: Integers | None, num_resamples: int, seed: int
+    scores: Scores, correct: BoolArray, images: Integers | None, num_resamples: int, seed: int
 ) -> tuple[float, float] | tuple[None, None]:
     """The middle 95% of AUCs over images drawn anew; a draw without both outcomes is left out."""
     groups = np.arange(len(scores)) if images is None else np.unique(images, return_inverse=True)[1]

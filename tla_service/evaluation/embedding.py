@@ -5,32 +5,23 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from tla_service.attacks import Attack, LogitsFn, attack_images, craft
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
-from tla_service.evaluation.intervals import BoolArray
-from tla_service.evaluation.mode import evaluating, float32, logits_of
-from tla_service.evaluation.outcomes import Arrays, IntArray
-from tla_service.evaluation.shards import Shard
-from tla_service.inference.detector import Floats, Integers
+from tla_service.evaluation.results import BoolArray
+from tla_service.evaluation.shards import Arrays, IntArray, Shard, evaluating, float32, logits_of
+from tla_service.inference.detector import Floats, Integers, Scores
 from tla_service.runtime import generator, mixed_seed
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Images as a network sees them, row by row.
+    """Images as a network sees them: embeddings (N, D) and logits (N, K), float32, and true classes (N,), int64.
 
-    Attributes:
-        embeddings: Penultimate activations (N, D), float32.
-        logits: (N, K), float32.
-        labels: True classes (N,), int64.
-
-    Raises:
-        ConfigError: Embeddings or logits are not finite: no measure of them would mean anything.
+    Embeddings are penultimate activations. ConfigError if a value is not finite: no measure would mean anything.
     """
 
     embeddings: Floats
@@ -38,11 +29,8 @@ class Embedded:
     labels: Integers
 
     def __post_init__(self) -> None:
-        shapes = (self.embeddings.shape, self.logits.shape, self.labels.shape)
-        if [len(shape) for shape in shapes] != [2, 2, 1] or len({shape[0] for shape in shapes}) != 1:
-            raise ValueError(f"embeddings, logits and labels of shapes {shapes}: want (N, D), (N, K) and (N,)")
         finite = np.isfinite(self.embeddings).all(axis=1), np.isfinite(self.logits).all(axis=1)
-        broken: npt.NDArray[np.bool_] = ~np.logical_and(*finite)
+        broken: BoolArray = ~np.logical_and(*finite)
         if broken.any():
             reason = f"gives embeddings or logits that are not finite for {broken.sum()} of {len(broken)} images"
             raise ConfigError("model", None, reason, "evaluate another checkpoint: this one has diverged")
@@ -57,12 +45,12 @@ class Embedded:
         return self.logits.argmax(1).astype(np.int64)
 
     @property
-    def correct(self) -> npt.NDArray[np.bool_]:
+    def correct(self) -> BoolArray:
         """Whether each image is classified correctly (N,)."""
         return self.predictions == self.labels
 
     @property
-    def max_softmax(self) -> npt.NDArray[np.float64]:
+    def max_softmax(self) -> Scores:
         """The largest class probability of each image (N,), in [1/K, 1]."""
         shifted = self.logits.astype(np.float64) - self.logits.max(1, keepdims=True)
         return 1 / np.exp(shifted).sum(1)
@@ -82,48 +70,23 @@ class Embedded:
 
 
 def embed(network: nn.Module, batches: Iterable[Batch]) -> Embedded:
-    """Embed images as they are, in the order given.
+    """Embed images as they are, in the order given, with the bare network in eval mode and float32.
 
-    The network runs in eval mode and float32, also under a surrounding autocast; its mode is restored afterwards.
-    Memory holds one batch and the (N, D + K) result, never the images.
-
-    Args:
-        network: The bare network, on the batches' device.
-        batches: At least one.
-
-    Raises:
-        ConfigError: Embeddings or logits are not finite.
+    Memory holds one batch and the (N, D + K) result, never the images. ConfigError if a value is not finite.
     """
     with evaluating(network), float32(_device(network)):
-        return _collect(_forward(network, batch.images, batch.labels) for batch in batches)
+        return Embedded.joined(*(_forward(network, batch.images, batch.labels) for batch in batches))
 
 
 def embed_attacked(
-    network: nn.Module,
-    batches: Iterable[Batch],
-    attack: Attack,
-    seed: int,
-    *,
-    keep_images: int = 0,
+    network: nn.Module, batches: Iterable[Batch], attack: Attack, seed: int, *, keep_images: int = 0
 ) -> tuple[Embedded, Floats | None]:
-    """Attack images and embed the result, in the order given.
+    """Attack images and embed the result, in the order given, with the true classes as labels.
 
     Images that are misclassified when clean are attacked once: a shift or a score measured on them would otherwise be
-    that of clean images.
-
-    Args:
-        network: The bare network, on the batches' device.
-        batches: Clean images.
-        attack: The adversary; among restarts, an image keeps its worst.
-        seed: Fixes the random starts, together with the division into batches.
-        keep_images: How many of the first attacked images to return; this bounds the memory they take.
-
-    Returns:
-        The embedded adversarial images, with the true classes as labels; and the first of them,
-        (min(keep_images, N), C, H, W), float32 in [0, 1], or None where `keep_images` is 0.
-
-    Raises:
-        ConfigError: Embeddings or logits are not finite.
+    that of clean images. Among restarts, an image keeps its worst. The seed fixes the random starts, together with the
+    division into batches. The first `keep_images` attacked images (n, C, H, W), float32, are returned, too, if any.
+    ConfigError if embeddings or logits are not finite.
     """
     kept: list[Floats] = []
     logits_fn = logits_of(network)
@@ -139,7 +102,7 @@ def embed_attacked(
             yield _forward(network, images, batch.labels)
 
     with evaluating(network), float32(_device(network)):
-        embedded = _collect(attacked())
+        embedded = Embedded.joined(*attacked())
     return embedded, np.concatenate(kept) if kept else None
 
 
@@ -161,13 +124,6 @@ def _forward(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> 
     output = network(images)
     embeddings, logits = (tensor.float().cpu().numpy() for tensor in (output.embeddings, output.logits))
     return Embedded(embeddings, logits, labels.cpu().numpy())
-
-
-def _collect(parts: Iterable[Embedded]) -> Embedded:
-    found = list(parts)
-    if not found:
-        raise ValueError("there are no images to embed; give at least one batch")
-    return Embedded.joined(*found)
 
 
 @dataclass(frozen=True)

@@ -5,26 +5,27 @@ Colours are Okabe and Ito's, told apart by colour-blind readers; line styles and
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+
+from tla_service.inference.detector import Floats, Integers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _DPI = 160
-_BLUE, _ORANGE, _GREEN, _PURPLE, _BLACK = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#000000"
+BLUE, ORANGE, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#000000"
 _LOSSES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("train/loss", "total", {"color": _BLACK, "linestyle": "-", "marker": "o"}),
-    ("train/cross_entropy", "cross-entropy", {"color": _BLUE, "linestyle": "--", "marker": "s"}),
-    ("train/triplet", "triplet", {"color": _ORANGE, "linestyle": "-.", "marker": "^"}),
-    ("train/norm", "norm", {"color": _GREEN, "linestyle": ":", "marker": "D"}),
+    ("train/loss", "total", {"color": BLACK, "linestyle": "-", "marker": "o"}),
+    ("train/cross_entropy", "cross-entropy", {"color": BLUE, "linestyle": "--", "marker": "s"}),
+    ("train/triplet", "triplet", {"color": ORANGE, "linestyle": "-.", "marker": "^"}),
+    ("train/norm", "norm", {"color": GREEN, "linestyle": ":", "marker": "D"}),
 )
 _ACCURACIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("validation/clean_accuracy", "clean", {"color": _BLUE, "linestyle": "--", "marker": "s"}),
-    ("validation/robust_accuracy", "under attack", {"color": _ORANGE, "linestyle": "-", "marker": "o"}),
+    ("validation/clean_accuracy", "clean", {"color": BLUE, "linestyle": "--", "marker": "s"}),
+    ("validation/robust_accuracy", "under attack", {"color": ORANGE, "linestyle": "-", "marker": "o"}),
 )
 _MANY_EPOCHS = 40  # from here on markers would touch each other
 
@@ -32,17 +33,13 @@ _MANY_EPOCHS = 40  # from here on markers would touch each other
 def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """Draw losses and validation accuracies over the epochs, with the epoch marked whose weights are the best.
 
-    The best epoch has the highest validation accuracy under attack, then on clean images; the first of equals, as
-    training chooses it.
-
-    Args:
-        history: One mapping per epoch with ``epoch`` (0, 1, ...) and metrics by their names in a run. What is missing
-            or not finite is not drawn. An empty one raises ValueError.
-        path: PNG file to write; its folder is made.
+    That is the one with the highest validation accuracy under attack, then on clean images; the first of equals.
+    `history` has a mapping per epoch with ``epoch`` (0, 1, ...) and metrics by their names in a run; what is missing or
+    not finite is not drawn. ValueError if it is empty.
     """
     if not history:
         raise ValueError("the history is empty; draw after at least one epoch")
-    figure = _figure(9.0, 3.6)
+    figure = new_figure(9.0, 3.6)
     losses, accuracies = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     # The terms differ by orders of magnitude, so the axis is logarithmic; a term that is zero all along is left out.
@@ -52,19 +49,18 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     losses.set_ylabel("mean per training image, before weighting")
     losses.set_title("Losses", fontsize=11)
     _draw(accuracies, history, _ACCURACIES)
-    accuracies.set_ylabel("validation accuracy [%]")
+    accuracies.set(ylabel="validation accuracy [%]", ylim=(-0.02, 1.02))
     accuracies.set_title("Accuracy on held-out images", fontsize=11)
-    accuracies.set_ylim(-0.02, 1.02)
-    accuracies.yaxis.set_major_formatter(_percent())
+    accuracies.yaxis.set_major_formatter(percent())
     _mark_best(accuracies, history)
     for axes in (losses, accuracies):
         _frame(axes, epochs)
-    _save(figure, path)
+    save(figure, path)
 
 
 def attack_panel(
-    clean: npt.NDArray[np.floating[Any]],
-    adversarial: npt.NDArray[np.floating[Any]],
+    clean: Floats,
+    adversarial: Floats,
     labels: Sequence[int],
     clean_predictions: Sequence[int],
     adversarial_predictions: Sequence[int],
@@ -74,13 +70,12 @@ def attack_panel(
     """Draw a row per image: clean, perturbation, adversarial, with the predictions on the first and the last.
 
     Perturbations are drawn around mid-grey, all amplified by one factor, which the heading names. Images are
-    (N, C, H, W) in [0, 1], with one or three channels; labels and predictions are (N,). No image, or images of other
-    shapes, raise ValueError.
+    (N, C, H, W) in [0, 1], with one or three channels; labels and predictions are (N,). ValueError without images.
     """
     if len(clean) == 0 or clean.shape != adversarial.shape:
         raise ValueError(f"images {clean.shape} and {adversarial.shape}: give at least one, in equal shapes")
     count = len(clean)
-    figure = _figure(5.6, 0.5 + 1.85 * count)
+    figure = new_figure(5.6, 0.5 + 1.85 * count)
     grid = figure.subplots(count, 3, squeeze=False)
     difference = adversarial - clean
     largest = float(np.abs(difference).max())
@@ -93,16 +88,52 @@ def attack_panel(
         for axes, image, prediction in zip(
             grid[row], (clean[row], amplified[row], adversarial[row]), said, strict=True
         ):
-            _show(axes, image)
+            show(axes, image)
             if prediction is not None:
-                _judge(axes, class_names[prediction], right=prediction == truth)
+                judge(axes, class_names[prediction], right=prediction == truth)
         grid[row][0].set_ylabel(f"true: {class_names[truth]}", fontsize=9)
     for axes, heading in zip(grid[0], headings, strict=True):
         axes.set_title(heading, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _figure(width_inches: float, height_inches: float) -> "Figure":
+class PanelRow(NamedTuple):
+    """Queries (Q, C, H, W) in [0, 1], their nearest training images (Q, n, C, H, W), and their classes (Q, n)."""
+
+    queries: Floats
+    neighbours: Floats
+    classes: Integers
+
+
+def retrieval_panel(labels: Integers, states: Mapping[str, PanelRow], class_names: Sequence[str], path: Path) -> None:
+    """Draw a row per query and state (clean, attacked): it and its nearest training images (Fig. 4).
+
+    A neighbour of the query's class (`labels`, (Q,)) has a solid blue frame and a tick, others a dashed orange frame
+    and a cross. ValueError without queries, or if images do not fit them.
+    """
+    shapes = [(len(row.queries), *row.neighbours.shape[:2]) for row in states.values()]
+    wanted = next(iter(states.values())).classes.shape
+    if not len(labels) or set(shapes) != {(len(labels), *wanted)}:
+        raise ValueError(f"images of leading shapes {shapes} for {wanted} neighbours of {len(labels)} queries")
+    queries, count = wanted
+    figure = new_figure(1.35 * (count + 1) + 0.5, 0.35 + 1.5 * len(states) * queries)
+    grid = figure.subplots(len(states) * queries, count + 1, squeeze=False)
+    for query in range(queries):
+        for offset, (state, row) in enumerate(states.items()):
+            cells = grid[len(states) * query + offset]
+            show(cells[0], row.queries[query])
+            cells[0].set_ylabel(state, fontsize=9, fontweight="bold" if offset else "normal")
+            cells[0].set_xlabel(f"query: {class_names[labels[query]]}", fontsize=9)
+            for cell, image, klass in zip(cells[1:], row.neighbours[query], row.classes[query], strict=True):
+                show(cell, image)
+                _outline(cell, class_names[klass], right=klass == labels[query])
+    grid[0][0].set_title("query", fontsize=10)
+    for place, cell in enumerate(grid[0][1:], start=1):
+        cell.set_title(f"neighbour {place}", fontsize=10)
+    save(figure, path)
+
+
+def new_figure(width_inches: float, height_inches: float) -> "Figure":
     """A figure with a canvas of its own: pyplot would keep it alive, and choose a screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -112,7 +143,8 @@ def _figure(width_inches: float, height_inches: float) -> "Figure":
     return figure
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save(figure: "Figure", path: Path) -> None:
+    """Write a PNG file; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI, format="png")
 
@@ -138,19 +170,10 @@ def _mark_best(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
         return
     clean = dict(_points(history, "validation/clean_accuracy"))
     epoch, accuracy = max(points, key=lambda point: (point[1], clean.get(point[0], 0.0), -point[0]))
-    axes.axvline(epoch, color=_PURPLE, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
-    axes.plot(
-        [epoch],
-        [accuracy],
-        marker="*",
-        markersize=16,
-        color=_PURPLE,
-        markerfacecolor="none",
-        markeredgewidth=1.6,
-        linestyle="none",
-        zorder=5,
-        label=f"best: {accuracy:.1%}, epoch {epoch:.0f}",
-    )
+    axes.axvline(epoch, color=PURPLE, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
+    style: dict[str, Any] = {"markersize": 16, "markerfacecolor": "none", "markeredgewidth": 1.6, "zorder": 5}
+    label = f"best: {accuracy:.1%}, epoch {epoch:.0f}"
+    axes.plot(epoch, accuracy, marker="*", color=PURPLE, linestyle="none", label=label, **style)
 
 
 def _frame(axes: "Axes", epochs: Sequence[float]) -> None:
@@ -164,36 +187,45 @@ def _frame(axes: "Axes", epochs: Sequence[float]) -> None:
         room = 0.03 * (max(epochs) - min(epochs))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.set_xlim(min(epochs) - room, max(epochs) + room)
-    _plain(axes)
+    plain(axes)
     if axes.get_legend_handles_labels()[0]:
-        _legend(axes)
+        legend(axes)
 
 
-def _plain(axes: "Axes", grid: Any = "both") -> None:
+def plain(axes: "Axes", grid: Any = "both") -> None:
+    """A light grid and no frame on the top and the right."""
     axes.grid(visible=True, axis=grid, color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(axes: "Axes") -> None:
+def legend(axes: "Axes") -> None:
+    """A legend inside the axes."""
     axes.legend(facecolor="white", edgecolor="none", framealpha=0.85, fontsize=8.5, loc="best", handlelength=3.2)
 
 
-def _judge(axes: "Axes", name: str, *, right: bool) -> str:
+def judge(axes: "Axes", name: str, *, right: bool) -> str:
     """Write a prediction below an image; gives the colour that says whether it is right."""
-    colour = _BLUE if right else _ORANGE
+    colour = BLUE if right else ORANGE
     text = f"{'✓' if right else '✗'} {name}"
     axes.set_xlabel(text, color=colour, fontsize=9, fontweight="normal" if right else "bold")
     return colour
 
 
-def _percent() -> Any:
+def _outline(cell: "Axes", name: str, *, right: bool) -> None:
+    colour = judge(cell, name, right=right)
+    for spine in cell.spines.values():
+        spine.set(edgecolor=colour, linewidth=2.4, linestyle="-" if right else (0, (2, 1.2)), capstyle="butt")
+
+
+def percent() -> Any:
+    """Writes shares as percentages."""
     from matplotlib.ticker import PercentFormatter
 
     return PercentFormatter(xmax=1, decimals=0)
 
 
-def _show(axes: "Axes", image: npt.NDArray[np.floating[Any]]) -> None:
+def show(axes: "Axes", image: Floats) -> None:
     """Draw one (C,H,W) image in [0, 1], pixel by pixel."""
     pixels = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")

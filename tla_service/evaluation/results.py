@@ -1,23 +1,22 @@
-"""Results of an evaluation, by the names that `report.json` has for them; figures that are undefined are None."""
+"""Results of an evaluation by their names in `report.json` (None: undefined), and how certain they are."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
 
 Axis = Literal["epsilon", "steps", "restarts", "l0", "l1"]
 Outcome = Literal["passed", "failed", "not run"]
+BoolArray = npt.NDArray[np.bool_]
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of images with its 95% Wilson interval.
-
-    Attributes:
-        estimate: In [0, 1]; None where nothing was counted.
-        low: Lower end.
-        high: Upper end.
-        images: Number of images it was measured on.
-    """
+    """A share of images: estimate in [0, 1] (None where nothing was counted) and its 95% Wilson interval."""
 
     estimate: float | None
     low: float
@@ -34,15 +33,7 @@ class Accuracy(Share):
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy of one model minus another's on the same images.
-
-    Attributes:
-        difference: In [-1, 1].
-        low: Lower end of its 95% interval (Newcombe).
-        high: Upper end.
-        p_value: McNemar's exact two-sided test.
-        images: Number of images compared.
-    """
+    """Accuracy of one model minus another's on the same images, its 95% interval (Newcombe), McNemar's exact p."""
 
     difference: float
     low: float
@@ -53,36 +44,20 @@ class Difference:
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy along one axis.
-
-    Attributes:
-        attack: The attack, then what the curve shows of it.
-        axis: What varies: the radius, the total of gradient steps, the restarts, or the size of a sparse perturbation.
-        x: Its values, rising.
-        accuracy: Accuracy at each.
-    """
+    """Accuracy at rising values x of one axis; `attack` is the attack, then what the curve shows of it."""
 
     attack: str
     axis: Axis
     x: tuple[float, ...]
     accuracy: tuple[Share, ...]
 
-    @property
-    def label(self) -> str:
-        """What the curve shows of its attack."""
-        return self.attack.partition(": ")[2]
-
 
 @dataclass(frozen=True)
 class MinimumNorms:
-    """Smallest perturbations that a minimum-norm attack found.
+    """Smallest perturbations found by a minimum-norm attack.
 
-    Attributes:
-        norm: l0 (changed values of a pixel's channels) or l1.
-        images: Number of images.
-        wrong: Images misclassified when clean: their perturbation is 0.
-        median: Median size over all images; None where most were not broken.
-        curve: Accuracy against the size allowed.
+    L0 counts changed values of a pixel's channels. The perturbation is 0 for the `wrong` images, misclassified when
+    clean; `median` is over all images, None where most were not broken.
     """
 
     norm: Literal["l0", "l1"]
@@ -94,14 +69,7 @@ class MinimumNorms:
 
 @dataclass(frozen=True)
 class DetectionScore:
-    """How well a score finds misclassified images: area under the ROC curve with its 95% bootstrap interval.
-
-    Attributes:
-        auc: In [0, 1]; None where undefined.
-        low: Lower end; None likewise, or without resampling.
-        high: Upper end.
-        reason: Why the AUC is undefined, or empty.
-    """
+    """Area under the ROC curve in [0, 1] and its 95% bootstrap interval; where it is undefined, None and why."""
 
     auc: float | None
     low: float | None
@@ -111,12 +79,10 @@ class DetectionScore:
 
 @dataclass(frozen=True, kw_only=True)
 class ShippedDetection(DetectionScore):
-    """The detector that travels with the model, at the threshold it ships with.
+    """The detector that ships with the model: images that score below `threshold` are rejected.
 
-    Attributes:
-        threshold: Images below it are rejected.
-        false_rejections: Correctly classified test images that it rejects, natural and attacked together.
-        detected: Misclassified ones that it rejects.
+    `detected` is the rejected share of misclassified images, `false_rejections` that of correctly classified ones,
+    natural and attacked together.
     """
 
     threshold: float
@@ -126,17 +92,9 @@ class ShippedDetection(DetectionScore):
 
 @dataclass(frozen=True, kw_only=True)
 class Detection(DetectionScore):
-    """Detection of misclassified images, natural and attacked together; `auc` is that of the class Gaussians.
+    """Detection of misclassified images, natural and attacked (at `epsilon`) together, by class Gaussians.
 
     These are fitted anew, by the settings of the evaluation; `shipped` is the detector that the model ships with.
-
-    Attributes:
-        epsilon: Radius of the attacked images.
-        num_correct: Correctly classified ones among both.
-        num_wrong: Misclassified ones.
-        baselines: The same for other scores.
-        settings: The choices that the paper leaves open.
-        shipped: The model's own detector; None where it has none.
     """
 
     epsilon: float
@@ -159,15 +117,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Shift:
-    """Shift ratios at one radius, means over classes: r (higher is better) and r' (lower is better).
-
-    Attributes:
-        epsilon: The radius.
-        r: None where no class has a ratio.
-        r_prime: Likewise.
-        left_out_of_r: Classes that `r` does without.
-        left_out_of_r_prime: Classes that `r_prime` does without.
-    """
+    """Shift ratios at one radius, means over classes that have one: r (higher is better) and r' (lower is better)."""
 
     epsilon: float
     r: float | None
@@ -178,16 +128,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class Check:
-    """One check.
-
-    Attributes:
-        name: What is checked.
-        figure: What was measured; None when the check was not run.
-        threshold: Where it fails.
-        outcome: Its result.
-        statement: The figure in words, or why the check was not run.
-        meaning: What a failure means.
-    """
+    """One check: what was measured (None: not run), where it fails, the figure in words, and what a failure means."""
 
     name: str
     figure: float | None
@@ -199,16 +140,7 @@ class Check:
 
 @dataclass(frozen=True)
 class SurrogateFacts:
-    """How a surrogate was trained for the audit, as none was given.
-
-    Attributes:
-        architecture: Name of the network.
-        images: Number of training images.
-        steps: Optimizer steps.
-        seconds: Wall time of its training.
-        clean_accuracy: On held-out training images; None without any.
-        held_out: Their number.
-    """
+    """How the audit's own surrogate was trained; its accuracy is on held-out training images, None without any."""
 
     architecture: str
     images: int
@@ -220,14 +152,7 @@ class SurrogateFacts:
 
 @dataclass(frozen=True)
 class Audit:
-    """Whether the robustness is real.
-
-    Attributes:
-        trusted: Whether no check failed. One that was not run says nothing, and is shown as such.
-        images: How many images it was measured on.
-        checks: In the order of running.
-        surrogate: What attacks were transferred from, if it was trained for this audit.
-    """
+    """Whether the robustness is real: trusted if no check failed; `surrogate` is the one trained for it, if any."""
 
     trusted: bool
     images: int
@@ -239,17 +164,84 @@ class Audit:
         """An audit with these checks."""
         return cls(all(check.outcome != "failed" for check in checks), images, tuple(checks), surrogate)
 
-    def named(self, outcome: Outcome) -> list[str]:
-        """Names of the checks with an outcome."""
-        return [check.name for check in self.checks if check.outcome == outcome]
-
     @property
     def summary(self) -> str:
         """How many checks had each outcome; those that did not pass by name."""
-        parts = [f"{len(self.named('passed'))} of {len(self.checks)} checks passed"]
-        outcomes: tuple[Outcome, ...] = ("failed", "not run")
-        for outcome in outcomes:
-            names = self.named(outcome)
+        passed, failed, not_run = (
+            [check.name for check in self.checks if check.outcome == outcome]
+            for outcome in ("passed", "failed", "not run")
+        )
+        parts = [f"{len(passed)} of {len(self.checks)} checks passed"]
+        for outcome, names in (("failed", failed), ("not run", not_run)):
             if names:
                 parts.append(f"{len(names)} {outcome} ({', '.join(names)})")
         return ", ".join(parts)
+
+
+def wilson_interval(successes: int, count: int) -> Share:
+    """Wilson's score interval of a binomial share; unlike the normal one it stays inside [0, 1] and works at 0 and 1.
+
+    Without trials there is no estimate, and the interval is [0, 1]. ValueError unless successes are in [0, count].
+    Source: Wilson 1927; recommended by Brown, Cai and DasGupta 2001.
+    """
+    if not 0 <= successes <= count:
+        raise ValueError(f"{successes} of {count} is not a share")
+    if count == 0:
+        return Share(None, 0.0, 1.0, 0)
+    from scipy.stats import binomtest
+
+    ends: Any = binomtest(successes, count).proportion_ci(CONFIDENCE, method="wilson")
+    return Share(successes / count, float(ends.low), float(ends.high), count)
+
+
+def share_of(flags: BoolArray) -> Share:
+    """The share of True among flags (N,)."""
+    return wilson_interval(int(flags.sum()), len(flags))
+
+
+def class_accuracy(correct: BoolArray, labels: npt.NDArray[np.integer[Any]], num_classes: int) -> Accuracy:
+    """Accuracy over all images and by class, from correctness (N,) and true classes (N,) in [0, num_classes)."""
+    whole = share_of(correct)
+    per_class = tuple(share_of(correct[labels == k]) for k in range(num_classes))
+    return Accuracy(whole.estimate, whole.low, whole.high, whole.images, per_class)
+
+
+def paired_difference(first: BoolArray, second: BoolArray) -> Difference:
+    """Compare two models by whether each is right (N,) on the same images, in the same order.
+
+    Their accuracies rise and fall together: a paired test sees differences that two separate intervals hide.
+    ValueError if the arrays differ in length or are empty. Source: McNemar 1947, exact form; the interval is Newcombe
+    1998 (Statistics in Medicine 17:2635), method 10.
+    """
+    first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if first.shape != second.shape or first.ndim != 1 or not len(first):
+        raise ValueError(f"outcomes {first.shape} and {second.shape}: give one per image, of the same images")
+    from scipy.stats import binomtest
+
+    count = len(first)
+    both, neither = int((first & second).sum()), int((~first & ~second).sum())
+    first_only, second_only = int((first & ~second).sum()), int((~first & second).sum())
+    discordant = first_only + second_only
+    p_value = float(binomtest(first_only, discordant, 0.5).pvalue) if discordant else 1.0
+    share_one, share_two = (both + first_only) / count, (both + second_only) / count
+    one, two = share_of(first), share_of(second)
+    correlation = _correlation(both, first_only, second_only, neither)
+    difference = (first_only - second_only) / count
+    below = _root(share_one - one.low, two.high - share_two, correlation)
+    above = _root(one.high - share_one, share_two - two.low, correlation)
+    return Difference(difference, max(-1.0, difference - below), min(1.0, difference + above), p_value, count)
+
+
+def _root(one: float, two: float, correlation: float) -> float:
+    return math.sqrt(max(0.0, one**2 - 2 * correlation * one * two + two**2))
+
+
+def _correlation(both: int, first_only: int, second_only: int, neither: int) -> float:
+    """The phi coefficient of the 2x2 table, with Newcombe's continuity correction where it is positive."""
+    margins = (both + first_only) * (second_only + neither) * (both + second_only) * (first_only + neither)
+    if margins == 0:
+        return 0.0
+    cross = float(both * neither - first_only * second_only)
+    if cross > 0:
+        cross = max(0.0, cross - (both + first_only + second_only + neither) / 2)
+    return cross / math.sqrt(margins)

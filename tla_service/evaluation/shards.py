@@ -1,29 +1,75 @@
-"""Shards of images, and what is measured of them: a few arrays each, put together at the end."""
+"""Shards of images, what attacks did to them, and what every evaluation runs in: eval mode and float32."""
 
+import contextlib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
+from zipfile import BadZipFile
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from tla_service.attacks import UNBROKEN, LogitsFn
 from tla_service.data import Batch
-from tla_service.evaluation.mode import as_pixels
-from tla_service.evaluation.outcomes import Arrays, IntArray
+from tla_service.data.augmentation import to_unit
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.evaluation.results import BoolArray
+from tla_service.files import whole_file
+from tla_service.runtime import autocast
+
+IntArray = npt.NDArray[np.int64]
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@contextlib.contextmanager
+def float32(device: torch.device) -> Iterator[None]:
+    """Compute in full float32: neither autocast nor the 19-bit TF32 that GPUs otherwise use in convolutions.
+
+    cuDNN does not time its kernels meanwhile (`speed.tune_kernels`): restarts attack fewer and fewer images, and every
+    new batch size would be timed again.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32 = matmul.allow_tf32 = cudnn.benchmark = False
+    try:
+        with autocast("float32", device):
+            yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def evaluating(*networks: nn.Module | None) -> Iterator[None]:
+    """Put networks in eval mode; afterwards every module is in the mode it was in, frozen ones too."""
+    given = [network for network in networks if network is not None]
+    before = [(module, module.training) for network in given for module in network.modules()]
+    for network in given:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
+
+
+def logits_of(network: nn.Module) -> LogitsFn:
+    """A network's logits as a function of images."""
+    return lambda images: network(images).logits
+
+
+def as_pixels(images: Tensor, device: torch.device) -> Tensor:
+    """Images as float32 in [0, 1] on the device; uint8 counts to 255."""
+    images = images.to(device)
+    return to_unit(images) if images.dtype == torch.uint8 else images.float()
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Images of one shard and the networks that they are measured on, which are on the device, in eval mode.
-
-    Attributes:
-        network: Under evaluation.
-        surrogate: An independently trained one, if there is one.
-        images: (N, C, H, W), uint8.
-        labels: (N,), int64.
-        rows: Number of each image in its set (N,).
-        device: Where to compute.
-    """
+    """Images (N, C, H, W), uint8, labels and numbers in their set (N,), and networks on the device, in eval mode."""
 
     network: nn.Module
     surrogate: nn.Module | None
@@ -34,9 +80,8 @@ class Shard:
 
     def batches(self, size: int) -> Iterator[Batch]:
         """The images as float32 in [0, 1] on the device."""
-        for start in range(0, len(self.labels), size):
-            part = slice(start, start + size)
-            yield Batch(as_pixels(self.images[part], self.device), self.labels[part].to(self.device))
+        for images, labels in zip(self.images.split(size), self.labels.split(size), strict=True):
+            yield Batch(as_pixels(images, self.device), labels.to(self.device))
 
 
 class Measurement(Protocol):
@@ -47,3 +92,115 @@ class Measurement(Protocol):
 
     def merge(self, parts: Sequence[Arrays]) -> Any:
         """Put the shards together, in their order."""
+
+
+class AutoAttackRun(NamedTuple):
+    """How AutoAttack was run: version of the package's protocol, norm, radius, and the stages that ran, in order."""
+
+    version: str
+    norm: str
+    epsilon: float
+    stages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ShardOutcome:
+    """Per-image results of attacks on N images, with their numbers in the test set and true classes (N,).
+
+    `broken_at` is by attack, ``clean`` among them, (N,): 0 where the image is misclassified without an attack, r where
+    the r-th restart (or the r-th of AutoAttack's ``ALL_STAGES``) broke it, `UNBROKEN` where none did. `left_out` has
+    AutoAttack's stages that could not run on this network, and why; `warnings` its distinct warnings about it. Earlier
+    versions did not record `autoattack`, and `gate`, the images set aside for the promotion gate (N,).
+    """
+
+    indices: IntArray
+    labels: IntArray
+    broken_at: dict[str, IntArray]
+    left_out: dict[str, str] = field(default_factory=dict)
+    autoattack: AutoAttackRun | None = None
+    gate: BoolArray | None = None
+    warnings: tuple[str, ...] = ()
+
+    def only(self, chosen: BoolArray) -> Self:
+        """The images that are chosen (N,)."""
+        broken_at = {name: values[chosen] for name, values in self.broken_at.items()}
+        gate = None if self.gate is None else self.gate[chosen]
+        return replace(self, indices=self.indices[chosen], labels=self.labels[chosen], broken_at=broken_at, gate=gate)
+
+    def standing(self, attack: str, restarts: int | None = None) -> BoolArray:
+        """Whether each image is still right under an attack, or its first restarts (N,); ConfigError if not run."""
+        if attack not in self.broken_at:
+            raise ConfigError("attack", attack, "was not run", f"choose from {', '.join(self.broken_at)}")
+        broken_at = self.broken_at[attack]
+        standing: BoolArray = broken_at == UNBROKEN
+        return standing if restarts is None else standing | (broken_at > restarts)
+
+
+def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
+    """Put shards that were attacked in the same way together, in the order of the test set."""
+    indices = np.concatenate([outcome.indices for outcome in outcomes])
+    order = np.argsort(indices)
+    labels = np.concatenate([outcome.labels for outcome in outcomes])[order]
+    broken_at = {
+        name: np.concatenate([outcome.broken_at[name] for outcome in outcomes])[order] for name in outcomes[0].broken_at
+    }
+    left_out = {stage: why for outcome in outcomes for stage, why in outcome.left_out.items()}
+    warnings = tuple(dict.fromkeys(warning for outcome in outcomes for warning in outcome.warnings))
+    run = next((outcome.autoattack for outcome in outcomes if outcome.autoattack is not None), None)
+    return ShardOutcome(indices[order], labels, broken_at, left_out, run, warnings=warnings)
+
+
+def outcome_arrays(outcome: ShardOutcome) -> Arrays:
+    """An outcome as plain arrays; :func:`outcome_from` is the inverse."""
+    texts: dict[str, Any] = {"left_out": outcome.left_out, "warnings": outcome.warnings}
+    if outcome.autoattack is not None:
+        texts["autoattack"] = outcome.autoattack._asdict()
+    arrays: Arrays = {"indices": outcome.indices, "labels": outcome.labels}
+    arrays |= {f"broken_at/{name}": broken_at for name, broken_at in outcome.broken_at.items()}
+    arrays |= {name: np.array(json.dumps(value)) for name, value in texts.items()}
+    return arrays if outcome.gate is None else arrays | {"gate": outcome.gate}
+
+
+def outcome_from(arrays: Arrays) -> ShardOutcome:
+    """The outcome that :func:`outcome_arrays` took apart; a missing array raises KeyError."""
+    broken_at = {name.removeprefix("broken_at/"): arrays[name] for name in arrays if name.startswith("broken_at/")}
+    autoattack = None
+    if "autoattack" in arrays:
+        run = json.loads(str(arrays["autoattack"]))
+        autoattack = AutoAttackRun(**run | {"stages": tuple(run["stages"])})
+    left_out = json.loads(str(arrays["left_out"]))
+    # Outcomes of earlier versions have no warnings.
+    warnings = tuple(json.loads(str(arrays["warnings"]))) if "warnings" in arrays else ()
+    return ShardOutcome(
+        arrays["indices"], arrays["labels"], broken_at, left_out, autoattack, arrays.get("gate"), warnings
+    )
+
+
+def save_arrays(arrays: Arrays, path: Path) -> None:
+    """Write arrays as ``.npz``, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def load_arrays(path: Path) -> Arrays:
+    """Read arrays that :func:`save_arrays` wrote; UnavailableError if there is no such file, or it is damaged."""
+    try:
+        # Opened here, because numpy leaves the file of a damaged archive open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return {name: file[name] for name in file}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise UnavailableError("shard", path, f"cannot be read ({error})", "delete it; it is made again") from error
+
+
+def save_outcome(outcome: ShardOutcome, path: Path) -> None:
+    """Write an outcome as ``.npz``, whole or not at all."""
+    save_arrays(outcome_arrays(outcome), path)
+
+
+def load_outcome(path: Path) -> ShardOutcome:
+    """Read an outcome that :func:`save_outcome` wrote; UnavailableError if there is no such file, or it is damaged."""
+    try:
+        return outcome_from(load_arrays(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnavailableError("outcome", path, f"cannot be read ({error})", "delete it; it is made again") from error

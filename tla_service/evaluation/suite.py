@@ -1,27 +1,30 @@
-"""Per-image results of attacks, one shard of the test set at a time."""
+"""Attacks on one shard of images at a time: per-image results, smallest perturbations, accuracy over all workers."""
 
-from collections.abc import Mapping, Sequence
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images
 from tla_service.attacks.autoattack import VERSION, AutoAttackNorm, run_autoattack
+from tla_service.attacks.minimum_norm import SparseNorm, minimum_norms
+from tla_service.config.adversary import AttackConfig, EvaluationAttack
+from tla_service.config.radii import no_radius
+from tla_service.data import Batch
 from tla_service.errors import ConfigError
-from tla_service.evaluation.mode import evaluating, float32, logits_of
-from tla_service.evaluation.outcomes import (
-    Arrays,
-    AutoAttackRun,
-    ShardOutcome,
-    merge_outcomes,
-    outcome_arrays,
-    outcome_from,
-)
-from tla_service.evaluation.shards import Shard
-from tla_service.runtime import generator
+from tla_service.evaluation import shards as sh
+from tla_service.evaluation.results import Curve, MinimumNorms, share_of
+from tla_service.evaluation.shards import Shard, evaluating, float32, logits_of
+from tla_service.models import LogitsOnly
+from tla_service.runtime import WorkerContext, all_reduce_sum, generator
+
+_MOST_POINTS = 40  # of a curve
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,8 @@ class AttackMeasurement:
     """Per-image results of attacks, in float32 whatever the process's settings; merged to a ShardOutcome.
 
     An attack's random starts depend on the seed, its name and the number of the first image of the batch: not on the
-    other attacks, nor on which worker runs the shard.
-
-    Attributes:
-        attacks: White-box attacks by name.
-        transfer: Attacks crafted on the surrogate and scored on the network (black box).
-        autoattack: Norm and radius of AutoAttack, run as ``autoattack``; None: not run.
-        seed: Fixes every draw.
-        batch_size: Images per forward pass.
+    other attacks, nor on which worker runs the shard. Transfer attacks are crafted on the surrogate and scored on the
+    network (black box); `autoattack` is norm and radius, None: not run.
     """
 
     attacks: Mapping[str, Attack]
@@ -45,18 +42,13 @@ class AttackMeasurement:
     seed: int
     batch_size: int
 
-    def run(self, shard: Shard) -> Arrays:
-        """Attack the images.
-
-        Raises:
-            ConfigError: Network, images, attacks and surrogate do not fit each other.
-        """
-        _check(shard, self.attacks, self.transfer)
+    def run(self, shard: Shard) -> sh.Arrays:
+        """Attack the images; ConfigError if the network does not fit them."""
         device, seed, size = shard.device, self.seed, self.batch_size
         names = ["clean", *self.attacks, *self.transfer, *(["autoattack"] if self.autoattack else [])]
         left_out: dict[str, str] = {}
         warnings: list[str] = []
-        run: AutoAttackRun | None = None
+        run: sh.AutoAttackRun | None = None
         broken_at = {name: np.full(len(shard.labels), UNBROKEN, dtype=np.int64) for name in names}
         with evaluating(shard.network, shard.surrogate), float32(device):
             logits_fn = logits_of(shard.network)
@@ -77,22 +69,97 @@ class AttackMeasurement:
                     )
                     broken_at["autoattack"][part] = result.broken_at.cpu().numpy()
                     left_out |= result.left_out
-                    run = AutoAttackRun(VERSION, norm, epsilon, result.stages)
+                    run = sh.AutoAttackRun(VERSION, norm, epsilon, result.stages)
                     warnings += result.warnings
         labels, said = shard.labels.cpu().numpy().astype(np.int64), tuple(dict.fromkeys(warnings))
-        return outcome_arrays(ShardOutcome(shard.rows, labels, broken_at, left_out, run, warnings=said))
+        return sh.outcome_arrays(sh.ShardOutcome(shard.rows, labels, broken_at, left_out, run, warnings=said))
 
-    def merge(self, parts: Sequence[Arrays]) -> ShardOutcome:
+    def merge(self, parts: Sequence[sh.Arrays]) -> sh.ShardOutcome:
         """See `Measurement`."""
-        return merge_outcomes([outcome_from(part) for part in parts])
+        return sh.merge_outcomes([sh.outcome_from(part) for part in parts])
+
+
+@dataclass(frozen=True)
+class NormMeasurement:
+    """The smallest perturbation found for each image; merged to norms (N,): 0 if misclassified, else infinite."""
+
+    norm: SparseNorm
+    batch_size: int
+
+    def run(self, shard: Shard) -> sh.Arrays:
+        """See `Measurement`."""
+        # The library's backward pass reaches every parameter that wants a gradient: a copy wants none.
+        still = copy.deepcopy(shard.network).requires_grad_(requires_grad=False)
+        with evaluating(still), float32(shard.device):
+            found = [
+                minimum_norms(LogitsOnly(still).eval(), batch.images, batch.labels, self.norm)
+                for batch in shard.batches(self.batch_size)
+            ]
+        return {"norms": torch.cat(found).cpu().numpy()}
+
+    def merge(self, parts: Sequence[sh.Arrays]) -> npt.NDArray[np.float64]:
+        """See `Measurement`."""
+        return np.concatenate([part["norms"] for part in parts]).astype(np.float64)
+
+
+def minimum_norms_of(norms: npt.NDArray[np.float64], norm: SparseNorm) -> MinimumNorms:
+    """Summarise the smallest perturbation found for each image (N,): 0 if misclassified, infinite if none."""
+    finite = norms[np.isfinite(norms) & (norms > 0)]
+    sizes = np.unique(finite) if len(finite) else np.array([1.0])
+    if len(sizes) > _MOST_POINTS:
+        sizes = np.unique(np.quantile(finite, np.linspace(0, 1, _MOST_POINTS), method="higher"))
+    x = (0.0, *(float(size) for size in sizes))
+    curve = Curve("FMN", norm, x, tuple(share_of(norms > size) for size in x))
+    median = float(np.quantile(norms, 0.5, method="higher")) if len(norms) else math.inf
+    return MinimumNorms(norm, len(norms), int((norms == 0).sum()), median if math.isfinite(median) else None, curve)
+
+
+def evaluation_attack(attack: EvaluationAttack, training: AttackConfig, data_name: str, field: str) -> Attack:
+    """An attack of the evaluation; radius and step size, where left open, are the training attack's in the same norm.
+
+    In another norm the data set's documented radius counts; ConfigError, naming `field`, if there is none.
+    """
+    norm, epsilon, step_size = attack.lengths(training, data_name)
+    if epsilon is None or step_size is None:
+        raise ConfigError(f"{field}.norm", norm, *no_radius(data_name, norm, f"{field}.epsilon"))
+    return Attack(attack.kind, norm, epsilon, step_size, attack.num_steps, attack.num_restarts)
+
+
+def measure_accuracy(
+    network: nn.Module, batches: Iterable[Batch], attacks: Mapping[str, Attack], context: WorkerContext, seed: int
+) -> dict[str, float]:
+    """Accuracy on clean images and under each attack, of a bare network in eval mode and float32.
+
+    `batches` are this worker's shard of the images; counts are summed over all workers. The seed fixes the random
+    starts. Returns shares in [0, 1]: `clean_accuracy`, `robust_accuracy/NAME` by attack, and `robust_accuracy` under
+    all of them.
+    """
+    counts = torch.zeros(len(attacks) + 3, dtype=torch.float64, device=context.device)
+    with evaluating(network), float32(context.device):
+        for index, batch in enumerate(batches):
+            counts += _count(network, batch, attacks, generator(context.device, seed, context.rank, index))
+    total, clean, unbroken, *robust = all_reduce_sum(counts, context).tolist()
+    named = {f"robust_accuracy/{name}": count / total for name, count in zip(attacks, robust, strict=True)}
+    return {"clean_accuracy": clean / total, "robust_accuracy": unbroken / total, **named}
+
+
+def _count(network: nn.Module, batch: Batch, attacks: Mapping[str, Attack], random: torch.Generator) -> Tensor:
+    """Images, images right when clean, images right under every attack, then under each attack."""
+    logits_fn = logits_of(network)
+    with torch.no_grad():
+        clean = logits_fn(batch.images).argmax(1) == batch.labels
+    survived = clean.clone()
+    robust = []
+    for attack in attacks.values():
+        standing = attack_images(logits_fn, batch.images, batch.labels, attack, random).robust
+        survived &= standing
+        robust.append(standing.sum())
+    total = torch.tensor(len(batch.labels), device=clean.device)
+    return torch.stack([total, clean.sum(), survived.sum(), *robust]).double()
 
 
 def clean_logits(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:
-    """Logits (N, K) of clean images, checked.
-
-    Raises:
-        ConfigError: The network cannot take the images, has too few classes, or gives logits that are not finite.
-    """
+    """Logits (N, K) of clean images; ConfigError if the network does not fit the images or their classes."""
     shape = "x".join(map(str, images.shape[1:]))
     try:
         with torch.no_grad():
@@ -111,20 +178,3 @@ def clean_logits(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:
     if not logits.isfinite().all():
         raise ConfigError("model", None, "gives logits that are not finite on clean images", "choose other weights")
     return logits
-
-
-def _check(shard: Shard, attacks: Mapping[str, Attack], transfer: Mapping[str, Attack]) -> None:
-    images, labels = len(shard.images), len(shard.labels)
-    if images != labels or not labels:
-        raise ConfigError("images", images, f"there are {labels} labels", "give a label per image, and one at least")
-    for name, attack in {**attacks, **transfer}.items():
-        if not attack.epsilon > 0:
-            raise ConfigError(
-                f"{name}.epsilon", attack.epsilon, "leaves nothing to attack with", "give a radius above 0"
-            )
-    if transfer and shard.surrogate is None:
-        reason = "transfers from a surrogate and there is none"
-        raise ConfigError(next(iter(transfer)), None, reason, "give one, or leave the attack out")
-    taken = {"clean", "autoattack"} & {*attacks, *transfer} or set(attacks) & set(transfer)
-    if taken:
-        raise ConfigError("attacks", min(taken), "this name is taken", "call the attack otherwise")

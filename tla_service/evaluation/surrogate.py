@@ -17,10 +17,8 @@ from torch import Tensor
 from tla_service.attacks import Attack, craft
 from tla_service.config.bounds import Norm
 from tla_service.data.splits import stratified_subset
-from tla_service.evaluation.mode import as_pixels, float32, logits_of
-from tla_service.evaluation.outcomes import Arrays
 from tla_service.evaluation.results import SurrogateFacts
-from tla_service.evaluation.shards import Shard
+from tla_service.evaluation.shards import Arrays, Shard, as_pixels, float32, logits_of
 from tla_service.models import build_model
 from tla_service.runtime import generator
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log, pi
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,19 +22,7 @@ _ROWS_AT_ONCE = 2048
 SMALLEST_SQUARE = 1e-20
 
 
-class Seen(Protocol):
-    """Images as a network sees them, row by row."""
-
-    @property
-    def embeddings(self) -> Floats:
-        """Penultimate activations (N, D)."""
-
-    @property
-    def predictions(self) -> Integers:
-        """Predicted classes (N,), int64."""
-
-
-def unit_rows(embeddings: Floats) -> npt.NDArray[np.float64]:
+def unit_rows(embeddings: Floats) -> Scores:
     """Embeddings (N, D) scaled to length one, in float64; all zeros stay so, as in the learned metric."""
     rows = embeddings.astype(np.float64)
     return rows / np.sqrt((rows**2).sum(1, keepdims=True) + SMALLEST_SQUARE)
@@ -42,15 +30,11 @@ def unit_rows(embeddings: Floats) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Detector:
-    """Gaussians by class, as plain arrays.
+    """Gaussians by class, as plain arrays: classes (G,), int64, ascending, and their means (G, D), float64.
 
-    Attributes:
-        classes: Classes that have a Gaussian (G,), int64, ascending.
-        means: (G, D), float64.
-        whitening: Factor W of each precision matrix W Wᵀ: (G, D, D), (1, D, D) where tied, (G, D) where diagonal.
-        log_determinants: log |det W| of each (G,).
-        normalize: Whether embeddings are scaled to length one first.
-        rule: Whose log density is the score: the likeliest class's, or the predicted class's.
+    `whitening` is the factor W of each precision matrix W Wᵀ: (G, D, D), (1, D, D) where tied, (G, D) where diagonal;
+    `log_determinants` are log |det W| (G,). Embeddings are scaled to length one first if `normalize`. The score is the
+    log density of the likeliest or of the predicted class, by `rule`.
     """
 
     classes: Integers
@@ -82,14 +66,14 @@ class Detector:
     def _prepared(self, embeddings: Floats) -> Scores:
         return unit_rows(embeddings) if self.normalize else embeddings.astype(np.float64)
 
-    def score(self, images: Seen) -> Scores:
+    def score(self, embeddings: Floats, predictions: Integers) -> Scores:
         """Log density (N,) under the class that `rule` names; one without a Gaussian scores below everything."""
-        densities = self.log_densities(images.embeddings)
+        densities = self.log_densities(embeddings)
         if self.rule == "likeliest":
             return densities.max(1)
-        places = np.searchsorted(self.classes, images.predictions).clip(max=len(self.classes) - 1)
+        places = np.searchsorted(self.classes, predictions).clip(max=len(self.classes) - 1)
         scores = densities[np.arange(len(densities)), places]
-        return np.where(self.classes[places] == images.predictions, scores, _NO_GAUSSIAN)
+        return np.where(self.classes[places] == predictions, scores, _NO_GAUSSIAN)
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Everything as arrays of numbers, fit for a safetensors file."""
@@ -105,15 +89,7 @@ class Detector:
 
 @dataclass(frozen=True)
 class Rejector:
-    """A detector with the score below which images are rejected.
-
-    Attributes:
-        detector: Scores images.
-        threshold: An image is accepted from this score on.
-        false_rejection_rate: Share of correctly classified validation images that it rejects at most.
-        training_images: How many images the detector was fitted to.
-        validation_images: How many the threshold was fixed on.
-    """
+    """A detector that rejects images below a score; of correct validation images, a share at most."""
 
     detector: Detector
     threshold: float

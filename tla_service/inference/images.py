@@ -21,21 +21,12 @@ class BadImages(ValueError):  # noqa: N818 - what a client reads is its message,
 
 
 def read_images(sent: Any, image_shape: tuple[int, int, int], *, max_images: int = MAX_IMAGES) -> Images:
-    """Check images of any accepted kind and make one array of them.
+    """Check images of any accepted kind and make one array (N, C, H, W) of them, float32 in [0, 1] or uint8.
 
-    Args:
-        sent: One of: an array (N,C,H,W), float in [0, 1] or uint8; nested lists of such numbers, floats or, for 8-bit
-            values, whole numbers; encoded images, as a list of PNG or JPEG bytes, an array or a data frame's only
-            column of them; the same in base64, as JSON has no bytes.
-        image_shape: (C, H, W) of the network.
-        max_images: More are refused.
-
-    Returns:
-        (N, C, H, W), float32 in [0, 1] or uint8.
-
-    Raises:
-        BadImages: They have another shape, are not numbers, hold NaN, leave the range, are too many or none, or cannot
-            be decoded.
+    `sent` is one of: an array (N,C,H,W), float in [0, 1] or uint8; nested lists of such numbers, floats or, for 8-bit
+    values, whole numbers; encoded images, as a list of PNG or JPEG bytes, an array or a data frame's only column of
+    them; the same in base64, as JSON has no bytes. BadImages if they are not (C, H, W) of the network, not numbers,
+    NaN, out of range, too many or none, or cannot be decoded.
     """
     if hasattr(sent, "columns") and hasattr(sent, "iloc"):  # a pandas.DataFrame; pandas need not be there
         if len(sent.columns) != 1:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,29 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tla_service.inference.detector import Floats, Integers, Rejector
+from tla_service.inference.detector import Rejector
 from tla_service.inference.images import Images
 from tla_service.models import ImageClassifier, build_model
 
 _BATCH_SIZE = 256  # bounds memory whatever the size of a request
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Images as the network sees them: what a detector scores."""
-
-    embeddings: Floats
-    predictions: Integers
-
-
 class Predictor:
-    """A network with its detector.
-
-    Args:
-        network: In eval mode, float32, on its device.
-        description: The content of ``model.json``.
-        rejector: Detector and threshold; ``None`` for a version without.
-    """
+    """A network in eval mode and float32 with the content of its ``model.json`` and, if it has one, its detector."""
 
     def __init__(self, network: ImageClassifier, description: dict[str, Any], rejector: Rejector | None) -> None:
         self.network, self.description, self.rejector = network, description, rejector
@@ -42,16 +27,7 @@ class Predictor:
 
     @classmethod
     def load(cls, artifacts: Path, device: str | None = None) -> Self:
-        """Build the network of a model version and load its weights.
-
-        Args:
-            artifacts: Folder of ``model.json``, ``weights.safetensors`` and, where there is one,
-                ``detector.safetensors``.
-            device: Where to put the network; the default is a GPU if there is one.
-
-        Raises:
-            ValueError: A file is not the one that the description was written for.
-        """
+        """Load a model version from its folder, by default to a GPU if present; ValueError if a file was changed."""
         from safetensors.numpy import load as load_arrays
         from safetensors.torch import load as load_tensors
 
@@ -69,11 +45,7 @@ class Predictor:
         return cls(network.float().eval().to(target), description, rejector)
 
     def predict(self, images: Images, *, embedding: bool = False) -> dict[str, npt.NDArray[Any]]:
-        """Classify images.
-
-        Args:
-            images: (N,C,H,W), float32 in [0, 1] or uint8, as :func:`tla_service.inference.images.read_images` checks.
-            embedding: Whether to return the embeddings as well.
+        """Classify images (N,C,H,W), float32 in [0, 1] or uint8, as `tla_service.inference.images.read_images` gives.
 
         Returns:
             ``label`` int64 (N,) and ``probabilities`` float32 (N,K); with a detector ``detection_score`` float64 (N,),
@@ -97,7 +69,7 @@ class Predictor:
         embeddings = output.embeddings.float().cpu().numpy()
         found = {"label": labels, "probabilities": probabilities}
         if self.rejector is not None:
-            score = self.rejector.detector.score(_Batch(embeddings, labels))
+            score = self.rejector.detector.score(embeddings, labels)
             found |= {"detection_score": score, "accepted": score >= self.rejector.threshold}
         return found | {"embedding": embeddings} if embedding else found
 

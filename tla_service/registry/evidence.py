@@ -12,7 +12,7 @@ import torch
 from tla_service.attacks.autoattack import autoattack_stages
 from tla_service.data.splits import gate_images
 from tla_service.errors import UnavailableError, UserError, one_line
-from tla_service.evaluation.outcomes import AutoAttackRun, ShardOutcome, load_outcome
+from tla_service.evaluation.shards import AutoAttackRun, ShardOutcome, load_outcome
 from tla_service.registry.evaluations import described, evaluate_command, fetch, stored_evaluations
 from tla_service.registry.gate import Evaluated, Finding, refused
 from tla_service.registry.loading import PACKAGE_DIGEST, open_package

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tla_service.errors import UserError
-from tla_service.evaluation.intervals import paired_difference, share_of
-from tla_service.evaluation.outcomes import ShardOutcome
-from tla_service.evaluation.results import Accuracy
+from tla_service.evaluation.results import Accuracy, paired_difference, share_of
+from tla_service.evaluation.shards import ShardOutcome
 from tla_service.registry.job_settings import GateRules
 from tla_service.report.schema import Report
 from tla_service.report.settings import ImageCounts

@@ -1,5 +1,6 @@
 """From models to a report: check, measure, write."""
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,37 +13,25 @@ from torch import nn
 
 from tla_service.data import split_validation
 from tla_service.environment import code_facts
-from tla_service.errors import ConfigError, UserError
+from tla_service.errors import ConfigError, UnavailableError, UserError, one_line
 from tla_service.evaluation.embedding import EmbeddedImages
-from tla_service.evaluation.neighbours import pick_queries
-from tla_service.evaluation.outcomes import IntArray, ShardOutcome, save_outcome
+from tla_service.evaluation.geometry import pick_queries
+from tla_service.evaluation.shards import IntArray, ShardOutcome, save_outcome
 from tla_service.evaluation.surrogate import TrainedSurrogate
-from tla_service.lock import locked_folder
+from tla_service.files import write_whole
+from tla_service.lock import LOCK_FILE, locked_folder
 from tla_service.models import build_model
 from tla_service.report import findings as fd
+from tla_service.report import plan as pl
 from tla_service.report import schema as rp
 from tla_service.report.figures import Figures
-from tla_service.report.folder import identity, open_folder, report_folder
-from tla_service.report.page import method_name, write_page
-from tla_service.report.plan import (
-    Plan,
-    attack_tasks,
-    audit_tasks,
-    bank_rows,
-    check_plan,
-    embedding_tasks,
-    make_plan,
-    protocol,
-    query_task,
-    single_tasks,
-    surrogate_task,
-)
+from tla_service.report.page import describe_surrogate, method_name, write_page
 from tla_service.report.settings import ReportSettings
-from tla_service.report.subjects import Models
+from tla_service.report.subjects import Models, Subject
 from tla_service.report.tasks import Inputs, Measurer, Results, Task, run_tasks, select
-from tla_service.report.text import describe_surrogate
 from tla_service.training.reporting import Terminal
 
+_IDENTITY = "evaluation.json"
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -52,27 +41,16 @@ def evaluate(
     workers: Callable[[], AbstractContextManager[Measurer]],
     terminal: Terminal,
 ) -> tuple[rp.Report, Path]:
-    """Evaluate models and write the report.
+    """Evaluate models and write the report; returns it, and the folder it is in.
 
     Shards are saved as they come in: the same evaluation, under whatever address of the weights, resumes where it was
-    stopped or killed.
-
-    Args:
-        settings: What to evaluate, and how.
-        models: Loaded models and data.
-        workers: Starts what measures, and ends it; called once everything is checked.
-        terminal: Progress goes there.
-
-    Returns:
-        The report, and the folder it is in.
-
-    Raises:
-        UserError: Something is wrong or missing; found before anything is measured, as far as it can be.
+    stopped or killed. `workers` starts what measures once everything is checked, and ends it. UserError if something is
+    wrong or missing, found before anything is measured as far as it can be.
     """
     subject, dataset = models.subject, models.dataset
     threat = subject.threat_model
-    plan = make_plan(settings, dataset.name, threat.norm, threat.epsilon, has_surrogate=models.surrogate is not None)
-    check_plan(plan, dataset.image_shape)
+    plan = pl.make_plan(settings, dataset.name, threat.norm, threat.epsilon, has_surrogate=models.surrogate is not None)
+    pl.check_plan(plan, dataset.image_shape)
     output = report_folder(settings, models, plan)
     evaluation = _Evaluation(settings, plan, models, output, terminal)
     tasks = evaluation.tasks()
@@ -99,30 +77,69 @@ def evaluate(
     return report, output
 
 
+def report_folder(settings: ReportSettings, models: Models, plan: pl.Plan) -> Path:
+    """Where the report goes: given, or named after the weights, and the threat model if it is not that of training."""
+    subject = models.subject
+    threat = rp.ThreatModel(norm=plan.norm, epsilon=plan.epsilon)
+    name = subject.key if threat.slug == subject.threat_model.slug else f"{subject.key}-{threat.slug}"
+    return (settings.output or Path("reports") / name).expanduser().absolute()
+
+
+def identity(settings: ReportSettings, models: Models, plan: pl.Plan) -> dict[str, Any]:
+    """What makes two evaluations the same one: weights, data and protocol, whatever the models' addresses."""
+    surrogate = models.surrogate.facts.weights_sha256 if models.surrogate is not None else None
+    return {
+        "weights": [each.facts.weights_sha256 for each in models.all],
+        "surrogate": surrogate,
+        "data": models.dataset.fingerprint,
+        "threat model": f"{plan.norm} {plan.epsilon!r}",
+        "settings": pl.protocol(plan, settings),
+    }
+
+
+def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> bool:
+    """Claim the folder of a report, which is made if missing; whether the same evaluation has finished there.
+
+    `page` makes its page part of that. ConfigError if it holds anything else, UnavailableError if not writable.
+    """
+    mark = output / _IDENTITY
+    try:
+        if output.exists() and not mark.is_file() and any(path.name != LOCK_FILE for path in output.iterdir()):
+            raise ConfigError("output", output, "holds other files", "choose another --output")
+        if mark.is_file():
+            found = json.loads(mark.read_text())
+            differ = [name for name, value in mine.items() if found.get(name) != value]
+            if differ:
+                reason = f"holds an evaluation that differs in {', '.join(differ)}"
+                raise ConfigError("output", output, reason, "choose another --output, or delete it")
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(mark, json.dumps(mine, indent=1))
+    except (OSError, ValueError) as error:
+        reason = f"cannot be written ({one_line(error)})"
+        raise UnavailableError("output", output, reason, "choose another --output") from error
+    return (output / (rp.PAGE_FILE if page else rp.REPORT_FILE)).is_file()
+
+
 @dataclass(frozen=True)
 class _Evaluation:
     """The steps of an evaluation."""
 
     settings: ReportSettings
-    plan: Plan
+    plan: pl.Plan
     models: Models
     output: Path
     terminal: Terminal
 
     def tasks(self) -> list[Task]:
-        """What is measured of every test image, whether it is set aside for the gate or not.
-
-        Raises:
-            ConfigError: So few images are taken that all of them are set aside.
-        """
+        """What is measured of every test image; ConfigError if so few are taken that all of them are set aside."""
         plan, settings, models = self.plan, self.settings, self.models
         subject, dataset = models.subject, models.dataset
         bank = self._bank()
         tasks = []
         for each in models.all:
-            tasks += attack_tasks(plan, settings, dataset, each.key)
-            tasks += embedding_tasks(plan, settings, dataset, each.key, bank)
-        tasks += single_tasks(plan, settings, dataset, subject.key)
+            tasks += pl.attack_tasks(plan, settings, dataset, each.key)
+            tasks += pl.embedding_tasks(plan, settings, dataset, each.key, bank)
+        tasks += pl.single_tasks(plan, settings, dataset, subject.key)
         for task in tasks:
             if task.split == "test" and dataset.gate[task.rows].all():
                 reason = (
@@ -139,7 +156,7 @@ class _Evaluation:
         subject, dataset = models.subject, models.dataset
         surrogate = models.surrogate.network if models.surrogate is not None else None
         inputs = Inputs({each.key: each.network for each in models.all}, surrogate, dataset)
-        say = _Now(self.terminal)
+        say = _seldom(self.terminal.say)
         with workers() as measure:
             self.terminal.say(f"measuring on {measure}")
             results: Results = {}
@@ -147,7 +164,7 @@ class _Evaluation:
             if settings.images.audit and surrogate is None:
                 self.terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
                 try:
-                    task = surrogate_task(plan, dataset, subject.key)
+                    task = pl.surrogate_task(plan, dataset, subject.key)
                     results |= run_tasks([task], inputs, output, measure, lambda _: None)
                     inputs = inputs._replace(surrogate=_built(results[task.key], models))
                     self.terminal.say(describe_surrogate(results[task.key].facts))
@@ -155,14 +172,14 @@ class _Evaluation:
                     without = f"no surrogate was given, and none could be trained ({error})"
                     self.terminal.say(without)
             # The audit first: it is one long shard, and other workers measure the rest in the meantime.
-            tasks = [*audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
+            tasks = [*pl.audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
             results |= run_tasks(tasks, inputs, output, measure, say)
             if settings.page and (subject.key, "natural") in results:
                 natural = results[subject.key, "natural"]
                 natural = natural.only(~dataset.gate.numpy()[natural.rows])
                 rows = natural.rows[pick_queries(natural.embedded, settings.pictures.queries, plan.seed)]
                 if len(rows):
-                    results |= run_tasks([query_task(plan, subject.key, rows)], inputs, output, measure, say)
+                    results |= run_tasks([pl.query_task(plan, subject.key, rows)], inputs, output, measure, say)
         return results, str(measure)
 
     def _bank(self) -> IntArray:
@@ -172,7 +189,7 @@ class _Evaluation:
         rows = torch.arange(len(labels))
         if config is not None and config.data.name == self.models.dataset.name:
             rows, _ = split_validation(labels, config.data.validation_fraction, config.seed)
-        return bank_rows(rows, labels, self.settings.images.bank)
+        return pl.bank_rows(rows, labels, self.settings.images.bank)
 
     def report(self, found: Mapping[str, fd.Findings], gate: fd.Findings, hardware: str, seconds: float) -> rp.Report:
         """Put the findings together."""
@@ -182,7 +199,6 @@ class _Evaluation:
         classes = len(dataset.class_names)
 
         def measured(each: fd.Findings) -> dict[str, Any]:
-            """What is reported of every model."""
             return {
                 "accuracy": fd.accuracies(each, plan, classes),
                 "detection": each.detection,
@@ -190,15 +206,12 @@ class _Evaluation:
                 "shift": tuple(ratios.at(epsilon) for epsilon, ratios in each.shift.items()),
             }
 
-        compared = tuple(
-            rp.Compared(
-                model=other.facts,
-                difference=fd.differences(own, found[other.key], plan),
-                warnings=fd.autoattack_warnings(found[other.key].autoattack),
-                **measured(found[other.key]),
-            )
-            for other in models.others
-        )
+        def compared(other: Subject) -> rp.Compared:
+            its = found[other.key]
+            difference, warnings = fd.differences(own, its, plan), fd.autoattack_warnings(its.autoattack)
+            return rp.Compared(model=other.facts, difference=difference, warnings=warnings, **measured(its))
+
+        gate_accuracy = fd.accuracies(gate, plan, classes)
         return rp.Report(
             model=subject.facts,
             data=rp.DataFacts(
@@ -214,16 +227,14 @@ class _Evaluation:
             curves=own.curves,
             sparse=own.norms,
             audit=own.audit,
-            compared=compared,
+            compared=tuple(map(compared, models.others)),
             surrogate=models.surrogate.facts if models.surrogate is not None else None,
             code=code_facts(),
             seed=settings.seed,
-            settings=protocol(plan, settings),
+            settings=pl.protocol(plan, settings),
             seconds=seconds,
             hardware=hardware,
-            gate=rp.GateFacts(
-                images=int(dataset.gate.sum()), accuracy=fd.accuracies(gate, plan, classes), detection=gate.detection
-            ),
+            gate=rp.GateFacts(images=int(dataset.gate.sum()), accuracy=gate_accuracy, detection=gate.detection),
             **measured(own),
         )
 
@@ -249,13 +260,14 @@ def _built(trained: TrainedSurrogate, models: Models) -> nn.Module:
     return network.eval()
 
 
-class _Now:
+def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:
     """Passes progress on, a line every few seconds."""
+    last = 0.0
 
-    def __init__(self, terminal: Terminal) -> None:
-        self._terminal, self._last = terminal, 0.0
+    def said(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            say(text)
 
-    def __call__(self, text: str) -> None:
-        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            self._terminal.say(text)
+    return said

@@ -1,8 +1,8 @@
 """The figures of a report, each with a heading and a caption that says what to look for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,19 +11,10 @@ from tla_service.data import Dataset
 from tla_service.data.augmentation import to_unit
 from tla_service.data.sources import ImageSource
 from tla_service.errors import ConfigError
+from tla_service.evaluation import measure_figures as mf
 from tla_service.evaluation.embedding import EmbeddedImages
-from tla_service.evaluation.figures import attack_panel
-from tla_service.evaluation.geometry import ShiftRatios, project, select_class, select_pair
-from tla_service.evaluation.measure_figures import (
-    PanelRow,
-    class_map,
-    pair_map,
-    retrieval_panel,
-    roc_curves,
-    shift_bars,
-)
-from tla_service.evaluation.neighbours import nearest
-from tla_service.evaluation.suite_figures import accuracy_curves, class_bars, class_heat_map
+from tla_service.evaluation.figures import PanelRow, attack_panel, retrieval_panel
+from tla_service.evaluation.geometry import nearest, project, select_class, select_pair
 from tla_service.inference.detector import Floats, Integers
 from tla_service.report.findings import Findings, accuracies
 from tla_service.report.plan import Plan, radius_name
@@ -34,12 +25,8 @@ _CIFAR_DEER, _CIFAR_TRUCK, _CIFAR_BIRD = 4, 9, 2
 _FEWEST_POINTS = 20  # t-SNE of fewer shows nothing
 
 
-@dataclass(frozen=True)
-class ReportFigure:
-    """A figure of the page: PNG file, heading, and a caption that says what it shows and what to look for.
-
-    `section` is accuracy, curves, sparse, detection, neighbours, shift or examples.
-    """
+class ReportFigure(NamedTuple):
+    """A figure of the page: PNG file, section, heading, and a caption that says what it shows and what to look for."""
 
     path: Path
     section: str
@@ -63,19 +50,15 @@ class Figures:
     def accuracy(self) -> None:
         """Accuracy by class under each attack, and by class under the strongest."""
         table = accuracies(self._found, self._plan, len(self._names))
-        path = self._add(
-            "classes", "accuracy", "By class", "Accuracy by class and attack in percent, the weakest class on top."
-        )
-        class_heat_map(table, self._names, path)
+        caption = "Accuracy by class and attack in percent, the weakest class on top."
+        mf.class_heat_map(table, self._names, self._add("classes", "accuracy", "By class", caption))
         name = "autoattack" if "autoattack" in table else "worst"
-        path = self._add(
-            "weakest_classes",
-            "accuracy",
-            f"By class under {name}",
+        caption = (
             "Whiskers are 95% Wilson intervals; the line is the whole test set. A class far below it is where an "
-            "attacker will begin.",
+            "attacker will begin."
         )
-        class_bars(table[name], self._names, path)
+        path = self._add("weakest_classes", "accuracy", f"By class under {name}", caption)
+        mf.class_bars(table[name], self._names, path)
 
     def curves(self) -> None:
         """Accuracy along radius, steps and restarts."""
@@ -92,10 +75,10 @@ class Figures:
             "restarts": ("Against restarts", "What each further random start breaks, worst start per image."),
         }
         for axis, (title, caption) in about.items():
-            curves = {curve.label: curve for curve in self._found.curves if curve.axis == axis}
+            curves = {curve.attack.partition(": ")[2]: curve for curve in self._found.curves if curve.axis == axis}
             marked = (self._plan.epsilon, f"ε = {self._plan.epsilon:.4g}") if axis == "epsilon" else None
             if curves:
-                accuracy_curves(curves, self._add(f"accuracy_{axis}", "curves", title, caption), marked=marked)
+                mf.accuracy_curves(curves, self._add(f"accuracy_{axis}", "curves", title, caption), marked=marked)
         for found in self._found.norms:
             what = "values changed" if found.norm == "l0" else "absolute changes"
             caption = (
@@ -103,7 +86,7 @@ class Figures:
                 f"({what}). The model was not trained for this norm."
             )
             path = self._add(f"accuracy_{found.norm}", "sparse", f"Against {found.norm.upper()} perturbations", caption)
-            accuracy_curves({"FMN": found.curve}, path)
+            mf.accuracy_curves({"FMN": found.curve}, path)
 
     def detection(self) -> None:
         """ROC curves of the detection scores."""
@@ -114,21 +97,22 @@ class Figures:
             "correctly classified ones."
         )
         path = self._add("detection", "detection", "Misclassified images", caption)
-        roc_curves({_SCORES[name]: result for name, result in self._found.rocs.items()}, path)
+        mf.roc_curves({_SCORES[name]: result for name, result in self._found.rocs.items()}, path)
 
     def shift(self, others: Mapping[str, Findings], own_name: str) -> None:
         """Shift ratios of this model and those it is compared with."""
         if not self._found.shift:
             return
-        ratios: dict[str, ShiftRatios] = {}
-        for name, each in {own_name: self._found, **others}.items():
-            for epsilon, found in each.shift.items():
-                ratios[f"{name}\nε = {epsilon:.3g}"] = found
+        ratios = {
+            f"{name}\nε = {epsilon:.3g}": shift
+            for name, each in {own_name: self._found, **others}.items()
+            for epsilon, shift in each.shift.items()
+        }
         caption = (
             "r compares attacked images misclassified as a class with its natural images, r' those crafted from it; "
             "both over the spread of the natural images."
         )
-        shift_bars(ratios, self._add("shift", "shift", "Shift ratios", caption))
+        mf.shift_bars(ratios, self._add("shift", "shift", "Shift ratios", caption))
 
     def maps(self, settings: ReportSettings, data_name: str) -> None:
         """t-SNE of one class and of one pair."""
@@ -150,21 +134,19 @@ class Figures:
         _check_classes(klass, pair, len(self._names))
         chosen = select_class(natural, attacked, klass)
         if sum(map(len, chosen)) >= _FEWEST_POINTS:
-            path = self._add(
-                "class_map",
-                "shift",
-                f"t-SNE of class {self._names[klass]}",
+            caption = (
                 "Natural images and attacked ones by prediction (Fig. 1): attacked images inside the class's own "
-                "cloud are those that the metric holds.",
+                "cloud are those that the metric holds."
             )
-            class_map(project(*chosen, seed=self._plan.seed), self._names, path)
+            path = self._add("class_map", "shift", f"t-SNE of class {self._names[klass]}", caption)
+            mf.class_map(project(*chosen, seed=self._plan.seed), self._names, path)
         if pair[0] != pair[1]:
             chosen = select_pair(natural, attacked, *pair)
             if sum(map(len, chosen)) >= _FEWEST_POINTS:
                 title = f"t-SNE of {self._names[pair[0]]} attacked into {self._names[pair[1]]}"
                 caption = "Natural images of both classes and the attacked ones that cross over (Fig. 2)."
                 path = self._add("pair_map", "shift", title, caption)
-                pair_map(project(*chosen, seed=self._plan.seed), *pair, self._names, path)
+                mf.pair_map(project(*chosen, seed=self._plan.seed), *pair, self._names, path)
 
     def queries(self, attacked: EmbeddedImages, dataset: Dataset, settings: ReportSettings) -> None:
         """Retrieval panel and attack panel of a few test images."""
@@ -182,23 +164,15 @@ class Figures:
         for state, images, embedded in (("clean", pixels, clean), ("attacked", attacked.pixels, attacked.embedded)):
             rows, _ = nearest(embedded.embeddings, bank.embedded.embeddings, count, metric=metric)
             states[state] = PanelRow(images, fetch(dataset.train, bank.rows[rows]), bank.embedded.labels[rows])
-        path = self._add(
-            "retrieval",
-            "neighbours",
-            "Nearest training images",
-            "Each query clean, then attacked; a solid frame and a tick mark neighbours of the query's class (Fig. 4).",
+        caption = (
+            "Each query clean, then attacked; a solid frame and a tick mark neighbours of the query's class (Fig. 4)."
         )
+        path = self._add("retrieval", "neighbours", "Nearest training images", caption)
         retrieval_panel(clean.labels, states, self._names, path)
         caption = f"Test images, what {self._plan.iterative} (one start) makes of them, and the difference."
-        attack_panel(
-            pixels,
-            attacked.pixels,
-            clean.labels.tolist(),
-            clean.predictions.tolist(),
-            attacked.embedded.predictions.tolist(),
-            self._names,
-            self._add("attack", "accuracy", "Attacked images", caption),
-        )
+        path = self._add("attack", "accuracy", "Attacked images", caption)
+        predictions = clean.predictions.tolist(), attacked.embedded.predictions.tolist()
+        attack_panel(pixels, attacked.pixels, clean.labels.tolist(), *predictions, self._names, path)
 
 
 def _check_classes(klass: int, pair: tuple[int, int], num_classes: int) -> None:

@@ -7,24 +7,13 @@ from typing import Any
 import numpy as np
 
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
+from tla_service.evaluation import results as rs
 from tla_service.evaluation.detection import RocCurve, detect_misclassified, fit_detector, shipped_detection
 from tla_service.evaluation.embedding import Embedded, EmbeddedImages
-from tla_service.evaluation.geometry import ShiftRatios, shift_ratios
-from tla_service.evaluation.intervals import BoolArray, class_accuracy, paired_difference
-from tla_service.evaluation.minimum_norms import minimum_norms_of
-from tla_service.evaluation.neighbours import neighbour_accuracy
-from tla_service.evaluation.outcomes import ShardOutcome
-from tla_service.evaluation.paper_columns import restart_curve, sweep_curve
-from tla_service.evaluation.results import (
-    Accuracy,
-    Audit,
-    Check,
-    Curve,
-    Detection,
-    Difference,
-    MinimumNorms,
-    Neighbours,
-)
+from tla_service.evaluation.geometry import ShiftRatios, neighbour_accuracy, shift_ratios
+from tla_service.evaluation.paper import restart_curve, sweep_curve
+from tla_service.evaluation.shards import ShardOutcome
+from tla_service.evaluation.suite import minimum_norms_of
 from tla_service.inference.detector import Rejector
 from tla_service.report.plan import Plan, detection_name, radius_name
 from tla_service.report.schema import AttackFacts, AutoAttackFacts
@@ -48,11 +37,11 @@ class Findings:
     autoattack: ShardOutcome | None = None
     embedded: dict[str, EmbeddedImages] = field(default_factory=dict)
     rocs: dict[str, RocCurve] = field(default_factory=dict)
-    detection: Detection | None = None
+    detection: rs.Detection | None = None
     shift: dict[float, ShiftRatios] = field(default_factory=dict)
-    curves: tuple[Curve, ...] = ()
-    norms: tuple[MinimumNorms, ...] = ()
-    audit: Audit | None = None
+    curves: tuple[rs.Curve, ...] = ()
+    norms: tuple[rs.MinimumNorms, ...] = ()
+    audit: rs.Audit | None = None
 
 
 def gather(
@@ -94,7 +83,7 @@ def _detect(found: Findings, plan: Plan, settings: ReportSettings, rejector: Rej
     shipped = None
     if rejector is not None:
         shipped = shipped_detection(rejector, Embedded.joined(natural, attacked), plan.seed)
-    found.detection = Detection(
+    found.detection = rs.Detection(
         **vars(main.score),
         epsilon=plan.detection.epsilon,
         num_correct=main.num_correct,
@@ -105,7 +94,7 @@ def _detect(found: Findings, plan: Plan, settings: ReportSettings, rejector: Rej
     )
 
 
-def _curves(mine: Mapping[str, Any], outcome: ShardOutcome, plan: Plan) -> tuple[Curve, ...]:
+def _curves(mine: Mapping[str, Any], outcome: ShardOutcome, plan: Plan) -> tuple[rs.Curve, ...]:
     curves = []
     if "epsilon-iterative" in mine:
         pgd = f"{plan.iterative}: PGD, {plan.strongest.num_steps} steps"
@@ -123,15 +112,15 @@ def _curves(mine: Mapping[str, Any], outcome: ShardOutcome, plan: Plan) -> tuple
     return tuple(curves)
 
 
-def accuracies(found: Findings, plan: Plan, num_classes: int) -> dict[str, Accuracy]:
+def accuracies(found: Findings, plan: Plan, num_classes: int) -> dict[str, rs.Accuracy]:
     """Accuracy by attack: clean, the table's attacks, the worst of them, AutoAttack."""
     outcome = found.outcome
     standing = {name: outcome.standing(name) for name in ("clean", *plan.columns, *plan.transfer)}
     standing["worst"] = np.logical_and.reduce(list(standing.values()))
-    table = {name: class_accuracy(correct, outcome.labels, num_classes) for name, correct in standing.items()}
+    table = {name: rs.class_accuracy(correct, outcome.labels, num_classes) for name, correct in standing.items()}
     strong = found.autoattack
     if strong is not None:
-        table["autoattack"] = class_accuracy(strong.standing("autoattack"), strong.labels, num_classes)
+        table["autoattack"] = rs.class_accuracy(strong.standing("autoattack"), strong.labels, num_classes)
     return table
 
 
@@ -154,7 +143,7 @@ def autoattack_facts(found: Findings, plan: Plan) -> AutoAttackFacts | None:
     shared = np.isin(strong.indices, found.outcome.indices)
     standing = {name: found.outcome.standing(name)[same] for name in plan.within}
     strongest = min(standing, key=lambda name: int(standing[name].sum()))
-    gap = paired_difference(standing[strongest], strong.standing("autoattack")[shared])
+    gap = rs.paired_difference(standing[strongest], strong.standing("autoattack")[shared])
     broken = {stage: int((strong.broken_at["autoattack"] == 1 + place).sum()) for place, stage in enumerate(ALL_STAGES)}
     run = strong.autoattack
     if run is None:  # shards of an earlier version, which ran this one only
@@ -186,14 +175,11 @@ def autoattack_warnings(strong: ShardOutcome | None) -> tuple[str, ...]:
             "until then: gradient attacks may be unreliable on this network")  # fmt: skip
 
 
-def _with_objections(audit: Audit, strong: ShardOutcome | None) -> Audit:
-    """One more check: AutoAttack should find nothing that makes its figure unreliable.
-
-    Zero gradients have a check of their own.
-    """
+def _with_objections(audit: rs.Audit, strong: ShardOutcome | None) -> rs.Audit:
+    """One more check: AutoAttack's warnings about its own figure; zero gradients have a check of their own."""
     warnings = strong.warnings if strong is not None else ()
     objections = [warning for warning in warnings if warning != ZERO_GRADIENT]
-    check = Check(
+    check = rs.Check(
         name="autoattack_raises_no_objection",
         figure=None if strong is None else float(len(objections)),
         threshold=0.0,
@@ -201,21 +187,21 @@ def _with_objections(audit: Audit, strong: ShardOutcome | None) -> Audit:
         statement="AutoAttack was not run" if strong is None else "; ".join(warnings) or "AutoAttack gave no warning",
         meaning="AutoAttack considers its own figure unreliable for this network",
     )
-    return Audit.of((*audit.checks, check), audit.images)
+    return rs.Audit.of((*audit.checks, check), audit.images)
 
 
-def differences(found: Findings, other: Findings, plan: Plan) -> dict[str, Difference]:
+def differences(found: Findings, other: Findings, plan: Plan) -> dict[str, rs.Difference]:
     """This model's accuracy minus another's, attack by attack, on the same images."""
-    pairs: dict[str, tuple[BoolArray, BoolArray]] = {
+    pairs: dict[str, tuple[rs.BoolArray, rs.BoolArray]] = {
         name: (found.outcome.standing(name), other.outcome.standing(name))
         for name in ("clean", *plan.columns, *plan.transfer)
     }
     if found.autoattack is not None and other.autoattack is not None:
         pairs["autoattack"] = found.autoattack.standing("autoattack"), other.autoattack.standing("autoattack")
-    return {name: paired_difference(*pair) for name, pair in pairs.items()}
+    return {name: rs.paired_difference(*pair) for name, pair in pairs.items()}
 
 
-def neighbours(found: Findings, plan: Plan, settings: ReportSettings) -> Neighbours | None:
+def neighbours(found: Findings, plan: Plan, settings: ReportSettings) -> rs.Neighbours | None:
     """Accuracy of a vote of the nearest training images."""
     if not found.embedded:
         return None
@@ -225,4 +211,4 @@ def neighbours(found: Findings, plan: Plan, settings: ReportSettings) -> Neighbo
         neighbour_accuracy(found.embedded[name].embedded, bank, k=k, metric=settings.neighbours.metric)
         for name in ("natural", radius_name(plan.epsilon))
     )
-    return Neighbours(k, len(bank), clean, attacked)
+    return rs.Neighbours(k, len(bank), clean, attacked)

@@ -1,22 +1,22 @@
-"""The report as one page: everything in it, nothing fetched."""
+"""A report for people: one page with everything in it and nothing fetched, and lines in the terminal."""
 
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from tla_service.evaluation.intervals import wilson_interval
-from tla_service.evaluation.results import DetectionScore, Share
+from tla_service.evaluation.paper import differences_from_paper, paper_row
+from tla_service.evaluation.results import DetectionScore, Share, SurrogateFacts, wilson_interval
 from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
-from tla_service.report.paper_results import differences_from_paper, paper_row
-from tla_service.report.schema import AttackFacts, Compared, Report
+from tla_service.report.schema import PAGE_FILE, REPORT_FILE, Report
+from tla_service.training.reporting import Terminal
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 NORMS = {"linf": "L-infinity", "l2": "L2"}
-_KINDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD", "mim": "MIM", "cw": "C&W"}
+_KINDS = {"bim": "BIM", "pgd": "PGD", "mim": "MIM", "cw": "C&W"}
 _METHODS = {
     "natural": "natural training",
     "at": "AT",
@@ -27,37 +27,22 @@ _METHODS = {
 }
 
 
-class _Row(NamedTuple):
-    """A line of a table: cells of a model, or of the paper."""
-
-    name: str
-    cells: list[str]
-    kind: str
-
-
 def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, same_attacks: bool) -> None:
-    """Render `report.html`, whole or not at all, with the pictures in it.
-
-    `same_attacks` tells whether norm, radius and attacks are the paper's for this data set.
-    """
+    """Render `report.html`; `same_attacks` tells whether norm, radius and attacks are the paper's for this data set."""
     whole = {name: _whole(report, name) for name in report.accuracy}
     apart = differences_from_paper(
         report.data.name, report.model.architecture, whole["clean"].images, same_attacks=same_attacks
     )
     content = template("report.html.j2").render(
         report=report,
-        columns=[name for name in report.accuracy if name != "worst"],
-        marks={"passed": "✓", "failed": "✗", "not run": "-"},
+        models=[report, *report.compared],
+        figures=figures,
         describe=lambda name: describe(report, name),
-        sections=_by_section(figures),
         picture=lambda figure: "data:image/png;base64," + base64.b64encode(figure.path.read_bytes()).decode(),
-        compared=_compared_table(report, with_paper=not apart),
-        measures=_measure_rows(report, with_paper=not apart),
+        paper=lambda method: None if apart else paper_row(report.data.name, method),
         apart=apart,
-        headline=_headline(report),
         split=split_sentence(report),
         whole=whole,
-        paper=None if apart else paper_row(report.data.name, report.model.method),
         method=method_name,
     )
     write_whole(path, content)
@@ -74,7 +59,15 @@ def template(name: str) -> "Template":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "interval": interval, "area": area, "number": number, "size": size}
+    filters = {
+        "percent": percent,
+        "interval": interval,
+        "area": area,
+        "number": number,
+        "printed": printed,
+        "size": size,
+    }
+    environment.filters |= filters
     return environment.get_template(name)
 
 
@@ -96,6 +89,11 @@ def area(score: DetectionScore) -> str:
 def number(value: float | None) -> str:
     """A ratio or a norm."""
     return "-" if value is None else f"{value:.4g}"
+
+
+def printed(value: float | None) -> str:
+    """A percentage of the paper, with its digits."""
+    return "" if value is None else f"{value:.2f}"
 
 
 def size(epsilon: float, norm: str = "linf") -> str:
@@ -120,16 +118,12 @@ def describe(report: Report, name: str) -> str:
     attack, threat = report.attacks[name], report.threat_model
     other = (attack.norm, attack.epsilon) != (threat.norm, threat.epsilon)
     radius = f", up to {size(attack.epsilon, attack.norm)} in {NORMS[attack.norm]}" if other else ""
-    return _describe_attack(attack) + radius
-
-
-def _describe_attack(facts: AttackFacts) -> str:
-    kind = _KINDS[facts.kind]
-    if facts.kind == "fgsm":
-        return f"{kind}, one step"
-    restarts = f", {facts.num_restarts} starts" if facts.num_restarts > 1 else ""
-    crafted = ", crafted on the surrogate" if facts.transfer else ""
-    return f"{kind}, {facts.num_steps} steps of {size(facts.step_size, facts.norm)}{restarts}{crafted}"
+    if attack.kind == "fgsm":
+        return f"FGSM, one step{radius}"
+    restarts = f", {attack.num_restarts} starts" if attack.num_restarts > 1 else ""
+    crafted = ", crafted on the surrogate" if attack.transfer else ""
+    steps = f"{attack.num_steps} steps of {size(attack.step_size, attack.norm)}"
+    return f"{_KINDS[attack.kind]}, {steps}{restarts}{crafted}{radius}"
 
 
 def split_sentence(report: Report) -> str:
@@ -150,77 +144,33 @@ def _whole(report: Report, name: str) -> Share:
     return wilson_interval(right, sum(part.images for part in parts))
 
 
-def _by_section(figures: Sequence[ReportFigure]) -> dict[str, list[ReportFigure]]:
-    sections: dict[str, list[ReportFigure]] = {}
-    for figure in figures:
-        sections.setdefault(figure.section, []).append(figure)
-    return sections
-
-
-def _headline(report: Report) -> list[tuple[str, str, str]]:
-    """Name, figure and note of the few figures that matter most."""
-    shown = [("clean", "Clean accuracy"), ("worst", "Under every attack of the table"), ("autoattack", "AutoAttack")]
-    lines = [
-        (title, f"{percent(report.accuracy[name].estimate)} %", interval(report.accuracy[name]))
-        for name, title in shown
-        if name in report.accuracy
-    ]
-    if report.detection is not None and report.detection.auc is not None:
-        lines.append(("Detection, area under ROC", f"{percent(report.detection.auc)} %", interval(report.detection)))
-    return lines
-
-
-def _compared_table(report: Report, *, with_paper: bool) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, an attack a row: each model's accuracy, the paper's where it may stand there, differences."""
-    names = [name for name in report.accuracy if name != "worst"]
-    header, columns = ["attack"], [names]
-
-    def add(title: str, cells: list[str]) -> None:
-        header.append(title)
-        columns.append(cells)
-
-    models = [(report.model, report.accuracy), *((other.model, other.accuracy) for other in report.compared)]
-    for model, accuracy in models:
-        add(_label(model.method, model.uri), [percent(accuracy[n].estimate) if n in accuracy else "-" for n in names])
-        row = paper_row(report.data.name, model.method) if with_paper else None
-        if row is not None:
-            found = [f"{row.accuracy[name]:.2f}" if name in row.accuracy else "" for name in names]
-            add(f"{method_name(model.method)}, paper", found)
+def show(report: Report, output: Path, terminal: Terminal) -> None:
+    """Print the figures, what casts doubt on them, and where the report is."""
+    terminal.say("")
+    if report.gate is not None:
+        terminal.say(split_sentence(report))
+    for name, found in report.accuracy.items():
+        terminal.say(
+            f"{name:<18} {percent(found.estimate, 2):>7} %   95%: {percent(found.low)} to {percent(found.high)}"
+        )
+    if report.detection is not None:
+        terminal.say(f"{'detection AUC':<18} {percent(report.detection.auc, 2):>7} %")
+    for warning in report.autoattack.warnings if report.autoattack is not None else ():
+        terminal.say(f"AutoAttack warns: {warning}")
     for other in report.compared:
-        title = f"{method_name(report.model.method)} minus {method_name(other.model.method)}"
-        add(title, [_difference(other, name) for name in names])
-    return header, [list(cells) for cells in zip(*columns, strict=True)]
+        for warning in other.warnings:
+            terminal.say(f"AutoAttack warns about {other.model.uri}: {warning}")
+    if report.audit is not None:
+        terminal.say(f"audit: {'trusted' if report.audit.trusted else 'NOT trusted'}, {report.audit.summary}")
+    page = output / PAGE_FILE
+    terminal.say(f"report  {page if page.is_file() else output / REPORT_FILE}")
 
 
-def _difference(other: Compared, column: str) -> str:
-    found = other.difference.get(column)
-    if found is None:
-        return "-"
-    star = "*" if found.p_value < 0.05 else ""
-    return f"{100 * found.difference:+.1f}{star} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
-
-
-def _measure_rows(report: Report, *, with_paper: bool) -> list[_Row]:
-    """Detection, neighbours and shift ratios by model."""
-    models = [(report.model, report.detection, report.neighbours, report.shift)]
-    models += [(other.model, other.detection, other.neighbours, other.shift) for other in report.compared]
-    rows = []
-    for model, detection, neighbours, shift in models:
-        if detection is None or neighbours is None:
-            continue
-        cells = [area(detection), percent(neighbours.clean.estimate), percent(neighbours.attacked.estimate)]
-        cells += [text for level in shift for text in (number(level.r), number(level.r_prime))]
-        rows.append(_Row(_label(model.method, model.uri), cells, "own"))
-        paper = paper_row(report.data.name, model.method) if with_paper else None
-        if paper is not None:
-            votes = ["", ""] if paper.neighbours is None else [f"{value:.2f}" for value in reversed(paper.neighbours)]
-            printed = ["" if paper.detection is None else f"{paper.detection:.2f}", *votes]
-            for level in shift:
-                near = [pair for at, pair in paper.shift.items() if abs(at - level.epsilon) < 1e-6]
-                printed += [f"{value:g}" for value in near[0]] if near else ["", ""]
-            rows.append(_Row("as the paper has it", printed, "paper"))
-    return rows
-
-
-def _label(method: str, uri: str) -> str:
-    return f"{method_name(method)}  {uri if len(uri) <= 48 else '...' + uri[-45:]}"
+def describe_surrogate(facts: SurrogateFacts) -> str:
+    """The surrogate that was trained for the audit, in a line."""
+    text = (
+        f"trained {facts.architecture}: {facts.steps} steps on {facts.images} training images in {facts.seconds:.0f} s"
+    )
+    if facts.clean_accuracy is None:
+        return text
+    return f"{text}, clean accuracy {percent(facts.clean_accuracy)} % on {facts.held_out} held-out images"

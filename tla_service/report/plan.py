@@ -20,12 +20,9 @@ from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.audit import AuditMeasurement
 from tla_service.evaluation.embedding import EmbeddingMeasurement
-from tla_service.evaluation.minimum_norms import NormMeasurement
-from tla_service.evaluation.outcomes import IntArray
-from tla_service.evaluation.paper_columns import epsilon_sweep, paper_columns, step_sweep
-from tla_service.evaluation.robustness import evaluation_attack
-from tla_service.evaluation.shards import Measurement
-from tla_service.evaluation.suite import AttackMeasurement
+from tla_service.evaluation.paper import epsilon_sweep, paper_columns, step_sweep
+from tla_service.evaluation.shards import IntArray, Measurement
+from tla_service.evaluation.suite import AttackMeasurement, NormMeasurement, evaluation_attack
 from tla_service.evaluation.surrogate import SurrogateMeasurement, surrogate_rows
 from tla_service.report.settings import ReportSettings
 from tla_service.report.tasks import Task
@@ -51,19 +48,9 @@ _SHIFT = {"mnist": _Level(0.03, 40)}
 class Plan:
     """The attacks of an evaluation.
 
-    Attributes:
-        norm: Norm of the threat model.
-        epsilon: Its radius.
-        columns: White-box attacks by name.
-        within: Those of them under the threat model; others have a norm or a radius of their own.
-        transfer: Attacks crafted on the surrogate.
-        is_paper: Whether these are the paper's columns at the paper's radius.
-        iterative: The strongest PGD under the threat model. With one start, curves, audit, neighbours and pictures use
-            it.
-        detection: The attack of the detection test.
-        shift: Attacks of the shift ratios by radius, rising; among them the two above.
-        seed: Seed of every draw.
-        batch_size: Images per forward pass, and per shard.
+    `columns` are white-box attacks by name, those in `within` under the threat model itself; `transfer` attacks are
+    crafted on the surrogate. `iterative` is the strongest PGD under the threat model. `shift` has the attacks of the
+    shift ratios by radius, rising.
     """
 
     norm: Norm
@@ -91,17 +78,16 @@ class Plan:
 
 
 def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: float, *, has_surrogate: bool) -> Plan:
-    """Decide on the attacks.
+    """Decide on the attacks, from the settings and what the model was trained for.
 
-    `norm` and `epsilon` are what the model was trained for; the settings take precedence. Without a surrogate transfer
-    attacks are left out.
-
-    Raises:
-        ConfigError: A norm has no radius, or none of the attacks is PGD under the threat model.
+    Without a surrogate transfer attacks are left out. ConfigError if a norm has no radius, or none of the attacks is
+    PGD under the threat model.
     """
     norm, epsilon = _threat_model(settings, data_name, norm, epsilon)
     detection = _detection_attack(settings, data_name, norm, epsilon)
     training = AttackConfig(norm=norm, epsilon=epsilon, step_size=epsilon / 10)
+    small = _SHIFT.get(data_name) if norm == "linf" else None
+    shift = {detection.epsilon: detection} | ({small.epsilon: _pgd(norm, *small)} if small else {})
     columns = paper_columns(data_name, norm, epsilon)
 
     def attacks(entries: Mapping[str, EvaluationAttack]) -> dict[str, Attack]:
@@ -124,7 +110,7 @@ def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: flo
         is_paper=not settings.attacks and norm == "linf" and epsilon == documented_radius(data_name, norm),
         iterative=max(iterative, key=lambda name: iterative[name].num_steps),
         detection=detection,
-        shift=dict(sorted(_shift_attacks(detection, data_name, norm).items())),
+        shift=dict(sorted(shift.items())),
         seed=settings.seed,
         batch_size=settings.batch_size,
     )
@@ -142,11 +128,7 @@ def _threat_model(settings: ReportSettings, data_name: str, norm: Norm, epsilon:
 
 
 def check_plan(plan: Plan, shape: ImageShape) -> None:
-    """Refuse radii and step sizes that make no sense on images of a shape (C, H, W).
-
-    Raises:
-        ConfigError: One does not.
-    """
+    """Raise ConfigError for radii and step sizes that make no sense on images of a shape (C, H, W)."""
     named = {f"attacks.{name}": attack for name, attack in plan.columns.items()} | {"detection": plan.detection}
     found = [length_trouble("", plan.norm, plan.epsilon, shape=shape)]
     for where, attack in named.items():
@@ -169,11 +151,6 @@ def _detection_attack(settings: ReportSettings, data_name: str, norm: Norm, epsi
     larger = min(_DETECTION_FACTOR * epsilon, largest)
     radius = chosen.epsilon or (paper.epsilon if paper else larger)
     return _pgd(norm, radius, chosen.num_steps or (paper.steps if paper else 50), chosen.step_size)
-
-
-def _shift_attacks(detection: Attack, data_name: str, norm: Norm) -> dict[float, Attack]:
-    small = _SHIFT.get(data_name) if norm == "linf" else None
-    return {detection.epsilon: detection} | ({small.epsilon: _pgd(norm, *small)} if small else {})
 
 
 def radius_name(epsilon: float) -> str:

@@ -8,16 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tla_service.errors import UnavailableError, one_line
-from tla_service.evaluation.results import (
-    Accuracy,
-    Audit,
-    Curve,
-    Detection,
-    Difference,
-    MinimumNorms,
-    Neighbours,
-    Shift,
-)
+from tla_service.evaluation import results as rs
 from tla_service.files import write_whole
 
 FORMAT: Literal[1] = 1
@@ -53,19 +44,7 @@ class ThreatModel(Part):
 
 
 class ModelFacts(Part):
-    """Which network was evaluated.
-
-    Attributes:
-        uri: As it was asked for.
-        name: Registered name, if it is a registered version.
-        version: Its number.
-        run_id: MLflow run that trained it.
-        weights_sha256: Of the weights file that was evaluated, 64 hex digits.
-        architecture: Name of the network.
-        method: How it was trained.
-        seed: Seed of that training; None where it is not known.
-        trained_for: Threat model that it was trained for; None in reports of earlier versions.
-    """
+    """Which network was evaluated; `uri` is as asked for, `trained_for` None in reports of earlier versions."""
 
     uri: str
     name: str | None = None
@@ -79,13 +58,7 @@ class ModelFacts(Part):
 
 
 class DataFacts(Part):
-    """What it was evaluated on: the test set, those images among them that are set aside for the gate.
-
-    Attributes:
-        fingerprint: Digest of the data set's content.
-        class_names: In label order.
-        trained_on: Fingerprint of the set the model was trained on; None where it is not known.
-    """
+    """The test set, images set aside for the gate included; fingerprint of the training data where it is known."""
 
     name: str
     split: Literal["test"] = "test"
@@ -110,23 +83,16 @@ class AttackFacts(Part):
 class AutoAttackFacts(Part):
     """How AutoAttack was run, and what it says about the other attacks.
 
-    Attributes:
-        stages: Its parts that ran.
-        left_out: Its parts that cannot run on this network, and why.
-        broken_by: Images that each part was the first to break.
-        strongest: The strongest of the other attacks on the same images.
-        gap: Accuracy under that attack minus accuracy under AutoAttack, on the same images.
-        weak: Whether the gap shows, beyond noise, that the other attacks are weak.
-        warnings: AutoAttack's warnings, such as that the network seems randomised.
-        outcome: File beside the report with the per-image results.
-        version: The package's version.
+    `broken_by` counts the images that each stage was the first to break. `gap` is the accuracy under `strongest` of the
+    other attacks minus that under AutoAttack, on the same images; `weak` tells whether it shows, beyond noise, that the
+    other attacks are weak.
     """
 
     stages: tuple[str, ...]
     left_out: dict[str, str]
     broken_by: dict[str, int]
     strongest: str
-    gap: Difference
+    gap: rs.Difference
     weak: bool
     warnings: tuple[str, ...] = ()
     outcome: str = AUTOATTACK_FILE
@@ -137,11 +103,11 @@ class Compared(Part):
     """Another model measured on the same images; `difference` is the report's model minus this one, by attack."""
 
     model: ModelFacts
-    accuracy: dict[str, Accuracy]
-    difference: dict[str, Difference]
-    detection: Detection | None = None
-    neighbours: Neighbours | None = None
-    shift: tuple[Shift, ...] = ()
+    accuracy: dict[str, rs.Accuracy]
+    difference: dict[str, rs.Difference]
+    detection: rs.Detection | None = None
+    neighbours: rs.Neighbours | None = None
+    shift: tuple[rs.Shift, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -149,8 +115,8 @@ class GateFacts(Part):
     """What the promotion gate decides on: the test images set aside for it, which no other figure is of."""
 
     images: int
-    accuracy: dict[str, Accuracy]
-    detection: Detection | None = None
+    accuracy: dict[str, rs.Accuracy]
+    detection: rs.Detection | None = None
 
 
 def _with_outcomes(audit: Any) -> Any:
@@ -168,37 +134,25 @@ def _with_outcomes(audit: Any) -> Any:
 class Report(Part):
     """An evaluation of one model. Its figures are of the test images that are not set aside for the promotion gate.
 
-    The audit alone is of both: it asks whether the attacks work.
-
-    Attributes:
-        format: Version of this format.
-        accuracy: By attack, ``clean`` and ``autoattack`` among them, ``worst`` for images that no attack breaks.
-        attacks: How each white-box and transfer attack was run.
-        outcome: File beside the report with per-image results of the attacks of the table, AutoAttack not among
-            them: it may have been run on fewer images.
-        code: Version of the code, and the commit where it is known.
-        seed: Seed of every random draw.
-        settings: Digest of the evaluation's settings.
-        seconds: Wall time of the measurements.
-        hardware: Workers and what they ran on.
-        gate: Figures on the images set aside; None in reports of earlier versions, whose figures are of all test
-            images.
+    The audit alone is of both: it asks whether the attacks work. `accuracy` is by attack, with ``clean``,
+    ``autoattack`` and ``worst``, for images that no attack breaks. Files are beside the report.
+    `gate` is None in reports of earlier versions, whose figures are of all test images.
     """
 
     format: Literal[1] = FORMAT
     model: ModelFacts
     data: DataFacts
     threat_model: ThreatModel
-    accuracy: dict[str, Accuracy]
+    accuracy: dict[str, rs.Accuracy]
     attacks: dict[str, AttackFacts]
     outcome: str = OUTCOME_FILE
     autoattack: AutoAttackFacts | None = None
-    curves: tuple[Curve, ...] = ()
-    sparse: tuple[MinimumNorms, ...] = ()
-    audit: Annotated[Audit | None, BeforeValidator(_with_outcomes)] = None
-    detection: Detection | None = None
-    neighbours: Neighbours | None = None
-    shift: tuple[Shift, ...] = ()
+    curves: tuple[rs.Curve, ...] = ()
+    sparse: tuple[rs.MinimumNorms, ...] = ()
+    audit: Annotated[rs.Audit | None, BeforeValidator(_with_outcomes)] = None
+    detection: rs.Detection | None = None
+    neighbours: rs.Neighbours | None = None
+    shift: tuple[rs.Shift, ...] = ()
     compared: tuple[Compared, ...] = ()
     surrogate: ModelFacts | None = None
     code: dict[str, str] = Field(default_factory=dict)
@@ -226,11 +180,7 @@ def artifact_folder(weights_sha256: str, threat_model: ThreatModel) -> str:
 
 
 def read_report(path: Path) -> Report:
-    """Read `report.json`.
-
-    Raises:
-        UnavailableError: There is none, or it is damaged or of another format.
-    """
+    """Read `report.json`; UnavailableError if there is none, or it is damaged or of another format."""
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         return Report.model_validate(content)

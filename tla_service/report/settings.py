@@ -12,6 +12,7 @@ from tla_service.config.bounds import Norm, length_trouble
 from tla_service.config.fields import Pixels, Section, setting, wrong
 from tla_service.config.loading import JobSettings
 from tla_service.config.names import attack_trouble
+from tla_service.errors import ConfigError
 
 
 class EvaluatedData(Section):
@@ -111,16 +112,7 @@ class ReportSettings(JobSettings):
     pictures: PictureSettings = PictureSettings()
 
     def data_config(self, trained: DataConfig | None) -> DataConfig:
-        """The data set: that of the training run, with what is given here in its place.
-
-        Args:
-            trained: The data section of the run that trained the model; None where it is not known.
-
-        Raises:
-            ConfigError: It is not known, and not given.
-        """
-        from tla_service.errors import ConfigError
-
+        """The data set of the training run, None where it is not known, with what is given here in its place."""
         given = self.data.model_dump(exclude_none=True)
         if trained is None and "name" not in given:
             remedy = "give data.name, and data.root unless it is digits"
@@ -136,27 +128,21 @@ class ReportSettings(JobSettings):
         trouble = attack_trouble("attacks", self.attacks, ("clean", "autoattack", "worst"))
         if trouble is not None:
             raise wrong(*trouble)
-        self._check_lengths()
-        return self
-
-    def _check_lengths(self) -> None:
-        """As far as they are given here; `check_plan` checks what they become."""
-        detection = self.detection
-        self._check_length("", self.norm, self.epsilon)
-        self._check_length("detection", self.norm, detection.epsilon, detection.step_size, detection.num_steps)
+        # As far as they are given here; `check_plan` checks what they become.
+        chosen = self.detection
+        lengths: list[tuple[str, Norm | None, float | None, float | None, int | None]] = [
+            ("", self.norm, self.epsilon, None, None),
+            ("detection", self.norm, chosen.epsilon, chosen.step_size, chosen.num_steps),
+        ]
         for name, attack in self.attacks.items():
-            step_size = None if attack.kind == "fgsm" else attack.step_size
-            norm = attack.norm or self.norm
-            self._check_length(f"attacks.{name}", norm, attack.epsilon, step_size, attack.num_steps)
-
-    @staticmethod
-    def _check_length(
-        where: str, norm: Norm | None, epsilon: float | None, step_size: float | None = None, steps: int | None = None
-    ) -> None:
-        trouble = length_trouble(where, norm or "linf", epsilon, step_size, steps) if epsilon is not None else None
-        if trouble is not None:
-            other = ", or give --norm l2" if norm is None and trouble.field.endswith("epsilon") else ""
-            raise wrong(*trouble[:3], trouble.remedy + other)
+            step = None if attack.kind == "fgsm" else attack.step_size
+            lengths.append((f"attacks.{name}", attack.norm or self.norm, attack.epsilon, step, attack.num_steps))
+        for where, norm, epsilon, step_size, steps in lengths:
+            found = length_trouble(where, norm or "linf", epsilon, step_size, steps) if epsilon is not None else None
+            if found is not None:
+                other = ", or give --norm l2" if norm is None and found.field.endswith("epsilon") else ""
+                raise wrong(*found[:3], found.remedy + other)
+        return self
 
 
 class EvaluateSettings(ReportSettings):
@@ -174,12 +160,8 @@ def spread_lists(arguments: Sequence[str], names: Sequence[str] = ("compare",)) 
     flag = ""
     for argument in arguments:
         if argument.startswith("--"):
-            name = argument.removeprefix("--")
-            flag = argument if name in names else ""
-            if not flag:
-                spread.append(argument)
-        elif flag:
-            spread += [flag, argument]
+            flag = argument if argument.removeprefix("--") in names else ""
+            spread += [] if flag else [argument]
         else:
-            spread.append(argument)
+            spread += [flag, argument] if flag else [argument]
     return spread

@@ -16,7 +16,7 @@ from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
 from tla_service.data import Dataset, load_dataset
 from tla_service.errors import ConfigError, UnavailableError, one_line
-from tla_service.evaluation.mode import as_pixels, logits_of
+from tla_service.evaluation.shards import as_pixels, logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
@@ -29,18 +29,7 @@ _PROBE_IMAGES = 2
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under evaluation.
-
-    Attributes:
-        facts: Which it is.
-        network: In eval mode, on the CPU.
-        image_shape: (C, H, W) that it takes.
-        class_names: In label order.
-        threat_model: What it was trained for.
-        config: The run that trained it; None where it is not known.
-        trained_on: Fingerprint of the data it was trained on; None where it is not known.
-        rejector: The detector it ships with; None where it has none.
-    """
+    """A model under evaluation: its network, on the CPU, in eval mode, and what is known of it."""
 
     facts: ModelFacts
     network: nn.Module
@@ -77,11 +66,7 @@ class Models:
 
 
 def load_models(settings: ReportSettings, load_subject: LoadSubject) -> Models:
-    """Load models and data, and check that they fit each other.
-
-    Raises:
-        UserError: One is missing, or does not fit.
-    """
+    """Load models and data; UserError if one is missing, or they do not fit each other."""
     subject = load_subject(settings.model, "model")
     others = tuple(load_subject(other, "compare") for other in settings.compare)
     surrogate = load_subject(settings.surrogate, "surrogate") if settings.surrogate else None
@@ -102,15 +87,9 @@ def load_models(settings: ReportSettings, load_subject: LoadSubject) -> Models:
 
 
 def load_checkpoint_subject(address: str, field: str) -> Subject:
-    """Load the best weights of a checkpoint folder that training wrote.
+    """Load the best weights of a checkpoint folder that training wrote; `field` is the setting that named it.
 
-    Args:
-        address: The folder.
-        field: Setting that named it, for messages.
-
-    Raises:
-        ConfigError: The address is MLflow's.
-        UnavailableError: There is no such folder, a file is missing, or the weights do not fit.
+    ConfigError if the address is MLflow's, UnavailableError if the folder is incomplete or the weights do not fit.
     """
     if address.startswith(("models:", "runs:")):
         remedy = "give a checkpoint folder, or use jobs/evaluate_tla.py"

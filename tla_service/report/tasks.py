@@ -1,5 +1,6 @@
 """Measurements cut into shards, each kept as a file: an evaluation that was stopped resumes from those it finds."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 from tla_service.data import Dataset
 from tla_service.errors import UnavailableError
 from tla_service.evaluation.embedding import EmbeddedImages
-from tla_service.evaluation.intervals import BoolArray
-from tla_service.evaluation.outcomes import Arrays, IntArray, ShardOutcome, load_arrays, save_arrays
-from tla_service.evaluation.shards import Measurement, Shard
+from tla_service.evaluation.results import BoolArray
+from tla_service.evaluation.shards import Arrays, IntArray, Measurement, Shard, ShardOutcome, load_arrays, save_arrays
 from tla_service.runtime import hardware
 
 Results = dict[tuple[str, str], Any]  # merged, by model and task name
@@ -23,16 +23,7 @@ Results = dict[tuple[str, str], Any]  # merged, by model and task name
 
 @dataclass(frozen=True)
 class Task:
-    """A measurement of one model on some images.
-
-    Attributes:
-        name: What is measured.
-        model: First digits of the weights' SHA-256: a file of another model cannot be taken for this one's.
-        split: Which split the images are in.
-        rows: Which images of it.
-        shard_size: Images per shard.
-        measurement: What is done with them.
-    """
+    """A measurement of one model, named by the first digits of its weights' SHA-256, on some images."""
 
     name: str
     model: str
@@ -108,9 +99,6 @@ def run_tasks(
     """Measure, shard by shard, with progress passed to `say`; the merged results by model and task name.
 
     Shards are saved under ``shards/`` in the folder as they come in; one that was saved before is not measured again.
-
-    Raises:
-        UserError: A network or a data set does not fit, or a shard cannot be measured.
     """
     shards = [MissingShard(task, name, rows) for task in tasks for name, rows in task.shards()]
     missing = [shard for shard in shards if not _is_saved(folder / "shards" / shard.name)]
@@ -128,18 +116,13 @@ def run_tasks(
 
 def _is_saved(path: Path) -> bool:
     """Whether a shard has a file that can be read; a damaged one is measured again."""
-    try:
-        load_arrays(path)
-    except UnavailableError:
-        return False
-    return True
+    with contextlib.suppress(UnavailableError):
+        return bool(load_arrays(path))
+    return False
 
 
 def select(results: Results, tasks: Sequence[Task], chosen: BoolArray) -> Results:
-    """Results of the chosen test images (N,) alone.
-
-    What is of training images, and the audit, which has no result by image, stay as they were.
-    """
+    """Results of the chosen test images (N,) alone; those of training images, and the audit's, stay as they were."""
     selected = dict(results)
     for task in tasks:
         found = results[task.key]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tla_service.config import RunConfig
-from tla_service.report.paper_results import differences_from_paper, paper_row
+from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.results.runs import AUTOATTACK, POOL_SIZES, Estimate, Row, read_row, share_of_budget, table_runs
 from tla_service.results.settings import ReproduceSettings
 from tla_service.tuning.space import Space

@@ -17,9 +17,9 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.explain import Explainer
 from tla_service.config.loading import RunSettings, read_settings
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.evaluation.intervals import CONFIDENCE, paired_difference
-from tla_service.evaluation.outcomes import ShardOutcome, load_outcome
-from tla_service.evaluation.paper_columns import paper_columns
+from tla_service.evaluation.paper import paper_columns
+from tla_service.evaluation.results import CONFIDENCE, paired_difference
+from tla_service.evaluation.shards import ShardOutcome, load_outcome
 from tla_service.files import write_whole
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, read_report
 from tla_service.results.settings import ReproduceSettings

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.data import EvaluationBatches, ImageSource, StepBatch, load_dataset
-from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
+from tla_service.evaluation.suite import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, failing_together, keep_freed_memory, mixed_seed
 from tla_service.training.adversary import layout_of

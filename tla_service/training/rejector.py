@@ -52,7 +52,11 @@ def fit_rejector(
     training, validation = embedded(train_rows), embedded(validation_rows)
     try:
         detector = fit_detector(training, covariance=settings.covariance)
-        threshold = threshold_for(detector.score(validation), validation.correct, settings.false_rejection_rate)
+        threshold = threshold_for(
+            detector.score(validation.embeddings, validation.predictions),
+            validation.correct,
+            settings.false_rejection_rate,
+        )
     except ConfigError as error:
         _log.warning("The model is packaged without a detector of misclassified images: %s", error)
         return {}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tla_service.evaluation.figures import _BLUE, _GREEN, _ORANGE, _figure, _save
+from tla_service.evaluation.figures import BLUE, GREEN, ORANGE, new_figure, save
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Trial, study_of
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 FEWEST_TRIALS = 4  # for importances
 _STYLES: tuple[dict[str, Any], ...] = (
-    {"color": _ORANGE, "linestyle": "-", "marker": "o"},
-    {"color": _BLUE, "linestyle": "--", "marker": "s"},
-    {"color": _GREEN, "linestyle": "-.", "marker": "^"},
+    {"color": ORANGE, "linestyle": "-", "marker": "o"},
+    {"color": BLUE, "linestyle": "--", "marker": "s"},
+    {"color": GREEN, "linestyle": "-.", "marker": "^"},
 )
 
 
@@ -110,7 +110,7 @@ def _draw_study(trials: Sequence[Trial], space: Space, path: Path) -> bool:
     if not finished:
         return False
     order = [_label(choice) for choice in axis.choices]
-    figure = _figure(10.4, 4.0)
+    figure = new_figure(10.4, 4.0)
     both = left, right = figure.subplots(1, 2)
     theirs = {name: {label: [value] for label, value in line.items()} for name, line in study.accuracies.items()}
     _draw(left, theirs, order)
@@ -127,7 +127,7 @@ def _draw_study(trials: Sequence[Trial], space: Space, path: Path) -> bool:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
         axes.set_xlabel(study.along)
         axes.set_ylabel("accuracy under attack [%]")
-    _save(figure, path)
+    save(figure, path)
     return True
 
 

@@ -9,10 +9,10 @@ from tla_service.job import next_command
 from tla_service.registry.evaluation_log import log_evaluation
 from tla_service.registry.subject import load_subject
 from tla_service.report.evaluate import evaluate
+from tla_service.report.page import show
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, PAGE_FILE, REPORT_FILE, Report
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.subjects import load_models
-from tla_service.report.text import show
 from tla_service.tracking.connection import tracking_uri
 from tla_service.training.reporting import Terminal
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tla_service.evaluation.intervals import class_accuracy, paired_difference, wilson_interval
+from tla_service.evaluation.results import class_accuracy, paired_difference, wilson_interval
 
 Z = 1.959963984540054
 

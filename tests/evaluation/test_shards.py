@@ -2,7 +2,7 @@
 
 import torch
 
-from tla_service.evaluation.mode import float32
+from tla_service.evaluation.shards import float32
 
 
 def test_fast_modes_are_off_meanwhile_and_on_again_afterwards() -> None:

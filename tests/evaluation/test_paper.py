@@ -2,7 +2,7 @@
 
 import pytest
 
-from tla_service.report.paper_results import differences_from_paper, paper_row
+from tla_service.evaluation.paper import differences_from_paper, paper_row
 
 
 def accuracy(data: str, method: str, attack: str) -> float:
