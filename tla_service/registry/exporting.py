@@ -4,7 +4,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,18 +23,13 @@ _OUTPUTS = ("logits", "embeddings")
 Run = Callable[[npt.NDArray[np.float32]], Sequence[npt.NDArray[np.float32]]]
 
 
-class Exported(NamedTuple):
-    """A file, and the largest difference of its outputs from the network's, relative to the largest output."""
-
-    path: Path
-    difference: float
-
-
-def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: str | None = None) -> list[Exported]:
+def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: str | None = None) -> dict[Path, float]:
     """Write a packaged model in other formats, and compare their outputs with the network's.
 
     Each takes images (N, C, H, W), float32 in [0, 1], with dynamic N, and returns logits and embeddings. Description,
     model card and detector are copied to the same folder. A file that computes something else is removed.
+
+    Returns the files, each with the largest difference of its outputs, relative to the largest output.
     """
     try:
         artifacts, description = open_package(uri, tracking)
@@ -46,16 +41,19 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
     for name in ("model.json", "model_card.md", "detector.safetensors"):
         if (artifacts / name).is_file():
             shutil.copy(artifacts / name, folder / name)
-    program = _program(network, shape)
+    example = torch.rand(2, *shape)  # torch.export would treat a batch size of 1 as a constant
+    batches = {"images": {0: torch.export.Dim.AUTO}}
+    program = torch.export.export(_Plain(network).eval(), (example,), dynamic_shapes=batches)
+    program.example_inputs = None  # torch.export.save would pickle them
     writers = {"pt2": _write_pt2, "onnx": _write_onnx}
-    found = []
+    found = {}
     for kind in formats:
         path = folder / f"model.{kind}"
         difference = _compare(writers[kind](program, path), network, shape)
         if not difference <= _TOLERANCE:
             path.unlink()
             raise RuntimeError(f"{path.name} differs from the network by {difference:.2g} of its largest output")
-        found.append(Exported(path, difference))
+        found[path] = difference
     return found
 
 
@@ -70,15 +68,6 @@ class _Plain(torch.nn.Module):
         """Logits (N, K) and embeddings (N, D)."""
         output = self.network(images)
         return output.logits, output.embeddings
-
-
-def _program(network: torch.nn.Module, shape: tuple[int, ...]) -> "ExportedProgram":
-    example = torch.rand(2, *shape)  # torch.export would treat a batch size of 1 as a constant
-    program = torch.export.export(
-        _Plain(network).eval(), (example,), dynamic_shapes={"images": {0: torch.export.Dim.AUTO}}
-    )
-    program.example_inputs = None  # torch.export.save would pickle them
-    return program
 
 
 def _write_pt2(program: "ExportedProgram", path: Path) -> Run:

@@ -28,18 +28,16 @@ METHOD = "imported"
 
 
 def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]:
-    """Read weights, match them to the network, fit the detector, measure clean accuracy, package and register.
+    """Match weights to a network, fit its detector, measure its clean accuracy, package and register it.
 
-    Returns:
-        The address of the version, its clean accuracy on the test set, and notes on which of the weights were used.
+    Returns the version's address, its clean accuracy on the test set, and notes on which of the weights were used.
     """
     path = Path(settings.file).expanduser()
     entries = read_entries(path)
     check_tracking(settings.tracking)
     dataset = load_dataset(settings.data)
-    network = build_model(
-        settings.model.name, len(dataset.class_names), dataset.image_shape, settings.model.normalization
-    )
+    model, names = settings.model, dataset.class_names
+    network = build_model(model.name, len(names), dataset.image_shape, model.normalization)
     found = fit(entries, network, settings.file)
     network.load_state_dict(found.state_dict)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,18 +46,18 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
         {
             "seed": settings.seed,
             "data": settings.data.model_dump(),
-            "model": settings.model.model_dump(),
+            "model": model.model_dump(),
             "attack": {"norm": settings.norm, "epsilon": settings.radius, "step_size": settings.radius / 4},
             "detection": settings.detection.model_dump(),
         }
     )
-    check_packaging(config, dataset.class_names, len(dataset.test), network.embedding_size)
+    check_packaging(config, names, len(dataset.test), network.embedding_size)
     rows = torch.arange(len(dataset.test))
     alone = WorkerContext(device=device)
     batches = EvaluationBatches(dataset.test, rows, alone, batch_size=config.evaluation.batch_size)
     clean_accuracy = measure_accuracy(network, batches, {}, alone, settings.seed)["clean_accuracy"]
-    labels, fraction = dataset.train.labels, settings.data.validation_fraction
-    train, validation = split_validation(labels, fraction, settings.seed, dataset.class_names)
+    fraction = settings.data.validation_fraction
+    train, validation = split_validation(dataset.train.labels, fraction, settings.seed, names)
     arrays = fit_rejector(network, dataset.train, train, validation, config, device)
     facts = {
         FINGERPRINT: dataset.fingerprint,
@@ -76,7 +74,7 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
         run_id,
         state_dict=network.cpu().state_dict(),
         config=config,
-        class_names=dataset.class_names,
+        class_names=names,
         image_shape=dataset.image_shape,
         example=dataset.test.fetch(rows[:4]).float().div(255).numpy(),
         metrics={"clean_accuracy": clean_accuracy},

@@ -40,11 +40,8 @@ def write_manifest(folder: Path) -> str:
 def verify_package(folder: Path, subject: str, name: str, expected: str | None = None) -> None:
     """Raise `UnavailableError` unless a folder contains exactly the files that were packaged, and no pickle.
 
-    Args:
-        folder: The packaged model.
-        subject: Setting that named it, for messages.
-        name: Its address, for messages.
-        expected: SHA-256 of the manifest in the registry; None without a registry: the manifest is trusted then.
+    `expected` is the SHA-256 of the manifest in the registry; None without a registry: the manifest is trusted then.
+    `subject` and `name` are the setting that named the package, and its address, for messages.
     """
 
     def bad(reason: str, remedy: str = "load another version") -> UnavailableError:

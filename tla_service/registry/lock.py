@@ -53,12 +53,12 @@ class RegistryLock:
             highest = max(found, default=0)
             if highest != seen:
                 seen, since = highest, time.monotonic()
-            is_stale = time.monotonic() - since > self._stale_seconds
-            if not found or found[highest] or is_stale:
-                if is_stale and not found.get(highest, True):
-                    _log.warning("Taking over a promotion lock that was held for %.0f s", self._stale_seconds)
-                if self.take(highest + 1):
-                    return True
+            is_free = found.get(highest, True)
+            is_stale = not is_free and time.monotonic() - since > self._stale_seconds
+            if is_stale:
+                _log.warning("Taking over a promotion lock that was held for %.0f s", self._stale_seconds)
+            if (is_free or is_stale) and self.take(highest + 1):
+                return True
             if not wanted():
                 return False
             if time.monotonic() > deadline:
@@ -95,10 +95,8 @@ class RegistryLock:
         return True
 
     def release(self) -> None:
-        """Let the next contender in; a lock whose release fails becomes stale."""
-        name = self._name(self.generation)
-        with contextlib.suppress(Exception):
-            retrying("Releasing the lock", lambda: self._made.set_registered_model_tag(name, _RELEASED, "true"))
+        """Let the next contender in."""
+        self._made.set_registered_model_tag(self._name(self.generation), _RELEASED, "true")
 
     def _delete(self, generation: int) -> None:
         with contextlib.suppress(Exception):  # another contender has deleted it, or the next holder will
@@ -109,15 +107,17 @@ class RegistryLock:
 
     def _generations(self) -> dict[int, bool]:
         """Existing generations, and whether each is released."""
+        from mlflow.utils import get_results_from_paginated_fn
+
+        found = get_results_from_paginated_fn(  # type: ignore[no-untyped-call]
+            lambda count, token: self._made.search_registered_models(
+                f"name LIKE '{self._prefix}%'", count, None, token
+            ),
+            100,
+        )
         pattern = re.compile(re.escape(self._prefix) + r"(\d{8})")
-        found: dict[int, bool] = {}
-        token: str | None = ""
-        while token is not None:
-            page = self._made.search_registered_models(f"name LIKE '{self._prefix}%'", 100, page_token=token or None)
-            matches = ((pattern.fullmatch(model.name), model) for model in page)
-            found |= {int(match[1]): _RELEASED in model.tags for match, model in matches if match}
-            token = page.token or None
-        return found
+        matches = ((pattern.fullmatch(model.name), model) for model in found)
+        return {int(match[1]): _RELEASED in model.tags for match, model in matches if match}
 
 
 @contextlib.contextmanager
@@ -140,4 +140,6 @@ def registry_lock(
     try:
         yield lock
     finally:
-        lock.release()
+        # A lock whose release fails becomes stale.
+        with contextlib.suppress(Exception):
+            retrying("Releasing the lock", lock.release)

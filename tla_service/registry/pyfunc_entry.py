@@ -17,10 +17,7 @@ from tla_service.inference.predictor import Predictor
 
 
 class Refusal(MlflowException):
-    """Invalid input: status 400 when served.
-
-    MLflow's server puts the whole input before an error's message, so the message cannot be reassigned.
-    """
+    """Invalid input; status 400 when served. MLflow's server would put the whole input before the message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
