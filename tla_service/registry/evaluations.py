@@ -28,16 +28,10 @@ _SHOWN = ("clean", "worst", "autoattack")
 def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple[str, ...]:
     """Log a report to the run that trained its model, and tag every registered version of these weights.
 
-    Repeating it changes nothing. Another evaluation of the same weights under the same threat model replaces what an
-    earlier one left; evaluations under other threat models stay.
+    Repeating it changes nothing. It replaces an earlier evaluation of the same weights under the same threat model.
+    `files` maps names below the report's artifact folder to local files, the page among them.
 
-    Args:
-        uri: Tracking store.
-        report: With `model.run_id`.
-        files: Name below the report's artifact folder -> local file; the page among them.
-
-    Returns:
-        The versions that were tagged, as ``NAME/VERSION``.
+    Returns the versions that were tagged, as ``NAME/VERSION``.
     """
     run_id, sha256 = report.model.run_id, report.model.weights_sha256
     assert run_id is not None
@@ -57,11 +51,7 @@ def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple
 
 
 def evaluation_tags(report: Report) -> dict[str, str]:
-    """Tags of a registered version that summarise its evaluation.
-
-    Each threat model has tags of its own, ``tla.evaluation.SLUG.NAME``. The one that the version was trained for has
-    the short ones, ``tla.NAME``, as well.
-    """
+    """Tags of a version: ``tla.evaluation.SLUG.NAME``, and ``tla.NAME`` for the threat model it was trained for."""
     facts = {
         "report": artifact_folder(report.model.weights_sha256, report.threat_model),
         "evaluated_on": report.data.fingerprint,
@@ -77,10 +67,9 @@ def evaluation_tags(report: Report) -> dict[str, str]:
 
 
 def evaluation_card(report: Report, others: Mapping[str, Report]) -> str:
-    """The card of a version in Markdown: in full for one threat model, a line for each other one.
+    """The card of a version in Markdown: in full for the threat model it was trained for, a line for each other one.
 
-    `others` are reports on the same weights, by their folders among the run's artifacts. The card is about the threat
-    model that the network was trained for, if that was evaluated.
+    `others` are reports on the same weights, by their folders among the run's artifacts.
     """
     reports = {artifact_folder(report.model.weights_sha256, report.threat_model): report, **others}
     main = next((folder for folder, each in reports.items() if each.is_as_trained), next(iter(reports)))

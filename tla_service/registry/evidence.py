@@ -1,5 +1,6 @@
 """The evidence for a registered version: its files, and the evaluation of exactly these files."""
 
+import functools
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -79,9 +80,8 @@ def examine_files(
         package = verify(uri, found)
     except UserError as error:
         return refused(f"{subject} intact", error), None
-    return Finding(
-        f"{subject} intact", True, f"weights {package.sha256[:12]}, no pickle, all files unmodified"
-    ), package
+    explanation = f"weights {package.sha256[:12]}, no pickle, all files unmodified"
+    return Finding(f"{subject} intact", True, explanation), package
 
 
 def examine_evaluation(
@@ -102,9 +102,7 @@ def examine_evaluation(
 
 
 def _evaluated(made: "MlflowClient", package: Package, threat: ThreatModel) -> Evaluated:
-    def bad(reason: str, remedy: str) -> UnavailableError:
-        return UnavailableError("version", package.address, reason, remedy)
-
+    bad = functools.partial(UnavailableError, "version", package.address)
     sha256, run_id = package.sha256, package.run_id
     flags = "" if threat.slug == package.trained_for.slug else f" --norm {threat.norm} --epsilon {threat.radius}"
     command = f"run jobs/evaluate_tla.py --model {package.address}{flags}"

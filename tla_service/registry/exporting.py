@@ -27,9 +27,8 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
     """Write a packaged model in other formats, and compare their outputs with the network's.
 
     Each takes images (N, C, H, W), float32 in [0, 1], with dynamic N, and returns logits and embeddings. Description,
-    model card and detector are copied to the same folder. A file that computes something else is removed.
-
-    Returns the files, each with the largest difference of its outputs, relative to the largest output.
+    model card and detector are copied to the same folder. A file that computes something else is removed. Returns the
+    files, each with the largest difference of its outputs, relative to the largest output.
     """
     try:
         artifacts, description = open_package(uri, tracking)

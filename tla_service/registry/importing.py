@@ -24,7 +24,7 @@ from tla_service.training.rejector import fit_rejector
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-METHOD = "imported"
+_METHOD = "imported"
 
 
 def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]:
@@ -42,15 +42,9 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     network.load_state_dict(found.state_dict)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
-    config = RunConfig.model_validate(
-        {
-            "seed": settings.seed,
-            "data": settings.data.model_dump(),
-            "model": model.model_dump(),
-            "attack": {"norm": settings.norm, "epsilon": settings.radius, "step_size": settings.radius / 4},
-            "detection": settings.detection.model_dump(),
-        }
-    )
+    attack = {"norm": settings.norm, "epsilon": settings.radius, "step_size": settings.radius / 4}
+    shared = settings.model_dump(include={"seed", "data", "model", "detection"})
+    config = RunConfig.model_validate(shared | {"attack": attack})
     check_packaging(config, names, len(dataset.test), network.embedding_size)
     rows = torch.arange(len(dataset.test))
     alone = WorkerContext(device=device)
@@ -59,11 +53,9 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     fraction = settings.data.validation_fraction
     train, validation = split_validation(dataset.train.labels, fraction, settings.seed, names)
     arrays = fit_rejector(network, dataset.train, train, validation, config, device)
-    facts = {
-        FINGERPRINT: dataset.fingerprint,
-        "source": settings.source or path.name,
-        "note": "the validation images may be part of its training data",
-    } | ({"weights_used": "; ".join(found.notes)} if found.notes else {})
+    note = "the validation images may be part of its training data"
+    facts = {FINGERPRINT: dataset.fingerprint, "source": settings.source or path.name, "note": note}
+    facts |= {"weights_used": "; ".join(found.notes)} if found.notes else {}
     uri = tracking_uri(settings.tracking)
     made = client(uri)
     key = f"import/{sha256(path)[:16]}"
@@ -81,7 +73,7 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
         registered_model=settings.name or f"tla-{settings.data.name.replace('_', '-')}",
         facts=facts,
         rejector=Rejector.from_arrays(arrays) if arrays else None,
-        method=METHOD,
+        method=_METHOD,
     )
     made.set_terminated(run_id, "FINISHED")
     return model_uri, clean_accuracy, found.notes
@@ -94,5 +86,5 @@ def _open_run(made: "MlflowClient", settings: ImportSettings, uri: str, key: str
     if runs:
         return str(runs[0].info.run_id)
     tags = {f"tla.{name}": value for name, value in facts.items()}
-    tags |= code_version() | {RUN_KEY: key, "tla.method": METHOD}
+    tags |= code_version() | {RUN_KEY: key, "tla.method": _METHOD}
     return str(made.create_run(experiment, run_name=key, tags=tags).info.run_id)

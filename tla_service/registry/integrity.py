@@ -75,10 +75,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _is_cache(path: Path) -> bool:
-    """Whether a file is what Python compiles from a source beside it, when MLflow loads a model in place.
-
-    Compared with the source, since a planted one would run instead of it.
-    """
+    """Whether a file is what Python compiles from the source beside it: a planted one would run instead of it."""
     source = path.parent.parent / f"{path.name.partition('.')[0]}.py"
     if path.parent.name != "__pycache__" or path.suffix != ".pyc" or path.is_symlink() or not source.is_file():
         return False

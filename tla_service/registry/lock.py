@@ -8,6 +8,7 @@ must therefore call `check` before each write; it may hold the lock for a third 
 """
 
 import contextlib
+import functools
 import logging
 import random
 import re
@@ -109,11 +110,9 @@ class RegistryLock:
         """Existing generations, and whether each is released."""
         from mlflow.utils import get_results_from_paginated_fn
 
+        search = functools.partial(self._made.search_registered_models, f"name LIKE '{self._prefix}%'")
         found = get_results_from_paginated_fn(  # type: ignore[no-untyped-call]
-            lambda count, token: self._made.search_registered_models(
-                f"name LIKE '{self._prefix}%'", count, None, token
-            ),
-            100,
+            lambda count, token: search(count, page_token=token), 100
         )
         pattern = re.compile(re.escape(self._prefix) + r"(\d{8})")
         matches = ((pattern.fullmatch(model.name), model) for model in found)
@@ -129,10 +128,7 @@ def registry_lock(
     timeout_seconds: float = 900.0,
     stale_seconds: float = STALE_SECONDS,
 ) -> Iterator[RegistryLock | None]:
-    """Hold a lock against every other process that uses the same registry; raises `UnavailableError` on a timeout.
-
-    `wanted` is polled while waiting: once it returns False, the wait ends with None.
-    """
+    """Hold a lock against every process that uses the registry; None once `wanted`, polled while waiting, is false."""
     lock = RegistryLock(made, name, stale_seconds)
     if not lock.acquire(wanted, timeout_seconds):
         yield None

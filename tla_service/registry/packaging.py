@@ -82,21 +82,11 @@ def log_model(
 ) -> str:
     """Package a network, verify that the package loads, store it with its run and register it.
 
-    Idempotent: a run that registered the same weights before keeps its version.
+    Idempotent: a run that registered the same weights before keeps its version. `example` has images (n,C,H,W) in
+    [0, 1], n > 1, of which the first four become the input example. `facts` are shown on the model card. `method` is
+    given if it is not that of the configuration.
 
-    Args:
-        uri: Tracking store.
-        run_id: MLflow run that trained the network.
-        state_dict: Weights and buffers of ``build_model``'s network; stored as float32.
-        config: Configuration of the run.
-        class_names: In label order.
-        image_shape: (C, H, W).
-        example: Images (n,C,H,W) in [0, 1], n > 1; the first four become the input example.
-        metrics: Test metrics, accuracies in [0, 1].
-        registered_model: Name in the registry; None: the model is stored only, and ``models:/m-...`` returned.
-        facts: Facts for the model card; ``data_fingerprint`` becomes a tag.
-        rejector: Detector of misclassified images, if any.
-        method: Training method, if it is not that of the configuration.
+    Returns ``models:/NAME/VERSION``, or ``models:/m-...`` without `registered_model`.
     """
     if example.shape[1:] != tuple(image_shape) or len(example) < _FEWEST_IMAGES:
         reason = f"not a batch of at least {_FEWEST_IMAGES} images"
@@ -153,10 +143,7 @@ def log_model(
 def _write_source(
     folder: Path, description: dict[str, Any], state_dict: Mapping[str, torch.Tensor], rejector: Rejector | None
 ) -> str:
-    """Write weights, detector, description, model card and code to a new folder.
-
-    Completes the description, and returns the weights' SHA-256.
-    """
+    """Write a package's files to a new folder, and complete its description; returns the weights' SHA-256."""
     from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 

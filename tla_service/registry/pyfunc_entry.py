@@ -1,8 +1,4 @@
-"""The models-from-code script of MLflow, copied into every model version.
-
-It imports only the code in a version (``tla_service.inference``, ``tla_service.models``) and its pinned requirements,
-so it works without an installation of this project.
-"""
+"""The models-from-code script of MLflow, copied into every version: it imports only the code and packages in that."""
 
 from pathlib import Path
 from typing import Any

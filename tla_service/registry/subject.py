@@ -2,7 +2,6 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from safetensors.numpy import load_file
 
@@ -25,10 +24,10 @@ def load_subject(uri: str, field: str, tracking: str) -> Subject:
     except (ConfigError, UnavailableError) as error:
         raise type(error)(field, uri, error.reason, error.remedy) from error
     inner = folder / "artifacts" if (folder / "artifacts").is_dir() else folder
-    described = _yaml(inner / "model.json")
+    described = read_yaml(inner / "model.json", "model")  # JSON is YAML
     run_id = config = name = version = None
     if uri.startswith(("models:/", "runs:/")):
-        run_id = _yaml(folder / "MLmodel").get("run_id")
+        run_id = read_yaml(folder / "MLmodel", "model").get("run_id")
         config = _run_config(tracking, run_id) if run_id else None
     if uri.startswith("models:/") and not uri.startswith("models:/m-"):
         # Registered name and version that an alias names now.
@@ -68,13 +67,8 @@ def _run_config(tracking: str, run_id: str) -> RunConfig | None:
         except (MlflowException, OSError):
             return None
         try:
-            return RunConfig.model_validate(_yaml(Path(path)))
+            return RunConfig.model_validate(read_yaml(Path(path), "model"))
         except ValueError as error:
             reason = f"the configuration of its run {run_id} cannot be read ({one_line(error)})"
             remedy = "install the version of tla-service that trained it"
             raise ConfigError("model", None, reason, remedy) from error
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    """A YAML file, or JSON, which is YAML too."""
-    return dict(read_yaml(path, "model"))

@@ -1,12 +1,4 @@
-"""The Ray Serve application: replicas that classify, and one that collects metrics.
-
-| request | response |
-|---|---|
-| `GET /` | the model: address, classes, image shape, detector |
-| `GET /health` | 200 once the model is loaded |
-| `GET /metrics` | requests, latencies and verdicts, for Prometheus |
-| `POST /predict` | labels, probabilities, detection scores, verdicts |
-"""
+"""The Ray Serve application: replicas that classify, and one that collects metrics."""
 
 import asyncio
 import time
@@ -18,6 +10,7 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -31,14 +24,6 @@ from tla_service.tracking.connection import tracking_uri
 
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 _FACTS = ("architecture", "method", "threat_model", "class_names", "image_shape", "detector")
-
-
-class RequestError(Exception):
-    """A request that is refused with an HTTP status."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(status, message)
-        self.status, self.message = status, message
 
 
 @serve.deployment(num_replicas=1, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
@@ -96,21 +81,21 @@ class Classifier:
         try:
             answer, accepted, rejected = await self._predict(request)
             status = 200
-        except RequestError as error:
-            answer, status = {"error": error.message}, error.status
+        except HTTPException as error:
+            answer, status = {"error": error.detail}, error.status_code
         self._meter.count.remote(status, time.perf_counter() - began, accepted, rejected)
         return JSONResponse(answer, status_code=status)
 
     async def _predict(self, request: Request) -> tuple[dict[str, Any], int, int]:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (JSON, NPY, *ENCODED):
-            raise RequestError(415, f"send {', '.join((JSON, NPY, *ENCODED))}, not {content_type or 'nothing'}")
+            raise HTTPException(415, f"send {', '.join((JSON, NPY, *ENCODED))}, not {content_type or 'nothing'}")
         body = await self._body(request)
         shape, most = self._predictor.image_shape, self._settings.max_request_images
         try:
             images, embedding = await asyncio.to_thread(parse_body, body, content_type, shape, most)
         except BadImages as error:
-            raise RequestError(400, str(error)) from None
+            raise HTTPException(400, str(error)) from None
         # Each chunk fits into a batch; the batcher combines them again.
         size = self._settings.max_batch_images
         chunks = [images[start : start + size] for start in range(0, len(images), size)]
@@ -129,7 +114,7 @@ class Classifier:
         async for part in request.stream():
             size += len(part)
             if size > limit:
-                raise RequestError(413, f"the body exceeds {limit} bytes; send the images in several requests")
+                raise HTTPException(413, f"the body exceeds {limit} bytes; send the images in several requests")
             parts.append(part)
         return b"".join(parts)
 

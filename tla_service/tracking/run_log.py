@@ -1,7 +1,7 @@
 """Metrics are written to disk before they are sent, so that an unavailable server loses none.
 
-Every point is appended to a file, whose lines a thread sends. What the server has not confirmed when the process is
-killed is sent by the next log of the same run. The file is the queue, so memory stays bounded during an outage.
+The file is the queue, so memory stays bounded during an outage. What the server has not confirmed when the process is
+killed is sent by the next log of the same run.
 """
 
 import contextlib

@@ -33,17 +33,9 @@ _log = logging.getLogger(__name__)
 def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], parent_run_id: str | None = None) -> str:
     """Create the MLflow run of a key, or resume it, and describe it.
 
+    Every field of the configuration becomes a parameter, and ``config.yaml`` loads it again; facts become tags.
     MLflow's parameters are immutable, so a resumed run keeps its own; a configuration that differs (other workers,
-    another name) is added as a file.
-
-    Args:
-        config: The resolved configuration: every field becomes a parameter, and ``config.yaml`` loads it again.
-        run_key: Identifies the run across restarts.
-        facts: Tags: data fingerprint (``data_fingerprint``), sizes.
-        parent_run_id: Run of the sweep this one belongs to.
-
-    Returns:
-        The MLflow run id.
+    another name) is added as a file. Returns the MLflow run id.
     """
     uri, made, experiment = open_store(config.tracking)
     tags = _tags(config, run_key, facts, parent_run_id)
