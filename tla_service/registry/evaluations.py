@@ -9,16 +9,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
 
 from tla_service.errors import UnavailableError, UserError, one_line
 from tla_service.report.page import NORMS, describe, percent, split_sentence, template
 from tla_service.report.schema import PAGE_FILE, REPORT_FILE, Report, artifact_folder, evaluations_folder, read_report
 from tla_service.tracking.connection import client, retrying, storing
 from tla_service.tracking.runs import log_files
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 _NORMS = ("linf-", "l2-")
 _LONGEST = 5000  # MLflow's column for a version's description
@@ -82,7 +81,7 @@ def evaluation_card(report: Report, others: Mapping[str, Report]) -> str:
     return text
 
 
-def stored_evaluations(made: "MlflowClient", run_id: str, weights_sha256: str) -> dict[str, str]:
+def stored_evaluations(made: MlflowClient, run_id: str, weights_sha256: str) -> dict[str, str]:
     """The folder of each evaluation of these weights in the run that trained them, by the slug of its threat model.
 
     Earlier versions kept one evaluation, in the folder above: it is listed under its own threat model, unless that was
@@ -95,7 +94,7 @@ def stored_evaluations(made: "MlflowClient", run_id: str, weights_sha256: str) -
     return found if earlier is None else {earlier.threat_model.slug: home} | found
 
 
-def fetch(made: "MlflowClient", run_id: str, folder: str, target: Path, wanted: Sequence[str]) -> None:
+def fetch(made: MlflowClient, run_id: str, folder: str, target: Path, wanted: Sequence[str]) -> None:
     """Copy those of the wanted files that an evaluation has into a local folder."""
     for name in sorted(_names(made, run_id, folder) & set(wanted)):
         path = f"{folder}/{name}"
@@ -135,15 +134,13 @@ def _row(folder: str, report: Report) -> str:
     return f"| {' | '.join([str(report.threat_model), *estimates, audit, f'`{folder}`'])} |"
 
 
-def _tag_version(made: "MlflowClient", name: str, version: str, tags: Mapping[str, str], card: str) -> None:
+def _tag_version(made: MlflowClient, name: str, version: str, tags: Mapping[str, str], card: str) -> None:
     for key, value in tags.items():
         made.set_model_version_tag(name, version, key, value)
     made.update_model_version(name, version, description=card)
 
 
-def _log_metrics(made: "MlflowClient", run_id: str, report: Report, milliseconds: int) -> None:
-    from mlflow.entities import Metric
-
+def _log_metrics(made: MlflowClient, run_id: str, report: Report, milliseconds: int) -> None:
     values = {f"accuracy/{name}": found.estimate for name, found in report.accuracy.items()}
     if report.detection is not None:
         values["detection_auc"] = report.detection.auc
@@ -158,7 +155,7 @@ def _log_metrics(made: "MlflowClient", run_id: str, report: Report, milliseconds
     made.log_batch(run_id, metrics=metrics)
 
 
-def _other_reports(made: "MlflowClient", run_id: str, report: Report) -> dict[str, Report]:
+def _other_reports(made: MlflowClient, run_id: str, report: Report) -> dict[str, Report]:
     """Readable reports on the same weights under other threat models, by their folders."""
     stored = stored_evaluations(made, run_id, report.model.weights_sha256)
     stored.pop(report.threat_model.slug, None)
@@ -167,7 +164,7 @@ def _other_reports(made: "MlflowClient", run_id: str, report: Report) -> dict[st
     return {folder: each for folder, each in found.items() if each is not None and each.model.weights_sha256 == sha256}
 
 
-def _report(made: "MlflowClient", run_id: str, folder: str) -> Report | None:
+def _report(made: MlflowClient, run_id: str, folder: str) -> Report | None:
     """The report in a folder of the run's artifacts; None where it cannot be read."""
     with tempfile.TemporaryDirectory(prefix="tla-evaluation-") as scratch:
         fetch(made, run_id, folder, Path(scratch), [REPORT_FILE])
@@ -176,6 +173,6 @@ def _report(made: "MlflowClient", run_id: str, folder: str) -> Report | None:
     return None
 
 
-def _names(made: "MlflowClient", run_id: str, folder: str) -> set[str]:
+def _names(made: MlflowClient, run_id: str, folder: str) -> set[str]:
     listed = retrying("Listing evaluations", lambda: made.list_artifacts(run_id, folder))
     return {str(artifact.path).rpartition("/")[2] for artifact in listed}

@@ -5,24 +5,23 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from tla_service.attacks.autoattack import autoattack_stages
 from tla_service.data.splits import gate_images
 from tla_service.errors import UnavailableError, UserError, one_line
 from tla_service.evaluation.outcomes import AutoAttackRun, ShardOutcome, load_outcome
 from tla_service.registry.evaluations import fetch, stored_evaluations
-from tla_service.registry.gate import Evaluated, Finding, refused
+from tla_service.registry.gate import Evaluated, Finding
 from tla_service.registry.loading import PACKAGE_DIGEST, open_package
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, ThreatModel, read_report
 from tla_service.tracking.connection import retrying
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +44,8 @@ class Package:
         return ThreatModel.model_validate(self.description["threat_model"])
 
 
-def find_version(made: "MlflowClient", name: str, version: str) -> "ModelVersion":
+def find_version(made: MlflowClient, name: str, version: str) -> ModelVersion:
     """A registered version; raises `UnavailableError` if it does not exist."""
-    from mlflow.exceptions import MlflowException
-
     try:
         return retrying("Reading the version", lambda: made.get_model_version(name, version))
     except MlflowException as error:
@@ -56,7 +53,7 @@ def find_version(made: "MlflowClient", name: str, version: str) -> "ModelVersion
         raise UnavailableError("version", f"{name}/{version}", reason, remedy) from error
 
 
-def verify(uri: str, version: "ModelVersion") -> Package:
+def verify(uri: str, version: ModelVersion) -> Package:
     """Raise `UserError` unless a registered version contains what this project packaged, unmodified."""
     address = f"models:/{version.name}/{version.version}"
     registered = version.tags.get("weights_sha256")
@@ -72,26 +69,26 @@ def verify(uri: str, version: "ModelVersion") -> Package:
 
 
 def examine_files(
-    made: "MlflowClient", uri: str, name: str, version: str, subject: str
+    made: MlflowClient, uri: str, name: str, version: str, subject: str
 ) -> tuple[Finding, Package | None]:
     """The verified files of a version, with the finding for ``subject``; None if they are refused."""
     found = find_version(made, name, version)
     try:
         package = verify(uri, found)
     except UserError as error:
-        return refused(f"{subject} intact", error), None
+        return Finding(f"{subject} intact", False, f"{error.reason}; {error.remedy}", error.remedy), None
     explanation = f"weights {package.sha256[:12]}, no pickle, all files unmodified"
     return Finding(f"{subject} intact", True, explanation), package
 
 
 def examine_evaluation(
-    made: "MlflowClient", package: Package, threat: ThreatModel, subject: str
+    made: MlflowClient, package: Package, threat: ThreatModel, subject: str
 ) -> tuple[Finding, Evaluated | None]:
     """The evaluation of a version's weights under a threat model, with the finding; None if it is refused."""
     try:
         evaluated = _evaluated(made, package, threat)
     except UserError as error:
-        return refused(f"{subject} evaluated", error), None
+        return Finding(f"{subject} evaluated", False, f"{error.reason}; {error.remedy}", error.remedy), None
     data = evaluated.report.data
     why = "as trained for" if threat.slug == package.trained_for.slug else f"trained for {package.trained_for}"
     explanation = f"these weights under {threat} ({why}) on {data.name}: {evaluated.gate_images} of {data.images} test "
@@ -101,7 +98,7 @@ def examine_evaluation(
     return Finding(f"{subject} evaluated", True, explanation), evaluated
 
 
-def _evaluated(made: "MlflowClient", package: Package, threat: ThreatModel) -> Evaluated:
+def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Evaluated:
     bad = functools.partial(UnavailableError, "version", package.address)
     sha256, run_id = package.sha256, package.run_id
     flags = "" if threat.slug == package.trained_for.slug else f" --norm {threat.norm} --epsilon {threat.radius}"

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tla_service.errors import UserError
 from tla_service.evaluation.intervals import paired_difference, share_of
 from tla_service.evaluation.outcomes import ShardOutcome
 from tla_service.registry.job_settings import GateRules
@@ -11,6 +10,7 @@ from tla_service.report.schema import Report
 from tla_service.report.settings import ImageCounts
 
 _COMPARED = ("clean", "autoattack")
+_BETTER = "train a better version, or change rules."
 _COUNTS = {"clean": "images.attacks", "autoattack": "images.autoattack"}  # settings of the evaluation
 
 
@@ -79,19 +79,13 @@ def compare(candidate: Evaluated, holder: Evaluated, alias: str, rules: GateRule
     mine, other = candidate.report.data.fingerprint, holder.report.data.fingerprint
     name = f"version {holder.version} ({alias})"
     different = [f"data {mine} instead of {other}"] if mine != other else []
-    apart = [name for name in _COMPARED if not _same_images(candidate.gate.get(name), holder.gate.get(name))]
+    apart = [each for each in _COMPARED if not _same_images(candidate.gate.get(each), holder.gate.get(each))]
     different += [f"different {attack} images" for attack in apart]
     remedy = candidate.again if candidate.images < holder.images else holder.again
     problem = f"not evaluated as {name}: {', '.join(different)}" if different else ""
     comparable = _finding("comparable", problem, f"same images, labels and threat model as {name}", remedy)
-    if different:
-        return [comparable]
-    return [comparable, *(_not_worse(candidate, holder, attack, name, rules) for attack in _COMPARED)]
-
-
-def refused(rule: str, error: UserError) -> Finding:
-    """A rule that a version fails because something cannot be used."""
-    return Finding(rule, passed=False, explanation=f"{error.reason}; {error.remedy}", remedy=error.remedy)
+    compared = () if different else _COMPARED
+    return [comparable, *(_not_worse(candidate, holder, attack, name, rules) for attack in compared)]
 
 
 def _finding(rule: str, problem: str, fine: str, remedy: str) -> Finding:
@@ -140,11 +134,7 @@ def _at_least(candidate: Evaluated, attack: str, rule: str, setting: str, rules:
     found = share_of(outcome.standing(attack))
     assert found.estimate is not None
     explanation = f"{found.estimate:.1%} ({found.low:.1%} to {found.high:.1%}, {found.images} gate images)"
-    return Finding(rule, found.estimate >= floor, f"{explanation}; at least {floor:.1%} required", _better(setting))
-
-
-def _better(setting: str) -> str:
-    return f"train a better version, or change rules.{setting}"
+    return Finding(rule, found.estimate >= floor, f"{explanation}; at least {floor:.1%} required", _BETTER + setting)
 
 
 def _enough(candidate: Evaluated, rules: GateRules) -> Finding:
@@ -197,7 +187,7 @@ def _detects(candidate: Evaluated, rules: GateRules) -> Finding:
         problem = f"AUC {score.auc:.3f} on {images} images; at least {rules.min_images} images required"
         return _finding("detection", problem, "", candidate.again)
     explanation = f"AUC {score.auc:.3f}, attacks of radius {measured.epsilon:g}; {required}"
-    return Finding("detection", score.auc >= rules.min_detection_auc, explanation, _better("min_detection_auc"))
+    return Finding("detection", score.auc >= rules.min_detection_auc, explanation, _BETTER + "min_detection_auc")
 
 
 def _same_images(first: ShardOutcome | None, second: ShardOutcome | None) -> bool:
@@ -216,4 +206,4 @@ def _not_worse(candidate: Evaluated, holder: Evaluated, attack: str, name: str, 
     )
     explanation += f"gained, {(~own & other).sum()} lost; p = {found.p_value:.2g}"
     passed = not (is_worse or -found.difference > rules.max_drop)
-    return Finding(f"{attack} not worse", passed, explanation, _better("max_drop"))
+    return Finding(f"{attack} not worse", passed, explanation, _BETTER + "max_drop")

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from mlflow import MlflowClient
 
 from tla_service.config import RunConfig
 from tla_service.data import EvaluationBatches, load_dataset, split_validation
@@ -17,12 +17,9 @@ from tla_service.registry.integrity import sha256
 from tla_service.registry.job_settings import ImportSettings
 from tla_service.registry.packaging import check_packaging, log_model
 from tla_service.runtime import WorkerContext
-from tla_service.tracking.connection import check_tracking, client, experiment_id, retrying, tracking_uri
+from tla_service.tracking.connection import check_tracking, open_store, retrying
 from tla_service.tracking.runs import FINGERPRINT, RUN_KEY
 from tla_service.training.rejector import fit_rejector
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 _METHOD = "imported"
 
@@ -56,10 +53,9 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     note = "the validation images may be part of its training data"
     facts = {FINGERPRINT: dataset.fingerprint, "source": settings.source or path.name, "note": note}
     facts |= {"weights_used": "; ".join(found.notes)} if found.notes else {}
-    uri = tracking_uri(settings.tracking)
-    made = client(uri)
+    uri, made, experiment = open_store(settings.tracking)
     key = f"import/{sha256(path)[:16]}"
-    run_id = retrying("Opening the run", lambda: _open_run(made, settings, uri, key, facts))
+    run_id = retrying("Opening the run", lambda: _open_run(made, experiment, key, facts))
     made.log_metric(run_id, "test/clean_accuracy", clean_accuracy)
     model_uri = log_model(
         uri,
@@ -79,9 +75,8 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     return model_uri, clean_accuracy, found.notes
 
 
-def _open_run(made: "MlflowClient", settings: ImportSettings, uri: str, key: str, facts: Mapping[str, str]) -> str:
+def _open_run(made: MlflowClient, experiment: str, key: str, facts: Mapping[str, str]) -> str:
     """The run of an import; the same file has the same run."""
-    experiment = experiment_id(made, settings.tracking.experiment, uri)
     runs = made.search_runs([experiment], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
     if runs:
         return str(runs[0].info.run_id)

@@ -15,13 +15,13 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.utils import get_results_from_paginated_fn
 
 from tla_service.errors import UnavailableError
 from tla_service.tracking.connection import is_passing, retrying
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 STALE_SECONDS = 90.0
 _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.02, 10.0
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 class RegistryLock:
     """See `registry_lock`; `generation` increases with every holder."""
 
-    def __init__(self, made: "MlflowClient", name: str, stale_seconds: float = STALE_SECONDS) -> None:
+    def __init__(self, made: MlflowClient, name: str, stale_seconds: float = STALE_SECONDS) -> None:
         self.generation = 0
         self._made, self._prefix, self._stale_seconds = made, f"{name}-lock-", stale_seconds
         self._deadline = 0.0
@@ -71,8 +71,6 @@ class RegistryLock:
 
     def take(self, generation: int) -> bool:
         """Create a generation; True if that makes this process the holder."""
-        from mlflow.exceptions import MlflowException
-
         owner = uuid.uuid4().hex
         try:
             self._made.create_registered_model(self._name(generation), {_OWNER: owner}, _DESCRIPTION)
@@ -108,8 +106,6 @@ class RegistryLock:
 
     def _generations(self) -> dict[int, bool]:
         """Existing generations, and whether each is released."""
-        from mlflow.utils import get_results_from_paginated_fn
-
         search = functools.partial(self._made.search_registered_models, f"name LIKE '{self._prefix}%'")
         found = get_results_from_paginated_fn(  # type: ignore[no-untyped-call]
             lambda count, token: search(count, page_token=token), 100
@@ -121,7 +117,7 @@ class RegistryLock:
 
 @contextlib.contextmanager
 def registry_lock(
-    made: "MlflowClient",
+    made: MlflowClient,
     name: str,
     *,
     wanted: Callable[[], bool] = lambda: True,

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, RunInfo
+from mlflow.exceptions import MlflowException
 
 import tla_service
 from tla_service.config import RunConfig
@@ -29,8 +32,6 @@ from tla_service.tracking.connection import client, storing
 from tla_service.tracking.runs import FINGERPRINT, RUN_KEY
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import RunInfo
     from mlflow.models import ModelSignature
     from mlflow.models.model import Model
 
@@ -177,10 +178,9 @@ def _storable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _store(
-    made: "MlflowClient", run: "RunInfo", source: Path, example: npt.NDArray[np.float32], tags: Mapping[str, str]
+    made: MlflowClient, run: RunInfo, source: Path, example: npt.NDArray[np.float32], tags: Mapping[str, str]
 ) -> tuple[str, str]:
     """Write the model folder, verify it, and store it as a logged model of the run; returns its id and digest."""
-    from mlflow.entities import LoggedModelOutput
     from mlflow.models.model import Model
 
     folder, run_id = source.with_name("model"), run.run_id
@@ -279,9 +279,7 @@ def _verify(folder: Path, example: npt.NDArray[np.float32]) -> None:
         raise ConfigError("model.weights", None, "the network's outputs are not finite", "lower the learning rate")
 
 
-def _register(made: "MlflowClient", name: str, run_id: str, model_id: str, tags: Mapping[str, str]) -> str:
-    from mlflow.exceptions import MlflowException
-
+def _register(made: MlflowClient, name: str, run_id: str, model_id: str, tags: Mapping[str, str]) -> str:
     try:
         made.create_registered_model(name)
     except MlflowException as error:

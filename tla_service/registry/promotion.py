@@ -8,7 +8,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from mlflow.exceptions import MlflowException
 
 from tla_service.config import TrackingConfig
 from tla_service.environment import code_version
@@ -19,9 +21,6 @@ from tla_service.registry.job_settings import GateRules
 from tla_service.registry.lock import RegistryLock, registry_lock
 from tla_service.report.schema import ThreatModel
 from tla_service.tracking.connection import client, experiment_id, retrying, tracking_uri
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 EXPERIMENT = "tla-promotions"
 _TAG_LENGTH = 5000  # MLflow's limit
@@ -52,7 +51,7 @@ class Promotion:
 
     def __init__(self, tracking: TrackingConfig, model: str, alias: str, rules: GateRules) -> None:
         self._uri = tracking_uri(tracking)
-        self._made: MlflowClient = client(self._uri)
+        self._made = client(self._uri)
         self._model, self._alias, self._rules = model, alias, rules
         # Files and reports are immutable, so each is examined once.
         self._files = functools.cache(functools.partial(examine_files, self._made, self._uri, model))
@@ -138,8 +137,6 @@ class Promotion:
 
     def _apply(self, decision: Decision, previous: str | None, lock: RegistryLock) -> Decision:
         """Change the aliases. An interruption leaves a record with status RUNNING."""
-        from mlflow.exceptions import MlflowException
-
         before = previous_alias(self._alias)
         with self._recorded(decision):
             try:

@@ -16,6 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+
 from tla_service.errors import one_line, without_credentials
 from tla_service.tracking.connection import client
 
@@ -144,8 +147,6 @@ class RunLog:
 
     def _send(self, points: list[Point]) -> None:
         """Send what the server does not have."""
-        from mlflow.entities import Metric
-
         self._api = self._api or client(self._uri)
         fresh: dict[tuple[str, int], Metric] = {}
         for key, value, timestamp, step in points:
@@ -157,8 +158,6 @@ class RunLog:
             self._steps(key).add(step)
 
     def _send_metrics(self, metrics: list[Any]) -> None:
-        from mlflow.exceptions import MlflowException
-
         try:
             self._api.log_batch(self._run_id, metrics=metrics)
         except MlflowException as error:

@@ -8,17 +8,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.utils import get_results_from_paginated_fn
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
 from tla_service.environment import code_version, environment
 from tla_service.errors import UserError, one_line, without_credentials
 from tla_service.tracking.connection import client, exclusive, open_store, retrying, sqlite_path, storing, unstorable
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 RUN_KEY = "tla.run_key"
 FINGERPRINT = "data_fingerprint"  # fact: the digest of the data set
@@ -135,9 +136,7 @@ def _tags(config: RunConfig, run_key: str, facts: Mapping[str, str], parent_run_
     return tags | ({} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id})
 
 
-def _find(made: "MlflowClient", experiment: str, run_key: str) -> "list[Run]":
-    from mlflow.utils import get_results_from_paginated_fn
-
+def _find(made: MlflowClient, experiment: str, run_key: str) -> list[Run]:
     # MLflow's filters have two kinds of quotes and no escape; a folder's name may contain both.
     quote = next((sign for sign in "'\"" if sign not in run_key), None)
     wanted = f"tags.`{RUN_KEY}` = {quote}{run_key}{quote}" if quote else f"tags.`{RUN_KEY}` LIKE '%/%'"
@@ -149,8 +148,8 @@ def _find(made: "MlflowClient", experiment: str, run_key: str) -> "list[Run]":
 
 
 def _find_or_create(
-    made: "MlflowClient", find: "Callable[[], list[Run]]", create: "Callable[[], Run]", database: Path | None
-) -> "tuple[Run, bool]":
+    made: MlflowClient, find: Callable[[], list[Run]], create: Callable[[], Run], database: Path | None
+) -> tuple[Run, bool]:
     """The run of a key and whether it is new. Two processes that open the same key get the same run."""
     with contextlib.nullcontext() if database is None else exclusive(database):
         found = find()
@@ -168,16 +167,12 @@ def _find_or_create(
     return first, False
 
 
-def _set_tags(made: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
-
+def _set_tags(made: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
     made.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
-def _describe(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mapping[str, str], resumed: int) -> None:
+def _describe(made: MlflowClient, run_id: str, config: RunConfig, facts: Mapping[str, str], resumed: int) -> None:
     """Add the parameters and files that are missing; idempotent."""
-    from mlflow.entities import Param
-
     there = made.get_run(run_id).data.params
     fields = {name: without_credentials(value) for name, value in flatten(config.model_dump(mode="json"))}
     params = [Param(name, value[:_PARAM_LENGTH]) for name, value in fields.items() if name not in there]
@@ -195,10 +190,7 @@ def _describe(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mappi
         made.log_text(run_id, json.dumps(environment(), indent=1), name)
 
 
-def _log_dataset(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mapping[str, str]) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-    from mlflow.exceptions import MlflowException
-
+def _log_dataset(made: MlflowClient, run_id: str, config: RunConfig, facts: Mapping[str, str]) -> None:
     def is_there() -> bool:
         inputs = made.get_run(run_id).inputs
         return inputs is not None and bool(inputs.dataset_inputs)
@@ -215,7 +207,7 @@ def _log_dataset(made: "MlflowClient", run_id: str, config: RunConfig, facts: Ma
             raise
 
 
-def _log_file(made: "MlflowClient", run_id: str, target: str, source: Path) -> None:
+def _log_file(made: MlflowClient, run_id: str, target: str, source: Path) -> None:
     folder, _, name = target.rpartition("/")
     # MLflow names an artifact after its file, so another name needs another file: a symbolic link.
     with tempfile.TemporaryDirectory() as scratch:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import tempfile
 import time
 import uuid
@@ -187,23 +186,20 @@ def workers(config: RunConfig, settings: CheckupSettings) -> Finding:
     if settings.workers is not None:
         config = RunConfig(scaling=settings.scaling.model_copy(update={"num_workers": settings.workers}))
     name, size = f"checkup-{uuid.uuid4().hex[:8]}", settings.megabytes * MB
-    scratch = tempfile.mkdtemp(prefix="tla-checkup-")
+    # Only small files of Ray itself are stored; several nodes need them on shared storage.
+    home = settings.scaling.storage or tempfile.gettempdir()
     try:
         placement = place(config)
-        # Only small files of Ray itself are stored; several nodes need them on shared storage.
-        storage_path = settings.scaling.storage or scratch
-        told = node.use_workers(placement, size, storage_path, name, settings.timeout_seconds)
+        told = node.use_workers(placement, size, home, name, settings.timeout_seconds)
     except UserError as error:
         return Finding("all-reduce", "workers", "FAIL", f"{error.subject}: {error.reason}", error.remedy)
     except Exception as error:  # noqa: BLE001 - any error is the finding
         remedy = "set NCCL_DEBUG=INFO on every node; check that firewalls open all ports between nodes"
         return Finding("all-reduce", "workers", "FAIL", _last_line(error), remedy)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if settings.scaling.storage is not None:
-            filesystem, root = node.open_storage(settings.scaling.storage)
-            with contextlib.suppress(OSError):
-                filesystem.delete_dir(f"{root}/{name}")
+        filesystem, root = node.open_storage(home)
+        with contextlib.suppress(OSError):
+            filesystem.delete_dir(f"{root}/{name}")
     rate, backend = told["gigabytes_per_second"], told["backend"]
     detail = f"{backend}, {placement.num_workers} workers: {settings.megabytes} MB in {told['seconds']:.3f} s"
     detail += f", {rate:.2f} GB/s"

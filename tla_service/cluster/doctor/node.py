@@ -1,6 +1,5 @@
 """Checks that run on nodes: in Ray tasks, and in workers that are started like those of a run."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -18,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from tla_service.cluster.session import Placement
 from tla_service.data import check_root
+from tla_service.environment import environment
 from tla_service.errors import UserError
 
 _PACKAGES = ("ray", "torch", "torchvision", "mlflow", "numpy", "pyarrow", "tla-service")
@@ -38,12 +38,9 @@ def facts(data_root: str | None, cache_dir: str) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions by package; ``cuda`` is torch's, ``driver`` the GPU driver's."""
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda or "none", "driver": "none"}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
+    installed = environment()
+    found = {"python": installed["python"], "cuda": installed["cuda"] or "none", "driver": "none"}
+    found |= {name: installed["packages"].get(name, "missing") for name in _PACKAGES}
     try:
         import pynvml
 
