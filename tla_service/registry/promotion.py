@@ -164,7 +164,12 @@ class Promotion:
     @contextlib.contextmanager
     def _recorded(self, decision: Decision) -> Iterator[None]:
         """Record a decision in a run of its own, as a version's tags keep the last one only."""
-        key, findings = uuid.uuid4().hex, _as_json(decision.findings)
+        key = uuid.uuid4().hex
+        found = [
+            {"rule": each.rule, "passed": each.passed, "explanation": each.explanation} for each in decision.findings
+        ]
+        while len(findings := json.dumps(found)) > _TAG_LENGTH:
+            found.pop()  # as many as fit into a tag
         facts = {
             "id": key,
             "model": self._model,
@@ -197,11 +202,3 @@ class Promotion:
     def _tag(self, version: str, name: str, value: str) -> None:
         key = f"tla.{self._alias}.{name}"
         retrying("Tagging the version", lambda: self._made.set_model_version_tag(self._model, version, key, value))
-
-
-def _as_json(findings: Sequence[Finding]) -> str:
-    """As many findings as fit into a tag."""
-    found = [{"rule": each.rule, "passed": each.passed, "explanation": each.explanation} for each in findings]
-    while len(text := json.dumps(found)) > _TAG_LENGTH:
-        found.pop()
-    return text

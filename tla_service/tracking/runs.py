@@ -39,7 +39,9 @@ def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], paren
     another name) is added as a file. Returns the MLflow run id.
     """
     uri, made, experiment = open_store(config.tracking)
-    tags = _tags(config, run_key, facts, parent_run_id)
+    tags = config.tracking.tags | {f"tla.{name}": str(value)[:_TAG_LENGTH] for name, value in facts.items()}
+    tags |= code_version() | {RUN_KEY: run_key, "tla.method": config.method, "tla.config_digest": config.digest}
+    tags |= {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
     find = functools.partial(_find, made, experiment, run_key)
     create = functools.partial(made.create_run, experiment, run_name=config.run_name, tags=tags)
     run, is_new = retrying("Opening the run", lambda: _find_or_create(made, find, create, sqlite_path(uri)))
@@ -128,12 +130,6 @@ def start_system_metrics(uri: str, run_id: str) -> Callable[[], None]:
         _log.warning("System metrics are not logged: %s", one_line(error))
         return lambda: None
     return monitor.finish
-
-
-def _tags(config: RunConfig, run_key: str, facts: Mapping[str, str], parent_run_id: str | None) -> dict[str, str]:
-    tags = config.tracking.tags | {f"tla.{name}": str(value)[:_TAG_LENGTH] for name, value in facts.items()}
-    tags |= code_version() | {RUN_KEY: run_key, "tla.method": config.method, "tla.config_digest": config.digest}
-    return tags | ({} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id})
 
 
 def _find(made: MlflowClient, experiment: str, run_key: str) -> list[Run]:
