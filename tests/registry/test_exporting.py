@@ -77,14 +77,15 @@ def test_both_formats_compute_what_the_network_does(packaged: Packaged, tmp_path
         np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), packaged.logits(images(9)), atol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_an_export_that_computes_something_else_is_not_left_behind(
-    packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     right = exporting._write_pt2
 
     def wrong(program: object, path: Path) -> exporting.Run:
         run = right(program, path)  # type: ignore[arg-type]
-        return lambda batch: [output * 1.01 for output in run(batch)]
+        return lambda batch: [output * factor for output in run(batch)]
 
     monkeypatch.setattr(exporting, "_write_pt2", wrong)
     with pytest.raises(RuntimeError, match=r"model\.pt2 differs from the network"):
