@@ -29,10 +29,7 @@ _REASONS = {
 def disk_trouble(field: str, folder: Path | str, remedy: str) -> Iterator[None]:
     """Raise UnavailableError instead of any ``OSError`` or error of safetensors inside.
 
-    Args:
-        field: Setting that named the folder.
-        folder: What the message shows when the error names no file.
-        remedy: What to do about it.
+    ``field`` is the setting that named the folder, which the message shows when the error names no file.
     """
     from safetensors import SafetensorError
 
@@ -48,7 +45,7 @@ def disk_trouble(field: str, folder: Path | str, remedy: str) -> Iterator[None]:
 
 
 def cache_folder(cache_dir: str, *parts: str) -> Path:
-    """Make a folder of the cache and return it; UnavailableError if it cannot be made."""
+    """Make a folder of the cache; UnavailableError if it cannot be made."""
     with disk_trouble("data.cache_dir", cache_dir, "give a folder that can be written"):
         try:
             folder = Path(cache_dir).expanduser().joinpath(*parts)
@@ -64,18 +61,14 @@ def locked(path: Path) -> Iterator[None]:
 
     The lock file is left behind: removing it would let two processes hold it.
     """
-    with disk_trouble("data.cache_dir", path, "give a local folder that can be written"):
-        handle = path.open("a")
-        try:
+    with contextlib.ExitStack() as stack:
+        with disk_trouble("data.cache_dir", path, "give a local folder that can be written"):
+            handle = stack.enter_context(path.open("a"))
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 LOG.info("waiting for another process to finish %s", path.with_suffix(""))
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        except BaseException:
-            handle.close()
-            raise
-    with handle:
         yield
 
 
@@ -101,15 +94,9 @@ def content_digest(*tensors: torch.Tensor) -> str:
 def cached_tensors(
     cache_dir: str, key: str, build: Callable[[], dict[str, torch.Tensor]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors built once per node, under a key that changes whenever the result of ``build`` would.
+    """Tensors built once per node, and their digests, by a key that changes whenever the result of ``build`` would.
 
     The file is mapped into memory, so the workers of a node share one copy. Treat the tensors as read-only.
-
-    Returns:
-        The tensors, and a digest of each one's content.
-
-    Raises:
-        UnavailableError: If the cache cannot be written.
     """
     from safetensors.torch import save_file
 

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 from tla_service.config import DataConfig
 from tla_service.data.decoding import is_image
-from tla_service.data.encoded import tree_splits
 from tla_service.data.members import TEST_SPLITS, notice, notice_left_out, refuse_several
 from tla_service.data.roots import required_root
-from tla_service.data.sources import SPLITS, Split, Splits
+from tla_service.data.sources import Splits, tree_splits
 from tla_service.data.trees import FileTree
 from tla_service.data.zip_tree import open_tree
 from tla_service.errors import ConfigError, UnavailableError
@@ -35,20 +34,18 @@ def load_image_folder(config: DataConfig) -> Splits:
 
     Classes are the folders under ``train/``, sorted by name; images are sorted by path. Files are images by their
     ending, or else by their content. RGB, unless all of up to 64 images looked at are grey.
-
-    Raises:
-        ConfigError: If ``data.image_size`` is not set, a class has no images, or the root holds several data sets.
-        UnavailableError: If folders are missing, or the test set has a class that the training set does not have.
     """
     if config.image_size is None:
         remedy = "give a side in pixels, like 64"
         raise ConfigError("data.image_size", None, "images of folders come in any size", remedy)
     tree = open_tree(required_root(config))
     base, test_folders = _layout(tree, config.root)
-    train = _split(tree, f"{base}train/")
+    train_folder = f"{base}train/"
+    train = _split(tree, train_folder)
     if not train.images:
-        raise _no_images(tree, f"{base}train/")
-    classes = _classes(tree, f"{base}train/")
+        raise _no_images(tree, train_folder)
+    below = (name.removeprefix(train_folder) for name in tree.folders if name.startswith(train_folder))
+    classes = {_key(name): name for name in sorted(below) if "/" not in name}  # empty ones, too
     empty = sorted(set(classes) - {_key(name) for _, name in train.images})
     if empty:
         reason = f"class {classes[empty[0]]!r} has no training images"
@@ -59,7 +56,7 @@ def load_image_folder(config: DataConfig) -> Splits:
     if strange:
         shown = tree.describe(f"{base}{test_folder}/{strange[0]}")
         raise UnavailableError("data.root", shown, "has no folder of this name under train/", _FIX)
-    used = (f"{base}train/", f"{base}{test_folder}/")
+    used = (train_folder, f"{base}{test_folder}/")
     outside = (name for name in tree.names if not name.startswith(used) and _ending(name) in _SUFFIXES)
     left_out = {
         "beside the class folders": [*train.beside, *test.beside],
@@ -67,11 +64,8 @@ def load_image_folder(config: DataConfig) -> Splits:
         f"outside train/ and {test_folder}/": outside,
     }
     notice_left_out(config.root, left_out)
-    images: dict[Split, list[tuple[str, int]]] = {
-        split: [(path, numbers[_key(name)]) for path, name in part.images]
-        for split, part in zip(SPLITS, (train, test), strict=True)
-    }
-    return tree_splits(config, tree, images, tuple(sorted(classes.values())))
+    parts = ([(path, numbers[_key(name)]) for path, name in part.images] for part in (train, test))
+    return tree_splits(config, tree, next(parts), next(parts), tuple(sorted(classes.values())))
 
 
 def _layout(tree: FileTree, root: str | None) -> tuple[str, list[str]]:
@@ -82,35 +76,30 @@ def _layout(tree: FileTree, root: str | None) -> tuple[str, list[str]]:
         for depth, part in enumerate(parts):
             if part == "train" or part in TEST_SPLITS:
                 found["".join(f"{above}/" for above in parts[:depth])].add(part)
-    inside = tuple(f"{base}{part}/" for base, parts in found.items() if _is_whole(parts) for part in parts)
+    whole = {base: parts for base, parts in found.items() if "train" in parts and len(parts) > 1}
     # Classes may have the names of splits, too.
+    inside = tuple(f"{base}{part}/" for base, parts in whole.items() for part in parts)
     bases = [base for base, parts in found.items() if "train" in parts and not base.startswith(inside)]
-    whole = [base for base in bases if _is_whole(found[base])]
-    refuse_several(root, whole)
-    if whole:
-        return whole[0], [name for name in TEST_SPLITS if name in found[whole[0]]]
-    if bases:
-        raise UnavailableError("data.root", tree.path, "has train/ but no test/ or val/ beside it", _FIX)
-    raise UnavailableError("data.root", tree.path, "no train/ folder with files in it", _FIX)
-
-
-def _is_whole(parts: set[str]) -> bool:
-    return "train" in parts and len(parts) > 1
+    sets = [base for base in bases if base in whole]
+    refuse_several(root, sets)
+    if sets:
+        return sets[0], [name for name in TEST_SPLITS if name in whole[sets[0]]]
+    reason = "has train/ but no test/ or val/ beside it" if bases else "no train/ folder with files in it"
+    raise UnavailableError("data.root", tree.path, reason, _FIX)
 
 
 def _labelled_test(tree: FileTree, base: str, folders: list[str], classes: Container[str]) -> tuple[str, _Part]:
     """The first test folder that holds images of known classes: published test sets often have no labels."""
-    for folder in folders:
-        part = _split(tree, f"{base}{folder}/")
+    parts = [_split(tree, f"{base}{folder}/") for folder in folders]
+    for folder, part in zip(folders, parts, strict=True):
         if any(_key(name) in classes for _, name in part.images):
             if folder != folders[0]:
                 shown = tree.describe(f"{base}{folders[0]}")
                 notice("%s has no images in the class folders of train/; testing on %s/ instead", shown, folder)
             return folder, part
-    part = _split(tree, f"{base}{folders[0]}/")
-    if not part.images:
+    if not parts[0].images:
         raise _no_images(tree, f"{base}{folders[0]}/")
-    return folders[0], part
+    return folders[0], parts[0]
 
 
 def _split(tree: FileTree, folder: str) -> _Part:
@@ -143,12 +132,6 @@ def _is_image(tree: FileTree, name: str) -> bool:
 
 def _ending(name: str) -> str:
     return posixpath.splitext(name)[1].lower()
-
-
-def _classes(tree: FileTree, folder: str) -> dict[str, str]:
-    """Names of the class folders, empty ones too, by their key."""
-    found = {name.removeprefix(folder) for name in tree.folders if name.startswith(folder)}
-    return {_key(name): name for name in sorted(found) if "/" not in name}
 
 
 def _key(name: str) -> str:

@@ -14,6 +14,7 @@ from tla_service.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     import pyarrow
+    from pyarrow import parquet
 
 # In order of preference; compared without case.
 IMAGE_NAMES = ("image", "img", "images", "png", "jpg")
@@ -36,25 +37,18 @@ def find_splits(root: Path) -> dict[str, list[Path]] | None:
 
     Files of no split are under "".
     """
-    if not root.is_dir():
-        return None
     found: dict[str, list[Path]] = {}
-    for name in FolderTree(root).names:
-        path = root / name
+    for path in sorted(root / name for name in FolderTree(root).names) if root.is_dir() else ():
         match = _NAME.fullmatch(path.name)
         if match or path.suffix == ".parquet":
             found.setdefault(match[1] if match else "", []).append(path)
-    if "train" not in found or found.keys().isdisjoint(TEST_SPLITS):
-        return None
-    return {name: sorted(paths) for name, paths in found.items()}
+    return None if "train" not in found or found.keys().isdisjoint(TEST_SPLITS) else found
 
 
 def open_shards(files: list[Path], root: Path, shown_root: str | None) -> list[Shard]:
     """Rows and schemas of one split's files below a root, which messages show as ``shown_root``.
 
-    Raises:
-        ConfigError: If they are in several folders, and so of several data sets.
-        UnavailableError: If one is damaged, or there are no rows.
+    ConfigError if they are in several folders, and so of several data sets.
     """
     refuse_several(shown_root, [path.parent.relative_to(root).as_posix() for path in files])
     numbered = [match for path in files if (match := _NUMBERED.search(path.name))]
@@ -62,40 +56,30 @@ def open_shards(files: list[Path], root: Path, shown_root: str | None) -> list[S
         there = len({match[1] for match in numbered if match[2] == total})
         if there < int(total):
             notice("%s: only %d of %d files are there", files[0], there, int(total))
-    shards = [_shard(path) for path in files]
+    shards = []
+    for path in files:
+        with _opened(path) as opened:
+            shards.append(Shard(path, opened.metadata.num_rows, opened.schema_arrow))
     if not any(shard.rows for shard in shards):
         remedy = "fetch the file again, or point data.root at another copy"
         raise UnavailableError("data.root", files[0], "holds no rows", remedy)
     return shards
 
 
-def _shard(path: Path) -> Shard:
-    from pyarrow import parquet
-
-    with _readable(path), parquet.ParquetFile(path) as opened:
-        return Shard(path, opened.metadata.num_rows, opened.schema_arrow)
-
-
 def read_column(path: Path, column: str, batch: int) -> Iterator["pyarrow.Array"]:
     """One column of a file, in arrays of up to ``batch`` rows; UnavailableError if the file is damaged."""
-    from pyarrow import parquet
-
-    with _readable(path), parquet.ParquetFile(path) as opened:
+    with _opened(path) as opened:
         for rows in opened.iter_batches(batch, columns=[column]):
             yield rows.column(column)
 
 
 def find_image_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) -> str:
-    """The column of encoded images: the one wanted, the only one, or the one with a usual name.
-
-    Raises:
-        ConfigError: If ``wanted`` is no such column, or there are several and none has a usual name.
-        UnavailableError: If there is none.
-    """
+    """The column of encoded images: the one wanted, the only one, or the one with a usual name."""
     fitting = [field.name for field in schema if _holds_images(field.type)]
     if wanted is not None:
         if wanted not in fitting:
-            raise ConfigError("data.image_column", wanted, f"is no column of image bytes in {shown}", _choose(fitting))
+            remedy = f"give one of {', '.join(fitting)}" if fitting else "give a column of encoded images"
+            raise ConfigError("data.image_column", wanted, f"is no column of image bytes in {shown}", remedy)
         return wanted
     named = _known(fitting, IMAGE_NAMES)
     if named or len(fitting) == 1:
@@ -103,8 +87,7 @@ def find_image_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) 
     if not fitting:
         reason = f"{shown} has no column of encoded images (bytes), but {_columns(schema)}"
         raise UnavailableError("data.root", None, reason, "store the images themselves, not their paths or pixels")
-    names = f"{', '.join(IMAGE_NAMES[:-1])} or {IMAGE_NAMES[-1]}"
-    reason = f"{shown} has several columns of image bytes, none named {names}: {', '.join(fitting)}"
+    reason = f"{shown} has several columns of image bytes, none named {_either(IMAGE_NAMES)}: {', '.join(fitting)}"
     raise ConfigError("data.image_column", None, reason, "set it to the column that holds the images")
 
 
@@ -117,8 +100,7 @@ def find_label_columns(schema: "pyarrow.Schema", wanted: str | None) -> list[str
 def no_label_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) -> ConfigError:
     """The error for a file without a label column."""
     if wanted is None and not (named := _known(schema.names, LABEL_NAMES)):
-        names = f"{', '.join(LABEL_NAMES[:-1])} or {LABEL_NAMES[-1]}"
-        reason = f"{shown} has no column named {names}, but {_columns(schema)}"
+        reason = f"{shown} has no column named {_either(LABEL_NAMES)}, but {_columns(schema)}"
         return ConfigError("data.label_column", None, reason, "set it to the column that holds the labels")
     wanted = named[0] if wanted is None else wanted
     if wanted in schema.names:
@@ -154,11 +136,13 @@ def class_names(schema: "pyarrow.Schema", label: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _opened(path: Path) -> "Iterator[parquet.ParquetFile]":
     import pyarrow
+    from pyarrow import parquet
 
     try:
-        yield
+        with parquet.ParquetFile(path) as opened:
+            yield opened
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = f"not a readable Parquet file ({text})"
@@ -177,6 +161,10 @@ def _known(found: list[str], names: tuple[str, ...]) -> list[str]:
     return [column for name in names for column in found if column.casefold() == name]
 
 
+def _either(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 def _columns(schema: "pyarrow.Schema") -> str:
     return ", ".join(f"{field.name} ({_short(field.type)})" for field in schema) or "none"
 
@@ -185,7 +173,3 @@ def _short(kind: "pyarrow.DataType") -> str:
     from pyarrow import types
 
     return "struct" if types.is_struct(kind) else str(kind)
-
-
-def _choose(fitting: list[str]) -> str:
-    return f"give one of {', '.join(fitting)}" if fitting else "give a column of encoded images"

@@ -22,11 +22,7 @@ Value = int | str | bool | None
 class Labels:
     """Labels of a split as they are in its files.
 
-    Attributes:
-        column: Their column.
-        shards: The files.
-        values: The distinct values, sorted; ``None`` comes last.
-        codes: Position in ``values`` of every row's label (N,), int64.
+    ``values`` are the distinct ones, sorted, ``None`` last; ``codes`` (N,), int64, are every row's positions in them.
     """
 
     column: str
@@ -66,11 +62,7 @@ def _is_label(value: Value) -> bool:
 
 
 def read_labels(shards: list[Shard], column: str) -> Labels:
-    """Read the labels of a split.
-
-    Raises:
-        UnavailableError: If a file is damaged, or its labels are of another type than the first file's.
-    """
+    """Read the labels of a split; UnavailableError if files are damaged, or hold labels of different types."""
     kind = label_kind(shards[0].schema.field(column).type)
     for shard in shards:
         if column not in shard.schema.names or label_kind(shard.schema.field(column).type) != kind:
@@ -97,14 +89,8 @@ def number_classes(train: Labels, test: Labels) -> tuple[tuple[str, ...], torch.
     """Turn labels into class numbers, the same in both splits.
 
     Integers with class names in the metadata are positions in those names, whose order may differ between files.
-    Other labels are classes by their distinct training values, sorted; the values become the class names.
-
-    Returns:
-        The class names, and the class of every training and every test image, (N,) and (M,), int64.
-
-    Raises:
-        ConfigError: If labels identify images, not classes.
-        UnavailableError: If labels are missing, or differ between the splits in type or classes.
+    Other labels are classes by their distinct training values, sorted; the values become the class names. Returns the
+    class names, and the class of every training and every test image, (N,) and (M,), int64.
     """
     train.refuse_missing()
     test.refuse_missing()

@@ -5,10 +5,9 @@ from collections import Counter
 from pathlib import PurePosixPath
 
 from tla_service.config import DataConfig
-from tla_service.data.encoded import tree_splits
 from tla_service.data.members import refuse_several
 from tla_service.data.roots import required_root
-from tla_service.data.sources import Split, Splits
+from tla_service.data.sources import Splits, tree_splits
 from tla_service.data.trees import FileTree
 from tla_service.data.zip_tree import open_tree
 from tla_service.errors import ConfigError, UnavailableError
@@ -21,13 +20,13 @@ def load_tiny_imagenet(config: DataConfig) -> Splits:
 
     The validation images with their annotations are the test set: the real test set has no labels. Classes are the
     lines of ``wnids.txt``, sorted; grey JPEGs become RGB.
-
-    Raises:
-        ConfigError: If a class has no images, or the root holds several data sets.
-        UnavailableError: If files are missing or damaged.
     """
     tree = open_tree(required_root(config), "tiny-imagenet*.zip")
-    base = _base(tree, config.root)
+    bases = [name.removesuffix("wnids.txt") for name in tree.names if PurePosixPath(name).name == "wnids.txt"]
+    if not bases:
+        raise UnavailableError("data.root", tree.path, "no wnids.txt in it", _FIX)
+    refuse_several(config.root, bases)
+    base = bases[0]  # "", or a folder with a trailing slash
     wnids = sorted(set(_text(tree, f"{base}wnids.txt").split()))
     numbers = {wnid: number for number, wnid in enumerate(wnids)}
     pattern = re.compile(rf"{re.escape(base)}train/([^/]+)/images/[^/]+\.(?i:jpe?g)")
@@ -38,16 +37,13 @@ def load_tiny_imagenet(config: DataConfig) -> Splits:
         reason = f"{len(empty)} of the {len(wnids)} classes in wnids.txt have no training images, {empty[0]} first"
         raise ConfigError("data.name", "tiny_imagenet", reason, "fetch the whole set, or cut wnids.txt down")
     annotations = f"{base}val/val_annotations.txt"
-    test = parse_annotations(_text(tree, annotations), numbers, tree.describe(annotations))
+    annotated = parse_annotations(_text(tree, annotations), numbers, tree.describe(annotations))
+    test = [(f"{base}val/images/{name}", number) for name, number in annotated]
     present = set(tree.names)
-    missing = [name for name, _ in test if f"{base}val/images/{name}" not in present]
-    if missing:
-        raise UnavailableError("data.root", tree.describe(f"{base}val/images/{missing[0]}"), "is missing", _FIX)
-    images: dict[Split, list[tuple[str, int]]] = {
-        "train": train,
-        "test": [(f"{base}val/images/{name}", number) for name, number in test],
-    }
-    return tree_splits(config, tree, images, _class_names(tree, base, wnids), colour=True)
+    missing = next((name for name, _ in test if name not in present), None)
+    if missing is not None:
+        raise UnavailableError("data.root", tree.describe(missing), "is missing", _FIX)
+    return tree_splits(config, tree, train, test, _class_names(tree, base, wnids), colour=True)
 
 
 def parse_annotations(text: str, numbers: dict[str, int], shown: str) -> list[tuple[str, int]]:
@@ -71,16 +67,6 @@ def parse_annotations(text: str, numbers: dict[str, int], shown: str) -> list[tu
     return found
 
 
-def _base(tree: FileTree, root: str | None) -> str:
-    """Where in the tree the data set starts: "" or a folder with a trailing slash."""
-    found = [name for name in tree.names if PurePosixPath(name).name == "wnids.txt"]
-    if not found:
-        raise UnavailableError("data.root", tree.path, "no wnids.txt in it", _FIX)
-    bases = [name.removesuffix("wnids.txt") for name in found]
-    refuse_several(root, bases)
-    return bases[0]
-
-
 def _text(tree: FileTree, name: str) -> str:
     if name not in tree.names:
         raise UnavailableError("data.root", tree.describe(name), "is missing", _FIX)
@@ -89,7 +75,7 @@ def _text(tree: FileTree, name: str) -> str:
 
 def _class_names(tree: FileTree, base: str, wnids: list[str]) -> tuple[str, ...]:
     """The first synonym of ``words.txt`` where there is one and no other class has it, else the wnid."""
-    words = tree.read(f"{base}words.txt").decode("utf-8", errors="replace") if f"{base}words.txt" in tree.names else ""
+    words = _text(tree, f"{base}words.txt") if f"{base}words.txt" in tree.names else ""
     lines = (line.partition("\t") for line in words.split("\n"))
     synonyms = {wnid.strip(): text.split(",")[0].strip() for wnid, _, text in lines}
     names = [synonyms.get(wnid) or wnid for wnid in wnids]

@@ -4,6 +4,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -20,7 +21,6 @@ class FileTree(ABC):
     """Named files that can be read: those that ``is_member`` accepts, links followed.
 
     Attributes:
-        path: The folder or the zip file.
         names: Paths inside, with forward slashes, sorted.
         folders: Paths of the folders inside, empty ones too.
     """
@@ -34,11 +34,11 @@ class FileTree(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """The content of one file; UnavailableError if it is missing or cannot be read."""
+        """The content of one file; UnavailableError if it is missing, damaged or a broken link."""
 
     @abstractmethod
     def open(self, name: str) -> IO[bytes]:
-        """Open one file to read a part of it; UnavailableError as for `read`, or if it is a broken link."""
+        """Open one file to read a part of it; UnavailableError as for `read`."""
 
     @abstractmethod
     def stamp(self, names: Sequence[str]) -> str:
@@ -78,12 +78,12 @@ class FolderTree(FileTree):
         above = (*above, (here.st_dev, here.st_ino))
         with os.scandir(self.path / inside) as entries:
             for entry in entries:
+                name = f"{inside}{entry.name}"
                 if not is_member(entry.name):
                     continue
-                name = f"{inside}{entry.name}"
                 if entry.is_dir():
-                    found = entry.stat() if entry.is_symlink() else None
-                    if found is not None and (found.st_dev, found.st_ino) in above:
+                    found = entry.stat()
+                    if (found.st_dev, found.st_ino) in above:
                         raise self._link_loop(name)
                     self.folders.add(name)
                     self._scan(f"{name}/", above)
@@ -119,23 +119,24 @@ class FolderTree(FileTree):
         return hashlib.sha256("\n".join([str(self.path.absolute()), *lines]).encode()).hexdigest()[:24]
 
 
+@dataclass(frozen=True)
 class TreeBlobs:
     """Images that are files of a tree, by number; a ``Blobs``."""
 
-    def __init__(self, tree: FileTree, names: Sequence[str]) -> None:
-        self._tree, self._names = tree, names
+    tree: FileTree
+    names: Sequence[str]
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def read(self, row: int) -> bytes:
         """The encoded image."""
-        return self._tree.read(self._names[row])
+        return self.tree.read(self.names[row])
 
     def name(self, row: int) -> str:
         """Its path."""
-        return self._tree.describe(self._names[row])
+        return self.tree.describe(self.names[row])
 
     def stamp(self) -> str:
         """See `FileTree.stamp`."""
-        return self._tree.stamp(self._names)
+        return self.tree.stamp(self.names)

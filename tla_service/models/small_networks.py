@@ -1,6 +1,7 @@
-"""The paper's MNIST networks: a modified LeNet (Mao et al. 2019, Table 5) and the authors' multilayer perceptron."""
+"""Small networks: CNNs for CPUs, and the paper's MNIST networks (Mao et al. 2019, Table 5)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -11,6 +12,38 @@ _WIDTH = 1024
 # and middle layers is our reading.
 _CNN_LAYERS: Mapping[str, int] = {"lower": 4, "middle": 11}
 _BATCH_NORM_EPS = 1e-3  # TensorFlow's default, which the authors' code leaves as it is; torch's is 1e-5
+
+
+class SmallCNN(ImageClassifier):
+    """Square convolutions padded by one, each with ReLUs, then 128 ReLUs: the embedding (>= 0).
+
+    Without BatchNorm, so an image's output and gradient do not depend on its batch. With two 4x4 convolutions (16, 32)
+    of stride 2, the convolutions are those of Wong and Kolter 2018 (arXiv 1711.00851) for MNIST.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        kernel_size: int,
+        strides: Sequence[int],
+        *,
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        normalization: nn.Module,
+    ) -> None:
+        super().__init__(normalization)
+        channels, *sides = image_shape
+        self.convolutions = nn.Sequential()
+        for width, stride in zip(widths, strides, strict=True):
+            self.convolutions.extend([nn.Conv2d(channels, width, kernel_size, stride, padding=1), nn.ReLU()])
+            channels, sides = width, [(side + 2 - kernel_size) // stride + 1 for side in sides]
+        self.hidden = nn.Linear(channels * sides[0] * sides[1], 128)
+        self.fc = nn.Linear(128, num_classes)
+
+    def embed(self, normalized: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to embeddings (N, 128), non-negative."""
+        features: Tensor = self.convolutions(normalized)
+        return self.hidden(features.flatten(1)).relu()
 
 
 class MnistNetwork(ImageClassifier):
@@ -26,10 +59,10 @@ class MnistNetwork(ImageClassifier):
         body: nn.Sequential,
         num_classes: int,
         normalization: nn.Module,
-        layers: Mapping[str, int] | None = None,
+        layers: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         super().__init__(normalization)
-        self.layers = layers or {}
+        self.layers = layers
         self.body = body
         self.fc = nn.Linear(_WIDTH, num_classes)
         for module in self.modules():
@@ -43,7 +76,7 @@ class MnistNetwork(ImageClassifier):
 
     def embed_with(self, normalized: Tensor, layer: str) -> tuple[Tensor, Tensor]:
         """Embeddings (N, 1024), and a layer's activations (N, C', H', W')."""
-        hidden, activations = normalized, normalized
+        hidden = activations = normalized
         for position, module in enumerate(self.body):
             hidden = module(hidden)
             if position == self.layers[layer]:
@@ -75,11 +108,8 @@ def build_mnist_mlp(num_classes: int, image_shape: tuple[int, int, int], normali
 
 
 def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
-    return (
-        nn.Conv2d(in_channels, out_channels, 3, padding=1),
-        nn.BatchNorm2d(out_channels, eps=_BATCH_NORM_EPS),
-        nn.ReLU(),
-    )
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    return convolution, nn.BatchNorm2d(out_channels, eps=_BATCH_NORM_EPS), nn.ReLU()
 
 
 def _hidden(in_features: int) -> tuple[nn.Module, ...]:
