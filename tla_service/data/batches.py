@@ -137,9 +137,7 @@ class TrainingBatches:
 class EvaluationBatches:
     """Images of one worker in order, without augmentation; can be iterated repeatedly.
 
-    Rank r of W gets ``indices[r::W]``: every image is in exactly one worker's batches, without padding.
-
-    The last batch may be smaller. Iterating raises UnavailableError if images cannot be read.
+    Rank r of W gets ``indices[r::W]``: every image is in one worker's batches, of which the last may be smaller.
     """
 
     def __init__(self, source: ImageSource, indices: torch.Tensor, context: WorkerContext, *, batch_size: int) -> None:
@@ -169,10 +167,7 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class _StepLoader:
-    """Reads steps ahead: one loader process reads all images of one step.
-
-    Uses at most one process per core, or this one for 0 workers; reads into pinned memory for a GPU.
-    """
+    """Reads steps ahead, into pinned memory for a GPU: one loader process reads all images of one step."""
 
     def __init__(self, source: ImageSource, indices: torch.Tensor, workers: int, device: torch.device) -> None:
         # torch warns of more processes than cores.
@@ -204,8 +199,7 @@ class _StepLoader:
             yield self._steps.handed_out.pop(0), images
 
     def close(self) -> None:
-        # Releasing the loader's iterator stops its persistent workers.
-        self._loader = None
+        self._loader = None  # releasing its iterator stops its persistent workers
 
 
 class _StepSampler:

@@ -17,20 +17,15 @@ LOG = logging.getLogger(__name__)
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
-    errno.EACCES: "no permission",
-    errno.EPERM: "no permission",
     errno.EROFS: "the file system is read-only",
-    errno.ENOLCK: "the file system has no locks",
-    errno.EOPNOTSUPP: "the file system has no locks",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "no permission"),
+    **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP), "the file system has no locks"),
 }
 
 
 @contextlib.contextmanager
 def disk_trouble(field: str, folder: Path | str, remedy: str) -> Iterator[None]:
-    """Raise UnavailableError instead of any ``OSError`` or error of safetensors inside.
-
-    ``field`` is the setting that named the folder, which the message shows when the error names no file.
-    """
+    """Raise UnavailableError, naming the setting ``field``, for any error of the system or safetensors inside."""
     from safetensors import SafetensorError
 
     try:
@@ -57,10 +52,8 @@ def cache_folder(cache_dir: str, *parts: str) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes, which the system frees even when the holder is killed.
-
-    The lock file is left behind: removing it would let two processes hold it.
-    """
+    """Hold an exclusive lock between processes, which the system frees even when the holder is killed."""
+    # The file is left behind: removing it would let two processes hold the lock.
     with contextlib.ExitStack() as stack:
         with disk_trouble("data.cache_dir", path, "give a local folder that can be written"):
             handle = stack.enter_context(path.open("a"))
@@ -121,12 +114,10 @@ def cached_tensors(
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
     """Map the file; ``None`` if it is missing or unreadable."""
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
 
     try:
         with safe_open(path, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-        return load_file(path), metadata
+            return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, ValueError) as error:

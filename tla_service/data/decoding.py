@@ -81,10 +81,7 @@ def is_image(handle: IO[bytes]) -> bool:
 
 
 def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:
-    """Read an encoded image and convert it to a Pillow mode, if one is given.
-
-    UnavailableError if the bytes are no image, damaged, or of more than 8 bits per channel.
-    """
+    """Read an encoded image of 8 bits per channel, converted to a Pillow mode, if given; else UnavailableError."""
     try:
         image = Image.open(io.BytesIO(blob))
         image.load()
@@ -115,10 +112,7 @@ def probe(blobs: Blobs, image_size: int | None, *, colour: bool | None = None) -
 
 
 def decode(blobs: Blobs, rows: Sequence[int], decoder: Decoder, threads: int | None = None) -> torch.Tensor:
-    """Decode some images to (len(rows), C, H, W), uint8.
-
-    In up to 16 threads, one per core, by default: Pillow decodes outside the interpreter lock.
-    """
+    """Decode images to (len(rows), C, H, W), uint8; by default in up to 16 threads, one per core."""
     images = np.empty((len(rows), *decoder.image_shape), np.uint8)
 
     def fill(start: int) -> None:

@@ -56,10 +56,7 @@ class ClassMates:
         self._place -= self._first
 
     def draw(self, anchors: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
-        """Another image of each anchor's class, uniformly; the anchor itself where its class has no other.
-
-        Both are positions (n,), int64; the generator is on the CPU.
-        """
+        """Another image of each anchor's class, uniformly, or itself if alone; positions (n,), int64, on the CPU."""
         others = self._count[anchors] - 1
         # Float64 keeps the product below `others`, and the draw uniform to one part in 10^10 even for huge classes.
         pick = (torch.rand(len(anchors), generator=draws, dtype=torch.float64) * others).to(torch.int64)
@@ -75,14 +72,8 @@ class StepOrder:
     shard for every rank, with sizes that differ by at most one: every image is used once per epoch, without padding or
     dropping, and the images of a step do not depend on the number of workers.
 
-    Args:
-        labels: Class of every training image (N,), int64.
-        global_batch_size: Images per step, over all workers, at most.
-        pool_size: Images of this worker's mining pool per step, all different; 0 for none.
-        same_class_positives: Whether to draw another image of each anchor's class.
-
-    Raises:
-        ConfigError: If the pools of a step need more images than there are, or a worker would get none in some step.
+    ``labels`` are the classes (N,), int64; ``pool_size`` images, all different, are a worker's mining pool of a step.
+    ConfigError if the pools of a step need more images than there are, or a worker would get none in some step.
     """
 
     def __init__(

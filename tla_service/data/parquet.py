@@ -4,14 +4,13 @@ import hashlib
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
 
 from tla_service.config import DataConfig
 from tla_service.data.cache import cache_folder, cached_tensors, disk_trouble, files_key
-from tla_service.data.members import TEST_SPLITS, listed, notice
 from tla_service.data.parquet_files import (
     Shard,
     find_image_column,
@@ -20,10 +19,12 @@ from tla_service.data.parquet_files import (
     no_label_column,
     open_shards,
     read_column,
+    unlike_first,
 )
 from tla_service.data.parquet_labels import Labels, number_classes, read_labels
 from tla_service.data.roots import required_root
 from tla_service.data.sources import Splits, build_splits
+from tla_service.data.trees import TEST_SPLITS, listed, notice
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import whole_file
 
@@ -97,16 +98,12 @@ def _image_column(config: DataConfig, shards: list[Shard]) -> str:
     column = find_image_column(shards[0].schema, str(shards[0].path), config.image_column)
     for shard in shards:
         if column not in shard.schema.names:
-            reason = f"has no column {column!r}, unlike {shards[0].path.name}"
-            raise UnavailableError("data.root", shard.path, reason, "fetch the file again, or leave it out")
+            raise unlike_first(shard, shards[0], repr(column))
     return column
 
 
 class _PackedBlobs:
-    """Encoded images concatenated in one file of the cache, for random access; a ``Blobs``.
-
-    ``offsets`` (N + 1,) are the starts of the images and the end of the last; ``shards`` are the original files.
-    """
+    """Encoded images in one file of the cache, at ``offsets`` (N + 1,), from the rows of shards; a ``Blobs``."""
 
     def __init__(self, path: Path, offsets: torch.Tensor, digest: bytes, shards: list[Shard]) -> None:
         self._path, self._offsets, self._digest = path, offsets, digest
@@ -148,7 +145,7 @@ def _packed(cache_dir: str, labels: Labels, image: str) -> _PackedBlobs:
         offsets, digest = [0], hashlib.sha256()
         remedy = "free some space, or give another folder"
         with disk_trouble("data.cache_dir", path, remedy), whole_file(path) as part, part.open("wb") as handle:
-            for blob in (blob for file in files for blob in _read_images(file, image)):
+            for blob in chain.from_iterable(_read_images(file, image) for file in files):
                 handle.write(blob)
                 digest.update(blob)
                 offsets.append(offsets[-1] + len(blob))

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tla_service.data.members import TEST_SPLITS, notice, refuse_several
-from tla_service.data.trees import FolderTree
+from tla_service.data.trees import TEST_SPLITS, FolderTree, notice, refuse_several
 from tla_service.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 # In order of preference; compared without case.
 IMAGE_NAMES = ("image", "img", "images", "png", "jpg")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
+_LABEL_KINDS = {"string": "text", "large_string": "text", "string_view": "text", "bool": "booleans"}
 _NAME = re.compile(rf"({'|'.join(('train', *TEST_SPLITS))})(-.*)?\.parquet")
 _NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
@@ -33,10 +33,7 @@ class Shard:
 
 
 def find_splits(root: Path) -> dict[str, list[Path]] | None:
-    """Files of each split, at any depth of a folder, sorted by path; ``None`` without training or test files.
-
-    Files of no split are under "".
-    """
+    """Files below a folder by split, sorted; others under ""; ``None`` without training or test files."""
     found: dict[str, list[Path]] = {}
     for path in sorted(root / name for name in FolderTree(root).names) if root.is_dir() else ():
         match = _NAME.fullmatch(path.name)
@@ -46,10 +43,7 @@ def find_splits(root: Path) -> dict[str, list[Path]] | None:
 
 
 def open_shards(files: list[Path], root: Path, shown_root: str | None) -> list[Shard]:
-    """Rows and schemas of one split's files below a root, which messages show as ``shown_root``.
-
-    ConfigError if they are in several folders, and so of several data sets.
-    """
+    """Rows and schemas of a split's files; ConfigError if they are in several folders, and so of several data sets."""
     refuse_several(shown_root, [path.parent.relative_to(root).as_posix() for path in files])
     numbered = [match for path in files if (match := _NUMBERED.search(path.name))]
     for total in sorted({match[2] for match in numbered}):
@@ -64,6 +58,12 @@ def open_shards(files: list[Path], root: Path, shown_root: str | None) -> list[S
         remedy = "fetch the file again, or point data.root at another copy"
         raise UnavailableError("data.root", files[0], "holds no rows", remedy)
     return shards
+
+
+def unlike_first(shard: Shard, first: Shard, column: str) -> UnavailableError:
+    """The error for a file without a column that the first one has."""
+    reason = f"has no column {column}, unlike {first.path.name}"
+    return UnavailableError("data.root", shard.path, reason, "fetch the file again, or leave it out")
 
 
 def read_column(path: Path, column: str, batch: int) -> Iterator["pyarrow.Array"]:
@@ -113,13 +113,8 @@ def label_kind(kind: "pyarrow.DataType") -> str | None:
     """Kind of labels in a column, dictionary-encoded or not: integers, text or booleans; else ``None``."""
     from pyarrow import types
 
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    if types.is_integer(kind):
-        return "integers"
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return "text"
-    return "booleans" if types.is_boolean(kind) else None
+    plain = kind.value_type if types.is_dictionary(kind) else kind
+    return "integers" if types.is_integer(plain) else _LABEL_KINDS.get(str(plain))
 
 
 def class_names(schema: "pyarrow.Schema", label: str) -> tuple[str, ...]:
@@ -150,11 +145,9 @@ def _opened(path: Path) -> "Iterator[parquet.ParquetFile]":
 
 
 def _holds_images(kind: "pyarrow.DataType") -> bool:
-    from pyarrow import types
-
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+    if _short(kind) == "struct" and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+    return str(kind) in ("binary", "large_binary", "binary_view")
 
 
 def _known(found: list[str], names: tuple[str, ...]) -> list[str]:
@@ -170,6 +163,4 @@ def _columns(schema: "pyarrow.Schema") -> str:
 
 
 def _short(kind: "pyarrow.DataType") -> str:
-    from pyarrow import types
-
-    return "struct" if types.is_struct(kind) else str(kind)
+    return "struct" if str(kind).startswith("struct<") else str(kind)

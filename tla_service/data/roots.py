@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tla_service.config import DataConfig
 from tla_service.data.cache import cache_folder, disk_trouble, locked
-from tla_service.data.members import is_member
+from tla_service.data.trees import is_member
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import write_whole
 
@@ -30,6 +30,7 @@ _KEY_FIX = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
 _DENIED = ("access denied", "allow these credentials to list the bucket and read its objects")
 _REFUSED = ("the credentials are refused", _KEY_FIX)
 _ELSEWHERE = ("the bucket is in another region", "set AWS_DEFAULT_REGION")
+_EMPTY = ("no objects there", "check the prefix")
 _CHANGING = ("its objects keep changing", "wait until the upload is done")
 _MEANINGS = {
     "NoSuchBucket": ("the bucket does not exist", "check the name and AWS_ENDPOINT_URL_S3"),
@@ -54,12 +55,7 @@ class TransientError(UnavailableError):
 
 
 def check_root(root: str | None) -> None:
-    """Check within seconds, without copying anything, that a root exists and can be read; ``None`` is fine.
-
-    Raises:
-        ConfigError: If it is neither a path nor an s3:// address.
-        UnavailableError: If it does not exist or cannot be read.
-    """
+    """Check in seconds, without a copy, that a root, if any, can be read; else ConfigError or UnavailableError."""
     if root is not None and root.startswith(SCHEME):
         with contextlib.closing(Prefix(root)) as prefix:
             prefix.check()
@@ -110,14 +106,11 @@ def copy_prefix(root: str, cache_dir: str) -> Path:
         with locked(home / "lock"), disk_trouble("data.cache_dir", home, remedy):
             for wait in _WAITS_SECONDS:
                 try:
-                    folder = _copy(prefix, home)
-                    break
+                    return _copy(prefix, home)
                 except TransientError as error:
                     LOG.warning("%s; trying again in %.0f s", error, wait)
                 time.sleep(wait)
-            else:
-                folder = _copy(prefix, home)
-        return folder / prefix.only_object if prefix.only_object else folder
+            return _copy(prefix, home)
 
 
 def _copy(prefix: "Prefix", home: Path) -> Path:
@@ -141,7 +134,7 @@ def _copy(prefix: "Prefix", home: Path) -> Path:
             raise TransientError("data.root", prefix.root, *_CHANGING)
         os.sync()
         folder.rename(complete)
-    return complete
+    return complete / prefix.only_object if prefix.only_object else complete
 
 
 def _objects_in(folder: Path) -> set[RemoteObject]:
@@ -173,11 +166,9 @@ class Prefix:
         self.prefix, self.only_object = prefix.strip("/"), ""
         if not self.bucket:
             raise ConfigError("data.root", root, "names no bucket", "write s3://bucket/prefix")
-        try:
-            import boto3
-            from botocore.config import Config
-        except ImportError as error:
-            raise UnavailableError("data.root", root, "boto3 is not installed", "pip install boto3") from error
+        import boto3
+        from botocore.config import Config
+
         settings = Config(
             connect_timeout=3,
             read_timeout=_READ_SECONDS,
@@ -187,10 +178,7 @@ class Prefix:
         with _explained(root):
             # Not the default session, which keeps the first credentials it finds.
             self.client: Any = boto3.session.Session().client("s3", config=settings)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self.client.close()
+        self.close = self.client.close
 
     def check(self) -> None:
         """Raise UnavailableError if there are no objects, or they cannot be listed."""
@@ -199,7 +187,7 @@ class Prefix:
             first = next(self._list(prefix), None)
             if first is not None and (not self.prefix or f"{first.name}/".startswith(f"{self.prefix}/")):
                 return
-        raise self._empty()
+        raise UnavailableError("data.root", self.root, *_EMPTY)
 
     def objects(self) -> list[RemoteObject]:
         """List the objects, sorted by name; raise UnavailableError if there are none."""
@@ -216,7 +204,7 @@ class Prefix:
                 self.only_object = self.prefix.rpartition("/")[2]
                 found = [only._replace(name=self.only_object)]
         if not found:
-            raise self._empty()
+            raise UnavailableError("data.root", self.root, *_EMPTY)
         for item in found:
             if any(part in ("", ".", "..") for part in item.name.split("/")) or "\0" in item.name:
                 reason = f"key {item.name!r} is no usable file name"
@@ -239,9 +227,6 @@ class Prefix:
                 ]
                 for future in futures:
                     future.result()
-
-    def _empty(self) -> UnavailableError:
-        return UnavailableError("data.root", self.root, "no objects there", "check the prefix")
 
     def _list(self, prefix: str) -> Iterator[RemoteObject]:
         with _explained(self.root):

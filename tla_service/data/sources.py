@@ -11,24 +11,16 @@ from PIL import __version__ as PIL_VERSION
 from tla_service.config import DataConfig
 from tla_service.data.cache import cached_tensors, content_digest
 from tla_service.data.decoding import Blobs, Decoder, decode, probe
-from tla_service.data.trees import FileTree, TreeBlobs
+from tla_service.data.trees import FolderTree, TreeBlobs
 
 # The largest training set, as decoded uint8 pixels, that data.residency=auto keeps in memory.
 RESIDENT_BYTES = 4 * 2**30
 
 
 class ArraySource:
-    """Images held in memory.
-
-    Args:
-        images: All images (N, C, H, W), uint8, on the CPU; kept, not copied.
-        labels: Their classes (N,), int64.
-        digest: SHA-256 of the content, if known; otherwise computed on demand.
-    """
+    """Images (N, C, H, W), uint8, in memory, not copied; classes (N,), int64; and a digest, if known already."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, digest: str | None = None) -> None:
-        if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1]:
-            raise ValueError(f"want (N,C,H,W) uint8 and (N,), got {tuple(images.shape)} {images.dtype}, {labels.shape}")
         self.images, self.labels = images, labels.to(torch.int64)
         self.image_shape: tuple[int, int, int] = (images.shape[1], images.shape[2], images.shape[3])
         self._digest = digest
@@ -52,10 +44,7 @@ class ArraySource:
 
 
 class FileSource:
-    """Images decoded on demand, with the interface of `ArraySource`; can be passed to loader processes.
-
-    ``labels`` are the classes of this source's images (N,), int64, and ``rows`` their rows in ``blobs`` (default: all).
-    """
+    """As `ArraySource`, but decoded on demand from ``rows`` (N,) of ``blobs`` (default: all); can be pickled."""
 
     def __init__(self, blobs: Blobs, labels: torch.Tensor, decoder: Decoder, rows: torch.Tensor | None = None) -> None:
         self._blobs, self._decoder = blobs, decoder
@@ -100,7 +89,6 @@ class Dataset:
     Attributes:
         gate: Which test images are reserved for the promotion gate (N,), bool: the same ones under every
             ``test_limit``. Figures are published on the others.
-        image_shape: (C, H, W), the same in both splits.
         fingerprint: 16 hex digits that change when images, labels, their order or the class names change. For images
             in memory they cover every byte; for images decoded on demand names, sizes and labels, and the content by
             checksum (zip, Parquet) or by a sample of 256 files (folders).
@@ -126,8 +114,7 @@ def build_splits(
 ) -> Splits:
     """Encoded images with their classes (N,), as sources: in memory or not, by ``data.residency`` and their size.
 
-    ``key`` changes with the files, their order and content. Images become RGB unless ``colour`` is false, or it is
-    ``None`` and all are grey.
+    ``key`` changes with the files, their order and content; ``colour`` is that of `probe`.
     """
     decoder = probe(train[0], config.image_size, colour=colour)
     channels, height, width = decoder.image_shape
@@ -151,7 +138,7 @@ def build_splits(
 
 def tree_splits(
     config: DataConfig,
-    tree: FileTree,
+    tree: FolderTree,
     train: Sequence[tuple[str, int]],
     test: Sequence[tuple[str, int]],
     class_names: tuple[str, ...],

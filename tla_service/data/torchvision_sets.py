@@ -34,7 +34,6 @@ _CIFAR_FILES = {
     "cifar100": ("cifar-100-python.tar.gz", "cifar-100-python", ("train", "test", "meta")),
 }
 _AGAIN = "fetch the file again"
-_DISK_FIX = "free some space, or give another folder"
 _FETCH_FIX = "check the network and the folder, or put the files there yourself"
 
 
@@ -119,7 +118,8 @@ def _find_cifar(root: Path, config: DataConfig) -> tuple[Path, Path | None]:
 def _unpacked(archives: list[Path], cache_dir: str) -> Path:
     """A folder of the cache with the content of archives, unpacked once per node."""
     folder = cache_folder(cache_dir, "unpacked", files_key(archives))
-    with locked(folder / "lock"), disk_trouble("data.cache_dir", folder, _DISK_FIX):
+    remedy = "free some space, or give another folder"
+    with locked(folder / "lock"), disk_trouble("data.cache_dir", folder, remedy):
         for archive in archives if not (folder / "done").exists() else ():
             try:
                 if archive.name.endswith(".tar.gz"):

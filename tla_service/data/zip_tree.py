@@ -12,8 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from tla_service.data.cache import disk_trouble
-from tla_service.data.members import is_member
-from tla_service.data.trees import FIX, FileTree, FolderTree
+from tla_service.data.trees import FIX, FolderTree, is_member
 from tla_service.errors import UnavailableError
 
 # What zipfile raises for a damaged or unknown member.
@@ -22,14 +21,10 @@ _ENCRYPTED, _UTF8 = 0x1, 0x800
 _LINKS = 40  # Linux's limit
 
 
-class ZipTree(FileTree):
-    """A zip file, with the names that unpacking it would give.
+class ZipTree(FolderTree):
+    """A zip file, with the names that unpacking it would give; refused if encrypted, or if names lead outside of it."""
 
-    UnavailableError if it is damaged, encrypted or cannot be read, or has names that lead outside of it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def _find(self) -> None:
         self._handles: dict[int, zipfile.ZipFile] = {}
         self._stored: dict[str, str] = {}  # the archive's names of the entries
         links: dict[str, str] = {}
@@ -42,7 +37,7 @@ class ZipTree(FileTree):
                 continue
             if entry.flag_bits & _ENCRYPTED and is_member(name):
                 remedy = "unpack it with its password and point data.root at the folder"
-                raise UnavailableError("data.root", path, "is encrypted", remedy)
+                raise UnavailableError("data.root", self.path, "is encrypted", remedy)
             self._entries[name], self._stored[name] = (entry.file_size, entry.CRC), entry.filename
             if stat.S_ISLNK(entry.external_attr >> 16):
                 links[name] = self.read(name).decode("utf-8", errors="replace")
@@ -52,8 +47,7 @@ class ZipTree(FileTree):
         for name, target in sorted(self._followed(links).items(), key=lambda pair: pair[1] in folders):
             self._resolve(name, target, is_folder=target in folders)
         self._entries = {name: entry for name, entry in self._entries.items() if is_member(name)}
-        self.names = sorted(self._entries)
-        folders |= _with_parents(map(posixpath.dirname, self.names))
+        folders |= _with_parents(map(posixpath.dirname, self._entries))
         self.folders = set(filter(is_member, folders))
 
     def _inside(self, entry: zipfile.ZipInfo) -> str:
@@ -110,12 +104,12 @@ class ZipTree(FileTree):
         return {**self.__dict__, "_handles": {}}
 
     def read(self, name: str) -> bytes:
-        """See `FileTree`; the content is checked against its checksum."""
+        """See `FolderTree`; the content is checked against its checksum."""
         with self._readable(name), self.open(name) as handle:
             return handle.read()
 
     def open(self, name: str) -> IO[bytes]:
-        """See `FileTree`."""
+        """See `FolderTree`."""
         self._entry(name)
         with self._readable(name):
             try:
@@ -142,7 +136,7 @@ class ZipTree(FileTree):
         return hashlib.sha256(f"{self.path.absolute()}{self.stamp(names)}".encode()).hexdigest()[:24]
 
 
-def open_tree(path: Path, zip_pattern: str = "*.zip") -> FileTree:
+def open_tree(path: Path, zip_pattern: str = "*.zip") -> FolderTree:
     """Open a folder, a zip file, or the only zip file of a pattern in a folder without subfolders."""
     if path.is_dir():
         with disk_trouble("data.root", path, "check the path and its permissions"):

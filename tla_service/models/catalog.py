@@ -13,11 +13,7 @@ from tla_service.errors import ConfigError
 from tla_service.models.classifier import ChannelNormalization, ImageClassifier, PerImageStandardization
 from tla_service.models.resnets import MadryWideResNet, PreActResNet18, TinyImageNetResNet, WideResNet
 from tla_service.models.small_networks import SmallCNN, build_mnist_cnn, build_mnist_mlp
-from tla_service.models.torchvision_classifier import (
-    TORCHVISION_PREFIX,
-    build_torchvision_classifier,
-    torchvision_names,
-)
+from tla_service.models.torchvision_classifier import TORCHVISION_PREFIX, build_torchvision, torchvision_names
 
 ImageShape = tuple[int, int, int]
 
@@ -31,10 +27,7 @@ _CHANNEL_STATISTICS = {
 
 @dataclass(frozen=True)
 class _Network:
-    """How to build a network, its default normalization, and the heights and widths it takes.
-
-    Weights depend on the number of channels alone, or on the whole shape of the images (``one_size``).
-    """
+    """How to build a network; with ``one_size``, its weights depend on the height and width of the images."""
 
     build: Callable[..., ImageClassifier]
     normalization: str = "none"
@@ -44,7 +37,6 @@ class _Network:
 
 
 _TINY_50 = partial(TinyImageNetResNet, (2, 3, 5, 2), bottleneck=True)
-_TINY_20 = partial(TinyImageNetResNet, (1, 1, 1, 1), bottleneck=False)
 _NETWORKS = {
     "digits_cnn": _Network(partial(SmallCNN, (32, 64), 3, (1, 2)), one_size=True),
     "small_cnn": _Network(partial(SmallCNN, (16, 32), 4, (2, 2)), one_size=True, min_size=4),
@@ -57,7 +49,7 @@ _NETWORKS = {
     "preact_resnet_18": _Network(PreActResNet18, "cifar10"),
     "tiny_resnet50_stride2": _Network(partial(_TINY_50, stem_stride=2), "per_image"),
     "tiny_resnet50_stride1": _Network(partial(_TINY_50, stem_stride=1), "per_image"),
-    "tiny_resnet20_stride1": _Network(partial(_TINY_20, stem_stride=1), "per_image"),
+    "tiny_resnet20_stride1": _Network(partial(TinyImageNetResNet, (1, 1, 1, 1), 1, bottleneck=False), "per_image"),
 }
 MODEL_DESCRIPTIONS = {
     "digits_cnn": "two convolutions without BatchNorm for the 8x8 digits; embedding 128",
@@ -82,20 +74,12 @@ def model_names() -> tuple[str, ...]:
 def build_model(
     name: str, num_classes: int, image_shape: ImageShape, normalization: str = "default"
 ) -> ImageClassifier:
-    """Builds a network with fresh weights, drawn from torch's global generator.
+    """Builds a network with fresh weights, drawn from torch's global generator, in training mode.
 
-    Args:
-        name: One of :func:`model_names`, or ``torchvision:<name>``.
-        num_classes: K, at least 2.
-        image_shape: (C, H, W).
-        normalization: One of ``default``, ``none``, ``per_image``, ``cifar10``, ``imagenet``. ``default`` is the
-            network's own: its paper's, or ``none`` where that has three channels and the images another number.
-
-    Returns:
-        The network, on the CPU unless torch's default device says otherwise, in training mode.
-
-    Raises:
-        ConfigError: The name or the normalization is unknown, or the network does not support these images.
+    ``name`` is one of :func:`model_names` or ``torchvision:<name>``; ``image_shape`` is (C, H, W); the normalization is
+    ``default``, ``none``, ``per_image``, ``cifar10`` or ``imagenet``. ``default`` is the network's own: its paper's, or
+    ``none`` where that has three channels and the images another number. ConfigError if the name or the normalization
+    is unknown, or the network does not support these images.
     """
     network = _find(name)
     if num_classes < 2:
@@ -120,7 +104,7 @@ def _find(name: str) -> _Network:
     if name in _NETWORKS:
         return _NETWORKS[name]
     if name in torchvision_names():
-        return _Network(partial(build_torchvision_classifier, name), "imagenet", one_size=True)
+        return _Network(partial(build_torchvision, name), "imagenet", one_size=True)
     prefixed = TORCHVISION_PREFIX + name
     candidates = (*model_names(), *torchvision_names())
     matches = [prefixed] if prefixed in candidates else get_close_matches(name, candidates, n=1)

@@ -12,13 +12,7 @@ from tla_service.errors import ConfigError
 
 
 class ModelOutput(NamedTuple):
-    """What every network returns.
-
-    Attributes:
-        logits: (N, K) class scores before the softmax.
-        embeddings: (N, D) penultimate activations, the input of the final linear layer: the paper's ``h`` (Mao et al.
-            2019, section 4).
-    """
+    """Logits (N, K) and embeddings (N, D), the final linear layer's input: the paper's ``h`` (Mao et al. 2019, 4)."""
 
     logits: Tensor
     embeddings: Tensor

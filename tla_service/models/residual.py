@@ -1,7 +1,4 @@
-"""What the residual networks share: the pre-activation block, initial weights, and TensorFlow's SAME padding.
-
-The paper's networks pad as TensorFlow does. With a stride that is lopsided, unlike torch's padding.
-"""
+"""What the residual networks share: the pre-activation block, initial weights, TensorFlow's lopsided SAME padding."""
 
 import math
 
@@ -12,25 +9,31 @@ from torch.nn import functional as F
 class PreActivationBlock(nn.Module):
     """BatchNorm, activation, convolution, two or three times, plus a shortcut (He et al. 2016, arXiv 1603.05027).
 
-    A subclass defines in :meth:`shortcut_of` what is added. A negative slope of 0 is the plain ReLU.
+    The shortcut is the input, or the projection of its activation, which state dicts know as ``projection_name``. A
+    negative slope of 0 is the plain ReLU.
     """
 
     conv1: nn.Conv2d
 
-    def __init__(self, *convolutions: nn.Conv2d, negative_slope: float = 0.0, batch_norm_eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        *convolutions: nn.Conv2d,
+        projection: nn.Module | None = None,
+        projection_name: str = "projection",
+        negative_slope: float = 0.0,
+        batch_norm_eps: float = 1e-5,
+    ) -> None:
         super().__init__()
-        self.negative_slope = negative_slope
-        self.depth = len(convolutions)
+        self.depth, self.projection_name, self.negative_slope = len(convolutions), projection_name, negative_slope
         for number, convolution in enumerate(convolutions, start=1):
             self.add_module(f"bn{number}", nn.BatchNorm2d(convolution.in_channels, eps=batch_norm_eps))
             self.add_module(f"conv{number}", convolution)
+        self.add_module(projection_name, projection)
 
     def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:
-        """What is added to the residual branch, (N, C', H', W').
-
-        Both are (N, C, H, W); ``activated`` is the input after the first BatchNorm and activation.
-        """
-        raise NotImplementedError
+        """What is added to the residual branch; ``activated`` is the input after the first BatchNorm and activation."""
+        projection: nn.Module | None = getattr(self, self.projection_name)
+        return block_input if projection is None else projection(activated)
 
     def forward(self, block_input: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C', H', W')."""
@@ -43,16 +46,6 @@ class PreActivationBlock(nn.Module):
     def _activated(self, number: int, inputs: Tensor) -> Tensor:
         normalized = getattr(self, f"bn{number}")(inputs)
         return F.leaky_relu(normalized, self.negative_slope) if self.negative_slope else F.relu(normalized)
-
-
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution without bias, padded by one on every side."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-
-
-def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 1x1 convolution without bias."""
-    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
 
 def initialize(network: nn.Module, linear: nn.Linear) -> None:
@@ -82,10 +75,7 @@ def _pad(images: Tensor, kernel_size: int, stride: int, value: float) -> Tensor:
 
 
 class SameConv2d(nn.Conv2d):
-    """A square convolution without bias, of odd size, padded as TensorFlow's SAME: out comes (N, C', H / s, W / s).
-
-    The lengths are rounded up.
-    """
+    """A square convolution of odd size without bias, padded as TensorFlow's SAME to ceil(H / s), ceil(W / s)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
         # Without a stride the padding is even, and the convolution does it itself without a copy of its input.

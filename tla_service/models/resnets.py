@@ -12,8 +12,6 @@ from tla_service.models.residual import (
     PreActivationBlock,
     SameConv2d,
     SameMaxPool2d,
-    conv1x1,
-    conv3x3,
     initialize,
     initialize_convolutions,
 )
@@ -75,17 +73,13 @@ class MadryWideResNet(ImageClassifier):
         return F.leaky_relu(features, 0.1).mean(dim=(2, 3))
 
 
-class WideBlock(PreActivationBlock):
+def _block(in_channels: int, out_channels: int, stride: int, name: str = "convShortcut") -> PreActivationBlock:
     """Two 3x3 convolutions with ReLUs; on a change of width a 1x1 convolution of the activated input is added."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__(conv3x3(in_channels, out_channels, stride), conv3x3(out_channels, out_channels))
-        # Named as in the published checkpoints.
-        self.convShortcut = None if in_channels == out_channels else conv1x1(in_channels, out_channels, stride)
-
-    def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:
-        """The input, or the projection of its activation."""
-        return block_input if self.convShortcut is None else self.convShortcut(activated)
+    projection = None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
+    # In the published checkpoints of the pre-activation ResNet, the projection is a Sequential of one.
+    shortcut = nn.Sequential(projection) if projection is not None and name == "shortcut" else projection
+    convolutions = conv(in_channels, out_channels, 3, stride), conv(out_channels, out_channels, 3)
+    return PreActivationBlock(*convolutions, projection=shortcut, projection_name=name)
 
 
 class WideResNet(ImageClassifier):
@@ -100,7 +94,7 @@ class WideResNet(ImageClassifier):
     def __init__(self, depth: int, width: int, *, num_classes: int, in_channels: int, normalization: nn.Module) -> None:
         super().__init__(normalization)
         widths = (16, 16 * width, 32 * width, 64 * width)
-        self.conv1 = conv3x3(in_channels, widths[0])
+        self.conv1 = conv(in_channels, widths[0], 3)
         self.block1, self.block2, self.block3 = (
             _wide_group((depth - 4) // 6, narrow, wide, stride)
             for (narrow, wide), stride in zip(pairwise(widths), _STRIDES, strict=True)
@@ -112,44 +106,29 @@ class WideResNet(ImageClassifier):
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, 64 * width), non-negative."""
-        features: Tensor = self.block3(self.block2(self.block1(self.conv1(normalized))))
-        features = self.bn1(features)
+        features: Tensor = self.bn1(self.block3(self.block2(self.block1(self.conv1(normalized)))))
         return features.relu().mean(dim=(2, 3))
 
 
 def _wide_group(num_blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     """Blocks of one width; the first has the stride. Checkpoints name them ``layer.0``, ``layer.1``, ..."""
-    first = WideBlock(in_channels, out_channels, stride)
-    rest = (WideBlock(out_channels, out_channels, 1) for _ in range(num_blocks - 1))
+    first = _block(in_channels, out_channels, stride)
+    rest = (_block(out_channels, out_channels, 1) for _ in range(num_blocks - 1))
     return nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest)))
-
-
-class PreActBlock(PreActivationBlock):
-    """As `WideBlock`, with the names of the widely used CIFAR implementations."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__(conv3x3(in_channels, out_channels, stride), conv3x3(out_channels, out_channels))
-        same = in_channels == out_channels
-        self.shortcut = None if same else nn.Sequential(conv1x1(in_channels, out_channels, stride))
-
-    def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:
-        """See `WideBlock`."""
-        return block_input if self.shortcut is None else self.shortcut(activated)
 
 
 class PreActResNet18(ImageClassifier):
     """Pre-activation ResNet-18 for 32x32 images (He et al. 2016), as in Rice et al. 2020 (arXiv 2002.11569).
 
     Four groups of two blocks (64, 128, 256, 512), BatchNorm and ReLU before the pool; embedding 512, non-negative.
-    Module names are those of the widely used CIFAR implementations (``conv1``, ``layer1.0.bn1``, ``bn``, ``linear``).
-    Rice et al. normalize by CIFAR-10's mean and standard deviation.
+    Module names are those of the widely used CIFAR implementations (``layer1.0.bn1``, ``bn``, ``linear``).
     """
 
     def __init__(self, *, num_classes: int, in_channels: int, normalization: nn.Module) -> None:
         super().__init__(normalization)
-        self.conv1 = conv3x3(in_channels, 64)
+        self.conv1 = conv(in_channels, 64, 3)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
-            nn.Sequential(PreActBlock(narrow, wide, stride), PreActBlock(wide, wide, 1))
+            nn.Sequential(_block(narrow, wide, stride, "shortcut"), _block(wide, wide, 1, "shortcut"))
             for narrow, wide, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
         )
         self.bn = nn.BatchNorm2d(512)
@@ -168,26 +147,23 @@ class PreActResNet18(ImageClassifier):
 
 
 class TinyBlock(PreActivationBlock):
-    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1 ones with 4 * width output channels (``bottleneck``).
-
-    The first block of a group adds a 1x1 convolution of its input before activation.
-    """
+    """Two 3x3 convolutions, or 1x1, 3x3 and 1x1 ones to 4 * width channels; the first of a group projects its input."""
 
     def __init__(self, in_channels: int, width: int, stride: int, *, bottleneck: bool, is_first: bool) -> None:
         out_channels = 4 * width if bottleneck else width
         convolutions: tuple[nn.Conv2d, ...]
         if bottleneck:
             middle = SameConv2d(width, width, 3)
-            convolutions = conv1x1(in_channels, width, stride), middle, conv1x1(width, out_channels)
+            convolutions = conv(in_channels, width, 1, stride), middle, conv(width, out_channels, 1)
         else:
             convolutions = SameConv2d(in_channels, width, 3, stride), SameConv2d(width, width, 3)
-        super().__init__(*convolutions, batch_norm_eps=_TENSORFLOW_EPS)
+        projection = conv(in_channels, out_channels, 1, stride) if is_first else None
+        super().__init__(*convolutions, projection=projection, batch_norm_eps=_TENSORFLOW_EPS)
         self.out_channels = out_channels
-        self.projection = conv1x1(in_channels, out_channels, stride) if is_first else None
 
     def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:  # noqa: ARG002
         """The input, or its projection."""
-        return block_input if self.projection is None else self.projection(block_input)
+        return super().shortcut_of(block_input, block_input)
 
 
 class TinyImageNetResNet(ImageClassifier):
@@ -198,10 +174,8 @@ class TinyImageNetResNet(ImageClassifier):
     standard ResNet-50 has 3, 4, 6 and 3. "ResNet-20" has one block of two 3x3 convolutions per group. The authors
     standardize each image.
 
-    Args:
-        num_blocks: Blocks in each of the four groups (64, 128, 256, 512 wide).
-        stem_stride: 2 for the paper's main results, which also adds a 3x3 max-pool of stride 2; 1 for Table 7.
-        bottleneck: Whether the blocks are bottlenecks.
+    ``num_blocks`` is of each of the four groups (64, 128, 256, 512 wide); a ``stem_stride`` of 2, for the paper's main
+    results, also adds a 3x3 max-pool of stride 2; 1 is for Table 7.
     """
 
     def __init__(
@@ -234,3 +208,8 @@ class TinyImageNetResNet(ImageClassifier):
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, 2048 or 512), non-negative."""
         return self.bn(self.blocks(self.stem(normalized))).relu().mean(dim=(2, 3))
+
+
+def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    """A square convolution of odd size without bias, padded by the same number of zeros on every side."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)

@@ -1,7 +1,6 @@
 """Small networks: CNNs for CPUs, and the paper's MNIST networks (Mao et al. 2019, Table 5)."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -50,16 +49,11 @@ class MnistNetwork(ImageClassifier):
     """Hidden layers of BatchNorm and ReLU; the last, of 1024, is the embedding (>= 0).
 
     Convolution and linear weights start at N(0, 0.1^2) truncated at two sigma, biases at 0.1 (the authors' release).
-
     The body maps normalized images to embeddings; `layers` are named positions in it.
     """
 
     def __init__(
-        self,
-        body: nn.Sequential,
-        num_classes: int,
-        normalization: nn.Module,
-        layers: Mapping[str, int] = MappingProxyType({}),
+        self, body: nn.Sequential, num_classes: int, normalization: nn.Module, layers: Mapping[str, int]
     ) -> None:
         super().__init__(normalization)
         self.layers = layers
@@ -104,7 +98,7 @@ def build_mnist_mlp(num_classes: int, image_shape: tuple[int, int, int], normali
     """Three hidden layers of 1024: what the authors' MNIST configuration selects; the paper's results are the CNN's."""
     channels, height, width = image_shape
     body = nn.Sequential(nn.Flatten(), *_hidden(channels * height * width), *_hidden(_WIDTH), *_hidden(_WIDTH))
-    return MnistNetwork(body, num_classes, normalization)
+    return MnistNetwork(body, num_classes, normalization, {})
 
 
 def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
