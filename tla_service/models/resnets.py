@@ -75,10 +75,10 @@ class MadryWideResNet(ImageClassifier):
 
 def _block(in_channels: int, out_channels: int, stride: int, name: str = "convShortcut") -> PreActivationBlock:
     """Two 3x3 convolutions with ReLUs; on a change of width a 1x1 convolution of the activated input is added."""
+    convolutions = conv(in_channels, out_channels, 3, stride), conv(out_channels, out_channels, 3)
     projection = None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
     # In the published checkpoints of the pre-activation ResNet, the projection is a Sequential of one.
     shortcut = nn.Sequential(projection) if projection is not None and name == "shortcut" else projection
-    convolutions = conv(in_channels, out_channels, 3, stride), conv(out_channels, out_channels, 3)
     return PreActivationBlock(*convolutions, projection=shortcut, projection_name=name)
 
 
