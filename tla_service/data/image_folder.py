@@ -92,13 +92,14 @@ def _layout(tree: FolderTree, root: str | None) -> tuple[str, list[str]]:
 
 def _labelled_test(tree: FolderTree, base: str, folders: list[str], classes: Container[str]) -> tuple[str, _Part]:
     """The first test folder that holds images of known classes: published test sets often have no labels."""
-    parts = [_split(tree, f"{base}{folder}/") for folder in folders]
-    for folder, part in zip(folders, parts, strict=True):
-        if any(_key(name) in classes for _, name in part.images):
+    parts: list[_Part] = []
+    for folder in folders:
+        parts.append(_split(tree, f"{base}{folder}/"))
+        if any(_key(name) in classes for _, name in parts[-1].images):
             if folder != folders[0]:
                 shown = tree.describe(f"{base}{folders[0]}")
                 notice("%s has no images in the class folders of train/; testing on %s/ instead", shown, folder)
-            return folder, part
+            return folder, parts[-1]
     if not parts[0].images:
         raise _no_images(tree, f"{base}{folders[0]}/")
     return folders[0], parts[0]

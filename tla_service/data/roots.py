@@ -22,9 +22,8 @@ from tla_service.files import write_whole
 
 LOG = logging.getLogger(__name__)
 SCHEME = "s3://"
-_READ_SECONDS = 20
 _WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0)  # between the attempts to copy
-_DOWNLOADS, _BATCH = 8, 1000
+_READ_SECONDS, _DOWNLOADS, _BATCH = 20, 8, 1000
 _LISTING = ".listing.json"  # hidden, so no part of the data set
 _KEY_FIX = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role"
 _DENIED = ("access denied", "allow these credentials to list the bucket and read its objects")

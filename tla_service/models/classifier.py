@@ -12,7 +12,7 @@ from tla_service.errors import ConfigError
 
 
 class ModelOutput(NamedTuple):
-    """Logits (N, K) and embeddings (N, D), the final linear layer's input: the paper's ``h`` (Mao et al. 2019, 4)."""
+    """Logits (N, K) and embeddings (N, D), the final linear layer's input: ``h`` in Mao et al. 2019, section 4."""
 
     logits: Tensor
     embeddings: Tensor

@@ -1,4 +1,4 @@
-"""torchvision's classifiers, split into a body that embeds and a linear layer; torchvision is slow to import."""
+"""torchvision's classifiers, split into body and linear layer; torchvision, slow to import, only when asked for."""
 
 from typing import Any
 
