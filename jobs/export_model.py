@@ -18,8 +18,8 @@ def main() -> int:
     from tla_service.tracking.connection import tracking_uri
 
     uri = tracking_uri(settings.tracking)
-    for made in export_model(settings.model, settings.output, settings.formats, uri):
-        print(f"{made.path}: matches the network to within {made.difference:.1e} of its largest output")
+    for path, difference in export_model(settings.model, settings.output, settings.formats, uri).items():
+        print(f"{path}: matches the network to within {difference:.1e} of its largest output")
     return 0
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tla_service
 from tests.test_core_alone import WITHOUT, run_python
 from tla_service import Attack, ConfigError, RunConfig, UserError, craft, evaluate, load_config, load_model, train
-from tla_service.registry.model_folder import _SHIPPED
+from tla_service.registry.packaging import _SHIPPED
 
 ROOT = Path(__file__).parents[1]
 TINY = {

@@ -95,13 +95,6 @@ def test_epochs_seeds_and_ranks_differ() -> None:
     assert len({tuple(first(epoch, seed)) for epoch in range(3) for seed in range(3)}) == 9
 
 
-@pytest.mark.parametrize("start", [-1, 6])
-def test_a_step_outside_the_epoch_is_refused_at_once(start: int) -> None:
-    order = StepOrder(torch.zeros(50, dtype=torch.int64), seed=0, global_batch_size=10)
-    with pytest.raises(ValueError, match="start_step"):
-        order.epoch(0, start)
-
-
 def test_a_worker_without_images_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"training\.global_batch_size=8"):
         StepOrder(torch.zeros(3, dtype=torch.int64), seed=0, world_size=4, global_batch_size=8)

@@ -8,8 +8,8 @@ from torch import nn
 
 from tla_service.errors import ConfigError
 from tla_service.models import ImageClassifier, ModelOutput, build_model, model_names
-from tla_service.models.normalization import ChannelNormalization, PerImageStandardization
-from tla_service.models.wide_resnet import MadryWideResNet, WideResNet
+from tla_service.models.classifier import ChannelNormalization, PerImageStandardization
+from tla_service.models.resnets import MadryWideResNet, WideResNet
 
 _EMBEDDING_SIZES = {
     "digits_cnn": 128,

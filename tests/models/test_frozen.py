@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tla_service.models import ModelOutput, build_model
-from tla_service.models.classifier import AtLayer
+from tla_service.models.classifier import AtLayer, PerImageStandardization
 from tla_service.models.frozen import FrozenTwin
-from tla_service.models.normalization import PerImageStandardization
-from tla_service.models.wide_resnet import MadryWideResNet, WideResNet
+from tla_service.models.resnets import MadryWideResNet, WideResNet
 
 
 def lived_in(network: nn.Module, images: Tensor) -> nn.Module:

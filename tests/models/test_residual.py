@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tla_service.models import build_model
-from tla_service.models.normalization import PerImageStandardization
-from tla_service.models.wide_resnet import MadryWideResNet, WideResNet
+from tla_service.models.classifier import PerImageStandardization
+from tla_service.models.resnets import MadryWideResNet, WideResNet
 
 
 def _randomize_batch_norms(network: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tla_service.errors import ConfigError, UnavailableError, UserError
 from tla_service.models import build_model
-from tla_service.models.wide_resnet import WideResNet
+from tla_service.models.resnets import WideResNet
 from tla_service.registry.foreign_weights import fit, read_entries
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.training.conftest import digits_config, random_batch
 from tla_service.config.run import TRIPLET_METHODS
-from tla_service.models.small_cnn import SmallCNN
+from tla_service.models.small_networks import SmallCNN
 from tla_service.runtime import WorkerContext
 from tla_service.training.step import TOTALS, TrainingStep
 
@@ -63,8 +63,8 @@ def reasons(method: str, attack: dict[str, Any], mining: dict[str, Any], **_: An
 @pytest.mark.parametrize("method", METHODS)
 def test_a_combination_takes_a_step_or_is_refused_with_a_sentence(method: str) -> None:
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Conv2d(1, 8, 4, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-    network = SmallCNN(layers, 8 * 4 * 4, 4, nn.Identity()).train()
+    network = SmallCNN((8,), 4, (2,), num_classes=4, image_shape=(1, 8, 8), normalization=nn.Identity()).train()
+    network.convolutions.insert(1, nn.BatchNorm2d(8))
     batch = random_batch(IMAGES, pool=POOL, dtype=torch.float32)
     others = itertools.cycle(OTHERS)
     attacks = itertools.product(ATTACKS, ("linf", "l2"), (False, True))

@@ -3,7 +3,7 @@
 from tla_service.data.batches import Batch, EvaluationBatches, RawBatch, StepBatch, TrainingBatches
 from tla_service.data.catalog import load_dataset
 from tla_service.data.roots import check_root
-from tla_service.data.sources import ArraySource, Dataset, FileSource, ImageSource
+from tla_service.data.sources import ArraySource, Dataset, ImageSource
 from tla_service.data.splits import split_validation
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Batch",
     "Dataset",
     "EvaluationBatches",
-    "FileSource",
     "ImageSource",
     "RawBatch",
     "StepBatch",

@@ -16,16 +16,10 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
 def augment(images: torch.Tensor, config: DataConfig, draws: torch.Generator) -> torch.Tensor:
     """Crop, flip and change the saturation of every image at random, as configured.
 
-    Works on the whole batch at once, without waiting for the device.
-
-    Args:
-        images: (N, C, H, W), uint8.
-        config: ``crop_padding`` (zero padding, then a random crop of the original size), ``flip`` (horizontal, half of
-            the images) and ``saturation`` s (RGB only: distance from grey times a factor uniform in [1/s, s]).
-        draws: Generator on the images' device.
-
-    Returns:
-        Images (N, C, H, W), float32 in [0, 1].
+    Images (N, C, H, W), uint8, become float32 in [0, 1], all at once, without waiting for the device; the generator is
+    on the device, too. ``crop_padding`` is zero padding, then a random crop of the original size; ``flip`` is
+    horizontal, of half of the images; ``saturation`` s (RGB only) multiplies the distance from grey by a factor uniform
+    in [1/s, s].
     """
     if config.crop_padding or config.flip:
         images = _crop_and_flip(images, config.crop_padding, draws, flip=config.flip)

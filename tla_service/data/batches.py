@@ -1,5 +1,6 @@
 """Batches on the device, in an order that can be resumed at any step."""
 
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -7,16 +8,17 @@ from functools import cached_property
 from itertools import zip_longest
 
 import torch
+from torch.utils import data
 
 from tla_service.config import DataConfig
 from tla_service.data.augmentation import augment, to_unit
-from tla_service.data.encoded import RESIDENT_BYTES
+from tla_service.data.decoding import usable_cores
 from tla_service.data.order import Draw, StepIndices, StepOrder
-from tla_service.data.sources import ArraySource, ImageSource
-from tla_service.data.streaming import StepLoader
+from tla_service.data.sources import RESIDENT_BYTES, ArraySource, ImageSource
+from tla_service.errors import UserError
+from tla_service.files import check_socket_path
 from tla_service.runtime import WorkerContext, generator
 
-_READ_AT_ONCE = 1024
 # Of anchors, positives and pool.
 _DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL)
 
@@ -52,14 +54,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class RawBatch:
-    """A step's images before augmentation.
-
-    Attributes:
-        epoch: Epoch of the step, from 0.
-        step: Step of the epoch, from 0.
-        roles: Images (N, C, H, W), uint8, and labels (N,) of anchors, positives and pool, on the device, or ``None``.
-        global_size: See `StepBatch`.
-    """
+    """A step before augmentation: pixels (N, C, H, W), uint8, and labels (N,) of anchors, positives and pool."""
 
     epoch: int
     step: int
@@ -73,19 +68,8 @@ class TrainingBatches:
     Everything is a function of (seed, epoch, step, rank, world size), so a run can resume at any step. Images are kept
     on the device as uint8, or read by loader processes; on the CPU both give identical batches.
 
-    Args:
-        source: Images.
-        indices: Which of them to train on (N,), int64, each once.
-        order: Positions in `indices` that each step uses.
-        config: Augmentation, residency, loaders.
-        context: This worker.
-        augment_pool: Whether the pool is augmented.
-
-    Attributes:
-        steps_per_epoch: Steps per epoch.
-        sizes: Sizes of this worker's batches of anchors; two at most.
-
-    Iterating raises UnavailableError if images cannot be read.
+    ``indices`` (N,), int64, are the images of ``source`` to train on, each once; ``order`` holds positions in them.
+    ``sizes`` are those of this worker's batches of anchors. Iterating raises UnavailableError if images cannot be read.
     """
 
     def __init__(
@@ -102,9 +86,9 @@ class TrainingBatches:
         self._config, self._context, self._augment_pool = config, context, augment_pool
         self.steps_per_epoch, self.sizes = order.steps_per_epoch, order.sizes
         self._labels = source.labels[indices].to(context.device)
-        self._loader: StepLoader | None = None
-        if not _fits(source, config):
-            self._loader = StepLoader(source, indices, config.loader_workers, context.device)
+        fits = isinstance(source, ArraySource) and source.images.numel() < RESIDENT_BYTES
+        resident = fits if config.residency == "auto" else config.residency == "device"
+        self._loader = None if resident else _StepLoader(source, indices, config.loader_workers, context.device)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
         """Batches of an epoch (from 0), one per step, from ``start_step`` on; one epoch at a time."""
@@ -113,19 +97,25 @@ class TrainingBatches:
 
     def read(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
         """As `epoch`, before augmentation."""
+        device = self._context.device
         steps = self._order.epoch(epoch, start_step)
         read = ((indices, None) for indices in steps) if self._loader is None else self._loader.read(steps)
         for step, (indices, images) in enumerate(read, start=start_step):
-            yield self._raw(epoch, step, indices, images)
+            places = _moved(indices.all, device)
+            pixels = self._resident[places] if images is None else images.to(device, non_blocking=True)
+            sizes = [0 if role is None else len(role) for role in indices.roles]
+            parts = zip(pixels.split(sizes), self._labels[places].split(sizes), strict=True)
+            roles = (None if role is None else part for role, part in zip(indices.roles, parts, strict=True))
+            yield RawBatch(epoch, step, tuple(roles), indices.global_size)
 
     def augmented(self, raw: RawBatch) -> StepBatch:
         """The batch of a step, the same one every time."""
-        batches = [
+        anchors, positives, pool = (
             None if role is None else Batch(self._finished(role[0], draw, raw), role[1])
             for draw, role in zip(_DRAWS, raw.roles, strict=True)
-        ]
-        assert batches[0] is not None
-        return StepBatch(batches[0], batches[1], batches[2], raw.global_size)
+        )
+        assert anchors is not None
+        return StepBatch(anchors, positives, pool, raw.global_size)
 
     def close(self) -> None:
         """Stop the loader processes, if any. The object cannot be used afterwards."""
@@ -135,23 +125,7 @@ class TrainingBatches:
     @cached_property
     def _resident(self) -> torch.Tensor:
         """All training images on the device, as uint8; copied when the first epoch begins."""
-        return _all_images(self._source, self._indices).to(self._context.device)
-
-    def _raw(self, epoch: int, step: int, indices: StepIndices, images: torch.Tensor | None) -> RawBatch:
-        roles: list[tuple[torch.Tensor, torch.Tensor] | None] = []
-        start = 0
-        for places in (indices.anchors, indices.positives, indices.pool):
-            if places is None:
-                roles.append(None)
-                continue
-            on_device = _moved(places, self._context.device)
-            if images is None:
-                pixels = self._resident[on_device]
-            else:
-                pixels = images[start : start + len(places)].to(self._context.device, non_blocking=True)
-                start += len(places)
-            roles.append((pixels, self._labels[on_device]))
-        return RawBatch(epoch, step, tuple(roles), indices.global_size)
+        return self._source.fetch(self._indices).to(self._context.device)
 
     def _finished(self, pixels: torch.Tensor, draw: Draw, raw: RawBatch) -> torch.Tensor:
         if draw is Draw.AUGMENT_POOL and not self._augment_pool:
@@ -163,9 +137,7 @@ class TrainingBatches:
 class EvaluationBatches:
     """Images of one worker in order, without augmentation; can be iterated repeatedly.
 
-    Rank r of W gets ``indices[r::W]``: every image is in exactly one worker's batches, without padding.
-
-    The last batch may be smaller. Iterating raises UnavailableError if images cannot be read.
+    Rank r of W gets ``indices[r::W]``: every image is in one worker's batches, of which the last may be smaller.
     """
 
     def __init__(self, source: ImageSource, indices: torch.Tensor, context: WorkerContext, *, batch_size: int) -> None:
@@ -189,20 +161,71 @@ class EvaluationBatches:
                 yield Batch(to_unit(_moved(images, self._device)), _moved(self._source.labels[chunk], self._device))
 
 
-def _fits(source: ImageSource, config: DataConfig) -> bool:
-    """Whether the images are to be kept on the device."""
-    if config.residency != "auto":
-        return config.residency == "device"
-    return isinstance(source, ArraySource) and source.images.numel() < RESIDENT_BYTES
-
-
-def _all_images(source: ImageSource, indices: torch.Tensor) -> torch.Tensor:
-    if isinstance(source, ArraySource):
-        whole = len(indices) == len(source) and torch.equal(indices, torch.arange(len(source)))
-        return source.images if whole else source.images[indices]
-    return torch.cat([source.fetch(chunk) for chunk in torch.split(indices, _READ_AT_ONCE)])
-
-
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy to the device without waiting: from pinned memory, a copy overlaps with computation."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class _StepLoader:
+    """Reads steps ahead, into pinned memory for a GPU: one loader process reads all images of one step."""
+
+    def __init__(self, source: ImageSource, indices: torch.Tensor, workers: int, device: torch.device) -> None:
+        # torch warns of more processes than cores.
+        workers = min(workers, usable_cores())
+        if workers:
+            # Loader processes hand their tensors over through sockets of multiprocessing.
+            remedy = "set TMPDIR to a shorter folder, or data.loader_workers to 0"
+            socket = "pymp-00000000/listener-00000000"
+            check_socket_path("TMPDIR", tempfile.gettempdir(), socket, "loader processes", remedy)
+        self._steps = _StepSampler(indices)
+        self._loader: data.DataLoader[torch.Tensor | UserError] | None = data.DataLoader(
+            _StepImages(source),
+            batch_size=None,
+            sampler=self._steps,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            # Its own: otherwise every epoch would draw from the global generator and change what others draw.
+            generator=torch.Generator(),
+        )
+
+    def read(self, steps: Iterator[StepIndices]) -> Iterator[tuple[StepIndices, torch.Tensor]]:
+        """Read the images (n, C, H, W), uint8, of each step; ``steps`` is consumed ahead of what is yielded."""
+        assert self._loader is not None, "closed"
+        self._steps.steps, self._steps.handed_out = steps, []
+        for images in self._loader:
+            if isinstance(images, UserError):
+                raise images
+            yield self._steps.handed_out.pop(0), images
+
+    def close(self) -> None:
+        self._loader = None  # releasing its iterator stops its persistent workers
+
+
+class _StepSampler:
+    """Hands the steps' images to the loader, and remembers the steps until their images arrive."""
+
+    def __init__(self, indices: torch.Tensor) -> None:
+        self._indices = indices
+        self.steps: Iterator[StepIndices] = iter(())
+        self.handed_out: list[StepIndices] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            self.handed_out.append(step)
+            # A list: a tensor would be put in shared memory, with one file descriptor per step.
+            yield self._indices[step.all].tolist()
+
+
+class _StepImages(data.Dataset[torch.Tensor | UserError]):
+    """What runs in the loader processes."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self._source = source
+
+    def __getitem__(self, indices: list[int]) -> torch.Tensor | UserError:
+        try:
+            return self._source.fetch(torch.tensor(indices))
+        except UserError as error:
+            # Returned, not raised: the loader would rebuild it from its text alone, as another error.
+            return error

@@ -17,23 +17,15 @@ LOG = logging.getLogger(__name__)
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
-    errno.EACCES: "no permission",
-    errno.EPERM: "no permission",
     errno.EROFS: "the file system is read-only",
-    errno.ENOLCK: "the file system has no locks",
-    errno.EOPNOTSUPP: "the file system has no locks",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "no permission"),
+    **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP), "the file system has no locks"),
 }
 
 
 @contextlib.contextmanager
 def disk_trouble(field: str, folder: Path | str, remedy: str) -> Iterator[None]:
-    """Raise UnavailableError instead of any ``OSError`` or error of safetensors inside.
-
-    Args:
-        field: Setting that named the folder.
-        folder: What the message shows when the error names no file.
-        remedy: What to do about it.
-    """
+    """Raise UnavailableError, naming the setting ``field``, for any error of the system or safetensors inside."""
     from safetensors import SafetensorError
 
     try:
@@ -48,7 +40,7 @@ def disk_trouble(field: str, folder: Path | str, remedy: str) -> Iterator[None]:
 
 
 def cache_folder(cache_dir: str, *parts: str) -> Path:
-    """Make a folder of the cache and return it; UnavailableError if it cannot be made."""
+    """Make a folder of the cache; UnavailableError if it cannot be made."""
     with disk_trouble("data.cache_dir", cache_dir, "give a folder that can be written"):
         try:
             folder = Path(cache_dir).expanduser().joinpath(*parts)
@@ -60,22 +52,16 @@ def cache_folder(cache_dir: str, *parts: str) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes, which the system frees even when the holder is killed.
-
-    The lock file is left behind: removing it would let two processes hold it.
-    """
-    with disk_trouble("data.cache_dir", path, "give a local folder that can be written"):
-        handle = path.open("a")
-        try:
+    """Hold an exclusive lock between processes, which the system frees even when the holder is killed."""
+    # The file is left behind: removing it would let two processes hold the lock.
+    with contextlib.ExitStack() as stack:
+        with disk_trouble("data.cache_dir", path, "give a local folder that can be written"):
+            handle = stack.enter_context(path.open("a"))
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 LOG.info("waiting for another process to finish %s", path.with_suffix(""))
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        except BaseException:
-            handle.close()
-            raise
-    with handle:
         yield
 
 
@@ -101,15 +87,9 @@ def content_digest(*tensors: torch.Tensor) -> str:
 def cached_tensors(
     cache_dir: str, key: str, build: Callable[[], dict[str, torch.Tensor]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors built once per node, under a key that changes whenever the result of ``build`` would.
+    """Tensors built once per node, and their digests, by a key that changes whenever the result of ``build`` would.
 
     The file is mapped into memory, so the workers of a node share one copy. Treat the tensors as read-only.
-
-    Returns:
-        The tensors, and a digest of each one's content.
-
-    Raises:
-        UnavailableError: If the cache cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -134,12 +114,10 @@ def cached_tensors(
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
     """Map the file; ``None`` if it is missing or unreadable."""
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
 
     try:
         with safe_open(path, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-        return load_file(path), metadata
+            return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, ValueError) as error:

@@ -10,6 +10,7 @@ from typing import IO, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from tla_service.errors import ConfigError, UnavailableError
 
@@ -28,34 +29,24 @@ class Blobs(Protocol):
     """Encoded images by number; `name` is for messages, `stamp` changes with the files as far as that is cheap."""
 
     def __len__(self) -> int: ...
-
     def read(self, row: int) -> bytes: ...  # noqa: D102
-
     def name(self, row: int) -> str: ...  # noqa: D102
-
     def stamp(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Decodes the images of a set to (C, H, W), uint8.
+    """Decodes the images of a set to ``image_shape`` (C, H, W), uint8; C is 1 or 3.
 
-    Attributes:
-        image_shape: Channels (1 or 3), height, width (C, H, W) of the result.
-        resize: Whether to resize the largest centered square (bilinear, antialiased); otherwise an image of another
-            size is refused.
+    With ``resize``, the largest centered square is resized (bilinear, antialiased); otherwise an image of another size
+    is refused.
     """
 
     image_shape: tuple[int, int, int]
     resize: bool
 
     def __call__(self, blob: bytes, name: str) -> np.ndarray:
-        """Decode one image; ``name`` is for messages.
-
-        Raises:
-            UnavailableError: If it is no readable image.
-            ConfigError: If its size differs and ``resize`` is off.
-        """
+        """Decode one image, called ``name`` in messages; errors as `open_image`, or ConfigError for its size."""
         channels, height, width = self.image_shape
         image = open_image(blob, name, "L" if channels == 1 else "RGB")
         if self.resize:
@@ -90,11 +81,7 @@ def is_image(handle: IO[bytes]) -> bool:
 
 
 def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:
-    """Read an encoded image and convert it to a Pillow mode, if one is given.
-
-    Raises:
-        UnavailableError: If the bytes are no image, damaged, or of more than 8 bits per channel.
-    """
+    """Read an encoded image of 8 bits per channel, converted to a Pillow mode, if given; else UnavailableError."""
     try:
         image = Image.open(io.BytesIO(blob))
         image.load()
@@ -125,10 +112,7 @@ def probe(blobs: Blobs, image_size: int | None, *, colour: bool | None = None) -
 
 
 def decode(blobs: Blobs, rows: Sequence[int], decoder: Decoder, threads: int | None = None) -> torch.Tensor:
-    """Decode some images to (len(rows), C, H, W), uint8.
-
-    In up to 16 threads, one per core, by default: Pillow decodes outside the interpreter lock.
-    """
+    """Decode images to (len(rows), C, H, W), uint8; by default in up to 16 threads, one per core."""
     images = np.empty((len(rows), *decoder.image_shape), np.uint8)
 
     def fill(start: int) -> None:
@@ -153,15 +137,11 @@ def resized(images: torch.Tensor, side: int) -> torch.Tensor:
     """Resize images (N, C, H, W) to (N, C, side, side), uint8; bilinear, antialiased."""
     if images.shape[2:] == (side, side):
         return images
-    chunks = [_resized(chunk, side) for chunk in torch.split(images, 4096)]
+    chunks = []
+    for chunk in torch.split(images, 4096):
+        exact = functional.interpolate(chunk.float(), size=(side, side), mode="bilinear", antialias=True)
+        chunks.append(exact.round_().clamp_(0, 255).to(torch.uint8))
     return torch.cat(chunks)
-
-
-def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
-    exact = torch.nn.functional.interpolate(
-        images.to(torch.float32), size=(side, side), mode="bilinear", align_corners=False, antialias=True
-    )
-    return exact.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def evenly_spread(count: int, wanted: int) -> list[int]:

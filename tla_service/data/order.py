@@ -25,19 +25,22 @@ class Draw(IntEnum):
 
 @dataclass(frozen=True)
 class StepIndices:
-    """One worker's images of one step, as positions in the training set, int64.
-
-    Attributes:
-        anchors: (n,).
-        positives: Another image of each anchor's class (n,), or ``None``.
-        pool: Images to mine negatives from (P,), all different, or ``None``.
-        global_size: Anchors of this step over all workers.
-    """
+    """One worker's images of one step, as positions in the training set, int64; roles as in `StepBatch`."""
 
     anchors: torch.Tensor
     positives: torch.Tensor | None
     pool: torch.Tensor | None
     global_size: int
+
+    @property
+    def roles(self) -> tuple[torch.Tensor | None, ...]:
+        """Anchors, positives and pool."""
+        return self.anchors, self.positives, self.pool
+
+    @property
+    def all(self) -> torch.Tensor:
+        """All positions, in the order of the roles."""
+        return torch.cat([role for role in self.roles if role is not None])
 
 
 class ClassMates:
@@ -53,10 +56,7 @@ class ClassMates:
         self._place -= self._first
 
     def draw(self, anchors: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
-        """Another image of each anchor's class, uniformly; the anchor itself where its class has no other.
-
-        Both are positions (n,), int64; the generator is on the CPU.
-        """
+        """Another image of each anchor's class, uniformly, or itself if alone; positions (n,), int64, on the CPU."""
         others = self._count[anchors] - 1
         # Float64 keeps the product below `others`, and the draw uniform to one part in 10^10 even for huge classes.
         pick = (torch.rand(len(anchors), generator=draws, dtype=torch.float64) * others).to(torch.int64)
@@ -72,17 +72,8 @@ class StepOrder:
     shard for every rank, with sizes that differ by at most one: every image is used once per epoch, without padding or
     dropping, and the images of a step do not depend on the number of workers.
 
-    Args:
-        labels: Class of every training image (N,), int64.
-        seed: The run's seed.
-        rank: This worker, in [0, world_size).
-        world_size: Number of workers.
-        global_batch_size: Images per step, over all workers, at most.
-        pool_size: Images of this worker's mining pool per step; 0 for none.
-        same_class_positives: Whether to draw another image of each anchor's class.
-
-    Raises:
-        ConfigError: If the pools of a step need more images than there are, or a worker would get none in some step.
+    ``labels`` are the classes (N,), int64; ``pool_size`` images, all different, are a worker's mining pool of a step.
+    ConfigError if the pools of a step need more images than there are, or a worker would get none in some step.
     """
 
     def __init__(
@@ -116,32 +107,20 @@ class StepOrder:
         return {len(steps[step].tensor_split(self._world_size)[self._rank]) for step in (0, -1)}
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepIndices]:
-        """The steps of an epoch (from 0), from ``start_step`` in [0, steps_per_epoch] on.
-
-        Raises:
-            ValueError: If ``start_step`` is outside.
-        """
-        if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"start_step={start_step}: outside [0, {self.steps_per_epoch}]")
-        return self._steps(epoch, start_step)
-
-    def _steps(self, epoch: int, start_step: int) -> Iterator[StepIndices]:
-        order = self._permutation(Draw.ORDER, epoch)
-        chunks = order.tensor_split(self.steps_per_epoch)
+        """The steps of an epoch (from 0), from ``start_step`` in [0, steps_per_epoch] on."""
+        chunks = self._permutation(Draw.ORDER, epoch).tensor_split(self.steps_per_epoch)
         pool_order = self._permutation(Draw.POOL_ORDER, epoch) if self._pool_size else None
         for step in range(start_step, self.steps_per_epoch):
             anchors = chunks[step].tensor_split(self._world_size)[self._rank]
-            positives = None
+            positives = pool = None
             if self._mates is not None:
                 draws = generator(CPU, Draw.POSITIVES, self.seed, epoch, step, self._rank)
                 positives = self._mates.draw(anchors, draws)
-            pool = None if pool_order is None else self._pool(pool_order, step)
+            if pool_order is not None:
+                start = (step * self._world_size + self._rank) * self._pool_size
+                pool = pool_order[torch.arange(start, start + self._pool_size) % self._count]
             yield StepIndices(anchors, positives, pool, len(chunks[step]))
 
     def _permutation(self, draw: Draw, epoch: int) -> torch.Tensor:
         # With zeros for step and rank: seeds of different lengths may coincide.
         return torch.randperm(self._count, generator=generator(CPU, draw, self.seed, epoch, 0, 0))
-
-    def _pool(self, order: torch.Tensor, step: int) -> torch.Tensor:
-        start = (step * self._world_size + self._rank) * self._pool_size
-        return order[torch.arange(start, start + self._pool_size) % self._count]

@@ -1,15 +1,16 @@
 """Parquet files in the layout of image hubs: one row per image, with encoded bytes and a label."""
 
+import hashlib
+import logging
+from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
+import torch
+
 from tla_service.config import DataConfig
-from tla_service.data.cache import files_key
-from tla_service.data.decoding import Blobs
-from tla_service.data.encoded import build_splits
-from tla_service.data.members import TEST_SPLITS, listed, notice
-from tla_service.data.packed import PackedBlobs, pack
+from tla_service.data.cache import cache_folder, cached_tensors, disk_trouble, files_key
 from tla_service.data.parquet_files import (
     Shard,
     find_image_column,
@@ -18,12 +19,16 @@ from tla_service.data.parquet_files import (
     no_label_column,
     open_shards,
     read_column,
+    unlike_first,
 )
 from tla_service.data.parquet_labels import Labels, number_classes, read_labels
 from tla_service.data.roots import required_root
-from tla_service.data.sources import Split, Splits
+from tla_service.data.sources import Splits, build_splits
+from tla_service.data.trees import TEST_SPLITS, listed, notice
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.files import whole_file
 
+LOG = logging.getLogger(__name__)
 _FIX = "use the layout of image hubs: train-*.parquet and test-*.parquet (or validation-*) in one folder"
 _BATCH = 512
 
@@ -33,13 +38,7 @@ def load_parquet(config: DataConfig) -> Splits:
 
     The label column has a usual name, or is given by ``data.label_column``; the image column is the only one with
     encoded images, has a usual name, or is given by ``data.image_column``. Rows keep their order, files are sorted by
-    name. If the test files have no labels, labeled validation files are used for testing. Images of one size need no
-    ``data.image_size``.
-
-    Raises:
-        ConfigError: If columns are not found, the root holds several data sets, or images differ in size and
-            ``data.image_size`` is not set.
-        UnavailableError: If files are missing, damaged, differ from each other, or hold no usable labels.
+    name. If the test files have no labels, labeled validation files are used for testing.
     """
     root = required_root(config)
     if not root.is_dir():
@@ -59,9 +58,16 @@ def load_parquet(config: DataConfig) -> Splits:
     unused = [path.relative_to(root).as_posix() for files in found.values() for path in files if path not in used]
     if unused:
         notice("data.root=%s: files left out: %s", config.root, listed(unused))
-    key = files_key(used, images[0])
-    blobs: dict[Split, Blobs] = {"train": _packed(config, train, images[0]), "test": _packed(config, test, images[1])}
-    return build_splits(config, key, blobs, {"train": train_classes, "test": test_classes}, names)
+    blobs = [_packed(config.cache_dir, labels, image) for labels, image in zip((train, test), images, strict=True)]
+    return build_splits(config, files_key(used, images[0]), (blobs[0], train_classes), (blobs[1], test_classes), names)
+
+
+def refuse_columns(config: DataConfig, reason: str) -> None:
+    """Raise ConfigError if ``data.label_column`` or ``data.image_column`` is set."""
+    for name in ("label_column", "image_column"):
+        value = getattr(config, name)
+        if value is not None:
+            raise ConfigError(f"data.{name}", value, reason, "leave it out, or set data.name=parquet")
 
 
 def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:
@@ -92,33 +98,68 @@ def _image_column(config: DataConfig, shards: list[Shard]) -> str:
     column = find_image_column(shards[0].schema, str(shards[0].path), config.image_column)
     for shard in shards:
         if column not in shard.schema.names:
-            reason = f"has no column {column!r}, unlike {shards[0].path.name}"
-            raise UnavailableError("data.root", shard.path, reason, "fetch the file again, or leave it out")
+            raise unlike_first(shard, shards[0], repr(column))
     return column
 
 
-def _packed(config: DataConfig, labels: Labels, image: str) -> PackedBlobs:
+class _PackedBlobs:
+    """Encoded images in one file of the cache, at ``offsets`` (N + 1,), from the rows of shards; a ``Blobs``."""
+
+    def __init__(self, path: Path, offsets: torch.Tensor, digest: bytes, shards: list[Shard]) -> None:
+        self._path, self._offsets, self._digest = path, offsets, digest
+        self._files = [shard.path for shard in shards]
+        self._first_rows = list(accumulate((shard.rows for shard in shards), initial=0))[:-1]
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def read(self, row: int) -> bytes:
+        """The encoded image; UnavailableError if the cache was removed or truncated meanwhile."""
+        start, end = self._offsets[row : row + 2].tolist()
+        remedy = "start again: the file is then packed again"
+        # Opened anew, so that threads and forked loaders share no file position.
+        with disk_trouble("data.cache_dir", self._path, remedy), self._path.open("rb", buffering=0) as handle:
+            handle.seek(start)
+            blob = handle.read(end - start)
+        if len(blob) != end - start:
+            raise UnavailableError("data.cache_dir", self._path, "is truncated", "remove it and start again")
+        return blob
+
+    def name(self, row: int) -> str:
+        """The original file and the row in it."""
+        file = bisect_right(self._first_rows, row) - 1
+        return f"{self._files[file]}, row {row - self._first_rows[file]}"
+
+    def stamp(self) -> str:
+        """Covers every byte and offset."""
+        return hashlib.sha256(self._digest.hex().encode() + self._offsets.numpy().tobytes()).hexdigest()
+
+
+def _packed(cache_dir: str, labels: Labels, image: str) -> _PackedBlobs:
+    """Concatenate the images of a split, once per node."""
     files = [shard.path for shard in labels.shards]
-    first_rows = accumulate((shard.rows for shard in labels.shards), initial=0)
-    origins = list(zip(map(str, files), first_rows, strict=False))
+    key = files_key(files, image, labels.column)  # the label column only for older caches
+    path = cache_folder(cache_dir, "packed") / f"{key}.blobs"
 
-    def all_images() -> Iterator[bytes]:
-        for path in files:
-            yield from read_images(path, image)
+    def build() -> dict[str, torch.Tensor]:
+        offsets, digest = [0], hashlib.sha256()
+        remedy = "free some space, or give another folder"
+        with disk_trouble("data.cache_dir", path, remedy), whole_file(path) as part, part.open("wb") as handle:
+            for blob in chain.from_iterable(_read_images(file, image) for file in files):
+                handle.write(blob)
+                digest.update(blob)
+                offsets.append(offsets[-1] + len(blob))
+        return {"offsets": torch.tensor(offsets), "digest": torch.tensor(list(digest.digest()), dtype=torch.uint8)}
 
-    # The label column is in the key only for older caches.
-    return pack(config.cache_dir, files_key(files, image, labels.column), all_images, origins)
+    index = cached_tensors(cache_dir, f"{key}-index", build)[0]
+    if not path.is_file() or path.stat().st_size != int(index["offsets"][-1]):
+        LOG.warning("packing %s again: it is missing or truncated", path)
+        (cache_folder(cache_dir, "decoded") / f"{key}-index.safetensors").unlink(missing_ok=True)
+        index = cached_tensors(cache_dir, f"{key}-index", build)[0]
+    return _PackedBlobs(path, index["offsets"], bytes(index["digest"].tolist()), labels.shards)
 
 
-def refuse_columns(config: DataConfig, reason: str) -> None:
-    """Raise ConfigError if ``data.label_column`` or ``data.image_column`` is set."""
-    for name in ("label_column", "image_column"):
-        value = getattr(config, name)
-        if value is not None:
-            raise ConfigError(f"data.{name}", value, reason, "leave it out, or set data.name=parquet")
-
-
-def read_images(path: Path, column: str) -> Iterator[bytes]:
+def _read_images(path: Path, column: str) -> Iterator[bytes]:
     """Encoded images of one file, in order; UnavailableError if it is damaged, or a row has no image."""
     from pyarrow import compute, types
 

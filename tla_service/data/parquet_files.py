@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tla_service.data.members import TEST_SPLITS, notice, refuse_several
-from tla_service.data.trees import FolderTree
+from tla_service.data.trees import TEST_SPLITS, FolderTree, notice, refuse_several
 from tla_service.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     import pyarrow
+    from pyarrow import parquet
 
 # In order of preference; compared without case.
 IMAGE_NAMES = ("image", "img", "images", "png", "jpg")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
+_LABEL_KINDS = {"string": "text", "large_string": "text", "string_view": "text", "bool": "booleans"}
 _NAME = re.compile(rf"({'|'.join(('train', *TEST_SPLITS))})(-.*)?\.parquet")
 _NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
@@ -32,70 +33,53 @@ class Shard:
 
 
 def find_splits(root: Path) -> dict[str, list[Path]] | None:
-    """Files of each split, at any depth of a folder, sorted by path; ``None`` without training or test files.
-
-    Files of no split are under "".
-    """
-    if not root.is_dir():
-        return None
+    """Files below a folder by split, sorted; others under ""; ``None`` without training or test files."""
     found: dict[str, list[Path]] = {}
-    for name in FolderTree(root).names:
-        path = root / name
+    for path in sorted(root / name for name in FolderTree(root).names) if root.is_dir() else ():
         match = _NAME.fullmatch(path.name)
         if match or path.suffix == ".parquet":
             found.setdefault(match[1] if match else "", []).append(path)
-    if "train" not in found or found.keys().isdisjoint(TEST_SPLITS):
-        return None
-    return {name: sorted(paths) for name, paths in found.items()}
+    return None if "train" not in found or found.keys().isdisjoint(TEST_SPLITS) else found
 
 
 def open_shards(files: list[Path], root: Path, shown_root: str | None) -> list[Shard]:
-    """Rows and schemas of one split's files below a root, which messages show as ``shown_root``.
-
-    Raises:
-        ConfigError: If they are in several folders, and so of several data sets.
-        UnavailableError: If one is damaged, or there are no rows.
-    """
+    """Rows and schemas of a split's files; ConfigError if they are in several folders, and so of several data sets."""
     refuse_several(shown_root, [path.parent.relative_to(root).as_posix() for path in files])
     numbered = [match for path in files if (match := _NUMBERED.search(path.name))]
     for total in sorted({match[2] for match in numbered}):
         there = len({match[1] for match in numbered if match[2] == total})
         if there < int(total):
             notice("%s: only %d of %d files are there", files[0], there, int(total))
-    shards = [_shard(path) for path in files]
+    shards = []
+    for path in files:
+        with _opened(path) as opened:
+            shards.append(Shard(path, opened.metadata.num_rows, opened.schema_arrow))
     if not any(shard.rows for shard in shards):
         remedy = "fetch the file again, or point data.root at another copy"
         raise UnavailableError("data.root", files[0], "holds no rows", remedy)
     return shards
 
 
-def _shard(path: Path) -> Shard:
-    from pyarrow import parquet
-
-    with _readable(path), parquet.ParquetFile(path) as opened:
-        return Shard(path, opened.metadata.num_rows, opened.schema_arrow)
+def unlike_first(shard: Shard, first: Shard, column: str) -> UnavailableError:
+    """The error for a file without a column that the first one has."""
+    reason = f"has no column {column}, unlike {first.path.name}"
+    return UnavailableError("data.root", shard.path, reason, "fetch the file again, or leave it out")
 
 
 def read_column(path: Path, column: str, batch: int) -> Iterator["pyarrow.Array"]:
     """One column of a file, in arrays of up to ``batch`` rows; UnavailableError if the file is damaged."""
-    from pyarrow import parquet
-
-    with _readable(path), parquet.ParquetFile(path) as opened:
+    with _opened(path) as opened:
         for rows in opened.iter_batches(batch, columns=[column]):
             yield rows.column(column)
 
 
 def find_image_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) -> str:
-    """The column of encoded images: the one wanted, the only one, or the one with a usual name.
-
-    Raises:
-        ConfigError: If ``wanted`` is no such column, or there are several and none has a usual name.
-        UnavailableError: If there is none.
-    """
+    """The column of encoded images: the one wanted, the only one, or the one with a usual name."""
     fitting = [field.name for field in schema if _holds_images(field.type)]
     if wanted is not None:
         if wanted not in fitting:
-            raise ConfigError("data.image_column", wanted, f"is no column of image bytes in {shown}", _choose(fitting))
+            remedy = f"give one of {', '.join(fitting)}" if fitting else "give a column of encoded images"
+            raise ConfigError("data.image_column", wanted, f"is no column of image bytes in {shown}", remedy)
         return wanted
     named = _known(fitting, IMAGE_NAMES)
     if named or len(fitting) == 1:
@@ -103,8 +87,7 @@ def find_image_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) 
     if not fitting:
         reason = f"{shown} has no column of encoded images (bytes), but {_columns(schema)}"
         raise UnavailableError("data.root", None, reason, "store the images themselves, not their paths or pixels")
-    names = f"{', '.join(IMAGE_NAMES[:-1])} or {IMAGE_NAMES[-1]}"
-    reason = f"{shown} has several columns of image bytes, none named {names}: {', '.join(fitting)}"
+    reason = f"{shown} has several columns of image bytes, none named {_either(IMAGE_NAMES)}: {', '.join(fitting)}"
     raise ConfigError("data.image_column", None, reason, "set it to the column that holds the images")
 
 
@@ -117,8 +100,7 @@ def find_label_columns(schema: "pyarrow.Schema", wanted: str | None) -> list[str
 def no_label_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) -> ConfigError:
     """The error for a file without a label column."""
     if wanted is None and not (named := _known(schema.names, LABEL_NAMES)):
-        names = f"{', '.join(LABEL_NAMES[:-1])} or {LABEL_NAMES[-1]}"
-        reason = f"{shown} has no column named {names}, but {_columns(schema)}"
+        reason = f"{shown} has no column named {_either(LABEL_NAMES)}, but {_columns(schema)}"
         return ConfigError("data.label_column", None, reason, "set it to the column that holds the labels")
     wanted = named[0] if wanted is None else wanted
     if wanted in schema.names:
@@ -131,13 +113,8 @@ def label_kind(kind: "pyarrow.DataType") -> str | None:
     """Kind of labels in a column, dictionary-encoded or not: integers, text or booleans; else ``None``."""
     from pyarrow import types
 
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    if types.is_integer(kind):
-        return "integers"
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return "text"
-    return "booleans" if types.is_boolean(kind) else None
+    plain = kind.value_type if types.is_dictionary(kind) else kind
+    return "integers" if types.is_integer(plain) else _LABEL_KINDS.get(str(plain))
 
 
 def class_names(schema: "pyarrow.Schema", label: str) -> tuple[str, ...]:
@@ -154,11 +131,13 @@ def class_names(schema: "pyarrow.Schema", label: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _opened(path: Path) -> "Iterator[parquet.ParquetFile]":
     import pyarrow
+    from pyarrow import parquet
 
     try:
-        yield
+        with parquet.ParquetFile(path) as opened:
+            yield opened
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = f"not a readable Parquet file ({text})"
@@ -166,15 +145,17 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _holds_images(kind: "pyarrow.DataType") -> bool:
-    from pyarrow import types
-
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+    if _short(kind) == "struct" and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
-    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+    return str(kind) in ("binary", "large_binary", "binary_view")
 
 
 def _known(found: list[str], names: tuple[str, ...]) -> list[str]:
     return [column for name in names for column in found if column.casefold() == name]
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _columns(schema: "pyarrow.Schema") -> str:
@@ -182,10 +163,4 @@ def _columns(schema: "pyarrow.Schema") -> str:
 
 
 def _short(kind: "pyarrow.DataType") -> str:
-    from pyarrow import types
-
-    return "struct" if types.is_struct(kind) else str(kind)
-
-
-def _choose(fitting: list[str]) -> str:
-    return f"give one of {', '.join(fitting)}" if fitting else "give a column of encoded images"
+    return "struct" if str(kind).startswith("struct<") else str(kind)

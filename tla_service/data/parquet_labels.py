@@ -1,13 +1,11 @@
 """Labels of Parquet files, whatever their type, to class numbers."""
 
-import functools
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from tla_service.data.members import notice
-from tla_service.data.parquet_files import Shard, class_names, label_kind, read_column
+from tla_service.data.parquet_files import Shard, class_names, label_kind, read_column, unlike_first
+from tla_service.data.trees import notice
 from tla_service.errors import ConfigError, UnavailableError
 
 _BATCH = 2**16
@@ -20,14 +18,7 @@ Value = int | str | bool | None
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of a split as they are in its files.
-
-    Attributes:
-        column: Their column.
-        shards: The files.
-        values: The distinct values, sorted; ``None`` comes last.
-        codes: Position in ``values`` of every row's label (N,), int64.
-    """
+    """Labels of a split: distinct ``values``, sorted, ``None`` last, and each row's position in them (N,), int64."""
 
     column: str
     shards: list[Shard]
@@ -43,12 +34,6 @@ class Labels:
     def all_missing(self) -> bool:
         """Whether no row has a label."""
         return not any(map(_is_label, self.values))
-
-    def refuse_missing(self) -> None:
-        """Raise UnavailableError if a row has no label."""
-        for code, value in enumerate(self.values):
-            if not _is_label(value):
-                raise UnavailableError("data.root", self.first_row(code), f"has no label ({value!r})", _FIX)
 
     def first_row(self, code: int) -> str:
         """File and number of the first row with a value, for messages."""
@@ -66,54 +51,40 @@ def _is_label(value: Value) -> bool:
 
 
 def read_labels(shards: list[Shard], column: str) -> Labels:
-    """Read the labels of a split.
-
-    Raises:
-        UnavailableError: If a file is damaged, or its labels are of another type than the first file's.
-    """
+    """Read the labels of a split; UnavailableError if files are damaged, or hold labels of different types."""
     kind = label_kind(shards[0].schema.field(column).type)
     for shard in shards:
         if column not in shard.schema.names or label_kind(shard.schema.field(column).type) != kind:
-            reason = f"has no column {column!r} of {kind}, unlike {shards[0].path.name}"
-            raise UnavailableError("data.root", shard.path, reason, "fetch the file again, or leave it out")
+            raise unlike_first(shard, shards[0], f"{column!r} of {kind}")
 
-    from pyarrow import types
-
-    found: dict[Value, int] = {}
-    parts = [np.zeros(0, np.int64)]
+    found: list[Value] = []
     for shard in shards:
         for array in read_column(shard.path, column, _BATCH):
-            plain = array.dictionary_decode() if types.is_dictionary(array.type) else array
-            encoded = plain.dictionary_encode(null_encoding="encode")
-            codes = [found.setdefault(value, len(found)) for value in encoded.dictionary.to_pylist()]
-            parts.append(np.array(codes, np.int64)[encoded.indices.to_numpy(zero_copy_only=False)])
-    values = sorted(found, key=lambda value: (value is None, value))
-    ranks = np.empty(len(found), np.int64)
-    ranks[[found[value] for value in values]] = np.arange(len(found))
-    return Labels(column, shards, values, torch.from_numpy(ranks[np.concatenate(parts)]))
+            found += array.to_pylist()
+    values = sorted(set(found), key=lambda value: (value is None, value))
+    codes = {value: code for code, value in enumerate(values)}
+    return Labels(column, shards, values, torch.tensor([codes[value] for value in found], dtype=torch.int64))
 
 
 def number_classes(train: Labels, test: Labels) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor]:
     """Turn labels into class numbers, the same in both splits.
 
     Integers with class names in the metadata are positions in those names, whose order may differ between files.
-    Other labels are classes by their distinct training values, sorted; the values become the class names.
-
-    Returns:
-        The class names, and the class of every training and every test image, (N,) and (M,), int64.
-
-    Raises:
-        ConfigError: If labels identify images, not classes.
-        UnavailableError: If labels are missing, or differ between the splits in type or classes.
+    Other labels are classes by their distinct training values, sorted; the values become the class names. Returns the
+    class names, and the class of every training and every test image, (N,) and (M,), int64.
     """
-    train.refuse_missing()
-    test.refuse_missing()
+    for labels in (train, test):
+        for code, value in enumerate(labels.values):
+            if not _is_label(value):
+                raise UnavailableError("data.root", labels.first_row(code), f"has no label ({value!r})", _FIX)
     if train.kind != test.kind:
         reason = f"labels are {test.kind}, those of the training files {train.kind}"
         raise UnavailableError("data.root", test.shards[0].path, reason, "write the labels of both in one type")
     names = next(filter(None, (_own_names(train, shard) for shard in train.shards)), ())
     if names:
-        first = _first_label(train, names)
+        first = int(train.values == list(range(1, len(names) + 1)))
+        if first:
+            notice("%s: labels start at 1; 1 is taken for class %r", train.shards[0].path, names[0])
         return names, _by_name(train, names, first), _by_name(test, names, first)
     _check_values(train)
     return tuple(map(str, train.values)), train.codes, _by_value(test, train)
@@ -123,35 +94,21 @@ def _own_names(labels: Labels, shard: Shard) -> tuple[str, ...]:
     return class_names(shard.schema, labels.column) if labels.kind == "integers" else ()
 
 
-def _first_label(train: Labels, names: tuple[str, ...]) -> int:
-    """The label of the first class name: 0, or 1 if labels are exactly 1 to the number of names."""
-    if train.values != list(range(1, len(names) + 1)):
-        return 0
-    notice("%s: labels start at 1; 1 is taken for class %r", train.shards[0].path, names[0])
-    return 1
-
-
 def _by_name(labels: Labels, names: tuple[str, ...], first: int) -> torch.Tensor:
     """Classes of labels that are positions in each file's own class names."""
     numbers = {name: number for number, name in enumerate(names)}
-
-    @functools.cache
-    def classes(own: tuple[str, ...]) -> torch.Tensor:
-        # By position where the names are the same, since they need not be distinct.
-        by_place = list(range(len(names))) if own == names else [numbers.get(name, -1) for name in own]
-        places = [int(value) - first for value in labels.values if value is not None]
-        return torch.tensor([by_place[place] if 0 <= place < len(own) else -1 for place in places])
-
     parts = []
     for shard, codes in zip(labels.shards, labels.codes.split([shard.rows for shard in labels.shards]), strict=True):
         own = _own_names(labels, shard) or names
-        found = classes(own)[codes]
+        # By position where the names are the same, since they need not be distinct.
+        by_place = list(range(len(names))) if own == names else [numbers.get(name, -1) for name in own]
+        places = [int(value or 0) - first for value in labels.values]
+        found = torch.tensor([by_place[place] if 0 <= place < len(own) else -1 for place in places])[codes]
         if len(codes) and int(found.min()) < 0:
             row = int(found.argmin())
             value = int(labels.values[int(codes[row])] or 0)
-            known = 0 <= value - first < len(own)
             reason = f"label {value}, but only {len(own)} class names"
-            if known:
+            if 0 <= value - first < len(own):
                 reason = f"class {own[value - first]!r} is not among the classes of the training files"
             raise UnavailableError("data.root", f"{shard.path}, row {row}", reason, "use the same classes in all files")
         parts.append(found)

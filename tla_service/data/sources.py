@@ -1,34 +1,26 @@
 """Images by number, with their labels: in memory, or in files decoded on demand."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
+from PIL import __version__ as PIL_VERSION
 
-from tla_service.data.cache import content_digest
-from tla_service.data.decoding import Blobs, Decoder, decode
+from tla_service.config import DataConfig
+from tla_service.data.cache import cached_tensors, content_digest
+from tla_service.data.decoding import Blobs, Decoder, decode, probe
+from tla_service.data.trees import FolderTree, TreeBlobs
 
-Split = Literal["train", "test"]
-SPLITS: tuple[Split, Split] = ("train", "test")
+# The largest training set, as decoded uint8 pixels, that data.residency=auto keeps in memory.
+RESIDENT_BYTES = 4 * 2**30
 
 
 class ArraySource:
-    """Images held in memory.
-
-    Args:
-        images: All images (N, C, H, W), uint8, on the CPU; kept, not copied.
-        labels: Their classes (N,), int64.
-        digest: SHA-256 of the content, if known; otherwise computed on demand.
-
-    Attributes:
-        labels: Classes (N,), int64, on the CPU.
-        image_shape: (C, H, W) of every image.
-    """
+    """Images (N, C, H, W), uint8, in memory, not copied; classes (N,), int64; and a digest, if known already."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, digest: str | None = None) -> None:
-        if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1]:
-            raise ValueError(f"want (N,C,H,W) uint8 and (N,), got {tuple(images.shape)} {images.dtype}, {labels.shape}")
         self.images, self.labels = images, labels.to(torch.int64)
         self.image_shape: tuple[int, int, int] = (images.shape[1], images.shape[2], images.shape[3])
         self._digest = digest
@@ -52,14 +44,7 @@ class ArraySource:
 
 
 class FileSource:
-    """Images decoded on demand, with the interface of `ArraySource`; can be passed to loader processes.
-
-    Args:
-        blobs: The encoded images of the whole set.
-        labels: Classes of this source's images (N,), int64.
-        decoder: How to decode them.
-        rows: Their rows in ``blobs`` (N,); all when ``None``.
-    """
+    """As `ArraySource`, but decoded on demand from ``rows`` (N,) of ``blobs`` (default: all); can be pickled."""
 
     def __init__(self, blobs: Blobs, labels: torch.Tensor, decoder: Decoder, rows: torch.Tensor | None = None) -> None:
         self._blobs, self._decoder = blobs, decoder
@@ -82,9 +67,8 @@ class FileSource:
 
     def digest(self) -> str:
         """SHA-256 of the files' stamp (see each kind's ``stamp``), the rows, the labels and the decoding."""
-        digest = hashlib.sha256(f"{self._blobs.stamp()}{self._decoder}".encode())
-        digest.update(content_digest(self._rows, self.labels).encode())
-        return digest.hexdigest()
+        content = content_digest(self._rows, self.labels)
+        return hashlib.sha256(f"{self._blobs.stamp()}{self._decoder}{content}".encode()).hexdigest()
 
 
 ImageSource = ArraySource | FileSource
@@ -103,13 +87,8 @@ class Dataset:
     """An image classification task.
 
     Attributes:
-        name: Its name in the configuration.
-        train: Training images, validation images included.
-        test: Test images.
         gate: Which test images are reserved for the promotion gate (N,), bool: the same ones under every
             ``test_limit``. Figures are published on the others.
-        class_names: Name of every class; labels are positions in it.
-        image_shape: Channels, height, width (C, H, W), the same in both splits.
         fingerprint: 16 hex digits that change when images, labels, their order or the class names change. For images
             in memory they cover every byte; for images decoded on demand names, sizes and labels, and the content by
             checksum (zip, Parquet) or by a sample of 256 files (folders).
@@ -122,3 +101,54 @@ class Dataset:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     fingerprint: str
+
+
+def build_splits(
+    config: DataConfig,
+    key: str,
+    train: tuple[Blobs, torch.Tensor],
+    test: tuple[Blobs, torch.Tensor],
+    class_names: tuple[str, ...],
+    *,
+    colour: bool | None = None,
+) -> Splits:
+    """Encoded images with their classes (N,), as sources: in memory or not, by ``data.residency`` and their size.
+
+    ``key`` changes with the files, their order and content; ``colour`` is that of `probe`.
+    """
+    decoder = probe(train[0], config.image_size, colour=colour)
+    channels, height, width = decoder.image_shape
+    size = len(train[0]) * channels * height * width
+    if config.residency == "stream" or (config.residency == "auto" and size >= RESIDENT_BYTES):
+        return Splits(FileSource(*train, decoder), FileSource(*test, decoder), class_names)
+
+    def build() -> dict[str, torch.Tensor]:
+        parts = {"train": train[0], "test": test[0]}
+        return {name: decode(blobs, range(len(blobs)), decoder) for name, blobs in parts.items()}
+
+    # Labels are not cached, so the key need not cover how they are read. JPEG pixels depend on the decoder's version.
+    full_key = f"{key}-{channels}x{height}x{width}{'r' if decoder.resize else ''}-{PIL_VERSION}"
+    images, digests = cached_tensors(config.cache_dir, full_key, build)
+
+    def source(name: str, labels: torch.Tensor) -> ArraySource:
+        return ArraySource(images[name], labels, content_digest(labels) + digests[name])
+
+    return Splits(source("train", train[1]), source("test", test[1]), class_names)
+
+
+def tree_splits(
+    config: DataConfig,
+    tree: FolderTree,
+    train: Sequence[tuple[str, int]],
+    test: Sequence[tuple[str, int]],
+    class_names: tuple[str, ...],
+    *,
+    colour: bool | None = None,
+) -> Splits:
+    """As `build_splits`, for images that are files of a tree: (name, class) of each."""
+
+    def part(images: Sequence[tuple[str, int]]) -> tuple[TreeBlobs, torch.Tensor]:
+        return TreeBlobs(tree, [name for name, _ in images]), torch.tensor([label for _, label in images])
+
+    key = tree.key([name for name, _ in (*train, *test)])
+    return build_splits(config, key, part(train), part(test), class_names, colour=colour)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tla_service.data.members import listed
+from tla_service.data.trees import listed
 from tla_service.errors import ConfigError
 
 _LIMIT_SEED = 0
@@ -15,19 +15,10 @@ _GATE_EVERY = 4  # one in four test images is reserved for the promotion gate
 def split_validation(
     labels: torch.Tensor, fraction: float, seed: int, class_names: Sequence[str] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hold out a stratified share of the training set.
+    """Hold out a stratified share, in (0, 1), rounded up to whole images, of images of classes ``labels`` (N,), int64.
 
-    Args:
-        labels: Class of every image (N,), int64.
-        fraction: Share to hold out, in (0, 1); rounded up to whole images.
-        seed: Selects the images.
-        class_names: For messages; numbers if empty.
-
-    Returns:
-        Indices of the training and of the validation images, int64, each sorted; disjoint, together all of [0, N).
-
-    Raises:
-        ConfigError: If some class is too small, or the share too small to hold one image of each class.
+    Returns the indices of the training and of the validation images, int64, each sorted; disjoint, together all of
+    [0, N). ConfigError if some class is too small, or the share too small to hold one image of each class.
     """
     from sklearn.model_selection import train_test_split
 
@@ -54,9 +45,9 @@ def split_validation(
 
 
 def stratified_subset(labels: torch.Tensor, count: int) -> torch.Tensor:
-    """Select images so that classes keep their shares: always the same ones, and more of them for a larger count.
+    """Select images (min(count, N),), sorted, so that classes keep their shares; a larger count adds to a smaller's.
 
-    Takes the class of every image (N,), int64; returns sorted indices (min(count, N),), int64.
+    ``labels`` are the classes (N,), int64.
     """
     total = len(labels)
     if count >= total:
@@ -72,11 +63,10 @@ def stratified_subset(labels: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def gate_images(labels: torch.Tensor) -> torch.Tensor:
-    """Which test images are reserved for the promotion gate: one in four of each class, determined by the labels.
+    """Which test images (N,), bool, are reserved for the promotion gate: one in four per class, by the labels alone.
 
     Every fourth image of a class, in the order of :func:`stratified_subset`: about a quarter of each of its subsets
-    are gate images, too, and the first image of a class never is. Takes the class of every image of the whole test set
-    (N,), int64; returns (N,), bool.
+    are gate images, too, and the first image of a class never is. Takes the classes of the whole test set (N,), int64.
     """
     _, by_class, place = _shuffled_by_class(labels)
     gate = torch.zeros(len(labels), dtype=torch.bool)

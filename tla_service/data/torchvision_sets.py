@@ -8,7 +8,6 @@ import shutil
 import tarfile
 import warnings
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,62 +23,58 @@ from tla_service.data.sources import ArraySource, Splits
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import write_whole
 
-_DIGITS = tuple(map(str, range(10)))
+_KINDS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 _CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-_IDX_SETS = {"mnist": ("MNIST", _DIGITS), "fashion_mnist": ("FashionMNIST", _CLOTHES)}
+_CLASS_NAMES = {"mnist": tuple(map(str, range(10))), "fashion_mnist": _CLOTHES}
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-# torchvision's class, and its files below a root, known without importing it.
+# torchvision's archives and files below a root, known without importing it.
 _CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
-_CIFAR_SETS = {
-    "cifar10": ("CIFAR10", "cifar-10-python.tar.gz", "cifar-10-batches-py", _CIFAR10_FILES),
-    "cifar100": ("CIFAR100", "cifar-100-python.tar.gz", "cifar-100-python", ("train", "test", "meta")),
+_CIFAR_FILES = {
+    "cifar10": ("cifar-10-python.tar.gz", "cifar-10-batches-py", _CIFAR10_FILES),
+    "cifar100": ("cifar-100-python.tar.gz", "cifar-100-python", ("train", "test", "meta")),
 }
 _AGAIN = "fetch the file again"
-_DISK_FIX = "free some space, or give another folder"
 _FETCH_FIX = "check the network and the folder, or put the files there yourself"
 
 
-def load_mnist(config: DataConfig) -> Splits:
-    """Load MNIST or Fashion-MNIST into memory.
+def load_torchvision_set(config: DataConfig) -> Splits:
+    """Load a set into memory; torchvision checks every CIFAR file's MD5 before it unpickles it.
 
-    ``data.root`` is torchvision's root, with ``MNIST/raw/*`` in it; the ``.gz`` files are enough: they are unpacked
-    into the cache, never beside the files. Otherwise, ``train-*.parquet`` files under the root are read. With
-    ``data.download`` the set is fetched into the root first.
-
-    Raises:
-        ConfigError: If ``data.download`` is set for an s3:// root.
-        UnavailableError: If the set is missing, damaged, or cannot be fetched.
+    ``data.root`` is torchvision's root, with ``MNIST/raw/*``, ``cifar-10-batches-py`` or ``cifar-10-python.tar.gz`` in
+    it; archives are unpacked into the cache, never beside the files. Otherwise, ``train-*.parquet`` files under the
+    root are read. With ``data.download`` the set is fetched into the root first.
     """
-    kind_name, class_names = _IDX_SETS[config.name]
-    found = _locate(config, kind_name, lambda root: _idx_folder(root, kind_name, config.cache_dir), channels=1)
-    if isinstance(found, Splits):
-        return found
-    arrays = [read_idx(found / name) for name in _IDX_FILES]
-    train = _source(arrays[0][:, None], arrays[1], config)
-    return Splits(train, _source(arrays[2][:, None], arrays[3], config), class_names)
-
-
-def load_cifar(config: DataConfig) -> Splits:
-    """Load CIFAR-10 or CIFAR-100 into memory; torchvision checks every file's MD5 before it unpickles it.
-
-    ``data.root`` is torchvision's root, with ``cifar-10-batches-py`` or ``cifar-10-python.tar.gz`` in it; otherwise as
-    `load_mnist`.
-    """
-    kind_name, archive, folder, files = _CIFAR_SETS[config.name]
-    paths = [f"{folder}/{name}" for name in files]
-    found = _locate(config, kind_name, lambda root: _cifar_root(root, archive, paths, config.cache_dir), channels=3)
-    if isinstance(found, Splits):
-        return found
-    train, test = (_read_batches(kind_name, found, config, train=train) for train in (True, False))
-    return Splits(train[0], test[0], train[1])
+    if config.download and (config.root or "").startswith("s3://"):
+        raise ConfigError("data.download", True, "an s3:// root is only read", "upload the set, or give a local root")
+    is_idx = config.name in _CLASS_NAMES
+    find = _find_idx if is_idx else _find_cifar
+    root = required_root(config)
+    folder, missing = find(root, config)
+    if missing and find_splits(root) is not None:
+        splits = load_parquet(config)
+        if (there := splits.train.image_shape[0]) != (channels := 1 if is_idx else 3):
+            # The root may hold another set, since files are found at any depth.
+            reason = f"its Parquet files hold {there}-channel images, {config.name} has {channels}"
+            remedy = "point it at this set's folder, or set data.name=parquet"
+            raise ConfigError("data.root", config.root, reason, remedy)
+        return splits
+    refuse_columns(config, "data.root is not read as Parquet files")
+    if missing and config.download:
+        _download(root, _KINDS[config.name], config.cache_dir)
+        folder, missing = find(root, config)
+    if missing:
+        remedy = "give torchvision's root folder, or set data.download=true"
+        reason = f"no {config.name} there: {missing} is missing"
+        raise UnavailableError("data.root", config.root, reason, remedy)
+    if is_idx:
+        arrays = [read_idx(folder / name) for name in _IDX_FILES]
+        train, test = (_source(arrays[place][:, None], arrays[place + 1], config) for place in (0, 2))
+        return Splits(train, test, _CLASS_NAMES[config.name])
+    return _read_cifar(folder, config)
 
 
 def read_idx(path: Path) -> torch.Tensor:
-    """Read a file in MNIST's own format: an array, uint8, of the shape in its header.
-
-    Raises:
-        UnavailableError: If it is missing, or does not match its header.
-    """
+    """Read a file in MNIST's own format: an array, uint8, of the shape in its header."""
     with disk_trouble("data.root", path, _AGAIN):
         content = path.read_bytes()
     dimensions = content[3] if len(content) > 3 and content[:3] == b"\0\0\x08" else 0
@@ -92,36 +87,6 @@ def read_idx(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
 
 
-def _locate(
-    config: DataConfig, kind_name: str, find: Callable[[Path], tuple[Path, list[Path]]], *, channels: int
-) -> Path | Splits:
-    """The folder of the set's own files, fetched if need be, or the set from Parquet files.
-
-    ``find`` returns that folder of a root, and the files that are missing.
-    """
-    if config.download and (config.root or "").startswith("s3://"):
-        raise ConfigError("data.download", True, "an s3:// root is only read", "upload the set, or give a local root")
-    root = required_root(config)
-    folder, missing = find(root)
-    if missing and find_splits(root) is not None:
-        splits = load_parquet(config)
-        if (there := splits.train.image_shape[0]) != channels:
-            # The root may hold another set, since files are found at any depth.
-            reason = f"its Parquet files hold {there}-channel images, {config.name} has {channels}"
-            remedy = "point it at this set's folder, or set data.name=parquet"
-            raise ConfigError("data.root", config.root, reason, remedy)
-        return splits
-    refuse_columns(config, "data.root is not read as Parquet files")
-    if missing and config.download:
-        _download(root, kind_name, config.cache_dir)
-        folder, missing = find(root)
-    if missing:
-        remedy = "give torchvision's root folder, or set data.download=true"
-        reason = f"no {config.name} there: {missing[0]} is missing"
-        raise UnavailableError("data.root", config.root, reason, remedy)
-    return folder
-
-
 def _source(images: torch.Tensor, labels: torch.Tensor, config: DataConfig) -> ArraySource:
     if images.dim() != 4 or labels.dim() != 1 or len(images) != len(labels):
         reason = f"images of shape {tuple(images.shape)} do not match labels of shape {tuple(labels.shape)}"
@@ -129,65 +94,62 @@ def _source(images: torch.Tensor, labels: torch.Tensor, config: DataConfig) -> A
     return ArraySource(images if config.image_size is None else resized(images, config.image_size), labels)
 
 
-def _idx_folder(root: Path, kind_name: str, cache_dir: str) -> tuple[Path, list[Path]]:
-    """The folder of the four files, unpacked into the cache if need be, and which are missing."""
-    raw = root / kind_name / "raw"
+def _find_idx(root: Path, config: DataConfig) -> tuple[Path, Path | None]:
+    """The folder of the four files, unpacked into the cache if need be, and the first that is missing."""
+    raw = root / _KINDS[config.name] / "raw"
     for folder in (raw, root / "raw", root):
         if all((folder / name).is_file() for name in _IDX_FILES):
-            return folder, []
+            return folder, None
         packed = [folder / f"{name}.gz" for name in _IDX_FILES]
         if all(path.is_file() for path in packed):
-            return _unpacked(packed, cache_dir, _gunzip), []
-    return raw, [raw / _IDX_FILES[0]]
+            return _unpacked(packed, config.cache_dir), None
+    return raw, raw / _IDX_FILES[0]
 
 
-def _cifar_root(root: Path, archive: str, paths: list[str], cache_dir: str) -> tuple[Path, list[Path]]:
-    """The root of the files, unpacked into the cache if need be, and which are missing."""
-    missing = [root / path for path in paths if not (root / path).is_file()]
-    if missing and (root / archive).is_file():
-        root = _unpacked([root / archive], cache_dir, _untar)
-        missing = [root / path for path in paths if not (root / path).is_file()]
-    return root, missing
+def _find_cifar(root: Path, config: DataConfig) -> tuple[Path, Path | None]:
+    """The root of the files, unpacked into the cache if need be, and the first that is missing."""
+    archive, folder, files = _CIFAR_FILES[config.name]
+    if not all((root / folder / name).is_file() for name in files) and (root / archive).is_file():
+        root = _unpacked([root / archive], config.cache_dir)
+    paths = (root / folder / name for name in files)
+    return root, next((path for path in paths if not path.is_file()), None)
 
 
-def _unpacked(archives: list[Path], cache_dir: str, unpack: Callable[[Path, Path], None]) -> Path:
+def _unpacked(archives: list[Path], cache_dir: str) -> Path:
     """A folder of the cache with the content of archives, unpacked once per node."""
     folder = cache_folder(cache_dir, "unpacked", files_key(archives))
-    with locked(folder / "lock"), disk_trouble("data.cache_dir", folder, _DISK_FIX):
+    remedy = "free some space, or give another folder"
+    with locked(folder / "lock"), disk_trouble("data.cache_dir", folder, remedy):
         for archive in archives if not (folder / "done").exists() else ():
             try:
-                unpack(archive, folder)
+                if archive.name.endswith(".tar.gz"):
+                    with tarfile.open(archive) as opened:
+                        opened.extractall(folder, filter="data")
+                else:
+                    with gzip.open(archive, "rb") as source, (folder / archive.stem).open("wb") as sink:
+                        shutil.copyfileobj(source, sink, 2**20)
             except (gzip.BadGzipFile, tarfile.TarError, EOFError, zlib.error) as error:
                 raise UnavailableError("data.root", archive, f"damaged ({error})", _AGAIN) from error
         write_whole(folder / "done", "")
     return folder
 
 
-def _gunzip(archive: Path, folder: Path) -> None:
-    with gzip.open(archive, "rb") as source, (folder / archive.stem).open("wb") as sink:
-        shutil.copyfileobj(source, sink, 2**20)
-
-
-def _untar(archive: Path, folder: Path) -> None:
-    with tarfile.open(archive) as opened:
-        opened.extractall(folder, filter="data")
-
-
-def _read_batches(
-    kind_name: str, root: Path, config: DataConfig, *, train: bool
-) -> tuple[ArraySource, tuple[str, ...]]:
+def _read_cifar(root: Path, config: DataConfig) -> Splits:
     from torchvision import datasets
 
-    kind = getattr(datasets, kind_name)
+    kind = getattr(datasets, _KINDS[config.name])
     with disk_trouble("data.root", root, _AGAIN), warnings.catch_warnings():
         # Today's NumPy warns about the dtypes of these old pickles.
         warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
         try:
-            loaded = kind(root, train=train)
+            loaded = [kind(root, train=train) for train in (True, False)]
         except (RuntimeError, ValueError, EOFError, KeyError) as error:
             raise UnavailableError("data.root", root / kind.base_folder, f"damaged ({error})", _AGAIN) from error
-    images = torch.from_numpy(np.ascontiguousarray(loaded.data.transpose(0, 3, 1, 2)))
-    return _source(images, torch.tensor(loaded.targets), config), tuple(loaded.classes)
+    arrays = [torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2))) for part in loaded]
+    train, test = (
+        _source(images, torch.tensor(part.targets), config) for images, part in zip(arrays, loaded, strict=True)
+    )
+    return Splits(train, test, tuple(loaded[0].classes))
 
 
 def _download(root: Path, kind_name: str, cache_dir: str) -> None:

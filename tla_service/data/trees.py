@@ -1,52 +1,141 @@
-"""Files of a data set, by name: in a folder here, in a zip file in ``zip_tree``."""
+"""Files of a data set: which belong to it, for folders, zip files, buckets and Parquet; and folders of them."""
 
 import hashlib
+import logging
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from torch import distributed
+
 from tla_service.data.cache import disk_trouble
 from tla_service.data.decoding import evenly_spread
-from tla_service.data.members import is_member
-from tla_service.errors import UnavailableError
+from tla_service.errors import ConfigError, UnavailableError
 
+LOG = logging.getLogger(__name__)
+# In order of preference: the first one with labels is the test set.
+TEST_SPLITS = ("test", "val", "validation", "valid", "dev")
+_SHOWN = 6
 _SAMPLED = 256
 FIX = "fetch the data set again, or point data.root at another copy"
+# What macOS, Windows and NAS systems leave between files, in lower case.
+_SYSTEM_FILES = frozenset(
+    {
+        "__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",
+        "@eadir", "#recycle", "#snapshot", "lost+found",
+    }
+)  # fmt: skip
 
 
-class FileTree(ABC):
-    """Named files that can be read: those that ``is_member`` accepts, links followed.
+def is_member(name: str) -> bool:
+    """Whether a path inside a data set, with forward slashes, can be part of it: not hidden, not a system's file."""
+    return not any(
+        (part.startswith(".") and part not in (".", "..")) or part.casefold() in _SYSTEM_FILES
+        for part in name.split("/")
+    )
 
-    Attributes:
-        path: The folder or the zip file.
-        names: Paths inside, with forward slashes, sorted.
-        folders: Paths of the folders inside, empty ones too.
+
+def refuse_several(root: str | None, sets: Iterable[str]) -> None:
+    """Raise ConfigError if a root holds data sets in several folders, "" being itself: choosing would be a guess."""
+    found = sorted({name.strip("/") or "." for name in sets})
+    if len(found) > 1:
+        reason = f"holds {len(found)} data sets: {listed(found)}"
+        raise ConfigError("data.root", root, reason, "point it at one of them, or move the others out of it")
+
+
+def notice(text: str, *values: object) -> None:
+    """Log a warning about the data; of processes that train together, only the first does."""
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank()):
+        LOG.warning(text, *values)
+
+
+def notice_left_out(root: str | None, files: Mapping[str, Iterable[str]]) -> None:
+    """Log in one line how many files of each ending are not used; names are given by the reason why."""
+    counts = {reason: by_ending(names) for reason, names in files.items()}
+    parts = [f"{shown} {reason}" for reason, shown in counts.items() if shown]
+    if parts:
+        notice("data.root=%s: files left out: %s", root, "; ".join(parts))
+
+
+def by_ending(names: Iterable[str]) -> str:
+    """Files counted by ending, such as ``8 .heic, 2 without ending``; empty for no files."""
+    counts = Counter(posixpath.splitext(name)[1].lower() or "without ending" for name in names)
+    return listed([f"{count} {ending}" for ending, count in counts.most_common()])
+
+
+def listed(items: list[str]) -> str:
+    """The first few of several things, and how many more there are."""
+    more = len(items) - _SHOWN
+    return ", ".join([*items[:_SHOWN], *([f"{more} more"] if more > 0 else [])])
+
+
+class FolderTree:
+    """Named files of a folder: those that ``is_member`` accepts, links followed.
+
+    ``names`` (sorted) and ``folders`` (empty ones, too) are paths inside, with forward slashes. UnavailableError if it
+    cannot be read, or a link in it leads back to a folder above.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.names: list[str] = []
         self.folders: set[str] = set()
         # Size, and time of change in ns or checksum; None for a broken link.
         self._entries: dict[str, tuple[int, int] | None] = {}
+        self._find()
+        self.names = sorted(self._entries)
 
-    @abstractmethod
+    def _find(self) -> None:
+        with disk_trouble("data.root", self.path, "check the path and its permissions"):
+            self._scan("", ())
+
+    def _scan(self, inside: str, above: tuple[tuple[int, int], ...]) -> None:
+        here = (self.path / inside).stat()
+        above = (*above, (here.st_dev, here.st_ino))
+        with os.scandir(self.path / inside) as entries:
+            for entry in entries:
+                name = f"{inside}{entry.name}"
+                if not is_member(entry.name):
+                    continue
+                if entry.is_dir():
+                    found = entry.stat()
+                    if (found.st_dev, found.st_ino) in above:
+                        raise self._link_loop(name)
+                    self.folders.add(name)
+                    self._scan(f"{name}/", above)
+                elif entry.is_file():
+                    found = entry.stat()
+                    self._entries[name] = (found.st_size, found.st_mtime_ns)
+                elif entry.is_symlink():
+                    self._entries[name] = None
+
     def read(self, name: str) -> bytes:
-        """The content of one file; UnavailableError if it is missing or cannot be read."""
+        """The content of one file; UnavailableError if it is missing, damaged or a broken link."""
+        with disk_trouble("data.root", self.path / name, FIX):
+            return (self.path / name).read_bytes()
 
-    @abstractmethod
     def open(self, name: str) -> IO[bytes]:
-        """Open one file to read a part of it; UnavailableError as for `read`, or if it is a broken link."""
+        """Open one file to read a part of it; UnavailableError as for `read`."""
+        self._entry(name)
+        with disk_trouble("data.root", self.path / name, FIX):
+            return (self.path / name).open("rb", buffering=0)
 
-    @abstractmethod
     def stamp(self, names: Sequence[str]) -> str:
-        """Hex digits that change with the files' names, sizes, order, and content as far as that is cheap."""
+        """Hex digits that change with names, sizes, order, and the content of 256 files: more would take long."""
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(f"{name}\0{self._entry(name)[0]}\n".encode())
+        for row in evenly_spread(len(names), _SAMPLED):
+            digest.update(self.read(names[row]))
+        return digest.hexdigest()
 
-    @abstractmethod
     def key(self, names: Sequence[str]) -> str:
         """As ``stamp``, for caches on this machine: by paths, sizes and times, without reading content."""
+        lines = ("\0".join(map(str, (name, *self._entry(name)))) for name in names)
+        return hashlib.sha256("\n".join([str(self.path.absolute()), *lines]).encode()).hexdigest()[:24]
 
     def describe(self, name: str) -> str:
         """A file's full path, for messages."""
@@ -64,78 +153,24 @@ class FileTree(ABC):
         return UnavailableError("data.root", self.describe(name), reason, "remove the link")
 
 
-class FolderTree(FileTree):
-    """A folder; UnavailableError if it cannot be read, or a link in it leads back to a folder above."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        with disk_trouble("data.root", path, "check the path and its permissions"):
-            self._scan("", ())
-        self.names = sorted(self._entries)
-
-    def _scan(self, inside: str, above: tuple[tuple[int, int], ...]) -> None:
-        here = (self.path / inside).stat()
-        above = (*above, (here.st_dev, here.st_ino))
-        with os.scandir(self.path / inside) as entries:
-            for entry in entries:
-                if not is_member(entry.name):
-                    continue
-                name = f"{inside}{entry.name}"
-                if entry.is_dir():
-                    found = entry.stat() if entry.is_symlink() else None
-                    if found is not None and (found.st_dev, found.st_ino) in above:
-                        raise self._link_loop(name)
-                    self.folders.add(name)
-                    self._scan(f"{name}/", above)
-                elif entry.is_file():
-                    found = entry.stat()
-                    self._entries[name] = (found.st_size, found.st_mtime_ns)
-                elif entry.is_symlink():
-                    self._entries[name] = None
-
-    def read(self, name: str) -> bytes:
-        """See `FileTree`."""
-        with disk_trouble("data.root", self.path / name, FIX):
-            return (self.path / name).read_bytes()
-
-    def open(self, name: str) -> IO[bytes]:
-        """See `FileTree`."""
-        self._entry(name)
-        with disk_trouble("data.root", self.path / name, FIX):
-            return (self.path / name).open("rb", buffering=0)
-
-    def stamp(self, names: Sequence[str]) -> str:
-        """Covers every name and size, and the content of 256 files: reading all would take minutes for a large set."""
-        digest = hashlib.sha256()
-        for name in names:
-            digest.update(f"{name}\0{self._entry(name)[0]}\n".encode())
-        for row in evenly_spread(len(names), _SAMPLED):
-            digest.update(self.read(names[row]))
-        return digest.hexdigest()
-
-    def key(self, names: Sequence[str]) -> str:
-        """Covers the folder, and every file's name, size and time of change."""
-        lines = ("\0".join(map(str, (name, *self._entry(name)))) for name in names)
-        return hashlib.sha256("\n".join([str(self.path.absolute()), *lines]).encode()).hexdigest()[:24]
-
-
+@dataclass(frozen=True)
 class TreeBlobs:
     """Images that are files of a tree, by number; a ``Blobs``."""
 
-    def __init__(self, tree: FileTree, names: Sequence[str]) -> None:
-        self._tree, self._names = tree, names
+    tree: FolderTree
+    names: Sequence[str]
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def read(self, row: int) -> bytes:
         """The encoded image."""
-        return self._tree.read(self._names[row])
+        return self.tree.read(self.names[row])
 
     def name(self, row: int) -> str:
         """Its path."""
-        return self._tree.describe(self._names[row])
+        return self.tree.describe(self.names[row])
 
     def stamp(self) -> str:
-        """See `FileTree.stamp`."""
-        return self._tree.stamp(self._names)
+        """See `FolderTree.stamp`."""
+        return self.tree.stamp(self.names)

@@ -7,13 +7,12 @@ import posixpath
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from tla_service.data.cache import disk_trouble
-from tla_service.data.members import is_member
-from tla_service.data.trees import FIX, FileTree, FolderTree
+from tla_service.data.trees import FIX, FolderTree, is_member
 from tla_service.errors import UnavailableError
 
 # What zipfile raises for a damaged or unknown member.
@@ -22,18 +21,12 @@ _ENCRYPTED, _UTF8 = 0x1, 0x800
 _LINKS = 40  # Linux's limit
 
 
-class ZipTree(FileTree):
-    """A zip file, with the names that unpacking it would give.
+class ZipTree(FolderTree):
+    """A zip file, with the names that unpacking it would give; refused if encrypted, or if names lead outside of it."""
 
-    Raises:
-        UnavailableError: If it is damaged, encrypted or cannot be read, or has names that lead outside of it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def _find(self) -> None:
         self._handles: dict[int, zipfile.ZipFile] = {}
-        # The archive's name of an entry, where it differs.
-        self._stored: dict[str, str] = {}
+        self._stored: dict[str, str] = {}  # the archive's names of the entries
         links: dict[str, str] = {}
         folders: set[str] = set()
         for entry in self._open().infolist():
@@ -44,8 +37,8 @@ class ZipTree(FileTree):
                 continue
             if entry.flag_bits & _ENCRYPTED and is_member(name):
                 remedy = "unpack it with its password and point data.root at the folder"
-                raise UnavailableError("data.root", path, "is encrypted", remedy)
-            self._add(name, (entry.file_size, entry.CRC), entry.filename)
+                raise UnavailableError("data.root", self.path, "is encrypted", remedy)
+            self._entries[name], self._stored[name] = (entry.file_size, entry.CRC), entry.filename
             if stat.S_ISLNK(entry.external_attr >> 16):
                 links[name] = self.read(name).decode("utf-8", errors="replace")
         folders = _with_parents(folders)
@@ -54,14 +47,8 @@ class ZipTree(FileTree):
         for name, target in sorted(self._followed(links).items(), key=lambda pair: pair[1] in folders):
             self._resolve(name, target, is_folder=target in folders)
         self._entries = {name: entry for name, entry in self._entries.items() if is_member(name)}
-        self.names = sorted(self._entries)
-        folders |= _with_parents({posixpath.dirname(name) for name in self.names})
-        self.folders = {name for name in folders if is_member(name)}
-
-    def _add(self, name: str, entry: tuple[int, int] | None, stored: str) -> None:
-        self._entries[name] = entry
-        if stored != name:
-            self._stored[name] = stored
+        folders |= _with_parents(map(posixpath.dirname, self._entries))
+        self.folders = set(filter(is_member, folders))
 
     def _inside(self, entry: zipfile.ZipInfo) -> str:
         """The path that unpacking would give an entry; a folder's ends with a slash."""
@@ -81,11 +68,9 @@ class ZipTree(FileTree):
         """Where each link leads in the end: a path inside the archive, which need not exist."""
         found = {}
         for link in links:
-            at = link
-            for _ in range(_LINKS):
-                if at not in links:
-                    break
-                at = posixpath.normpath(posixpath.join(posixpath.dirname(at), links[at]))
+            at, followed = link, 0
+            while at in links and followed < _LINKS:
+                at, followed = posixpath.normpath(posixpath.join(posixpath.dirname(at), links[at])), followed + 1
             if at in links:
                 at = ""  # links that lead to each other lead nowhere
             elif at == "." or f"{link}/".startswith(f"{at}/"):
@@ -96,12 +81,12 @@ class ZipTree(FileTree):
     def _resolve(self, link: str, target: str, *, is_folder: bool) -> None:
         """Give a link the content of its target."""
         if not is_folder:
-            self._add(link, self._entries.get(target), self._stored.get(target, target))
+            self._entries[link], self._stored[link] = self._entries.get(target), self._stored.get(target, target)
             return
         del self._entries[link]
         for name in [name for name in self._entries if name.startswith(f"{target}/")]:
             alias = f"{link}{name.removeprefix(target)}"
-            self._add(alias, self._entries[name], self._stored.get(name, name))
+            self._entries[alias], self._stored[alias] = self._entries[name], self._stored[name]
 
     def _open(self) -> zipfile.ZipFile:
         # One handle per process: forked ones would share one file position.
@@ -119,16 +104,16 @@ class ZipTree(FileTree):
         return {**self.__dict__, "_handles": {}}
 
     def read(self, name: str) -> bytes:
-        """See `FileTree`; the content is checked against its checksum."""
+        """See `FolderTree`; the content is checked against its checksum."""
         with self._readable(name), self.open(name) as handle:
             return handle.read()
 
     def open(self, name: str) -> IO[bytes]:
-        """See `FileTree`."""
+        """See `FolderTree`."""
         self._entry(name)
         with self._readable(name):
             try:
-                return self._open().open(self._stored.get(name, name))
+                return self._open().open(self._stored[name])
             except NotImplementedError as error:
                 reason = f"cannot be unpacked ({error})"
                 raise UnavailableError("data.root", self.describe(name), reason, "unpack the zip file") from error
@@ -143,22 +128,16 @@ class ZipTree(FileTree):
 
     def stamp(self, names: Sequence[str]) -> str:
         """Covers every name, size and content, by the checksums that zip files carry."""
-        digest = hashlib.sha256()
-        for name in names:
-            digest.update(f"{name}\0{self._entry(name)}\n".encode())
-        return digest.hexdigest()
+        lines = (f"{name}\0{self._entry(name)}\n" for name in names)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def key(self, names: Sequence[str]) -> str:
         """Covers the zip file's path, and every file's name, size and checksum."""
         return hashlib.sha256(f"{self.path.absolute()}{self.stamp(names)}".encode()).hexdigest()[:24]
 
 
-def open_tree(path: Path, zip_pattern: str = "*.zip") -> FileTree:
-    """Open a folder, a zip file, or the only zip file of a pattern in a folder without subfolders.
-
-    Raises:
-        UnavailableError: If it is none of them, or cannot be read.
-    """
+def open_tree(path: Path, zip_pattern: str = "*.zip") -> FolderTree:
+    """Open a folder, a zip file, or the only zip file of a pattern in a folder without subfolders."""
     if path.is_dir():
         with disk_trouble("data.root", path, "check the path and its permissions"):
             zips = [found for found in path.glob(zip_pattern) if is_member(found.name)]
@@ -167,10 +146,7 @@ def open_tree(path: Path, zip_pattern: str = "*.zip") -> FileTree:
     return ZipTree(path)
 
 
-def _with_parents(folders: set[str]) -> set[str]:
+def _with_parents(folders: Iterable[str]) -> set[str]:
     """Folders and all those above them."""
-    found = set()
-    for folder in folders - {"", "."}:
-        parts = folder.split("/")
-        found |= {"/".join(parts[:count]) for count in range(1, len(parts) + 1)}
-    return found
+    paths = {PurePosixPath(folder) for folder in folders}
+    return {str(above) for path in paths for above in (path, *path.parents)} - {"."}

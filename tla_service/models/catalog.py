@@ -4,101 +4,66 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
+import torch
 from torch import nn
 
 from tla_service.errors import ConfigError
-from tla_service.models.classifier import ImageClassifier
-from tla_service.models.mnist_cnn import build_mnist_cnn, build_mnist_mlp
-from tla_service.models.normalization import (
-    CIFAR10_MEAN,
-    CIFAR10_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ChannelNormalization,
-    PerImageStandardization,
-)
-from tla_service.models.preact_resnet import PreActResNet18
-from tla_service.models.small_cnn import build_digits_cnn, build_small_cnn
-from tla_service.models.tiny_imagenet_resnet import TinyImageNetResNet, basic_block, bottleneck_block
-from tla_service.models.torchvision_classifier import (
-    TORCHVISION_PREFIX,
-    build_torchvision_classifier,
-    torchvision_names,
-)
-from tla_service.models.wide_resnet import MadryWideResNet, WideResNet
+from tla_service.models.classifier import ChannelNormalization, ImageClassifier, PerImageStandardization
+from tla_service.models.resnets import MadryWideResNet, PreActResNet18, TinyImageNetResNet, WideResNet
+from tla_service.models.small_networks import SmallCNN, build_mnist_cnn, build_mnist_mlp
+from tla_service.models.torchvision_classifier import TORCHVISION_PREFIX, build_torchvision, torchvision_names
 
 ImageShape = tuple[int, int, int]
 
 _NORMALIZATIONS: Final = ("default", "none", "per_image", "cifar10", "imagenet")
-_CHANNEL_STATISTICS = {"cifar10": (CIFAR10_MEAN, CIFAR10_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
+# Mean and standard deviation per channel.
+_CHANNEL_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),  # over pixels, as in Rice et al. 2020
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 
 
 @dataclass(frozen=True)
 class _Network:
-    """A network: what it is, how to build it, its default normalization, and the heights and widths it takes."""
+    """How to build a network; with ``one_size``, its weights depend on the height and width of the images."""
 
-    description: str
-    build: Callable[[int, ImageShape, nn.Module], ImageClassifier]
+    build: Callable[..., ImageClassifier]
     normalization: str = "none"
+    one_size: bool = False
     min_size: int = 1
     size_multiple: int = 1
 
 
-def _convolutional(build: Callable[..., ImageClassifier]) -> Callable[[int, ImageShape, nn.Module], ImageClassifier]:
-    """For networks that average over the image at the end and so only need the number of channels."""
-
-    def build_for_shape(num_classes: int, image_shape: ImageShape, normalization: nn.Module) -> ImageClassifier:
-        return build(num_classes=num_classes, in_channels=image_shape[0], normalization=normalization)
-
-    return build_for_shape
-
-
+_TINY_50 = partial(TinyImageNetResNet, (2, 3, 5, 2), bottleneck=True)
 _NETWORKS = {
-    "digits_cnn": _Network("two convolutions without BatchNorm for the 8x8 digits; embedding 128", build_digits_cnn),
-    "small_cnn": _Network(
-        "two strided convolutions without BatchNorm for 28x28 or 32x32 on a CPU; embedding 128",
-        build_small_cnn,
-        min_size=4,
-    ),
-    "mnist_cnn": _Network(
-        "the paper's MNIST network (Mao et al. 2019, Table 5); embedding 1024", build_mnist_cnn, min_size=4
-    ),
-    "mnist_mlp": _Network("the authors' MNIST multilayer perceptron; embedding 1024", build_mnist_mlp),
-    "wrn_32_10": _Network(
-        "the paper's CIFAR-10 network, Madry et al.'s wide ResNet (Table 6); embedding 640",
-        _convolutional(partial(MadryWideResNet, 32, 10)),
-        "per_image",
-        # Its average-pooled shortcuts and its convolutions disagree on odd sizes, twice.
-        size_multiple=4,
-    ),
-    "wrn_28_10": _Network(
-        "wide ResNet 28-10 as in TRADES and RobustBench; embedding 640", _convolutional(partial(WideResNet, 28, 10))
-    ),
-    "wrn_34_10": _Network(
-        "wide ResNet 34-10 as in TRADES and RobustBench; embedding 640", _convolutional(partial(WideResNet, 34, 10))
-    ),
-    "preact_resnet_18": _Network(
-        "pre-activation ResNet-18 as in Rice et al. 2020; embedding 512", _convolutional(PreActResNet18), "cifar10"
-    ),
-    "tiny_resnet50_stride2": _Network(
-        "the paper's main Tiny ImageNet network; embedding 2048",
-        _convolutional(partial(TinyImageNetResNet, bottleneck_block, (2, 3, 5, 2), 2)),
-        "per_image",
-    ),
-    "tiny_resnet50_stride1": _Network(
-        "the same with a stride-1 stem (Table 7), about 16 times the work; embedding 2048",
-        _convolutional(partial(TinyImageNetResNet, bottleneck_block, (2, 3, 5, 2), 1)),
-        "per_image",
-    ),
-    "tiny_resnet20_stride1": _Network(
-        "the paper's small Tiny ImageNet network (Table 7); embedding 512",
-        _convolutional(partial(TinyImageNetResNet, basic_block, (1, 1, 1, 1), 1)),
-        "per_image",
-    ),
+    "digits_cnn": _Network(partial(SmallCNN, (32, 64), 3, (1, 2)), one_size=True),
+    "small_cnn": _Network(partial(SmallCNN, (16, 32), 4, (2, 2)), one_size=True, min_size=4),
+    "mnist_cnn": _Network(build_mnist_cnn, one_size=True, min_size=4),
+    "mnist_mlp": _Network(build_mnist_mlp, one_size=True),
+    # Its average-pooled shortcuts and its convolutions disagree on odd sizes, twice.
+    "wrn_32_10": _Network(partial(MadryWideResNet, 32, 10), "per_image", size_multiple=4),
+    "wrn_28_10": _Network(partial(WideResNet, 28, 10)),
+    "wrn_34_10": _Network(partial(WideResNet, 34, 10)),
+    "preact_resnet_18": _Network(PreActResNet18, "cifar10"),
+    "tiny_resnet50_stride2": _Network(partial(_TINY_50, stem_stride=2), "per_image"),
+    "tiny_resnet50_stride1": _Network(partial(_TINY_50, stem_stride=1), "per_image"),
+    "tiny_resnet20_stride1": _Network(partial(TinyImageNetResNet, (1, 1, 1, 1), 1, bottleneck=False), "per_image"),
 }
-MODEL_DESCRIPTIONS = {name: network.description for name, network in _NETWORKS.items()}
+MODEL_DESCRIPTIONS = {
+    "digits_cnn": "two convolutions without BatchNorm for the 8x8 digits; embedding 128",
+    "small_cnn": "two strided convolutions without BatchNorm for 28x28 or 32x32 on a CPU; embedding 128",
+    "mnist_cnn": "the paper's MNIST network (Mao et al. 2019, Table 5); embedding 1024",
+    "mnist_mlp": "the authors' MNIST multilayer perceptron; embedding 1024",
+    "wrn_32_10": "the paper's CIFAR-10 network, Madry et al.'s wide ResNet (Table 6); embedding 640",
+    "wrn_28_10": "wide ResNet 28-10 as in TRADES and RobustBench; embedding 640",
+    "wrn_34_10": "wide ResNet 34-10 as in TRADES and RobustBench; embedding 640",
+    "preact_resnet_18": "pre-activation ResNet-18 as in Rice et al. 2020; embedding 512",
+    "tiny_resnet50_stride2": "the paper's main Tiny ImageNet network; embedding 2048",
+    "tiny_resnet50_stride1": "the same with a stride-1 stem (Table 7), about 16 times the work; embedding 2048",
+    "tiny_resnet20_stride1": "the paper's small Tiny ImageNet network (Table 7); embedding 512",
+}
 
 
 def model_names() -> tuple[str, ...]:
@@ -109,44 +74,37 @@ def model_names() -> tuple[str, ...]:
 def build_model(
     name: str, num_classes: int, image_shape: ImageShape, normalization: str = "default"
 ) -> ImageClassifier:
-    """Builds a network with fresh weights, drawn from torch's global generator.
+    """Builds a network with fresh weights, drawn from torch's global generator, in training mode.
 
-    Args:
-        name: One of :func:`model_names`, or ``torchvision:<name>``.
-        num_classes: K, at least 2.
-        image_shape: (C, H, W).
-        normalization: One of ``default``, ``none``, ``per_image``, ``cifar10``, ``imagenet``. ``default`` is the
-            network's own: its paper's, or ``none`` where that has three channels and the images another number.
-
-    Returns:
-        The network, on the CPU unless torch's default device says otherwise, in training mode.
-
-    Raises:
-        ConfigError: The name or the normalization is unknown, or the network does not support these images.
+    ``name`` is one of :func:`model_names` or ``torchvision:<name>``; ``image_shape`` is (C, H, W); the normalization is
+    ``default``, ``none``, ``per_image``, ``cifar10`` or ``imagenet``. ``default`` is the network's own: its paper's, or
+    ``none`` where that has three channels and the images another number. ConfigError if the name or the normalization
+    is unknown, or the network does not support these images.
     """
     network = _find(name)
     if num_classes < 2:
         reason = "a classifier needs at least two classes"
         raise ConfigError("model.num_classes", num_classes, reason, "check the labels of the data")
     _check_shape(name, network, image_shape)
-    return network.build(num_classes, image_shape, _build_normalization(normalization, network, image_shape[0]))
+    first = _build_normalization(normalization, network, image_shape[0])
+    shape: dict[str, Any] = {"image_shape": image_shape} if network.one_size else {"in_channels": image_shape[0]}
+    return network.build(num_classes=num_classes, normalization=first, **shape)
 
 
 def normalization_with(mean: Sequence[float], std: Sequence[float]) -> str | None:
     """Name of the normalization with these statistics per channel, to within 0.001; None if there is none."""
-
-    def alike(these: Sequence[float], those: Sequence[float]) -> bool:
-        return len(these) == len(those) and all(abs(a - b) < 1e-3 for a, b in zip(these, those, strict=True))
-
+    if len(mean) != 3 or len(std) != 3:
+        return None
+    given = torch.tensor([mean, std])
     known = _CHANNEL_STATISTICS.items()
-    return next((name for name, (means, stds) in known if alike(mean, means) and alike(std, stds)), None)
+    return next((name for name, pair in known if torch.allclose(torch.tensor(pair), given, 0, 1e-3)), None)
 
 
 def _find(name: str) -> _Network:
     if name in _NETWORKS:
         return _NETWORKS[name]
     if name in torchvision_names():
-        return _Network(name, partial(build_torchvision_classifier, name), "imagenet")
+        return _Network(partial(build_torchvision, name), "imagenet", one_size=True)
     prefixed = TORCHVISION_PREFIX + name
     candidates = (*model_names(), *torchvision_names())
     matches = [prefixed] if prefixed in candidates else get_close_matches(name, candidates, n=1)
@@ -157,13 +115,13 @@ def _find(name: str) -> _Network:
 
 def _check_shape(name: str, network: _Network, image_shape: ImageShape) -> None:
     channels, height, width = image_shape
-    size = f"{channels}x{height}x{width}"
+    refused = f"it cannot take {channels}x{height}x{width} images"
     if channels < 1 or min(height, width) < network.min_size:
-        reason = f"it cannot take {size} images: it needs at least {network.min_size}x{network.min_size} pixels"
+        reason = f"{refused}: it needs at least {network.min_size}x{network.min_size} pixels"
         remedy = "choose larger images or another network, for example mnist_mlp, which takes any size"
         raise ConfigError("model.name", name, reason, remedy)
     if height % network.size_multiple or width % network.size_multiple:
-        reason = f"it cannot take {size} images: height and width must be multiples of {network.size_multiple}"
+        reason = f"{refused}: height and width must be multiples of {network.size_multiple}"
         remedy = "resize the images or choose another network, for example wrn_28_10, which takes any size"
         raise ConfigError("model.name", name, reason, remedy)
 

@@ -1,33 +1,63 @@
 """The structure that all networks share: normalize, embed, classify linearly."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tla_service.errors import ConfigError
 
 
 class ModelOutput(NamedTuple):
-    """What every network returns.
-
-    Attributes:
-        logits: (N, K) class scores before the softmax.
-        embeddings: (N, D) penultimate activations, the input of the final linear layer: the paper's ``h`` (Mao et al.
-            2019, section 4).
-    """
+    """Logits (N, K) and embeddings (N, D), the final linear layer's input: ``h`` in Mao et al. 2019, section 4."""
 
     logits: Tensor
     embeddings: Tensor
 
 
+class PerImageStandardization(nn.Module):
+    """Each image minus its mean, over its standard deviation: TensorFlow's ``per_image_standardization``.
+
+    Over all channels and pixels of one image: ``(x - mean) / max(std, 1 / sqrt(num_values))``. The lower bound is in
+    the units that TensorFlow sees, and the paper's networks feed it pixels in [0, 255]; so for images in [0, 1] it is
+    divided by 255. It matters for almost constant images only.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Standardizes images (N, C, H, W) in [0, 1]; same shape, mean 0 per image."""
+        smallest_std = 1.0 / (255.0 * math.sqrt(images.shape[1:].numel()))
+        centered = images - images.mean(dim=(1, 2, 3), keepdim=True)
+        variance = centered.square().mean(dim=(1, 2, 3), keepdim=True)
+        # The bound goes on before the root: the root's slope at 0 is infinite, and a constant image would give NaN.
+        return centered / variance.clamp_min(smallest_std**2).sqrt()
+
+
+class ChannelNormalization(nn.Module):
+    """Fixed ``(x - mean) / std`` per channel, both for pixels in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        # Constants of the architecture, not weights: left out of the state dict, whose names then match the
+        # published checkpoints' names one to one.
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalizes images (N, C, H, W) in [0, 1]; same shape."""
+        return (images - self.mean) / self.std
+
+
 class ImageClassifier(nn.Module):
     """Base class of all networks. A subclass defines :meth:`embed` and has its final linear layer as ``fc``.
 
-    Args:
-        normalization: Applied to the images inside the network, so that attacks differentiate through it and their
-            budgets stay in [0, 1] pixels.
+    The normalization is applied to the images inside the network, so that attacks differentiate through it and their
+    budgets stay in [0, 1] pixels.
     """
 
     fc: nn.Linear

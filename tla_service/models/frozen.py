@@ -11,31 +11,28 @@ from tla_service.models.classifier import ModelOutput
 
 
 class FrozenTwin:
-    """A second view of a network in eval mode.
+    """A second view of a network in eval mode, ``module``.
 
     The twin shares the network's storage, so it follows every in-place update (optimizers, `load_state_dict`,
     BatchNorm's statistics). None of its tensors requires a gradient, so no code, compiled or not, computes weight
-    gradients, and the network itself stays in train mode.
+    gradients, and the network itself stays in train mode, on its device, in its memory format.
 
-    In eval mode BatchNorm is an affine map per channel, so it can be folded into the convolution before it: the same
-    function up to rounding, with one pass less over the activations. Folded weights are the only copies; `refresh`
-    recomputes them after an update.
+    In eval mode BatchNorm is an affine map per channel, so each that is the only reader of a convolution can be folded
+    into it: the same function up to rounding, with one pass less over the activations. A network that cannot be traced
+    is used unchanged. Folded weights are the only copies; `refresh` recomputes them after an update.
 
-    Args:
-        network: The network; it must stay on its device, in its memory format.
-        fold_batchnorm: Fold each BatchNorm that is the only reader of a convolution. A network that cannot be traced,
-            or has none, is used unchanged.
-        weights_dtype: Keep the weights of convolutions and linear layers in this type as well, for autocast: it would
-            cast them again in every forward pass, because it caches casts only of weights that require gradients.
-
-    Attributes:
-        module: The twin.
+    For autocast, weights can be kept in ``weights_dtype`` too: it only caches casts of weights that require gradients.
     """
 
     def __init__(
         self, network: nn.Module, *, fold_batchnorm: bool = True, weights_dtype: torch.dtype | None = None
     ) -> None:
-        self.module = _sharing_copy(network)
+        # A copy of the modules around the same tensors, none of which asks for a gradient.
+        tensors: dict[int, Tensor] = {
+            id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in network.parameters()
+        }
+        tensors |= {id(buffer): buffer.detach() for buffer in network.buffers()}
+        self.module = copy.deepcopy(network, tensors).eval()
         self._folds: list[_Fold] = []
         self._wide: list[Tensor] = []
         self._narrow: list[Tensor] = []
@@ -72,10 +69,15 @@ class FrozenTwin:
         try:
             graph = _BatchNormTracer().trace(self.module)
         except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, NotImplementedError):
-            return  # its forward depends on values or shapes: used unchanged
+            return  # its forward depends on values or shapes
         traced = fx.GraphModule(self.module, graph)
         for convolution, norm in _foldable(traced):
-            self._folds.append(_fold(traced, convolution, norm))
+            # The folded convolution takes the convolution's place; the BatchNorm leaves the graph.
+            fold = _Fold(traced.get_submodule(str(convolution.target)), traced.get_submodule(str(norm.target)))
+            traced.set_submodule(str(convolution.target), fold.target)
+            norm.replace_all_uses_with(convolution)
+            traced.graph.erase_node(norm)
+            self._folds.append(fold)
         traced.graph.lint()
         traced.recompile()
         self.module = traced
@@ -84,7 +86,9 @@ class FrozenTwin:
 class _Fold:
     """One convolution with the BatchNorm behind it multiplied in."""
 
-    def __init__(self, source: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    def __init__(self, source: nn.Module, norm: nn.Module) -> None:
+        assert isinstance(source, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
         self._source, self._norm = source, norm
         self.target = copy.deepcopy(source)
         self.weight, self.bias = torch.empty_like(source.weight), source.weight.new_empty(source.out_channels)
@@ -111,15 +115,6 @@ class _BatchNormTracer(fx.Tracer):
         return isinstance(m, _BatchNorm) or not inside
 
 
-def _sharing_copy(network: nn.Module) -> nn.Module:
-    """A copy of the modules around the same tensors, none of which asks for a gradient; in eval mode."""
-    tensors: dict[int, Tensor] = {
-        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in network.parameters()
-    }
-    tensors |= {id(buffer): buffer.detach() for buffer in network.buffers()}
-    return copy.deepcopy(network, tensors).eval()
-
-
 def _foldable(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Calls of a convolution whose only reader is a BatchNorm with running statistics; both called once."""
     modules = dict(traced.named_modules())
@@ -134,15 +129,3 @@ def _foldable(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
             continue
         if isinstance(modules[before.target], nn.Conv2d) and times[before.target] == times[node.target] == 1:
             yield before, node
-
-
-def _fold(traced: fx.GraphModule, convolution: fx.Node, norm: fx.Node) -> _Fold:
-    """Put the folded convolution in the convolution's place and take the BatchNorm out of the graph."""
-    old, affine = traced.get_submodule(str(convolution.target)), traced.get_submodule(str(norm.target))
-    assert isinstance(old, nn.Conv2d)
-    assert isinstance(affine, nn.BatchNorm2d)
-    fold = _Fold(old, affine)
-    traced.set_submodule(str(convolution.target), fold.target)
-    norm.replace_all_uses_with(convolution)
-    traced.graph.erase_node(norm)
-    return fold

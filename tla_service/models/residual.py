@@ -1,4 +1,4 @@
-"""What the residual networks share: the pre-activation block and initial weights."""
+"""What the residual networks share: the pre-activation block, initial weights, TensorFlow's lopsided SAME padding."""
 
 import math
 
@@ -9,64 +9,51 @@ from torch.nn import functional as F
 class PreActivationBlock(nn.Module):
     """BatchNorm, activation, convolution, two or three times, plus a shortcut (He et al. 2016, arXiv 1603.05027).
 
-    A subclass defines in :meth:`shortcut_of` what is added.
-
-    Args:
-        conv1: First convolution; it has the stride.
-        conv2: Second convolution.
-        conv3: Third convolution of a bottleneck, or ``None``.
-        negative_slope: Of the leaky ReLU; 0 is the plain ReLU.
-        batch_norm_eps: Added to the variance by every BatchNorm of the block.
+    The shortcut is the input, or the projection of its activation, which state dicts know as ``projection_name``. A
+    negative slope of 0 is the plain ReLU.
     """
+
+    conv1: nn.Conv2d
 
     def __init__(
         self,
-        conv1: nn.Conv2d,
-        conv2: nn.Conv2d,
-        conv3: nn.Conv2d | None = None,
-        *,
+        *convolutions: nn.Conv2d,
+        projection: nn.Module | None = None,
+        projection_name: str = "projection",
         negative_slope: float = 0.0,
         batch_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.negative_slope = negative_slope
-        self.bn1 = nn.BatchNorm2d(conv1.in_channels, eps=batch_norm_eps)
-        self.conv1 = conv1
-        self.bn2 = nn.BatchNorm2d(conv2.in_channels, eps=batch_norm_eps)
-        self.conv2 = conv2
-        self.bn3 = None if conv3 is None else nn.BatchNorm2d(conv3.in_channels, eps=batch_norm_eps)
-        self.conv3 = conv3
+        self.depth, self.projection_name, self.negative_slope = len(convolutions), projection_name, negative_slope
+        for number, convolution in enumerate(convolutions, start=1):
+            self.add_module(f"bn{number}", nn.BatchNorm2d(convolution.in_channels, eps=batch_norm_eps))
+            self.add_module(f"conv{number}", convolution)
+        self.add_module(projection_name, projection)
 
     def shortcut_of(self, block_input: Tensor, activated: Tensor) -> Tensor:
-        """What is added to the residual branch, (N, C', H', W').
-
-        Args:
-            block_input: (N, C, H, W).
-            activated: (N, C, H, W), the same after the first BatchNorm and activation.
-        """
-        raise NotImplementedError
+        """What is added to the residual branch; ``activated`` is the input after the first BatchNorm and activation."""
+        projection: nn.Module | None = getattr(self, self.projection_name)
+        return block_input if projection is None else projection(activated)
 
     def forward(self, block_input: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C', H', W')."""
-        activated = self._activate(self.bn1(block_input))
+        activated = self._activated(1, block_input)
         residual: Tensor = self.conv1(activated)
-        residual = self.conv2(self._activate(self.bn2(residual)))
-        if self.conv3 is not None and self.bn3 is not None:
-            residual = self.conv3(self._activate(self.bn3(residual)))
+        for number in range(2, self.depth + 1):
+            residual = getattr(self, f"conv{number}")(self._activated(number, residual))
         return residual + self.shortcut_of(block_input, activated)
 
-    def _activate(self, inputs: Tensor) -> Tensor:
-        return F.leaky_relu(inputs, self.negative_slope) if self.negative_slope else F.relu(inputs)
+    def _activated(self, number: int, inputs: Tensor) -> Tensor:
+        normalized = getattr(self, f"bn{number}")(inputs)
+        return F.leaky_relu(normalized, self.negative_slope) if self.negative_slope else F.relu(normalized)
 
 
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution without bias, padded by one on every side."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-
-
-def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 1x1 convolution without bias."""
-    return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+def initialize(network: nn.Module, linear: nn.Linear) -> None:
+    """As `initialize_convolutions`; the linear layer uniformly with variance 1 / in_features (TensorFlow), biases 0."""
+    initialize_convolutions(network)
+    bound = math.sqrt(3.0 / linear.in_features)
+    nn.init.uniform_(linear.weight, -bound, bound)
+    nn.init.zeros_(linear.bias)
 
 
 def initialize_convolutions(network: nn.Module) -> None:
@@ -76,8 +63,38 @@ def initialize_convolutions(network: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def initialize_linear_uniform(linear: nn.Linear) -> None:
-    """Draws weights uniformly with variance 1 / in_features, biases 0: TensorFlow's uniform variance scaling."""
-    bound = math.sqrt(3.0 / linear.in_features)
-    nn.init.uniform_(linear.weight, -bound, bound)
-    nn.init.zeros_(linear.bias)
+def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after one axis, so that it comes out at ``ceil(size / stride)``; the odd one goes after."""
+    total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
+    return total // 2, total - total // 2
+
+
+def _pad(images: Tensor, kernel_size: int, stride: int, value: float) -> Tensor:
+    vertical, horizontal = (same_padding(size, kernel_size, stride) for size in images.shape[2:])
+    return F.pad(images, (*horizontal, *vertical), value=value)
+
+
+class SameConv2d(nn.Conv2d):
+    """A square convolution of odd size without bias, padded as TensorFlow's SAME to ceil(H / s), ceil(W / s)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
+        # Without a stride the padding is even, and the convolution does it itself without a copy of its input.
+        padding = kernel_size // 2 if stride == 1 else 0
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name is torch's
+        """Pads and convolves (N, C, H, W)."""
+        stride = self.stride[0]
+        return super().forward(input if stride == 1 else _pad(input, self.kernel_size[0], stride, 0.0))
+
+
+class SameMaxPool2d(nn.Module):
+    """A square max-pool padded as TensorFlow's SAME; padding never wins."""
+
+    def __init__(self, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.kernel_size, self.stride = kernel_size, stride
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pools (N, C, H, W) to (N, C, ceil(H / s), ceil(W / s))."""
+        return F.max_pool2d(_pad(images, self.kernel_size, self.stride, -math.inf), self.kernel_size, self.stride)

@@ -1,7 +1,4 @@
-"""torchvision's classifiers, split into a body that embeds and the linear layer that classifies.
-
-torchvision takes seconds to import, so it is imported only when one of its networks is asked for.
-"""
+"""torchvision's classifiers, split into body and linear layer; torchvision, slow to import, only when asked for."""
 
 from typing import Any
 
@@ -12,22 +9,15 @@ from tla_service.errors import ConfigError
 from tla_service.models.classifier import ImageClassifier
 
 TORCHVISION_PREFIX = "torchvision:"
-_RGB = 3
 
 
 class TorchvisionClassifier(ImageClassifier):
-    """A body and a linear layer.
+    """A body, which maps normalized images to (N, D) or (N, D, 1, 1), and a linear layer, torchvision's ``head``.
 
     Where torchvision has dropout before the linear layer, it applies to the embeddings in training mode too.
-
-    Args:
-        body: Maps normalized images to (N, D), or to (N, D, 1, 1).
-        fc: The linear layer, D to K.
-        normalization: torchvision's recipes use ImageNet's mean and standard deviation.
-        head: torchvision's name of the linear layer.
     """
 
-    def __init__(self, body: nn.Module, fc: nn.Linear, normalization: nn.Module, head: str = "fc") -> None:
+    def __init__(self, body: nn.Module, fc: nn.Linear, normalization: nn.Module, head: str) -> None:
         super().__init__(normalization)
         self.body = body
         self.fc = fc
@@ -35,10 +25,8 @@ class TorchvisionClassifier(ImageClassifier):
 
     def published_names(self) -> dict[str, str]:
         """As torchvision names them."""
-        return {
-            name: f"{self._head}.{name.removeprefix('fc.')}" if name.startswith("fc.") else name.removeprefix("body.")
-            for name in self.state_dict()
-        }
+        ours = {name: name.removeprefix("body.") for name in self.state_dict()}
+        return ours | {f"fc.{part}": f"{self._head}.{part}" for part in self.fc.state_dict()}
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, D)."""
@@ -52,29 +40,28 @@ def torchvision_names() -> tuple[str, ...]:
     return tuple(TORCHVISION_PREFIX + name for name in models.list_models(module=models))
 
 
-def build_torchvision_classifier(
+def build_torchvision(
     name: str, num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module
 ) -> TorchvisionClassifier:
     """Builds one of :func:`torchvision_names` with fresh weights; nothing is downloaded.
 
     For a number of channels other than 3 the first convolution is replaced.
-
-    Raises:
-        ConfigError: The network cannot take this image shape, or does not end in a linear layer.
     """
     from torchvision import models
 
     channels, height, width = image_shape
     bare_name = name.removeprefix(TORCHVISION_PREFIX)
+    extra = _extra_arguments(bare_name, height, width)
     try:
-        body = models.get_model(
-            bare_name, weights=None, num_classes=num_classes, **_extra_arguments(bare_name, height, width)
-        )
+        body = models.get_model(bare_name, weights=None, num_classes=num_classes, **extra)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise _shape_error(name, image_shape, error) from error
     fc, head = _detach_classifier(name, body, num_classes)
-    if channels != _RGB:
-        _replace_first_convolution(body, channels)
+    if channels != 3:
+        path, old = next((path, module) for path, module in body.named_modules() if isinstance(module, nn.Conv2d))
+        geometry: dict[str, Any] = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding")}
+        convolution = nn.Conv2d(channels, old.out_channels, bias=old.bias is not None, **geometry)
+        body.set_submodule(path, convolution)
     _check_embedding(name, body, fc, image_shape)
     return TorchvisionClassifier(body, fc, normalization, head)
 
@@ -100,13 +87,6 @@ def _detach_classifier(name: str, body: nn.Module, num_classes: int) -> tuple[nn
     path, fc = linears[-1]
     body.set_submodule(path, nn.Identity())
     return fc, path
-
-
-def _replace_first_convolution(body: nn.Module, channels: int) -> None:
-    path, old = next((path, module) for path, module in body.named_modules() if isinstance(module, nn.Conv2d))
-    geometry: dict[str, Any] = {name: getattr(old, name) for name in ("kernel_size", "stride", "padding")}
-    geometry["bias"] = old.bias is not None
-    body.set_submodule(path, nn.Conv2d(channels, old.out_channels, **geometry))
 
 
 def _check_embedding(name: str, body: nn.Module, fc: nn.Linear, image_shape: tuple[int, int, int]) -> None:

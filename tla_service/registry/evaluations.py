@@ -1,31 +1,91 @@
-"""Evaluations among the artifacts of the run that trained the model: a folder per weights and threat model."""
+"""Evaluations in MLflow: files and metrics with the run that trained the model, tags and card with its versions.
+
+Files are in a folder per weights and threat model.
+"""
 
 import contextlib
-import functools
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
 
 from tla_service.errors import UnavailableError, UserError, one_line
-from tla_service.report.schema import REPORT_FILE, Report, ThreatModel, evaluations_folder, read_report
-from tla_service.tracking.connection import retrying
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from tla_service.report.page import NORMS, describe, percent, split_sentence, template
+from tla_service.report.schema import PAGE_FILE, REPORT_FILE, Report, artifact_folder, evaluations_folder, read_report
+from tla_service.tracking.connection import client, retrying, storing
+from tla_service.tracking.runs import log_files
 
 _NORMS = ("linf-", "l2-")
+_LONGEST = 5000  # MLflow's column for a version's description
+_SHOWN = ("clean", "worst", "autoattack")
 
 
-def stored_evaluations(made: "MlflowClient", run_id: str, weights_sha256: str) -> dict[str, str]:
+def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple[str, ...]:
+    """Log a report to the run that trained its model, and tag every registered version of these weights.
+
+    Repeating it changes nothing. It replaces an earlier evaluation of the same weights under the same threat model.
+    `files` maps names below the report's artifact folder to local files, the page among them.
+
+    Returns the versions that were tagged, as ``NAME/VERSION``.
+    """
+    run_id, sha256 = report.model.run_id, report.model.weights_sha256
+    assert run_id is not None
+    folder = artifact_folder(sha256, report.threat_model)
+    log_files(uri, run_id, {f"{folder}/{name}": path for name, path in files.items()})
+    made = client(uri)
+    # Metrics are of the time when the page was written: MLflow keeps one of several that are alike.
+    written = int(files[PAGE_FILE].stat().st_mtime * 1000)
+    storing("Logging the figures", lambda: _log_metrics(made, run_id, report, written))
+    found = storing("Finding versions", lambda: made.search_model_versions(f"run_id='{run_id}'"))
+    versions = [(each.name, str(each.version)) for each in found if each.tags.get("weights_sha256") == sha256]
+    others = storing("Reading reports", lambda: _other_reports(made, run_id, report)) if versions else {}
+    for name, version in versions:
+        card = evaluation_card(report, others)
+        storing("Tagging the version", partial(_tag_version, made, name, version, evaluation_tags(report), card))
+    return tuple(f"{name}/{version}" for name, version in versions)
+
+
+def evaluation_tags(report: Report) -> dict[str, str]:
+    """Tags of a version: ``tla.evaluation.SLUG.NAME``, and ``tla.NAME`` for the threat model it was trained for."""
+    facts = {
+        "report": artifact_folder(report.model.weights_sha256, report.threat_model),
+        "evaluated_on": report.data.fingerprint,
+        "audit.trusted": "not run" if report.audit is None else str(report.audit.trusted).lower(),
+    }
+    numbers = {f"accuracy.{name}": report.accuracy[name].estimate for name in _SHOWN if name in report.accuracy}
+    if report.detection is not None:
+        numbers["detection.auc"] = report.detection.auc
+    facts |= {name: f"{value:.6f}" for name, value in numbers.items() if value is not None}
+    tags = {"tla.weights_sha256": report.model.weights_sha256}
+    tags |= {f"tla.evaluation.{report.threat_model.slug}.{name}": value for name, value in facts.items()}
+    return tags | ({f"tla.{name}": value for name, value in facts.items()} if report.is_as_trained else {})
+
+
+def evaluation_card(report: Report, others: Mapping[str, Report]) -> str:
+    """The card of a version in Markdown: in full for the threat model it was trained for, a line for each other one.
+
+    `others` are reports on the same weights, by their folders among the run's artifacts.
+    """
+    reports = {artifact_folder(report.model.weights_sha256, report.threat_model): report, **others}
+    main = next((folder for folder, each in reports.items() if each.is_as_trained), next(iter(reports)))
+    about = reports.pop(main)
+    rows = [_row(folder, each) for folder, each in sorted(reports.items())]
+    for left_out in range(len(rows) + 1):
+        text = _card(about, main, rows[: len(rows) - left_out], left_out)
+        if len(text) <= _LONGEST:
+            break
+    return text
+
+
+def stored_evaluations(made: MlflowClient, run_id: str, weights_sha256: str) -> dict[str, str]:
     """The folder of each evaluation of these weights in the run that trained them, by the slug of its threat model.
 
     Earlier versions kept one evaluation, in the folder above: it is listed under its own threat model, unless that was
     evaluated again since.
-
-    Raises:
-        UnavailableError: The server is away.
     """
     home = evaluations_folder(weights_sha256)
     names = _names(made, run_id, home)
@@ -34,26 +94,12 @@ def stored_evaluations(made: "MlflowClient", run_id: str, weights_sha256: str) -
     return found if earlier is None else {earlier.threat_model.slug: home} | found
 
 
-def _report(made: "MlflowClient", run_id: str, folder: str) -> Report | None:
-    """The report in a folder of the run's artifacts; None where it cannot be read."""
-    with tempfile.TemporaryDirectory(prefix="tla-evaluation-") as scratch:
-        fetch(made, run_id, folder, Path(scratch), [REPORT_FILE])
-        with contextlib.suppress(UnavailableError):
-            return read_report(Path(scratch) / REPORT_FILE)
-    return None
-
-
-def fetch(made: "MlflowClient", run_id: str, folder: str, target: Path, wanted: Sequence[str]) -> None:
-    """Copy files of an evaluation into a local folder, those of the names that it has.
-
-    Raises:
-        UnavailableError: The server is away, or a file cannot be fetched.
-    """
+def fetch(made: MlflowClient, run_id: str, folder: str, target: Path, wanted: Sequence[str]) -> None:
+    """Copy those of the wanted files that an evaluation has into a local folder."""
     for name in sorted(_names(made, run_id, folder) & set(wanted)):
         path = f"{folder}/{name}"
         try:
-            download = functools.partial(made.download_artifacts, run_id, path, str(target))
-            fetched = Path(retrying(f"Fetching {name}", download))
+            fetched = Path(retrying(f"Fetching {name}", partial(made.download_artifacts, run_id, path, str(target))))
             if fetched != target / name:
                 shutil.copyfile(fetched, target / name)
         except UserError:
@@ -63,27 +109,70 @@ def fetch(made: "MlflowClient", run_id: str, folder: str, target: Path, wanted: 
             raise UnavailableError("evaluation", path, f"cannot be fetched ({one_line(error)})", remedy) from error
 
 
-def other_reports(made: "MlflowClient", run_id: str, report: Report) -> dict[str, Report]:
+def _card(report: Report, folder: str, rows: list[str], left_out: int) -> str:
+    last = [name for name in ("worst", "autoattack") if name in report.accuracy]
+    by_class = zip(report.accuracy["worst"].per_class, report.data.class_names, strict=False)
+    text = template("card.md.j2").render(
+        report=report,
+        folder=folder,
+        attacks=[name for name in report.accuracy if name not in last] + last,
+        describe=lambda name: describe(report, name),
+        norm=NORMS[report.threat_model.norm],
+        split=split_sentence(report),
+        weakest=min(((share.estimate, name) for share, name in by_class if share.estimate is not None), default=None),
+        rows=rows,
+        shown=_SHOWN,
+        left_out=left_out,
+    )
+    return f"{text.rstrip()}\n"
+
+
+def _row(folder: str, report: Report) -> str:
+    """A line for an evaluation under another threat model."""
+    estimates = [percent(report.accuracy[name].estimate if name in report.accuracy else None) for name in _SHOWN]
+    audit = "not run" if report.audit is None else "trusted" if report.audit.trusted else "not trusted"
+    return f"| {' | '.join([str(report.threat_model), *estimates, audit, f'`{folder}`'])} |"
+
+
+def _tag_version(made: MlflowClient, name: str, version: str, tags: Mapping[str, str], card: str) -> None:
+    for key, value in tags.items():
+        made.set_model_version_tag(name, version, key, value)
+    made.update_model_version(name, version, description=card)
+
+
+def _log_metrics(made: MlflowClient, run_id: str, report: Report, milliseconds: int) -> None:
+    values = {f"accuracy/{name}": found.estimate for name, found in report.accuracy.items()}
+    if report.detection is not None:
+        values["detection_auc"] = report.detection.auc
+    if report.neighbours is not None:
+        values["neighbours/clean"] = report.neighbours.clean.estimate
+        values["neighbours/attacked"] = report.neighbours.attacked.estimate
+    if report.audit is not None:
+        values["audit_trusted"] = float(report.audit.trusted)
+    homes = [f"evaluation/{report.threat_model.slug}", *(["evaluation"] if report.is_as_trained else [])]
+    stated = {name: value for name, value in values.items() if value is not None}
+    metrics = [Metric(f"{home}/{name}", value, milliseconds, 0) for home in homes for name, value in stated.items()]
+    made.log_batch(run_id, metrics=metrics)
+
+
+def _other_reports(made: MlflowClient, run_id: str, report: Report) -> dict[str, Report]:
     """Readable reports on the same weights under other threat models, by their folders."""
-    found = {}
-    for slug, folder in stored_evaluations(made, run_id, report.model.weights_sha256).items():
-        other = None if slug == report.threat_model.slug else _report(made, run_id, folder)
-        if other is not None and other.model.weights_sha256 == report.model.weights_sha256:
-            found[folder] = other
-    return found
+    stored = stored_evaluations(made, run_id, report.model.weights_sha256)
+    stored.pop(report.threat_model.slug, None)
+    found = {folder: _report(made, run_id, folder) for folder in stored.values()}
+    sha256 = report.model.weights_sha256
+    return {folder: each for folder, each in found.items() if each is not None and each.model.weights_sha256 == sha256}
 
 
-def described(slug: str) -> str:
-    """A slug as the command line writes the threat model: ``linf 8/255``."""
-    return slug.replace("-", " ", 1).replace("_", "/")
+def _report(made: MlflowClient, run_id: str, folder: str) -> Report | None:
+    """The report in a folder of the run's artifacts; None where it cannot be read."""
+    with tempfile.TemporaryDirectory(prefix="tla-evaluation-") as scratch:
+        fetch(made, run_id, folder, Path(scratch), [REPORT_FILE])
+        with contextlib.suppress(UnavailableError):
+            return read_report(Path(scratch) / REPORT_FILE)
+    return None
 
 
-def evaluate_command(model: str, asked: ThreatModel, trained_for: ThreatModel) -> str:
-    """The command that evaluates a model under a threat model, by default the one it was trained for."""
-    flags = "" if asked.slug == trained_for.slug else f" --norm {asked.norm} --epsilon {asked.radius}"
-    return f"jobs/evaluate_tla.py --model {model}{flags}"
-
-
-def _names(made: "MlflowClient", run_id: str, folder: str) -> set[str]:
+def _names(made: MlflowClient, run_id: str, folder: str) -> set[str]:
     listed = retrying("Listing evaluations", lambda: made.list_artifacts(run_id, folder))
     return {str(artifact.path).rpartition("/")[2] for artifact in listed}

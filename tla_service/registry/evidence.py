@@ -1,27 +1,27 @@
 """The evidence for a registered version: its files, and the evaluation of exactly these files."""
 
+import functools
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from tla_service.attacks.autoattack import autoattack_stages
 from tla_service.data.splits import gate_images
 from tla_service.errors import UnavailableError, UserError, one_line
 from tla_service.evaluation.shards import AutoAttackRun, ShardOutcome, load_outcome
-from tla_service.registry.evaluations import described, evaluate_command, fetch, stored_evaluations
-from tla_service.registry.gate import Evaluated, Finding, refused
+from tla_service.registry.evaluations import fetch, stored_evaluations
+from tla_service.registry.gate import Evaluated, Finding
 from tla_service.registry.loading import PACKAGE_DIGEST, open_package
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, ThreatModel, read_report
 from tla_service.tracking.connection import retrying
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +44,8 @@ class Package:
         return ThreatModel.model_validate(self.description["threat_model"])
 
 
-def find_version(made: "MlflowClient", name: str, version: str) -> "ModelVersion":
+def find_version(made: MlflowClient, name: str, version: str) -> ModelVersion:
     """A registered version; raises `UnavailableError` if it does not exist."""
-    from mlflow.exceptions import MlflowException
-
     try:
         return retrying("Reading the version", lambda: made.get_model_version(name, version))
     except MlflowException as error:
@@ -55,7 +53,7 @@ def find_version(made: "MlflowClient", name: str, version: str) -> "ModelVersion
         raise UnavailableError("version", f"{name}/{version}", reason, remedy) from error
 
 
-def verify(uri: str, version: "ModelVersion") -> Package:
+def verify(uri: str, version: ModelVersion) -> Package:
     """Raise `UserError` unless a registered version contains what this project packaged, unmodified."""
     address = f"models:/{version.name}/{version.version}"
     registered = version.tags.get("weights_sha256")
@@ -71,43 +69,40 @@ def verify(uri: str, version: "ModelVersion") -> Package:
 
 
 def examine_files(
-    made: "MlflowClient", uri: str, name: str, version: str, subject: str
+    made: MlflowClient, uri: str, name: str, version: str, subject: str
 ) -> tuple[Finding, Package | None]:
     """The verified files of a version, with the finding for ``subject``; None if they are refused."""
     found = find_version(made, name, version)
     try:
         package = verify(uri, found)
     except UserError as error:
-        return refused(f"{subject} intact", error), None
+        return Finding(f"{subject} intact", False, f"{error.reason}; {error.remedy}", error.remedy), None
     explanation = f"weights {package.sha256[:12]}, no pickle, all files unmodified"
-    return Finding(f"{subject} intact", passed=True, explanation=explanation), package
+    return Finding(f"{subject} intact", True, explanation), package
 
 
 def examine_evaluation(
-    made: "MlflowClient", package: Package, threat: ThreatModel, subject: str
+    made: MlflowClient, package: Package, threat: ThreatModel, subject: str
 ) -> tuple[Finding, Evaluated | None]:
     """The evaluation of a version's weights under a threat model, with the finding; None if it is refused."""
     try:
         evaluated = _evaluated(made, package, threat)
     except UserError as error:
-        return refused(f"{subject} evaluated", error), None
-    trained_for, report = package.trained_for, evaluated.report
-    why = "as trained for" if threat.slug == trained_for.slug else f"trained for {trained_for}"
-    explanation = (
-        f"these weights under {threat} ({why}) on {report.data.name}: {evaluated.gate_images} of "
-        f"{report.data.images} test images are gate images"
-    )
-    if report.gate is None:
+        return Finding(f"{subject} evaluated", False, f"{error.reason}; {error.remedy}", error.remedy), None
+    data = evaluated.report.data
+    why = "as trained for" if threat.slug == package.trained_for.slug else f"trained for {package.trained_for}"
+    explanation = f"these weights under {threat} ({why}) on {data.name}: {evaluated.gate_images} of {data.images} test "
+    explanation += "images are gate images"
+    if evaluated.report.gate is None:
         explanation += "; evaluated before gate images were set aside, so its published figures include them"
-    return Finding(f"{subject} evaluated", passed=True, explanation=explanation), evaluated
+    return Finding(f"{subject} evaluated", True, explanation), evaluated
 
 
-def _evaluated(made: "MlflowClient", package: Package, threat: ThreatModel) -> Evaluated:
-    def bad(reason: str, remedy: str) -> UnavailableError:
-        return UnavailableError("version", package.address, reason, remedy)
-
+def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Evaluated:
+    bad = functools.partial(UnavailableError, "version", package.address)
     sha256, run_id = package.sha256, package.run_id
-    command = evaluate_command(package.address, threat, package.trained_for)
+    flags = "" if threat.slug == package.trained_for.slug else f" --norm {threat.norm} --epsilon {threat.radius}"
+    command = f"run jobs/evaluate_tla.py --model {package.address}{flags}"
     try:
         stored = stored_evaluations(made, run_id, sha256)
     except UserError:
@@ -116,10 +111,12 @@ def _evaluated(made: "MlflowClient", package: Package, threat: ThreatModel) -> E
         reason = f"the run that trained it cannot be read ({one_line(error)})"
         raise bad(reason, "register the model again") from error
     if threat.slug not in stored:
-        there = f"was evaluated under {', '.join(map(described, stored))} only" if stored else "was not evaluated"
-        raise bad(f"{there}: there is no evaluation of these weights under {threat}", f"run {command}")
+        # A slug, as the command line writes the threat model: linf 8/255.
+        named = ", ".join(slug.replace("-", " ", 1).replace("_", "/") for slug in stored)
+        there = f"was evaluated under {named} only" if stored else "was not evaluated"
+        raise bad(f"{there}: there is no evaluation of these weights under {threat}", command)
     # The default output folder of the evaluation already exists.
-    again = f"run {command} --output reports/{sha256[:12]}-{threat.slug}-again"
+    again = f"{command} --output reports/{sha256[:12]}-{threat.slug}-again"
     with tempfile.TemporaryDirectory(prefix="tla-evidence-") as scratch:
         folder = Path(scratch)
         try:
@@ -145,10 +142,8 @@ def _outcomes(folder: Path, report: Report) -> dict[str, ShardOutcome]:
         whole = found[0]
         # The gate images follow from the labels of the whole test set.
         if not np.array_equal(whole.indices, np.arange(report.data.images)):
-            reason = (
-                f"made before gate images were set aside, on {len(whole.indices)} of {report.data.images} test images, "
-                "which do not determine the gate images"
-            )
+            reason = f"made before gate images were set aside, on {len(whole.indices)} of {report.data.images} test "
+            reason += "images, which do not determine the gate images"
             raise UnavailableError("evaluation", folder.name, reason, "evaluate the model again")
         gate = gate_images(torch.from_numpy(whole.labels)).numpy()
         found = [replace(outcome, gate=gate[outcome.indices]) for outcome in found]
@@ -156,10 +151,6 @@ def _outcomes(folder: Path, report: Report) -> dict[str, ShardOutcome]:
         # Versions that did not store how AutoAttack was run, ran it under the report's threat model.
         threat, facts = report.threat_model, report.autoattack
         run = AutoAttackRun(facts.version, threat.norm, threat.epsilon, facts.stages)
-        found = [
-            replace(outcome, autoattack=run)
-            if "autoattack" in outcome.broken_at and outcome.autoattack is None
-            else outcome
-            for outcome in found
-        ]
+        lacking = ["autoattack" in outcome.broken_at and outcome.autoattack is None for outcome in found]
+        found = [replace(each, autoattack=run) if lacks else each for each, lacks in zip(found, lacking, strict=True)]
     return {name: outcome for outcome in reversed(found) for name in outcome.broken_at}

@@ -4,10 +4,8 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from tla_service.errors import UnavailableError, UserError
@@ -20,21 +18,15 @@ if TYPE_CHECKING:
 _BATCHES = (1, 2, 7)  # sizes to compare: the example's, others, and a single image
 _TOLERANCE = 1e-4  # float32 additions in another order, relative to the largest output
 _OUTPUTS = ("logits", "embeddings")
-Run = Callable[[npt.NDArray[np.float32]], Sequence[npt.NDArray[np.float32]]]
+Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 
-class Exported(NamedTuple):
-    """A file, and the largest difference of its outputs from the network's, relative to the largest output."""
-
-    path: Path
-    difference: float
-
-
-def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: str | None = None) -> list[Exported]:
+def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: str | None = None) -> dict[Path, float]:
     """Write a packaged model in other formats, and compare their outputs with the network's.
 
     Each takes images (N, C, H, W), float32 in [0, 1], with dynamic N, and returns logits and embeddings. Description,
-    model card and detector are copied to the same folder. A file that computes something else is removed.
+    model card and detector are copied to the same folder. A file that computes something else is removed. Returns the
+    files, each with the largest difference of its outputs, relative to the largest output.
     """
     try:
         artifacts, description = open_package(uri, tracking)
@@ -46,16 +38,21 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
     for name in ("model.json", "model_card.md", "detector.safetensors"):
         if (artifacts / name).is_file():
             shutil.copy(artifacts / name, folder / name)
-    program = _program(network, shape)
+    example = torch.rand(2, *shape)  # torch.export would treat a batch size of 1 as a constant
+    batches = {"images": {0: torch.export.Dim.AUTO}}
+    program = torch.export.export(_Plain(network).eval(), (example,), dynamic_shapes=batches)
+    program.example_inputs = None  # torch.export.save would pickle them
     writers = {"pt2": _write_pt2, "onnx": _write_onnx}
-    found = []
+    found = {}
     for kind in formats:
         path = folder / f"model.{kind}"
-        difference = _compare(writers[kind](program, path), network, shape)
+        run = writers[kind](program, path)
+        with torch.inference_mode():
+            difference = _compare(run, network, shape)
         if not difference <= _TOLERANCE:
             path.unlink()
             raise RuntimeError(f"{path.name} differs from the network by {difference:.2g} of its largest output")
-        found.append(Exported(path, difference))
+        found[path] = difference
     return found
 
 
@@ -72,24 +69,9 @@ class _Plain(torch.nn.Module):
         return output.logits, output.embeddings
 
 
-def _program(network: torch.nn.Module, shape: tuple[int, ...]) -> "ExportedProgram":
-    example = torch.rand(2, *shape)  # torch.export would treat a batch size of 1 as a constant
-    program = torch.export.export(
-        _Plain(network).eval(), (example,), dynamic_shapes={"images": {0: torch.export.Dim.AUTO}}
-    )
-    program.example_inputs = None  # torch.export.save would pickle them
-    return program
-
-
 def _write_pt2(program: "ExportedProgram", path: Path) -> Run:
     torch.export.save(program, path)
-    loaded = torch.export.load(path).module()
-
-    def run(images: npt.NDArray[np.float32]) -> Sequence[npt.NDArray[np.float32]]:
-        with torch.inference_mode():
-            return [output.numpy() for output in loaded(torch.from_numpy(images))]
-
-    return run
+    return torch.export.load(path).module()
 
 
 def _write_onnx(program: "ExportedProgram", path: Path) -> Run:
@@ -106,18 +88,17 @@ def _write_onnx(program: "ExportedProgram", path: Path) -> Run:
     made.save(str(path), external_data=False)
     session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda images: session.run(list(_OUTPUTS), {name: images})
+    return lambda images: [torch.from_numpy(each) for each in session.run(list(_OUTPUTS), {name: images.numpy()})]
 
 
 def _compare(run: Run, network: torch.nn.Module, shape: tuple[int, ...]) -> float:
-    random = np.random.default_rng(0)
-    worst = 0.0
+    """The largest difference relative to the largest output; NaN if there is one."""
+    random = torch.Generator().manual_seed(0)
+    differences = []
     for size in _BATCHES:
-        images = random.random((size, *shape), dtype=np.float32)
-        with torch.inference_mode():
-            expected = [output.numpy() for output in network(torch.from_numpy(images))]
-        for found, wanted in zip(run(images), expected, strict=True):
+        images = torch.rand(size, *shape, generator=random)
+        for found, wanted in zip(run(images), network(images), strict=True):
             if found.shape != wanted.shape:
                 return float("inf")
-            worst = max(worst, float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-12)))
-    return worst
+            differences.append((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+    return float(torch.stack(differences).max())

@@ -1,5 +1,6 @@
 """Reads weights as others publish them, and matches them to a network of this project."""
 
+import functools
 import pickle
 import re
 import zipfile
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tla_service.errors import ConfigError, UnavailableError, one_line
@@ -58,14 +60,11 @@ def read_entries(path: Path) -> Entries:
 
 
 def fit(entries: Entries, network: ImageClassifier, source: str) -> Fit:
-    """Find a network's weights among the entries of a file.
+    """Find a network's weights among the entries of a file, which `source` names in messages.
 
     Prefixes of wrappers (``module.``, ``model.``, ``module.model.``, ...) are dropped, and torchvision's names are
     supported. A normalization stored with the weights must be the network's. Of several copies, an exponential moving
-    average is preferred, as in timm and torchvision. `source` names the file in messages.
-
-    Raises:
-        ConfigError: Weights are missing, left over, of other shapes or not finite, or the normalization differs.
+    average is preferred, as in timm and torchvision. Raises `ConfigError` if they do not fit.
     """
     copies = [copy for entry, tensors in entries.items() for copy in _copies(entry, tensors, network)]
     if not copies:
@@ -83,22 +82,23 @@ def fit(entries: Entries, network: ImageClassifier, source: str) -> Fit:
 
 def _check_kind(path: Path, start: bytes) -> None:
     """Refuse other files, by their content rather than their name."""
+    bad = functools.partial(UnavailableError, "file", path)
     if start.startswith(b"version https://git-lfs"):
-        raise UnavailableError("file", path, "a Git LFS pointer, not the file itself", "fetch it with: git lfs pull")
+        raise bad("a Git LFS pointer, not the file itself", "fetch it with: git lfs pull")
     if start.lstrip().startswith(b"<"):
-        raise UnavailableError("file", path, "a web page, not weights", "download the file that the page links to")
+        raise bad("a web page, not weights", "download the file that the page links to")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         if any(name.endswith("/constants.pkl") for name in names):
             remedy = "load it with torch.jit.load where you trust it, and save its state_dict()"
-            raise UnavailableError("file", path, "a TorchScript program, which would run code", remedy)
+            raise bad("a TorchScript program, which would run code", remedy)
         if not any(name.endswith("data.pkl") for name in names):
             remedy = "unpack it, and give the .pt or .safetensors file in it"
-            raise UnavailableError("file", path, "a zip archive that torch.save did not write", remedy)
+            raise bad("a zip archive that torch.save did not write", remedy)
     elif not (start.startswith((b"PK", b"\x80")) or _is_safetensors(start)):
-        reason = "neither a PyTorch file nor safetensors"
-        raise UnavailableError("file", path, reason, "save a network's state_dict() with torch.save or safetensors")
+        remedy = "save a network's state_dict() with torch.save or safetensors"
+        raise bad("neither a PyTorch file nor safetensors", remedy)
 
 
 def _is_safetensors(start: bytes) -> bool:
@@ -106,26 +106,15 @@ def _is_safetensors(start: bytes) -> bool:
 
 
 def _loaded(path: Path, start: bytes) -> Any:
-    from safetensors.torch import load_file
-
     try:
-        if _is_safetensors(start):
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if "Unsupported" not in str(error):
-            raise _damaged(path, error) from error
-        what = f" ({found[1]})" if found else ""
-        reason = f"contains more than weights{what}, and loading it would run code"
-        remedy = "save only its state_dict where you trust it, preferably as .safetensors"
-        raise UnavailableError("file", path, reason, remedy) from error
+        return load_file(path) if _is_safetensors(start) else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> UnavailableError:
-    return UnavailableError("file", path, f"truncated or damaged ({one_line(error)})", "download it again")
+        reason, remedy = f"truncated or damaged ({one_line(error)})", "download it again"
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"contains more than weights{f' ({found[1]})' if found else ''}, and loading it would run code"
+            remedy = "save only its state_dict where you trust it, preferably as .safetensors"
+        raise UnavailableError("file", path, reason, remedy) from error
 
 
 def _entries(loaded: Any, name: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -181,10 +170,9 @@ def _mismatch(entries: Entries, network: ImageClassifier, source: str) -> Config
                 missing = [prefix + names[name] for name in wanted if prefix + names[name] not in tensors]
                 best = max(best, (len(wanted) - len(missing), missing), key=lambda found: found[0])
     count, missing = best
-    if not count:
-        reason = f"contains none of this network's weights ({len(entries)} entries with tensors)"
-        return ConfigError("file", source, reason, _REMEDY)
-    reason = f"does not match this network ({_listed(missing, 'is missing')})"
+    reason = f"contains none of this network's weights ({len(entries)} entries with tensors)"
+    if count:
+        reason = f"does not match this network ({_listed(missing, 'is missing')})"
     return ConfigError("file", source, reason, _REMEDY)
 
 
@@ -224,17 +212,15 @@ def _left_over(
 
 
 def _check_normalization(stored: Mapping[str, Tensor], network: ImageClassifier, source: str) -> None:
-    own = network.normalization
+    kinds = {name: _NORMALIZATION[name.rpartition(".")[2]] for name in stored}
     for name, value in stored.items():
-        kind = _NORMALIZATION[name.rpartition(".")[2]]
-        mine: Any = getattr(own, kind, None)
+        mine: Any = getattr(network.normalization, kinds[name], None)
         rounding = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
         is_alike = isinstance(mine, Tensor) and mine.numel() == value.numel()
         if not (is_alike and torch.allclose(mine.flatten(), value.flatten().float(), atol=1e-4 + rounding, rtol=0)):
             numbers = [round(number, 4) for number in value.flatten().float().tolist()]
-            kinds = {_NORMALIZATION[each.rpartition(".")[2]]: value.flatten().float() for each, value in stored.items()}
-            statistics = [kinds[each].tolist() if each in kinds else [] for each in ("mean", "std")]
-            known = normalization_with(*statistics)
+            statistics = {kind: stored[each].flatten().tolist() for each, kind in kinds.items()}
+            known = normalization_with(statistics.get("mean", []), statistics.get("std", []))
             remedy = f"set model.normalization to {known}" if known else "no model.normalization matches"
             reason = f"its normalization, {name} = {numbers}, is not the network's"
             raise ConfigError("file", source, reason, remedy)

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tla_service.errors import UserError
-from tla_service.evaluation.results import Accuracy, paired_difference, share_of
+from tla_service.evaluation.results import paired_difference, share_of
 from tla_service.evaluation.shards import ShardOutcome
 from tla_service.registry.job_settings import GateRules
 from tla_service.report.schema import Report
 from tla_service.report.settings import ImageCounts
 
 _COMPARED = ("clean", "autoattack")
+_BETTER = "train a better version, or change rules."
 _COUNTS = {"clean": "images.attacks", "autoattack": "images.autoattack"}  # settings of the evaluation
 
 
@@ -29,17 +29,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The evaluation of a version's verified files under one threat model.
-
-    `outcomes` has the per-image results by attack, with the gate images marked; `stages` the parts of the standard
-    AutoAttack that apply to its network; `again` the command that evaluates it again: ``run jobs/...``.
-    """
+    """The evaluation of a version's verified files under one threat model."""
 
     version: str
     report: Report
-    outcomes: Mapping[str, ShardOutcome]
-    stages: tuple[str, ...]
-    again: str
+    outcomes: Mapping[str, ShardOutcome]  # by attack, with the gate images marked
+    stages: tuple[str, ...]  # of the standard AutoAttack for its network
+    again: str  # the command that evaluates it again: run jobs/...
 
     @property
     def gate(self) -> dict[str, ShardOutcome]:
@@ -70,10 +66,8 @@ def judge(candidate: Evaluated, rules: GateRules) -> list[Finding]:
     return [
         _figures(candidate),
         _standard(candidate),
-        _at_least(candidate, "clean", "clean accuracy", "min_clean_accuracy", rules.min_clean_accuracy),
-        _at_least(
-            candidate, "autoattack", "AutoAttack accuracy", "min_autoattack_accuracy", rules.min_autoattack_accuracy
-        ),
+        _at_least(candidate, "clean", "clean accuracy", "min_clean_accuracy", rules),
+        _at_least(candidate, "autoattack", "AutoAttack accuracy", "min_autoattack_accuracy", rules),
         _enough(candidate, rules),
         _audited(candidate, rules),
         _detects(candidate, rules),
@@ -85,22 +79,13 @@ def compare(candidate: Evaluated, holder: Evaluated, alias: str, rules: GateRule
     mine, other = candidate.report.data.fingerprint, holder.report.data.fingerprint
     name = f"version {holder.version} ({alias})"
     different = [f"data {mine} instead of {other}"] if mine != other else []
-    different += [
-        f"different {attack} images"
-        for attack in _COMPARED
-        if not _same_images(candidate.gate.get(attack), holder.gate.get(attack))
-    ]
+    apart = [each for each in _COMPARED if not _same_images(candidate.gate.get(each), holder.gate.get(each))]
+    different += [f"different {attack} images" for attack in apart]
     remedy = candidate.again if candidate.images < holder.images else holder.again
     problem = f"not evaluated as {name}: {', '.join(different)}" if different else ""
     comparable = _finding("comparable", problem, f"same images, labels and threat model as {name}", remedy)
-    if different:
-        return [comparable]
-    return [comparable, *(_not_worse(candidate, holder, attack, name, rules) for attack in _COMPARED)]
-
-
-def refused(rule: str, error: UserError) -> Finding:
-    """A rule that a version fails because something cannot be used."""
-    return Finding(rule, passed=False, explanation=f"{error.reason}; {error.remedy}", remedy=error.remedy)
+    compared = () if different else _COMPARED
+    return [comparable, *(_not_worse(candidate, holder, attack, name, rules) for attack in compared)]
 
 
 def _finding(rule: str, problem: str, fine: str, remedy: str) -> Finding:
@@ -122,9 +107,9 @@ def _figures(candidate: Evaluated) -> Finding:
                 continue
             count, right = len(outcome.labels), int(outcome.standing(attack).sum())
             if stated.images != count or round((stated.estimate or 0.0) * count) != right:
-                wrong.append(
-                    f"{attack}{where}: the report states {_percent(stated)}, the per-image results {right} of {count}"
-                )
+                said = "nothing" if stated.estimate is None else f"{stated.estimate:.2%}"
+                said += f" of {stated.images}"
+                wrong.append(f"{attack}{where}: the report states {said}, the per-image results {right} of {count}")
     return _finding("figures", "; ".join(dict.fromkeys(wrong)), "match the per-image results", candidate.again)
 
 
@@ -142,18 +127,14 @@ def _standard(candidate: Evaluated) -> Finding:
     return _finding("AutoAttack", "; ".join(wrong), fine, candidate.again)
 
 
-def _at_least(candidate: Evaluated, attack: str, rule: str, setting: str, floor: float) -> Finding:
-    outcome = candidate.gate.get(attack)
+def _at_least(candidate: Evaluated, attack: str, rule: str, setting: str, rules: GateRules) -> Finding:
+    outcome, floor = candidate.gate.get(attack), getattr(rules, setting)
     if outcome is None or not len(outcome.labels):
         return _finding(rule, f"not measured on gate images; at least {floor:.1%} required", "", candidate.again)
     found = share_of(outcome.standing(attack))
     assert found.estimate is not None
     explanation = f"{found.estimate:.1%} ({found.low:.1%} to {found.high:.1%}, {found.images} gate images)"
-    return Finding(rule, found.estimate >= floor, f"{explanation}; at least {floor:.1%} required", _better(setting))
-
-
-def _better(setting: str) -> str:
-    return f"train a better version, or change rules.{setting}"
+    return Finding(rule, found.estimate >= floor, f"{explanation}; at least {floor:.1%} required", _BETTER + setting)
 
 
 def _enough(candidate: Evaluated, rules: GateRules) -> Finding:
@@ -206,7 +187,7 @@ def _detects(candidate: Evaluated, rules: GateRules) -> Finding:
         problem = f"AUC {score.auc:.3f} on {images} images; at least {rules.min_images} images required"
         return _finding("detection", problem, "", candidate.again)
     explanation = f"AUC {score.auc:.3f}, attacks of radius {measured.epsilon:g}; {required}"
-    return Finding("detection", score.auc >= rules.min_detection_auc, explanation, _better("min_detection_auc"))
+    return Finding("detection", score.auc >= rules.min_detection_auc, explanation, _BETTER + "min_detection_auc")
 
 
 def _same_images(first: ShardOutcome | None, second: ShardOutcome | None) -> bool:
@@ -219,14 +200,10 @@ def _not_worse(candidate: Evaluated, holder: Evaluated, attack: str, name: str, 
     own, other = (each.gate[attack].standing(attack) for each in (candidate, holder))
     found = paired_difference(own, other)
     is_worse = found.difference < 0 and found.p_value < rules.significance
+    points, low, high = (100 * each for each in (found.difference, found.low, found.high))
     explanation = (
-        f"{100 * found.difference:+.2f} points ({100 * found.low:+.2f} to {100 * found.high:+.2f}) compared with "
-        f"{name}: {(own & ~other).sum()} images gained, {(~own & other).sum()} lost; p = {found.p_value:.2g}"
+        f"{points:+.2f} points ({low:+.2f} to {high:+.2f}) compared with {name}: {(own & ~other).sum()} images "
     )
+    explanation += f"gained, {(~own & other).sum()} lost; p = {found.p_value:.2g}"
     passed = not (is_worse or -found.difference > rules.max_drop)
-    return Finding(f"{attack} not worse", passed, explanation, _better("max_drop"))
-
-
-def _percent(found: Accuracy) -> str:
-    estimate = "nothing" if found.estimate is None else f"{found.estimate:.2%}"
-    return f"{estimate} of {found.images}"
+    return Finding(f"{attack} not worse", passed, explanation, _BETTER + "max_drop")

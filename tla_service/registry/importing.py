@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from mlflow import MlflowClient
 
 from tla_service.config import RunConfig
 from tla_service.data import EvaluationBatches, load_dataset, split_validation
@@ -17,84 +17,69 @@ from tla_service.registry.integrity import sha256
 from tla_service.registry.job_settings import ImportSettings
 from tla_service.registry.packaging import check_packaging, log_model
 from tla_service.runtime import WorkerContext
-from tla_service.tracking.connection import check_tracking, client, experiment_id, retrying, tracking_uri
+from tla_service.tracking.connection import check_tracking, open_store, retrying
 from tla_service.tracking.runs import FINGERPRINT, RUN_KEY
 from tla_service.training.rejector import fit_rejector
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-METHOD = "imported"
+_METHOD = "imported"
 
 
 def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]:
-    """Read weights, match them to the network, fit the detector, measure clean accuracy, package and register.
+    """Match weights to a network, fit its detector, measure its clean accuracy, package and register it.
 
-    Returns:
-        The address of the version, its clean accuracy on the test set, and notes on which of the weights were used.
+    Returns the version's address, its clean accuracy on the test set, and notes on which of the weights were used.
     """
     path = Path(settings.file).expanduser()
     entries = read_entries(path)
     check_tracking(settings.tracking)
     dataset = load_dataset(settings.data)
-    network = build_model(
-        settings.model.name, len(dataset.class_names), dataset.image_shape, settings.model.normalization
-    )
+    model, names = settings.model, dataset.class_names
+    network = build_model(model.name, len(names), dataset.image_shape, model.normalization)
     found = fit(entries, network, settings.file)
     network.load_state_dict(found.state_dict)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
-    config = RunConfig.model_validate(
-        {
-            "seed": settings.seed,
-            "data": settings.data.model_dump(),
-            "model": settings.model.model_dump(),
-            "attack": {"norm": settings.norm, "epsilon": settings.radius, "step_size": settings.radius / 4},
-            "detection": settings.detection.model_dump(),
-        }
-    )
-    check_packaging(config, dataset.class_names, len(dataset.test), network.embedding_size)
+    attack = {"norm": settings.norm, "epsilon": settings.radius, "step_size": settings.radius / 4}
+    shared = settings.model_dump(include={"seed", "data", "model", "detection"})
+    config = RunConfig.model_validate(shared | {"attack": attack})
+    check_packaging(config, names, len(dataset.test), network.embedding_size)
     rows = torch.arange(len(dataset.test))
     alone = WorkerContext(device=device)
     batches = EvaluationBatches(dataset.test, rows, alone, batch_size=config.evaluation.batch_size)
     clean_accuracy = measure_accuracy(network, batches, {}, alone, settings.seed)["clean_accuracy"]
-    labels, fraction = dataset.train.labels, settings.data.validation_fraction
-    train, validation = split_validation(labels, fraction, settings.seed, dataset.class_names)
+    fraction = settings.data.validation_fraction
+    train, validation = split_validation(dataset.train.labels, fraction, settings.seed, names)
     arrays = fit_rejector(network, dataset.train, train, validation, config, device)
-    facts = {
-        FINGERPRINT: dataset.fingerprint,
-        "source": settings.source or path.name,
-        "note": "the validation images may be part of its training data",
-    } | ({"weights_used": "; ".join(found.notes)} if found.notes else {})
-    uri = tracking_uri(settings.tracking)
-    made = client(uri)
+    note = "the validation images may be part of its training data"
+    facts = {FINGERPRINT: dataset.fingerprint, "source": settings.source or path.name, "note": note}
+    facts |= {"weights_used": "; ".join(found.notes)} if found.notes else {}
+    uri, made, experiment = open_store(settings.tracking)
     key = f"import/{sha256(path)[:16]}"
-    run_id = retrying("Opening the run", lambda: _open_run(made, settings, uri, key, facts))
+    run_id = retrying("Opening the run", lambda: _open_run(made, experiment, key, facts))
     made.log_metric(run_id, "test/clean_accuracy", clean_accuracy)
     model_uri = log_model(
         uri,
         run_id,
         state_dict=network.cpu().state_dict(),
         config=config,
-        class_names=dataset.class_names,
+        class_names=names,
         image_shape=dataset.image_shape,
         example=dataset.test.fetch(rows[:4]).float().div(255).numpy(),
         metrics={"clean_accuracy": clean_accuracy},
         registered_model=settings.name or f"tla-{settings.data.name.replace('_', '-')}",
         facts=facts,
         rejector=Rejector.from_arrays(arrays) if arrays else None,
-        method=METHOD,
+        method=_METHOD,
     )
     made.set_terminated(run_id, "FINISHED")
     return model_uri, clean_accuracy, found.notes
 
 
-def _open_run(made: "MlflowClient", settings: ImportSettings, uri: str, key: str, facts: Mapping[str, str]) -> str:
+def _open_run(made: MlflowClient, experiment: str, key: str, facts: Mapping[str, str]) -> str:
     """The run of an import; the same file has the same run."""
-    experiment = experiment_id(made, settings.tracking.experiment, uri)
     runs = made.search_runs([experiment], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
     if runs:
         return str(runs[0].info.run_id)
     tags = {f"tla.{name}": value for name, value in facts.items()}
-    tags |= code_version() | {RUN_KEY: key, "tla.method": METHOD}
+    tags |= code_version() | {RUN_KEY: key, "tla.method": _METHOD}
     return str(made.create_run(experiment, run_name=key, tags=tags).info.run_id)

@@ -40,11 +40,8 @@ def write_manifest(folder: Path) -> str:
 def verify_package(folder: Path, subject: str, name: str, expected: str | None = None) -> None:
     """Raise `UnavailableError` unless a folder contains exactly the files that were packaged, and no pickle.
 
-    Args:
-        folder: The packaged model.
-        subject: Setting that named it, for messages.
-        name: Its address, for messages.
-        expected: SHA-256 of the manifest in the registry; None without a registry: the manifest is trusted then.
+    `expected` is the SHA-256 of the manifest in the registry; None without a registry: the manifest is trusted then.
+    `subject` and `name` are the setting that named the package, and its address, for messages.
     """
 
     def bad(reason: str, remedy: str = "load another version") -> UnavailableError:
@@ -78,10 +75,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _is_cache(path: Path) -> bool:
-    """Whether a file is what Python compiles from a source beside it, when MLflow loads a model in place.
-
-    Compared with the source, since a planted one would run instead of it.
-    """
+    """Whether a file is what Python compiles from the source beside it: a planted one would run instead of it."""
     source = path.parent.parent / f"{path.name.partition('.')[0]}.py"
     if path.parent.name != "__pycache__" or path.suffix != ".pyc" or path.is_symlink() or not source.is_file():
         return False

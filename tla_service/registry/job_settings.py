@@ -15,6 +15,7 @@ from tla_service.config.radii import documented_radius, no_radius
 from tla_service.report.schema import ThreatModel
 
 Format = Literal["pt2", "onnx"]
+_UNIT = "pixels in [0, 1], or L2 length"
 
 
 class GateRules(Section):
@@ -23,9 +24,7 @@ class GateRules(Section):
     norm: Norm | None = setting(
         None, "norm of the threat model to judge under; none: the one that the version was trained for"
     )
-    epsilon: Pixels | None = setting(
-        None, "radius of that threat model; required with norm", unit="pixels in [0, 1], or L2 length", gt=0
-    )
+    epsilon: Pixels | None = setting(None, "radius of that threat model; required with norm", unit=_UNIT, gt=0)
     min_clean_accuracy: float = setting(0.5, "minimum accuracy on clean gate images", ge=0, le=1)
     min_autoattack_accuracy: float = setting(0.2, "minimum accuracy on gate images under AutoAttack", ge=0, le=1)
     min_images: int = setting(100, "minimum number of gate images that AutoAttack was run on", unit="images", ge=1)
@@ -41,10 +40,8 @@ class GateRules(Section):
 
     @property
     def threat_model(self) -> ThreatModel | None:
-        """The threat model to judge under; None: the one that the version was trained for."""
-        if self.norm is None or self.epsilon is None:
-            return None
-        return ThreatModel(norm=self.norm, epsilon=self.epsilon)
+        """The threat model to judge under, if it is given."""
+        return ThreatModel(norm=self.norm, epsilon=self.epsilon) if self.norm and self.epsilon else None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -52,8 +49,7 @@ class GateRules(Section):
             raise wrong("rules.epsilon", self.epsilon, "a radius without its norm", "give rules.norm, too")
         if self.norm is not None and self.epsilon is None:
             raise wrong("rules.norm", self.norm, "a norm without its radius", "give rules.epsilon, too")
-        threat = self.threat_model
-        trouble = None if threat is None else length_trouble("rules", threat.norm, threat.epsilon)
+        trouble = length_trouble("rules", self.norm, self.epsilon) if self.norm and self.epsilon else None
         if trouble is not None:
             raise wrong(*trouble)
         return self
@@ -108,10 +104,7 @@ class ImportSettings(JobSettings):
     data: DataConfig = DataConfig()
     norm: Norm = setting("linf", "norm of the threat model they were trained for")
     epsilon: Pixels | None = setting(
-        None,
-        "radius of that threat model; none: the one documented for the dataset",
-        unit="pixels in [0, 1], or L2 length",
-        gt=0,
+        None, "radius of that threat model; none: the one documented for the dataset", unit=_UNIT, gt=0
     )
     source: str = setting("", "origin of the weights for the model card: a paper, a URL", max_length=5000)
     detection: DetectionConfig = DetectionConfig()

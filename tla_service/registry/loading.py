@@ -81,8 +81,7 @@ def load_with_folder(uri: str, tracking: str | None = None) -> tuple["torch.nn.M
 def open_package(uri: str, tracking: str | None = None) -> tuple[Path, dict[str, Any]]:
     """Download a packaged model and verify that it is unmodified; arguments and errors as for :func:`load_model`.
 
-    Returns:
-        The local folder of its artifacts, deleted when the process ends, and the content of ``model.json``.
+    Returns the local folder of its artifacts, deleted when the process ends, and the content of ``model.json``.
     """
     folder, digest = _fetch(uri, tracking)
     return _open_folder(folder, uri, digest)
@@ -188,7 +187,7 @@ def _open_folder(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict
     verify_package(folder.parent if is_inner else folder, FIELD, uri, digest)
     artifacts = folder if is_inner else folder / "artifacts"
     try:
-        description = _json(artifacts / "model.json")
+        description: dict[str, Any] = json.loads((artifacts / "model.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         reason = "contains no model.json, so it was not packaged by this project"
         raise UnavailableError(FIELD, uri, reason, "give a model of this project, or a checkpoint folder") from error
@@ -207,13 +206,9 @@ def _read_checkpoint(folder: Path, uri: str) -> tuple[Path, dict[str, Any]]:
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
         model = RunConfig.model_validate(parse_yaml(text, FIELD, uri)).model
-        data = _json(folder / "data.json")
+        data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         reason = f"the checkpoint is incomplete: {Path(error.filename).name} is missing"
         raise UnavailableError(FIELD, uri, reason, "give another checkpoint") from error
     facts = {"architecture": model.name, "normalization": model.normalization, "image_shape": data["image_shape"]}
     return folder, facts | {"num_classes": len(data["class_names"]), "weights": {"file": "best.safetensors"}}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))

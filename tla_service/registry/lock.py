@@ -8,19 +8,20 @@ must therefore call `check` before each write; it may hold the lock for a third 
 """
 
 import contextlib
+import functools
 import logging
 import random
 import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.utils import get_results_from_paginated_fn
 
 from tla_service.errors import UnavailableError
 from tla_service.tracking.connection import is_passing, retrying
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 STALE_SECONDS = 90.0
 _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.02, 10.0
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 class RegistryLock:
     """See `registry_lock`; `generation` increases with every holder."""
 
-    def __init__(self, made: "MlflowClient", name: str, stale_seconds: float = STALE_SECONDS) -> None:
+    def __init__(self, made: MlflowClient, name: str, stale_seconds: float = STALE_SECONDS) -> None:
         self.generation = 0
         self._made, self._prefix, self._stale_seconds = made, f"{name}-lock-", stale_seconds
         self._deadline = 0.0
@@ -53,12 +54,12 @@ class RegistryLock:
             highest = max(found, default=0)
             if highest != seen:
                 seen, since = highest, time.monotonic()
-            is_stale = time.monotonic() - since > self._stale_seconds
-            if not found or found[highest] or is_stale:
-                if is_stale and not found.get(highest, True):
-                    _log.warning("Taking over a promotion lock that was held for %.0f s", self._stale_seconds)
-                if self.take(highest + 1):
-                    return True
+            is_free = found.get(highest, True)
+            is_stale = not is_free and time.monotonic() - since > self._stale_seconds
+            if is_stale:
+                _log.warning("Taking over a promotion lock that was held for %.0f s", self._stale_seconds)
+            if (is_free or is_stale) and self.take(highest + 1):
+                return True
             if not wanted():
                 return False
             if time.monotonic() > deadline:
@@ -70,8 +71,6 @@ class RegistryLock:
 
     def take(self, generation: int) -> bool:
         """Create a generation; True if that makes this process the holder."""
-        from mlflow.exceptions import MlflowException
-
         owner = uuid.uuid4().hex
         try:
             self._made.create_registered_model(self._name(generation), {_OWNER: owner}, _DESCRIPTION)
@@ -95,10 +94,8 @@ class RegistryLock:
         return True
 
     def release(self) -> None:
-        """Let the next contender in; a lock whose release fails becomes stale."""
-        name = self._name(self.generation)
-        with contextlib.suppress(Exception):
-            retrying("Releasing the lock", lambda: self._made.set_registered_model_tag(name, _RELEASED, "true"))
+        """Let the next contender in."""
+        self._made.set_registered_model_tag(self._name(self.generation), _RELEASED, "true")
 
     def _delete(self, generation: int) -> None:
         with contextlib.suppress(Exception):  # another contender has deleted it, or the next holder will
@@ -109,30 +106,25 @@ class RegistryLock:
 
     def _generations(self) -> dict[int, bool]:
         """Existing generations, and whether each is released."""
+        search = functools.partial(self._made.search_registered_models, f"name LIKE '{self._prefix}%'")
+        found = get_results_from_paginated_fn(  # type: ignore[no-untyped-call]
+            lambda count, token: search(count, page_token=token), 100
+        )
         pattern = re.compile(re.escape(self._prefix) + r"(\d{8})")
-        found: dict[int, bool] = {}
-        token: str | None = ""
-        while token is not None:
-            page = self._made.search_registered_models(f"name LIKE '{self._prefix}%'", 100, page_token=token or None)
-            matches = ((pattern.fullmatch(model.name), model) for model in page)
-            found |= {int(match[1]): _RELEASED in model.tags for match, model in matches if match}
-            token = page.token or None
-        return found
+        matches = ((pattern.fullmatch(model.name), model) for model in found)
+        return {int(match[1]): _RELEASED in model.tags for match, model in matches if match}
 
 
 @contextlib.contextmanager
 def registry_lock(
-    made: "MlflowClient",
+    made: MlflowClient,
     name: str,
     *,
     wanted: Callable[[], bool] = lambda: True,
     timeout_seconds: float = 900.0,
     stale_seconds: float = STALE_SECONDS,
 ) -> Iterator[RegistryLock | None]:
-    """Hold a lock against every other process that uses the same registry; raises `UnavailableError` on a timeout.
-
-    `wanted` is polled while waiting: once it returns False, the wait ends with None.
-    """
+    """Hold a lock against every process that uses the registry; None once `wanted`, polled while waiting, is false."""
     lock = RegistryLock(made, name, stale_seconds)
     if not lock.acquire(wanted, timeout_seconds):
         yield None
@@ -140,4 +132,6 @@ def registry_lock(
     try:
         yield lock
     finally:
-        lock.release()
+        # A lock whose release fails becomes stale.
+        with contextlib.suppress(Exception):
+            retrying("Releasing the lock", lock.release)

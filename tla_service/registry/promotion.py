@@ -8,7 +8,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from mlflow.exceptions import MlflowException
 
 from tla_service.config import TrackingConfig
 from tla_service.environment import code_version
@@ -20,23 +22,16 @@ from tla_service.registry.lock import RegistryLock, registry_lock
 from tla_service.report.schema import ThreatModel
 from tla_service.tracking.connection import client, experiment_id, retrying, tracking_uri
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
 EXPERIMENT = "tla-promotions"
 _TAG_LENGTH = 5000  # MLflow's limit
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome of a promotion.
+    """The outcome of a promotion; ``unchanged`` if the version carries the alias already.
 
-    Attributes:
-        verdict: ``unchanged`` if the version carries the alias already.
-        version: The version in question; after a rollback, the one that carries the alias now.
-        replaced: Version that carried the alias before, if any.
-        findings: The outcome of each rule.
-        sequence: Increases with every change of the alias; 0 if nothing changed.
+    `version` is the one in question, and after a rollback the one that carries the alias now; `replaced` carried it
+    before. `sequence` increases with every change of the alias; 0 if nothing changed.
     """
 
     verdict: Literal["promoted", "refused", "unchanged", "rolled back"]
@@ -56,7 +51,7 @@ class Promotion:
 
     def __init__(self, tracking: TrackingConfig, model: str, alias: str, rules: GateRules) -> None:
         self._uri = tracking_uri(tracking)
-        self._made: MlflowClient = client(self._uri)
+        self._made = client(self._uri)
         self._model, self._alias, self._rules = model, alias, rules
         # Files and reports are immutable, so each is examined once.
         self._files = functools.cache(functools.partial(examine_files, self._made, self._uri, model))
@@ -114,18 +109,17 @@ class Promotion:
         intact, theirs = self._files(holder, self._alias)
         if theirs is None:
             return [intact]
-        if self._rules.threat_model is None and theirs.trained_for.slug != threat.slug:
+        other = theirs.trained_for
+        if self._rules.threat_model is None and other.slug != threat.slug:
             # A version must not replace the champion by being trained for a weaker threat model.
             explanation = (
-                f"trained for {threat}, but version {holder} ({self._alias}) for {theirs.trained_for}; name the threat "
-                "model to compare them under: rules.norm and rules.epsilon"
+                f"trained for {threat}, but version {holder} ({self._alias}) for {other}; name the threat model "
             )
-            alias = "" if self._alias == "champion" else f" --alias {self._alias}"
-            remedy = (
-                f"run jobs/promote_model.py --model {self._model} --version {candidate.version}{alias} "
-                f"--rules.norm {theirs.trained_for.norm} --rules.epsilon {theirs.trained_for.radius}"
-            )
-            return [Finding("comparable", passed=False, explanation=explanation, remedy=remedy)]
+            explanation += "to compare them under: rules.norm and rules.epsilon"
+            remedy = f"run jobs/promote_model.py --model {self._model} --version {candidate.version}"
+            remedy += "" if self._alias == "champion" else f" --alias {self._alias}"
+            remedy += f" --rules.norm {other.norm} --rules.epsilon {other.radius}"
+            return [Finding("comparable", False, explanation, remedy)]
         evaluated, champion = self._evaluation(theirs, threat, self._alias)
         return [evaluated] if champion is None else compare(candidate, champion, self._alias, self._rules)
 
@@ -143,26 +137,25 @@ class Promotion:
 
     def _apply(self, decision: Decision, previous: str | None, lock: RegistryLock) -> Decision:
         """Change the aliases. An interruption leaves a record with status RUNNING."""
-        from mlflow.exceptions import MlflowException
-
-        model, alias, before = self._model, self._alias, previous_alias(self._alias)
+        before = previous_alias(self._alias)
         with self._recorded(decision):
             try:
                 if decision.verdict == "promoted":
                     lock.check()
                     self._tag(decision.version, "replaced", decision.replaced or "")
                 lock.check()
-                self._set_alias(alias, decision.version)
+                self._set_alias(self._alias, decision.version)
                 lock.check()
                 if previous is not None:
                     self._set_alias(before, previous)
                 else:
                     with contextlib.suppress(MlflowException):  # it does not exist
-                        self._made.delete_registered_model_alias(model, before)
+                        self._made.delete_registered_model_alias(self._model, before)
             except MlflowException as error:
                 if error.error_code != "INVALID_PARAMETER_VALUE":
                     raise
-                raise ConfigError("alias", alias, f"MLflow refuses it ({one_line(error)})", "choose another") from error
+                reason = f"MLflow refuses it ({one_line(error)})"
+                raise ConfigError("alias", self._alias, reason, "choose another") from error
         return decision
 
     def _set_alias(self, alias: str, version: str) -> None:
@@ -171,19 +164,24 @@ class Promotion:
     @contextlib.contextmanager
     def _recorded(self, decision: Decision) -> Iterator[None]:
         """Record a decision in a run of its own, as a version's tags keep the last one only."""
-        key, findings = uuid.uuid4().hex, _as_json(decision.findings)
-        tags = {
-            "tla.promotion": decision.verdict,
-            "tla.promotion.id": key,
-            "tla.promotion.model": self._model,
-            "tla.promotion.version": decision.version,
-            "tla.promotion.alias": self._alias,
-            "tla.promotion.replaced": decision.replaced or "",
-            "tla.promotion.sequence": str(decision.sequence),
-            "tla.promotion.rules": self._rules.model_dump_json(),
-            "tla.promotion.findings": findings,
-            **code_version(),
+        key = uuid.uuid4().hex
+        found = [
+            {"rule": each.rule, "passed": each.passed, "explanation": each.explanation} for each in decision.findings
+        ]
+        while len(findings := json.dumps(found)) > _TAG_LENGTH:
+            found.pop()  # as many as fit into a tag
+        facts = {
+            "id": key,
+            "model": self._model,
+            "version": decision.version,
+            "alias": self._alias,
+            "replaced": decision.replaced or "",
+            "sequence": str(decision.sequence),
+            "rules": self._rules.model_dump_json(),
+            "findings": findings,
         }
+        tags = {"tla.promotion": decision.verdict, **{f"tla.promotion.{name}": fact for name, fact in facts.items()}}
+        tags |= code_version()
         name = f"{self._model}/{decision.version} {decision.verdict}"
 
         def create() -> str:
@@ -204,11 +202,3 @@ class Promotion:
     def _tag(self, version: str, name: str, value: str) -> None:
         key = f"tla.{self._alias}.{name}"
         retrying("Tagging the version", lambda: self._made.set_model_version_tag(self._model, version, key, value))
-
-
-def _as_json(findings: Sequence[Finding]) -> str:
-    """As many findings as fit into a tag."""
-    found = [{"rule": each.rule, "passed": each.passed, "explanation": each.explanation} for each in findings]
-    while len(text := json.dumps(found)) > _TAG_LENGTH:
-        found.pop()
-    return text

@@ -1,8 +1,4 @@
-"""The models-from-code script of MLflow, copied into every model version.
-
-It imports only the code in a version (``tla_service.inference``, ``tla_service.models``) and its pinned requirements,
-so it works without an installation of this project.
-"""
+"""The models-from-code script of MLflow, copied into every version: it imports only the code and packages in that."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +13,7 @@ from tla_service.inference.predictor import Predictor
 
 
 class Refusal(MlflowException):
-    """Invalid input: status 400 when served.
-
-    MLflow's server puts the whole input before an error's message, so the message cannot be reassigned.
-    """
+    """Invalid input; status 400 when served. MLflow's server would put the whole input before the message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, error_code=INVALID_PARAMETER_VALUE)

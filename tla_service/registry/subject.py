@@ -2,7 +2,6 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from safetensors.numpy import load_file
 
@@ -17,18 +16,7 @@ from tla_service.tracking.connection import client
 
 
 def load_subject(uri: str, field: str, tracking: str) -> Subject:
-    """Load a model with what is known of it.
-
-    Args:
-        uri: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, ``models:/m-...``, ``runs:/RUN/model``, a packaged
-            model's folder or a checkpoint folder.
-        field: Setting that named it, for messages.
-        tracking: Tracking store.
-
-    Raises:
-        ConfigError: The address cannot be one.
-        UnavailableError: There is no such model, it was changed, or the server is away.
-    """
+    """Load a model with what is known of it; addresses and errors as for `load_model`, about the setting `field`."""
     if (Path(uri).expanduser() / WEIGHTS).is_file():
         return load_checkpoint_subject(uri, field)
     try:
@@ -36,24 +24,27 @@ def load_subject(uri: str, field: str, tracking: str) -> Subject:
     except (ConfigError, UnavailableError) as error:
         raise type(error)(field, uri, error.reason, error.remedy) from error
     inner = folder / "artifacts" if (folder / "artifacts").is_dir() else folder
-    described = _yaml(inner / "model.json")
-    logged = folder / "MLmodel"
-    run_id = _yaml(logged).get("run_id") if logged.is_file() else None
-    in_registry = uri.startswith(("models:/", "runs:/"))
-    config = _run_config(tracking, run_id) if run_id and in_registry else None
-    name, version = _version(uri, tracking)
+    described = read_yaml(inner / "model.json", "model")  # JSON is YAML
+    run_id = config = name = version = None
+    if uri.startswith(("models:/", "runs:/")):
+        run_id = read_yaml(folder / "MLmodel", "model").get("run_id")
+        config = _run_config(tracking, run_id) if run_id else None
+    if uri.startswith("models:/") and not uri.startswith("models:/m-"):
+        # Registered name and version that an alias names now.
+        name, _, version = pin_version(uri, tracking).removeprefix("models:/").rpartition("/")
     threat_model = ThreatModel.model_validate(described["threat_model"])
     facts = ModelFacts(
         uri=uri,
         name=name,
         version=version,
-        run_id=run_id if in_registry else None,
+        run_id=run_id,
         weights_sha256=described["weights"]["sha256"],
         architecture=described["architecture"],
         method=described["method"],
         seed=config.seed if config is not None else None,
         trained_for=threat_model,
     )
+    detector = described.get("detector")
     return Subject(
         facts=facts,
         network=network,
@@ -62,26 +53,12 @@ def load_subject(uri: str, field: str, tracking: str) -> Subject:
         threat_model=threat_model,
         config=config,
         trained_on=described.get("facts", {}).get("data_fingerprint"),
-        rejector=_rejector(inner, described),
+        rejector=None if detector is None else Rejector.from_arrays(load_file(inner / detector["file"])),
     )
 
 
-def _rejector(folder: Path, described: dict[str, Any]) -> Rejector | None:
-    """The detector in a packaged model; its file was compared with its digest when the package was opened."""
-    facts = described.get("detector")
-    return None if facts is None else Rejector.from_arrays(load_file(folder / facts["file"]))
-
-
-def _version(uri: str, tracking: str) -> tuple[str | None, str | None]:
-    """Registered name and version that an address names now, an alias resolved."""
-    if not uri.startswith("models:/") or uri.startswith("models:/m-"):
-        return None, None
-    name, _, version = pin_version(uri, tracking).removeprefix("models:/").rpartition("/")
-    return name, version
-
-
 def _run_config(tracking: str, run_id: str) -> RunConfig | None:
-    """The configuration that is stored with a run; None where there is none."""
+    """The configuration that is stored with a run, if any."""
     from mlflow.exceptions import MlflowException
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -90,13 +67,8 @@ def _run_config(tracking: str, run_id: str) -> RunConfig | None:
         except (MlflowException, OSError):
             return None
         try:
-            return RunConfig.model_validate(_yaml(Path(path)))
+            return RunConfig.model_validate(read_yaml(Path(path), "model"))
         except ValueError as error:
             reason = f"the configuration of its run {run_id} cannot be read ({one_line(error)})"
             remedy = "install the version of tla-service that trained it"
             raise ConfigError("model", None, reason, remedy) from error
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    """A YAML file, or JSON, which is YAML too."""
-    return dict(read_yaml(path, "model"))

@@ -1,40 +1,52 @@
-"""The Ray Serve application: replicas that classify, and one that collects metrics.
-
-| request | response |
-|---|---|
-| `GET /` | the model: address, classes, image shape, detector |
-| `GET /health` | 200 once the model is loaded |
-| `GET /metrics` | requests, latencies and verdicts, for Prometheus |
-| `POST /predict` | labels, probabilities, detection scores, verdicts |
-"""
+"""The Ray Serve application: replicas that classify, and one that collects metrics."""
 
 import asyncio
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError
 from tla_service.inference.images import BadImages
+from tla_service.registry.loading import open_package, pin_version
 from tla_service.serving.bodies import ENCODED, JSON, NPY, parse_body
-from tla_service.serving.metrics import Meter
 from tla_service.serving.settings import ServeSettings
+from tla_service.tracking.connection import tracking_uri
 
-if TYPE_CHECKING:
-    from starlette.requests import Request
-    from starlette.responses import Response
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
+_FACTS = ("architecture", "method", "threat_model", "class_names", "image_shape", "detector")
 
 
-class RequestError(Exception):
-    """A request that is refused with an HTTP status."""
+@serve.deployment(num_replicas=1, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
+class Meter:
+    """Metrics of all replicas that serve one model version, in Prometheus' text format."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(status, message)
-        self.status, self.message = status, message
+    def __init__(self, model: str) -> None:
+        registry = self._registry = CollectorRegistry()
+        self._requests = Counter("tla_serve_requests", "Responses by status", ["status"], registry=registry)
+        self._images = Counter("tla_serve_images", "Images by the detector's verdict", ["verdict"], registry=registry)
+        self._seconds = Histogram("tla_serve_seconds", "Latency of responses", buckets=_BUCKETS, registry=registry)
+        Gauge("tla_serve_model", "The served version", ["uri"], registry=registry).labels(model).set(1)
+
+    async def count(self, status: int, seconds: float, accepted: int, rejected: int) -> None:
+        """Count a response."""
+        self._requests.labels(str(status)).inc()
+        self._seconds.observe(seconds)
+        self._images.labels("accepted").inc(accepted)
+        self._images.labels("rejected").inc(rejected)
+
+    async def text(self) -> str:
+        """All metrics."""
+        return generate_latest(self._registry).decode()
 
 
 @serve.deployment
@@ -42,23 +54,19 @@ class Classifier:
     """A replica of ``model`` (``models:/NAME/VERSION``), from the registry at ``uri``."""
 
     def __init__(self, settings: ServeSettings, model: str, uri: str, meter: "DeploymentHandle[Any]") -> None:
-        from tla_service.inference.predictor import Predictor
-        from tla_service.registry.loading import open_package
+        from tla_service.inference.predictor import Predictor  # imports torch, which only replicas need
 
         self._settings, self._model, self._meter = settings, model, meter
         artifacts, self._description = open_package(model, uri)
-        self._predictor = Predictor.load(Path(artifacts), "cuda" if settings.gpus_per_replica else "cpu")
+        self._predictor = Predictor.load(artifacts, "cuda" if settings.gpus_per_replica else "cpu")
         self._classify.set_max_batch_size(settings.max_batch_images)  # type: ignore[attr-defined]
         self._classify.set_batch_wait_timeout_s(settings.batch_wait_seconds)  # type: ignore[attr-defined]
 
-    async def __call__(self, request: "Request") -> "Response":
+    async def __call__(self, request: Request) -> Response:
         """Handle a request."""
-        from starlette.responses import JSONResponse, PlainTextResponse
-
         route = f"{request.method} {request.url.path.rstrip('/') or '/'}"
         if route == "GET /":
-            names = ("architecture", "method", "threat_model", "class_names", "image_shape", "detector")
-            facts = {name: self._description[name] for name in names}
+            facts = {name: self._description[name] for name in _FACTS}
             sha256 = self._description["weights"]["sha256"]
             return JSONResponse({"model": self._model, **facts, "weights_sha256": sha256})
         if route == "GET /health":
@@ -66,29 +74,28 @@ class Classifier:
         if route == "GET /metrics":
             return PlainTextResponse(await self._meter.text.remote(), media_type="text/plain; version=0.0.4")
         if route != "POST /predict":
-            return JSONResponse(
-                {"error": "not found; available: GET /, /health, /metrics and POST /predict"}, status_code=404
-            )
+            available = "GET /, /health, /metrics and POST /predict"
+            return JSONResponse({"error": f"not found; available: {available}"}, status_code=404)
         began = time.perf_counter()
         accepted = rejected = 0
         try:
             answer, accepted, rejected = await self._predict(request)
             status = 200
-        except RequestError as error:
-            answer, status = {"error": error.message}, error.status
+        except HTTPException as error:
+            answer, status = {"error": error.detail}, error.status_code
         self._meter.count.remote(status, time.perf_counter() - began, accepted, rejected)
         return JSONResponse(answer, status_code=status)
 
-    async def _predict(self, request: "Request") -> tuple[dict[str, Any], int, int]:
+    async def _predict(self, request: Request) -> tuple[dict[str, Any], int, int]:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (JSON, NPY, *ENCODED):
-            raise RequestError(415, f"send {', '.join((JSON, NPY, *ENCODED))}, not {content_type or 'nothing'}")
+            raise HTTPException(415, f"send {', '.join((JSON, NPY, *ENCODED))}, not {content_type or 'nothing'}")
         body = await self._body(request)
         shape, most = self._predictor.image_shape, self._settings.max_request_images
         try:
             images, embedding = await asyncio.to_thread(parse_body, body, content_type, shape, most)
         except BadImages as error:
-            raise RequestError(400, str(error)) from None
+            raise HTTPException(400, str(error)) from None
         # Each chunk fits into a batch; the batcher combines them again.
         size = self._settings.max_batch_images
         chunks = [images[start : start + size] for start in range(0, len(images), size)]
@@ -101,13 +108,13 @@ class Classifier:
         answer = {"model": self._model, "class": names, **{name: found[name].tolist() for name in found}}
         return answer, len(images) - rejected, rejected
 
-    async def _body(self, request: "Request") -> bytes:
+    async def _body(self, request: Request) -> bytes:
         """The body, limited in size whatever Content-Length says."""
         limit, parts, size = self._settings.max_request_bytes, [], 0
         async for part in request.stream():
             size += len(part)
             if size > limit:
-                raise RequestError(413, f"the body exceeds {limit} bytes; send the images in several requests")
+                raise HTTPException(413, f"the body exceeds {limit} bytes; send the images in several requests")
             parts.append(part)
         return b"".join(parts)
 
@@ -126,17 +133,8 @@ def app(arguments: dict[str, Any]) -> Application:
     """The application for the ``args`` of Serve's configuration.
 
     An alias is resolved once, here, so that replicas started later serve the same version; redeploy to follow it.
-
-    Raises:
-        ConfigError: A field is invalid, or the address is not that of a registered version.
-        UnavailableError: There is no such version, or the registry is unavailable.
+    Raises `UserError` for an invalid field or address, a version that does not exist and an unavailable registry.
     """
-    from pydantic import ValidationError
-
-    from tla_service.config import TrackingConfig
-    from tla_service.registry.loading import pin_version
-    from tla_service.tracking.connection import tracking_uri
-
     try:
         settings = ServeSettings.model_validate(arguments)
     except ValidationError as error:

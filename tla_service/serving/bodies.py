@@ -14,11 +14,7 @@ ENCODED = ("image/png", "image/jpeg")
 def parse_body(
     body: bytes, content_type: str, image_shape: tuple[int, int, int], max_images: int
 ) -> tuple[np.ndarray, bool]:
-    """Images (N, C, H, W), float32 in [0, 1], of a request, and whether embeddings are requested.
-
-    The body is JSON (``{"images": ..., "embedding": false}``), a ``.npy`` array, or one encoded image; `BadImages` is
-    raised if it cannot be parsed, or its images cannot be classified.
-    """
+    """Images (N, C, H, W), float32 in [0, 1], and whether embeddings are requested; raises `BadImages`."""
     embedding = False
     if content_type == JSON:
         try:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 FIELD = "tracking.uri"
-CHECK_TIMEOUT_SECONDS = 5
-RETRY_SECONDS, RESULT_SECONDS = 16.0, 300.0
+_CHECK_TIMEOUT_SECONDS = 5
 _SQLITE = "sqlite:///"
 _OLDEST_SERVER = 3
+_API = "/api/2.0/mlflow/experiments"
 _FILE_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 T = TypeVar("T")
@@ -53,10 +54,7 @@ def client(uri: str) -> "MlflowClient":
     """An MLflow client; creates the tables of an SQLite file that does not exist yet.
 
     MLflow retries silently for four minutes. That is turned off for this process, unless the environment sets it:
-    see `retrying`.
-
-    Raises:
-        UnavailableError: The address is invalid, or a database cannot be opened. A server is not contacted yet.
+    see `retrying`. A server is not contacted yet.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -105,7 +103,7 @@ def experiment_id(made: "MlflowClient", name: str, uri: str) -> str:
         path = sqlite_path(uri)
         location = None if path is None else (path.parent / "mlartifacts").as_uri()
         try:
-            return str(made.create_experiment(name, artifact_location=location))
+            return made.create_experiment(name, artifact_location=location)
         except MlflowException:
             found = made.get_experiment_by_name(name)  # another process may have created it meanwhile
             if found is None:
@@ -115,12 +113,17 @@ def experiment_id(made: "MlflowClient", name: str, uri: str) -> str:
     return str(found.experiment_id)
 
 
-def retrying(what: str, action: Callable[[], T], *, seconds: float = RETRY_SECONDS) -> T:
+def open_store(config: TrackingConfig) -> tuple[str, "MlflowClient", str]:
+    """The tracking store, a client of it, and the id of the configured experiment."""
+    uri = tracking_uri(config)
+    made = client(uri)
+    return uri, made, retrying("Opening the experiment", lambda: experiment_id(made, config.experiment, uri))
+
+
+def retrying(what: str, action: Callable[[], T], *, seconds: float = 16) -> T:
     """Call something that needs the server; retry with exponential backoff while it is unavailable or busy.
 
-    Raises:
-        UnavailableError: The server stayed unavailable for `seconds`.
-        Exception: Anything else that the call raised.
+    Raises `UnavailableError` if it stayed so for `seconds`, and what else the call raised.
     """
     try:
         return retried(what, action, is_passing, seconds=seconds)
@@ -133,8 +136,8 @@ def retrying(what: str, action: Callable[[], T], *, seconds: float = RETRY_SECON
 
 
 def storing(what: str, action: Callable[[], T]) -> T:
-    """As `retrying`, for `RESULT_SECONDS`: hours of work must not be lost to a server that restarts."""
-    return retrying(what, action, seconds=RESULT_SECONDS)
+    """As `retrying`, for five minutes: hours of work must not be lost to a server that restarts."""
+    return retrying(what, action, seconds=300)
 
 
 def is_passing(error: Exception) -> bool:
@@ -175,24 +178,27 @@ def check_tracking(config: TrackingConfig) -> None:
 def probe_tracking(config: TrackingConfig) -> float:
     """Create a run with a metric and a file, read the file back, and delete the run; returns the seconds it took."""
     check_tracking(config)
-    uri = tracking_uri(config)
     began = time.perf_counter()
-    made = client(uri)
-    run_id = made.create_run(experiment_id(made, config.experiment, uri), run_name="checkup").info.run_id
+    uri, made, experiment = open_store(config)
+    run_id = made.create_run(experiment, run_name="checkup").info.run_id
     try:
         made.log_metric(run_id, "checkup", 1.0)
         made.log_text(run_id, "ok", "checkup.txt")
         with tempfile.TemporaryDirectory() as folder:
             text = Path(made.download_artifacts(run_id, "checkup.txt", folder)).read_text()
     except Exception as error:
-        location = str(made.get_run(run_id).info.artifact_uri)
-        raise UnavailableError(FIELD, uri, *artifact_cause(location, error)) from error
+        raise unstorable(made, uri, run_id, error) from error
     finally:
         made.delete_run(run_id)
     if text != "ok":
         reason = "returns a different file than was stored"
         raise UnavailableError(FIELD, uri, reason, "check the server's artifact store")
     return time.perf_counter() - began
+
+
+def unstorable(made: "MlflowClient", uri: str, run_id: str, error: Exception) -> UnavailableError:
+    """What to raise for an error that storing a file with a run raised."""
+    return UnavailableError(FIELD, uri, *artifact_cause(str(made.get_run(run_id).info.artifact_uri), error))
 
 
 def _check_file(path: Path) -> None:
@@ -204,57 +210,45 @@ def _check_file(path: Path) -> None:
 
 
 def _check_server(uri: str, experiment: str) -> None:
-    status, text = _request(uri, "GET", "/version")
+    status, text, _ = _call(uri, "GET", "/version")
     version = re.fullmatch(r"(\d+)\.\d+\S*", text.strip())
     if status == HTTPStatus.OK and version is not None and int(version[1]) < _OLDEST_SERVER:
         # It tracks runs but does not support logged models, so packaging after training would fail.
         reason = f"the server runs MLflow {text.strip()}, which does not support logged models"
         raise UnavailableError(FIELD, uri, reason, f"upgrade the server to MLflow {_OLDEST_SERVER} or later")
-    status, answer = _call(uri, "GET", "experiments/get-by-name", params={"experiment_name": experiment})
+    status, _, answer = _call(uri, "GET", f"{_API}/get-by-name", params={"experiment_name": experiment})
     if status == HTTPStatus.NOT_FOUND and answer.get("error_code") == "RESOURCE_DOES_NOT_EXIST":
-        status, answer = _call(uri, "POST", "experiments/create", json={"name": experiment})
-        if status == HTTPStatus.OK or answer.get("error_code") == "RESOURCE_ALREADY_EXISTS":
+        status, _, answer = _call(uri, "POST", f"{_API}/create", json={"name": experiment})
+        if answer.get("error_code") == "RESOURCE_ALREADY_EXISTS":
             return
     elif status == HTTPStatus.OK:
         found = answer["experiment"]
         if found.get("lifecycle_stage") == "deleted":
             raise _deleted(experiment, found["experiment_id"], uri)
         body = {"experiment_id": found["experiment_id"], "key": "tla.project", "value": "tla-service"}
-        status, answer = _call(uri, "POST", "experiments/set-experiment-tag", json=body)
-        if status == HTTPStatus.OK:
-            return
-    cause = refusal(uri, status, str(answer.get("message", "")), is_mlflow="error_code" in answer)
-    raise UnavailableError(FIELD, uri, *cause)
+        status, _, answer = _call(uri, "POST", f"{_API}/set-experiment-tag", json=body)
+    if status != HTTPStatus.OK:
+        cause = refusal(uri, status, str(answer.get("message", "")), is_mlflow="error_code" in answer)
+        raise UnavailableError(FIELD, uri, *cause)
 
 
-def _call(uri: str, method: str, endpoint: str, **arguments: Any) -> tuple[int, dict[str, Any]]:
-    status, text = _request(uri, method, f"/api/2.0/mlflow/{endpoint}", **arguments)
-    try:
-        answer = json.loads(text)
-    except ValueError:
-        answer = {"message": text}
-    return status, answer if isinstance(answer, dict) else {}
-
-
-def _request(uri: str, method: str, path: str, **arguments: Any) -> tuple[int, str]:
-    """A request with MLflow's credentials and TLS settings, but without its retries."""
+def _call(uri: str, method: str, path: str, **arguments: Any) -> tuple[int, str, dict[str, Any]]:
+    """Status, text and JSON of a request with MLflow's credentials and TLS settings, but without its retries."""
     from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
+    host = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
+    options = {"max_retries": 0, "timeout": _CHECK_TIMEOUT_SECONDS, "raise_on_status": False, **arguments}
     try:
-        response = http_request(  # type: ignore[no-untyped-call]
-            get_default_host_creds(uri),  # type: ignore[no-untyped-call]
-            path,
-            method,
-            max_retries=0,
-            timeout=CHECK_TIMEOUT_SECONDS,
-            raise_on_status=False,
-            **arguments,
-        )
+        response = http_request(host, path, method, **options)  # type: ignore[no-untyped-call]
     except (MlflowException, OSError) as error:
         raise UnavailableError(FIELD, uri, *connection_cause(uri, error)) from error
-    return response.status_code, response.text
+    try:
+        answer = json.loads(response.text)
+    except ValueError:
+        answer = {"message": response.text}
+    return response.status_code, response.text, answer if isinstance(answer, dict) else {}
 
 
 def _deleted(name: str, experiment: str, uri: str) -> UnavailableError:
@@ -265,8 +259,6 @@ def _deleted(name: str, experiment: str, uri: str) -> UnavailableError:
 
 def _has_tables(path: Path) -> bool:
     """Whether MLflow's last migration has run: it creates the default experiment in one transaction at the end."""
-    import sqlite3
-
     if not path.is_file() or path.stat().st_size == 0:
         return False
     with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=20)) as database:

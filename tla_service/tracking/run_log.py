@@ -1,7 +1,7 @@
 """Metrics are written to disk before they are sent, so that an unavailable server loses none.
 
-Every point is appended to a file, whose lines a thread sends. What the server has not confirmed when the process is
-killed is sent by the next log of the same run. The file is the queue, so memory stays bounded during an outage.
+The file is the queue, so memory stays bounded during an outage. What the server has not confirmed when the process is
+killed is sent by the next log of the same run.
 """
 
 import contextlib
@@ -15,6 +15,9 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 
 from tla_service.errors import one_line, without_credentials
 from tla_service.tracking.connection import client
@@ -35,17 +38,13 @@ class RunLog:
 
     def __init__(self, uri: str, run_id: str, spill_dir: str | Path) -> None:
         self._uri, self._run_id = uri, run_id
-        self._folder = Path(spill_dir)
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._changed = threading.Condition()
-        self._path, self._file = self._adopt()
+        self._path, self._file = _adopt(Path(spill_dir), run_id)
         self._sent_bytes = 0
         self._known: dict[str, set[int]] | None = None  # key -> steps on the server; None: unknown
         self._unasked: set[str] = set()  # keys on the server whose steps are not in `_known` yet
         self._api: Any = None
-        self._away = False
-        self._closing = False
-        self._broken = False
+        self._away = self._closing = self._broken = False
         self._thread = threading.Thread(target=self._work, name="run-log", daemon=True)
         self._thread.start()
 
@@ -93,26 +92,6 @@ class RunLog:
             self._file.close()
         return done
 
-    def _adopt(self) -> tuple[Path, IO[bytes]]:
-        """Open a new file and move into it what ended processes left; files of running ones are locked."""
-        path = self._folder / f"{self._run_id}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-        hidden = path.with_suffix(".new")
-        own = hidden.open("a+b")
-        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        hidden.rename(path)  # locked before others see it, or they would adopt it
-        for left in sorted(self._folder.glob(f"{self._run_id}-*.jsonl")):
-            if left == path:
-                continue
-            with contextlib.suppress(BlockingIOError, FileNotFoundError), left.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                content = file.read()
-                # A process killed while writing leaves half a line, which must not be joined with the next.
-                own.write(content if content.endswith(b"\n") or not content else content + b"\n")
-                own.flush()
-                os.fsync(own.fileno())
-                left.unlink()
-        return path, own
-
     def _pending_bytes(self) -> int:
         return 0 if self._file.closed else self._file.seek(0, os.SEEK_END) - self._sent_bytes
 
@@ -129,9 +108,9 @@ class RunLog:
             except Exception as error:  # noqa: BLE001 - no error here may stop training
                 failures += 1
                 self._failed(error, failures)
-                continue
-            failures = 0
-            self._confirm(end)
+            else:
+                failures = 0
+                self._confirm(end)
 
     def _read(self) -> tuple[list[Point], int]:
         """The next lines of the file, and where they end."""
@@ -159,12 +138,8 @@ class RunLog:
     def _failed(self, error: Exception, failures: int) -> None:
         self._known = None  # the request may have arrived all the same
         if failures > 1 and not self._away:  # a single failure is often a closed connection
-            _log.warning(
-                "The tracking server %s is unavailable (%s); metrics are kept in %s until it is back",
-                without_credentials(self._uri),
-                one_line(error),
-                self._path,
-            )
+            message = "The tracking server %s is unavailable (%s); metrics are kept in %s until it is back"
+            _log.warning(message, without_credentials(self._uri), one_line(error), self._path)
             self._away = True
         wait = min(_FIRST_WAIT_SECONDS * 2 ** min(failures - 1, 10), _LAST_WAIT_SECONDS)
         with self._changed:
@@ -172,10 +147,7 @@ class RunLog:
 
     def _send(self, points: list[Point]) -> None:
         """Send what the server does not have."""
-        from mlflow.entities import Metric
-
-        if self._api is None:
-            self._api = client(self._uri)
+        self._api = self._api or client(self._uri)
         fresh: dict[tuple[str, int], Metric] = {}
         for key, value, timestamp, step in points:
             if step not in self._steps(key):
@@ -186,8 +158,6 @@ class RunLog:
             self._steps(key).add(step)
 
     def _send_metrics(self, metrics: list[Any]) -> None:
-        from mlflow.exceptions import MlflowException
-
         try:
             self._api.log_batch(self._run_id, metrics=metrics)
         except MlflowException as error:
@@ -209,3 +179,23 @@ class RunLog:
             history = self._api.get_metric_history(self._run_id, key) if key in self._unasked else ()
             self._known[key] = {point.step for point in history}
         return self._known[key]
+
+
+def _adopt(folder: Path, run_id: str) -> tuple[Path, IO[bytes]]:
+    """Open a new file and move into it what ended processes left; files of running ones are locked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{run_id}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+    hidden = path.with_suffix(".new")
+    own = hidden.open("a+b")
+    fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    hidden.rename(path)  # locked before others see it, or they would adopt it
+    for left in sorted(set(folder.glob(f"{run_id}-*.jsonl")) - {path}):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            content = file.read()
+            # A process killed while writing leaves half a line, which must not be joined with the next.
+            own.write(content if content.endswith(b"\n") or not content else content + b"\n")
+            own.flush()
+            os.fsync(own.fileno())
+            left.unlink()
+    return path, own

@@ -1,5 +1,6 @@
 """MLflow runs: created or resumed by their key, described, given files, and closed."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -7,27 +8,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.utils import get_results_from_paginated_fn
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
 from tla_service.environment import code_version, environment
-from tla_service.errors import UnavailableError, UserError, one_line, without_credentials
-from tla_service.tracking.connection import (
-    FIELD,
-    client,
-    exclusive,
-    experiment_id,
-    retrying,
-    sqlite_path,
-    storing,
-    tracking_uri,
-)
-from tla_service.tracking.store_errors import artifact_cause
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
+from tla_service.errors import UserError, one_line, without_credentials
+from tla_service.tracking.connection import client, exclusive, open_store, retrying, sqlite_path, storing, unstorable
 
 RUN_KEY = "tla.run_key"
 FINGERPRINT = "data_fingerprint"  # fact: the digest of the data set
@@ -42,41 +34,29 @@ _log = logging.getLogger(__name__)
 def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], parent_run_id: str | None = None) -> str:
     """Create the MLflow run of a key, or resume it, and describe it.
 
+    Every field of the configuration becomes a parameter, and ``config.yaml`` loads it again; facts become tags.
     MLflow's parameters are immutable, so a resumed run keeps its own; a configuration that differs (other workers,
-    another name) is added as a file.
-
-    Args:
-        config: The resolved configuration: every field becomes a parameter, and ``config.yaml`` loads it again.
-        run_key: Identifies the run across restarts.
-        facts: Tags: data fingerprint (``data_fingerprint``), sizes.
-        parent_run_id: Run of the sweep this one belongs to.
-
-    Returns:
-        The MLflow run id; the run's status is RUNNING.
-
-    Raises:
-        UnavailableError: The experiment is deleted, or files of the run cannot be stored.
+    another name) is added as a file. Returns the MLflow run id.
     """
-    uri = tracking_uri(config.tracking)
-    made = client(uri)
-    experiment = retrying("Opening the experiment", lambda: experiment_id(made, config.tracking.experiment, uri))
-    tags = _tags(config, run_key, facts, parent_run_id)
+    uri, made, experiment = open_store(config.tracking)
+    tags = config.tracking.tags | {f"tla.{name}": str(value)[:_TAG_LENGTH] for name, value in facts.items()}
+    tags |= code_version() | {RUN_KEY: run_key, "tla.method": config.method, "tla.config_digest": config.digest}
+    tags |= {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
     find = functools.partial(_find, made, experiment, run_key)
     create = functools.partial(made.create_run, experiment, run_name=config.run_name, tags=tags)
     run, is_new = retrying("Opening the run", lambda: _find_or_create(made, find, create, sqlite_path(uri)))
     run_id = str(run.info.run_id)
-    count = 0
-    if not is_new:
-        count = int(run.data.tags.get(_RESUMED, "0")) + 1
-        retrying("Resuming the run", lambda: _resume(made, run_id, tags | {_RESUMED: str(count)}))
+    count = 0 if is_new else int(run.data.tags.get(_RESUMED, "0")) + 1
+    if count:
+        retrying("Resuming the run", lambda: made.update_run(run_id, status="RUNNING"))
+        retrying("Resuming the run", lambda: _set_tags(made, run_id, tags | {_RESUMED: str(count)}))
     try:
         retrying("Describing the run", lambda: _describe(made, run_id, config, facts, count))
     except UserError:
         raise
     except Exception as error:
         # The first file is written here: a run whose results could not be stored does not start.
-        location = str(made.get_run(run_id).info.artifact_uri)
-        raise UnavailableError(FIELD, uri, *artifact_cause(location, error)) from error
+        raise unstorable(made, uri, run_id, error) from error
     return run_id
 
 
@@ -107,9 +87,7 @@ def log_files(uri: str, run_id: str, files: Mapping[str, Path]) -> None:
 
 def find_finished(config: RunConfig, run_key: str) -> str | None:
     """The finished MLflow run of a key, if there is one; of ``config``, only the tracking section is read."""
-    uri = tracking_uri(config.tracking)
-    made = client(uri)
-    experiment = retrying("Finding the experiment", lambda: experiment_id(made, config.tracking.experiment, uri))
+    _, made, experiment = open_store(config.tracking)
     found = retrying("Finding the run", lambda: _find(made, experiment, run_key))
     return next((str(run.info.run_id) for run in found if run.info.status == "FINISHED"), None)
 
@@ -122,8 +100,7 @@ def fetch_files(uri: str, run_id: str, names: Sequence[str], folder: Path) -> No
     for name in names:
         (folder / name).unlink(missing_ok=True)
         if name in there:
-            fetch = functools.partial(made.download_artifacts, run_id, name, str(folder))
-            retrying(f"Fetching {name}", fetch)
+            retrying(f"Fetching {name}", functools.partial(made.download_artifacts, run_id, name, str(folder)))
 
 
 def finish_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
@@ -135,26 +112,19 @@ def finish_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KIL
 
 def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags of a run; empty values are left out."""
-    from mlflow.entities import RunTag
-
-    made = client(uri)
-    entities = [RunTag(name, value[:_TAG_LENGTH]) for name, value in tags.items() if value]
-    storing("Tagging the run", lambda: made.log_batch(run_id, tags=entities))
+    made, given = client(uri), {name: value[:_TAG_LENGTH] for name, value in tags.items() if value}
+    storing("Tagging the run", lambda: _set_tags(made, run_id, given))
 
 
 def start_system_metrics(uri: str, run_id: str) -> Callable[[], None]:
-    """Log CPU, memory, disk, network and GPU utilization of this machine every ten seconds; returns what stops it.
-
-    Failures are logged, never raised: training does not depend on it.
-    """
+    """Log the utilization of CPU, memory, disk, network and GPU; returns what stops it. Failures are only logged."""
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     logger = logging.getLogger("mlflow.system_metrics.system_metrics_monitor")
     logger.setLevel(logging.WARNING)  # it logs each start and stop, and missing GPUs
     try:
-        monitor = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
-            run_id, sampling_interval=_SYSTEM_METRICS_SECONDS, resume_logging=True, tracking_uri=uri
-        )
+        options = {"sampling_interval": _SYSTEM_METRICS_SECONDS, "resume_logging": True, "tracking_uri": uri}
+        monitor = SystemMetricsMonitor(run_id, **options)  # type: ignore[no-untyped-call]
         monitor.start()  # type: ignore[no-untyped-call]
     except Exception as error:  # noqa: BLE001 - psutil is missing, the server is down
         _log.warning("System metrics are not logged: %s", one_line(error))
@@ -162,41 +132,28 @@ def start_system_metrics(uri: str, run_id: str) -> Callable[[], None]:
     return monitor.finish
 
 
-def _tags(config: RunConfig, run_key: str, facts: Mapping[str, str], parent_run_id: str | None) -> dict[str, str]:
-    tags = dict(config.tracking.tags)
-    tags |= {f"tla.{name}": str(value)[:_TAG_LENGTH] for name, value in facts.items()}
-    tags |= code_version() | {RUN_KEY: run_key, "tla.method": config.method, "tla.config_digest": config.digest}
-    if parent_run_id is not None:
-        tags["mlflow.parentRunId"] = parent_run_id
-    return tags
-
-
-def _find(made: "MlflowClient", experiment: str, run_key: str) -> "list[Run]":
+def _find(made: MlflowClient, experiment: str, run_key: str) -> list[Run]:
     # MLflow's filters have two kinds of quotes and no escape; a folder's name may contain both.
     quote = next((sign for sign in "'\"" if sign not in run_key), None)
     wanted = f"tags.`{RUN_KEY}` = {quote}{run_key}{quote}" if quote else f"tags.`{RUN_KEY}` LIKE '%/%'"
     order = ["attributes.start_time ASC", "attributes.run_id ASC"]
-    found: list[Run] = []
-    token: str | None = ""
-    while token is not None:
-        page = made.search_runs([experiment], wanted, order_by=order, max_results=100, page_token=token or None)
-        found += (run for run in page if run.data.tags.get(RUN_KEY) == run_key)
-        token = page.token or None
-    return found
+    found: list[Run] = get_results_from_paginated_fn(  # type: ignore[no-untyped-call]
+        lambda count, token: made.search_runs([experiment], wanted, 1, count, order, token), 100
+    )
+    return [run for run in found if run.data.tags.get(RUN_KEY) == run_key]
 
 
 def _find_or_create(
-    made: "MlflowClient", find: "Callable[[], list[Run]]", create: "Callable[[], Run]", database: Path | None
-) -> "tuple[Run, bool]":
+    made: MlflowClient, find: Callable[[], list[Run]], create: Callable[[], Run], database: Path | None
+) -> tuple[Run, bool]:
     """The run of a key and whether it is new. Two processes that open the same key get the same run."""
+    with contextlib.nullcontext() if database is None else exclusive(database):
+        found = find()
+        if found:
+            return found[0], False
+        run = create()
     if database is not None:
-        with exclusive(database):
-            found = find()
-            return (found[0], False) if found else (create(), True)
-    found = find()
-    if found:
-        return found[0], False
-    run = create()
+        return run, True
     # A server offers no lock: look again once concurrent runs are visible; all processes keep the earliest.
     time.sleep(_SETTLE_SECONDS)
     first = next(iter(find()), run)
@@ -206,17 +163,12 @@ def _find_or_create(
     return first, False
 
 
-def _resume(made: "MlflowClient", run_id: str, tags: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
-
-    made.update_run(run_id, status="RUNNING")
+def _set_tags(made: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
     made.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
-def _describe(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mapping[str, str], resumed: int) -> None:
+def _describe(made: MlflowClient, run_id: str, config: RunConfig, facts: Mapping[str, str], resumed: int) -> None:
     """Add the parameters and files that are missing; idempotent."""
-    from mlflow.entities import Param
-
     there = made.get_run(run_id).data.params
     fields = {name: without_credentials(value) for name, value in flatten(config.model_dump(mode="json"))}
     params = [Param(name, value[:_PARAM_LENGTH]) for name, value in fields.items() if name not in there]
@@ -234,23 +186,15 @@ def _describe(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mappi
         made.log_text(run_id, json.dumps(environment(), indent=1), name)
 
 
-def _log_dataset(made: "MlflowClient", run_id: str, config: RunConfig, facts: Mapping[str, str]) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-    from mlflow.exceptions import MlflowException
-
+def _log_dataset(made: MlflowClient, run_id: str, config: RunConfig, facts: Mapping[str, str]) -> None:
     def is_there() -> bool:
         inputs = made.get_run(run_id).inputs
         return inputs is not None and bool(inputs.dataset_inputs)
 
     if is_there():
         return
-    dataset = Dataset(
-        name=config.data.name,
-        digest=facts.get(FINGERPRINT, "unknown")[:_DIGEST_LENGTH],
-        source_type="local",
-        source=json.dumps({"uri": config.data.root or config.data.name}),
-        profile=json.dumps(dict(facts)),
-    )
+    digest, source = facts.get(FINGERPRINT, "unknown")[:_DIGEST_LENGTH], {"uri": config.data.root or config.data.name}
+    dataset = Dataset(config.data.name, digest, "local", json.dumps(source), profile=json.dumps(dict(facts)))
     try:
         made.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
     except MlflowException:
@@ -259,13 +203,10 @@ def _log_dataset(made: "MlflowClient", run_id: str, config: RunConfig, facts: Ma
             raise
 
 
-def _log_file(made: "MlflowClient", run_id: str, target: str, source: Path) -> None:
+def _log_file(made: MlflowClient, run_id: str, target: str, source: Path) -> None:
     folder, _, name = target.rpartition("/")
-    if Path(source).name == name:
-        made.log_artifact(run_id, str(source), folder or None)
-        return
     # MLflow names an artifact after its file, so another name needs another file: a symbolic link.
     with tempfile.TemporaryDirectory() as scratch:
         link = Path(scratch, name)
-        link.symlink_to(Path(source).absolute())
+        link.symlink_to(source.absolute())
         made.log_artifact(run_id, str(link), folder or None)

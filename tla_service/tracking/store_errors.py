@@ -82,7 +82,14 @@ def database_cause(uri: str, error: Exception) -> Cause:
     text = one_line(error, 1000)
     schema = re.search(r"schema \(found version (\w+)", text)
     if schema is not None:
-        return _schema_cause(uri, schema[1])
+        # MLflow upgrades an older schema, and cannot read a newer one.
+        home = importlib.util.find_spec("mlflow.store.db_migrations")
+        folders = list(home.submodule_search_locations or ()) if home is not None else []
+        if any(next(Path(folder, "versions").glob(f"{schema[1]}_*.py"), None) for folder in folders):
+            reason = f"its tables were created by an older MLflow (schema {schema[1]})"
+            return Cause(reason, f"back it up, then run: mlflow db upgrade {uri}")
+        reason = f"its tables were created by a newer MLflow (schema {schema[1]})"
+        return Cause(reason, "install that MLflow (pip install -U mlflow), or use another store")
     if isinstance(error, ImportError):
         package = _DRIVERS.get(error.name or "", error.name)
         return Cause(f"the driver {error.name} is not installed", f"pip install '{package}'")
@@ -96,17 +103,6 @@ def database_cause(uri: str, error: Exception) -> Cause:
 
 def _known(causes: dict[str, tuple[str, str]], text: str) -> Cause | None:
     return next((Cause(*cause) for pattern, cause in causes.items() if re.search(pattern, text)), None)
-
-
-def _schema_cause(uri: str, revision: str) -> Cause:
-    """MLflow upgrades an older schema, and cannot read a newer one."""
-    home = importlib.util.find_spec("mlflow.store.db_migrations")
-    folders = list(home.submodule_search_locations or ()) if home is not None else []
-    if any(next(Path(folder, "versions").glob(f"{revision}_*.py"), None) for folder in folders):
-        remedy = f"back it up, then run: mlflow db upgrade {uri}"
-        return Cause(f"its tables were created by an older MLflow (schema {revision})", remedy)
-    reason = f"its tables were created by a newer MLflow (schema {revision})"
-    return Cause(reason, "install that MLflow (pip install -U mlflow), or use another store")
 
 
 def connection_cause(uri: str, error: BaseException) -> Cause:

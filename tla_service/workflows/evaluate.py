@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from tla_service.cluster.session import ray_session
 from tla_service.cluster.tasks import Workers
 from tla_service.job import next_command
-from tla_service.registry.evaluation_log import log_evaluation
+from tla_service.registry.evaluations import log_evaluation
 from tla_service.registry.subject import load_subject
 from tla_service.report.evaluate import evaluate
 from tla_service.report.page import show

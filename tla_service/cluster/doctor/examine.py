@@ -1,19 +1,18 @@
 """Runs the checks from the driver, and judges their results."""
 
+import contextlib
 import os
-import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tla_service.cluster.doctor import collective, node
+from tla_service.cluster.doctor import node
 from tla_service.cluster.doctor.settings import CheckupSettings
 from tla_service.cluster.session import place, ray_session
 from tla_service.config import RunConfig
@@ -28,10 +27,7 @@ _CLOCK_WARN_SECONDS, _CLOCK_FAIL_SECONDS = 2.0, 300.0  # S3 refuses requests tha
 
 
 class Finding(NamedTuple):
-    """The result of a check on a node (its address), the driver or the workers.
-
-    `note` needs no action; `warn` degrades training; `FAIL` would stop it.
-    """
+    """Of a check on a node (its address), the driver or the workers; `warn` degrades training, `FAIL` would stop it."""
 
     check: str
     where: str
@@ -46,6 +42,10 @@ class Node(NamedTuple):
     id: str
     address: str
     gpus: int
+
+    def judge(self, check: str, detail: str, *, fail: str = "", warn: str = "") -> Finding:
+        """The finding of a check: ok, unless a remedy is given."""
+        return Finding(check, self.address, "FAIL" if fail else "warn" if warn else "ok", detail, fail or warn)
 
 
 def table(findings: Sequence[Finding]) -> str:
@@ -66,11 +66,7 @@ def verdict(findings: Sequence[Finding]) -> str:
 
 
 def examine(settings: CheckupSettings) -> Iterator[Finding]:
-    """Connect to or start the cluster and run all checks.
-
-    Raises:
-        UserError: There is no cluster at the configured address.
-    """
+    """Connect to or start the cluster and run all checks; raises `UserError` if the configured one is not there."""
     config = RunConfig(scaling=settings.scaling, tracking=settings.tracking)
     yield tracking(settings)
     with ray_session(config.scaling):
@@ -82,7 +78,7 @@ def examine(settings: CheckupSettings) -> Iterator[Finding]:
         facts = [_facts(found, settings) for found in nodes]
         for found, told in zip(nodes, facts, strict=True):
             if isinstance(told, str):
-                yield Finding("node", found.address, "FAIL", told, "see raylet.log on this node; restart it")
+                yield found.judge("node", told, fail="see raylet.log on this node; restart it")
                 continue
             yield versions(found, told["versions"])
             yield shared_memory(found, told, settings)
@@ -123,9 +119,9 @@ def versions(found: Node, told: dict[str, str]) -> Finding:
     ]
     if apart:
         remedy = "use one image, or one requirements.lock, on every node"
-        return Finding("versions", found.address, "FAIL", "; ".join(apart), remedy)
+        return found.judge("versions", "; ".join(apart), fail=remedy)
     text = ", ".join(f"{name} {told[name]}" for name in ("python", "ray", "torch", "cuda", "mlflow", "tla-service"))
-    return Finding("versions", found.address, "ok", f"{text}; GPU driver {told['driver']}")
+    return found.judge("versions", f"{text}; GPU driver {told['driver']}")
 
 
 def shared_memory(found: Node, told: dict[str, Any], settings: CheckupSettings) -> Finding:
@@ -134,28 +130,25 @@ def shared_memory(found: Node, told: dict[str, Any], settings: CheckupSettings) 
     detail = f"{free / GIB:.1f} GiB free"
     remedy = "docker: --shm-size; Kubernetes: an emptyDir of medium Memory at /dev/shm"
     if error:
-        return Finding("shared memory", found.address, "FAIL", f"{detail}: {error}", remedy)
+        return found.judge("shared memory", f"{detail}: {error}", fail=remedy)
     detail += f", {settings.megabytes} MB written"
     if free < _LEAST_SHARED_MEMORY:
-        return Finding("shared memory", found.address, "warn", f"{detail}; data loaders need more", remedy)
-    return Finding("shared memory", found.address, "ok", detail)
+        return found.judge("shared memory", f"{detail}; data loaders need more", warn=remedy)
+    return found.judge("shared memory", detail)
 
 
 def cache(found: Node, free: int, folder: str) -> Finding:
     """The disk of the data cache."""
-    detail = f"{free / GIB:.0f} GiB free at {folder}"
-    if free < _LEAST_CACHE:
-        return Finding("cache", found.address, "warn", detail, "set data.cache_dir to a larger disk")
-    return Finding("cache", found.address, "ok", detail)
+    remedy = "set data.cache_dir to a larger disk" if free < _LEAST_CACHE else ""
+    return found.judge("cache", f"{free / GIB:.0f} GiB free at {folder}", warn=remedy)
 
 
 def clock(found: Node, offset: float) -> Finding:
     """A node's clock against the driver's, up to the latency of the call."""
-    detail = f"{offset:+.2f} s from the driver's"
-    if abs(offset) < _CLOCK_WARN_SECONDS:
-        return Finding("clock", found.address, "ok", detail)
-    state: Literal["warn", "FAIL"] = "warn" if abs(offset) < _CLOCK_FAIL_SECONDS else "FAIL"
-    return Finding("clock", found.address, state, detail, "run an NTP service on every node")
+    detail, remedy = f"{offset:+.2f} s from the driver's", "run an NTP service on every node"
+    if abs(offset) >= _CLOCK_FAIL_SECONDS:
+        return found.judge("clock", detail, fail=remedy)
+    return found.judge("clock", detail, warn=remedy if abs(offset) >= _CLOCK_WARN_SECONDS else "")
 
 
 def gpus(found: Node, settings: CheckupSettings) -> Finding:
@@ -164,30 +157,28 @@ def gpus(found: Node, settings: CheckupSettings) -> Finding:
         return Finding("GPUs", found.address, "note", "none")
     told = _on_node(found, node.use_gpus, settings.timeout_seconds, num_gpus=found.gpus)
     if isinstance(told, str):
-        remedy = "run nvidia-smi on the node; check whether another job holds the GPUs"
-        return Finding("GPUs", found.address, "FAIL", told, remedy)
+        return found.judge("GPUs", told, fail="run nvidia-smi on the node; check whether another job holds the GPUs")
     if len(told) != found.gpus:
         remedy = "check the driver and the container toolkit, and that torch in the image has CUDA"
-        return Finding("GPUs", found.address, "FAIL", f"Ray counts {found.gpus}, torch sees {len(told)}", remedy)
-    return Finding("GPUs", found.address, "ok", ", ".join(f"{name} {rate:.0f} TFLOP/s" for name, rate in told))
+        return found.judge("GPUs", f"Ray counts {found.gpus}, torch sees {len(told)}", fail=remedy)
+    return found.judge("GPUs", ", ".join(f"{name} {rate:.0f} TFLOP/s" for name, rate in told))
 
 
 def storage(found: Node, settings: CheckupSettings) -> Finding:
     """An object written to and read from the checkpoint storage."""
     uri = settings.scaling.storage
     if uri is None:
-        remedy = "set scaling.storage to s3://bucket/prefix, or a folder that all nodes share"
-        return Finding("storage", found.address, "note", f"scaling.storage is not set; {remedy}")
+        detail = (
+            "scaling.storage is not set; set scaling.storage to s3://bucket/prefix, or a folder that all nodes share"
+        )
+        return Finding("storage", found.address, "note", detail)
     told = _on_node(found, node.use_storage, settings.timeout_seconds, uri, settings.megabytes * MB)
     if isinstance(told, str):
-        remedy = "check the bucket, the credentials and AWS_ENDPOINT_URL_S3"
-        return Finding("storage", found.address, "FAIL", told, remedy)
+        return found.judge("storage", told, fail="check the bucket, the credentials and AWS_ENDPOINT_URL_S3")
     write, read = (settings.megabytes / seconds for seconds in told)
-    detail = f"{uri}: {write:.0f} MB/s written, {read:.0f} MB/s read"
-    if min(write, read) < _SLOW_STORAGE:
-        remedy = "use storage in the same region, or an endpoint within the network"
-        return Finding("storage", found.address, "warn", detail, remedy)
-    return Finding("storage", found.address, "ok", detail)
+    remedy = "use storage in the same region, or an endpoint within the network"
+    slow = remedy if min(write, read) < _SLOW_STORAGE else ""
+    return found.judge("storage", f"{uri}: {write:.0f} MB/s written, {read:.0f} MB/s read", warn=slow)
 
 
 def workers(config: RunConfig, settings: CheckupSettings) -> Finding:
@@ -195,20 +186,20 @@ def workers(config: RunConfig, settings: CheckupSettings) -> Finding:
     if settings.workers is not None:
         config = RunConfig(scaling=settings.scaling.model_copy(update={"num_workers": settings.workers}))
     name, size = f"checkup-{uuid.uuid4().hex[:8]}", settings.megabytes * MB
-    scratch = tempfile.mkdtemp(prefix="tla-checkup-")
+    # Only small files of Ray itself are stored; several nodes need them on shared storage.
+    home = settings.scaling.storage or tempfile.gettempdir()
     try:
         placement = place(config)
-        # Only small files of Ray itself are stored; several nodes need them on shared storage.
-        storage_path = settings.scaling.storage or scratch
-        told = collective.measure(placement, size, storage_path, name, settings.timeout_seconds)
+        told = node.use_workers(placement, size, home, name, settings.timeout_seconds)
     except UserError as error:
         return Finding("all-reduce", "workers", "FAIL", f"{error.subject}: {error.reason}", error.remedy)
     except Exception as error:  # noqa: BLE001 - any error is the finding
         remedy = "set NCCL_DEBUG=INFO on every node; check that firewalls open all ports between nodes"
         return Finding("all-reduce", "workers", "FAIL", _last_line(error), remedy)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        _delete(settings.scaling.storage, name)
+        filesystem, root = node.open_storage(home)
+        with contextlib.suppress(OSError):
+            filesystem.delete_dir(f"{root}/{name}")
     rate, backend = told["gigabytes_per_second"], told["backend"]
     detail = f"{backend}, {placement.num_workers} workers: {settings.megabytes} MB in {told['seconds']:.3f} s"
     detail += f", {rate:.2f} GB/s"
@@ -216,19 +207,6 @@ def workers(config: RunConfig, settings: CheckupSettings) -> Finding:
         remedy = "NCCL_DEBUG=INFO shows the network interface; set NCCL_SOCKET_IFNAME"
         return Finding("all-reduce", "workers", "warn", detail, remedy)
     return Finding("all-reduce", "workers", "ok", detail)
-
-
-def _delete(uri: str | None, name: str) -> None:
-    """Delete what Ray stored about the workers."""
-    if uri is None:
-        return
-    from pyarrow.fs import FileSystem
-
-    filesystem, root = FileSystem.from_uri(uri if "://" in uri else Path(uri).absolute().as_uri())
-    try:
-        filesystem.delete_dir(f"{root}/{name}")
-    except OSError:
-        return
 
 
 def _facts(found: Node, settings: CheckupSettings) -> dict[str, Any] | str:

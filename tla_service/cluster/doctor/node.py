@@ -1,6 +1,5 @@
-"""Checks that run on a node, in a Ray task."""
+"""Checks that run on nodes: in Ray tasks, and in workers that are started like those of a run."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -8,32 +7,40 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from pyarrow.fs import FileSystem
+from ray.train import RunConfig as RayRunConfig
+from ray.train import ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from tla_service.cluster.session import Placement
+from tla_service.data import check_root
+from tla_service.environment import environment
 from tla_service.errors import UserError
 
 _PACKAGES = ("ray", "torch", "torchvision", "mlflow", "numpy", "pyarrow", "tla-service")
 _SHARED_MEMORY = Path("/dev/shm")
+_REPEATS = 5
 
 
 def facts(data_root: str | None, cache_dir: str) -> dict[str, Any]:
     """Versions, free bytes of shared memory and cache disk, and why the data root cannot be read, if so."""
-    return {
-        "versions": versions(),
-        "shared_memory": _free(_SHARED_MEMORY),
-        "cache_free": _free(Path(cache_dir).expanduser()),
-        "data": _data(data_root),
-    }
+    data = ""
+    try:
+        check_root(data_root)
+    except UserError as error:
+        data = str(error)
+    free, cache_free = _free(_SHARED_MEMORY), _free(Path(cache_dir).expanduser())
+    return {"versions": versions(), "shared_memory": free, "cache_free": cache_free, "data": data}
 
 
 def versions() -> dict[str, str]:
     """Versions by package; ``cuda`` is torch's, ``driver`` the GPU driver's."""
-    import torch
-
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda or "none", "driver": "none"}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
+    installed = environment()
+    found = {"python": installed["python"], "cuda": installed["cuda"] or "none", "driver": "none"}
+    found |= {name: installed["packages"].get(name, "missing") for name in _PACKAGES}
     try:
         import pynvml
 
@@ -56,15 +63,15 @@ def use_shared_memory(size: int) -> str:
     return ""
 
 
-def use_storage(storage: str, size: int) -> tuple[float, float]:
-    """Write and read an object of that many bytes below a folder or s3:// prefix; returns the seconds of each.
-
-    Raises:
-        OSError: It fails, or returns other content.
-    """
-    from pyarrow.fs import FileSystem
-
+def open_storage(storage: str) -> tuple[FileSystem, str]:
+    """The filesystem of a folder or s3:// prefix, and the path in it."""
     filesystem, root = FileSystem.from_uri(storage if "://" in storage else Path(storage).absolute().as_uri())
+    return filesystem, root
+
+
+def use_storage(storage: str, size: int) -> tuple[float, float]:
+    """Write and read an object of that many bytes; returns the seconds of each, or raises `OSError`."""
+    filesystem, root = open_storage(storage)
     content = os.urandom(size)
     path = f"{root}/.checkup-{platform.node()}-{os.getpid()}"
     if "://" not in storage:
@@ -84,8 +91,6 @@ def use_storage(storage: str, size: int) -> tuple[float, float]:
 
 def use_gpus() -> list[tuple[str, float]]:
     """Multiply matrices on every visible GPU; returns the name and bfloat16 TFLOP/s of each."""
-    import torch
-
     found = []
     for index in range(torch.cuda.device_count()):
         left = torch.randn(8192, 8192, device=f"cuda:{index}", dtype=torch.bfloat16)
@@ -102,17 +107,51 @@ def use_gpus() -> list[tuple[str, float]]:
     return found
 
 
+def use_workers(placement: Placement, size: int, storage: str, name: str, timeout_seconds: float) -> dict[str, Any]:
+    """All-reduce a tensor of that many bytes; raises if the workers fail or the sum is wrong.
+
+    Returns `backend`, `seconds` of the fastest all-reduce, and `gigabytes_per_second`, its bus bandwidth:
+    2 (n-1)/n * size / seconds.
+    """
+    backend = "gloo" if placement.use_gpu and placement.gpus_per_worker < 1 else None
+    trainer = TorchTrainer(
+        _all_reduce,  # type: ignore[arg-type]
+        train_loop_config={"size": size},
+        torch_config=TorchConfig(backend=backend, timeout_s=int(timeout_seconds)),
+        scaling_config=ScalingConfig(
+            num_workers=placement.num_workers,
+            use_gpu=placement.use_gpu,
+            resources_per_worker=placement.resources_per_worker,
+        ),
+        run_config=RayRunConfig(name=name, storage_path=storage),
+    )
+    return trainer.fit().return_value  # type: ignore[attr-defined]
+
+
+def _all_reduce(settings: dict[str, Any]) -> dict[str, Any]:
+    device = ray.train.torch.get_device()
+    world = ray.train.get_context().get_world_size()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    numbers = torch.ones(settings["size"] // 4, device=device)
+    dist.all_reduce(numbers)  # connects
+    if float(numbers[0]) != world:
+        raise RuntimeError(f"the sum over {world} workers is {float(numbers[0])}")
+    seconds = []
+    for _ in range(_REPEATS):
+        numbers.fill_(1.0)
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(numbers)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    best = min(seconds)
+    rate = settings["size"] * 2 * (world - 1) / world / best / 1e9
+    return {"backend": dist.get_backend(), "seconds": best, "gigabytes_per_second": rate}
+
+
 def _free(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def _data(root: str | None) -> str:
-    from tla_service.data import check_root
-
-    try:
-        check_root(root)
-    except UserError as error:
-        return str(error)
-    return ""

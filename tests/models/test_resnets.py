@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tla_service.models import build_model
-from tla_service.models.wide_resnet import MadryWideResNet, WideResNet
+from tla_service.models.resnets import MadryWideResNet, WideResNet
 
 
 def test_madry_initial_weights() -> None:
@@ -58,9 +58,3 @@ def test_parameter_count(name: str, expected: int) -> None:
     with torch.device("meta"):
         network = build_model(name, 10, (3, 32, 32))
     assert sum(parameter.numel() for parameter in network.parameters()) == expected
-
-
-@pytest.mark.parametrize(("family", "depth"), [(MadryWideResNet, 34), (MadryWideResNet, 2), (WideResNet, 32)])
-def test_impossible_depth(family: type[MadryWideResNet] | type[WideResNet], depth: int) -> None:
-    with pytest.raises(ValueError, match=f"depth {depth} is not 6n"):
-        family(depth, 1, num_classes=10, in_channels=3, normalization=nn.Identity())

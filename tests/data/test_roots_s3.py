@@ -16,9 +16,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tla_service.data import s3 as s3_module
-from tla_service.data.roots import check_root
-from tla_service.data.s3 import Prefix, RemoteObject, copy_prefix
+from tla_service.data import roots
+from tla_service.data.roots import Prefix, RemoteObject, check_root, copy_prefix
 from tla_service.errors import UnavailableError
 
 
@@ -177,7 +176,7 @@ def test_a_file_may_become_a_folder_and_back(s3: Any, prefix: str, tmp_path: Pat
     for key in ("x", "x/y", "x"):
         s3.put(f"{prefix}/{key}", b"body")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(UnavailableError):
-            patch.setattr(s3_module, "_WAITS_SECONDS", ())
+            patch.setattr(roots, "_WAITS_SECONDS", ())
             copy(prefix, tmp_path)
         s3.client.delete_object(Bucket=s3.bucket, Key=f"{prefix}/{key}")
     proxy.allowed = lambda _path, body: body
@@ -260,7 +259,7 @@ def test_an_object_that_keeps_changing_is_given_up(
         return found
 
     monkeypatch.setattr(Prefix, "objects", objects)
-    monkeypatch.setattr(s3_module, "_WAITS_SECONDS", (0.1, 0.1))
+    monkeypatch.setattr(roots, "_WAITS_SECONDS", (0.1, 0.1))
     with pytest.raises(UnavailableError, match="keep changing"):
         copy(prefix, tmp_path)
     assert complete(tmp_path) == []
@@ -288,7 +287,7 @@ def test_what_is_always_damaged_is_not_used(
     prefix: str, tmp_path: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy.allowed = lambda path, body: body[:2500] if path.endswith("/b.bin") else body
-    monkeypatch.setattr(s3_module, "_WAITS_SECONDS", ())
+    monkeypatch.setattr(roots, "_WAITS_SECONDS", ())
     with pytest.raises(UnavailableError, match="objects arrive damaged"):
         copy(prefix, tmp_path)
     assert complete(tmp_path) == []
@@ -387,7 +386,7 @@ def test_what_is_wrong_is_said_quickly(
 
 
 def test_a_silent_endpoint_is_given_up(monkeypatch: pytest.MonkeyPatch, s3: Any) -> None:
-    monkeypatch.setattr(s3_module, "_READ_SECONDS", 0.5)
+    monkeypatch.setattr(roots, "_READ_SECONDS", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -423,7 +422,7 @@ def test_denied_objects_are_reported(s3: Any, prefix: str, tmp_path: Path, monke
 def test_keys_that_lead_elsewhere_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str, key: str
 ) -> None:
-    entry = {"Key": f"{prefix}/{key}", "Size": 1, "ETag": "0"}
+    entry = RemoteObject(f"{prefix}/{key}", 1, "0")
     monkeypatch.setattr(Prefix, "_list", lambda *_: iter([entry]))
     with pytest.raises(UnavailableError, match="no usable file name"):
         copy(prefix, tmp_path)

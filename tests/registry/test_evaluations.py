@@ -6,8 +6,7 @@ import pytest
 
 from tla_service.config import RunConfig, TrackingConfig
 from tla_service.evaluation.results import Accuracy, Difference, Share
-from tla_service.registry.evaluation_card import evaluation_card
-from tla_service.registry.evaluation_log import log_evaluation
+from tla_service.registry.evaluations import evaluation_card, log_evaluation
 from tla_service.report import schema as rp
 from tla_service.report.schema import artifact_folder
 from tla_service.tracking.connection import client

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tla_service.models.same_padding import SameConv2d, SameMaxPool2d, same_padding
+from tla_service.models.residual import SameConv2d, SameMaxPool2d, same_padding
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""The paper's MNIST networks: a modified LeNet (Mao et al. 2019, Table 5) and the authors' multilayer perceptron."""
+"""Small networks: CNNs for CPUs, and the paper's MNIST networks (Mao et al. 2019, Table 5)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -13,23 +13,50 @@ _CNN_LAYERS: Mapping[str, int] = {"lower": 4, "middle": 11}
 _BATCH_NORM_EPS = 1e-3  # TensorFlow's default, which the authors' code leaves as it is; torch's is 1e-5
 
 
-class MnistNetwork(ImageClassifier):
-    """Hidden layers of BatchNorm and ReLU; the last, of 1024, is the embedding (>= 0).
+class SmallCNN(ImageClassifier):
+    """Square convolutions padded by one, each with ReLUs, then 128 ReLUs: the embedding (>= 0).
 
-    Convolution and linear weights start at N(0, 0.1^2) truncated at two sigma, biases at 0.1 (the authors' release).
-
-    The body maps normalized images to embeddings; `layers` are named positions in it.
+    Without BatchNorm, so an image's output and gradient do not depend on its batch. With two 4x4 convolutions (16, 32)
+    of stride 2, the convolutions are those of Wong and Kolter 2018 (arXiv 1711.00851) for MNIST.
     """
 
     def __init__(
         self,
-        body: nn.Sequential,
+        widths: Sequence[int],
+        kernel_size: int,
+        strides: Sequence[int],
+        *,
         num_classes: int,
+        image_shape: tuple[int, int, int],
         normalization: nn.Module,
-        layers: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(normalization)
-        self.layers = layers or {}
+        channels, *sides = image_shape
+        self.convolutions = nn.Sequential()
+        for width, stride in zip(widths, strides, strict=True):
+            self.convolutions.extend([nn.Conv2d(channels, width, kernel_size, stride, padding=1), nn.ReLU()])
+            channels, sides = width, [(side + 2 - kernel_size) // stride + 1 for side in sides]
+        self.hidden = nn.Linear(channels * sides[0] * sides[1], 128)
+        self.fc = nn.Linear(128, num_classes)
+
+    def embed(self, normalized: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to embeddings (N, 128), non-negative."""
+        features: Tensor = self.convolutions(normalized)
+        return self.hidden(features.flatten(1)).relu()
+
+
+class MnistNetwork(ImageClassifier):
+    """Hidden layers of BatchNorm and ReLU; the last, of 1024, is the embedding (>= 0).
+
+    Convolution and linear weights start at N(0, 0.1^2) truncated at two sigma, biases at 0.1 (the authors' release).
+    The body maps normalized images to embeddings; `layers` are named positions in it.
+    """
+
+    def __init__(
+        self, body: nn.Sequential, num_classes: int, normalization: nn.Module, layers: Mapping[str, int]
+    ) -> None:
+        super().__init__(normalization)
+        self.layers = layers
         self.body = body
         self.fc = nn.Linear(_WIDTH, num_classes)
         for module in self.modules():
@@ -43,7 +70,7 @@ class MnistNetwork(ImageClassifier):
 
     def embed_with(self, normalized: Tensor, layer: str) -> tuple[Tensor, Tensor]:
         """Embeddings (N, 1024), and a layer's activations (N, C', H', W')."""
-        hidden, activations = normalized, normalized
+        hidden = activations = normalized
         for position, module in enumerate(self.body):
             hidden = module(hidden)
             if position == self.layers[layer]:
@@ -71,15 +98,12 @@ def build_mnist_mlp(num_classes: int, image_shape: tuple[int, int, int], normali
     """Three hidden layers of 1024: what the authors' MNIST configuration selects; the paper's results are the CNN's."""
     channels, height, width = image_shape
     body = nn.Sequential(nn.Flatten(), *_hidden(channels * height * width), *_hidden(_WIDTH), *_hidden(_WIDTH))
-    return MnistNetwork(body, num_classes, normalization)
+    return MnistNetwork(body, num_classes, normalization, {})
 
 
 def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
-    return (
-        nn.Conv2d(in_channels, out_channels, 3, padding=1),
-        nn.BatchNorm2d(out_channels, eps=_BATCH_NORM_EPS),
-        nn.ReLU(),
-    )
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    return convolution, nn.BatchNorm2d(out_channels, eps=_BATCH_NORM_EPS), nn.ReLU()
 
 
 def _hidden(in_features: int) -> tuple[nn.Module, ...]:

@@ -16,7 +16,7 @@ from torch import distributed
 
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
-from tla_service.data.members import by_ending, is_member, notice, notice_left_out, refuse_several
+from tla_service.data.trees import by_ending, is_member, notice, notice_left_out, refuse_several
 from tla_service.errors import ConfigError
 
 MakeConfig = Callable[..., DataConfig]

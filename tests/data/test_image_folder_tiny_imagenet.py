@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
+from tla_service.data.image_folder import parse_annotations
 from tla_service.data.sources import ArraySource, FileSource
-from tla_service.data.tiny_imagenet import parse_annotations
 from tla_service.errors import ConfigError, UnavailableError
 
 MakeConfig = Callable[..., DataConfig]
