@@ -66,8 +66,10 @@ def test_the_package_imports_without_libraries_that_take_long(
         "import sys\n"
         "for name in ('boto3', 'botocore', 'ray', 'mlflow', 'sklearn', 'pyarrow', 'torchvision'):\n"
         "    sys.modules[name] = None\n"
-        "import tla_service.data\n"
+        "import tla_service.data as data\n"
+        "from tla_service.errors import UnavailableError\n"
+        "try: data.check_root('s3://b/x')\n"
+        "except UnavailableError as error: print(error)\n"
     )
-    process = run_python(code)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 0, errors
+    output, errors = run_python(code).communicate(timeout=60)
+    assert output == "data.root=s3://b/x: boto3 is not installed; pip install boto3\n", errors

@@ -165,9 +165,11 @@ class Prefix:
         self.prefix, self.only_object = prefix.strip("/"), ""
         if not self.bucket:
             raise ConfigError("data.root", root, "names no bucket", "write s3://bucket/prefix")
-        import boto3
-        from botocore.config import Config
-
+        try:
+            import boto3
+            from botocore.config import Config
+        except ImportError as error:
+            raise UnavailableError("data.root", root, "boto3 is not installed", "pip install boto3") from error
         settings = Config(
             connect_timeout=3,
             read_timeout=_READ_SECONDS,
