@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tla_service.attacks import Attack
 from tla_service.config import EvaluationAttack, RunConfig
-from tla_service.config.bounds import length_trouble
 from tla_service.config.explain import Explainer
 from tla_service.config.loading import load_config_file
+from tla_service.config.radii import length_trouble
 from tla_service.data import Batch, EvaluationBatches, load_dataset
 from tla_service.errors import ConfigError, UserError
 from tla_service.evaluation.mode import evaluating

@@ -7,8 +7,8 @@ import torch
 
 from tla_service.config import EvaluationConfig, RunConfig
 from tla_service.config.adversary import AttackConfig, EvaluationAttack
-from tla_service.config.bounds import known_shape, length_trouble
 from tla_service.config.loading import load_settings
+from tla_service.config.radii import known_shape, length_trouble
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
 from tla_service.training.precheck import check_start

@@ -5,9 +5,9 @@ import pytest
 from safetensors.numpy import load, save
 
 from tests.evaluation.test_detection import embedded
+from tla_service import triplets
 from tla_service.evaluation.detection import fit_detector
 from tla_service.inference import detector
-from tla_service import triplets
 
 
 def test_directions_of_zeros_are_defined_as_in_the_learned_metric() -> None:

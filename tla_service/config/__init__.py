@@ -10,10 +10,13 @@ from tla_service.config.sections import (
     LossConfig,
     MiningConfig,
     ModelConfig,
+    OptimizerConfig,
     ScalingConfig,
+    ScheduleConfig,
+    SpeedConfig,
     TrackingConfig,
+    TrainingConfig,
 )
-from tla_service.config.training import OptimizerConfig, ScheduleConfig, SpeedConfig, TrainingConfig
 
 __all__ = [
     "AttackConfig",

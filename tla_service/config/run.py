@@ -11,9 +11,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from tla_service.config.adversary import AttackConfig
-from tla_service.config.bounds import ImageShape, length_trouble
 from tla_service.config.fields import Section, Trouble, setting, wrong
-from tla_service.config.radii import no_radius
+from tla_service.config.radii import ImageShape, length_trouble, no_radius
 from tla_service.config.sections import (
     DataConfig,
     DetectionConfig,
@@ -21,10 +20,13 @@ from tla_service.config.sections import (
     LossConfig,
     MiningConfig,
     ModelConfig,
+    OptimizerConfig,
     ScalingConfig,
+    ScheduleConfig,
+    SpeedConfig,
     TrackingConfig,
+    TrainingConfig,
 )
-from tla_service.config.training import OptimizerConfig, ScheduleConfig, SpeedConfig, TrainingConfig
 from tla_service.errors import ConfigError
 
 Method = Literal["natural", "at", "alp", "tla", "tla_rn", "tla_sa", "trades", "mart"]

@@ -6,7 +6,7 @@ from itertools import takewhile
 from torch import nn, optim
 
 from tla_service.config import RunConfig
-from tla_service.config.training import ScheduleConfig
+from tla_service.config.sections import ScheduleConfig
 
 
 def build_optimizer(network: nn.Module, run: RunConfig) -> optim.Optimizer:

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from tla_service.config import RunConfig
-from tla_service.config.bounds import known_shape
 from tla_service.config.explain import Explainer
+from tla_service.config.radii import known_shape
 from tla_service.errors import ConfigError
 from tla_service.tuning.axes import Axis, axis_of, shown
 from tla_service.tuning.constraints import Constraint
