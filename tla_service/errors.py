@@ -22,7 +22,7 @@ class UserError(Exception):
 
     Args:
         subject: What is wrong: a configuration field as spelled on the command line, a path, an address.
-        value: The offending value as the user gave it, or ``None`` when there is none.
+        value: The offending value as the user gave it; None if there is none.
         reason: Why it cannot be used.
         remedy: What to do about it.
     """

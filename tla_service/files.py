@@ -17,14 +17,7 @@ _SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107  # sun_path, less 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write a file under a temporary name in its own folder; rename it, over an older one, when it is complete.
-
-    Args:
-        path: The file.
-
-    Yields:
-        An empty, hidden file to write to; removed when the block raises.
-    """
+    """Yield an empty, hidden file beside `path`, which is renamed to it after the block, or removed if that raises."""
     part = _part_of(path)
     part.touch(exist_ok=False)
     try:
@@ -46,14 +39,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder under a temporary name beside its place; rename it, over an older one, when it is complete.
-
-    Args:
-        path: The folder; its parents are made.
-
-    Yields:
-        An empty, hidden folder to fill; removed when the block raises.
-    """
+    """As `whole_file`, for a folder, whose parents are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part, old = _part_of(path), _part_of(path)
     part.mkdir()
@@ -81,18 +67,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def check_socket_path(variable: str, folder: str, tail: str, whose: str, remedy: str) -> None:
-    """Refuse a folder below which the path of a Unix socket would be too long.
-
-    Args:
-        variable: Environment variable that names the folder, for messages.
-        folder: The folder.
-        tail: Path of the socket below it, as long as it will be.
-        whose: Whose sockets they are.
-        remedy: What to set.
-
-    Raises:
-        UnavailableError: It would be.
-    """
+    """Refuse a folder, named by an environment variable, below which `tail` would be too long a path for a socket."""
     length = len(os.fsencode(Path(folder, tail)))
     if length > _SOCKET_PATH_BYTES:
         reason = f"too long a path for {whose}: sockets below it have {length} bytes, at most {_SOCKET_PATH_BYTES} work"

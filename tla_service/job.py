@@ -15,9 +15,7 @@ INTERRUPTED = 130
 def run_job(main: Callable[[], int | None]) -> int:
     """Run a job's main function and convert exceptions to exit codes.
 
-    Returns:
-        The result of `main`, or 0; 2 for an invalid configuration; 3 if something is missing or unavailable; 130 if
-        interrupted; 1 for other errors.
+    2 for an invalid configuration, 3 if something is missing or unavailable, 130 if interrupted, 1 for other errors.
     """
     # Read here and not from the settings, because reading those may be what fails.
     debug = "--debug" in sys.argv or os.environ.get("TLA_DEBUG", "").lower() in ("1", "true", "yes", "on")
@@ -33,12 +31,7 @@ def run_job(main: Callable[[], int | None]) -> int:
 
 
 def next_command(job: str, *arguments: str) -> str:
-    """A line with the command to run next, as typed in the shell that started this job.
-
-    Args:
-        job: File name of a job in the folder of the running one.
-        arguments: Its command line; credentials in URLs are left out.
-    """
+    """A line with the command to run next, a job in the folder of this one; credentials in URLs are left out."""
     python, folder = Path(sys.executable), Path.cwd()
     interpreter = str(python.relative_to(folder)) if python.is_relative_to(folder) else "python"
     command = [interpreter, str(Path(sys.argv[0]).with_name(job)), *map(without_credentials, arguments)]
@@ -46,13 +39,9 @@ def next_command(job: str, *arguments: str) -> str:
 
 
 def _tell(error: Exception, *, debug: bool) -> int:
-    if debug or not (isinstance(error, UserError) or type(error) is RuntimeError or _says_enough(error)):
+    says_enough = type(error) is RuntimeError or type(error).__module__.startswith("tla_service.")
+    if debug or not says_enough:
         print(without_credentials("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     text = " ".join(str(error).split("\n")) if isinstance(error, UserError) else str(error)
     print(f"error: {without_credentials(text)}", file=sys.stderr)
     return error.exit_code if isinstance(error, UserError) else 1
-
-
-def _says_enough(error: Exception) -> bool:
-    """Whether it is one of our errors, with a complete message."""
-    return type(error).__module__.startswith("tla_service.")

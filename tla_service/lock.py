@@ -45,15 +45,8 @@ class Holder:
 def locked_folder(folder: Path, setting: str) -> Iterator[None]:
     """Lock a folder against other processes, on other machines too if the file system supports it.
 
-    A POSIX lock belongs to the process: children do not inherit it, and it is released when the process ends.
-
-    Args:
-        folder: The folder, created if missing.
-        setting: Setting that names it, for messages.
-
-    Raises:
-        ConfigError: Another process, or another run in this process, holds the lock.
-        UnavailableError: The folder cannot be written.
+    A POSIX lock belongs to the process: children do not inherit it, and it is released when the process ends. The
+    folder, which `setting` names, is created if missing; a ConfigError names the process that holds the lock.
     """
     path = folder.resolve() / LOCK_FILE
     if path in _held:

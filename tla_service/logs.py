@@ -32,12 +32,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_as_json(labels: Mapping[str, Any], level: int = logging.INFO, stream: TextIO | None = None) -> None:
-    """Make this process log JSON lines only.
+    """Make this process log JSON lines only, each with the labels: those that the mapping has at the time.
 
-    Args:
-        labels: Fields of every line; later changes of the mapping take effect.
-        level: Level of this project's loggers; others log warnings.
-        stream: Default: standard error.
+    The level is that of this project's loggers; others log warnings.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(labels))

@@ -13,17 +13,7 @@ T = TypeVar("T")
 
 
 def retried(what: str, action: Callable[[], T], may_pass: Callable[[Exception], bool], *, seconds: float) -> T:
-    """Call something; retry transient errors with exponential backoff, from 1 to `LONGEST_WAIT_SECONDS` seconds.
-
-    Args:
-        what: What is done, for warnings.
-        action: The call.
-        may_pass: Whether the same call may succeed later, by what it raised.
-        seconds: How long to keep trying.
-
-    Raises:
-        Exception: What the last call raised.
-    """
+    """Call `action`; for some seconds, repeat it after errors that `may_pass`, waiting longer each time."""
     deadline, wait = time.monotonic() + seconds, 1.0
     while True:
         try:

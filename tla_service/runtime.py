@@ -25,14 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """One process of a run.
-
-    Attributes:
-        rank: Index of the process among all, in [0, world_size).
-        local_rank: Index of the process on its node.
-        world_size: Number of processes.
-        device: Where the network and the batches live.
-    """
+    """One process of a run, by its rank among all and on its node, and the device of its network and batches."""
 
     rank: int = 0
     local_rank: int = 0
@@ -60,9 +53,7 @@ def generator(device: torch.device, *parts: int) -> torch.Generator:
 def process_group(device: torch.device) -> Iterator[WorkerContext]:
     """Join the process group that torchrun's environment describes; a lone process needs none.
 
-    Yields:
-        This process's context. The group is left at the end, without a closing barrier: one would hang the
-        healthy ranks whenever another has failed.
+    The group is left without a closing barrier: one would hang the healthy ranks whenever another has failed.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -124,11 +115,9 @@ def hardware(device: torch.device) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next step.
+    """Make glibc, if it is the C library, keep freed memory for the next step; the peak is then held until the end.
 
-    A CPU step allocates and frees the same large activations again and again. By default glibc returns such blocks to
-    the system each time, which then zeroes every page again: thousands of page faults per step. The cost is that the
-    process holds its peak memory until it ends. Has no effect with other C libraries.
+    By default it returns the large activations of each CPU step to the system, which then zeroes every page again.
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -30,8 +30,8 @@ from tla_service.errors import UnavailableError
 from tla_service.files import whole_folder
 from tla_service.runtime import COLLECTIVE_TIMEOUT_SECONDS
 from tla_service.training.checkpoint import verify_checkpoint
+from tla_service.training.output import FitResult
 from tla_service.training.reporting import KEPT
-from tla_service.training.result import FitResult
 
 Record = Mapping[str, Any]
 FETCH_SECONDS = 0.2

@@ -18,7 +18,7 @@ from tla_service.config import RunConfig
 from tla_service.errors import UserError
 from tla_service.logs import log_as_json
 from tla_service.runtime import WorkerContext
-from tla_service.training.fit import fit
+from tla_service.training.fit import Run
 from tla_service.training.meter import NonFiniteLossError
 
 
@@ -28,7 +28,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     Args:
         loop: `config` (the run as plain values), `folder` (its RunFolder), `keep` (number of checkpoints kept),
             `mailbox`, `weights` (object reference to a state dict, or None), `log_labels` (fields of JSON log lines;
-            None logs text), `measure_test` and `with_rejector` (for `fit`).
+            None logs text), `measure_test` and `with_rejector` (for `Run.train`).
 
     Returns:
         `result`, the fields of a FitResult, and `checkpoint`, the name of the newest; or `error`, which a restart would
@@ -54,13 +54,15 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         logging.getLogger("tla_service").addHandler(WarningsToMailbox(loop["mailbox"]))
         reporter.progress({"event": "placed"})
     try:
-        result = fit(config, context, reporter, initial_weights=weights, **ends)
+        run = Run(config, context, reporter)
+        run.start(weights)
+        result = run.train(**ends)
     except (UserError, NonFiniteLossError) as error:
         return {"error": error}
     finally:
         # Calls are ordered: once this one is answered, all records have arrived.
         ray.get(loop["mailbox"].stop_asked.remote())
-    return {"result": result.as_dict(), "checkpoint": reporter.newest}
+    return {"result": vars(result), "checkpoint": reporter.newest}
 
 
 class RayReporter:

@@ -37,11 +37,6 @@ def preset_names(field: str = "preset") -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
-def sweep_preset_names() -> list[str]:
-    """Names that `--study` takes."""
-    return preset_names("study")
-
-
 class JobSettings(BaseSettings):
     """Base of every job's settings: read from a file, the environment and the command line by `read_settings`."""
 
@@ -73,8 +68,8 @@ class JobSettings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """After the command line, which comes first by itself: the environment, then the files."""
         files = [_NamedFile(settings_cls, name) for name in _FILES if name in settings_cls.model_fields]
@@ -163,24 +158,15 @@ def load_config(preset: str | None = None, config: str | Path | None = None, **s
 
 
 def load_settings(arguments: Sequence[str] | None = None) -> RunSettings:
-    """Read a run's configuration from all sources; see `read_settings`."""
+    """Read the settings of a training job from all sources."""
     return read_settings(RunSettings, arguments)
 
 
 def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, **values: Any) -> Settings:
-    """Read a job's settings from all sources.
+    """Read a job's settings from all sources; `values` override every other source but the command line.
 
-    Environment variables of a run (``TLA_TRACKING__URI``) may be set for all jobs of a cluster: a job without such a
-    setting ignores them.
-
-    Args:
-        kind: The job's settings.
-        arguments: Command line without the program's name; None: `sys.argv`.
-        values: Settings that override those of every other source but the command line.
-
-    Raises:
-        ConfigError: A setting is wrong.
-        ExceptionGroup: Several are; one ConfigError each.
+    Environment variables of a run (`TLA_TRACKING__URI`) may be set for all jobs of a cluster: a job without such a
+    setting ignores them. Raises a ConfigError for a wrong setting, and an ExceptionGroup of them for several.
     """
     explainer = Explainer(kind, "TLA_")
     unknown = explainer.unknown_variable(RunSettings)
@@ -202,11 +188,7 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
 
 
 def load_config_file(path: Path) -> RunConfig:
-    """Read a resolved configuration, as written by `to_yaml`.
-
-    Raises:
-        ConfigError: It cannot be read, or is none.
-    """
+    """Read a resolved configuration, as written by `to_yaml`; ConfigError if that is not possible."""
     try:
         return RunConfig.model_validate(read_yaml(path, "config"))
     except ValidationError as error:

@@ -1,7 +1,4 @@
-"""The configuration of a run: frozen, validated sections. `config.loading` reads it from presets, files and flags.
-
-Nothing here imports torch, so that a wrong configuration is refused within a second.
-"""
+"""The configuration of a run. Nothing here imports torch, so that a wrong one is refused within a second."""
 
 import hashlib
 import json
@@ -142,21 +139,13 @@ class RunConfig(Section):
         return next(filter(None, found), None)
 
     def check_device(self, *, has_gpu: bool) -> None:
-        """Refuse CUDA graphs without a GPU, which may be known late.
-
-        Raises:
-            ConfigError: As said.
-        """
+        """Raise ConfigError for CUDA graphs without a GPU, which may be known late."""
         if self.speed.cuda_graphs and not has_gpu:
             remedy = "leave it out, or run where there is a GPU"
             raise ConfigError("speed.cuda_graphs", True, "CUDA graphs need a GPU, and this run has none", remedy)
 
     def check_workers(self, workers: int) -> None:
-        """Check that each step can be split over this many workers; their number may be known late.
-
-        Raises:
-            ConfigError: It cannot.
-        """
+        """Raise ConfigError if a step cannot be split over this many workers; their number may be known late."""
         batch, mining = self.training.global_batch_size, self.mining
         if batch < 2 * workers:
             reason, remedy = f"under 2 images for each of {workers} workers", f"use at least {2 * workers}"

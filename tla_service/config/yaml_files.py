@@ -34,11 +34,7 @@ for _tag, _pattern in _NUMBERS.items():
 
 
 def read_yaml(path: Path, subject: str) -> Any:
-    """Read a YAML file in UTF-8, with or without a byte order mark; `subject` is the setting that named it.
-
-    Raises:
-        ConfigError: It cannot be read, is not UTF-8 text, or is not valid for `parse_yaml`.
-    """
+    """Read a YAML file in UTF-8, with or without a byte order mark; `subject` is the setting that named it."""
     try:
         content = path.expanduser().read_bytes()
         text = content.decode()
@@ -53,15 +49,9 @@ def read_yaml(path: Path, subject: str) -> Any:
 
 
 def parse_yaml(text: str, subject: str, name: object) -> Any:
-    """Read a YAML document; an empty one is None. Anchors, aliases and merge keys (``<<: *base``) work as usual.
+    """Read one YAML document, None if empty; `name`, a path or a preset, is the value of the setting `subject`.
 
-    Args:
-        text: The document.
-        subject: Setting that named it, for messages.
-        name: Value of that setting: a path, a preset.
-
-    Raises:
-        ConfigError: It is not valid YAML, has a duplicate key, or is more than one document.
+    Raises ConfigError for a duplicate key as for everything that is not valid. Aliases and merge keys work as usual.
     """
     try:
         loader = _Loader(text)
@@ -114,11 +104,8 @@ def _repeated(node: yaml.Node, path: str = "", seen: frozenset[int] = frozenset(
         for (_, name), found in lines.items():
             if len(found) > 1:
                 where = f"lines {', '.join(map(str, found[:-1]))} and {found[-1]}" if len(set(found)) > 1 else None
-                yield f"{name} is given {_times(len(found))}, in {where or f'line {found[0]}'}"
-
-
-def _times(count: int) -> str:
-    return "twice" if count == 2 else f"{count} times"
+                times = "twice" if len(found) == 2 else f"{len(found)} times"
+                yield f"{name} is given {times}, in {where or f'line {found[0]}'}"
 
 
 def _explained(error: Exception) -> tuple[str, str]:

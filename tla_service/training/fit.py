@@ -1,6 +1,6 @@
 """A run: epochs of steps, validation, checkpoints, and one evaluation on the test set at the end.
 
-A plain process, torchrun and a Ray Train worker all call `fit`; only the Reporter differs.
+A plain process, torchrun and a Ray Train worker all train like this; only the Reporter differs.
 """
 
 from collections.abc import Mapping
@@ -19,54 +19,25 @@ from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, failing_together, keep_freed_memory, mixed_seed
 from tla_service.training.adversary import layout_of
 from tla_service.training.average import WeightAverage
-from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
-from tla_service.training.guard import COLLAPSED, collapses, has_collapsed, message
-from tla_service.training.meter import Meter
+from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, restore, save_checkpoint
+from tla_service.training.meter import COLLAPSED, ROBUST, Meter, Phases, collapses, has_collapsed
 from tla_service.training.optimizer import build_optimizer, set_learning_rate
+from tla_service.training.output import FitResult
 from tla_service.training.precheck import check_weights, split_and_check
 from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
-from tla_service.training.result import FitResult, Phases
-from tla_service.training.resume import restore
 from tla_service.training.roles import average_buffers
 from tla_service.training.step import TrainingStep
 
 Attacks = Mapping[str, EvaluationAttack]
-_rank = itemgetter("validation/robust_accuracy", "validation/clean_accuracy")
-
-
-def fit(
-    config: RunConfig,
-    context: WorkerContext,
-    reporter: Reporter,
-    *,
-    initial_weights: Mapping[str, Tensor] | None = None,
-    measure_test: bool = True,
-    with_rejector: bool = False,
-) -> FitResult:
-    """Train, select the best weights on the validation split, and measure them once on the test set.
-
-    Returns the same on every rank, except for the detector, which only rank 0 has.
-
-    Args:
-        config: The run.
-        context: This worker; its process group is already up.
-        reporter: Receives progress, metrics and checkpoints, and finds checkpoints to resume from.
-        initial_weights: State dict to start from (fine-tuning); ignored by a run that resumes.
-        measure_test: Whether to measure on the test set: runs that are compared for selection must not see it.
-        with_rejector: Whether to fit the detector that is packaged with the best weights.
-
-    Raises:
-        NonFiniteLossError: The loss became NaN or infinite; all ranks stop together.
-        UserError: The data or the checkpoint cannot be used.
-    """
-    run = Run(config, context, reporter)
-    run.start(initial_weights)
-    return run.train(measure_test=measure_test, with_rejector=with_rejector)
+_rank = itemgetter(ROBUST, "validation/clean_accuracy")
 
 
 class Run:
-    """One worker's part of a run; arguments as for `fit`."""
+    """One worker's part of a run: trains, selects the best weights on the validation split, and measures them once.
+
+    The process group is already up. A UserError says that the data or the checkpoint cannot be used.
+    """
 
     def __init__(self, config: RunConfig, context: WorkerContext, reporter: Reporter) -> None:
         self.config, self.context, self.reporter = config, context, reporter
@@ -88,7 +59,7 @@ class Run:
             self.total_steps = min(self.total_steps, config.training.max_steps)
 
     def start(self, initial_weights: Mapping[str, Tensor] | None) -> None:
-        """Build network, optimizer and step; load the newest intact checkpoint, if there is any.
+        """Build network, optimizer and step; load the newest intact checkpoint, or else the initial weights, if any.
 
         Everything that can refuse a run has been checked when this returns, and rank 0 has reported `start`.
         """
@@ -129,7 +100,12 @@ class Run:
         )
 
     def train(self, *, measure_test: bool = True, with_rejector: bool = False) -> FitResult:
-        """Train to the end, or until a stop is requested; arguments and result as for `fit`."""
+        """Train to the end, or until a stop is requested.
+
+        `measure_test` uses the test set, which runs that are compared for selection must not see; `with_rejector` fits
+        the detector that is packaged with the weights. The result is the same on every rank, but only rank 0 has the
+        detector. Raises NonFiniteLossError, on all ranks together, when the loss became NaN or infinite.
+        """
         while self.state.step < self.total_steps:
             if not (self.train_epoch() and self.finish_epoch()):
                 return self.result(interrupted=True)
@@ -239,7 +215,12 @@ class Run:
     def _answer_collapse(self, metrics: Mapping[str, float]) -> None:
         """Report it, and restore the best weights where training continues from them."""
         config, state = self.config, self.state
-        self._tell(event="collapse", message=message(metrics, state.best, config))
+        act = "continuing from the best weights with PGD"
+        if config.attack.on_collapse == "stop":
+            act = "the run ends with the best weights"
+        fell = f"robust accuracy on validation {metrics[ROBUST]:.1%}, before {state.best[ROBUST]:.1%}"
+        message = f"single-step training collapsed in epoch {metrics['epoch']:.0f}: {fell}; {act}"
+        self._tell(event="collapse", message=message)
         if config.attack.on_collapse == "pgd":
             state.network.load_state_dict(state.best_weights)
             state.optimizer = build_optimizer(state.network, config)

@@ -22,11 +22,7 @@ _GB = 10**9
 def split_and_check(
     config: RunConfig, dataset: Dataset, context: WorkerContext
 ) -> tuple[Tensor, Tensor, TrainingBatches]:
-    """Training rows, validation rows and training batches of a run.
-
-    Raises:
-        ConfigError: The split, the mining pool or the batches do not fit the data, or as `check_start`.
-    """
+    """Training rows, validation rows and training batches of a run; ConfigError where they do not fit the data."""
     labels, fraction = dataset.train.labels, config.data.validation_fraction
     train, validation = split_validation(labels, fraction, config.seed, dataset.class_names)
     batches = training_batches(config, dataset.train, train, context)
@@ -40,26 +36,22 @@ def training_batches(config: RunConfig, source: ImageSource, rows: Tensor, conte
     mining = config.mining
     separate = config.mines_triplets and mining.pool == "separate"
     pool_size = mining.pool_size if separate else 0
-    if mining.scope == "global":
-        pool_size //= context.world_size
     order = StepOrder(
         source.labels[rows],
         seed=config.seed,
         rank=context.rank,
         world_size=context.world_size,
         global_batch_size=config.training.global_batch_size,
-        pool_size=pool_size,
+        pool_size=pool_size // context.world_size if mining.scope == "global" else pool_size,
         same_class_positives=separate and mining.positives != "own",
     )
     return TrainingBatches(source, rows, order, config.data, context, augment_pool=mining.augment_pool)
 
 
 def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int) -> None:
-    """Refuse a run that would fail later on its data; ``rows`` are the images it trains on (N,), int64.
+    """Raise ConfigError for a run that would fail later on the images it trains on, which are at `rows` (N,), int64.
 
-    Raises:
-        ConfigError: A radius or a step size makes no sense on these images, or some step leaves a worker one image,
-            which BatchNorm cannot normalize.
+    A radius or a step size makes no sense on them, or BatchNorm cannot normalize the one image that a worker gets.
     """
     trouble = config.attack_trouble(dataset.image_shape)
     if trouble is not None:
@@ -101,9 +93,8 @@ def checkpoint_bytes(config: RunConfig, network: nn.Module) -> int:
 def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
     """Raise UnavailableError if a filesystem does not have enough space.
 
-    Args:
-        needs: Setting -> folder (it need not exist) and the bytes that will be written there, in addition to what is
-            there. Folders of one filesystem share its space.
+    `needs` has, by setting, a folder (it need not exist) and the bytes that will be added to it. Folders of one
+    filesystem share its space.
     """
     groups: dict[int, list[str]] = {}
     for field, (folder, _) in needs.items():
@@ -119,12 +110,9 @@ def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
 
 
 def kept_need(folder: Path, checkpoint: int, kept: int) -> tuple[Path, int]:
-    """A folder that keeps a number of checkpoints, and the bytes still to be written: a new one before an old one goes.
+    """A folder that keeps `kept` checkpoints of a size in bytes, and the bytes still to be written to it.
 
-    Args:
-        folder: Where they are kept; what is there already counts.
-        checkpoint: Size of one, in bytes.
-        kept: How many stay.
+    A new checkpoint is written before an old one goes; what is there already counts.
     """
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     return folder, max(checkpoint, (kept + 1) * checkpoint - there)
@@ -145,15 +133,11 @@ def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor) -> bool
         network = build_model(config.model.name, classes, shape, config.model.normalization)
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         return True
-    plain = config.model_copy(
-        update={
-            "attack": config.attack.model_copy(update={"num_steps": 1}),
-            "speed": config.speed.model_copy(update={"compile": "none", "cuda_graphs": False, "tune_kernels": False}),
-        }
-    )
-    one, few = (
-        Batch(dataset.train.fetch(rows[:count]).float() / 255, dataset.train.labels[rows[:count]]) for count in (1, 2)
-    )
+    attack = config.attack.model_copy(update={"num_steps": 1})
+    speed = config.speed.model_copy(update={"compile": "none", "cuda_graphs": False, "tune_kernels": False})
+    plain = config.model_copy(update={"attack": attack, "speed": speed})
+    images, labels = dataset.train.fetch(rows[:2]).float() / 255, dataset.train.labels[rows[:2]]
+    one, few = Batch(images[:1], labels[:1]), Batch(images, labels)
     step = TrainingStep(network.train(), plain, WorkerContext())
     try:
         next(step.updates(StepBatch(one, one, few, global_size=1), config.seed))

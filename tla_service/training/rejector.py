@@ -29,17 +29,8 @@ def fit_rejector(
 ) -> dict[str, npt.NDArray[Any]]:
     """Fit class Gaussians to clean training images, and choose the threshold on clean validation images.
 
-    Args:
-        network: The bare network with its final weights, on the device.
-        source: Images of the training set.
-        train_rows: Rows it was trained on (N,), int64.
-        validation_rows: Rows that were held out (M,), int64.
-        config: `detection`, and the batch size of `evaluation`.
-        device: The network's.
-
-    Returns:
-        The arrays of a :class:`tla_service.inference.detector.Rejector`; none, with a warning, where no detector can be
-        fitted: a run must not fail for lack of one.
+    Rows of `source`, (N,) and (M,), int64, are those the network was trained on and those held out. Returns the arrays
+    of a `Rejector`; none, with a warning, where none can be fitted: a run must not fail for lack of one.
     """
 
     def embedded(rows: Tensor) -> Embedded:

@@ -15,16 +15,13 @@ from tla_service.runtime import WorkerContext
 class RoleForward(nn.Module):
     """One forward pass for every role (adversarial, clean, negatives, ...): what DDP wraps, once per step.
 
-    Args:
-        network: The bare network.
-        together: BatchNorm sees all roles as one batch; otherwise each role is normalized by its own statistics, as in
-            the authors' code.
+    With `together`, BatchNorm sees all roles as one batch; otherwise each role is normalized by its own statistics, as
+    in the authors' code.
     """
 
     def __init__(self, network: nn.Module, *, together: bool) -> None:
         super().__init__()
-        self.network = network
-        self.together = together
+        self.network, self.together = network, together
 
     def forward(self, *roles: Tensor) -> tuple[ModelOutput, ...]:
         """Images of each role, (N_i, C, H, W), to its logits and embeddings."""

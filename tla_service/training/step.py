@@ -34,32 +34,17 @@ _EVERYTHING_MIB = 2**20
 
 
 class Roles(NamedTuple):
-    """What the loss compares, row by row.
+    """What the loss compares, row by row."""
 
-    Attributes:
-        attacked: Output for the adversarial images; for natural training, the clean ones.
-        clean: Output for the clean images, where a term uses it.
-        negatives: Embedding of each anchor's negative (N, D).
-        valid: Whether the anchor has a negative (N,), bool.
-        same_class: Embedding of another image of each anchor's class (N, D), where it is a positive.
-    """
-
-    attacked: ModelOutput
-    clean: ModelOutput | None = None
-    negatives: Tensor | None = None
-    valid: Tensor | None = None
-    same_class: Tensor | None = None
+    attacked: ModelOutput  # for the adversarial images; for natural training, the clean ones
+    clean: ModelOutput | None = None  # where a term uses it
+    negatives: Tensor | None = None  # embedding of each anchor's negative (N, D)
+    valid: Tensor | None = None  # whether the anchor has a negative (N,), bool
+    same_class: Tensor | None = None  # embedding of another image of each anchor's class (N, D), if it is a positive
 
 
 class TrainingStep:
-    """Turns a batch into gradients.
-
-    Args:
-        network: The bare network, on the worker's device. Its frozen twin is attacked: no DDP wrapper, no parameter
-            gradients, no BatchNorm updates.
-        config: The run.
-        context: This worker.
-    """
+    """Turns a batch into gradients of the bare network, which is on the worker's device."""
 
     def __init__(self, network: ImageClassifier, config: RunConfig, context: WorkerContext) -> None:
         self.network, self.config, self.context = network, config, context
@@ -70,30 +55,22 @@ class TrainingStep:
         if config.speed.compile == "all":
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
         if context.world_size > 1:
-            # Buffers stay local between epochs and are averaged at their end (`fit`), which uses every worker's
+            # Buffers stay local between epochs and are averaged at their end, which uses every worker's
             # statistics where a broadcast would drop all but rank 0's, and costs nothing inside a step.
             ddp = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.14 and later
-            local_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-            self.wrapped = ddp(
-                self.wrapped,
-                device_ids=[context.device.index] if context.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                # A single bucket is full, and sent, only when the backward pass has ended.
-                bucket_cap_mb=None if config.speed.overlap_reduction else _EVERYTHING_MIB,
-                **local_buffers,
-            )
+            options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+            options["device_ids"] = [context.device.index] if context.device.type == "cuda" else None
+            # A single bucket is full, and sent, only when the backward pass has ended.
+            options["bucket_cap_mb"] = None if config.speed.overlap_reduction else _EVERYTHING_MIB
+            self.wrapped = ddp(self.wrapped, gradient_as_bucket_view=True, **options)
         self.adversary = Adversary(seen, config, context)
         self._mined: Negatives | None = None  # hardest negatives of the last batch
-        loss = config.loss
-        default_clean_weight = 0.5 if config.method == "alp" else 0.0
-        self.clean_weight = default_clean_weight if loss.clean_weight is None else loss.clean_weight
+        loss, pairs_logits = config.loss, config.method == "alp"
+        self.clean_weight = 0.5 * pairs_logits if loss.clean_weight is None else loss.clean_weight
         # Terms that compare an image with its adversarial version, or use the clean image alone.
-        self.needs_clean = (
-            config.method == "alp"
-            or config.robust_term != "cross_entropy"
-            or bool(self.clean_weight or loss.embedding_match_weight)
-        )
+        own_term = pairs_logits or config.robust_term != "cross_entropy"
+        self.needs_clean = own_term or bool(self.clean_weight or loss.embedding_match_weight)
 
     def updates(self, batch: StepBatch, *seeds: int) -> Iterator[Tensor]:
         """`backward` for each update, which the caller makes, on a batch: once, or once per replay of free training."""
@@ -149,16 +126,13 @@ class TrainingStep:
     def objective(
         self, batch: StepBatch, adversarial: Tensor | None, random: torch.Generator, mined: Negatives | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss on a batch.
+        """The loss on this worker's share of a step, a scalar with a graph, and the sums that `backward` returns.
 
         Args:
-            batch: This worker's share of the step.
-            adversarial: Its adversarial images (N, C, H, W); ``None`` for natural training.
+            batch: The share, with clean images.
+            adversarial: Its adversarial images (N, C, H, W); None for natural training.
             random: Source of noise and random negatives.
             mined: The hardest negatives of these images, if they have been mined before.
-
-        Returns:
-            The loss, a scalar with a graph, and the sums that `backward` returns.
         """
         clean = batch.anchors.images
         if adversarial is None:
