@@ -16,7 +16,7 @@ from ray.train import Checkpoint
 from tla_service.cluster.storage import RunFolder
 from tla_service.config import RunConfig
 from tla_service.errors import UserError
-from tla_service.logs import log_as_json
+from tla_service.job import log_as_json
 from tla_service.runtime import WorkerContext
 from tla_service.training.fit import Run
 from tla_service.training.meter import NonFiniteLossError

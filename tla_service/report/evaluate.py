@@ -17,7 +17,7 @@ from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.neighbours import pick_queries
 from tla_service.evaluation.outcomes import IntArray, ShardOutcome, save_outcome
 from tla_service.evaluation.surrogate import TrainedSurrogate
-from tla_service.lock import locked_folder
+from tla_service.files import locked_folder
 from tla_service.models import build_model
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tla_service.errors import ConfigError, UnavailableError, one_line
-from tla_service.files import write_whole
-from tla_service.lock import LOCK_FILE
+from tla_service.files import LOCK_FILE, write_whole
 from tla_service.report.plan import Plan, protocol
 from tla_service.report.schema import PAGE_FILE, REPORT_FILE, ThreatModel
 from tla_service.report.settings import ReportSettings

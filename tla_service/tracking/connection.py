@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tla_service.config import TrackingConfig
-from tla_service.errors import ConfigError, UnavailableError, UserError, one_line
-from tla_service.retries import retried
+from tla_service.errors import ConfigError, UnavailableError, UserError, one_line, retried
 from tla_service.tracking.store_errors import artifact_cause, connection_cause, database_cause, refusal, sqlite_cause
 
 if TYPE_CHECKING:
@@ -237,7 +236,7 @@ def _call(uri: str, method: str, endpoint: str, **arguments: Any) -> tuple[int, 
 
 
 def _request(uri: str, method: str, path: str, **arguments: Any) -> tuple[int, str]:
-    """A request with MLflow's credentials and TLS settings, but without its retries."""
+    """A request with MLflow's credentials and TLS settings, but without its errors."""
     from mlflow.exceptions import MlflowException
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request

@@ -124,7 +124,7 @@ def training_attack(config: RunConfig) -> Attack:
 
 @contextlib.contextmanager
 def moved_weights(network: nn.Module, gamma: float) -> Iterator[None]:
-    """Adversarial weights (Wu et al. 2020, equation 8 with one step): every kernel up its gradient by gamma of its norm.
+    """Adversarial weights (Wu et al. 2020, equation 8 with one step): every kernel up its gradient by gamma norms.
 
     The parameters hold gradients of the loss, which are cleared. The weights are restored afterwards, bit for bit:
     gradients taken inside update the original weights. BatchNorm's scales and biases stay, as in the authors' code.

@@ -11,8 +11,8 @@ import torch
 
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
-from tla_service.lock import locked_folder
-from tla_service.logs import log_as_json
+from tla_service.files import locked_folder
+from tla_service.job import log_as_json
 from tla_service.runtime import WorkerContext, failing_together, process_group
 from tla_service.training.checkpoint import read_weights
 from tla_service.training.fit import Run

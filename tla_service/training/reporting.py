@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tla_service.errors import without_credentials
 from tla_service.files import remove_parts
-from tla_service.logs import json_line
+from tla_service.job import json_line
 from tla_service.training.checkpoint import MANIFEST, LocalCheckpoint, Stored
 
 LOG = "log.jsonl"

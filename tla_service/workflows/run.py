@@ -20,8 +20,7 @@ from tla_service.data import Dataset
 from tla_service.errors import UnavailableError, without_credentials
 from tla_service.evaluation.figures import attack_panel, training_curves
 from tla_service.inference.detector import Rejector
-from tla_service.job import INTERRUPTED, next_command
-from tla_service.logs import log_as_json
+from tla_service.job import INTERRUPTED, log_as_json, next_command
 from tla_service.models import build_model
 from tla_service.registry.packaging import log_model
 from tla_service.runtime import generator
