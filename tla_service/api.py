@@ -36,8 +36,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the accuracy of a network on clean images and under attack, in eval mode and float32.
 
-    `jobs/evaluate_tla.py` measures more: AutoAttack, confidence intervals, transfer attacks, an audit for gradient
-    masking.
+    `jobs/evaluate_tla.py` measures more: AutoAttack, confidence intervals, transfer, an audit for gradient masking.
 
     Args:
         model: Network from images (N, C, H, W) in [0, 1] to logits (N, K), on any device; or the address of one for
@@ -68,17 +67,16 @@ def evaluate(
             config = load_config_file(folder / "config.yaml")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = network.to(device)
-    if attacks is None:
-        if config is None:
-            raise ConfigError("attacks", None, "not given", "pass attacks={'pgd20': Attack(...)}, or config")
+    if attacks is not None:
+        _check_attacks(attacks)
+    elif config is not None:
         attacks = {
             name: evaluation_attack(attack, config.attack, config.data.name, f"evaluation.test.{name}")
             for name, attack in config.evaluation.test.items()
         }
     else:
-        _check_attacks(attacks)
-    classifier = _Classifier(network)
-    context = WorkerContext(device=device)
+        raise ConfigError("attacks", None, "not given", "pass attacks={'pgd20': Attack(...)}, or config")
+    classifier, context = _Classifier(network), WorkerContext(device=device)
     batches = _batches(classifier, images, labels, config, context)
     if seed is None:
         seed = config.seed if config is not None else 0
@@ -101,7 +99,6 @@ class _Classifier(nn.Module):
 def _batches(
     classifier: nn.Module, images: Any, labels: Any, config: RunConfig | None, context: WorkerContext
 ) -> Iterable[Batch]:
-    """The given images, or else the test set of the run."""
     size = config.evaluation.batch_size if config is not None else _BATCH_SIZE
     if images is None and labels is None:
         if config is None:
@@ -141,10 +138,8 @@ def _check_images(classifier: nn.Module, images: Tensor, labels: Tensor, device:
         raise ConfigError("images", f"{shape} {images.dtype}", "not (N, C, H, W), float", "pass images in [0, 1]")
     low, high = images.aminmax()
     if not (low >= 0 and high <= 1):
-        reason = "outside [0, 1]"
-        raise ConfigError(
-            "images", f"[{low:g}, {high:g}]", reason, "divide 8-bit images by 255; normalize in the model"
-        )
+        remedy = "divide 8-bit images by 255; normalize in the model"
+        raise ConfigError("images", f"[{low:g}, {high:g}]", "outside [0, 1]", remedy)
     if labels.shape != shape[:1] or labels.is_floating_point():
         remedy = f"pass {len(images)} integer class indices"
         raise ConfigError("labels", f"{tuple(labels.shape)} {labels.dtype}", "not one class per image", remedy)

@@ -38,48 +38,32 @@ def code_facts() -> dict[str, str]:
     """Version and, in a git checkout, commit, for reports."""
     tags = code_version()
     changed = " with changes" if tags.get("tla.git_dirty") == "true" else ""
-    facts = {"version": tags["tla.version"]}
-    return facts | ({"commit": tags["tla.git_commit"][:12] + changed} if "tla.git_commit" in tags else {})
+    commit = {"commit": tags["tla.git_commit"][:12] + changed} if "tla.git_commit" in tags else {}
+    return {"version": tags["tla.version"], **commit}
 
 
 def environment() -> dict[str, Any]:
     """Python, machine, CUDA and every installed package with its version, as plain JSON."""
-    packages = {
-        str(found.metadata["Name"]): found.version
-        for found in importlib.metadata.distributions()
-        if found.metadata["Name"]
-    }
+    import torch  # not needed by jobs that only ask for the code's version
+
+    found = ((str(package.metadata["Name"] or ""), package.version) for package in importlib.metadata.distributions())
+    packages = {name: version for name, version in sorted(found, key=lambda item: item[0].lower()) if name}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "torch": packages.get("torch"),
         "ray": packages.get("ray"),
-        "cuda": _torch_cuda(),
-        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        "cuda": torch.version.cuda,  # querying devices would create a GPU context in the driver
+        "packages": packages,
     }
-
-
-def _torch_cuda() -> str | None:
-    """The CUDA version of torch; querying devices would create a GPU context in the driver."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    return torch.version.cuda
 
 
 def _git(*arguments: str) -> str | None:
     """Output of a git command in this package's folder; None without git or outside a checkout."""
-    folder = Path(tla_service.__file__).parent
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=_GIT_TIMEOUT_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.strip()

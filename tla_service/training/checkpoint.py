@@ -1,7 +1,6 @@
-"""Checkpoints: everything needed to resume a run exactly, verified by checksum.
+"""Checkpoints: everything needed to resume a run exactly, verified by checksum; the newest is enough to finish it.
 
-A checkpoint holds the current and the best weights, so the newest one is enough to finish a run. Random draws are
-functions of (seed, epoch, step, rank), so the position replaces the state of every generator.
+Random draws are functions of (seed, epoch, step, rank), so the position replaces the state of every generator.
 """
 
 import contextlib
@@ -26,6 +25,7 @@ from tla_service.runtime import WorkerContext, failing_together, gather_objects
 from tla_service.training.average import WeightAverage
 
 MANIFEST = "manifest.json"
+_POSITION = ("step", "partial_totals", "best", "history")  # of a TrainingState
 RESUMABLE = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml", "data.json")
 
 
@@ -69,7 +69,7 @@ def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
         optimizer = io.BytesIO()  # torch.save to a file hides why it fails
         torch.save(state.optimizer.state_dict(), optimizer)
         (partial / "optimizer.pt").write_bytes(optimizer.getbuffer())
-        position = {name: getattr(state, name) for name in ("step", "partial_totals", "best", "history")}
+        position = {name: getattr(state, name) for name in _POSITION}
         (partial / "state.json").write_text(json.dumps({"config_digest": config.digest, **position}))
         (partial / "config.yaml").write_text(to_yaml(config))
         (partial / "data.json").write_text(json.dumps(dict(data_facts)))
@@ -84,7 +84,10 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
     if saved["config_digest"] != config.digest and not same_run((folder / "config.yaml").read_text(), config):
         reason = f"has checkpoints of another configuration ({folder / 'config.yaml'} differs)"
         raise ConfigError("name", config.run_name, reason, "choose another --name, or start from that config.yaml")
-    if not _same_training_data(json.loads((folder / "data.json").read_text()), data_facts):
+    saved_facts = json.loads((folder / "data.json").read_text())
+    # Older checkpoints have one fingerprint of training and test images together.
+    left_out = "fingerprint" if "training_fingerprint" in saved_facts else "training_fingerprint"
+    if {**saved_facts, left_out: None} != {**data_facts, left_out: None}:
         reason = "the data set is not the one that this run began with"
         raise ConfigError("data.root", config.data.root, reason, "bring the data back, or choose another --name")
     device = next(state.network.parameters()).device
@@ -103,15 +106,8 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
                 tensors[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     best = folder / "best.safetensors"
     state.best_weights = load_file(best) if best.exists() else {}
-    state.step, state.partial_totals = saved["step"], saved["partial_totals"]
-    state.best, state.history = saved["best"], saved["history"]
-
-
-def _same_training_data(saved: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
-    """Whether a run may resume; older checkpoints have one fingerprint of training and test images together."""
-    left_out = "fingerprint" if "training_fingerprint" in saved else "training_fingerprint"
-    before, now = ({key: facts[key] for key in facts if key != left_out} for facts in (saved, present))
-    return before == now
+    for name in _POSITION:
+        setattr(state, name, saved[name])
 
 
 def find_damage(folder: Path, required: Collection[str] = ()) -> str:

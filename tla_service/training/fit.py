@@ -21,7 +21,7 @@ from tla_service.training.adversary import layout_of
 from tla_service.training.average import WeightAverage
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, restore, save_checkpoint
 from tla_service.training.meter import COLLAPSED, ROBUST, Meter, Phases, collapses, has_collapsed
-from tla_service.training.optimizer import build_optimizer, set_learning_rate
+from tla_service.training.optimizer import build_optimizer, learning_rate_factor
 from tla_service.training.output import FitResult
 from tla_service.training.precheck import check_weights, split_and_check
 from tla_service.training.rejector import fit_rejector
@@ -106,27 +106,49 @@ class Run:
         the detector that is packaged with the weights. The result is the same on every rank, but only rank 0 has the
         detector. Raises NonFiniteLossError, on all ranks together, when the loss became NaN or infinite.
         """
-        while self.state.step < self.total_steps:
-            if not (self.train_epoch() and self.finish_epoch()):
-                return self.result(interrupted=True)
-        return self.result(interrupted=False, measure_test=measure_test, with_rejector=with_rejector)
+        interrupted = False
+        while self.state.step < self.total_steps and not interrupted:
+            interrupted = not (self.train_epoch() and self.finish_epoch())
+        state, config, dataset, context = self.state, self.config, self.dataset, self.context
+        test: dict[str, float] = {}
+        rejector: dict[str, npt.NDArray[Any]] = {}
+        if not interrupted:
+            state.network.load_state_dict(state.best_weights)
+            if measure_test:
+                with self.phases("test"):
+                    rows = torch.arange(len(dataset.test))
+                    test = self._measure(dataset.test, rows, "evaluation.test", config.evaluation.test, state.network)
+            if with_rejector and context.is_main:
+                with self.phases("detector"):
+                    rejector = fit_rejector(
+                        state.network, dataset.train, self.train_rows, self.validation_rows, config, context.device
+                    )
+        facts = {
+            "data_fingerprint": dataset.fingerprint,
+            "training_images": str(len(self.train_rows)),
+            "validation_images": str(len(self.validation_rows)),
+            "test_images": str(len(dataset.test)),
+            "workers": str(context.world_size),
+            "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
+        }
+        return FitResult(interrupted, test, state.best, state.history, self.phases.seconds, facts, rejector)
 
     def train_epoch(self) -> bool:
         """Train to the end of the epoch; False, with a checkpoint saved, if a stop was requested before."""
-        state, training = self.state, self.config.training
+        state, schedule = self.state, self.config.schedule
         epoch, offset = divmod(state.step, self.batches.steps_per_epoch)
         self.meter = Meter(self.context, state.partial_totals)
         state.network.train()
         with self.phases("train"):
             for batch in self.batches.epoch(epoch, offset):
-                set_learning_rate(
-                    state.optimizer, self.config, state.step, self.batches.steps_per_epoch, self.total_steps
-                )
+                factor = learning_rate_factor(schedule, state.step, self.batches.steps_per_epoch, self.total_steps)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = self.config.optimizer.learning_rate * factor
                 self.meter.add(self._update(batch))
                 state.step += 1
                 if state.step == self.total_steps or state.step % self.batches.steps_per_epoch == 0:
                     break
-                if state.step % training.log_every_steps == 0 and self._log(epoch):
+                if state.step % self.config.training.log_every_steps == 0 and self._log(epoch):
                     state.partial_totals = self.meter.epoch_totals
                     self._save(None)  # means over part of an epoch are not its metrics
                     return False
@@ -167,32 +189,6 @@ class Run:
         else:
             self.reporter.report(metrics, None, "")
         return not stopping
-
-    def result(self, *, interrupted: bool, measure_test: bool = True, with_rejector: bool = False) -> FitResult:
-        """Load the best weights, measure them on the test set if asked, and summarize the run."""
-        state, config, dataset, context = self.state, self.config, self.dataset, self.context
-        test: dict[str, float] = {}
-        rejector: dict[str, npt.NDArray[Any]] = {}
-        if not interrupted:
-            state.network.load_state_dict(state.best_weights)
-            if measure_test:
-                with self.phases("test"):
-                    rows = torch.arange(len(dataset.test))
-                    test = self._measure(dataset.test, rows, "evaluation.test", config.evaluation.test, state.network)
-            if with_rejector and context.is_main:
-                with self.phases("detector"):
-                    rejector = fit_rejector(
-                        state.network, dataset.train, self.train_rows, self.validation_rows, config, context.device
-                    )
-        facts = {
-            "data_fingerprint": dataset.fingerprint,
-            "training_images": str(len(self.train_rows)),
-            "validation_images": str(len(self.validation_rows)),
-            "test_images": str(len(dataset.test)),
-            "workers": str(context.world_size),
-            "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
-        }
-        return FitResult(interrupted, test, state.best, state.history, self.phases.seconds, facts, rejector)
 
     def _update(self, batch: StepBatch) -> Tensor:
         """Update the weights on a batch: once, or once per replay of free training. Returns the last sums."""

@@ -25,15 +25,6 @@ def build_optimizer(network: nn.Module, run: RunConfig) -> optim.Optimizer:
     return kind(groups, lr=config.learning_rate, betas=(config.momentum, 0.999), fused=fused)
 
 
-def set_learning_rate(
-    optimizer: optim.Optimizer, run: RunConfig, step: int, steps_per_epoch: int, total_steps: int
-) -> None:
-    """Set the learning rate of a step, from 0."""
-    for group in optimizer.param_groups:
-        factor = learning_rate_factor(run.schedule, step, steps_per_epoch, total_steps)
-        group["lr"] = run.optimizer.learning_rate * factor
-
-
 def learning_rate_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
     """Factor in [0, 1] on the learning rate at a step (from 0), a pure function of it: resuming needs no state."""
     unit = steps_per_epoch if schedule.unit == "epoch" else 1

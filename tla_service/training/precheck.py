@@ -15,7 +15,6 @@ from tla_service.models import ImageClassifier, build_model
 from tla_service.runtime import WorkerContext
 from tla_service.training.step import TrainingStep
 
-_FLOAT_BYTES = 4
 _GB = 10**9
 
 
@@ -87,7 +86,7 @@ def checkpoint_bytes(config: RunConfig, network: nn.Module) -> int:
     trained = sum(parameter.numel() for parameter in network.parameters())
     moments = 2 if config.optimizer.name != "sgd" else int(config.optimizer.momentum > 0)
     copies = 3 if config.training.ema_decay is not None else 2
-    return _FLOAT_BYTES * (copies * floats + moments * trained)
+    return 4 * (copies * floats + moments * trained)  # float32
 
 
 def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:

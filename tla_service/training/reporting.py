@@ -94,7 +94,10 @@ class Terminal:
         if not self._console.is_terminal:
             if time.monotonic() - self._last_line >= self.SECONDS_BETWEEN_LINES:
                 self._last_line = time.monotonic()
-                self.say(step_line(record))
+                left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
+                done = f"epoch {record['epoch']:>3}  step {record['step']}/{record['total_steps']}"
+                speed = f"{record['images_per_second']:.0f} images/s  {left} left"
+                self.say(f"{done}  loss {record['loss']:.4f}  {speed}")
             return
         if self._bar is None:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -123,15 +126,6 @@ class JsonTerminal(Terminal):
         level = "warning" if record.get("event") in WARNINGS else "info"
         self._stream.write(json_line(level, {**self._labels, **record}) + "\n")
         self._stream.flush()
-
-
-def step_line(record: Mapping[str, Any]) -> str:
-    """One line for a few steps."""
-    left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
-    return (
-        f"epoch {record['epoch']:>3}  step {record['step']}/{record['total_steps']}  loss {record['loss']:.4f}  "
-        f"{record['images_per_second']:.0f} images/s  {left} left"
-    )
 
 
 def epoch_line(metrics: Mapping[str, float]) -> str:
