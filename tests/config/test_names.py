@@ -9,8 +9,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils import validation
 
 from tests.config.refusal import refusal
+from tla_service.config.fields import attack_trouble, experiment_trouble, model_trouble, tag_trouble
 from tla_service.config.loading import load_settings, read_settings
-from tla_service.config.names import attack_trouble, experiment_trouble, model_trouble, tag_trouble
 from tla_service.errors import ConfigError
 from tla_service.registry.job_settings import ImportSettings, PromoteSettings
 from tla_service.report.settings import EvaluateSettings

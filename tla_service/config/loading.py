@@ -19,8 +19,7 @@ from pydantic_settings import (
 
 from tla_service.config import RunConfig, TrackingConfig
 from tla_service.config.explain import Explainer, suggest
-from tla_service.config.fields import wrong
-from tla_service.config.names import attack_trouble
+from tla_service.config.fields import attack_trouble, wrong
 from tla_service.config.radii import known_shape, without_lengths_of_other_norms
 from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError, without_credentials

@@ -5,8 +5,16 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import Pixels, Section, Trouble, setting, wrong
-from tla_service.config.names import experiment_trouble, model_trouble, tag_trouble
+from tla_service.config.fields import (
+    Pixels,
+    Section,
+    Trouble,
+    experiment_trouble,
+    model_trouble,
+    setting,
+    tag_trouble,
+    wrong,
+)
 
 DatasetName = Literal[
     "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "image_folder", "parquet"

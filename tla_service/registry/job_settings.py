@@ -7,9 +7,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DetectionConfig, ModelConfig, TrackingConfig
-from tla_service.config.fields import Pixels, Section, setting, wrong
+from tla_service.config.fields import Pixels, Section, model_trouble, setting, wrong
 from tla_service.config.loading import JobSettings
-from tla_service.config.names import model_trouble
 from tla_service.config.radii import Norm, documented_radius, known_shape, length_trouble, no_radius
 from tla_service.report.schema import ThreatModel
 

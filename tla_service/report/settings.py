@@ -8,9 +8,8 @@ from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DatasetName, ScalingConfig, TrackingConfig
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import Pixels, Section, setting, wrong
+from tla_service.config.fields import Pixels, Section, attack_trouble, setting, wrong
 from tla_service.config.loading import JobSettings
-from tla_service.config.names import attack_trouble
 from tla_service.config.radii import Norm, length_trouble
 
 

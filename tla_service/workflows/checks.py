@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tla_service.config import RunConfig
-from tla_service.config.names import attack_trouble
+from tla_service.config.fields import attack_trouble
 from tla_service.data import Dataset, load_dataset
 from tla_service.errors import ConfigError
 from tla_service.models import build_model
