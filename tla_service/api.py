@@ -39,8 +39,8 @@ def evaluate(
     `jobs/evaluate_tla.py` measures more: AutoAttack, confidence intervals, transfer, an audit for gradient masking.
 
     Args:
-        model: Network from images (N, C, H, W) in [0, 1] to logits (N, K), on any device; or the address of one for
-            `load_model`, such as a checkpoint folder or `models:/NAME@ALIAS`.
+        model: Network from images (N, C, H, W) in [0, 1] to logits (N, K), on any device; or an address for
+            `load_model`, such as a checkpoint folder.
         images: Tensor or array (N, C, H, W), float, in [0, 1]. Default: the test set of `config`.
         labels: True classes, integers (N,).
         attacks: Attacks by name. Default: `evaluation.test` of `config`.
@@ -85,7 +85,7 @@ def evaluate(
 
 
 class _Classifier(nn.Module):
-    """A network whose output has `logits`, whether the wrapped one returns logits alone or with embeddings."""
+    """Wraps a network that may return logits alone."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -132,7 +132,6 @@ def _check_attacks(attacks: Mapping[str, Attack]) -> None:
 
 
 def _check_images(classifier: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> None:
-    """Refuse images and labels that do not belong together, or that the network is not for."""
     shape = tuple(images.shape)
     if images.dim() != 4 or not len(images) or not images.is_floating_point():
         raise ConfigError("images", f"{shape} {images.dtype}", "not (N, C, H, W), float", "pass images in [0, 1]")

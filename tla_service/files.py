@@ -40,10 +40,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         _sync(part)
         part.replace(path)
         _sync(path.parent)
-    except BaseException:
+    finally:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -148,7 +147,6 @@ def locked_folder(folder: Path, setting: str) -> Iterator[None]:
 
 
 def _acquired(path: Path, folder: Path, setting: str) -> IO[str]:
-    """The lock file, open and locked."""
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""The worker process: rank, device, process group, seeds, precision."""
+"""The worker process: rank, device, process group, collectives, seeds, precision."""
 
 import contextlib
 import ctypes
 import datetime
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 from tla_service.errors import UserError
 
@@ -72,7 +74,7 @@ def process_group(device: torch.device) -> Iterator[WorkerContext]:
         dist.destroy_process_group()
 
 
-def all_reduce_sum(values: torch.Tensor, context: WorkerContext) -> torch.Tensor:
+def all_reduce_sum(values: Tensor, context: WorkerContext) -> Tensor:
     """Sum a tensor over all workers, in place; every worker gets the sum."""
     if context.world_size > 1:
         dist.all_reduce(values)
@@ -104,6 +106,38 @@ def gather_objects(value: T, context: WorkerContext) -> list[T]:
     return values
 
 
+def shard_sizes(total: int, world_size: int) -> list[int]:
+    """Rows of `total` on each worker, as `torch.tensor_split` cuts them."""
+    return [total // world_size + (rank < total % world_size) for rank in range(world_size)]
+
+
+def gather_rows(rows: Tensor, sizes: Sequence[int], context: WorkerContext) -> Tensor:
+    """Rows of all workers, in rank order: (n_r, ...) to (sum of sizes, ...).
+
+    Gradients flow back to the worker that owns a row, so DDP's average over workers is the gradient of the mean loss.
+    """
+    if context.world_size == 1:
+        return rows
+    padded = torch.zeros((max(sizes), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+    padded = torch.cat([rows, padded[len(rows) :]])
+    if rows.requires_grad:
+        gathered = list(all_gather(padded))
+    else:
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+def average_buffers(network: nn.Module, context: WorkerContext) -> None:
+    """Make BatchNorm's running statistics the mean over workers: each has seen only its own shards."""
+    if context.world_size == 1:
+        return
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer.div_(context.world_size)
+
+
 def hardware(device: torch.device) -> str:
     """Name of the GPU, or of the processor and its number of cores."""
     if device.type == "cuda":
@@ -130,6 +164,6 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def wide(values: torch.Tensor) -> torch.Tensor:
+def wide(values: Tensor) -> Tensor:
     """Float32 for bfloat16 and float16; wider types stay as they are."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

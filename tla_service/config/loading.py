@@ -1,6 +1,7 @@
 """Reading a job's configuration: defaults < preset < YAML file < environment < command line."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -136,9 +137,7 @@ Settings = TypeVar("Settings", bound=JobSettings)
 def load_config(preset: str | None = None, config: str | Path | None = None, **settings: Any) -> RunConfig:
     """Make a run's configuration in Python: defaults < preset < YAML file < environment < arguments.
 
-    ::
-
-        load_config("digits", seed=1, training={"epochs": 5}, attack={"epsilon": "8/255"})
+    For example, ``load_config("digits", seed=1, training={"epochs": 5}, attack={"epsilon": "8/255"})``.
 
     Args:
         preset: Preset to start from; see docs/configuration.md.
@@ -172,7 +171,7 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
     if unknown is not None:
         raise unknown
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    for flag, text in [*_values(arguments), *explainer.variables()]:
+    for flag, text in [*_values(arguments), *((name, os.environ[name]) for name, _ in explainer.variables())]:
         check_json(flag, text)
     try:
         return kind(_cli_parse_args=arguments, **values)
@@ -217,10 +216,7 @@ def print_config(settings: RunSettings) -> str:
 
 
 def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
-    """The run and its output folder.
-
-    Earlier versions had other digests, and so other default names: a run that was started under such a name keeps it.
-    """
+    """The run and its output folder; one that an earlier version started under another default name keeps its own."""
     config, output = settings.run_config, settings.output_folder
     if config.name or settings.output is not None or output.exists():
         return config, output

@@ -108,8 +108,7 @@ def no_radius(data_name: str, norm: Norm, flag: str) -> tuple[str, str]:
 def without_lengths_of_other_norms(values: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """A file's settings without the radii and step sizes of norms that sources `above` the file replace.
 
-    Raises:
-        ConfigError: The norm of the training attack is replaced, but not its radius and step size.
+    ConfigError if the norm of the training attack is replaced, but not its radius and step size.
     """
     attack, attack_above = _section(values, "attack"), _section(above, "attack")
     norm = attack.get("norm", "linf")

@@ -12,10 +12,7 @@ from tla_service.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` with the numbers of YAML 1.2: `010` is not octal (8), `1:30` is not sexagesimal (90).
-
-    Both stay text, which pydantic reads as on the command line.
-    """
+    """Reads numbers as YAML 1.2 does: `010` (octal before) and `1:30` (sexagesimal) stay text, for pydantic to read."""
 
 
 _NUMBERS = {
@@ -109,7 +106,6 @@ def _repeated(node: yaml.Node, path: str = "", seen: frozenset[int] = frozenset(
 
 
 def _explained(error: Exception) -> tuple[str, str]:
-    """Reason and remedy of what yaml raised."""
     mark = getattr(error, "problem_mark", None)
     problem = str(getattr(error, "problem", None) or error)
     if mark is None:

@@ -26,7 +26,7 @@ class Adversary:
 
     def __init__(self, network: nn.Module, config: RunConfig, context: WorkerContext) -> None:
         self._network, self._config, self._context = network, config, context
-        self._full = self._attack = training_attack(config)
+        self._full = self.attack = training_attack(config)
         self.kind = config.attack.kind  # pgd after a collapse of single-step training with attack.on_collapse=pgd
         # (N, D), of the images before the last attack's last step, without a graph.
         self.last_embeddings: Tensor | None = None
@@ -51,7 +51,7 @@ class Adversary:
         """Set the radius for a share of the run; it grows linearly until `attack.warmup`."""
         share = min(1.0, done / self._config.attack.warmup) if self._config.attack.warmup else 1.0
         epsilon, step_size = share * self._full.epsilon, share * self._full.step_size
-        self._attack = self._full if share == 1 else replace(self._full, epsilon=epsilon, step_size=step_size)
+        self.attack = self._full if share == 1 else replace(self._full, epsilon=epsilon, step_size=step_size)
 
     def craft(self, anchors: Batch, random: torch.Generator) -> Tensor:
         """Adversarial images (N, C, H, W) of a batch, detached."""
@@ -64,7 +64,7 @@ class Adversary:
             return self._make(partial(self._logits, self._run), anchors, random)
         graph = self._graph(anchors)
         self.last_embeddings = graph.embeddings
-        return graph(anchors, starting_point(anchors.images, self._attack, random), self._attack)
+        return graph(anchors, starting_point(anchors.images, self.attack, random), self.attack)
 
     def embed(self, *images: Tensor) -> list[Tensor]:
         """Embeddings (N, D) of each batch of images in eval mode, without a graph."""
@@ -77,8 +77,8 @@ class Adversary:
     def _make(self, logits_fn: LogitsFn, anchors: Batch, random: torch.Generator) -> Tensor:
         if self.kind == "n_fgsm":
             noise = self._config.attack.noise
-            return craft_noisy_step(logits_fn, anchors.images, anchors.labels, self._attack, noise, random)
-        return craft(logits_fn, anchors.images, anchors.labels, self._attack, random)
+            return craft_noisy_step(logits_fn, anchors.images, anchors.labels, self.attack, noise, random)
+        return craft(logits_fn, anchors.images, anchors.labels, self.attack, random)
 
     @property
     def _uses_graphs(self) -> bool:
@@ -101,12 +101,7 @@ class Adversary:
     def first_perturbation(self, images: Tensor, random: torch.Generator) -> Tensor:
         """Initial perturbation of free training on a batch: uniform in the ball, (N, C, H, W)."""
         draw = torch.rand(images.shape, generator=random, device=images.device, dtype=images.dtype)
-        return (2 * draw - 1) * self._attack.epsilon
-
-    def next_perturbation(self, perturbation: Tensor, gradient: Tensor) -> Tensor:
-        """Free training's ascent: a step of epsilon along the update's gradient to the images, clamped to the ball."""
-        epsilon = self._attack.epsilon
-        return (perturbation + epsilon * gradient.sign()).clamp(-epsilon, epsilon)
+        return (2 * draw - 1) * self.attack.epsilon
 
 
 def layout_of(config: RunConfig) -> torch.memory_format:

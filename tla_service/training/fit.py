@@ -16,7 +16,7 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.data import EvaluationBatches, ImageSource, StepBatch, load_dataset
 from tla_service.evaluation.robustness import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
-from tla_service.runtime import WorkerContext, failing_together, keep_freed_memory, mixed_seed
+from tla_service.runtime import WorkerContext, average_buffers, failing_together, keep_freed_memory, mixed_seed
 from tla_service.training.adversary import layout_of
 from tla_service.training.average import WeightAverage
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, restore, save_checkpoint
@@ -26,7 +26,6 @@ from tla_service.training.output import FitResult
 from tla_service.training.precheck import check_weights, split_and_check
 from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
-from tla_service.training.roles import average_buffers
 from tla_service.training.step import TrainingStep
 
 Attacks = Mapping[str, EvaluationAttack]
@@ -209,7 +208,6 @@ class Run:
         return totals
 
     def _answer_collapse(self, metrics: Mapping[str, float]) -> None:
-        """Report it, and restore the best weights where training continues from them."""
         config, state = self.config, self.state
         act = "continuing from the best weights with PGD"
         if config.attack.on_collapse == "stop":

@@ -1,8 +1,4 @@
-"""What a run measures while it trains: sums over an epoch, wall time, and whether single-step training collapsed.
-
-Single-step training collapses when it suddenly resists only its own attack (catastrophic overfitting). Wong et al. 2020
-found it in FGSM training and detect it with PGD; de Jorge et al. 2022 delay it with noise.
-"""
+"""What a run measures while it trains: sums over an epoch, wall time, and whether single-step training collapsed."""
 
 import contextlib
 import math
@@ -86,7 +82,10 @@ def has_collapsed(history: Sequence[Mapping[str, float]]) -> bool:
 
 
 def collapses(metrics: Mapping[str, float], best: Mapping[str, float], config: RunConfig) -> bool:
-    """Whether an epoch's robust accuracy on the validation split fell too far below that of the best epoch."""
+    """Whether single-step training suddenly resists only its own attack: catastrophic overfitting.
+
+    Wong et al. 2020 found it in FGSM training and detect it with PGD; de Jorge et al. 2022 delay it with noise.
+    """
     attack = config.attack
     watched = config.method != "natural" and attack.is_single_step and attack.on_collapse != "ignore"
     return watched and metrics[ROBUST] < (1 - attack.collapse_drop) * best[ROBUST]

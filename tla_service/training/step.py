@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,8 @@ from tla_service.config import RunConfig
 from tla_service.data import Batch, StepBatch
 from tla_service.models import ImageClassifier, ModelOutput
 from tla_service.models.classifier import seen_by_triplets
-from tla_service.runtime import WorkerContext, autocast, generator
+from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, shard_sizes
 from tla_service.training.adversary import Adversary, moved_weights, restored
-from tla_service.training.roles import RoleForward, gather_rows, shard_sizes
 from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
 from tla_service.triplets import Negatives, mine_hardest, mine_random, norm_penalty, pick_positives, triplet_hinge
 
@@ -41,6 +40,27 @@ class Roles(NamedTuple):
     negatives: Tensor | None = None  # embedding of each anchor's negative (N, D)
     valid: Tensor | None = None  # whether the anchor has a negative (N,), bool
     same_class: Tensor | None = None  # embedding of another image of each anchor's class (N, D), if it is a positive
+
+
+class RoleForward(nn.Module):
+    """One forward pass for every role (adversarial, clean, negatives, ...): what DDP wraps, once per step.
+
+    With `together`, BatchNorm sees all roles as one batch; otherwise each role is normalized by its own statistics, as
+    in the authors' code.
+    """
+
+    def __init__(self, network: nn.Module, *, together: bool) -> None:
+        super().__init__()
+        self.network, self.together = network, together
+
+    def forward(self, *roles: Tensor) -> tuple[ModelOutput, ...]:
+        """Images of each role, (N_i, C, H, W), to its logits and embeddings."""
+        if not self.together or len(roles) == 1:
+            return tuple(cast("ModelOutput", self.network(images)) for images in roles)
+        sizes = [len(images) for images in roles]
+        output = cast("ModelOutput", self.network(torch.cat(roles)))
+        parts = zip(output.logits.split(sizes), output.embeddings.split(sizes), strict=True)
+        return tuple(ModelOutput(logits, embeddings) for logits, embeddings in parts)
 
 
 class TrainingStep:
@@ -79,13 +99,13 @@ class TrainingStep:
             return
         batch = self._laid_out(batch)
         random = generator(self.context.device, *seeds)
-        images = batch.anchors.images
+        images, epsilon = batch.anchors.images, self.adversary.attack.epsilon
         perturbation = self.adversary.first_perturbation(images, random)
         for _ in range(self.config.attack.free_replays):
             adversarial = (images + perturbation).clamp(0, 1).requires_grad_()
             yield self._descend(batch, adversarial, random)
             assert adversarial.grad is not None
-            perturbation = self.adversary.next_perturbation(perturbation, adversarial.grad)
+            perturbation = (perturbation + epsilon * adversarial.grad.sign()).clamp(-epsilon, epsilon)
 
     def backward(self, batch: StepBatch, *seeds: int) -> Tensor:
         """Compute the gradients of the loss on this worker's share of a step, averaged over workers.
@@ -157,7 +177,7 @@ class TrainingStep:
             sizes = shard_sizes(batch.global_size, self.context.world_size)
             pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))
             rows = rows + sum(sizes[: self.context.rank])
-        mined = self._mine(output.embeddings, labels, pool, pool_labels, random, mined)
+        mined = self._mine(random, mined, output.embeddings, labels, pool, pool_labels)
         same_class = None if mining.positives == "own" else pool[pick_positives(labels, pool_labels, rows)]
         return Roles(output, clean, pool[mined.indices], mined.valid, same_class)
 
@@ -178,7 +198,7 @@ class TrainingStep:
             pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))
             # The worker that uses the chosen images embeds them again, with a graph.
             pool_images = gather_rows(pool_images, sizes, self.context)
-        mined = self._mine(queries, anchors.labels, pool, pool_labels, random, mined)
+        mined = self._mine(random, mined, queries, anchors.labels, pool, pool_labels)
         noise_on_all = mining.clean_noise_on == "all"
         images = [adversarial, self._add_noise(pool_images[mined.indices], random, apply=noise_on_all)]
         needs_own = mining.positives != "same_class" or self.needs_clean
@@ -195,16 +215,9 @@ class TrainingStep:
         with autocast(self.config.training.precision, self.context.device):
             return self.wrapped(*images)
 
-    def _mine(
-        self,
-        anchors: Tensor,
-        labels: Tensor,
-        pool: Tensor,
-        pool_labels: Tensor,
-        random: torch.Generator,
-        mined: Negatives | None,
-    ) -> Negatives:
-        mining = self.config.mining
+    def _mine(self, random: torch.Generator, mined: Negatives | None, *embedded: Tensor) -> Negatives:
+        """Negatives for anchors and their labels, from a pool and its labels, unless they have been mined before."""
+        (anchors, labels, pool, pool_labels), mining = embedded, self.config.mining
         if self.config.method == "tla_rn":
             return mine_random(labels, pool_labels, random, any_class=mining.random_negatives == "any")
         keep = None
@@ -228,7 +241,6 @@ class TrainingStep:
         return noisy.clamp(0, 1)
 
     def _loss(self, roles: Roles, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """Compute the terms image by image, then weight and sum them."""
         loss, labels, output = self.config.loss, batch.anchors.labels, roles.attacked
         label_term, pairing = self._label_term(output, roles.clean, labels)
         none = torch.zeros_like(label_term)
@@ -256,7 +268,6 @@ class TrainingStep:
         return weight * total.sum(), totals
 
     def _positives(self, roles: Roles) -> Iterator[tuple[Tensor, float]]:
-        """Embeddings (N, D) and margin of each kind of positive in use."""
         loss = self.config.loss
         if self.config.mining.positives != "same_class" and roles.clean is not None:
             yield roles.clean.embeddings, loss.margin * loss.own_margin_scale
