@@ -1,7 +1,4 @@
-"""Files and folders that appear complete or not at all, even when the power fails; one process per folder.
-
-A folder's lock names its holder, and is released by the system when the holder dies.
-"""
+"""Files and folders that appear complete or not at all, even when the power fails; locks that name their holder."""
 
 import contextlib
 import errno
@@ -127,8 +124,8 @@ class Holder:
 def locked_folder(folder: Path, setting: str) -> Iterator[None]:
     """Lock a folder against other processes, on other machines too if the file system supports it.
 
-    A POSIX lock belongs to the process: children do not inherit it, and it is released when the process ends. The
-    folder, which `setting` names, is created if missing; a ConfigError names the process that holds the lock.
+    The folder, named by `setting`, is created if missing; a ConfigError names the process that holds the lock. POSIX
+    locks belong to a process: children do not inherit them, and they end with it.
     """
     path = folder.resolve() / LOCK_FILE
     if path in _held:

@@ -53,10 +53,7 @@ def generator(device: torch.device, *parts: int) -> torch.Generator:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[WorkerContext]:
-    """Join the process group that torchrun's environment describes; a lone process needs none.
-
-    The group is left without a closing barrier: one would hang the healthy ranks whenever another has failed.
-    """
+    """Join the process group that torchrun's environment describes; a lone process needs none."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
@@ -71,7 +68,7 @@ def process_group(device: torch.device) -> Iterator[WorkerContext]:
     try:
         yield context
     finally:
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # without a barrier: one would hang the healthy ranks when another has failed
 
 
 def all_reduce_sum(values: Tensor, context: WorkerContext) -> Tensor:
@@ -83,10 +80,7 @@ def all_reduce_sum(values: Tensor, context: WorkerContext) -> Tensor:
 
 @contextlib.contextmanager
 def failing_together(context: WorkerContext) -> Iterator[None]:
-    """Raise the first worker's `UserError` on all workers, so that none waits for one that has failed.
-
-    Every worker must run the block at the same point.
-    """
+    """Run a block on every worker; raise the first one's `UserError` on all, so that none waits for it."""
     error: UserError | None = None
     try:
         yield
@@ -112,10 +106,7 @@ def shard_sizes(total: int, world_size: int) -> list[int]:
 
 
 def gather_rows(rows: Tensor, sizes: Sequence[int], context: WorkerContext) -> Tensor:
-    """Rows of all workers, in rank order: (n_r, ...) to (sum of sizes, ...).
-
-    Gradients flow back to the worker that owns a row, so DDP's average over workers is the gradient of the mean loss.
-    """
+    """Rows of all workers, in rank order: (n_r, ...) to (sum of sizes, ...). Gradients flow back to a row's owner."""
     if context.world_size == 1:
         return rows
     padded = torch.zeros((max(sizes), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)

@@ -119,10 +119,8 @@ class RunConfig(Section):
 
     @property
     def digest(self) -> str:
-        """Eight hex digits of everything that shapes the trained weights.
-
-        Only of what differs from the defaults, so that a setting added by a later version changes no digest.
-        """
+        """Eight hex digits of everything that shapes the trained weights."""
+        # Only of what differs from the defaults, so that a setting added by a later version changes no digest.
         dumped = self.model_dump(mode="json", exclude=self.NOT_IDENTITY, exclude_defaults=True)
         fields = {name: value for name, value in dumped.items() if value != {}}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
@@ -144,10 +142,8 @@ class RunConfig(Section):
         return f"tla-{self.data.name.replace('_', '-')}" if name is None else name or None
 
     def attack_trouble(self, shape: ImageShape | None) -> Trouble | None:
-        """What is wrong with radii and step sizes on images (C, H, W), if their shape is known.
-
-        Checked when a run begins, not when a configuration is read back: runs older than this check must still load.
-        """
+        """What is wrong with radii and step sizes on images (C, H, W), if their shape is known; when a run begins."""
+        # Not when a configuration is read back: runs older than this check must still load.
         own, steps = self.attack, self.attack.num_steps if self.attack.kind == "pgd" else None
         found = [length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)]
         for where, attack in self.evaluation.attacks.items():

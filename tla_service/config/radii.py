@@ -4,6 +4,7 @@ A radius is meaningful in one norm only: 8/255 in L-infinity is a visible pertur
 none. Naming another norm than the one that a radius was given for takes the radius from here, or is an error.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -106,10 +107,7 @@ def no_radius(data_name: str, norm: Norm, flag: str) -> tuple[str, str]:
 
 
 def without_lengths_of_other_norms(values: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's settings without the radii and step sizes of norms that sources `above` the file replace.
-
-    ConfigError if the norm of the training attack is replaced, but not its radius and step size.
-    """
+    """A file's settings without the radii and step sizes of norms that sources `above` the file replace."""
     attack, attack_above = _section(values, "attack"), _section(above, "attack")
     norm = attack.get("norm", "linf")
     final = attack_above.get("norm", norm)
@@ -120,27 +118,19 @@ def without_lengths_of_other_norms(values: Mapping[str, Any], above: Mapping[str
         reason = f"radius and step size are given in {norm}"
         raise ConfigError("attack.norm", final, reason, f"give attack.epsilon and attack.step_size{hint}")
 
-    def kept(section: Mapping[str, Any], section_above: Mapping[str, Any], *names: str) -> dict[str, Any]:
-        """The section, and in it the attacks of these names without the lengths of a replaced norm."""
-        changed = {**section}
-        for name in names:
-            found = section.get(name)
-            if isinstance(found, dict):
-                own = found.get("norm") or norm
-                same = (_section(section_above, name).get("norm") or found.get("norm") or final) == own
-                changed[name] = {key: value for key, value in found.items() if same or key not in _LENGTHS}
-        return changed
-
-    result = kept(values, above, "attack")
-    evaluation, evaluation_above = _section(values, "evaluation"), _section(above, "evaluation")
-    if evaluation:
-        result["evaluation"] = kept(evaluation, evaluation_above, "validation")
-        test = _section(evaluation, "test")
-        if test:
-            result["evaluation"]["test"] = kept(test, _section(evaluation_above, "test"), *test)
+    result = copy.deepcopy(dict(values))
+    tests = [("evaluation", "test", name) for name in _section(values, "evaluation", "test")]
+    for path in [("attack",), ("evaluation", "validation"), *tests]:
+        found = _section(result, *path)
+        named = found.get("norm")
+        if (_section(above, *path).get("norm") or named or final) != (named or norm):
+            for length in _LENGTHS & found.keys():
+                del found[length]
     return result
 
 
-def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = values.get(name)
-    return found if isinstance(found, dict) else {}
+def _section(values: Any, *path: str) -> dict[str, Any]:
+    """The section at a path of names; empty if there is none."""
+    for name in path:
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values if isinstance(values, dict) else {}

@@ -36,9 +36,7 @@ class DataConfig(Section):
         None, "label column of parquet files; none: label, labels, fine_label, target or class", min_length=1
     )
     image_column: str | None = setting(
-        None,
-        "column of encoded images in parquet files; none: the only one, or one with a common name",
-        min_length=1,
+        None, "column of encoded images in parquet files; none: the only one, or one with a common name", min_length=1
     )
     crop_padding: int = setting(0, "random crop after zero padding of this size; 0: off", unit="pixels", ge=0, le=64)
     flip: bool = setting(False, "random horizontal flip")

@@ -46,10 +46,7 @@ def read_yaml(path: Path, subject: str) -> Any:
 
 
 def parse_yaml(text: str, subject: str, name: object) -> Any:
-    """Read one YAML document, None if empty; `name`, a path or a preset, is the value of the setting `subject`.
-
-    Raises ConfigError for a duplicate key as for everything that is not valid. Aliases and merge keys work as usual.
-    """
+    """Read one YAML document, None if empty; `name`, a path or a preset, is the value of the setting `subject`."""
     try:
         loader = _Loader(text)
         try:

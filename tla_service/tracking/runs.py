@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
-from tla_service.environment import code_version, environment
 from tla_service.errors import UnavailableError, UserError, one_line, without_credentials
+from tla_service.job import code_version, environment
 from tla_service.tracking.connection import (
     FIELD,
     client,

@@ -20,8 +20,7 @@ from tla_service.training.cuda_graph import GraphedClimb
 class Adversary:
     """Crafts adversarial images of a batch, and embeds images in eval mode.
 
-    The network is bare, never a DDP wrapper, which would communicate at every attack step. Its frozen twin is attacked:
-    no parameter gradients, no BatchNorm updates.
+    It attacks a frozen twin of the bare network: no communication, no parameter gradients, no BatchNorm updates.
     """
 
     def __init__(self, network: nn.Module, config: RunConfig, context: WorkerContext) -> None:

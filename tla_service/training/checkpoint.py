@@ -54,11 +54,7 @@ def cpu_weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any]) -> None:
-    """Write a checkpoint; the folder appears complete or not at all, and replaces an existing one.
-
-    `data_facts` are class names and image shape, which a loader needs to rebuild the network, and fingerprints. Raises
-    UnavailableError if the disk is full, or cannot be written for another reason.
-    """
+    """Write a checkpoint over an older one; `data_facts` have what a loader needs to rebuild the network."""
     remedy = "free some space and give the same command again: the run resumes from the checkpoint before"
     with disk_trouble("checkpoint", folder, remedy), whole_folder(folder) as partial:
         save_file(cpu_weights(state.network), partial / "model.safetensors")

@@ -1,7 +1,4 @@
-"""A run: epochs of steps, validation, checkpoints, and one evaluation on the test set at the end.
-
-A plain process, torchrun and a Ray Train worker all train like this; only the Reporter differs.
-"""
+"""A run: epochs of steps, validation, checkpoints, and one evaluation on the test set at the end."""
 
 from collections.abc import Mapping
 from operator import itemgetter
@@ -33,10 +30,7 @@ _rank = itemgetter(ROBUST, "validation/clean_accuracy")
 
 
 class Run:
-    """One worker's part of a run: trains, selects the best weights on the validation split, and measures them once.
-
-    The process group is already up. A UserError says that the data or the checkpoint cannot be used.
-    """
+    """One worker's part of a run, in a plain process, under torchrun or Ray Train: only the reporter differs."""
 
     def __init__(self, config: RunConfig, context: WorkerContext, reporter: Reporter) -> None:
         self.config, self.context, self.reporter = config, context, reporter
@@ -99,11 +93,10 @@ class Run:
         )
 
     def train(self, *, measure_test: bool = True, with_rejector: bool = False) -> FitResult:
-        """Train to the end, or until a stop is requested.
+        """Train to the end, or until a stop is requested, and then measure the best weights on the test set, if asked.
 
-        `measure_test` uses the test set, which runs that are compared for selection must not see; `with_rejector` fits
-        the detector that is packaged with the weights. The result is the same on every rank, but only rank 0 has the
-        detector. Raises NonFiniteLossError, on all ranks together, when the loss became NaN or infinite.
+        Runs that are compared for selection must not ask. Only rank 0 fits the detector; all else is equal on all ranks,
+        which also raise NonFiniteLossError together.
         """
         interrupted = False
         while self.state.step < self.total_steps and not interrupted:

@@ -48,10 +48,7 @@ def training_batches(config: RunConfig, source: ImageSource, rows: Tensor, conte
 
 
 def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int) -> None:
-    """Raise ConfigError for a run that would fail later on the images it trains on, which are at `rows` (N,), int64.
-
-    A radius or a step size makes no sense on them, or BatchNorm cannot normalize the one image that a worker gets.
-    """
+    """Raise ConfigError for a run that would fail later on the images that it trains on, at `rows` (N,), int64."""
     trouble = config.attack_trouble(dataset.image_shape)
     if trouble is not None:
         raise ConfigError(*trouble)
@@ -90,15 +87,10 @@ def checkpoint_bytes(config: RunConfig, network: nn.Module) -> int:
 
 
 def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
-    """Raise UnavailableError if a filesystem does not have enough space.
-
-    `needs` has, by setting, a folder (it need not exist) and the bytes that will be added to it. Folders of one
-    filesystem share its space.
-    """
-    groups: dict[int, list[str]] = {}
-    for field, (folder, _) in needs.items():
-        groups.setdefault(_device(folder), []).append(field)
-    for fields in groups.values():
+    """Raise UnavailableError if a filesystem is too small for the bytes to be added to its folders, by setting."""
+    devices = {field: _device(folder) for field, (folder, _) in needs.items()}
+    for device in dict.fromkeys(devices.values()):
+        fields = [field for field in needs if devices[field] == device]
         folder = _existing(needs[fields[0]][0])
         wanted, free = sum(needs[field][1] for field in fields), shutil.disk_usage(folder).free
         if wanted > free:
@@ -109,10 +101,8 @@ def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
 
 
 def kept_need(folder: Path, checkpoint: int, kept: int) -> tuple[Path, int]:
-    """A folder that keeps `kept` checkpoints of a size in bytes, and the bytes still to be written to it.
-
-    A new checkpoint is written before an old one goes; what is there already counts.
-    """
+    """A folder that keeps `kept` checkpoints of a size in bytes, and the bytes still to be written to it."""
+    # A new checkpoint is written before an old one goes.
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     return folder, max(checkpoint, (kept + 1) * checkpoint - there)
 

@@ -27,10 +27,9 @@ def fit_rejector(
     config: RunConfig,
     device: torch.device,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Fit class Gaussians to clean training images, and choose the threshold on clean validation images.
+    """The arrays of a `Rejector`: class Gaussians of training images, (N,) rows of `source`, and a threshold.
 
-    Rows of `source`, (N,) and (M,), int64, are those the network was trained on and those held out. Returns the arrays
-    of a `Rejector`; none, with a warning, where none can be fitted: a run must not fail for lack of one.
+    None, with a warning, where it cannot be fitted: a run must not fail for lack of one.
     """
 
     def embedded(rows: Tensor) -> Embedded:

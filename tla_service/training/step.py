@@ -45,8 +45,7 @@ class Roles(NamedTuple):
 class RoleForward(nn.Module):
     """One forward pass for every role (adversarial, clean, negatives, ...): what DDP wraps, once per step.
 
-    With `together`, BatchNorm sees all roles as one batch; otherwise each role is normalized by its own statistics, as
-    in the authors' code.
+    BatchNorm sees all roles together, or normalizes each by its own statistics, as in the authors' code.
     """
 
     def __init__(self, network: nn.Module, *, together: bool) -> None:
@@ -110,8 +109,7 @@ class TrainingStep:
     def backward(self, batch: StepBatch, *seeds: int) -> Tensor:
         """Compute the gradients of the loss on this worker's share of a step, averaged over workers.
 
-        The seeds determine the random draws. Returns sums over this worker's images, in the order of `TOTALS`: float64,
-        on the device.
+        Returns sums over its images, in the order of `TOTALS`: float64, on the device.
         """
         batch = self._laid_out(batch)
         random = generator(self.context.device, *seeds)
@@ -148,11 +146,7 @@ class TrainingStep:
     ) -> tuple[Tensor, Tensor]:
         """The loss on this worker's share of a step, a scalar with a graph, and the sums that `backward` returns.
 
-        Args:
-            batch: The share, with clean images.
-            adversarial: Its adversarial images (N, C, H, W); None for natural training.
-            random: Source of noise and random negatives.
-            mined: The hardest negatives of these images, if they have been mined before.
+        The adversarial images (N, C, H, W) are None for natural training, the negatives if not mined before.
         """
         clean = batch.anchors.images
         if adversarial is None:
