@@ -193,7 +193,7 @@ def test_after_a_collapse_training_goes_on_with_pgd_also_when_resumed(
 def test_going_on_with_pgd_needs_more_than_one_step(kind: str) -> None:
     """One step is what has collapsed, and what would be watched no more."""
     attack = {"kind": kind, "on_collapse": "pgd", "num_steps": 1, "step_size": 0.15}
-    with pytest.raises(ValidationError, match=r"on_collapse=pgd: attack\.num_steps=1 makes that a single step too"):
+    with pytest.raises(ValidationError, match=r"on_collapse=pgd: attack\.num_steps=1 is a single step too"):
         digits_config(method="at", attack=attack)
     assert not digits_config(method="at", attack=attack | {"kind": "pgd", "num_steps": 2}).attack.is_single_step
 

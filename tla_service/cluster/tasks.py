@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -17,41 +16,7 @@ from tla_service.evaluation.shards import Measurement, Shard
 from tla_service.report.tasks import Inputs, MissingShard
 from tla_service.runtime import keep_freed_memory
 
-_AHEAD = 2  # shards in flight per slot: one measured, one waiting; more would only hold images in memory
-
-
-@dataclass(frozen=True)
-class Slots:
-    """How many shards are measured at a time, what each reserves, and how often one is retried when its worker dies."""
-
-    count: int
-    cpus: float
-    gpus: float
-    crashes: int
-
-    def __str__(self) -> str:
-        """For people."""
-        each = f"{self.gpus:g} GPU" if self.gpus else f"{self.cpus:g} CPU core" + ("s" if self.cpus != 1 else "")
-        return f"{self.count} worker{'s' if self.count != 1 else ''}, {each} each"
-
-
-def find_slots(scaling: ScalingConfig) -> Slots:
-    """Decide how many shards are measured at a time.
-
-    Raises:
-        UnavailableError: No node has room for one; the message shows the arithmetic.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    use_gpu = any(node.get("GPU", 0) for node in nodes) if scaling.use_gpu == "auto" else scaling.use_gpu
-    share = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if use_gpu else {})
-    room = sum(int(min(node.get(name, 0.0) / need for name, need in share.items())) for node in nodes)
-    if room == 0:
-        needs = " and ".join(f"{need:g} {name}s" for name, need in share.items())
-        largest = ", ".join(f"{max((node.get(name, 0.0) for node in nodes), default=0):g} {name}s" for name in share)
-        reason = f"a worker needs {needs}; the largest node has {largest}"
-        raise UnavailableError("scaling", None, reason, "ask for less, or join a larger cluster")
-    asked = scaling.num_workers if isinstance(scaling.num_workers, int) else room
-    return Slots(min(asked, room), share["CPU"], share.get("GPU", 0.0), scaling.max_failures)
+_AHEAD = 2  # shards in flight per worker: one measured, one waiting; more would only hold images in memory
 
 
 class Workers:
@@ -63,14 +28,25 @@ class Workers:
         scaling: What a shard reserves, and how often one whose worker dies is given to another.
 
     Raises:
-        UnavailableError: No node has room for one.
+        UnavailableError: No node has room for one; the message shows the arithmetic.
     """
 
     def __init__(self, scaling: ScalingConfig) -> None:
-        self._slots = find_slots(scaling)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        use_gpu = any(node.get("GPU", 0) for node in nodes) if scaling.use_gpu == "auto" else scaling.use_gpu
+        share = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if use_gpu else {})
+        room = sum(int(min(node.get(name, 0.0) / need for name, need in share.items())) for node in nodes)
+        if room == 0:
+            needs = " and ".join(f"{need:g} {name}s" for name, need in share.items())
+            have = ", ".join(f"{max((node.get(name, 0.0) for node in nodes), default=0):g} {name}s" for name in share)
+            reason = f"a worker needs {needs}; the largest node has {have}"
+            raise UnavailableError("scaling", None, reason, "ask for less, or join a larger cluster")
+        self._count = min(scaling.num_workers, room) if isinstance(scaling.num_workers, int) else room
+        self._cpus, self._gpus, self._retries = share["CPU"], share.get("GPU", 0.0), scaling.max_failures
 
     def __str__(self) -> str:
-        return str(self._slots)
+        each = f"{self._gpus:g} GPU" if self._gpus else f"{self._cpus:g} CPU core" + ("s" if self._cpus != 1 else "")
+        return f"{self._count} worker{'s' if self._count != 1 else ''}, {each} each"
 
     def __call__(self, shards: Sequence[MissingShard], inputs: Inputs) -> Iterator[tuple[MissingShard, Arrays]]:
         """See :class:`tla_service.report.tasks.Measurer`.
@@ -79,16 +55,15 @@ class Workers:
             UserError: What a measurement raised.
             UnavailableError: A shard's worker died more often than allowed.
         """
-        slots = self._slots
         networks = {model: ray.put(network) for model, network in inputs.networks.items()}
         surrogate = ray.put(inputs.surrogate)
         measure = ray.remote(_measure).options(
-            num_cpus=slots.cpus, num_gpus=slots.gpus, max_retries=slots.crashes, retry_exceptions=False
+            num_cpus=self._cpus, num_gpus=self._gpus, max_retries=self._retries, retry_exceptions=False
         )
         waiting = list(reversed(shards))
         running: dict[Any, MissingShard] = {}
         while waiting or running:
-            while waiting and len(running) < _AHEAD * slots.count:
+            while waiting and len(running) < _AHEAD * self._count:
                 shard = waiting.pop()
                 task = shard.task
                 reference = measure.remote(
