@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tla_service.attacks import Attack
-from tla_service.config import EvaluationAttack, RunConfig
+from tla_service.config import RunConfig
+from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.explain import Explainer
 from tla_service.config.loading import load_config_file
 from tla_service.config.radii import length_trouble

@@ -7,12 +7,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from tla_service.config.adversary import AttackConfig, EvaluationAttack
+from tla_service.config.adversary import AttackConfig
 from tla_service.config.fields import Section, Trouble, setting, wrong
 from tla_service.config.radii import ImageShape, length_trouble, no_radius
 from tla_service.config.sections import (
     DataConfig,
-    DatasetName,
     DetectionConfig,
     EvaluationConfig,
     LossConfig,
@@ -26,26 +25,6 @@ from tla_service.config.sections import (
     TrainingConfig,
 )
 from tla_service.errors import ConfigError
-
-__all__ = [
-    "AttackConfig",
-    "DataConfig",
-    "DatasetName",
-    "DetectionConfig",
-    "EvaluationAttack",
-    "EvaluationConfig",
-    "LossConfig",
-    "Method",
-    "MiningConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "RunConfig",
-    "ScalingConfig",
-    "ScheduleConfig",
-    "SpeedConfig",
-    "TrackingConfig",
-    "TrainingConfig",
-]
 
 Method = Literal["natural", "at", "alp", "tla", "tla_rn", "tla_sa", "trades", "mart"]
 RobustTerm = Literal["cross_entropy", "trades", "mart"]

@@ -110,7 +110,7 @@ def model_trouble(field: str, name: str) -> Trouble | None:
     return _length_trouble(field, name, _MODEL_LENGTH)
 
 
-def experiment_trouble(field: str, name: str) -> Trouble | None:
+def name_trouble(field: str, name: str) -> Trouble | None:
     """What is wrong with the name of an experiment."""
     if not name.isprintable() or not name.strip():
         return Trouble(field, name, "not a printable name", "use letters and digits")

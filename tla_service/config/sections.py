@@ -5,16 +5,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import (
-    Pixels,
-    Section,
-    Trouble,
-    experiment_trouble,
-    model_trouble,
-    setting,
-    tag_trouble,
-    wrong,
-)
+from tla_service.config.fields import Pixels, Section, Trouble, model_trouble, name_trouble, setting, tag_trouble, wrong
 
 DatasetName = Literal[
     "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "image_folder", "parquet"
@@ -264,7 +255,7 @@ class TrackingConfig(Section):
 
     def trouble(self) -> Trouble | None:
         """What MLflow would refuse. Checked when a run begins, not when a configuration is read back."""
-        found = [experiment_trouble("tracking.experiment", self.experiment)]
+        found = [name_trouble("tracking.experiment", self.experiment)]
         found += [tag_trouble("tracking.tags", key, value) for key, value in self.tags.items()]
         if self.registered_model:
             found.append(model_trouble("tracking.registered_model", self.registered_model))

@@ -6,11 +6,12 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tla_service.config import DataConfig, DatasetName, ScalingConfig, TrackingConfig
+from tla_service.config import DataConfig, ScalingConfig, TrackingConfig
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.fields import Pixels, Section, attack_trouble, setting, wrong
 from tla_service.config.loading import JobSettings
 from tla_service.config.radii import Norm, length_trouble
+from tla_service.config.sections import DatasetName
 
 
 class EvaluatedData(Section):

@@ -95,8 +95,8 @@ class Run:
     def train(self, *, measure_test: bool = True, with_rejector: bool = False) -> FitResult:
         """Train to the end, or until a stop is requested, and then measure the best weights on the test set, if asked.
 
-        Runs that are compared for selection must not ask. Only rank 0 fits the detector; the rest is equal on all ranks.
-        They also raise NonFiniteLossError together.
+        Runs that are compared for selection must not ask. Only rank 0 fits the detector; all else is the same on
+        all ranks, which raise NonFiniteLossError together.
         """
         interrupted = False
         while self.state.step < self.total_steps and not interrupted:
