@@ -129,7 +129,7 @@ def _check_attacks(attacks: Mapping[str, Attack]) -> None:
         step_size = None if attack.kind == "fgsm" else attack.step_size
         trouble = length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps)
         if trouble is not None:
-            raise ConfigError(*trouble)
+            raise trouble
 
 
 def _check_images(classifier: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> None:

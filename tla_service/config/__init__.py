@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from tla_service.config.adversary import AttackConfig
-from tla_service.config.fields import Section, Trouble, setting, wrong
+from tla_service.config.fields import Section, setting, wrong
 from tla_service.config.radii import ImageShape, length_trouble, no_radius
 from tla_service.config.sections import (
     DataConfig,
@@ -120,7 +120,7 @@ class RunConfig(Section):
         name = self.tracking.registered_model
         return f"tla-{self.data.name.replace('_', '-')}" if name is None else name or None
 
-    def attack_trouble(self, shape: ImageShape | None) -> Trouble | None:
+    def attack_trouble(self, shape: ImageShape | None) -> ConfigError | None:
         """What is wrong with radii and step sizes on images (C, H, W), if their shape is known; when a run begins."""
         # Not when a configuration is read back: runs older than this check must still load.
         own, steps = self.attack, self.attack.num_steps if self.attack.kind == "pgd" else None
@@ -128,7 +128,7 @@ class RunConfig(Section):
         for where, attack in self.evaluation.attacks.items():
             norm, epsilon, step_size = attack.lengths(own, self.data.name)
             if epsilon is None:
-                found.append(Trouble(f"{where}.norm", norm, *no_radius(self.data.name, norm, f"{where}.epsilon")))
+                found.append(ConfigError(f"{where}.norm", norm, *no_radius(self.data.name, norm, f"{where}.epsilon")))
                 continue
             own_step = None if attack.kind == "fgsm" else step_size
             found.append(length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape))

@@ -64,7 +64,7 @@ class AttackConfig(Section):
             raise wrong("attack.norm", self.norm, "radius and step size have no default in this norm", remedy)
         trouble = length_trouble("attack", self.norm, self.epsilon, self.step_size)
         if trouble is not None:
-            raise wrong(*trouble)
+            raise wrong(*trouble.args)
         if self.on_collapse == "pgd" and self.num_steps == 1:
             reason = "attack.num_steps=1 is a single step too and would collapse again"
             raise wrong("attack.on_collapse", "pgd", reason, "set attack.num_steps to 2 or more, or use stop or ignore")

@@ -8,10 +8,12 @@ import posixpath
 import re
 import typing
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from tla_service.errors import ConfigError
 
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 # MLflow's rules for keys (mlflow.utils.validation), and the lengths of its columns.
@@ -70,15 +72,6 @@ def _takes_bool(annotation: Any) -> bool:
     return annotation in (bool, Any) or any(map(_takes_bool, typing.get_args(annotation)))
 
 
-class Trouble(NamedTuple):
-    """What is wrong with a field: the arguments of a ConfigError."""
-
-    field: str
-    value: str
-    reason: str
-    remedy: str
-
-
 def wrong(field: str, value: object, reason: str, remedy: str) -> PydanticCustomError:
     """A cross-field error that names its field itself, wherever pydantic raises it."""
     shown = f"{value:g}" if isinstance(value, float) else str(value)
@@ -86,44 +79,48 @@ def wrong(field: str, value: object, reason: str, remedy: str) -> PydanticCustom
     return PydanticCustomError("cross_field", "{field}={value}: {reason}; {remedy}", context)
 
 
-def attack_trouble(section: str, names: Iterable[str], taken: Sequence[str] = ("worst",)) -> Trouble | None:
+def attack_trouble(section: str, names: Iterable[str], taken: Sequence[str] = ("worst",)) -> ConfigError | None:
     """What is wrong with the names of attacks, which become names of metrics, parameters and tags."""
     for name in names:
         field = f"{section}.{name}"
         if name in taken:
-            return Trouble(field, name, "this name is reserved", "rename the attack")
+            return ConfigError(field, name, "this name is reserved", "rename the attack")
         reason = _key_trouble(name, _ATTACK_LENGTH)
         if reason:
-            return Trouble(section, name, reason, "rename the attack, to pgd20 for example")
+            return ConfigError(section, name, reason, "rename the attack, to pgd20 for example")
     return None
 
 
-def model_trouble(field: str, name: str) -> Trouble | None:
+def model_trouble(field: str, name: str) -> ConfigError | None:
     """What is wrong with the name of a registered model."""
     found = _NOT_IN_MODELS.search(name)
     if found is not None:
-        return Trouble(field, name, f"a registered model's name cannot contain {found[0]}", "leave it out, or use -")
+        return ConfigError(
+            field, name, f"a registered model's name cannot contain {found[0]}", "leave it out, or use -"
+        )
     if not name.isprintable() or name.strip() != name or name == "." or name.startswith(".."):
-        return Trouble(field, name, "not a valid name of a registered model", "use letters, digits, _ - .")
+        return ConfigError(field, name, "not a valid name of a registered model", "use letters, digits, _ - .")
     if name.startswith("m-"):
-        return Trouble(field, name, "names that begin with m- are model ids in MLflow", "start it with something else")
+        return ConfigError(
+            field, name, "names that begin with m- are model ids in MLflow", "start it with something else"
+        )
     return _length_trouble(field, name, _MODEL_LENGTH)
 
 
-def name_trouble(field: str, name: str) -> Trouble | None:
+def name_trouble(field: str, name: str) -> ConfigError | None:
     """What is wrong with the name of an experiment."""
     if not name.isprintable() or not name.strip():
-        return Trouble(field, name, "not a printable name", "use letters and digits")
+        return ConfigError(field, name, "not a printable name", "use letters and digits")
     return _length_trouble(field, name, _EXPERIMENT_LENGTH)
 
 
-def tag_trouble(field: str, key: str, value: str) -> Trouble | None:
+def tag_trouble(field: str, key: str, value: str) -> ConfigError | None:
     """What is wrong with a tag of a run."""
     reason = _key_trouble(key, _KEY_LENGTH - len(field) - 1)  # also logged as a parameter of the run
     if reason:
-        return Trouble(field, key, reason, "rename the tag")
+        return ConfigError(field, key, reason, "rename the tag")
     if key.startswith(_OURS):
-        return Trouble(field, key, f"tags that begin with {_OURS} are set by the run itself", "rename the tag")
+        return ConfigError(field, key, f"tags that begin with {_OURS} are set by the run itself", "rename the tag")
     return _length_trouble(f"{field}.{key}", value, _TAG_LENGTH)
 
 
@@ -135,7 +132,7 @@ def _key_trouble(name: str, most: int) -> str | None:
     return f"longer than {most} characters" if len(name) > most else None
 
 
-def _length_trouble(field: str, value: str, most: int) -> Trouble | None:
+def _length_trouble(field: str, value: str, most: int) -> ConfigError | None:
     if len(value) <= most:
         return None
-    return Trouble(field, f"{value[:30]}...", f"{len(value)} characters, MLflow allows {most}", "shorten it")
+    return ConfigError(field, f"{value[:30]}...", f"{len(value)} characters, MLflow allows {most}", "shorten it")

@@ -59,7 +59,7 @@ class JobSettings(BaseSettings):
         tracking = getattr(self, "tracking", None)
         trouble = tracking.trouble() if isinstance(tracking, TrackingConfig) else None
         if trouble is not None:
-            raise wrong(*trouble)
+            raise wrong(*trouble.args)
         return self
 
     @classmethod
@@ -95,7 +95,7 @@ class RunSettings(JobSettings, RunConfig):
         trouble = self.attack_trouble(known_shape(self.data.name, self.data.image_size))
         trouble = trouble or attack_trouble("evaluation.test", self.evaluation.test)
         if trouble is not None:
-            raise wrong(*trouble)
+            raise wrong(*trouble.args)
         return self
 
     @property

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tla_service.config.fields import Trouble
 from tla_service.errors import ConfigError
 
 Norm = Literal["linf", "l2"]
@@ -59,7 +58,7 @@ def length_trouble(
     step_size: float | None = None,
     num_steps: int | None = None,
     shape: ImageShape | None = None,
-) -> Trouble | None:
+) -> ConfigError | None:
     """The first thing wrong with radius and step size of an attack on images (C, H, W) in [0, 1], or None.
 
     `where` is the section of the attack, such as `attack`; empty for a job's own settings. The step size is None for
@@ -80,18 +79,18 @@ def length_trouble(
         remedy = f"use at most {2 * epsilon:g}"
         if step_size >= 1 and step_size / _LEVELS <= 2 * epsilon:
             remedy = f"write {step_size:g}/255 if it is in 8-bit levels, or {remedy}"
-        return Trouble(step, f"{step_size:g}", f"over twice {radius}={epsilon:g}, one step leaves the ball", remedy)
+        return ConfigError(step, f"{step_size:g}", f"over twice {radius}={epsilon:g}, one step leaves the ball", remedy)
     if num_steps is not None and num_steps * step_size < _SHORTEST_PATH * epsilon:
         reason = f"{num_steps} steps cover less than 0.5% of {radius}={epsilon:g}"
-        return Trouble(step, f"{step_size:g}", reason, f"use about {2.5 * epsilon / num_steps:.2g}, or more steps")
+        return ConfigError(step, f"{step_size:g}", reason, f"use about {2.5 * epsilon / num_steps:.2g}, or more steps")
     return None
 
 
-def _beyond(field: str, value: float, largest: float, reason: str) -> Trouble:
+def _beyond(field: str, value: float, largest: float, reason: str) -> ConfigError:
     """A length that is probably meant in 8-bit levels."""
     in_levels = value <= _LEVELS and value / _LEVELS <= largest
     at_most = math.floor(100 * largest) / 100
-    return Trouble(field, f"{value:g}", reason, f"write {value:g}/255" if in_levels else f"use at most {at_most:g}")
+    return ConfigError(field, f"{value:g}", reason, f"write {value:g}/255" if in_levels else f"use at most {at_most:g}")
 
 
 def documented_radius(data_name: str, norm: Norm) -> float | None:

@@ -5,7 +5,8 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import Pixels, Section, Trouble, model_trouble, name_trouble, setting, tag_trouble, wrong
+from tla_service.config.fields import Pixels, Section, model_trouble, name_trouble, setting, tag_trouble, wrong
+from tla_service.errors import ConfigError
 
 DatasetName = Literal[
     "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "image_folder", "parquet"
@@ -253,7 +254,7 @@ class TrackingConfig(Section):
     )
     tags: dict[str, str] = setting({}, "additional tags of the run")
 
-    def trouble(self) -> Trouble | None:
+    def trouble(self) -> ConfigError | None:
         """What MLflow would refuse. Checked when a run begins, not when a configuration is read back."""
         found = [name_trouble("tracking.experiment", self.experiment)]
         found += [tag_trouble("tracking.tags", key, value) for key, value in self.tags.items()]

@@ -53,7 +53,7 @@ class GateRules(Section):
         threat = self.threat_model
         trouble = None if threat is None else length_trouble("rules", threat.norm, threat.epsilon)
         if trouble is not None:
-            raise wrong(*trouble)
+            raise wrong(*trouble.args)
         return self
 
 
@@ -126,7 +126,7 @@ class ImportSettings(JobSettings):
         trouble = model_trouble("name", self.name) if self.name else None
         trouble = trouble or length_trouble("", self.norm, self.radius, shape=shape)
         if trouble is not None:
-            raise wrong(*trouble)
+            raise wrong(*trouble.args)
         return self
 
     @property

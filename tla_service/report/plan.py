@@ -153,7 +153,7 @@ def check_plan(plan: Plan, shape: ImageShape) -> None:
         found.append(length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps, shape))
     trouble = next(filter(None, found), None)
     if trouble is not None:
-        raise ConfigError(*trouble)
+        raise trouble
 
 
 def _pgd(norm: Norm, epsilon: float, steps: int, step_size: float | None = None) -> Attack:

@@ -135,7 +135,7 @@ class ReportSettings(JobSettings):
             raise wrong("model", "", "no model is named", "give --model with the path of a checkpoint folder")
         trouble = attack_trouble("attacks", self.attacks, ("clean", "autoattack", "worst"))
         if trouble is not None:
-            raise wrong(*trouble)
+            raise wrong(*trouble.args)
         self._check_lengths()
         return self
 
@@ -155,8 +155,8 @@ class ReportSettings(JobSettings):
     ) -> None:
         trouble = length_trouble(where, norm or "linf", epsilon, step_size, steps) if epsilon is not None else None
         if trouble is not None:
-            other = ", or give --norm l2" if norm is None and trouble.field.endswith("epsilon") else ""
-            raise wrong(*trouble[:3], trouble.remedy + other)
+            other = ", or give --norm l2" if norm is None and trouble.subject.endswith("epsilon") else ""
+            raise wrong(trouble.subject, trouble.value, trouble.reason, trouble.remedy + other)
 
 
 class EvaluateSettings(ReportSettings):

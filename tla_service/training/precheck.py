@@ -51,7 +51,7 @@ def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: i
     """Raise ConfigError for a run that would fail later on the images that it trains on, at `rows` (N,), int64."""
     trouble = config.attack_trouble(dataset.image_shape)
     if trouble is not None:
-        raise ConfigError(*trouble)
+        raise trouble
     batch = config.training.global_batch_size
     steps = -(-len(rows) // batch)
     if smallest_share(len(rows), steps, world_size) == 1 and not _one_image_trains(config, dataset, rows):

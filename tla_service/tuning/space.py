@@ -140,7 +140,7 @@ class Space:
         except ValidationError as error:
             return str(Explainer(RunConfig, "").explain(error.errors(include_url=False)[0]))
         trouble = run.attack_trouble(known_shape(run.data.name, run.data.image_size))
-        return run if trouble is None else str(ConfigError(*trouble))
+        return run if trouble is None else str(trouble)
 
     def _check_sweep(self) -> None:
         sweep = self.sweep

@@ -10,7 +10,6 @@ from torch import Tensor
 from tla_service.config import RunConfig
 from tla_service.config.fields import attack_trouble
 from tla_service.data import Dataset, load_dataset
-from tla_service.errors import ConfigError
 from tla_service.models import build_model
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.registry.loading import load_model
@@ -52,7 +51,7 @@ def check_before_start(config: RunConfig) -> Facts:
     """
     trouble = config.tracking.trouble() or attack_trouble("evaluation.test", config.evaluation.test)
     if trouble is not None:
-        raise ConfigError(*trouble)
+        raise trouble
     dataset = load_dataset(config.data)
     check_split(config, dataset, config.scaling.num_workers if isinstance(config.scaling.num_workers, int) else 1)
     network = build_model(config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization)
