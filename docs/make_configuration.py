@@ -17,7 +17,7 @@ from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.fields import parse_fraction
 from tla_service.config.loading import RunSettings, load_settings
-from tla_service.config.radii import RADII, Radius
+from tla_service.config.radii import RADII
 from tla_service.models.catalog import MODEL_DESCRIPTIONS, TORCHVISION_PREFIX
 from tla_service.report.settings import EvaluateSettings
 from tla_service.tuning.settings import Dimension, Objective, SweepConfig, TuneSettings
@@ -87,12 +87,13 @@ def _radii() -> str:
     return "\n".join(["### Documented radii", "", text, "", *_RADII_HEAD, *rows, ""])
 
 
-def _radius(radius: Radius | None) -> str:
+def _radius(radius: tuple[float, str] | None) -> str:
     if radius is None:
         return "none; set one"
-    fraction = Fraction(radius.epsilon).limit_denominator(255)
-    shown = str(fraction) if fraction.denominator == 255 else f"{radius.epsilon:g}"
-    return f"{shown} ({radius.source})"
+    epsilon, source = radius
+    fraction = Fraction(epsilon).limit_denominator(255)
+    shown = str(fraction) if fraction.denominator == 255 else f"{epsilon:g}"
+    return f"{shown} ({source})"
 
 
 def _between_markers(page: str, text: str) -> str:

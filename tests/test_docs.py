@@ -14,7 +14,7 @@ from benchmarks.settings import BenchmarkSettings
 from tla_service.cluster.doctor.settings import CheckupSettings
 from tla_service.config import RunConfig
 from tla_service.config.fields import parse_fraction
-from tla_service.config.loading import JobSettings, RunSettings, preset_names, read_settings, sweep_preset_names
+from tla_service.config.loading import JobSettings, RunSettings, preset_names, read_settings
 from tla_service.registry.job_settings import ExportSettings, ImportSettings, PromoteSettings
 from tla_service.report.settings import EvaluateSettings, ReportSettings, spread_lists
 from tla_service.results.settings import ReproduceSettings
@@ -108,7 +108,7 @@ def test_the_tables_of_an_evaluations_settings_are_the_generated_ones() -> None:
     assert "\n| `images.autoattack` |" in page
 
 
-@pytest.mark.parametrize("study", sweep_preset_names())
+@pytest.mark.parametrize("study", preset_names("study"))
 def test_every_study_is_explained(study: str) -> None:
     assert f"\n| `{study}` |" in (ROOT / "docs" / "sweeps.md").read_text()
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.lock import LOCK_FILE, locked_folder
+from tla_service.files import LOCK_FILE, locked_folder
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from tla_service.lock import locked_folder
+from tla_service.files import locked_folder
 with locked_folder(Path(sys.argv[1]), "output"):
     if "fork" in sys.argv and os.fork() == 0:
         time.sleep(60)
@@ -99,7 +99,7 @@ def test_of_many_that_start_together_one_at_a_time_gets_it(tmp_path: Path) -> No
 import sys
 from pathlib import Path
 from tla_service.errors import ConfigError
-from tla_service.lock import locked_folder
+from tla_service.files import locked_folder
 folder, got = Path(sys.argv[1]), 0
 while got < 200:
     try:

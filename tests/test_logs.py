@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tla_service.logs import log_as_json
+from tla_service.job import log_as_json
 from tla_service.training.reporting import JsonTerminal, Terminal
 
 

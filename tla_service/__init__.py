@@ -14,7 +14,6 @@ if TYPE_CHECKING:
         AttackConfig,
         DataConfig,
         DetectionConfig,
-        EvaluationAttack,
         EvaluationConfig,
         LossConfig,
         MiningConfig,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
         TrackingConfig,
         TrainingConfig,
     )
+    from tla_service.config.adversary import EvaluationAttack
     from tla_service.config.loading import load_config
     from tla_service.errors import ConfigError, UnavailableError, UserError
     from tla_service.registry.loading import load_model
@@ -64,6 +64,7 @@ __all__ = [
 _HOMES = {
     "Attack": "attacks",
     "ConfigError": "errors",
+    "EvaluationAttack": "config.adversary",
     "UnavailableError": "errors",
     "UserError": "errors",
     "craft": "attacks",

@@ -9,10 +9,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tla_service.attacks import Attack
-from tla_service.config import EvaluationAttack, RunConfig
-from tla_service.config.bounds import length_trouble
+from tla_service.config import RunConfig
+from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.explain import Explainer
 from tla_service.config.loading import load_config_file
+from tla_service.config.radii import length_trouble
 from tla_service.data import Batch, EvaluationBatches, load_dataset
 from tla_service.errors import ConfigError, UserError
 from tla_service.evaluation.shards import evaluating
@@ -36,12 +37,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the accuracy of a network on clean images and under attack, in eval mode and float32.
 
-    `jobs/evaluate_tla.py` measures more: AutoAttack, confidence intervals, transfer attacks, an audit for gradient
-    masking.
+    `jobs/evaluate_tla.py` measures more: AutoAttack, confidence intervals, transfer, an audit for gradient masking.
 
     Args:
-        model: Network from images (N, C, H, W) in [0, 1] to logits (N, K), on any device; or the address of one for
-            `load_model`, such as a checkpoint folder or `models:/NAME@ALIAS`.
+        model: Network from images (N, C, H, W) in [0, 1] to logits (N, K), on any device; or an address for
+            `load_model`, such as a checkpoint folder.
         images: Tensor or array (N, C, H, W), float, in [0, 1]. Default: the test set of `config`.
         labels: True classes, integers (N,).
         attacks: Attacks by name. Default: `evaluation.test` of `config`.
@@ -68,17 +68,16 @@ def evaluate(
             config = load_config_file(folder / "config.yaml")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = network.to(device)
-    if attacks is None:
-        if config is None:
-            raise ConfigError("attacks", None, "not given", "pass attacks={'pgd20': Attack(...)}, or config")
+    if attacks is not None:
+        _check_attacks(attacks)
+    elif config is not None:
         attacks = {
             name: evaluation_attack(attack, config.attack, config.data.name, f"evaluation.test.{name}")
             for name, attack in config.evaluation.test.items()
         }
     else:
-        _check_attacks(attacks)
-    classifier = _Classifier(network)
-    context = WorkerContext(device=device)
+        raise ConfigError("attacks", None, "not given", "pass attacks={'pgd20': Attack(...)}, or config")
+    classifier, context = _Classifier(network), WorkerContext(device=device)
     batches = _batches(classifier, images, labels, config, context)
     if seed is None:
         seed = config.seed if config is not None else 0
@@ -87,7 +86,7 @@ def evaluate(
 
 
 class _Classifier(nn.Module):
-    """A network whose output has `logits`, whether the wrapped one returns logits alone or with embeddings."""
+    """Wraps a network that may return logits alone."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -101,7 +100,6 @@ class _Classifier(nn.Module):
 def _batches(
     classifier: nn.Module, images: Any, labels: Any, config: RunConfig | None, context: WorkerContext
 ) -> Iterable[Batch]:
-    """The given images, or else the test set of the run."""
     size = config.evaluation.batch_size if config is not None else _BATCH_SIZE
     if images is None and labels is None:
         if config is None:
@@ -131,20 +129,17 @@ def _check_attacks(attacks: Mapping[str, Attack]) -> None:
         step_size = None if attack.kind == "fgsm" else attack.step_size
         trouble = length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps)
         if trouble is not None:
-            raise ConfigError(*trouble)
+            raise trouble
 
 
 def _check_images(classifier: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> None:
-    """Refuse images and labels that do not belong together, or that the network is not for."""
     shape = tuple(images.shape)
     if images.dim() != 4 or not len(images) or not images.is_floating_point():
         raise ConfigError("images", f"{shape} {images.dtype}", "not (N, C, H, W), float", "pass images in [0, 1]")
     low, high = images.aminmax()
     if not (low >= 0 and high <= 1):
-        reason = "outside [0, 1]"
-        raise ConfigError(
-            "images", f"[{low:g}, {high:g}]", reason, "divide 8-bit images by 255; normalize in the model"
-        )
+        remedy = "divide 8-bit images by 255; normalize in the model"
+        raise ConfigError("images", f"[{low:g}, {high:g}]", "outside [0, 1]", remedy)
     if labels.shape != shape[:1] or labels.is_floating_point():
         remedy = f"pass {len(images)} integer class indices"
         raise ConfigError("labels", f"{tuple(labels.shape)} {labels.dtype}", "not one class per image", remedy)

@@ -1,8 +1,14 @@
-"""Errors that are the user's to mend: each carries the exit code a job ends with, and survives pickling."""
+"""Errors that are the user's to mend, each with the exit code a job ends with; retries of those that may pass."""
 
+import logging
 import re
-from typing import ClassVar
+import time
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
 
+LONGEST_WAIT_SECONDS = 30.0
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 _CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]*@|(?<=[?&]password=)[^&\s]+")
 
 
@@ -22,7 +28,7 @@ class UserError(Exception):
 
     Args:
         subject: What is wrong: a configuration field as spelled on the command line, a path, an address.
-        value: The offending value as the user gave it, or ``None`` when there is none.
+        value: The offending value as the user gave it; None if there is none.
         reason: Why it cannot be used.
         remedy: What to do about it.
     """
@@ -51,3 +57,17 @@ class UnavailableError(UserError):
     """Something the run needs is not there: data, a server, a bucket, a GPU (exit code 3)."""
 
     exit_code: ClassVar[int] = 3
+
+
+def retried(what: str, action: Callable[[], T], may_pass: Callable[[Exception], bool], *, seconds: float) -> T:
+    """Call `action`; for some seconds, repeat it after errors that `may_pass`, waiting longer each time."""
+    deadline, wait = time.monotonic() + seconds, 1.0
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            if not may_pass(error) or time.monotonic() + wait > deadline:
+                raise
+            _log.warning("%s failed (%s); trying again in %.0f s", what, one_line(error), wait)
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT_SECONDS)

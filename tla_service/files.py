@@ -1,30 +1,35 @@
-"""Files and folders that appear complete or not at all, even when the process is killed or the power fails."""
+"""Files and folders that appear complete or not at all, even when the power fails; locks that name their holder."""
 
 import contextlib
 import errno
+import fcntl
+import json
+import logging
 import os
+import shlex
 import shutil
+import socket
 import sys
+import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO, Self
 
-from tla_service.errors import UnavailableError
+from tla_service.errors import ConfigError, UnavailableError, without_credentials
 
+LOCK_FILE = ".lock"
 PART_SUFFIX = ".part"
+_READ_SECONDS = 2.0
 _SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107  # sun_path, less the byte that ends it
+_held: set[Path] = set()
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write a file under a temporary name in its own folder; rename it, over an older one, when it is complete.
-
-    Args:
-        path: The file.
-
-    Yields:
-        An empty, hidden file to write to; removed when the block raises.
-    """
+    """Yield an empty, hidden file beside `path`, which is renamed to it after the block, or removed if that raises."""
     part = _part_of(path)
     part.touch(exist_ok=False)
     try:
@@ -32,10 +37,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         _sync(part)
         part.replace(path)
         _sync(path.parent)
-    except BaseException:
+    finally:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -46,14 +50,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder under a temporary name beside its place; rename it, over an older one, when it is complete.
-
-    Args:
-        path: The folder; its parents are made.
-
-    Yields:
-        An empty, hidden folder to fill; removed when the block raises.
-    """
+    """As `whole_file`, for a folder, whose parents are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part, old = _part_of(path), _part_of(path)
     part.mkdir()
@@ -81,18 +78,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def check_socket_path(variable: str, folder: str, tail: str, whose: str, remedy: str) -> None:
-    """Refuse a folder below which the path of a Unix socket would be too long.
-
-    Args:
-        variable: Environment variable that names the folder, for messages.
-        folder: The folder.
-        tail: Path of the socket below it, as long as it will be.
-        whose: Whose sockets they are.
-        remedy: What to set.
-
-    Raises:
-        UnavailableError: It would be.
-    """
+    """Refuse a folder, named by an environment variable, below which `tail` would be too long a path for a socket."""
     length = len(os.fsencode(Path(folder, tail)))
     if length > _SOCKET_PATH_BYTES:
         reason = f"too long a path for {whose}: sockets below it have {length} bytes, at most {_SOCKET_PATH_BYTES} work"
@@ -113,3 +99,82 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock, since when (local time), and its command line without passwords."""
+
+    host: str
+    pid: int
+    since: str
+    command: str
+
+    @classmethod
+    def here(cls) -> Self:
+        """This process, now."""
+        command = without_credentials(" ".join(shlex.join(sys.orig_argv).split()))
+        return cls(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %z"), command)
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}: {self.command}"
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, setting: str) -> Iterator[None]:
+    """Lock a folder against other processes, on other machines too if the file system supports it.
+
+    The folder, named by `setting`, is created if missing; a ConfigError names the process that holds the lock. POSIX
+    locks belong to a process: children do not inherit them, and they end with it.
+    """
+    path = folder.resolve() / LOCK_FILE
+    if path in _held:
+        # Opening and closing the file again would release the lock.
+        raise in_use(setting, folder, Holder.here())
+    with _acquired(path, folder, setting) as file:
+        _held.add(path)
+        try:
+            file.truncate(0)
+            file.write(json.dumps(asdict(Holder.here())))
+            file.flush()
+            yield
+        finally:
+            _held.discard(path)
+            path.unlink(missing_ok=True)
+
+
+def _acquired(path: Path, folder: Path, setting: str) -> IO[str]:
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            reason = f"cannot be written ({(error.strerror or str(error)).lower()})"
+            raise UnavailableError(setting, folder, reason, f"choose another --{setting}") from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise in_use(setting, folder, _read_holder(path)) from None
+        except OSError as error:
+            _log.warning("%s: its file system has no locks (%s); use it from one process at a time", folder, error)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # removed by its last holder in the meantime
+
+
+def _read_holder(path: Path) -> Holder | None:
+    """The holder according to the file, which is written just after the lock is taken."""
+    deadline = time.monotonic() + _READ_SECONDS
+    while path.exists() and time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Holder(**json.loads(path.read_text()))
+        time.sleep(0.05)
+    return None
+
+
+def in_use(setting: str, folder: Path | str, holder: Holder | None) -> ConfigError:
+    """The error for the second of two processes."""
+    reason = f"in use by {holder or 'another process'}"
+    return ConfigError(setting, folder, reason, f"wait for it, end it, or choose another --{setting}")

@@ -1,23 +1,31 @@
-"""Exit codes of jobs, and one line per error instead of a traceback."""
+"""What every job does: exit codes, one line per error, JSON log lines; and the code and packages that it runs on."""
 
+import getpass
+import importlib.metadata
+import json
+import logging
 import os
+import platform
 import shlex
+import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
+import tla_service
 from tla_service.errors import UserError, without_credentials
 
 INTERRUPTED = 130
+_GIT_TIMEOUT_SECONDS = 10
 
 
 def run_job(main: Callable[[], int | None]) -> int:
     """Run a job's main function and convert exceptions to exit codes.
 
-    Returns:
-        The result of `main`, or 0; 2 for an invalid configuration; 3 if something is missing or unavailable; 130 if
-        interrupted; 1 for other errors.
+    2 for an invalid configuration, 3 if something is missing or unavailable, 130 if interrupted, 1 for other errors.
     """
     # Read here and not from the settings, because reading those may be what fails.
     debug = "--debug" in sys.argv or os.environ.get("TLA_DEBUG", "").lower() in ("1", "true", "yes", "on")
@@ -33,12 +41,7 @@ def run_job(main: Callable[[], int | None]) -> int:
 
 
 def next_command(job: str, *arguments: str) -> str:
-    """A line with the command to run next, as typed in the shell that started this job.
-
-    Args:
-        job: File name of a job in the folder of the running one.
-        arguments: Its command line; credentials in URLs are left out.
-    """
+    """A line with the command to run next, a job in the folder of this one; credentials in URLs are left out."""
     python, folder = Path(sys.executable), Path.cwd()
     interpreter = str(python.relative_to(folder)) if python.is_relative_to(folder) else "python"
     command = [interpreter, str(Path(sys.argv[0]).with_name(job)), *map(without_credentials, arguments)]
@@ -46,13 +49,93 @@ def next_command(job: str, *arguments: str) -> str:
 
 
 def _tell(error: Exception, *, debug: bool) -> int:
-    if debug or not (isinstance(error, UserError) or type(error) is RuntimeError or _says_enough(error)):
+    says_enough = type(error) is RuntimeError or type(error).__module__.startswith("tla_service.")
+    if debug or not says_enough:
         print(without_credentials("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     text = " ".join(str(error).split("\n")) if isinstance(error, UserError) else str(error)
     print(f"error: {without_credentials(text)}", file=sys.stderr)
     return error.exit_code if isinstance(error, UserError) else 1
 
 
-def _says_enough(error: Exception) -> bool:
-    """Whether it is one of our errors, with a complete message."""
-    return type(error).__module__.startswith("tla_service.")
+def json_line(level: str, fields: Mapping[str, Any]) -> str:
+    """One line with `time` (seconds since 1970), `level` and the fields; values that are not JSON become text."""
+    line = json.dumps({"time": round(time.time(), 3), "level": level, **fields}, default=str)
+    return without_credentials(line)
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats log records as JSON lines; `labels` are fields of every line."""
+
+    def __init__(self, labels: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.labels = labels
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record, including its traceback."""
+        fields = {"logger": record.name, "message": record.getMessage(), **self.labels}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json_line(record.levelname.lower(), fields)
+
+
+def log_as_json(labels: Mapping[str, Any], level: int = logging.INFO, stream: TextIO | None = None) -> None:
+    """Make this process log JSON lines only, with the labels of the time; other loggers than ours log warnings."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter(labels))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("tla_service").setLevel(level)
+
+
+def code_version() -> dict[str, str]:
+    """Tags with the package version and, in a git checkout, the commit and whether it has local changes."""
+    tags = {"tla.version": tla_service.__version__}
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+        tags["tla.git_dirty"] = str(bool(changed)).lower()
+    else:
+        commit = os.environ.get("GIT_COMMIT")  # set when the image is built
+    if commit:
+        tags |= {"tla.git_commit": commit, "mlflow.source.git.commit": commit}
+    tags["mlflow.source.name"] = Path(sys.argv[0]).name or "python"
+    try:
+        tags["mlflow.user"] = getpass.getuser()
+    except (KeyError, OSError):
+        # A container may run with a user id without a name.
+        tags["mlflow.user"] = str(os.getuid())
+    return tags
+
+
+def code_facts() -> dict[str, str]:
+    """Version and, in a git checkout, commit, for reports."""
+    tags = code_version()
+    changed = " with changes" if tags.get("tla.git_dirty") == "true" else ""
+    commit = {"commit": tags["tla.git_commit"][:12] + changed} if "tla.git_commit" in tags else {}
+    return {"version": tags["tla.version"], **commit}
+
+
+def environment() -> dict[str, Any]:
+    """Python, machine, CUDA and every installed package with its version, as plain JSON."""
+    import torch  # not needed by jobs that only ask for the code's version
+
+    found = ((str(package.metadata["Name"] or ""), package.version) for package in importlib.metadata.distributions())
+    packages = {name: version for name, version in sorted(found, key=lambda item: item[0].lower()) if name}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch": packages.get("torch"),
+        "ray": packages.get("ray"),
+        "cuda": torch.version.cuda,  # querying devices would create a GPU context in the driver
+        "packages": packages,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in this package's folder; None without git or outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,11 +1,11 @@
-"""The worker process: rank, device, process group, seeds, precision."""
+"""The worker process: rank, device, process group, collectives, seeds, precision."""
 
 import contextlib
 import ctypes
 import datetime
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +13,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 from tla_service.errors import UserError
 
@@ -25,14 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """One process of a run.
-
-    Attributes:
-        rank: Index of the process among all, in [0, world_size).
-        local_rank: Index of the process on its node.
-        world_size: Number of processes.
-        device: Where the network and the batches live.
-    """
+    """One process of a run, by its rank among all and on its node, and the device of its network and batches."""
 
     rank: int = 0
     local_rank: int = 0
@@ -58,12 +53,7 @@ def generator(device: torch.device, *parts: int) -> torch.Generator:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[WorkerContext]:
-    """Join the process group that torchrun's environment describes; a lone process needs none.
-
-    Yields:
-        This process's context. The group is left at the end, without a closing barrier: one would hang the
-        healthy ranks whenever another has failed.
-    """
+    """Join the process group that torchrun's environment describes; a lone process needs none."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
@@ -78,10 +68,10 @@ def process_group(device: torch.device) -> Iterator[WorkerContext]:
     try:
         yield context
     finally:
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # without a barrier: one would hang the healthy ranks when another has failed
 
 
-def all_reduce_sum(values: torch.Tensor, context: WorkerContext) -> torch.Tensor:
+def all_reduce_sum(values: Tensor, context: WorkerContext) -> Tensor:
     """Sum a tensor over all workers, in place; every worker gets the sum."""
     if context.world_size > 1:
         dist.all_reduce(values)
@@ -90,10 +80,7 @@ def all_reduce_sum(values: torch.Tensor, context: WorkerContext) -> torch.Tensor
 
 @contextlib.contextmanager
 def failing_together(context: WorkerContext) -> Iterator[None]:
-    """Raise the first worker's `UserError` on all workers, so that none waits for one that has failed.
-
-    Every worker must run the block at the same point.
-    """
+    """Run a block on every worker; raise the first one's `UserError` on all, so that none waits for it."""
     error: UserError | None = None
     try:
         yield
@@ -113,6 +100,35 @@ def gather_objects(value: T, context: WorkerContext) -> list[T]:
     return values
 
 
+def shard_sizes(total: int, world_size: int) -> list[int]:
+    """Rows of `total` on each worker, as `torch.tensor_split` cuts them."""
+    return [total // world_size + (rank < total % world_size) for rank in range(world_size)]
+
+
+def gather_rows(rows: Tensor, sizes: Sequence[int], context: WorkerContext) -> Tensor:
+    """Rows of all workers, in rank order: (n_r, ...) to (sum of sizes, ...). Gradients flow back to a row's owner."""
+    if context.world_size == 1:
+        return rows
+    padded = torch.zeros((max(sizes), *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+    padded = torch.cat([rows, padded[len(rows) :]])
+    if rows.requires_grad:
+        gathered = list(all_gather(padded))
+    else:
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+def average_buffers(network: nn.Module, context: WorkerContext) -> None:
+    """Make BatchNorm's running statistics the mean over workers: each has seen only its own shards."""
+    if context.world_size == 1:
+        return
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer.div_(context.world_size)
+
+
 def hardware(device: torch.device) -> str:
     """Name of the GPU, or of the processor and its number of cores."""
     if device.type == "cuda":
@@ -124,11 +140,9 @@ def hardware(device: torch.device) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next step.
+    """Make glibc, if it is the C library, keep freed memory for the next step; the peak is then held until the end.
 
-    A CPU step allocates and frees the same large activations again and again. By default glibc returns such blocks to
-    the system each time, which then zeroes every page again: thousands of page faults per step. The cost is that the
-    process holds its peak memory until it ends. Has no effect with other C libraries.
+    By default it returns the large activations of each CPU step to the system, which then zeroes every page again.
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -141,6 +155,6 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def wide(values: torch.Tensor) -> torch.Tensor:
+def wide(values: Tensor) -> Tensor:
     """Float32 for bfloat16 and float16; wider types stay as they are."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

@@ -12,7 +12,7 @@ from tla_service.cluster.attempts import Budget, Plan, reason_of, run_trial
 from tla_service.cluster.session import Placement
 from tla_service.errors import UnavailableError
 from tla_service.training.meter import NonFiniteLossError
-from tla_service.training.result import FitResult
+from tla_service.training.output import FitResult
 from tla_service.tuning.trials import Trial
 
 OUT_OF_MEMORY = "workers failed: {0: 'torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.'}"

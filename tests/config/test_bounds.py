@@ -7,8 +7,8 @@ import torch
 
 from tla_service.config import EvaluationConfig, RunConfig
 from tla_service.config.adversary import AttackConfig, EvaluationAttack
-from tla_service.config.bounds import known_shape, length_trouble
 from tla_service.config.loading import load_settings
+from tla_service.config.radii import known_shape, length_trouble
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
 from tla_service.training.precheck import check_start
@@ -19,7 +19,7 @@ def test_a_radius_reaches_across_the_cube_at_most(norm: str, largest: float) -> 
     assert length_trouble("a", norm, largest, shape=(3, 32, 32)) is None  # type: ignore[arg-type]
     found = length_trouble("a", norm, largest * 1.01, shape=(3, 32, 32))  # type: ignore[arg-type]
     assert found is not None
-    assert found.field == "a.epsilon"
+    assert found.subject == "a.epsilon"
 
 
 @pytest.mark.parametrize("epsilon", [60, 128, 255, 256, 14000, 15000])

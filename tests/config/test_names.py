@@ -9,8 +9,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils import validation
 
 from tests.config.refusal import refusal
+from tla_service.config.fields import attack_trouble, model_trouble, name_trouble, tag_trouble
 from tla_service.config.loading import load_settings, read_settings
-from tla_service.config.names import attack_trouble, experiment_trouble, model_trouble, tag_trouble
 from tla_service.errors import ConfigError
 from tla_service.registry.job_settings import ImportSettings, PromoteSettings
 from tla_service.report.settings import EvaluateSettings
@@ -97,5 +97,5 @@ def test_what_is_accepted_here_mlflow_accepts(name: str) -> None:
         assert mlflow_takes(validation._validate_param, f"tracking.tags.{name}", "x")
     if name and model_trouble("tracking.registered_model", name) is None:
         assert mlflow_takes(validation._validate_model_name, name)
-    if experiment_trouble("tracking.experiment", name) is None:
+    if name_trouble("tracking.experiment", name) is None:
         assert mlflow_takes(validation._validate_experiment_name, name)

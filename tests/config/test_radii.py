@@ -35,7 +35,7 @@ def test_documented_radii_are_lengths_of_their_norm() -> None:
     for (name, norm), (epsilon, source) in RADII.items():
         assert source
         # An L2 radius is that of a perturbation over many pixels, never an L-infinity radius read again.
-        assert norm == "linf" or epsilon > 3 * RADII[name, "linf"].epsilon
+        assert norm == "linf" or epsilon > 3 * RADII[name, "linf"][0]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from pydantic.fields import FieldInfo
 from tla_service.config import (
     AttackConfig,
     DataConfig,
-    EvaluationAttack,
     EvaluationConfig,
     LossConfig,
     MiningConfig,
@@ -25,9 +24,10 @@ from tla_service.config import (
     ScalingConfig,
     TrackingConfig,
 )
+from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.fields import Section
 from tla_service.config.loading import load_settings, preset_names, to_yaml
-from tla_service.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
+from tla_service.config.sections import OptimizerConfig, ScheduleConfig, TrainingConfig
 from tla_service.errors import ConfigError
 from tla_service.models import model_names
 

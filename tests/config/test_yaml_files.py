@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.config.refusal import file_of, refusal
-from tla_service.config.loading import load_settings, preset_names, sweep_preset_names
+from tla_service.config.loading import load_settings, preset_names
 from tla_service.config.yaml_files import parse_yaml
 from tla_service.errors import ConfigError
 
@@ -90,7 +90,7 @@ def test_what_is_written_in_other_ways_is_read_as_by_yaml() -> None:
 
 def test_presets_and_studies_are_read_by_it_too() -> None:
     home = resources.files("tla_service.config") / "presets"
-    for name in [*preset_names(), *(f"sweeps/{study}" for study in sweep_preset_names())]:
+    for name in [*preset_names(), *(f"sweeps/{study}" for study in preset_names("study"))]:
         text = (home / f"{name}.yaml").read_text()
         assert parse_yaml(text, "preset", name) == yaml.safe_load(text)
 

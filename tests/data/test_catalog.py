@@ -180,7 +180,7 @@ def test_any_pixel_label_name_or_order_changes_the_fingerprint(place: int, part:
 def test_every_name_of_the_configuration_has_a_loader() -> None:
     from typing import get_args
 
-    from tla_service.config import DatasetName
+    from tla_service.config.sections import DatasetName
 
     assert set(catalog._LOADERS) == set(get_args(DatasetName))
 

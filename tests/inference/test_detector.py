@@ -5,13 +5,13 @@ import pytest
 from safetensors.numpy import load, save
 
 from tests.evaluation.test_detection import embedded
+from tla_service import triplets
 from tla_service.evaluation.detection import fit_detector
 from tla_service.inference import detector
-from tla_service.triplets import distance
 
 
 def test_directions_of_zeros_are_defined_as_in_the_learned_metric() -> None:
-    assert detector.SMALLEST_SQUARE == distance.SMALLEST_SQUARE
+    assert detector.SMALLEST_SQUARE == triplets.SMALLEST_SQUARE
 
 
 @pytest.mark.parametrize("covariance", ["tied", "full", "diagonal"])

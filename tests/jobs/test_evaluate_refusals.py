@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tests.jobs.conftest import Run
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
-from tla_service.lock import locked_folder
+from tla_service.files import locked_folder
 from tla_service.models import build_model
 
 JOB = "evaluate_tla"

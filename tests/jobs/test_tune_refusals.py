@@ -100,7 +100,7 @@ def test_a_second_driver_is_refused(run_in_process: Run, tmp_path: Path, where: 
     code = """import pathlib, sys
 from tla_service.cluster.storage import Folder
 from tla_service.cluster.lease import held
-from tla_service.lock import locked_folder
+from tla_service.files import locked_folder
 folder, where = sys.argv[1:]
 with locked_folder(pathlib.Path(folder), where) if where == "output" else held(Folder(folder), print):
     print("held", flush=True)

@@ -91,7 +91,7 @@ def test_nothing_there(packaged: Packaged, address: str, match: str) -> None:
 
 def test_server_away(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """MLflow's errors contain the whole address."""
-    monkeypatch.setattr("tla_service.retries.time.sleep", lambda _: None)
+    monkeypatch.setattr("tla_service.errors.time.sleep", lambda _: None)
     with pytest.raises(UnavailableError, match=r"fetching .* failed .*; bring the server back") as caught:
         load_model("models:/tla-digits/1", tracking="http://me:hunter2@127.0.0.1:9")
     assert "http://127.0.0.1:9/" in caplog.text

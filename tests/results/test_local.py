@@ -14,7 +14,7 @@ import pytest
 from tests.results.conftest import settings_of
 from tests.test_core_alone import WITHOUT
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.lock import locked_folder
+from tla_service.files import locked_folder
 from tla_service.results.local import _Local, in_order, open_state, reproduce_here
 from tla_service.results.runs import TableRun, table_runs, table_space
 

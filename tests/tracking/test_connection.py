@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.registry.tracking_server import TrackingServer
-from tla_service import retries
+from tla_service import errors
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.tracking.connection import check_tracking, is_passing, retrying, storing, tracking_uri
@@ -140,7 +140,7 @@ def test_two_processes_make_the_same_store(tmp_path: Path) -> None:
 
 
 def test_retrying_repeats_what_may_pass_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries, "time", Clock())
+    monkeypatch.setattr(errors, "time", Clock())
     calls = []
 
     def flaky() -> str:
@@ -172,7 +172,7 @@ def test_questions_wait_seconds_for_a_server_and_results_wait_minutes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: Any, shortest: float, longest: float
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(retries, "time", clock)
+    monkeypatch.setattr(errors, "time", clock)
 
     def away_until(back: float) -> str:
         if clock.now < back:

@@ -9,8 +9,10 @@ import torch
 
 from tla_service.config import RunConfig
 from tla_service.data import Batch, StepBatch
-from tla_service.runtime import generator
-from tla_service.training.resume import LocalCheckpoint
+from tla_service.runtime import WorkerContext, generator
+from tla_service.training.checkpoint import LocalCheckpoint
+from tla_service.training.fit import Run
+from tla_service.training.output import FitResult
 from tla_service.training.step import TrainingStep
 
 IMAGES = 24
@@ -51,6 +53,13 @@ def loss_of(step: TrainingStep, batch: StepBatch, seed: int = 0) -> tuple[torch.
     random = generator(torch.device("cpu"), seed)
     adversarial = None if step.config.method == "natural" else step.adversary.craft(batch.anchors, random)
     return step.objective(batch, adversarial, random)
+
+
+def fit(config: RunConfig, context: WorkerContext, reporter: Any) -> FitResult:
+    """A run from its start to its end."""
+    run = Run(config, context, reporter)
+    run.start(None)
+    return run.train()
 
 
 class KeepingReporter:

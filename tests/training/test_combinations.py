@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from tests.training.conftest import digits_config, random_batch
-from tla_service.config.run import TRIPLET_METHODS
+from tla_service.config import TRIPLET_METHODS
 from tla_service.models.small_networks import SmallCNN
 from tla_service.runtime import WorkerContext
 from tla_service.training.step import TOTALS, TrainingStep

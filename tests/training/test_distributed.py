@@ -16,10 +16,9 @@ from tests.training.conftest import digits_config, random_batch
 from tla_service.data import Batch, StepBatch, load_dataset
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model
-from tla_service.runtime import WorkerContext, failing_together, generator
+from tla_service.runtime import WorkerContext, average_buffers, failing_together, generator, shard_sizes
 from tla_service.training import step as step_module
 from tla_service.training.precheck import training_batches
-from tla_service.training.roles import average_buffers, shard_sizes
 from tla_service.training.step import TrainingStep
 
 pytestmark = pytest.mark.distributed

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training.conftest import KeepingReporter, digits_config
+from tests.training.conftest import KeepingReporter, digits_config, fit
 from tla_service.models import build_model
-from tla_service.runtime import WorkerContext
+from tla_service.runtime import WorkerContext, average_buffers
 from tla_service.training import fit as fit_module
 from tla_service.training.checkpoint import load_checkpoint, read_weights
-from tla_service.training.fit import Run, fit
+from tla_service.training.fit import Run
 from tla_service.training.meter import NonFiniteLossError
-from tla_service.training.roles import average_buffers
 from tla_service.training.step import METRIC_NAMES, TOTALS
 
 NewReporter = Callable[..., KeepingReporter]

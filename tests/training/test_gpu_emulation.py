@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.conftest import KeepingReporter, digits_config
+from tests.training.conftest import KeepingReporter, digits_config, fit
 from tests.training.emulation import EmulatedGraph, emulated_graphs, violations
 from tla_service.config import RunConfig
 from tla_service.config.loading import load_settings, preset_names
 from tla_service.errors import ConfigError
 from tla_service.runtime import WorkerContext
-from tla_service.training.fit import Run, fit
+from tla_service.training.fit import Run
 from tla_service.training.meter import Meter
 
 __all__ = ["emulated_graphs"]

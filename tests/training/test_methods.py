@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from tests.training.conftest import KeepingReporter, digits_config, random_batch
+from tests.training.conftest import KeepingReporter, digits_config, fit, random_batch
 from tests.training.test_step import network
 from tla_service.runtime import WorkerContext, generator
 from tla_service.training import fit as fit_module
 from tla_service.training.adversary import Adversary
-from tla_service.training.fit import fit
-from tla_service.training.guard import has_collapsed
+from tla_service.training.meter import has_collapsed
 from tla_service.training.step import TrainingStep
 
 CPU = torch.device("cpu")

@@ -23,10 +23,9 @@ from tests.training.conftest import digits_config
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.runtime import WorkerContext
-from tla_service.training.checkpoint import RESUMABLE
+from tla_service.training.checkpoint import RESUMABLE, LocalCheckpoint, restore
 from tla_service.training.fit import Run
 from tla_service.training.reporting import LocalReporter
-from tla_service.training.resume import LocalCheckpoint, restore
 
 # Steps 4 and 8 of 16 are done: the run was stopped at the end of its second epoch.
 OLDER, NEWEST, LAST = "step-000000004", "step-000000008", "step-000000016"

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.triplets import oracle
-from tla_service.triplets import Negatives, mine_hardest, mining
+from tla_service import triplets
+from tla_service.triplets import Negatives, mine_hardest
 
 
 def check_against_loop(
@@ -155,7 +156,7 @@ def test_chunks_give_the_same_negatives(monkeypatch: pytest.MonkeyPatch, pairs: 
     labels, pool_labels = torch.randint(3, (10,)), torch.randint(3, (11,))
     labels[4], pool_labels[:] = 8, pool_labels.clamp(max=1)
     keep = torch.rand(10, 11) < 0.4 if masked else None
-    monkeypatch.setattr(mining, "PAIRS_AT_A_TIME", pairs)
+    monkeypatch.setattr(triplets, "PAIRS_AT_A_TIME", pairs)
     found = mine_hardest(anchors, labels, pool, pool_labels, keep=keep)
     for i, anchor in enumerate(anchors.tolist()):
         rows = oracle.candidates(int(labels[i]), pool_labels.tolist(), None if keep is None else keep[i].tolist())
@@ -166,14 +167,14 @@ def test_chunks_give_the_same_negatives(monkeypatch: pytest.MonkeyPatch, pairs: 
 
 def test_chunks_hold_no_more_pairs_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    similarity = mining.cosine_similarity
+    similarity = triplets.cosine_similarity
 
     def spy(first: Tensor, second: Tensor) -> Tensor:
         seen.append(len(first) * len(second))
         return similarity(first, second)
 
-    monkeypatch.setattr(mining, "cosine_similarity", spy)
-    monkeypatch.setattr(mining, "PAIRS_AT_A_TIME", 100)
+    monkeypatch.setattr(triplets, "cosine_similarity", spy)
+    monkeypatch.setattr(triplets, "PAIRS_AT_A_TIME", 100)
     mine_hardest(torch.randn(35, 3), torch.zeros(35), torch.randn(30, 3), torch.ones(30))
     assert max(seen) <= 100
     assert sum(seen) == 35 * 30

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from tests.tuning.conftest import run_config, space_of, trial_of
-from tla_service.config.loading import read_settings, sweep_preset_names
+from tla_service.config.loading import preset_names, read_settings
 from tla_service.tuning.figures import PAPER, _draw, _ours, draw_all
 from tla_service.tuning.settings import TuneSettings
 from tla_service.tuning.space import Space
@@ -58,7 +58,7 @@ def test_plots_leave_the_style_of_others_alone(tmp_path: Path) -> None:
     assert dict(mpl.rcParams) == dict(before)
 
 
-@pytest.mark.parametrize("study", sweep_preset_names())
+@pytest.mark.parametrize("study", preset_names("study"))
 def test_each_study_covers_the_papers_values_and_ends_in_its_picture(study: str, tmp_path: Path) -> None:
     settings = read_settings(TuneSettings, ["--study", study, "--data.root", "/data"])
     space = Space(settings.run_config, settings.sweep)

@@ -15,7 +15,7 @@ import psutil
 
 from tla_service.cluster.storage import Folder
 from tla_service.errors import UnavailableError, UserError
-from tla_service.lock import Holder, in_use
+from tla_service.files import Holder, in_use
 
 LEASE = "held_by.json"
 BEAT_SECONDS = 5.0

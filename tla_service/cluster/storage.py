@@ -18,9 +18,8 @@ from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS, CHECKPOINT_MA
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import same_run
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, UnavailableError, retried
 from tla_service.files import whole_folder, write_whole
-from tla_service.retries import retried
 
 RETRY_SECONDS = 300.0  # how long an unavailable storage is retried
 _LATEST = "latest.json"

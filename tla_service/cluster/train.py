@@ -28,13 +28,13 @@ from tla_service.cluster.storage import RunFolder
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError, UserError
 from tla_service.files import whole_folder
-from tla_service.logs import log_as_json
+from tla_service.job import log_as_json
 from tla_service.runtime import COLLECTIVE_TIMEOUT_SECONDS, WorkerContext
 from tla_service.training.checkpoint import verify_checkpoint
-from tla_service.training.fit import fit
+from tla_service.training.fit import Run
 from tla_service.training.meter import NonFiniteLossError
+from tla_service.training.output import FitResult
 from tla_service.training.reporting import KEPT
-from tla_service.training.result import FitResult
 
 Record = Mapping[str, Any]
 FETCH_SECONDS = 0.2
@@ -183,13 +183,15 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         logging.getLogger("tla_service").addHandler(WarningsToMailbox(loop["mailbox"]))
         reporter.progress({"event": "placed"})
     try:
-        result = fit(config, context, reporter, initial_weights=weights, **ends)
+        run = Run(config, context, reporter)
+        run.start(weights)
+        result = run.train(**ends)
     except (UserError, NonFiniteLossError) as error:
         return {"error": error}
     finally:
         # Calls are ordered: once this one is answered, all records have arrived.
         ray.get(loop["mailbox"].stop_asked.remote())
-    return {"result": result.as_dict(), "checkpoint": reporter.newest}
+    return {"result": vars(result), "checkpoint": reporter.newest}
 
 
 class RayReporter:

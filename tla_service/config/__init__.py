@@ -1,36 +1,206 @@
-"""A run's configuration: frozen, validated sections. Importing it needs no torch."""
+"""The configuration of a run. Nothing here imports torch, so that a wrong one is refused within a second."""
 
-from tla_service.config.adversary import AttackConfig, EvaluationAttack
-from tla_service.config.run import Method, RunConfig
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from tla_service.config.adversary import AttackConfig
+from tla_service.config.fields import Section, setting, wrong
+from tla_service.config.radii import ImageShape, length_trouble, no_radius
 from tla_service.config.sections import (
     DataConfig,
-    DatasetName,
     DetectionConfig,
     EvaluationConfig,
     LossConfig,
     MiningConfig,
     ModelConfig,
+    OptimizerConfig,
     ScalingConfig,
+    ScheduleConfig,
+    SpeedConfig,
     TrackingConfig,
+    TrainingConfig,
 )
-from tla_service.config.training import OptimizerConfig, ScheduleConfig, SpeedConfig, TrainingConfig
+from tla_service.errors import ConfigError
 
-__all__ = [
-    "AttackConfig",
-    "DataConfig",
-    "DatasetName",
-    "DetectionConfig",
-    "EvaluationAttack",
-    "EvaluationConfig",
-    "LossConfig",
-    "Method",
-    "MiningConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "RunConfig",
-    "ScalingConfig",
-    "ScheduleConfig",
-    "SpeedConfig",
-    "TrackingConfig",
-    "TrainingConfig",
-]
+Method = Literal["natural", "at", "alp", "tla", "tla_rn", "tla_sa", "trades", "mart"]
+RobustTerm = Literal["cross_entropy", "trades", "mart"]
+TRIPLET_METHODS = ("tla", "tla_rn", "tla_sa")
+# Weights of the KL divergence in the papers (Zhang et al. 2019, section 5; Wang et al. 2020, section 4).
+_ROBUST_WEIGHTS = {"cross_entropy": 0.0, "trades": 6.0, "mart": 5.0}
+_NO_GRADIENT = "the divergence of an image from itself has no gradient"
+
+
+class RunConfig(Section):
+    """One training run, complete: logged with it, and enough to start it again."""
+
+    # Settings that change neither the weights, up to rounding, nor their selection: a run may resume with other values.
+    # How the computation is distributed over workers and batches counts as rounding.
+    NOT_IDENTITY: ClassVar[dict[str, Any]] = {
+        "name": True,
+        "scaling": True,
+        "speed": True,
+        "tracking": True,
+        "data": {"root", "download", "cache_dir", "residency", "loader_workers", "test_limit"},
+        "training": {"channels_last", "log_every_steps"},
+        "evaluation": {"test", "batch_size"},
+        "detection": True,
+    }
+
+    name: str = setting(
+        "",
+        "run name; default: data set, method, seed and a digest of the configuration",
+        pattern=r"^([\w-][\w.-]*)?$",
+        max_length=240,
+    )
+    method: Method = setting("tla", "training method")
+    seed: int = setting(0, "seed of the split, data order, initial weights and all random draws", ge=0, lt=2**31)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    attack: AttackConfig = AttackConfig()
+    loss: LossConfig = LossConfig()
+    mining: MiningConfig = MiningConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    speed: SpeedConfig = SpeedConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    detection: DetectionConfig = DetectionConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def mines_triplets(self) -> bool:
+        """Whether the method has a triplet term."""
+        return self.method in TRIPLET_METHODS
+
+    @property
+    def robust_term(self) -> RobustTerm:
+        """The classification term; the method's own unless set."""
+        by_method: RobustTerm = self.method if self.method in ("trades", "mart") else "cross_entropy"
+        return by_method if self.loss.robust_term == "auto" else self.loss.robust_term
+
+    @property
+    def robust_weight(self) -> float:
+        """Weight of the KL divergence in the classification term."""
+        given = self.loss.robust_weight
+        return _ROBUST_WEIGHTS[self.robust_term] if given is None else given
+
+    @property
+    def attack_objective(self) -> Literal["cross_entropy", "kl"]:
+        """The loss that the training attack maximizes."""
+        if self.attack.objective != "auto":
+            return self.attack.objective
+        return "kl" if self.robust_term == "trades" else "cross_entropy"
+
+    @property
+    def digest(self) -> str:
+        """Eight hex digits of everything that shapes the trained weights."""
+        # Only of what differs from the defaults, so that a setting added by a later version changes no digest.
+        dumped = self.model_dump(mode="json", exclude=self.NOT_IDENTITY, exclude_defaults=True)
+        fields = {name: value for name, value in dumped.items() if value != {}}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def run_name(self) -> str:
+        """The given name, or one made of what identifies the run, never of the time."""
+        return self.name or f"{self.name_stem}-{self.digest}"
+
+    @property
+    def name_stem(self) -> str:
+        """The default name without the digest."""
+        return f"{self.data.name}-{self.method}-s{self.seed}"
+
+    @property
+    def registered_model(self) -> str | None:
+        """Name in the model registry; None if the model is not to be registered."""
+        name = self.tracking.registered_model
+        return f"tla-{self.data.name.replace('_', '-')}" if name is None else name or None
+
+    def attack_trouble(self, shape: ImageShape | None) -> ConfigError | None:
+        """What is wrong with radii and step sizes on images (C, H, W), if their shape is known; when a run begins."""
+        # Not when a configuration is read back: runs older than this check must still load.
+        own, steps = self.attack, self.attack.num_steps if self.attack.kind == "pgd" else None
+        found = [length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)]
+        for where, attack in self.evaluation.attacks.items():
+            norm, epsilon, step_size = attack.lengths(own, self.data.name)
+            if epsilon is None:
+                found.append(ConfigError(f"{where}.norm", norm, *no_radius(self.data.name, norm, f"{where}.epsilon")))
+                continue
+            own_step = None if attack.kind == "fgsm" else step_size
+            found.append(length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape))
+        return next(filter(None, found), None)
+
+    def check_device(self, *, has_gpu: bool) -> None:
+        """Raise ConfigError for CUDA graphs without a GPU, which may be known late."""
+        if self.speed.cuda_graphs and not has_gpu:
+            remedy = "leave it out, or run where there is a GPU"
+            raise ConfigError("speed.cuda_graphs", True, "CUDA graphs need a GPU, and this run has none", remedy)
+
+    def check_workers(self, workers: int) -> None:
+        """Raise ConfigError if a step cannot be split over this many workers; their number may be known late."""
+        batch, mining = self.training.global_batch_size, self.mining
+        if batch < 2 * workers:
+            reason, remedy = f"under 2 images for each of {workers} workers", f"use at least {2 * workers}"
+            raise ConfigError("training.global_batch_size", batch, reason, f"{remedy}, or fewer workers")
+        shared = self.mines_triplets and mining.scope == "global" and mining.pool == "separate"
+        if shared and mining.pool_size % workers:
+            below = mining.pool_size // workers * workers
+            reason = f"not divisible by {workers} workers with mining.scope=global"
+            remedy = f"use {below} or {below + workers}" if below else f"use {workers}"
+            raise ConfigError("mining.pool_size", mining.pool_size, reason, remedy)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.scaling.num_workers, int):
+            try:
+                self.check_workers(self.scaling.num_workers)
+            except ConfigError as error:
+                raise wrong(str(error.subject), error.value, error.reason, error.remedy) from None
+        contradiction = next(self._contradictions(), None)
+        if contradiction is not None:
+            raise wrong(*contradiction)
+        if self.data.root is None and self.data.name != "digits":
+            reason = f"{self.data.name} does not ship with the installation"
+            raise wrong("data.root", None, reason, "give a folder, or s3://bucket/prefix")
+        return self
+
+    def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
+        """Settings that contradict the method or one another: field, value, reason, remedy."""
+        method, term, loss = self.method, self.robust_term, self.loss
+        if self.mines_triplets and loss.triplet_weight == 0:
+            reason = f"method {method} trains a triplet term"
+            yield "loss.triplet_weight", 0, reason, "give a weight above 0, or use method at"
+        if method == "alp" and loss.logit_pairing_weight == 0:
+            yield "loss.logit_pairing_weight", 0, "method alp pairs logits", "give a weight above 0, or use method at"
+        own_term = {"natural": "cross_entropy", "alp": "cross_entropy", "trades": "trades", "mart": "mart"}
+        if term != own_term.get(method, term):
+            reason = f"method {method} has its own classification term"
+            yield "loss.robust_term", term, reason, f"leave it out, or use method {term} or tla"
+        if loss.clean_weight and term != "cross_entropy":
+            reason = f"the {term} term has its own share of clean images"
+            yield "loss.clean_weight", loss.clean_weight, reason, "leave it out, or set loss.robust_weight"
+        if loss.robust_weight is not None and term == "cross_entropy":
+            reason, remedy = f"method {method} has no divergence to weight", "set loss.robust_term to trades or mart"
+            yield "loss.robust_weight", loss.robust_weight, reason, f"leave it out, or {remedy}"
+        if loss.triplet_layer != "embedding" and not self.mines_triplets:
+            reason = f"method {method} has no triplets"
+            yield "loss.triplet_layer", loss.triplet_layer, reason, "leave it out, or use method tla"
+        yield from self._contradictions_of_the_attack()
+
+    def _contradictions_of_the_attack(self) -> Iterator[tuple[str, object, str, str]]:
+        attack, mining = self.attack, self.mining
+        if self.attack_objective == "kl" and not attack.random_start and attack.kind == "pgd":
+            remedy = "set it to true, or attack.objective to cross_entropy"
+            yield "attack.random_start", "False", _NO_GRADIENT, remedy
+        if self.attack_objective == "kl" and attack.noise == 0 and attack.kind == "n_fgsm":
+            yield "attack.noise", 0, _NO_GRADIENT, "set a value above 0, or attack.objective to cross_entropy"
+        reuses = self.mines_triplets and mining.pool == "separate" and mining.queries == "last_step"
+        if reuses and attack.kind == "free":
+            reason = "free training takes no attack steps before mining"
+            yield "mining.queries", "last_step", reason, "use final, or another attack.kind"
+        if attack.awp and self.method == "natural":
+            yield "attack.awp", "True", "method natural has no attack", "leave it out, or use method at"

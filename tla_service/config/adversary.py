@@ -4,9 +4,8 @@ from typing import Literal, NamedTuple, Self
 
 from pydantic import model_validator
 
-from tla_service.config.bounds import Norm, length_trouble
 from tla_service.config.fields import Pixels, Section, setting, wrong
-from tla_service.config.radii import documented_radius
+from tla_service.config.radii import Norm, documented_radius, length_trouble
 
 _LENGTH = "pixels in [0, 1], or L2 length"
 
@@ -65,7 +64,7 @@ class AttackConfig(Section):
             raise wrong("attack.norm", self.norm, "radius and step size have no default in this norm", remedy)
         trouble = length_trouble("attack", self.norm, self.epsilon, self.step_size)
         if trouble is not None:
-            raise wrong(*trouble)
+            raise wrong(*trouble.args)
         if self.on_collapse == "pgd" and self.num_steps == 1:
             reason = "attack.num_steps=1 is a single step too and would collapse again"
             raise wrong("attack.on_collapse", "pgd", reason, "set attack.num_steps to 2 or more, or use stop or ignore")
@@ -76,7 +75,7 @@ class AttackConfig(Section):
 
 
 class Lengths(NamedTuple):
-    """Norm, radius and step size of an attack; the radius is None where the norm has none."""
+    """Norm, radius and step size of an attack; the latter two are None where the norm has no default."""
 
     norm: Norm
     epsilon: float | None

@@ -59,10 +59,10 @@ class Explainer:
 
     def broken_variable(self) -> ConfigError | None:
         """Find the variable of a section or a list that is not JSON; pydantic-settings does not say which."""
-        for variable, path in self._variables():
+        for variable, path in self.variables():
             field = self._field_at(path)
             composite = field is not None and typing.get_origin(field.annotation) in (dict, tuple)
-            if composite or (field is not None and self._section_at(path) is not None):
+            if composite or self._section_at(path) is not None:
                 try:
                     json.loads(os.environ[variable])
                 except ValueError:
@@ -73,23 +73,18 @@ class Explainer:
     def unknown_variable(self, *others: type[BaseModel]) -> ConfigError | None:
         """Find a variable with the prefix that sets nothing, here or in `others`; pydantic-settings ignores those."""
         roots = (self._root, *others)
-        for variable, path in self._variables():
-            if not (path[0].startswith("test_") or any(Explainer(root, "")._sets(path) for root in roots)):
+        for variable, path in self.variables():
+            holders = [root for root in roots if path[0] in root.model_fields]
+            known = any(len(path) == 1 or Explainer(root, "")._section_at(path[:1]) is not None for root in holders)
+            if not (known or path[0].startswith("test_")):
                 remedy = "sections and fields are joined by two underscores, as in TLA_LOSS__MARGIN"
                 return ConfigError(variable, os.environ[variable], "no such setting", remedy)
         return None
 
-    def variables(self) -> list[tuple[str, str]]:
-        """Environment variables with the prefix, and their values."""
-        return [(name, os.environ[name]) for name, _ in self._variables()]
-
-    def _variables(self) -> list[tuple[str, list[str]]]:
+    def variables(self) -> list[tuple[str, list[str]]]:
         """Environment variables with the prefix, and the field that each sets as a path of names."""
         ours = [name for name in os.environ if name.upper().startswith(self._prefix)]
         return [(name, name[len(self._prefix) :].lower().split("__")) for name in ours]
-
-    def _sets(self, path: Sequence[str]) -> bool:
-        return path[0] in self._root.model_fields and (len(path) == 1 or self._section_at(path[:1]) is not None)
 
     def _locate(self, error: ErrorDetails) -> tuple[list[str], Any]:
         """The field at fault, as a path of names and as pydantic knows it."""

@@ -1,13 +1,33 @@
-"""Building blocks of settings: help with unit and range, fractions, and errors that name their field."""
+"""Building blocks of settings: help with unit and range, fractions, errors that name their field, names for MLflow.
+
+MLflow would refuse its names only after training.
+"""
 
 import math
+import posixpath
+import re
 import typing
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from tla_service.errors import ConfigError
+
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+# MLflow's rules for keys (mlflow.utils.validation), and the lengths of its columns.
+_KEY = re.compile(r"[/\w.\- :]*")
+_KEY_RULE = "MLflow allows letters, digits, spaces and _ - . : / in names"
+_KEY_LENGTH, _TAG_LENGTH = 250, 8000
+_EXPERIMENT_LENGTH = 256
+# Attack names are parts of keys.
+_ATTACK_LENGTH = 150
+# The promotion lock of a model is a registered model with a longer name.
+_MODEL_LENGTH = 200
+# "/" and ":" are reserved by MLflow; "@" precedes an alias, and the others have a meaning in its filters.
+_NOT_IN_MODELS = re.compile(r"[/:@'\"`%\\#?]")
+_OURS = "tla."
 
 
 def parse_fraction(value: object) -> object:
@@ -52,17 +72,67 @@ def _takes_bool(annotation: Any) -> bool:
     return annotation in (bool, Any) or any(map(_takes_bool, typing.get_args(annotation)))
 
 
-class Trouble(NamedTuple):
-    """What is wrong with a field: the arguments of a ConfigError."""
-
-    field: str
-    value: str
-    reason: str
-    remedy: str
-
-
 def wrong(field: str, value: object, reason: str, remedy: str) -> PydanticCustomError:
     """A cross-field error that names its field itself, wherever pydantic raises it."""
     shown = f"{value:g}" if isinstance(value, float) else str(value)
     context = {"field": field, "value": shown, "reason": reason, "remedy": remedy}
     return PydanticCustomError("cross_field", "{field}={value}: {reason}; {remedy}", context)
+
+
+def attack_trouble(section: str, names: Iterable[str], taken: Sequence[str] = ("worst",)) -> ConfigError | None:
+    """What is wrong with the names of attacks, which become names of metrics, parameters and tags."""
+    for name in names:
+        field = f"{section}.{name}"
+        if name in taken:
+            return ConfigError(field, name, "this name is reserved", "rename the attack")
+        reason = _key_trouble(name, _ATTACK_LENGTH)
+        if reason:
+            return ConfigError(section, name, reason, "rename the attack, to pgd20 for example")
+    return None
+
+
+def model_trouble(field: str, name: str) -> ConfigError | None:
+    """What is wrong with the name of a registered model."""
+    found = _NOT_IN_MODELS.search(name)
+    if found is not None:
+        return ConfigError(
+            field, name, f"a registered model's name cannot contain {found[0]}", "leave it out, or use -"
+        )
+    if not name.isprintable() or name.strip() != name or name == "." or name.startswith(".."):
+        return ConfigError(field, name, "not a valid name of a registered model", "use letters, digits, _ - .")
+    if name.startswith("m-"):
+        return ConfigError(
+            field, name, "names that begin with m- are model ids in MLflow", "start it with something else"
+        )
+    return _length_trouble(field, name, _MODEL_LENGTH)
+
+
+def name_trouble(field: str, name: str) -> ConfigError | None:
+    """What is wrong with the name of an experiment."""
+    if not name.isprintable() or not name.strip():
+        return ConfigError(field, name, "not a printable name", "use letters and digits")
+    return _length_trouble(field, name, _EXPERIMENT_LENGTH)
+
+
+def tag_trouble(field: str, key: str, value: str) -> ConfigError | None:
+    """What is wrong with a tag of a run."""
+    reason = _key_trouble(key, _KEY_LENGTH - len(field) - 1)  # also logged as a parameter of the run
+    if reason:
+        return ConfigError(field, key, reason, "rename the tag")
+    if key.startswith(_OURS):
+        return ConfigError(field, key, f"tags that begin with {_OURS} are set by the run itself", "rename the tag")
+    return _length_trouble(f"{field}.{key}", value, _TAG_LENGTH)
+
+
+def _key_trouble(name: str, most: int) -> str | None:
+    if not _KEY.fullmatch(name):
+        return _KEY_RULE
+    if posixpath.normpath(name) != name or name.startswith((".", "/")):
+        return "MLflow treats names as paths, and this one is not normalized"
+    return f"longer than {most} characters" if len(name) > most else None
+
+
+def _length_trouble(field: str, value: str, most: int) -> ConfigError | None:
+    if len(value) <= most:
+        return None
+    return ConfigError(field, f"{value[:30]}...", f"{len(value)} characters, MLflow allows {most}", "shorten it")

@@ -1,6 +1,7 @@
 """Reading a job's configuration: defaults < preset < YAML file < environment < command line."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -18,11 +19,9 @@ from pydantic_settings import (
 )
 
 from tla_service.config import RunConfig, TrackingConfig
-from tla_service.config.bounds import known_shape
 from tla_service.config.explain import Explainer, suggest
-from tla_service.config.fields import wrong
-from tla_service.config.names import attack_trouble
-from tla_service.config.radii import without_lengths_of_other_norms
+from tla_service.config.fields import attack_trouble, wrong
+from tla_service.config.radii import known_shape, without_lengths_of_other_norms
 from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError, without_credentials
 
@@ -36,11 +35,6 @@ def preset_names(field: str = "preset") -> list[str]:
     """Names that `--preset` or `--study` takes."""
     files = [file.name for file in _FOLDERS[field].iterdir()]
     return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
-
-
-def sweep_preset_names() -> list[str]:
-    """Names that `--study` takes."""
-    return preset_names("study")
 
 
 class JobSettings(BaseSettings):
@@ -65,7 +59,7 @@ class JobSettings(BaseSettings):
         tracking = getattr(self, "tracking", None)
         trouble = tracking.trouble() if isinstance(tracking, TrackingConfig) else None
         if trouble is not None:
-            raise wrong(*trouble)
+            raise wrong(*trouble.args)
         return self
 
     @classmethod
@@ -74,8 +68,8 @@ class JobSettings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """After the command line, which comes first by itself: the environment, then the files."""
         files = [_NamedFile(settings_cls, name) for name in _FILES if name in settings_cls.model_fields]
@@ -101,7 +95,7 @@ class RunSettings(JobSettings, RunConfig):
         trouble = self.attack_trouble(known_shape(self.data.name, self.data.image_size))
         trouble = trouble or attack_trouble("evaluation.test", self.evaluation.test)
         if trouble is not None:
-            raise wrong(*trouble)
+            raise wrong(*trouble.args)
         return self
 
     @property
@@ -143,9 +137,7 @@ Settings = TypeVar("Settings", bound=JobSettings)
 def load_config(preset: str | None = None, config: str | Path | None = None, **settings: Any) -> RunConfig:
     """Make a run's configuration in Python: defaults < preset < YAML file < environment < arguments.
 
-    ::
-
-        load_config("digits", seed=1, training={"epochs": 5}, attack={"epsilon": "8/255"})
+    For example, ``load_config("digits", seed=1, training={"epochs": 5}, attack={"epsilon": "8/255"})``.
 
     Args:
         preset: Preset to start from; see docs/configuration.md.
@@ -164,31 +156,22 @@ def load_config(preset: str | None = None, config: str | Path | None = None, **s
 
 
 def load_settings(arguments: Sequence[str] | None = None) -> RunSettings:
-    """Read a run's configuration from all sources; see `read_settings`."""
+    """Read the settings of a training job from all sources."""
     return read_settings(RunSettings, arguments)
 
 
 def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, **values: Any) -> Settings:
-    """Read a job's settings from all sources.
+    """Read a job's settings from all sources; `values` override every other source but the command line.
 
-    Environment variables of a run (``TLA_TRACKING__URI``) may be set for all jobs of a cluster: a job without such a
-    setting ignores them.
-
-    Args:
-        kind: The job's settings.
-        arguments: Command line without the program's name; None: `sys.argv`.
-        values: Settings that override those of every other source but the command line.
-
-    Raises:
-        ConfigError: A setting is wrong.
-        ExceptionGroup: Several are; one ConfigError each.
+    Environment variables of a run (`TLA_TRACKING__URI`) may be set for all jobs of a cluster: a job without such a
+    setting ignores them. Raises a ConfigError for a wrong setting, and an ExceptionGroup of them for several.
     """
     explainer = Explainer(kind, "TLA_")
     unknown = explainer.unknown_variable(RunSettings)
     if unknown is not None:
         raise unknown
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    for flag, text in [*_values(arguments), *explainer.variables()]:
+    for flag, text in [*_values(arguments), *((name, os.environ[name]) for name, _ in explainer.variables())]:
         check_json(flag, text)
     try:
         return kind(_cli_parse_args=arguments, **values)
@@ -203,11 +186,7 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
 
 
 def load_config_file(path: Path) -> RunConfig:
-    """Read a resolved configuration, as written by `to_yaml`.
-
-    Raises:
-        ConfigError: It cannot be read, or is none.
-    """
+    """Read a resolved configuration, as written by `to_yaml`; ConfigError if that is not possible."""
     try:
         return RunConfig.model_validate(read_yaml(path, "config"))
     except ValidationError as error:
@@ -237,10 +216,7 @@ def print_config(settings: RunSettings) -> str:
 
 
 def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
-    """The run and its output folder.
-
-    Earlier versions had other digests, and so other default names: a run that was started under such a name keeps it.
-    """
+    """The run and its output folder; one that an earlier version started under another default name keeps its own."""
     config, output = settings.run_config, settings.output_folder
     if config.name or settings.output is not None or output.exists():
         return config, output

@@ -1,44 +1,102 @@
-"""The documented radius of each data set and norm; docs/evaluation.md has the same table.
+"""Valid radii and step sizes, and the documented radius of each data set and norm, as in docs/evaluation.md.
 
 A radius is meaningful in one norm only: 8/255 in L-infinity is a visible perturbation, 8/255 as an L2 length is almost
 none. Naming another norm than the one that a radius was given for takes the radius from here, or is an error.
 """
 
+import copy
+import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-from tla_service.config.bounds import Norm
 from tla_service.errors import ConfigError
 
+Norm = Literal["linf", "l2"]
+ImageShape = tuple[int, int, int]
 
-class Radius(NamedTuple):
-    """A documented radius: in pixels of [0, 1] (L-infinity) or an L2 length, and where it is from."""
-
-    epsilon: float
-    source: str
-
-
-RADII: dict[tuple[str, Norm], Radius] = {
-    ("mnist", "linf"): Radius(0.3, "Madry et al. 2018; Mao et al. 2019"),
-    ("mnist", "l2"): Radius(2.0, "Tramèr and Boneh 2019"),
-    ("fashion_mnist", "linf"): Radius(0.1, "Wong and Kolter 2018"),
-    ("cifar10", "linf"): Radius(8 / 255, "Madry et al. 2018; Mao et al. 2019; RobustBench"),
-    ("cifar10", "l2"): Radius(128 / 255, "Rice et al. 2020; RobustBench rounds it to 0.5"),
-    ("cifar100", "linf"): Radius(8 / 255, "Rice et al. 2020; RobustBench"),
-    ("cifar100", "l2"): Radius(128 / 255, "Rice et al. 2020"),
-    ("tiny_imagenet", "linf"): Radius(8 / 255, "Mao et al. 2019"),
-    ("tiny_imagenet", "l2"): Radius(128 / 255, "CIFAR-10's; there is no convention"),
-    ("digits", "linf"): Radius(0.15, "this project's preset"),
-    ("digits", "l2"): Radius(0.6, "this project's: half of 0.15 on each of the 64 pixels"),
+_LEVELS = 255
+# A step may cross the ball once; a longer one jumps from side to side. The margin is for rounding.
+_LONGEST_STEP = 2 * (1 + 1e-9)
+# Steps that cover less of the radius than this in total leave the image where it starts.
+_SHORTEST_PATH = 0.005
+# (C, H, W) of data sets with images of one size.
+_SHAPES: dict[str, ImageShape] = {
+    "digits": (1, 8, 8),
+    "mnist": (1, 28, 28),
+    "fashion_mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+    "tiny_imagenet": (3, 64, 64),
 }
-
+# In pixels of [0, 1] (L-infinity) or an L2 length, and where it is from.
+RADII: dict[tuple[str, Norm], tuple[float, str]] = {
+    ("mnist", "linf"): (0.3, "Madry et al. 2018; Mao et al. 2019"),
+    ("mnist", "l2"): (2.0, "Tramèr and Boneh 2019"),
+    ("fashion_mnist", "linf"): (0.1, "Wong and Kolter 2018"),
+    ("cifar10", "linf"): (8 / 255, "Madry et al. 2018; Mao et al. 2019; RobustBench"),
+    ("cifar10", "l2"): (128 / 255, "Rice et al. 2020; RobustBench rounds it to 0.5"),
+    ("cifar100", "linf"): (8 / 255, "Rice et al. 2020; RobustBench"),
+    ("cifar100", "l2"): (128 / 255, "Rice et al. 2020"),
+    ("tiny_imagenet", "linf"): (8 / 255, "Mao et al. 2019"),
+    ("tiny_imagenet", "l2"): (128 / 255, "CIFAR-10's; there is no convention"),
+    ("digits", "linf"): (0.15, "this project's preset"),
+    ("digits", "l2"): (0.6, "this project's: half of 0.15 on each of the 64 pixels"),
+}
 _LENGTHS = {"epsilon", "step_size"}
+
+
+def known_shape(data_name: str, image_size: int | None) -> ImageShape | None:
+    """(C, H, W) of a data set's images, if known without reading it."""
+    shape = _SHAPES.get(data_name)
+    return shape if shape is None or image_size is None else (shape[0], image_size, image_size)
+
+
+def length_trouble(
+    where: str,
+    norm: Norm,
+    epsilon: float,
+    step_size: float | None = None,
+    num_steps: int | None = None,
+    shape: ImageShape | None = None,
+) -> ConfigError | None:
+    """The first thing wrong with radius and step size of an attack on images (C, H, W) in [0, 1], or None.
+
+    `where` is the section of the attack, such as `attack`; empty for a job's own settings. The step size is None for
+    attacks that choose their own, the number of steps and the shape if not known.
+    """
+    prefix = f"{where}." if where else ""
+    radius = f"{prefix}epsilon"
+    if norm == "linf" and epsilon > 1:
+        return _beyond(radius, epsilon, 1.0, "outside (0, 1]")
+    diagonal = math.sqrt(math.prod(shape)) if shape is not None else math.inf
+    if norm == "l2" and epsilon > diagonal:
+        size = "x".join(map(str, shape or ()))
+        return _beyond(radius, epsilon, diagonal, f"longer than the diagonal of {size} images, {diagonal:.4g}")
+    if step_size is None:
+        return None
+    step = f"{prefix}step_size"
+    if step_size > _LONGEST_STEP * epsilon:
+        remedy = f"use at most {2 * epsilon:g}"
+        if step_size >= 1 and step_size / _LEVELS <= 2 * epsilon:
+            remedy = f"write {step_size:g}/255 if it is in 8-bit levels, or {remedy}"
+        return ConfigError(step, f"{step_size:g}", f"over twice {radius}={epsilon:g}, one step leaves the ball", remedy)
+    if num_steps is not None and num_steps * step_size < _SHORTEST_PATH * epsilon:
+        reason = f"{num_steps} steps cover less than 0.5% of {radius}={epsilon:g}"
+        return ConfigError(step, f"{step_size:g}", reason, f"use about {2.5 * epsilon / num_steps:.2g}, or more steps")
+    return None
+
+
+def _beyond(field: str, value: float, largest: float, reason: str) -> ConfigError:
+    """A length that is probably meant in 8-bit levels."""
+    in_levels = value <= _LEVELS and value / _LEVELS <= largest
+    at_most = math.floor(100 * largest) / 100
+    return ConfigError(field, f"{value:g}", reason, f"write {value:g}/255" if in_levels else f"use at most {at_most:g}")
 
 
 def documented_radius(data_name: str, norm: Norm) -> float | None:
     """The documented radius of a data set in a norm, if there is one."""
     found = RADII.get((data_name, norm))
-    return None if found is None else found.epsilon
+    return None if found is None else found[0]
 
 
 def no_radius(data_name: str, norm: Norm, flag: str) -> tuple[str, str]:
@@ -48,15 +106,7 @@ def no_radius(data_name: str, norm: Norm, flag: str) -> tuple[str, str]:
 
 
 def without_lengths_of_other_norms(values: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's settings without the radii and step sizes of norms that sources above the file replace.
-
-    Args:
-        values: Settings of the file.
-        above: Settings that take precedence over them.
-
-    Raises:
-        ConfigError: The norm of the training attack is replaced, but not its radius and step size.
-    """
+    """A file's settings without the radii and step sizes of norms that sources `above` the file replace."""
     attack, attack_above = _section(values, "attack"), _section(above, "attack")
     norm = attack.get("norm", "linf")
     final = attack_above.get("norm", norm)
@@ -67,27 +117,19 @@ def without_lengths_of_other_norms(values: Mapping[str, Any], above: Mapping[str
         reason = f"radius and step size are given in {norm}"
         raise ConfigError("attack.norm", final, reason, f"give attack.epsilon and attack.step_size{hint}")
 
-    def kept(section: Mapping[str, Any], section_above: Mapping[str, Any], *names: str) -> dict[str, Any]:
-        """The section, and in it the attacks of these names without the lengths of a replaced norm."""
-        changed = {**section}
-        for name in names:
-            found = section.get(name)
-            if isinstance(found, dict):
-                own = found.get("norm") or norm
-                same = (_section(section_above, name).get("norm") or found.get("norm") or final) == own
-                changed[name] = {key: value for key, value in found.items() if same or key not in _LENGTHS}
-        return changed
-
-    result = kept(values, above, "attack")
-    evaluation, evaluation_above = _section(values, "evaluation"), _section(above, "evaluation")
-    if evaluation:
-        result["evaluation"] = kept(evaluation, evaluation_above, "validation")
-        test = _section(evaluation, "test")
-        if test:
-            result["evaluation"]["test"] = kept(test, _section(evaluation_above, "test"), *test)
+    result = copy.deepcopy(dict(values))
+    tests = [("evaluation", "test", name) for name in _section(values, "evaluation", "test")]
+    for path in [("attack",), ("evaluation", "validation"), *tests]:
+        found = _section(result, *path)
+        named = found.get("norm")
+        if (_section(above, *path).get("norm") or named or final) != (named or norm):
+            for length in _LENGTHS & found.keys():
+                del found[length]
     return result
 
 
-def _section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = values.get(name)
-    return found if isinstance(found, dict) else {}
+def _section(values: Any, *path: str) -> dict[str, Any]:
+    """The section at a path of names; empty if there is none."""
+    for name in path:
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values if isinstance(values, dict) else {}

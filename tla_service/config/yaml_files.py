@@ -12,10 +12,7 @@ from tla_service.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` with the numbers of YAML 1.2: `010` is not octal (8), `1:30` is not sexagesimal (90).
-
-    Both stay text, which pydantic reads as on the command line.
-    """
+    """Reads numbers as YAML 1.2 does: `010` (octal before) and `1:30` (sexagesimal) stay text, for pydantic to read."""
 
 
 _NUMBERS = {
@@ -34,11 +31,7 @@ for _tag, _pattern in _NUMBERS.items():
 
 
 def read_yaml(path: Path, subject: str) -> Any:
-    """Read a YAML file in UTF-8, with or without a byte order mark; `subject` is the setting that named it.
-
-    Raises:
-        ConfigError: It cannot be read, is not UTF-8 text, or is not valid for `parse_yaml`.
-    """
+    """Read a YAML file in UTF-8, with or without a byte order mark; `subject` is the setting that named it."""
     try:
         content = path.expanduser().read_bytes()
         text = content.decode()
@@ -53,16 +46,7 @@ def read_yaml(path: Path, subject: str) -> Any:
 
 
 def parse_yaml(text: str, subject: str, name: object) -> Any:
-    """Read a YAML document; an empty one is None. Anchors, aliases and merge keys (``<<: *base``) work as usual.
-
-    Args:
-        text: The document.
-        subject: Setting that named it, for messages.
-        name: Value of that setting: a path, a preset.
-
-    Raises:
-        ConfigError: It is not valid YAML, has a duplicate key, or is more than one document.
-    """
+    """Read one YAML document, None if empty; `name`, a path or a preset, is the value of the setting `subject`."""
     try:
         loader = _Loader(text)
         try:
@@ -114,15 +98,11 @@ def _repeated(node: yaml.Node, path: str = "", seen: frozenset[int] = frozenset(
         for (_, name), found in lines.items():
             if len(found) > 1:
                 where = f"lines {', '.join(map(str, found[:-1]))} and {found[-1]}" if len(set(found)) > 1 else None
-                yield f"{name} is given {_times(len(found))}, in {where or f'line {found[0]}'}"
-
-
-def _times(count: int) -> str:
-    return "twice" if count == 2 else f"{count} times"
+                times = "twice" if len(found) == 2 else f"{len(found)} times"
+                yield f"{name} is given {times}, in {where or f'line {found[0]}'}"
 
 
 def _explained(error: Exception) -> tuple[str, str]:
-    """Reason and remedy of what yaml raised."""
     mark = getattr(error, "problem_mark", None)
     problem = str(getattr(error, "problem", None) or error)
     if mark is None:

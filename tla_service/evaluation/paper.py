@@ -17,8 +17,7 @@ import numpy as np
 
 from tla_service.attacks import Attack
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.bounds import Norm
-from tla_service.config.radii import documented_radius, no_radius
+from tla_service.config.radii import Norm, documented_radius, no_radius
 from tla_service.errors import ConfigError
 from tla_service.evaluation.results import Curve, share_of
 from tla_service.evaluation.shards import ShardOutcome

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tla_service.attacks import Attack, craft
-from tla_service.config.bounds import Norm
+from tla_service.config.radii import Norm
 from tla_service.data.splits import stratified_subset
 from tla_service.evaluation.results import SurrogateFacts
 from tla_service.evaluation.shards import Arrays, Shard, as_pixels, float32, logits_of

@@ -8,9 +8,9 @@ from mlflow import MlflowClient
 
 from tla_service.config import RunConfig
 from tla_service.data import EvaluationBatches, load_dataset, split_validation
-from tla_service.environment import code_version
 from tla_service.evaluation.suite import measure_accuracy
 from tla_service.inference.detector import Rejector
+from tla_service.job import code_version
 from tla_service.models import build_model
 from tla_service.registry.foreign_weights import fit, read_entries
 from tla_service.registry.integrity import sha256

@@ -7,11 +7,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DetectionConfig, ModelConfig, TrackingConfig
-from tla_service.config.bounds import Norm, known_shape, length_trouble
-from tla_service.config.fields import Pixels, Section, setting, wrong
+from tla_service.config.fields import Pixels, Section, model_trouble, setting, wrong
 from tla_service.config.loading import JobSettings
-from tla_service.config.names import model_trouble
-from tla_service.config.radii import documented_radius, no_radius
+from tla_service.config.radii import Norm, documented_radius, known_shape, length_trouble, no_radius
 from tla_service.report.schema import ThreatModel
 
 Format = Literal["pt2", "onnx"]
@@ -51,7 +49,7 @@ class GateRules(Section):
             raise wrong("rules.norm", self.norm, "a norm without its radius", "give rules.epsilon, too")
         trouble = length_trouble("rules", self.norm, self.epsilon) if self.norm and self.epsilon else None
         if trouble is not None:
-            raise wrong(*trouble)
+            raise wrong(*trouble.args)
         return self
 
 
@@ -121,7 +119,7 @@ class ImportSettings(JobSettings):
         trouble = model_trouble("name", self.name) if self.name else None
         trouble = trouble or length_trouble("", self.norm, self.radius, shape=shape)
         if trouble is not None:
-            raise wrong(*trouble)
+            raise wrong(*trouble.args)
         return self
 
     @property

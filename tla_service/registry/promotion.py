@@ -13,8 +13,8 @@ from typing import Literal
 from mlflow.exceptions import MlflowException
 
 from tla_service.config import TrackingConfig
-from tla_service.environment import code_version
 from tla_service.errors import ConfigError, one_line
+from tla_service.job import code_version
 from tla_service.registry.evidence import examine_evaluation, examine_files, find_version, verify
 from tla_service.registry.gate import Evaluated, Finding, compare, judge
 from tla_service.registry.job_settings import GateRules

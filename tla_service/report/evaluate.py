@@ -12,14 +12,13 @@ import torch
 from torch import nn
 
 from tla_service.data import split_validation
-from tla_service.environment import code_facts
 from tla_service.errors import ConfigError, UnavailableError, UserError, one_line
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.geometry import pick_queries
 from tla_service.evaluation.shards import IntArray, ShardOutcome, save_outcome
 from tla_service.evaluation.surrogate import TrainedSurrogate
-from tla_service.files import write_whole
-from tla_service.lock import LOCK_FILE, locked_folder
+from tla_service.files import LOCK_FILE, locked_folder, write_whole
+from tla_service.job import code_facts
 from tla_service.models import build_model
 from tla_service.report import findings as fd
 from tla_service.report import plan as pl

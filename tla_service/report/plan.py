@@ -13,8 +13,7 @@ import torch
 from tla_service.attacks import Attack
 from tla_service.attacks.minimum_norm import SparseNorm
 from tla_service.config.adversary import AttackConfig, EvaluationAttack
-from tla_service.config.bounds import ImageShape, Norm, known_shape, length_trouble
-from tla_service.config.radii import documented_radius, no_radius
+from tla_service.config.radii import ImageShape, Norm, documented_radius, known_shape, length_trouble, no_radius
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
@@ -136,7 +135,7 @@ def check_plan(plan: Plan, shape: ImageShape) -> None:
         found.append(length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps, shape))
     trouble = next(filter(None, found), None)
     if trouble is not None:
-        raise ConfigError(*trouble)
+        raise trouble
 
 
 def _pgd(norm: Norm, epsilon: float, steps: int, step_size: float | None = None) -> Attack:

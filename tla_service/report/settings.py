@@ -6,12 +6,12 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tla_service.config import DataConfig, DatasetName, ScalingConfig, TrackingConfig
+from tla_service.config import DataConfig, ScalingConfig, TrackingConfig
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.bounds import Norm, length_trouble
-from tla_service.config.fields import Pixels, Section, setting, wrong
+from tla_service.config.fields import Pixels, Section, attack_trouble, setting, wrong
 from tla_service.config.loading import JobSettings
-from tla_service.config.names import attack_trouble
+from tla_service.config.radii import Norm, length_trouble
+from tla_service.config.sections import DatasetName
 from tla_service.errors import ConfigError
 
 
@@ -127,7 +127,7 @@ class ReportSettings(JobSettings):
             raise wrong("model", "", "no model is named", "give --model with the path of a checkpoint folder")
         trouble = attack_trouble("attacks", self.attacks, ("clean", "autoattack", "worst"))
         if trouble is not None:
-            raise wrong(*trouble)
+            raise wrong(*trouble.args)
         # As far as they are given here; `check_plan` checks what they become.
         chosen = self.detection
         lengths: list[tuple[str, Norm | None, float | None, float | None, int | None]] = [
@@ -140,8 +140,8 @@ class ReportSettings(JobSettings):
         for where, norm, epsilon, step_size, steps in lengths:
             found = length_trouble(where, norm or "linf", epsilon, step_size, steps) if epsilon is not None else None
             if found is not None:
-                other = ", or give --norm l2" if norm is None and found.field.endswith("epsilon") else ""
-                raise wrong(*found[:3], found.remedy + other)
+                other = ", or give --norm l2" if norm is None and str(found.subject).endswith("epsilon") else ""
+                raise wrong(str(found.subject), found.value, found.reason, found.remedy + other)
         return self
 
 

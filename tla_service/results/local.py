@@ -15,9 +15,8 @@ import torch
 from tla_service.config.loading import to_yaml
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.files import write_whole
+from tla_service.files import locked_folder, write_whole
 from tla_service.job import INTERRUPTED
-from tla_service.lock import locked_folder
 from tla_service.results.page import write_page
 from tla_service.results.runs import (
     TableRun,

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tla_service.config import TrackingConfig
-from tla_service.errors import ConfigError, UnavailableError, UserError, one_line
-from tla_service.retries import retried
+from tla_service.errors import ConfigError, UnavailableError, UserError, one_line, retried
 from tla_service.tracking.store_errors import artifact_cause, connection_cause, database_cause, refusal, sqlite_cause
 
 if TYPE_CHECKING:

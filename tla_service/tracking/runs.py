@@ -17,8 +17,8 @@ from mlflow.utils import get_results_from_paginated_fn
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
-from tla_service.environment import code_version, environment
 from tla_service.errors import UserError, one_line, without_credentials
+from tla_service.job import code_version, environment
 from tla_service.tracking.connection import client, exclusive, open_store, retrying, sqlite_path, storing, unstorable
 
 RUN_KEY = "tla.run_key"

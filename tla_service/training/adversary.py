@@ -20,21 +20,14 @@ from tla_service.training.cuda_graph import GraphedClimb
 class Adversary:
     """Crafts adversarial images of a batch, and embeds images in eval mode.
 
-    Args:
-        network: The bare network, never a DDP wrapper, which would communicate at every attack step. Its frozen twin is
-            attacked: no parameter gradients, no BatchNorm updates.
-        config: The run.
-        context: This worker.
-
-    Attributes:
-        kind: As configured; `pgd` after a collapse of single-step training with `attack.on_collapse=pgd`.
-        last_embeddings: Embeddings (N, D) of the images before the last attack's last step, without a graph.
+    It attacks a frozen twin of the bare network: no communication, no parameter gradients, no BatchNorm updates.
     """
 
     def __init__(self, network: nn.Module, config: RunConfig, context: WorkerContext) -> None:
         self._network, self._config, self._context = network, config, context
-        self._full = self._attack = training_attack(config)
-        self.kind = config.attack.kind
+        self._full = self.attack = training_attack(config)
+        self.kind = config.attack.kind  # pgd after a collapse of single-step training with attack.on_collapse=pgd
+        # (N, D), of the images before the last attack's last step, without a graph.
         self.last_embeddings: Tensor | None = None
         narrow = torch.bfloat16 if config.training.precision == "bfloat16" else None
         self._twin = FrozenTwin(network, fold_batchnorm=config.speed.fold_batchnorm, weights_dtype=narrow)
@@ -57,7 +50,7 @@ class Adversary:
         """Set the radius for a share of the run; it grows linearly until `attack.warmup`."""
         share = min(1.0, done / self._config.attack.warmup) if self._config.attack.warmup else 1.0
         epsilon, step_size = share * self._full.epsilon, share * self._full.step_size
-        self._attack = self._full if share == 1 else replace(self._full, epsilon=epsilon, step_size=step_size)
+        self.attack = self._full if share == 1 else replace(self._full, epsilon=epsilon, step_size=step_size)
 
     def craft(self, anchors: Batch, random: torch.Generator) -> Tensor:
         """Adversarial images (N, C, H, W) of a batch, detached."""
@@ -70,7 +63,7 @@ class Adversary:
             return self._make(partial(self._logits, self._run), anchors, random)
         graph = self._graph(anchors)
         self.last_embeddings = graph.embeddings
-        return graph(anchors, starting_point(anchors.images, self._attack, random), self._attack)
+        return graph(anchors, starting_point(anchors.images, self.attack, random), self.attack)
 
     def embed(self, *images: Tensor) -> list[Tensor]:
         """Embeddings (N, D) of each batch of images in eval mode, without a graph."""
@@ -83,13 +76,12 @@ class Adversary:
     def _make(self, logits_fn: LogitsFn, anchors: Batch, random: torch.Generator) -> Tensor:
         if self.kind == "n_fgsm":
             noise = self._config.attack.noise
-            return craft_noisy_step(logits_fn, anchors.images, anchors.labels, self._attack, noise, random)
-        return craft(logits_fn, anchors.images, anchors.labels, self._attack, random)
+            return craft_noisy_step(logits_fn, anchors.images, anchors.labels, self.attack, noise, random)
+        return craft(logits_fn, anchors.images, anchors.labels, self.attack, random)
 
     @property
     def _uses_graphs(self) -> bool:
-        graphs = self._config.speed.cuda_graphs and self._config.attack.batchnorm != "train"
-        return graphs and self.kind == "pgd"
+        return self._config.speed.cuda_graphs and self._config.attack.batchnorm != "train" and self.kind == "pgd"
 
     def _graph(self, batch: Batch) -> GraphedClimb:
         """The graph for batches of this shape; an epoch has two shapes at most."""
@@ -108,12 +100,7 @@ class Adversary:
     def first_perturbation(self, images: Tensor, random: torch.Generator) -> Tensor:
         """Initial perturbation of free training on a batch: uniform in the ball, (N, C, H, W)."""
         draw = torch.rand(images.shape, generator=random, device=images.device, dtype=images.dtype)
-        return (2 * draw - 1) * self._attack.epsilon
-
-    def next_perturbation(self, perturbation: Tensor, gradient: Tensor) -> Tensor:
-        """Free training's ascent: a step of epsilon along the update's gradient to the images, clamped to the ball."""
-        epsilon = self._attack.epsilon
-        return (perturbation + epsilon * gradient.sign()).clamp(-epsilon, epsilon)
+        return (2 * draw - 1) * self.attack.epsilon
 
 
 def layout_of(config: RunConfig) -> torch.memory_format:
@@ -124,27 +111,17 @@ def layout_of(config: RunConfig) -> torch.memory_format:
 def training_attack(config: RunConfig) -> Attack:
     """The PGD of the training loop (Mao et al. 2019, section 2; cross-entropy only, never the triplet term)."""
     attack = config.attack
-    return Attack(
-        norm=attack.norm,
-        epsilon=attack.epsilon,
-        step_size=attack.step_size,
-        num_steps=attack.num_steps,
-        random_start=attack.random_start,
-        label_smoothing=config.loss.label_smoothing if attack.label_smoothing else 0.0,
-        objective=config.attack_objective,
-    )
+    same = attack.model_dump(include={"norm", "epsilon", "step_size", "num_steps", "random_start"})
+    smoothing = config.loss.label_smoothing if attack.label_smoothing else 0.0
+    return Attack(**same, label_smoothing=smoothing, objective=config.attack_objective)
 
 
 @contextlib.contextmanager
 def moved_weights(network: nn.Module, gamma: float) -> Iterator[None]:
     """Adversarial weights (Wu et al. 2020, equation 8 with one step): every kernel up its gradient by gamma norms.
 
-    The weights are restored afterwards, bit for bit: gradients taken inside update the original weights. BatchNorm's
-    scales and biases stay, as in the authors' code.
-
-    Args:
-        network: With gradients of the loss in its parameters; they are cleared.
-        gamma: Length of the move, as a share of the kernel's own norm.
+    The parameters hold gradients of the loss, which are cleared. The weights are restored afterwards, bit for bit:
+    gradients taken inside update the original weights. BatchNorm's scales and biases stay, as in the authors' code.
     """
     kernels = [p for p in network.parameters() if p.ndim > 1 and p.grad is not None]
     with restored(kernels):

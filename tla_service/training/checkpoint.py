@@ -1,16 +1,16 @@
-"""Checkpoints: everything needed to resume a run exactly, verified by checksum.
+"""Checkpoints: everything needed to resume a run exactly, verified by checksum; the newest is enough to finish it.
 
-A checkpoint holds the current and the best weights, so the newest one is enough to finish a run. Random draws are
-functions of (seed, epoch, step, rank), so the position replaces the state of every generator.
+Random draws are functions of (seed, epoch, step, rank), so the position replaces the state of every generator.
 """
 
+import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,35 +21,26 @@ from tla_service.config.loading import same_run, to_yaml
 from tla_service.data.cache import disk_trouble
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import whole_folder, write_whole
+from tla_service.runtime import WorkerContext, failing_together, gather_objects
 from tla_service.training.average import WeightAverage
 
 MANIFEST = "manifest.json"
+_POSITION = ("step", "partial_totals", "best", "history")  # of a TrainingState
 RESUMABLE = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml", "data.json")
 
 
 @dataclass
 class TrainingState:
-    """What changes during a run.
-
-    Attributes:
-        network: The trained network.
-        optimizer: Its optimizer.
-        average: Moving average of the weights, if the run keeps one.
-        step: Optimizer steps done; epoch, offset and every random draw follow from it.
-        partial_totals: Sums of the current epoch over all workers (see `step.TOTALS`).
-        best_weights: State dict of the best weights so far, on the CPU; empty before the first validation.
-        best: Metrics of their epoch.
-        history: Metrics of each epoch done.
-    """
+    """What changes during a run."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None = None
-    step: int = 0
-    partial_totals: list[float] = field(default_factory=list)
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
+    step: int = 0  # optimizer steps done; epoch, offset and every random draw follow from it
+    partial_totals: list[float] = field(default_factory=list)  # of the current epoch; see `step.TOTALS`
+    best_weights: dict[str, Tensor] = field(default_factory=dict)  # state dict on the CPU
+    best: dict[str, float] = field(default_factory=dict)  # metrics of their epoch
+    history: list[dict[str, float]] = field(default_factory=list)  # metrics of each epoch done
 
     @property
     def evaluated(self) -> nn.Module:
@@ -63,17 +54,7 @@ def cpu_weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any]) -> None:
-    """Write a checkpoint; the folder appears complete or not at all, and replaces an existing one.
-
-    Args:
-        folder: Where to write.
-        state: What to save.
-        config: The run, saved beside the weights.
-        data_facts: Class names and image shape, which a loader needs to rebuild the network, and fingerprints.
-
-    Raises:
-        UnavailableError: The disk is full, or cannot be written for another reason.
-    """
+    """Write a checkpoint over an older one; `data_facts` have what a loader needs to rebuild the network."""
     remedy = "free some space and give the same command again: the run resumes from the checkpoint before"
     with disk_trouble("checkpoint", folder, remedy), whole_folder(folder) as partial:
         save_file(cpu_weights(state.network), partial / "model.safetensors")
@@ -84,7 +65,7 @@ def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
         optimizer = io.BytesIO()  # torch.save to a file hides why it fails
         torch.save(state.optimizer.state_dict(), optimizer)
         (partial / "optimizer.pt").write_bytes(optimizer.getbuffer())
-        position = {name: getattr(state, name) for name in ("step", "partial_totals", "best", "history")}
+        position = {name: getattr(state, name) for name in _POSITION}
         (partial / "state.json").write_text(json.dumps({"config_digest": config.digest, **position}))
         (partial / "config.yaml").write_text(to_yaml(config))
         (partial / "data.json").write_text(json.dumps(dict(data_facts)))
@@ -93,17 +74,16 @@ def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
 
 
 def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any]) -> None:
-    """Load a verified checkpoint into a state of the same kind, in place.
-
-    Raises:
-        ConfigError: The checkpoint is of a run with another configuration, or on other data.
-    """
+    """Load a verified checkpoint in place; ConfigError if it is of another configuration, or of other data."""
     saved = json.loads((folder / "state.json").read_text())
     # The digest of an earlier version may count other settings.
     if saved["config_digest"] != config.digest and not same_run((folder / "config.yaml").read_text(), config):
         reason = f"has checkpoints of another configuration ({folder / 'config.yaml'} differs)"
         raise ConfigError("name", config.run_name, reason, "choose another --name, or start from that config.yaml")
-    if not _same_training_data(json.loads((folder / "data.json").read_text()), data_facts):
+    saved_facts = json.loads((folder / "data.json").read_text())
+    # Older checkpoints have one fingerprint of training and test images together.
+    left_out = "fingerprint" if "training_fingerprint" in saved_facts else "training_fingerprint"
+    if {**saved_facts, left_out: None} != {**data_facts, left_out: None}:
         reason = "the data set is not the one that this run began with"
         raise ConfigError("data.root", config.data.root, reason, "bring the data back, or choose another --name")
     device = next(state.network.parameters()).device
@@ -122,24 +102,12 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
                 tensors[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     best = folder / "best.safetensors"
     state.best_weights = load_file(best) if best.exists() else {}
-    state.step, state.partial_totals = saved["step"], saved["partial_totals"]
-    state.best, state.history = saved["best"], saved["history"]
-
-
-def _same_training_data(saved: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
-    """Whether a run may resume; older checkpoints have one fingerprint of training and test images together."""
-    left_out = "fingerprint" if "training_fingerprint" in saved else "training_fingerprint"
-    before, now = ({key: facts[key] for key in facts if key != left_out} for facts in (saved, present))
-    return before == now
+    for name in _POSITION:
+        setattr(state, name, saved[name])
 
 
 def find_damage(folder: Path, required: Collection[str] = ()) -> str:
-    """The first damaged file of a checkpoint and what is wrong with it, by checksums; empty if it is intact.
-
-    Args:
-        folder: The checkpoint.
-        required: Files that it must have: `RESUMABLE` for a run that resumes.
-    """
+    """The first damaged or missing file of a checkpoint and what is wrong with it; empty if it is intact."""
     try:
         checksums = dict(json.loads((folder / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError):
@@ -154,6 +122,71 @@ def find_damage(folder: Path, required: Collection[str] = ()) -> str:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({(error.strerror or str(error)).lower()})"
+    return ""
+
+
+class Stored(Protocol):
+    """A stored checkpoint and its path; `ray.train.Checkpoint` is one."""
+
+    path: str
+
+    def as_directory(self) -> contextlib.AbstractContextManager[str]:
+        """A local folder with its files, within the block."""
+
+
+@dataclass
+class LocalCheckpoint:
+    """A checkpoint on this machine."""
+
+    path: str
+
+    def as_directory(self) -> contextlib.AbstractContextManager[str]:
+        """The folder itself."""
+        return contextlib.nullcontext(self.path)
+
+
+def restore(
+    stored: Callable[[], Sequence[Stored]],
+    load: Callable[[Path], None],
+    context: WorkerContext,
+    warn: Callable[[str], None],
+) -> str:
+    """Load the newest checkpoint that is intact on every worker; all workers call this together.
+
+    `stored` lists them on rank 0, newest first, and `warn` is called there for each that is skipped. Returns the path,
+    empty if there is none; raises a UserError if there are some but none can be used, or `load` refuses one.
+    """
+    own: Sequence[Stored] = ()
+    with failing_together(context):
+        if context.is_main:
+            own = stored()
+    checkpoints = gather_objects(own, context)[0]
+    damages: list[str] = []
+    for checkpoint in checkpoints:
+        with contextlib.ExitStack() as opened:
+            folder, damage = Path(), ""
+            with failing_together(context):
+                try:
+                    folder = Path(opened.enter_context(checkpoint.as_directory()))
+                    damage = find_damage(folder, RESUMABLE)
+                except FileNotFoundError:
+                    damage = "it is missing"
+                except OSError as error:
+                    reason = f"cannot be read ({' '.join(str(error).split())[:300]})"
+                    raise UnavailableError("checkpoint", checkpoint.path, reason, "check the storage") from error
+            damage = next(filter(None, gather_objects(damage, context)), "")
+            if not damage:
+                with failing_together(context):
+                    load(folder)
+                return checkpoint.path
+        damages.append(damage)
+        if context.is_main and len(damages) < len(checkpoints):
+            older = checkpoints[len(damages)].path
+            warn(f"checkpoint {checkpoint.path} cannot be used ({damage}); falling back to {older}")
+    if damages:
+        reason = damages[0] + ("; none of the older ones can be used either" if len(damages) > 1 else "")
+        remedy = f"restore its files, or delete {Path(checkpoints[0].path).parent} to start over"
+        raise UnavailableError("checkpoint", checkpoints[0].path, reason, remedy)
     return ""
 
 

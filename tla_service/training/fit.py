@@ -1,7 +1,4 @@
-"""A run: epochs of steps, validation, checkpoints, and one evaluation on the test set at the end.
-
-A plain process, torchrun and a Ray Train worker all call `fit`; only the Reporter differs.
-"""
+"""A run: epochs of steps, validation, checkpoints, and one evaluation on the test set at the end."""
 
 from collections.abc import Mapping
 from operator import itemgetter
@@ -16,57 +13,24 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.data import EvaluationBatches, ImageSource, StepBatch, load_dataset
 from tla_service.evaluation.suite import evaluation_attack, measure_accuracy
 from tla_service.models import build_model
-from tla_service.runtime import WorkerContext, failing_together, keep_freed_memory, mixed_seed
+from tla_service.runtime import WorkerContext, average_buffers, failing_together, keep_freed_memory, mixed_seed
 from tla_service.training.adversary import layout_of
 from tla_service.training.average import WeightAverage
-from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, save_checkpoint
-from tla_service.training.guard import COLLAPSED, collapses, has_collapsed, message
-from tla_service.training.meter import Meter
-from tla_service.training.optimizer import build_optimizer, set_learning_rate
+from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, restore, save_checkpoint
+from tla_service.training.meter import COLLAPSED, ROBUST, Meter, Phases, collapses, has_collapsed
+from tla_service.training.optimizer import build_optimizer, learning_rate_factor
+from tla_service.training.output import FitResult
 from tla_service.training.precheck import check_weights, split_and_check
 from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
-from tla_service.training.result import FitResult, Phases
-from tla_service.training.resume import restore
-from tla_service.training.roles import average_buffers
 from tla_service.training.step import TrainingStep
 
 Attacks = Mapping[str, EvaluationAttack]
-_rank = itemgetter("validation/robust_accuracy", "validation/clean_accuracy")
-
-
-def fit(
-    config: RunConfig,
-    context: WorkerContext,
-    reporter: Reporter,
-    *,
-    initial_weights: Mapping[str, Tensor] | None = None,
-    measure_test: bool = True,
-    with_rejector: bool = False,
-) -> FitResult:
-    """Train, select the best weights on the validation split, and measure them once on the test set.
-
-    Returns the same on every rank, except for the detector, which only rank 0 has.
-
-    Args:
-        config: The run.
-        context: This worker; its process group is already up.
-        reporter: Receives progress, metrics and checkpoints, and finds checkpoints to resume from.
-        initial_weights: State dict to start from (fine-tuning); ignored by a run that resumes.
-        measure_test: Whether to measure on the test set: runs that are compared for selection must not see it.
-        with_rejector: Whether to fit the detector that is packaged with the best weights.
-
-    Raises:
-        NonFiniteLossError: The loss became NaN or infinite; all ranks stop together.
-        UserError: The data or the checkpoint cannot be used.
-    """
-    run = Run(config, context, reporter)
-    run.start(initial_weights)
-    return run.train(measure_test=measure_test, with_rejector=with_rejector)
+_rank = itemgetter(ROBUST, "validation/clean_accuracy")
 
 
 class Run:
-    """One worker's part of a run; arguments as for `fit`."""
+    """One worker's part of a run, in a plain process, under torchrun or Ray Train: only the reporter differs."""
 
     def __init__(self, config: RunConfig, context: WorkerContext, reporter: Reporter) -> None:
         self.config, self.context, self.reporter = config, context, reporter
@@ -88,7 +52,7 @@ class Run:
             self.total_steps = min(self.total_steps, config.training.max_steps)
 
     def start(self, initial_weights: Mapping[str, Tensor] | None) -> None:
-        """Build network, optimizer and step; load the newest intact checkpoint, if there is any.
+        """Build network, optimizer and step; load the newest intact checkpoint, or else the initial weights, if any.
 
         Everything that can refuse a run has been checked when this returns, and rank 0 has reported `start`.
         """
@@ -129,28 +93,54 @@ class Run:
         )
 
     def train(self, *, measure_test: bool = True, with_rejector: bool = False) -> FitResult:
-        """Train to the end, or until a stop is requested; arguments and result as for `fit`."""
-        while self.state.step < self.total_steps:
-            if not (self.train_epoch() and self.finish_epoch()):
-                return self.result(interrupted=True)
-        return self.result(interrupted=False, measure_test=measure_test, with_rejector=with_rejector)
+        """Train to the end, or until a stop is requested, and then measure the best weights on the test set, if asked.
+
+        Runs that are compared for selection must not ask. Only rank 0 fits the detector; all else is the same on
+        all ranks, which raise NonFiniteLossError together.
+        """
+        interrupted = False
+        while self.state.step < self.total_steps and not interrupted:
+            interrupted = not (self.train_epoch() and self.finish_epoch())
+        state, config, dataset, context = self.state, self.config, self.dataset, self.context
+        test: dict[str, float] = {}
+        rejector: dict[str, npt.NDArray[Any]] = {}
+        if not interrupted:
+            state.network.load_state_dict(state.best_weights)
+            if measure_test:
+                with self.phases("test"):
+                    rows = torch.arange(len(dataset.test))
+                    test = self._measure(dataset.test, rows, "evaluation.test", config.evaluation.test, state.network)
+            if with_rejector and context.is_main:
+                with self.phases("detector"):
+                    rejector = fit_rejector(
+                        state.network, dataset.train, self.train_rows, self.validation_rows, config, context.device
+                    )
+        facts = {
+            "data_fingerprint": dataset.fingerprint,
+            "training_images": str(len(self.train_rows)),
+            "validation_images": str(len(self.validation_rows)),
+            "test_images": str(len(dataset.test)),
+            "workers": str(context.world_size),
+            "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
+        }
+        return FitResult(interrupted, test, state.best, state.history, self.phases.seconds, facts, rejector)
 
     def train_epoch(self) -> bool:
         """Train to the end of the epoch; False, with a checkpoint saved, if a stop was requested before."""
-        state, training = self.state, self.config.training
+        state, schedule = self.state, self.config.schedule
         epoch, offset = divmod(state.step, self.batches.steps_per_epoch)
         self.meter = Meter(self.context, state.partial_totals)
         state.network.train()
         with self.phases("train"):
             for batch in self.batches.epoch(epoch, offset):
-                set_learning_rate(
-                    state.optimizer, self.config, state.step, self.batches.steps_per_epoch, self.total_steps
-                )
+                factor = learning_rate_factor(schedule, state.step, self.batches.steps_per_epoch, self.total_steps)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = self.config.optimizer.learning_rate * factor
                 self.meter.add(self._update(batch))
                 state.step += 1
                 if state.step == self.total_steps or state.step % self.batches.steps_per_epoch == 0:
                     break
-                if state.step % training.log_every_steps == 0 and self._log(epoch):
+                if state.step % self.config.training.log_every_steps == 0 and self._log(epoch):
                     state.partial_totals = self.meter.epoch_totals
                     self._save(None)  # means over part of an epoch are not its metrics
                     return False
@@ -192,32 +182,6 @@ class Run:
             self.reporter.report(metrics, None, "")
         return not stopping
 
-    def result(self, *, interrupted: bool, measure_test: bool = True, with_rejector: bool = False) -> FitResult:
-        """Load the best weights, measure them on the test set if asked, and summarize the run."""
-        state, config, dataset, context = self.state, self.config, self.dataset, self.context
-        test: dict[str, float] = {}
-        rejector: dict[str, npt.NDArray[Any]] = {}
-        if not interrupted:
-            state.network.load_state_dict(state.best_weights)
-            if measure_test:
-                with self.phases("test"):
-                    rows = torch.arange(len(dataset.test))
-                    test = self._measure(dataset.test, rows, "evaluation.test", config.evaluation.test, state.network)
-            if with_rejector and context.is_main:
-                with self.phases("detector"):
-                    rejector = fit_rejector(
-                        state.network, dataset.train, self.train_rows, self.validation_rows, config, context.device
-                    )
-        facts = {
-            "data_fingerprint": dataset.fingerprint,
-            "training_images": str(len(self.train_rows)),
-            "validation_images": str(len(self.validation_rows)),
-            "test_images": str(len(dataset.test)),
-            "workers": str(context.world_size),
-            "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
-        }
-        return FitResult(interrupted, test, state.best, state.history, self.phases.seconds, facts, rejector)
-
     def _update(self, batch: StepBatch) -> Tensor:
         """Update the weights on a batch: once, or once per replay of free training. Returns the last sums."""
         state, position = self.state, (self.state.step, self.context.rank)
@@ -237,9 +201,13 @@ class Run:
         return totals
 
     def _answer_collapse(self, metrics: Mapping[str, float]) -> None:
-        """Report it, and restore the best weights where training continues from them."""
         config, state = self.config, self.state
-        self._tell(event="collapse", message=message(metrics, state.best, config))
+        act = "continuing from the best weights with PGD"
+        if config.attack.on_collapse == "stop":
+            act = "the run ends with the best weights"
+        fell = f"robust accuracy on validation {metrics[ROBUST]:.1%}, before {state.best[ROBUST]:.1%}"
+        message = f"single-step training collapsed in epoch {metrics['epoch']:.0f}: {fell}; {act}"
+        self._tell(event="collapse", message=message)
         if config.attack.on_collapse == "pgd":
             state.network.load_state_dict(state.best_weights)
             state.optimizer = build_optimizer(state.network, config)

@@ -11,8 +11,8 @@ import torch
 
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
-from tla_service.lock import locked_folder
-from tla_service.logs import log_as_json
+from tla_service.files import locked_folder
+from tla_service.job import log_as_json
 from tla_service.runtime import WorkerContext, failing_together, process_group
 from tla_service.training.checkpoint import read_weights
 from tla_service.training.fit import Run
@@ -29,14 +29,12 @@ def train(config: RunConfig, output: str | Path, *, json_logs: bool = False) -> 
 
     Args:
         config: The run; see `load_config`.
-        output: Output folder, created if missing. Receives `summary.json`, `config.yaml`, `log.jsonl` and
-            `checkpoints/`.
+        output: Folder of `summary.json`, `config.yaml`, `log.jsonl` and `checkpoints/`; created if missing.
         json_logs: Print progress and logs as JSON lines instead of text.
 
     Returns:
-        The content of `summary.json`. `clean_accuracy` and the values of `robust_accuracy` (by attack; `worst` counts
-        an image as correct only if no attack breaks it) are fractions in [0, 1]; `checkpoint` is the folder with the
-        weights, which `evaluate` and `load_model` accept.
+        The content of `summary.json`: the accuracies that `evaluate` returns, `checkpoint`, a folder with the weights
+        that `evaluate` and `load_model` accept, and more.
 
     Raises:
         ConfigError: The configuration does not fit the data, or `output` holds a different run.

@@ -1,13 +1,19 @@
-"""Sums over an epoch, kept on the device and read at intervals, on all workers together."""
+"""What a run measures while it trains: sums over an epoch, wall time, and whether single-step training collapsed."""
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from tla_service.config import RunConfig
 from tla_service.runtime import WorkerContext, all_reduce_sum
 from tla_service.training.step import METRIC_NAMES, TOTALS
+
+ROBUST = "validation/robust_accuracy"
+COLLAPSED = "collapsed"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -17,7 +23,7 @@ class NonFiniteLossError(RuntimeError):
 class Meter:
     """Adds up `step.TOTALS` over steps and workers, on top of an epoch's sums before a restart."""
 
-    def __init__(self, context: WorkerContext, partial_totals: list[float] | None = None) -> None:
+    def __init__(self, context: WorkerContext, partial_totals: Sequence[float] = ()) -> None:
         self._context = context
         # The last entry transports a stop request, so that all workers stop at the same step.
         self._window = torch.zeros(len(TOTALS) + 1, dtype=torch.float64, device=context.device)
@@ -31,11 +37,7 @@ class Meter:
         self._window[:-1] += totals
 
     def reduce(self, step: int, *, stop_requested: bool) -> None:
-        """Sum over all workers what was added since the last call, and read it: the only wait for the device.
-
-        Raises:
-            NonFiniteLossError: A loss of this epoch was NaN or infinite; on all workers alike.
-        """
+        """Sum over all workers what was added since the last call, and read it: the only wait for the device."""
         self._window[-1] = float(stop_requested)
         *totals, stop = all_reduce_sum(self._window, self._context).tolist()
         self.epoch_totals = [old + new for old, new in zip(self.epoch_totals, totals, strict=True)]
@@ -56,3 +58,34 @@ class Meter:
     def images_per_second(self) -> float:
         """Images trained on per second, over all workers, since the epoch began or resumed here."""
         return (self.epoch_totals[-1] - self._images_before) / (time.perf_counter() - self._begin)
+
+
+class Phases:
+    """Adds up wall time by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count the time of a block towards a phase."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+def has_collapsed(history: Sequence[Mapping[str, float]]) -> bool:
+    """Whether an epoch was marked; a resumed run knows from it, too."""
+    return any(COLLAPSED in epoch for epoch in history)
+
+
+def collapses(metrics: Mapping[str, float], best: Mapping[str, float], config: RunConfig) -> bool:
+    """Whether single-step training suddenly resists only its own attack: catastrophic overfitting.
+
+    Wong et al. 2020 found it in FGSM training and detect it with PGD; de Jorge et al. 2022 delay it with noise.
+    """
+    attack = config.attack
+    watched = config.method != "natural" and attack.is_single_step and attack.on_collapse != "ignore"
+    return watched and metrics[ROBUST] < (1 - attack.collapse_drop) * best[ROBUST]

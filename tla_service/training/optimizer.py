@@ -6,7 +6,7 @@ from itertools import takewhile
 from torch import nn, optim
 
 from tla_service.config import RunConfig
-from tla_service.config.training import ScheduleConfig
+from tla_service.config.sections import ScheduleConfig
 
 
 def build_optimizer(network: nn.Module, run: RunConfig) -> optim.Optimizer:
@@ -23,15 +23,6 @@ def build_optimizer(network: nn.Module, run: RunConfig) -> optim.Optimizer:
         return optim.SGD(groups, lr=config.learning_rate, momentum=momentum, nesterov=nesterov, fused=fused)
     kind = optim.AdamW if config.name == "adamw" else optim.Adam
     return kind(groups, lr=config.learning_rate, betas=(config.momentum, 0.999), fused=fused)
-
-
-def set_learning_rate(
-    optimizer: optim.Optimizer, run: RunConfig, step: int, steps_per_epoch: int, total_steps: int
-) -> None:
-    """Set the learning rate of a step, from 0."""
-    for group in optimizer.param_groups:
-        factor = learning_rate_factor(run.schedule, step, steps_per_epoch, total_steps)
-        group["lr"] = run.optimizer.learning_rate * factor
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

@@ -1,10 +1,14 @@
-"""The output folder of a run, which no other run overwrites."""
+"""The result of a run, and its output folder, which no other run overwrites."""
 
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import CONFIG, load_config_file, same_run, to_yaml
@@ -13,20 +17,28 @@ from tla_service.files import write_whole
 
 if TYPE_CHECKING:  # without torch, a job can look whether its run has finished before
     from tla_service.training.reporting import Terminal
-    from tla_service.training.result import FitResult
 
 SUMMARY = "summary.json"
 
 
-def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
-    """Check that a run can use its folder, which is made if missing.
+@dataclass
+class FitResult:
+    """The result of a run, in plain values: it crosses process boundaries."""
 
-    Returns:
-        The summary, if this run has already finished there; else None.
+    interrupted: bool  # a stop was requested; the run can resume from its last checkpoint
+    test: dict[str, float]  # accuracies of the best weights; empty if interrupted or not requested
+    best: dict[str, float]  # metrics of the epoch of the best weights
+    history: list[dict[str, float]]  # metrics of every epoch
+    wall_seconds: dict[str, float]  # by phase, on rank 0
+    facts: dict[str, str] = field(default_factory=dict)  # data set, workers, device
+    rejector: dict[str, npt.NDArray[Any]] = field(default_factory=dict)  # see `inference.detector.Rejector`; or empty
+
+
+def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
+    """Check that a run can use its folder, which is made if missing; its summary, if it has finished there before.
 
     Raises:
-        ConfigError: The folder holds a run of another configuration, or one that has finished and measured other
-            things on the test set.
+        ConfigError: The folder holds another run, or one that has measured other things on the test set.
         UnavailableError: It cannot be written.
     """
     try:
@@ -47,14 +59,12 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
     if not (output / CONFIG).exists():
         return summary
     before = load_config_file(output / CONFIG)
-    for field, old, new in (
-        ("evaluation.test", before.evaluation.test, config.evaluation.test),
-        ("data.test_limit", before.data.test_limit, config.data.test_limit),
-    ):
-        if old != new:
-            reason = f"a run that has finished in {output} was measured with another {field}"
+    for name in ("evaluation.test", "data.test_limit"):
+        setting = attrgetter(name)
+        if setting(before) != setting(config):
+            reason = f"a run that has finished in {output} was measured with another {name}"
             remedy = "evaluate its model with jobs/evaluate_tla.py, or choose another --output"
-            raise ConfigError(field, None, reason, remedy)
+            raise ConfigError(name, None, reason, remedy)
     return summary
 
 
@@ -63,7 +73,7 @@ def write_config(config: RunConfig, output: Path) -> None:
     write_whole(output / CONFIG, to_yaml(config))
 
 
-def summarize(config: RunConfig, result: "FitResult", checkpoint: Path | None) -> dict[str, Any]:
+def summarize(config: RunConfig, result: FitResult, checkpoint: Path | None) -> dict[str, Any]:
     """The summary of a finished run; `checkpoint` is its newest one."""
     rates = [epoch["images_per_second"] for epoch in result.history]
     return {
@@ -85,10 +95,8 @@ def by_attack(measured: Mapping[str, float]) -> dict[str, Any]:
     """Measured accuracies as `clean_accuracy` and `robust_accuracy` by attack, with `worst` over all attacks."""
     prefix = "robust_accuracy/"
     robust = {name.removeprefix(prefix): value for name, value in measured.items() if name.startswith(prefix)}
-    return {
-        "clean_accuracy": measured["clean_accuracy"],
-        "robust_accuracy": {**robust, "worst": measured["robust_accuracy"]},
-    }
+    robust["worst"] = measured["robust_accuracy"]
+    return {"clean_accuracy": measured["clean_accuracy"], "robust_accuracy": robust}
 
 
 def write_summary(output: Path, summary: Mapping[str, Any]) -> None:

@@ -15,18 +15,13 @@ from tla_service.models import ImageClassifier, build_model
 from tla_service.runtime import WorkerContext
 from tla_service.training.step import TrainingStep
 
-_FLOAT_BYTES = 4
 _GB = 10**9
 
 
 def split_and_check(
     config: RunConfig, dataset: Dataset, context: WorkerContext
 ) -> tuple[Tensor, Tensor, TrainingBatches]:
-    """Training rows, validation rows and training batches of a run.
-
-    Raises:
-        ConfigError: The split, the mining pool or the batches do not fit the data, or as `check_start`.
-    """
+    """Training rows, validation rows and training batches of a run; ConfigError where they do not fit the data."""
     labels, fraction = dataset.train.labels, config.data.validation_fraction
     train, validation = split_validation(labels, fraction, config.seed, dataset.class_names)
     batches = training_batches(config, dataset.train, train, context)
@@ -40,30 +35,23 @@ def training_batches(config: RunConfig, source: ImageSource, rows: Tensor, conte
     mining = config.mining
     separate = config.mines_triplets and mining.pool == "separate"
     pool_size = mining.pool_size if separate else 0
-    if mining.scope == "global":
-        pool_size //= context.world_size
     order = StepOrder(
         source.labels[rows],
         seed=config.seed,
         rank=context.rank,
         world_size=context.world_size,
         global_batch_size=config.training.global_batch_size,
-        pool_size=pool_size,
+        pool_size=pool_size // context.world_size if mining.scope == "global" else pool_size,
         same_class_positives=separate and mining.positives != "own",
     )
     return TrainingBatches(source, rows, order, config.data, context, augment_pool=mining.augment_pool)
 
 
 def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int) -> None:
-    """Refuse a run that would fail later on its data; ``rows`` are the images it trains on (N,), int64.
-
-    Raises:
-        ConfigError: A radius or a step size makes no sense on these images, or some step leaves a worker one image,
-            which BatchNorm cannot normalize.
-    """
+    """Raise ConfigError for a run that would fail later on the images that it trains on, at `rows` (N,), int64."""
     trouble = config.attack_trouble(dataset.image_shape)
     if trouble is not None:
-        raise ConfigError(*trouble)
+        raise trouble
     batch = config.training.global_batch_size
     steps = -(-len(rows) // batch)
     if smallest_share(len(rows), steps, world_size) == 1 and not _one_image_trains(config, dataset, rows):
@@ -95,20 +83,14 @@ def checkpoint_bytes(config: RunConfig, network: nn.Module) -> int:
     trained = sum(parameter.numel() for parameter in network.parameters())
     moments = 2 if config.optimizer.name != "sgd" else int(config.optimizer.momentum > 0)
     copies = 3 if config.training.ema_decay is not None else 2
-    return _FLOAT_BYTES * (copies * floats + moments * trained)
+    return 4 * (copies * floats + moments * trained)  # float32
 
 
 def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
-    """Raise UnavailableError if a filesystem does not have enough space.
-
-    Args:
-        needs: Setting -> folder (it need not exist) and the bytes that will be written there, in addition to what is
-            there. Folders of one filesystem share its space.
-    """
-    groups: dict[int, list[str]] = {}
-    for field, (folder, _) in needs.items():
-        groups.setdefault(_device(folder), []).append(field)
-    for fields in groups.values():
+    """Raise UnavailableError if a filesystem is too small for the bytes to be added to its folders, by setting."""
+    devices = {field: _device(folder) for field, (folder, _) in needs.items()}
+    for device in dict.fromkeys(devices.values()):
+        fields = [field for field in needs if devices[field] == device]
         folder = _existing(needs[fields[0]][0])
         wanted, free = sum(needs[field][1] for field in fields), shutil.disk_usage(folder).free
         if wanted > free:
@@ -119,13 +101,8 @@ def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
 
 
 def kept_need(folder: Path, checkpoint: int, kept: int) -> tuple[Path, int]:
-    """A folder that keeps a number of checkpoints, and the bytes still to be written: a new one before an old one goes.
-
-    Args:
-        folder: Where they are kept; what is there already counts.
-        checkpoint: Size of one, in bytes.
-        kept: How many stay.
-    """
+    """A folder that keeps `kept` checkpoints of a size in bytes, and the bytes still to be written to it."""
+    # A new checkpoint is written before an old one goes.
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     return folder, max(checkpoint, (kept + 1) * checkpoint - there)
 
@@ -145,15 +122,11 @@ def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor) -> bool
         network = build_model(config.model.name, classes, shape, config.model.normalization)
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         return True
-    plain = config.model_copy(
-        update={
-            "attack": config.attack.model_copy(update={"num_steps": 1}),
-            "speed": config.speed.model_copy(update={"compile": "none", "cuda_graphs": False, "tune_kernels": False}),
-        }
-    )
-    one, few = (
-        Batch(dataset.train.fetch(rows[:count]).float() / 255, dataset.train.labels[rows[:count]]) for count in (1, 2)
-    )
+    attack = config.attack.model_copy(update={"num_steps": 1})
+    speed = config.speed.model_copy(update={"compile": "none", "cuda_graphs": False, "tune_kernels": False})
+    plain = config.model_copy(update={"attack": attack, "speed": speed})
+    images, labels = dataset.train.fetch(rows[:2]).float() / 255, dataset.train.labels[rows[:2]]
+    one, few = Batch(images[:1], labels[:1]), Batch(images, labels)
     step = TrainingStep(network.train(), plain, WorkerContext())
     try:
         next(step.updates(StepBatch(one, one, few, global_size=1), config.seed))

@@ -27,19 +27,9 @@ def fit_rejector(
     config: RunConfig,
     device: torch.device,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Fit class Gaussians to clean training images, and choose the threshold on clean validation images.
+    """The arrays of a `Rejector`: class Gaussians of training images, (N,) rows of `source`, and a threshold.
 
-    Args:
-        network: The bare network with its final weights, on the device.
-        source: Images of the training set.
-        train_rows: Rows it was trained on (N,), int64.
-        validation_rows: Rows that were held out (M,), int64.
-        config: `detection`, and the batch size of `evaluation`.
-        device: The network's.
-
-    Returns:
-        The arrays of a :class:`tla_service.inference.detector.Rejector`; none, with a warning, where no detector can be
-        fitted: a run must not fail for lack of one.
+    None, with a warning, where it cannot be fitted: a run must not fail for lack of one.
     """
 
     def embedded(rows: Tensor) -> Embedded:

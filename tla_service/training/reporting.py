@@ -13,9 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tla_service.errors import without_credentials
 from tla_service.files import remove_parts
-from tla_service.logs import json_line
-from tla_service.training.checkpoint import MANIFEST
-from tla_service.training.resume import LocalCheckpoint, Stored
+from tla_service.job import json_line
+from tla_service.training.checkpoint import MANIFEST, LocalCheckpoint, Stored
 
 LOG = "log.jsonl"
 # The newest checkpoint is enough, since it holds the best weights too; one more in case it is damaged.
@@ -24,7 +23,7 @@ WARNINGS = ("failure", "damaged_checkpoint", "warning")
 
 
 class Reporter(Protocol):
-    """What `fit` needs of its surroundings."""
+    """What a run needs of its surroundings."""
 
     def progress(self, record: Mapping[str, Any]) -> None:
         """Take a record; called on rank 0 only, must not wait."""
@@ -36,16 +35,13 @@ class Reporter(Protocol):
         """Where to write a checkpoint; called on rank 0 only."""
 
     def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
-        """Take an epoch's metrics, a checkpoint, or both; called on every rank.
+        """Take an epoch's metrics, a checkpoint (written to `destination` by rank 0), or both; called on every rank.
 
-        Args:
-            metrics: The same on every rank; None for a checkpoint in the middle of an epoch.
-            checkpoint: On rank 0, the checkpoint written to `destination`, if there is one.
-            name: The checkpoint's name, the same on every rank; empty if there is none.
+        Metrics and the checkpoint's name are the same on every rank; None and empty if there are none.
         """
 
     def stop_requested(self) -> bool:
-        """Whether to stop; `fit` then saves a checkpoint and returns."""
+        """Whether to stop: the run then saves a checkpoint and ends."""
 
 
 class JsonLines:
@@ -79,7 +75,7 @@ class Terminal:
         self._console.print(without_credentials(text), markup=False)
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Show a record of `fit`."""
+        """Show a record of a run."""
         if record["event"] == "step":
             self._show_step(record)
         elif record["event"] == "epoch":
@@ -98,7 +94,10 @@ class Terminal:
         if not self._console.is_terminal:
             if time.monotonic() - self._last_line >= self.SECONDS_BETWEEN_LINES:
                 self._last_line = time.monotonic()
-                self.say(step_line(record))
+                left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
+                done = f"epoch {record['epoch']:>3}  step {record['step']}/{record['total_steps']}"
+                speed = f"{record['images_per_second']:.0f} images/s  {left} left"
+                self.say(f"{done}  loss {record['loss']:.4f}  {speed}")
             return
         if self._bar is None:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -111,12 +110,7 @@ class Terminal:
 
 
 class JsonTerminal(Terminal):
-    """Progress for machines: every record and message as a JSON line.
-
-    Args:
-        labels: Fields of every line; later changes of the mapping count from then on.
-        stream: Standard output if not given.
-    """
+    """Progress for machines: every record and message as a JSON line, with the labels that the mapping has then."""
 
     def __init__(self, labels: Mapping[str, Any], stream: TextIO | None = None) -> None:
         super().__init__(stream)
@@ -125,24 +119,13 @@ class JsonTerminal(Terminal):
     def say(self, text: str) -> None:
         """Write a line with a message; an empty one, which only separates, is left out."""
         if text:
-            self._write("info", {"message": text})
+            self.show({"message": text})
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Write a record."""
-        self._write("warning" if record["event"] in WARNINGS else "info", record)
-
-    def _write(self, level: str, fields: Mapping[str, Any]) -> None:
-        self._stream.write(json_line(level, {**self._labels, **fields}) + "\n")
+        level = "warning" if record.get("event") in WARNINGS else "info"
+        self._stream.write(json_line(level, {**self._labels, **record}) + "\n")
         self._stream.flush()
-
-
-def step_line(record: Mapping[str, Any]) -> str:
-    """One line for a few steps."""
-    left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
-    return (
-        f"epoch {record['epoch']:>3}  step {record['step']}/{record['total_steps']}  loss {record['loss']:.4f}  "
-        f"{record['images_per_second']:.0f} images/s  {left} left"
-    )
 
 
 def epoch_line(metrics: Mapping[str, float]) -> str:
@@ -157,13 +140,7 @@ def epoch_line(metrics: Mapping[str, float]) -> str:
 
 
 class LocalReporter:
-    """Reports to the terminal and a folder: for a plain process, or torchrun on one machine.
-
-    Args:
-        output: Folder of `log.jsonl` and `checkpoints/`; only rank 0 writes to it.
-        is_main: Whether this is rank 0.
-        terminal: Where to show progress.
-    """
+    """Reports to the terminal and, on rank 0, a folder: for a plain process, or torchrun on one machine."""
 
     def __init__(self, output: Path, *, is_main: bool = True, terminal: Terminal | None = None) -> None:
         self.checkpoints = output / "checkpoints"

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,8 @@ from tla_service.config import RunConfig
 from tla_service.data import Batch, StepBatch
 from tla_service.models import ImageClassifier, ModelOutput
 from tla_service.models.classifier import seen_by_triplets
-from tla_service.runtime import WorkerContext, autocast, generator
+from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, shard_sizes
 from tla_service.training.adversary import Adversary, moved_weights, restored
-from tla_service.training.roles import RoleForward, gather_rows, shard_sizes
 from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
 from tla_service.triplets import Negatives, mine_hardest, mine_random, norm_penalty, pick_positives, triplet_hinge
 
@@ -34,32 +33,37 @@ _EVERYTHING_MIB = 2**20
 
 
 class Roles(NamedTuple):
-    """What the loss compares, row by row.
+    """What the loss compares, row by row."""
 
-    Attributes:
-        attacked: Output for the adversarial images; for natural training, the clean ones.
-        clean: Output for the clean images, where a term uses it.
-        negatives: Embedding of each anchor's negative (N, D).
-        valid: Whether the anchor has a negative (N,), bool.
-        same_class: Embedding of another image of each anchor's class (N, D), where it is a positive.
+    attacked: ModelOutput  # for the adversarial images; for natural training, the clean ones
+    clean: ModelOutput | None = None  # where a term uses it
+    negatives: Tensor | None = None  # embedding of each anchor's negative (N, D)
+    valid: Tensor | None = None  # whether the anchor has a negative (N,), bool
+    same_class: Tensor | None = None  # embedding of another image of each anchor's class (N, D), if it is a positive
+
+
+class RoleForward(nn.Module):
+    """One forward pass for every role (adversarial, clean, negatives, ...): what DDP wraps, once per step.
+
+    BatchNorm sees all roles together, or normalizes each by its own statistics, as in the authors' code.
     """
 
-    attacked: ModelOutput
-    clean: ModelOutput | None = None
-    negatives: Tensor | None = None
-    valid: Tensor | None = None
-    same_class: Tensor | None = None
+    def __init__(self, network: nn.Module, *, together: bool) -> None:
+        super().__init__()
+        self.network, self.together = network, together
+
+    def forward(self, *roles: Tensor) -> tuple[ModelOutput, ...]:
+        """Images of each role, (N_i, C, H, W), to its logits and embeddings."""
+        if not self.together or len(roles) == 1:
+            return tuple(cast("ModelOutput", self.network(images)) for images in roles)
+        sizes = [len(images) for images in roles]
+        output = cast("ModelOutput", self.network(torch.cat(roles)))
+        parts = zip(output.logits.split(sizes), output.embeddings.split(sizes), strict=True)
+        return tuple(ModelOutput(logits, embeddings) for logits, embeddings in parts)
 
 
 class TrainingStep:
-    """Turns a batch into gradients.
-
-    Args:
-        network: The bare network, on the worker's device. Its frozen twin is attacked: no DDP wrapper, no parameter
-            gradients, no BatchNorm updates.
-        config: The run.
-        context: This worker.
-    """
+    """Turns a batch into gradients of the bare network, which is on the worker's device."""
 
     def __init__(self, network: ImageClassifier, config: RunConfig, context: WorkerContext) -> None:
         self.network, self.config, self.context = network, config, context
@@ -70,30 +74,22 @@ class TrainingStep:
         if config.speed.compile == "all":
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
         if context.world_size > 1:
-            # Buffers stay local between epochs and are averaged at their end (`fit`), which uses every worker's
+            # Buffers stay local between epochs and are averaged at their end, which uses every worker's
             # statistics where a broadcast would drop all but rank 0's, and costs nothing inside a step.
             ddp = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.14 and later
-            local_buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-            self.wrapped = ddp(
-                self.wrapped,
-                device_ids=[context.device.index] if context.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                # A single bucket is full, and sent, only when the backward pass has ended.
-                bucket_cap_mb=None if config.speed.overlap_reduction else _EVERYTHING_MIB,
-                **local_buffers,
-            )
+            options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+            options["device_ids"] = [context.device.index] if context.device.type == "cuda" else None
+            # A single bucket is full, and sent, only when the backward pass has ended.
+            options["bucket_cap_mb"] = None if config.speed.overlap_reduction else _EVERYTHING_MIB
+            self.wrapped = ddp(self.wrapped, gradient_as_bucket_view=True, **options)
         self.adversary = Adversary(seen, config, context)
         self._mined: Negatives | None = None  # hardest negatives of the last batch
-        loss = config.loss
-        default_clean_weight = 0.5 if config.method == "alp" else 0.0
-        self.clean_weight = default_clean_weight if loss.clean_weight is None else loss.clean_weight
+        loss, pairs_logits = config.loss, config.method == "alp"
+        self.clean_weight = 0.5 * pairs_logits if loss.clean_weight is None else loss.clean_weight
         # Terms that compare an image with its adversarial version, or use the clean image alone.
-        self.needs_clean = (
-            config.method == "alp"
-            or config.robust_term != "cross_entropy"
-            or bool(self.clean_weight or loss.embedding_match_weight)
-        )
+        own_term = pairs_logits or config.robust_term != "cross_entropy"
+        self.needs_clean = own_term or bool(self.clean_weight or loss.embedding_match_weight)
 
     def updates(self, batch: StepBatch, *seeds: int) -> Iterator[Tensor]:
         """`backward` for each update, which the caller makes, on a batch: once, or once per replay of free training."""
@@ -102,19 +98,18 @@ class TrainingStep:
             return
         batch = self._laid_out(batch)
         random = generator(self.context.device, *seeds)
-        images = batch.anchors.images
+        images, epsilon = batch.anchors.images, self.adversary.attack.epsilon
         perturbation = self.adversary.first_perturbation(images, random)
         for _ in range(self.config.attack.free_replays):
             adversarial = (images + perturbation).clamp(0, 1).requires_grad_()
             yield self._descend(batch, adversarial, random)
             assert adversarial.grad is not None
-            perturbation = self.adversary.next_perturbation(perturbation, adversarial.grad)
+            perturbation = (perturbation + epsilon * adversarial.grad.sign()).clamp(-epsilon, epsilon)
 
     def backward(self, batch: StepBatch, *seeds: int) -> Tensor:
         """Compute the gradients of the loss on this worker's share of a step, averaged over workers.
 
-        The seeds determine the random draws. Returns sums over this worker's images, in the order of `TOTALS`: float64,
-        on the device.
+        Returns sums over its images, in the order of `TOTALS`: float64, on the device.
         """
         batch = self._laid_out(batch)
         random = generator(self.context.device, *seeds)
@@ -149,16 +144,9 @@ class TrainingStep:
     def objective(
         self, batch: StepBatch, adversarial: Tensor | None, random: torch.Generator, mined: Negatives | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss on a batch.
+        """The loss on this worker's share of a step, a scalar with a graph, and the sums that `backward` returns.
 
-        Args:
-            batch: This worker's share of the step.
-            adversarial: Its adversarial images (N, C, H, W); ``None`` for natural training.
-            random: Source of noise and random negatives.
-            mined: The hardest negatives of these images, if they have been mined before.
-
-        Returns:
-            The loss, a scalar with a graph, and the sums that `backward` returns.
+        The adversarial images (N, C, H, W) are None for natural training, the negatives if not mined before.
         """
         clean = batch.anchors.images
         if adversarial is None:
@@ -183,7 +171,7 @@ class TrainingStep:
             sizes = shard_sizes(batch.global_size, self.context.world_size)
             pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))
             rows = rows + sum(sizes[: self.context.rank])
-        mined = self._mine(output.embeddings, labels, pool, pool_labels, random, mined)
+        mined = self._mine(random, mined, output.embeddings, labels, pool, pool_labels)
         same_class = None if mining.positives == "own" else pool[pick_positives(labels, pool_labels, rows)]
         return Roles(output, clean, pool[mined.indices], mined.valid, same_class)
 
@@ -204,7 +192,7 @@ class TrainingStep:
             pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))
             # The worker that uses the chosen images embeds them again, with a graph.
             pool_images = gather_rows(pool_images, sizes, self.context)
-        mined = self._mine(queries, anchors.labels, pool, pool_labels, random, mined)
+        mined = self._mine(random, mined, queries, anchors.labels, pool, pool_labels)
         noise_on_all = mining.clean_noise_on == "all"
         images = [adversarial, self._add_noise(pool_images[mined.indices], random, apply=noise_on_all)]
         needs_own = mining.positives != "same_class" or self.needs_clean
@@ -221,16 +209,9 @@ class TrainingStep:
         with autocast(self.config.training.precision, self.context.device):
             return self.wrapped(*images)
 
-    def _mine(
-        self,
-        anchors: Tensor,
-        labels: Tensor,
-        pool: Tensor,
-        pool_labels: Tensor,
-        random: torch.Generator,
-        mined: Negatives | None,
-    ) -> Negatives:
-        mining = self.config.mining
+    def _mine(self, random: torch.Generator, mined: Negatives | None, *embedded: Tensor) -> Negatives:
+        """Negatives for anchors and their labels, from a pool and its labels, unless they have been mined before."""
+        (anchors, labels, pool, pool_labels), mining = embedded, self.config.mining
         if self.config.method == "tla_rn":
             return mine_random(labels, pool_labels, random, any_class=mining.random_negatives == "any")
         keep = None
@@ -254,7 +235,6 @@ class TrainingStep:
         return noisy.clamp(0, 1)
 
     def _loss(self, roles: Roles, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """Compute the terms image by image, then weight and sum them."""
         loss, labels, output = self.config.loss, batch.anchors.labels, roles.attacked
         label_term, pairing = self._label_term(output, roles.clean, labels)
         none = torch.zeros_like(label_term)
@@ -282,7 +262,6 @@ class TrainingStep:
         return weight * total.sum(), totals
 
     def _positives(self, roles: Roles) -> Iterator[tuple[Tensor, float]]:
-        """Embeddings (N, D) and margin of each kind of positive in use."""
         loss = self.config.loss
         if self.config.mining.positives != "same_class" and roles.clean is not None:
             yield roles.clean.embeddings, loss.margin * loss.own_margin_scale

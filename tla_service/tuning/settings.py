@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from tla_service.config import RunConfig
 from tla_service.config.fields import Pixels, Section, setting
-from tla_service.config.loading import RunSettings, sweep_preset_names
+from tla_service.config.loading import RunSettings, preset_names
 from tla_service.errors import without_credentials
 
 Objective = Literal["robust_accuracy", "clean_accuracy"]
@@ -84,7 +84,7 @@ class TuneSettings(RunSettings):
     model_config = RunSettings.model_config
 
     sweep: SweepConfig = SweepConfig()
-    study: str | None = Field(None, description="start from this sweep: " + ", ".join(sweep_preset_names()))
+    study: str | None = Field(None, description="start from this sweep: " + ", ".join(preset_names("study")))
     resume: bool = Field(False, description="resume the sweep if it exists")
     then_train: int = Field(0, ge=0, description="train the winner at full length with this many seeds [>= 0]")
 

@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from tla_service.config import RunConfig
-from tla_service.config.bounds import known_shape
 from tla_service.config.explain import Explainer
+from tla_service.config.radii import known_shape
 from tla_service.errors import ConfigError
 from tla_service.tuning.axes import Axis, Constraint, axis_of, shown
 from tla_service.tuning.settings import Dimension, SweepConfig
@@ -123,7 +123,7 @@ class Space:
         except ValidationError as error:
             return str(Explainer(RunConfig, "").explain(error.errors(include_url=False)[0]))
         trouble = run.attack_trouble(known_shape(run.data.name, run.data.image_size))
-        return run if trouble is None else str(ConfigError(*trouble))
+        return run if trouble is None else str(trouble)
 
     def _check_sweep(self) -> None:
         sweep = self.sweep

@@ -20,13 +20,12 @@ from tla_service.cluster.session import place
 from tla_service.cluster.storage import RunFolder, check_storage, earlier_name
 from tla_service.cluster.train import Record, fetch_checkpoint, fit_on_ray
 from tla_service.config import RunConfig, TrackingConfig
-from tla_service.config.names import attack_trouble
+from tla_service.config.fields import attack_trouble
 from tla_service.data import Dataset, load_dataset
-from tla_service.errors import ConfigError, UnavailableError, without_credentials
+from tla_service.errors import UnavailableError, without_credentials
 from tla_service.evaluation.figures import attack_panel, training_curves
 from tla_service.inference.detector import Rejector
-from tla_service.job import INTERRUPTED, next_command
-from tla_service.logs import log_as_json
+from tla_service.job import INTERRUPTED, log_as_json, next_command
 from tla_service.models import build_model
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.registry.loading import load_model
@@ -37,10 +36,9 @@ from tla_service.tracking.run_log import RunLog
 from tla_service.tracking.runs import finish_run, log_files, open_run, run_page, start_system_metrics
 from tla_service.training.adversary import training_attack
 from tla_service.training.meter import NonFiniteLossError
-from tla_service.training.output import show_summary, summarize, write_config, write_summary
+from tla_service.training.output import FitResult, show_summary, summarize, write_config, write_summary
 from tla_service.training.precheck import check_room, check_weights, checkpoint_bytes, kept_need, split_and_check
 from tla_service.training.reporting import KEPT, LOG, JsonLines, JsonTerminal, Terminal
-from tla_service.training.result import FitResult
 
 PANEL_IMAGES = 4
 STATUSES: dict[Outcome, Literal["FINISHED", "FAILED", "KILLED"]] = {
@@ -62,7 +60,7 @@ def check_before_start(config: RunConfig) -> Facts:
     """Load what the run starts from; raise UserError if its parts are missing, or do not fit together."""
     trouble = config.tracking.trouble() or attack_trouble("evaluation.test", config.evaluation.test)
     if trouble is not None:
-        raise ConfigError(*trouble)
+        raise trouble
     dataset = load_dataset(config.data)
     check_split(config, dataset, config.scaling.num_workers if isinstance(config.scaling.num_workers, int) else 1)
     network = build_model(config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization)

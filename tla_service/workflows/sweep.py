@@ -16,8 +16,8 @@ from tla_service.config import RunConfig
 from tla_service.config.loading import load_config_file, to_yaml
 from tla_service.config.yaml_files import parse_yaml
 from tla_service.errors import ConfigError, UnavailableError, without_credentials
+from tla_service.files import locked_folder
 from tla_service.job import INTERRUPTED
-from tla_service.lock import locked_folder
 from tla_service.models import build_model
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.tracking.connection import check_tracking

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tla_service.environment import code_facts
 from tla_service.errors import UserError
+from tla_service.job import code_facts
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE
 from tla_service.results.local import Say, Track
 from tla_service.results.runs import REPORT, Measured, TableRun, read_row, run_config

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tla_service.cluster.session import ray_session, starting
 from tla_service.config import RunConfig
-from tla_service.lock import locked_folder
+from tla_service.files import locked_folder
 from tla_service.training.output import open_output
 
 

@@ -17,8 +17,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from tla_service.cluster.session import Placement
 from tla_service.data import check_root
-from tla_service.environment import environment
 from tla_service.errors import UserError
+from tla_service.job import environment
 
 _PACKAGES = ("ray", "torch", "torchvision", "mlflow", "numpy", "pyarrow", "tla-service")
 _SHARED_MEMORY = Path("/dev/shm")

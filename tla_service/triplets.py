@@ -1,23 +1,53 @@
-"""Mining of positives and negatives. Miners return indices; the loss consumes them."""
+"""The triplet objective (Mao et al. 2019, section 4): distance, mining, and the terms, one value per example."""
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tla_service.triplets.distance import cosine_similarity
+from tla_service.runtime import wide
 
+# Under square roots: an all-zero embedding then has a defined direction (zero), and gradients of zero instead of NaN.
+SMALLEST_SQUARE = 1e-20
 # Similarities of this many pairs are held at a time, so that a large pool needs no large matrix (64 MiB in float32).
 PAIRS_AT_A_TIME = 2**24
 
 
-class Negatives(NamedTuple):
-    """Mined negatives.
+def unit_length(embeddings: Tensor) -> Tensor:
+    """Scale each embedding (N, D) to length one; in float32 or wider."""
+    embeddings = wide(embeddings)
+    return embeddings * (embeddings.square().sum(1, keepdim=True) + SMALLEST_SQUARE).rsqrt()
 
-    Attributes:
-        indices: Row of the pool for each anchor (N,), int64; 0 where there is none.
-        valid: Whether the anchor has a negative (N,), bool; without one it contributes no triplet.
+
+def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """Cosines of all pairs: (N, D) and (M, D) to (N, M), in [-1, 1] up to rounding."""
+    return unit_length(first) @ unit_length(second).T
+
+
+def angular_distance(first: Tensor, second: Tensor) -> Tensor:
+    """D(u, v) = 1 - |cos(u, v)| (no arccos), row by row: (N, D) twice to (N,), in [0, 1] up to rounding."""
+    return 1 - (unit_length(first) * unit_length(second)).sum(1).abs()
+
+
+def triplet_hinge(anchors: Tensor, positives: Tensor, negatives: Tensor, margin: float) -> Tensor:
+    """[D(a, p) - D(a, n) + margin]+ (equation 1), row by row: (N, D) three times to (N,), in [0, 1 + margin]."""
+    return F.relu(angular_distance(anchors, positives) - angular_distance(anchors, negatives) + margin)
+
+
+def norm_penalty(embeddings: tuple[Tensor, ...], form: str) -> Tensor:
+    """Penalty on the length of anchors, positives and negatives, (N, D) each, to (N,), at least 0 (equation 1).
+
+    Form `l2_norms` is the sum of their L2 norms (the paper); `mean_squares` the sum of squared entries, averaged over
+    the D dimensions (the authors' code).
     """
+    if form == "mean_squares":
+        return torch.stack([wide(e).square().mean(1) for e in embeddings]).sum(0)
+    return torch.stack([(wide(e).square().sum(1) + SMALLEST_SQUARE).sqrt() for e in embeddings]).sum(0)
+
+
+class Negatives(NamedTuple):
+    """The pool's row (N,), int64, of each anchor's negative, and whether it has one (N,), bool; without, row 0."""
 
     indices: Tensor
     valid: Tensor
@@ -33,7 +63,7 @@ def mine_hardest(
     absolute: bool = True,
     keep: Tensor | None = None,
 ) -> Negatives:
-    """For each anchor, the closest embedding of another class in the pool (Mao et al. 2019, section 4).
+    """For each anchor, the closest embedding of another class in the pool.
 
     Same-class entries are excluded, not set to zero: a zero would beat a negative cosine. Ties go to the lowest index.
 
@@ -65,19 +95,12 @@ def mine_hardest(
 
 @torch.no_grad()
 def mine_random(
-    anchor_labels: Tensor,
-    pool_labels: Tensor,
-    generator: torch.Generator | None = None,
-    *,
-    any_class: bool = False,
+    anchor_labels: Tensor, pool_labels: Tensor, generator: torch.Generator | None = None, *, any_class: bool = False
 ) -> Negatives:
     """For each anchor, a uniformly drawn pool entry of another class (TLA-RN), or of any class (the authors' code).
 
-    Args:
-        anchor_labels: True classes (N,).
-        pool_labels: Classes of the pool (M,).
-        generator: Source of the draw, on the labels' device.
-        any_class: Draw from the whole pool; a "negative" may then be of the anchor's own class.
+    Classes are those of `mine_hardest`; the generator is on their device. With `any_class`, a "negative" may be of the
+    anchor's own class.
     """
     allowed = anchor_labels[:, None] != pool_labels[None, :]
     if any_class:
@@ -90,18 +113,10 @@ def mine_random(
 
 @torch.no_grad()
 def pick_positives(anchor_labels: Tensor, pool_labels: Tensor, own_rows: Tensor) -> Tensor:
-    """For each anchor, the next pool entry of its class after its own row, cyclically.
+    """For each anchor, the pool's row (N,), int64, of the next entry of its class after its own, cyclically.
 
     The pool is in random order, so this is a random other image of the class, however the pool is distributed over
-    workers. An anchor whose class has no other entry gets its own row.
-
-    Args:
-        anchor_labels: True classes (N,).
-        pool_labels: Classes of the pool (M,), which contains the anchors' own clean images.
-        own_rows: Row of each anchor's own clean image in the pool (N,).
-
-    Returns:
-        Rows of the pool (N,), int64.
+    workers. An anchor whose class has no other entry gets its own row: `own_rows` (N,), of its clean image.
     """
     size = len(pool_labels)
     steps = torch.arange(size, device=pool_labels.device)[None, :] - own_rows[:, None] - 1
