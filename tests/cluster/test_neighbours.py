@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ class Head:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-        ports = f"--port {free_port()} --ray-client-server-port {free_port()}"
+        ports = f"--port {free_port()} --ray-client-server-port {free_port()} --dashboard-port {_dashboard_port()}"
         command = f"start --head --block --num-cpus 0 --disable-usage-stats --temp-dir {self.folder} {ports}"
         self._log = (self.folder / "printed").open("w")
         self.process = subprocess.Popen(
@@ -70,6 +71,12 @@ def start_head() -> Iterator[Callable[[], Head]]:
     for head in heads:
         head.end()
         shutil.rmtree(head.folder, ignore_errors=True)
+
+
+def _dashboard_port() -> int:
+    """Ray's default, which every cluster announces; another one where somebody else has it."""
+    with socket.socket() as probe:
+        return free_port() if probe.connect_ex(("127.0.0.1", 8265)) == 0 else 8265
 
 
 ASK = """
