@@ -53,7 +53,7 @@ def fit_on_ray(
     measure_test: bool = True,
     with_rejector: bool = False,
 ) -> tuple[FitResult, Checkpoint]:
-    """Run `fit` on Ray Train workers, with restarts; a run of the same name and storage resumes.
+    """Train on Ray Train workers, with restarts; a run of the same name and storage resumes.
 
     The first interrupt (Ctrl-C or SIGTERM) makes the workers save a checkpoint and stop; the second stops at once.
     `storage` (a folder or s3:// prefix) keeps the checkpoints; `follow` is called in this thread with each record, and
@@ -150,10 +150,8 @@ def _follow(future: "Future[Result]", mailbox: Any, follow: Callable[[Record], N
             if done:
                 return future.result()
             if not started and wait_seconds and time.monotonic() - began > wait_seconds:
-                reason, remedy = (
-                    "the cluster has not placed the workers in this time",
-                    "ask for fewer workers, or wait longer",
-                )
+                reason = "the cluster has not placed the workers in this time"
+                remedy = "ask for fewer workers, or wait longer"
                 raise UnavailableError("scaling.wait_seconds", wait_seconds, reason, remedy)
             time.sleep(FETCH_SECONDS)
 
