@@ -48,17 +48,10 @@ class Figures:
         return path
 
     def accuracy(self) -> None:
-        """Accuracy by class under each attack, and by class under the strongest."""
+        """Accuracy by class under each attack."""
         table = accuracies(self._found, self._plan, len(self._names))
         caption = "Accuracy by class and attack in percent, the weakest class on top."
         mf.class_heat_map(table, self._names, self._add("classes", "accuracy", "By class", caption))
-        name = "autoattack" if "autoattack" in table else "worst"
-        caption = (
-            "Whiskers are 95% Wilson intervals; the line is the whole test set. A class far below it is where an "
-            "attacker will begin."
-        )
-        path = self._add("weakest_classes", "accuracy", f"By class under {name}", caption)
-        mf.class_bars(table[name], self._names, path)
 
     def curves(self) -> None:
         """Accuracy along radius, steps and restarts."""
