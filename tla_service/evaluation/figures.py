@@ -55,6 +55,8 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     accuracies.set_title("Accuracy on held-out images", fontsize=11)
     accuracies.yaxis.set_major_formatter(percent())
     _mark_best(accuracies, history)
+    room = 0.5 + 0.02 * len(history)
+    losses.set_xlim(history[0]["epoch"] - room, history[-1]["epoch"] + room)
     for axes in (losses, accuracies):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
