@@ -124,7 +124,10 @@ class Figures:
         if pair is None:
             source, target = divmod(int(confusion.argmax()), len(self._names))
             pair = (_CIFAR_TRUCK, _CIFAR_BIRD) if is_cifar else (source, target)
-        _check_classes(klass, pair, len(self._names))
+        for field, values, shown in (("tsne_class", (klass,), klass), ("tsne_pair", pair, pair)):
+            if not all(0 <= value < len(self._names) for value in values):
+                reason = f"there are classes 0 to {len(self._names) - 1}"
+                raise ConfigError(f"pictures.{field}", shown, reason, "choose among them")
         chosen = select_class(natural, attacked, klass)
         if sum(map(len, chosen)) >= _FEWEST_POINTS:
             caption = (
@@ -166,10 +169,3 @@ class Figures:
         path = self._add("attack", "accuracy", "Attacked images", caption)
         predictions = clean.predictions.tolist(), attacked.embedded.predictions.tolist()
         attack_panel(pixels, attacked.pixels, clean.labels.tolist(), *predictions, self._names, path)
-
-
-def _check_classes(klass: int, pair: tuple[int, int], num_classes: int) -> None:
-    for field, values in (("pictures.tsne_class", (klass,)), ("pictures.tsne_pair", pair)):
-        if not all(0 <= value < num_classes for value in values):
-            shown = values[0] if len(values) == 1 else values
-            raise ConfigError(field, shown, f"there are classes 0 to {num_classes - 1}", "choose among them")
