@@ -115,6 +115,7 @@ class StoredCheckpoint(Checkpoint):
     def to_directory(self, path: str | os.PathLike[str] | None = None) -> str:
         """As Ray's; raises UnavailableError if the storage cannot be read, FileNotFoundError if it has none of it."""
         fetch = super().to_directory
+        assert self.filesystem is not None
         try:
             address = f"{self.filesystem.type_name}://{self.path}"
             return patiently("Reading", address, lambda: str(fetch(path)))
