@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.test_tune import SPACE
-from tests.tuning.conftest import space_of
+from tests.tuning.conftest import run_config, space_of
 from tla_service.cluster import attempts as budget_module
 from tla_service.cluster.attempts import Budget, Plan
 from tla_service.cluster.session import Placement
@@ -71,9 +71,9 @@ def test_wall_time_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     now = [1000.0]
     monkeypatch.setattr(budget_module.time, "monotonic", lambda: now[0])
     budget = Budget(plan_of(space_of(SPACE, max_hours=1), tmp_path))
-    now[0] += 3000
-    assert budget.seconds_left == 600
-    now[0] += 601
+    now[0] += 3599
+    assert not budget.stop_all()
+    now[0] += 2
     assert budget.stop_all()
     assert budget.used_up == "sweep.max_hours=1 are over"
 
@@ -81,9 +81,10 @@ def test_wall_time_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_workers_that_are_never_placed_end_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(budget_module.time, "monotonic", lambda: now[0])
-    placed, waiting = (Budget(plan_of(space_of(SPACE), tmp_path, wait_seconds=60)) for _ in range(2))
+    space = space_of(SPACE, run=run_config(scaling={"wait_seconds": 60}), max_concurrent=1)
+    placed, waiting = (Budget(plan_of(space, tmp_path)) for _ in range(2))
     trial = tune_trial(0, Progress().report())
     placed.on_trial_result(0, [], trial, trial.last_result)
     now[0] += 61
     assert (placed.stop_all(), waiting.stop_all()) == (False, True)
-    assert str(waiting.error).startswith("scaling.wait_seconds=60: the cluster has not placed any trial's workers")
+    assert str(waiting.error).startswith("scaling.wait_seconds=60.0: the cluster has not placed any trial's workers")

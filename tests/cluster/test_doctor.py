@@ -14,6 +14,7 @@ from tla_service.cluster.doctor import node
 from tla_service.cluster.doctor.examine import GIB, Finding, Node, table, verdict
 from tla_service.cluster.doctor.settings import CheckupSettings
 from tla_service.config import ScalingConfig, TrackingConfig
+from tla_service.errors import UnavailableError
 
 HERE = Node("id", "10.0.0.1", gpus=2)
 SETTINGS = CheckupSettings(_cli_parse_args=[])  # type: ignore[call-arg]
@@ -71,7 +72,7 @@ def test_storage_is_tried_by_writing_and_reading(tmp_path: Path, monkeypatch: py
 
 def test_storage_that_refuses_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(UnavailableError, match=r"file/runs/: cannot be read or written"):
         node.use_storage(str(tmp_path / "file" / "runs"), 10)
 
 

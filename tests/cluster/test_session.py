@@ -1,6 +1,7 @@
 """How many workers a cluster gives a run, and what is checked before one is started or asked."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,37 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from tla_service.cluster.session import Placement, check_room, max_concurrent, place, ray_session, workers_per_trial
+from tla_service.cluster.tasks import Workers
 from tla_service.config import RunConfig, ScalingConfig
 from tla_service.errors import ConfigError, UnavailableError
 
+GPU_NODE = {"CPU": 16.0, "GPU": 4.0}
 
-def test_a_pool_that_the_clusters_gpus_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes nodes of these resources the cluster."""
+
+    def be(*nodes: dict[str, float]) -> None:
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+
+    return be
+
+
+def test_a_pool_that_the_clusters_gpus_cannot_share_is_refused(cluster: Callable[..., None]) -> None:
     """Of `auto` workers nobody knows the number before the cluster tells."""
     mining = {"pool": "separate", "scope": "global", "pool_size": 500}
     run = RunConfig.model_validate({"mining": mining})
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 3.0, "CPU": 16.0})
+    cluster({"GPU": 3.0, "CPU": 16.0})
     with pytest.raises(ConfigError, match=r"mining\.pool_size=500: not divisible by 3 workers.*; use 498 or 501"):
         place(run)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 4.0, "CPU": 16.0})
+    cluster(GPU_NODE)
     assert place(run).num_workers == 4
 
 
-def test_cuda_graphs_need_a_gpu_on_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs_need_a_gpu_on_the_cluster(cluster: Callable[..., None]) -> None:
     run = RunConfig.model_validate({"speed": {"cuda_graphs": True}, "scaling": {"num_workers": 1}})
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0})
+    cluster({"CPU": 16.0})
     with pytest.raises(ConfigError, match=r"speed\.cuda_graphs=True: CUDA graphs need a GPU"):
         place(run)
 
@@ -113,9 +127,7 @@ def test_a_length_that_ray_refuses_is_refused_here_and_no_other(
     assert verdicts == {True, False}
 
 
-# ------------------------------------------------------------------------------------------------ trials
-
-GPU_NODE = {"CPU": 16.0, "GPU": 4.0}
+# ------------------------------------------------------------------------------------------------ room
 
 
 @pytest.mark.parametrize(
@@ -133,17 +145,47 @@ GPU_NODE = {"CPU": 16.0, "GPU": 4.0}
         ([{"CPU": 8.0, "GPU": 3.0}] * 2, Placement(2, True, 1, 2), 1),
     ],
 )
-def test_room_for_trials(nodes: list[dict[str, float]], placement: Placement, slots: int) -> None:
-    assert check_room(nodes, placement) == slots
+def test_room_for_trials(
+    cluster: Callable[..., None], nodes: list[dict[str, float]], placement: Placement, slots: int
+) -> None:
+    cluster(*nodes)
+    assert check_room(placement) == slots
 
 
-def test_what_can_never_be_placed_is_refused_with_the_arithmetic() -> None:
+def test_workers_that_cannot_be_placed_are_refused_with_the_arithmetic(cluster: Callable[..., None]) -> None:
+    cluster({"CPU": 16.0, "GPU": 3.0}, {"CPU": 16.0, "GPU": 5.0})
     message = (
-        "scaling.num_workers=4: a trial can never be placed: a worker needs 1 CPU and 2 GPU on one node, .*"
-        "16 CPU and 3 GPU -> 1; 16 CPU and 5 GPU -> 2; together 3 of 4"
+        "scaling.num_workers=4: cannot be placed: a worker needs 1 CPU and 2 GPU on one node, .*"
+        "16 CPU and 3 GPU -> 1; 16 CPU and 5 GPU -> 2; together 3 of 4; .* set scaling.wait_seconds"
     )
+    run = RunConfig.model_validate({"scaling": {"num_workers": 4, "gpus_per_worker": 2}})
     with pytest.raises(UnavailableError, match=message):
-        check_room([{"CPU": 16.0, "GPU": 3.0}, {"CPU": 16.0, "GPU": 5.0}], Placement(4, True, 1, 2))
+        place(run)
+    assert place(RunConfig.model_validate({"scaling": run.scaling.model_dump() | {"wait_seconds": 9}})).num_workers == 4
+
+
+def test_a_worker_that_fits_on_no_node_is_refused_though_the_cluster_has_as_much(cluster: Callable[..., None]) -> None:
+    cluster({"CPU": 2.0}, {"CPU": 2.0})
+    run = RunConfig.model_validate({"scaling": {"num_workers": 1, "cpus_per_worker": 3}})
+    with pytest.raises(UnavailableError, match=r"scaling\.num_workers=1: cannot be placed: .*2 CPU -> 0; 2 CPU -> 0"):
+        place(run)
+    with pytest.raises(UnavailableError, match=r"^scaling: no worker can be placed: a worker needs 3 CPU .*; ask for"):
+        Workers(run.scaling)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "said"),
+    [
+        ({}, "8 workers, 1 GPU each"),
+        ({"num_workers": 3}, "3 workers, 1 GPU each"),
+        ({"use_gpu": False, "cpus_per_worker": 16}, "2 workers, 16 CPU cores each"),
+    ],
+)
+def test_an_evaluation_has_as_many_workers_as_fit(
+    cluster: Callable[..., None], scaling: dict[str, Any], said: str
+) -> None:
+    cluster(GPU_NODE, GPU_NODE)
+    assert str(Workers(ScalingConfig(**scaling))) == said
 
 
 def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +201,7 @@ def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> No
     [(0, {}, 2), (4, {}, 1), (4, {"use_gpu": False}, 2), (0, {"use_gpu": True}, 1), (4, {"num_workers": 3}, 3)],
 )
 def test_a_trial_has_few_workers(
-    monkeypatch: pytest.MonkeyPatch, gpus: int, scaling: dict[str, Any], workers: int
+    cluster: Callable[..., None], gpus: int, scaling: dict[str, Any], workers: int
 ) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": float(gpus)})
+    cluster({"CPU": 16.0, "GPU": float(gpus)})
     assert workers_per_trial(ScalingConfig(**scaling)) == workers

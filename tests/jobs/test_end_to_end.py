@@ -140,7 +140,7 @@ def test_more_workers_than_the_cluster_has_are_refused_with_the_arithmetic(start
     job = start("--scaling.num_workers", "3", "--scaling.use_gpu", "true")
     printed = job.wait(SECONDS)
     assert job.process.returncode == 3
-    assert "scaling.num_workers=3: needs 3 x 1 = 3 GPUs, the cluster has 0" in printed
+    assert "scaling.num_workers=3: cannot be placed: a worker needs 1 CPU and 1 GPU on one node" in printed
     assert "Traceback" not in printed
 
 

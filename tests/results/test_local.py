@@ -15,7 +15,7 @@ from tests.results.conftest import settings_of
 from tests.test_core_alone import WITHOUT
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import locked_folder
-from tla_service.results.local import _Local, in_order, open_state, reproduce_here
+from tla_service.results.local import _Local, _StoppedError, in_order, open_state, reproduce_here
 from tla_service.results.runs import TableRun, table_runs, table_space
 
 ROOT = Path(__file__).parents[2]
@@ -67,14 +67,16 @@ def test_processes_end_well_fail_with_their_last_line_or_are_stopped(tmp_path: P
     (tmp_path / run.name).mkdir()
     said: list[str] = []
     local = _Local(settings, table_space(settings, runs), tmp_path, said.append, 1)
-    assert local._run(run, "training", ["timeit", "-n", "1", "pass"])
+    local._run(run, "training", ["timeit", "-n", "1", "pass"])
     with pytest.raises(UnavailableError, match=r"^run=at-s0: training failed with exit code 1 \(.*No module named"):
         local._run(run, "training", ["tla_service.nothing"])
     threading.Timer(1.0, local._stop).start()
     began = time.monotonic()
-    assert not local._run(run, "training", ["timeit", "-n", "1", "import time; time.sleep(60)"])
+    with pytest.raises(_StoppedError):
+        local._run(run, "training", ["timeit", "-n", "1", "import time; time.sleep(60)"])
     assert time.monotonic() - began < 50
-    assert not local._run(run, "training", ["timeit", "-n", "1", "pass"])  # nothing starts after the stop
+    with pytest.raises(_StoppedError):  # nothing starts after the stop
+        local._run(run, "training", ["timeit", "-n", "1", "pass"])
     assert said == [
         f"at-s0: {text}" for text in ("training", "training done", "training", "training failed", "training")
     ]

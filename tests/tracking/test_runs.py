@@ -127,12 +127,12 @@ def test_opening_one_key_at_once_gives_one_run(
     assert len(set(ids)) == 1
 
 
-def test_files_are_stored_under_the_names_asked_for(server: TrackingServer, tmp_path: Path) -> None:
+def test_files_are_stored_in_the_folders_asked_for(server: TrackingServer, tmp_path: Path) -> None:
     run_id = open_run(config_for(server.uri), "files", facts={})
     source = tmp_path / "local-name.txt"
     source.write_text("content")
-    log_files(server.uri, run_id, {"plots/curves.txt": source, "local-name.txt": source})
-    assert text_of(server.uri, run_id, "plots/curves.txt") == "content"
+    log_files(server.uri, run_id, {"plots/local-name.txt": source, "local-name.txt": source})
+    assert text_of(server.uri, run_id, "plots/local-name.txt") == "content"
     assert text_of(server.uri, run_id, "local-name.txt") == "content"
 
 

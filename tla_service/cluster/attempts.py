@@ -157,7 +157,6 @@ class Plan:
     placement: Placement  # workers of a trial
     weights: Mapping[str, Tensor] | None  # state dict that trials start from
     max_concurrent: int
-    wait_seconds: float = 0.0  # for the first trial's workers; 0: forever
     repeat_failed: bool = False  # run failed trials again
 
 
@@ -181,12 +180,6 @@ class Budget(Stopper, DriverCallback):
         return self._seconds_before + time.monotonic() - self._began
 
     @property
-    def seconds_left(self) -> float | None:
-        """What is left of `sweep.max_hours`; None: there is no such limit."""
-        hours = self._plan.space.sweep.max_hours
-        return None if hours is None else max(0.0, 3600 * hours - self.wall_seconds)
-
-    @property
     def gpu_hours(self) -> float:
         """GPU hours over all attempts; worker hours if there are no GPUs."""
         now, placement = time.monotonic(), self._plan.placement
@@ -198,7 +191,7 @@ class Budget(Stopper, DriverCallback):
     def used_up(self) -> str:
         """Which part of the budget is used up, or why the sweep gave up."""
         sweep = self._plan.space.sweep
-        if self.seconds_left == 0:
+        if sweep.max_hours is not None and self.wall_seconds >= 3600 * sweep.max_hours:
             return f"sweep.max_hours={sweep.max_hours:g} are over"
         if sweep.max_gpu_hours is not None and self.gpu_hours >= sweep.max_gpu_hours:
             return f"sweep.max_gpu_hours={sweep.max_gpu_hours:g} are used"
@@ -218,7 +211,7 @@ class Budget(Stopper, DriverCallback):
 
     def stop_all(self) -> bool:
         """Whether to end all trials now; they keep their checkpoints."""
-        wait = self._plan.wait_seconds
+        wait = self._plan.space.run.scaling.wait_seconds  # 0: forever
         if wait and not self._has_begun and time.monotonic() - self._began > wait:
             reason = "the cluster has not placed any trial's workers in this time"
             self.fail(UnavailableError("scaling.wait_seconds", wait, reason, "ask for fewer workers, or wait longer"))

@@ -9,7 +9,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -210,29 +210,26 @@ def _check_address(address: str) -> None:
         raise UnavailableError("scaling.address", address, reason, "start one with: ray start --head") from error
 
 
+def uses_gpu(scaling: ScalingConfig) -> bool:
+    """Whether workers get GPUs: for `auto`, if the cluster has any."""
+    return any(node.get("GPU") for node in _nodes()) if scaling.use_gpu == "auto" else scaling.use_gpu
+
+
 def place(config: RunConfig) -> Placement:
     """Decide the number of workers; check that a step divides among them, and that the cluster has room or may grow."""
-    scaling = config.scaling
-    total: dict[str, float] = ray.cluster_resources()
-    gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 0.0)
-    use_gpu = gpus > 0 if scaling.use_gpu == "auto" else scaling.use_gpu
+    scaling, use_gpu = config.scaling, uses_gpu(config.scaling)
     if isinstance(scaling.num_workers, int):
         workers = scaling.num_workers
     else:
+        gpus = sum(node.get("GPU", 0.0) for node in _nodes())
+        most = max(1, int(gpus / scaling.gpus_per_worker)) if use_gpu else 2
         # BatchNorm and mining need two images per worker.
-        most = config.training.global_batch_size // 2
-        workers = min(most, max(1, int(gpus / scaling.gpus_per_worker))) if use_gpu else min(most, 2)
+        workers = min(most, config.training.global_batch_size // 2)
     placement = Placement(workers, use_gpu, scaling.cpus_per_worker, scaling.gpus_per_worker)
     config.check_workers(workers)
     config.check_device(has_gpu=use_gpu)
     if scaling.wait_seconds == 0:
-        needed = {name: workers * share for name, share in placement.resources_per_worker.items()}
-        for name, available in (("GPU", gpus), ("CPU", cpus)):
-            if needed.get(name, 0.0) > available:
-                share = placement.resources_per_worker[name]
-                reason = f"needs {workers} x {share:g} = {needed[name]:g} {name}s, the cluster has {available:g}"
-                remedy = "use fewer workers, or set scaling.wait_seconds if the cluster scales up"
-                raise UnavailableError("scaling.num_workers", workers, reason, remedy)
+        check_room(placement)
     return placement
 
 
@@ -240,8 +237,7 @@ def workers_per_trial(scaling: ScalingConfig) -> int:
     """Workers per trial; for `auto` few, so that more trials run in parallel: one on a GPU, else two."""
     if scaling.num_workers != "auto":
         return scaling.num_workers
-    gpus = ray.cluster_resources().get("GPU", 0.0) > 0
-    return 1 if (gpus if scaling.use_gpu == "auto" else scaling.use_gpu) else 2
+    return 1 if uses_gpu(scaling) else 2
 
 
 def max_concurrent(scaling: ScalingConfig, most: int | None, placement: Placement) -> int:
@@ -249,25 +245,35 @@ def max_concurrent(scaling: ScalingConfig, most: int | None, placement: Placemen
     if scaling.wait_seconds > 0:  # the cluster grows, so its present size says nothing
         assert most is not None
         return most
-    fit = check_room([node["Resources"] for node in ray.nodes() if node["Alive"]], placement) + 1
+    fit = check_room(placement) + 1
     return fit if most is None else min(most, fit)
 
 
-def check_room(nodes: Sequence[Mapping[str, float]], placement: Placement) -> int:
-    """How many trials fit on nodes with these resources; raises UnavailableError with the arithmetic if none does."""
+def check_room(placement: Placement) -> int:
+    """How many such groups of workers fit on the cluster; raises UnavailableError with the arithmetic if none does."""
+    fit, arithmetic = room(placement)
+    if fit < placement.num_workers:
+        reason = f"cannot be placed: {arithmetic}; together {fit} of {placement.num_workers}"
+        remedy = "use fewer workers or smaller shares, or set scaling.wait_seconds if the cluster scales up"
+        raise UnavailableError("scaling.num_workers", placement.num_workers, reason, remedy)
+    return fit // placement.num_workers
+
+
+def room(placement: Placement) -> tuple[int, str]:
+    """How many such workers fit on the cluster, and the arithmetic in words."""
+    names, nodes = placement.resources_per_worker, _nodes()
     fits = [_workers_on(node, placement) for node in nodes]
-    slots = sum(fits) // placement.num_workers
-    if slots > 0:
-        return slots
-    needs = " and ".join(f"{share:g} {name}" for name, share in placement.resources_per_worker.items())
+    needs = " and ".join(f"{share:g} {name}" for name, share in names.items())
     have = "; ".join(
-        f"{' and '.join(f'{node.get(name, 0.0):g} {name}' for name in placement.resources_per_worker)} -> {fit}"
+        f"{' and '.join(f'{node.get(name, 0.0):g} {name}' for name in names)} -> {fit}"
         for node, fit in zip(nodes, fits, strict=True)
     )
-    reason = f"a trial can never be placed: a worker needs {needs} on one node, and the nodes have room for this many"
-    reason += f": {have}; together {sum(fits)} of {placement.num_workers}"
-    remedy = "use fewer workers or smaller shares, or set scaling.wait_seconds if the cluster scales up"
-    raise UnavailableError("scaling.num_workers", placement.num_workers, reason, remedy)
+    return sum(fits), f"a worker needs {needs} on one node, and the nodes have room for this many: {have}"
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    """The resources of each node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _workers_on(node: Mapping[str, float], placement: Placement) -> int:

@@ -115,8 +115,10 @@ class StoredCheckpoint(Checkpoint):
     def to_directory(self, path: str | os.PathLike[str] | None = None) -> str:
         """As Ray's; raises UnavailableError if the storage cannot be read, FileNotFoundError if it has none of it."""
         fetch = super().to_directory
+        assert self.filesystem is not None
         try:
-            return patiently("Reading", _address(self.filesystem, self.path), lambda: str(fetch(path)))
+            address = f"{self.filesystem.type_name}://{self.path}"
+            return patiently("Reading", address, lambda: str(fetch(path)))
         except UnavailableError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise error.__cause__ from None
@@ -133,7 +135,7 @@ class RunFolder(Folder):
 
     def checkpoints(self) -> list[StoredCheckpoint]:
         """All checkpoints, newest first, complete or not."""
-        names = patiently("Listing", _address(self.filesystem, self.path), self.folders)
+        names = patiently("Listing", self.uri, self.folders)
         return [self.checkpoint(name) for name in reversed(names) if name.startswith("step-")]
 
     def checkpoint(self, name: str) -> StoredCheckpoint:
@@ -154,7 +156,7 @@ class RunFolder(Folder):
                 copy_files(str(checkpoint), target, destination_filesystem=self.filesystem, **options)
             self.write(_LATEST, json.dumps({"checkpoint": name}).encode())
 
-        patiently("Writing", _address(self.filesystem, target), write)
+        patiently("Writing", f"{self.uri}/{name}", write)
 
     def keep(self, kept: Collection[str]) -> None:
         """Delete all other checkpoints; those that cannot be deleted now are deleted with the next."""
@@ -198,10 +200,6 @@ def patiently(what: str, address: str, action: Callable[[], T]) -> T:
         else:
             remedy = "check the rights to it, and credentials and AWS_ENDPOINT_URL_S3 for S3"
         raise UnavailableError("scaling.storage", address, reason, remedy) from error
-
-
-def _address(files: FileSystem, path: str) -> str:
-    return path if isinstance(files, LocalFileSystem) else f"{files.type_name}://{path}"
 
 
 def _may_pass(error: Exception) -> bool:

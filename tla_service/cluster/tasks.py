@@ -11,6 +11,7 @@ import torch
 from ray.exceptions import RayTaskError, WorkerCrashedError
 from torch import Tensor, nn
 
+from tla_service.cluster.session import Placement, room, uses_gpu
 from tla_service.config import ScalingConfig
 from tla_service.errors import UnavailableError
 from tla_service.evaluation.shards import Arrays, IntArray, Measurement, Shard
@@ -33,17 +34,14 @@ class Workers:
 
     def __init__(self, scaling: ScalingConfig, deadline: float = math.inf) -> None:
         self._deadline = deadline  # by the monotonic clock
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        use_gpu = any(node.get("GPU", 0) for node in nodes) if scaling.use_gpu == "auto" else scaling.use_gpu
-        share = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if use_gpu else {})
-        room = sum(int(min(node.get(name, 0.0) / need for name, need in share.items())) for node in nodes)
-        if room == 0:
-            needs = " and ".join(f"{need:g} {name}s" for name, need in share.items())
-            have = ", ".join(f"{max((node.get(name, 0.0) for node in nodes), default=0):g} {name}s" for name in share)
-            reason = f"a worker needs {needs}; the largest node has {have}"
-            raise UnavailableError("scaling", None, reason, "ask for less, or join a larger cluster")
-        self._count = min(scaling.num_workers, room) if isinstance(scaling.num_workers, int) else room
-        self._cpus, self._gpus, self._retries = share["CPU"], share.get("GPU", 0.0), scaling.max_failures
+        placement = Placement(1, uses_gpu(scaling), scaling.cpus_per_worker, scaling.gpus_per_worker)
+        fit, arithmetic = room(placement)
+        if fit == 0:
+            remedy = "ask for less, or join a larger cluster"
+            raise UnavailableError("scaling", None, f"no worker can be placed: {arithmetic}", remedy)
+        self._count = fit if scaling.num_workers == "auto" else min(scaling.num_workers, fit)
+        self._cpus, self._gpus = scaling.cpus_per_worker, placement.resources_per_worker.get("GPU", 0.0)
+        self._retries = scaling.max_failures
 
     def check_time(self) -> None:
         """Raise TimeIsUpError once it is."""

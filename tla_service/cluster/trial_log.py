@@ -148,8 +148,7 @@ class TrialLog(TrialLines):
     def _track_epochs(self, number: int, history: list[Mapping[str, float]]) -> None:
         if number in self._runs:
             for metrics in history:
-                values = {name: value for name, value in metrics.items() if name != "epoch"}
-                self._runs[number][1].log(values, int(metrics["epoch"]))
+                self._runs[number][1].log_epoch(metrics)
 
     def _close(self, trial: Trial) -> None:
         if trial.number not in self._runs:

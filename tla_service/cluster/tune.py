@@ -67,7 +67,6 @@ def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = 
             scheduler=scheduler(space, ended),
             num_samples=1 if grid else num_left,
             max_concurrent_trials=plan.max_concurrent,
-            time_budget_s=budget.seconds_left,
             trial_name_creator=name_of,
             trial_dirname_creator=name_of,
         ),

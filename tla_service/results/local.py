@@ -107,6 +107,10 @@ def in_order(runs: Sequence[TableRun]) -> Iterator[tuple[str, TableRun]]:
             yield "measure", each
 
 
+class _StoppedError(Exception):
+    """A process was stopped before its end."""
+
+
 class _Local:
     """Runs of a table as processes that share the cores, or the GPU, of this machine."""
 
@@ -114,11 +118,11 @@ class _Local:
         self._settings, self._space, self._state, self._say, self._count = settings, space, state, say, count
         self._lock, self._stopped = threading.Lock(), False
         self._processes: set[subprocess.Popen[bytes]] = set()
-        self._trained: dict[str, Future[bool]] = {}
+        self._trained: dict[str, Future[None]] = {}
 
     def make(self, runs: Sequence[TableRun]) -> bool:
         """Train and measure; False if the time was up first. If a run failed, raises once the others have finished."""
-        limit, futures = self._settings.minutes, list[Future[bool]]()
+        limit, futures = self._settings.minutes, list[Future[None]]()
         with ThreadPoolExecutor(self._count) as threads:
             try:
                 for stage, run in in_order(runs):
@@ -130,41 +134,36 @@ class _Local:
                 wait(futures, None if limit is None else 60 * limit)
             finally:
                 self._stop()
-        results = [future.exception() or future.result() for future in futures]
-        if False in results:
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if any(isinstance(error, _StoppedError) for error in errors):
             return False
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        for error in errors:
+            raise error
         return True
 
-    def _train(self, run: TableRun) -> bool:
+    def _train(self, run: TableRun) -> None:
         folder = self._state / run.name
         if not is_trained(folder):
             folder.mkdir(exist_ok=True)
             write_whole(folder / "run.yaml", to_yaml(run_config(self._space, run)))
             command = ["tla_service.training", "--config", str(folder / "run.yaml"), "--output", str(folder)]
-            if not self._run(run, "training", command):
-                return False
+            self._run(run, "training", command)
         slim(folder)
-        return True
 
-    def _measure(self, run: TableRun) -> bool:
-        needed = [self._trained[name] for name in (run.name, run.surrogate) if name in self._trained]
-        if not all(future.result() for future in needed):
-            return False
+    def _measure(self, run: TableRun) -> None:
+        for name in (run.name, run.surrogate):
+            if name in self._trained:
+                self._trained[name].result()
         path = write_report_settings(self._settings, run, self._state)
-        if not self._run(run, "evaluation", ["tla_service.report", "--config", str(path)]):
-            return False
+        self._run(run, "evaluation", ["tla_service.report", "--config", str(path)])
         slim(path.parent)
-        return True
 
-    def _run(self, run: TableRun, what: str, command: Sequence[str]) -> bool:
-        """Run a Python module to its end; False if it was stopped before."""
+    def _run(self, run: TableRun, what: str, command: Sequence[str]) -> None:
+        """Run a Python module to its end; raises _StoppedError if it was stopped before."""
         threads, printed = max(1, (os.cpu_count() or 1) // self._count), self._state / run.name / PRINTED
         with self._lock, printed.open("ab") as file:
             if self._stopped:
-                return False
+                raise _StoppedError
             self._say(f"{run.name}: {what}")
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
             process = subprocess.Popen(
@@ -172,14 +171,14 @@ class _Local:
             )
             self._processes.add(process)
         code = process.wait()
-        if code == 0:
-            self._say(f"{run.name}: {what} done")
-        elif code != INTERRUPTED and not self._stopped:
+        if code == INTERRUPTED or (code and self._stopped):
+            raise _StoppedError
+        if code:
             last = (printed.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
             self._say(f"{run.name}: {what} failed")
             reason = f"{what} failed with exit code {code} ({last})"
             raise UnavailableError("run", run.name, reason, f"read {printed}, then give the same command again")
-        return code == 0
+        self._say(f"{run.name}: {what} done")
 
     def _stop(self) -> None:
         """Ask what still runs to save and end."""

@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from tla_service.config import RunConfig
+from tla_service.evaluation.figures import new_figure, plain, save
 from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.results.runs import AUTOATTACK, Estimate, Row, read_row, share_of_budget, table_runs
 from tla_service.results.settings import ReproduceSettings
@@ -164,7 +163,7 @@ def _missing(settings: ReproduceSettings, finished: Sequence[Row]) -> list[str]:
 
 def _method_bars(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     """Means over seeds with every seed as a dot, a group of bars for each measure."""
-    width, drawn = 0.8 / len(rows), Figure(figsize=(8, 3.4), layout="constrained")
+    width, drawn = 0.8 / len(rows), new_figure(8, 3.4)
     axes = drawn.subplots()
     for place, row in enumerate(rows):
         left = [group - 0.4 + (place + 0.5) * width for group in range(len(names))]
@@ -176,7 +175,6 @@ def _method_bars(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(0, 100)
     axes.set_ylabel("accuracy, %")
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes, "y")
     axes.legend(ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, dpi=130)
+    save(drawn, path)

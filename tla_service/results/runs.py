@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.explain import Explainer
 from tla_service.config.loading import RunSettings, read_settings
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.paper import paper_columns
@@ -100,10 +98,9 @@ def run_config(space: Space, run: TableRun) -> RunConfig:
     """The configuration of one run of the grid; raises ConfigError if its settings do not go together."""
     try:
         return space.apply({AXIS: run.name}, full_length=True).model_copy(update={"name": run.name})
-    except ValidationError as error:
-        wrong = Explainer(RunConfig, "").explain(error.errors(include_url=False)[0])
-        reason = f"run {run.name} cannot be made: {wrong.reason}"
-        raise ConfigError(wrong.subject, wrong.value, reason, wrong.remedy) from error
+    except ConfigError as error:
+        reason = f"run {run.name} cannot be made: {error.reason}"
+        raise ConfigError(error.subject, error.value, reason, error.remedy) from error
 
 
 def _shared(settings: ReproduceSettings) -> RunConfig:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from tla_service.config import TrackingConfig
-from tla_service.errors import ConfigError
+from tla_service.config.explain import Explainer
 from tla_service.inference.images import BadImages
 from tla_service.registry.loading import open_package, pin_version
 from tla_service.serving.bodies import ENCODED, JSON, NPY, parse_body
@@ -138,10 +138,7 @@ def app(arguments: dict[str, Any]) -> Application:
     try:
         settings = ServeSettings.model_validate(arguments)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"]) or "args"
-        remedy = f"the settings are {', '.join(ServeSettings.model_fields)}"
-        raise ConfigError(name, first["input"], first["msg"].lower(), remedy) from error
+        raise Explainer(ServeSettings, "").explain(error.errors(include_url=False)[0]) from error
     uri = tracking_uri(TrackingConfig(uri=settings.tracking_uri))
     model = pin_version(settings.model, uri)
     classifier = Classifier.options(  # type: ignore[attr-defined]

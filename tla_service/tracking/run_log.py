@@ -64,6 +64,10 @@ class RunLog:
                 self._broken = True
             self._changed.notify_all()
 
+    def log_epoch(self, metrics: Mapping[str, float]) -> None:
+        """Queue an epoch's metrics, of which `epoch` is the step."""
+        self.log({name: value for name, value in metrics.items() if name != "epoch"}, int(metrics["epoch"]))
+
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until the server has everything logged so far; False on a timeout, which loses nothing."""
         with self._changed:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -79,10 +78,12 @@ def run_page(uri: str, run_id: str) -> str:
 
 
 def log_files(uri: str, run_id: str, files: Mapping[str, Path]) -> None:
-    """Store files (artifact path -> local file) with a run; retries for minutes while the server is unavailable."""
+    """Store files (artifact path -> local file of that name) with a run; retries for minutes, as `storing`."""
     made = client(uri)
     for target, source in files.items():
-        storing(f"Storing {target}", functools.partial(_log_file, made, run_id, target, source))
+        folder, _, name = target.rpartition("/")
+        assert name == source.name  # MLflow names an artifact after its file
+        storing(f"Storing {target}", functools.partial(made.log_artifact, run_id, str(source), folder or None))
 
 
 def find_finished(config: RunConfig, run_key: str) -> str | None:
@@ -201,12 +202,3 @@ def _log_dataset(made: MlflowClient, run_id: str, config: RunConfig, facts: Mapp
         # MLflow refuses the second of two processes that describe a run concurrently.
         if not is_there():
             raise
-
-
-def _log_file(made: MlflowClient, run_id: str, target: str, source: Path) -> None:
-    folder, _, name = target.rpartition("/")
-    # MLflow names an artifact after its file, so another name needs another file: a symbolic link.
-    with tempfile.TemporaryDirectory() as scratch:
-        link = Path(scratch, name)
-        link.symlink_to(source.absolute())
-        made.log_artifact(run_id, str(link), folder or None)

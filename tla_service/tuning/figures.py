@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tla_service.evaluation.figures import BLUE, GREEN, ORANGE, new_figure, save
+from tla_service.evaluation.figures import BLUE, GREEN, ORANGE, legend, new_figure, plain, save
 from tla_service.evaluation.paper import paper_figures
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Trial, study_of
@@ -123,7 +123,5 @@ def _draw(axes: "Axes", lines: Mapping[str, Mapping[str, Sequence[float]]], orde
         axes.errorbar(list(values), means, yerr=errors, label=name, linewidth=1.6, markersize=5, capsize=3, **style)
     axes.set_xticks(range(len(order)), order)
     axes.set_xlim(-0.3, len(order) - 0.7)
-    axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(facecolor="white", edgecolor="none", framealpha=0.85, fontsize=8.5, loc="best", handlelength=3.2)
+    plain(axes)
+    legend(axes)

@@ -54,7 +54,7 @@ class Space:
         return self.sweep.name or f"{self.run.data.name}-{self.run.method}-sweep-{digest}"
 
     def apply(self, point: Point, *, full_length: bool = False) -> RunConfig:
-        """The run of a point; with `full_length` as long as the run, and evaluated as it. Raises ValidationError.
+        """The run of a point; with `full_length` as long as the run, and evaluated as it. Raises ConfigError.
 
         Learning rate and whatever is counted in optimizer steps follow the batch size and the length of a trial, so
         that every trial sees the same number of images.
@@ -62,7 +62,10 @@ class Space:
         values = {path: value for axis in self.axes for path, value in axis.fields(point[axis.name]).items()}
         fields = _with(self._full if full_length else self._fields, values)
         self._follow_batch_size(fields, None if full_length else self.sweep.trial_epochs)
-        return RunConfig.model_validate(fields)
+        try:
+            return RunConfig.model_validate(fields)
+        except ValidationError as error:
+            raise Explainer(RunConfig, "").explain(error.errors(include_url=False)[0]) from error
 
     def trial(self, number: int, point: Point, num_workers: int) -> RunConfig:
         """The run of a trial, named by its number and point: checkpoints under that name are of this point."""
@@ -120,8 +123,8 @@ class Space:
         """The run of a point, or what is wrong with it; constraints aside."""
         try:
             run = self.apply(point)
-        except ValidationError as error:
-            return str(Explainer(RunConfig, "").explain(error.errors(include_url=False)[0]))
+        except ConfigError as error:
+            return str(error)
         trouble = run.attack_trouble(known_shape(run.data.name, run.data.image_size))
         return run if trouble is None else str(trouble)
 

@@ -138,15 +138,11 @@ class TrackedRun:
         self._gauges.unsent(self.metrics.unsent_bytes())
         self._terminal.show(record)
         for metrics in record.get("history", ()):
-            self.log_epoch(metrics)
+            self.metrics.log_epoch(metrics)
         if record["event"] == "epoch":
-            self.log_epoch(record["metrics"])
+            self.metrics.log_epoch(record["metrics"])
         elif record["event"] == "failure":
             self.restarts += 1
-
-    def log_epoch(self, metrics: Mapping[str, float]) -> None:
-        """Send an epoch's metrics; MLflow keeps the first value of each."""
-        self.metrics.log({name: value for name, value in metrics.items() if name != "epoch"}, int(metrics["epoch"]))
 
 
 def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, json_logs: bool) -> int:
@@ -225,7 +221,7 @@ def _conclude(
     dataset, checkpoint = facts.dataset, output / "checkpoint"
     weights = load_file(checkpoint / "best.safetensors")
     for metrics in result.history:
-        tracked.log_epoch(metrics)
+        tracked.metrics.log_epoch(metrics)
     tracked.metrics.log(
         {f"test/{name}": value for name, value in result.test.items()}, int(result.history[-1]["epoch"])
     )

@@ -73,7 +73,7 @@ def _train(
             hours = max(1e-6, seconds_before(uri) + deadline - time.monotonic()) / 3600
         grid = table_space(settings, missing, max_hours=hours)
         concurrent = max_concurrent(space.run.scaling, settings.side_by_side, placement)
-        plan = Plan(grid, uri, placement, None, concurrent, space.run.scaling.wait_seconds, repeat_failed=True)
+        plan = Plan(grid, uri, placement, None, concurrent, repeat_failed=True)
         budget = Budget(plan, lease)
         lines = TrialLines(terminal, state)
         stack.callback(lines.close)

@@ -1,10 +1,7 @@
 """Runs the checks from the driver, and judges their results."""
 
-import contextlib
 import os
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -168,9 +165,7 @@ def storage(found: Node, settings: CheckupSettings) -> Finding:
     """An object written to and read from the checkpoint storage."""
     uri = settings.scaling.storage
     if uri is None:
-        detail = (
-            "scaling.storage is not set; set scaling.storage to s3://bucket/prefix, or a folder that all nodes share"
-        )
+        detail = "scaling.storage is not set; set it to s3://bucket/prefix, or a folder that all nodes share"
         return Finding("storage", found.address, "note", detail)
     told = _on_node(found, node.use_storage, settings.timeout_seconds, uri, settings.megabytes * MB)
     if isinstance(told, str):
@@ -185,21 +180,14 @@ def workers(config: RunConfig, settings: CheckupSettings) -> Finding:
     """An all-reduce over workers that are placed as in a run."""
     if settings.workers is not None:
         config = RunConfig(scaling=settings.scaling.model_copy(update={"num_workers": settings.workers}))
-    name, size = f"checkup-{uuid.uuid4().hex[:8]}", settings.megabytes * MB
-    # Only small files of Ray itself are stored; several nodes need them on shared storage.
-    home = settings.scaling.storage or tempfile.gettempdir()
     try:
         placement = place(config)
-        told = node.use_workers(placement, size, home, name, settings.timeout_seconds)
+        told = node.use_workers(placement, settings.megabytes * MB, settings.timeout_seconds)
     except UserError as error:
         return Finding("all-reduce", "workers", "FAIL", f"{error.subject}: {error.reason}", error.remedy)
     except Exception as error:  # noqa: BLE001 - any error is the finding
         remedy = "set NCCL_DEBUG=INFO on every node; check that firewalls open all ports between nodes"
         return Finding("all-reduce", "workers", "FAIL", _last_line(error), remedy)
-    finally:
-        filesystem, root = node.open_storage(home)
-        with contextlib.suppress(OSError):
-            filesystem.delete_dir(f"{root}/{name}")
     rate, backend = told["gigabytes_per_second"], told["backend"]
     detail = f"{backend}, {placement.num_workers} workers: {settings.megabytes} MB in {told['seconds']:.3f} s"
     detail += f", {rate:.2f} GB/s"
@@ -237,7 +225,8 @@ def _on_node(found: Node, call: Callable[..., Any], seconds: float, *arguments: 
         ray.cancel(answer, force=True)
         return f"no response within {seconds:.0f} s"
     except RayError as error:
-        return _last_line(error)
+        cause = getattr(error, "cause", None)
+        return cause.reason if isinstance(cause, UserError) else _last_line(error)
 
 
 def _last_line(error: Exception) -> str:

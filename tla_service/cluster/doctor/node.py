@@ -10,12 +10,14 @@ from typing import Any
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from pyarrow.fs import FileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import RunConfig as RayRunConfig
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from tla_service.cluster.session import Placement
+from tla_service.cluster.storage import RunFolder
 from tla_service.data import check_root
 from tla_service.errors import UserError
 from tla_service.job import environment
@@ -63,29 +65,18 @@ def use_shared_memory(size: int) -> str:
     return ""
 
 
-def open_storage(storage: str) -> tuple[FileSystem, str]:
-    """The filesystem of a folder or s3:// prefix, and the path in it."""
-    filesystem, root = FileSystem.from_uri(storage if "://" in storage else Path(storage).absolute().as_uri())
-    return filesystem, root
-
-
 def use_storage(storage: str, size: int) -> tuple[float, float]:
-    """Write and read an object of that many bytes; returns the seconds of each, or raises `OSError`."""
-    filesystem, root = open_storage(storage)
+    """Write and read a file of that many bytes; returns the seconds of each, or raises UnavailableError."""
+    folder, name = RunFolder(storage, ""), f".checkup-{platform.node()}-{os.getpid()}"
     content = os.urandom(size)
-    path = f"{root}/.checkup-{platform.node()}-{os.getpid()}"
-    if "://" not in storage:
-        filesystem.create_dir(root)
     began = time.perf_counter()
-    with filesystem.open_output_stream(path) as file:
-        file.write(content)
+    folder.write(name, content)
     written = time.perf_counter()
-    with filesystem.open_input_stream(path) as file:
-        is_same = file.read() == content
+    is_same = folder.read(name) == content
     read = time.perf_counter()
-    filesystem.delete_file(path)
+    folder.delete(name)
     if not is_same:
-        raise OSError("the object read differs from the object written")
+        raise folder.unavailable(ValueError("the file read differs from the file written"))
     return written - began, read - written
 
 
@@ -107,7 +98,7 @@ def use_gpus() -> list[tuple[str, float]]:
     return found
 
 
-def use_workers(placement: Placement, size: int, storage: str, name: str, timeout_seconds: float) -> dict[str, Any]:
+def use_workers(placement: Placement, size: int, timeout_seconds: float) -> dict[str, Any]:
     """All-reduce a tensor of that many bytes; raises if the workers fail or the sum is wrong.
 
     Returns `backend`, `seconds` of the fastest all-reduce, and `gigabytes_per_second`, its bus bandwidth:
@@ -123,7 +114,8 @@ def use_workers(placement: Placement, size: int, storage: str, name: str, timeou
             use_gpu=placement.use_gpu,
             resources_per_worker=placement.resources_per_worker,
         ),
-        run_config=RayRunConfig(name=name, storage_path=storage),
+        # As in `fit_on_ray`: nothing is stored.
+        run_config=RayRunConfig(storage_path="ray", storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem()))),
     )
     return trainer.fit().return_value  # type: ignore[attr-defined]
 
