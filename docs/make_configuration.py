@@ -18,7 +18,7 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.fields import parse_fraction
 from tla_service.config.loading import RunSettings, load_settings
 from tla_service.config.radii import RADII
-from tla_service.models.catalog import MODEL_DESCRIPTIONS, TORCHVISION_PREFIX
+from tla_service.models.catalog import TORCHVISION_PREFIX, model_names
 from tla_service.report.settings import EvaluateSettings
 from tla_service.tuning.settings import Dimension, Objective, SweepConfig, TuneSettings
 
@@ -30,6 +30,19 @@ EXAMPLE = re.compile(r"digits-tla-s0-[0-9a-f]{8}")
 _HEAD = ("| setting | type or choices | default | range, unit | meaning |", "|---|---|---|---|---|")
 _RADII_HEAD = ("| data set | L-infinity | L2 |", "|---|---|---|")
 _NETWORKS_HEAD = ("| network | description |", "|---|---|")
+_NETWORKS = {
+    "digits_cnn": "two convolutions without BatchNorm for the 8x8 digits; embedding 128",
+    "small_cnn": "two strided convolutions without BatchNorm for 28x28 or 32x32 on a CPU; embedding 128",
+    "mnist_cnn": "the paper's MNIST network (Mao et al. 2019, Table 5); embedding 1024",
+    "mnist_mlp": "the authors' MNIST multilayer perceptron; embedding 1024",
+    "wrn_32_10": "the paper's CIFAR-10 network, Madry et al.'s wide ResNet (Table 6); embedding 640",
+    "wrn_28_10": "wide ResNet 28-10 as in TRADES and RobustBench; embedding 640",
+    "wrn_34_10": "wide ResNet 34-10 as in TRADES and RobustBench; embedding 640",
+    "preact_resnet_18": "pre-activation ResNet-18 as in Rice et al. 2020; embedding 512",
+    "tiny_resnet50_stride2": "the paper's main Tiny ImageNet network; embedding 2048",
+    "tiny_resnet50_stride1": "the same with a stride-1 stem (Table 7), about 16 times the work; embedding 2048",
+    "tiny_resnet20_stride1": "the paper's small Tiny ImageNet network (Table 7); embedding 512",
+}
 _TYPES = {
     bool: "`true`, `false`",
     int: "integer",
@@ -115,7 +128,7 @@ def tables() -> str:
     attack = list(EvaluationAttack.model_fields)
     text = f"{EvaluationAttack.__doc__} Fields of `evaluation.validation` and of each entry of `evaluation.test`."
     blocks.append(_block("Evaluation attacks", text, _rows(EvaluationAttack, attack)))
-    networks = [_row(f"`{name}`", _plain(text)) for name, text in MODEL_DESCRIPTIONS.items()]
+    networks = [_row(f"`{name}`", _plain(_NETWORKS[name])) for name in model_names()]
     networks.append(_row(f"`{TORCHVISION_PREFIX}NAME`", "a classifier of torchvision, such as `torchvision:resnet18`"))
     blocks.append("\n".join(["### Networks", "", "Values of `model.name`.", "", *_NETWORKS_HEAD, *networks, ""]))
     text = "Not part of the run: neither in `config.yaml` nor among the MLflow parameters."

@@ -21,7 +21,6 @@ def test_without_runs_every_cell_is_empty_and_the_command_is_there(tmp_path: Pat
     page = page_of(tmp_path)
     assert "18 runs: `natural-s0`" in page  # 6 methods, 3 seeds each
     assert "python jobs/reproduce_paper.py --table mnist --seeds 3 --data.root /data/mnist" in page
-    assert "an estimate, not a measurement" in page
     assert "96.79" not in page
 
 

@@ -62,7 +62,14 @@ def finished(folder: Path, mine: dict[str, object], **changes: object) -> None:
     open_folder(folder, mine)
     accuracy = report_on("0" * 64, outcome).model_dump()["accuracy"]
     accuracy["worst"] = accuracy["autoattack"]
-    attack = {"stages": ["square"], "left_out": {}, "broken_by": {}, "strongest": "x", "weak": False}
+    attack = {
+        "stages": ["square"],
+        "left_out": {},
+        "broken_by": {},
+        "strongest": "x",
+        "weak": False,
+        "version": "standard",
+    }
     gap = {"difference": 0, "low": 0, "high": 0, "p_value": 1, "images": 100}
     report = report_on(
         mine["weights"][0],  # type: ignore[index]

@@ -51,19 +51,6 @@ _NETWORKS = {
     "tiny_resnet50_stride1": _Network(partial(_TINY_50, stem_stride=1), "per_image"),
     "tiny_resnet20_stride1": _Network(partial(TinyImageNetResNet, (1, 1, 1, 1), 1, bottleneck=False), "per_image"),
 }
-MODEL_DESCRIPTIONS = {
-    "digits_cnn": "two convolutions without BatchNorm for the 8x8 digits; embedding 128",
-    "small_cnn": "two strided convolutions without BatchNorm for 28x28 or 32x32 on a CPU; embedding 128",
-    "mnist_cnn": "the paper's MNIST network (Mao et al. 2019, Table 5); embedding 1024",
-    "mnist_mlp": "the authors' MNIST multilayer perceptron; embedding 1024",
-    "wrn_32_10": "the paper's CIFAR-10 network, Madry et al.'s wide ResNet (Table 6); embedding 640",
-    "wrn_28_10": "wide ResNet 28-10 as in TRADES and RobustBench; embedding 640",
-    "wrn_34_10": "wide ResNet 34-10 as in TRADES and RobustBench; embedding 640",
-    "preact_resnet_18": "pre-activation ResNet-18 as in Rice et al. 2020; embedding 512",
-    "tiny_resnet50_stride2": "the paper's main Tiny ImageNet network; embedding 2048",
-    "tiny_resnet50_stride1": "the same with a stride-1 stem (Table 7), about 16 times the work; embedding 2048",
-    "tiny_resnet20_stride1": "the paper's small Tiny ImageNet network (Table 7); embedding 512",
-}
 
 
 class ModelSettings(Protocol):

@@ -11,10 +11,6 @@ from tla_service.results.runs import AUTOATTACK, Estimate, Row, read_row, share_
 from tla_service.results.settings import ReproduceSettings
 from tla_service.tuning.space import Space
 
-# GPU hours of one run, measuring included: estimates from its passes, not measurements.
-_GPU_HOURS = {"mnist": 3, "cifar10": 15, "tiny_imagenet": 40, "digits": 0.1}
-_MODERN_GPU_HOURS = {"mnist": 1, "cifar10": 1, "tiny_imagenet": 3}
-
 
 def write_page(settings: ReproduceSettings, space: Space, state: Path) -> Path:
     """Write the page and its figures from the runs that have finished in the state folder; returns its path."""
@@ -146,19 +142,13 @@ def _compared(ours: Row, other: Row, names: Sequence[str]) -> str:
 
 
 def _missing(settings: ReproduceSettings, finished: Sequence[Row]) -> list[str]:
-    """What has not been run, and what it takes."""
+    """What has not been run, and the command that runs it."""
     done = {each.run.name for row in finished for each in row.runs}
     left = [run.name for run in table_runs(settings) if run.name not in done]
     if not left:
         return []
-    if settings.budget is None:
-        each = _GPU_HOURS if settings.recipe == "paper" else _MODERN_GPU_HOURS
-        hours = len(left) * each[settings.table]
-        takes = f"about {hours:g} hours on one H100-class GPU, one run after another: an estimate, not a measurement"
-    else:
-        takes = f"about {settings.budget * len(left) / (len(left) + len(done)):.0f} minutes on two CPU cores"
     runs, names = f"{len(left)} run{'s' if len(left) > 1 else ''}", ", ".join(f"`{name}`" for name in left)
-    return ["## Not run yet", "", f"{runs}: {names}.", "", f"`{command(settings)}` takes {takes}."]
+    return ["## Not run yet", "", f"{runs}: {names}.", "", f"`{command(settings)}` resumes the table."]
 
 
 def _method_bars(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
