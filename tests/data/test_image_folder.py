@@ -143,13 +143,13 @@ def test_files_beside_and_outside_the_class_folders_are_counted(
 ) -> None:
     (folder / "train" / "cat" / "notes.txt").unlink()
     image = (folder / "train" / "dog" / "1.png").read_bytes()
-    for name in ("train/loose.png", "train/labels.csv", "test/loose.PNG", "val/cat/1.png", "other.png"):
+    for name in ("train/loose.png", "train/labels.csv", "test/loose.PNG", "extra/cat/1.png", "other.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(image)
     (folder / "README.md").write_text("text")
     with caplog.at_level(logging.WARNING):
         assert len(load_dataset(make_config(name="image_folder", root=str(folder), image_size=6)).train) == 8
-    expected = "2 .png, 1 .csv beside the class folders; 2 .png outside train/ and test/"
+    expected = "2 .png, 1 .csv beside the class folders; 2 .png outside train/, test/"
     assert caplog.messages == [f"data.root={folder}: files left out: {expected}"]
 
 

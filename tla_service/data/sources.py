@@ -1,8 +1,9 @@
 """Images by number, with their labels: in memory, or in files decoded on demand."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -75,11 +76,16 @@ ImageSource = ArraySource | FileSource
 
 
 class Splits(NamedTuple):
-    """What a loader returns to the catalog."""
+    """What a loader returns to the catalog; ``test`` is ``None`` if a share of the training images is to be held out.
+
+    ``left_out`` are names of files that are not used, by the reason why.
+    """
 
     train: ImageSource
-    test: ImageSource
+    test: ImageSource | None
     class_names: tuple[str, ...]
+    validation: ImageSource | None = None
+    left_out: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,9 @@ class Dataset:
             ``test_limit``. Figures are published on the others.
         fingerprint: 16 hex digits that change when images, labels, their order or the class names change. For images
             in memory they cover every byte; for images decoded on demand names, sizes and labels, and the content by
-            checksum (zip, Parquet) or by a sample of 256 files (folders).
+            checksum (zip, Parquet) or by a sample of 256 files (folders). Of the training and test images alone.
+        validation: Validation images, if the set has a split of them; else they are held out of ``train``.
+        left_out: Names of files that are not used, by the reason why.
     """
 
     name: str
@@ -101,54 +109,65 @@ class Dataset:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     fingerprint: str
+    validation: ImageSource | None = None
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> dict[str, ImageSource]:
+        """The splits by name."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: source for name, source in named.items() if source is not None}
 
 
 def build_splits(
     config: DataConfig,
     key: str,
-    train: tuple[Blobs, torch.Tensor],
-    test: tuple[Blobs, torch.Tensor],
+    parts: Mapping[str, tuple[Blobs, torch.Tensor]],
     class_names: tuple[str, ...],
+    left_out: Mapping[str, Sequence[str]] = MappingProxyType({}),
     *,
     colour: bool | None = None,
 ) -> Splits:
     """Encoded images with their classes (N,), as sources: in memory or not, by ``data.residency`` and their size.
 
-    ``key`` changes with the files, their order and content; ``colour`` is that of `probe`.
+    ``parts`` are the splits (train, test, validation); ``key`` changes with their files, order and content; ``colour``
+    is that of `probe`.
     """
-    decoder = probe(train[0], config.image_size, colour=colour)
+    images = parts["train"][0]
+    decoder = probe(images, config.image_size, colour=colour)
     channels, height, width = decoder.image_shape
-    size = len(train[0]) * channels * height * width
+    size = len(images) * channels * height * width
     if config.residency == "stream" or (config.residency == "auto" and size >= RESIDENT_BYTES):
-        return Splits(FileSource(*train, decoder), FileSource(*test, decoder), class_names)
+        streamed = {name: FileSource(*part, decoder) for name, part in parts.items()}
+        return Splits(streamed["train"], streamed.get("test"), class_names, streamed.get("validation"), left_out)
 
     def build() -> dict[str, torch.Tensor]:
-        parts = {"train": train[0], "test": test[0]}
-        return {name: decode(blobs, range(len(blobs)), decoder) for name, blobs in parts.items()}
+        return {name: decode(blobs, range(len(blobs)), decoder) for name, (blobs, _) in parts.items()}
 
     # Labels are not cached, so the key need not cover how they are read. JPEG pixels depend on the decoder's version.
-    full_key = f"{key}-{channels}x{height}x{width}{'r' if decoder.resize else ''}-{PIL_VERSION}"
-    images, digests = cached_tensors(config.cache_dir, full_key, build)
-
-    def source(name: str, labels: torch.Tensor) -> ArraySource:
-        return ArraySource(images[name], labels, content_digest(labels) + digests[name])
-
-    return Splits(source("train", train[1]), source("test", test[1]), class_names)
+    sizes = "-".join(str(len(blobs)) for blobs, _ in parts.values())
+    full_key = f"{key}-{sizes}-{channels}x{height}x{width}{'r' if decoder.resize else ''}-{PIL_VERSION}"
+    decoded, digests = cached_tensors(config.cache_dir, full_key, build)
+    made = {
+        name: ArraySource(decoded[name], labels, content_digest(labels) + digests[name])
+        for name, (_, labels) in parts.items()
+    }
+    return Splits(made["train"], made.get("test"), class_names, made.get("validation"), left_out)
 
 
 def tree_splits(
     config: DataConfig,
     tree: FolderTree,
-    train: Sequence[tuple[str, int]],
-    test: Sequence[tuple[str, int]],
+    parts: Mapping[str, Sequence[tuple[str, int]]],
     class_names: tuple[str, ...],
+    left_out: Mapping[str, Sequence[str]] = MappingProxyType({}),
     *,
     colour: bool | None = None,
 ) -> Splits:
     """As `build_splits`, for images that are files of a tree: (name, class) of each."""
-
-    def part(images: Sequence[tuple[str, int]]) -> tuple[TreeBlobs, torch.Tensor]:
-        return TreeBlobs(tree, [name for name, _ in images]), torch.tensor([label for _, label in images])
-
-    key = tree.key([name for name, _ in (*train, *test)])
-    return build_splits(config, key, part(train), part(test), class_names, colour=colour)
+    blobs = {
+        part: (TreeBlobs(tree, [name for name, _ in images]), torch.tensor([label for _, label in images]))
+        for part, images in parts.items()
+    }
+    key = tree.key([name for images in parts.values() for name, _ in images])
+    return build_splits(config, key, blobs, class_names, left_out, colour=colour)

@@ -5,20 +5,24 @@ import logging
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from torch import distributed
 
+from tla_service.config import DataConfig
 from tla_service.data.cache import disk_trouble
 from tla_service.data.decoding import evenly_spread
 from tla_service.errors import ConfigError, UnavailableError
 
 LOG = logging.getLogger(__name__)
-# In order of preference: the first one with labels is the test set.
+# In order of preference: the first one with labels is the test set, the next one the validation set.
 TEST_SPLITS = ("test", "val", "validation", "valid", "dev")
+VALIDATION_SPLITS = TEST_SPLITS[1:]
+SPLITS = ("train", "validation", "test", "test_fraction")  # the settings that name them
+NO_TEST = "name one by data.test, or hold a share of the training images out by data.test_fraction=0.2"
 _SHOWN = 6
 _SAMPLED = 256
 FIX = "fetch the data set again, or point data.root at another copy"
@@ -45,6 +49,41 @@ def refuse_several(root: str | None, sets: Iterable[str]) -> None:
     if len(found) > 1:
         reason = f"holds {len(found)} data sets: {listed(found)}"
         raise ConfigError("data.root", root, reason, "point it at one of them, or move the others out of it")
+
+
+def refuse_settings(config: DataConfig, names: Iterable[str], reason: str, fitting: str) -> None:
+    """Raise ConfigError if one of these settings of a data set is given, which only the ``fitting`` kinds have."""
+    for name in names:
+        if value := getattr(config, name):
+            raise ConfigError(f"data.{name}", value, reason, f"leave it out, or set data.name={fitting}")
+
+
+def choose_splits(config: DataConfig, there: Collection[str]) -> tuple[str, list[str], list[str]]:
+    """Names of the training split and, in order of preference, of possible test and validation splits.
+
+    Those that are named, or else those with usual names that are ``there``. ConfigError if one is named that is not
+    there, or for two purposes.
+    """
+    train = config.train or "train"
+    taken = {"data.train": train, "data.test": config.test, "data.validation": config.validation or None}
+    if config.test is not None and config.test_fraction is not None:
+        raise ConfigError("data.test_fraction", config.test_fraction, "data.test names the test set", "give only one")
+    for field, name in taken.items():
+        other = next((other for other, its in taken.items() if its == name and other != field), None)
+        if name is not None and other is not None:
+            raise ConfigError(field, name, f"is {other}, too", "give splits with images of their own")
+        if name is not None and name not in there and (field, config.train) != ("data.train", None):
+            reason = f"no such split in {config.root}"
+            others = sorted(other for other in there if "/" not in other)
+            raise ConfigError(field, name, reason, f"give one of: {listed(others)}" if others else "check data.root")
+    given = [name for name in taken.values() if name is not None]
+    tests = [name for name in TEST_SPLITS if name in there and name not in given]
+    validations = [name for name in VALIDATION_SPLITS if name in there and name not in given]
+    if config.test is not None or config.test_fraction is not None:
+        tests = [config.test] if config.test is not None else []
+    if config.validation is not None:
+        validations = [config.validation] if config.validation else []
+    return train, tests, validations
 
 
 def notice(text: str, *values: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tla_service.data import split_validation
+from tla_service.data import split_training
 from tla_service.errors import ConfigError, UnavailableError, UserError, one_line
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.geometry import pick_queries
@@ -187,7 +187,7 @@ class _Evaluation:
         config = self.models.subject.config
         rows = torch.arange(len(labels))
         if config is not None and config.data.name == self.models.dataset.name:
-            rows, _ = split_validation(labels, config.data.validation_fraction, config.seed)
+            rows, _ = split_training(self.models.dataset, config.data.validation_fraction, config.seed)
         return pl.bank_rows(rows, labels, self.settings.images.bank)
 
     def report(self, found: Mapping[str, fd.Findings], gate: fd.Findings, hardware: str, seconds: float) -> rp.Report:
