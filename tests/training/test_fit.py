@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from tests.training.conftest import KeepingReporter, digits_config, fit
-from tla_service.models import build_model
+from tla_service.models import Architecture, build_model
 from tla_service.runtime import WorkerContext, average_buffers
-from tla_service.training import fit as fit_module
 from tla_service.training.checkpoint import load_checkpoint, read_weights
 from tla_service.training.fit import Run
 from tla_service.training.meter import NonFiniteLossError
@@ -74,7 +73,8 @@ RUNS: dict[str, dict[str, Any]] = {
 def test_four_epochs_equal_two_and_two_bit_for_bit(
     new_reporter: NewReporter, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], stop_after: int | None
 ) -> None:
-    monkeypatch.setattr(fit_module, "build_model", lambda *args: WithDropout(build_model(*args)))
+    build = Architecture.build
+    monkeypatch.setattr(Architecture, "build", lambda *args: WithDropout(build(*args)))
     config = digits_config(**changes)
     whole, first = new_reporter(), new_reporter(stop_after=stop_after)
     uninterrupted = fit(config, WorkerContext(), whole)

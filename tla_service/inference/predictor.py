@@ -11,7 +11,7 @@ import torch
 
 from tla_service.inference.detector import Rejector
 from tla_service.inference.images import Images
-from tla_service.models import ImageClassifier, build_model
+from tla_service.models import Architecture, ImageClassifier
 
 _BATCH_SIZE = 256  # bounds memory whatever the size of a request
 
@@ -32,12 +32,8 @@ class Predictor:
         from safetensors.torch import load as load_tensors
 
         description = json.loads((artifacts / "model.json").read_text(encoding="utf-8"))
-        network = build_model(
-            description["architecture"],
-            description["num_classes"],
-            tuple(description["image_shape"]),
-            description["normalization"],
-        )
+        architecture = Architecture.described(description)
+        network = architecture.build(description["num_classes"], tuple(description["image_shape"]))
         network.load_state_dict(load_tensors(_verified(artifacts, description["weights"])))
         facts = description["detector"]
         rejector = None if facts is None else Rejector.from_arrays(load_arrays(_verified(artifacts, facts)))

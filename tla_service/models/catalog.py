@@ -1,10 +1,10 @@
 """Networks by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol, Self
 
 import torch
 from torch import nn
@@ -64,6 +64,42 @@ MODEL_DESCRIPTIONS = {
     "tiny_resnet50_stride1": "the same with a stride-1 stem (Table 7), about 16 times the work; embedding 2048",
     "tiny_resnet20_stride1": "the paper's small Tiny ImageNet network (Table 7); embedding 512",
 }
+
+
+class ModelSettings(Protocol):
+    """The section `model` of a configuration, as far as it says what to build."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def normalization(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a network is built from: everything but its weights, its number of classes and the shape of its images."""
+
+    name: str
+    normalization: str = "default"
+
+    @classmethod
+    def of(cls, settings: ModelSettings) -> Self:
+        """The architecture that a configuration names."""
+        return cls(settings.name, settings.normalization)
+
+    @classmethod
+    def described(cls, facts: Mapping[str, Any]) -> Self:
+        """The architecture that `facts` of an earlier network describe."""
+        return cls(facts["architecture"], facts["normalization"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `described` reads, for JSON."""
+        return {"architecture": self.name, "normalization": self.normalization}
+
+    def build(self, num_classes: int, image_shape: ImageShape) -> ImageClassifier:
+        """As :func:`build_model`."""
+        return build_model(self.name, num_classes, image_shape, self.normalization)
 
 
 def model_names() -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from tla_service.data import EvaluationBatches, load_dataset, split_training
 from tla_service.evaluation.suite import measure_accuracy
 from tla_service.inference.detector import Rejector
 from tla_service.job import code_version
-from tla_service.models import build_model
+from tla_service.models import Architecture
 from tla_service.registry.foreign_weights import fit, read_entries
 from tla_service.registry.integrity import sha256
 from tla_service.registry.job_settings import ImportSettings
@@ -33,8 +33,8 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     entries = read_entries(path)
     check_tracking(settings.tracking)
     dataset = load_dataset(settings.data)
-    model, names = settings.model, dataset.class_names
-    network = build_model(model.name, len(names), dataset.image_shape, model.normalization)
+    names = dataset.class_names
+    network = Architecture.of(settings.model).build(len(names), dataset.image_shape)
     found = fit(entries, network, settings.file)
     network.load_state_dict(found.state_dict)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -62,14 +62,12 @@ def load_with_folder(uri: str, tracking: str | None = None) -> tuple["torch.nn.M
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from tla_service.models import build_model  # imports torch, which settings in this package do without
+    from tla_service.models import Architecture  # imports torch, which settings in this package do without
 
     folder, digest = _fetch(uri, tracking)
     is_checkpoint = (folder / "best.safetensors").is_file()
     home, facts = _read_checkpoint(folder, uri) if is_checkpoint else _open_folder(folder, uri, digest)
-    network = build_model(
-        facts["architecture"], facts["num_classes"], tuple(facts["image_shape"]), facts["normalization"]
-    )
+    network = Architecture.described(facts).build(facts["num_classes"], tuple(facts["image_shape"]))
     try:
         network.load_state_dict(load_file(home / facts["weights"]["file"]))
     except (SafetensorError, RuntimeError) as error:
@@ -203,6 +201,8 @@ def _open_folder(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict
 
 def _read_checkpoint(folder: Path, uri: str) -> tuple[Path, dict[str, Any]]:
     """A checkpoint folder of training, with the facts of `model.json` that build its network."""
+    from tla_service.models import Architecture
+
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
         model = RunConfig.model_validate(parse_yaml(text, FIELD, uri)).model
@@ -210,5 +210,5 @@ def _read_checkpoint(folder: Path, uri: str) -> tuple[Path, dict[str, Any]]:
     except FileNotFoundError as error:
         reason = f"the checkpoint is incomplete: {Path(error.filename).name} is missing"
         raise UnavailableError(FIELD, uri, reason, "give another checkpoint") from error
-    facts = {"architecture": model.name, "normalization": model.normalization, "image_shape": data["image_shape"]}
+    facts = Architecture.of(model).facts | {"image_shape": data["image_shape"]}
     return folder, facts | {"num_classes": len(data["class_names"]), "weights": {"file": "best.safetensors"}}

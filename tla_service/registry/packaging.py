@@ -24,6 +24,7 @@ import tla_service
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
 from tla_service.inference.detector import Rejector
+from tla_service.models import Architecture
 from tla_service.registry.integrity import find_pickles, sha256, write_manifest
 from tla_service.registry.loading import FORMAT_VERSION, PACKAGE_DIGEST, load_model
 from tla_service.report.page import NORMS, template
@@ -96,10 +97,9 @@ def log_model(
     run = storing("Reading the run", lambda: made.get_run(run_id))
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "architecture": config.model.name,
+        **Architecture.of(config.model).facts,
         "num_classes": len(class_names),
         "image_shape": list(image_shape),
-        "normalization": config.model.normalization,
         "class_names": list(class_names),
         "method": method or config.method,
         "threat_model": {"norm": config.attack.norm, "epsilon": config.attack.epsilon},

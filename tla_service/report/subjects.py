@@ -19,7 +19,7 @@ from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.evaluation.shards import as_pixels, logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.inference.detector import Rejector
-from tla_service.models import build_model
+from tla_service.models import Architecture
 from tla_service.report.schema import ModelFacts, ThreatModel
 from tla_service.report.settings import ReportSettings
 
@@ -106,9 +106,7 @@ def load_checkpoint_subject(address: str, field: str) -> Subject:
     data: dict[str, Any] = json.loads((folder / _DATA).read_text(encoding="utf-8"))
     weights = (folder / WEIGHTS).read_bytes()
     channels, height, width = data["image_shape"]
-    network = build_model(
-        config.model.name, len(data["class_names"]), (channels, height, width), config.model.normalization
-    )
+    network = Architecture.of(config.model).build(len(data["class_names"]), (channels, height, width))
     try:
         network.load_state_dict(load(weights))
     except (SafetensorError, RuntimeError) as error:

@@ -12,7 +12,7 @@ from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.data import EvaluationBatches, ImageSource, StepBatch, load_dataset
 from tla_service.evaluation.suite import evaluation_attack, measure_accuracy
-from tla_service.models import build_model
+from tla_service.models import Architecture
 from tla_service.runtime import WorkerContext, average_buffers, failing_together, keep_freed_memory, mixed_seed
 from tla_service.training.adversary import layout_of
 from tla_service.training.average import WeightAverage
@@ -62,7 +62,7 @@ class Run:
         with self.phases("build"), failing_together(context):
             torch.manual_seed(mixed_seed(config.seed, 0))
             classes, shape = len(self.dataset.class_names), self.dataset.image_shape
-            network = build_model(config.model.name, classes, shape, config.model.normalization)
+            network = Architecture.of(config.model).build(classes, shape)
             if initial_weights is not None:
                 check_weights(config, network, initial_weights)
                 network.load_state_dict(dict(initial_weights))

@@ -11,7 +11,7 @@ from tla_service.config import RunConfig
 from tla_service.data import Batch, Dataset, ImageSource, StepBatch, TrainingBatches, split_training
 from tla_service.data.order import StepOrder
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.models import ImageClassifier, build_model
+from tla_service.models import Architecture, ImageClassifier
 from tla_service.runtime import WorkerContext
 from tla_service.training.step import TrainingStep
 
@@ -118,8 +118,7 @@ def _existing(folder: Path) -> Path:
 def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor) -> bool:
     """Try a step with one image on a new network: which passes see it alone depends on method, attack and roles."""
     with torch.random.fork_rng(devices=[]):
-        shape, classes = dataset.image_shape, len(dataset.class_names)
-        network = build_model(config.model.name, classes, shape, config.model.normalization)
+        network = Architecture.of(config.model).build(len(dataset.class_names), dataset.image_shape)
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         return True
     attack = config.attack.model_copy(update={"num_steps": 1})

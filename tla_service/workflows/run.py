@@ -26,7 +26,7 @@ from tla_service.errors import UnavailableError, without_credentials
 from tla_service.evaluation.figures import attack_panel, training_curves
 from tla_service.inference.detector import Rejector
 from tla_service.job import INTERRUPTED, log_as_json, next_command
-from tla_service.models import build_model
+from tla_service.models import Architecture
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.registry.loading import load_model
 from tla_service.registry.packaging import check_packaging, log_model
@@ -63,7 +63,7 @@ def check_before_start(config: RunConfig) -> Facts:
         raise trouble
     dataset = load_dataset(config.data)
     check_split(config, dataset, config.scaling.num_workers if isinstance(config.scaling.num_workers, int) else 1)
-    network = build_model(config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization)
+    network = Architecture.of(config.model).build(len(dataset.class_names), dataset.image_shape)
     seen_by_triplets(network, config.loss.triplet_layer)
     check_packaging(config, dataset.class_names, len(dataset.test), network.embedding_size)
     weights = None
@@ -266,7 +266,7 @@ def _draw(
     folder.mkdir(parents=True, exist_ok=True)
     curves, panel = folder / "training_curves.png", folder / "attack.png"
     training_curves(result.history, curves)
-    network = build_model(config.model.name, len(dataset.class_names), dataset.image_shape, config.model.normalization)
+    network = Architecture.of(config.model).build(len(dataset.class_names), dataset.image_shape)
     network.load_state_dict(weights)
     network.eval()
     rows = torch.arange(min(PANEL_IMAGES, len(dataset.test)))

@@ -18,7 +18,7 @@ from tla_service.config.yaml_files import parse_yaml
 from tla_service.errors import ConfigError, UnavailableError, without_credentials
 from tla_service.files import locked_folder
 from tla_service.job import INTERRUPTED
-from tla_service.models import build_model
+from tla_service.models import Architecture
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.tracking.connection import check_tracking
 from tla_service.training.output import open_output
@@ -76,7 +76,7 @@ def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:
             if (model, layer) not in networks:
                 networks.add((model, layer))
                 classes = len(dataset.class_names)
-                seen_by_triplets(build_model(model.name, classes, dataset.image_shape, model.normalization), layer)
+                seen_by_triplets(Architecture.of(model).build(classes, dataset.image_shape), layer)
         except ConfigError as error:
             reason = f"{error.subject}={error.value}: {error.reason}"
             raise ConfigError(f"sweep.space.{axis.name}", value, reason, error.remedy) from error
