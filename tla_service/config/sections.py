@@ -64,6 +64,11 @@ class DataConfig(Section):
     )
     loader_workers: int = setting(2, "data loader processes per worker when streaming", ge=0, le=128)
 
+    @property
+    def resizes_files(self) -> bool:
+        """Whether images are files of any size, which are resized as a registered model resizes what it is sent."""
+        return self.image_size is not None and self.name in ("tiny_imagenet", "image_folder", "parquet")
+
 
 class ModelConfig(Section):
     """The network."""

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn import functional
 
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.pixels import to_pixels
 
 # Enough to tell a grey set from a colour set with a few grey images.
 _PROBED = 64
@@ -38,8 +39,7 @@ class Blobs(Protocol):
 class Decoder:
     """Decodes the images of a set to ``image_shape`` (C, H, W), uint8; C is 1 or 3.
 
-    With ``resize``, the largest centered square is resized (bilinear, antialiased); otherwise an image of another size
-    is refused.
+    With ``resize``, as `to_pixels` does it; otherwise an image of another size is refused.
     """
 
     image_shape: tuple[int, int, int]
@@ -47,19 +47,12 @@ class Decoder:
 
     def __call__(self, blob: bytes, name: str) -> np.ndarray:
         """Decode one image, called ``name`` in messages; errors as `open_image`, or ConfigError for its size."""
-        channels, height, width = self.image_shape
-        image = open_image(blob, name, "L" if channels == 1 else "RGB")
-        if self.resize:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            box = (left, top, left + side, top + side)
-            # Cropped first: with resize's own box the filter reads pixels outside the square.
-            image = image.crop(box).resize((width, height), Image.Resampling.BILINEAR)
-        elif image.size != (width, height):
+        _, height, width = self.image_shape
+        image = open_image(blob, name)
+        if not self.resize and image.size != (width, height):
             reason = f"{name} has {image.width}x{image.height} pixels, others {width}x{height}"
             raise ConfigError("data.image_size", None, reason, "give the side to resize all to")
-        pixels = np.asarray(image)
-        return pixels[None] if channels == 1 else np.moveaxis(pixels, 2, 0)
+        return to_pixels(image, self.image_shape, resize=self.resize)
 
 
 def is_image(handle: IO[bytes]) -> bool:
@@ -80,8 +73,8 @@ def is_image(handle: IO[bytes]) -> bool:
     return True
 
 
-def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:
-    """Read an encoded image of 8 bits per channel, converted to a Pillow mode, if given; else UnavailableError."""
+def open_image(blob: bytes, name: str) -> Image.Image:
+    """Read an encoded image of 8 bits per channel; else UnavailableError."""
     try:
         image = Image.open(io.BytesIO(blob))
         image.load()
@@ -91,10 +84,7 @@ def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:
         raise UnavailableError("data.root", name, reason, "replace or remove the file") from error
     if image.mode[0] in "IF":
         raise UnavailableError("data.root", name, "has more than 8 bits per channel", "convert it to 8 bits")
-    if mode is None or image.mode == mode:
-        return image
-    # Pillow wants palettes with transparency to pass through RGBA.
-    return (image.convert("RGBA") if image.mode == "P" else image).convert(mode)
+    return image
 
 
 def probe(blobs: Blobs, image_size: int | None, *, colour: bool | None = None) -> Decoder:
