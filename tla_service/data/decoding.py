@@ -46,9 +46,12 @@ class Decoder:
     resize: bool
 
     def __call__(self, blob: bytes, name: str) -> np.ndarray:
-        """Decode one image, called ``name`` in messages; errors as `open_image`, or ConfigError for its size."""
+        """Decode one image, called ``name`` in messages; errors as `open_image` and `pixels`."""
+        return self.pixels(open_image(blob, name), name)
+
+    def pixels(self, image: Image.Image, name: str) -> np.ndarray:
+        """The pixels of an opened image; ConfigError if it has another size than it must have."""
         _, height, width = self.image_shape
-        image = open_image(blob, name)
         if not self.resize and image.size != (width, height):
             reason = f"{name} has {image.width}x{image.height} pixels, others {width}x{height}"
             raise ConfigError("data.image_size", None, reason, "give the side to resize all to")
@@ -91,10 +94,17 @@ def probe(blobs: Blobs, image_size: int | None, *, colour: bool | None = None) -
     """Choose a decoder from up to 64 training images, evenly spread.
 
     Images keep the size of the first one if no side ``image_size`` in pixels is given, and become RGB unless ``colour``
-    is false, or it is ``None`` and all are grey.
+    is false, or it is ``None`` and all are grey. Damaged ones are passed over, to be refused when they are decoded,
+    unless all are.
     """
-    rows = evenly_spread(len(blobs), _PROBED if colour is None else 1)
-    images = [open_image(blobs.read(row), blobs.name(row)) for row in rows]
+    images, errors = [], []
+    for row in evenly_spread(len(blobs), _PROBED if colour is None else 1):
+        try:
+            images.append(open_image(blobs.read(row), blobs.name(row)))
+        except UnavailableError as error:
+            errors.append(error)
+    if not images:
+        raise errors[0]
     if colour is None:
         colour = any(image.mode not in _GREY_MODES for image in images)
     width, height = images[0].size if image_size is None else (image_size, image_size)

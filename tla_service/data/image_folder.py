@@ -92,7 +92,7 @@ def load_image_folder(config: DataConfig) -> Splits:
     }
     notice_left_out(config.root, left_out)
     images = {role: [(path, numbers[_key(inside)]) for path, inside in part.images] for role, part in parts.items()}
-    return tree_splits(config, tree, images, tuple(sorted(classes.values())), left_out)
+    return tree_splits(config, tree, images, tuple(sorted(classes.values())))
 
 
 def _layout(tree: FolderTree, config: DataConfig) -> tuple[str, list[str], list[str], list[str]]:

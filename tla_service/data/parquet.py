@@ -59,17 +59,17 @@ def load_parquet(config: DataConfig) -> Splits:
     if train is None:
         raise no_label_column(shards[0].schema, str(shards[0].path), config.label_column)
     splits, taken = {"train": train}, ""
-    for role, names in (("test", tests), ("validation", validations)):
-        name, labels = _labelled(config, root, found, [name for name in names if name != taken])
+    for role, possible in (("test", tests), ("validation", validations)):
+        name, labels = _labelled(config, root, found, [name for name in possible if name != taken])
         if labels is not None:
             splits[role], taken = labels, name
-            if role == "test" and name != names[0]:
+            if role == "test" and name != possible[0]:
                 text = "%s has no labels; testing on the %s files (validation uses part of the training images)"
-                notice(text, found[names[0]][0], name)
-        elif names and (role == "test" or config.validation):
-            nor = "".join(f", and neither have the {name} files" for name in names[1:])
+                notice(text, found[possible[0]][0], name)
+        elif possible and (role == "test" or config.validation):
+            nor = "".join(f", and neither have the {name} files" for name in possible[1:])
             remedy = "add labels in a column named as in the training files, or labelled validation-*.parquet files"
-            raise UnavailableError("data.root", found[names[0]][0], f"has no labels{nor}", remedy)
+            raise UnavailableError("data.root", found[possible[0]][0], f"has no labels{nor}", remedy)
     images = [_image_column(config, labels.shards) for labels in splits.values()]
     names, classes = number_classes(*splits.values())
     used = [shard.path for labels in splits.values() for shard in labels.shards]
@@ -78,7 +78,7 @@ def load_parquet(config: DataConfig) -> Splits:
         notice("data.root=%s: files left out: %s", config.root, listed(unused))
     blobs = [_packed(config.cache_dir, labels, image) for labels, image in zip(splits.values(), images, strict=True)]
     parts = dict(zip(splits, zip(blobs, classes, strict=True), strict=True))
-    return build_splits(config, files_key(used, images[0]), parts, names, {"of other splits": unused} if unused else {})
+    return build_splits(config, files_key(used, images[0]), parts, names)
 
 
 def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:

@@ -2,16 +2,16 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from PIL import __version__ as PIL_VERSION
 
 from tla_service.config import DataConfig
 from tla_service.data.cache import cached_tensors, content_digest
-from tla_service.data.decoding import Blobs, Decoder, decode, probe
+from tla_service.data.decoding import Blobs, Decoder, decode, open_image, probe
 from tla_service.data.trees import FolderTree, TreeBlobs
 
 # The largest training set, as decoded uint8 pixels, that data.residency=auto keeps in memory.
@@ -48,7 +48,7 @@ class FileSource:
     """As `ArraySource`, but decoded on demand from ``rows`` (N,) of ``blobs`` (default: all); can be pickled."""
 
     def __init__(self, blobs: Blobs, labels: torch.Tensor, decoder: Decoder, rows: torch.Tensor | None = None) -> None:
-        self._blobs, self._decoder = blobs, decoder
+        self._blobs, self.decoder = blobs, decoder
         self._rows = torch.arange(len(blobs)) if rows is None else rows
         self.labels = labels.to(torch.int64)
         self.image_shape = decoder.image_shape
@@ -56,36 +56,37 @@ class FileSource:
     def __len__(self) -> int:
         return self.labels.numel()
 
+    def original(self, row: int) -> tuple[str, Image.Image]:
+        """Name and content of an image as it is stored; errors as `open_image`."""
+        place = int(self._rows[row])
+        return self._blobs.name(place), open_image(self._blobs.read(place), self._blobs.name(place))
+
     def fetch(self, indices: torch.Tensor) -> torch.Tensor:
         """As `ArraySource.fetch`, with errors as `Decoder`."""
         # Loader processes run in parallel already.
         threads = None if torch.utils.data.get_worker_info() is None else 1
-        return decode(self._blobs, self._rows[indices].tolist(), self._decoder, threads)
+        return decode(self._blobs, self._rows[indices].tolist(), self.decoder, threads)
 
     def subset(self, indices: torch.Tensor) -> "FileSource":
         """As `ArraySource.subset`."""
-        return FileSource(self._blobs, self.labels[indices], self._decoder, self._rows[indices])
+        return FileSource(self._blobs, self.labels[indices], self.decoder, self._rows[indices])
 
     def digest(self) -> str:
         """SHA-256 of the files' stamp (see each kind's ``stamp``), the rows, the labels and the decoding."""
         content = content_digest(self._rows, self.labels)
-        return hashlib.sha256(f"{self._blobs.stamp()}{self._decoder}{content}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._blobs.stamp()}{self.decoder}{content}".encode()).hexdigest()
 
 
 ImageSource = ArraySource | FileSource
 
 
 class Splits(NamedTuple):
-    """What a loader returns to the catalog; ``test`` is ``None`` if a share of the training images is to be held out.
-
-    ``left_out`` are names of files that are not used, by the reason why.
-    """
+    """What a loader returns to the catalog; without ``test``, a share of the training images is to be held out."""
 
     train: ImageSource
     test: ImageSource | None
     class_names: tuple[str, ...]
     validation: ImageSource | None = None
-    left_out: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,6 @@ class Dataset:
             in memory they cover every byte; for images decoded on demand names, sizes and labels, and the content by
             checksum (zip, Parquet) or by a sample of 256 files (folders). Of the training and test images alone.
         validation: Validation images, if the set has a split of them; else they are held out of ``train``.
-        left_out: Names of files that are not used, by the reason why.
     """
 
     name: str
@@ -110,7 +110,6 @@ class Dataset:
     image_shape: tuple[int, int, int]
     fingerprint: str
     validation: ImageSource | None = None
-    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def splits(self) -> dict[str, ImageSource]:
@@ -124,7 +123,6 @@ def build_splits(
     key: str,
     parts: Mapping[str, tuple[Blobs, torch.Tensor]],
     class_names: tuple[str, ...],
-    left_out: Mapping[str, Sequence[str]] = MappingProxyType({}),
     *,
     colour: bool | None = None,
 ) -> Splits:
@@ -139,7 +137,7 @@ def build_splits(
     size = len(images) * channels * height * width
     if config.residency == "stream" or (config.residency == "auto" and size >= RESIDENT_BYTES):
         streamed = {name: FileSource(*part, decoder) for name, part in parts.items()}
-        return Splits(streamed["train"], streamed.get("test"), class_names, streamed.get("validation"), left_out)
+        return Splits(streamed["train"], streamed.get("test"), class_names, streamed.get("validation"))
 
     def build() -> dict[str, torch.Tensor]:
         return {name: decode(blobs, range(len(blobs)), decoder) for name, (blobs, _) in parts.items()}
@@ -152,7 +150,7 @@ def build_splits(
         name: ArraySource(decoded[name], labels, content_digest(labels) + digests[name])
         for name, (_, labels) in parts.items()
     }
-    return Splits(made["train"], made.get("test"), class_names, made.get("validation"), left_out)
+    return Splits(made["train"], made.get("test"), class_names, made.get("validation"))
 
 
 def tree_splits(
@@ -160,7 +158,6 @@ def tree_splits(
     tree: FolderTree,
     parts: Mapping[str, Sequence[tuple[str, int]]],
     class_names: tuple[str, ...],
-    left_out: Mapping[str, Sequence[str]] = MappingProxyType({}),
     *,
     colour: bool | None = None,
 ) -> Splits:
@@ -170,4 +167,4 @@ def tree_splits(
         for part, images in parts.items()
     }
     key = tree.key([name for images in parts.values() for name, _ in images])
-    return build_splits(config, key, blobs, class_names, left_out, colour=colour)
+    return build_splits(config, key, blobs, class_names, colour=colour)

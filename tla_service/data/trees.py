@@ -93,9 +93,9 @@ def notice(text: str, *values: object) -> None:
 
 
 def notice_left_out(root: str | None, files: Mapping[str, Iterable[str]]) -> None:
-    """Log in one line how many files of each ending are not used; names are given by the reason why."""
-    counts = {reason: by_ending(names) for reason, names in files.items()}
-    parts = [f"{shown} {reason}" for reason, shown in counts.items() if shown]
+    """Log in one line how many files of each ending are not used, and some of them, by the reason why."""
+    found = {reason: [*names] for reason, names in files.items()}
+    parts = [f"{by_ending(names)} {reason}, such as {names[0]}" for reason, names in found.items() if names]
     if parts:
         notice("data.root=%s: files left out: %s", root, "; ".join(parts))
 
