@@ -102,7 +102,8 @@ def _layout(tree: FolderTree, config: DataConfig) -> tuple[str, list[str], list[
     test and validation folders, as in `choose_splits`.
     """
     train = config.train or "train"
-    below = {"/".join(parts[:depth]) for parts in _folders(tree) for depth in range(1, len(parts) + 1)}
+    holding = {tuple(name.split("/")[:-1]) for name in tree.names}
+    below = {"/".join(parts[:depth]) for parts in holding for depth in range(1, len(parts) + 1)}
     found: defaultdict[str, set[str]] = defaultdict(set)
     for folder in below:
         for name in (train, *(TEST_SPLITS if config.test is None else [config.test])):
@@ -129,11 +130,6 @@ def _layout(tree: FolderTree, config: DataConfig) -> tuple[str, list[str], list[
         raise UnavailableError("data.root", tree.path, reason, NO_TEST)
     others = {*TEST_SPLITS, *tests, *validations} & there - {train}
     return base, [train, *sorted(others)], tests, validations
-
-
-def _folders(tree: FolderTree) -> set[tuple[str, ...]]:
-    """Folders with files in them, in parts."""
-    return {tuple(name.split("/")[:-1]) for name in tree.names}
 
 
 def _split(tree: FolderTree, folder: str, but: tuple[str, ...] = ()) -> _Part:

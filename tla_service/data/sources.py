@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL import __version__ as PIL_VERSION
@@ -33,6 +34,12 @@ class ArraySource:
         """Images at ``indices`` (n,), int64 in [0, N), on the CPU, repeats allowed: (n, C, H, W), uint8, on the CPU."""
         return self.images[indices]
 
+    def look(self, row: int) -> tuple[str, Image.Image, np.ndarray]:
+        """Name of an image, the image as it is stored, and its pixels as `fetch` gives them (C, H, W)."""
+        pixels = self.images[row].numpy()
+        picture = pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2)
+        return f"image {row}", Image.fromarray(np.ascontiguousarray(picture)), pixels
+
     def subset(self, indices: torch.Tensor) -> "ArraySource":
         """The images at ``indices`` (n,), in that order."""
         return ArraySource(self.images[indices], self.labels[indices])
@@ -48,7 +55,7 @@ class FileSource:
     """As `ArraySource`, but decoded on demand from ``rows`` (N,) of ``blobs`` (default: all); can be pickled."""
 
     def __init__(self, blobs: Blobs, labels: torch.Tensor, decoder: Decoder, rows: torch.Tensor | None = None) -> None:
-        self._blobs, self.decoder = blobs, decoder
+        self._blobs, self._decoder = blobs, decoder
         self._rows = torch.arange(len(blobs)) if rows is None else rows
         self.labels = labels.to(torch.int64)
         self.image_shape = decoder.image_shape
@@ -56,25 +63,27 @@ class FileSource:
     def __len__(self) -> int:
         return self.labels.numel()
 
-    def original(self, row: int) -> tuple[str, Image.Image]:
-        """Name and content of an image as it is stored; errors as `open_image`."""
+    def look(self, row: int) -> tuple[str, Image.Image, np.ndarray]:
+        """As `ArraySource.look`, with errors as `Decoder`."""
         place = int(self._rows[row])
-        return self._blobs.name(place), open_image(self._blobs.read(place), self._blobs.name(place))
+        name = self._blobs.name(place)
+        image = open_image(self._blobs.read(place), name)
+        return name, image, self._decoder.pixels(image, name)
 
     def fetch(self, indices: torch.Tensor) -> torch.Tensor:
         """As `ArraySource.fetch`, with errors as `Decoder`."""
         # Loader processes run in parallel already.
         threads = None if torch.utils.data.get_worker_info() is None else 1
-        return decode(self._blobs, self._rows[indices].tolist(), self.decoder, threads)
+        return decode(self._blobs, self._rows[indices].tolist(), self._decoder, threads)
 
     def subset(self, indices: torch.Tensor) -> "FileSource":
         """As `ArraySource.subset`."""
-        return FileSource(self._blobs, self.labels[indices], self.decoder, self._rows[indices])
+        return FileSource(self._blobs, self.labels[indices], self._decoder, self._rows[indices])
 
     def digest(self) -> str:
         """SHA-256 of the files' stamp (see each kind's ``stamp``), the rows, the labels and the decoding."""
         content = content_digest(self._rows, self.labels)
-        return hashlib.sha256(f"{self._blobs.stamp()}{self.decoder}{content}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._blobs.stamp()}{self._decoder}{content}".encode()).hexdigest()
 
 
 ImageSource = ArraySource | FileSource
