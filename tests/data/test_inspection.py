@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,3 +158,13 @@ def test_many_classes_fit_on_the_sheet(tmp_path: Path, make_config: MakeConfig) 
     assert len(found.facts["classes"]) == 50
     assert found.sheet.size[1] == 40 * 76 + 24
     assert found.sheet.size[0] < 320 + 8 * 76 + 1
+
+
+def test_names_that_are_no_text(tmp_path: Path, make_config: MakeConfig) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", os.fsdecode(b"caf\xe9")):
+            for number in range(10):
+                put(tmp_path / "root" / split / name / f"{number}.png", encoded(noise(9, 9)))
+    found = inspect_dataset(make_config(name="image_folder", root=str(tmp_path / "root")))
+    assert [*found.facts["classes"]] == ["caf?", "cat"]
+    "\n".join(found.lines()).encode()

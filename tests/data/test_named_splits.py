@@ -51,7 +51,10 @@ def write(request: pytest.FixtureRequest, tmp_path: Path, make_config: MakeConfi
 def contents(dataset: Dataset) -> dict[str, tuple[int, list[int]]]:
     """Number of images, and their grey levels, by split."""
     found = {}
-    for name, source in dataset.splits.items():
+    named = {"train": dataset.train, "test": dataset.test, "validation": dataset.validation}
+    for name, source in named.items():
+        if source is None:
+            continue
         found[name] = (len(source), source.fetch(torch.arange(len(source))).unique().tolist())
     return found
 
@@ -146,7 +149,9 @@ def classes(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def test_class_folders_without_a_training_folder(classes: Path, make_config: MakeConfig) -> None:
+def test_class_folders_without_a_training_folder(
+    classes: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     config = make_config(name="image_folder", root=str(classes), image_size=4)
     with pytest.raises(
         UnavailableError, match=r"no train/ folder with files in it, but cat, dog, holdout; .*data\.train"
@@ -158,7 +163,11 @@ def test_class_folders_without_a_training_folder(classes: Path, make_config: Mak
     assert (len(found.train), len(found.test), found.class_names) == (18, 6, ("cat", "dog", "holdout"))
     (classes / "holdout").rename(classes / "val")
     found = load_dataset(config.model_copy(update={"train": ".", "test_fraction": 0.25}))
-    assert (len(found.train), len(found.test), len(found.splits["validation"])) == (15, 5, 4)
+    assert (len(found.train), len(found.test), len(found.validation or ())) == (15, 5, 4)
+    caplog.clear()
+    found = load_dataset(config.model_copy(update={"train": ".", "test_fraction": 0.25, "validation": ""}))
+    assert (len(found.train), len(found.test), found.validation) == (15, 5, None)
+    assert "4 .png outside ./, such as val/cat/0.png" in caplog.text
 
 
 def test_a_path_may_name_a_split(classes: Path, make_config: MakeConfig) -> None:

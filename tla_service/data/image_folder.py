@@ -83,11 +83,14 @@ def load_image_folder(config: DataConfig) -> Splits:
             shown = tree.describe(f"{base}{name}/{strange[0]}")
             raise UnavailableError("data.root", shown, f"has no folder of this name under {folders[0]}/", _FIX)
     used = tuple(base if name == "." else f"{base}{name}/" for name in found)
+    unused = tuple(f"{base}{name}/" for name in folders if name not in found)
     left_out = {
         "beside the class folders": [name for part in found.values() for name in part.beside],
         "in class folders that are not images": [name for part in found.values() for name in part.others],
         f"outside {', '.join(f'{name}/' for name in found)}": [
-            name for name in tree.names if not name.startswith(used) and _ending(name) in _SUFFIXES
+            name
+            for name in tree.names
+            if (not name.startswith(used) or name.startswith(unused)) and _ending(name) in _SUFFIXES
         ],
     }
     notice_left_out(config.root, left_out)

@@ -77,6 +77,7 @@ def inspect_dataset(config: DataConfig, seed: int = 0) -> Inspection:
     everything = [each for found in seen.values() for each in found]
     labels = {name: source.labels[own].tolist() for name, (source, own) in parts.items()}
     counts = {name: Counter(own) for name, own in labels.items()}
+    class_names = [_printable(name) for name in dataset.class_names]
     held_out = f"held out of the training images (data.validation_fraction={config.validation_fraction:g})"
     if unsized:
         warnings.append(f"data.image_size is not set, which training requires; shown at {side}")
@@ -100,14 +101,13 @@ def inspect_dataset(config: DataConfig, seed: int = 0) -> Inspection:
         "splits": {name: len(own) for name, own in labels.items()},
         "validation": held_out if dataset.validation is None else "a split of its own",
         "classes": {
-            label: {name: found[number] for name, found in counts.items()}
-            for number, label in enumerate(dataset.class_names)
+            label: {name: found[number] for name, found in counts.items()} for number, label in enumerate(class_names)
         },
         "stored_sizes": _sizes([each.size for each in everything]),
         "color_modes": dict(Counter(each.mode for each in everything).most_common()),
         "duplicates": {pair: len(names) for pair, names in duplicates.items()},
         "unusable": len(errors),
-        "warnings": warnings,
+        "warnings": [*map(_printable, warnings)],
     }
     usable = torch.tensor([isinstance(each, Seen) for each in looked["train"]])
     return Inspection(facts, _contact_sheet(dataset.train, rows[usable], facts["classes"]), errors)
@@ -126,6 +126,11 @@ def _warnings() -> Iterator[list[str]]:
     finally:
         logger.propagate = True
         logger.removeHandler(handler)
+
+
+def _printable(text: str) -> str:
+    """Text without the surrogates that stand for bytes of file names that are no UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _look(source: ImageSource, rows: torch.Tensor) -> list[Seen | UserError]:

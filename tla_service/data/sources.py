@@ -120,12 +120,6 @@ class Dataset:
     fingerprint: str
     validation: ImageSource | None = None
 
-    @property
-    def splits(self) -> dict[str, ImageSource]:
-        """The splits by name."""
-        named = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: source for name, source in named.items() if source is not None}
-
 
 def build_splits(
     config: DataConfig,

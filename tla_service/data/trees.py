@@ -166,7 +166,7 @@ class FolderTree:
         """Hex digits that change with names, sizes, order, and the content of 256 files: more would take long."""
         digest = hashlib.sha256()
         for name in names:
-            digest.update(f"{name}\0{self._entry(name)[0]}\n".encode())
+            digest.update(os.fsencode(f"{name}\0{self._entry(name)[0]}\n"))
         for row in evenly_spread(len(names), _SAMPLED):
             digest.update(self.read(names[row]))
         return digest.hexdigest()
@@ -174,7 +174,7 @@ class FolderTree:
     def key(self, names: Sequence[str]) -> str:
         """As ``stamp``, for caches on this machine: by paths, sizes and times, without reading content."""
         lines = ("\0".join(map(str, (name, *self._entry(name)))) for name in names)
-        return hashlib.sha256("\n".join([str(self.path.absolute()), *lines]).encode()).hexdigest()[:24]
+        return hashlib.sha256(os.fsencode("\n".join([str(self.path.absolute()), *lines]))).hexdigest()[:24]
 
     def describe(self, name: str) -> str:
         """A file's full path, for messages."""
