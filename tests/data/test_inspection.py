@@ -83,7 +83,7 @@ WARNINGS = [
     "files left out: 1 .png beside the class folders, such as train/loose.png; "
     "1 .txt in class folders that are not images, such as train/cat/notes.txt; "
     "1 .png outside train/, test/, val/, such as old/cat/0.png",
-    "the largest class is 8 times the smallest ('cat' has 80 training images, 'dog' 10): consider data.balance",
+    "the largest class, 'cat' with 80 images, is 8 times the smallest, 'dog' with 10; consider data.balance",
     "data.image_size is not set, which training requires; shown at 64",
     "1 images have an EXIF orientation, which is not applied",
     "1 images are in both train and test, which inflates accuracy: ",

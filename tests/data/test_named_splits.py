@@ -123,7 +123,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no such validation split": ({"validation": "x"}, r"data\.validation=x: no such split in .*; give one of: "),
     "the training split": (
         {"test": "train"},
-        r"data\.(test|train)=train: is data\.(train|test), too; give splits with",
+        r"data\.test=train: is data\.train, too; give splits with",
     ),
     "one for two": ({"test": "val", "validation": "val"}, r"data\.test=val: is data\.validation, too"),
     "both": (

@@ -106,22 +106,19 @@ def _check(config: DataConfig, train: ImageSource, test: ImageSource, splits: Sp
         missing = [name for number, name in enumerate(names) if number not in present]
         if missing and images is not None:
             notice("data.root=%s: %d classes have no %s images: %s", config.root, len(missing), part, listed(missing))
-    if config.balance == "none" and (imbalance := describe_imbalance(counts, names)):
-        notice("data.root=%s: %s", config.root, imbalance)
+    _notice_imbalance(config, counts, names)
     _notice_twins(config, names)
     if train.image_shape != test.image_shape:
         reason = f"training images are {train.image_shape}, test images {test.image_shape}"
         raise ConfigError("data.image_size", config.image_size, reason, "give a side to resize all to")
 
 
-def describe_imbalance(counts: Sequence[int], names: Sequence[str]) -> str:
-    """A line on how unbalanced classes of ``counts`` images are; empty unless one is 4 times as large as another."""
-    largest, smallest = counts.index(max(counts)), counts.index(min(counts))
-    ratio = counts[largest] / max(1, counts[smallest])
-    if ratio < _UNBALANCED:
-        return ""
-    sizes = f"{names[largest]!r} has {counts[largest]} training images, {names[smallest]!r} {counts[smallest]}"
-    return f"the largest class is {ratio:.0f} times the smallest ({sizes}): consider data.balance"
+def _notice_imbalance(config: DataConfig, counts: Sequence[int], names: Sequence[str]) -> None:
+    """Warn of classes with far more or fewer training images than others, unless something is done about it."""
+    (fewest, smallest), (most, largest) = min(zip(counts, names, strict=True)), max(zip(counts, names, strict=True))
+    if config.balance == "none" and most >= _UNBALANCED * fewest:
+        text = "data.root=%s: the largest class, %r with %d images, is %.0f times the smallest, %r with %d; %s"
+        notice(text, config.root, largest, most, most / fewest, smallest, fewest, "consider data.balance")
 
 
 def _notice_twins(config: DataConfig, names: tuple[str, ...]) -> None:

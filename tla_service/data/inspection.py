@@ -17,7 +17,7 @@ from tla_service.data.catalog import load_dataset
 from tla_service.data.decoding import usable_cores
 from tla_service.data.sources import ImageSource
 from tla_service.data.splits import split_training
-from tla_service.data.trees import listed
+from tla_service.data.trees import LOG, listed
 from tla_service.errors import UserError
 
 DEFAULT_SIDE = 64  # for image folders without data.image_size
@@ -66,8 +66,17 @@ def inspect_dataset(config: DataConfig, seed: int = 0) -> Inspection:
     """
     unsized = config.name == "image_folder" and config.image_size is None
     side = DEFAULT_SIDE if unsized else config.image_size
-    with _warnings() as warnings:
+    warnings: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        warnings.append(record.getMessage())
+        return False
+
+    LOG.addFilter(keep)
+    try:
         dataset = load_dataset(config.model_copy(update={"residency": "stream", "image_size": side}))
+    finally:
+        LOG.removeFilter(keep)
     rows, validation = split_training(dataset, config.validation_fraction, seed)
     test = (dataset.test, torch.arange(len(dataset.test)))
     parts = {"train": (dataset.train, rows), "validation": validation, "test": test}
@@ -111,21 +120,6 @@ def inspect_dataset(config: DataConfig, seed: int = 0) -> Inspection:
     }
     usable = torch.tensor([isinstance(each, Seen) for each in looked["train"]])
     return Inspection(facts, _contact_sheet(dataset.train, rows[usable], facts["classes"]), errors)
-
-
-@contextlib.contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """Collect what is logged about the data."""
-    messages: list[str] = []
-    logger, handler = logging.getLogger("tla_service.data"), logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        yield messages
-    finally:
-        logger.propagate = True
-        logger.removeHandler(handler)
 
 
 def _printable(text: str) -> str:

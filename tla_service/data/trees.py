@@ -65,14 +65,16 @@ def choose_splits(config: DataConfig, there: Collection[str]) -> tuple[str, list
     there, or for two purposes.
     """
     train = config.train or "train"
-    taken = {"data.train": train, "data.test": config.test, "data.validation": config.validation or None}
+    taken = {"data.test": config.test, "data.validation": config.validation or None, "data.train": train}
     if config.test is not None and config.test_fraction is not None:
         raise ConfigError("data.test_fraction", config.test_fraction, "data.test names the test set", "give only one")
     for field, name in taken.items():
+        if name is None or (field == "data.train" and config.train is None):
+            continue
         other = next((other for other, its in taken.items() if its == name and other != field), None)
-        if name is not None and other is not None:
+        if other is not None:
             raise ConfigError(field, name, f"is {other}, too", "give splits with images of their own")
-        if name is not None and name not in there and (field, config.train) != ("data.train", None):
+        if name not in there:
             reason = f"no such split in {config.root}"
             others = sorted(other for other in there if "/" not in other)
             raise ConfigError(field, name, reason, f"give one of: {listed(others)}" if others else "check data.root")
