@@ -19,6 +19,7 @@ SHAPES: dict[str, Any] = {
     "data.label_column": "y",
     "data.image_column": "x",
     "data.train": "Training",
+    "data.test": "Testing",
     "data.validation_fraction": 0.2,
     "data.test_fraction": 0.2,
     "data.train_limit": 100,
@@ -108,7 +109,6 @@ SHAPES_NOTHING: dict[str, Any] = {
     "data.download": True,
     "data.cache_dir": "/c",
     "data.test_limit": 100,
-    "data.test": "Testing",
     "data.validation": "",  # a checkpoint tells its validation images from others by their content
     "data.residency": "stream",
     "data.loader_workers": 0,
