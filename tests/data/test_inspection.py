@@ -74,7 +74,7 @@ def test_counts_sizes_and_modes(inspected: Inspection, messy: Path) -> None:
     assert facts["stored_sizes"]["smallest"] == "{}x{}".format(*smallest)
     assert facts["stored_sizes"]["largest"] == "{}x{}".format(*largest)
     assert facts["stored_sizes"]["median"] == facts["stored_sizes"]["most frequent"] == "40x30"
-    assert facts["stored_sizes"]["others"] == sum(image.size != (40, 30) for image in images)
+    assert facts["stored_sizes"]["differing"] == sum(image.size != (40, 30) for image in images)
     assert facts["color_modes"] == {"RGB": 106, "L": 1}
     assert json.loads(json.dumps(facts)) == facts
 

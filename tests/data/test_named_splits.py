@@ -109,7 +109,7 @@ def test_no_test_split_says_how_to_name_or_hold_out_one(write: Write) -> None:
 
 def test_other_names_are_listed(write: Write) -> None:
     load = write(Training=8, Testing=4)
-    with pytest.raises(UnavailableError, match=r"no train.*, but Testing, Training; .*data\.train and data\.test"):
+    with pytest.raises(UnavailableError, match=r"no train.*, but Testing, Training; .*data\.train .*and data\.test"):
         load()
     assert contents(load(train="Training", test="Testing")) == {"train": (8, [0]), "test": (4, [10])}
 

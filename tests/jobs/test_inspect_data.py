@@ -32,7 +32,7 @@ def test_without_ray_and_mlflow(root: Path, tmp_path: Path) -> None:
     done = run_python(code, *flags, "--data.cache_dir", str(tmp_path / "cache"))
     assert (done.returncode, done.stderr) == (0, "")
     assert "splits        train 63, validation 7, test 4" in done.stdout
-    assert "largest 9x9, most frequent 9x9, others 0" in done.stdout
+    assert "largest 9x9, most frequent 9x9 (0 differ)" in done.stdout
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
         assert sheet.size[1] == 2 * 68 + 24
     assert json.loads((tmp_path / "out" / "inspection.json").read_text())["classes"]["dog"]["test"] == 2

@@ -28,7 +28,10 @@ _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm",
 # Left out unopened: opening a million annotation files would take minutes.
 _TEXT_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".log"})
 _TINY_FIX = "use the original layout: wnids.txt, train/<wnid>/images, val/images, val/val_annotations.txt"
-_FIX = "use train/<class>/<image> and test/<class>/<image> (or val/), or name the folders by data.train and data.test"
+_FIX = (
+    "use train/<class>/<image> and test/<class>/<image> (or val/), or name the folders by data.train (. is the root) "
+    "and data.test"
+)
 
 
 class _Part(NamedTuple):

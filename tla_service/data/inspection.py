@@ -49,7 +49,8 @@ class Inspection(NamedTuple):
         yield f"network sees  {'x'.join(map(str, facts['image_shape']))} (channels x height x width)"
         yield f"splits        {', '.join(f'{name} {count}' for name, count in splits.items())}"
         yield f"validation    {facts['validation']}"
-        yield f"sizes         {', '.join(f'{name} {size}' for name, size in facts['stored_sizes'].items())}"
+        *sizes, (_, differing) = facts["stored_sizes"].items()
+        yield f"sizes         {', '.join(f'{name} {size}' for name, size in sizes)} ({differing} differ)"
         yield f"color modes   {', '.join(f'{mode} {count}' for mode, count in facts['color_modes'].items())}"
         yield ""
         width = max(map(len, ["class", *facts["classes"]]))
@@ -154,7 +155,7 @@ def _sizes(sizes: list[tuple[int, int]]) -> dict[str, str | int]:
     (frequent, count), *_ = Counter(ordered).most_common(1)
     found = {"smallest": ordered[0], "median": ordered[len(ordered) // 2], "largest": ordered[-1]}
     shown = {name: f"{width}x{height}" for name, (width, height) in {**found, "most frequent": frequent}.items()}
-    return {**shown, "others": len(ordered) - count}
+    return {**shown, "differing": len(ordered) - count}
 
 
 def _contact_sheet(source: ImageSource, rows: torch.Tensor, classes: Mapping[str, Mapping[str, int]]) -> Image.Image:
