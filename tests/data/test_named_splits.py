@@ -105,6 +105,8 @@ def test_no_test_split_says_how_to_name_or_hold_out_one(write: Write) -> None:
     remedy = r"name one by data\.test, or hold a share of the training images out by data\.test_fraction=0\.2"
     with pytest.raises(UnavailableError, match=rf"has train.* but no test.*; {remedy}"):
         write(train=8, holdout=4)()
+    with pytest.raises(UnavailableError, match=rf"has train.* but no test.*; {remedy}"):
+        write(train=8, val=4)(validation="val")
 
 
 def test_other_names_are_listed(write: Write) -> None:
