@@ -20,30 +20,11 @@ class DataConfig(Section):
     root: str | None = setting(None, "folder, zip file or s3://bucket/prefix with the data set")
     download: bool = setting(False, "download the data set into data.root if it is missing (torchvision data sets)")
     cache_dir: str = setting("~/.cache/tla-service", "cache of s3:// roots and unpacked archives, per node")
-    train: str | None = setting(
-        None,
-        "image_folder, parquet: name of the training split, . for class folders in the root; none: train",
-        min_length=1,
-    )
-    validation: str | None = setting(
-        None,
-        "image_folder, parquet: name of the validation split; none: val, validation, valid or dev beside a test split, "
-        'else data.validation_fraction; "": always data.validation_fraction',
-    )
-    test: str | None = setting(
-        None,
-        "image_folder, parquet: name of the test split; none: test, else val, validation, valid or dev",
-        min_length=1,
-    )
-    validation_fraction: Pixels = setting(
-        0.1, "without a validation split: share of the training set held out for validation", gt=0, le=0.5
-    )
-    test_fraction: Pixels | None = setting(
-        None,
-        "without a test split: share of the training set held out for testing, the same for every seed",
-        gt=0,
-        le=0.5,
-    )
+    train: str | None = setting(None, "name of the training split; none: train; .: the root itself", min_length=1)
+    validation: str | None = setting(None, 'name of the validation split; none: a common name; "": hold one out')
+    test: str | None = setting(None, "name of the test split; none: test, or a common name", min_length=1)
+    validation_fraction: Pixels = setting(0.1, "share of the training set held out for validation", gt=0, le=0.5)
+    test_fraction: Pixels | None = setting(None, "share of the training set held out for testing", gt=0, le=0.5)
     train_limit: int | None = setting(None, "use only this many training images (stratified)", unit="images", ge=2)
     test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
     image_size: int | None = setting(None, "resize to this side; required by image_folder", unit="pixels", ge=4)
