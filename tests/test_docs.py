@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from benchmarks.settings import BenchmarkSettings
+from jobs.inspect_data import InspectSettings
 from tla_service.cluster.doctor.settings import CheckupSettings
 from tla_service.config import RunConfig
 from tla_service.config.fields import parse_fraction
@@ -42,6 +43,7 @@ JOBS: dict[str, type[JobSettings]] = {
     "jobs/promote_model.py": PromoteSettings,
     "jobs/export_model.py": ExportSettings,
     "jobs/import_model.py": ImportSettings,
+    "jobs/inspect_data.py": InspectSettings,
     "jobs/reproduce_paper.py": ReproduceSettings,
 }
 OURS = [(page.name, line) for page in PAGES for line in commands(page) if ENTRY.search(line)]

@@ -256,3 +256,19 @@ def test_evaluation_can_be_left_early(file_source: FileSource) -> None:
     for batch in first():
         assert torch.equal(batch.images, array_source().images[:7].float() / 255)
         break
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_anchors_carry_their_classes_weights(world: int) -> None:
+    images = torch.zeros(40, 1, 4, 4, dtype=torch.uint8)
+    source = ArraySource(images, torch.tensor([0] * 30 + [1] * 8 + [2] * 2))
+    indices = torch.arange(2, 40)  # 28, 8 and 2 of them
+    expected = {0: 38 / 3 / 28, 1: 38 / 3 / 8, 2: 38 / 3 / 2}
+    for rank in range(world):
+        context = WorkerContext(rank=rank, world_size=world)
+        batches = batches_of(source, indices, DataConfig(balance="class_weights"), context, global_batch_size=9, seed=1)
+        for step in batches.epoch(0):
+            assert step.weights is not None
+            assert step.weights.tolist() == pytest.approx([expected[label] for label in step.anchors.labels.tolist()])
+        plain = batches_of(source, indices, DataConfig(balance="sampling"), context, global_batch_size=9, seed=1)
+        assert next(plain.epoch(0)).weights is None

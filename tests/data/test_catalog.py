@@ -204,3 +204,15 @@ def test_datasets_are_frozen(load_made: Callable[..., Dataset]) -> None:
     assert replace(dataset, name="other").name == "other"
     with pytest.raises(AttributeError):
         dataset.name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("balance", ["none", "class_weights", "sampling"])
+def test_unbalanced_classes_are_said_unless_they_are_balanced(
+    load_made: Callable[..., Dataset], caplog: pytest.LogCaptureFixture, balance: str
+) -> None:
+    for fewest, unbalanced in ((1, True), (4, True), (5, False)):
+        caplog.clear()
+        load_made(splits([0] * 16 + [1] * fewest, [0, 1]), balance=balance)
+        expected = f"the largest class, 'a' with 16 images, is {16 / fewest:.0f} times the smallest, 'b' with {fewest}"
+        said = [text for text in caplog.messages if f"{expected}; consider data.balance" in text]
+        assert len(said) == (unbalanced and balance == "none")

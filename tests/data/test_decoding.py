@@ -13,6 +13,7 @@ from PIL import Image
 
 from tla_service.data.decoding import Decoder, decode, evenly_spread, is_image, open_image, probe, resized
 from tla_service.errors import ConfigError, UnavailableError, UserError
+from tla_service.pixels import to_pixels
 
 Encode = Callable[..., bytes]
 RNG = np.random.default_rng(0)
@@ -50,7 +51,7 @@ def test_palettes_with_transparency_become_rgb(encoded: Encode) -> None:
     palette = Image.fromarray(COLOUR).convert("P")
     handle = io.BytesIO()
     palette.save(handle, "PNG", transparency=bytes(range(256)))
-    assert open_image(handle.getvalue(), "x", "RGB").mode == "RGB"
+    assert to_pixels(open_image(handle.getvalue(), "x"), (3, *COLOUR.shape[:2]), resize=False).shape[0] == 3
 
 
 def test_resizing_takes_the_centred_square(encoded: Encode) -> None:
@@ -78,7 +79,7 @@ def test_rubbish_is_reported_by_name(rubbish: bytes, cut: int) -> None:
 
 def test_more_than_eight_bits_are_refused(encoded: Encode) -> None:
     with pytest.raises(UnavailableError, match="more than 8 bits"):
-        open_image(encoded(GREY.astype(np.uint16) * 200), "deep.png", "L")
+        open_image(encoded(GREY.astype(np.uint16) * 200), "deep.png")
 
 
 def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -134,7 +134,7 @@ def test_what_is_no_image_is_counted_by_ending(
     with caplog.at_level(logging.WARNING):
         found = load_dataset(make_config(name="image_folder", root=str(folder), image_size=6))
     assert (len(found.train), len(found.test)) == (8, 4)
-    expected = "1 without ending, 1 .txt, 1 .heic in class folders that are not images"
+    expected = "1 without ending, 1 .txt, 1 .heic in class folders that are not images, such as train/cat/notes"
     assert caplog.messages == [f"data.root={folder}: files left out: {expected}"]
 
 
@@ -143,13 +143,14 @@ def test_files_beside_and_outside_the_class_folders_are_counted(
 ) -> None:
     (folder / "train" / "cat" / "notes.txt").unlink()
     image = (folder / "train" / "dog" / "1.png").read_bytes()
-    for name in ("train/loose.png", "train/labels.csv", "test/loose.PNG", "val/cat/1.png", "other.png"):
+    for name in ("train/loose.png", "train/labels.csv", "test/loose.PNG", "extra/cat/1.png", "other.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(image)
     (folder / "README.md").write_text("text")
     with caplog.at_level(logging.WARNING):
         assert len(load_dataset(make_config(name="image_folder", root=str(folder), image_size=6)).train) == 8
-    expected = "2 .png, 1 .csv beside the class folders; 2 .png outside train/ and test/"
+    beside, outside = "2 .png, 1 .csv beside the class folders", "2 .png outside train/, test/"
+    expected = f"{beside}, such as train/labels.csv; {outside}, such as extra/cat/1.png"
     assert caplog.messages == [f"data.root={folder}: files left out: {expected}"]
 
 

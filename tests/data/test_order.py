@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tla_service.data.order import CPU, ClassMates, Draw, StepOrder
+from tla_service.data.order import CPU, ClassMates, Draw, StepOrder, class_weights
 from tla_service.errors import ConfigError
 from tla_service.runtime import generator
 
@@ -137,3 +137,38 @@ def test_positives_are_uniform() -> None:
 def test_every_purpose_draws_other_numbers() -> None:
     draws = {tuple(torch.rand(2, generator=generator(CPU, draw, 0, 0, 0, 0)).tolist()) for draw in Draw}
     assert len(draws) == len(Draw)
+
+
+UNBALANCED = torch.tensor([0] * 360 + [1] * 30 + [3] * 10)
+
+
+def test_balanced_anchors_come_from_every_class_equally_often_and_from_all_of_its_images() -> None:
+    order = StepOrder(UNBALANCED, seed=1, global_batch_size=50, balanced=True)
+    drawn = torch.cat([step.anchors for epoch in range(30) for step in order.epoch(epoch)])
+    assert len(drawn) == 30 * 400
+    # Each class has 4000 of 12000 draws, standard deviation 52; an image of a class of n has 4000 / n.
+    assert all(abs(int((UNBALANCED[drawn] == label).sum()) - 4000) < 210 for label in (0, 1, 3))
+    for image, count in enumerate(drawn.bincount(minlength=400).tolist()):
+        expected = 4000 / {0: 360, 1: 30, 3: 10}[int(UNBALANCED[image])]
+        assert abs(count - expected) < 5 * expected**0.5
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_balanced_steps_are_shared_out_and_resume_as_others_do(world: int) -> None:
+    shared = {"seed": 7, "global_batch_size": 32, "balanced": True}
+    alone = [step.anchors.tolist() for step in StepOrder(UNBALANCED, **shared).epoch(2)]
+    ranks = [StepOrder(UNBALANCED, rank=rank, world_size=world, **shared) for rank in range(world)]
+    shards = [[step.anchors.tolist() for step in order.epoch(2)] for order in ranks]
+    assert [sum(step, []) for step in zip(*shards, strict=True)] == alone
+    assert [step.anchors.tolist() for step in ranks[1].epoch(2, 5)] == shards[1][5:]
+    assert alone != [step.anchors.tolist() for step in StepOrder(UNBALANCED, **shared).epoch(3)]
+
+
+def test_class_weights_are_scikit_learns() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    expected = compute_class_weight("balanced", classes=UNBALANCED.unique().numpy(), y=UNBALANCED.numpy())
+    weights = class_weights(UNBALANCED)
+    assert weights[[0, 1, 3]].tolist() == pytest.approx(expected.tolist())
+    assert weights[2] == 0
+    assert float(weights[UNBALANCED].mean()) == pytest.approx(1)

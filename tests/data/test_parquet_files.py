@@ -95,13 +95,13 @@ def test_without_any_test_labels_the_remedy_says_what_is_missing(
 def test_files_that_are_not_used_and_shards_that_are_missing_are_said(
     tmp_path: Path, blobs: list[bytes], make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    root = hub(tmp_path, blobs, train={"label": [0, 1] * 3}, test={"label": [1, 0]}, validation={"label": [0, 1, 1]})
+    root = hub(tmp_path, blobs, train={"label": [0, 1] * 3}, test={"label": [1, 0]}, extra={"label": [0, 1, 1]})
     (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "train-00000-of-00002.parquet")
     hub(tmp_path, blobs, Train={"label": [0, 1]})
     found = load_dataset(make_config(name="parquet", root=root))
     assert (len(found.train), len(found.test)) == (6, 2)
     assert f"{root}/train-00000-of-00002.parquet: only 1 of 2 files are there" in caplog.messages
-    names = "Train-00000-of-00001.parquet, validation-00000-of-00001.parquet"
+    names = "Train-00000-of-00001.parquet, extra-00000-of-00001.parquet"
     left_out = f"data.root={root}: files left out: {names}"
     assert left_out in caplog.messages
 

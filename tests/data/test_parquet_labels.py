@@ -55,7 +55,7 @@ def test_every_type_of_labels(read: Read, kind: str) -> None:
     rows = [values[place % len(values)] for place in range(12)]
     train = read("train", pa.array(rows[:5], arrow), pa.array([], arrow), pa.array(rows[5:], arrow))
     test = read("test", pa.array(rows[:2], arrow))
-    found, train_classes, test_classes = number_classes(train, test)
+    found, (train_classes, test_classes) = number_classes(train, test)
     assert found == names
     assert [found[number] for number in train_classes] == [str(value) for value in rows]
     assert [found[number] for number in test_classes] == [str(value) for value in rows[:2]]
@@ -75,7 +75,7 @@ def test_class_numbers_of_any_labels(tmp_path_factory: pytest.TempPathFactory, d
     def labels(*names: str) -> Labels:
         return read_labels(open_shards([home / f"{name}.parquet" for name in names], home, "x"), "label")
 
-    names, train, test = number_classes(labels("train-0", "train-1"), labels("test-0"))
+    names, (train, test) = number_classes(labels("train-0", "train-1"), labels("test-0"))
     assert names == tuple(str(value) for value in sorted(values))
     assert [names[number] for number in train] == [str(value) for value in rows]
     assert [names[number] for number in test] == [str(value) for value in chosen]
@@ -97,7 +97,7 @@ def test_files_with_names_in_any_order_are_matched_by_name(
         pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
     train = read_labels(open_shards(paths[:2], home, "x"), "label")
     test = read_labels(open_shards(paths[2:], home, "x"), "label")
-    found, train_classes, test_classes = number_classes(train, test)
+    found, (train_classes, test_classes) = number_classes(train, test)
     assert list(found) == orders[0]
     assert [found[number] for number in train_classes] == rows[0] + rows[1]
     assert [found[number] for number in test_classes] == rows[2]
@@ -106,10 +106,10 @@ def test_files_with_names_in_any_order_are_matched_by_name(
 def test_a_test_set_with_some_of_the_names_is_matched(read: Read) -> None:
     train = read("train", pa.array([0, 1, 2] * 2), names=["cat", "dog", "eel"])
     test = read("test", pa.array([0, 1]), names=["eel", "cat"])
-    assert number_classes(train, test)[2].tolist() == [2, 0]
+    assert number_classes(train, test)[1][1].tolist() == [2, 0]
     # A name that no row uses does no harm.
     test = read("other", pa.array([1]), names=["wolf", "cat"])
-    assert number_classes(train, test)[2].tolist() == [0]
+    assert number_classes(train, test)[1][1].tolist() == [0]
 
 
 def test_names_beyond_those_of_training_are_refused(read: Read) -> None:
@@ -126,7 +126,7 @@ def test_names_beyond_those_of_training_are_refused(read: Read) -> None:
 @pytest.mark.parametrize("names", [None, ["cat", "dog", "eel"]])
 def test_labels_that_start_at_1_are_said(read: Read, caplog: pytest.LogCaptureFixture, names: Any) -> None:
     train, test = read("train", pa.array([1, 2, 3] * 2), names=names), read("test", pa.array([3, 1]), names=names)
-    found, classes, test_classes = number_classes(train, test)
+    found, (classes, test_classes) = number_classes(train, test)
     assert found == (("cat", "dog", "eel") if names else ("1", "2", "3"))
     assert classes.tolist() == [0, 1, 2] * 2
     assert test_classes.tolist() == [2, 0]
@@ -190,6 +190,6 @@ def test_labels_of_different_types_are_refused(read: Read) -> None:
 
 def test_nothing_of_the_size_of_the_largest_label_is_made(read: Read) -> None:
     train, test = read("train", pa.array([0, 2**62] * 3)), read("test", pa.array([2**62]))
-    names, classes, _ = number_classes(train, test)
+    names, (classes, _) = number_classes(train, test)
     assert names == ("0", str(2**62))
     assert classes.tolist() == [0, 1] * 3

@@ -149,7 +149,7 @@ def test_files_are_counted_by_ending(caplog: pytest.LogCaptureFixture) -> None:
     notice_left_out("x", {"nowhere": []})
     assert not caplog.records
     notice_left_out("x", {"here": ["a.txt"], "nowhere": [], "there": ["b.png", "c.png"]})
-    assert caplog.messages == ["data.root=x: files left out: 1 .txt here; 2 .png there"]
+    assert caplog.messages == ["data.root=x: files left out: 1 .txt here, such as a.txt; 2 .png there, such as b.png"]
 
 
 @pytest.mark.parametrize(("rank", "lines"), [(None, 1), (0, 1), (3, 0)])

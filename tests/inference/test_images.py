@@ -9,7 +9,11 @@ import pytest
 from PIL import Image
 
 from tests.inference.files import encoded
+from tla_service.data.decoding import Decoder
 from tla_service.inference.images import BadImages, read_images
+from tla_service.inference.predictor import Predictor
+from tla_service.models import build_model
+from tla_service.pixels import describe
 
 SHAPE = (1, 8, 8)
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, *SHAPE), dtype=np.uint8)
@@ -110,3 +114,75 @@ def test_a_truncated_jpeg_of_the_right_size() -> None:
     assert read_images([whole], (3, 64, 64)).shape == (1, 3, 64, 64)
     with pytest.raises(BadImages, match=r"image 0 is damaged .*truncated"):
         read_images([whole[: len(whole) // 2]], (3, 64, 64))
+
+
+def photograph(mode: str, kind: str, size: tuple[int, int], **options: object) -> bytes:
+    """A file with edges and gradients, on which filters, crops and orientations differ."""
+    width, height = size
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    pixels[:, : width // 3] = np.linspace(0, 255, height, dtype=np.uint8)[:, None, None]
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+SIDEWAYS = Image.Exif()
+SIDEWAYS[0x0112] = 6  # to be shown rotated by 90 degrees
+PHOTOGRAPHS = {
+    "wide JPEG": photograph("RGB", "JPEG", (301, 200)),
+    "tall JPEG": photograph("RGB", "JPEG", (37, 64)),
+    "sideways JPEG": photograph("RGB", "JPEG", (90, 60), exif=SIDEWAYS.tobytes()),
+    "CMYK JPEG": photograph("CMYK", "JPEG", (50, 50)),
+    "grey JPEG": photograph("L", "JPEG", (33, 40)),
+    "RGBA PNG": photograph("RGBA", "PNG", (45, 31)),
+    "palette PNG": photograph("P", "PNG", (40, 50)),
+    "black and white PNG": photograph("1", "PNG", (40, 50)),
+    "smaller PNG": photograph("RGB", "PNG", (9, 12)),
+    "PNG of the size": photograph("RGB", "PNG", (24, 24)),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_a_file_of_another_size_gives_the_pixels_of_training(name: str, channels: int) -> None:
+    blob, shape = PHOTOGRAPHS[name], (channels, 24, 24)
+    trained = Decoder(shape, resize=True)(blob, name)
+    for sent in ([blob], [base64.b64encode(blob).decode()]):
+        read = read_images(sent, shape, resize=True)
+        assert read.dtype == np.uint8
+        np.testing.assert_array_equal(read[0], trained)
+    # What users are told to do themselves.
+    image = Image.open(io.BytesIO(blob))
+    image = (image.convert("RGBA") if image.mode == "P" else image).convert("L" if channels == 1 else "RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side)).resize((24, 24), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(np.asarray(square).reshape(24, 24, channels), np.moveaxis(trained, 0, 2))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_of_8_bits_are_resized_like_the_files(channels: int) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (2, channels, 30, 41), np.uint8)
+    shape = (channels, 8, 8)
+    files = read_images([encoded(image) for image in pixels], shape, resize=True)
+    for sent in (pixels, pixels.tolist(), list(pixels)):
+        np.testing.assert_array_equal(read_images(sent, shape, resize=True), files)
+
+
+def test_what_is_not_resized_is_said() -> None:
+    for sent, message in (
+        (np.zeros((1, 1, 9, 9), np.float32), r"shape \(1, 1, 9, 9\); send \(N, 1, 8, 8\), uint8 or encoded images"),
+        (np.zeros((1, 3, 9, 9), np.uint8), r"shape \(1, 3, 9, 9\); send \(N, 1, 8, 8\)"),
+        (np.zeros((1, 9, 9), np.uint8), r"shape \(1, 9, 9\)"),
+        (np.zeros((1, 1, 0, 9), np.uint8), r"shape \(1, 1, 0, 9\)"),
+        ([huge_png(9_000)], "9000x9000 pixels; send at most 67108864"),
+    ):
+        with pytest.raises(BadImages, match=message):
+            read_images(sent, SHAPE, resize=True)
+
+
+def test_versions_of_before_resize_nothing() -> None:
+    network = build_model("digits_cnn", 10, SHAPE)
+    description = {"image_shape": SHAPE, "class_names": ["0"] * 10}
+    assert not Predictor(network, description, None).resize
+    assert Predictor(network, description | {"preprocessing": describe(SHAPE, resize=True)}, None).resize

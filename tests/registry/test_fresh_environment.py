@@ -71,7 +71,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Shipped:
             cross_entropy(output.logits, dataset.train.labels[rows]).backward()
             optimizer.step()
     network.eval()
-    arrays = fit_rejector(network, dataset.train, train, validation, config, torch.device("cpu"))
+    arrays = fit_rejector(network, (dataset.train, train), (dataset.train, validation), config, torch.device("cpu"))
     images = dataset.test.fetch(torch.arange(200)).numpy()
     with torch.inference_mode():
         output = network(torch.from_numpy(images).float() / 255)

@@ -19,7 +19,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from tests.inference.files import encoded
-from tests.registry.tracking_server import Packaged, TrackingServer, images
+from tests.registry.tracking_server import Packaged, TrackingServer, config_for, images
+from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
 from tla_service.registry.integrity import find_pickles
@@ -79,7 +80,7 @@ def test_folder_describes_the_model_and_leaks_no_local_path(packaged: Packaged, 
         for name in ("mlflow", "numpy", "pillow", "safetensors", "torch", "torchvision")
     ]
     code = folder / "code" / "tla_service"
-    assert {path.name for path in code.iterdir()} == {"__init__.py", "errors.py", "inference", "models"}
+    assert {path.name for path in code.iterdir()} == {"__init__.py", "errors.py", "inference", "models", "pixels.py"}
     assert (code / "models" / "catalog.py").is_file()
 
 
@@ -157,6 +158,41 @@ def test_every_form_of_an_image_through_mlflow(packaged: Packaged) -> None:
     for sent in (pixels, pngs, pd.DataFrame({"image": pngs}), pixels.tolist()):
         for name, values in model.predict(sent).items():
             np.testing.assert_array_equal(values, expected[name])
+
+
+def test_a_photograph_gives_the_pixels_of_training(
+    packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A JPEG of another size through the decoder of training, and through the registered version."""
+    for number in range(8):
+        path = tmp_path / "data" / ("train", "test")[number // 4] / str(number % 2) / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (1, 30 + number, 57), np.uint8)
+        path.write_bytes(encoded(pixels, "JPEG"))
+    data = {
+        "name": "image_folder",
+        "root": str(tmp_path / "data"),
+        "image_size": 8,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    config = config_for(packaged.uri, data=data, attack={"epsilon": 0.15, "step_size": 0.05})
+    trained = load_dataset(config.data).test.fetch(torch.arange(4)).numpy()
+    logged = packaged.log(None, config=config)
+    model = mlflow.pyfunc.load_model(str(open_package(logged.model_uri, packaged.uri)[0].parent))
+    predictor = model.unwrap_python_model().predictor
+    seen: list[np.ndarray] = []
+    predict = predictor.predict
+    monkeypatch.setattr(predictor, "predict", lambda images, **rest: seen.append(images) or predict(images, **rest))
+    blobs = [path.read_bytes() for path in sorted((tmp_path / "data" / "test").rglob("*.jpg"))]
+    answer = model.predict(blobs)
+    np.testing.assert_array_equal(seen[0], trained)
+    np.testing.assert_array_equal(answer["probabilities"], model.predict(trained)["probabilities"])
+    described = model.metadata.metadata["preprocessing"]
+    assert described["resize"]
+    card = (Path(open_package(logged.model_uri, packaged.uri)[0]) / "model_card.md").read_text()
+    assert "; ".join(described["steps"]) in card
+    assert "resize to 8x8 with Pillow's BILINEAR filter" in card
+    assert not pyfunc(packaged).metadata.metadata["preprocessing"]["resize"]
 
 
 def test_the_verdict_is_the_detectors(packaged: Packaged) -> None:

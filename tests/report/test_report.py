@@ -1,5 +1,6 @@
 """From tasks to the report and its page, on a small trained network."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -16,6 +17,7 @@ from tests.report.subjects import digits, settings, trained
 from tla_service.attacks import UNBROKEN, Attack, attack_images
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.evaluation import results as rs
 from tla_service.evaluation.detection import fit_detector
 from tla_service.evaluation.results import Accuracy, Audit, Check
 from tla_service.evaluation.shards import AutoAttackRun, Shard, ShardOutcome
@@ -25,7 +27,7 @@ from tla_service.models import build_model
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
 from tla_service.report.figures import Figures
-from tla_service.report.page import size, write_page
+from tla_service.report.page import show, size, write_page
 from tla_service.report.plan import (
     Plan,
     attack_tasks,
@@ -41,6 +43,7 @@ from tla_service.report.plan import (
     surrogate_task,
 )
 from tla_service.report.tasks import Task, select
+from tla_service.training.reporting import Terminal
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:DeprecationWarning")
 
@@ -464,6 +467,42 @@ def test_page_says_which_images_are_the_gates(tmp_path: Path) -> None:
     assert own.estimate is not None
     line = text[text.index("clean no attack") :]
     assert f"{clean.images} {100 * own.estimate:.1f} {own.images} " in line[:80]
+
+
+@pytest.mark.parametrize("with_autoattack", [True, False])
+def test_classes_are_listed_the_weakest_first(tmp_path: Path, with_autoattack: bool) -> None:
+    def figures(share: rs.Share) -> str:
+        estimate = "-" if share.estimate is None else f"{100 * share.estimate:.1f}"
+        return f"{estimate} {100 * share.low:.1f} to {100 * share.high:.1f} {share.images}"
+
+    table = fd.accuracies(found(), plan(), 10)
+    made = report(accuracy=table if with_autoattack else {k: v for k, v in table.items() if k != "autoattack"})
+    right: dict[int, list[bool]] = {}
+    columns = measured()[MODEL, "columns"]
+    names = ("clean", *plan().columns, *plan().transfer)
+    standing = np.logical_and.reduce([columns.standing(name) for name in names])
+    for label, stands in zip(columns.labels.tolist(), standing.tolist(), strict=True):
+        right.setdefault(label, []).append(stands)
+    weakest = min(range(10), key=lambda label: sum(right[label]) / len(right[label]))
+    expected = rs.wilson_interval(sum(right[weakest]), len(right[weakest]))
+
+    write_page(made, [], tmp_path / "report.html", same_attacks=False)
+    text = " ".join(re.sub(r"<[^>]+>", " ", (tmp_path / "report.html").read_text()).split())
+    assert f"Worst class: {weakest} , {100 * expected.estimate:.1f} %" in text
+    shown = [name for name in ("clean", "worst", "autoattack") if name in made.accuracy]
+    rows = {
+        label: f" {label} {' '.join(figures(table[name].per_class[label]) for name in shown)} " for label in range(10)
+    }
+    places = {label: text.index(row) for label, row in rows.items()}
+    assert min(places, key=places.__getitem__) == weakest
+    robust = [table["worst"].per_class[label].estimate for label in sorted(places, key=places.__getitem__)]
+    assert robust == sorted(robust)
+
+    stream = io.StringIO()
+    show(made, tmp_path, Terminal(stream))
+    (line,) = [line for line in stream.getvalue().splitlines() if line.startswith("worst class")]
+    assert f"{100 * expected.estimate:.2f} %   95%: {100 * expected.low:.1f} to {100 * expected.high:.1f}" in line
+    assert f"({weakest}, {len(right[weakest])} images)" in line
 
 
 def test_the_papers_figures_stand_beside_those_of_all_test_images(tmp_path: Path) -> None:

@@ -59,6 +59,16 @@ def test_data_are_those_of_training_unless_given() -> None:
         settings().data_config(None)
 
 
+def test_splits_of_another_copy_of_the_data_have_other_names() -> None:
+    trained = DataConfig(name="image_folder", root="/there", image_size=32, train=".", test_fraction=0.2)
+    same = settings(data={"root": "/here"}).data_config(trained)
+    assert (same.train, same.test_fraction, same.image_size) == (".", 0.2, 32)
+    other = settings(data={"root": "/here", "train": "train", "test": "exam", "validation": ""}).data_config(trained)
+    assert (other.train, other.test, other.validation, other.test_fraction) == ("train", "exam", "", None)
+    given = {"name": "parquet", "root": "/p", "image_size": 48}
+    assert settings(data=given).data_config(trained).image_size == 48
+
+
 def test_a_variable_of_the_training_job_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TLA_LOSS__MARGIN", "0.1")
     assert read("--model", "a").model == "a"

@@ -62,3 +62,11 @@ def test_one_picture_and_the_wish_for_embeddings() -> None:
 def test_bodies_without_images(body: bytes, kind: str, words: str) -> None:
     with pytest.raises(BadImages, match=words):
         parse_body(body, kind, SHAPE, 10)
+
+
+def test_pictures_of_any_size_for_versions_that_resize() -> None:
+    picture = encoded(np.tile(PIXELS[0], (1, 2, 3)))
+    with pytest.raises(BadImages, match="24x16 pixels"):
+        parse_body(picture, "image/png", SHAPE, 10)
+    images, _ = parse_body(picture, "image/png", SHAPE, 10, resize=True)
+    assert images.shape == (1, *SHAPE)

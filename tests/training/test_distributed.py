@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": {"robust_term": "mart", "margin": 0.5},
         "attack": {"awp": True, "awp_gamma": 0.1},
     },
+    "class weights": {"method": "trades", "data": {"balance": "class_weights"}},
     "n_fgsm": {"method": "at", "attack": {"kind": "n_fgsm", "noise": 0.0}},
     "free": {"mining": {"scope": "global"}, "loss": {"margin": 0.5}, "attack": {"kind": "free", "free_replays": 3}},
     "tla in the batch": {"mining": {"scope": "global", "positives": "both"}, "loss": {"margin": 0.5}},
@@ -80,7 +81,9 @@ def run_case(changes: dict[str, Any], context: WorkerContext) -> dict[str, torch
     step.adversary.first_perturbation = lambda images, _random: torch.zeros_like(images)  # type: ignore[method-assign]
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     try:
-        for sums in step.updates(StepBatch(*parts, IMAGES), 0):
+        is_weighted = config.data.balance == "class_weights"
+        weights = torch.tensor([0.5, 2.0, 1.0, 3.0])[parts[0].labels] if is_weighted else None
+        for sums in step.updates(StepBatch(*parts, IMAGES, weights), 0):
             totals = sums
             if config.attack.kind == "free":  # the weights move between its updates
                 optimizer.step()

@@ -63,6 +63,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "sgd", "learning_rate": 0.05, "weight_decay": 1e-3, "grad_clip": 1.0},
     },
     "random negatives, a growing radius": {"method": "tla_rn", "attack": {"warmup": 0.8}},
+    "balanced sampling": {"method": "at", "data": {"balance": "sampling"}},
+    "class weights": {"method": "trades", "data": {"balance": "class_weights"}},
 }
 
 

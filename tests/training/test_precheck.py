@@ -15,7 +15,14 @@ from tla_service.models import build_model
 from tla_service.runtime import WorkerContext
 from tla_service.training.checkpoint import TrainingState, cpu_weights, save_checkpoint
 from tla_service.training.optimizer import build_optimizer
-from tla_service.training.precheck import check_room, check_start, checkpoint_bytes, kept_need, smallest_share
+from tla_service.training.precheck import (
+    check_room,
+    check_start,
+    checkpoint_bytes,
+    kept_need,
+    smallest_share,
+    training_batches,
+)
 
 
 def images(count: int) -> Dataset:
@@ -146,3 +153,15 @@ def test_checkpoints_that_are_there_need_no_more_room(tmp_path: Path) -> None:
     assert kept_need(tmp_path, 100, 2) == (tmp_path, 100)
     (tmp_path / "more").write_bytes(b"x" * 500)
     assert kept_need(tmp_path, 100, 2) == (tmp_path, 100)
+
+
+def test_balanced_sampling_reaches_the_batches() -> None:
+    source = ArraySource(torch.zeros(100, 1, 8, 8, dtype=torch.uint8), torch.tensor([0] * 96 + [1] * 4))
+    shares = {}
+    for balance in ("none", "sampling", "class_weights"):
+        config = RunConfig.model_validate({"data": {"balance": balance}, "training": {"global_batch_size": 20}})
+        batches = training_batches(config, source, torch.arange(100), WorkerContext())
+        labels = torch.cat([step.anchors.labels for epoch in range(5) for step in batches.epoch(epoch)])
+        shares[balance] = float(labels.float().mean())
+    assert shares["none"] == shares["class_weights"] == pytest.approx(0.04)
+    assert 0.42 < shares["sampling"] < 0.58

@@ -26,7 +26,9 @@ def test_the_threshold_rejects_the_stated_share_of_validation_images() -> None:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(network(images).logits, dataset.train.labels[train]).backward()
         optimizer.step()
-    rejector = Rejector.from_arrays(fit_rejector(network, dataset.train, train, validation, config, CPU))
+    rejector = Rejector.from_arrays(
+        fit_rejector(network, (dataset.train, train), (dataset.train, validation), config, CPU)
+    )
     assert (rejector.training_images, rejector.validation_images) == (700, len(validation))
     with torch.no_grad():
         output = network(dataset.train.fetch(validation).float() / 255)
@@ -44,5 +46,5 @@ def test_a_network_that_tells_nothing_apart_gets_no_detector(caplog: pytest.LogC
     network = build_model("digits_cnn", 10, (1, 8, 8)).eval()
     torch.nn.init.zeros_(network.hidden.weight)
     with caplog.at_level(logging.WARNING):
-        assert fit_rejector(network, dataset.train, train, validation, config, CPU) == {}
+        assert fit_rejector(network, (dataset.train, train), (dataset.train, validation), config, CPU) == {}
     assert "without a detector" in caplog.text

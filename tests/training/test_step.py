@@ -1,6 +1,7 @@
 """One batch against plain loops: what each method minimises, and what a step leaves alone."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,9 +57,11 @@ def expected_total(config: RunConfig, net: nn.Module, batch: StepBatch) -> float
         return output.logits.tolist(), seen.tolist()
 
     labels = batch.anchors.labels.tolist()
+    weights = [1.0] * len(labels) if batch.weights is None else batch.weights.tolist()
     if config.method == "natural":
         logits, _ = run(batch.anchors.images)
-        return sum(cross_entropy(row, label, loss.label_smoothing) for row, label in zip(logits, labels, strict=True))
+        rows = zip(weights, logits, labels, strict=True)
+        return sum(weight * cross_entropy(row, label, loss.label_smoothing) for weight, row, label in rows)
     adversarial_logits, adversarial = run(shifted(batch.anchors.images))
     clean_logits, clean = run(batch.anchors.images)
     pool, pool_labels = clean, labels
@@ -67,12 +70,12 @@ def expected_total(config: RunConfig, net: nn.Module, batch: StepBatch) -> float
     total = 0.0
     clean_weight = (0.5 if config.method == "alp" else 0.0) if loss.clean_weight is None else loss.clean_weight
     for row, label in enumerate(labels):
-        total += label_term(config, clean_weight, adversarial_logits[row], clean_logits[row], label)
+        total += weights[row] * label_term(config, clean_weight, adversarial_logits[row], clean_logits[row], label)
         if config.method == "alp":
             pairs = zip(adversarial_logits[row], clean_logits[row], strict=True)
-            total += loss.logit_pairing_weight * sum((a - b) ** 2 for a, b in pairs)
+            total += weights[row] * loss.logit_pairing_weight * sum((a - b) ** 2 for a, b in pairs)
         pairs = zip(adversarial[row], clean[row], strict=True)
-        total += loss.embedding_match_weight * sum((a - b) ** 2 for a, b in pairs)
+        total += weights[row] * loss.embedding_match_weight * sum((a - b) ** 2 for a, b in pairs)
         if not config.mines_triplets:
             continue
         others = [index for index, other in enumerate(pool_labels) if other != label]
@@ -174,10 +177,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", OBJECTIVES.values(), ids=OBJECTIVES.keys())
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_objective_is_what_plain_loops_compute(changes: dict[str, Any], reduction: str) -> None:
+@pytest.mark.parametrize(("reduction", "weighted"), [("mean", False), ("sum", False), ("mean", True)])
+def test_the_objective_is_what_plain_loops_compute(changes: dict[str, Any], reduction: str, weighted: bool) -> None:
     config = digits_config(**changes | {"loss": changes.get("loss", {}) | {"reduction": reduction}})
     net, batch = network(), random_batch(pool=POOL)
+    if weighted:
+        batch = replace(batch, weights=torch.tensor([0.5, 2.0, 1.0, 3.0])[batch.anchors.labels])
     loss, totals = loss_of(TrainingStep(net, config, WorkerContext()), batch)
     expected = expected_total(config, net, batch)
     divisor = len(batch.anchors.labels) if reduction == "mean" else 1

@@ -20,7 +20,11 @@ class DataConfig(Section):
     root: str | None = setting(None, "folder, zip file or s3://bucket/prefix with the data set")
     download: bool = setting(False, "download the data set into data.root if it is missing (torchvision data sets)")
     cache_dir: str = setting("~/.cache/tla-service", "cache of s3:// roots and unpacked archives, per node")
+    train: str | None = setting(None, "name of the training split; none: train; .: the root itself", min_length=1)
+    validation: str | None = setting(None, 'name of the validation split; none: a common name; "": hold one out')
+    test: str | None = setting(None, "name of the test split; none: test, or a common name", min_length=1)
     validation_fraction: Pixels = setting(0.1, "share of the training set held out for validation", gt=0, le=0.5)
+    test_fraction: Pixels | None = setting(None, "share of the training set held out for testing", gt=0, le=0.5)
     train_limit: int | None = setting(None, "use only this many training images (stratified)", unit="images", ge=2)
     test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
     image_size: int | None = setting(None, "resize to this side; required by image_folder", unit="pixels", ge=4)
@@ -30,6 +34,9 @@ class DataConfig(Section):
     image_column: str | None = setting(
         None, "column of encoded images in parquet files; none: the only one, or one with a common name", min_length=1
     )
+    balance: Literal["none", "class_weights", "sampling"] = setting(
+        "none", "unbalanced classes: weight each class in the loss, or draw from every class equally often"
+    )
     crop_padding: int = setting(0, "random crop after zero padding of this size; 0: off", unit="pixels", ge=0, le=64)
     flip: bool = setting(False, "random horizontal flip")
     saturation: float = setting(1.0, "random saturation factor in [1/s, s]; 1: off", ge=1, le=10)
@@ -37,6 +44,11 @@ class DataConfig(Section):
         "auto", "keep all images on the device as uint8, or stream them through data loaders; auto: by size"
     )
     loader_workers: int = setting(2, "data loader processes per worker when streaming", ge=0, le=128)
+
+    @property
+    def resizes_files(self) -> bool:
+        """Whether images are files of any size, which are resized as a registered model resizes what it is sent."""
+        return self.image_size is not None and self.name in ("tiny_imagenet", "image_folder", "parquet")
 
 
 class ModelConfig(Section):

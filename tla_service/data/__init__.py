@@ -4,7 +4,7 @@ from tla_service.data.batches import Batch, EvaluationBatches, RawBatch, StepBat
 from tla_service.data.catalog import load_dataset
 from tla_service.data.roots import check_root
 from tla_service.data.sources import ArraySource, Dataset, ImageSource
-from tla_service.data.splits import split_validation
+from tla_service.data.splits import split_training, split_validation
 
 __all__ = [
     "ArraySource",
@@ -17,5 +17,6 @@ __all__ = [
     "TrainingBatches",
     "check_root",
     "load_dataset",
+    "split_training",
     "split_validation",
 ]

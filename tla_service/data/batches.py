@@ -13,7 +13,7 @@ from torch.utils import data
 from tla_service.config import DataConfig
 from tla_service.data.augmentation import augment, to_unit
 from tla_service.data.decoding import usable_cores
-from tla_service.data.order import Draw, StepIndices, StepOrder
+from tla_service.data.order import Draw, StepIndices, StepOrder, class_weights
 from tla_service.data.sources import RESIDENT_BYTES, ArraySource, ImageSource
 from tla_service.errors import UserError
 from tla_service.files import check_socket_path
@@ -44,12 +44,14 @@ class StepBatch:
             where its class has only one. ``None`` if not requested.
         pool: Images to mine negatives from. ``None`` if not requested.
         global_size: Anchors of this step over all workers; the workers' shares differ by one at most.
+        weights: Class weight of each anchor (N,), float32, mean 1 over the training set. ``None``: all 1.
     """
 
     anchors: Batch
     positives: Batch | None
     pool: Batch | None
     global_size: int
+    weights: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,10 @@ class TrainingBatches:
         self._source, self._indices, self._order = source, indices, order
         self._config, self._context, self._augment_pool = config, context, augment_pool
         self.steps_per_epoch, self.sizes = order.steps_per_epoch, order.sizes
-        self._labels = source.labels[indices].to(context.device)
+        labels = source.labels[indices]
+        self._labels = labels.to(context.device)
+        weighted = config.balance == "class_weights"
+        self._class_weights = class_weights(labels).to(context.device) if weighted else None
         fits = isinstance(source, ArraySource) and source.images.numel() < RESIDENT_BYTES
         resident = fits if config.residency == "auto" else config.residency == "device"
         self._loader = None if resident else _StepLoader(source, indices, config.loader_workers, context.device)
@@ -115,7 +120,8 @@ class TrainingBatches:
             for draw, role in zip(_DRAWS, raw.roles, strict=True)
         )
         assert anchors is not None
-        return StepBatch(anchors, positives, pool, raw.global_size)
+        weights = None if self._class_weights is None else self._class_weights[anchors.labels]
+        return StepBatch(anchors, positives, pool, raw.global_size, weights)
 
     def close(self) -> None:
         """Stop the loader processes, if any. The object cannot be used afterwards."""

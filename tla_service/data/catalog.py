@@ -3,18 +3,21 @@
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 
 from tla_service.config import DataConfig
 from tla_service.data.decoding import resized
 from tla_service.data.image_folder import load_image_folder, load_tiny_imagenet
-from tla_service.data.parquet import load_parquet, refuse_columns
+from tla_service.data.parquet import COLUMNS, load_parquet
 from tla_service.data.sources import ArraySource, Dataset, ImageSource, Splits
-from tla_service.data.splits import gate_images, stratified_subset
+from tla_service.data.splits import gate_images, split_validation, stratified_subset
 from tla_service.data.torchvision_sets import load_torchvision_set
-from tla_service.data.trees import listed, notice
+from tla_service.data.trees import SPLITS, listed, notice, refuse_settings
 from tla_service.errors import ConfigError, UnavailableError
+
+_UNBALANCED = 4
 
 
 def load_digits(config: DataConfig) -> Splits:
@@ -51,51 +54,71 @@ def load_dataset(config: DataConfig) -> Dataset:
     not fit the set or classes have no training images, UnavailableError if it is missing or damaged.
     """
     if config.name in ("digits", "tiny_imagenet", "image_folder"):
-        refuse_columns(config, f"data set {config.name} has no columns")
+        refuse_settings(config, COLUMNS, f"data set {config.name} has no columns", "parquet")
+    if config.name in ("digits", "tiny_imagenet"):
+        refuse_settings(config, SPLITS, f"the splits of {config.name} are fixed", "image_folder or parquet")
     splits = _LOADERS[config.name](config)
-    _check(config, splits)
-    train, test = _limited(splits.train, config.train_limit), _limited(splits.test, config.test_limit)
-    gate = gate_images(splits.test.labels)
+    whole, held_out = splits.train, splits.test
+    if held_out is None:
+        assert config.test_fraction is not None
+        fraction, names = config.test_fraction, splits.class_names
+        train_rows, test_rows = split_validation(whole.labels, fraction, 0, names, "data.test_fraction")
+        whole, held_out = whole.subset(train_rows), whole.subset(test_rows)
+    _check(config, whole, held_out, splits)
+    train, test = _limited(whole, config.train_limit), _limited(held_out, config.test_limit)
+    gate = gate_images(held_out.labels)
     if len(test) < len(gate):
-        gate = gate[stratified_subset(splits.test.labels, len(test))]
+        gate = gate[stratified_subset(held_out.labels, len(test))]
     if config.train_limit is not None and len(torch.unique(train.labels)) < len(splits.class_names):
         classes = len(splits.class_names)
-        reason, enough = f"leaves some of the {classes} classes without images", min(4 * classes, len(splits.train))
+        reason, enough = f"leaves some of the {classes} classes without images", min(4 * classes, len(whole))
         raise ConfigError("data.train_limit", config.train_limit, reason, f"use at least {enough}")
     facts = [train.digest(), test.digest(), splits.class_names, train.image_shape]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return Dataset(config.name, train, test, gate, splits.class_names, train.image_shape, fingerprint)
+    shape = train.image_shape
+    return Dataset(config.name, train, test, gate, splits.class_names, shape, fingerprint, splits.validation)
 
 
 def _limited(source: ImageSource, limit: int | None) -> ImageSource:
     return source if limit is None or limit >= len(source) else source.subset(stratified_subset(source.labels, limit))
 
 
-def _check(config: DataConfig, splits: Splits) -> None:
+def _check(config: DataConfig, train: ImageSource, test: ImageSource, splits: Splits) -> None:
     """Refuse what cannot be trained on."""
-    train, test, names = splits
+    names, validation = splits.class_names, splits.validation
     if len(names) < 2:
         raise ConfigError("data.name", config.name, "has one class only", "give a set of at least two classes")
     if not len(train) or not len(test):
         part = "test" if len(train) else "training"
         raise UnavailableError("data.root", config.root, f"has no {part} images", "point it at a whole data set")
     # Before anything as large as the largest label is allocated.
-    for source in (train, test):
+    for source in (train, test) if validation is None else (train, test, validation):
         if int(source.labels.min()) < 0 or int(source.labels.max()) >= len(names):
             reason = f"has labels beyond its {len(names)} classes"
             raise UnavailableError("data.root", config.root, reason, "correct the labels")
-    counts, test_counts = (source.labels.bincount(minlength=len(names)).tolist() for source in (train, test))
+    counts = train.labels.bincount(minlength=len(names)).tolist()
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if empty:
         reason = f"{len(empty)} classes have no training images, {empty[0]!r} first"
         raise ConfigError("data.name", config.name, reason, "add images, or remove the class")
-    untested = [name for name, count in zip(names, test_counts, strict=True) if not count]
-    if untested:
-        notice("data.root=%s: %d classes have no test images: %s", config.root, len(untested), listed(untested))
+    for part, images in (("test", test), ("validation", validation)):
+        present = set() if images is None else set(images.labels.tolist())
+        missing = [name for number, name in enumerate(names) if number not in present]
+        if missing and images is not None:
+            notice("data.root=%s: %d classes have no %s images: %s", config.root, len(missing), part, listed(missing))
+    _notice_imbalance(config, counts, names)
     _notice_twins(config, names)
     if train.image_shape != test.image_shape:
         reason = f"training images are {train.image_shape}, test images {test.image_shape}"
         raise ConfigError("data.image_size", config.image_size, reason, "give a side to resize all to")
+
+
+def _notice_imbalance(config: DataConfig, counts: Sequence[int], names: Sequence[str]) -> None:
+    """Warn of classes with far more or fewer training images than others, unless something is done about it."""
+    (fewest, smallest), (most, largest) = min(zip(counts, names, strict=True)), max(zip(counts, names, strict=True))
+    if config.balance == "none" and most >= _UNBALANCED * fewest:
+        text = "data.root=%s: the largest class, %r with %d images, is %.0f times the smallest, %r with %d; %s"
+        notice(text, config.root, largest, most, most / fewest, smallest, fewest, "consider data.balance")
 
 
 def _notice_twins(config: DataConfig, names: tuple[str, ...]) -> None:

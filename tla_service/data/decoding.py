@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn import functional
 
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.pixels import to_pixels
 
 # Enough to tell a grey set from a colour set with a few grey images.
 _PROBED = 64
@@ -38,28 +39,23 @@ class Blobs(Protocol):
 class Decoder:
     """Decodes the images of a set to ``image_shape`` (C, H, W), uint8; C is 1 or 3.
 
-    With ``resize``, the largest centered square is resized (bilinear, antialiased); otherwise an image of another size
-    is refused.
+    With ``resize``, as `to_pixels` does it; otherwise an image of another size is refused.
     """
 
     image_shape: tuple[int, int, int]
     resize: bool
 
     def __call__(self, blob: bytes, name: str) -> np.ndarray:
-        """Decode one image, called ``name`` in messages; errors as `open_image`, or ConfigError for its size."""
-        channels, height, width = self.image_shape
-        image = open_image(blob, name, "L" if channels == 1 else "RGB")
-        if self.resize:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            box = (left, top, left + side, top + side)
-            # Cropped first: with resize's own box the filter reads pixels outside the square.
-            image = image.crop(box).resize((width, height), Image.Resampling.BILINEAR)
-        elif image.size != (width, height):
+        """Decode one image, called ``name`` in messages; errors as `open_image` and `pixels`."""
+        return self.pixels(open_image(blob, name), name)
+
+    def pixels(self, image: Image.Image, name: str) -> np.ndarray:
+        """The pixels of an opened image; ConfigError if it has another size than it must have."""
+        _, height, width = self.image_shape
+        if not self.resize and image.size != (width, height):
             reason = f"{name} has {image.width}x{image.height} pixels, others {width}x{height}"
             raise ConfigError("data.image_size", None, reason, "give the side to resize all to")
-        pixels = np.asarray(image)
-        return pixels[None] if channels == 1 else np.moveaxis(pixels, 2, 0)
+        return to_pixels(image, self.image_shape, resize=self.resize)
 
 
 def is_image(handle: IO[bytes]) -> bool:
@@ -80,8 +76,8 @@ def is_image(handle: IO[bytes]) -> bool:
     return True
 
 
-def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:
-    """Read an encoded image of 8 bits per channel, converted to a Pillow mode, if given; else UnavailableError."""
+def open_image(blob: bytes, name: str) -> Image.Image:
+    """Read an encoded image of 8 bits per channel; else UnavailableError."""
     try:
         image = Image.open(io.BytesIO(blob))
         image.load()
@@ -91,20 +87,24 @@ def open_image(blob: bytes, name: str, mode: str | None = None) -> Image.Image:
         raise UnavailableError("data.root", name, reason, "replace or remove the file") from error
     if image.mode[0] in "IF":
         raise UnavailableError("data.root", name, "has more than 8 bits per channel", "convert it to 8 bits")
-    if mode is None or image.mode == mode:
-        return image
-    # Pillow wants palettes with transparency to pass through RGBA.
-    return (image.convert("RGBA") if image.mode == "P" else image).convert(mode)
+    return image
 
 
 def probe(blobs: Blobs, image_size: int | None, *, colour: bool | None = None) -> Decoder:
     """Choose a decoder from up to 64 training images, evenly spread.
 
     Images keep the size of the first one if no side ``image_size`` in pixels is given, and become RGB unless ``colour``
-    is false, or it is ``None`` and all are grey.
+    is false, or it is ``None`` and all are grey. Damaged ones are passed over, to be refused when they are decoded,
+    unless all are.
     """
-    rows = evenly_spread(len(blobs), _PROBED if colour is None else 1)
-    images = [open_image(blobs.read(row), blobs.name(row)) for row in rows]
+    images, errors = [], []
+    for row in evenly_spread(len(blobs), _PROBED if colour is None else 1):
+        try:
+            images.append(open_image(blobs.read(row), blobs.name(row)))
+        except UnavailableError as error:
+            errors.append(error)
+    if not images:
+        raise errors[0]
     if colour is None:
         colour = any(image.mode not in _GREY_MODES for image in images)
     width, height = images[0].size if image_size is None else (image_size, image_size)

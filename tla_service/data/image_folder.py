@@ -4,7 +4,6 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Container
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -12,7 +11,16 @@ from tla_service.config import DataConfig
 from tla_service.data.decoding import is_image
 from tla_service.data.roots import required_root
 from tla_service.data.sources import Splits, tree_splits
-from tla_service.data.trees import TEST_SPLITS, FolderTree, notice, notice_left_out, refuse_several
+from tla_service.data.trees import (
+    NO_TEST,
+    TEST_SPLITS,
+    FolderTree,
+    choose_splits,
+    listed,
+    notice,
+    notice_left_out,
+    refuse_several,
+)
 from tla_service.data.zip_tree import open_tree
 from tla_service.errors import ConfigError, UnavailableError
 
@@ -20,7 +28,10 @@ _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm",
 # Left out unopened: opening a million annotation files would take minutes.
 _TEXT_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".log"})
 _TINY_FIX = "use the original layout: wnids.txt, train/<wnid>/images, val/images, val/val_annotations.txt"
-_FIX = "use the layout train/<class>/<image> and test/<class>/<image> (or val/)"
+_FIX = (
+    "use train/<class>/<image> and test/<class>/<image> (or val/), or name the folders by data.train (. is the root) "
+    "and data.test"
+)
 
 
 class _Part(NamedTuple):
@@ -41,74 +52,96 @@ def load_image_folder(config: DataConfig) -> Splits:
         remedy = "give a side in pixels, like 64"
         raise ConfigError("data.image_size", None, "images of folders come in any size", remedy)
     tree = open_tree(required_root(config))
-    base, test_folders = _layout(tree, config.root)
-    train_folder = f"{base}train/"
-    train = _split(tree, train_folder)
+    base, folders, tests, validations = _layout(tree, config)
+    train_folder = base if folders[0] == "." else f"{base}{folders[0]}/"
+    train = _split(tree, train_folder, tuple(f"{base}{name}/" for name in folders[1:]))
     if not train.images:
         raise _no_images(tree, train_folder)
     below = (name.removeprefix(train_folder) for name in tree.folders if name.startswith(train_folder))
-    classes = {_key(name): name for name in sorted(below) if "/" not in name}  # empty ones, too
+    others = {f"{base}{name}"[len(train_folder) :] for name in folders[1:] if f"{base}{name}".startswith(train_folder)}
+    classes = {_key(name): name for name in sorted(below) if "/" not in name and name not in others}  # empty ones, too
     empty = sorted(set(classes) - {_key(name) for _, name in train.images})
     if empty:
         reason = f"class {classes[empty[0]]!r} has no training images"
         raise ConfigError("data.name", config.name, reason, "add some, or remove it")
     numbers = {key: number for number, key in enumerate(sorted(classes, key=classes.__getitem__))}
-    test_folder, test = _labelled_test(tree, base, test_folders, numbers)
-    strange = sorted({name for _, name in test.images if _key(name) not in numbers})
-    if strange:
-        shown = tree.describe(f"{base}{test_folder}/{strange[0]}")
-        raise UnavailableError("data.root", shown, "has no folder of this name under train/", _FIX)
-    used = (train_folder, f"{base}{test_folder}/")
-    outside = (name for name in tree.names if not name.startswith(used) and _ending(name) in _SUFFIXES)
+    found, parts = {folders[0]: train}, {"train": train}
+    for role, names in (("test", tests), ("validation", validations)):
+        left = {name: _split(tree, f"{base}{name}/") for name in names if name not in found}
+        # Published test sets often have no labels.
+        known = (name for name, part in left.items() if any(_key(inside) in numbers for _, inside in part.images))
+        first = next(iter(left), None) if role == "test" or config.validation else None
+        name = next(known, first)
+        if name is None:
+            continue
+        if not left[name].images:
+            raise _no_images(tree, f"{base}{name}/")
+        parts[role] = found[name] = left[name]
+        if role == "test" and name != names[0]:
+            shown = tree.describe(f"{base}{names[0]}")
+            notice("%s has no images in the class folders of train/; testing on %s/ instead", shown, name)
+    for name, part in found.items():
+        strange = sorted({inside for _, inside in part.images if _key(inside) not in numbers})
+        if strange:
+            shown = tree.describe(f"{base}{name}/{strange[0]}")
+            raise UnavailableError("data.root", shown, f"has no folder of this name under {folders[0]}/", _FIX)
+    used = tuple(base if name == "." else f"{base}{name}/" for name in found)
+    unused = tuple(f"{base}{name}/" for name in folders if name not in found)
     left_out = {
-        "beside the class folders": [*train.beside, *test.beside],
-        "in class folders that are not images": [*train.others, *test.others],
-        f"outside train/ and {test_folder}/": outside,
+        "beside the class folders": [name for part in found.values() for name in part.beside],
+        "in class folders that are not images": [name for part in found.values() for name in part.others],
+        f"outside {', '.join(f'{name}/' for name in found)}": [
+            name
+            for name in tree.names
+            if (not name.startswith(used) or name.startswith(unused)) and _ending(name) in _SUFFIXES
+        ],
     }
     notice_left_out(config.root, left_out)
-    parts = ([(path, numbers[_key(name)]) for path, name in part.images] for part in (train, test))
-    return tree_splits(config, tree, next(parts), next(parts), tuple(sorted(classes.values())))
+    images = {role: [(path, numbers[_key(inside)]) for path, inside in part.images] for role, part in parts.items()}
+    return tree_splits(config, tree, images, tuple(sorted(classes.values())))
 
 
-def _layout(tree: FolderTree, root: str | None) -> tuple[str, list[str]]:
-    """The folder that holds train/ ("" or with a trailing slash), and the test folders beside it."""
+def _layout(tree: FolderTree, config: DataConfig) -> tuple[str, list[str], list[str], list[str]]:
+    """The folder that holds the splits ("" or with a trailing slash), and names of folders in it.
+
+    The first are the training folder and all folders that belong to no class if they lie in it; the others are possible
+    test and validation folders, as in `choose_splits`.
+    """
+    train = config.train or "train"
+    holding = {tuple(name.split("/")[:-1]) for name in tree.names}
+    below = {"/".join(parts[:depth]) for parts in holding for depth in range(1, len(parts) + 1)}
     found: defaultdict[str, set[str]] = defaultdict(set)
-    for folder in {posixpath.dirname(name) for name in tree.names}:
-        parts = folder.split("/")
-        for depth, part in enumerate(parts):
-            if part == "train" or part in TEST_SPLITS:
-                found["".join(f"{above}/" for above in parts[:depth])].add(part)
-    whole = {base: parts for base, parts in found.items() if "train" in parts and len(parts) > 1}
+    for folder in below:
+        for name in (train, *(TEST_SPLITS if config.test is None else [config.test])):
+            if f"/{folder}".endswith(f"/{name}"):
+                found[folder.removesuffix(name)].add(name)
+    if train == ".":
+        found = defaultdict(set, {"": {".", *found[""]}})
+    enough = 1 if config.test_fraction is not None else 2
+    whole = {base: parts for base, parts in found.items() if train in parts and len(parts) >= enough}
     # Classes may have the names of splits, too.
     inside = tuple(f"{base}{part}/" for base, parts in whole.items() for part in parts)
-    bases = [base for base, parts in found.items() if "train" in parts and not base.startswith(inside)]
+    bases = sorted(base for base, parts in found.items() if train in parts and not base.startswith(inside))
     sets = [base for base in bases if base in whole]
-    refuse_several(root, sets)
-    if sets:
-        return sets[0], [name for name in TEST_SPLITS if name in whole[sets[0]]]
-    reason = "has train/ but no test/ or val/ beside it" if bases else "no train/ folder with files in it"
-    raise UnavailableError("data.root", tree.path, reason, _FIX)
+    refuse_several(config.root, sets)
+    base = next(iter([*sets, *bases]), "")
+    there = {"."} | {name.removeprefix(base) for name in below if name.startswith(base)}
+    _, tests, validations = choose_splits(config, there)
+    if not bases:
+        folders = sorted(name for name in there if "/" not in name and name != ".")
+        reason = "no train/ folder with files in it" + (f", but {listed(folders)}" if folders else "")
+        raise UnavailableError("data.root", tree.path, reason, _FIX)
+    if not tests and config.test_fraction is None:
+        reason = f"has {train}/ but no test/ or val/ beside it"
+        raise UnavailableError("data.root", tree.path, reason, NO_TEST)
+    others = {*TEST_SPLITS, *tests, *validations} & there - {train}
+    return base, [train, *sorted(others)], tests, validations
 
 
-def _labelled_test(tree: FolderTree, base: str, folders: list[str], classes: Container[str]) -> tuple[str, _Part]:
-    """The first test folder that holds images of known classes: published test sets often have no labels."""
-    parts: list[_Part] = []
-    for folder in folders:
-        parts.append(_split(tree, f"{base}{folder}/"))
-        if any(_key(name) in classes for _, name in parts[-1].images):
-            if folder != folders[0]:
-                shown = tree.describe(f"{base}{folders[0]}")
-                notice("%s has no images in the class folders of train/; testing on %s/ instead", shown, folder)
-            return folder, parts[-1]
-    if not parts[0].images:
-        raise _no_images(tree, f"{base}{folders[0]}/")
-    return folders[0], parts[0]
-
-
-def _split(tree: FolderTree, folder: str) -> _Part:
-    """Sort the files under a folder."""
+def _split(tree: FolderTree, folder: str, but: tuple[str, ...] = ()) -> _Part:
+    """Sort the files under a folder, except for those in other splits."""
     part = _Part([], [], [])
-    for name in (name for name in tree.names if name.startswith(folder)):
+    for name in (name for name in tree.names if name.startswith(folder) and not name.startswith(but)):
         inside, below, _ = name.removeprefix(folder).partition("/")
         if not below:
             part.beside.append(name)
@@ -168,7 +201,8 @@ def load_tiny_imagenet(config: DataConfig) -> Splits:
     missing = next((name for name, _ in test if name not in present), None)
     if missing is not None:
         raise UnavailableError("data.root", tree.describe(missing), "is missing", _TINY_FIX)
-    return tree_splits(config, tree, train, test, _class_names(tree, base, wnids), colour=True)
+    names = _class_names(tree, base, wnids)
+    return tree_splits(config, tree, {"train": train, "test": test}, names, colour=True)
 
 
 def parse_annotations(text: str, numbers: dict[str, int], shown: str) -> list[tuple[str, int]]:

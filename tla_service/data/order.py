@@ -43,6 +43,16 @@ class StepIndices:
         return torch.cat([role for role in self.roles if role is not None])
 
 
+def class_weights(labels: torch.Tensor) -> torch.Tensor:
+    """N / (K n_k) for each class k of images ``labels`` (N,), int64: (classes,), float32; 0 for absent classes.
+
+    K classes have images. Scikit-learn's ``class_weight="balanced"``: the mean over the images is 1.
+    """
+    counts = labels.bincount()
+    present = counts > 0
+    return torch.where(present, len(labels) / (present.sum() * counts.clamp(min=1)), 0.0).float()
+
+
 class ClassMates:
     """Draws another image of the same class; ``labels`` are the classes of all images (N,), int64."""
 
@@ -72,6 +82,8 @@ class StepOrder:
     shard for every rank, with sizes that differ by at most one: every image is used once per epoch, without padding or
     dropping, and the images of a step do not depend on the number of workers.
 
+    With ``balanced``, anchors are N draws with replacement instead, from each class with the same probability.
+
     ``labels`` are the classes (N,), int64; ``pool_size`` images, all different, are a worker's mining pool of a step.
     ConfigError if the pools of a step need more images than there are, or a worker would get none in some step.
     """
@@ -86,10 +98,12 @@ class StepOrder:
         global_batch_size: int,
         pool_size: int = 0,
         same_class_positives: bool = False,
+        balanced: bool = False,
     ) -> None:
         self._count, self.seed, self._rank, self._world_size = len(labels), seed, rank, world_size
         self._pool_size = pool_size
         self._mates = ClassMates(labels) if same_class_positives else None
+        self._odds = class_weights(labels)[labels] if balanced else None
         if pool_size * world_size > self._count:
             reason = f"{world_size} workers' pools of {pool_size} need more than the {self._count} training images"
             remedy = f"use at most {self._count // world_size} per worker"
@@ -108,7 +122,7 @@ class StepOrder:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepIndices]:
         """The steps of an epoch (from 0), from ``start_step`` in [0, steps_per_epoch] on."""
-        chunks = self._permutation(Draw.ORDER, epoch).tensor_split(self.steps_per_epoch)
+        chunks = self._anchors(epoch).tensor_split(self.steps_per_epoch)
         pool_order = self._permutation(Draw.POOL_ORDER, epoch) if self._pool_size else None
         for step in range(start_step, self.steps_per_epoch):
             anchors = chunks[step].tensor_split(self._world_size)[self._rank]
@@ -121,6 +135,17 @@ class StepOrder:
                 pool = pool_order[torch.arange(start, start + self._pool_size) % self._count]
             yield StepIndices(anchors, positives, pool, len(chunks[step]))
 
+    def _anchors(self, epoch: int) -> torch.Tensor:
+        if self._odds is None:
+            return self._permutation(Draw.ORDER, epoch)
+        # By inversion: torch.multinomial takes at most 2^24 images.
+        ends = self._odds.double().cumsum(0)
+        draws = torch.rand(self._count, generator=self._draws(Draw.ORDER, epoch), dtype=torch.float64)
+        return torch.searchsorted(ends, draws * ends[-1], right=True).clamp_(max=self._count - 1)
+
     def _permutation(self, draw: Draw, epoch: int) -> torch.Tensor:
+        return torch.randperm(self._count, generator=self._draws(draw, epoch))
+
+    def _draws(self, draw: Draw, epoch: int) -> torch.Generator:
         # With zeros for step and rank: seeds of different lengths may coincide.
-        return torch.randperm(self._count, generator=generator(CPU, draw, self.seed, epoch, 0, 0))
+        return generator(CPU, draw, self.seed, epoch, 0, 0)

@@ -24,12 +24,13 @@ from tla_service.data.parquet_files import (
 from tla_service.data.parquet_labels import Labels, number_classes, read_labels
 from tla_service.data.roots import required_root
 from tla_service.data.sources import Splits, build_splits
-from tla_service.data.trees import TEST_SPLITS, listed, notice
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.data.trees import NO_TEST, choose_splits, listed, notice
+from tla_service.errors import UnavailableError
 from tla_service.files import whole_file
 
 LOG = logging.getLogger(__name__)
-_FIX = "use the layout of image hubs: train-*.parquet and test-*.parquet (or validation-*) in one folder"
+COLUMNS = ("label_column", "image_column")  # the settings that name them
+_FIX = "use train-*.parquet and test-*.parquet (or validation-*), or name the files by data.train and data.test"
 _BATCH = 512
 
 
@@ -38,36 +39,46 @@ def load_parquet(config: DataConfig) -> Splits:
 
     The label column has a usual name, or is given by ``data.label_column``; the image column is the only one with
     encoded images, has a usual name, or is given by ``data.image_column``. Rows keep their order, files are sorted by
-    name. If the test files have no labels, labeled validation files are used for testing.
+    name. Splits have these names, or those that ``data.train``, ``data.validation`` and ``data.test`` give. If the test
+    files have no labels, labeled validation files are used for testing.
     """
     root = required_root(config)
     if not root.is_dir():
         remedy = "unpack it, or give the folder of train-*.parquet"
         raise UnavailableError("data.root", config.root, "is a file, not a folder of Parquet files", remedy)
-    found = find_splits(root)
-    if found is None:
-        raise UnavailableError("data.root", config.root, "no train-*.parquet and test-*.parquet there", _FIX)
-    shards = open_shards(found["train"], root, config.root)
+    found = find_splits(root, config)
+    train_name, tests, validations = choose_splits(config, found)
+    if train_name not in found:
+        reason = "no train-*.parquet there" + (f", but {listed(sorted(found))}" if found else "")
+        raise UnavailableError("data.root", config.root, reason, _FIX)
+    if not tests and config.test_fraction is None:
+        reason = f"has {train_name}-*.parquet but no test-*.parquet (or validation-*)"
+        raise UnavailableError("data.root", config.root, reason, NO_TEST)
+    shards = open_shards(found[train_name], root, config.root)
     train = _labels(config, shards)
     if train is None:
         raise no_label_column(shards[0].schema, str(shards[0].path), config.label_column)
-    test = _labelled_test(config, root, found)
-    images = [_image_column(config, labels.shards) for labels in (train, test)]
-    names, train_classes, test_classes = number_classes(train, test)
-    used = [shard.path for shard in [*train.shards, *test.shards]]
+    splits, taken = {"train": train}, ""
+    for role, possible in (("test", tests), ("validation", validations)):
+        name, labels = _labelled(config, root, found, [name for name in possible if name != taken])
+        if labels is not None:
+            splits[role], taken = labels, name
+            if role == "test" and name != possible[0]:
+                text = "%s has no labels; testing on the %s files (validation uses part of the training images)"
+                notice(text, found[possible[0]][0], name)
+        elif possible and (role == "test" or config.validation):
+            nor = "".join(f", and neither have the {name} files" for name in possible[1:])
+            remedy = "add labels in a column named as in the training files, or labelled validation-*.parquet files"
+            raise UnavailableError("data.root", found[possible[0]][0], f"has no labels{nor}", remedy)
+    images = [_image_column(config, labels.shards) for labels in splits.values()]
+    names, classes = number_classes(*splits.values())
+    used = [shard.path for labels in splits.values() for shard in labels.shards]
     unused = [path.relative_to(root).as_posix() for files in found.values() for path in files if path not in used]
     if unused:
         notice("data.root=%s: files left out: %s", config.root, listed(unused))
-    blobs = [_packed(config.cache_dir, labels, image) for labels, image in zip((train, test), images, strict=True)]
-    return build_splits(config, files_key(used, images[0]), (blobs[0], train_classes), (blobs[1], test_classes), names)
-
-
-def refuse_columns(config: DataConfig, reason: str) -> None:
-    """Raise ConfigError if ``data.label_column`` or ``data.image_column`` is set."""
-    for name in ("label_column", "image_column"):
-        value = getattr(config, name)
-        if value is not None:
-            raise ConfigError(f"data.{name}", value, reason, "leave it out, or set data.name=parquet")
+    blobs = [_packed(config.cache_dir, labels, image) for labels, image in zip(splits.values(), images, strict=True)]
+    parts = dict(zip(splits, zip(blobs, classes, strict=True), strict=True))
+    return build_splits(config, files_key(used, images[0]), parts, names)
 
 
 def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:
@@ -79,19 +90,15 @@ def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:
     return read_labels(shards, columns[0]) if columns else None
 
 
-def _labelled_test(config: DataConfig, root: Path, found: dict[str, list[Path]]) -> Labels:
-    """Labels of the first test split that has any: published test sets often have none."""
-    splits = [name for name in TEST_SPLITS if name in found]
-    for name in splits:
+def _labelled(
+    config: DataConfig, root: Path, found: dict[str, list[Path]], names: list[str]
+) -> tuple[str, Labels | None]:
+    """The first split that has labels, if any, and these: published test sets often have none."""
+    for name in names:
         labels = _labels(config, open_shards(found[name], root, config.root))
         if labels is not None and not labels.all_missing:
-            if name != splits[0]:
-                text = "%s has no labels; testing on the %s files (validation uses part of the training images)"
-                notice(text, found[splits[0]][0], name)
-            return labels
-    nor = "".join(f", and neither have the {name} files" for name in splits[1:])
-    remedy = "add labels in a column named as in the training files, or labelled validation-*.parquet files"
-    raise UnavailableError("data.root", found[splits[0]][0], f"has no labels{nor}", remedy)
+            return name, labels
+    return "", None
 
 
 def _image_column(config: DataConfig, shards: list[Shard]) -> str:

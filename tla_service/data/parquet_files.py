@@ -5,9 +5,10 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from tla_service.config import DataConfig
 from tla_service.data.trees import TEST_SPLITS, FolderTree, notice, refuse_several
 from tla_service.errors import ConfigError, UnavailableError
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img", "images", "png", "jpg")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
 _LABEL_KINDS = {"string": "text", "large_string": "text", "string_view": "text", "bool": "booleans"}
-_NAME = re.compile(rf"({'|'.join(('train', *TEST_SPLITS))})(-.*)?\.parquet")
 _NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
 
@@ -32,14 +32,20 @@ class Shard:
     schema: "pyarrow.Schema"
 
 
-def find_splits(root: Path) -> dict[str, list[Path]] | None:
-    """Files below a folder by split, sorted; others under ""; ``None`` without training or test files."""
+def find_splits(root: Path, config: DataConfig) -> dict[str, list[Path]]:
+    """Files below a folder by split, sorted: ``train-*.parquet``, or else all in folders ``train``; others by name."""
+    named = [config.train or "train", *TEST_SPLITS, *filter(None, (config.validation, config.test))]
+    pattern = re.compile(rf"({'|'.join(map(re.escape, named))})(-.*)?")
+    names = FolderTree(root).names if root.is_dir() else []
+    paths = sorted(path for name in names if (path := PurePosixPath(name)).suffix == ".parquet")
+    matches = {path: match[1] for path in paths if (match := pattern.fullmatch(path.stem))}
+    in_folders = {*named} - {*matches.values()}
     found: dict[str, list[Path]] = {}
-    for path in sorted(root / name for name in FolderTree(root).names) if root.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match or path.suffix == ".parquet":
-            found.setdefault(match[1] if match else "", []).append(path)
-    return None if "train" not in found or found.keys().isdisjoint(TEST_SPLITS) else found
+    for path in paths:
+        is_number = path.stem[:1].isdigit() and path.parent.name  # in folders named like their split
+        other = path.parent.name if path.parent.name in in_folders or is_number else _NUMBERED.sub("", path.name)
+        found.setdefault(matches.get(path, other.removesuffix(".parquet")), []).append(root / path)
+    return found
 
 
 def open_shards(files: list[Path], root: Path, shown_root: str | None) -> list[Shard]:

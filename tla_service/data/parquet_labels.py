@@ -66,28 +66,28 @@ def read_labels(shards: list[Shard], column: str) -> Labels:
     return Labels(column, shards, values, torch.tensor([codes[value] for value in found], dtype=torch.int64))
 
 
-def number_classes(train: Labels, test: Labels) -> tuple[tuple[str, ...], torch.Tensor, torch.Tensor]:
-    """Turn labels into class numbers, the same in both splits.
+def number_classes(train: Labels, *others: Labels) -> tuple[tuple[str, ...], list[torch.Tensor]]:
+    """Turn labels into class numbers, the same in all splits.
 
     Integers with class names in the metadata are positions in those names, whose order may differ between files.
     Other labels are classes by their distinct training values, sorted; the values become the class names. Returns the
-    class names, and the class of every training and every test image, (N,) and (M,), int64.
+    class names, and the classes of each split's images (N,), int64.
     """
-    for labels in (train, test):
+    for labels in (train, *others):
         for code, value in enumerate(labels.values):
             if not _is_label(value):
                 raise UnavailableError("data.root", labels.first_row(code), f"has no label ({value!r})", _FIX)
-    if train.kind != test.kind:
-        reason = f"labels are {test.kind}, those of the training files {train.kind}"
-        raise UnavailableError("data.root", test.shards[0].path, reason, "write the labels of both in one type")
+        if labels.kind != train.kind:
+            reason = f"labels are {labels.kind}, those of the training files {train.kind}"
+            raise UnavailableError("data.root", labels.shards[0].path, reason, "write the labels of both in one type")
     names = next(filter(None, (_own_names(train, shard) for shard in train.shards)), ())
     if names:
         first = int(train.values == list(range(1, len(names) + 1)))
         if first:
             notice("%s: labels start at 1; 1 is taken for class %r", train.shards[0].path, names[0])
-        return names, _by_name(train, names, first), _by_name(test, names, first)
+        return names, [_by_name(labels, names, first) for labels in (train, *others)]
     _check_values(train)
-    return tuple(map(str, train.values)), train.codes, _by_value(test, train)
+    return tuple(map(str, train.values)), [train.codes, *(_by_value(labels, train) for labels in others)]
 
 
 def _own_names(labels: Labels, shard: Shard) -> tuple[str, ...]:

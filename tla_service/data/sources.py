@@ -1,16 +1,18 @@
 """Images by number, with their labels: in memory, or in files decoded on demand."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from PIL import __version__ as PIL_VERSION
 
 from tla_service.config import DataConfig
 from tla_service.data.cache import cached_tensors, content_digest
-from tla_service.data.decoding import Blobs, Decoder, decode, probe
+from tla_service.data.decoding import Blobs, Decoder, decode, open_image, probe
 from tla_service.data.trees import FolderTree, TreeBlobs
 
 # The largest training set, as decoded uint8 pixels, that data.residency=auto keeps in memory.
@@ -31,6 +33,12 @@ class ArraySource:
     def fetch(self, indices: torch.Tensor) -> torch.Tensor:
         """Images at ``indices`` (n,), int64 in [0, N), on the CPU, repeats allowed: (n, C, H, W), uint8, on the CPU."""
         return self.images[indices]
+
+    def look(self, row: int) -> tuple[str, Image.Image, np.ndarray]:
+        """Name of an image, the image as it is stored, and its pixels as `fetch` gives them (C, H, W)."""
+        pixels = self.images[row].numpy()
+        picture = pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2)
+        return f"image {row}", Image.fromarray(np.ascontiguousarray(picture)), pixels
 
     def subset(self, indices: torch.Tensor) -> "ArraySource":
         """The images at ``indices`` (n,), in that order."""
@@ -55,6 +63,13 @@ class FileSource:
     def __len__(self) -> int:
         return self.labels.numel()
 
+    def look(self, row: int) -> tuple[str, Image.Image, np.ndarray]:
+        """As `ArraySource.look`, with errors as `Decoder`."""
+        place = int(self._rows[row])
+        name = self._blobs.name(place)
+        image = open_image(self._blobs.read(place), name)
+        return name, image, self._decoder.pixels(image, name)
+
     def fetch(self, indices: torch.Tensor) -> torch.Tensor:
         """As `ArraySource.fetch`, with errors as `Decoder`."""
         # Loader processes run in parallel already.
@@ -75,11 +90,12 @@ ImageSource = ArraySource | FileSource
 
 
 class Splits(NamedTuple):
-    """What a loader returns to the catalog."""
+    """What a loader returns to the catalog; without ``test``, a share of the training images is to be held out."""
 
     train: ImageSource
-    test: ImageSource
+    test: ImageSource | None
     class_names: tuple[str, ...]
+    validation: ImageSource | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,8 @@ class Dataset:
             ``test_limit``. Figures are published on the others.
         fingerprint: 16 hex digits that change when images, labels, their order or the class names change. For images
             in memory they cover every byte; for images decoded on demand names, sizes and labels, and the content by
-            checksum (zip, Parquet) or by a sample of 256 files (folders).
+            checksum (zip, Parquet) or by a sample of 256 files (folders). Of the training and test images alone.
+        validation: Validation images, if the set has a split of them; else they are held out of ``train``.
     """
 
     name: str
@@ -101,54 +118,56 @@ class Dataset:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     fingerprint: str
+    validation: ImageSource | None = None
 
 
 def build_splits(
     config: DataConfig,
     key: str,
-    train: tuple[Blobs, torch.Tensor],
-    test: tuple[Blobs, torch.Tensor],
+    parts: Mapping[str, tuple[Blobs, torch.Tensor]],
     class_names: tuple[str, ...],
     *,
     colour: bool | None = None,
 ) -> Splits:
     """Encoded images with their classes (N,), as sources: in memory or not, by ``data.residency`` and their size.
 
-    ``key`` changes with the files, their order and content; ``colour`` is that of `probe`.
+    ``parts`` are the splits (train, test, validation); ``key`` changes with their files, order and content; ``colour``
+    is that of `probe`.
     """
-    decoder = probe(train[0], config.image_size, colour=colour)
+    images = parts["train"][0]
+    decoder = probe(images, config.image_size, colour=colour)
     channels, height, width = decoder.image_shape
-    size = len(train[0]) * channels * height * width
+    size = len(images) * channels * height * width
     if config.residency == "stream" or (config.residency == "auto" and size >= RESIDENT_BYTES):
-        return Splits(FileSource(*train, decoder), FileSource(*test, decoder), class_names)
+        streamed = {name: FileSource(*part, decoder) for name, part in parts.items()}
+        return Splits(streamed["train"], streamed.get("test"), class_names, streamed.get("validation"))
 
     def build() -> dict[str, torch.Tensor]:
-        parts = {"train": train[0], "test": test[0]}
-        return {name: decode(blobs, range(len(blobs)), decoder) for name, blobs in parts.items()}
+        return {name: decode(blobs, range(len(blobs)), decoder) for name, (blobs, _) in parts.items()}
 
     # Labels are not cached, so the key need not cover how they are read. JPEG pixels depend on the decoder's version.
-    full_key = f"{key}-{channels}x{height}x{width}{'r' if decoder.resize else ''}-{PIL_VERSION}"
-    images, digests = cached_tensors(config.cache_dir, full_key, build)
-
-    def source(name: str, labels: torch.Tensor) -> ArraySource:
-        return ArraySource(images[name], labels, content_digest(labels) + digests[name])
-
-    return Splits(source("train", train[1]), source("test", test[1]), class_names)
+    sizes = "-".join(str(len(blobs)) for blobs, _ in parts.values())
+    full_key = f"{key}-{sizes}-{channels}x{height}x{width}{'r' if decoder.resize else ''}-{PIL_VERSION}"
+    decoded, digests = cached_tensors(config.cache_dir, full_key, build)
+    made = {
+        name: ArraySource(decoded[name], labels, content_digest(labels) + digests[name])
+        for name, (_, labels) in parts.items()
+    }
+    return Splits(made["train"], made.get("test"), class_names, made.get("validation"))
 
 
 def tree_splits(
     config: DataConfig,
     tree: FolderTree,
-    train: Sequence[tuple[str, int]],
-    test: Sequence[tuple[str, int]],
+    parts: Mapping[str, Sequence[tuple[str, int]]],
     class_names: tuple[str, ...],
     *,
     colour: bool | None = None,
 ) -> Splits:
     """As `build_splits`, for images that are files of a tree: (name, class) of each."""
-
-    def part(images: Sequence[tuple[str, int]]) -> tuple[TreeBlobs, torch.Tensor]:
-        return TreeBlobs(tree, [name for name, _ in images]), torch.tensor([label for _, label in images])
-
-    key = tree.key([name for name, _ in (*train, *test)])
-    return build_splits(config, key, part(train), part(test), class_names, colour=colour)
+    blobs = {
+        part: (TreeBlobs(tree, [name for name, _ in images]), torch.tensor([label for _, label in images]))
+        for part, images in parts.items()
+    }
+    key = tree.key([name for images in parts.values() for name, _ in images])
+    return build_splits(config, key, blobs, class_names, colour=colour)

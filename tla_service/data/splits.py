@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tla_service.data.sources import Dataset, ImageSource
 from tla_service.data.trees import listed
 from tla_service.errors import ConfigError
 
@@ -13,16 +14,21 @@ _GATE_EVERY = 4  # one in four test images is reserved for the promotion gate
 
 
 def split_validation(
-    labels: torch.Tensor, fraction: float, seed: int, class_names: Sequence[str] = ()
+    labels: torch.Tensor,
+    fraction: float,
+    seed: int,
+    class_names: Sequence[str] = (),
+    field: str = "data.validation_fraction",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hold out a stratified share, in (0, 1), rounded up to whole images, of images of classes ``labels`` (N,), int64.
 
     Returns the indices of the training and of the validation images, int64, each sorted; disjoint, together all of
-    [0, N). ConfigError if some class is too small, or the share too small to hold one image of each class.
+    [0, N). ConfigError, which names the setting ``field``, if some class is too small, or the share too small to hold
+    one image of each class.
     """
     from sklearn.model_selection import train_test_split
 
-    field, value = "data.validation_fraction", f"{fraction:g}"
+    value, held_for = f"{fraction:g}", field.removeprefix("data.").removesuffix("_fraction")
     counts = labels.bincount()
     rare = (counts == 1).nonzero().flatten().tolist()
     classes, total = int((counts > 0).sum()), len(labels)
@@ -31,17 +37,30 @@ def split_validation(
     if rare:
         names = listed([repr(class_names[number]) if class_names else str(number) for number in rare])
         subject = f"class {names} has" if len(rare) == 1 else f"each of the classes {names} has"
-        reason = f"{subject} a single training image, too few to split off validation images"
+        reason = f"{subject} a single training image, too few to split off {held_for} images"
         remedy = "add images, remove the class, or raise data.train_limit if it is set"
         raise ConfigError(field, value, reason, remedy)
     held_out = -int(-total * fraction // 1)
     if held_out < classes or total - held_out < classes:
-        reason = f"{held_out} of {total} images for validation, with {classes} classes to cover in both parts"
+        reason = f"{held_out} of {total} images for {held_for}, with {classes} classes to cover in both parts"
         # Rounded up, or the share would be too small again.
         least = min(0.5, math.ceil(1000 * classes / total) / 1000)
         raise ConfigError(field, value, reason, f"use at least {least:g}")
     train, validation = train_test_split(range(total), test_size=held_out, random_state=seed, stratify=labels.numpy())
     return torch.tensor(sorted(train)), torch.tensor(sorted(validation))
+
+
+def split_training(
+    dataset: Dataset, fraction: float, seed: int
+) -> tuple[torch.Tensor, tuple[ImageSource, torch.Tensor]]:
+    """Rows of ``dataset.train`` to train on, and the validation images: rows (N,) of a source.
+
+    All of the data set's validation split, if it has one; else a share of the training images (`split_validation`).
+    """
+    if dataset.validation is not None:
+        return torch.arange(len(dataset.train)), (dataset.validation, torch.arange(len(dataset.validation)))
+    train, validation = split_validation(dataset.train.labels, fraction, seed, dataset.class_names)
+    return train, (dataset.train, validation)
 
 
 def stratified_subset(labels: torch.Tensor, count: int) -> torch.Tensor:

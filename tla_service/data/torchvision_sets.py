@@ -16,10 +16,11 @@ import torch
 from tla_service.config import DataConfig
 from tla_service.data.cache import cache_folder, disk_trouble, files_key, locked
 from tla_service.data.decoding import resized
-from tla_service.data.parquet import load_parquet, refuse_columns
+from tla_service.data.parquet import COLUMNS, load_parquet
 from tla_service.data.parquet_files import find_splits
 from tla_service.data.roots import required_root
 from tla_service.data.sources import ArraySource, Splits
+from tla_service.data.trees import SPLITS, refuse_settings
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import write_whole
 
@@ -50,7 +51,7 @@ def load_torchvision_set(config: DataConfig) -> Splits:
     find = _find_idx if is_idx else _find_cifar
     root = required_root(config)
     folder, missing = find(root, config)
-    if missing and find_splits(root) is not None:
+    if missing and (config.train or "train") in find_splits(root, config):
         splits = load_parquet(config)
         if (there := splits.train.image_shape[0]) != (channels := 1 if is_idx else 3):
             # The root may hold another set, since files are found at any depth.
@@ -58,7 +59,8 @@ def load_torchvision_set(config: DataConfig) -> Splits:
             remedy = "point it at this set's folder, or set data.name=parquet"
             raise ConfigError("data.root", config.root, reason, remedy)
         return splits
-    refuse_columns(config, "data.root is not read as Parquet files")
+    reason = "data.root is not read as Parquet files"
+    refuse_settings(config, (*COLUMNS, *SPLITS), reason, "parquet")
     if missing and config.download:
         _download(root, _KINDS[config.name], config.cache_dir)
         folder, missing = find(root, config)

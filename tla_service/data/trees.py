@@ -5,20 +5,24 @@ import logging
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from torch import distributed
 
+from tla_service.config import DataConfig
 from tla_service.data.cache import disk_trouble
 from tla_service.data.decoding import evenly_spread
 from tla_service.errors import ConfigError, UnavailableError
 
 LOG = logging.getLogger(__name__)
-# In order of preference: the first one with labels is the test set.
+# In order of preference: the first one with labels is the test set, the next one the validation set.
 TEST_SPLITS = ("test", "val", "validation", "valid", "dev")
+VALIDATION_SPLITS = TEST_SPLITS[1:]
+SPLITS = ("train", "validation", "test", "test_fraction")  # the settings that name them
+NO_TEST = "name one by data.test, or hold a share of the training images out by data.test_fraction=0.2"
 _SHOWN = 6
 _SAMPLED = 256
 FIX = "fetch the data set again, or point data.root at another copy"
@@ -47,6 +51,43 @@ def refuse_several(root: str | None, sets: Iterable[str]) -> None:
         raise ConfigError("data.root", root, reason, "point it at one of them, or move the others out of it")
 
 
+def refuse_settings(config: DataConfig, names: Iterable[str], reason: str, fitting: str) -> None:
+    """Raise ConfigError if one of these settings of a data set is given, which only the ``fitting`` kinds have."""
+    for name in names:
+        if value := getattr(config, name):
+            raise ConfigError(f"data.{name}", value, reason, f"leave it out, or set data.name={fitting}")
+
+
+def choose_splits(config: DataConfig, there: Collection[str]) -> tuple[str, list[str], list[str]]:
+    """Names of the training split and, in order of preference, of possible test and validation splits.
+
+    Those that are named, or else those with usual names that are ``there``. ConfigError if one is named that is not
+    there, or for two purposes.
+    """
+    train = config.train or "train"
+    taken = {"data.test": config.test, "data.validation": config.validation or None, "data.train": train}
+    if config.test is not None and config.test_fraction is not None:
+        raise ConfigError("data.test_fraction", config.test_fraction, "data.test names the test set", "give only one")
+    for field, name in taken.items():
+        if name is None or (field == "data.train" and config.train is None):
+            continue
+        other = next((other for other, its in taken.items() if its == name and other != field), None)
+        if other is not None:
+            raise ConfigError(field, name, f"is {other}, too", "give splits with images of their own")
+        if name not in there:
+            reason = f"no such split in {config.root}"
+            others = sorted(other for other in there if "/" not in other)
+            raise ConfigError(field, name, reason, f"give one of: {listed(others)}" if others else "check data.root")
+    given = [name for name in taken.values() if name is not None]
+    tests = [name for name in TEST_SPLITS if name in there and name not in given]
+    validations = [name for name in VALIDATION_SPLITS if name in there and name not in given]
+    if config.test is not None or config.test_fraction is not None:
+        tests = [config.test] if config.test is not None else []
+    if config.validation is not None:
+        validations = [config.validation] if config.validation else []
+    return train, tests, validations
+
+
 def notice(text: str, *values: object) -> None:
     """Log a warning about the data; of processes that train together, only the first does."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank()):
@@ -54,9 +95,9 @@ def notice(text: str, *values: object) -> None:
 
 
 def notice_left_out(root: str | None, files: Mapping[str, Iterable[str]]) -> None:
-    """Log in one line how many files of each ending are not used; names are given by the reason why."""
-    counts = {reason: by_ending(names) for reason, names in files.items()}
-    parts = [f"{shown} {reason}" for reason, shown in counts.items() if shown]
+    """Log in one line how many files of each ending are not used, and some of them, by the reason why."""
+    found = {reason: [*names] for reason, names in files.items()}
+    parts = [f"{by_ending(names)} {reason}, such as {names[0]}" for reason, names in found.items() if names]
     if parts:
         notice("data.root=%s: files left out: %s", root, "; ".join(parts))
 
@@ -127,7 +168,7 @@ class FolderTree:
         """Hex digits that change with names, sizes, order, and the content of 256 files: more would take long."""
         digest = hashlib.sha256()
         for name in names:
-            digest.update(f"{name}\0{self._entry(name)[0]}\n".encode())
+            digest.update(os.fsencode(f"{name}\0{self._entry(name)[0]}\n"))
         for row in evenly_spread(len(names), _SAMPLED):
             digest.update(self.read(names[row]))
         return digest.hexdigest()
@@ -135,7 +176,7 @@ class FolderTree:
     def key(self, names: Sequence[str]) -> str:
         """As ``stamp``, for caches on this machine: by paths, sizes and times, without reading content."""
         lines = ("\0".join(map(str, (name, *self._entry(name)))) for name in names)
-        return hashlib.sha256("\n".join([str(self.path.absolute()), *lines]).encode()).hexdigest()[:24]
+        return hashlib.sha256(os.fsencode("\n".join([str(self.path.absolute()), *lines]))).hexdigest()[:24]
 
     def describe(self, name: str) -> str:
         """A file's full path, for messages."""

@@ -1,1 +1,1 @@
-"""What a packaged model runs and ships: it imports only `tla_service.models`, `tla_service.errors` and requirements."""
+"""What a packaged model runs and ships: it imports only `models`, `pixels`, `errors` and requirements."""

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tla_service.pixels import to_pixels
+
 MAX_IMAGES = 10_000  # in one request
+_MAX_PIXELS = 2**26  # in one encoded image
 _FORMATS = ("PNG", "JPEG")
 _SURELY_8_BIT = 2.0
 
@@ -20,13 +23,16 @@ class BadImages(ValueError):  # noqa: N818 - what a client reads is its message,
     """Images that cannot be classified; the message says what was wrong and what to send."""
 
 
-def read_images(sent: Any, image_shape: tuple[int, int, int], *, max_images: int = MAX_IMAGES) -> Images:
+def read_images(
+    sent: Any, image_shape: tuple[int, int, int], *, max_images: int = MAX_IMAGES, resize: bool = False
+) -> Images:
     """Check images of any accepted kind and make one array (N, C, H, W) of them, float32 in [0, 1] or uint8.
 
     `sent` is one of: an array (N,C,H,W), float in [0, 1] or uint8; nested lists of such numbers, floats or, for 8-bit
     values, whole numbers; encoded images, as a list of PNG or JPEG bytes, an array or a data frame's only column of
-    them; the same in base64, as JSON has no bytes. BadImages if they are not (C, H, W) of the network, not numbers,
-    NaN, out of range, too many or none, or cannot be decoded.
+    them; the same in base64, as JSON has no bytes. With ``resize``, encoded images and 8-bit values may have any size
+    and are resized as in training. BadImages if they are not (C, H, W) of the network, not numbers, NaN, out of range,
+    too many or none, or cannot be decoded.
     """
     if hasattr(sent, "columns") and hasattr(sent, "iloc"):  # a pandas.DataFrame; pandas need not be there
         if len(sent.columns) != 1:
@@ -43,17 +49,31 @@ def read_images(sent: Any, image_shape: tuple[int, int, int], *, max_images: int
     if len(sent) > max_images:
         raise BadImages(f"there are {len(sent)} images; send at most {max_images} at once")
     if isinstance(sent[0], bytes | bytearray | str):
-        return np.stack([_decode(number, image, image_shape) for number, image in enumerate(sent)])
-    return _checked(sent, image_shape)
+        return np.stack([_decode(number, image, image_shape, resize=resize) for number, image in enumerate(sent)])
+    return _fitted(_checked(sent, image_shape, resize=resize), image_shape)
 
 
-def _checked(sent: Sequence[Any] | npt.NDArray[Any], image_shape: tuple[int, int, int]) -> Images:
+def _fitted(images: Images, image_shape: tuple[int, int, int]) -> Images:
+    """8-bit images of another size, resized."""
+    from PIL import Image
+
+    if images.shape[1:] == image_shape:
+        return images
+    if images.dtype != np.uint8:
+        raise BadImages(f"images have shape {images.shape}; send {_wanted(image_shape)}, uint8 or encoded images")
+    rows = (image[0] if len(image) == 1 else np.moveaxis(image, 0, 2) for image in images)
+    pictures = (Image.fromarray(np.ascontiguousarray(row)) for row in rows)
+    return np.stack([to_pixels(picture, image_shape, resize=True) for picture in pictures])
+
+
+def _checked(sent: Sequence[Any] | npt.NDArray[Any], image_shape: tuple[int, int, int], *, resize: bool) -> Images:
     is_array = isinstance(sent, np.ndarray)
     try:
         images = np.ascontiguousarray(sent)
     except (ValueError, TypeError, OverflowError):
         raise BadImages(f"images are no array of numbers; send {_wanted(image_shape)}") from None
-    if images.ndim != 4 or images.shape[1:] != image_shape:
+    sizes_fit = images.shape[2:] == image_shape[1:] or (resize and images.size)
+    if images.ndim != 4 or images.shape[1] != image_shape[0] or not sizes_fit:
         raise BadImages(f"images have shape {images.shape}; send {_wanted(image_shape)}")
     if images.dtype == np.uint8:
         return images
@@ -80,7 +100,7 @@ def _whole_numbers(images: npt.NDArray[Any]) -> Images:
     return images.astype(np.uint8)
 
 
-def _decode(number: int, image: object, image_shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
+def _decode(number: int, image: object, image_shape: tuple[int, int, int], *, resize: bool) -> npt.NDArray[np.uint8]:
     """One encoded image as (C, H, W), uint8."""
     from PIL import Image
 
@@ -91,7 +111,7 @@ def _decode(number: int, image: object, image_shape: tuple[int, int, int]) -> np
             raise BadImages(f"image {number} is not base64; send PNG or JPEG bytes in base64") from None
     if not isinstance(image, bytes | bytearray):
         raise BadImages(f"image {number} is a {type(image).__name__}; send all images encoded, or none")
-    channels, height, width = image_shape
+    _, height, width = image_shape
     try:
         opened = Image.open(io.BytesIO(image), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -99,7 +119,9 @@ def _decode(number: int, image: object, image_shape: tuple[int, int, int]) -> np
     except Exception:  # noqa: BLE001 - Pillow's readers let errors of many kinds through
         raise BadImages(f"image {number} is no PNG or JPEG; send one of these") from None
     # Looked at before any pixel is decoded, so that a small file cannot unpack to a huge image.
-    if opened.size != (width, height):
+    if resize and opened.width * opened.height > _MAX_PIXELS:
+        raise BadImages(f"image {number} has {opened.width}x{opened.height} pixels; send at most {_MAX_PIXELS}")
+    if not resize and opened.size != (width, height):
         found = f"{opened.width}x{opened.height}"
         raise BadImages(f"image {number} has {found} pixels (width x height); send {width}x{height}")
     try:
@@ -108,10 +130,7 @@ def _decode(number: int, image: object, image_shape: tuple[int, int, int]) -> np
         raise BadImages(f"image {number} is damaged ({error}); send the whole file") from None
     if opened.mode[0] in "IF":
         raise BadImages(f"image {number} has more than 8 bits a channel; convert it to 8 bits")
-    # As in training: palettes with transparency pass through RGBA.
-    whole = opened.convert("RGBA") if opened.mode == "P" else opened
-    pixels = np.asarray(whole.convert("L" if channels == 1 else "RGB"))
-    return pixels[None] if channels == 1 else np.moveaxis(pixels, 2, 0)
+    return to_pixels(opened, image_shape, resize=resize)
 
 
 def _wanted(image_shape: tuple[int, int, int]) -> str:

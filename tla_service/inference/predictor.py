@@ -23,6 +23,8 @@ class Predictor:
         self.network, self.description, self.rejector = network, description, rejector
         channels, height, width = description["image_shape"]
         self.image_shape: tuple[int, int, int] = (channels, height, width)
+        # Versions of before this was described take images of the network's size only.
+        self.resize: bool = description.get("preprocessing", {}).get("resize", False)
         self.class_names: tuple[str, ...] = tuple(description["class_names"])
 
     @classmethod

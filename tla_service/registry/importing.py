@@ -7,7 +7,7 @@ import torch
 from mlflow import MlflowClient
 
 from tla_service.config import RunConfig
-from tla_service.data import EvaluationBatches, load_dataset, split_validation
+from tla_service.data import EvaluationBatches, load_dataset, split_training
 from tla_service.evaluation.suite import measure_accuracy
 from tla_service.inference.detector import Rejector
 from tla_service.job import code_version
@@ -47,9 +47,8 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     alone = WorkerContext(device=device)
     batches = EvaluationBatches(dataset.test, rows, alone, batch_size=config.evaluation.batch_size)
     clean_accuracy = measure_accuracy(network, batches, {}, alone, settings.seed)["clean_accuracy"]
-    fraction = settings.data.validation_fraction
-    train, validation = split_validation(dataset.train.labels, fraction, settings.seed, names)
-    arrays = fit_rejector(network, dataset.train, train, validation, config, device)
+    train, validation = split_training(dataset, settings.data.validation_fraction, settings.seed)
+    arrays = fit_rejector(network, (dataset.train, train), validation, config, device)
     note = "the validation images may be part of its training data"
     facts = {FINGERPRINT: dataset.fingerprint, "source": settings.source or path.name, "note": note}
     facts |= {"weights_used": "; ".join(found.notes)} if found.notes else {}

@@ -25,6 +25,7 @@ from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
 from tla_service.inference.detector import Rejector
 from tla_service.models import Architecture
+from tla_service.pixels import describe
 from tla_service.registry.integrity import find_pickles, sha256, write_manifest
 from tla_service.registry.loading import FORMAT_VERSION, PACKAGE_DIGEST, load_model
 from tla_service.report.page import NORMS, template
@@ -39,9 +40,9 @@ if TYPE_CHECKING:
 _EXAMPLE_IMAGES = 4
 _LARGEST_DETECTOR_BYTES = 4 * 10**9
 _FEWEST_IMAGES = 2  # a single image would fix the batch size
-_SHIPPED = ("__init__.py", "errors.py", "models", "inference")
+_SHIPPED = ("__init__.py", "errors.py", "pixels.py", "models", "inference")
 _REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "torch", "torchvision")
-_METADATA = ("architecture", "method", "threat_model", "class_names", "image_shape", "detector")
+_METADATA = ("architecture", "method", "threat_model", "class_names", "image_shape", "preprocessing", "detector")
 _ENTRY = Path(__file__).with_name("pyfunc_entry.py")
 
 
@@ -100,6 +101,7 @@ def log_model(
         **Architecture.of(config.model).facts,
         "num_classes": len(class_names),
         "image_shape": list(image_shape),
+        "preprocessing": describe(image_shape, resize=config.data.resizes_files),
         "class_names": list(class_names),
         "method": method or config.method,
         "threat_model": {"norm": config.attack.norm, "epsilon": config.attack.epsilon},

@@ -50,7 +50,7 @@ class RobustClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined,
         ``params={"embedding": True}`` returns the embeddings as well. Invalid images raise `Refusal`.
         """
         try:
-            images = read_images(model_input, self.predictor.image_shape)
+            images = read_images(model_input, self.predictor.image_shape, resize=self.predictor.resize)
         except BadImages as error:
             raise Refusal(str(error)) from None
         return self.predictor.predict(images, embedding=bool((params or {}).get("embedding", False)))

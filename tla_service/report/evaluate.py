@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tla_service.data import split_validation
+from tla_service.data import split_training
 from tla_service.errors import ConfigError, UnavailableError, UserError, one_line
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.geometry import pick_queries
@@ -136,7 +136,7 @@ class _Evaluation:
         rows = torch.arange(len(labels))
         if config is not None and config.data.name == dataset.name:
             # Gaussians are fitted to training images; the validation split of the training run stays out.
-            rows, _ = split_validation(labels, config.data.validation_fraction, config.seed)
+            rows, _ = split_training(dataset, config.data.validation_fraction, config.seed)
         bank = pl.bank_rows(rows, labels, settings.images.bank)
         tasks = []
         for each in models.all:

@@ -43,6 +43,7 @@ def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, s
         apart=apart,
         split=split_sentence(report),
         whole=whole,
+        classes=by_class(report),
         method=method_name,
     )
     write_whole(path, content)
@@ -142,14 +143,21 @@ def _whole(report: Report, name: str) -> Share:
     return wilson_interval(right, sum(part.images for part in parts))
 
 
+def by_class(report: Report) -> list[tuple[str, list[Share]]]:
+    """Accuracy of each class, clean, under every attack of the table and under AutoAttack; the weakest class first."""
+    columns = [report.accuracy[name].per_class for name in ("clean", "worst", "autoattack") if name in report.accuracy]
+    rows = [(name, list(shares)) for name, *shares in zip(report.data.class_names, *columns, strict=False)]
+    return sorted(rows, key=lambda row: 2.0 if row[1][1].estimate is None else row[1][1].estimate)
+
+
 def show(report: Report, output: Path, terminal: Terminal) -> None:
     """Print the figures, what casts doubt on them, and where the report is."""
     terminal.say("")
     terminal.say(split_sentence(report))
     for name, found in report.accuracy.items():
-        terminal.say(
-            f"{name:<18} {percent(found.estimate, 2):>7} %   95%: {percent(found.low)} to {percent(found.high)}"
-        )
+        terminal.say(_line(name, found))
+    for name, shares in by_class(report)[:1]:
+        terminal.say(f"{_line('worst class', shares[1])}   ({name}, {shares[1].images} images)")
     if report.detection is not None:
         terminal.say(f"{'detection AUC':<18} {percent(report.detection.auc, 2):>7} %")
     for warning in report.autoattack.warnings if report.autoattack is not None else ():
@@ -161,6 +169,10 @@ def show(report: Report, output: Path, terminal: Terminal) -> None:
         terminal.say(f"audit: {'trusted' if report.audit.trusted else 'NOT trusted'}, {report.audit.summary}")
     page = output / PAGE_FILE
     terminal.say(f"report  {page if page.is_file() else output / REPORT_FILE}")
+
+
+def _line(name: str, found: Share) -> str:
+    return f"{name:<18} {percent(found.estimate, 2):>7} %   95%: {percent(found.low)} to {percent(found.high)}"
 
 
 def describe_surrogate(facts: SurrogateFacts) -> str:

@@ -21,7 +21,11 @@ class EvaluatedData(Section):
     name: DatasetName | None = setting(None, "data set; none: as in training")
     root: str | None = setting(None, "folder, zip file or s3://bucket/prefix with the data set; none: as in training")
     cache_dir: str | None = setting(None, "cache of s3:// roots and unpacked archives, per node; none: as in training")
+    train: str | None = setting(None, "name of the training split; none: as in training", min_length=1)
+    validation: str | None = setting(None, "name of the validation split; none: as in training")
+    test: str | None = setting(None, "name of the test split; none: as in training", min_length=1)
     test_limit: int | None = setting(None, "use only this many test images (stratified)", unit="images", ge=1)
+    image_size: int | None = setting(None, "resize to this side; none: as in training", unit="pixels", ge=4)
     label_column: str | None = setting(None, "label column of parquet files; none: as in training", min_length=1)
     image_column: str | None = setting(None, "image column of parquet files; none: as in training", min_length=1)
 
@@ -119,7 +123,9 @@ class ReportSettings(JobSettings):
             raise ConfigError("data.name", None, "the model does not say what it was trained on", remedy)
         if trained is None or given.get("name", trained.name) != trained.name:
             return DataConfig.model_validate(given)
-        return DataConfig.model_validate(trained.model_dump(exclude={"test_limit"}) | given)
+        # A test split that is named here replaces one that was held out.
+        replaced = {"test_limit", "test_fraction"} if "test" in given else {"test_limit"}
+        return DataConfig.model_validate(trained.model_dump(exclude=replaced) | given)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

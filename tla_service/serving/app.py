@@ -93,7 +93,8 @@ class Classifier:
         body = await self._body(request)
         shape, most = self._predictor.image_shape, self._settings.max_request_images
         try:
-            images, embedding = await asyncio.to_thread(parse_body, body, content_type, shape, most)
+            resize = self._predictor.resize
+            images, embedding = await asyncio.to_thread(parse_body, body, content_type, shape, most, resize=resize)
         except BadImages as error:
             raise HTTPException(400, str(error)) from None
         # Each chunk fits into a batch; the batcher combines them again.

@@ -12,7 +12,7 @@ ENCODED = ("image/png", "image/jpeg")
 
 
 def parse_body(
-    body: bytes, content_type: str, image_shape: tuple[int, int, int], max_images: int
+    body: bytes, content_type: str, image_shape: tuple[int, int, int], max_images: int, *, resize: bool = False
 ) -> tuple[np.ndarray, bool]:
     """Images (N, C, H, W), float32 in [0, 1], and whether embeddings are requested; raises `BadImages`."""
     embedding = False
@@ -34,6 +34,6 @@ def parse_body(
             raise BadImages("the body is not an array in .npy format") from None
     else:
         sent = [body]
-    images = read_images(sent, image_shape, max_images=max_images)
+    images = read_images(sent, image_shape, max_images=max_images, resize=resize)
     unit = images.astype(np.float32) / np.float32(255) if images.dtype == np.uint8 else images
     return unit.astype(np.float32, copy=False), embedding

@@ -84,6 +84,11 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
     # Older checkpoints have one fingerprint of training and test images together.
     left_out = "fingerprint" if "training_fingerprint" in saved_facts else "training_fingerprint"
     if {**saved_facts, left_out: None} != {**data_facts, left_out: None}:
+        if "validation_fingerprint" in data_facts.keys() - saved_facts.keys():
+            reason = "this run began with validation images that were held out of the training set"
+            raise ConfigError(
+                "data.validation", config.data.validation, reason, 'set it to "", or choose another --name'
+            )
         reason = "the data set is not the one that this run began with"
         raise ConfigError("data.root", config.data.root, reason, "bring the data back, or choose another --name")
     device = next(state.network.parameters()).device

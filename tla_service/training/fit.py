@@ -40,13 +40,15 @@ class Run:
         with self.phases("data"), failing_together(context):
             config.check_device(has_gpu=context.device.type == "cuda")
             self.dataset = load_dataset(config.data)
-            self.train_rows, self.validation_rows, self.batches = split_and_check(config, self.dataset, context)
+            self.train_rows, self.validation, self.batches = split_and_check(config, self.dataset, context)
             self._data_facts = {
                 "class_names": list(self.dataset.class_names),
                 "image_shape": list(self.dataset.image_shape),
                 "fingerprint": self.dataset.fingerprint,
                 "training_fingerprint": self.dataset.train.digest(),
             }
+            if self.dataset.validation is not None:
+                self._data_facts["validation_fingerprint"] = self.dataset.validation.digest()
         self.total_steps = config.training.epochs * self.batches.steps_per_epoch
         if config.training.max_steps is not None:
             self.total_steps = min(self.total_steps, config.training.max_steps)
@@ -113,12 +115,12 @@ class Run:
             if with_rejector and context.is_main:
                 with self.phases("detector"):
                     rejector = fit_rejector(
-                        state.network, dataset.train, self.train_rows, self.validation_rows, config, context.device
+                        state.network, (dataset.train, self.train_rows), self.validation, config, context.device
                     )
         facts = {
             "data_fingerprint": dataset.fingerprint,
             "training_images": str(len(self.train_rows)),
-            "validation_images": str(len(self.validation_rows)),
+            "validation_images": str(len(self.validation[1])),
             "test_images": str(len(dataset.test)),
             "workers": str(context.world_size),
             "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
@@ -242,11 +244,11 @@ class Run:
             self.reporter.progress(record)
 
     def _validate(self) -> dict[str, float]:
-        rows, evaluation = self.validation_rows, self.config.evaluation
+        (source, rows), evaluation = self.validation, self.config.evaluation
         if evaluation.validation_limit is not None and evaluation.validation_limit < len(rows):
             rows = rows[torch.linspace(0, len(rows) - 1, evaluation.validation_limit).long()]
         attacks = {"validation": evaluation.validation}
-        return self._measure(self.dataset.train, rows, "evaluation", attacks, self.state.evaluated)
+        return self._measure(source, rows, "evaluation", attacks, self.state.evaluated)
 
     def _measure(
         self, source: ImageSource, rows: Tensor, section: str, settings: Attacks, network: nn.Module

@@ -59,7 +59,7 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
     if not (output / CONFIG).exists():
         return summary
     before = load_config_file(output / CONFIG)
-    for name in ("evaluation.test", "data.test_limit"):
+    for name in ("evaluation.test", "data.test_limit", "data.validation"):
         setting = attrgetter(name)
         if setting(before) != setting(config):
             reason = f"a run that has finished in {output} was measured with another {name}"

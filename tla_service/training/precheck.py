@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tla_service.config import RunConfig
-from tla_service.data import Batch, Dataset, ImageSource, StepBatch, TrainingBatches, split_validation
+from tla_service.data import Batch, Dataset, ImageSource, StepBatch, TrainingBatches, split_training
 from tla_service.data.order import StepOrder
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import Architecture, ImageClassifier
@@ -20,10 +20,9 @@ _GB = 10**9
 
 def split_and_check(
     config: RunConfig, dataset: Dataset, context: WorkerContext
-) -> tuple[Tensor, Tensor, TrainingBatches]:
-    """Training rows, validation rows and training batches of a run; ConfigError where they do not fit the data."""
-    labels, fraction = dataset.train.labels, config.data.validation_fraction
-    train, validation = split_validation(labels, fraction, config.seed, dataset.class_names)
+) -> tuple[Tensor, tuple[ImageSource, Tensor], TrainingBatches]:
+    """Training rows, validation images and training batches of a run; ConfigError where they do not fit the data."""
+    train, validation = split_training(dataset, config.data.validation_fraction, config.seed)
     batches = training_batches(config, dataset.train, train, context)
     check_start(config, dataset, train, context.world_size)
     return train, validation, batches
@@ -43,6 +42,7 @@ def training_batches(config: RunConfig, source: ImageSource, rows: Tensor, conte
         global_batch_size=config.training.global_batch_size,
         pool_size=pool_size // context.world_size if mining.scope == "global" else pool_size,
         same_class_positives=separate and mining.positives != "own",
+        balanced=config.data.balance == "sampling",
     )
     return TrainingBatches(source, rows, order, config.data, context, augment_pool=mining.augment_pool)
 

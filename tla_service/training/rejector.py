@@ -21,34 +21,33 @@ _log = logging.getLogger(__name__)
 
 def fit_rejector(
     network: nn.Module,
-    source: ImageSource,
-    train_rows: Tensor,
-    validation_rows: Tensor,
+    train: tuple[ImageSource, Tensor],
+    validation: tuple[ImageSource, Tensor],
     config: RunConfig,
     device: torch.device,
 ) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a `Rejector`: class Gaussians of training images, (N,) rows of `source`, and a threshold.
+    """The arrays of a `Rejector`: class Gaussians of training images, and a threshold from validation images.
 
-    None, with a warning, where it cannot be fitted: a run must not fail for lack of one.
+    Images are rows (N,) of a source. Empty, with a warning, where it cannot be fitted: a run must not fail for that.
     """
 
-    def embedded(rows: Tensor) -> Embedded:
+    def embedded(source: ImageSource, rows: Tensor) -> Embedded:
         alone = WorkerContext(device=device)
         return embed(network, EvaluationBatches(source, rows, alone, batch_size=config.evaluation.batch_size))
 
-    settings = config.detection
-    if len(train_rows) > settings.training_limit:
-        train_rows = train_rows[torch.linspace(0, len(train_rows) - 1, settings.training_limit).long()]
-    training, validation = embedded(train_rows), embedded(validation_rows)
+    settings, rows = config.detection, train[1]
+    if len(rows) > settings.training_limit:
+        rows = rows[torch.linspace(0, len(rows) - 1, settings.training_limit).long()]
+    training, held_out = embedded(train[0], rows), embedded(*validation)
     try:
         detector = fit_detector(training, covariance=settings.covariance)
         threshold = threshold_for(
-            detector.score(validation.embeddings, validation.predictions),
-            validation.correct,
+            detector.score(held_out.embeddings, held_out.predictions),
+            held_out.correct,
             settings.false_rejection_rate,
         )
     except ConfigError as error:
         _log.warning("The model is packaged without a detector of misclassified images: %s", error)
         return {}
-    rejector = Rejector(detector, threshold, settings.false_rejection_rate, len(training), len(validation))
+    rejector = Rejector(detector, threshold, settings.false_rejection_rate, len(training), len(held_out))
     return rejector.to_arrays()

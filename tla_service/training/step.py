@@ -237,6 +237,8 @@ class TrainingStep:
     def _loss(self, roles: Roles, batch: StepBatch) -> tuple[Tensor, Tensor]:
         loss, labels, output = self.config.loss, batch.anchors.labels, roles.attacked
         label_term, pairing = self._label_term(output, roles.clean, labels)
+        if batch.weights is not None:
+            label_term, pairing = label_term * batch.weights, pairing * batch.weights
         none = torch.zeros_like(label_term)
         triplet, norm, active, valid = none, none, none, torch.ones_like(none)
         if roles.negatives is not None and roles.valid is not None:

@@ -1,0 +1,77 @@
+"""A run on folders of images with a validation split of their own."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data.conftest import encoded
+from tests.training.conftest import KeepingReporter, digits_config, fit
+from tla_service.config import RunConfig
+from tla_service.errors import ConfigError
+from tla_service.inference.detector import Rejector
+from tla_service.runtime import WorkerContext
+from tla_service.training.fit import Run
+from tla_service.training.output import open_output, write_config, write_summary
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes of noise around a grey level, 40 training, 10 validation and 8 test images."""
+    draws = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 10), ("test", 8)):
+        for number in range(count):
+            path = tmp_path / "root" / split / ("dark", "light")[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            low = 128 * (number % 2)
+            path.write_bytes(encoded(draws.integers(low, low + 128, (8, 8), np.uint8)))
+    return tmp_path / "root"
+
+
+def config_for(root: Path, **data: Any) -> RunConfig:
+    data = {"name": "image_folder", "root": str(root), "image_size": 8, "train_limit": None, "test_limit": None, **data}
+    training = {"epochs": 2, "global_batch_size": 10}
+    return digits_config(data={**data, "cache_dir": str(root.parent / "cache")}, training=training)
+
+
+def test_the_split_is_what_is_validated_on(root: Path, tmp_path: Path) -> None:
+    reporter = KeepingReporter(tmp_path)
+    run = Run(config_for(root), WorkerContext(), reporter)
+    seen: list[int] = []
+    measure = run._measure
+
+    def measured(source: Any, rows: torch.Tensor, *rest: Any) -> dict[str, float]:
+        assert source in (run.dataset.validation, run.dataset.test)
+        seen.append(len(rows))
+        return measure(source, rows, *rest)
+
+    run._measure = measured  # type: ignore[method-assign]
+    run.start(None)
+    result = run.train(with_rejector=True)
+    assert seen == [10, 10, 8]
+    assert (result.facts["training_images"], result.facts["validation_images"]) == ("40", "10")
+    assert Rejector.from_arrays(result.rejector).validation_images == 10
+
+
+def test_a_run_that_held_its_validation_images_out_goes_on_so_only_when_told(root: Path, tmp_path: Path) -> None:
+    """As runs of earlier versions did, whatever splits there were."""
+    earlier, later = config_for(root, validation=""), config_for(root)
+    assert earlier.run_name == later.run_name
+    first = KeepingReporter(tmp_path)
+    assert fit(earlier, WorkerContext(), first).facts["training_images"] == "36"
+    with pytest.raises(ConfigError, match=r'data\.validation: this run began with .* held out .*; set it to "", or'):
+        fit(later, WorkerContext(), KeepingReporter(tmp_path / "b", resume_from=first.checkpoints[0]))
+    resumed = KeepingReporter(tmp_path / "c", resume_from=first.checkpoints[0])
+    fit(earlier, WorkerContext(), resumed)
+    weights = [path.checkpoints[-1] / "model.safetensors" for path in (first, resumed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_finished_run_was_validated_on_other_images(root: Path, tmp_path: Path) -> None:
+    write_config(config_for(root), tmp_path)
+    write_summary(tmp_path, {"status": "finished"})
+    assert open_output(config_for(root), tmp_path) == {"status": "finished"}
+    with pytest.raises(ConfigError, match=r"data\.validation: .* measured with another data\.validation"):
+        open_output(config_for(root, validation=""), tmp_path)
