@@ -44,6 +44,7 @@ class RunConfig(Section):
         "scaling": True,
         "speed": True,
         "tracking": True,
+        "model": {"code"},  # checkpoints have its SHA-256
         "data": {"root", "download", "cache_dir", "residency", "loader_workers", "test_limit"},
         "training": {"channels_last", "log_every_steps"},
         "evaluation": {"test", "batch_size"},

@@ -58,7 +58,9 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
             placement = place(run)
             _check_ends(space, facts, placement.num_workers)
             most = max_concurrent(run.scaling, space.sweep.max_concurrent, placement)
-            plan = Plan(space, uri, placement, facts.weights, most, run.scaling.wait_seconds)
+            plan = Plan(
+                space, uri, placement, facts.weights, most, run.scaling.wait_seconds, code=facts.architecture.code
+            )
             storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
             return _search(plan, run, facts, output, lease, debug=debug)
 
