@@ -121,7 +121,7 @@ def code_requirements(archive: bytes) -> list[str]:
     with zipfile.ZipFile(io.BytesIO(archive)) as packed:
         text = packed.read(REQUIREMENTS).decode(errors="replace") if REQUIREMENTS in packed.namelist() else ""
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    wrong = next((line for line in lines if line and not re.match(r"[A-Za-z0-9][\w.-]*\s*(\[|[<>=!~;]|$)", line)), None)
+    wrong = next((line for line in lines if line and not re.match(r"[A-Za-z0-9][\w.-]*\s*(\[|[<>=!~;@]|$)", line)), None)
     if wrong is not None:
         remedy = "write one package per line, such as einops==0.8.1"
         raise ConfigError(_FIELD, None, f"the line {wrong!r} of {REQUIREMENTS} is no requirement of a package", remedy)

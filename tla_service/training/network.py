@@ -67,8 +67,6 @@ def _check_evaluation(network: ImageClassifier, images: Tensor, labels: Tensor, 
     if (network(images[:1]).logits - logits[:1]).abs().max() > scale:
         reason = "returns other logits for an image alone than for the same image in a batch, in eval mode"
         raise bad(reason, "use BatchNorm with running statistics, or normalize each image by itself")
-    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(len(logits))):
-        raise bad("returns probabilities", "return logits: leave out the softmax")
     gradient = None
     if logits.requires_grad:
         loss = nn.functional.cross_entropy(logits, labels)
@@ -78,6 +76,8 @@ def _check_evaluation(network: ImageClassifier, images: Tensor, labels: Tensor, 
         raise bad(reason, "leave out argmax, rounding, detach() and no_grad() between images and logits")
     if not torch.isfinite(gradient).all():
         raise bad("the gradient with respect to the images is not finite", "look for sqrt, log or division at 0")
+    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(len(logits))):
+        raise bad("returns probabilities", "return logits: leave out the softmax")
 
 
 def _check_training(network: WrappedClassifier, images: Tensor, labels: Tensor, bad: Any) -> None:
