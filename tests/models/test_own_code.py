@@ -42,6 +42,11 @@ def test_a_network_of_two_files_is_built_and_leaves_no_trace() -> None:
     assert not list(OWN.rglob("__pycache__"))
 
 
+def test_the_documentation_shows_the_files() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "networks.md").read_text()
+    assert all(f"```python\n{(OWN / name).read_text()}```" in page for name in ("network.py", "layers.py"))
+
+
 def test_modules_of_the_same_name_do_not_mix(tmp_path: Path) -> None:
     folders = [
         folder_with(
