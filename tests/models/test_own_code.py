@@ -167,12 +167,12 @@ def test_bad_modules(tmp_path: Path, text: str, kind: type[UserError], reason: s
 
 @pytest.mark.parametrize("name", ["other:build", "package.network:build", "json:loads"])
 def test_a_module_that_is_not_in_the_folder_is_missing(name: str) -> None:
-    with pytest.raises(UnavailableError, match="model.code"):
+    with pytest.raises(UnavailableError, match=r"model\.code"):
         build(OWN, name)
 
 
 def test_a_module_that_is_not_installed_is_missing() -> None:
-    with pytest.raises(UnavailableError, match="the module not_installed is not installed; set model.code"):
+    with pytest.raises(UnavailableError, match=r"the module not_installed is not installed; set model\.code"):
         Architecture("not_installed:build").build(10, (1, 8, 8))
 
 
@@ -188,11 +188,11 @@ def test_bad_folders(tmp_path: Path) -> None:
     pickled = folder_with(tmp_path / "pickled", network="")
     (pickled / "weights").mkdir()
     (pickled / "weights" / "best.txt").write_bytes(pickle.dumps(Path))
-    with pytest.raises(ConfigError, match="weights/best.txt is or contains a pickle"):
+    with pytest.raises(ConfigError, match=r"weights/best\.txt is or contains a pickle"):
         pack(str(pickled))
     linked = folder_with(tmp_path / "linked", network="")
     (linked / "layers.py").symlink_to(OWN / "layers.py")
-    with pytest.raises(ConfigError, match=r"layers.py links to a file outside the folder"):
+    with pytest.raises(ConfigError, match=r"layers\.py is a symbolic link"):
         pack(str(linked))
     with pytest.raises(ConfigError, match="its module random hides another one"):
         pack(str(folder_with(tmp_path / "hiding", network="", random="")))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from tla_service.models.own_code import call_factory, code_requirements, distrib
 from tla_service.models.resnets import MadryWideResNet, PreActResNet18, TinyImageNetResNet, WideResNet
 from tla_service.models.small_networks import SmallCNN, build_mnist_cnn, build_mnist_mlp
 from tla_service.models.wrapped import take_embedding, wrap
+
+if TYPE_CHECKING:
+    from tla_service.config import ModelConfig  # not in a registered version
 
 _NORMALIZATIONS: Final = ("default", "none", "per_image", "cifar10", "imagenet")
 _Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel
@@ -82,19 +85,6 @@ MODEL_DESCRIPTIONS = {
 }
 
 
-class ModelSettings(Protocol):
-    """The section `model` of a configuration, as far as it says what to build."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def normalization(self) -> str: ...  # noqa: D102
-    @property
-    def embedding(self) -> str | None: ...  # noqa: D102
-    @property
-    def code(self) -> str | None: ...  # noqa: D102
-
-
 @dataclass(frozen=True)
 class Architecture:
     """What a network is built from: everything but its weights, its number of classes and the shape of its images.
@@ -109,7 +99,7 @@ class Architecture:
     code: bytes | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, settings: ModelSettings, code: bytes | None = None) -> Self:
+    def of(cls, settings: "ModelConfig", code: bytes | None = None) -> Self:
         """The architecture that a configuration names, with this code or else that of the folder it names."""
         if code is None and settings.code is not None:
             code = pack(settings.code)
@@ -142,9 +132,7 @@ class Architecture:
             return [f"timm=={importlib.metadata.version('timm')}"]
         if not self._is_foreign:
             return []
-        if self.code is None:
-            return [distribution(self.name)]
-        return code_requirements(self.code)
+        return [distribution(self.name)] if self.code is None else code_requirements(self.code)
 
     def build(self, num_classes: int, image_shape: ImageShape) -> ImageClassifier:
         """Builds the network with fresh weights, drawn from torch's global generator, in training mode.
@@ -161,9 +149,7 @@ class Architecture:
             whole = network.build(num_classes, image_shape)
             built = wrap(self.name, whole, first, num_classes, image_shape, self.embedding)
         else:
-            shape: dict[str, Any] = (
-                {"image_shape": image_shape} if network.one_size else {"in_channels": image_shape[0]}
-            )
+            shape = {"image_shape": image_shape} if network.one_size else {"in_channels": image_shape[0]}
             built = network.build(num_classes=num_classes, normalization=first, **shape)
         if self.embedding is not None:
             take_embedding(built, self.embedding, image_shape)

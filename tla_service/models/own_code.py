@@ -41,17 +41,21 @@ def is_factory(name: str) -> bool:
 def pack(given: str) -> bytes:
     """A folder of code as an archive whose bytes depend on names and contents alone.
 
-    Hidden files and Python's caches are left out. UserError if the folder does not exist, is too large, links to
-    files outside, contains a pickle, or hides modules that Python or this package needs.
+    Hidden files and Python's caches are left out. UserError if the folder does not exist, is too large, contains a
+    link or a pickle, or hides modules that Python or this package needs.
     """
     folder = Path(given).expanduser().resolve()
     if not folder.is_dir():
         raise UnavailableError(_FIELD, given, "there is no such folder", "give the folder that contains the module")
     files, size = [], 0
-    for path in _files(folder):
+    for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if not path.resolve().is_relative_to(folder):
-            raise ConfigError(_FIELD, given, f"{name} links to a file outside the folder", "put a copy in its place")
+        if path.suffix == ".pyc" or any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            continue
+        if path.is_symlink():
+            raise ConfigError(_FIELD, given, f"{name} is a symbolic link", "put a copy in its place")
+        if not path.is_file():
+            continue
         size += path.stat().st_size
         if size > _MOST_BYTES:
             reason = f"its files are larger than {_MOST_BYTES // 10**6} MB together"
@@ -121,21 +125,13 @@ def code_requirements(archive: bytes) -> list[str]:
     with zipfile.ZipFile(io.BytesIO(archive)) as packed:
         text = packed.read(REQUIREMENTS).decode(errors="replace") if REQUIREMENTS in packed.namelist() else ""
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    wrong = next((line for line in lines if line and not re.match(r"[A-Za-z0-9][\w.-]*\s*(\[|[<>=!~;@]|$)", line)), None)
+    wrong = next(
+        (line for line in lines if line and not re.match(r"[A-Za-z0-9][\w.-]*\s*(\[|[<>=!~;@]|$)", line)), None
+    )
     if wrong is not None:
         remedy = "write one package per line, such as einops==0.8.1"
         raise ConfigError(_FIELD, None, f"the line {wrong!r} of {REQUIREMENTS} is no requirement of a package", remedy)
     return [line for line in lines if line]
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name == "__pycache__":
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _files(path)
-        elif path.suffix != ".pyc":
-            yield path
 
 
 @functools.cache

@@ -98,9 +98,11 @@ def log_model(
         raise ConfigError("example", example.shape, reason, f"give (n, *{image_shape})")
     made = client(uri)
     run = storing("Reading the run", lambda: made.get_run(run_id))
+    architecture = Architecture.of(config.model, code)
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "num_classes": len(class_names),
+        "requirements": architecture.requirements(),
         "image_shape": list(image_shape),
         "class_names": list(class_names),
         "method": method or config.method,
@@ -112,8 +114,9 @@ def log_model(
     }
     with tempfile.TemporaryDirectory(prefix="tla-package-") as scratch:
         source = Path(scratch, "source")
-        architecture = Architecture.of(config.model, code)
-        digest = _write_source(source, description, state_dict, rejector, architecture)
+        source.mkdir()
+        description |= architecture.write(source)
+        digest = _write_source(source, description, state_dict, rejector)
         tags = {
             "run_key": description["run_key"],
             "method": description["method"],
@@ -133,8 +136,7 @@ def log_model(
         earlier = storing("Finding versions", registered) if registered_model is not None else None
         if earlier is not None:
             return earlier
-        needs = architecture.requirements()
-        model_id, tags[PACKAGE_DIGEST] = _store(made, run.info, source, example[:_EXAMPLE_IMAGES], tags, needs)
+        model_id, tags[PACKAGE_DIGEST] = _store(made, run.info, source, example[:_EXAMPLE_IMAGES], tags)
     if registered_model is None:
         return f"models:/{model_id}"
 
@@ -146,18 +148,12 @@ def log_model(
 
 
 def _write_source(
-    folder: Path,
-    description: dict[str, Any],
-    state_dict: Mapping[str, torch.Tensor],
-    rejector: Rejector | None,
-    architecture: Architecture,
+    folder: Path, description: dict[str, Any], state_dict: Mapping[str, torch.Tensor], rejector: Rejector | None
 ) -> str:
-    """Write a package's files to a new folder, and complete its description; returns the weights' SHA-256."""
+    """Write a package's files to a folder, and complete its description; returns the weights' SHA-256."""
     from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
-    folder.mkdir()
-    description |= architecture.write(folder)
     weights, detector = folder / "weights.safetensors", folder / "detector.safetensors"
     save_file({name: _storable(tensor) for name, tensor in state_dict.items()}, weights)
     description |= {"weights": {"file": weights.name, "sha256": sha256(weights)}, "detector": None}
@@ -187,12 +183,7 @@ def _storable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _store(
-    made: MlflowClient,
-    run: RunInfo,
-    source: Path,
-    example: npt.NDArray[np.float32],
-    tags: Mapping[str, str],
-    requirements: Sequence[str],
+    made: MlflowClient, run: RunInfo, source: Path, example: npt.NDArray[np.float32], tags: Mapping[str, str]
 ) -> tuple[str, str]:
     """Write the model folder, verify it, and store it as a logged model of the run; returns its id and digest."""
     from mlflow.models.model import Model
@@ -206,7 +197,7 @@ def _store(
         outputs = [LoggedModelOutput(model_id, 0)]
         storing("Linking the model", lambda: made.log_outputs(run_id, models=outputs))
         model = Model(artifact_path=logged.artifact_location, model_uuid=model_id, run_id=run_id, model_id=model_id)
-        digest = _save_folder(model, source, folder, example, requirements)
+        digest = _save_folder(model, source, folder, example)
         _verify(folder, example)
         storing("Storing the model", lambda: made.log_model_artifacts(model_id, str(folder)))
         storing("Tagging the model", lambda: made.set_logged_model_tags(model_id, {PACKAGE_DIGEST: digest}))
@@ -218,9 +209,7 @@ def _store(
     return model_id, digest
 
 
-def _save_folder(
-    model: "Model", source: Path, folder: Path, example: npt.NDArray[np.float32], requirements: Sequence[str]
-) -> str:
+def _save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArray[np.float32]) -> str:
     """Write MLflow's model folder; returns its manifest's SHA-256."""
     with warnings.catch_warnings():
         # MLflow warns about a type hint of its own on import.
@@ -235,7 +224,7 @@ def _save_folder(
         names["code"] = description["code"]
     # Pinned to the installed versions; without +cpu and +cu130, which PyPI does not have.
     pins = {name: importlib.metadata.version(name).partition("+")[0] for name in _REQUIREMENTS}
-    others = [line for line in requirements if re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") not in pins]
+    others = [line for line in description["requirements"] if re.split(r"[^\w.-]", line)[0].lower() not in pins]
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     path_before = list(sys.path)
     try:
