@@ -96,5 +96,8 @@ def test_from_training_to_a_champion(tmp_path: Path, jobs: list[Job], kind: str)
     if kind == "own":
         network[3] = str(OWN)
     swept = start("sweep", *SWEEP, *network, script="tune_tla.py")
-    assert "2 finished" in finish(swept)
-    assert json.loads((swept.output / "sweep.json").read_text())["winner"]
+    finish(swept)
+    summary = json.loads((swept.output / "sweep.json").read_text())
+    assert summary["trials"].startswith("2 trials: ")
+    assert "failed" not in summary["trials"]
+    assert summary["winner"]

@@ -140,7 +140,7 @@ BAD_MODULES: dict[str, tuple[str, type[UserError], str]] = {
     "raises on import": ("1 / 0", ConfigError, r"does not import: ZeroDivisionError: .*\(network.py, line 1\)"),
     "exits on import": ("raise SystemExit(3)", ConfigError, "does not import: SystemExit"),
     "imports what is missing": ("import not_there", UnavailableError, "imports not_there, which is not there"),
-    "no such function": ("buidl = 1", ConfigError, "network has no function build; define it as factory"),
+    "no such function": ("built = 1", ConfigError, "network has no function build; define it as factory"),
     "not a function": ("build = 1", ConfigError, "network has no function build"),
     "fails": (
         "\ndef build(k, s):\n    return k.x",
