@@ -165,10 +165,10 @@ class Architecture:
             return _NETWORKS[name]
         if name.startswith(TIMM):
             return _Network(partial(build_timm, name), timm_normalization(name), foreign=True)
-        if name in torchvision_names():
-            return _Network(partial(build_torchvision, name), "imagenet", foreign=True)
         if self._is_foreign:
             return _Network(partial(call_factory, name, code=self.code), foreign=True)
+        if name in torchvision_names():
+            return _Network(partial(build_torchvision, name), "imagenet", foreign=True)
         candidates = (*model_names(), *torchvision_names())
         matches = [TORCHVISION + name] if TORCHVISION + name in candidates else get_close_matches(name, candidates, n=1)
         hint = f"did you mean {matches[0]}? " if matches else ""
