@@ -14,6 +14,7 @@ from tla_service.errors import ConfigError
 from tla_service.models import Architecture
 from tla_service.models.wrapped import take_embedding, wrap
 from tla_service.training.network import check_network
+from tla_service.training.precheck import check_weights
 
 SHAPE = (1, 8, 8)
 CONFIG = digits_config(model={"name": "network:build", "code": str(OWN)})
@@ -55,6 +56,14 @@ def test_good_networks_pass() -> None:
     check(zero)  # torchvision's ViT begins like this
     with_own = Architecture.of(CONFIG.model).build(10, SHAPE)
     check_network(CONFIG, Architecture.of(CONFIG.model), with_own, DATASET)
+
+
+def test_weights_of_another_network_are_refused_without_a_head_too() -> None:
+    config = digits_config(model={"name": "torchvision:squeezenet1_1", "embedding": "features", "weights": "w"})
+    network = Architecture.of(config.model).build(10, (3, 32, 32))
+    assert network.published_names()["body.features.0.weight"] == "features.0.weight"
+    with pytest.raises(ConfigError, match=r"model\.weights=w: are not of a torchvision:squeezenet1_1 with 10 classes"):
+        check_weights(config, network, {})
 
 
 class Detached(Good):

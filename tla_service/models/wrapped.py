@@ -42,6 +42,14 @@ class WrappedClassifier(ImageClassifier):
         return self.body(normalized).flatten(1)
 
 
+class _NoHead(nn.Identity):
+    """In place of a linear head: the body returns the logits."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.in_features = self.out_features = num_classes
+
+
 def noise(image_shape: ImageShape, count: int = 2) -> Tensor:
     """Images (N, C, H, W) in [0, 1) that look like noise; no random draw, and the same everywhere."""
     size = torch.Size((count, *image_shape))
@@ -73,7 +81,7 @@ def wrap(
         remedy = f"set model.embedding to a layer, such as {_listed(ran)}"
         raise ConfigError("model.name", name, reason, remedy)
     if fc is None:
-        return WrappedClassifier(network, nn.Identity(), normalization, "", image_shape).train()
+        return WrappedClassifier(network, _NoHead(num_classes), normalization, "", image_shape).train()
     wrapped = WrappedClassifier(network, fc, normalization, head, image_shape)
     wrapped.found = f"input of {head}, {fc.in_features} numbers"
     return wrapped.train()
