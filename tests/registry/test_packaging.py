@@ -23,7 +23,7 @@ from tests.registry.tracking_server import Packaged, TrackingServer, config_for,
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
-from tla_service.registry.integrity import find_pickles
+from tla_service.pickles import find_pickles
 from tla_service.registry.loading import load_model, open_package
 
 
@@ -80,7 +80,8 @@ def test_folder_describes_the_model_and_leaks_no_local_path(packaged: Packaged, 
         for name in ("mlflow", "numpy", "pillow", "safetensors", "torch", "torchvision")
     ]
     code = folder / "code" / "tla_service"
-    assert {path.name for path in code.iterdir()} == {"__init__.py", "errors.py", "inference", "models", "pixels.py"}
+    files = {path.name for path in code.iterdir()}
+    assert files == {"__init__.py", "errors.py", "inference", "models", "pickles.py", "pixels.py"}
     assert (code / "models" / "catalog.py").is_file()
 
 

@@ -44,7 +44,8 @@ class RunConfig(Section):
         "scaling": True,
         "speed": True,
         "tracking": True,
-        # Checkpoints hold a fingerprint of the validation split itself.
+        # Checkpoints hold fingerprints of the network's code and of the validation split.
+        "model": {"code"},
         "data": {"root", "download", "cache_dir", "residency", "loader_workers", "test_limit", "validation"},
         "training": {"channels_last", "log_every_steps"},
         "evaluation": {"test", "batch_size"},

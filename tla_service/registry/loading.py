@@ -30,8 +30,10 @@ def load_model(
 ) -> "torch.nn.Module":
     """Load a network, differentiable with respect to its parameters and its input.
 
-    Loading runs no code from the model: weights are safetensors, and the network is built by this installation. Every
-    file of a packaged model is compared with the digest it was packaged with.
+    Weights are safetensors, and the network is built by this installation, so that loading runs no code from the model,
+    with one exception: a network of your own (``package.module:factory``) is built by its factory, from the code in the
+    version or checkpoint. Load such a model only if you trust whoever registered it. Every file of a packaged model is
+    compared with the digest it was packaged with.
 
     Args:
         uri: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, ``models:/m-...``, ``runs:/RUN/model``, the folder of a
@@ -68,11 +70,12 @@ def load_with_folder(uri: str, tracking: str | None = None) -> tuple["torch.nn.M
     if (folder / WEIGHTS).is_file():
         return read_checkpoint(folder, uri, FIELD).network, folder
     home, facts = _open_folder(folder, uri, digest)
-    network = Architecture.described(facts).build(facts["num_classes"], tuple(facts["image_shape"]))
+    architecture = Architecture.described(facts, home)
+    network = architecture.build(facts["num_classes"], tuple(facts["image_shape"]))
     try:
         network.load_state_dict(load_file(home / facts["weights"]["file"]))
     except (SafetensorError, RuntimeError) as error:
-        reason = f"the weights are not those of {facts['architecture']} ({one_line(error)})"
+        reason = f"the weights are not those of {architecture.name} ({one_line(error)})"
         raise UnavailableError(FIELD, uri, reason, "choose other weights") from error
     return network.eval(), folder
 

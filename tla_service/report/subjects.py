@@ -22,6 +22,7 @@ from tla_service.inference.detector import Rejector
 from tla_service.models import Architecture
 from tla_service.report.schema import ModelFacts, ThreatModel
 from tla_service.report.settings import ReportSettings
+from tla_service.training.checkpoint import CODE
 
 WEIGHTS, _CONFIG, _DATA = "best.safetensors", "config.yaml", "data.json"
 _PROBE_IMAGES = 2
@@ -110,7 +111,9 @@ def read_checkpoint(folder: Path, address: str, field: str) -> Subject:
     data: dict[str, Any] = json.loads((folder / _DATA).read_text(encoding="utf-8"))
     weights = (folder / WEIGHTS).read_bytes()
     channels, height, width = data["image_shape"]
-    network = Architecture.of(config.model).build(len(data["class_names"]), (channels, height, width))
+    code = folder / CODE
+    architecture = Architecture.of(config.model, code.read_bytes() if code.exists() else None)
+    network = architecture.build(len(data["class_names"]), (channels, height, width))
     try:
         network.load_state_dict(load(weights))
     except (SafetensorError, RuntimeError) as error:

@@ -26,6 +26,7 @@ from tla_service.training.average import WeightAverage
 
 MANIFEST = "manifest.json"
 _POSITION = ("step", "partial_totals", "best", "history")  # of a TrainingState
+CODE = "code.zip"  # of a network from outside this package
 RESUMABLE = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml", "data.json")
 
 
@@ -53,7 +54,9 @@ def cpu_weights(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
 
 
-def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any], code: bytes | None = None
+) -> None:
     """Write a checkpoint over an older one; `data_facts` have what a loader needs to rebuild the network."""
     remedy = "free some space and give the same command again: the run resumes from the checkpoint before"
     with disk_trouble("checkpoint", folder, remedy), whole_folder(folder) as partial:
@@ -69,6 +72,8 @@ def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
         (partial / "state.json").write_text(json.dumps({"config_digest": config.digest, **position}))
         (partial / "config.yaml").write_text(to_yaml(config))
         (partial / "data.json").write_text(json.dumps(dict(data_facts)))
+        if code is not None:
+            (partial / CODE).write_bytes(code)
         checksums = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(checksums, indent=1))
 
@@ -80,17 +85,7 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
     if saved["config_digest"] != config.digest and not same_run((folder / "config.yaml").read_text(), config):
         reason = f"has checkpoints of another configuration ({folder / 'config.yaml'} differs)"
         raise ConfigError("name", config.run_name, reason, "choose another --name, or start from that config.yaml")
-    saved_facts = json.loads((folder / "data.json").read_text())
-    # Older checkpoints have one fingerprint of training and test images together.
-    left_out = "fingerprint" if "training_fingerprint" in saved_facts else "training_fingerprint"
-    if {**saved_facts, left_out: None} != {**data_facts, left_out: None}:
-        if "validation_fingerprint" in data_facts.keys() - saved_facts.keys():
-            reason = "this run began with validation images that were held out of the training set"
-            raise ConfigError(
-                "data.validation", config.data.validation, reason, 'set it to "", or choose another --name'
-            )
-        reason = "the data set is not the one that this run began with"
-        raise ConfigError("data.root", config.data.root, reason, "bring the data back, or choose another --name")
+    _check_facts(json.loads((folder / "data.json").read_text()), data_facts, config)
     device = next(state.network.parameters()).device
     state.network.load_state_dict(load_file(folder / "model.safetensors"))
     if state.average is not None:
@@ -109,6 +104,23 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
     state.best_weights = load_file(best) if best.exists() else {}
     for name in _POSITION:
         setattr(state, name, saved[name])
+
+
+def _check_facts(saved: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig) -> None:
+    """Raise ConfigError if a run began with other data, or with other code of its network."""
+    if saved.get("code_sha256") != now.get("code_sha256"):
+        reason = "its files are not those that this run began with"
+        raise ConfigError("model.code", config.model.code, reason, "bring them back, or choose another --name")
+    # Older checkpoints have one fingerprint of training and test images together.
+    left_out = "fingerprint" if "training_fingerprint" in saved else "training_fingerprint"
+    if {**saved, left_out: None} != {**now, left_out: None}:
+        if "validation_fingerprint" in now.keys() - saved.keys():
+            reason = "this run began with validation images that were held out of the training set"
+            raise ConfigError(
+                "data.validation", config.data.validation, reason, 'set it to "", or choose another --name'
+            )
+        reason = "the data set is not the one that this run began with"
+        raise ConfigError("data.root", config.data.root, reason, "bring the data back, or choose another --name")
 
 
 def find_damage(folder: Path, required: Collection[str] = ()) -> str:
@@ -204,7 +216,7 @@ def verify_checkpoint(folder: Path) -> None:
 
 def keep_best_only(folder: Path) -> None:
     """Remove what only a run that resumes needs: the rest is enough to load the best weights."""
-    kept = ("best.safetensors", "config.yaml", "data.json")
+    kept = ("best.safetensors", "config.yaml", "data.json", CODE)
     checksums = {name: value for name, value in json.loads((folder / MANIFEST).read_text()).items() if name in kept}
     write_whole(folder / MANIFEST, json.dumps(checksums, indent=1))
     for path in folder.iterdir():

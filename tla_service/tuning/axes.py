@@ -20,8 +20,8 @@ from tla_service.tuning.settings import Dimension
 
 # What shapes how a trial is measured, or where it runs: searching it would compare different things.
 _FIXED = (
-    "name", "scaling", "tracking", "evaluation", "data.name", "data.root", "data.train", "data.validation", "data.test",
-    "data.validation_fraction", "data.test_fraction",
+    "name", "scaling", "tracking", "evaluation", "model.code", "data.name", "data.root", "data.train",
+    "data.validation", "data.test", "data.validation_fraction", "data.test_fraction",
 )  # fmt: skip
 _CONSTRAINTS = "sweep.constraints"
 _EXAMPLE = "write it like 'mining.pool_size >= 2 * training.global_batch_size'"
