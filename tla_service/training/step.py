@@ -1,7 +1,7 @@
 """One batch: attack, mine, loss, gradients. Every method shares this code."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -171,7 +171,7 @@ class TrainingStep:
             sizes = shard_sizes(batch.global_size, self.context.world_size)
             pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))
             rows = rows + sum(sizes[: self.context.rank])
-        mined = self._mine(random, mined, output.embeddings, labels, pool, pool_labels)
+        mined = self._mine(random, mined, labels, pool_labels, lambda: (output.embeddings, pool))
         same_class = None if mining.positives == "own" else pool[pick_positives(labels, pool_labels, rows)]
         return Roles(output, clean, pool[mined.indices], mined.valid, same_class)
 
@@ -181,18 +181,23 @@ class TrainingStep:
         """The authors' mode: mine in a separate draw with the network in eval mode, then embed the chosen negatives."""
         anchors, mining = batch.anchors, self.config.mining
         assert batch.pool is not None
-        pool_images, pool_labels = batch.pool.images, batch.pool.labels
-        if mining.queries == "last_step":
-            (pool,), queries = self.adversary.embed(pool_images), self.adversary.last_embeddings
-        else:
-            queries, pool = self.adversary.embed(adversarial, pool_images)
-        assert queries is not None
-        if mining.scope == "global":
-            sizes = [len(pool)] * self.context.world_size
-            pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))
-            # The worker that uses the chosen images embeds them again, with a graph.
-            pool_images = gather_rows(pool_images, sizes, self.context)
-        mined = self._mine(random, mined, queries, anchors.labels, pool, pool_labels)
+
+        def gathered(rows: Tensor) -> Tensor:
+            sizes = [len(rows)] * self.context.world_size
+            return gather_rows(rows, sizes, self.context) if mining.scope == "global" else rows
+
+        def embedded() -> tuple[Tensor, Tensor]:
+            assert batch.pool is not None
+            if mining.queries == "last_step":
+                (pool,), queries = self.adversary.embed(batch.pool.images), self.adversary.last_embeddings
+            else:
+                queries, pool = self.adversary.embed(adversarial, batch.pool.images)
+            assert queries is not None
+            return queries, gathered(pool)
+
+        # The worker that uses the chosen images embeds them again, with a graph.
+        pool_images, pool_labels = gathered(batch.pool.images), gathered(batch.pool.labels)
+        mined = self._mine(random, mined, anchors.labels, pool_labels, embedded)
         noise_on_all = mining.clean_noise_on == "all"
         images = [adversarial, self._add_noise(pool_images[mined.indices], random, apply=noise_on_all)]
         needs_own = mining.positives != "same_class" or self.needs_clean
@@ -209,9 +214,16 @@ class TrainingStep:
         with autocast(self.config.training.precision, self.context.device):
             return self.wrapped(*images)
 
-    def _mine(self, random: torch.Generator, mined: Negatives | None, *embedded: Tensor) -> Negatives:
-        """Negatives for anchors and their labels, from a pool and its labels, unless they have been mined before."""
-        (anchors, labels, pool, pool_labels), mining = embedded, self.config.mining
+    def _mine(
+        self,
+        random: torch.Generator,
+        mined: Negatives | None,
+        labels: Tensor,
+        pool_labels: Tensor,
+        embedded: Callable[[], tuple[Tensor, Tensor]],
+    ) -> Negatives:
+        """Negatives for anchors of these labels, unless mined before; `embedded` gives the anchors and the pool."""
+        mining = self.config.mining
         if self.config.method == "tla_rn":
             return mine_random(labels, pool_labels, random, any_class=mining.random_negatives == "any")
         keep = None
@@ -219,7 +231,7 @@ class TrainingStep:
             draw = torch.rand(len(labels), len(pool_labels), generator=random, device=labels.device)
             keep = draw < mining.keep_probability
         if mined is None:  # only now: the noise drawn next is the same either way
-            absolute = mining.similarity == "absolute_cosine"
+            (anchors, pool), absolute = embedded(), mining.similarity == "absolute_cosine"
             mined = mine_hardest(anchors, labels, pool.detach(), pool_labels, absolute=absolute, keep=keep)
         self._mined = mined
         return mined
