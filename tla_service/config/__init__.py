@@ -97,6 +97,15 @@ class RunConfig(Section):
         return "kl" if self.robust_term == "trades" else "cross_entropy"
 
     @property
+    def own_functions(self) -> dict[str, str]:
+        """Functions from outside the package, as `module:function`, by the field that names them."""
+        attacks = {f"{where}.kind": attack.kind for where, attack in self.evaluation.attacks.items()}
+        named = {"attack.kind": self.attack.kind, **attacks, "mining.miner": self.mining.miner or ""}
+        return {where: path for where, path in named.items() if ":" in path} | {
+            f"loss.extra.{path}": path for path in self.loss.extra
+        }
+
+    @property
     def digest(self) -> str:
         """Eight hex digits of everything that shapes the trained weights."""
         # Only of what differs from the defaults, so that a setting added by a later version changes no digest.
@@ -202,5 +211,21 @@ class RunConfig(Section):
         if reuses and attack.kind == "free":
             reason = "free training takes no attack steps before mining"
             yield "mining.queries", "last_step", reason, "use final, or another attack.kind"
+        own = ":" in attack.kind
+        if reuses and own:
+            reason = "your own attack may take its last step with part of the images"
+            yield "mining.queries", "last_step", reason, "use final"
+        if own and attack.batchnorm == "train":
+            reason = "your own attack runs on a copy of the network, in eval mode"
+            yield "attack.batchnorm", "train", reason, "use eval, or attack.kind pgd"
+        if own and self.speed.cuda_graphs:
+            remedy = "leave it out, or use attack.kind pgd"
+            yield "speed.cuda_graphs", "True", "your own attack cannot be captured in a CUDA graph", remedy
+        if mining.miner is not None and self.method not in ("tla", "tla_sa"):
+            reason = f"method {self.method} mines no negatives"
+            yield "mining.miner", mining.miner, reason, "leave it out, or use method tla"
+        if mining.miner is not None and mining.keep_probability < 1:
+            reason = "your own miner gets the whole pool"
+            yield "mining.keep_probability", mining.keep_probability, reason, "leave it out, or draw in the miner"
         if attack.awp and self.method == "natural":
             yield "attack.awp", "True", "method natural has no attack", "leave it out, or use method at"

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from tla_service.config.fields import Function
 from tla_service.errors import ConfigError
 
 
@@ -35,9 +36,11 @@ class Explainer:
             else:
                 remedy = suggest(location[-1], self._names_at(location[:-1]))
             return ConfigError(name, value, "no such setting", remedy)
-        if error["type"] == "literal_error" and not (known is not None and _is_union(known.annotation)):
+        own = known is not None and Function in typing.get_args(known.annotation)
+        if error["type"] == "literal_error" and (own or not (known is not None and _is_union(known.annotation))):
             choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
-            return ConfigError(name, value, f"not one of {', '.join(choices)}", suggest(str(value), choices))
+            or_own = ", and not module:function" if own else ""
+            return ConfigError(name, value, f"not one of {', '.join(choices)}{or_own}", suggest(str(value), choices))
         reason = error["msg"][0].lower() + error["msg"][1:]
         section = self._section_at(location)
         if section is not None:

@@ -5,7 +5,16 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import Pixels, Section, model_trouble, name_trouble, setting, tag_trouble, wrong
+from tla_service.config.fields import (
+    Function,
+    Pixels,
+    Section,
+    model_trouble,
+    name_trouble,
+    setting,
+    tag_trouble,
+    wrong,
+)
 from tla_service.errors import ConfigError
 
 DatasetName = Literal[
@@ -113,6 +122,7 @@ class LossConfig(Section):
     embedding_match_weight: float = setting(
         0.0, "weight of the squared distance between clean and adversarial embeddings (the code's match_l2)", ge=0
     )
+    extra: dict[Function, float] = setting({}, "your own terms and their weights, as {module:function: weight}")
 
 
 class MiningConfig(Section):
@@ -130,6 +140,9 @@ class MiningConfig(Section):
         "final",
         "pool separate: query with the embeddings of the final adversarial images, or reuse those of the attack's last "
         "step",
+    )
+    miner: Function | None = setting(
+        None, "your own choice of negatives, as module:function; none: the hardest, or random ones for tla_rn"
     )
     similarity: Literal["cosine", "absolute_cosine"] = setting(
         "absolute_cosine", "nearest by |cos|, the distance of the loss (paper), or by the signed cosine (code)"

@@ -13,6 +13,7 @@ from tla_service.config import RunConfig
 from tla_service.data import Batch
 from tla_service.models import ModelOutput
 from tla_service.models.frozen import FrozenTwin
+from tla_service.models.own_function import load_function
 from tla_service.runtime import WorkerContext, autocast
 from tla_service.training.cuda_graph import GraphedClimb
 
@@ -23,9 +24,11 @@ class Adversary:
     It attacks a frozen twin of the bare network: no communication, no parameter gradients, no BatchNorm updates.
     """
 
-    def __init__(self, network: nn.Module, config: RunConfig, context: WorkerContext) -> None:
+    def __init__(
+        self, network: nn.Module, config: RunConfig, context: WorkerContext, code: bytes | None = None
+    ) -> None:
         self._network, self._config, self._context = network, config, context
-        self._full = self.attack = training_attack(config)
+        self._full = self.attack = training_attack(config, code)
         self.kind = config.attack.kind  # pgd after a collapse of single-step training with attack.on_collapse=pgd
         # (N, D), of the images before the last attack's last step, without a graph.
         self.last_embeddings: Tensor | None = None
@@ -77,7 +80,8 @@ class Adversary:
         if self.kind == "n_fgsm":
             noise = self._config.attack.noise
             return craft_noisy_step(logits_fn, anchors.images, anchors.labels, self.attack, noise, random)
-        return craft(logits_fn, anchors.images, anchors.labels, self.attack, random)
+        attack = self.attack if self.kind == self._config.attack.kind else replace(self.attack, function=None)
+        return craft(logits_fn, anchors.images, anchors.labels, attack, random)
 
     @property
     def _uses_graphs(self) -> bool:
@@ -108,12 +112,18 @@ def layout_of(config: RunConfig) -> torch.memory_format:
     return torch.channels_last if config.training.channels_last else torch.contiguous_format
 
 
-def training_attack(config: RunConfig) -> Attack:
-    """The PGD of the training loop (Mao et al. 2019, section 2; cross-entropy only, never the triplet term)."""
+def training_attack(config: RunConfig, code: bytes | None = None) -> Attack:
+    """The PGD of the training loop (Mao et al. 2019, section 2; cross-entropy only, never the triplet term).
+
+    Or the user's own attack; `code` is what `load_function` takes.
+    """
     attack = config.attack
     same = attack.model_dump(include={"norm", "epsilon", "step_size", "num_steps", "random_start"})
     smoothing = config.loss.label_smoothing if attack.label_smoothing else 0.0
-    return Attack(**same, label_smoothing=smoothing, objective=config.attack_objective)
+    made = Attack(**same, label_smoothing=smoothing, objective=config.attack_objective)
+    if ":" not in attack.kind:
+        return made
+    return replace(made, kind=attack.kind, function=load_function("attack.kind", attack.kind, code))
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ class Run:
         """Train to the end of the epoch; False, with a checkpoint saved, if a stop was requested before."""
         state, schedule = self.state, self.config.schedule
         epoch, offset = divmod(state.step, self.batches.steps_per_epoch)
-        self.meter = Meter(self.context, state.partial_totals)
+        self.meter = Meter(self.context, state.partial_totals, tuple(self.config.loss.extra))
         state.network.train()
         with self.phases("train"):
             for batch in self.batches.epoch(epoch, offset):

@@ -13,9 +13,11 @@ from tla_service.data.order import StepOrder
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import Architecture, ImageClassifier
 from tla_service.runtime import WorkerContext
+from tla_service.training.own import check_own
 from tla_service.training.step import TrainingStep
 
 _GB = 10**9
+_SOME_IMAGES = 8  # that own functions are tried on
 
 
 def split_and_check(
@@ -52,6 +54,11 @@ def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: i
     trouble = config.attack_trouble(dataset.image_shape)
     if trouble is not None:
         raise trouble
+    if config.own_functions:
+        with torch.random.fork_rng(devices=[]):
+            network = Architecture.of(config.model).build(len(dataset.class_names), dataset.image_shape)
+            some = rows[torch.linspace(0, len(rows) - 1, _SOME_IMAGES).long()]
+            check_own(config, network.eval(), dataset.train.fetch(some).float() / 255, dataset.train.labels[some])
     batch = config.training.global_batch_size
     steps = -(-len(rows) // batch)
     if smallest_share(len(rows), steps, world_size) == 1 and not _one_image_trains(config, dataset, rows):

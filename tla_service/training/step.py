@@ -14,6 +14,7 @@ from tla_service.models import ImageClassifier, ModelOutput
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, shard_sizes
 from tla_service.training.adversary import Adversary, moved_weights, restored
+from tla_service.training.own import load_miner, load_term
 from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
 from tla_service.triplets import Negatives, mine_hardest, mine_random, norm_penalty, pick_positives, triplet_hinge
 
@@ -28,7 +29,7 @@ METRIC_NAMES = {
     "without_negative": "train/without_negative",
 }
 TOTALS = (*METRIC_NAMES, "images")
-"""What a step adds up over its images, in this order."""
+"""What a step adds up over its images, in this order; the user's own loss terms come before the last."""
 _EVERYTHING_MIB = 2**20
 
 
@@ -65,7 +66,9 @@ class RoleForward(nn.Module):
 class TrainingStep:
     """Turns a batch into gradients of the bare network, which is on the worker's device."""
 
-    def __init__(self, network: ImageClassifier, config: RunConfig, context: WorkerContext) -> None:
+    def __init__(
+        self, network: ImageClassifier, config: RunConfig, context: WorkerContext, code: bytes | None = None
+    ) -> None:
         self.network, self.config, self.context = network, config, context
         seen = seen_by_triplets(network, config.loss.triplet_layer)
         self.wrapped: nn.Module = RoleForward(seen, together=config.training.batchnorm_roles == "together")
@@ -83,13 +86,15 @@ class TrainingStep:
             # A single bucket is full, and sent, only when the backward pass has ended.
             options["bucket_cap_mb"] = None if config.speed.overlap_reduction else _EVERYTHING_MIB
             self.wrapped = ddp(self.wrapped, gradient_as_bucket_view=True, **options)
-        self.adversary = Adversary(seen, config, context)
+        self.adversary = Adversary(seen, config, context, code)
+        self._extra = {path: (load_term(path, code), weight) for path, weight in config.loss.extra.items()}
+        self._own_miner = load_miner(config.mining.miner, code) if config.mining.miner else None
         self._mined: Negatives | None = None  # hardest negatives of the last batch
         loss, pairs_logits = config.loss, config.method == "alp"
         self.clean_weight = 0.5 * pairs_logits if loss.clean_weight is None else loss.clean_weight
         # Terms that compare an image with its adversarial version, or use the clean image alone.
         own_term = pairs_logits or config.robust_term != "cross_entropy"
-        self.needs_clean = own_term or bool(self.clean_weight or loss.embedding_match_weight)
+        self.needs_clean = own_term or bool(self.clean_weight or loss.embedding_match_weight or loss.extra)
 
     def updates(self, batch: StepBatch, *seeds: int) -> Iterator[Tensor]:
         """`backward` for each update, which the caller makes, on a batch: once, or once per replay of free training."""
@@ -226,6 +231,12 @@ class TrainingStep:
         mining = self.config.mining
         if self.config.method == "tla_rn":
             return mine_random(labels, pool_labels, random, any_class=mining.random_negatives == "any")
+        if self._own_miner is not None:
+            if mined is None:
+                anchors, pool = embedded()
+                mined = self._own_miner(anchors, labels, pool, pool_labels, random)
+            self._mined = mined
+            return mined
         keep = None
         if mining.keep_probability < 1:
             draw = torch.rand(len(labels), len(pool_labels), generator=random, device=labels.device)
@@ -262,9 +273,11 @@ class TrainingStep:
         # The authors' code multiplies lambda_1 into the norm term as well; the paper does not.
         norm_weight = loss.norm_weight * (loss.triplet_weight if loss.norm_form == "mean_squares" else 1.0)
         total = label_term + loss.triplet_weight * triplet + norm_weight * norm + pairing
+        extra = [weight * term(output, roles.clean or output, labels) for term, weight in self._extra.values()]
+        total = sum(extra, total)
         with torch.no_grad():
             correct = output.logits.argmax(1) == labels
-            columns = (total, label_term, triplet, norm, pairing, correct, active, 1 - valid, torch.ones_like(none))
+            columns = (total, label_term, triplet, norm, pairing, correct, active, 1 - valid, *extra, none + 1)
             totals = torch.stack([column.double().sum() for column in columns])
         # DDP averages gradients over workers, whose shards may differ by one image: weighting each image by
         # world_size / global size makes that average the mean over the global batch (or, for `sum`, its sum).
