@@ -111,6 +111,7 @@ SHAPES_NOTHING: dict[str, Any] = {
     "data.loader_workers": 0,
     "training.channels_last": True,
     "training.log_every_steps": 7,
+    "speed.mode": "exact",
     "speed.fold_batchnorm": False,
     "speed.compile": "attack",
     "speed.cuda_graphs": True,

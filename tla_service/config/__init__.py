@@ -143,6 +143,19 @@ class RunConfig(Section):
             found.append(length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape))
         return next(filter(None, found), None)
 
+    def on_device(self, *, has_gpu: bool) -> Self:
+        """This run on workers with or without GPUs: the settings left to `speed.mode` have their values."""
+        fast = has_gpu and self.speed.mode == "auto"
+        # Networks and attacks from outside may do what a graph cannot capture.
+        foreign = ":" in self.model.name and not self.model.name.startswith("torchvision:")
+        attacks = self.method != "natural" and self.attack.kind == "pgd" and self.attack.batchnorm == "eval"
+        training, speed = self.training, self.speed
+        if training.channels_last is None:
+            training = training.model_copy(update={"channels_last": fast})
+        if speed.cuda_graphs is None:
+            speed = speed.model_copy(update={"cuda_graphs": fast and attacks and not foreign})
+        return self.model_copy(update={"training": training, "speed": speed})
+
     def check_device(self, *, has_gpu: bool) -> None:
         """Raise ConfigError for CUDA graphs without a GPU, which may be known late."""
         if self.speed.cuda_graphs and not has_gpu:

@@ -208,7 +208,9 @@ class TrainingConfig(Section):
     precision: Literal["float32", "bfloat16"] = setting(
         "float32", "bfloat16 runs the network under autocast; losses, signs and projections stay float32"
     )
-    channels_last: bool = setting(False, "channels-last memory format; faster convolutions on GPUs")
+    channels_last: bool | None = setting(
+        None, "channels-last memory format; faster convolutions on GPUs; none: by speed.mode"
+    )
     ema_decay: float | None = setting(
         None, "keep an exponential moving average of the weights with this decay per step, and evaluate it", gt=0, lt=1
     )
@@ -221,13 +223,21 @@ class TrainingConfig(Section):
 class SpeedConfig(Section):
     """Faster execution of the same step: results change by rounding only. More such settings are in other sections."""
 
+    mode: Literal["auto", "exact"] = setting(
+        "auto",
+        "what settings left open become; auto: on GPUs channels_last and cuda_graphs; exact: neither, and convolutions "
+        "in full float32 instead of TF32",
+    )
+
     fold_batchnorm: bool = setting(
         True, "attack a copy of the network with BatchNorm folded into the preceding convolutions"
     )
     compile: Literal["none", "attack", "all"] = setting(
         "none", "torch.compile the attacked network, or the update too; pays off on GPUs, slower on CPUs"
     )
-    cuda_graphs: bool = setting(False, "capture all steps of the attack in one CUDA graph; GPUs only")
+    cuda_graphs: bool | None = setting(
+        None, "capture all steps of the attack in one CUDA graph; GPUs only; none: by speed.mode"
+    )
     keep_freed_memory: bool = setting(True, "on a CPU, reuse freed memory between steps instead of returning it")
     fused_optimizer: bool = setting(True, "update all parameters in one kernel")
     overlap_reduction: bool = setting(True, "reduce gradients across workers during the backward pass")

@@ -1,6 +1,7 @@
 """The adversary of training: adversarial images and adversarial weights."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -8,14 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tla_service.attacks import Attack, LogitsFn, craft, craft_noisy_step, starting_point
+from tla_service.attacks import Attack, LogitsFn, climb, craft, craft_noisy_step, starting_point
 from tla_service.config import RunConfig
 from tla_service.data import Batch
+from tla_service.errors import one_line
 from tla_service.models import ModelOutput
 from tla_service.models.frozen import FrozenTwin
 from tla_service.models.own_function import load_function
-from tla_service.runtime import WorkerContext, autocast
+from tla_service.runtime import WorkerContext, autocast, generator
 from tla_service.training.cuda_graph import GraphedClimb
+
+_MOST_MOVED = 0.1  # share of pixels that a graph may move elsewhere than eager execution
+_log = logging.getLogger(__name__)
 
 
 class Adversary:
@@ -39,15 +44,38 @@ class Adversary:
         if config.speed.compile != "none":
             self._run = torch.compile(self._twin.module)
         self._graphs: dict[torch.Size, GraphedClimb] = {}
+        self._refused_graphs = False
 
     def prepare(self, *shapes: tuple[int, ...]) -> None:
-        """Capture the attack on batches of these shapes (N, C, H, W), so that no training step waits for it."""
-        if self._uses_graphs:
-            self._twin.refresh()
-            for shape in shapes:
-                images = torch.zeros(shape, device=self._context.device)
-                labels = torch.zeros(shape[0], dtype=torch.int64, device=self._context.device)
-                self._graph(Batch(images.contiguous(memory_format=layout_of(self._config)), labels))
+        """Capture the attack on batches of these shapes (N, C, H, W), so that no training step waits for it.
+
+        Graphs that cannot be captured, or compute something else, are not used; the log says so.
+        """
+        if not self.uses_graphs:
+            return
+        self._twin.refresh()
+        device, layout = self._context.device, layout_of(self._config)
+        for shape in shapes:
+            draws = generator(device, self._config.seed)
+            images = torch.rand(shape, generator=draws, device=device).contiguous(memory_format=layout)
+            batch = Batch(images, torch.zeros(shape[0], dtype=torch.int64, device=device))
+            start = starting_point(images, self._full, draws)
+            try:
+                found = self._graph(batch)(batch, start, self._full)
+            except RuntimeError as error:
+                self._refuse_graphs(one_line(error))
+                return
+            expected = climb(partial(self._logits, self._run), images, start, batch.labels, self._full)
+            # Rounding may turn the sign of a gradient near zero, and moves those pixels alone.
+            moved = float(((found - expected).abs() > self._full.step_size / 2).float().mean())
+            if moved > _MOST_MOVED:
+                self._refuse_graphs(f"{moved:.0%} of the pixels differ from those of eager execution")
+                return
+
+    def _refuse_graphs(self, reason: str) -> None:
+        self._refused_graphs = True
+        self._graphs.clear()
+        _log.warning("The attack runs without CUDA graphs: %s", reason)
 
     def grow(self, done: float) -> None:
         """Set the radius for a share of the run; it grows linearly until `attack.warmup`."""
@@ -62,7 +90,7 @@ class Adversary:
                 return self._make(partial(self._logits, self._network), anchors, random)
         self._twin.refresh()
         self._refreshed = True
-        if not self._uses_graphs:
+        if not self.uses_graphs:
             return self._make(partial(self._logits, self._run), anchors, random)
         graph = self._graph(anchors)
         self.last_embeddings = graph.embeddings
@@ -84,8 +112,11 @@ class Adversary:
         return craft(logits_fn, anchors.images, anchors.labels, attack, random)
 
     @property
-    def _uses_graphs(self) -> bool:
-        return self._config.speed.cuda_graphs and self._config.attack.batchnorm != "train" and self.kind == "pgd"
+    def uses_graphs(self) -> bool:
+        """Whether the attack is replayed as CUDA graphs."""
+        config = self._config
+        possible = config.method != "natural" and config.attack.batchnorm != "train" and self.kind == "pgd"
+        return bool(config.speed.cuda_graphs) and possible and not self._refused_graphs
 
     def _graph(self, batch: Batch) -> GraphedClimb:
         """The graph for batches of this shape; an epoch has two shapes at most."""

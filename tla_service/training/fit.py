@@ -33,7 +33,8 @@ class Run:
     """One worker's part of a run, in a plain process, under torchrun or Ray Train: only the reporter differs."""
 
     def __init__(self, config: RunConfig, context: WorkerContext, reporter: Reporter) -> None:
-        self.config, self.context, self.reporter = config, context, reporter
+        self._given, self.context, self.reporter = config, context, reporter
+        self.config = config = config.on_device(has_gpu=context.device.type == "cuda")
         self.phases = Phases()
         if config.speed.keep_freed_memory and context.device.type == "cpu":
             keep_freed_memory()
@@ -82,9 +83,12 @@ class Run:
         if has_collapsed(self.state.history):
             self._after_collapse()
         workers = f"{context.world_size} worker{'s' if context.world_size != 1 else ''}"
+        speed = {"channels_last": config.training.channels_last, "cuda_graphs": self.step.adversary.uses_graphs}
+        workers += "".join(f", {name}" for name, is_on in speed.items() if is_on)
         self._tell(
             event="start",
             workers=context.world_size,
+            speed=speed | {"compile": config.speed.compile, "precision": config.training.precision},
             resumed=bool(resumed_from),
             resumed_from=resumed_from,
             # A driver that was killed may have missed epochs that its workers still did.
@@ -265,5 +269,5 @@ class Run:
             target = self.reporter.destination(name) if self.context.is_main else None
             with failing_together(self.context):
                 if target is not None:
-                    save_checkpoint(target, self.state, self.config, self._data_facts)
+                    save_checkpoint(target, self.state, self._given, self._data_facts)
                 self.reporter.report(metrics, target, name)

@@ -74,6 +74,8 @@ class TrainingStep:
         self.wrapped: nn.Module = RoleForward(seen, together=config.training.batchnorm_roles == "together")
         if config.speed.tune_kernels:
             torch.backends.cudnn.benchmark = True
+        if config.speed.mode == "exact":
+            torch.backends.cudnn.allow_tf32 = False
         if config.speed.compile == "all":
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
         if context.world_size > 1:
