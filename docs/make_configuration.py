@@ -18,7 +18,7 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.fields import Function, parse_fraction
 from tla_service.config.loading import RunSettings, load_settings
 from tla_service.config.radii import RADII
-from tla_service.models.catalog import MODEL_DESCRIPTIONS, TORCHVISION_PREFIX
+from tla_service.models.catalog import MODEL_DESCRIPTIONS
 from tla_service.report.settings import EvaluateSettings
 from tla_service.tuning.settings import Dimension, Objective, SweepConfig, TuneSettings
 
@@ -117,7 +117,9 @@ def tables() -> str:
     text = f"{EvaluationAttack.__doc__} Fields of `evaluation.validation` and of each entry of `evaluation.test`."
     blocks.append(_block("Evaluation attacks", text, _rows(EvaluationAttack, attack)))
     networks = [_row(f"`{name}`", _plain(text)) for name, text in MODEL_DESCRIPTIONS.items()]
-    networks.append(_row(f"`{TORCHVISION_PREFIX}NAME`", "a classifier of torchvision, such as `torchvision:resnet18`"))
+    networks.append(_row("`torchvision:NAME`", "a classifier of torchvision, such as `torchvision:resnet18`"))
+    networks.append(_row("`timm:NAME`", "a network of timm, such as `timm:vit_tiny_patch16_224` (`tla-service[timm]`)"))
+    networks.append(_row("`package.module:factory`", "[your own network](networks.md)"))
     blocks.append("\n".join(["### Networks", "", "Values of `model.name`.", "", *_NETWORKS_HEAD, *networks, ""]))
     text = "Not part of the run: neither in `config.yaml` nor among the MLflow parameters."
     blocks.append(_block("Job options", text, _rows(RunSettings, beside)))

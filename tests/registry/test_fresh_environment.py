@@ -24,11 +24,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tests.inference.files import encoded
+from tests.models.test_own_code import OWN
 from tests.registry.tracking_server import config_for
 from tla_service.config import DataConfig
 from tla_service.data import load_dataset, split_validation
 from tla_service.inference.detector import Rejector
-from tla_service.models import build_model
+from tla_service.models import Architecture, build_model
 from tla_service.registry.loading import open_package
 from tla_service.registry.packaging import log_model
 from tla_service.tracking.runs import open_run
@@ -153,6 +154,46 @@ def test_a_new_environment_predicts_what_the_training_process_does(shipped: Ship
     for answer in json.loads(done.stdout.splitlines()[-1]):
         agree(answer, shipped.expected)
         np.testing.assert_allclose(answer["embedding"], shipped.expected["embedding"], atol=1e-5, rtol=1e-5)
+
+
+def test_a_new_environment_builds_a_users_own_network(shipped: Shipped, tmp_path: Path) -> None:
+    """The code is in the version; its requirements are installed already, being those of the other one."""
+    model = {"name": "network:build", "code": str(OWN), "embedding": "blocks"}
+    config = config_for(shipped.uri, model=model)
+    network = Architecture.of(config.model).build(10, (1, 28, 28)).eval()
+    uri = log_model(
+        shipped.uri,
+        open_run(config, "own", facts={}),
+        state_dict=network.state_dict(),
+        config=config,
+        class_names=[str(digit) for digit in range(10)],
+        image_shape=(1, 28, 28),
+        example=shipped.images[:4].astype(np.float32) / 255,
+        metrics={},
+        registered_model="tla-own",
+        facts={},
+    )
+    own, others = (
+        open_package(each, shipped.uri)[0].parent / "requirements.txt" for each in (uri, "models:/tla-mnist/1")
+    )
+    assert own.read_text() == others.read_text()
+    np.save(tmp_path / "images.npy", shipped.images)
+    code = (
+        "import importlib.util, json, mlflow, numpy as np\n"
+        "assert importlib.util.find_spec('tla_service') is None\n"
+        "model = mlflow.pyfunc.load_model('models:/tla-own/1')\n"
+        "answer = model.predict(np.load('images.npy'), params={'embedding': True})\n"
+        "print(json.dumps({name: values.tolist() for name, values in answer.items()}))\n"
+    )
+    done = subprocess.run(
+        [shipped.python, "-c", code], cwd=tmp_path, env=variables(shipped), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(shipped.images).float() / 255)
+    assert answer["label"] == expected.logits.argmax(1).tolist()
+    np.testing.assert_allclose(answer["embedding"], expected.embeddings.numpy(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

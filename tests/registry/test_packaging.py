@@ -22,7 +22,7 @@ from tests.inference.files import encoded
 from tests.registry.tracking_server import Packaged, TrackingServer, images
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
-from tla_service.registry.integrity import find_pickles
+from tla_service.pickles import find_pickles
 from tla_service.registry.loading import load_model, open_package
 
 
@@ -79,7 +79,7 @@ def test_folder_describes_the_model_and_leaks_no_local_path(packaged: Packaged, 
         for name in ("mlflow", "numpy", "pillow", "safetensors", "torch", "torchvision")
     ]
     code = folder / "code" / "tla_service"
-    assert {path.name for path in code.iterdir()} == {"__init__.py", "errors.py", "inference", "models"}
+    assert {path.name for path in code.iterdir()} == {"__init__.py", "errors.py", "inference", "models", "pickles.py"}
     assert (code / "models" / "catalog.py").is_file()
 
 

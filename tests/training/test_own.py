@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ from safetensors.torch import load_file
 
 from tests.training.conftest import KeepingReporter, digits_config, fit, loss_of, random_batch
 from tests.training.test_step import network
+from tla_service.api import evaluate
 from tla_service.attacks import Attack, attack_images, craft
 from tla_service.config import RunConfig
 from tla_service.config.loading import load_config
 from tla_service.errors import ConfigError, UnavailableError, UserError
+from tla_service.models.own_code import load_function, pack
 from tla_service.runtime import WorkerContext, generator
 from tla_service.training.fit import Run
+from tla_service.training.local import train
 from tla_service.training.step import TOTALS, TrainingStep
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -248,3 +252,35 @@ def test_after_a_collapse_training_goes_on_with_the_built_in_attack(own: Any) ->
     batch = random_batch().anchors
     expected = TrainingStep(network(), digits_config(), WorkerContext()).adversary.craft(batch, generator(CPU, 1))
     assert torch.equal(step.adversary.craft(batch, generator(CPU, 1)), expected)
+
+
+def test_functions_from_a_folder_travel_with_the_run(tmp_path: Path) -> None:
+    folder, output = tmp_path / "code", tmp_path / "run"
+    folder.mkdir()
+    for name, text in EXAMPLES.items():
+        (folder / name).write_text(text)
+    test = {"squares": {"kind": "my_attacks:random_squares"}}
+    config = digits_config(**THREE, model={"code": str(folder)}, training={"epochs": 1}, evaluation={"test": test})
+    summary = train(config, output)
+    assert not set(sys.modules) & {"my_attacks", "my_losses", "my_mining"}
+    moved = folder.rename(tmp_path / "moved")
+    checkpoint = next((output / "checkpoints").iterdir())
+    found = evaluate(checkpoint)
+    assert found["robust_accuracy"]["squares"] == pytest.approx(summary["robust_accuracy"]["squares"])
+    (moved / "my_losses.py").write_text(EXAMPLES["my_losses.py"] + "# changed\n")
+    changed = config.model_copy(update={"model": config.model.model_copy(update={"code": str(moved)})})
+    (output / "summary.json").unlink()
+    with pytest.raises(ConfigError, match=r"^model\.code="):
+        train(changed, output)
+
+
+def test_an_attack_from_a_folder_pickles_by_value(tmp_path: Path) -> None:
+    """Tasks of an evaluation run where the folder is not."""
+    import cloudpickle
+
+    (tmp_path / "my_attacks.py").write_text(EXAMPLES["my_attacks.py"])
+    function = load_function("attack.kind", "my_attacks:random_squares", pack(str(tmp_path)))
+    sent = cloudpickle.dumps(Attack("own", function=function))
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).function.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=False)
+    assert done.stdout.decode().strip() == "random_squares", done.stderr

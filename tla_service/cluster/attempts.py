@@ -30,7 +30,12 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def run_trial(
-    config: Mapping[str, Any], space: Space, placement: Placement, storage: str, weights: Mapping[str, Tensor] | None
+    config: Mapping[str, Any],
+    space: Space,
+    placement: Placement,
+    storage: str,
+    weights: Mapping[str, Tensor] | None,
+    code: bytes | None = None,
 ) -> None:
     """Train one trial, of which `config` has number and point, from its last checkpoint there, or from `weights`."""
     # A trial waits for its resources as long as the others take, instead of asking again every minute.
@@ -47,7 +52,9 @@ def run_trial(
 
     try:
         run = space.trial(config["trial"]["number"], config["trial"]["point"], placement.num_workers)
-        result, _ = fit_on_ray(run, placement, storage, follow, weights, measure_test=space.sweep.measure_test)
+        result, _ = fit_on_ray(
+            run, placement, storage, follow, weights, measure_test=space.sweep.measure_test, code=code
+        )
     except UnavailableError as error:  # storage or data are away: that ends the sweep, and the trial can be resumed
         report = progress.report(outcome="unavailable", reason=error.reason, error=error.args)
     except Exception as error:  # noqa: BLE001 - whatever ends a trial is recorded with it and does not end the sweep
@@ -159,6 +166,7 @@ class Plan:
     max_concurrent: int
     wait_seconds: float = 0.0  # for the first trial's workers; 0: forever
     repeat_failed: bool = False  # run failed trials again
+    code: bytes | None = None  # of a network of the user's
 
 
 class Budget(Stopper, DriverCallback):

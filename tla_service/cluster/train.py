@@ -52,12 +52,14 @@ def fit_on_ray(
     *,
     measure_test: bool = True,
     with_rejector: bool = False,
+    code: bytes | None = None,
 ) -> tuple[FitResult, Checkpoint]:
     """Train on Ray Train workers, with restarts; a run of the same name and storage resumes.
 
     The first interrupt (Ctrl-C or SIGTERM) makes the workers save a checkpoint and stop; the second stops at once.
     `storage` (a folder or s3:// prefix) keeps the checkpoints; `follow` is called in this thread with each record, and
-    an exception of it ends the run. Training starts from `weights`; `log_labels` turn the workers' log to JSON lines.
+    an exception of it ends the run. Training starts from `weights`; `code` is that of a network from outside this
+    package; `log_labels` turn the workers' log to JSON lines.
 
     Returns metrics and times, and the newest checkpoint in the storage. Raises a worker's UserError, NonFiniteLossError
     if training diverged, or RuntimeError after more failures than `scaling.max_failures`.
@@ -76,6 +78,9 @@ def fit_on_ray(
         "keep": KEPT,
         "mailbox": mailbox,
         "weights": ray.put(dict(weights)) if weights is not None else None,
+        # As one archive, not by Ray's runtime environment: that would start processes anew, put the folder on every
+        # process's path, and conflict with the environment of `ray job submit`. Checkpoints have the archive too.
+        "code": ray.put(code) if code is not None else None,
         "log_labels": dict(log_labels) if log_labels is not None else None,
         "measure_test": measure_test,
         "with_rejector": with_rejector,
@@ -181,7 +186,8 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         logging.getLogger("tla_service").addHandler(WarningsToMailbox(loop["mailbox"]))
         reporter.progress({"event": "placed"})
     try:
-        run = Run(config, context, reporter)
+        code = ray.get(loop["code"]) if loop["code"] is not None else None
+        run = Run(config, context, reporter, code)
         run.start(weights)
         result = run.train(**ends)
     except (UserError, NonFiniteLossError) as error:

@@ -57,7 +57,12 @@ def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = 
     number = max((int(name.removeprefix("tune-")) for name in attempts(plan.storage)), default=0) + 1
     attempt = f"tune-{number:03d}"
     trainable = tune.with_parameters(
-        run_trial, space=space, placement=plan.placement, storage=f"{plan.storage}/trials", weights=plan.weights
+        run_trial,
+        space=space,
+        placement=plan.placement,
+        storage=f"{plan.storage}/trials",
+        weights=plan.weights,
+        code=plan.code,
     )
     tune.Tuner(
         tune.with_resources(trainable, {"memory": TRIAL_PROCESS_BYTES}),

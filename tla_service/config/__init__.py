@@ -44,6 +44,7 @@ class RunConfig(Section):
         "scaling": True,
         "speed": True,
         "tracking": True,
+        "model": {"code"},  # checkpoints have its SHA-256
         "data": {"root", "download", "cache_dir", "residency", "loader_workers", "test_limit"},
         "training": {"channels_last", "log_every_steps"},
         "evaluation": {"test", "batch_size"},
@@ -193,6 +194,10 @@ class RunConfig(Section):
     def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
         """Settings that contradict the method or one another: field, value, reason, remedy."""
         method, term, loss = self.method, self.robust_term, self.loss
+        of_libraries = ":" not in self.model.name or self.model.name.startswith(("timm:", "torchvision:"))
+        if self.model.code is not None and of_libraries and not self.own_functions:
+            reason = f"{self.model.name} is not a network of your own, and no attack, loss term or miner is"
+            yield "model.code", self.model.code, reason, "leave it out, or set model.name to package.module:factory"
         if self.mines_triplets and loss.triplet_weight == 0:
             reason = f"method {method} trains a triplet term"
             yield "loss.triplet_weight", 0, reason, "give a weight above 0, or use method at"

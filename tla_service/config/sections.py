@@ -54,7 +54,14 @@ class ModelConfig(Section):
     name: str = setting(
         "digits_cnn",
         "network: digits_cnn, small_cnn, mnist_cnn, mnist_mlp, wrn_32_10, wrn_28_10, wrn_34_10, preact_resnet_18, "
-        "tiny_resnet50_stride2, tiny_resnet50_stride1, tiny_resnet20_stride1, or torchvision:NAME",
+        "tiny_resnet50_stride2, tiny_resnet50_stride1, tiny_resnet20_stride1, torchvision:NAME, timm:NAME, or "
+        "package.module:factory",
+    )
+    code: str | None = setting(
+        None, "folder with the modules of package.module:factory, which travels with the run; none: it is installed"
+    )
+    embedding: str | None = setting(
+        None, "layer whose output is the embedding, such as layer4; none: the input of the last linear layer"
     )
     normalization: Literal["default", "none", "per_image", "cifar10", "imagenet"] = setting(
         "default", "input normalization inside the network; default: the network's own"

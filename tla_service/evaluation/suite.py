@@ -22,7 +22,7 @@ from tla_service.evaluation import shards as sh
 from tla_service.evaluation.results import Curve, MinimumNorms, share_of
 from tla_service.evaluation.shards import Shard, evaluating, float32, logits_of
 from tla_service.models import LogitsOnly
-from tla_service.models.own_function import load_function
+from tla_service.models.own_code import load_function
 from tla_service.runtime import WorkerContext, all_reduce_sum, generator
 
 _MOST_POINTS = 40  # of a curve

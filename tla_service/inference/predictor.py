@@ -32,7 +32,7 @@ class Predictor:
         from safetensors.torch import load as load_tensors
 
         description = json.loads((artifacts / "model.json").read_text(encoding="utf-8"))
-        architecture = Architecture.described(description)
+        architecture = Architecture.described(description, artifacts)
         network = architecture.build(description["num_classes"], tuple(description["image_shape"]))
         network.load_state_dict(load_tensors(_verified(artifacts, description["weights"])))
         facts = description["detector"]

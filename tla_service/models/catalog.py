@@ -1,25 +1,40 @@
 """Networks by name."""
 
+import hashlib
+import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, Final, Protocol, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from torch import nn
 
 from tla_service.errors import ConfigError
 from tla_service.models.classifier import ChannelNormalization, ImageClassifier, PerImageStandardization
+from tla_service.models.libraries import (
+    TIMM,
+    TORCHVISION,
+    ImageShape,
+    build_timm,
+    build_torchvision,
+    timm_normalization,
+    torchvision_names,
+)
+from tla_service.models.own_code import call_factory, code_requirements, distribution, is_factory, pack, unpack
 from tla_service.models.resnets import MadryWideResNet, PreActResNet18, TinyImageNetResNet, WideResNet
 from tla_service.models.small_networks import SmallCNN, build_mnist_cnn, build_mnist_mlp
-from tla_service.models.torchvision_classifier import TORCHVISION_PREFIX, build_torchvision, torchvision_names
+from tla_service.models.wrapped import take_embedding, wrap
 
-ImageShape = tuple[int, int, int]
+if TYPE_CHECKING:
+    from tla_service.config import ModelConfig  # not in a registered version
 
 _NORMALIZATIONS: Final = ("default", "none", "per_image", "cifar10", "imagenet")
-# Mean and standard deviation per channel.
-_CHANNEL_STATISTICS = {
+_Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel
+_CODE = "network"  # folder of a network's code beside its description
+_CHANNEL_STATISTICS: dict[str, _Statistics] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),  # over pixels, as in Rice et al. 2020
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
@@ -27,13 +42,17 @@ _CHANNEL_STATISTICS = {
 
 @dataclass(frozen=True)
 class _Network:
-    """How to build a network; with ``one_size``, its weights depend on the height and width of the images."""
+    """How to build a network; with ``one_size``, its weights depend on the height and width of the images.
 
-    build: Callable[..., ImageClassifier]
-    normalization: str = "none"
+    A foreign one returns logits, and is wrapped. The normalization has a name, or is given by its statistics.
+    """
+
+    build: Callable[..., Any]
+    normalization: str | _Statistics = "none"
     one_size: bool = False
     min_size: int = 1
     size_multiple: int = 1
+    foreign: bool = False
 
 
 _TINY_50 = partial(TinyImageNetResNet, (2, 3, 5, 2), bottleneck=True)
@@ -66,65 +85,112 @@ MODEL_DESCRIPTIONS = {
 }
 
 
-class ModelSettings(Protocol):
-    """The section `model` of a configuration, as far as it says what to build."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def normalization(self) -> str: ...  # noqa: D102
-
-
 @dataclass(frozen=True)
 class Architecture:
-    """What a network is built from: everything but its weights, its number of classes and the shape of its images."""
+    """What a network is built from: everything but its weights, its number of classes and the shape of its images.
+
+    The code of a network from outside this package is part of it, as an archive: what is built in workers, from a
+    checkpoint or a registered version is what was checked before, wherever the folder is by then.
+    """
 
     name: str
     normalization: str = "default"
+    embedding: str | None = None
+    code: bytes | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, settings: ModelSettings) -> Self:
-        """The architecture that a configuration names."""
-        return cls(settings.name, settings.normalization)
+    def of(cls, settings: "ModelConfig", code: bytes | None = None) -> Self:
+        """The architecture that a configuration names, with this code or else that of the folder it names."""
+        if code is None and settings.code is not None:
+            code = pack(settings.code)
+        return cls(settings.name, settings.normalization, settings.embedding, code)
 
     @classmethod
-    def described(cls, facts: Mapping[str, Any]) -> Self:
-        """The architecture that `facts` of an earlier network describe."""
-        return cls(facts["architecture"], facts["normalization"])
+    def described(cls, facts: Mapping[str, Any], folder: Path) -> Self:
+        """The architecture that the `facts` in a folder describe."""
+        code = pack(str(folder / facts["code"])) if facts.get("code") else None
+        return cls(facts["architecture"], facts["normalization"], facts.get("embedding"), code)
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Write the code to a folder; returns what `described` reads, for JSON."""
+        facts: dict[str, Any] = {"architecture": self.name, "normalization": self.normalization}
+        if self.embedding is not None:
+            facts["embedding"] = self.embedding
+        if self.code is not None:
+            facts["code"] = _CODE
+            unpack(self.code, folder / _CODE)
+        return facts
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What `described` reads, for JSON."""
-        return {"architecture": self.name, "normalization": self.normalization}
+    def code_sha256(self) -> str | None:
+        """SHA-256 of the code's names and contents."""
+        return None if self.code is None else hashlib.sha256(self.code).hexdigest()
+
+    def requirements(self) -> list[str]:
+        """What to install to build it, pinned, beside what this package's networks need; ConfigError if unknown."""
+        if self.name.startswith(TIMM):
+            return [f"timm=={importlib.metadata.version('timm')}"]
+        if not self._is_foreign:
+            return []
+        return [distribution(self.name)] if self.code is None else code_requirements(self.code)
 
     def build(self, num_classes: int, image_shape: ImageShape) -> ImageClassifier:
-        """As :func:`build_model`."""
-        return build_model(self.name, num_classes, image_shape, self.normalization)
+        """Builds the network with fresh weights, drawn from torch's global generator, in training mode.
+
+        UserError if the name, the layer or the normalization is unknown, or the network does not take these images.
+        """
+        network = self._find()
+        if num_classes < 2:
+            reason = "a classifier needs at least two classes"
+            raise ConfigError("model.num_classes", num_classes, reason, "check the labels of the data")
+        _check_shape(self.name, network, image_shape)
+        first = _build_normalization(self.normalization, network, image_shape[0])
+        if network.foreign:
+            whole = network.build(num_classes, image_shape)
+            built = wrap(self.name, whole, first, num_classes, image_shape, self.embedding)
+        else:
+            shape = {"image_shape": image_shape} if network.one_size else {"in_channels": image_shape[0]}
+            built = network.build(num_classes=num_classes, normalization=first, **shape)
+        if self.embedding is not None:
+            take_embedding(built, self.embedding, image_shape)
+        return built
+
+    @property
+    def _is_foreign(self) -> bool:
+        return is_factory(self.name) and not self.name.startswith((TIMM, TORCHVISION))
+
+    def _find(self) -> _Network:
+        name = self.name
+        if name in _NETWORKS:
+            return _NETWORKS[name]
+        if name.startswith(TIMM):
+            return _Network(partial(build_timm, name), timm_normalization(name), foreign=True)
+        if self._is_foreign:
+            return _Network(partial(call_factory, name, code=self.code), foreign=True)
+        if name in torchvision_names():
+            return _Network(partial(build_torchvision, name), "imagenet", foreign=True)
+        candidates = (*model_names(), *torchvision_names())
+        matches = [TORCHVISION + name] if TORCHVISION + name in candidates else get_close_matches(name, candidates, n=1)
+        hint = f"did you mean {matches[0]}? " if matches else ""
+        known = f"known are {', '.join(model_names())}, torchvision:NAME, timm:NAME and package.module:factory"
+        raise ConfigError("model.name", name, "there is no such network", hint + known)
 
 
 def model_names() -> tuple[str, ...]:
-    """Names of this project's networks; ``torchvision:<name>`` works besides these."""
+    """Names of this project's own networks."""
     return tuple(_NETWORKS)
 
 
 def build_model(
     name: str, num_classes: int, image_shape: ImageShape, normalization: str = "default"
 ) -> ImageClassifier:
-    """Builds a network with fresh weights, drawn from torch's global generator, in training mode.
+    """Builds a network by its name alone: see :meth:`Architecture.build`.
 
-    ``name`` is one of :func:`model_names` or ``torchvision:<name>``; ``image_shape`` is (C, H, W); the normalization is
-    ``default``, ``none``, ``per_image``, ``cifar10`` or ``imagenet``. ``default`` is the network's own: its paper's, or
-    ``none`` where that has three channels and the images another number. ConfigError if the name or the normalization
-    is unknown, or the network does not support these images.
+    ``name`` is one of :func:`model_names`, ``torchvision:NAME``, ``timm:NAME`` or an installed factory; ``image_shape``
+    is (C, H, W); the normalization is ``default``, ``none``, ``per_image``, ``cifar10`` or ``imagenet``. ``default`` is
+    the network's own: its paper's, or ``none`` where that has three channels and the images another number.
     """
-    network = _find(name)
-    if num_classes < 2:
-        reason = "a classifier needs at least two classes"
-        raise ConfigError("model.num_classes", num_classes, reason, "check the labels of the data")
-    _check_shape(name, network, image_shape)
-    first = _build_normalization(normalization, network, image_shape[0])
-    shape: dict[str, Any] = {"image_shape": image_shape} if network.one_size else {"in_channels": image_shape[0]}
-    return network.build(num_classes=num_classes, normalization=first, **shape)
+    return Architecture(name, normalization).build(num_classes, image_shape)
 
 
 def normalization_with(mean: Sequence[float], std: Sequence[float]) -> str | None:
@@ -134,19 +200,6 @@ def normalization_with(mean: Sequence[float], std: Sequence[float]) -> str | Non
     given = torch.tensor([mean, std])
     known = _CHANNEL_STATISTICS.items()
     return next((name for name, pair in known if torch.allclose(torch.tensor(pair), given, 0, 1e-3)), None)
-
-
-def _find(name: str) -> _Network:
-    if name in _NETWORKS:
-        return _NETWORKS[name]
-    if name in torchvision_names():
-        return _Network(partial(build_torchvision, name), "imagenet", one_size=True)
-    prefixed = TORCHVISION_PREFIX + name
-    candidates = (*model_names(), *torchvision_names())
-    matches = [prefixed] if prefixed in candidates else get_close_matches(name, candidates, n=1)
-    hint = f"did you mean {matches[0]}? " if matches else ""
-    known = f"known are {', '.join(model_names())} and torchvision's classifiers as {TORCHVISION_PREFIX}<name>"
-    raise ConfigError("model.name", name, "there is no such network", hint + known)
 
 
 def _check_shape(name: str, network: _Network, image_shape: ImageShape) -> None:
@@ -169,9 +222,9 @@ def _build_normalization(choice: str, network: _Network, channels: int) -> nn.Mo
     resolved = network.normalization if choice == "default" else choice
     if resolved == "per_image":
         return PerImageStandardization()
-    if resolved not in _CHANNEL_STATISTICS:
+    if isinstance(resolved, str) and resolved not in _CHANNEL_STATISTICS:
         return nn.Identity()
-    mean, std = _CHANNEL_STATISTICS[resolved]
+    mean, std = _CHANNEL_STATISTICS[resolved] if isinstance(resolved, str) else resolved
     if channels == len(mean):
         return ChannelNormalization(mean, std)
     if choice == "default":

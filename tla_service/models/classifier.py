@@ -1,9 +1,10 @@
 """The structure that all networks share: normalize, embed, classify linearly."""
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +64,19 @@ class ImageClassifier(nn.Module):
     fc: nn.Linear
     layers: Mapping[str, int] = MappingProxyType({})
     """Named hidden layers, as positions in what `embed_with` runs."""
+    tap: "Tap | None" = None
+    """Where the embeddings come from, if not from the input of the final linear layer."""
+    found: str = ""
+    """In words, where a network of others has its embeddings."""
 
     def __init__(self, normalization: nn.Module) -> None:
         super().__init__()
         self.normalization = normalization
+
+    @property
+    def named(self) -> nn.Module:
+        """The module whose submodules have the names that users know."""
+        return self
 
     @property
     def classifier(self) -> nn.Linear:
@@ -76,7 +86,7 @@ class ImageClassifier(nn.Module):
     @property
     def embedding_size(self) -> int:
         """D, the size of the embeddings."""
-        return self.classifier.in_features
+        return self.classifier.in_features if self.tap is None else self.tap.size
 
     def published_names(self) -> dict[str, str]:
         """Names of the network's tensors -> names in the files that its authors publish."""
@@ -91,9 +101,42 @@ class ImageClassifier(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> ModelOutput:
-        """Classifies images (N, C, H, W), floating point, in [0, 1]; ``logits == classifier(embeddings)``."""
+        """Classifies images (N, C, H, W), floating point, in [0, 1]; ``logits == classifier(embeddings)``, untapped."""
         embeddings = self.embed(self.normalization(images))
-        return ModelOutput(logits=self.classifier(embeddings), embeddings=embeddings)
+        logits = self.classifier(embeddings)
+        return ModelOutput(logits, embeddings if self.tap is None else self.tap.take())
+
+
+class Tap:
+    """A forward hook that keeps the output of a module as embeddings (N, D), until the network returns them.
+
+    Of each thread its own. A copy of the network has its own tap, on its own module.
+    """
+
+    def __init__(self, output: Tensor) -> None:
+        self._dimensions = output.ndim  # fixed, so that the network can be traced
+        self.size = self._pooled(output).shape[1]
+        self._outputs: dict[int, Tensor] = {}
+
+    def __call__(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the output (N, ...)."""
+        self._outputs[self._caller()] = self._pooled(output)
+
+    def take(self) -> Tensor:
+        """The embeddings of the images that the network saw last."""
+        return self._outputs.pop(self._caller())
+
+    @staticmethod
+    def _caller() -> int:
+        # torch.compile cannot trace the question for the thread.
+        return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+    def _pooled(self, output: Tensor) -> Tensor:
+        """Maps (N, C, H, W) are averaged over space, tokens (N, T, D) over the tokens."""
+        if self._dimensions == 3:
+            return output.mean(1)
+        # A copy, since the next layer may work in place.
+        return output.flatten(2).mean(2) if self._dimensions > 3 else output.clone()
 
 
 class LogitsOnly(nn.Module):

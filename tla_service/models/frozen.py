@@ -1,13 +1,19 @@
 """A network's frozen twin, which attacks use: eval mode, no parameter gradients, BatchNorm folded."""
 
 import copy
+import logging
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tla_service.errors import one_line
 from tla_service.models.classifier import ModelOutput
+from tla_service.models.wrapped import WrappedClassifier, noise
+
+_TOLERANCE = 1e-5
+_log = logging.getLogger(__name__)
 
 
 class FrozenTwin:
@@ -25,7 +31,12 @@ class FrozenTwin:
     """
 
     def __init__(
-        self, network: nn.Module, *, fold_batchnorm: bool = True, weights_dtype: torch.dtype | None = None
+        self,
+        network: nn.Module,
+        *,
+        fold_batchnorm: bool = True,
+        weights_dtype: torch.dtype | None = None,
+        check: bool = True,
     ) -> None:
         # A copy of the modules around the same tensors, none of which asks for a gradient.
         tensors: dict[int, Tensor] = {
@@ -36,8 +47,11 @@ class FrozenTwin:
         self._folds: list[_Fold] = []
         self._wide: list[Tensor] = []
         self._narrow: list[Tensor] = []
-        if fold_batchnorm:
-            self._fold_batchnorms()
+        if fold_batchnorm and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+            trouble = _folding_trouble(network) if check else ""
+            trouble = trouble or self._fold_batchnorms()
+            if trouble and check:
+                _log.warning("BatchNorm is not folded into convolutions, so attacks take longer: %s", trouble)
         if weights_dtype is not None:
             self._narrow_weights(weights_dtype)
         self.refresh()
@@ -63,14 +77,13 @@ class FrozenTwin:
                     self._narrow.append(narrow)
                     setattr(module, name, narrow)
 
-    def _fold_batchnorms(self) -> None:
-        if not any(isinstance(module, nn.BatchNorm2d) for module in self.module.modules()):
-            return
+    def _fold_batchnorms(self) -> str:
+        """Fold; returns why it is not possible, or nothing."""
         try:
             graph = _BatchNormTracer().trace(self.module)
-        except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, NotImplementedError):
-            return  # its forward depends on values or shapes
-        traced = fx.GraphModule(self.module, graph)
+            traced = fx.GraphModule(self.module, graph)
+        except Exception as error:  # noqa: BLE001 - its forward depends on values or shapes, or meets a proxy badly
+            return f"the network cannot be traced ({one_line(error)})"
         for convolution, norm in _foldable(traced):
             # The folded convolution takes the convolution's place; the BatchNorm leaves the graph.
             fold = _Fold(traced.get_submodule(str(convolution.target)), traced.get_submodule(str(norm.target)))
@@ -81,6 +94,31 @@ class FrozenTwin:
         traced.graph.lint()
         traced.recompile()
         self.module = traced
+        return ""
+
+
+def _folding_trouble(network: nn.Module) -> str:
+    """Why a network of others cannot be folded, or computes something else then, by running a copy; empty if it can.
+
+    BatchNorm of fresh weights hardly changes anything, so the copy gets statistics that do.
+    """
+    wrapped = next((module for module in network.modules() if isinstance(module, WrappedClassifier)), None)
+    if wrapped is None or next(network.parameters()).is_meta:
+        return ""
+    trial = copy.deepcopy(network).cpu().eval()
+    images = noise(wrapped.image_shape).to(next(trial.parameters()).dtype)
+    random = torch.Generator().manual_seed(0)
+    for module in trial.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.copy_(torch.randn(module.num_features, generator=random) * 0.1)
+            module.running_var.copy_(torch.rand(module.num_features, generator=random) + 0.5)
+    with torch.no_grad():
+        twin = FrozenTwin(trial, check=False)
+        for found, wanted in zip(twin(images), trial(images), strict=True):
+            difference = float((found - wanted).abs().max() / wanted.abs().max())
+            if not difference <= _TOLERANCE:
+                return f"its outputs would differ by {difference:.1g} of the largest"
+    return ""
 
 
 class _Fold:
@@ -111,8 +149,9 @@ class _BatchNormTracer(fx.Tracer):
     """Traces down to BatchNorms and to whatever holds none."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002 - torch's signature
-        inside = any(isinstance(module, _BatchNorm) for module in m.modules())
-        return isinstance(m, _BatchNorm) or not inside
+        # Hooks, such as a tap's, do not run when a leaf is traced.
+        inside = any(isinstance(module, _BatchNorm) or module._forward_hooks for module in m.modules())
+        return not inside or (isinstance(m, _BatchNorm) and not m._forward_hooks)
 
 
 def _foldable(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -123,9 +162,16 @@ def _foldable(traced: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
     for node in calls:
         before = node.args[0] if node.args else None
         norm = modules[node.target]
-        if not (isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None):
+        if not (_is_plain(norm, nn.BatchNorm2d) and norm.running_mean is not None):
             continue
         if not (isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1):
             continue
-        if isinstance(modules[before.target], nn.Conv2d) and times[before.target] == times[node.target] == 1:
+        if _is_plain(modules[before.target], nn.Conv2d) and times[before.target] == times[node.target] == 1:
             yield before, node
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what its kind does, up to padding: no forward, hooks or computed weight of its own."""
+    known = type(module).forward is kind.forward or type(module).__module__.startswith("tla_service.")
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return isinstance(module, kind) and known and "weight" in module._parameters and not hooks

@@ -34,7 +34,8 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     check_tracking(settings.tracking)
     dataset = load_dataset(settings.data)
     names = dataset.class_names
-    network = Architecture.of(settings.model).build(len(names), dataset.image_shape)
+    architecture = Architecture.of(settings.model)
+    network = architecture.build(len(names), dataset.image_shape)
     found = fit(entries, network, settings.file)
     network.load_state_dict(found.state_dict)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,6 +71,7 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
         facts=facts,
         rejector=Rejector.from_arrays(arrays) if arrays else None,
         method=_METHOD,
+        code=architecture.code,
     )
     made.set_terminated(run_id, "FINISHED")
     return model_uri, clean_accuracy, found.notes

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from mlflow import MlflowClient
 
+    from tla_service.models import Architecture
+
 FORMAT_VERSION = 2
 PACKAGE_DIGEST = "package_sha256"  # tag: the digest of the manifest
 FIELD = "model.weights"
@@ -31,8 +33,10 @@ def load_model(
 ) -> "torch.nn.Module":
     """Load a network, differentiable with respect to its parameters and its input.
 
-    Loading runs no code from the model: weights are safetensors, and the network is built by this installation. Every
-    file of a packaged model is compared with the digest it was packaged with.
+    Weights are safetensors, and the network is built by this installation, so that loading runs no code from the model,
+    with one exception: a network of your own (``package.module:factory``) is built by its factory, from the code in the
+    version or checkpoint. Load such a model only if you trust whoever registered it. Every file of a packaged model is
+    compared with the digest it was packaged with.
 
     Args:
         uri: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, ``models:/m-...``, ``runs:/RUN/model``, the folder of a
@@ -66,12 +70,16 @@ def load_with_folder(uri: str, tracking: str | None = None) -> tuple["torch.nn.M
 
     folder, digest = _fetch(uri, tracking)
     is_checkpoint = (folder / "best.safetensors").is_file()
-    home, facts = _read_checkpoint(folder, uri) if is_checkpoint else _open_folder(folder, uri, digest)
-    network = Architecture.described(facts).build(facts["num_classes"], tuple(facts["image_shape"]))
+    if is_checkpoint:
+        home, (architecture, facts) = folder, _read_checkpoint(folder, uri)
+    else:
+        home, facts = _open_folder(folder, uri, digest)
+        architecture = Architecture.described(facts, home)
+    network = architecture.build(facts["num_classes"], tuple(facts["image_shape"]))
     try:
         network.load_state_dict(load_file(home / facts["weights"]["file"]))
     except (SafetensorError, RuntimeError) as error:
-        reason = f"the weights are not those of {facts['architecture']} ({one_line(error)})"
+        reason = f"the weights are not those of {architecture.name} ({one_line(error)})"
         raise UnavailableError(FIELD, uri, reason, "choose other weights") from error
     return network.eval(), folder
 
@@ -199,16 +207,16 @@ def _open_folder(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict
     return artifacts, description
 
 
-def _read_checkpoint(folder: Path, uri: str) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint folder of training, with the facts of `model.json` that build its network."""
-    from tla_service.models import Architecture
+def _read_checkpoint(folder: Path, uri: str) -> "tuple[Architecture, dict[str, Any]]":
+    """The network of a checkpoint folder of training, with the other facts of `model.json` that build it."""
+    from tla_service.training.checkpoint import stored_architecture
 
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
-        model = RunConfig.model_validate(parse_yaml(text, FIELD, uri)).model
+        config = RunConfig.model_validate(parse_yaml(text, FIELD, uri))
         data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         reason = f"the checkpoint is incomplete: {Path(error.filename).name} is missing"
         raise UnavailableError(FIELD, uri, reason, "give another checkpoint") from error
-    facts = Architecture.of(model).facts | {"image_shape": data["image_shape"]}
-    return folder, facts | {"num_classes": len(data["class_names"]), "weights": {"file": "best.safetensors"}}
+    facts = {"num_classes": len(data["class_names"]), "image_shape": data["image_shape"]}
+    return stored_architecture(folder, config), facts | {"weights": {"file": "best.safetensors"}}

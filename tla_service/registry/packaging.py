@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import json
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -25,7 +26,8 @@ from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
 from tla_service.inference.detector import Rejector
 from tla_service.models import Architecture
-from tla_service.registry.integrity import find_pickles, sha256, write_manifest
+from tla_service.pickles import find_pickles
+from tla_service.registry.integrity import sha256, write_manifest
 from tla_service.registry.loading import FORMAT_VERSION, PACKAGE_DIGEST, load_model
 from tla_service.report.page import NORMS, template
 from tla_service.report.schema import ThreatModel
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 _EXAMPLE_IMAGES = 4
 _LARGEST_DETECTOR_BYTES = 4 * 10**9
 _FEWEST_IMAGES = 2  # a single image would fix the batch size
-_SHIPPED = ("__init__.py", "errors.py", "models", "inference")
+_SHIPPED = ("__init__.py", "errors.py", "pickles.py", "models", "inference")
 _REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "torch", "torchvision")
 _METADATA = ("architecture", "method", "threat_model", "class_names", "image_shape", "detector")
 _ENTRY = Path(__file__).with_name("pyfunc_entry.py")
@@ -81,12 +83,13 @@ def log_model(
     facts: Mapping[str, str],
     rejector: Rejector | None = None,
     method: str | None = None,
+    code: bytes | None = None,
 ) -> str:
     """Package a network, verify that the package loads, store it with its run and register it.
 
     Idempotent: a run that registered the same weights before keeps its version. `example` has images (n,C,H,W) in
     [0, 1], n > 1, of which the first four become the input example. `facts` are shown on the model card. `method` is
-    given if it is not that of the configuration.
+    given if it is not that of the configuration, `code` if it is not that of the folder there.
 
     Returns ``models:/NAME/VERSION``, or ``models:/m-...`` without `registered_model`.
     """
@@ -95,10 +98,11 @@ def log_model(
         raise ConfigError("example", example.shape, reason, f"give (n, *{image_shape})")
     made = client(uri)
     run = storing("Reading the run", lambda: made.get_run(run_id))
+    architecture = Architecture.of(config.model, code)
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        **Architecture.of(config.model).facts,
         "num_classes": len(class_names),
+        "requirements": architecture.requirements(),
         "image_shape": list(image_shape),
         "class_names": list(class_names),
         "method": method or config.method,
@@ -110,6 +114,8 @@ def log_model(
     }
     with tempfile.TemporaryDirectory(prefix="tla-package-") as scratch:
         source = Path(scratch, "source")
+        source.mkdir()
+        description |= architecture.write(source)
         digest = _write_source(source, description, state_dict, rejector)
         tags = {
             "run_key": description["run_key"],
@@ -144,11 +150,10 @@ def log_model(
 def _write_source(
     folder: Path, description: dict[str, Any], state_dict: Mapping[str, torch.Tensor], rejector: Rejector | None
 ) -> str:
-    """Write a package's files to a new folder, and complete its description; returns the weights' SHA-256."""
+    """Write a package's files to a folder, and complete its description; returns the weights' SHA-256."""
     from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
-    folder.mkdir()
     weights, detector = folder / "weights.safetensors", folder / "detector.safetensors"
     save_file({name: _storable(tensor) for name, tensor in state_dict.items()}, weights)
     description |= {"weights": {"file": weights.name, "sha256": sha256(weights)}, "detector": None}
@@ -215,6 +220,11 @@ def _save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArra
     names = {"weights": "weights.safetensors", "model": "model.json", "card": "model_card.md"}
     if description["detector"] is not None:
         names["detector"] = description["detector"]["file"]
+    if "code" in description:
+        names["code"] = description["code"]
+    # Pinned to the installed versions; without +cpu and +cu130, which PyPI does not have.
+    pins = {name: importlib.metadata.version(name).partition("+")[0] for name in _REQUIREMENTS}
+    others = [line for line in description["requirements"] if re.split(r"[^\w.-]", line)[0].lower() not in pins]
     logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
     path_before = list(sys.path)
     try:
@@ -227,10 +237,7 @@ def _save_folder(model: "Model", source: Path, folder: Path, example: npt.NDArra
             signature=_signature(description),
             metadata={name: description[name] for name in _METADATA},
             input_example=np.ascontiguousarray(example, dtype=np.float32),
-            # Pinned to the installed versions; without +cpu and +cu130, which PyPI does not have.
-            pip_requirements=[
-                f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS
-            ],
+            pip_requirements=[*(f"{name}=={version}" for name, version in pins.items()), *others],
         )
     finally:
         sys.path[:] = path_before  # MLflow adds folders that are about to be deleted

@@ -19,9 +19,9 @@ from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.evaluation.shards import as_pixels, logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.inference.detector import Rejector
-from tla_service.models import Architecture
 from tla_service.report.schema import ModelFacts, ThreatModel
 from tla_service.report.settings import ReportSettings
+from tla_service.training.checkpoint import stored_architecture
 
 WEIGHTS, _CONFIG, _DATA = "best.safetensors", "config.yaml", "data.json"
 _PROBE_IMAGES = 2
@@ -106,7 +106,7 @@ def load_checkpoint_subject(address: str, field: str) -> Subject:
     data: dict[str, Any] = json.loads((folder / _DATA).read_text(encoding="utf-8"))
     weights = (folder / WEIGHTS).read_bytes()
     channels, height, width = data["image_shape"]
-    network = Architecture.of(config.model).build(len(data["class_names"]), (channels, height, width))
+    network = stored_architecture(folder, config).build(len(data["class_names"]), (channels, height, width))
     try:
         network.load_state_dict(load(weights))
     except (SafetensorError, RuntimeError) as error:

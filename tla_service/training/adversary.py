@@ -15,7 +15,7 @@ from tla_service.data import Batch
 from tla_service.errors import one_line
 from tla_service.models import ModelOutput
 from tla_service.models.frozen import FrozenTwin
-from tla_service.models.own_function import load_function
+from tla_service.models.own_code import load_function
 from tla_service.runtime import WorkerContext, autocast, generator
 from tla_service.training.cuda_graph import GraphedClimb
 

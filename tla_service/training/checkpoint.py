@@ -21,11 +21,13 @@ from tla_service.config.loading import same_run, to_yaml
 from tla_service.data.cache import disk_trouble
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import whole_folder, write_whole
+from tla_service.models import Architecture
 from tla_service.runtime import WorkerContext, failing_together, gather_objects
 from tla_service.training.average import WeightAverage
 
 MANIFEST = "manifest.json"
 _POSITION = ("step", "partial_totals", "best", "history")  # of a TrainingState
+CODE = "code.zip"  # of a network from outside this package
 RESUMABLE = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml", "data.json")
 
 
@@ -53,7 +55,9 @@ def cpu_weights(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
 
 
-def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any], code: bytes | None = None
+) -> None:
     """Write a checkpoint over an older one; `data_facts` have what a loader needs to rebuild the network."""
     remedy = "free some space and give the same command again: the run resumes from the checkpoint before"
     with disk_trouble("checkpoint", folder, remedy), whole_folder(folder) as partial:
@@ -69,6 +73,8 @@ def save_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
         (partial / "state.json").write_text(json.dumps({"config_digest": config.digest, **position}))
         (partial / "config.yaml").write_text(to_yaml(config))
         (partial / "data.json").write_text(json.dumps(dict(data_facts)))
+        if code is not None:
+            (partial / CODE).write_bytes(code)
         checksums = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(checksums, indent=1))
 
@@ -81,6 +87,9 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
         reason = f"has checkpoints of another configuration ({folder / 'config.yaml'} differs)"
         raise ConfigError("name", config.run_name, reason, "choose another --name, or start from that config.yaml")
     saved_facts = json.loads((folder / "data.json").read_text())
+    if saved_facts.get("code_sha256") != data_facts.get("code_sha256"):
+        reason = "its files are not those that this run began with"
+        raise ConfigError("model.code", config.model.code, reason, "bring them back, or choose another --name")
     # Older checkpoints have one fingerprint of training and test images together.
     left_out = "fingerprint" if "training_fingerprint" in saved_facts else "training_fingerprint"
     if {**saved_facts, left_out: None} != {**data_facts, left_out: None}:
@@ -199,12 +208,18 @@ def verify_checkpoint(folder: Path) -> None:
 
 def keep_best_only(folder: Path) -> None:
     """Remove what only a run that resumes needs: the rest is enough to load the best weights."""
-    kept = ("best.safetensors", "config.yaml", "data.json")
+    kept = ("best.safetensors", "config.yaml", "data.json", CODE)
     checksums = {name: value for name, value in json.loads((folder / MANIFEST).read_text()).items() if name in kept}
     write_whole(folder / MANIFEST, json.dumps(checksums, indent=1))
     for path in folder.iterdir():
         if path.name not in (*kept, MANIFEST):
             path.unlink()
+
+
+def stored_architecture(folder: Path, config: RunConfig) -> Architecture:
+    """The architecture of a checkpoint's network, with the code in the checkpoint."""
+    code = folder / CODE
+    return Architecture.of(config.model, code.read_bytes() if code.exists() else None)
 
 
 def read_weights(folder: str) -> dict[str, Tensor]:

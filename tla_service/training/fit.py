@@ -32,7 +32,9 @@ _rank = itemgetter(ROBUST, "validation/clean_accuracy")
 class Run:
     """One worker's part of a run, in a plain process, under torchrun or Ray Train: only the reporter differs."""
 
-    def __init__(self, config: RunConfig, context: WorkerContext, reporter: Reporter) -> None:
+    def __init__(
+        self, config: RunConfig, context: WorkerContext, reporter: Reporter, code: bytes | None = None
+    ) -> None:
         self._given, self.context, self.reporter = config, context, reporter
         self.config = config = config.on_device(has_gpu=context.device.type == "cuda")
         self.phases = Phases()
@@ -41,13 +43,17 @@ class Run:
         with self.phases("data"), failing_together(context):
             config.check_device(has_gpu=context.device.type == "cuda")
             self.dataset = load_dataset(config.data)
-            self.train_rows, self.validation_rows, self.batches = split_and_check(config, self.dataset, context)
+            self.architecture = Architecture.of(config.model, code)
+            parts = split_and_check(config, self.dataset, context, self.architecture)
+            self.train_rows, self.validation_rows, self.batches = parts
             self._data_facts = {
                 "class_names": list(self.dataset.class_names),
                 "image_shape": list(self.dataset.image_shape),
                 "fingerprint": self.dataset.fingerprint,
                 "training_fingerprint": self.dataset.train.digest(),
             }
+            if self.architecture.code is not None:
+                self._data_facts["code_sha256"] = self.architecture.code_sha256
         self.total_steps = config.training.epochs * self.batches.steps_per_epoch
         if config.training.max_steps is not None:
             self.total_steps = min(self.total_steps, config.training.max_steps)
@@ -61,7 +67,7 @@ class Run:
         with self.phases("build"), failing_together(context):
             torch.manual_seed(mixed_seed(config.seed, 0))
             classes, shape = len(self.dataset.class_names), self.dataset.image_shape
-            network = Architecture.of(config.model).build(classes, shape)
+            network = self.architecture.build(classes, shape)
             if initial_weights is not None:
                 check_weights(config, network, initial_weights)
                 network.load_state_dict(dict(initial_weights))
@@ -78,10 +84,12 @@ class Run:
                 lambda message: self._tell(event="damaged_checkpoint", message=message),
             )
             with failing_together(context):
-                self.step = TrainingStep(network, config, context)
+                self.step = TrainingStep(network, config, context, self.architecture.code)
             self.step.adversary.prepare(*((size, *self.dataset.image_shape) for size in self.batches.sizes))
         if has_collapsed(self.state.history):
             self._after_collapse()
+        if network.found:
+            self._tell(event="network", message=f"embedding: {network.found}")
         workers = f"{context.world_size} worker{'s' if context.world_size != 1 else ''}"
         speed = {"channels_last": config.training.channels_last, "cuda_graphs": self.step.adversary.uses_graphs}
         workers += "".join(f", {name}" for name, is_on in speed.items() if is_on)
@@ -257,7 +265,9 @@ class Run:
     ) -> dict[str, float]:
         config = self.config
         attacks = {
-            name: evaluation_attack(attack, config.attack, config.data.name, f"{section}.{name}")
+            name: evaluation_attack(
+                attack, config.attack, config.data.name, f"{section}.{name}", self.architecture.code
+            )
             for name, attack in settings.items()
         }
         batches = EvaluationBatches(source, rows, self.context, batch_size=config.evaluation.batch_size)
@@ -269,5 +279,5 @@ class Run:
             target = self.reporter.destination(name) if self.context.is_main else None
             with failing_together(self.context):
                 if target is not None:
-                    save_checkpoint(target, self.state, self._given, self._data_facts)
+                    save_checkpoint(target, self.state, self._given, self._data_facts, self.architecture.code)
                 self.reporter.report(metrics, target, name)

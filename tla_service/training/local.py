@@ -16,6 +16,7 @@ from tla_service.job import log_as_json
 from tla_service.runtime import WorkerContext, failing_together, process_group
 from tla_service.training.checkpoint import read_weights
 from tla_service.training.fit import Run
+from tla_service.training.network import check_network
 from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
 from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need
 from tla_service.training.reporting import KEPT, JsonTerminal, LocalReporter, Terminal
@@ -68,6 +69,9 @@ def _train(config: RunConfig, output: Path, context: WorkerContext, terminal: Te
     reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
     with contextlib.closing(reporter), _stopping_on_signals(reporter):
         run = Run(config, context, reporter)
+        with failing_together(context):
+            network = run.architecture.build(len(run.dataset.class_names), run.dataset.image_shape)
+            check_network(config, run.architecture, network, run.dataset)
         run.start(read_weights(config.model.weights) if config.model.weights else None)
         with failing_together(context):
             if context.is_main:

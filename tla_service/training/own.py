@@ -12,7 +12,7 @@ from tla_service.errors import ConfigError, UserError, one_line
 from tla_service.evaluation.shards import logits_of
 from tla_service.evaluation.suite import evaluation_attack
 from tla_service.models import ModelOutput
-from tla_service.models.own_function import load_function
+from tla_service.models.own_code import load_function
 from tla_service.runtime import generator, wide
 from tla_service.training.adversary import training_attack
 from tla_service.triplets import Negatives

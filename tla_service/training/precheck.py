@@ -21,13 +21,13 @@ _SOME_IMAGES = 8  # that own functions are tried on
 
 
 def split_and_check(
-    config: RunConfig, dataset: Dataset, context: WorkerContext
+    config: RunConfig, dataset: Dataset, context: WorkerContext, architecture: Architecture | None = None
 ) -> tuple[Tensor, Tensor, TrainingBatches]:
     """Training rows, validation rows and training batches of a run; ConfigError where they do not fit the data."""
     labels, fraction = dataset.train.labels, config.data.validation_fraction
     train, validation = split_validation(labels, fraction, config.seed, dataset.class_names)
     batches = training_batches(config, dataset.train, train, context)
-    check_start(config, dataset, train, context.world_size)
+    check_start(config, dataset, train, context.world_size, architecture)
     return train, validation, batches
 
 
@@ -49,19 +49,23 @@ def training_batches(config: RunConfig, source: ImageSource, rows: Tensor, conte
     return TrainingBatches(source, rows, order, config.data, context, augment_pool=mining.augment_pool)
 
 
-def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int) -> None:
+def check_start(
+    config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int, architecture: Architecture | None = None
+) -> None:
     """Raise ConfigError for a run that would fail later on the images that it trains on, at `rows` (N,), int64."""
     trouble = config.attack_trouble(dataset.image_shape)
     if trouble is not None:
         raise trouble
+    architecture = architecture or Architecture.of(config.model)
     if config.own_functions:
         with torch.random.fork_rng(devices=[]):
-            network = Architecture.of(config.model).build(len(dataset.class_names), dataset.image_shape)
+            network = architecture.build(len(dataset.class_names), dataset.image_shape)
             some = rows[torch.linspace(0, len(rows) - 1, _SOME_IMAGES).long()]
-            check_own(config, network.eval(), dataset.train.fetch(some).float() / 255, dataset.train.labels[some])
+            images, labels = dataset.train.fetch(some).float() / 255, dataset.train.labels[some]
+            check_own(config, network.eval(), images, labels, architecture.code)
     batch = config.training.global_batch_size
     steps = -(-len(rows) // batch)
-    if smallest_share(len(rows), steps, world_size) == 1 and not _one_image_trains(config, dataset, rows):
+    if smallest_share(len(rows), steps, world_size) == 1 and not _one_image_trains(config, dataset, rows, architecture):
         whom = "a worker" if world_size > 1 else "it"
         reason = f"{len(rows)} training images in {steps} steps leave {whom} with one image in some step"
         reason += f", which the BatchNorm of {config.model.name} cannot normalize"
@@ -122,10 +126,10 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor) -> bool:
+def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor, architecture: Architecture) -> bool:
     """Try a step with one image on a new network: which passes see it alone depends on method, attack and roles."""
     with torch.random.fork_rng(devices=[]):
-        network = Architecture.of(config.model).build(len(dataset.class_names), dataset.image_shape)
+        network = architecture.build(len(dataset.class_names), dataset.image_shape)
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         return True
     attack = config.attack.model_copy(update={"num_steps": 1})
@@ -133,7 +137,7 @@ def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor) -> bool
     plain = config.model_copy(update={"attack": attack, "speed": speed})
     images, labels = dataset.train.fetch(rows[:2]).float() / 255, dataset.train.labels[rows[:2]]
     one, few = Batch(images[:1], labels[:1]), Batch(images, labels)
-    step = TrainingStep(network.train(), plain, WorkerContext())
+    step = TrainingStep(network.train(), plain, WorkerContext(), architecture.code)
     try:
         next(step.updates(StepBatch(one, one, few, global_size=1), config.seed))
     except ValueError as error:

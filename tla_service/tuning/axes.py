@@ -19,7 +19,8 @@ from tla_service.errors import ConfigError
 from tla_service.tuning.settings import Dimension
 
 # What shapes how a trial is measured, or where it runs: searching it would compare different things.
-_FIXED = ("name", "scaling", "tracking", "evaluation", "data.name", "data.root", "data.validation_fraction")
+_DATA = ("data.name", "data.root", "data.validation_fraction")
+_FIXED = ("name", "scaling", "tracking", "evaluation", "model.code", *_DATA)
 _CONSTRAINTS = "sweep.constraints"
 _EXAMPLE = "write it like 'mining.pool_size >= 2 * training.global_batch_size'"
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {

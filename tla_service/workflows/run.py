@@ -36,6 +36,7 @@ from tla_service.tracking.run_log import RunLog
 from tla_service.tracking.runs import finish_run, log_files, open_run, run_page, start_system_metrics
 from tla_service.training.adversary import training_attack
 from tla_service.training.meter import NonFiniteLossError
+from tla_service.training.network import check_network
 from tla_service.training.output import FitResult, show_summary, summarize, write_config, write_summary
 from tla_service.training.precheck import check_room, check_weights, checkpoint_bytes, kept_need, split_and_check
 from tla_service.training.reporting import KEPT, LOG, JsonLines, JsonTerminal, Terminal
@@ -51,6 +52,7 @@ class Facts:
     """What the checks before a run found out."""
 
     dataset: Dataset
+    architecture: Architecture
     weights: Mapping[str, Tensor] | None  # to start from
     checkpoint_bytes: int  # estimated
     described: dict[str, str]  # the data set, for MLflow
@@ -63,7 +65,9 @@ def check_before_start(config: RunConfig) -> Facts:
         raise trouble
     dataset = load_dataset(config.data)
     check_split(config, dataset, config.scaling.num_workers if isinstance(config.scaling.num_workers, int) else 1)
-    network = Architecture.of(config.model).build(len(dataset.class_names), dataset.image_shape)
+    architecture = Architecture.of(config.model)
+    network = architecture.build(len(dataset.class_names), dataset.image_shape)
+    check_network(config, architecture, network, dataset)
     seen_by_triplets(network, config.loss.triplet_layer)
     check_packaging(config, dataset.class_names, len(dataset.test), network.embedding_size)
     weights = None
@@ -76,7 +80,9 @@ def check_before_start(config: RunConfig) -> Facts:
         "training_images": str(len(dataset.train)),
         "test_images": str(len(dataset.test)),
     }
-    return Facts(dataset, weights, checkpoint_bytes(config, network), described)
+    if architecture.code_sha256 is not None:
+        described["code_sha256"] = architecture.code_sha256
+    return Facts(dataset, architecture, weights, checkpoint_bytes(config, network), described)
 
 
 def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, runs: int = 1) -> None:
@@ -192,7 +198,14 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
 
             log_labels, copy = labels if json_logs else None, output / "checkpoint"
             result, stored = fit_on_ray(
-                config, placement, storage, follow, facts.weights, log_labels, with_rejector=True
+                config,
+                placement,
+                storage,
+                follow,
+                facts.weights,
+                log_labels,
+                with_rejector=True,
+                code=facts.architecture.code,
             )
             fetch_checkpoint(stored, copy)
             if result.interrupted:
@@ -236,7 +249,7 @@ def _conclude(
     tracked.metrics.log(
         {f"test/{name}": value for name, value in result.test.items()}, int(result.history[-1]["epoch"])
     )
-    figures = _draw(config, output / "figures", dataset, result, weights)
+    figures = _draw(config, output / "figures", facts, result, weights)
     files = {f"figures/{path.name}": path for path in figures} | {LOG: output / LOG}
     # What resuming takes. The best weights, in it too, are packaged below.
     files |= {f"checkpoint/{path.name}": path for path in checkpoint.iterdir()}
@@ -253,6 +266,7 @@ def _conclude(
         registered_model=config.registered_model,
         facts=facts.described,
         rejector=Rejector.from_arrays(result.rejector) if result.rejector else None,
+        code=facts.architecture.code,
     )
     summary = summarize(config, result, checkpoint)
     seconds = {"start": start_seconds, **summary["wall_seconds"], "register": time.monotonic() - begin}
@@ -267,19 +281,20 @@ def _conclude(
 
 
 def _draw(
-    config: RunConfig, folder: Path, dataset: Dataset, result: FitResult, weights: Mapping[str, Tensor]
+    config: RunConfig, folder: Path, facts: Facts, result: FitResult, weights: Mapping[str, Tensor]
 ) -> list[Path]:
     """Draw the training curves, and a few test images before and after the training attack."""
     folder.mkdir(parents=True, exist_ok=True)
     curves, panel = folder / "training_curves.png", folder / "attack.png"
     training_curves(result.history, curves)
-    network = Architecture.of(config.model).build(len(dataset.class_names), dataset.image_shape)
+    dataset = facts.dataset
+    network = facts.architecture.build(len(dataset.class_names), dataset.image_shape)
     network.load_state_dict(weights)
     network.eval()
     rows = torch.arange(min(PANEL_IMAGES, len(dataset.test)))
     clean, labels = dataset.test.fetch(rows).float() / 255, dataset.test.labels[rows]
-    random = generator(clean.device, config.seed)
-    adversarial = craft(lambda images: network(images).logits, clean, labels, training_attack(config), random)
+    random, attack = generator(clean.device, config.seed), training_attack(config, facts.architecture.code)
+    adversarial = craft(lambda images: network(images).logits, clean, labels, attack, random)
     with torch.no_grad():
         before, after = (network(images).logits.argmax(1).tolist() for images in (clean, adversarial))
     attack_panel(clean.numpy(), adversarial.numpy(), labels.tolist(), before, after, dataset.class_names, panel)

@@ -32,6 +32,7 @@ from tla_service.workflows.run import Facts, check_before_start, check_disks, ch
 from tla_service.workflows.train import train_and_register
 
 SETTINGS, WINNER, SUMMARY, SEEDS = "sweep.yaml", "best.yaml", "sweep.json", "winner.json"
+CODE = "code_sha256"
 
 
 def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug: bool = False) -> int:
@@ -50,6 +51,7 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
         run = _compare(run, space, storage, resume=resume)
         check_tracking(run.tracking)
         facts = check_before_start(run)
+        _check_code(run, storage, facts.architecture.code_sha256)
         wanted = space.sweep.num_samples
         trials = len(space.grid()[:wanted]) if space.sweep.searcher == "grid" else wanted or DEFAULT_SAMPLES
         check_disks(run, output, f"{uri}/trials", facts.checkpoint_bytes, trials)
@@ -58,9 +60,21 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
             placement = place(run)
             _check_ends(space, facts, placement.num_workers)
             most = max_concurrent(run.scaling, space.sweep.max_concurrent, placement)
-            plan = Plan(space, uri, placement, facts.weights, most, run.scaling.wait_seconds)
+            plan = Plan(
+                space, uri, placement, facts.weights, most, run.scaling.wait_seconds, code=facts.architecture.code
+            )
             storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
             return _search(plan, run, facts, output, lease, debug=debug)
+
+
+def _check_code(run: RunConfig, storage: Folder, sha256: str | None) -> None:
+    """Trials that continue a sweep train the network that it began with."""
+    before = storage.read(CODE)
+    if before is not None and before.decode() != sha256:
+        reason = "its files are not those that this sweep began with"
+        raise ConfigError("model.code", run.model.code, reason, "bring them back, or choose another --sweep.name")
+    if sha256 is not None:
+        storage.write(CODE, sha256.encode())
 
 
 def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:

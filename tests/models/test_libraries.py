@@ -5,7 +5,8 @@ from torch import nn
 
 from tla_service.errors import ConfigError
 from tla_service.models import ImageClassifier, build_model
-from tla_service.models.torchvision_classifier import TorchvisionClassifier, torchvision_names
+from tla_service.models.libraries import torchvision_names
+from tla_service.models.wrapped import WrappedClassifier
 
 _FAMILIES = {  # name: (image size, embedding size as published)
     "resnet18": (32, 512),
@@ -24,7 +25,7 @@ _FAMILIES = {  # name: (image size, embedding size as published)
 
 def _unsplit(network: ImageClassifier, name: str) -> nn.Module:
     """torchvision's own network with the same weights, put together again."""
-    assert isinstance(network, TorchvisionClassifier)
+    assert isinstance(network, WrappedClassifier)
     options = {"aux_logits": False, "init_weights": False} if name in {"googlenet", "inception_v3"} else {}
     whole: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=7, **options)
     last = [path for path, module in whole.named_modules() if isinstance(module, nn.Linear)][-1]
@@ -85,7 +86,7 @@ def test_grey_images_replace_the_first_convolution_only(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "reason"),
     [
-        ("squeezenet1_1", (3, 64, 64), "do not come from a linear layer"),
+        ("squeezenet1_1", (3, 64, 64), "not the output of a linear layer"),
         ("alexnet", (3, 32, 32), r"cannot take 3x32x32 images \(.*too small"),
         ("inception_v3", (3, 32, 32), "cannot take 3x32x32 images"),
         ("vit_b_16", (3, 30, 30), "cannot take 3x30x30 images"),
