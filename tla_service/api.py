@@ -124,6 +124,10 @@ def _check_attacks(attacks: Mapping[str, Attack]) -> None:
         if name == "worst":
             raise ConfigError(where, None, "this name is reserved", "rename the attack")
         fields = {field: getattr(attack, field) for field in EvaluationAttack.model_fields}
+        if attack.function is not None:
+            fields["kind"] = "pgd"  # any name will do
+        elif ":" in attack.kind:
+            raise ConfigError(f"{where}.kind", attack.kind, "names a function here", "pass it: Attack(function=...)")
         try:
             EvaluationAttack.model_validate(fields)
         except ValidationError as error:
