@@ -19,9 +19,10 @@ from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.evaluation.shards import as_pixels, logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.inference.detector import Rejector
+from tla_service.models import Architecture
 from tla_service.report.schema import ModelFacts, ThreatModel
 from tla_service.report.settings import ReportSettings
-from tla_service.training.checkpoint import stored_architecture
+from tla_service.training.checkpoint import CODE
 
 WEIGHTS, _CONFIG, _DATA = "best.safetensors", "config.yaml", "data.json"
 _PROBE_IMAGES = 2
@@ -87,26 +88,32 @@ def load_models(settings: ReportSettings, load_subject: LoadSubject) -> Models:
 
 
 def load_checkpoint_subject(address: str, field: str) -> Subject:
-    """Load the best weights of a checkpoint folder that training wrote; `field` is the setting that named it.
-
-    ConfigError if the address is MLflow's, UnavailableError if the folder is incomplete or the weights do not fit.
-    """
+    """As :func:`read_checkpoint`, where addresses of MLflow are not used (ConfigError)."""
     if address.startswith(("models:", "runs:")):
         remedy = "give a checkpoint folder, or use jobs/evaluate_tla.py"
         raise ConfigError(field, address, "an address of MLflow, which is not used here", remedy)
-    folder = Path(address).expanduser()
+    return read_checkpoint(Path(address).expanduser(), address, field)
+
+
+def read_checkpoint(folder: Path, address: str, field: str) -> Subject:
+    """Load the best weights of a checkpoint folder that training wrote; `field` is the setting that named its address.
+
+    UnavailableError if the folder is incomplete or the weights do not fit.
+    """
     if not (folder / WEIGHTS).is_file():
         reason = f"holds no {WEIGHTS}" if folder.is_dir() else "there is no such folder"
         raise UnavailableError(field, address, reason, "give a checkpoint folder, such as runs/NAME/checkpoints/LAST")
     missing = [name for name in (_CONFIG, _DATA) if not (folder / name).is_file()]
     if missing:
-        reason = f"the checkpoint is not complete: there is no {missing[0]}"
+        reason = f"the checkpoint is incomplete: {missing[0]} is missing"
         raise UnavailableError(field, address, reason, "give another checkpoint")
     config = RunConfig.model_validate(read_yaml(folder / _CONFIG, field))
     data: dict[str, Any] = json.loads((folder / _DATA).read_text(encoding="utf-8"))
     weights = (folder / WEIGHTS).read_bytes()
     channels, height, width = data["image_shape"]
-    network = stored_architecture(folder, config).build(len(data["class_names"]), (channels, height, width))
+    code = folder / CODE
+    architecture = Architecture.of(config.model, code.read_bytes() if code.exists() else None)
+    network = architecture.build(len(data["class_names"]), (channels, height, width))
     try:
         network.load_state_dict(load(weights))
     except (SafetensorError, RuntimeError) as error:

@@ -21,7 +21,6 @@ from tla_service.config.loading import same_run, to_yaml
 from tla_service.data.cache import disk_trouble
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import whole_folder, write_whole
-from tla_service.models import Architecture
 from tla_service.runtime import WorkerContext, failing_together, gather_objects
 from tla_service.training.average import WeightAverage
 
@@ -214,12 +213,6 @@ def keep_best_only(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in (*kept, MANIFEST):
             path.unlink()
-
-
-def stored_architecture(folder: Path, config: RunConfig) -> Architecture:
-    """The architecture of a checkpoint's network, with the code in the checkpoint."""
-    code = folder / CODE
-    return Architecture.of(config.model, code.read_bytes() if code.exists() else None)
 
 
 def read_weights(folder: str) -> dict[str, Tensor]:
