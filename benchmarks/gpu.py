@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -98,6 +99,9 @@ def measure_accuracy_of_precisions(
     """
     if settings.data_root is None:
         print("accuracy: left out, give --data_root with CIFAR-10")
+        return
+    if find_spec("pyautoattack") is None:
+        print("accuracy: left out, pyautoattack is not installed")
         return
     key = "preact_resnet_18"
     context, rows = context_of(settings), []

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import parse_fraction
+from tla_service.config.fields import Function, parse_fraction
 from tla_service.config.loading import RunSettings, load_settings
 from tla_service.config.radii import RADII
 from tla_service.models.catalog import model_names
@@ -51,6 +51,7 @@ _TYPES = {
     Path: "path",
     tuple[int, ...]: "list of integers",
     dict[str, str]: "mapping of strings",
+    dict[Function, float]: "mapping of `module:function` to numbers",
     dict[str, EvaluationAttack]: "mapping of names to attacks",
     dict[str, Dimension]: "mapping of fields to dimensions",
     dict[str, dict[str, typing.Any]]: "mapping of names to fields",
@@ -191,6 +192,8 @@ def _type(field: FieldInfo) -> str:
 
 
 def _member(kind: object, *, fraction: bool) -> str:
+    if kind == Function:
+        return "`module:function`"
     if typing.get_origin(kind) is typing.Annotated:
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is typing.Literal:

@@ -158,7 +158,11 @@ IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
         ({"attacks": {"worst": WEAK}}, "attacks.worst: this name is reserved"),
         ({"attacks": {"a": Attack(epsilon=8)}}, "attacks.a.epsilon=8: outside (0, 1]; write 8/255"),
         ({"attacks": {"a": Attack(epsilon=0.01, step_size=0.5)}}, "attacks.a.step_size=0.5: over twice attacks.a.eps"),
-        ({"attacks": {"a": Attack(kind="pgdd")}}, "attacks.a.kind=pgdd: not one of fgsm, bim, pgd, mim, cw; did you m"),
+        (
+            {"attacks": {"a": Attack(kind="pgdd")}},
+            "attacks.a.kind=pgdd: not one of fgsm, bim, pgd, mim, cw, and not module:function; did",
+        ),
+        ({"attacks": {"a": Attack(kind="my:own")}}, "attacks.a.kind=my:own: names a function here; pass it"),
         ({"attacks": {"a": Attack(num_restarts=0)}}, "attacks.a.num_restarts=0: input should be greater than or equal"),
         (
             {"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS, "model": nn.Flatten(0)},

@@ -21,6 +21,7 @@ from tla_service.evaluation.suite import evaluation_attack, measure_accuracy
 from tla_service.models import ModelOutput
 from tla_service.registry.loading import load_with_folder
 from tla_service.runtime import WorkerContext, mixed_seed
+from tla_service.training.checkpoint import CODE
 from tla_service.training.output import by_attack
 
 _BATCH_SIZE = 500
@@ -56,6 +57,7 @@ def evaluate(
         ConfigError: An argument is missing or does not fit the others.
         UnavailableError: The model or the data cannot be read.
     """
+    code = None  # of own attacks
     if isinstance(model, nn.Module):
         network, parameter = model, next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
@@ -66,13 +68,14 @@ def evaluate(
             raise type(error)("model", model, error.reason, error.remedy) from error
         if config is None and (folder / "config.yaml").is_file():
             config = load_config_file(folder / "config.yaml")
+            code = (folder / CODE).read_bytes() if (folder / CODE).is_file() else None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = network.to(device)
     if attacks is not None:
         _check_attacks(attacks)
     elif config is not None:
         attacks = {
-            name: evaluation_attack(attack, config.attack, config.data.name, f"evaluation.test.{name}")
+            name: evaluation_attack(attack, config.attack, config.data.name, f"evaluation.test.{name}", code)
             for name, attack in config.evaluation.test.items()
         }
     else:
@@ -121,6 +124,10 @@ def _check_attacks(attacks: Mapping[str, Attack]) -> None:
         if name == "worst":
             raise ConfigError(where, None, "this name is reserved", "rename the attack")
         fields = {field: getattr(attack, field) for field in EvaluationAttack.model_fields}
+        if attack.function is not None:
+            fields["kind"] = "pgd"  # any name will do
+        elif ":" in attack.kind:
+            raise ConfigError(f"{where}.kind", attack.kind, "names a function here", "pass it: Attack(function=...)")
         try:
             EvaluationAttack.model_validate(fields)
         except ValidationError as error:

@@ -88,6 +88,15 @@ def test_same_key_continues_the_run_and_another_does_not(local_uri: str) -> None
     assert client.get_run(child).data.tags["mlflow.parentRunId"] == first
 
 
+def test_parameters_are_those_of_the_workers_and_the_file_is_that_of_any(local_uri: str) -> None:
+    config = config_for(local_uri)
+    for use_gpu in (True, False):
+        run_id = open_run(config, f"gpu {use_gpu}", facts=FACTS, use_gpu=use_gpu)
+        params = MlflowClient(local_uri).get_run(run_id).data.params
+        assert params["training.channels_last"] == params["speed.cuda_graphs"] == str(use_gpu).lower()
+        assert RunConfig.model_validate(yaml.safe_load(text_of(local_uri, run_id, "config.yaml"))) == config
+
+
 def test_run_that_was_left_half_described_is_completed(local_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise KeyboardInterrupt

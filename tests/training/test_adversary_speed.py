@@ -125,6 +125,33 @@ def test_mining_with_them_saves_a_forward_pass(monkeypatch: pytest.MonkeyPatch) 
     assert counts == {"final": [24, 12], "last_step": [12]}
 
 
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, 2),  # the attacked images and the pool
+        ({"attack": {"awp": True}}, 2),  # the second pass takes the first one's negatives
+        ({"method": "tla_rn"}, 0),  # drawn, not mined
+        ({"method": "tla_rn", "attack": {"awp": True}}, 0),
+        ({"method": "tla_rn", "mining": {"queries": "last_step"}}, 0),
+        ({"attack": {"awp": True}, "mining": {"scope": "global", "keep_probability": 0.5}}, 2),
+    ],
+    ids=str,
+)
+def test_images_are_embedded_for_mining_only_where_it_mines(changes: dict[str, Any], passes: int) -> None:
+    mining = {"pool": "separate", "pool_size": 12} | changes.get("mining", {})
+    step = TrainingStep(batchnorm_network(), digits_config(**changes | {"mining": mining}), WorkerContext())
+    forward = step.adversary._twin.module.forward
+    seen: list[torch.Tensor] = []
+
+    def count(images: torch.Tensor) -> Any:
+        seen.append(images)
+        return forward(images)
+
+    step.adversary._twin.module.forward = count  # type: ignore[method-assign]
+    step.backward(random_batch(pool=12), 0)
+    assert len(seen) == step.config.attack.num_steps + passes
+
+
 WAITS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero")
 
 

@@ -121,7 +121,7 @@ def test_graphs_train_the_same_weights(
     run = Run(digits_config(**sections), ALONE, new_reporter())
     assert len(run.batches.sizes) == 2
     assert len(emulated_graphs.captured) == 2
-    assert len(emulated_graphs.replays) == run.total_steps
+    assert len(emulated_graphs.replays) == 2 + run.total_steps  # each is compared with eager execution once
 
 
 def _weights(reporter: KeepingReporter) -> dict[str, torch.Tensor]:
@@ -138,7 +138,91 @@ def test_all_graphs_are_captured_before_the_first_step(
     run = Run(digits_config(data={"train_limit": 190}, speed={"cuda_graphs": True}), ALONE, reporter)
     run.start(None)
     assert len(emulated_graphs.captured) == len(run.batches.sizes) == 2
-    assert emulated_graphs.replays == []
+    assert emulated_graphs.replays == emulated_graphs.captured  # compared with eager execution
+    assert run.step.adversary.uses_graphs
+    assert reporter.records[-1]["message"] == "training on 1 worker, cuda_graphs"
+
+
+@pytest.mark.parametrize("flaw", ["not captured", "another result"])
+def test_graphs_that_do_not_compute_the_same_are_not_used(
+    new_reporter: NewReporter,
+    emulated_graphs: type[EmulatedGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    flaw: str,
+) -> None:
+    plain, fallen_back = new_reporter(), new_reporter()
+    fit(digits_config(), ALONE, plain)
+    if flaw == "not captured":
+
+        def capture(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+    else:
+        monkeypatch.setattr(EmulatedGraph, "replay", lambda _: None)
+        monkeypatch.setattr("tla_service.training.cuda_graph.climb", lambda _, images, *__: images * 0)
+    fit(digits_config(speed={"cuda_graphs": True}), ALONE, fallen_back)
+    assert caplog.messages[0].startswith("The attack runs without CUDA graphs: ")
+    assert fallen_back.records[0]["speed"]["cuda_graphs"] is False
+    assert all(torch.equal(value, _weights(plain)[name]) for name, value in _weights(fallen_back).items())
+
+
+FAST = {"channels_last": True, "cuda_graphs": True}
+SLOW = {"channels_last": False, "cuda_graphs": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "on_gpu"),
+    [
+        ({}, FAST),
+        ({"speed": {"mode": "exact"}}, SLOW),
+        ({"method": "natural"}, FAST | {"cuda_graphs": False}),
+        ({"attack": {"kind": "n_fgsm"}}, FAST | {"cuda_graphs": False}),
+        ({"attack": {"kind": "my_attacks:own"}}, FAST | {"cuda_graphs": False}),
+        ({"attack": {"batchnorm": "train"}}, FAST | {"cuda_graphs": False}),
+        ({"model": {"name": "my_network:factory"}}, FAST | {"cuda_graphs": False}),
+        ({"model": {"name": "torchvision:resnet18"}}, FAST),
+        ({"speed": {"cuda_graphs": False}, "training": {"channels_last": False}}, SLOW),
+        ({"speed": {"mode": "exact", "cuda_graphs": True}}, SLOW | {"cuda_graphs": True}),
+        ({"speed": {"mode": "exact"}, "training": {"channels_last": True}}, FAST | {"cuda_graphs": False}),
+    ],
+    ids=str,
+)
+def test_what_is_left_open_is_decided_by_mode_and_device(changes: dict[str, Any], on_gpu: dict[str, bool]) -> None:
+    config = digits_config(**changes)
+    for has_gpu, expected in ((True, on_gpu), (False, None)):
+        run = config.on_device(has_gpu=has_gpu)
+        found = {"channels_last": run.training.channels_last, "cuda_graphs": run.speed.cuda_graphs}
+        given = {"channels_last": config.training.channels_last, "cuda_graphs": config.speed.cuda_graphs}
+        assert found == (expected or {name: bool(value) for name, value in given.items()})
+        # Neither rounding nor what is measured by default changes: bfloat16 and compilation are asked for.
+        assert (run.training.precision, run.speed.compile, run.speed.tune_kernels) == ("float32", "none", False)
+        assert run.digest == config.digest
+        assert run.on_device(has_gpu=not has_gpu) == run
+
+
+def test_a_run_on_a_cpu_computes_what_it_did_and_its_checkpoint_leaves_the_device_open(
+    reporter: KeepingReporter,
+) -> None:
+    fit(digits_config(training={"epochs": 1}), ALONE, reporter)
+    assert reporter.records[0]["speed"] == SLOW | {"compile": "none", "precision": "float32"}
+    assert "channels_last: null" in (reporter.checkpoints[-1] / "config.yaml").read_text()
+
+
+def test_exact_convolutions_do_not_use_tf32(monkeypatch: pytest.MonkeyPatch, reporter: KeepingReporter) -> None:
+    for mode, allowed in (("auto", True), ("exact", False)):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        Run(digits_config(speed={"mode": mode}), ALONE, reporter).start(None)
+        assert torch.backends.cudnn.allow_tf32 is allowed
+
+
+@pytest.mark.parametrize("changes", GRAPHED.values(), ids=GRAPHED.keys())
+def test_an_update_with_the_values_of_a_gpu_does_not_wait(
+    reporter: KeepingReporter, emulated_graphs: type[EmulatedGraph], changes: dict[str, Any]
+) -> None:
+    check_update(digits_config(**changes).on_device(has_gpu=True), reporter)
+    assert emulated_graphs.captured
 
 
 def test_graphs_without_a_gpu_are_refused_with_a_sentence(reporter: KeepingReporter) -> None:

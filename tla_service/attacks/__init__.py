@@ -8,11 +8,12 @@ from tla_service.attacks.gradient import (
     attack_images,
     climb,
     craft,
+    craft_freely,
     craft_noisy_step,
     starting_point,
 )
 
 __all__ = [
-    "UNBROKEN", "Attack", "Attacked", "LogitsFn", "attack_images", "climb", "craft", "craft_noisy_step",
-    "starting_point",
+    "UNBROKEN", "Attack", "Attacked", "LogitsFn", "attack_images", "climb", "craft", "craft_freely",
+    "craft_noisy_step", "starting_point",
 ]  # fmt: skip

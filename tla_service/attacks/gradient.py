@@ -4,13 +4,14 @@ Definitions: Mao et al. 2019, section 2; C&W's margin as in the authors' evaluat
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tla_service.errors import ConfigError
 from tla_service.runtime import wide
 
 LogitsFn = Callable[[Tensor], Tensor]
@@ -33,9 +34,11 @@ class Attack:
         label_smoothing: Smoothing of the cross-entropy that is ascended.
         objective: `kl` ascends the divergence of the prediction from that on the clean image instead of the
             cross-entropy, starting a hair's breadth away from it (TRADES: Zhang et al. 2019, algorithm 1).
+        function: Takes the place of the loop: a function with the signature of `craft`, which gets the attack without
+            it. What it returns is projected onto the ball and [0, 1]. `kind` is then its name.
     """
 
-    kind: Literal["fgsm", "bim", "pgd", "mim", "cw"] = "pgd"
+    kind: str = "pgd"
     norm: Literal["linf", "l2"] = "linf"
     epsilon: float = 8 / 255
     step_size: float = 2 / 255
@@ -45,6 +48,7 @@ class Attack:
     momentum: float = 1.0
     label_smoothing: float = 0.0
     objective: Literal["cross_entropy", "kl"] = "cross_entropy"
+    function: Callable[..., Any] | None = field(default=None, repr=False)
 
     @property
     def starts_at_random(self) -> bool:
@@ -77,7 +81,24 @@ def craft(
     Returns:
         Adversarial images (N, C, H, W) in [0, 1], within `attack.epsilon` of `images`; detached.
     """
+    if attack.function is not None:
+        return _projection(images.detach(), attack)(craft_freely(logits_fn, images, labels, attack, generator))
     return climb(logits_fn, images, starting_point(images, attack, generator), labels, attack)
+
+
+def craft_freely(
+    logits_fn: LogitsFn, images: Tensor, labels: Tensor, attack: Attack, generator: torch.Generator | None = None
+) -> Tensor:
+    """As `craft`, for an attack with a function, without the projection; ConfigError for another type or shape."""
+    assert attack.function is not None
+    plain = replace(attack, kind="pgd", function=None)
+    with torch.enable_grad():
+        found = attack.function(logits_fn, images.detach().clone(), labels, plain, generator)
+    if not isinstance(found, Tensor) or found.shape != images.shape:
+        shown = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        reason = f"returned {shown} for images {tuple(images.shape)}"
+        raise ConfigError("attack", attack.kind, reason, "return the adversarial images, as a tensor of that shape")
+    return found.detach().to(images.dtype, copy=True)
 
 
 def starting_point(images: Tensor, attack: Attack, generator: torch.Generator | None = None) -> Tensor:
@@ -173,6 +194,9 @@ def attack_images(
             break
         targets = labels[standing]
         adversarial = craft(crafted_on or logits_fn, images[standing], targets, attack, generator)
+        if attack.function is not None and not adversarial.isfinite().all():
+            # NaN would count as a broken image.
+            raise ConfigError("attack", attack.kind, "returned pixels that are not finite", "correct the attack")
         with torch.no_grad():
             logits = logits_fn(adversarial)
             broken = logits.argmax(1) != targets

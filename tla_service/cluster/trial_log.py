@@ -142,7 +142,8 @@ class TrialLog(TrialLines):
         run = self._plan.space.trial(trial.number, trial.point, self._plan.placement.num_workers)
         facts = self._facts | {"trial": str(trial.number)}
         facts |= {f"searched.{name}": shown(value) for name, value in trial.point.items()}
-        run_id = open_run(run, f"{self._plan.storage}/{run.name}", facts=facts, parent_run_id=self.run_id)
+        use_gpu, key = self._plan.placement.use_gpu, f"{self._plan.storage}/{run.name}"
+        run_id = open_run(run, key, facts=facts, parent_run_id=self.run_id, use_gpu=use_gpu)
         self._runs[trial.number] = (run_id, RunLog(self.uri, run_id, self._unsent))
 
     def _track_epochs(self, number: int, history: list[Mapping[str, float]]) -> None:

@@ -99,6 +99,15 @@ class RunConfig(Section):
         return "kl" if self.robust_term == "trades" else "cross_entropy"
 
     @property
+    def own_functions(self) -> dict[str, str]:
+        """Functions from outside the package, as `module:function`, by the field that names them."""
+        attacks = {f"{where}.kind": attack.kind for where, attack in self.evaluation.attacks.items()}
+        named = {"attack.kind": self.attack.kind, **attacks, "mining.miner": self.mining.miner or ""}
+        return {where: path for where, path in named.items() if ":" in path} | {
+            f"loss.extra.{path}": path for path in self.loss.extra
+        }
+
+    @property
     def digest(self) -> str:
         """Eight hex digits of everything that shapes the trained weights."""
         # Only of what differs from the defaults, so that a setting added by a later version changes no digest.
@@ -135,6 +144,19 @@ class RunConfig(Section):
             own_step = None if attack.kind == "fgsm" else step_size
             found.append(length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape))
         return next(filter(None, found), None)
+
+    def on_device(self, *, has_gpu: bool) -> Self:
+        """This run on workers with or without GPUs: the settings left to `speed.mode` have their values."""
+        fast = has_gpu and self.speed.mode == "auto"
+        # Networks and attacks from outside may do what a graph cannot capture.
+        foreign = ":" in self.model.name and not self.model.name.startswith("torchvision:")
+        attacks = self.method != "natural" and self.attack.kind == "pgd" and self.attack.batchnorm == "eval"
+        training, speed = self.training, self.speed
+        if training.channels_last is None:
+            training = training.model_copy(update={"channels_last": fast})
+        if speed.cuda_graphs is None:
+            speed = speed.model_copy(update={"cuda_graphs": fast and attacks and not foreign})
+        return self.model_copy(update={"training": training, "speed": speed})
 
     def check_device(self, *, has_gpu: bool) -> None:
         """Raise ConfigError for CUDA graphs without a GPU, which may be known late."""
@@ -173,6 +195,10 @@ class RunConfig(Section):
     def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
         """Settings that contradict the method or one another: field, value, reason, remedy."""
         method, term, loss = self.method, self.robust_term, self.loss
+        of_libraries = ":" not in self.model.name or self.model.name.startswith(("timm:", "torchvision:"))
+        if self.model.code is not None and of_libraries and not self.own_functions:
+            reason = f"{self.model.name} is not a network of your own, and no attack, loss term or miner is"
+            yield "model.code", self.model.code, reason, "leave it out, or set model.name to package.module:factory"
         if self.mines_triplets and loss.triplet_weight == 0:
             reason = f"method {method} trains a triplet term"
             yield "loss.triplet_weight", 0, reason, "give a weight above 0, or use method at"
@@ -204,5 +230,21 @@ class RunConfig(Section):
         if reuses and attack.kind == "free":
             reason = "free training takes no attack steps before mining"
             yield "mining.queries", "last_step", reason, "use final, or another attack.kind"
+        own = ":" in attack.kind
+        if reuses and own:
+            reason = "your own attack may take its last step with part of the images"
+            yield "mining.queries", "last_step", reason, "use final"
+        if own and attack.batchnorm == "train":
+            reason = "your own attack runs on a copy of the network, in eval mode"
+            yield "attack.batchnorm", "train", reason, "use eval, or attack.kind pgd"
+        if own and self.speed.cuda_graphs:
+            remedy = "leave it out, or use attack.kind pgd"
+            yield "speed.cuda_graphs", "True", "your own attack cannot be captured in a CUDA graph", remedy
+        if mining.miner is not None and self.method not in ("tla", "tla_sa"):
+            reason = f"method {self.method} mines no negatives"
+            yield "mining.miner", mining.miner, reason, "leave it out, or use method tla"
+        if mining.miner is not None and mining.keep_probability < 1:
+            reason = "your own miner gets the whole pool"
+            yield "mining.keep_probability", mining.keep_probability, reason, "leave it out, or draw in the miner"
         if attack.awp and self.method == "natural":
             yield "attack.awp", "True", "method natural has no attack", "leave it out, or use method at"

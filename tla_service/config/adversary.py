@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple, Self
 
 from pydantic import model_validator
 
-from tla_service.config.fields import Pixels, Section, setting, wrong
+from tla_service.config.fields import Function, Pixels, Section, setting, wrong
 from tla_service.config.radii import Norm, documented_radius, length_trouble
 
 _LENGTH = "pixels in [0, 1], or L2 length"
@@ -25,10 +25,10 @@ class AttackConfig(Section):
         le=1,
     )
     random_start: bool = setting(True, "start at a random point of the ball")
-    kind: Literal["pgd", "n_fgsm", "free"] = setting(
+    kind: Function | Literal["pgd", "n_fgsm", "free"] = setting(
         "pgd",
         "pgd; n_fgsm: a single step of epsilon from large noise, not projected (fast); free: replays each batch and "
-        "updates images and weights with the same backward pass",
+        "updates images and weights with the same backward pass; or your own attack as module:function",
     )
     noise: float = setting(2.0, "n_fgsm: uniform noise before the step, the paper's k", unit="epsilons", ge=0, le=10)
     free_replays: int = setting(8, "free: updates per batch, the paper's m; divide the epochs by it", ge=2, le=100)
@@ -53,11 +53,11 @@ class AttackConfig(Section):
     @property
     def is_single_step(self) -> bool:
         """Whether training is prone to catastrophic overfitting."""
-        return self.kind != "pgd" or self.num_steps == 1
+        return self.kind in ("n_fgsm", "free") or self.num_steps == 1
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.norm == "l2" and self.kind != "pgd":
+        if self.norm == "l2" and self.kind in ("n_fgsm", "free"):
             raise wrong("attack.kind", self.kind, "is defined for linf only", "use pgd with attack.norm=l2")
         if self.norm != "linf" and not {"epsilon", "step_size"} <= self.model_fields_set:
             remedy = "give attack.epsilon and attack.step_size; docs/evaluation.md lists the radius of each data set"
@@ -88,7 +88,9 @@ class EvaluationAttack(Section):
     In another norm than the training attack's, the default radius is the one documented for the data set in that norm.
     """
 
-    kind: Literal["fgsm", "bim", "pgd", "mim", "cw"] = setting("pgd", "attack; cw is PGD on the logit margin")
+    kind: Function | Literal["fgsm", "bim", "pgd", "mim", "cw"] = setting(
+        "pgd", "attack; cw is PGD on the logit margin; or your own as module:function"
+    )
     norm: Norm | None = setting(None, "norm of the perturbation; none: as in training")
     epsilon: Pixels | None = setting(
         None, "radius; none: as in training, or the data set's documented radius in another norm", unit=_LENGTH, gt=0

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from tla_service.config.fields import Function
 from tla_service.errors import ConfigError
 
 
@@ -35,6 +36,10 @@ class Explainer:
             else:
                 remedy = suggest(location[-1], self._names_at(location[:-1]))
             return ConfigError(name, value, "no such setting", remedy)
+        own = known is not None and Function in typing.get_args(known.annotation)
+        if own and (choices := _literals(known.annotation)):  # each member of the union has its own error
+            reason = f"not one of {', '.join(choices)}, and not module:function"
+            return ConfigError(name, value, reason, suggest(str(value), choices))
         if error["type"] == "literal_error" and not (known is not None and _is_union(known.annotation)):
             choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
             return ConfigError(name, value, f"not one of {', '.join(choices)}", suggest(str(value), choices))
@@ -143,6 +148,11 @@ def _in_other_units(error: ErrorDetails, described: str) -> str:
 def _is_union(annotation: Any) -> bool:
     members = [member for member in typing.get_args(annotation) if member is not type(None)]
     return typing.get_origin(annotation) in (typing.Union, types.UnionType) and len(members) > 1
+
+
+def _literals(annotation: Any) -> list[str]:
+    members = typing.get_args(annotation)
+    return [choice for one in members if typing.get_origin(one) is typing.Literal for choice in typing.get_args(one)]
 
 
 def _shown(value: object) -> object:

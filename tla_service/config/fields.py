@@ -47,6 +47,10 @@ def parse_fraction(value: object) -> object:
 Pixels = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | str)]
 
 
+# A function from outside the package.
+Function = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")]
+
+
 def setting(default: Any, text: str, *, unit: str = "", **constraints: Any) -> Any:
     """A field whose help names its unit and range, taken from the constraints that validate it."""
     bounds = " and ".join(f"{sign} {constraints[key]}" for key, sign in _SIGNS.items() if key in constraints)

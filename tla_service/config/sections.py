@@ -5,7 +5,16 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import Pixels, Section, model_trouble, name_trouble, setting, tag_trouble, wrong
+from tla_service.config.fields import (
+    Function,
+    Pixels,
+    Section,
+    model_trouble,
+    name_trouble,
+    setting,
+    tag_trouble,
+    wrong,
+)
 from tla_service.errors import ConfigError
 
 DatasetName = Literal[
@@ -71,13 +80,6 @@ class ModelConfig(Section):
     )
     weights: str | None = setting(None, "initial weights: a checkpoint folder, runs:/... or models:/...")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.code is not None and (":" not in self.name or self.name.startswith(("timm:", "torchvision:"))):
-            reason = f"{self.name} is not a network of your own"
-            raise wrong("model.code", self.code, reason, "leave it out, or set model.name to package.module:factory")
-        return self
-
 
 class EvaluationConfig(Section):
     """Model selection (on the validation split) and testing (once, at the end). Always in float32."""
@@ -139,6 +141,7 @@ class LossConfig(Section):
     embedding_match_weight: float = setting(
         0.0, "weight of the squared distance between clean and adversarial embeddings (the code's match_l2)", ge=0
     )
+    extra: dict[Function, float] = setting({}, "your own terms and their weights, as {module:function: weight}")
 
 
 class MiningConfig(Section):
@@ -156,6 +159,9 @@ class MiningConfig(Section):
         "final",
         "pool separate: query with the embeddings of the final adversarial images, or reuse those of the attack's last "
         "step",
+    )
+    miner: Function | None = setting(
+        None, "your own choice of negatives, as module:function; none: the hardest, or random ones for tla_rn"
     )
     similarity: Literal["cosine", "absolute_cosine"] = setting(
         "absolute_cosine", "nearest by |cos|, the distance of the loss (paper), or by the signed cosine (code)"
@@ -221,7 +227,9 @@ class TrainingConfig(Section):
     precision: Literal["float32", "bfloat16"] = setting(
         "float32", "bfloat16 runs the network under autocast; losses, signs and projections stay float32"
     )
-    channels_last: bool = setting(False, "channels-last memory format; faster convolutions on GPUs")
+    channels_last: bool | None = setting(
+        None, "channels-last memory format; faster convolutions on GPUs; none: by speed.mode"
+    )
     ema_decay: float | None = setting(
         None, "keep an exponential moving average of the weights with this decay per step, and evaluate it", gt=0, lt=1
     )
@@ -234,13 +242,21 @@ class TrainingConfig(Section):
 class SpeedConfig(Section):
     """Faster execution of the same step: results change by rounding only. More such settings are in other sections."""
 
+    mode: Literal["auto", "exact"] = setting(
+        "auto",
+        "what settings left open become; auto: on GPUs channels_last and cuda_graphs; exact: neither, and convolutions "
+        "in full float32 instead of TF32",
+    )
+
     fold_batchnorm: bool = setting(
         True, "attack a copy of the network with BatchNorm folded into the preceding convolutions"
     )
     compile: Literal["none", "attack", "all"] = setting(
         "none", "torch.compile the attacked network, or the update too; pays off on GPUs, slower on CPUs"
     )
-    cuda_graphs: bool = setting(False, "capture all steps of the attack in one CUDA graph; GPUs only")
+    cuda_graphs: bool | None = setting(
+        None, "capture all steps of the attack in one CUDA graph; GPUs only; none: by speed.mode"
+    )
     keep_freed_memory: bool = setting(True, "on a CPU, reuse freed memory between steps instead of returning it")
     fused_optimizer: bool = setting(True, "update all parameters in one kernel")
     overlap_reduction: bool = setting(True, "reduce gradients across workers during the backward pass")

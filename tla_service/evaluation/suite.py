@@ -22,6 +22,7 @@ from tla_service.evaluation import shards as sh
 from tla_service.evaluation.results import Curve, MinimumNorms, share_of
 from tla_service.evaluation.shards import Shard, evaluating, float32, logits_of
 from tla_service.models import LogitsOnly
+from tla_service.models.own_code import load_function
 from tla_service.runtime import WorkerContext, all_reduce_sum, generator
 
 _MOST_POINTS = 40  # of a curve
@@ -114,15 +115,19 @@ def minimum_norms_of(norms: npt.NDArray[np.float64], norm: SparseNorm) -> Minimu
     return MinimumNorms(norm, len(norms), int((norms == 0).sum()), median if math.isfinite(median) else None, curve)
 
 
-def evaluation_attack(attack: EvaluationAttack, training: AttackConfig, data_name: str, field: str) -> Attack:
+def evaluation_attack(
+    attack: EvaluationAttack, training: AttackConfig, data_name: str, field: str, code: bytes | None = None
+) -> Attack:
     """An attack of the evaluation; radius and step size, where left open, are the training attack's in the same norm.
 
-    In another norm the data set's documented radius counts; ConfigError, naming `field`, if there is none.
+    In another norm the data set's documented radius counts; ConfigError, naming `field`, if there is none. `code` is
+    what `load_function` takes.
     """
     norm, epsilon, step_size = attack.lengths(training, data_name)
     if epsilon is None or step_size is None:
         raise ConfigError(f"{field}.norm", norm, *no_radius(data_name, norm, f"{field}.epsilon"))
-    return Attack(attack.kind, norm, epsilon, step_size, attack.num_steps, attack.num_restarts)
+    own = load_function(f"{field}.kind", attack.kind, code) if ":" in attack.kind else None
+    return Attack(attack.kind, norm, epsilon, step_size, attack.num_steps, attack.num_restarts, function=own)
 
 
 def measure_accuracy(

@@ -83,20 +83,14 @@ def unpack(archive: bytes, folder: Path) -> None:
 
 def call_factory(name: str, num_classes: int, image_shape: ImageShape, code: bytes | None) -> nn.Module:
     """Import and call a factory; UnavailableError for what is not there, ConfigError for what is wrong."""
-    module_name, _, function = name.partition(":")
+    module_name = name.partition(":")[0]
     folder = None if code is None else _unpacked(code)
     with _modules_of(folder) if folder is not None else contextlib.nullcontext():
-        try:
-            module = importlib.import_module(module_name)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything
-            _refuse_import(name, module_name, folder, error)
+        factory = _function("model.name", name, folder)
+        module = importlib.import_module(module_name)
         if folder is not None and not str(module.__file__).startswith(f"{folder}/"):
             remedy = "set model.code to the folder that contains it, or leave it out"
             raise UnavailableError("model.name", name, f"the module {module_name} is not in model.code", remedy)
-        factory: Callable[[int, ImageShape], Any] | None = getattr(module, function, None)
-        if not callable(factory):
-            remedy = "define it as factory(num_classes, image_shape), which returns the network"
-            raise ConfigError("model.name", name, f"{module_name} has no function {function}", remedy)
         try:
             network = factory(num_classes, image_shape)
         except (Exception, SystemExit) as error:
@@ -107,6 +101,28 @@ def call_factory(name: str, num_classes: int, image_shape: ImageShape, code: byt
     if all(not torch.is_floating_point(parameter) for parameter in network.parameters()):
         raise ConfigError("model.name", name, "the network has no parameters to train", "return a network that has")
     return network
+
+
+def load_function(field: str, name: str, code: bytes | None = None) -> Callable[..., Any]:
+    """Import a function ``package.module:function``; UserError, naming the setting `field`, where that fails."""
+    folder = None if code is None else _unpacked(code)
+    with _modules_of(folder) if folder is not None else contextlib.nullcontext():
+        return _function(field, name, folder)
+
+
+def _function(field: str, name: str, folder: Path | None) -> Callable[..., Any]:
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything
+        _refuse_import(field, name, module_name, folder, error)
+    function: Callable[..., Any] | None = getattr(module, function_name, None)
+    if not callable(function):
+        remedy = "define it, or correct the name"
+        if field == "model.name":
+            remedy = "define it as factory(num_classes, image_shape), which returns the network"
+        raise ConfigError(field, name, f"{module_name} has no function {function_name}", remedy)
+    return function
 
 
 def distribution(name: str) -> str:
@@ -169,15 +185,15 @@ def _modules_of(folder: Path) -> Iterator[None]:
             sys.modules.update(others)
 
 
-def _refuse_import(name: str, module: str, folder: Path | None, error: BaseException) -> NoReturn:
+def _refuse_import(field: str, name: str, module: str, folder: Path | None, error: BaseException) -> NoReturn:
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         if module == error.name or module.startswith(f"{error.name}."):
             where = "is not installed" if folder is None else "is not in the folder model.code"
             remedy = "set model.code to the folder that contains it"
-            raise UnavailableError("model.name", name, f"the module {error.name} {where}", remedy) from error
+            raise UnavailableError(field, name, f"the module {error.name} {where}", remedy) from error
         remedy = "install its package, or put the module into model.code"
-        raise UnavailableError("model.name", name, f"it imports {error.name}, which is not there", remedy) from error
-    raise ConfigError("model.name", name, f"does not import: {_where(error, folder)}", "correct the code") from error
+        raise UnavailableError(field, name, f"it imports {error.name}, which is not there", remedy) from error
+    raise ConfigError(field, name, f"does not import: {_where(error, folder)}", "correct the code") from error
 
 
 def _where(error: BaseException, folder: Path | None) -> str:

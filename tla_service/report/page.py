@@ -124,7 +124,7 @@ def describe(report: Report, name: str) -> str:
     restarts = f", {attack.num_restarts} starts" if attack.num_restarts > 1 else ""
     crafted = ", crafted on the surrogate" if attack.transfer else ""
     steps = f"{attack.num_steps} steps of {size(attack.step_size, attack.norm)}"
-    return f"{_KINDS[attack.kind]}, {steps}{restarts}{crafted}{radius}"
+    return f"{_KINDS.get(attack.kind, attack.kind)}, {steps}{restarts}{crafted}{radius}"
 
 
 def split_sentence(report: Report) -> str:

@@ -30,13 +30,22 @@ _SYSTEM_METRICS_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 
 
-def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], parent_run_id: str | None = None) -> str:
+def open_run(
+    config: RunConfig,
+    run_key: str,
+    *,
+    facts: Mapping[str, str],
+    parent_run_id: str | None = None,
+    use_gpu: bool | None = None,
+) -> str:
     """Create the MLflow run of a key, or resume it, and describe it.
 
     Every field of the configuration becomes a parameter, and ``config.yaml`` loads it again; facts become tags.
     MLflow's parameters are immutable, so a resumed run keeps its own; a configuration that differs (other workers,
-    another name) is added as a file. Returns the MLflow run id.
+    another name) is added as a file. With `use_gpu`, parameters left to `speed.mode` have the values that they take on
+    such workers. Returns the MLflow run id.
     """
+    on_workers = config if use_gpu is None else config.on_device(has_gpu=use_gpu)
     uri, made, experiment = open_store(config.tracking)
     tags = config.tracking.tags | {f"tla.{name}": str(value)[:_TAG_LENGTH] for name, value in facts.items()}
     tags |= code_version() | {RUN_KEY: run_key, "tla.method": config.method, "tla.config_digest": config.digest}
@@ -50,7 +59,7 @@ def open_run(config: RunConfig, run_key: str, *, facts: Mapping[str, str], paren
         retrying("Resuming the run", lambda: made.update_run(run_id, status="RUNNING"))
         retrying("Resuming the run", lambda: _set_tags(made, run_id, tags | {_RESUMED: str(count)}))
     try:
-        retrying("Describing the run", lambda: _describe(made, run_id, config, facts, count))
+        retrying("Describing the run", lambda: _describe(made, run_id, config, on_workers, facts, count))
     except UserError:
         raise
     except Exception as error:
@@ -168,10 +177,12 @@ def _set_tags(made: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
     made.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
-def _describe(made: MlflowClient, run_id: str, config: RunConfig, facts: Mapping[str, str], resumed: int) -> None:
+def _describe(
+    made: MlflowClient, run_id: str, config: RunConfig, on_workers: RunConfig, facts: Mapping[str, str], resumed: int
+) -> None:
     """Add the parameters and files that are missing; idempotent."""
     there = made.get_run(run_id).data.params
-    fields = {name: without_credentials(value) for name, value in flatten(config.model_dump(mode="json"))}
+    fields = {name: without_credentials(value) for name, value in flatten(on_workers.model_dump(mode="json"))}
     params = [Param(name, value[:_PARAM_LENGTH]) for name, value in fields.items() if name not in there]
     for start in range(0, len(params), _PARAMS_PER_REQUEST):
         made.log_batch(run_id, params=params[start : start + _PARAMS_PER_REQUEST])

@@ -1,6 +1,7 @@
 """The adversary of training: adversarial images and adversarial weights."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -8,13 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tla_service.attacks import Attack, LogitsFn, craft, craft_noisy_step, starting_point
+from tla_service.attacks import Attack, LogitsFn, climb, craft, craft_noisy_step, starting_point
 from tla_service.config import RunConfig
 from tla_service.data import Batch
+from tla_service.errors import one_line
 from tla_service.models import ModelOutput
 from tla_service.models.frozen import FrozenTwin
-from tla_service.runtime import WorkerContext, autocast
+from tla_service.models.own_code import load_function
+from tla_service.runtime import WorkerContext, autocast, generator
 from tla_service.training.cuda_graph import GraphedClimb
+
+_MOST_MOVED = 0.1  # share of pixels that a graph may move elsewhere than eager execution
+_log = logging.getLogger(__name__)
 
 
 class Adversary:
@@ -23,9 +29,11 @@ class Adversary:
     It attacks a frozen twin of the bare network: no communication, no parameter gradients, no BatchNorm updates.
     """
 
-    def __init__(self, network: nn.Module, config: RunConfig, context: WorkerContext) -> None:
+    def __init__(
+        self, network: nn.Module, config: RunConfig, context: WorkerContext, code: bytes | None = None
+    ) -> None:
         self._network, self._config, self._context = network, config, context
-        self._full = self.attack = training_attack(config)
+        self._full = self.attack = training_attack(config, code)
         self.kind = config.attack.kind  # pgd after a collapse of single-step training with attack.on_collapse=pgd
         # (N, D), of the images before the last attack's last step, without a graph.
         self.last_embeddings: Tensor | None = None
@@ -36,15 +44,38 @@ class Adversary:
         if config.speed.compile != "none":
             self._run = torch.compile(self._twin.module)
         self._graphs: dict[torch.Size, GraphedClimb] = {}
+        self._refused_graphs = False
 
     def prepare(self, *shapes: tuple[int, ...]) -> None:
-        """Capture the attack on batches of these shapes (N, C, H, W), so that no training step waits for it."""
-        if self._uses_graphs:
-            self._twin.refresh()
-            for shape in shapes:
-                images = torch.zeros(shape, device=self._context.device)
-                labels = torch.zeros(shape[0], dtype=torch.int64, device=self._context.device)
-                self._graph(Batch(images.contiguous(memory_format=layout_of(self._config)), labels))
+        """Capture the attack on batches of these shapes (N, C, H, W), so that no training step waits for it.
+
+        Graphs that cannot be captured, or compute something else, are not used; the log says so.
+        """
+        if not self.uses_graphs:
+            return
+        self._twin.refresh()
+        device, layout = self._context.device, layout_of(self._config)
+        for shape in shapes:
+            draws = generator(device, self._config.seed)
+            images = torch.rand(shape, generator=draws, device=device).contiguous(memory_format=layout)
+            batch = Batch(images, torch.zeros(shape[0], dtype=torch.int64, device=device))
+            start = starting_point(images, self._full, draws)
+            try:
+                found = self._graph(batch)(batch, start, self._full)
+            except RuntimeError as error:
+                self._refuse_graphs(one_line(error))
+                return
+            expected = climb(partial(self._logits, self._run), images, start, batch.labels, self._full)
+            # Rounding may turn the sign of a gradient near zero, and moves those pixels alone.
+            moved = float(((found - expected).abs() > self._full.step_size / 2).float().mean())
+            if moved > _MOST_MOVED:
+                self._refuse_graphs(f"{moved:.0%} of the pixels differ from those of eager execution")
+                return
+
+    def _refuse_graphs(self, reason: str) -> None:
+        self._refused_graphs = True
+        self._graphs.clear()
+        _log.warning("The attack runs without CUDA graphs: %s", reason)
 
     def grow(self, done: float) -> None:
         """Set the radius for a share of the run; it grows linearly until `attack.warmup`."""
@@ -59,7 +90,7 @@ class Adversary:
                 return self._make(partial(self._logits, self._network), anchors, random)
         self._twin.refresh()
         self._refreshed = True
-        if not self._uses_graphs:
+        if not self.uses_graphs:
             return self._make(partial(self._logits, self._run), anchors, random)
         graph = self._graph(anchors)
         self.last_embeddings = graph.embeddings
@@ -77,11 +108,15 @@ class Adversary:
         if self.kind == "n_fgsm":
             noise = self._config.attack.noise
             return craft_noisy_step(logits_fn, anchors.images, anchors.labels, self.attack, noise, random)
-        return craft(logits_fn, anchors.images, anchors.labels, self.attack, random)
+        attack = self.attack if self.kind == self._config.attack.kind else replace(self.attack, function=None)
+        return craft(logits_fn, anchors.images, anchors.labels, attack, random)
 
     @property
-    def _uses_graphs(self) -> bool:
-        return self._config.speed.cuda_graphs and self._config.attack.batchnorm != "train" and self.kind == "pgd"
+    def uses_graphs(self) -> bool:
+        """Whether the attack is replayed as CUDA graphs."""
+        config = self._config
+        possible = config.method != "natural" and config.attack.batchnorm != "train" and self.kind == "pgd"
+        return bool(config.speed.cuda_graphs) and possible and not self._refused_graphs
 
     def _graph(self, batch: Batch) -> GraphedClimb:
         """The graph for batches of this shape; an epoch has two shapes at most."""
@@ -108,12 +143,18 @@ def layout_of(config: RunConfig) -> torch.memory_format:
     return torch.channels_last if config.training.channels_last else torch.contiguous_format
 
 
-def training_attack(config: RunConfig) -> Attack:
-    """The PGD of the training loop (Mao et al. 2019, section 2; cross-entropy only, never the triplet term)."""
+def training_attack(config: RunConfig, code: bytes | None = None) -> Attack:
+    """The PGD of the training loop (Mao et al. 2019, section 2; cross-entropy only, never the triplet term).
+
+    Or the user's own attack; `code` is what `load_function` takes.
+    """
     attack = config.attack
     same = attack.model_dump(include={"norm", "epsilon", "step_size", "num_steps", "random_start"})
     smoothing = config.loss.label_smoothing if attack.label_smoothing else 0.0
-    return Attack(**same, label_smoothing=smoothing, objective=config.attack_objective)
+    made = Attack(**same, label_smoothing=smoothing, objective=config.attack_objective)
+    if ":" not in attack.kind:
+        return made
+    return replace(made, kind=attack.kind, function=load_function("attack.kind", attack.kind, code))
 
 
 @contextlib.contextmanager

@@ -35,7 +35,8 @@ class Run:
     def __init__(
         self, config: RunConfig, context: WorkerContext, reporter: Reporter, code: bytes | None = None
     ) -> None:
-        self.config, self.context, self.reporter = config, context, reporter
+        self._given, self.context, self.reporter = config, context, reporter
+        self.config = config = config.on_device(has_gpu=context.device.type == "cuda")
         self.phases = Phases()
         if config.speed.keep_freed_memory and context.device.type == "cpu":
             keep_freed_memory()
@@ -85,16 +86,19 @@ class Run:
                 lambda message: self._tell(event="damaged_checkpoint", message=message),
             )
             with failing_together(context):
-                self.step = TrainingStep(network, config, context)
+                self.step = TrainingStep(network, config, context, self.architecture.code)
             self.step.adversary.prepare(*((size, *self.dataset.image_shape) for size in self.batches.sizes))
         if has_collapsed(self.state.history):
             self._after_collapse()
         if network.found:
             self._tell(event="network", message=f"embedding: {network.found}")
         workers = f"{context.world_size} worker{'s' if context.world_size != 1 else ''}"
+        speed = {"channels_last": config.training.channels_last, "cuda_graphs": self.step.adversary.uses_graphs}
+        workers += "".join(f", {name}" for name, is_on in speed.items() if is_on)
         self._tell(
             event="start",
             workers=context.world_size,
+            speed=speed | {"compile": config.speed.compile, "precision": config.training.precision},
             resumed=bool(resumed_from),
             resumed_from=resumed_from,
             # A driver that was killed may have missed epochs that its workers still did.
@@ -139,7 +143,7 @@ class Run:
         """Train to the end of the epoch; False, with a checkpoint saved, if a stop was requested before."""
         state, schedule = self.state, self.config.schedule
         epoch, offset = divmod(state.step, self.batches.steps_per_epoch)
-        self.meter = Meter(self.context, state.partial_totals)
+        self.meter = Meter(self.context, state.partial_totals, tuple(self.config.loss.extra))
         state.network.train()
         with self.phases("train"):
             for batch in self.batches.epoch(epoch, offset):
@@ -263,7 +267,9 @@ class Run:
     ) -> dict[str, float]:
         config = self.config
         attacks = {
-            name: evaluation_attack(attack, config.attack, config.data.name, f"{section}.{name}")
+            name: evaluation_attack(
+                attack, config.attack, config.data.name, f"{section}.{name}", self.architecture.code
+            )
             for name, attack in settings.items()
         }
         batches = EvaluationBatches(source, rows, self.context, batch_size=config.evaluation.batch_size)
@@ -275,5 +281,5 @@ class Run:
             target = self.reporter.destination(name) if self.context.is_main else None
             with failing_together(self.context):
                 if target is not None:
-                    save_checkpoint(target, self.state, self.config, self._data_facts, self.architecture.code)
+                    save_checkpoint(target, self.state, self._given, self._data_facts, self.architecture.code)
                 self.reporter.report(metrics, target, name)

@@ -21,19 +21,22 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Meter:
-    """Adds up `step.TOTALS` over steps and workers, on top of an epoch's sums before a restart."""
+    """Adds up `step.TOTALS` over steps and workers, on top of an epoch's sums before a restart.
 
-    def __init__(self, context: WorkerContext, partial_totals: Sequence[float] = ()) -> None:
-        self._context = context
+    `extra` are the paths of the user's own loss terms.
+    """
+
+    def __init__(self, context: WorkerContext, partial_totals: Sequence[float] = (), extra: Sequence[str] = ()) -> None:
+        self._context, self._names = context, (*TOTALS[:-1], *extra, TOTALS[-1])
         # The last entry transports a stop request, so that all workers stop at the same step.
-        self._window = torch.zeros(len(TOTALS) + 1, dtype=torch.float64, device=context.device)
-        self.epoch_totals = list(partial_totals or [0.0] * len(TOTALS))
+        self._window = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=context.device)
+        self.epoch_totals = list(partial_totals or [0.0] * len(self._names))
         self.stop_requested = False
         self._begin = time.perf_counter()
         self._images_before = self.epoch_totals[-1]
 
     def add(self, totals: Tensor) -> None:
-        """Add a step's sums (len(TOTALS),); does not wait for the device."""
+        """Add a step's sums (T,); does not wait for the device."""
         self._window[:-1] += totals
 
     def reduce(self, step: int, *, stop_requested: bool) -> None:
@@ -50,9 +53,9 @@ class Meter:
     @property
     def means(self) -> dict[str, float]:
         """Means over the epoch's images so far."""
-        sums = dict(zip(TOTALS, self.epoch_totals, strict=True))
+        sums = dict(zip(self._names, self.epoch_totals, strict=True))
         images = max(1.0, sums["images"])
-        return {metric: sums[name] / images for name, metric in METRIC_NAMES.items()}
+        return {METRIC_NAMES.get(name, f"train/{name}"): sums[name] / images for name in self._names[:-1]}
 
     @property
     def images_per_second(self) -> float:

@@ -13,9 +13,11 @@ from tla_service.data.order import StepOrder
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import Architecture, ImageClassifier
 from tla_service.runtime import WorkerContext
+from tla_service.training.own import check_own
 from tla_service.training.step import TrainingStep
 
 _GB = 10**9
+_SOME_IMAGES = 8  # that own functions are tried on
 
 
 def split_and_check(
@@ -54,11 +56,16 @@ def check_start(
     trouble = config.attack_trouble(dataset.image_shape)
     if trouble is not None:
         raise trouble
+    architecture = architecture or Architecture.of(config.model)
+    if config.own_functions:
+        with torch.random.fork_rng(devices=[]):
+            network = architecture.build(len(dataset.class_names), dataset.image_shape)
+            some = rows[torch.linspace(0, len(rows) - 1, _SOME_IMAGES).long()]
+            images, labels = dataset.train.fetch(some).float() / 255, dataset.train.labels[some]
+            check_own(config, network.eval(), images, labels, architecture.code)
     batch = config.training.global_batch_size
     steps = -(-len(rows) // batch)
-    if smallest_share(len(rows), steps, world_size) == 1 and not _one_image_trains(
-        config, dataset, rows, architecture or Architecture.of(config.model)
-    ):
+    if smallest_share(len(rows), steps, world_size) == 1 and not _one_image_trains(config, dataset, rows, architecture):
         whom = "a worker" if world_size > 1 else "it"
         reason = f"{len(rows)} training images in {steps} steps leave {whom} with one image in some step"
         reason += f", which the BatchNorm of {config.model.name} cannot normalize"
@@ -130,7 +137,7 @@ def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor, archite
     plain = config.model_copy(update={"attack": attack, "speed": speed})
     images, labels = dataset.train.fetch(rows[:2]).float() / 255, dataset.train.labels[rows[:2]]
     one, few = Batch(images[:1], labels[:1]), Batch(images, labels)
-    step = TrainingStep(network.train(), plain, WorkerContext())
+    step = TrainingStep(network.train(), plain, WorkerContext(), architecture.code)
     try:
         next(step.updates(StepBatch(one, one, few, global_size=1), config.seed))
     except ValueError as error:

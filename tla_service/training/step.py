@@ -1,7 +1,7 @@
 """One batch: attack, mine, loss, gradients. Every method shares this code."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +14,7 @@ from tla_service.models import ImageClassifier, ModelOutput
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, shard_sizes
 from tla_service.training.adversary import Adversary, moved_weights, restored
+from tla_service.training.own import load_miner, load_term
 from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
 from tla_service.triplets import Negatives, mine_hardest, mine_random, norm_penalty, pick_positives, triplet_hinge
 
@@ -28,7 +29,7 @@ METRIC_NAMES = {
     "without_negative": "train/without_negative",
 }
 TOTALS = (*METRIC_NAMES, "images")
-"""What a step adds up over its images, in this order."""
+"""What a step adds up over its images, in this order; the user's own loss terms come before the last."""
 _EVERYTHING_MIB = 2**20
 
 
@@ -65,12 +66,16 @@ class RoleForward(nn.Module):
 class TrainingStep:
     """Turns a batch into gradients of the bare network, which is on the worker's device."""
 
-    def __init__(self, network: ImageClassifier, config: RunConfig, context: WorkerContext) -> None:
+    def __init__(
+        self, network: ImageClassifier, config: RunConfig, context: WorkerContext, code: bytes | None = None
+    ) -> None:
         self.network, self.config, self.context = network, config, context
         seen = seen_by_triplets(network, config.loss.triplet_layer)
         self.wrapped: nn.Module = RoleForward(seen, together=config.training.batchnorm_roles == "together")
         if config.speed.tune_kernels:
             torch.backends.cudnn.benchmark = True
+        if config.speed.mode == "exact":
+            torch.backends.cudnn.allow_tf32 = False
         if config.speed.compile == "all":
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
         if context.world_size > 1:
@@ -83,13 +88,15 @@ class TrainingStep:
             # A single bucket is full, and sent, only when the backward pass has ended.
             options["bucket_cap_mb"] = None if config.speed.overlap_reduction else _EVERYTHING_MIB
             self.wrapped = ddp(self.wrapped, gradient_as_bucket_view=True, **options)
-        self.adversary = Adversary(seen, config, context)
+        self.adversary = Adversary(seen, config, context, code)
+        self._extra = {path: (load_term(path, code), weight) for path, weight in config.loss.extra.items()}
+        self._own_miner = load_miner(config.mining.miner, code) if config.mining.miner else None
         self._mined: Negatives | None = None  # hardest negatives of the last batch
         loss, pairs_logits = config.loss, config.method == "alp"
         self.clean_weight = 0.5 * pairs_logits if loss.clean_weight is None else loss.clean_weight
         # Terms that compare an image with its adversarial version, or use the clean image alone.
         own_term = pairs_logits or config.robust_term != "cross_entropy"
-        self.needs_clean = own_term or bool(self.clean_weight or loss.embedding_match_weight)
+        self.needs_clean = own_term or bool(self.clean_weight or loss.embedding_match_weight or loss.extra)
 
     def updates(self, batch: StepBatch, *seeds: int) -> Iterator[Tensor]:
         """`backward` for each update, which the caller makes, on a batch: once, or once per replay of free training."""
@@ -171,7 +178,7 @@ class TrainingStep:
             sizes = shard_sizes(batch.global_size, self.context.world_size)
             pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))
             rows = rows + sum(sizes[: self.context.rank])
-        mined = self._mine(random, mined, output.embeddings, labels, pool, pool_labels)
+        mined = self._mine(random, mined, labels, pool_labels, lambda: (output.embeddings, pool))
         same_class = None if mining.positives == "own" else pool[pick_positives(labels, pool_labels, rows)]
         return Roles(output, clean, pool[mined.indices], mined.valid, same_class)
 
@@ -181,18 +188,23 @@ class TrainingStep:
         """The authors' mode: mine in a separate draw with the network in eval mode, then embed the chosen negatives."""
         anchors, mining = batch.anchors, self.config.mining
         assert batch.pool is not None
-        pool_images, pool_labels = batch.pool.images, batch.pool.labels
-        if mining.queries == "last_step":
-            (pool,), queries = self.adversary.embed(pool_images), self.adversary.last_embeddings
-        else:
-            queries, pool = self.adversary.embed(adversarial, pool_images)
-        assert queries is not None
-        if mining.scope == "global":
-            sizes = [len(pool)] * self.context.world_size
-            pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))
-            # The worker that uses the chosen images embeds them again, with a graph.
-            pool_images = gather_rows(pool_images, sizes, self.context)
-        mined = self._mine(random, mined, queries, anchors.labels, pool, pool_labels)
+
+        def gathered(rows: Tensor) -> Tensor:
+            sizes = [len(rows)] * self.context.world_size
+            return gather_rows(rows, sizes, self.context) if mining.scope == "global" else rows
+
+        def embedded() -> tuple[Tensor, Tensor]:
+            assert batch.pool is not None
+            if mining.queries == "last_step":
+                (pool,), queries = self.adversary.embed(batch.pool.images), self.adversary.last_embeddings
+            else:
+                queries, pool = self.adversary.embed(adversarial, batch.pool.images)
+            assert queries is not None
+            return queries, gathered(pool)
+
+        # The worker that uses the chosen images embeds them again, with a graph.
+        pool_images, pool_labels = gathered(batch.pool.images), gathered(batch.pool.labels)
+        mined = self._mine(random, mined, anchors.labels, pool_labels, embedded)
         noise_on_all = mining.clean_noise_on == "all"
         images = [adversarial, self._add_noise(pool_images[mined.indices], random, apply=noise_on_all)]
         needs_own = mining.positives != "same_class" or self.needs_clean
@@ -209,17 +221,30 @@ class TrainingStep:
         with autocast(self.config.training.precision, self.context.device):
             return self.wrapped(*images)
 
-    def _mine(self, random: torch.Generator, mined: Negatives | None, *embedded: Tensor) -> Negatives:
-        """Negatives for anchors and their labels, from a pool and its labels, unless they have been mined before."""
-        (anchors, labels, pool, pool_labels), mining = embedded, self.config.mining
+    def _mine(
+        self,
+        random: torch.Generator,
+        mined: Negatives | None,
+        labels: Tensor,
+        pool_labels: Tensor,
+        embedded: Callable[[], tuple[Tensor, Tensor]],
+    ) -> Negatives:
+        """Negatives for anchors of these labels, unless mined before; `embedded` gives the anchors and the pool."""
+        mining = self.config.mining
         if self.config.method == "tla_rn":
             return mine_random(labels, pool_labels, random, any_class=mining.random_negatives == "any")
+        if self._own_miner is not None:
+            if mined is None:
+                anchors, pool = embedded()
+                mined = self._own_miner(anchors, labels, pool, pool_labels, random)
+            self._mined = mined
+            return mined
         keep = None
         if mining.keep_probability < 1:
             draw = torch.rand(len(labels), len(pool_labels), generator=random, device=labels.device)
             keep = draw < mining.keep_probability
         if mined is None:  # only now: the noise drawn next is the same either way
-            absolute = mining.similarity == "absolute_cosine"
+            (anchors, pool), absolute = embedded(), mining.similarity == "absolute_cosine"
             mined = mine_hardest(anchors, labels, pool.detach(), pool_labels, absolute=absolute, keep=keep)
         self._mined = mined
         return mined
@@ -252,9 +277,11 @@ class TrainingStep:
         # The authors' code multiplies lambda_1 into the norm term as well; the paper does not.
         norm_weight = loss.norm_weight * (loss.triplet_weight if loss.norm_form == "mean_squares" else 1.0)
         total = label_term + loss.triplet_weight * triplet + norm_weight * norm + pairing
+        extra = [weight * term(output, roles.clean or output, labels) for term, weight in self._extra.values()]
+        total = sum(extra, total)
         with torch.no_grad():
             correct = output.logits.argmax(1) == labels
-            columns = (total, label_term, triplet, norm, pairing, correct, active, 1 - valid, torch.ones_like(none))
+            columns = (total, label_term, triplet, norm, pairing, correct, active, 1 - valid, *extra, none + 1)
             totals = torch.stack([column.double().sum() for column in columns])
         # DDP averages gradients over workers, whose shards may differ by one image: weighting each image by
         # world_size / global size makes that average the mean over the global batch (or, for `sum`, its sum).

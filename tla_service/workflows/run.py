@@ -105,10 +105,17 @@ class TrackedRun:
     """Sends a run's records to the terminal, `log.jsonl`, MLflow (where `run_key` identifies it) and Prometheus."""
 
     def __init__(
-        self, config: RunConfig, output: Path, run_key: str, facts: Mapping[str, str], terminal: Terminal
+        self,
+        config: RunConfig,
+        output: Path,
+        run_key: str,
+        facts: Mapping[str, str],
+        terminal: Terminal,
+        *,
+        use_gpu: bool | None = None,
     ) -> None:
         self.uri = tracking_uri(config.tracking)
-        self.run_id = open_run(config, run_key, facts=facts)
+        self.run_id = open_run(config, run_key, facts=facts, use_gpu=use_gpu)
         self.outcome: Outcome = "finished"
         self.restarts = 0  # how often workers failed and were restarted
         self._terminal = terminal
@@ -171,7 +178,7 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
         placement = place(config)
         check_split(config, facts.dataset, placement.num_workers)
         start_seconds = 0.0
-        with TrackedRun(config, output, run_key, facts.described, terminal) as tracked:
+        with TrackedRun(config, output, run_key, facts.described, terminal, use_gpu=placement.use_gpu) as tracked:
             labels["run_id"] = tracked.run_id
             terminal.say(f"MLflow: {run_page(tracked.uri, tracked.run_id)}")
 
@@ -282,8 +289,8 @@ def _draw(
     network.eval()
     rows = torch.arange(min(PANEL_IMAGES, len(dataset.test)))
     clean, labels = dataset.test.fetch(rows).float() / 255, dataset.test.labels[rows]
-    random = generator(clean.device, config.seed)
-    adversarial = craft(lambda images: network(images).logits, clean, labels, training_attack(config), random)
+    random, attack = generator(clean.device, config.seed), training_attack(config, facts.architecture.code)
+    adversarial = craft(lambda images: network(images).logits, clean, labels, attack, random)
     with torch.no_grad():
         before, after = (network(images).logits.argmax(1).tolist() for images in (clean, adversarial))
     attack_panel(clean.numpy(), adversarial.numpy(), labels.tolist(), before, after, dataset.class_names, panel)
