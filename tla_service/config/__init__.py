@@ -101,6 +101,9 @@ class RunConfig(Section):
         """Eight hex digits of everything that shapes the trained weights."""
         # Only of what differs from the defaults, so that a setting added by a later version changes no digest.
         dumped = self.model_dump(mode="json", exclude=self.NOT_IDENTITY, exclude_defaults=True)
+        model = dumped.get("model", {})
+        if "pretrained" in model:
+            model["weights"] = model.pop("pretrained")  # its name when the first digests were made
         fields = {name: value for name, value in dumped.items() if value != {}}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -189,6 +192,14 @@ class RunConfig(Section):
         if loss.triplet_layer != "embedding" and not self.mines_triplets:
             reason = f"method {method} has no triplets"
             yield "loss.triplet_layer", loss.triplet_layer, reason, "leave it out, or use method tla"
+        of_fine_tuning = (
+            ("model.head", self.model.head, "keep"),
+            ("optimizer.body_rate", self.optimizer.body_rate, 1),
+            ("training.freeze_batchnorm", self.training.freeze_batchnorm, False),
+        )
+        for field, value, default in of_fine_tuning:
+            if self.model.pretrained is None and value != default:
+                yield field, value, "the network starts from random weights", "leave it out, or set model.pretrained"
         yield from self._contradictions_of_the_attack()
 
     def _contradictions_of_the_attack(self) -> Iterator[tuple[str, object, str, str]]:
@@ -202,5 +213,8 @@ class RunConfig(Section):
         if reuses and attack.kind == "free":
             reason = "free training takes no attack steps before mining"
             yield "mining.queries", "last_step", reason, "use final, or another attack.kind"
+        if attack.batchnorm == "train" and self.training.freeze_batchnorm:
+            reason = "training.freeze_batchnorm keeps BatchNorm in eval mode"
+            yield "attack.batchnorm", "train", reason, "leave one of them out"
         if attack.awp and self.method == "natural":
             yield "attack.awp", "True", "method natural has no attack", "leave it out, or use method at"

@@ -14,10 +14,10 @@ from tla_service.errors import UnavailableError
 from tla_service.files import locked_folder
 from tla_service.job import log_as_json
 from tla_service.runtime import WorkerContext, failing_together, process_group
-from tla_service.training.checkpoint import read_weights
 from tla_service.training.fit import Run
 from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
 from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need
+from tla_service.training.pretrained import find_pretrained
 from tla_service.training.reporting import KEPT, JsonTerminal, LocalReporter, Terminal
 
 
@@ -68,7 +68,11 @@ def _train(config: RunConfig, output: Path, context: WorkerContext, terminal: Te
     reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
     with contextlib.closing(reporter), _stopping_on_signals(reporter):
         run = Run(config, context, reporter)
-        run.start(read_weights(config.model.weights) if config.model.weights else None)
+        with failing_together(context):
+            found = find_pretrained(config, run.build())
+        for note in found.notes if context.is_main else ():
+            terminal.say(note)
+        run.start(found.state_dict)
         with failing_together(context):
             if context.is_main:
                 need = kept_need(reporter.checkpoints, checkpoint_bytes(config, run.state.network), KEPT)

@@ -11,8 +11,9 @@ from tla_service.config import RunConfig
 from tla_service.data import Batch, Dataset, ImageSource, StepBatch, TrainingBatches, split_validation
 from tla_service.data.order import StepOrder
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.models import Architecture, ImageClassifier
+from tla_service.models import Architecture
 from tla_service.runtime import WorkerContext
+from tla_service.training.pretrained import set_train_mode
 from tla_service.training.step import TrainingStep
 
 _GB = 10**9
@@ -61,15 +62,6 @@ def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: i
         enough = next((fewer for fewer in range(steps, 0, -1) if smallest_share(len(rows), fewer, world_size) > 1), 0)
         remedy = f"use {-(-len(rows) // enough)}" if enough else "use fewer workers, or more images"
         raise ConfigError("training.global_batch_size", batch, reason, remedy)
-
-
-def check_weights(config: RunConfig, network: ImageClassifier, weights: Mapping[str, Tensor]) -> None:
-    """Raise ConfigError for initial weights of another network: other names or shapes."""
-    shapes = {name: value.shape for name, value in network.state_dict().items()}
-    if {name: value.shape for name, value in weights.items()} != shapes:
-        reason = f"are not of a {config.model.name} with {network.classifier.out_features} classes"
-        remedy = "set model.name to their network, or start from others"
-        raise ConfigError("model.weights", config.model.weights, reason, remedy)
 
 
 def smallest_share(images: int, steps: int, world_size: int) -> int:
@@ -126,7 +118,8 @@ def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor) -> bool
     plain = config.model_copy(update={"attack": attack, "speed": speed})
     images, labels = dataset.train.fetch(rows[:2]).float() / 255, dataset.train.labels[rows[:2]]
     one, few = Batch(images[:1], labels[:1]), Batch(images, labels)
-    step = TrainingStep(network.train(), plain, WorkerContext())
+    set_train_mode(network, config)
+    step = TrainingStep(network, plain, WorkerContext())
     try:
         next(step.updates(StepBatch(one, one, few, global_size=1), config.seed))
     except ValueError as error:

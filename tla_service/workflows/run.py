@@ -37,7 +37,8 @@ from tla_service.tracking.runs import finish_run, log_files, open_run, run_page,
 from tla_service.training.adversary import training_attack
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.output import FitResult, show_summary, summarize, write_config, write_summary
-from tla_service.training.precheck import check_room, check_weights, checkpoint_bytes, kept_need, split_and_check
+from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need, split_and_check
+from tla_service.training.pretrained import find_pretrained
 from tla_service.training.reporting import KEPT, LOG, JsonLines, JsonTerminal, Terminal
 
 PANEL_IMAGES = 4
@@ -51,7 +52,8 @@ class Facts:
     """What the checks before a run found out."""
 
     dataset: Dataset
-    weights: Mapping[str, Tensor] | None  # to start from
+    weights: Mapping[str, Tensor]  # to start from, without a head that is to be drawn; empty if there are none
+    notes: tuple[str, ...]  # on what is used of them
     checkpoint_bytes: int  # estimated
     described: dict[str, str]  # the data set, for MLflow
 
@@ -66,17 +68,15 @@ def check_before_start(config: RunConfig) -> Facts:
     network = Architecture.of(config.model).build(len(dataset.class_names), dataset.image_shape)
     seen_by_triplets(network, config.loss.triplet_layer)
     check_packaging(config, dataset.class_names, len(dataset.test), network.embedding_size)
-    weights = None
-    if config.model.weights is not None:
-        weights = load_model(config.model.weights, tracking=tracking_uri(config.tracking)).state_dict()
-        check_weights(config, network, weights)
+    uri = tracking_uri(config.tracking)
+    found = find_pretrained(config, network, lambda address: load_model(address, tracking=uri).state_dict())
     described = {
         "data_fingerprint": dataset.fingerprint,
         "classes": str(len(dataset.class_names)),
         "training_images": str(len(dataset.train)),
         "test_images": str(len(dataset.test)),
     }
-    return Facts(dataset, weights, checkpoint_bytes(config, network), described)
+    return Facts(dataset, found.state_dict, found.notes, checkpoint_bytes(config, network), described)
 
 
 def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, runs: int = 1) -> None:
@@ -165,6 +165,8 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
             lease = stack.enter_context(held(RunFolder(storage, config.run_name), terminal.say))
         check_disks(config, output, run_key, facts.checkpoint_bytes)
         terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
+        for note in facts.notes:
+            terminal.say(note)
         join()
         placement = place(config)
         check_split(config, facts.dataset, placement.num_workers)
