@@ -58,7 +58,7 @@ def test_pretrained_weights_that_do_not_fit(run: Any, tmp_path: Path) -> None:
         (3, tmp_path / "nowhere", "there is no such file or folder; give a file"),
         (2, "models:/digits/1", "an address of MLflow, which is not used here; give a file"),
         (2, "torchvision", "torchvision has no weights of digits_cnn; use a network of torchvision"),
-        (2, folder, "digits_cnn has no BatchNorm", "--model.head", "new", "--training.freeze_batchnorm", "true"),
+        (2, folder, "digits_cnn has no BatchNorm", "--model.head", "new", "--training.freeze_batchnorm"),
     ):
         found, error = run("--model.pretrained", str(source), *others)
         assert (found, error.count("\n")) == (code, 1), error
