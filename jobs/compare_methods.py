@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--output")
     given, others = parser.parse_known_args()
     if given.preset == "digits" and not others:
-        command = ["reproduce_paper.py", "--table", "digits", "--seeds", str(given.seeds), "--no-pools"]
+        command = ["reproduce_paper.py", "--table", "digits", "--seeds", str(given.seeds)]
         flags = {"--side_by_side": given.side_by_side, "--state": given.runs, "--output": given.output}
         command += [str(each) for flag, value in flags.items() if value is not None for each in (flag, value)]
         command += ["--methods", *given.methods] if given.methods != METHODS else []

@@ -23,7 +23,7 @@ from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
 from tla_service.errors import ConfigError, UnavailableError
 
-RECORD = "checkpoint_manager_snapshot.json"
+RECORD = "latest.json"
 
 
 def make_folder(tmp_path: Path, record: str | None, *checkpoints: str) -> RunFolder:
@@ -35,9 +35,8 @@ def make_folder(tmp_path: Path, record: str | None, *checkpoints: str) -> RunFol
     return RunFolder(str(tmp_path), "run")
 
 
-def record_of(latest: str | None) -> str:
-    found = None if latest is None else {"checkpoint_dir_name": latest, "metrics": {}}
-    return json.dumps({"ray_version": "2.60.0", "checkpoint_results": [], "latest_checkpoint_result": found})
+def record_of(latest: str) -> str:
+    return json.dumps({"checkpoint": latest})
 
 
 def test_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
@@ -47,9 +46,8 @@ def test_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
     assert found == [str(tmp_path / "run" / f"step-{step:09d}") for step in (16, 8, 4)]
 
 
-@pytest.mark.parametrize("latest", ["step-000000008", None])
-def test_a_good_record_goes_without_a_word(tmp_path: Path, latest: str | None) -> None:
-    folder = make_folder(tmp_path, record_of(latest), "step-000000004", "step-000000008")
+def test_a_good_record_goes_without_a_word(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, record_of("step-000000008"), "step-000000004", "step-000000008")
     assert folder.forget_record() == ""
     assert not (tmp_path / "run" / RECORD).exists()
     assert folder.forget_record() == ""
@@ -57,7 +55,7 @@ def test_a_good_record_goes_without_a_word(tmp_path: Path, latest: str | None) -
 
 WRONG = {
     "names what is gone": (record_of("step-000000016"), "checkpoint {run}/step-000000016 is missing"),
-    "cut short": (record_of("step-000000008")[:70], "the record of checkpoints, {run}/{record}, is damaged"),
+    "cut short": (record_of("step-000000008")[:20], "the record of checkpoints, {run}/{record}, is damaged"),
     "empty": ("", "the record of checkpoints, {run}/{record}, is damaged"),
     "something else": ("[1, 2]", "the record of checkpoints, {run}/{record}, is damaged"),
     "of another version": ('{"results": []}', "the record of checkpoints, {run}/{record}, is damaged"),
@@ -70,20 +68,6 @@ def test_what_is_wrong_with_a_record_is_said(tmp_path: Path, record: str, wrong:
     folder = make_folder(tmp_path, record, "step-000000004", "step-000000008")
     assert folder.forget_record() == f"{wrong}; falling back to {tmp_path}/run/step-000000008"
     assert not (tmp_path / "run" / RECORD).exists()
-
-
-def test_the_runs_own_record_comes_before_rays(tmp_path: Path) -> None:
-    """Both are there when a run was begun by an earlier version."""
-    folder = make_folder(tmp_path, "{", "step-000000004")
-    for content, wrong in (
-        ('{"checkpoint": "step-000000004"}', ""),
-        ('{"checkpoint": "step-000000008"}', f"checkpoint {tmp_path}/run/step-000000008 is missing"),
-        ('{"check', f"the record of checkpoints, {tmp_path}/run/latest.json, is damaged"),
-        ("[]", f"the record of checkpoints, {tmp_path}/run/latest.json, is damaged"),
-    ):
-        (tmp_path / "run" / "latest.json").write_text(content)
-        assert folder.forget_record() == (f"{wrong}; falling back to {tmp_path}/run/step-000000004" if wrong else "")
-        assert not (tmp_path / "run" / "latest.json").exists()
 
 
 @pytest.mark.parametrize(("record", "wrong"), WRONG.values(), ids=WRONG.keys())

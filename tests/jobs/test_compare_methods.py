@@ -22,7 +22,7 @@ def test_digits_are_a_table(run_in_process: Run) -> None:
     flags = ("--preset", "digits", "--seeds", "2", "--methods", "at", "tla", "--output", "x.md", "--side-by-side", "1")
     script, *arguments = new_command(*run_in_process(*flags))
     settings = read_settings(ReproduceSettings, spread_lists(arguments, ("methods",)))
-    assert (script, settings.table, settings.seeds, settings.pools) == ("reproduce_paper.py", "digits", 2, False)
+    assert (script, settings.table, settings.seeds) == ("reproduce_paper.py", "digits", 2)
     assert (settings.methods, str(settings.output), settings.side_by_side) == (("at", "tla"), "x.md", 1)
 
 

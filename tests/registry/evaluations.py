@@ -14,7 +14,7 @@ from tla_service.attacks import UNBROKEN
 from tla_service.data.splits import gate_images
 from tla_service.evaluation.results import class_accuracy
 from tla_service.evaluation.shards import AutoAttackRun, ShardOutcome, save_outcome
-from tla_service.report.schema import Report, ThreatModel, artifact_folder, evaluations_folder, write_report
+from tla_service.report.schema import Report, ThreatModel, artifact_folder, write_report
 from tla_service.tracking.runs import log_files
 
 IMAGES = 400
@@ -66,6 +66,7 @@ def report_on(sha256: str, outcome: ShardOutcome, threat: ThreatModel = TRAINED_
         },
         "autoattack": {
             "stages": STANDARD, "left_out": {}, "broken_by": {}, "strongest": "pgd", "gap": gap, "weak": False,
+            "version": "standard",
         },
         "audit": {"trusted": True, "images": 100, "checks": []},
         "detection": detection,
@@ -74,12 +75,10 @@ def report_on(sha256: str, outcome: ShardOutcome, threat: ThreatModel = TRAINED_
         "seconds": 1.0,
         "hardware": "here",
     }  # fmt: skip
-    if outcome.gate is None:
-        facts["accuracy"] = accuracies(outcome)
-    else:
-        facts["accuracy"] = accuracies(outcome.only(~outcome.gate))
-        own = accuracies(outcome.only(outcome.gate))
-        facts["gate"] = {"images": int(outcome.gate.sum()), "accuracy": own, "detection": detection}
+    assert outcome.gate is not None
+    facts["accuracy"] = accuracies(outcome.only(~outcome.gate))
+    own = accuracies(outcome.only(outcome.gate))
+    facts["gate"] = {"images": int(outcome.gate.sum()), "accuracy": own, "detection": detection}
     return Report.model_validate(facts | changes)
 
 
@@ -99,7 +98,7 @@ def evaluate(
     Args:
         packaged: Where.
         version: Its number.
-        outcome: Results of the images; without marks of the gate it is logged as versions before did.
+        outcome: Results of the images.
         threat: What it was evaluated under.
         run: How AutoAttack was run; None: as the threat model says.
         log_as: Weights that it claims to be of.
@@ -108,12 +107,9 @@ def evaluate(
     """
     found = MlflowClient(packaged.uri).get_model_version("tla-digits", version)
     sha256 = found.tags["weights_sha256"]
-    is_earlier = outcome.gate is None
-    if not is_earlier:
-        run = run or AutoAttackRun("standard", threat.norm, threat.epsilon, STANDARD)
-        outcome = replace(outcome, autoattack=run)
-    weights = log_as or sha256
-    home = folder or (evaluations_folder(weights) if is_earlier else artifact_folder(weights, threat))
+    run = run or AutoAttackRun("standard", threat.norm, threat.epsilon, STANDARD)
+    outcome = replace(outcome, autoattack=run)
+    home = folder or artifact_folder(log_as or sha256, threat)
     with tempfile.TemporaryDirectory() as scratch:
         files = Path(scratch)
         write_report(report_on(sha256, outcome, threat, **changes), files / "report.json")

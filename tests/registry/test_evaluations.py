@@ -10,7 +10,7 @@ from tla_service.registry.evaluations import evaluation_card, log_evaluation
 from tla_service.report import schema as rp
 from tla_service.report.schema import artifact_folder
 from tla_service.tracking.connection import client
-from tla_service.tracking.runs import log_files, open_run
+from tla_service.tracking.runs import open_run
 
 TRAINED_FOR = rp.ThreatModel(norm="linf", epsilon=0.1)
 TINY = rp.ThreatModel(norm="l2", epsilon=1e-6)
@@ -39,12 +39,19 @@ def report(run_id: str, sha256: str, threat: rp.ThreatModel = TRAINED_FOR, bette
         accuracy=accuracy,
         attacks={"pgd20": pgd},
         autoattack=rp.AutoAttackFacts(
-            stages=("square",), left_out={}, broken_by={"square": 1}, strongest="pgd20", gap=gap, weak=False
+            stages=("square",),
+            left_out={},
+            broken_by={"square": 1},
+            strongest="pgd20",
+            gap=gap,
+            weak=False,
+            version="standard",
         ),
         seed=0,
         settings="d",
         seconds=1,
         hardware="this",
+        gate=rp.GateFacts(images=4, accuracy=accuracy),
     )
 
 
@@ -130,14 +137,3 @@ def test_the_card_of_many_evaluations_fits(tmp_path: Path) -> None:
     assert 4500 < len(card) <= 5000
     shown = card.count("| l2 ")
     assert f"{59 - shown} more" in card
-
-
-def test_the_card_finds_evaluations_of_earlier_versions(uri: str, tmp_path: Path) -> None:
-    """They lie in the folder above, without trained_for and images of the gate."""
-    run_id = open_run(RunConfig(tracking=TrackingConfig(uri=uri)), "key", facts={})
-    earlier = report(run_id, "a" * 64, TINY)
-    rp.write_report(earlier, tmp_path / "report.json")
-    log_files(uri, run_id, {"evaluation/aaaaaaaaaaaa/report.json": tmp_path / "report.json"})
-    logged(uri, tmp_path, report(run_id, "a" * 64))
-    description = client(uri).get_model_version("tla-digits", "1").description
-    assert "| l2 1e-06 | 90.0 | 60.0 | 50.0 | not run | `evaluation/aaaaaaaaaaaa` |" in description

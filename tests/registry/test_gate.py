@@ -148,20 +148,6 @@ def test_a_weaker_protocol_is_refused(changes: dict[str, Any], rule: str, words:
     assert found[rule].remedy == "run jobs/evaluate_tla.py AGAIN"
 
 
-def test_an_audit_at_another_radius_is_refused() -> None:
-    """Versions that did not set images aside let the audit rest on any PGD attack of the table."""
-    attacks = {
-        "strong": PGD | {"norm": "linf", "epsilon": 0.15, "num_steps": 5},
-        "weak": PGD | {"norm": "linf", "epsilon": 0.001, "num_steps": 50},
-    }
-    earlier = evaluated(replace(GOOD, gate=None), attacks=attacks)
-    marked = replace(earlier, outcomes={name: replace(part, gate=GOOD.gate) for name, part in earlier.outcomes.items()})
-    found = refusals(judge(marked, RULES))
-    assert set(found) == {"audit"}
-    assert "attacked with linf 0.001, not with linf 0.15" in found["audit"].explanation
-    assert not refusals(judge(evaluated(GOOD, attacks=attacks), RULES))
-
-
 def test_detection_on_few_images_is_refused() -> None:
     gate = report_on("0" * 64, GOOD).model_dump()["gate"]
     gate["detection"] |= {"num_correct": 30, "num_wrong": 10}
@@ -245,40 +231,6 @@ def test_too_few_images_of_many_are_mended_by_a_command() -> None:
     gate = report_on("0" * 64, outcome).model_dump()["gate"] | {"images": 1000}
     found = refusals(judge(evaluated(outcome, data=data, gate=gate), RULES))
     assert found["images"].remedy.endswith("AGAIN --images.attacks 500 --images.autoattack 500")
-
-
-def without_marks(outcome: ShardOutcome) -> ShardOutcome:
-    return replace(outcome, gate=None)
-
-
-def test_evaluations_of_earlier_versions_are_read(packaged: Packaged) -> None:
-    """They are in the folder above, of one threat model; which images are the gate's follows from the labels."""
-    evaluate(packaged, "1", without_marks(with_right(gate=True, rest=False)))
-    decision = attempt(packaged, "1", RULES)
-    assert decision.verdict == "promoted"
-    assert "100 of 400 test images are gate images; evaluated before" in decision.findings[1].explanation
-    second = register_another(packaged)
-    evaluate(packaged, second, with_right(gate=True, rest=True))
-    assert attempt(packaged, second).verdict == "promoted"
-    third = register_another(packaged, 3.0)
-    evaluate(packaged, third, without_marks(with_right(gate=False, rest=True)))
-    assert failed(attempt(packaged, third))["clean accuracy"].startswith("0.0%")
-
-
-def test_an_earlier_evaluation_is_of_its_own_threat_model(packaged: Packaged) -> None:
-    evaluate(packaged, "1", without_marks(PERFECT), threat=TINY)
-    assert "was evaluated under l2 1e-06 only" in failed(attempt(packaged, "1"))["version evaluated"]
-    evaluate(packaged, "1", without_marks(PERFECT))
-    evaluate(packaged, "1", POOR)  # and makes way for a later one of the same
-    assert set(failed(attempt(packaged, "1"))) == {"AutoAttack accuracy"}
-
-
-def test_an_earlier_evaluation_of_some_images_cannot_be_divided(packaged: Packaged) -> None:
-    whole = {"name": "digits", "images": 900, "fingerprint": "f00d", "class_names": []}
-    evaluate(packaged, "1", without_marks(GOOD), data=whole)
-    found = failed(attempt(packaged, "1"))["version evaluated"]
-    assert "on 400 of 900 test images" in found
-    assert "run jobs/evaluate_tla.py --model models:/tla-digits/1 --output reports/" in found
 
 
 def test_a_damaged_evaluation_is_made_again(packaged: Packaged) -> None:

@@ -40,18 +40,20 @@ def finished() -> Callable[..., None]:
         autoattack = {"stages": ["apgd-ce"], "left_out": {}, "broken_by": {}, "strongest": "pgd100", "gap": gap}
         report = Report.model_validate(
             {
-                "model": {"uri": "x", "weights_sha256": "0" * 64, "architecture": "mnist_cnn", "method": "tla"},
+                "model": {"uri": "x", "weights_sha256": "0" * 64, "architecture": "mnist_cnn", "method": "tla",
+                          "trained_for": threat},
                 "data": {"name": "mnist", "images": IMAGES, "fingerprint": "f00d", "class_names": []},
                 "threat_model": threat,
                 "accuracy": {name: share(value) for name, value in accuracy.items()},
                 "attacks": {"pgd100": attack},
-                "autoattack": {**autoattack, "weak": False, "warnings": list(warnings)},
+                "autoattack": {**autoattack, "version": "standard", "weak": False, "warnings": list(warnings)},
                 "detection": {"auc": auc, "low": 0.7, "high": 0.9, "epsilon": 0.3, "num_correct": 1, "num_wrong": 1,
                               "baselines": {}, "settings": {}},
                 "neighbours": {"k": 5, "bank": 9, "clean": share(clean), "attacked": share(robust)},
                 "shift": [{"epsilon": 0.3, "r": 1.25, "r_prime": 1.5, "left_out_of_r": 0, "left_out_of_r_prime": 0}],
                 "code": {"version": "1", "commit": "0123abcd"},
                 "seed": 0, "settings": "abc", "seconds": 1.0, "hardware": "a processor, 2 cores",
+                "gate": {"images": 250, "accuracy": {name: share(value) for name, value in accuracy.items()}},
             }
         )  # fmt: skip
         write_report(report, folder / REPORT_FILE)

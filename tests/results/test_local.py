@@ -19,16 +19,16 @@ from tla_service.results.local import _Local, in_order, open_state, reproduce_he
 from tla_service.results.runs import TableRun, table_runs, table_space
 
 ROOT = Path(__file__).parents[2]
-FLAGS = "--table digits --budget 1 --seeds 1 --methods at tla --no-pools --side_by_side 1 --no-log"
+FLAGS = "--table digits --budget 1 --seeds 1 --methods at tla --side_by_side 1 --no-log"
 CODE = WITHOUT + f"import runpy; runpy.run_path({str(ROOT / 'jobs' / 'reproduce_paper.py')!r}, run_name='__main__')"
 
 
 def test_a_run_is_measured_once_it_and_its_surrogate_are_trained() -> None:
     runs = [TableRun(f"{m}-s{s}", m, s, surrogate=f"{m}-s{1 - s}") for s in range(2) for m in ("at", "tla")]
-    pool = TableRun("tla-pool1-s0", "tla", 0, 1)
-    assert [f"{stage} {run.name}" for stage, run in in_order([*runs, pool])] == [
+    alone = TableRun("tla-alone", "tla", 0)
+    assert [f"{stage} {run.name}" for stage, run in in_order([*runs, alone])] == [
         "train at-s0", "train tla-s0", "train at-s1", "measure at-s0", "measure at-s1",
-        "train tla-s1", "measure tla-s0", "measure tla-s1", "train tla-pool1-s0", "measure tla-pool1-s0",
+        "train tla-s1", "measure tla-s0", "measure tla-s1", "train tla-alone", "measure tla-alone",
     ]  # fmt: skip
     # The surrogate has been measured before.
     assert [stage for stage, _ in in_order(runs[:1])] == ["train", "measure"]
@@ -62,7 +62,7 @@ def test_missing_data_is_reported_before_anything_runs(tmp_path: Path, monkeypat
 
 
 def test_processes_end_well_fail_with_their_last_line_or_are_stopped(tmp_path: Path) -> None:
-    settings = settings_of("--table", "digits", "--seeds", "1", "--methods", "at", "--no-pools")
+    settings = settings_of("--table", "digits", "--seeds", "1", "--methods", "at")
     (run,) = runs = table_runs(settings)
     (tmp_path / run.name).mkdir()
     said: list[str] = []

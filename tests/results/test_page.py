@@ -19,7 +19,7 @@ def page_of(tmp_path: Path, *flags: str) -> str:
 
 def test_without_runs_every_cell_is_empty_and_the_command_is_there(tmp_path: Path) -> None:
     page = page_of(tmp_path)
-    assert "33 runs: `natural-s0`" in page  # 6 methods and 5 pool sizes, 3 seeds each
+    assert "18 runs: `natural-s0`" in page  # 6 methods, 3 seeds each
     assert "python jobs/reproduce_paper.py --table mnist --seeds 3 --data.root /data/mnist" in page
     assert "an estimate, not a measurement" in page
     assert "96.79" not in page
@@ -67,19 +67,6 @@ def test_the_reading_follows_the_intervals(tmp_path: Path, finished: Finished) -
     assert "pgd100 +9.9 [+9.7, +10.1] **better**" in lines["AT"]
     assert "3 shared seeds" in lines["AT"]
     assert lines["ALP"].count("not separated") >= 3
-
-
-def test_the_batch_as_pool_is_compared_with_a_pool_of_its_own(tmp_path: Path, finished: Finished) -> None:
-    for seed in range(3):
-        finished(tmp_path / "state", f"tla-s{seed}", 0.90, 0.70 + 0.01 * seed)
-        finished(tmp_path / "state", f"tla-pool250-s{seed}", 0.90, 0.68 + 0.011 * seed)
-        finished(tmp_path / "state", f"tla-pool2000-s{seed}", 0.90, 0.10)
-    page = page_of(tmp_path, "--budget", "30")
-    assert "| 250 | 3 |" in page
-    assert "minus TLA with a separate pool of 250, in points (3 shared seeds)" in page
-    assert "pgd100 +1.9 [+1.7, +2.1] **better**" in page
-    # The paper's settings have a pool of their own, so there is nothing to compare.
-    assert "separate pool of" not in page_of(tmp_path)
 
 
 def test_warnings_of_autoattack_are_on_the_page(tmp_path: Path, finished: Finished) -> None:

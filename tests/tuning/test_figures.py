@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from tests.tuning.conftest import run_config, space_of, trial_of
 from tla_service.config.loading import preset_names, read_settings
-from tla_service.tuning.figures import PAPER, _draw, _ours, draw_all
+from tla_service.evaluation.paper import paper_figures
+from tla_service.tuning.figures import _draw, _ours, draw_all
 from tla_service.tuning.settings import TuneSettings
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Trial
@@ -62,10 +63,10 @@ def test_plots_leave_the_style_of_others_alone(tmp_path: Path) -> None:
 def test_each_study_covers_the_papers_values_and_ends_in_its_picture(study: str, tmp_path: Path) -> None:
     settings = read_settings(TuneSettings, ["--study", study, "--data.root", "/data"])
     space = Space(settings.run_config, settings.sweep)
-    paper = PAPER[settings.sweep.picture]
+    paper = paper_figures()["studies"][settings.sweep.picture]["accuracies"]
     labels = [f"{choice:g}" if isinstance(choice, float) else str(choice) for choice in space.axes[0].choices]
-    assert all(labels == list(line) for line in paper.accuracies.values())
-    assert len(settings.run_config.evaluation.test) >= len(paper.accuracies)
+    assert all(labels == list(line) for line in paper.values())
+    assert len(settings.run_config.evaluation.test) >= len(paper)
     trials = []
     for number, point in enumerate(space.grid()):
         trial = trial_of(number, [0.7], point=point, status="finished")

@@ -13,9 +13,7 @@ import pytest
 from tests.cluster.conftest import ROOT
 from tla_service.cluster.attempts import read_trials
 
-FLAGS = (
-    "--table digits --budget 2 --seeds 1 --methods at tla --no-pools --scaling.address local --side_by_side 1 --no-log"
-)
+FLAGS = "--table digits --budget 2 --seeds 1 --methods at tla --scaling.address local --side_by_side 1 --no-log"
 
 
 def table(folder: Path, *more: str) -> "subprocess.Popen[str]":

@@ -26,7 +26,7 @@ def runs_of(settings: ReproduceSettings) -> tuple[Space, list[TableRun]]:
 
 @pytest.fixture
 def settings(tmp_path: Path, local_uri: str) -> ReproduceSettings:
-    flags = ["--table", "digits", "--budget", "30", "--seeds", "2", "--methods", "at", "--methods", "tla", "--no-pools"]
+    flags = ["--table", "digits", "--budget", "30", "--seeds", "2", "--methods", "at", "--methods", "tla"]
     flags += ["--state", str(tmp_path / "state"), "--output", str(tmp_path / "page.md")]
     return settings_of(*flags, "--tracking.uri", local_uri)
 

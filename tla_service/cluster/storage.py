@@ -14,7 +14,7 @@ from typing import ClassVar, TypeVar
 from pyarrow import ArrowInvalid
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 from ray.train import Checkpoint
-from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import same_run
@@ -164,30 +164,24 @@ class RunFolder(Folder):
                     self.filesystem.delete_dir(f"{self.path}/{name}")
 
     def forget_record(self) -> str:
-        """Delete the record of the newest checkpoint, ours or that of Ray Train, which kept it in earlier versions.
+        """Delete the record of the newest checkpoint; returns what was wrong with it, or "".
 
-        Returns what was wrong with it, or ""; raises UnavailableError if there is a record, but no checkpoint.
+        Raises UnavailableError if there is a record, but no checkpoint.
         """
-        for name in (_LATEST, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME):
-            if (text := self.read(name)) is not None:
-                break
-        else:
+        text = self.read(_LATEST)
+        if text is None:
             return ""
         there, wrong = [checkpoint.path for checkpoint in self.checkpoints()], ""
         try:
-            record = json.loads(text)
-            if name == _LATEST:
-                latest = record["checkpoint"]
-            else:
-                latest = (record["latest_checkpoint_result"] or {}).get("checkpoint_dir_name")
-            if latest is not None and f"{self.path}/{latest}" not in there:
-                wrong = f"checkpoint {self.path}/{latest} is missing"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            wrong = f"the record of checkpoints, {self.path}/{name}, is damaged"
+            latest = f"{self.path}/{json.loads(text)['checkpoint']}"
+            if latest not in there:
+                wrong = f"checkpoint {latest} is missing"
+        except (ValueError, KeyError, TypeError):
+            wrong = f"the record of checkpoints, {self.path}/{_LATEST}, is damaged"
         if wrong and not there:
             remedy = f"restore its files, or delete {self.path} to start over"
             raise UnavailableError("scaling.storage", self.uri, f"{wrong}, and no other is left", remedy)
-        self.delete(name)
+        self.delete(_LATEST)
         return f"{wrong}; falling back to {there[0]}" if wrong else ""
 
 

@@ -109,8 +109,8 @@ class ShardOutcome:
 
     `broken_at` is by attack, ``clean`` among them, (N,): 0 where the image is misclassified without an attack, r where
     the r-th restart (or the r-th of AutoAttack's ``ALL_STAGES``) broke it, `UNBROKEN` where none did. `left_out` has
-    AutoAttack's stages that could not run on this network, and why; `warnings` its distinct warnings about it. Earlier
-    versions did not record `autoattack`, and `gate`, the images set aside for the promotion gate (N,).
+    AutoAttack's stages that could not run on this network, and why; `warnings` its distinct warnings about it. `gate`
+    marks the images set aside for the promotion gate (N,), `autoattack` is there if it was run.
     """
 
     indices: IntArray
@@ -169,8 +169,7 @@ def outcome_from(arrays: Arrays) -> ShardOutcome:
         run = json.loads(str(arrays["autoattack"]))
         autoattack = AutoAttackRun(**run | {"stages": tuple(run["stages"])})
     left_out = json.loads(str(arrays["left_out"]))
-    # Outcomes of earlier versions have no warnings.
-    warnings = tuple(json.loads(str(arrays["warnings"]))) if "warnings" in arrays else ()
+    warnings = tuple(json.loads(str(arrays["warnings"])))
     return ShardOutcome(
         arrays["indices"], arrays["labels"], broken_at, left_out, autoattack, arrays.get("gate"), warnings
     )

@@ -82,16 +82,9 @@ def evaluation_card(report: Report, others: Mapping[str, Report]) -> str:
 
 
 def stored_evaluations(made: MlflowClient, run_id: str, weights_sha256: str) -> dict[str, str]:
-    """The folder of each evaluation of these weights in the run that trained them, by the slug of its threat model.
-
-    Earlier versions kept one evaluation, in the folder above: it is listed under its own threat model, unless that was
-    evaluated again since.
-    """
+    """The folder of each evaluation of these weights in the run that trained them, by the slug of its threat model."""
     home = evaluations_folder(weights_sha256)
-    names = _names(made, run_id, home)
-    found = {name: f"{home}/{name}" for name in sorted(names) if name.startswith(_NORMS)}
-    earlier = _report(made, run_id, home) if REPORT_FILE in names else None
-    return found if earlier is None else {earlier.threat_model.slug: home} | found
+    return {name: f"{home}/{name}" for name in sorted(_names(made, run_id, home)) if name.startswith(_NORMS)}
 
 
 def fetch(made: MlflowClient, run_id: str, folder: str, target: Path, wanted: Sequence[str]) -> None:

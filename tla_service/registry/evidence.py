@@ -3,24 +3,21 @@
 import functools
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from tla_service.attacks.autoattack import autoattack_stages
-from tla_service.data.splits import gate_images
 from tla_service.errors import UnavailableError, UserError, one_line
-from tla_service.evaluation.shards import AutoAttackRun, ShardOutcome, load_outcome
+from tla_service.evaluation.shards import ShardOutcome, load_outcome
 from tla_service.registry.evaluations import fetch, stored_evaluations
 from tla_service.registry.gate import Evaluated, Finding
 from tla_service.registry.loading import PACKAGE_DIGEST, open_package
-from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, ThreatModel, read_report
+from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, ThreatModel, read_report
 from tla_service.tracking.connection import retrying
 
 
@@ -91,10 +88,8 @@ def examine_evaluation(
         return Finding(f"{subject} evaluated", False, f"{error.reason}; {error.remedy}", error.remedy), None
     data = evaluated.report.data
     why = "as trained for" if threat.slug == package.trained_for.slug else f"trained for {package.trained_for}"
-    explanation = f"these weights under {threat} ({why}) on {data.name}: {evaluated.gate_images} of {data.images} test "
-    explanation += "images are gate images"
-    if evaluated.report.gate is None:
-        explanation += "; evaluated before gate images were set aside, so its published figures include them"
+    explanation = f"these weights under {threat} ({why}) on {data.name}: "
+    explanation += f"{evaluated.report.gate.images} of {data.images} test images are gate images"
     return Finding(f"{subject} evaluated", True, explanation), evaluated
 
 
@@ -122,7 +117,7 @@ def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Eva
         try:
             fetch(made, run_id, stored[threat.slug], folder, [REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE])
             report = read_report(folder / REPORT_FILE)
-            outcomes = _outcomes(folder, report)
+            outcomes = _outcomes(folder)
         except UserError as error:
             raise bad(f"its evaluation cannot be used ({error.reason})", again) from error
     if report.model.weights_sha256 != sha256:
@@ -134,23 +129,8 @@ def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Eva
     return Evaluated(package.version, report, outcomes, tuple(stages), again)
 
 
-def _outcomes(folder: Path, report: Report) -> dict[str, ShardOutcome]:
-    """Per-image results by attack, with the gate images marked; completes what earlier versions did not store."""
-    paths = [folder / OUTCOME_FILE, folder / AUTOATTACK_FILE]
-    found = [load_outcome(path) for path in paths if path == paths[0] or path.is_file()]
-    if any(outcome.gate is None for outcome in found):
-        whole = found[0]
-        # The gate images follow from the labels of the whole test set.
-        if not np.array_equal(whole.indices, np.arange(report.data.images)):
-            reason = f"made before gate images were set aside, on {len(whole.indices)} of {report.data.images} test "
-            reason += "images, which do not determine the gate images"
-            raise UnavailableError("evaluation", folder.name, reason, "evaluate the model again")
-        gate = gate_images(torch.from_numpy(whole.labels)).numpy()
-        found = [replace(outcome, gate=gate[outcome.indices]) for outcome in found]
-    if report.autoattack is not None:
-        # Versions that did not store how AutoAttack was run, ran it under the report's threat model.
-        threat, facts = report.threat_model, report.autoattack
-        run = AutoAttackRun(facts.version, threat.norm, threat.epsilon, facts.stages)
-        lacking = ["autoattack" in outcome.broken_at and outcome.autoattack is None for outcome in found]
-        found = [replace(each, autoattack=run) if lacks else each for each, lacks in zip(found, lacking, strict=True)]
-    return {name: outcome for outcome in reversed(found) for name in outcome.broken_at}
+def _outcomes(folder: Path) -> dict[str, ShardOutcome]:
+    """Per-image results by attack, with the gate images marked."""
+    strong = folder / AUTOATTACK_FILE
+    found = [load_outcome(strong)] if strong.is_file() else []
+    return {name: outcome for outcome in (*found, load_outcome(folder / OUTCOME_FILE)) for name in outcome.broken_at}

@@ -43,12 +43,6 @@ class Evaluated:
         return {name: part.only(part.gate) for name, part in self.outcomes.items() if part.gate is not None}
 
     @property
-    def gate_images(self) -> int:
-        """Number of gate images in the test set."""
-        facts = self.report.gate
-        return len(self.gate["clean"].labels) if facts is None else facts.images
-
-    @property
     def images(self) -> int:
         """Fewest gate images that a compared attack was run on."""
         return min((len(part.labels) for name, part in self.gate.items() if name in _COMPARED), default=0)
@@ -56,8 +50,6 @@ class Evaluated:
     @property
     def published(self) -> dict[str, ShardOutcome]:
         """Results of the images that the report's figures are based on, by attack."""
-        if self.report.gate is None:
-            return dict(self.outcomes)
         return {name: part.only(~part.gate) for name, part in self.outcomes.items() if part.gate is not None}
 
 
@@ -95,10 +87,8 @@ def _finding(rule: str, problem: str, fine: str, remedy: str) -> Finding:
 
 def _figures(candidate: Evaluated) -> Finding:
     """Whether the report's figures follow from the per-image results: anyone can edit a report."""
-    groups = [(candidate.report.accuracy, candidate.published, "")]
-    if candidate.report.gate is not None:
-        groups.append((candidate.report.gate.accuracy, candidate.gate, " on gate images"))
-    wrong = []
+    report, wrong = candidate.report, []
+    groups = (report.accuracy, candidate.published, ""), (report.gate.accuracy, candidate.gate, " on gate images")
     for accuracy, outcomes, where in groups:
         for attack in _COMPARED:
             stated, outcome = accuracy.get(attack), outcomes.get(attack)
@@ -138,7 +128,7 @@ def _at_least(candidate: Evaluated, attack: str, rule: str, setting: str, rules:
 
 
 def _enough(candidate: Evaluated, rules: GateRules) -> Finding:
-    images, there, data = candidate.images, candidate.gate_images, candidate.report.data
+    images, there, data = candidate.images, candidate.report.gate.images, candidate.report.data
     explanation = f"evaluated on {images} gate images; at least {rules.min_images} required"
     if there < rules.min_images:
         remedy = f"this test set has {there} gate images: lower rules.min_images"
@@ -153,19 +143,13 @@ def _enough(candidate: Evaluated, rules: GateRules) -> Finding:
 
 def _audited(candidate: Evaluated, rules: GateRules) -> Finding:
     """Whether an audit under the report's threat model passed."""
-    report, remedy, threat = candidate.report, candidate.again, candidate.report.threat_model
-    audit = report.audit
+    audit, remedy = candidate.report.audit, candidate.again
     if not rules.audit:
         return _finding("audit", "", "not required", "")
     if audit is None:
         return _finding("audit", "the audit for gradient masking was not run", "", remedy)
-    # Earlier versions based it on the PGD attack with the most steps, whatever its norm and radius.
-    attacks = [attack for attack in report.attacks.values() if attack.kind == "pgd" and not attack.transfer]
-    used = max(attacks, key=lambda attack: attack.num_steps, default=None)
     fewest, problem = min(rules.min_images, ImageCounts().audit), ""
-    if report.gate is None and used is not None and (used.norm, used.epsilon) != (threat.norm, threat.epsilon):
-        problem = f"the audit for gradient masking attacked with {used.norm} {used.epsilon:g}, not with {threat}"
-    elif audit.images < fewest:
+    if audit.images < fewest:
         problem = f"the audit for gradient masking used {audit.images} images; at least {fewest} required"
     elif not audit.trusted:
         problem = f"the audit for gradient masking failed: {audit.summary}"
@@ -174,9 +158,8 @@ def _audited(candidate: Evaluated, rules: GateRules) -> Finding:
 
 
 def _detects(candidate: Evaluated, rules: GateRules) -> Finding:
-    """Detection on gate images; reports of earlier versions have it on all images only."""
-    report, required = candidate.report, f"at least {rules.min_detection_auc:g} required"
-    measured = report.detection if report.gate is None else report.gate.detection
+    """Detection on gate images."""
+    measured, required = candidate.report.gate.detection, f"at least {rules.min_detection_auc:g} required"
     # Users of the version get the detector that it ships with.
     score = None if measured is None else measured.shipped or measured
     if measured is None or score is None or score.auc is None:

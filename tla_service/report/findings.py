@@ -146,16 +146,12 @@ def autoattack_facts(found: Findings, plan: Plan) -> AutoAttackFacts | None:
     gap = rs.paired_difference(standing[strongest], strong.standing("autoattack")[shared])
     broken = {stage: int((strong.broken_at["autoattack"] == 1 + place).sum()) for place, stage in enumerate(ALL_STAGES)}
     run = strong.autoattack
-    if run is None:  # shards of an earlier version, which ran this one only
-        standard = {"apgd-ce", "apgd-t", "fab-t", "square"} - set(strong.left_out)
-        stages = tuple(stage for stage in ALL_STAGES if broken[stage] or stage in standard)
-    else:
-        stages = run.stages
+    assert run is not None
     return AutoAttackFacts(
-        version="standard" if run is None else run.version,
-        stages=stages,
+        version=run.version,
+        stages=run.stages,
         left_out=strong.left_out,
-        broken_by={stage: broken[stage] for stage in stages},
+        broken_by={stage: broken[stage] for stage in run.stages},
         strongest=strongest,
         gap=gap,
         weak=gap.low > 0 and gap.difference > WEAK_GAP,

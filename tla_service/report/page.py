@@ -128,8 +128,6 @@ def describe(report: Report, name: str) -> str:
 
 def split_sentence(report: Report) -> str:
     """Which test images the figures are of, and why not of all."""
-    if report.gate is None:
-        return f"Figures are of all {report.data.images} test images, which the promotion gate decides on, too."
     return (
         f"Figures are of {report.data.images - report.gate.images} of the {report.data.images} test images. The other "
         f"{report.gate.images} are set aside for the promotion gate: one in four of each class, the same for every "
@@ -139,7 +137,7 @@ def split_sentence(report: Report) -> str:
 
 def _whole(report: Report, name: str) -> Share:
     """Accuracy on all test images, those that are set aside for the gate among them: what the paper reports."""
-    parts = [report.accuracy[name], *([report.gate.accuracy[name]] if report.gate is not None else [])]
+    parts = report.accuracy[name], report.gate.accuracy[name]
     right = sum(round(part.estimate * part.images) for part in parts if part.estimate is not None)
     return wilson_interval(right, sum(part.images for part in parts))
 
@@ -147,8 +145,7 @@ def _whole(report: Report, name: str) -> Share:
 def show(report: Report, output: Path, terminal: Terminal) -> None:
     """Print the figures, what casts doubt on them, and where the report is."""
     terminal.say("")
-    if report.gate is not None:
-        terminal.say(split_sentence(report))
+    terminal.say(split_sentence(report))
     for name, found in report.accuracy.items():
         terminal.say(
             f"{name:<18} {percent(found.estimate, 2):>7} %   95%: {percent(found.low)} to {percent(found.high)}"

@@ -3,9 +3,9 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tla_service.errors import UnavailableError, one_line
 from tla_service.evaluation import results as rs
@@ -44,7 +44,7 @@ class ThreatModel(Part):
 
 
 class ModelFacts(Part):
-    """Which network was evaluated; `uri` is as asked for, `trained_for` None in reports of earlier versions."""
+    """Which network was evaluated; `uri` is as asked for."""
 
     uri: str
     name: str | None = None
@@ -54,7 +54,7 @@ class ModelFacts(Part):
     architecture: str
     method: str
     seed: int | None = None
-    trained_for: ThreatModel | None = None
+    trained_for: ThreatModel
 
 
 class DataFacts(Part):
@@ -96,7 +96,7 @@ class AutoAttackFacts(Part):
     weak: bool
     warnings: tuple[str, ...] = ()
     outcome: str = AUTOATTACK_FILE
-    version: str = "standard"
+    version: str
 
 
 class Compared(Part):
@@ -119,24 +119,11 @@ class GateFacts(Part):
     detection: rs.Detection | None = None
 
 
-def _with_outcomes(audit: Any) -> Any:
-    """Checks of earlier versions said `passed`, and counted a check without a figure as failed."""
-
-    def converted(check: Any) -> Any:
-        if not (isinstance(check, dict) and "passed" in check):
-            return check
-        outcome = "passed" if check["passed"] else "not run" if check.get("figure") is None else "failed"
-        return {name: value for name, value in check.items() if name != "passed"} | {"outcome": outcome}
-
-    return audit | {"checks": [*map(converted, audit.get("checks", ()))]} if isinstance(audit, dict) else audit
-
-
 class Report(Part):
     """An evaluation of one model. Its figures are of the test images that are not set aside for the promotion gate.
 
     The audit alone is of both: it asks whether the attacks work. `accuracy` is by attack, with ``clean``,
     ``autoattack`` and ``worst``, for images that no attack breaks. Files are beside the report.
-    `gate` is None in reports of earlier versions, whose figures are of all test images.
     """
 
     format: Literal[1] = FORMAT
@@ -149,7 +136,7 @@ class Report(Part):
     autoattack: AutoAttackFacts | None = None
     curves: tuple[rs.Curve, ...] = ()
     sparse: tuple[rs.MinimumNorms, ...] = ()
-    audit: Annotated[rs.Audit | None, BeforeValidator(_with_outcomes)] = None
+    audit: rs.Audit | None = None
     detection: rs.Detection | None = None
     neighbours: rs.Neighbours | None = None
     shift: tuple[rs.Shift, ...] = ()
@@ -160,13 +147,12 @@ class Report(Part):
     settings: str
     seconds: float
     hardware: str
-    gate: GateFacts | None = None
+    gate: GateFacts
 
     @property
     def is_as_trained(self) -> bool:
         """Whether the threat model is the one that the model was trained for."""
-        trained_for = self.model.trained_for
-        return trained_for is not None and trained_for.slug == self.threat_model.slug
+        return self.model.trained_for.slug == self.threat_model.slug
 
 
 def evaluations_folder(weights_sha256: str) -> str:

@@ -1,16 +1,14 @@
 """The page of a table: our results with intervals, the paper's beside them, comparisons, and what is missing."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tla_service.config import RunConfig
 from tla_service.evaluation.paper import differences_from_paper, paper_row
-from tla_service.results.runs import AUTOATTACK, POOL_SIZES, Estimate, Row, read_row, share_of_budget, table_runs
+from tla_service.results.runs import AUTOATTACK, Estimate, Row, read_row, share_of_budget, table_runs
 from tla_service.results.settings import ReproduceSettings
 from tla_service.tuning.space import Space
 
@@ -25,9 +23,7 @@ def write_page(settings: ReproduceSettings, space: Space, state: Path) -> Path:
     rows: dict[str, Row] = {}
     for method in settings.all_methods:
         label = method if method == "natural" else method.upper().replace("_", "-")
-        rows[method] = read_row(label, [r for r in runs if (r.method, r.pool_size) == (method, None)], state)
-    pools = {size: read_row(str(size), [run for run in runs if run.pool_size == size], state) for size in POOL_SIZES}
-    pools = {size: row for size, row in pools.items() if row.runs}
+        rows[method] = read_row(label, [run for run in runs if run.method == method], state)
     finished = [row for row in rows.values() if row.runs]
     title = "the paper's table" if settings.recipe == "paper" else "the modern recipe and its baselines"
     lines = [f"# {settings.table}: {title}", "", *_settings(settings, space.run, finished), ""]
@@ -47,10 +43,8 @@ def write_page(settings: ReproduceSettings, space: Space, state: Path) -> Path:
             lines += ["Detection is the area under the ROC curve, neighbours are accuracies, both in percent. Higher r "
                       "and lower r' are better. Test images set aside for the promotion gate are left out.",
                       ""]  # fmt: skip
-        if pools:
-            lines += _pool_sizes(settings, space.run, rows, pools, ["clean", iterative])
         lines += ["## Comparison", "", *_comparison(rows, ["clean", *strong, "detection", "neighbours attacked"]), ""]
-    lines += _missing(settings, [*finished, *pools.values()])
+    lines += _missing(settings, finished)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n")
     return path
@@ -64,7 +58,6 @@ def command(settings: ReproduceSettings) -> str:
         f"--seeds {settings.seeds}": True,
         f"--recipe {settings.recipe}": settings.recipe != "paper",
         f"--methods {' '.join(settings.methods)}": settings.methods,
-        "--no-pools": not settings.pools,
         f"--data.root /data/{settings.table}": settings.data.root is not None,
     }
     return " ".join(part for part, is_given in parts.items() if is_given)
@@ -99,14 +92,12 @@ def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row
     return lines
 
 
-def _table(
-    settings: ReproduceSettings, rows: Mapping[str, Row] | Mapping[int, Row], names: Sequence[str], head: str = "method"
-) -> list[str]:
-    lines = [f"| {head} | seeds | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    for key, row in rows.items():
+def _table(settings: ReproduceSettings, rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
+    lines = ["| method | seeds | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for method, row in rows.items():
         cells = [_cell(Estimate.over_seeds(row.values(name)), name) for name in names]
         lines.append(f"| {row.label} | {len(row.runs)} | " + " | ".join(cells) + " |")
-        paper = paper_row(settings.table, str(key)) if settings.budget_name == "paper" and "clean" in names else None
+        paper = paper_row(settings.table, method) if settings.budget_name == "paper" and "clean" in names else None
         if paper is not None:
             printed = [f"{paper.accuracy[name]:.2f}" if name in paper.accuracy else "" for name in names]
             lines.append(f"| *{row.label}, paper* | | " + " | ".join(printed) + " |")
@@ -121,23 +112,6 @@ def _cell(estimate: Estimate | None, name: str) -> str:
     if math.isnan(estimate.low):
         return text
     return f"{text} [{scale * estimate.low:.{digits}f}, {scale * estimate.high:.{digits}f}]"
-
-
-def _pool_sizes(
-    settings: ReproduceSettings, config: RunConfig, rows: Mapping[str, Row], pools: Mapping[int, Row], names: list[str]
-) -> list[str]:
-    """The study of pool sizes; if the table's TLA mines in its own batch, also compared with a separate pool."""
-    picture = f"{settings.page_name}-pools.png"
-    _pool_curve(pools, names, settings.page.parent / "pictures" / picture)
-    lines = ["## Pool size", "", f"![Pool sizes](pictures/{picture})", "", *_table(settings, pools, names, "pool"), ""]
-    if config.mining.pool == "batch" and "tla" in rows:
-        batch = config.training.global_batch_size
-        nearest = min(pools, key=lambda size: abs(size - batch))
-        compared = _compared(rows["tla"], pools[nearest], names)
-        lines += [f"The table's TLA mines in its own batch of {batch} images (`mining.pool: batch`), which costs less "
-                  f"than a separate pool. TLA minus TLA with a separate pool of {nearest}, in points {compared}.",
-                  ""]  # fmt: skip
-    return lines
 
 
 def _comparison(rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
@@ -188,42 +162,21 @@ def _missing(settings: ReproduceSettings, finished: Sequence[Row]) -> list[str]:
     return ["## Not run yet", "", f"{runs}: {names}.", "", f"`{command(settings)}` takes {takes}."]
 
 
-@contextlib.contextmanager
-def _picture(path: Path, inches: tuple[float, float]) -> Iterator[Axes]:
-    """Axes of accuracies in percent, written to a file at the end."""
-    drawn = Figure(figsize=inches, layout="constrained")
-    axes = drawn.subplots()
-    yield axes
-    axes.set_ylabel("accuracy, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, dpi=130)
-
-
 def _method_bars(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     """Means over seeds with every seed as a dot, a group of bars for each measure."""
-    width = 0.8 / len(rows)
-    with _picture(path, (8, 3.4)) as axes:
-        for place, row in enumerate(rows):
-            left = [group - 0.4 + (place + 0.5) * width for group in range(len(names))]
-            found = [row.values(name) for name in names]
-            heights = [100 * estimate.value if (estimate := Estimate.over_seeds(values)) else 0.0 for values in found]
-            axes.bar(left, heights, width * 0.92, label=row.label)
-            for x, values in zip(left, found, strict=True):
-                axes.plot([x] * len(values), [100 * value for value in values], "k.", markersize=3)
-        axes.set_xticks(range(len(names)), names)
-        axes.set_ylim(0, 100)
-        axes.legend(ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False, fontsize=8)
-
-
-def _pool_curve(rows: Mapping[int, Row], names: Sequence[str], path: Path) -> None:
-    """Accuracy under some attacks against the size of the pool that negatives are mined from."""
-    with _picture(path, (5, 3.2)) as axes:
-        for name in names:
-            means = {size: Estimate.over_seeds(row.values(name)) for size, row in rows.items()}
-            points = [(size, 100 * mean.value) for size, mean in means.items() if mean]
-            axes.plot(*zip(*points, strict=True), "o-", label=name)
-        axes.set_xscale("symlog", linthresh=200)
-        axes.set_xticks(list(rows), [str(size) for size in rows])
-        axes.set_xlabel("images in the pool")
-        axes.legend(frameon=False)
+    width, drawn = 0.8 / len(rows), Figure(figsize=(8, 3.4), layout="constrained")
+    axes = drawn.subplots()
+    for place, row in enumerate(rows):
+        left = [group - 0.4 + (place + 0.5) * width for group in range(len(names))]
+        found = [row.values(name) for name in names]
+        heights = [100 * estimate.value if (estimate := Estimate.over_seeds(values)) else 0.0 for values in found]
+        axes.bar(left, heights, width * 0.92, label=row.label)
+        for x, values in zip(left, found, strict=True):
+            axes.plot([x] * len(values), [100 * value for value in values], "k.", markersize=3)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=130)

@@ -29,7 +29,6 @@ from tla_service.tuning.settings import Dimension, SweepConfig
 from tla_service.tuning.space import Space
 
 AXIS, REPORT, AUTOATTACK = "run", "report", "autoattack"
-POOL_SIZES = (1, 250, 500, 1000, 2000)
 # The reduced settings at full length: minutes on two cores; smaller budgets scale steps and images down.
 FULL_MINUTES = {"paper": 120.0, "modern": 45.0}
 FULL_STEPS, FULL_IMAGES = 430, 1000
@@ -59,19 +58,16 @@ class TableRun:
     name: str  # also of its folder
     method: str
     seed: int
-    pool_size: int | None = None  # in the study of pool sizes
     surrogate: str | None = None  # run that transfer attacks are crafted on: the same method with the next seed
 
 
 def table_runs(settings: ReproduceSettings) -> list[TableRun]:
-    """All runs, seed by seed, so that an unfinished table has every method; the study of pool sizes last."""
+    """All runs, seed by seed, so that an unfinished table has every method."""
     seeds, runs = range(settings.seeds), list[TableRun]()
     for seed in seeds:
         for method in settings.all_methods:
             other = f"{method}-s{(seed + 1) % len(seeds)}" if len(seeds) > 1 else None
             runs.append(TableRun(f"{method}-s{seed}", method, seed, surrogate=other))
-    if settings.pools and settings.recipe == "paper":
-        runs += [TableRun(f"tla-pool{size}-s{seed}", "tla", seed, size) for seed in seeds for size in POOL_SIZES]
     return runs
 
 
@@ -85,9 +81,8 @@ def table_space(settings: ReproduceSettings, runs: Sequence[TableRun], **sweep: 
     """The grid of some runs of the table, with further settings of the sweep."""
     variants = {}
     for run in runs:
-        pool = {} if run.pool_size is None else {"mining.pool": "separate", "mining.pool_size": run.pool_size}
         modern = _MODERN_FIELDS.get((settings.table, run.method), {}) if settings.recipe == "modern" else {}
-        variants[run.name] = {"method": run.method, "seed": run.seed, **pool, **modern}
+        variants[run.name] = {"method": run.method, "seed": run.seed, **modern}
     grid = SweepConfig(
         name=f"{settings.table}-{settings.budget_name}",
         space={AXIS: Dimension(variants=variants)},
@@ -140,13 +135,11 @@ def write_report_settings(settings: ReproduceSettings, run: TableRun, state: Pat
     if settings.budget is not None:
         count = max(20, round(FULL_IMAGES * share_of_budget(settings)))
         images |= {"attacks": count, "autoattack": count, "representation": count, "bank": 10 * count}
-    if run.pool_size is not None:
-        images |= {"autoattack": 0, "representation": 0}
     fields: dict[str, Any] = {"model": str(checkpoint_of(folder)), "output": str(folder / REPORT), "page": False}
     fields |= {"images": images, "data": {"root": settings.data.root}}
     if run.surrogate is not None:
         fields["surrogate"] = str(checkpoint_of(state / run.surrogate))
-    if settings.budget is not None or run.pool_size is not None:
+    if settings.budget is not None:
         # Twenty restarts of PGD-100 cost as much as all other columns together, AutoAttack included. Without attacks
         # of its own an evaluation takes the paper's, transfer attacks included.
         columns = {name: attack.model_dump() for name, attack in paper_columns(settings.table).attacks.items()}
@@ -240,7 +233,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """The finished runs of a method or a pool size, in the order of their seeds."""
+    """The finished runs of a method, in the order of their seeds."""
 
     label: str
     runs: tuple[Measured, ...]

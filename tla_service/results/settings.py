@@ -48,7 +48,6 @@ class ReproduceSettings(JobSettings):
     methods: tuple[Method, ...] = setting(
         (), "methods; none: the paper's six, or at, trades and tla with the modern recipe"
     )
-    pools: bool = setting(True, "with the paper's recipe, also train tla with pool sizes 1, 250, 500, 1000 and 2000")
     minutes: float | None = setting(None, "stop after this long; the same command resumes", unit="minutes", gt=0)
     side_by_side: int | None = setting(
         None, "runs in parallel; none: one per core, or four on a GPU; on a cluster as many as fit", ge=1, le=256

@@ -5,9 +5,10 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tla_service.evaluation.figures import BLUE, GREEN, ORANGE, new_figure, save
+from tla_service.evaluation.paper import paper_figures
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Trial, study_of
 
@@ -20,42 +21,6 @@ _STYLES: tuple[dict[str, Any], ...] = (
     {"color": BLUE, "linestyle": "--", "marker": "s"},
     {"color": GREEN, "linestyle": "-.", "marker": "^"},
 )
-
-
-class Study(NamedTuple):
-    """The paper's results: where they are from, what varies, and by attack the accuracy by value."""
-
-    source: str
-    along: str
-    accuracies: Mapping[str, Mapping[str, float]]
-
-
-PAPER = {
-    "pool_size": Study(
-        "Mao et al. 2019, poster, read from its bars: CIFAR-10",
-        "images negatives are mined from (1: random negatives)",
-        {
-            "C&W": {"1": 0.4967, "250": 0.5049, "500": 0.5130, "1000": 0.5089, "2000": 0.5057},
-            "PGD": {"1": 0.4995, "250": 0.5073, "500": 0.5046, "1000": 0.5122, "2000": 0.5020},
-            "MIM": {"1": 0.4963, "250": 0.5032, "500": 0.5008, "1000": 0.5074, "2000": 0.4979},
-        },
-    ),
-    "triplet_weight": Study(
-        "Mao et al. 2019, table 8: MNIST",
-        "triplet weight λ₁ (0: adversarial training)",
-        {"PGD-100": {"0": 0.9482, "0.025": 0.9631, "0.5": 0.9696, "1": 0.9657, "2": 0.9672, "4": 0.9626}},
-    ),
-    "margin": Study(
-        "Mao et al. 2019, table 9: MNIST, λ₁ = 2",
-        "margin α",  # noqa: RUF001
-        {"PGD-100": {"0": 0.9660, "0.025": 0.9647, "0.05": 0.9672, "0.1": 0.9636, "0.2": 0.9635}},
-    ),
-    "layer": Study(
-        "Mao et al. 2019, table 10: MNIST, λ₁ = 2",
-        "layer that triplets are made of",
-        {"PGD-100": {"lower": 0.9614, "middle": 0.9648, "embedding": 0.9672, "logits": 0.9634}},
-    ),
-}
 
 
 def draw_all(trials: Sequence[Trial], space: Space, folder: Path) -> list[Path]:
@@ -105,17 +70,17 @@ def _draw_study(trials: Sequence[Trial], space: Space, path: Path) -> bool:
     """
     from matplotlib.ticker import PercentFormatter
 
-    study, axis, run = PAPER[space.sweep.picture], space.axes[0], space.run
+    study, axis, run = paper_figures()["studies"][space.sweep.picture], space.axes[0], space.run
     finished = [trial for trial in trials if trial.status == "finished"]
     if not finished:
         return False
     order = [_label(choice) for choice in axis.choices]
     figure = new_figure(10.4, 4.0)
     both = left, right = figure.subplots(1, 2)
-    theirs = {name: {label: [value] for label, value in line.items()} for name, line in study.accuracies.items()}
+    theirs = {name: {label: [value] for label, value in line.items()} for name, line in study["accuracies"].items()}
     _draw(left, theirs, order)
     _draw(right, _ours(finished, axis.name), order)
-    left.set_title(study.source, fontsize=10)
+    left.set_title(study["source"], fontsize=10)
     seeds = max(sum(trial.point[axis.name] == choice for trial in finished) for choice in axis.choices)
     each = f"{seeds} trials each" if seeds > 1 else "one trial each"
     where = "test" if space.sweep.measure_test else "validation"
@@ -125,7 +90,7 @@ def _draw_study(trials: Sequence[Trial], space: Space, path: Path) -> bool:
         middle = sum(axes.get_ylim()) / 2
         axes.set_ylim(middle - span / 2, middle + span / 2)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=1))
-        axes.set_xlabel(study.along)
+        axes.set_xlabel(study["along"])
         axes.set_ylabel("accuracy under attack [%]")
     save(figure, path)
     return True
