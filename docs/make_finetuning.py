@@ -19,7 +19,6 @@ from tla_service.job import code_version
 SEEDS = (0, 1, 2)
 CLEAN_WEIGHTS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 PICTURE = Path(__file__).parent / "pictures" / "finetuning.png"
-METRICS = ("clean_accuracy", "robust_accuracy")
 
 
 def measure(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -47,10 +46,15 @@ def shown(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
     return f"{scale * statistics.mean(values):.{digits}f} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
+def accuracies(summaries: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Clean accuracy and accuracy under PGD on the test set, by seed."""
+    return [each["clean_accuracy"] for each in summaries], [each["robust_accuracy"]["pgd50x3"] for each in summaries]
+
+
 def row(label: str, summaries: Sequence[dict[str, Any]]) -> str:
     """A line of a table: accuracies on the test set in percent, and seconds of training steps."""
-    accuracies = [shown([summary["test"][metric] for summary in summaries]) for metric in METRICS]
-    return f"| {label} | {' | '.join(accuracies)} | {shown([s['wall_seconds']['train'] for s in summaries], 1)} |"
+    seconds = [each["wall_seconds"]["train"] for each in summaries]
+    return f"| {label} | {' | '.join(map(shown, accuracies(summaries)))} | {shown(seconds, 1)} |"
 
 
 def draw(runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -62,7 +66,7 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> None:
         *((f"weight {weight:g}", BLUE, f"{weight:g}") for weight in CLEAN_WEIGHTS),
         ("scratch 40", ORANGE, "from scratch, 40 epochs"),
     ):
-        clean, robust = ([100 * each["test"][metric] for each in runs[label]] for metric in METRICS)
+        clean, robust = ([100 * value for value in values] for values in accuracies(runs[label]))
         x, y = statistics.mean(clean), statistics.mean(robust)
         errors = {"xerr": statistics.stdev(clean), "yerr": statistics.stdev(robust)}
         axes.errorbar([x], [y], **errors, color=color, marker="o", capsize=3, linewidth=1)
