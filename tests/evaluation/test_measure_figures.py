@@ -11,7 +11,6 @@ from tla_service.evaluation.detection import RocCurve, measure_detection
 from tla_service.evaluation.geometry import Projection, ShiftRatios
 from tla_service.evaluation.measure_figures import (
     accuracy_curves,
-    class_bars,
     class_heat_map,
     class_map,
     pair_map,
@@ -99,19 +98,6 @@ def test_heat_map_of_many_classes_leaves_names_out(tmp_path: Path, drawn: list[F
     class_heat_map({"pgd": by_class([k % 20 for k in range(200)])}, names, tmp_path / "heat.png")
     assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == ["all classes"]
     assert drawn[0].get_size_inches()[1] < 10
-    class_bars(by_class([k % 20 for k in range(200)]), names, tmp_path / "bars.png")
-    assert drawn[1].get_size_inches()[0] <= 16
-
-
-def test_bars_are_the_accuracies_with_their_intervals(tmp_path: Path, drawn: list[Figure]) -> None:
-    class_bars(by_class([10, 2, 15, -1]), ["a long name", "dog", "owl", "ant"], tmp_path / "bars.png")
-    (axes,) = drawn[0].axes
-    assert [patch.get_height() for patch in axes.patches[:4]] == [0.1, 0.5, 0.75, 0.0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["dog", "a long name", "owl", "ant"]
-    segment = axes.collections[0].get_segments()[0]
-    interval = wilson_interval(2, 20)
-    assert segment[:, 1].tolist() == pytest.approx([interval.low, interval.high])
-    assert "all classes: 45.0%" in axes.get_legend_handles_labels()[1]
 
 
 def result(seed: int, num_resamples: int = 20) -> RocCurve:

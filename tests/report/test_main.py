@@ -96,7 +96,7 @@ def test_addresses_that_name_no_checkpoint(run: Run, tmp_path: Path) -> None:
     (folder / "data.json").unlink()
     code, _, message = run("--model", str(folder))
     assert code == 3
-    assert "the checkpoint is not complete: there is no data.json" in message
+    assert "the checkpoint is incomplete: data.json is missing" in message
 
 
 def test_settings_of_the_cluster_are_not_taken(run: Run, tmp_path: Path) -> None:

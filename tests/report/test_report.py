@@ -438,7 +438,7 @@ def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
     figures.maps(settings(), "digits")
     natural = found().embedded["natural"]
     figures.queries(run(query_task(plan(), MODEL, natural.rows[:2])), digits(), settings())
-    assert len({figure.path for figure in figures.drawn}) == len(figures.drawn) >= 11
+    assert len({figure.path for figure in figures.drawn}) == len(figures.drawn) >= 10
     write_page(report(), figures.drawn, tmp_path / "report.html", same_attacks=False)
     page = Page((tmp_path / "report.html").read_text())
     assert len(page.images) == len(figures.drawn)

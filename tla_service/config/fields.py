@@ -79,6 +79,12 @@ def wrong(field: str, value: object, reason: str, remedy: str) -> PydanticCustom
     return PydanticCustomError("cross_field", "{field}={value}: {reason}; {remedy}", context)
 
 
+def refuse(*troubles: ConfigError | None) -> None:
+    """Raise the first trouble, if there is any, as a cross-field error."""
+    for trouble in filter(None, troubles):
+        raise wrong(*trouble.args)
+
+
 def attack_trouble(section: str, names: Iterable[str], taken: Sequence[str] = ("worst",)) -> ConfigError | None:
     """What is wrong with the names of attacks, which become names of metrics, parameters and tags."""
     for name in names:

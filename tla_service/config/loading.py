@@ -22,7 +22,7 @@ from pydantic_settings import (
 
 from tla_service.config import RunConfig, TrackingConfig
 from tla_service.config.explain import Explainer, suggest
-from tla_service.config.fields import attack_trouble, wrong
+from tla_service.config.fields import attack_trouble, refuse
 from tla_service.config.radii import known_shape, without_lengths_of_other_norms
 from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError, without_credentials
@@ -60,9 +60,7 @@ class JobSettings(BaseSettings):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         tracking = getattr(self, "tracking", None)
-        trouble = tracking.trouble() if isinstance(tracking, TrackingConfig) else None
-        if trouble is not None:
-            raise wrong(*trouble.args)
+        refuse(tracking.trouble() if isinstance(tracking, TrackingConfig) else None)
         return self
 
     @classmethod
@@ -103,10 +101,8 @@ class RunSettings(JobSettings, RunConfig):
 
     @model_validator(mode="after")
     def _check_attacks(self) -> Self:
-        trouble = self.attack_trouble(known_shape(self.data.name, self.data.image_size))
-        trouble = trouble or attack_trouble("evaluation.test", self.evaluation.test)
-        if trouble is not None:
-            raise wrong(*trouble.args)
+        shape = known_shape(self.data.name, self.data.image_size)
+        refuse(self.attack_trouble(shape), attack_trouble("evaluation.test", self.evaluation.test))
         return self
 
     @property

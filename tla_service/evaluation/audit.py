@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -79,15 +80,17 @@ class AuditMeasurement:
                 clean_logits(subject.logits_fn, x, y)
             standing = subject.broken_at(one) == UNBROKEN
             iterative = _mean(standing)
+            single_step = f"{{:.1%}} stand after {one.num_steps} steps, {{:.1%}} after one"
+            margin = "{:.1%} stand when the cross-entropy is ascended, {:.1%} when the logit margin is"
             results = [
-                _single_step(subject, iterative),
+                _other_kind(subject, "iterative_against_single_step", "fgsm", iterative, single_step),
                 _transfer(subject, iterative, shard.surrogate or self.no_surrogate),
                 _square(subject, standing, self.square_queries),
                 _far(subject),
                 *_steps(subject, iterative),
                 _gradients(subject),
                 _restarts(subject),
-                _margin(subject, iterative),
+                _other_kind(subject, "cross_entropy_against_margin", "cw", iterative, margin),
                 _bfloat16(subject),
             ]
         return {"audit": np.array(json.dumps(asdict(Audit.of(results, len(shard.labels)))))}
@@ -149,10 +152,10 @@ def _check(name: str, figure: float | None, statement: str) -> Check:
     return Check(name, figure, threshold, outcome, statement, meaning)
 
 
-def _single_step(subject: _Subject, iterative: float) -> Check:
-    single = subject.standing(replace(subject.attack, kind="fgsm"))
-    statement = f"{iterative:.1%} stand after {subject.attack.num_steps} steps, {single:.1%} after one"
-    return _check("iterative_against_single_step", iterative - single, statement)
+def _other_kind(subject: _Subject, name: str, kind: Literal["fgsm", "cw"], iterative: float, statement: str) -> Check:
+    """An attack of another kind in place of the iterative one; `statement` takes the shares that stand under both."""
+    other = subject.standing(replace(subject.attack, kind=kind))
+    return _check(name, iterative - other, statement.format(iterative, other))
 
 
 def _transfer(subject: _Subject, iterative: float, surrogate: nn.Module | str) -> Check:
@@ -243,12 +246,6 @@ def _restarts(subject: _Subject) -> Check:
     first, last = _mean((broken_at == UNBROKEN) | (broken_at > 1)), _mean(broken_at == UNBROKEN)
     statement = f"{first:.1%} stand after one start, {last:.1%} after ten"
     return _check("restarts_gain_little", first - last, statement)
-
-
-def _margin(subject: _Subject, iterative: float) -> Check:
-    margin = subject.standing(replace(subject.attack, kind="cw"))
-    statement = f"{iterative:.1%} stand when the cross-entropy is ascended, {margin:.1%} when the logit margin is"
-    return _check("cross_entropy_against_margin", iterative - margin, statement)
 
 
 def _bfloat16(subject: _Subject) -> Check:

@@ -1,6 +1,6 @@
 """Where a network puts images: embeddings and logits of clean and of attacked images, in float32."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tla_service.attacks import Attack, LogitsFn, attack_images, craft
+from tla_service.attacks import Attack, attack_images, craft
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
 from tla_service.evaluation.results import BoolArray
@@ -78,40 +78,23 @@ def embed(network: nn.Module, batches: Iterable[Batch]) -> Embedded:
         return Embedded.joined(*(_forward(network, batch.images, batch.labels) for batch in batches))
 
 
-def embed_attacked(
-    network: nn.Module, batches: Iterable[Batch], attack: Attack, seed: int, *, keep_images: int = 0
-) -> tuple[Embedded, Floats | None]:
-    """Attack images and embed the result, in the order given, with the true classes as labels.
+def attacked(network: nn.Module, batches: Iterable[Batch], attack: Attack, seed: int) -> list[Batch]:
+    """Attack images, in the order given, with the bare network in eval mode and float32.
 
     Images that are misclassified when clean are attacked once: a shift or a score measured on them would otherwise be
     that of clean images. Among restarts, an image keeps its worst. The seed fixes the random starts, together with the
-    division into batches. The first `keep_images` attacked images (n, C, H, W), float32, are returned, too, if any.
-    ConfigError if embeddings or logits are not finite.
+    division into batches.
     """
-    kept: list[Floats] = []
-    logits_fn = logits_of(network)
-
-    def attacked() -> Iterator[Embedded]:
-        room = keep_images
+    made, logits_fn = [], logits_of(network)
+    with evaluating(network), float32(_device(network)):
         for index, batch in enumerate(batches):
             random = generator(batch.images.device, seed, index)
-            images = _attack(logits_fn, batch, attack, random)
-            if room > 0:
-                kept.append(images[:room].float().cpu().numpy())
-                room -= len(kept[-1])
-            yield _forward(network, images, batch.labels)
-
-    with evaluating(network), float32(_device(network)):
-        embedded = Embedded.joined(*attacked())
-    return embedded, np.concatenate(kept) if kept else None
-
-
-def _attack(logits_fn: LogitsFn, batch: Batch, attack: Attack, random: torch.Generator) -> torch.Tensor:
-    attacked = attack_images(logits_fn, batch.images, batch.labels, attack, random)
-    wrong = (attacked.broken_at == 0).nonzero().squeeze(1)
-    if len(wrong):
-        attacked.images[wrong] = craft(logits_fn, batch.images[wrong], batch.labels[wrong], attack, random)
-    return attacked.images
+            images, broken_at = attack_images(logits_fn, batch.images, batch.labels, attack, random)
+            wrong = (broken_at == 0).nonzero().squeeze(1)
+            if len(wrong):
+                images[wrong] = craft(logits_fn, batch.images[wrong], batch.labels[wrong], attack, random)
+            made.append(Batch(images, batch.labels))
+    return made
 
 
 def _device(network: nn.Module) -> torch.device:
@@ -148,19 +131,15 @@ class EmbeddingMeasurement:
     attack: Attack | None
     seed: int
     batch_size: int
-    keep_images: int = 0
+    keep_images: bool = False
 
     def run(self, shard: Shard) -> Arrays:
         """See `Measurement`."""
-        batches = shard.batches(self.batch_size)
-        kept: Floats | None = None
-        if self.attack is None:
-            found = embed(shard.network, batches)
-        else:
-            seed = mixed_seed(self.seed, int(shard.rows[0]))
-            found, kept = embed_attacked(shard.network, batches, self.attack, seed, keep_images=self.keep_images)
-        pixels = np.empty((0, *shard.images.shape[1:]), np.float32) if kept is None else kept
-        return {**vars(found), "rows": shard.rows, "pixels": pixels}
+        batches = list(shard.batches(self.batch_size))
+        if self.attack is not None:
+            batches = attacked(shard.network, batches, self.attack, mixed_seed(self.seed, int(shard.rows[0])))
+        kept = torch.cat([batch.images for batch in batches]) if self.keep_images else shard.images[:0].float()
+        return {**vars(embed(shard.network, batches)), "rows": shard.rows, "pixels": kept.cpu().numpy()}
 
     def merge(self, parts: Sequence[Arrays]) -> EmbeddedImages:
         """See `Measurement`."""

@@ -27,7 +27,7 @@ _ACCURACIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("validation/clean_accuracy", "clean", {"color": BLUE, "linestyle": "--", "marker": "s"}),
     ("validation/robust_accuracy", "under attack", {"color": ORANGE, "linestyle": "-", "marker": "o"}),
 )
-_MANY_EPOCHS = 40  # from here on markers would touch each other
+_MOST_MARKERS = 40  # more would touch each other
 
 
 def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -39,13 +39,15 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """
     if not history:
         raise ValueError("the history is empty; draw after at least one epoch")
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(9.0, 3.6)
-    losses, accuracies = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
+    losses, accuracies = figure.subplots(1, 2, sharex=True)
     # The terms differ by orders of magnitude, so the axis is logarithmic; a term that is zero all along is left out.
-    if any(value > 0 for key, _, _ in _LOSSES for _, value in _points(history, key)):
+    terms = [line for line in _LOSSES if any(value for _, value in _points(history, line[0]))]
+    if terms:
         losses.set_yscale("log")
-    _draw(losses, history, [line for line in _LOSSES if any(value for _, value in _points(history, line[0]))])
+    _draw(losses, history, terms)
     losses.set_ylabel("mean per training image, before weighting")
     losses.set_title("Losses", fontsize=11)
     _draw(accuracies, history, _ACCURACIES)
@@ -53,8 +55,14 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     accuracies.set_title("Accuracy on held-out images", fontsize=11)
     accuracies.yaxis.set_major_formatter(percent())
     _mark_best(accuracies, history)
+    room = 0.5 + 0.02 * len(history)
+    losses.set_xlim(history[0]["epoch"] - room, history[-1]["epoch"] + room)
     for axes in (losses, accuracies):
-        _frame(axes, epochs)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+        plain(axes)
+        if axes.get_legend_handles_labels()[0]:
+            legend(axes)
     save(figure, path)
 
 
@@ -70,10 +78,8 @@ def attack_panel(
     """Draw a row per image: clean, perturbation, adversarial, with the predictions on the first and the last.
 
     Perturbations are drawn around mid-grey, all amplified by one factor, which the heading names. Images are
-    (N, C, H, W) in [0, 1], with one or three channels; labels and predictions are (N,). ValueError without images.
+    (N, C, H, W) in [0, 1], with one or three channels; labels and predictions are (N,).
     """
-    if len(clean) == 0 or clean.shape != adversarial.shape:
-        raise ValueError(f"images {clean.shape} and {adversarial.shape}: give at least one, in equal shapes")
     count = len(clean)
     figure = new_figure(5.6, 0.5 + 1.85 * count)
     grid = figure.subplots(count, 3, squeeze=False)
@@ -82,16 +88,12 @@ def attack_panel(
     factor = 0.5 / largest if largest > 0 else 1.0
     amplified = np.clip(0.5 + factor * difference, 0, 1)
     headings = ("clean", f"perturbation × {factor:.3g}\n(largest {255 * largest:.3g}/255)", "adversarial")  # noqa: RUF001
-    for row in range(count):
-        truth = int(labels[row])
-        said = (int(clean_predictions[row]), None, int(adversarial_predictions[row]))
-        for axes, image, prediction in zip(
-            grid[row], (clean[row], amplified[row], adversarial[row]), said, strict=True
-        ):
-            show(axes, image)
-            if prediction is not None:
-                judge(axes, class_names[prediction], right=prediction == truth)
-        grid[row][0].set_ylabel(f"true: {class_names[truth]}", fontsize=9)
+    for row, (cells, truth) in enumerate(zip(grid, labels, strict=True)):
+        for axes, images in zip(cells, (clean, amplified, adversarial), strict=True):
+            show(axes, images[row])
+        for axes, predictions in ((cells[0], clean_predictions), (cells[2], adversarial_predictions)):
+            judge(axes, class_names[predictions[row]], right=predictions[row] == truth)
+        cells[0].set_ylabel(f"true: {class_names[truth]}", fontsize=9)
     for axes, heading in zip(grid[0], headings, strict=True):
         axes.set_title(heading, fontsize=10)
     save(figure, path)
@@ -109,13 +111,9 @@ def retrieval_panel(labels: Integers, states: Mapping[str, PanelRow], class_name
     """Draw a row per query and state (clean, attacked): it and its nearest training images (Fig. 4).
 
     A neighbour of the query's class (`labels`, (Q,)) has a solid blue frame and a tick, others a dashed orange frame
-    and a cross. ValueError without queries, or if images do not fit them.
+    and a cross.
     """
-    shapes = [(len(row.queries), *row.neighbours.shape[:2]) for row in states.values()]
-    wanted = next(iter(states.values())).classes.shape
-    if not len(labels) or set(shapes) != {(len(labels), *wanted)}:
-        raise ValueError(f"images of leading shapes {shapes} for {wanted} neighbours of {len(labels)} queries")
-    queries, count = wanted
+    queries, count = next(iter(states.values())).classes.shape
     figure = new_figure(1.35 * (count + 1) + 0.5, 0.35 + 1.5 * len(states) * queries)
     grid = figure.subplots(len(states) * queries, count + 1, squeeze=False)
     for query in range(queries):
@@ -154,10 +152,9 @@ def _draw(
 ) -> None:
     for key, label, style in lines:
         points = _points(history, key)
+        every = 1 + len(points) // _MOST_MARKERS
         if points:
-            marker = {"marker": None} if len(points) > _MANY_EPOCHS else {}
-            x, y = zip(*points, strict=True)
-            axes.plot(x, y, label=label, linewidth=1.6, markersize=4.5, **{**style, **marker})
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.6, markersize=4.5, markevery=every, **style)
 
 
 def _points(history: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
@@ -174,22 +171,6 @@ def _mark_best(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
     style: dict[str, Any] = {"markersize": 16, "markerfacecolor": "none", "markeredgewidth": 1.6, "zorder": 5}
     label = f"best: {accuracy:.1%}, epoch {epoch:.0f}"
     axes.plot(epoch, accuracy, marker="*", color=PURPLE, linestyle="none", label=label, **style)
-
-
-def _frame(axes: "Axes", epochs: Sequence[float]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("epoch")
-    if len(set(epochs)) == 1:  # a single epoch has no extent of its own, so it is given one
-        room = 0.5
-        axes.set_xticks([epochs[0]], [f"{epochs[0]:.0f}"])
-    else:
-        room = 0.03 * (max(epochs) - min(epochs))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    axes.set_xlim(min(epochs) - room, max(epochs) + room)
-    plain(axes)
-    if axes.get_legend_handles_labels()[0]:
-        legend(axes)
 
 
 def plain(axes: "Axes", grid: Any = "both") -> None:

@@ -20,11 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _YELLOW, _SKY, _PINK, _GREY = "#E69F00", "#56B4E9", "#CC79A7", "#9A9A9A"
-_CURVES = ((fg.BLUE, "-"), (fg.ORANGE, "--"), (fg.GREEN, "-."))
 _MARKS = list(zip((fg.BLUE, fg.ORANGE, fg.GREEN, _YELLOW, _SKY, _PINK, fg.BLACK, fg.PURPLE), "o^sDvpXh", strict=True))
 _BARS = ((fg.BLUE, ""), (fg.ORANGE, "//"), (fg.GREEN, ".."), (_YELLOW, "xx"), (_SKY, "\\\\"), (_PINK, "++"))
-
-
 _STYLES: tuple[dict[str, Any], ...] = (
     {"color": fg.ORANGE, "linestyle": "-", "marker": "o"},
     {"color": fg.BLUE, "linestyle": "--", "marker": "s"},
@@ -64,8 +61,7 @@ def accuracy_curves(curves: Mapping[str, Curve], path: Path, *, marked: tuple[fl
 
 def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str], path: Path) -> None:
     """Draw accuracy by class (rows; weakest under the last attack on top, all of them last) and attack (columns)."""
-    last = list(accuracies.values())[-1]
-    order = sorted(range(len(class_names)), key=lambda k: _or_above(last.per_class[k]))
+    order = np.argsort([_or_nan(share) for share in list(accuracies.values())[-1].per_class], kind="stable")  # NaN last
     table = [[_or_nan(result.per_class[k]) for result in accuracies.values()] for k in order]
     readable = len(class_names) <= _READABLE_CLASSES
     # Among many classes a single row could not be seen.
@@ -88,37 +84,6 @@ def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str
     fg.save(axes.figure, path)
 
 
-def class_bars(result: Accuracy, class_names: Sequence[str], path: Path) -> None:
-    """Draw accuracy by class under one attack as bars with 95% intervals, the weakest first, the whole as a line."""
-    order = sorted(range(len(class_names)), key=lambda k: _or_above(result.per_class[k]))
-    shown = [result.per_class[k] for k in order]
-    axes: Any = fg.new_figure(min(16.0, max(4.2, 1.2 + 0.42 * len(order))), 3.6).subplots()
-    heights = [share.estimate or 0.0 for share in shown]
-    errors = [
-        (y - share.low, share.high - y) if share.images else (0, 0) for y, share in zip(heights, shown, strict=True)
-    ]
-    axes.bar(range(len(order)), heights, color=fg.BLUE, alpha=0.75, width=0.75)
-    axes.errorbar(
-        range(len(order)), heights, yerr=np.transpose(errors), fmt="none", ecolor=fg.BLACK, elinewidth=1, capsize=2.5
-    )
-    axes.axhspan(result.low, result.high, color=fg.ORANGE, alpha=0.18, linewidth=0)
-    whole = _or_nan(result)
-    axes.axhline(whole, color=fg.ORANGE, linewidth=1.4, label=f"all classes: {whole:.1%}")
-    axes.set_xlim(-0.6, len(order) - 0.4)
-    if len(order) <= _READABLE_CLASSES:
-        longest = max(len(class_names[k]) for k in order)
-        turn: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if longest > 3 else {}
-        axes.set_xticks(range(len(order)), [class_names[k] for k in order], **turn)
-    else:
-        axes.set_xticks([])
-    axes.set(xlabel="class, the weakest first", ylim=(0, 1.02), ylabel="accuracy [%], with 95% interval")
-    axes.yaxis.set_major_formatter(fg.percent())
-    axes.spines[["top", "right"]].set_visible(False)
-    # Above the bars: inside the axes it would cover some of them.
-    axes.legend(edgecolor="none", facecolor="none", fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
-    fg.save(axes.figure, path)
-
-
 def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
     """Draw the ROC curve of every score, with AUC and 95% interval, or why it is undefined, in the legend (Fig. 5)."""
     axes: Any = fg.new_figure(5.0, 5.4).subplots()
@@ -129,9 +94,8 @@ def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
             axes.plot([], [], linestyle="none", label=f"{name}: no AUC, {score.reason.partition(':')[0]}")
             continue
         interval = "" if score.low is None else f" [{score.low:.3f}, {score.high:.3f}]"
-        colour, dashes = _CURVES[place % len(_CURVES)]
-        label = f"{name}: AUC {score.auc:.3f}{interval}"
-        axes.plot(result.false_accepts, result.true_accepts, linewidth=1.8, label=label, color=colour, linestyle=dashes)
+        style = _STYLES[place % len(_STYLES)] | {"marker": None, "label": f"{name}: AUC {score.auc:.3f}{interval}"}
+        axes.plot(result.false_accepts, result.true_accepts, linewidth=1.8, **style)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.set(xlabel="misclassified images accepted", ylabel="correctly classified images accepted")
     for side in (axes.xaxis, axes.yaxis):
@@ -247,11 +211,6 @@ def _write_cells(axes: "Axes", table: Sequence[Sequence[float]]) -> None:
 
 def _or_nan(share: Share) -> float:
     return math.nan if share.estimate is None else share.estimate
-
-
-def _or_above(share: Share) -> float:
-    """Sorts what was not measured last."""
-    return 2.0 if share.estimate is None else share.estimate
 
 
 def _dots(axes: "Axes", points: Floats, label: str, mark: tuple[str, str], size: float, **style: Any) -> None:

@@ -150,20 +150,15 @@ def _log_metrics(made: MlflowClient, run_id: str, report: Report, milliseconds: 
 
 def _other_reports(made: MlflowClient, run_id: str, report: Report) -> dict[str, Report]:
     """Readable reports on the same weights under other threat models, by their folders."""
-    stored = stored_evaluations(made, run_id, report.model.weights_sha256)
+    sha256, found = report.model.weights_sha256, {}
+    stored = stored_evaluations(made, run_id, sha256)
     stored.pop(report.threat_model.slug, None)
-    found = {folder: _report(made, run_id, folder) for folder in stored.values()}
-    sha256 = report.model.weights_sha256
-    return {folder: each for folder, each in found.items() if each is not None and each.model.weights_sha256 == sha256}
-
-
-def _report(made: MlflowClient, run_id: str, folder: str) -> Report | None:
-    """The report in a folder of the run's artifacts; None where it cannot be read."""
-    with tempfile.TemporaryDirectory(prefix="tla-evaluation-") as scratch:
-        fetch(made, run_id, folder, Path(scratch), [REPORT_FILE])
-        with contextlib.suppress(UnavailableError):
-            return read_report(Path(scratch) / REPORT_FILE)
-    return None
+    for folder in stored.values():
+        with tempfile.TemporaryDirectory(prefix="tla-evaluation-") as scratch:
+            fetch(made, run_id, folder, Path(scratch), [REPORT_FILE])
+            with contextlib.suppress(UnavailableError):
+                found[folder] = read_report(Path(scratch) / REPORT_FILE)
+    return {folder: other for folder, other in found.items() if other.model.weights_sha256 == sha256}
 
 
 def _names(made: MlflowClient, run_id: str, folder: str) -> set[str]:

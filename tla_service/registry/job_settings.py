@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DetectionConfig, ModelConfig, TrackingConfig
-from tla_service.config.fields import Pixels, Section, model_trouble, setting, wrong
+from tla_service.config.fields import Pixels, Section, model_trouble, refuse, setting, wrong
 from tla_service.config.loading import JobSettings
 from tla_service.config.radii import Norm, documented_radius, known_shape, length_trouble, no_radius
 from tla_service.report.schema import ThreatModel
@@ -47,9 +47,7 @@ class GateRules(Section):
             raise wrong("rules.epsilon", self.epsilon, "a radius without its norm", "give rules.norm, too")
         if self.norm is not None and self.epsilon is None:
             raise wrong("rules.norm", self.norm, "a norm without its radius", "give rules.epsilon, too")
-        trouble = length_trouble("rules", self.norm, self.epsilon) if self.norm and self.epsilon else None
-        if trouble is not None:
-            raise wrong(*trouble.args)
+        refuse(length_trouble("rules", self.norm, self.epsilon) if self.norm and self.epsilon else None)
         return self
 
 
@@ -116,10 +114,8 @@ class ImportSettings(JobSettings):
         if self.epsilon is None and documented_radius(self.data.name, self.norm) is None:
             raise wrong("norm", self.norm, *no_radius(self.data.name, self.norm, "--epsilon"))
         shape = known_shape(self.data.name, self.data.image_size)
-        trouble = model_trouble("name", self.name) if self.name else None
-        trouble = trouble or length_trouble("", self.norm, self.radius, shape=shape)
-        if trouble is not None:
-            raise wrong(*trouble.args)
+        named = model_trouble("name", self.name) if self.name else None
+        refuse(named, length_trouble("", self.norm, self.radius, shape=shape))
         return self
 
     @property

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tla_service.config import RunConfig, TrackingConfig
-from tla_service.config.yaml_files import parse_yaml
+from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.registry.integrity import MANIFEST, sha256, verify_package
 from tla_service.tracking.connection import client, retrying, sqlite_path, tracking_uri
@@ -63,10 +62,12 @@ def load_with_folder(uri: str, tracking: str | None = None) -> tuple["torch.nn.M
     from safetensors.torch import load_file
 
     from tla_service.models import Architecture  # imports torch, which settings in this package do without
+    from tla_service.report.subjects import WEIGHTS, read_checkpoint
 
     folder, digest = _fetch(uri, tracking)
-    is_checkpoint = (folder / "best.safetensors").is_file()
-    home, facts = _read_checkpoint(folder, uri) if is_checkpoint else _open_folder(folder, uri, digest)
+    if (folder / WEIGHTS).is_file():
+        return read_checkpoint(folder, uri, FIELD).network, folder
+    home, facts = _open_folder(folder, uri, digest)
     network = Architecture.described(facts).build(facts["num_classes"], tuple(facts["image_shape"]))
     try:
         network.load_state_dict(load_file(home / facts["weights"]["file"]))
@@ -197,18 +198,3 @@ def _open_folder(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict
         reason = f"{weights['file']} was modified: its SHA-256 is not {weights['sha256'][:12]}..."
         raise UnavailableError(FIELD, uri, reason, "load another version")
     return artifacts, description
-
-
-def _read_checkpoint(folder: Path, uri: str) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint folder of training, with the facts of `model.json` that build its network."""
-    from tla_service.models import Architecture
-
-    try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
-        model = RunConfig.model_validate(parse_yaml(text, FIELD, uri)).model
-        data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        reason = f"the checkpoint is incomplete: {Path(error.filename).name} is missing"
-        raise UnavailableError(FIELD, uri, reason, "give another checkpoint") from error
-    facts = Architecture.of(model).facts | {"image_shape": data["image_shape"]}
-    return folder, facts | {"num_classes": len(data["class_names"]), "weights": {"file": "best.safetensors"}}

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+from mlflow.exceptions import MlflowException
 from safetensors.numpy import load_file
 
 from tla_service.config import RunConfig
@@ -59,8 +60,6 @@ def load_subject(uri: str, field: str, tracking: str) -> Subject:
 
 def _run_config(tracking: str, run_id: str) -> RunConfig | None:
     """The configuration that is stored with a run, if any."""
-    from mlflow.exceptions import MlflowException
-
     with tempfile.TemporaryDirectory() as scratch:
         try:
             path = client(tracking).download_artifacts(run_id, "config.yaml", scratch)

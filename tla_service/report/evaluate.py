@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tla_service.data import split_validation
 from tla_service.errors import ConfigError, UnavailableError, UserError, one_line
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.geometry import pick_queries
-from tla_service.evaluation.shards import IntArray, ShardOutcome, save_outcome
+from tla_service.evaluation.shards import ShardOutcome, save_outcome
 from tla_service.evaluation.surrogate import TrainedSurrogate
 from tla_service.files import LOCK_FILE, locked_folder, write_whole
 from tla_service.job import code_facts
@@ -133,7 +132,12 @@ class _Evaluation:
         """What is measured of every test image; ConfigError if so few are taken that all of them are set aside."""
         plan, settings, models = self.plan, self.settings, self.models
         subject, dataset = models.subject, models.dataset
-        bank = self._bank()
+        labels, config = dataset.train.labels, subject.config
+        rows = torch.arange(len(labels))
+        if config is not None and config.data.name == dataset.name:
+            # Gaussians are fitted to training images; the validation split of the training run stays out.
+            rows, _ = split_validation(labels, config.data.validation_fraction, config.seed)
+        bank = pl.bank_rows(rows, labels, settings.images.bank)
         tasks = []
         for each in models.all:
             tasks += pl.attack_tasks(plan, settings, dataset, each.key)
@@ -165,8 +169,11 @@ class _Evaluation:
                 try:
                     task = pl.surrogate_task(plan, dataset, subject.key)
                     results |= run_tasks([task], inputs, output, measure, lambda _: None)
-                    inputs = inputs._replace(surrogate=_built(results[task.key], models))
-                    self.terminal.say(describe_surrogate(results[task.key].facts))
+                    trained: TrainedSurrogate = results[task.key]
+                    surrogate = build_model(trained.facts.architecture, len(dataset.class_names), dataset.image_shape)
+                    surrogate.load_state_dict(trained.weights)
+                    inputs = inputs._replace(surrogate=surrogate.eval())
+                    self.terminal.say(describe_surrogate(trained.facts))
                 except UserError as error:
                     without = f"no surrogate was given, and none could be trained ({error})"
                     self.terminal.say(without)
@@ -180,15 +187,6 @@ class _Evaluation:
                 if len(rows):
                     results |= run_tasks([pl.query_task(plan, subject.key, rows)], inputs, output, measure, say)
         return results, str(measure)
-
-    def _bank(self) -> IntArray:
-        """Training images that Gaussians are fitted to; the validation split of the training run stays out."""
-        labels = self.models.dataset.train.labels
-        config = self.models.subject.config
-        rows = torch.arange(len(labels))
-        if config is not None and config.data.name == self.models.dataset.name:
-            rows, _ = split_validation(labels, config.data.validation_fraction, config.seed)
-        return pl.bank_rows(rows, labels, self.settings.images.bank)
 
     def report(self, found: Mapping[str, fd.Findings], gate: fd.Findings, hardware: str, seconds: float) -> rp.Report:
         """Put the findings together."""
@@ -251,12 +249,6 @@ class _Evaluation:
         if examples is not None:
             figures.queries(examples, models.dataset, self.settings)
         write_page(report, figures.drawn, self.output / rp.PAGE_FILE, same_attacks=plan.is_paper)
-
-
-def _built(trained: TrainedSurrogate, models: Models) -> nn.Module:
-    network = build_model(trained.facts.architecture, len(models.dataset.class_names), models.dataset.image_shape)
-    network.load_state_dict(trained.weights)
-    return network.eval()
 
 
 def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:

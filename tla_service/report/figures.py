@@ -48,17 +48,10 @@ class Figures:
         return path
 
     def accuracy(self) -> None:
-        """Accuracy by class under each attack, and by class under the strongest."""
+        """Accuracy by class under each attack."""
         table = accuracies(self._found, self._plan, len(self._names))
         caption = "Accuracy by class and attack in percent, the weakest class on top."
         mf.class_heat_map(table, self._names, self._add("classes", "accuracy", "By class", caption))
-        name = "autoattack" if "autoattack" in table else "worst"
-        caption = (
-            "Whiskers are 95% Wilson intervals; the line is the whole test set. A class far below it is where an "
-            "attacker will begin."
-        )
-        path = self._add("weakest_classes", "accuracy", f"By class under {name}", caption)
-        mf.class_bars(table[name], self._names, path)
 
     def curves(self) -> None:
         """Accuracy along radius, steps and restarts."""
@@ -131,7 +124,10 @@ class Figures:
         if pair is None:
             source, target = divmod(int(confusion.argmax()), len(self._names))
             pair = (_CIFAR_TRUCK, _CIFAR_BIRD) if is_cifar else (source, target)
-        _check_classes(klass, pair, len(self._names))
+        for field, values, shown in (("tsne_class", (klass,), klass), ("tsne_pair", pair, pair)):
+            if not all(0 <= value < len(self._names) for value in values):
+                reason = f"there are classes 0 to {len(self._names) - 1}"
+                raise ConfigError(f"pictures.{field}", shown, reason, "choose among them")
         chosen = select_class(natural, attacked, klass)
         if sum(map(len, chosen)) >= _FEWEST_POINTS:
             caption = (
@@ -173,10 +169,3 @@ class Figures:
         path = self._add("attack", "accuracy", "Attacked images", caption)
         predictions = clean.predictions.tolist(), attacked.embedded.predictions.tolist()
         attack_panel(pixels, attacked.pixels, clean.labels.tolist(), *predictions, self._names, path)
-
-
-def _check_classes(klass: int, pair: tuple[int, int], num_classes: int) -> None:
-    for field, values in (("pictures.tsne_class", (klass,)), ("pictures.tsne_pair", pair)):
-        if not all(0 <= value < num_classes for value in values):
-            shown = values[0] if len(values) == 1 else values
-            raise ConfigError(field, shown, f"there are classes 0 to {num_classes - 1}", "choose among them")

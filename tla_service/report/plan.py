@@ -234,7 +234,7 @@ def protocol(plan: Plan, settings: ReportSettings) -> str:
 
 def query_task(plan: Plan, model: str, rows: IntArray) -> Task:
     """Embeddings and pixels of a few attacked test images, for the pictures."""
-    measure = EmbeddingMeasurement(plan.strongest, plan.seed, len(rows), keep_images=len(rows))
+    measure = EmbeddingMeasurement(plan.strongest, plan.seed, len(rows), keep_images=True)
     return Task("examples", model, "test", rows, len(rows), measure)
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, ScalingConfig, TrackingConfig
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import Pixels, Section, attack_trouble, setting, wrong
+from tla_service.config.fields import Pixels, Section, attack_trouble, refuse, setting, wrong
 from tla_service.config.loading import JobSettings
 from tla_service.config.radii import Norm, length_trouble
 from tla_service.config.sections import DatasetName
@@ -125,9 +125,7 @@ class ReportSettings(JobSettings):
     def _check(self) -> Self:
         if not self.model:
             raise wrong("model", "", "no model is named", "give --model with the path of a checkpoint folder")
-        trouble = attack_trouble("attacks", self.attacks, ("clean", "autoattack", "worst"))
-        if trouble is not None:
-            raise wrong(*trouble.args)
+        refuse(attack_trouble("attacks", self.attacks, ("clean", "autoattack", "worst")))
         # As far as they are given here; `check_plan` checks what they become.
         chosen = self.detection
         lengths: list[tuple[str, Norm | None, float | None, float | None, int | None]] = [

@@ -87,20 +87,24 @@ def load_models(settings: ReportSettings, load_subject: LoadSubject) -> Models:
 
 
 def load_checkpoint_subject(address: str, field: str) -> Subject:
-    """Load the best weights of a checkpoint folder that training wrote; `field` is the setting that named it.
-
-    ConfigError if the address is MLflow's, UnavailableError if the folder is incomplete or the weights do not fit.
-    """
+    """As :func:`read_checkpoint`, where addresses of MLflow are not used (ConfigError)."""
     if address.startswith(("models:", "runs:")):
         remedy = "give a checkpoint folder, or use jobs/evaluate_tla.py"
         raise ConfigError(field, address, "an address of MLflow, which is not used here", remedy)
-    folder = Path(address).expanduser()
+    return read_checkpoint(Path(address).expanduser(), address, field)
+
+
+def read_checkpoint(folder: Path, address: str, field: str) -> Subject:
+    """Load the best weights of a checkpoint folder that training wrote; `field` is the setting that named its address.
+
+    UnavailableError if the folder is incomplete or the weights do not fit.
+    """
     if not (folder / WEIGHTS).is_file():
         reason = f"holds no {WEIGHTS}" if folder.is_dir() else "there is no such folder"
         raise UnavailableError(field, address, reason, "give a checkpoint folder, such as runs/NAME/checkpoints/LAST")
     missing = [name for name in (_CONFIG, _DATA) if not (folder / name).is_file()]
     if missing:
-        reason = f"the checkpoint is not complete: there is no {missing[0]}"
+        reason = f"the checkpoint is incomplete: {missing[0]} is missing"
         raise UnavailableError(field, address, reason, "give another checkpoint")
     config = RunConfig.model_validate(read_yaml(folder / _CONFIG, field))
     data: dict[str, Any] = json.loads((folder / _DATA).read_text(encoding="utf-8"))
