@@ -31,7 +31,8 @@ SHAPES: dict[str, Any] = {
     "model.name": "small_cnn",
     "model.normalization": "none",
     "model.embedding": "hidden",
-    "model.weights": "/w",
+    "model.pretrained": "/w",
+    "model.head": ("new", {"model.pretrained": "/w"}),
     "attack.norm": ("l2", {"attack.epsilon": 0.6, "attack.step_size": 0.15}),
     "attack.epsilon": 0.05,
     "attack.step_size": 0.005,
@@ -77,6 +78,7 @@ SHAPES: dict[str, Any] = {
     "mining.clean_noise_round": True,
     "optimizer.name": "adam",
     "optimizer.learning_rate": 0.2,
+    "optimizer.body_rate": (0.1, {"model.pretrained": "/w"}),
     "optimizer.momentum": 0.8,
     "optimizer.nesterov": True,
     "optimizer.weight_decay": 1e-4,
@@ -94,6 +96,7 @@ SHAPES: dict[str, Any] = {
     "training.precision": "bfloat16",
     "training.ema_decay": 0.9,
     "training.batchnorm_roles": "apart",
+    "training.freeze_batchnorm": (True, {"model.pretrained": "/w"}),
     "evaluation.validation.kind": "cw",
     "evaluation.validation.norm": (
         "l2",
@@ -200,6 +203,15 @@ def test_a_setting_that_a_later_version_adds_changes_no_digest() -> None:
     plain, other = {"loss": {"margin": 0.1}}, {"loss": {"margin": 0.1}, "added": 4}
     assert Later.model_validate(plain).digest == RunConfig.model_validate(plain).digest
     assert Later.model_validate(other).digest != Later.model_validate(plain).digest
+
+
+def test_a_run_that_began_with_model_weights_is_the_same_run() -> None:
+    """The name of model.pretrained in earlier versions, and the digest that they gave to this run."""
+    config = RunConfig.model_validate({"model": {"pretrained": "/w"}})
+    assert config.digest == "d3730dad"
+    assert RunConfig.model_validate({"model": {"weights": "/w"}}) == config
+    assert same_run("model: {name: digits_cnn, normalization: default, weights: /w}", config)
+    assert same_run("model: {weights: null}", RunConfig())
 
 
 def test_a_file_that_holds_no_run_is_not_this_run(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tla_service.config import EvaluationConfig, RunConfig, TrackingConfig
+from tla_service.config import EvaluationConfig, RunConfig, TrackingConfig, loading
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.loading import RunSettings, load_config_file, load_settings, print_config, to_yaml
 from tla_service.errors import ConfigError
@@ -76,6 +76,30 @@ def test_preset_and_file_can_be_named_in_the_environment(folder: Path, monkeypat
     monkeypatch.setenv("TLA_CONFIG", write(folder, "seed: 11")[1])
     found = load_settings([])
     assert (found.attack.epsilon, found.seed) == (PRESET, 11)
+
+
+@pytest.mark.parametrize("where", ["flag", "flag=", "file", "environment"])
+def test_the_old_name_of_pretrained_weights_is_read_with_a_hint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    loading._hint_renamed.cache_clear()
+    arguments = {"flag": ["--model.weights", "w"], "flag=": ["--model.weights=w"]}.get(where, [])
+    if where == "file":
+        arguments = write(folder, "model: {weights: w, name: small_cnn}")
+    if where == "environment":
+        monkeypatch.setenv("TLA_MODEL__WEIGHTS", "w")
+    assert load_settings(arguments).model.pretrained == "w"
+    assert [record.message.partition(";")[0] for record in caplog.records] == [
+        "model.weights is now called model.pretrained"
+    ]
+
+
+def test_the_old_and_the_new_name_of_pretrained_weights(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loading._hint_renamed.cache_clear()
+    assert load_settings([*write(folder, "model: {weights: null}"), "--model.pretrained=w"]).model.pretrained == "w"
+    assert caplog.records == []  # as in the config.yaml of every earlier run
+    with pytest.raises(ConfigError, match=r"model\.weights=a: model\.pretrained, its new name, is set too"):
+        load_settings([*write(folder, "model: {weights: a}"), "--model.pretrained=b"])
 
 
 def test_attacks_of_a_file_replace_the_defaults(folder: Path) -> None:

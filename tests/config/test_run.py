@@ -47,9 +47,10 @@ LEAVES = dict(leaves())
 
 
 def preset_settings(name: str) -> Any:
-    """A preset as it is loaded; those that embed no data are given a folder."""
-    root = [] if name.startswith("digits") else ["--data.root", "/data"]
-    return load_settings(["--preset", name, *root])
+    """A preset as it is loaded, with the folder and the weights that it asks for."""
+    root = [] if "digits" in name else ["--data.root", "/data"]
+    weights = ["--model.pretrained", "w.pt"] if name.startswith("finetune") else []
+    return load_settings(["--preset", name, *root, *weights])
 
 
 def test_all_settings_are_found() -> None:

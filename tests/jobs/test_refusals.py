@@ -162,8 +162,11 @@ def test_a_refused_run_leaves_the_folder_free_for_the_mended_one(run_in_process:
 MISSING: dict[str, tuple[tuple[str, ...], str]] = {
     "data": (("--data.name", "mnist", "--data.root", "/nowhere/mnist"), "data.root=/nowhere/mnist: "),
     "tracking server": (("--tracking.uri", "http://127.0.0.1:1"), "tracking.uri=http://127.0.0.1:1: no server answers"),
-    "weights": (("--model.weights", "/nowhere/weights"), "model.weights=/nowhere/weights: there is no such folder"),
-    "registered model": (("--model.weights", "models:/nobody@champion"), "model.weights=models:/nobody@champion: "),
+    "weights": (("--model.pretrained", "/nowhere/weights"), "model.pretrained=/nowhere/weights: there is no such file"),
+    "registered model": (
+        ("--model.pretrained", "models:/nobody@champion"),
+        "model.pretrained=models:/nobody@champion: ",
+    ),
     "place for checkpoints": (("--scaling.storage", "/dev/null/x"), "scaling.storage=/dev/null/x: cannot be written"),
     "place for results": (("--output", "/dev/null/out"), "output=/dev/null/out: cannot be written"),
 }

@@ -91,7 +91,7 @@ def test_best_weights_are_read_alone(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", state, digits_config(), FACTS)
     weights = read_weights(str(tmp_path / "c"))
     assert all(torch.equal(weights[name], value) for name, value in state.best_weights.items())
-    with pytest.raises(UnavailableError, match=r"model\.weights"):
+    with pytest.raises(UnavailableError, match=r"model\.pretrained"):
         read_weights(str(tmp_path / "nowhere"))
 
 

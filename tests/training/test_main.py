@@ -124,7 +124,7 @@ def test_a_second_start_is_refused_and_a_killed_run_resumes_at_once(start: Start
 def test_a_refused_run_does_not_keep_the_folder_from_the_mended_one(start: Start, tmp_path: Path) -> None:
     for arguments, field, code in (
         (("--mining.pool", "separate", "--mining.pool_size", "5000"), "mining.pool_size", 2),
-        (("--model.weights", str(tmp_path / "nowhere")), "model.weights", 3),
+        (("--model.pretrained", str(tmp_path / "nowhere")), "model.pretrained", 3),
         (("--loss.triplet_layer", "lower"), "loss.triplet_layer", 2),
         (("--data.train_limit", "5"), "data.train_limit", 2),
     ):

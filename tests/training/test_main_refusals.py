@@ -43,14 +43,27 @@ def test_a_disk_without_room(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert not (tmp_path / "out" / "config.yaml").exists(), "the folder is not this run's yet"
 
 
-def test_weights_of_another_network(run: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "weights"
+def test_pretrained_weights_that_do_not_fit(run: Any, tmp_path: Path) -> None:
+    folder, file = tmp_path / "weights", tmp_path / "w.safetensors"
     folder.mkdir()
     save_file(build_model("digits_cnn", 4, (1, 8, 8)).state_dict(), folder / "best.safetensors")
     (folder / MANIFEST).write_text("{}")
-    code, error = run("--model.weights", str(folder))
-    assert (code, error.count("\n")) == (2, 1)
-    assert f"model.weights={folder}: are not of a digits_cnn with 10 classes; set model.name" in error
+    save_file(build_model("mnist_mlp", 10, (1, 8, 8)).state_dict(), file)
+    (tmp_path / "page.pt").write_text("<html>")
+    for code, source, words, *others in (
+        (2, folder, "its head has 4 classes, the data has 10; set model.head to new"),
+        (2, file, "does not match this network (convolutions.0.weight is missing and"),
+        (3, tmp_path / "page.pt", "a web page, not weights; download the file"),
+        (3, tmp_path, "no best.safetensors in it"),
+        (3, tmp_path / "nowhere", "there is no such file or folder; give a file"),
+        (2, "models:/digits/1", "an address of MLflow, which is not used here; give a file"),
+        (2, "torchvision", "torchvision has no weights of digits_cnn; use a network of torchvision"),
+        (2, folder, "digits_cnn has no BatchNorm", "--model.head", "new", "--training.freeze_batchnorm"),
+    ):
+        found, error = run("--model.pretrained", str(source), *others)
+        assert (found, error.count("\n")) == (code, 1), error
+        assert words in error
+        assert error.startswith("error: training.freeze_batchnorm" if others else f"error: model.pretrained={source}: ")
 
 
 def test_a_step_with_one_image(run: Any) -> None:

@@ -112,6 +112,9 @@ class RunConfig(Section):
         """Eight hex digits of everything that shapes the trained weights."""
         # Only of what differs from the defaults, so that a setting added by a later version changes no digest.
         dumped = self.model_dump(mode="json", exclude=self.NOT_IDENTITY, exclude_defaults=True)
+        model = dumped.get("model", {})
+        if "pretrained" in model:
+            model["weights"] = model.pop("pretrained")  # its name when the first digests were made
         fields = {name: value for name, value in dumped.items() if value != {}}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -217,6 +220,14 @@ class RunConfig(Section):
         if loss.triplet_layer != "embedding" and not self.mines_triplets:
             reason = f"method {method} has no triplets"
             yield "loss.triplet_layer", loss.triplet_layer, reason, "leave it out, or use method tla"
+        of_fine_tuning = (
+            ("model.head", self.model.head, "keep"),
+            ("optimizer.body_rate", self.optimizer.body_rate, 1),
+            ("training.freeze_batchnorm", self.training.freeze_batchnorm, False),
+        )
+        for field, value, default in of_fine_tuning:
+            if self.model.pretrained is None and value != default:
+                yield field, value, "the network starts from random weights", "leave it out, or set model.pretrained"
         yield from self._contradictions_of_the_attack()
 
     def _contradictions_of_the_attack(self) -> Iterator[tuple[str, object, str, str]]:
@@ -230,8 +241,17 @@ class RunConfig(Section):
         if reuses and attack.kind == "free":
             reason = "free training takes no attack steps before mining"
             yield "mining.queries", "last_step", reason, "use final, or another attack.kind"
+        if attack.batchnorm == "train" and self.training.freeze_batchnorm:
+            reason = "training.freeze_batchnorm keeps BatchNorm in eval mode"
+            yield "attack.batchnorm", "train", reason, "leave one of them out"
+        if attack.awp and self.method == "natural":
+            yield "attack.awp", "True", "method natural has no attack", "leave it out, or use method at"
+        yield from self._contradictions_of_own_functions()
+
+    def _contradictions_of_own_functions(self) -> Iterator[tuple[str, object, str, str]]:
+        attack, mining = self.attack, self.mining
         own = ":" in attack.kind
-        if reuses and own:
+        if own and self.mines_triplets and mining.pool == "separate" and mining.queries == "last_step":
             reason = "your own attack may take its last step with part of the images"
             yield "mining.queries", "last_step", reason, "use final"
         if own and attack.batchnorm == "train":
@@ -246,5 +266,3 @@ class RunConfig(Section):
         if mining.miner is not None and mining.keep_probability < 1:
             reason = "your own miner gets the whole pool"
             yield "mining.keep_probability", mining.keep_probability, reason, "leave it out, or draw in the miner"
-        if attack.awp and self.method == "natural":
-            yield "attack.awp", "True", "method natural has no attack", "leave it out, or use method at"

@@ -1,6 +1,8 @@
 """Reading a job's configuration: defaults < preset < YAML file < environment < command line."""
 
+import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ from tla_service.config.radii import known_shape, without_lengths_of_other_norms
 from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError, without_credentials
 
+_log = logging.getLogger(__name__)
 CONFIG = "config.yaml"  # in a run's output folder
 _PRESETS = resources.files("tla_service.config") / "presets"
 _FOLDERS = {"study": _PRESETS / "sweeps", "preset": _PRESETS}
@@ -87,6 +90,14 @@ class RunSettings(JobSettings, RunConfig):
     print_config: Literal["", "yaml", "schema"] = Field(
         "", description="print the resolved configuration or its JSON schema, and exit"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hint_old_name(cls, values: Any) -> Any:
+        model = values.get("model") if isinstance(values, dict) else None
+        if isinstance(model, dict) and model.get("weights") is not None:
+            _hint_renamed()
+        return values
 
     @model_validator(mode="after")
     def _check_attacks(self) -> Self:
@@ -166,7 +177,7 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
     unknown = explainer.unknown_variable(RunSettings)
     if unknown is not None:
         raise unknown
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [_renamed(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     for flag, text in [*_values(arguments), *((name, os.environ[name]) for name, _ in explainer.variables())]:
         check_json(flag, text)
     try:
@@ -220,6 +231,21 @@ def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
         if same_run(path.read_text(), config):
             return config.model_copy(update={"name": path.parent.name}), path.parent
     return config, output
+
+
+@functools.cache
+def _hint_renamed() -> None:
+    """Once per process."""
+    _log.warning("model.weights is now called model.pretrained; the next release will not accept the old name")
+
+
+def _renamed(argument: str) -> str:
+    """A flag under its present name."""
+    flag, equals, value = argument.partition("=")
+    if flag != "--model.weights":
+        return argument
+    _hint_renamed()
+    return f"--model.pretrained{equals}{value}"
 
 
 def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

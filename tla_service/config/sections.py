@@ -1,6 +1,6 @@
 """The sections of a run, except for its attack."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -78,7 +78,29 @@ class ModelConfig(Section):
     normalization: Literal["default", "none", "per_image", "cifar10", "imagenet"] = setting(
         "default", "input normalization inside the network; default: the network's own"
     )
-    weights: str | None = setting(None, "initial weights: a checkpoint folder, runs:/... or models:/...")
+    pretrained: str | None = setting(
+        None,
+        "weights to start from: a safetensors or PyTorch file, a checkpoint folder, models:/..., runs:/..., or "
+        "torchvision[:WEIGHTS] or timm[:TAG], whose weights must be in the library's cache; none: random",
+        min_length=1,
+    )
+    head: Literal["keep", "new"] = setting(
+        "keep", "pretrained: keep the last linear layer, or draw a new one, as another number of classes requires"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_name(cls, values: Any) -> Any:
+        """`model.weights` of earlier versions, whose configurations have it."""
+        if not isinstance(values, dict) or "weights" not in values:
+            return values
+        values = dict(values)
+        old = values.pop("weights")
+        if old is None:
+            return values
+        if values.get("pretrained") not in (None, old):
+            raise wrong("model.weights", old, "model.pretrained, its new name, is set too", "leave it out")
+        return {**values, "pretrained": old}
 
 
 class EvaluationConfig(Section):
@@ -190,6 +212,9 @@ class OptimizerConfig(Section):
 
     name: Literal["sgd", "adam", "adamw"] = setting("sgd", "optimizer")
     learning_rate: float = setting(0.1, "initial learning rate", gt=0)
+    body_rate: float = setting(
+        1.0, "factor on the learning rate of all layers but the last linear one; requires model.pretrained", gt=0, le=1
+    )
     momentum: float = setting(0.9, "momentum of sgd, first beta of adam", ge=0, lt=1)
     nesterov: bool = setting(False, "Nesterov momentum")
     weight_decay: float = setting(0.0, "L2 weight decay", ge=0)
@@ -235,6 +260,9 @@ class TrainingConfig(Section):
     )
     batchnorm_roles: Literal["together", "apart"] = setting(
         "together", "BatchNorm statistics over adversarial and clean images together, or per role (authors' code)"
+    )
+    freeze_batchnorm: bool = setting(
+        False, "keep BatchNorm's statistics, and normalize by them in training too; requires model.pretrained"
     )
     log_every_steps: int = setting(50, "log progress every this many steps", unit="steps", ge=1)
 

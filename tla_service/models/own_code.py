@@ -62,7 +62,7 @@ def pack(given: str) -> bytes:
             raise ConfigError(_FIELD, given, reason, "give a folder with only the network's code")
         if is_pickle(path):
             reason = f"{name} is or contains a pickle, which could run arbitrary code when loaded"
-            raise ConfigError(_FIELD, given, reason, "remove it; initial weights go into model.weights")
+            raise ConfigError(_FIELD, given, reason, "remove it; initial weights go into model.pretrained")
         files.append((name, path))
     hidden = {name.parts[0].removesuffix(".py") for name, _ in files if name.suffix == ".py"}
     clash = next(iter(sorted(hidden & (_OURS | sys.stdlib_module_names))), None)

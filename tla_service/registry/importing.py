@@ -12,7 +12,7 @@ from tla_service.evaluation.suite import measure_accuracy
 from tla_service.inference.detector import Rejector
 from tla_service.job import code_version
 from tla_service.models import Architecture
-from tla_service.registry.foreign_weights import fit, read_entries
+from tla_service.models.weights import fit, read_entries
 from tla_service.registry.integrity import sha256
 from tla_service.registry.job_settings import ImportSettings
 from tla_service.registry.packaging import check_packaging, log_model

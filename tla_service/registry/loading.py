@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 PACKAGE_DIGEST = "package_sha256"  # tag: the digest of the manifest
-FIELD = "model.weights"
+FIELD = "model"
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 T = TypeVar("T")
 

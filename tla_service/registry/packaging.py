@@ -285,7 +285,7 @@ def _verify(folder: Path, example: npt.NDArray[np.float32]) -> None:
     with torch.inference_mode():
         logits = network(torch.from_numpy(np.ascontiguousarray(example, dtype=np.float32))).logits
     if not torch.isfinite(logits).all():
-        raise ConfigError("model.weights", None, "the network's outputs are not finite", "lower the learning rate")
+        raise ConfigError("model", None, "the network's outputs are not finite", "lower the learning rate")
 
 
 def _register(made: MlflowClient, name: str, run_id: str, model_id: str, tags: Mapping[str, str]) -> str:

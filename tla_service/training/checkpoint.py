@@ -228,7 +228,7 @@ def read_weights(folder: str) -> dict[str, Tensor]:
     """The best weights of a checkpoint folder, on the CPU; UnavailableError if missing or damaged."""
     path = Path(folder).expanduser() / "best.safetensors"
     if not path.is_file():
-        raise UnavailableError("model.weights", folder, "no best.safetensors in it", "give a checkpoint folder")
+        raise UnavailableError("model.pretrained", folder, "no best.safetensors in it", "give a checkpoint folder")
     verify_checkpoint(path.parent)
     return load_file(path)
 

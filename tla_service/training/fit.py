@@ -12,15 +12,16 @@ from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.data import EvaluationBatches, ImageSource, StepBatch, load_dataset
 from tla_service.evaluation.suite import evaluation_attack, measure_accuracy
-from tla_service.models import Architecture
+from tla_service.models import Architecture, ImageClassifier
 from tla_service.runtime import WorkerContext, average_buffers, failing_together, keep_freed_memory, mixed_seed
 from tla_service.training.adversary import layout_of
 from tla_service.training.average import WeightAverage
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, restore, save_checkpoint
 from tla_service.training.meter import COLLAPSED, ROBUST, Meter, Phases, collapses, has_collapsed
-from tla_service.training.optimizer import build_optimizer, learning_rate_factor
+from tla_service.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from tla_service.training.output import FitResult
-from tla_service.training.precheck import check_weights, split_and_check
+from tla_service.training.precheck import split_and_check
+from tla_service.training.pretrained import set_train_mode
 from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
 from tla_service.training.step import TrainingStep
@@ -60,6 +61,10 @@ class Run:
         if config.training.max_steps is not None:
             self.total_steps = min(self.total_steps, config.training.max_steps)
 
+    def build(self) -> ImageClassifier:
+        """The network with random weights, on the CPU."""
+        return self.architecture.build(len(self.dataset.class_names), self.dataset.image_shape)
+
     def start(self, initial_weights: Mapping[str, Tensor] | None) -> None:
         """Build network, optimizer and step; load the newest intact checkpoint, or else the initial weights, if any.
 
@@ -68,11 +73,9 @@ class Run:
         config, context = self.config, self.context
         with self.phases("build"), failing_together(context):
             torch.manual_seed(mixed_seed(config.seed, 0))
-            classes, shape = len(self.dataset.class_names), self.dataset.image_shape
-            network = self.architecture.build(classes, shape)
-            if initial_weights is not None:
-                check_weights(config, network, initial_weights)
-                network.load_state_dict(dict(initial_weights))
+            network = self.build()
+            if initial_weights:  # without a new head, of which every worker has drawn the same
+                network.load_state_dict({**network.state_dict(), **initial_weights})
             network = network.to(context.device, memory_format=layout_of(config))  # type: ignore[call-overload]
             average = None
             if config.training.ema_decay is not None:
@@ -144,12 +147,11 @@ class Run:
         state, schedule = self.state, self.config.schedule
         epoch, offset = divmod(state.step, self.batches.steps_per_epoch)
         self.meter = Meter(self.context, state.partial_totals, tuple(self.config.loss.extra))
-        state.network.train()
+        set_train_mode(state.network, self.config)
         with self.phases("train"):
             for batch in self.batches.epoch(epoch, offset):
                 factor = learning_rate_factor(schedule, state.step, self.batches.steps_per_epoch, self.total_steps)
-                for group in state.optimizer.param_groups:
-                    group["lr"] = self.config.optimizer.learning_rate * factor
+                set_learning_rate(state.optimizer, self.config.optimizer.learning_rate * factor)
                 self.meter.add(self._update(batch))
                 state.step += 1
                 if state.step == self.total_steps or state.step % self.batches.steps_per_epoch == 0:
@@ -224,7 +226,7 @@ class Run:
         self._tell(event="collapse", message=message)
         if config.attack.on_collapse == "pgd":
             state.network.load_state_dict(state.best_weights)
-            state.optimizer = build_optimizer(state.network, config)
+            state.optimizer = build_optimizer(self.step.network, config)
             if state.average is not None:
                 state.average.module.load_state_dict(state.best_weights)
         self._after_collapse()

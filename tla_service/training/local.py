@@ -14,11 +14,11 @@ from tla_service.errors import UnavailableError
 from tla_service.files import locked_folder
 from tla_service.job import log_as_json
 from tla_service.runtime import WorkerContext, failing_together, process_group
-from tla_service.training.checkpoint import read_weights
 from tla_service.training.fit import Run
 from tla_service.training.network import check_network
 from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
 from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need
+from tla_service.training.pretrained import find_pretrained
 from tla_service.training.reporting import KEPT, JsonTerminal, LocalReporter, Terminal
 
 
@@ -70,9 +70,12 @@ def _train(config: RunConfig, output: Path, context: WorkerContext, terminal: Te
     with contextlib.closing(reporter), _stopping_on_signals(reporter):
         run = Run(config, context, reporter)
         with failing_together(context):
-            network = run.architecture.build(len(run.dataset.class_names), run.dataset.image_shape)
+            network = run.build()
             check_network(config, run.architecture, network, run.dataset)
-        run.start(read_weights(config.model.weights) if config.model.weights else None)
+            found = find_pretrained(config, network)
+        for note in found.notes if context.is_main else ():
+            terminal.say(note)
+        run.start(found.state_dict)
         with failing_together(context):
             if context.is_main:
                 need = kept_need(reporter.checkpoints, checkpoint_bytes(config, run.state.network), KEPT)

@@ -2,27 +2,45 @@
 
 import math
 from itertools import takewhile
+from typing import Any
 
-from torch import nn, optim
+from torch import optim
 
 from tla_service.config import RunConfig
 from tla_service.config.sections import ScheduleConfig
+from tla_service.models import ImageClassifier
+
+_RATE = "rate"  # of a group of parameters: its factor on the learning rate
 
 
-def build_optimizer(network: nn.Module, run: RunConfig) -> optim.Optimizer:
-    """The run's optimizer, with weight decay on kernels only or on all parameters."""
+def build_optimizer(network: ImageClassifier, run: RunConfig) -> optim.Optimizer:
+    """The run's optimizer, with weight decay on kernels only or on all parameters, and a slower body if asked."""
     config, fused = run.optimizer, run.speed.fused_optimizer
     # Kernels have two or more dimensions; biases and BatchNorm's scales have one.
     kernels = [p for p in network.parameters() if p.ndim > 1 or config.decay == "all"]
     others = [p for p in network.parameters() if p.ndim <= 1 and config.decay != "all"]
-    groups = [{"params": kernels, "weight_decay": config.weight_decay}]
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
+    groups: list[dict[str, Any]] = [{"params": kernels, "weight_decay": config.weight_decay}]
+    groups += [{"params": others, "weight_decay": 0.0}] if others else []
+    if config.body_rate != 1:
+        head = set(network.classifier.parameters())
+        parts = [(1.0, head), (config.body_rate, set(network.parameters()) - head)]
+        groups = [
+            {**group, "params": [p for p in group["params"] if p in part], _RATE: rate}
+            for rate, part in parts
+            for group in groups
+        ]
+        groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
         momentum, nesterov = config.momentum, config.nesterov
         return optim.SGD(groups, lr=config.learning_rate, momentum=momentum, nesterov=nesterov, fused=fused)
     kind = optim.AdamW if config.name == "adamw" else optim.Adam
     return kind(groups, lr=config.learning_rate, betas=(config.momentum, 0.999), fused=fused)
+
+
+def set_learning_rate(optimizer: optim.Optimizer, rate: float) -> None:
+    """Set the learning rate; the body's is its share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(_RATE, 1.0)
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

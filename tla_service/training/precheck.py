@@ -11,9 +11,10 @@ from tla_service.config import RunConfig
 from tla_service.data import Batch, Dataset, ImageSource, StepBatch, TrainingBatches, split_training
 from tla_service.data.order import StepOrder
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.models import Architecture, ImageClassifier
+from tla_service.models import Architecture
 from tla_service.runtime import WorkerContext
 from tla_service.training.own import check_own
+from tla_service.training.pretrained import set_train_mode
 from tla_service.training.step import TrainingStep
 
 _GB = 10**9
@@ -74,15 +75,6 @@ def check_start(
         raise ConfigError("training.global_batch_size", batch, reason, remedy)
 
 
-def check_weights(config: RunConfig, network: ImageClassifier, weights: Mapping[str, Tensor]) -> None:
-    """Raise ConfigError for initial weights of another network: other names or shapes."""
-    shapes = {name: value.shape for name, value in network.state_dict().items()}
-    if {name: value.shape for name, value in weights.items()} != shapes:
-        reason = f"are not of a {config.model.name} with {network.classifier.out_features} classes"
-        remedy = "set model.name to their network, or start from others"
-        raise ConfigError("model.weights", config.model.weights, reason, remedy)
-
-
 def smallest_share(images: int, steps: int, world_size: int) -> int:
     """The fewest images that any worker gets in any step."""
     return images // steps // world_size
@@ -137,7 +129,8 @@ def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor, archite
     plain = config.model_copy(update={"attack": attack, "speed": speed})
     images, labels = dataset.train.fetch(rows[:2]).float() / 255, dataset.train.labels[rows[:2]]
     one, few = Batch(images[:1], labels[:1]), Batch(images, labels)
-    step = TrainingStep(network.train(), plain, WorkerContext(), architecture.code)
+    set_train_mode(network, config)
+    step = TrainingStep(network, plain, WorkerContext(), architecture.code)
     try:
         next(step.updates(StepBatch(one, one, few, global_size=1), config.seed))
     except ValueError as error:

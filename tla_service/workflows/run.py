@@ -38,7 +38,8 @@ from tla_service.training.adversary import training_attack
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.network import check_network
 from tla_service.training.output import FitResult, show_summary, summarize, write_config, write_summary
-from tla_service.training.precheck import check_room, check_weights, checkpoint_bytes, kept_need, split_and_check
+from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need, split_and_check
+from tla_service.training.pretrained import find_pretrained
 from tla_service.training.reporting import KEPT, LOG, JsonLines, JsonTerminal, Terminal
 
 PANEL_IMAGES = 4
@@ -53,7 +54,8 @@ class Facts:
 
     dataset: Dataset
     architecture: Architecture
-    weights: Mapping[str, Tensor] | None  # to start from
+    weights: Mapping[str, Tensor]  # to start from, without a head that is to be drawn; empty if there are none
+    notes: tuple[str, ...]  # on what is used of them
     checkpoint_bytes: int  # estimated
     described: dict[str, str]  # the data set, for MLflow
 
@@ -70,10 +72,8 @@ def check_before_start(config: RunConfig) -> Facts:
     check_network(config, architecture, network, dataset)
     seen_by_triplets(network, config.loss.triplet_layer)
     check_packaging(config, dataset.class_names, len(dataset.test), network.embedding_size)
-    weights = None
-    if config.model.weights is not None:
-        weights = load_model(config.model.weights, tracking=tracking_uri(config.tracking)).state_dict()
-        check_weights(config, network, weights)
+    uri = tracking_uri(config.tracking)
+    found = find_pretrained(config, network, lambda address: load_model(address, tracking=uri).state_dict())
     described = {
         "data_fingerprint": dataset.fingerprint,
         "classes": str(len(dataset.class_names)),
@@ -82,7 +82,8 @@ def check_before_start(config: RunConfig) -> Facts:
     }
     if architecture.code_sha256 is not None:
         described["code_sha256"] = architecture.code_sha256
-    return Facts(dataset, architecture, weights, checkpoint_bytes(config, network), described)
+    size = checkpoint_bytes(config, network)
+    return Facts(dataset, architecture, found.state_dict, found.notes, size, described)
 
 
 def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, runs: int = 1) -> None:
@@ -174,6 +175,8 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
             lease = stack.enter_context(held(RunFolder(storage, config.run_name), terminal.say))
         check_disks(config, output, run_key, facts.checkpoint_bytes)
         terminal.say(f"run {config.run_name}: {config.method} on {config.data.name}, output in {output}")
+        for note in facts.notes:
+            terminal.say(note)
         join()
         placement = place(config)
         check_split(config, facts.dataset, placement.num_workers)

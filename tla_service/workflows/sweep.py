@@ -83,6 +83,9 @@ def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:
         if found is None:
             continue
         model, layer = found.model, found.loss.triplet_layer
+        if model != space.run.model and (model.pretrained or space.run.model.pretrained):
+            reason = "all trials start from the same pretrained weights, which fit one network"
+            raise ConfigError(f"sweep.space.{axis.name}", value, reason, "start one sweep per network")
         try:
             check_split(found, dataset, num_workers)
             if (model, layer) not in networks:
@@ -136,7 +139,8 @@ def _search(plan: Plan, run: RunConfig, facts: Facts, output: Path, lease: Lease
     try:
         log.say(f"sweep {space.name}: {', '.join(axis.name for axis in space.axes)}")
         log.say(f"up to {plan.max_concurrent} trials in parallel, {plan.placement.num_workers} workers each")
-        log.say(f"output in {output}")
+        for note in (f"output in {output}", *facts.notes):
+            log.say(note)
         before = read_trials(plan.storage)
         if before:
             log.say(f"continuing: {counts(before)}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tla_service.errors import ConfigError, UnavailableError, UserError
 from tla_service.models import build_model
 from tla_service.models.resnets import WideResNet
-from tla_service.registry.foreign_weights import fit, read_entries
+from tla_service.models.weights import fit, read_entries
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -229,6 +229,34 @@ def test_weights_of_another_network(change: Any, words: str, prefix: str) -> Non
     change(found)
     with pytest.raises(ConfigError, match=words):
         fitted(prefixed(prefix, found), network)
+
+
+@pytest.mark.parametrize("kind", ["plain", "madry", "ema"])
+def test_a_new_head_takes_the_rest_of_a_published_network(source: Wrapped, other: dict[str, Tensor], kind: str) -> None:
+    ours = build_model("torchvision:resnet18", 5, (3, 32, 32))
+    entries = {name: value for name, value in published(kind, source, other).items() if isinstance(value, dict)}
+    entries = entries or {"": published(kind, source, other)}
+    with pytest.raises(ConfigError, match=r"its head has 2 classes, the data has 5; choose model\.name and data"):
+        fit(entries, ours, "x")
+    with pytest.raises(ConfigError, match=r"its head has 2 classes, the data has 5; set model\.head to new"):
+        fit(entries, ours, "x", new_head=False)
+    found = fit(entries, ours, "x", new_head=True).state_dict
+    assert set(ours.state_dict()) - set(found) == {"fc.weight", "fc.bias"}
+    assert torch.equal(found["body.conv1.weight"], source.model.state_dict()["conv1.weight"])
+
+
+def test_a_file_without_a_head_serves_where_the_head_is_new(source: Wrapped) -> None:
+    ours = build_model("torchvision:resnet18", 2, (3, 32, 32))
+    body = {name: value for name, value in source.model.state_dict().items() if not name.startswith("fc.")}
+    with pytest.raises(ConfigError, match=r"fc\.weight is missing and 1 more\); set model\.head to new"):
+        fit({"": body}, ours, "x", new_head=False)
+    with pytest.raises(ConfigError, match=r"fc\.weight is missing and 1 more\); choose model\.name"):
+        fit({"": body}, ours, "x")
+    assert fit({"": body}, ours, "x", new_head=True).notes == ()
+    with pytest.raises(ConfigError, match=r"conv1\.weight is missing\); choose model\.name"):
+        fit({"": {name: value for name, value in body.items() if name != "conv1.weight"}}, ours, "x", new_head=True)
+    with pytest.raises(ConfigError, match=r"contains more than this network \(denoiser\.weight is unused\)"):
+        fit({"": {**body, "denoiser.weight": torch.zeros(2)}}, ours, "x", new_head=True)
 
 
 def test_layers_before_the_network_are_not_dropped(source: Wrapped) -> None:

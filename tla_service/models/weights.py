@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tla_service.errors import ConfigError, UnavailableError, one_line
-from tla_service.models import ImageClassifier
 from tla_service.models.catalog import normalization_with
+from tla_service.models.classifier import ImageClassifier
 
 Entries = dict[str, dict[str, Tensor]]
 
@@ -22,6 +22,7 @@ _DEPTH = 3  # of nested mappings: {"model": {"net": {...}}}
 _COUNTER = "num_batches_tracked"
 _UNUSED = ("sub_block1.",)  # a block of TRADES' networks that they never use
 _REMEDY = "choose model.name and data to match the network"
+_NEW_HEAD = "set model.head to new, which draws the last linear layer"
 # Names under which wrappers store the normalization, which is part of the configuration here.
 _NORMALIZATION = {
     "mu": "mean", "mean": "mean", "new_mean": "mean", "sigma": "std", "std": "std", "new_std": "std",
@@ -35,6 +36,21 @@ class Fit(NamedTuple):
 
     state_dict: dict[str, Tensor]
     notes: tuple[str, ...]
+
+
+class _Sought(NamedTuple):
+    """What is searched for: the tensors of a network by its names, without a head that is drawn anew."""
+
+    network: ImageClassifier
+    tensors: dict[str, Tensor]
+    head: tuple[str, ...]
+    new_head: bool | None
+    namings: list[dict[str, str]]  # our names, head included -> names in a file: ours, or the publisher's
+
+    @property
+    def required(self) -> list[str]:
+        """Names of the tensors that every file must have."""
+        return [name for name in self.tensors if not name.endswith(_COUNTER)]
 
 
 class _Copy(NamedTuple):
@@ -59,20 +75,25 @@ def read_entries(path: Path) -> Entries:
     return dict(_entries(_loaded(path, start)))
 
 
-def fit(entries: Entries, network: ImageClassifier, source: str) -> Fit:
+def fit(entries: Entries, network: ImageClassifier, source: str, *, new_head: bool | None = None) -> Fit:
     """Find a network's weights among the entries of a file, which `source` names in messages.
 
-    Prefixes of wrappers (``module.``, ``model.``, ``module.model.``, ...) are dropped, and torchvision's names are
+    Prefixes of wrappers (``module.``, ``model.``, ``module.model.``, ...) are dropped, and publishers' names are
     supported. A normalization stored with the weights must be the network's. Of several copies, an exponential moving
-    average is preferred, as in timm and torchvision. Raises `ConfigError` if they do not fit.
+    average is preferred, as in timm and torchvision. With ``new_head``, the last linear layer of the file is left out;
+    None if a new one is not an option. Raises `ConfigError` if they do not fit.
     """
-    copies = [copy for entry, tensors in entries.items() for copy in _copies(entry, tensors, network)]
+    sought = _sought(network, new_head)
+    if not sought.required:
+        reason = "the network is a single linear layer, so that a new head would leave out all weights"
+        raise ConfigError("file", source, reason, "set model.head to keep")
+    copies = [copy for entry, tensors in entries.items() for copy in _copies(entry, tensors, sought)]
     if not copies:
-        raise _mismatch(entries, network, source)
+        raise _mismatch(entries, sought, source)
     chosen = min(copies, key=lambda copy: ("ema" not in copy.name.lower(), copies.index(copy)))
-    _check_tensors(chosen, network, source)
+    _check_tensors(chosen, sought, source)
     notes = [_compare(chosen, other) for other in copies if other is not chosen]
-    aside = _left_over(chosen, entries[chosen.entry], copies, network, source)
+    aside = _left_over(chosen, entries[chosen.entry], copies, sought, source)
     if aside:
         more = f" and {len(aside) - _SHOWN} more" if len(aside) > _SHOWN else ""
         notes.append(f"ignored, not part of the network: {', '.join(aside[:_SHOWN])}{more}")
@@ -130,28 +151,25 @@ def _entries(loaded: Any, name: str = "", depth: int = _DEPTH) -> Iterator[tuple
             yield from _entries(value, f"{name}.{key}" if name else str(key), depth - 1)
 
 
-def _copies(entry: str, tensors: Mapping[str, Tensor], network: ImageClassifier) -> Iterator[_Copy]:
+def _sought(network: ImageClassifier, new_head: bool | None) -> _Sought:  # noqa: FBT001
+    tensors = network.state_dict()
+    path = next(path for path, module in network.named_modules() if module is network.classifier)
+    head = tuple(f"{path}.{part}" for part in network.classifier.state_dict())
+    ours, published = {name: name for name in tensors}, network.published_names()
+    kept = {name: value for name, value in tensors.items() if not (new_head and name in head)}
+    return _Sought(network, kept, head, new_head, [ours] if published == ours else [ours, published])
+
+
+def _copies(entry: str, tensors: Mapping[str, Tensor], sought: _Sought) -> Iterator[_Copy]:
     """Every place of an entry that has all tensors of the network, shortest prefix first."""
-    wanted = network.state_dict()
-    for names in _namings(network):
-        for prefix in _prefixes(tensors, names[_kept(network)[-1]]):
-            found = {ours: tensors[prefix + theirs] for ours, theirs in names.items() if prefix + theirs in tensors}
+    wanted = sought.tensors
+    for names in sought.namings:
+        for prefix in _prefixes(tensors, names[sought.required[-1]]):
+            found = {name: tensors[prefix + names[name]] for name in wanted if prefix + names[name] in tensors}
             # PyTorch before 0.4.1 had no such counters; eval mode does not read them.
             found |= {name: wanted[name] for name in set(wanted) - set(found) if name.endswith(_COUNTER)}
             if len(found) == len(wanted):
                 yield _Copy(entry, prefix, {name: found[name] for name in wanted})
-
-
-def _namings(network: ImageClassifier) -> list[dict[str, str]]:
-    """Our names of the network's tensors -> names in a file: ours, or the publisher's."""
-    ours = {name: name for name in network.state_dict()}
-    published = network.published_names()
-    return [ours] if published == ours else [ours, published]
-
-
-def _kept(network: ImageClassifier) -> list[str]:
-    """Names of the tensors that every file must have."""
-    return [name for name in network.state_dict() if not name.endswith(_COUNTER)]
 
 
 def _prefixes(tensors: Mapping[str, Tensor], *names: str) -> list[str]:
@@ -160,26 +178,35 @@ def _prefixes(tensors: Mapping[str, Tensor], *names: str) -> list[str]:
     return sorted(found, key=len)
 
 
-def _mismatch(entries: Entries, network: ImageClassifier, source: str) -> ConfigError:
+def _mismatch(entries: Entries, sought: _Sought, source: str) -> ConfigError:
     """The tensors missing under the entry and prefix that have most of the network's."""
-    best: tuple[int, list[str]] = (0, [])
-    wanted = _kept(network)
+    best: tuple[int, list[str], list[str]] = (0, [], [])  # how many are there, names of those missing: in a file, ours
+    wanted = sought.required
     for tensors in entries.values():
-        for names in _namings(network):
+        for names in sought.namings:
             for prefix in ("", *_prefixes(tensors, *(names[name] for name in wanted))):
-                missing = [prefix + names[name] for name in wanted if prefix + names[name] not in tensors]
-                best = max(best, (len(wanted) - len(missing), missing), key=lambda found: found[0])
-    count, missing = best
-    reason = f"contains none of this network's weights ({len(entries)} entries with tensors)"
+                missing = [name for name in wanted if prefix + names[name] not in tensors]
+                theirs = [prefix + names[name] for name in missing]
+                best = max(best, (len(wanted) - len(missing), theirs, missing), key=lambda found: found[0])
+    count, theirs, missing = best
+    reason, remedy = f"contains none of this network's weights ({len(entries)} entries with tensors)", _REMEDY
     if count:
-        reason = f"does not match this network ({_listed(missing, 'is missing')})"
-    return ConfigError("file", source, reason, _REMEDY)
+        reason = f"does not match this network ({_listed(theirs, 'is missing')})"
+        if sought.new_head is False and set(missing) <= set(sought.head):
+            remedy = _NEW_HEAD
+    return ConfigError("file", source, reason, remedy)
 
 
-def _check_tensors(copy: _Copy, network: ImageClassifier, source: str) -> None:
-    wanted = network.state_dict()
+def _check_tensors(copy: _Copy, sought: _Sought, source: str) -> None:
+    wanted = sought.tensors
     shapes = {name: (tuple(value.shape), tuple(wanted[name].shape)) for name, value in copy.tensors.items()}
-    problems = [f"{name} is {theirs}, not {ours}" for name, (theirs, ours) in shapes.items() if theirs != ours]
+    wrong = [name for name, (theirs, ours) in shapes.items() if theirs != ours]
+    if wrong and all(name in sought.head and shapes[name][0][1:] == shapes[name][1][1:] for name in wrong):
+        classes = {shapes[name][0][0] for name in sought.head}
+        if len(classes) == 1:
+            reason = f"its head has {classes.pop()} classes, the data has {sought.network.classifier.out_features}"
+            raise ConfigError("file", source, reason, _REMEDY if sought.new_head is None else _NEW_HEAD)
+    problems = [f"{name} is {shapes[name][0]}, not {shapes[name][1]}" for name in wrong]
     problems += [
         f"{name} has type {str(value.dtype).removeprefix('torch.')}"
         for name, value in copy.tensors.items()
@@ -194,14 +221,14 @@ def _check_tensors(copy: _Copy, network: ImageClassifier, source: str) -> None:
 
 
 def _left_over(
-    chosen: _Copy, tensors: Mapping[str, Tensor], copies: list[_Copy], network: ImageClassifier, source: str
+    chosen: _Copy, tensors: Mapping[str, Tensor], copies: list[_Copy], sought: _Sought, source: str
 ) -> list[str]:
     """Unused names of the entry; refuses those that would change what the network computes."""
-    mine = {f"{copy.prefix}{names[name]}" for copy in copies for names in _namings(network) for name in copy.tensors}
+    mine = {f"{copy.prefix}{theirs}" for copy in copies for names in sought.namings for theirs in names.values()}
     unused = tuple(f"{chosen.prefix}{name}" for name in _UNUSED)
     others = {name: value for name, value in tensors.items() if name not in mine and not name.startswith(unused)}
     normalization = {name: value for name, value in others.items() if name.rpartition(".")[2] in _NORMALIZATION}
-    _check_normalization(normalization, network, source)
+    _check_normalization(normalization, sought.network, source)
     rest = [name for name in others if name not in normalization]
     inside = [name for name in rest if not chosen.prefix or name.startswith(chosen.prefix)]
     layers = inside or [name for name in rest if name.rpartition(".")[2] in _LAYER]
