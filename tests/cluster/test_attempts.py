@@ -64,7 +64,7 @@ def test_a_snapshot_that_cannot_be_copied_for_long_ends_the_sweep(
     assert isinstance(budget.error, UnavailableError)
 
 
-def play(config: Any, space: Space, placement: Placement, storage: str, weights: Any) -> None:
+def play(config: Any, space: Space, placement: Placement, storage: str, weights: Any, code: None) -> None:
     """A trial that is played instead of trained, with a checkpoint every third epoch."""
     number, point = config["trial"]["number"], config["trial"]["point"]
     folder = Path(storage) / space.trial(number, point, 1).name

@@ -20,8 +20,6 @@ from tla_service.evaluation.shards import (
     ShardOutcome,
     load_outcome,
     merge_outcomes,
-    outcome_arrays,
-    outcome_from,
     save_outcome,
 )
 from tla_service.evaluation.suite import AttackMeasurement, evaluation_attack
@@ -139,12 +137,6 @@ def test_what_autoattack_warns_of_is_kept(tmp_path: Path) -> None:
     assert load_outcome(tmp_path / "outcome.npz").warnings == outcome.warnings
     assert merge_outcomes([outcome]).warnings == outcome.warnings
     assert evaluate(Wavy(), images, labels, {}, autoattack=("linf", 0.001)).warnings == ()
-
-
-def test_outcomes_of_before_have_no_warnings() -> None:
-    arrays = outcome_arrays(ShardOutcome(np.arange(2), np.zeros(2, np.int64), {"clean": np.zeros(2, np.int64)}))
-    del arrays["warnings"]
-    assert outcome_from(arrays).warnings == ()
 
 
 def test_autoattack_is_no_weaker_and_says_what_it_left_out() -> None:

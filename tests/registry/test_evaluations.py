@@ -67,10 +67,11 @@ def test_only_versions_of_the_evaluated_weights_are_tagged(uri: str, tmp_path: P
     for sha256 in ("a" * 64, "b" * 64):
         made.create_model_version("tla-digits", str(tmp_path), run_id=run_id, tags={"weights_sha256": sha256})
     found = report(run_id, "a" * 64)
-    page = tmp_path / "report.html"
-    page.write_text("page")
-    for _ in range(2):  # again changes nothing
-        assert log_evaluation(uri, found, {"report.html": page, "figures/one.png": page}) == ("tla-digits/1",)
+    json, figure = tmp_path / "report.json", tmp_path / "one.png"
+    rp.write_report(found, json)
+    figure.write_text("figure")
+    for _ in range(2):  # again changes nothing; an evaluation may have no page
+        assert log_evaluation(uri, found, {"report.json": json, "figures/one.png": figure}) == ("tla-digits/1",)
 
     version = made.get_model_version("tla-digits", "1")
     assert version.tags["tla.report"] == artifact_folder("a" * 64, TRAINED_FOR)
@@ -82,7 +83,7 @@ def test_only_versions_of_the_evaluated_weights_are_tagged(uri: str, tmp_path: P
     assert not made.get_model_version("tla-digits", "2").description
     stored = {artifact.path for artifact in made.list_artifacts(run_id, artifact_folder("a" * 64, TRAINED_FOR))}
     assert stored == {
-        f"{artifact_folder('a' * 64, TRAINED_FOR)}/report.html",
+        f"{artifact_folder('a' * 64, TRAINED_FOR)}/report.json",
         f"{artifact_folder('a' * 64, TRAINED_FOR)}/figures",
     }
     measured = made.get_run(run_id).data.metrics["evaluation/accuracy/autoattack"]

@@ -44,14 +44,16 @@ STEPS: dict[str, dict[str, Any]] = {
 
 def on_digits(name: str) -> RunConfig:
     """A preset on small images, with a small network and batch."""
-    preset = load_settings(["--preset", name, "--data.root", "unused"]).run_config
+    pretrained = ["--model.pretrained", "unused"] if name.startswith("finetune_") else []
+    preset = load_settings(["--preset", name, "--data.root", "unused", *pretrained]).run_config
     kept = {"method", "loss", "mining", "attack", "optimizer", "schedule", "training", "speed"}
     sections = preset.model_dump(exclude_defaults=True, include=kept)
     sections["training"] = sections.get("training", {}) | {"epochs": 4, "global_batch_size": 50, "max_steps": None}
     sections["attack"] = sections.get("attack", {}) | {"num_steps": 2}
     if sections.get("mining", {}).get("pool") == "separate":
         sections["mining"] |= {"pool_size": 20}
-    return digits_config(**sections)
+    # The weights are not read here; without them, the settings of fine-tuning are refused.
+    return digits_config(**sections, model={"name": "digits_cnn"} | ({"pretrained": "unused"} if pretrained else {}))
 
 
 def check_update(config: RunConfig, reporter: KeepingReporter) -> None:

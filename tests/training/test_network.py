@@ -1,11 +1,13 @@
 """What is checked of networks from outside the package before a run: one sentence for each mistake."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 from tests.models.test_own_code import OWN
 from tests.training.conftest import digits_config
@@ -14,7 +16,7 @@ from tla_service.errors import ConfigError
 from tla_service.models import Architecture
 from tla_service.models.wrapped import take_embedding, wrap
 from tla_service.training.network import check_network
-from tla_service.training.precheck import check_weights
+from tla_service.training.pretrained import find_pretrained
 
 SHAPE = (1, 8, 8)
 CONFIG = digits_config(model={"name": "network:build", "code": str(OWN)})
@@ -58,12 +60,18 @@ def test_good_networks_pass() -> None:
     check_network(CONFIG, Architecture.of(CONFIG.model), with_own, DATASET)
 
 
-def test_weights_of_another_network_are_refused_without_a_head_too() -> None:
-    config = digits_config(model={"name": "torchvision:squeezenet1_1", "embedding": "features", "weights": "w"})
+def test_published_weights_fit_a_network_without_a_linear_head(tmp_path: Path) -> None:
+    model = {"name": "torchvision:squeezenet1_1", "embedding": "features", "normalization": "none"}
+    config = digits_config(model=model | {"pretrained": str(tmp_path / "w.pt")})
     network = Architecture.of(config.model).build(10, (3, 32, 32))
-    assert network.published_names()["body.features.0.weight"] == "features.0.weight"
-    with pytest.raises(ConfigError, match=r"model\.weights=w: are not of a torchvision:squeezenet1_1 with 10 classes"):
-        check_weights(config, network, {})
+    published = models.squeezenet1_1(num_classes=10)
+    torch.save(published.state_dict(), tmp_path / "w.pt")
+    network.load_state_dict(find_pretrained(config, network).state_dict)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(network.eval()(images).logits, published.eval()(images))
+    torch.save(models.resnet18(num_classes=10).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ConfigError, match=r"^model\.pretrained=.*does not match this network|contains none of"):
+        find_pretrained(config, network)
 
 
 class Detached(Good):

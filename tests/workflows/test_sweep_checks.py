@@ -7,6 +7,7 @@ import pytest
 from tests.tuning.conftest import run_config, space_of
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
+from tla_service.models import Architecture
 from tla_service.workflows.run import Facts
 from tla_service.workflows.sweep import _check_ends
 
@@ -23,7 +24,7 @@ FINE: dict[str, Any] = {"model": {"pretrained": "w.pt"}}
 )
 def test_all_trials_start_from_the_same_weights(run: dict[str, Any], space: dict[str, Any]) -> None:
     config = run_config(**run)
-    facts = Facts(load_dataset(config.data), {}, (), 0, {})
+    facts = Facts(load_dataset(config.data), Architecture.of(config.model), {}, (), 0, {})
     with pytest.raises(ConfigError, match=r"sweep\.space\.(model\.\w+|start)=.*the same pretrained weights"):
         _check_ends(space_of(space, run=config), facts, 1)
     _check_ends(space_of({"loss.clean_weight": [0, 0.5]}, run=config), facts, 1)

@@ -15,7 +15,7 @@ from mlflow.entities import Metric
 
 from tla_service.errors import UnavailableError, UserError, one_line
 from tla_service.report.page import NORMS, describe, percent, split_sentence, template
-from tla_service.report.schema import PAGE_FILE, REPORT_FILE, Report, artifact_folder, evaluations_folder, read_report
+from tla_service.report.schema import REPORT_FILE, Report, artifact_folder, evaluations_folder, read_report
 from tla_service.tracking.connection import client, retrying, storing
 from tla_service.tracking.runs import log_files
 
@@ -28,7 +28,7 @@ def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple
     """Log a report to the run that trained its model, and tag every registered version of these weights.
 
     Repeating it changes nothing. It replaces an earlier evaluation of the same weights under the same threat model.
-    `files` maps names below the report's artifact folder to local files, the page among them.
+    `files` maps names below the report's artifact folder to local files, `report.json` among them.
 
     Returns the versions that were tagged, as ``NAME/VERSION``.
     """
@@ -37,8 +37,8 @@ def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple
     folder = artifact_folder(sha256, report.threat_model)
     log_files(uri, run_id, {f"{folder}/{name}": path for name, path in files.items()})
     made = client(uri)
-    # Metrics are of the time when the page was written: MLflow keeps one of several that are alike.
-    written = int(files[PAGE_FILE].stat().st_mtime * 1000)
+    # Metrics are of the time when the report was written: MLflow keeps one of several that are alike.
+    written = int(files[REPORT_FILE].stat().st_mtime * 1000)
     storing("Logging the figures", lambda: _log_metrics(made, run_id, report, written))
     found = storing("Finding versions", lambda: made.search_model_versions(f"run_id='{run_id}'"))
     versions = [(each.name, str(each.version)) for each in found if each.tags.get("weights_sha256") == sha256]

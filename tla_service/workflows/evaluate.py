@@ -38,7 +38,9 @@ def evaluate_and_log(settings: EvaluateSettings) -> int:
         tagged = log_evaluation(uri, report, files)
         terminal.say(f"logged to run {report.model.run_id} at {uri}" + "".join(f", tagged {each}" for each in tagged))
     show(report, output, terminal)
-    terminal.say(_next_step(report, tagged, settings) or f"next: open {output / PAGE_FILE}")
+    terminal.say(
+        _next_step(report, tagged, settings) or f"next: open {output / (PAGE_FILE if settings.page else REPORT_FILE)}"
+    )
     return 0
 
 
