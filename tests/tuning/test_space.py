@@ -144,6 +144,7 @@ REFUSED = {
     "no such method": ({"method": ["tla", "tlq"]}, {}, "sweep.space.method=tlq: not one of"),
     "what is measured": ({"evaluation.validation.num_steps": [1, 2]}, {}, "must be the same for all trials"),
     "where it runs": ({"scaling.num_workers": [1, 2]}, {}, "must be the same for all trials"),
+    "the network's code": ({"model.code": ["a", "b"]}, {}, "must be the same for all trials"),
     "which images are validated on": ({"data.validation": ["val", "dev"]}, {}, "must be the same for all trials"),
     "twice": ({"loss.margin": [0.1, 0.1]}, {}, "a value is in it twice"),
     "two axes set one field": (
