@@ -156,32 +156,43 @@ def test_a_new_environment_predicts_what_the_training_process_does(shipped: Ship
         np.testing.assert_allclose(answer["embedding"], shipped.expected["embedding"], atol=1e-5, rtol=1e-5)
 
 
-def test_a_new_environment_builds_a_users_own_network(shipped: Shipped, tmp_path: Path) -> None:
-    """The code is in the version; its requirements are installed already, being those of the other one."""
-    model = {"name": "network:build", "code": str(OWN), "embedding": "blocks"}
+@pytest.mark.parametrize(
+    ("registered", "model"),
+    [
+        ("tla-own", {"name": "network:build", "code": str(OWN), "embedding": "blocks"}),
+        ("tla-timm", {"name": "timm:resnet10t"}),
+    ],
+)
+def test_a_new_environment_builds_the_network_of_others(
+    shipped: Shipped, tmp_path: Path, registered: str, model: dict[str, str]
+) -> None:
+    """The user's code is in the version, timm among its requirements; all others are installed already."""
     config = config_for(shipped.uri, model=model)
     network = Architecture.of(config.model).build(10, (1, 28, 28)).eval()
     uri = log_model(
         shipped.uri,
-        open_run(config, "own", facts={}),
+        open_run(config, registered, facts={}),
         state_dict=network.state_dict(),
         config=config,
         class_names=[str(digit) for digit in range(10)],
         image_shape=(1, 28, 28),
         example=shipped.images[:4].astype(np.float32) / 255,
         metrics={},
-        registered_model="tla-own",
+        registered_model=registered,
         facts={},
     )
     own, others = (
         open_package(each, shipped.uri)[0].parent / "requirements.txt" for each in (uri, "models:/tla-mnist/1")
     )
-    assert own.read_text() == others.read_text()
+    more = sorted(set(own.read_text().split()) - set(others.read_text().split()))
+    assert [line.partition("==")[0] for line in more] == (["timm"] if registered == "tla-timm" else [])
+    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    subprocess.run([uv, "pip", "install", "-q", "--python", str(shipped.python), "-r", str(own)], check=True)
     np.save(tmp_path / "images.npy", shipped.images)
     code = (
         "import importlib.util, json, mlflow, numpy as np\n"
         "assert importlib.util.find_spec('tla_service') is None\n"
-        "model = mlflow.pyfunc.load_model('models:/tla-own/1')\n"
+        f"model = mlflow.pyfunc.load_model('models:/{registered}/1')\n"
         "answer = model.predict(np.load('images.npy'), params={'embedding': True})\n"
         "print(json.dumps({name: values.tolist() for name, values in answer.items()}))\n"
     )
