@@ -22,7 +22,7 @@ _SOME_IMAGES = 8  # that own functions are tried on
 
 
 def split_and_check(
-    config: RunConfig, dataset: Dataset, context: WorkerContext, architecture: Architecture | None = None
+    config: RunConfig, dataset: Dataset, context: WorkerContext, architecture: Architecture
 ) -> tuple[Tensor, tuple[ImageSource, Tensor], TrainingBatches]:
     """Training rows, validation images and training batches of a run; ConfigError where they do not fit the data."""
     train, validation = split_training(dataset, config.data.validation_fraction, config.seed)

@@ -66,8 +66,9 @@ def check_before_start(config: RunConfig) -> Facts:
     if trouble is not None:
         raise trouble
     dataset = load_dataset(config.data)
-    check_split(config, dataset, config.scaling.num_workers if isinstance(config.scaling.num_workers, int) else 1)
     architecture = Architecture.of(config.model)
+    workers = config.scaling.num_workers if isinstance(config.scaling.num_workers, int) else 1
+    check_split(config, dataset, workers, architecture)
     network = architecture.build(len(dataset.class_names), dataset.image_shape)
     check_network(config, architecture, network, dataset)
     seen_by_triplets(network, config.loss.triplet_layer)
@@ -97,9 +98,9 @@ def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, r
     check_room(needs)
 
 
-def check_split(config: RunConfig, dataset: Dataset, num_workers: int) -> None:
+def check_split(config: RunConfig, dataset: Dataset, num_workers: int, architecture: Architecture) -> None:
     """Pool and batch against the training split: what one worker cannot have, more of them cannot have either."""
-    split_and_check(config, dataset, WorkerContext(world_size=num_workers))
+    split_and_check(config, dataset, WorkerContext(world_size=num_workers), architecture)
 
 
 class TrackedRun:
@@ -179,7 +180,7 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
             terminal.say(note)
         join()
         placement = place(config)
-        check_split(config, facts.dataset, placement.num_workers)
+        check_split(config, facts.dataset, placement.num_workers, facts.architecture)
         start_seconds = 0.0
         with TrackedRun(config, output, run_key, facts.described, terminal, use_gpu=placement.use_gpu) as tracked:
             labels["run_id"] = tracked.run_id

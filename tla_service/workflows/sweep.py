@@ -21,6 +21,7 @@ from tla_service.job import INTERRUPTED
 from tla_service.models import Architecture
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.tracking.connection import check_tracking
+from tla_service.training.network import check_network
 from tla_service.training.output import open_output
 from tla_service.training.reporting import Terminal
 from tla_service.tuning.axes import shown
@@ -86,12 +87,14 @@ def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:
         if model != space.run.model and (model.pretrained or space.run.model.pretrained):
             reason = "all trials start from the same pretrained weights, which fit one network"
             raise ConfigError(f"sweep.space.{axis.name}", value, reason, "start one sweep per network")
+        architecture = Architecture.of(model, facts.architecture.code)
         try:
-            check_split(found, dataset, num_workers)
+            check_split(found, dataset, num_workers, architecture)
             if (model, layer) not in networks:
                 networks.add((model, layer))
-                classes = len(dataset.class_names)
-                seen_by_triplets(Architecture.of(model).build(classes, dataset.image_shape), layer)
+                network = architecture.build(len(dataset.class_names), dataset.image_shape)
+                check_network(found, architecture, network, dataset)
+                seen_by_triplets(network, layer)
         except ConfigError as error:
             reason = f"{error.subject}={error.value}: {error.reason}"
             raise ConfigError(f"sweep.space.{axis.name}", value, reason, error.remedy) from error
