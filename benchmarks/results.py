@@ -89,7 +89,7 @@ def facts() -> dict[str, Any]:
         "device": hardware(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.strip() or __version__,
+        "commit": commit.strip() or os.environ.get("GIT_COMMIT") or __version__,
         "command": " ".join(["python", *sys.argv]),
         "load before": os.getloadavg()[0],
     }

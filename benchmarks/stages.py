@@ -18,6 +18,7 @@ from tla_service.triplets import mine_hardest
 
 # On a CPU runs of a quarter of a second vary by a tenth and more; this many seconds of them give a firm median.
 LEAST_SECONDS = {"cpu": 30.0, "cuda": 0.0}
+BURN_IN = {"cpu": 1, "cuda": 3}
 # Positives of the literal mode: one, as the bars' arithmetic and the authors' code for MNIST have it, or two.
 LITERAL = {"TLA, literal": "same_class", "TLA, literal, two positives": "both"}
 Changes = dict[str, Any]
@@ -29,46 +30,72 @@ def literal(workload: Workload, positives: str) -> Changes:
     return {"mining": mining, "training": {"batchnorm_roles": "apart"}}
 
 
-def measure_steps(work: dict[str, Workload], settings: BenchmarkSettings, results: Results, base: Changes) -> None:
-    """Whole training steps: the floor, plain AT, TLA cheap and literal, and other libraries' AT."""
+def measure_steps(
+    work: dict[str, Workload],
+    settings: BenchmarkSettings,
+    results: Results,
+    base: Changes,
+    *,
+    title: str = "Steps",
+    suffix: str = "",
+    others: bool = True,
+) -> None:
+    """Whole training steps: the floor in the same precision and layout, plain AT, TLA.
+
+    Args:
+        work: Networks, by name.
+        settings: How to measure.
+        results: Where to keep it.
+        base: Changes to the default settings.
+        title: Of the table.
+        suffix: Of each network's name among the ratios and raw numbers.
+        others: Include the literal mode and other libraries.
+    """
     context, rows = context_of(settings), []
-    training = base.get("training", {})
-    precision, layout = training.get("precision", "float32"), training.get("channels_last", False)
-    rate = matrix_rate(context.device, getattr(torch, precision))
-    for key, workload in work.items():
+    for name, workload in work.items():
+        key = name + suffix
+        tla = FullStep(workload, context, **base)
+        training = tla.config.training
+        rate = matrix_rate(context.device, getattr(torch, training.precision))
         floors = [
-            Floor(workload, context, precision=precision, channels_last=layout, with_clean=clean)
+            Floor(
+                workload,
+                context,
+                precision=training.precision,
+                channels_last=bool(training.channels_last),
+                with_clean=clean,
+            )
             for clean in (False, True)
         ]
-        tla = FullStep(workload, context, **base)
         ours: dict[str, Callable[[], object]] = {
             "floor of AT": floors[0],
             "AT": FullStep(workload, context, **merged(base, {"method": "at"})),
             "floor of TLA": floors[1],
             "TLA, pool: batch": tla,
         }
-        for name, positives in LITERAL.items():
-            ours[name] = FullStep(workload, context, **merged(base, literal(workload, positives)))
+        for mode, positives in LITERAL.items() if others else ():
+            ours[mode] = FullStep(workload, context, **merged(base, literal(workload, positives)))
         with ExitStack() as stack:
-            theirs = stack.enter_context(peers("steps", workload, context)) if workload.num_steps <= 10 else {}
-            least = LEAST_SECONDS[settings.device]
-            times = take_turns({**ours, **theirs}, rounds=settings.rounds, least_seconds=least)
+            beside = others and workload.num_steps <= 10
+            theirs = stack.enter_context(peers("steps", workload, context)) if beside else {}
+            least, burn_in = LEAST_SECONDS[settings.device], BURN_IN[settings.device]
+            times = take_turns({**ours, **theirs}, rounds=settings.rounds, least_seconds=least, burn_in=burn_in)
         with peak_memory() as memory:  # of a new one: the graphs of the one above have their memory already
             FullStep(workload, context, **base)()
-        for name in times.wall:
-            rate_of_images = f"{workload.batch_size / times.seconds(name).median:.1f}"
-            rows.append([workload.name, name, rate_of_images, str(times.ratio(name, "AT", settings.clock))])
+        for step in times.wall:
+            rate_of_images = f"{workload.batch_size / times.seconds(step).median:.1f}"
+            rows.append([workload.name, step, rate_of_images, str(times.ratio(step, "AT", settings.clock))])
         flops = floors[1].flops()
         speed = flops / times.seconds("TLA, pool: batch").median
         share = f"{speed / rate.median:.2f}"
         rows.append([workload.name, "TLA: FLOP/s, share of the matrix rate", f"{speed:.3g}", share])
         rows.append([workload.name, "TLA: peak memory, weights included, MiB", f"{memory[0] / 2**20:.0f}", ""])
         keep_step_ratios(key, workload, times, list(theirs), settings, results)
-        results.raw[f"step seconds {key}"] = {name: times.seconds(name).median for name in times.wall}
+        results.raw[f"step seconds {key}"] = {step: times.seconds(step).median for step in times.wall}
         results.raw[f"parameters {key}"] = sum(parameter.numel() for parameter in tla.network.parameters())
         results.raw[f"flops {key}"] = flops
-    results.raw["matrix FLOP/s"] = rate.median
-    results.table("Steps", ["network", "step", "images/s", "time over AT (quartiles)"], rows)
+        results.raw[f"matrix FLOP/s {key}"] = rate.median
+    results.table(title, ["network", "step", "images/s", "time over AT (quartiles)"], rows)
 
 
 def keep_step_ratios(
@@ -85,6 +112,8 @@ def keep_step_ratios(
     }
     bars |= {f"AT over {name}": ("AT", name, 1 / 2.5 if on_gpu else 1.0) for name in theirs}
     for name, (above, below, bar) in bars.items():
+        if above not in times.wall:
+            continue
         results.ratio(f"{settings.device} {key}: {name}", times.ratio(above, below, settings.clock), bar)
 
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from benchmarks.elsewhere import Candidates, elsewhere
 from benchmarks.results import Results
 from benchmarks.settings import BenchmarkSettings
-from benchmarks.stages import LEAST_SECONDS, Changes, context_of, merged
+from benchmarks.stages import BURN_IN, LEAST_SECONDS, Changes, context_of, merged
 from benchmarks.timing import take_turns
 from benchmarks.workloads import FullStep, Workload
 from tla_service.runtime import WorkerContext, keep_freed_memory
@@ -45,8 +45,7 @@ def measure_switches(
     title: str = "Switches",
 ) -> None:
     """Time of a TLA step without a setting over the time with it."""
-    context, rows = context_of(settings), []
-    burn_in = 3 if settings.device == "cuda" else 1
+    context, rows, burn_in = context_of(settings), [], BURN_IN[settings.device]
     for workload in work.values():
         if workload.num_steps > 10:
             continue

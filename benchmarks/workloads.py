@@ -86,7 +86,8 @@ class FullStep:
     """
 
     def __init__(self, workload: Workload, context: WorkerContext, **changes: Any) -> None:
-        self.config, self.context = workload.config(**changes), context
+        self.config = workload.config(**changes).on_device(has_gpu=context.device.type == "cuda")
+        self.context = context
         torch.manual_seed(0)
         layout = torch.channels_last if self.config.training.channels_last else torch.contiguous_format
         network = build_model(workload.model, CLASSES, workload.image_shape, self.config.model.normalization)
