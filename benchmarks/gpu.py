@@ -1,19 +1,21 @@
-"""Stages for a GPU: numerical checks, seconds per epoch, and the effect of bfloat16 on AutoAttack accuracy."""
+"""Stages for a GPU: numerical checks, seconds per epoch by settings, and the effect of bfloat16 on robustness."""
 
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from benchmarks.results import Results
 from benchmarks.settings import BenchmarkSettings
 from benchmarks.stages import Changes, context_of, merged
-from benchmarks.switches import COMMON_SWITCHES
 from benchmarks.timing import take_turns
 from benchmarks.workloads import FullStep, Workload
+from tla_service.attacks import Attack, attack_images
 from tla_service.attacks.autoattack import run_autoattack
 from tla_service.data import Batch
 from tla_service.models import LogitsOnly
@@ -22,15 +24,19 @@ from tla_service.training.fit import Run
 from tla_service.training.reporting import LocalReporter
 from tla_service.training.step import TOTALS
 
-# Measured against a base that has them all on, so that each line says what one is worth to the others.
-_OFF: list[tuple[str, Changes, Changes]] = [
-    ("training.precision: bfloat16", {}, {"training": {"precision": "float32"}}),
-    ("training.channels_last: true", {}, {"training": {"channels_last": False}}),
-    ("speed.compile: all", {}, {"speed": {"compile": "none"}}),
-    ("speed.cuda_graphs: true", {}, {"speed": {"cuda_graphs": False}}),
-]
-_IN_BASE = ("training.channels_last", "training.precision")
-SWITCHES = [entry for entry in COMMON_SWITCHES if not entry[0].startswith(_IN_BASE)] + _OFF
+_BF16: Changes = {"training": {"precision": "bfloat16"}}
+# Settings of a run, from what is exact to all that is opt-in.
+FAST: Changes = merged(_BF16, {"speed": {"compile": "all", "tune_kernels": True}})
+VARIANTS: dict[str, Changes] = {
+    "speed.mode: exact": {"speed": {"mode": "exact"}},
+    "default": {},
+    "compile: attack": {"speed": {"compile": "attack"}},
+    "bfloat16": _BF16,
+    "bfloat16, tune_kernels": merged(_BF16, {"speed": {"tune_kernels": True}}),
+    "bfloat16, compile: attack": merged(_BF16, {"speed": {"compile": "attack"}}),
+    "bfloat16, compile: all": merged(_BF16, {"speed": {"compile": "all"}}),
+    "bfloat16, compile: all, tune_kernels": FAST,
+}
 # Variant of the step, and how far its loss may lie from float32 eager's, relatively.
 _VARIANTS: dict[str, tuple[Changes, float]] = {
     "BatchNorm folded": ({"speed": {"fold_batchnorm": True}}, 1e-4),
@@ -77,20 +83,27 @@ def check_numerics(work: dict[str, Workload], settings: BenchmarkSettings, resul
         raise RuntimeError("numerics: " + "; ".join(wrong))
 
 
-def measure_epochs(
-    work: dict[str, Workload], settings: BenchmarkSettings, results: Results, bases: dict[str, Changes]
-) -> None:
-    """Seconds of 50,000 training images with TLA, from runs of twenty steps."""
+def measure_settings(work: dict[str, Workload], settings: BenchmarkSettings, results: Results) -> None:
+    """Seconds of 50,000 training images with TLA under several settings, from runs of ten steps, and of the start.
+
+    Compiled kernels are cached on disk; the start is that of an empty cache only in a fresh environment.
+    """
     context, rows = context_of(settings), []
     for key, workload in work.items():
-        for name, base in bases.items():
-            step = FullStep(workload, context, **base)
-            times = take_turns({"step": step}, rounds=settings.rounds, burn_in=5, repeats=20)
+        for name in settings.variants or VARIANTS:
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = False, True  # a step may change them
+            began = time.monotonic()
+            step = FullStep(workload, context, **VARIANTS[name])
+            times = take_turns({"step": step}, rounds=1, burn_in=2)
+            start = time.monotonic() - began
+            times = take_turns({"step": step}, rounds=settings.rounds, repeats=10)
             seconds = times.seconds("step").median * _EPOCH / workload.batch_size
-            rows.append([workload.name, name, f"{seconds:.2f}", f"{_EPOCH_BARS[key]:g}"])
+            rows.append([workload.name, name, f"{seconds:.1f}", f"{_EPOCH_BARS[key]:g}", f"{start:.0f}"])
+            print(*rows[-1], flush=True)
             results.raw[f"epoch seconds {key}, {name}"] = seconds
             del step  # its graphs hold gigabytes
-    results.table("Epochs", ["network", "settings", "s for 50,000 images", "bar"], rows)
+    columns = ["network", "settings", "s for 50,000 images", "bar", "s to the third step"]
+    results.table("Settings", columns, rows)
 
 
 def measure_accuracy_of_precisions(work: dict[str, Workload], settings: BenchmarkSettings, results: Results) -> None:
@@ -113,6 +126,7 @@ def measure_accuracy_of_precisions(work: dict[str, Workload], settings: Benchmar
             seed=settings.accuracy_seed,
             data={"root": str(settings.data_root)},
             schedule={"name": "cyclic"},
+            evaluation={"every_epochs": settings.accuracy_epochs},
             training={**training, "precision": precision},
             optimizer={"learning_rate": 0.1, "weight_decay": 5e-4},
         )
@@ -129,13 +143,25 @@ def measure_accuracy_of_precisions(work: dict[str, Workload], settings: Benchmar
             found = run_autoattack(
                 network, test.images, test.labels, norm="linf", epsilon=epsilon, seed=0, batch_size=500
             )
-        clean = float((found.broken_at != 0).float().mean())
-        seconds = run.phases.seconds["train"] / settings.accuracy_epochs
-        robust = float(found.robust.float().mean())
+        whole = _first_test_images(run, len(run.dataset.test), context.device)
+        clean, pgd = _accuracies(network, whole, Attack(epsilon=epsilon, step_size=epsilon / 4, num_steps=50))
+        found_all = [clean, pgd, float(found.robust.float().mean())]
         name = f"{work[key].model}, seed {settings.accuracy_seed}"
-        rows.append([name, precision, f"{seconds:.1f}", f"{100 * clean:.1f}", f"{100 * robust:.1f}"])
-    columns = ["network", "precision", "s per epoch", "clean accuracy, %", "accuracy under AutoAttack, %"]
+        rows.append([name, precision, *(f"{100 * value:.2f}" for value in found_all)])
+        print(*rows[-1], flush=True)
+    columns = ["network", "precision", "clean accuracy, %", "accuracy under PGD-50, %"]
+    columns.append(f"accuracy under AutoAttack, {settings.accuracy_images} images, %")
     results.table("Precision and robustness", columns, rows)
+
+
+def _accuracies(network: nn.Module, images: Batch, attack: Attack) -> tuple[float, float]:
+    """Accuracy on clean images, and on attacked ones."""
+    clean = robust = 0
+    for pixels, labels in zip(images.images.split(1000), images.labels.split(1000), strict=True):
+        found = attack_images(network, pixels, labels, attack, generator(pixels.device, 0))
+        clean += int((found.broken_at != 0).sum())
+        robust += int(found.robust.sum())
+    return clean / len(images.labels), robust / len(images.labels)
 
 
 def _first_test_images(run: Run, count: int, device: torch.device) -> Batch:

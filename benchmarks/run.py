@@ -18,12 +18,6 @@ from benchmarks.workloads import CPU_WORKLOADS, GPU_WORKLOADS, Workload
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.runtime import keep_freed_memory
 
-# All that is opt-in on a GPU; what each is worth is among the switches.
-FAST: stages.Changes = {
-    "training": {"precision": "bfloat16", "channels_last": True},
-    "speed": {"tune_kernels": True, "cuda_graphs": True, "compile": "all"},
-}
-
 
 def run_benchmark(settings: BenchmarkSettings) -> int:
     """Measure, print, write the JSON file, and compare ratios with the kept ones.
@@ -67,7 +61,6 @@ def measure(settings: BenchmarkSettings, wanted: list[str], *, again: bool) -> R
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     if settings.device == "cuda":
         torch.cuda.init()
-        torch.backends.cudnn.benchmark = True
     else:
         torch.set_num_threads(1)
         keep_freed_memory()  # as a run does
@@ -147,11 +140,10 @@ def _stages(settings: BenchmarkSettings) -> dict[str, Stage]:
             "numerics": gpu.check_numerics,
             "steps": partial(stages.measure_steps, base={}),
             "fast_steps": partial(
-                stages.measure_steps, base=FAST, title="Fast steps", suffix=", bfloat16 compiled", others=False
+                stages.measure_steps, base=gpu.FAST, title="Fast steps", suffix=", bfloat16 compiled", others=False
             ),
-            "switches": partial(switches.measure_switches, switches=gpu.SWITCHES, base=FAST),
             "parts": partial(parts.measure_parts, base={}),
-            "epochs": partial(gpu.measure_epochs, bases={"default": {}, "bfloat16, compiled": FAST}),
+            "settings": gpu.measure_settings,
             "accuracy": gpu.measure_accuracy_of_precisions,
         }
     from benchmarks.startup import measure_startup

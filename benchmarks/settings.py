@@ -8,7 +8,7 @@ from pydantic import Field
 from tla_service.config.loading import JobSettings
 
 CPU_STAGES = ("steps", "attacks", "switches", "parts", "mining", "scaling", "startup")
-GPU_STAGES = ("numerics", "steps", "fast_steps", "parts", "epochs", "switches", "accuracy")
+GPU_STAGES = ("numerics", "steps", "fast_steps", "parts", "settings", "accuracy")
 
 
 class BenchmarkSettings(JobSettings):
@@ -30,6 +30,7 @@ class BenchmarkSettings(JobSettings):
     keep_ratios: bool = Field(False, description="update the ratios instead of comparing")
     data_root: Path | None = Field(None, description="folder with CIFAR-10, for the stage accuracy (GPU)")
     accuracy_epochs: int = Field(8, description="epochs of each training of the stage accuracy", ge=1)
+    variants: list[str] = Field([], description="settings measured by the stage settings (GPU); default: all")
     accuracy_seed: int = Field(0, description="seed of both trainings of the stage accuracy; rows of others are kept")
     accuracy_images: int = Field(512, description="test images for AutoAttack in the stage accuracy", ge=8)
     seconds: float = Field(500, description="on a GPU, stop after this long; finished stages are kept", gt=0)
