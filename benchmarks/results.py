@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -82,15 +83,16 @@ def read_results(path: Path) -> Results:
 
 def facts() -> dict[str, Any]:
     """Hardware, versions, commit and command."""
-    commit = subprocess.run(
+    # A copy of the tree may lack git, or have another commit's.
+    commit = os.environ.get("GIT_COMMIT") or subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout
     return {
         "device": hardware(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.strip() or os.environ.get("GIT_COMMIT") or __version__,
-        "command": " ".join(["python", *sys.argv]),
+        "commit": commit.strip() or __version__,
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         "load before": os.getloadavg()[0],
     }
 

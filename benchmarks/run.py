@@ -66,6 +66,7 @@ def measure(settings: BenchmarkSettings, wanted: list[str], *, again: bool) -> R
         keep_freed_memory()  # as a run does
     work, offered, results = _workloads(settings), _stages(settings), Results(facts())
     earlier = read_results(settings.output) if again and settings.output.exists() else None
+    measured = [f"{stage} of {', '.join(settings.workloads)}" if settings.workloads else stage for stage in wanted]
     for stage in wanted:
         start = time.monotonic()
         with _one_core(stage):
@@ -73,7 +74,7 @@ def measure(settings: BenchmarkSettings, wanted: list[str], *, again: bool) -> R
         results.facts[f"seconds of {stage}"] = round(time.monotonic() - start, 1)
         results.facts["seconds"] = round(time.monotonic() - began)
         results.facts["load after"] = os.getloadavg()[0]
-        (results if earlier is None else results.on_top_of(earlier, wanted)).write(settings.output)
+        (results if earlier is None else results.on_top_of(earlier, measured)).write(settings.output)
     return results
 
 

@@ -57,7 +57,7 @@ def facts(found: dict[str, Any]) -> str:
     """Origin of the figures."""
     load = max(found["load before"], found.get("load after", 0))
     again = "".join(
-        f" Stage {stage} was measured again: `{run['command']}` at {run['commit']}, {run['device']}."
+        f" Stage {stage}: `{run['command']}` at {run['commit']}, {run['device']}."
         for stage, run in found.get("again", {}).items()
     )
     return (
