@@ -121,6 +121,7 @@ SHAPES_NOTHING: dict[str, Any] = {
     "model.code": ("/c", {"model.name": "network:build"}),  # its contents do: checkpoints have their SHA-256
     "training.channels_last": True,
     "training.log_every_steps": 7,
+    "training.checkpoint_minutes": 3,
     "speed.mode": "exact",
     "speed.fold_batchnorm": False,
     "speed.compile": "attack",

@@ -10,6 +10,7 @@ from torch import nn
 from tests.training.conftest import digits_config
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.training import checkpoint as checkpoint_module
+from tla_service.runtime import WorkerContext
 from tla_service.training.checkpoint import (
     TrainingState,
     load_checkpoint,
@@ -34,7 +35,7 @@ def small_state(seed: int = 0) -> TrainingState:
 def test_everything_comes_back(tmp_path: Path) -> None:
     state, other = small_state(0), small_state(1)
     save_checkpoint(tmp_path / "c", state, digits_config(), FACTS)
-    load_checkpoint(tmp_path / "c", other, digits_config(), FACTS)
+    load_checkpoint(tmp_path / "c", other, digits_config(), FACTS, WorkerContext())
     for name, value in state.network.state_dict().items():
         assert torch.equal(other.network.state_dict()[name], value)
     assert other.step == 7
@@ -48,7 +49,7 @@ def test_channels_last_weights_are_saved_and_come_back(tmp_path: Path) -> None:
     state, other = small_state(0), small_state(1)
     state.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     save_checkpoint(tmp_path / "c", state, digits_config(), FACTS)
-    load_checkpoint(tmp_path / "c", other, digits_config(), FACTS)
+    load_checkpoint(tmp_path / "c", other, digits_config(), FACTS, WorkerContext())
     assert torch.equal(other.network.state_dict()["0.weight"], state.network.state_dict()["0.weight"])
 
 
@@ -98,4 +99,6 @@ def test_best_weights_are_read_alone(tmp_path: Path) -> None:
 def test_other_data_than_the_run_began_with_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", small_state(), digits_config(), FACTS)
     with pytest.raises(ConfigError, match="the data set is not the one that this run began with"):
-        load_checkpoint(tmp_path / "c", small_state(1), digits_config(), FACTS | {"fingerprint": "other"})
+        load_checkpoint(
+            tmp_path / "c", small_state(1), digits_config(), FACTS | {"fingerprint": "other"}, WorkerContext()
+        )

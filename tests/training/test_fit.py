@@ -238,4 +238,4 @@ def test_a_checkpoint_of_another_configuration_is_refused(reporter: KeepingRepor
     run = Run(other, WorkerContext(), reporter)
     run.start(None)
     with pytest.raises(ConfigError, match="has checkpoints of another configuration"):
-        load_checkpoint(reporter.checkpoints[-1], run.state, other, run._data_facts)
+        load_checkpoint(reporter.checkpoints[-1], run.state, other, run._data_facts, run.context)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.training.conftest import digits_config
+from tests.training.conftest import KeepingReporter, digits_config
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.runtime import WorkerContext
@@ -255,6 +255,47 @@ def test_all_workers_resume_from_the_same_checkpoint(tmp_path: Path) -> None:
     assert ranks[0]["warnings"] == [
         f"checkpoint {tmp_path}/newest cannot be used (it is missing); falling back to {tmp_path}/older"
     ]
+
+
+def batchnorm_worker(rank: int, folder: str, stop_after: int | None, resume_from: Path | None) -> None:
+    """One of two workers, each of which has its own BatchNorm statistics within an epoch."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    Path(folder, str(rank)).mkdir()
+    reporter = KeepingReporter(Path(folder, str(rank)), stop_after, resume_from)
+    training = {"epochs": 2, "ema_decay": 0.9, "log_every_steps": 1}
+    run = Run(digits_config(model={"name": "mnist_cnn"}, training=training), WorkerContext(rank, rank, 2), reporter)
+    run.start(None)
+    run.train(measure_test=False)
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_workers_stopped_within_an_epoch_keep_their_own_batchnorm_statistics(tmp_path: Path) -> None:
+    def run(name: str, stop_after: int | None = None, resume_from: Path | None = None) -> Path:
+        (tmp_path / name).mkdir()
+        arguments = (str(tmp_path / name), stop_after, resume_from)
+        mp.start_processes(batchnorm_worker, args=arguments, nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
+        return max((tmp_path / name / "0").glob("step-*"))
+
+    stopped = run("stopped", stop_after=4)
+    assert stopped.name == "step-000000006"
+    whole, resumed = run("whole"), run("resumed", resume_from=stopped)
+    for name in WEIGHTS:
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_checkpoints_are_saved_within_an_epoch_once_the_last_is_old(tmp_path: Path, undisturbed: list[bytes]) -> None:
+    config = digits_config(training={"ema_decay": 0.9, "checkpoint_minutes": 1e-9, "log_every_steps": 1})
+    with contextlib.closing(LocalReporter(tmp_path)) as reporter:
+        run = Run(config, WorkerContext(), reporter)
+        run.start(None)
+        run.train_epoch()
+        run.finish_epoch()
+        run.train_epoch()  # and dies
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000000006", "step-000000007"]
+    train(tmp_path, config)
+    assert weights_of(tmp_path) == undisturbed
+    assert [record["metrics"]["step"] for record in records(tmp_path, "epoch")] == [4.0, 8.0, 12.0, 16.0]
 
 
 def test_a_run_says_from_where_it_starts(tmp_path: Path) -> None:

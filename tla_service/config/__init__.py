@@ -47,7 +47,7 @@ class RunConfig(Section):
         # Checkpoints hold fingerprints of the network's code and of the validation split.
         "model": {"code"},
         "data": {"root", "download", "cache_dir", "residency", "loader_workers", "test_limit", "validation"},
-        "training": {"channels_last", "log_every_steps"},
+        "training": {"channels_last", "checkpoint_minutes", "log_every_steps"},
         "evaluation": {"test", "batch_size"},
         "detection": True,
     }

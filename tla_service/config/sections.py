@@ -265,6 +265,9 @@ class TrainingConfig(Section):
         False, "keep BatchNorm's statistics, and normalize by them in training too; requires model.pretrained"
     )
     log_every_steps: int = setting(50, "log progress every this many steps", unit="steps", ge=1)
+    checkpoint_minutes: float = setting(
+        10, "save a checkpoint within an epoch too, once the last is this old", unit="minutes", gt=0
+    )
 
 
 class SpeedConfig(Section):

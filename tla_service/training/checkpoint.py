@@ -26,6 +26,7 @@ from tla_service.training.average import WeightAverage
 
 MANIFEST = "manifest.json"
 _POSITION = ("step", "partial_totals", "best", "history")  # of a TrainingState
+STATISTICS = "statistics.safetensors"  # of every worker, in a checkpoint within an epoch
 CODE = "code.zip"  # of a network from outside this package
 RESUMABLE = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml", "data.json")
 
@@ -42,11 +43,25 @@ class TrainingState:
     best_weights: dict[str, Tensor] = field(default_factory=dict)  # state dict on the CPU
     best: dict[str, float] = field(default_factory=dict)  # metrics of their epoch
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of each epoch done
+    # What `statistics` are to be on this worker, after a checkpoint within an epoch; DDP first makes all alike.
+    own_statistics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def evaluated(self) -> nn.Module:
         """The network to evaluate: the average, if there is one."""
         return self.average.module if self.average is not None else self.network
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """BatchNorm's running statistics by name, of the network and of the average: each worker has its own."""
+        networks = {"network": self.network, "average": self.average}
+        return {
+            f"{prefix}.{name}": buffer
+            for prefix, network in networks.items()
+            if network is not None
+            for name, buffer in network.named_buffers()
+            if buffer.is_floating_point()
+        }
 
 
 def cpu_weights(network: nn.Module) -> dict[str, Tensor]:
@@ -55,9 +70,18 @@ def cpu_weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any], code: bytes | None = None
+    folder: Path,
+    state: TrainingState,
+    config: RunConfig,
+    data_facts: Mapping[str, Any],
+    code: bytes | None = None,
+    statistics: Sequence[Mapping[str, Tensor]] = (),
 ) -> None:
-    """Write a checkpoint over an older one; `data_facts` have what a loader needs to rebuild the network."""
+    """Write a checkpoint over an older one.
+
+    `data_facts` have what a loader needs to rebuild the network; `statistics` are every worker's, by rank, where they
+    differ.
+    """
     remedy = "free some space and give the same command again: the run resumes from the checkpoint before"
     with disk_trouble("checkpoint", folder, remedy), whole_folder(folder) as partial:
         save_file(cpu_weights(state.network), partial / "model.safetensors")
@@ -65,6 +89,9 @@ def save_checkpoint(
             save_file(state.best_weights, partial / "best.safetensors")
         if state.average is not None:
             save_file(cpu_weights(state.average), partial / "average.safetensors")
+        if any(statistics):
+            flat = {f"{rank}.{name}": value for rank, own in enumerate(statistics) for name, value in own.items()}
+            save_file(flat, partial / STATISTICS)
         optimizer = io.BytesIO()  # torch.save to a file hides why it fails
         torch.save(state.optimizer.state_dict(), optimizer)
         (partial / "optimizer.pt").write_bytes(optimizer.getbuffer())
@@ -78,7 +105,9 @@ def save_checkpoint(
         (partial / MANIFEST).write_text(json.dumps(checksums, indent=1))
 
 
-def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any]) -> None:
+def load_checkpoint(
+    folder: Path, state: TrainingState, config: RunConfig, data_facts: Mapping[str, Any], context: WorkerContext
+) -> None:
     """Load a verified checkpoint in place; ConfigError if it is of another configuration, or of other data."""
     saved = json.loads((folder / "state.json").read_text())
     # The digest of an earlier version may count other settings.
@@ -104,6 +133,14 @@ def load_checkpoint(folder: Path, state: TrainingState, config: RunConfig, data_
     state.best_weights = load_file(best) if best.exists() else {}
     for name in _POSITION:
         setattr(state, name, saved[name])
+    if (folder / STATISTICS).exists():
+        each = load_file(folder / STATISTICS)
+        workers = 1 + max(int(name.partition(".")[0]) for name in each)
+        # With another number of workers the mean over all, as at the end of an epoch.
+        ranks = [context.rank] if workers == context.world_size else range(workers)
+        state.own_statistics = {
+            name: torch.stack([each[f"{rank}.{name}"] for rank in ranks]).mean(0) for name in state.statistics
+        }
 
 
 def _check_facts(saved: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig) -> None:

@@ -1,5 +1,6 @@
 """A run: epochs of steps, validation, checkpoints, and one evaluation on the test set at the end."""
 
+import time
 from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
@@ -13,7 +14,14 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.data import EvaluationBatches, ImageSource, StepBatch, load_dataset
 from tla_service.evaluation.suite import evaluation_attack, measure_accuracy
 from tla_service.models import Architecture, ImageClassifier
-from tla_service.runtime import WorkerContext, average_buffers, failing_together, keep_freed_memory, mixed_seed
+from tla_service.runtime import (
+    WorkerContext,
+    average_buffers,
+    failing_together,
+    gather_objects,
+    keep_freed_memory,
+    mixed_seed,
+)
 from tla_service.training.adversary import layout_of
 from tla_service.training.average import WeightAverage
 from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, restore, save_checkpoint
@@ -38,7 +46,7 @@ class Run:
     ) -> None:
         self._given, self.context, self.reporter = config, context, reporter
         self.config = config = config.on_device(has_gpu=context.device.type == "cuda")
-        self.phases = Phases()
+        self.phases, self._saved_at = Phases(), time.monotonic()
         if config.speed.keep_freed_memory and context.device.type == "cpu":
             keep_freed_memory()
         with self.phases("data"), failing_together(context):
@@ -84,12 +92,14 @@ class Run:
         with self.phases("build"):
             resumed_from = restore(
                 self.reporter.stored,
-                lambda folder: load_checkpoint(folder, self.state, config, self._data_facts),
+                lambda folder: load_checkpoint(folder, self.state, config, self._data_facts, context),
                 context,
                 lambda message: self._tell(event="damaged_checkpoint", message=message),
             )
             with failing_together(context):
                 self.step = TrainingStep(network, config, context, self.architecture.code)
+                for name, value in self.state.own_statistics.items():
+                    self.state.statistics[name].copy_(value)
             self.step.adversary.prepare(*((size, *self.dataset.image_shape) for size in self.batches.sizes))
         if has_collapsed(self.state.history):
             self._after_collapse()
@@ -156,17 +166,20 @@ class Run:
                 state.step += 1
                 if state.step == self.total_steps or state.step % self.batches.steps_per_epoch == 0:
                     break
-                if state.step % self.config.training.log_every_steps == 0 and self._log(epoch):
-                    state.partial_totals = self.meter.epoch_totals
-                    self._save(None)  # means over part of an epoch are not its metrics
-                    return False
+                if state.step % self.config.training.log_every_steps == 0:
+                    self._log(epoch)
+                    if self.meter.save_requested or self.meter.stop_requested:
+                        state.partial_totals = self.meter.epoch_totals
+                        self._save(None)  # means over part of an epoch are not its metrics
+                    if self.meter.stop_requested:
+                        return False
         return True
 
     def finish_epoch(self) -> bool:
         """Average BatchNorm statistics, validate, keep the best weights, save and report; False to stop early."""
         state, meter = self.state, self.meter
         epoch = (state.step - 1) // self.batches.steps_per_epoch
-        meter.reduce(state.step, stop_requested=self.reporter.stop_requested())
+        self._reduce()
         average_buffers(state.network, self.context)
         if state.average is not None:
             average_buffers(state.average.module, self.context)
@@ -192,7 +205,7 @@ class Run:
             self._answer_collapse(metrics)
         state.partial_totals = []
         stopping = meter.stop_requested and state.step != self.total_steps
-        if due or stopping:
+        if due or stopping or meter.save_requested:
             self._save(metrics)
         else:
             self.reporter.report(metrics, None, "")
@@ -237,10 +250,15 @@ class Run:
         else:
             self.total_steps = self.state.step
 
-    def _log(self, epoch: int) -> bool:
-        """Sum the last steps over the workers and report them; True if the run is to stop."""
+    def _reduce(self) -> None:
+        late = time.monotonic() - self._saved_at >= 60 * self.config.training.checkpoint_minutes
+        save, stop = late and self.context.is_main, self.reporter.stop_requested()
+        self.meter.reduce(self.state.step, save_requested=save, stop_requested=stop)
+
+    def _log(self, epoch: int) -> None:
+        """Sum the last steps over the workers and report them."""
         meter, step = self.meter, self.state.step
-        meter.reduce(step, stop_requested=self.reporter.stop_requested())
+        self._reduce()
         images_per_step = len(self.train_rows) / self.batches.steps_per_epoch
         self._tell(
             event="step",
@@ -251,7 +269,6 @@ class Run:
             images_per_second=meter.images_per_second,
             seconds_left=(self.total_steps - step) * images_per_step / max(meter.images_per_second, 1e-9),
         )
-        return meter.stop_requested
 
     def _tell(self, **record: Any) -> None:
         if self.context.is_main:
@@ -281,7 +298,11 @@ class Run:
         name = f"step-{self.state.step:09d}"
         with self.phases("checkpoint"):
             target = self.reporter.destination(name) if self.context.is_main else None
+            own = {name: value.cpu() for name, value in self.state.statistics.items()} if metrics is None else {}
+            every = gather_objects(own, self.context)
+            code = self.architecture.code
             with failing_together(self.context):
                 if target is not None:
-                    save_checkpoint(target, self.state, self._given, self._data_facts, self.architecture.code)
+                    save_checkpoint(target, self.state, self._given, self._data_facts, code, every)
                 self.reporter.report(metrics, target, name)
+        self._saved_at = time.monotonic()

@@ -28,23 +28,23 @@ class Meter:
 
     def __init__(self, context: WorkerContext, partial_totals: Sequence[float] = (), extra: Sequence[str] = ()) -> None:
         self._context, self._names = context, (*TOTALS[:-1], *extra, TOTALS[-1])
-        # The last entry transports a stop request, so that all workers stop at the same step.
-        self._window = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=context.device)
+        # The last entries transport requests, so that all workers save or stop at the same step.
+        self._window = torch.zeros(len(self._names) + 2, dtype=torch.float64, device=context.device)
         self.epoch_totals = list(partial_totals or [0.0] * len(self._names))
-        self.stop_requested = False
+        self.save_requested = self.stop_requested = False
         self._begin = time.perf_counter()
         self._images_before = self.epoch_totals[-1]
 
     def add(self, totals: Tensor) -> None:
         """Add a step's sums (T,); does not wait for the device."""
-        self._window[:-1] += totals
+        self._window[:-2] += totals
 
-    def reduce(self, step: int, *, stop_requested: bool) -> None:
+    def reduce(self, step: int, *, save_requested: bool, stop_requested: bool) -> None:
         """Sum over all workers what was added since the last call, and read it: the only wait for the device."""
-        self._window[-1] = float(stop_requested)
-        *totals, stop = all_reduce_sum(self._window, self._context).tolist()
+        self._window[-2], self._window[-1] = float(save_requested), float(stop_requested)
+        *totals, save, stop = all_reduce_sum(self._window, self._context).tolist()
         self.epoch_totals = [old + new for old, new in zip(self.epoch_totals, totals, strict=True)]
-        self.stop_requested = stop > 0
+        self.save_requested, self.stop_requested = save > 0, stop > 0
         self._window.zero_()
         if not math.isfinite(self.epoch_totals[0]):
             message = f"the loss is not finite by step {step}; lower optimizer.learning_rate or set optimizer.grad_clip"
