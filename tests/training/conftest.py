@@ -93,6 +93,9 @@ class KeepingReporter:
             assert checkpoint == self.destination(name)
             self.checkpoints.append(checkpoint)
 
+    def save_requested(self) -> bool:
+        return False
+
     def stop_requested(self) -> bool:
         steps = sum(record["event"] == "step" for record in self.records)
         return self.stop_after is not None and steps >= self.stop_after

@@ -76,6 +76,7 @@ def fit_on_ray(
         "config": config.model_dump(mode="json"),
         "folder": folder,
         "keep": KEPT,
+        "watched": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0",
         "mailbox": mailbox,
         "weights": ray.put(dict(weights)) if weights is not None else None,
         # As one archive, not by Ray's runtime environment: that would start processes anew, put the folder on every
@@ -181,7 +182,8 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.set_device(context.device)
     weights = ray.get(loop["weights"]) if loop["weights"] is not None else None
     ends = {name: loop[name] for name in ("measure_test", "with_rejector")}
-    reporter = RayReporter(loop["mailbox"], loop["folder"], loop["keep"], is_main=context.is_main)
+    places = loop["mailbox"], loop["folder"], loop["keep"]
+    reporter = RayReporter(*places, is_main=context.is_main, watched=loop["watched"])
     if context.is_main:
         logging.getLogger("tla_service").addHandler(WarningsToMailbox(loop["mailbox"]))
         reporter.progress({"event": "placed"})
@@ -201,16 +203,19 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
 class RayReporter:
     """Stores checkpoints, of which the last `keep` stay, and on rank 0 (`is_main`) reports to the driver's mailbox.
 
+    `watched`: Ray announces the end of nodes.
+
     Not through `ray.train.report`: Ray Train's controller ends the run when it cannot write its own record of a
     checkpoint, and takes one report per poll.
     """
 
-    def __init__(self, mailbox: Any, folder: RunFolder, keep: int, *, is_main: bool) -> None:
+    def __init__(self, mailbox: Any, folder: RunFolder, keep: int, *, is_main: bool, watched: bool = False) -> None:
         self._mailbox, self._folder, self._keep = mailbox, folder, keep
-        self._is_main = is_main
+        self._is_main, self._watched = is_main, watched
         self._kept: list[str] = []  # checkpoints stored by this process, and the one resumed from
         self._answer: Any = None
         self._stop = False
+        self._leaving: set[str] = set()  # nodes whose end Ray has announced
 
     @property
     def newest(self) -> str:
@@ -243,6 +248,17 @@ class RayReporter:
                 self._folder.keep(self._kept)
         if self._is_main and metrics is not None:
             self.progress({"event": "epoch", "metrics": metrics, "checkpoint": checkpoint is not None})
+
+    def save_requested(self) -> bool:
+        """Whether Ray has announced the end of a node since the last call; waits for the other workers' calls."""
+        if not self._watched:
+            return False
+        info = ray.train.get_preemption_info()
+        new = set(info.preempted_node_ids if info is not None else ()) - self._leaving
+        if new and self._is_main:
+            self.progress({"event": "warning", "message": f"nodes are about to go away: {', '.join(sorted(new))}"})
+        self._leaving |= new
+        return bool(new)
 
     def stop_requested(self) -> bool:
         """Whether the driver has asked to stop, by the answer to the previous question, without waiting."""

@@ -252,7 +252,8 @@ class Run:
 
     def _reduce(self) -> None:
         late = time.monotonic() - self._saved_at >= 60 * self.config.training.checkpoint_minutes
-        save, stop = late and self.context.is_main, self.reporter.stop_requested()
+        save = self.reporter.save_requested() or (late and self.context.is_main)
+        stop = self.reporter.stop_requested()
         self.meter.reduce(self.state.step, save_requested=save, stop_requested=stop)
 
     def _log(self, epoch: int) -> None:

@@ -40,6 +40,9 @@ class Reporter(Protocol):
         Metrics and the checkpoint's name are the same on every rank; None and empty if there are none.
         """
 
+    def save_requested(self) -> bool:
+        """Whether to save a checkpoint now; called on every rank at the same steps."""
+
     def stop_requested(self) -> bool:
         """Whether to stop: the run then saves a checkpoint and ends."""
 
@@ -176,6 +179,10 @@ class LocalReporter:
         for path in self.checkpoints.glob("step-*"):
             if len(self._kept) == KEPT and path.name not in self._kept:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def save_requested(self) -> bool:
+        """Never: nobody announces the end of this machine."""
+        return False
 
     def stop_requested(self) -> bool:
         """Whether `interrupted` was set, by a signal handler for example."""
