@@ -50,6 +50,6 @@ def is_outside(clean: Images, adversarial: Images, norm: Norm, epsilon: float) -
     """Whether images (N, C, H, W), float32, are outside [0, 1] or the ball (N,), in float64 and without tolerance."""
     exact = adversarial.astype(np.float64)
     delta = (exact - clean.astype(np.float64)).reshape(len(exact), -1)
-    distance = np.abs(delta).max(1) if norm == "linf" else np.sqrt((delta**2).sum(1))
+    distance = np.linalg.norm(delta, ord=np.inf if norm == "linf" else 2, axis=1)
     outside: BoolArray = ~(distance <= epsilon) | ~((exact >= 0) & (exact <= 1)).all((1, 2, 3))
     return outside
