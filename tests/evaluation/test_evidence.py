@@ -6,7 +6,9 @@ import torch
 from tla_service.evaluation.evidence import into_ball, is_outside
 
 
-@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.1), ("linf", 8 / 255), ("linf", 0.5), ("l2", 0.5), ("l2", 1e-6)])
+@pytest.mark.parametrize(
+    ("norm", "epsilon"), [("linf", 0.1), ("linf", 8 / 255), ("linf", 0.5), ("l2", 0.5), ("l2", 1e-6)]
+)
 def test_images_at_the_edge_are_inside_in_exact_arithmetic(norm: str, epsilon: float) -> None:
     draws = torch.Generator().manual_seed(0)
     clean = torch.randint(0, 256, (20, 3, 8, 8), generator=draws).float() / 255

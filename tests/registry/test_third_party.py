@@ -107,7 +107,7 @@ def change_images(change: Callable[[dict[str, Any]], None], *, hide: bool = True
 
 
 def test_the_script_is_short() -> None:
-    assert SCRIPT.count("\n") <= 45
+    assert len([line for line in SCRIPT.splitlines() if line]) <= 32
 
 
 def test_a_genuine_report_passes(check: Any, evaluated: tuple[str, Path]) -> None:
@@ -122,7 +122,9 @@ def test_a_genuine_report_passes(check: Any, evaluated: tuple[str, Path]) -> Non
 
 
 def one_pixel_far(arrays: dict[str, Any]) -> None:
-    arrays["x_adv"][0, 0, 0, 0] = arrays["x_test"][0, 0, 0, 0] + (0.0801 if arrays["x_test"][0, 0, 0, 0] < 0.5 else -0.0801)
+    arrays["x_adv"][0, 0, 0, 0] = arrays["x_test"][0, 0, 0, 0] + (
+        0.0801 if arrays["x_test"][0, 0, 0, 0] < 0.5 else -0.0801
+    )
 
 
 def clean_images(arrays: dict[str, Any]) -> None:

@@ -150,7 +150,8 @@ def _log_metrics(made: MlflowClient, run_id: str, report: Report, milliseconds: 
     dataset = Dataset(data.name, data.fingerprint, "local", source)
     made.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])])
     # With a model's id they are its metrics too, by which MLflow's page of models compares versions on a data set.
-    for model_id in _logged_models(made, run_id, report.model.weights_sha256) or [None]:
+    models: Sequence[str | None] = _logged_models(made, run_id, report.model.weights_sha256)
+    for model_id in models or [None]:
         made.log_batch(
             run_id,
             metrics=[

@@ -16,7 +16,7 @@ from tla_service.evaluation.evidence import is_outside
 from tla_service.evaluation.results import share_of
 from tla_service.evaluation.shards import ShardOutcome, save_arrays
 from tla_service.files import whole_file, write_whole
-from tla_service.report.schema import ADVERSARIAL_FILE, AdversarialFacts, Report, ThreatModel
+from tla_service.report.schema import ADVERSARIAL_FILE, REPORT_FILE, AdversarialFacts, Report, ThreatModel
 
 _SARIF_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 # By the outcome of a check: kind and level of a result (SARIF 2.1.0, sections 3.27.9 and 3.27.10).
@@ -27,9 +27,9 @@ def write_images(table: ShardOutcome, strong: ShardOutcome | None, class_names: 
     """Write a parquet file with a row per attacked test image, in the order of the test set.
 
     Columns: ``index`` in the test set, ``label`` and ``label_name``, ``gate``, ``predicted`` without an attack; per
-    attack, ``clean`` and ``worst`` (all attacks of the table) among them, ``correct/NAME``, and ``broken_at/NAME``: null
-    where the image is correct, 0 where it is misclassified without an attack, else the start that broke it, or
-    AutoAttack's stage by name. All of an attack that was not run on an image is null.
+    attack ``correct/NAME`` and ``broken_at/NAME``: null where the image is correct, 0 where it is misclassified without
+    an attack, else the start that broke it, or AutoAttack's stage by name. Both are null where the attack was not run.
+    ``correct/clean`` is without an attack, ``correct/worst`` under all attacks of the table.
 
     Args:
         table: Outcome of the table's attacks, gate images marked.
@@ -43,12 +43,12 @@ def write_images(table: ShardOutcome, strong: ShardOutcome | None, class_names: 
     def of_all(values: list[Any]) -> Any:
         return np.concatenate(values)[first]
 
-    def column(outcome: ShardOutcome, values: Any, present: Any = True) -> pa.Array:
-        """Values of an outcome's images, where present, in their rows."""
+    def column(outcome: ShardOutcome, values: Any, absent: Any = None) -> pa.Array:
+        """Values (n,) of an outcome's images in their rows; null where absent (n,), and for other images."""
         rows = np.searchsorted(index, outcome.indices)
-        spread, missing = np.zeros(len(index), values.dtype), np.ones(len(index), dtype=bool)
-        spread[rows], missing[rows] = values, ~np.broadcast_to(present, rows.shape)
-        return pa.array(spread, mask=missing)
+        spread, null = np.zeros(len(index), values.dtype), np.ones(len(index), dtype=bool)
+        spread[rows], null[rows] = values, False if absent is None else absent
+        return pa.array(spread, mask=null)
 
     labels = of_all([each.labels for each in given])
     columns = {
@@ -67,7 +67,7 @@ def write_images(table: ShardOutcome, strong: ShardOutcome | None, class_names: 
             columns[f"correct/{name}"] = column(outcome, correct)
             if name == "autoattack":
                 broken_at = np.array(["clean", *ALL_STAGES])[np.where(correct, 0, broken_at)]
-            columns[f"broken_at/{name}"] = column(outcome, broken_at, ~correct)
+            columns[f"broken_at/{name}"] = column(outcome, broken_at, correct)
     columns["correct/worst"] = column(table, np.logical_and.reduce([table.standing(name) for name in table.broken_at]))
     with whole_file(path) as part:
         pq.write_table(pa.table(columns), part)
@@ -124,7 +124,7 @@ def write_sarif(report: Report, path: Path) -> None:
                 "message": {"text": f"{check.statement}. A failure means: {check.meaning}."},
                 "locations": [
                     {
-                        "physicalLocation": {"artifactLocation": {"uri": path.with_name("report.json").name}},
+                        "physicalLocation": {"artifactLocation": {"uri": REPORT_FILE}},
                         "logicalLocations": [{"name": facts.uri, "kind": "resource"}],
                     }
                 ],
