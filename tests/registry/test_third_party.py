@@ -61,7 +61,8 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, P
         models = load_models(settings, lambda address, field: load_subject(address, field, packaged.uri))
         report, output = evaluate(settings, models, lambda: contextlib.nullcontext(MeasureHere()), Terminal())
         files = {name: output / name for name in FILES if (output / name).is_file()}
-        log_evaluation(packaged.uri, report, files)
+        for _ in range(2):  # again changes nothing
+            log_evaluation(packaged.uri, report, files)
         yield packaged.uri, output
 
 
@@ -167,6 +168,7 @@ def test_the_logged_model_has_the_figures_and_the_data_set(evaluated: tuple[str,
     version = made.get_model_version("tla-digits", "2")
     report = json.loads((evaluated[1] / "report.json").read_text())
     metrics = made.get_logged_model(version.tags["model_id"]).metrics or []
+    assert len({each.key for each in metrics}) == len(metrics)
     found = {each.key: (each.value, each.dataset_name, each.dataset_digest) for each in metrics}
     expected = report["accuracy"]["autoattack"]["estimate"], "digits", report["data"]["fingerprint"]
     assert found["evaluation/linf-0.08/accuracy/autoattack"] == expected

@@ -22,6 +22,7 @@ from tla_service.evaluation.shards import AutoAttackRun, Shard, ShardOutcome, lo
 from tla_service.evaluation.suite import AttackMeasurement
 from tla_service.report import schema as rp
 from tla_service.report.evidence import write_adversarial, write_images, write_sarif
+from tla_service.report.page import write_page
 
 THREAT = rp.ThreatModel(norm="linf", epsilon=0.1)
 SARIF = Path(__file__).with_name("sarif-2.1.0.schema.json")
@@ -169,3 +170,14 @@ def test_sarif_has_a_rule_and_a_result_for_each_check(tmp_path: Path) -> None:
         ("square", "open", "none"),
     ]
     assert all(each["message"]["text"].startswith("3.0% stand") for each in run["results"])
+
+
+@pytest.mark.parametrize("reason", ["", "one more forward pass contradicts AutoAttack on 1 of 4 images"])
+def test_the_page_says_whether_the_accuracy_can_be_reproduced(reason: str, tmp_path: Path) -> None:
+    facts = rp.AdversarialFacts(file=None if reason else "adversarial.npz", reason=reason)
+    report = report_on("a" * 64, fates(90, 70, images=100), adversarial=facts)
+    report = report.model_copy(update={"accuracy": report.accuracy | {"worst": report.accuracy["autoattack"]}})
+    write_page(report, [], tmp_path / "report.html", same_attacks=False)
+    page = (tmp_path / "report.html").read_text()
+    assert ("cannot be reproduced:</b> one more forward pass" in page) == bool(reason)
+    assert ("<code>adversarial.npz</code> has AutoAttack" in page) != bool(reason)
