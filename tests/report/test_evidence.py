@@ -175,8 +175,10 @@ def test_sarif_has_a_rule_and_a_result_for_each_check(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reason", ["", "one more forward pass contradicts AutoAttack on 1 of 4 images"])
 def test_the_page_says_whether_the_accuracy_can_be_reproduced(reason: str, tmp_path: Path) -> None:
     facts = rp.AdversarialFacts(file=None if reason else "adversarial.npz", reason=reason)
-    report = report_on("a" * 64, fates(90, 70, images=100), adversarial=facts)
-    report = report.model_copy(update={"accuracy": report.accuracy | {"worst": report.accuracy["autoattack"]}})
+    outcome = fates(90, 70, images=100)
+    outcome.broken_at["worst"] = outcome.broken_at["autoattack"]
+    data = {"name": "digits", "images": 100, "fingerprint": "f00d", "class_names": list("0123456789")}
+    report = report_on("a" * 64, outcome, adversarial=facts, data=data)
     write_page(report, [], tmp_path / "report.html", same_attacks=False)
     page = (tmp_path / "report.html").read_text()
     assert ("cannot be reproduced:</b> one more forward pass" in page) == bool(reason)
