@@ -110,7 +110,8 @@ class ShardOutcome:
     `broken_at` is by attack, ``clean`` among them, (N,): 0 where the image is misclassified without an attack, r where
     the r-th restart (or the r-th of AutoAttack's ``ALL_STAGES``) broke it, `UNBROKEN` where none did. `left_out` has
     AutoAttack's stages that could not run on this network, and why; `warnings` its distinct warnings about it. `gate`
-    marks the images set aside for the promotion gate (N,), `autoattack` is there if it was run.
+    marks the images set aside for the promotion gate (N,), `autoattack` is there if it was run. `per_image` has further
+    arrays (N, ...) by name: ``predicted``, the class of the clean image, and what `adversarial_arrays` returns.
     """
 
     indices: IntArray
@@ -120,12 +121,15 @@ class ShardOutcome:
     autoattack: AutoAttackRun | None = None
     gate: BoolArray | None = None
     warnings: tuple[str, ...] = ()
+    per_image: Arrays = field(default_factory=dict)
 
     def only(self, chosen: BoolArray) -> Self:
         """The images that are chosen (N,)."""
         broken_at = {name: values[chosen] for name, values in self.broken_at.items()}
         gate = None if self.gate is None else self.gate[chosen]
-        return replace(self, indices=self.indices[chosen], labels=self.labels[chosen], broken_at=broken_at, gate=gate)
+        per_image = {name: values[chosen] for name, values in self.per_image.items()}
+        indices, labels = self.indices[chosen], self.labels[chosen]
+        return replace(self, indices=indices, labels=labels, broken_at=broken_at, gate=gate, per_image=per_image)
 
     def standing(self, attack: str, restarts: int | None = None) -> BoolArray:
         """Whether each image is still right under an attack, or its first restarts (N,); ConfigError if not run."""
@@ -147,7 +151,10 @@ def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
     left_out = {stage: why for outcome in outcomes for stage, why in outcome.left_out.items()}
     warnings = tuple(dict.fromkeys(warning for outcome in outcomes for warning in outcome.warnings))
     run = next((outcome.autoattack for outcome in outcomes if outcome.autoattack is not None), None)
-    return ShardOutcome(indices[order], labels, broken_at, left_out, run, warnings=warnings)
+    per_image = {
+        name: np.concatenate([outcome.per_image[name] for outcome in outcomes])[order] for name in outcomes[0].per_image
+    }
+    return ShardOutcome(indices[order], labels, broken_at, left_out, run, warnings=warnings, per_image=per_image)
 
 
 def outcome_arrays(outcome: ShardOutcome) -> Arrays:
@@ -157,22 +164,25 @@ def outcome_arrays(outcome: ShardOutcome) -> Arrays:
         texts["autoattack"] = outcome.autoattack._asdict()
     arrays: Arrays = {"indices": outcome.indices, "labels": outcome.labels}
     arrays |= {f"broken_at/{name}": broken_at for name, broken_at in outcome.broken_at.items()}
+    arrays |= {f"per_image/{name}": values for name, values in outcome.per_image.items()}
     arrays |= {name: np.array(json.dumps(value)) for name, value in texts.items()}
     return arrays if outcome.gate is None else arrays | {"gate": outcome.gate}
 
 
 def outcome_from(arrays: Arrays) -> ShardOutcome:
     """The outcome that :func:`outcome_arrays` took apart; a missing array raises KeyError."""
-    broken_at = {name.removeprefix("broken_at/"): arrays[name] for name in arrays if name.startswith("broken_at/")}
+    broken_at, per_image = (
+        {name.removeprefix(kind): arrays[name] for name in arrays if name.startswith(kind)}
+        for kind in ("broken_at/", "per_image/")
+    )
     autoattack = None
     if "autoattack" in arrays:
         run = json.loads(str(arrays["autoattack"]))
         autoattack = AutoAttackRun(**run | {"stages": tuple(run["stages"])})
     left_out = json.loads(str(arrays["left_out"]))
     warnings = tuple(json.loads(str(arrays["warnings"])))
-    return ShardOutcome(
-        arrays["indices"], arrays["labels"], broken_at, left_out, autoattack, arrays.get("gate"), warnings
-    )
+    indices, labels, gate = arrays["indices"], arrays["labels"], arrays.get("gate")
+    return ShardOutcome(indices, labels, broken_at, left_out, autoattack, gate, warnings, per_image)
 
 
 def save_arrays(arrays: Arrays, path: Path) -> None:

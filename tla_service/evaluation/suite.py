@@ -19,6 +19,7 @@ from tla_service.config.radii import no_radius
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
 from tla_service.evaluation import shards as sh
+from tla_service.evaluation.evidence import adversarial_arrays
 from tla_service.evaluation.results import Curve, MinimumNorms, share_of
 from tla_service.evaluation.shards import Shard, evaluating, float32, logits_of
 from tla_service.models import LogitsOnly
@@ -34,7 +35,7 @@ class AttackMeasurement:
 
     An attack's random starts depend on the seed, its name and the number of the first image of the batch: not on the
     other attacks, nor on which worker runs the shard. Transfer attacks are crafted on the surrogate and scored on the
-    network (black box); `autoattack` is norm and radius, None: not run.
+    network (black box); `autoattack` is norm and radius, None: not run. `keep_images` keeps AutoAttack's images.
     """
 
     attacks: Mapping[str, Attack]
@@ -42,6 +43,7 @@ class AttackMeasurement:
     autoattack: tuple[AutoAttackNorm, float] | None
     seed: int
     batch_size: int
+    keep_images: bool = False
 
     def run(self, shard: Shard) -> sh.Arrays:
         """Attack the images; ConfigError if the network does not fit them."""
@@ -51,12 +53,15 @@ class AttackMeasurement:
         warnings: list[str] = []
         run: sh.AutoAttackRun | None = None
         broken_at = {name: np.full(len(shard.labels), UNBROKEN, dtype=np.int64) for name in names}
+        kept: list[sh.Arrays] = []
         with evaluating(shard.network, shard.surrogate), float32(device):
             logits_fn = logits_of(shard.network)
             source_fn = logits_fn if shard.surrogate is None else logits_of(shard.surrogate)
             for start, batch in zip(range(0, len(shard.labels), size), shard.batches(size), strict=True):
                 part, (pixels, truth) = slice(start, start + size), (batch.images, batch.labels)
-                wrong = clean_logits(logits_fn, pixels, truth).argmax(1) != truth
+                predicted = clean_logits(logits_fn, pixels, truth).argmax(1)
+                kept.append({"predicted": predicted.cpu().numpy()})
+                wrong = predicted != truth
                 broken_at["clean"][part] = torch.where(wrong, 0, UNBROKEN).cpu().numpy()
                 for name, attack in (*self.attacks.items(), *self.transfer.items()):
                     random = generator(device, seed, crc32(name.encode()), int(shard.rows[start]))
@@ -72,8 +77,12 @@ class AttackMeasurement:
                     left_out |= result.left_out
                     run = sh.AutoAttackRun(VERSION, norm, epsilon, result.stages)
                     warnings += result.warnings
+                    if self.keep_images:
+                        kept[-1] |= adversarial_arrays(shard.network, pixels, result.adversarial, norm, epsilon)
+        per_image = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
         labels, said = shard.labels.cpu().numpy().astype(np.int64), tuple(dict.fromkeys(warnings))
-        return sh.outcome_arrays(sh.ShardOutcome(shard.rows, labels, broken_at, left_out, run, warnings=said))
+        outcome = sh.ShardOutcome(shard.rows, labels, broken_at, left_out, run, warnings=said, per_image=per_image)
+        return sh.outcome_arrays(outcome)
 
     def merge(self, parts: Sequence[sh.Arrays]) -> sh.ShardOutcome:
         """See `Measurement`."""

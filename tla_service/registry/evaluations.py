@@ -4,6 +4,7 @@ Files are in a folder per weights and threat model.
 """
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
 from tla_service.errors import UnavailableError, UserError, one_line
 from tla_service.report.page import NORMS, describe, percent, split_sentence, template
@@ -144,8 +145,28 @@ def _log_metrics(made: MlflowClient, run_id: str, report: Report, milliseconds: 
         values["audit_trusted"] = float(report.audit.trusted)
     homes = [f"evaluation/{report.threat_model.slug}", *(["evaluation"] if report.is_as_trained else [])]
     stated = {name: value for name, value in values.items() if value is not None}
-    metrics = [Metric(f"{home}/{name}", value, milliseconds, 0) for home in homes for name, value in stated.items()]
-    made.log_batch(run_id, metrics=metrics)
+    data = report.data
+    source = json.dumps({"split": data.split, "images": data.images})
+    dataset = Dataset(data.name, data.fingerprint, "local", source)
+    made.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])])
+    # With a model's id they are its metrics too, by which MLflow's page of models compares versions on a data set.
+    models: Sequence[str | None] = _logged_models(made, run_id, report.model.weights_sha256)
+    for model_id in models or [None]:
+        made.log_batch(
+            run_id,
+            metrics=[
+                Metric(f"{home}/{name}", value, milliseconds, 0, model_id, dataset.name, dataset.digest)
+                for home in homes
+                for name, value in stated.items()
+            ],
+        )
+
+
+def _logged_models(made: MlflowClient, run_id: str, weights_sha256: str) -> list[str]:
+    """The run's logged models that have these weights, registered or not."""
+    chosen = f"source_run_id='{run_id}' AND tags.weights_sha256='{weights_sha256}'"
+    found = made.search_logged_models([made.get_run(run_id).info.experiment_id], filter_string=chosen)
+    return [str(model.model_id) for model in found]
 
 
 def _other_reports(made: MlflowClient, run_id: str, report: Report) -> dict[str, Report]:

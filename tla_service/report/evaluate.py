@@ -19,6 +19,7 @@ from tla_service.evaluation.surrogate import TrainedSurrogate
 from tla_service.files import LOCK_FILE, locked_folder, write_whole
 from tla_service.job import code_facts
 from tla_service.models import build_model
+from tla_service.report import evidence as ev
 from tla_service.report import findings as fd
 from tla_service.report import plan as pl
 from tla_service.report import schema as rp
@@ -65,10 +66,13 @@ def evaluate(
         found = {each.key: fd.gather(published, each.key, plan, settings, each.rejector) for each in models.all}
         gate = fd.gather(select(results, tasks, set_aside), subject.key, plan, settings, subject.rejector)
         report = evaluation.report(found, gate, hardware, time.monotonic() - began)
+        outcomes: dict[str, ShardOutcome] = {}
         for name, file in (("columns", rp.OUTCOME_FILE), ("autoattack", rp.AUTOATTACK_FILE)):
             outcome: ShardOutcome | None = results.get((subject.key, name))
             if outcome is not None:
-                save_outcome(replace(outcome, gate=set_aside[outcome.indices]), output / file)
+                outcomes[name] = replace(outcome, gate=set_aside[outcome.indices])
+                save_outcome(replace(outcomes[name], per_image={}), output / file)
+        report = evaluation.write_evidence(report, outcomes["columns"], outcomes.get("autoattack"))
         rp.write_report(report, output / rp.REPORT_FILE)
         if settings.page:
             evaluation.draw(found, results.get((subject.key, "examples")), report)
@@ -140,7 +144,7 @@ class _Evaluation:
         bank = pl.bank_rows(rows, labels, settings.images.bank)
         tasks = []
         for each in models.all:
-            tasks += pl.attack_tasks(plan, settings, dataset, each.key)
+            tasks += pl.attack_tasks(plan, settings, dataset, each.key, is_own=each is subject)
             tasks += pl.embedding_tasks(plan, settings, dataset, each.key, bank)
         tasks += pl.single_tasks(plan, settings, dataset, subject.key)
         for task in tasks:
@@ -234,6 +238,18 @@ class _Evaluation:
             gate=rp.GateFacts(images=int(dataset.gate.sum()), accuracy=gate_accuracy, detection=gate.detection),
             **measured(own),
         )
+
+    def write_evidence(self, report: rp.Report, table: ShardOutcome, strong: ShardOutcome | None) -> rp.Report:
+        """Write the files for other programs; returns the report with the facts about them."""
+        ev.write_images(table, strong, self.models.dataset.class_names, self.output / rp.IMAGES_FILE)
+        if report.audit is not None:
+            ev.write_sarif(report, self.output / rp.SARIF_FILE)
+        if strong is None or "adversarial" not in strong.per_image:
+            return report
+        facts = ev.write_adversarial(strong, report.threat_model, self.output)
+        if facts.file is None:
+            self.terminal.say(f"{rp.ADVERSARIAL_FILE} was not written: {facts.reason}")
+        return report.model_copy(update={"adversarial": facts})
 
     def draw(self, found: Mapping[str, fd.Findings], examples: EmbeddedImages | None, report: rp.Report) -> None:
         """Draw the figures and write the page, last: it marks the evaluation as finished."""

@@ -162,12 +162,15 @@ def detection_name(plan: Plan) -> str:
     return "larger" if plan.detection.epsilon == plan.epsilon else radius_name(plan.detection.epsilon)
 
 
-def attack_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str) -> list[Task]:
-    """The table of attacks and AutoAttack, for the model and those it is compared with."""
+def attack_tasks(
+    plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, *, is_own: bool = True
+) -> list[Task]:
+    """The table of attacks and AutoAttack, for the model and those it is compared with, which are not its own."""
     table = AttackMeasurement(plan.columns, plan.transfer, None, plan.seed, plan.batch_size)
     tasks = [_task("columns", model, dataset, settings.images.attacks, plan, table)]
     if settings.images.autoattack:
-        strong = AttackMeasurement({}, {}, (plan.norm, plan.epsilon), plan.seed, plan.batch_size)
+        keep = settings.images.adversarial and is_own
+        strong = AttackMeasurement({}, {}, (plan.norm, plan.epsilon), plan.seed, plan.batch_size, keep_images=keep)
         tasks.append(_task("autoattack", model, dataset, settings.images.autoattack, plan, strong))
     return tasks
 

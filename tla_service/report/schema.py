@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.json_schema import GenerateJsonSchema
 
 from tla_service.errors import UnavailableError, one_line
 from tla_service.evaluation import results as rs
@@ -13,6 +14,9 @@ from tla_service.files import write_whole
 
 FORMAT: Literal[1] = 1
 REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, PAGE_FILE = "report.json", "outcome.npz", "autoattack.npz", "report.html"
+IMAGES_FILE, ADVERSARIAL_FILE, SARIF_FILE = "images.parquet", "adversarial.npz", "audit.sarif"
+FILES = (REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, PAGE_FILE, IMAGES_FILE, ADVERSARIAL_FILE, SARIF_FILE)
+SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
 
 class Part(BaseModel):
@@ -99,6 +103,20 @@ class AutoAttackFacts(Part):
     version: str
 
 
+class AdversarialFacts(Part):
+    """AutoAttack's images, written for others to check; without a file, `reason` says why.
+
+    `clean` is the accuracy on the clean images in the file, gate images left out. Accuracy on the adversarial ones is
+    that under ``autoattack``.
+    """
+
+    file: str | None = ADVERSARIAL_FILE
+    sha256: str = ""
+    images: int = 0
+    clean: rs.Share | None = None
+    reason: str = ""
+
+
 class Compared(Part):
     """Another model measured on the same images; `difference` is the report's model minus this one, by attack."""
 
@@ -134,6 +152,7 @@ class Report(Part):
     attacks: dict[str, AttackFacts]
     outcome: str = OUTCOME_FILE
     autoattack: AutoAttackFacts | None = None
+    adversarial: AdversarialFacts | None = None
     curves: tuple[rs.Curve, ...] = ()
     sparse: tuple[rs.MinimumNorms, ...] = ()
     audit: rs.Audit | None = None
@@ -178,3 +197,14 @@ def read_report(path: Path) -> Report:
 def write_report(report: Report, path: Path) -> None:
     """Write `report.json`, whole or not at all."""
     write_whole(path, report.model_dump_json(indent=1))
+
+
+def json_schema() -> str:
+    """The JSON Schema of `report.json`, published as `SCHEMA_FILE`; its ``$id`` names the format."""
+    schema = Report.model_json_schema(mode="validation")
+    dialect = {"$schema": GenerateJsonSchema.schema_dialect, "$id": f"urn:tla-service:report:{FORMAT}"}
+    return f"{json.dumps(dialect | schema, indent=1)}\n"
+
+
+if __name__ == "__main__":
+    SCHEMA_FILE.write_text(json_schema(), encoding="utf-8")

@@ -1,0 +1,58 @@
+"""AutoAttack's images for others to check: moved into the ball to the last bit, and classified once more as stored."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from tla_service.attacks.autoattack import AutoAttackNorm
+from tla_service.evaluation.results import BoolArray
+from tla_service.evaluation.shards import Arrays
+
+Images = npt.NDArray[np.float32]
+_ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+
+
+def adversarial_arrays(
+    network: nn.Module, clean: Tensor, adversarial: Tensor, norm: AutoAttackNorm, epsilon: float
+) -> Arrays:
+    """What is published of adversarial and clean images (N, C, H, W), float32 in [0, 1], by name.
+
+    ``adversarial`` are those moved into the ball, ``clean`` the clean images, and ``attacked`` the classes (N,) that
+    the network, in eval mode, predicts for the former in one more forward pass.
+    """
+    inside = into_ball(clean, adversarial, norm, epsilon)
+    with torch.no_grad():
+        attacked = network(inside).logits.argmax(1)
+    return {"clean": clean.cpu().numpy(), "adversarial": inside.cpu().numpy(), "attacked": attacked.cpu().numpy()}
+
+
+def into_ball(clean: Tensor, adversarial: Tensor, norm: AutoAttackNorm, epsilon: float) -> Tensor:
+    """Move images (N, C, H, W), float32, into the ball and into [0, 1], so that `is_outside` is true of none.
+
+    Attacks compute x + epsilon in float32, which rounds up for about half of all pixels.
+    """
+    exact, moved = clean.double(), adversarial.clamp(0, 1)
+    if norm == "linf":
+        moved = moved.clamp((exact - epsilon).float(), (exact + epsilon).float())
+        return torch.where((moved.double() - exact).abs() > epsilon, moved.nextafter(clean), moved)
+    # Float32 may round a scaled image out of the ball again: from one try to the next it is scaled twice as much.
+    for power in range(-24, 1):
+        delta = moved.double() - exact
+        lengths = delta.flatten(1).norm(_ORDERS[norm], dim=1)[:, None, None, None]
+        if not (lengths > epsilon).any():
+            break
+        scaled = (exact + (1 - 2.0**power) * epsilon / lengths * delta).float()
+        moved = torch.where(lengths > epsilon, scaled, moved)
+    return moved
+
+
+def is_outside(clean: Images, adversarial: Images, norm: AutoAttackNorm, epsilon: float) -> BoolArray:
+    """Whether images (N, C, H, W), float32, are outside [0, 1] or the ball (N,), in float64 and without tolerance."""
+    exact = adversarial.astype(np.float64)
+    delta = (exact - clean.astype(np.float64)).reshape(len(exact), -1)
+    distance = np.linalg.norm(delta, ord=_ORDERS[norm], axis=1)
+    outside: BoolArray = ~(distance <= epsilon) | ~((exact >= 0) & (exact <= 1)).all((1, 2, 3))
+    return outside
