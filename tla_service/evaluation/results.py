@@ -77,6 +77,42 @@ class DetectionScore:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Selective:
+    """A classifier that refuses images: `coverage` is the accepted share, `accuracy` that of the accepted images.
+
+    `aurc` is the area under the risk-coverage curve, the mean share of misclassified images over all coverages (Geifman
+    et al. 2019); lower is better.
+    """
+
+    coverage: Share
+    accuracy: Share
+    aurc: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveDetection(DetectionScore):
+    """Detection under attacks on classifier and detector together, at `epsilon`, the radius of the threat model.
+
+    The AUC is of natural images and attacked ones together, as for `unaware`, the strongest PGD at the same radius,
+    which does not know the detector. Images that score below `threshold` are rejected; it was fixed on images of
+    `threshold_from`. `evaded` is the share of images that are misclassified and accepted, by the best of both attacks;
+    `rejected` is the share of the images correctly classified without an attack that can be made to be rejected,
+    `false_rejections` that of those rejected without an attack. `selective` is by ``clean``, ``unaware``, ``adaptive``.
+    """
+
+    epsilon: float
+    threshold: float
+    threshold_from: Literal["validation", "training"]
+    images: int
+    unaware: DetectionScore
+    evaded: Share
+    evaded_unaware: Share
+    rejected: Share
+    false_rejections: Share
+    selective: dict[str, Selective]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShippedDetection(DetectionScore):
     """The detector that ships with the model: images that score below `threshold` are rejected.
@@ -88,6 +124,7 @@ class ShippedDetection(DetectionScore):
     threshold: float
     false_rejections: Share
     detected: Share
+    adaptive: AdaptiveDetection | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +140,7 @@ class Detection(DetectionScore):
     baselines: dict[str, DetectionScore]
     settings: dict[str, str | float | bool]
     shipped: ShippedDetection | None = None
+    adaptive: AdaptiveDetection | None = None
 
 
 @dataclass(frozen=True)
