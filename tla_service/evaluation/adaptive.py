@@ -13,7 +13,7 @@ the weighted sum of both gradients, each scaled to length one.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 from zlib import crc32
@@ -56,7 +56,9 @@ class DetectionScore(nn.Module):
         self._normalize, self._rule = detector.normalize, detector.rule
         self._classes = torch.from_numpy(detector.classes).to(device)
         tables = (detector.means, detector.whitening, detector.log_determinants)
-        self._means, self._whitening, log_determinants = (torch.from_numpy(table).float().to(device) for table in tables)
+        self._means, self._whitening, log_determinants = (
+            torch.from_numpy(table).float().to(device) for table in tables
+        )
         self._constants = log_determinants - 0.5 * detector.means.shape[1] * math.log(2 * math.pi)
 
     def densities(self, embeddings: Tensor) -> Tensor:
@@ -166,7 +168,7 @@ def _selected(images: Tensor, margin: Tensor, score: Tensor, weight: float) -> T
 
 def _of_length_one(gradient: Tensor) -> Tensor:
     scaled = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-    return nn.functional.normalize(scaled, dim=(1, 2, 3))
+    return nn.functional.normalize(scaled.flatten(1)).view_as(gradient)
 
 
 @dataclass(frozen=True)

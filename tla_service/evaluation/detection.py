@@ -171,7 +171,8 @@ def risk_curve(scores: Scores, correct: BoolArray) -> Scores:
 def selective(scores: Scores, correct: BoolArray, threshold: float) -> Selective:
     """What a threshold accepts, and how much of it is right."""
     accepted = scores >= threshold
-    return Selective(share_of(accepted), share_of(correct[accepted]), float(risk_curve(scores, correct).mean()))
+    aurc = float(risk_curve(scores, correct).mean())
+    return Selective(share_of(accepted), share_of(correct[accepted]), share_of(accepted & ~correct), aurc)
 
 
 def adaptive_detection(
@@ -194,7 +195,9 @@ def adaptive_detection(
     """
     parts = natural, unaware, evasion, rejection
     if any(not np.array_equal(part.labels, natural.labels) for part in parts):
-        raise ConfigError("detection", None, "the attacks are not of the same images", "delete the folder of the report")
+        raise ConfigError(
+            "detection", None, "the attacks are not of the same images", "delete the folder of the report"
+        )
     clean, plain, evading, low = (detector.score(part.embeddings, part.predictions) for part in parts)
     evades = ~evasion.correct & (unaware.correct | (evading >= plain))
     found = {
@@ -208,7 +211,6 @@ def adaptive_detection(
         scores, correct = (np.concatenate(pair) for pair in zip(found["clean"], found[name], strict=True))
         return measure_detection(scores, correct, seed=seed, images=images).score
 
-    evaded = {name: share_of(~correct & (scores >= threshold)) for name, (scores, correct) in found.items()}
     lowest = np.minimum.reduce([clean, plain, low])
     measured = AdaptiveDetection(
         **vars(area("adaptive")),
@@ -217,8 +219,6 @@ def adaptive_detection(
         threshold_from=threshold_from,
         images=len(natural),
         unaware=area("unaware"),
-        evaded=evaded["adaptive"],
-        evaded_unaware=evaded["unaware"],
         rejected=share_of(lowest[natural.correct] < threshold),
         false_rejections=share_of(clean[natural.correct] < threshold),
         selective={name: selective(*each, threshold) for name, each in found.items()},

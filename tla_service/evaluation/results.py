@@ -79,26 +79,26 @@ class DetectionScore:
 
 @dataclass(frozen=True)
 class Selective:
-    """A classifier that refuses images: `coverage` is the accepted share, `accuracy` that of the accepted images.
+    """A classifier that rejects images: `coverage` is the accepted share, `accuracy` that among accepted images.
 
-    `aurc` is the area under the risk-coverage curve, the mean share of misclassified images over all coverages (Geifman
+    `evaded` is the share of all images that are misclassified and accepted. `aurc` is the area under the risk-coverage curve, the mean share of misclassified images over all coverages (Geifman
     et al. 2019); lower is better.
     """
 
     coverage: Share
     accuracy: Share
+    evaded: Share
     aurc: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveDetection(DetectionScore):
-    """Detection under attacks on classifier and detector together, at `epsilon`, the radius of the threat model.
+    """Detection under an adaptive attack, on classifier and detector together, at the threat model's `epsilon`.
 
-    The AUC is of natural images and attacked ones together, as for `unaware`, the strongest PGD at the same radius,
-    which does not know the detector. Images that score below `threshold` are rejected; it was fixed on images of
-    `threshold_from`. `evaded` is the share of images that are misclassified and accepted, by the best of both attacks;
-    `rejected` is the share of the images correctly classified without an attack that can be made to be rejected,
-    `false_rejections` that of those rejected without an attack. `selective` is by ``clean``, ``unaware``, ``adaptive``.
+    The AUC is of natural and attacked images together, as that under `unaware`, the strongest PGD at the same radius,
+    which does not know the detector. Images that score below `threshold`, which was fixed on `threshold_from` images,
+    are rejected. Of the images that are classified correctly without an attack, `false_rejections` are rejected without
+    an attack, `rejected` under one that aims at that. `selective` is by ``clean``, ``unaware`` and ``adaptive``.
     """
 
     epsilon: float
@@ -106,8 +106,6 @@ class AdaptiveDetection(DetectionScore):
     threshold_from: Literal["validation", "training"]
     images: int
     unaware: DetectionScore
-    evaded: Share
-    evaded_unaware: Share
     rejected: Share
     false_rejections: Share
     selective: dict[str, Selective]
@@ -141,6 +139,11 @@ class Detection(DetectionScore):
     settings: dict[str, str | float | bool]
     shipped: ShippedDetection | None = None
     adaptive: AdaptiveDetection | None = None
+
+    @property
+    def attacked(self) -> AdaptiveDetection | None:
+        """The adaptive attack on the detector that users get: the shipped one, else the one fitted anew."""
+        return (self.shipped or self).adaptive
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from tla_service.config.radii import ImageShape, Norm, documented_radius, known_
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
-from tla_service.evaluation.adaptive import Aim
-from tla_service.evaluation.adaptive import AdaptiveMeasurement
+from tla_service.evaluation.adaptive import AdaptiveMeasurement, Aim
 from tla_service.evaluation.audit import AuditMeasurement
 from tla_service.evaluation.embedding import EmbeddingMeasurement
 from tla_service.evaluation.paper import epsilon_sweep, paper_columns, step_sweep
