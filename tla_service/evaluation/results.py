@@ -81,8 +81,9 @@ class DetectionScore:
 class Selective:
     """A classifier that rejects images: `coverage` is the accepted share, `accuracy` that among accepted images.
 
-    `evaded` is the share of all images that are misclassified and accepted. `aurc` is the area under the risk-coverage curve, the mean share of misclassified images over all coverages (Geifman
-    et al. 2019); lower is better.
+    `evaded` is the share of all images that are misclassified and accepted. `aurc` is the area under the risk-coverage
+    curve: the share misclassified among the accepted images, averaged over all coverages (Geifman et al. 2019); lower
+    is better.
     """
 
     coverage: Share
