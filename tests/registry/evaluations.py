@@ -44,11 +44,23 @@ def accuracies(outcome: ShardOutcome) -> dict[str, dict[str, Any]]:
     return {name: asdict(each) for name, each in found.items()}
 
 
+def adaptive(auc: float, images: int) -> dict[str, Any]:
+    """What a report says of attacks on a detector."""
+    share = {"estimate": 0.1, "low": 0.0, "high": 0.2, "images": images}
+    selective = {"coverage": share, "accuracy": share, "evaded": share, "aurc": 0.1}
+    return {
+        "auc": auc, "low": auc - 0.1, "high": auc + 0.1, "epsilon": 0.15, "threshold": 1.0,
+        "threshold_from": "validation", "images": images, "unaware": {"auc": 0.9, "low": 0.8, "high": 0.95},
+        "rejected": share, "false_rejections": share,
+        "selective": dict.fromkeys(("clean", "unaware", "adaptive"), selective),
+    }  # fmt: skip
+
+
 def report_on(sha256: str, outcome: ShardOutcome, threat: ThreatModel = TRAINED_FOR, **changes: Any) -> Report:
     """A report that says what the images' results say, unless told otherwise."""
     detection = {
         "auc": 0.9, "low": 0.8, "high": 0.95, "epsilon": 0.2, "num_correct": 150, "num_wrong": 50, "baselines": {},
-        "settings": {},
+        "settings": {}, "adaptive": adaptive(0.8, int(outcome.gate.sum()) if outcome.gate is not None else 0),
     }  # fmt: skip
     gap = {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0, "images": len(outcome.labels)}
     facts: dict[str, Any] = {

@@ -56,6 +56,7 @@ class Workers:
         """See `Measurer`; raises what a measurement raised."""
         networks = {model: ray.put(network) for model, network in inputs.networks.items()}
         surrogate = ray.put(inputs.surrogate)
+        measurements: dict[tuple[str, str], Any] = {}  # sent once per task: one may hold a detector
         measure = ray.remote(_measure).options(
             num_cpus=self._cpus, num_gpus=self._gpus, max_retries=self._retries, retry_exceptions=False
         )
@@ -65,7 +66,9 @@ class Workers:
             while waiting and len(running) < _AHEAD * self._count:
                 shard = waiting.pop()
                 data = networks[shard.task.model], surrogate, *inputs.images(shard), shard.rows
-                running[measure.remote(shard.task.measurement, *data)] = shard
+                if shard.task.key not in measurements:
+                    measurements[shard.task.key] = ray.put(shard.task.measurement)
+                running[measure.remote(measurements[shard.task.key], *data)] = shard
             ready, _ = ray.wait(list(running), num_returns=1)
             for reference in ready:
                 shard = running.pop(reference)

@@ -17,7 +17,14 @@ import torch
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
 from tla_service.evaluation.geometry import Metric, neighbour_score
-from tla_service.evaluation.results import BoolArray, DetectionScore, ShippedDetection, share_of
+from tla_service.evaluation.results import (
+    AdaptiveDetection,
+    BoolArray,
+    DetectionScore,
+    Selective,
+    ShippedDetection,
+    share_of,
+)
 from tla_service.inference.detector import Detector, Integers, Rejector, Rule, Scores, unit_rows
 
 Covariance = Literal["full", "tied", "diagonal"]
@@ -151,6 +158,72 @@ def shipped_detection(rejector: Rejector, both: Embedded, seed: int) -> ShippedD
         false_rejections=share_of(rejected[both.correct]),
         detected=share_of(rejected[~both.correct]),
     )
+
+
+def risk_curve(scores: Scores, correct: BoolArray) -> Scores:
+    """Share misclassified (N,) among the 1, 2, ..., N images of the highest scores; equal scores share their errors."""
+    values, place, counts = np.unique(-scores, return_inverse=True, return_counts=True)
+    errors = np.bincount(place, ~correct, minlength=len(values)) / counts
+    risks: Scores = np.cumsum(np.repeat(errors, counts)) / np.arange(1, len(scores) + 1)
+    return risks
+
+
+def selective(scores: Scores, correct: BoolArray, threshold: float) -> Selective:
+    """What a threshold accepts, and how much of it is right."""
+    accepted = scores >= threshold
+    aurc = float(risk_curve(scores, correct).mean())
+    return Selective(share_of(accepted), share_of(correct[accepted]), share_of(accepted & ~correct), aurc)
+
+
+def adaptive_detection(
+    detector: Detector,
+    threshold: float,
+    threshold_from: Literal["validation", "training"],
+    *,
+    natural: Embedded,
+    unaware: Embedded,
+    evasion: Embedded,
+    rejection: Embedded,
+    epsilon: float,
+    seed: int,
+) -> tuple[AdaptiveDetection, dict[str, Scores]]:
+    """Figures of a detector that is attacked, and its risk curves (N,) by ``clean``, ``unaware`` and ``adaptive``.
+
+    The same N images, row by row: natural; under an attack that does not know the detector; attacked to evade; attacked
+    to be rejected. The adversary has both attacks: under `adaptive` each image is the misclassified one of the higher
+    score, and as `unaware` leaves it where neither breaks it. ConfigError unless all show the same images.
+    """
+    parts = natural, unaware, evasion, rejection
+    if any(not np.array_equal(part.labels, natural.labels) for part in parts):
+        raise ConfigError(
+            "detection", None, "the attacks are not of the same images", "delete the folder of the report"
+        )
+    clean, plain, evading, low = (detector.score(part.embeddings, part.predictions) for part in parts)
+    evades = ~evasion.correct & (unaware.correct | (evading >= plain))
+    found = {
+        "clean": (clean, natural.correct),
+        "unaware": (plain, unaware.correct),
+        "adaptive": (np.where(evades, evading, plain), np.where(evades, evasion.correct, unaware.correct)),
+    }
+    images = np.tile(np.arange(len(natural)), 2)
+
+    def area(name: str) -> DetectionScore:
+        scores, correct = (np.concatenate(pair) for pair in zip(found["clean"], found[name], strict=True))
+        return measure_detection(scores, correct, seed=seed, images=images).score
+
+    lowest = np.minimum.reduce([clean, plain, low])
+    measured = AdaptiveDetection(
+        **vars(area("adaptive")),
+        epsilon=epsilon,
+        threshold=threshold,
+        threshold_from=threshold_from,
+        images=len(natural),
+        unaware=area("unaware"),
+        rejected=share_of(lowest[natural.correct] < threshold),
+        false_rejections=share_of(clean[natural.correct] < threshold),
+        selective={name: selective(*each, threshold) for name, each in found.items()},
+    )
+    return measured, {name: risk_curve(*each) for name, each in found.items()}
 
 
 def _factor(centred: Scores, covariance: Covariance, shrinkage: Shrinkage, lowest: float) -> Scores:

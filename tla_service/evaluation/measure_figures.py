@@ -107,6 +107,20 @@ def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
     fg.save(axes.figure, path)
 
 
+def risk_curves(risks: Mapping[str, Floats], path: Path) -> None:
+    """Draw the share misclassified among the N images of the highest scores against N, by attack."""
+    axes: Any = fg.new_figure(5.0, 4.4).subplots()
+    for place, (name, risk) in enumerate(risks.items()):
+        style = _STYLES[place % len(_STYLES)] | {"marker": None, "label": f"{name}: area {100 * risk.mean():.1f}%"}
+        axes.plot(np.arange(1, len(risk) + 1) / len(risk), risk, linewidth=1.8, **style)
+    axes.set(xlim=(0, 1.01), ylim=(0, None), xlabel="images accepted", ylabel="misclassified among the accepted")
+    for side in (axes.xaxis, axes.yaxis):
+        side.set_major_formatter(fg.percent())
+    fg.plain(axes)
+    axes.legend(frameon=False, fontsize=8.5, handlelength=3.2)
+    fg.save(axes.figure, path)
+
+
 def class_map(projection: Projection, class_names: Sequence[str], path: Path) -> None:
     """Draw one class in the plane: natural images grey, attacked ones by their predicted class (Fig. 1)."""
     axes: Any = fg.new_figure(6.8, 4.4).subplots()

@@ -77,6 +77,41 @@ class DetectionScore:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Selective:
+    """A classifier that rejects images: `coverage` is the accepted share, `accuracy` that among accepted images.
+
+    `evaded` is the share of all images that are misclassified and accepted. `aurc` is the area under the risk-coverage
+    curve: the share misclassified among the accepted images, averaged over all coverages (Geifman et al. 2019); lower
+    is better.
+    """
+
+    coverage: Share
+    accuracy: Share
+    evaded: Share
+    aurc: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveDetection(DetectionScore):
+    """Detection under an adaptive attack, on classifier and detector together, at the threat model's `epsilon`.
+
+    The AUC is of natural and attacked images together, as that under `unaware`, the strongest PGD at the same radius,
+    which does not know the detector. Images that score below `threshold`, which was fixed on `threshold_from` images,
+    are rejected. Of the images that are classified correctly without an attack, `false_rejections` are rejected without
+    an attack, `rejected` under one that aims at that. `selective` is by ``clean``, ``unaware`` and ``adaptive``.
+    """
+
+    epsilon: float
+    threshold: float
+    threshold_from: Literal["validation", "training"]
+    images: int
+    unaware: DetectionScore
+    rejected: Share
+    false_rejections: Share
+    selective: dict[str, Selective]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShippedDetection(DetectionScore):
     """The detector that ships with the model: images that score below `threshold` are rejected.
@@ -88,6 +123,7 @@ class ShippedDetection(DetectionScore):
     threshold: float
     false_rejections: Share
     detected: Share
+    adaptive: AdaptiveDetection | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +139,12 @@ class Detection(DetectionScore):
     baselines: dict[str, DetectionScore]
     settings: dict[str, str | float | bool]
     shipped: ShippedDetection | None = None
+    adaptive: AdaptiveDetection | None = None
+
+    @property
+    def attacked(self) -> AdaptiveDetection | None:
+        """The adaptive attack on the detector that users get: the shipped one, else the one fitted anew."""
+        return (self.shipped or self).adaptive
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ Integers = npt.NDArray[np.int64]
 _RULES: tuple[Rule, ...] = ("likeliest", "predicted")  # by number in a file
 _TABLES = ("classes", "means", "whitening", "log_determinants")
 # The score of an image whose predicted class has no Gaussian: below every density, yet finite, as ROC curves need.
-_NO_GAUSSIAN = float(np.finfo(np.float32).min)
+NO_GAUSSIAN = float(np.finfo(np.float32).min)
 _ROWS_AT_ONCE = 2048
 # Keeps the direction of an all-zero embedding defined (as zero); the learned metric has the same.
 SMALLEST_SQUARE = 1e-20
@@ -73,7 +73,7 @@ class Detector:
             return densities.max(1)
         places = np.searchsorted(self.classes, predictions).clip(max=len(self.classes) - 1)
         scores = densities[np.arange(len(densities)), places]
-        return np.where(self.classes[places] == predictions, scores, _NO_GAUSSIAN)
+        return np.where(self.classes[places] == predictions, scores, NO_GAUSSIAN)
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Everything as arrays of numbers, fit for a safetensors file."""

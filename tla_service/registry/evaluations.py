@@ -60,6 +60,8 @@ def evaluation_tags(report: Report) -> dict[str, str]:
     numbers = {f"accuracy.{name}": report.accuracy[name].estimate for name in _SHOWN if name in report.accuracy}
     if report.detection is not None:
         numbers["detection.auc"] = report.detection.auc
+        attacked = report.detection.attacked
+        numbers["detection.adaptive_auc"] = None if attacked is None else attacked.auc
     facts |= {name: f"{value:.6f}" for name, value in numbers.items() if value is not None}
     tags = {"tla.weights_sha256": report.model.weights_sha256}
     tags |= {f"tla.evaluation.{report.threat_model.slug}.{name}": value for name, value in facts.items()}
@@ -138,6 +140,8 @@ def _log_metrics(made: MlflowClient, run_id: str, report: Report, milliseconds: 
     values = {f"accuracy/{name}": found.estimate for name, found in report.accuracy.items()}
     if report.detection is not None:
         values["detection_auc"] = report.detection.auc
+        attacked = report.detection.attacked
+        values["detection_adaptive_auc"] = None if attacked is None else attacked.auc
     if report.neighbours is not None:
         values["neighbours/clean"] = report.neighbours.clean.estimate
         values["neighbours/attacked"] = report.neighbours.attacked.estimate

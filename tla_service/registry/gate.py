@@ -158,18 +158,21 @@ def _audited(candidate: Evaluated, rules: GateRules) -> Finding:
 
 
 def _detects(candidate: Evaluated, rules: GateRules) -> Finding:
-    """Detection on gate images."""
+    """Detection on gate images, under an attack that knows the detector."""
     measured, required = candidate.report.gate.detection, f"at least {rules.min_detection_auc:g} required"
-    # Users of the version get the detector that it ships with.
-    score = None if measured is None else measured.shipped or measured
-    if measured is None or score is None or score.auc is None:
+    if not rules.min_detection_auc:
+        return _finding("detection", "", "not required", "")
+    score = None if measured is None else measured.attacked
+    if measured is not None and score is None:
+        problem = f"the evaluation did not attack the detector (older ones, or images.adaptive 0); {required}"
+        return _finding("detection", problem, "", candidate.again)
+    if score is None or score.auc is None:
         why = f" ({score.reason})" if score is not None else ""
         return _finding("detection", f"AUC was not measured{why}; {required}", "", candidate.again)
-    images = (measured.num_correct + measured.num_wrong) // 2  # clean and adversarial
-    if images < rules.min_images:
-        problem = f"AUC {score.auc:.3f} on {images} images; at least {rules.min_images} images required"
+    if score.images < rules.min_images:
+        problem = f"AUC {score.auc:.3f} on {score.images} images; at least {rules.min_images} images required"
         return _finding("detection", problem, "", candidate.again)
-    explanation = f"AUC {score.auc:.3f}, attacks of radius {measured.epsilon:g}; {required}"
+    explanation = f"AUC {score.auc:.3f} under an adaptive attack of radius {score.epsilon:g}; {required}"
     return Finding("detection", score.auc >= rules.min_detection_auc, explanation, _BETTER + "min_detection_auc")
 
 

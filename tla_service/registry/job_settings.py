@@ -27,7 +27,9 @@ class GateRules(Section):
     min_autoattack_accuracy: float = setting(0.2, "minimum accuracy on gate images under AutoAttack", ge=0, le=1)
     min_images: int = setting(100, "minimum number of gate images that AutoAttack was run on", unit="images", ge=1)
     audit: bool = setting(True, "require a passed audit for gradient masking")
-    min_detection_auc: float = setting(0.6, "minimum AUC of the detection of misclassified images", ge=0, le=1)
+    min_detection_auc: float = setting(
+        0.3, "minimum AUC of the detection of misclassified images under an adaptive attack; 0: none", ge=0, le=1
+    )
     not_worse: bool = setting(True, "compare with the version that carries the alias, on the same images")
     significance: float = setting(
         0.05, "significance level of McNemar's paired test; a significantly worse version is refused", gt=0, lt=1

@@ -60,7 +60,7 @@ def evaluate(
             return rp.read_report(output / rp.REPORT_FILE).model_copy(update={"model": subject.facts}), output
         terminal.say(f"evaluating {subject.facts.uri} on {dataset.name}, output in {output}")
         began = time.monotonic()
-        results, hardware = evaluation.measure(tasks, workers)
+        results, tasks, hardware = evaluation.measure(tasks, workers)
         set_aside = dataset.gate.numpy()
         published = select(results, tasks, ~set_aside)
         found = {each.key: fd.gather(published, each.key, plan, settings, each.rejector) for each in models.all}
@@ -137,16 +137,18 @@ class _Evaluation:
         plan, settings, models = self.plan, self.settings, self.models
         subject, dataset = models.subject, models.dataset
         labels, config = dataset.train.labels, subject.config
-        rows = torch.arange(len(labels))
+        rows, held_out = torch.arange(len(labels)), None
         if config is not None and config.data.name == dataset.name:
             # Gaussians are fitted to training images; the validation split of the training run stays out.
-            rows, _ = split_training(dataset, config.data.validation_fraction, config.seed)
+            rows, (_, held_out) = split_training(dataset, config.data.validation_fraction, config.seed)
         bank = pl.bank_rows(rows, labels, settings.images.bank)
         tasks = []
         for each in models.all:
             tasks += pl.attack_tasks(plan, settings, dataset, each.key, is_own=each is subject)
             tasks += pl.embedding_tasks(plan, settings, dataset, each.key, bank)
         tasks += pl.single_tasks(plan, settings, dataset, subject.key)
+        if held_out is not None and settings.images.adaptive and settings.images.representation:
+            tasks.append(pl.validation_task(plan, settings, dataset, subject.key, held_out))
         for task in tasks:
             if task.split == "test" and dataset.gate[task.rows].all():
                 reason = (
@@ -157,8 +159,11 @@ class _Evaluation:
 
     def measure(
         self, tasks: Sequence[Task], workers: Callable[[], AbstractContextManager[Measurer]]
-    ) -> tuple[Results, str]:
-        """Run all tasks: first everything, then the few queries that depend on it. Also what they ran on."""
+    ) -> tuple[Results, list[Task], str]:
+        """Run all tasks: first everything, then the few queries that depend on it.
+
+        Also returns the tasks, those that were added among them, and what they ran on.
+        """
         plan, settings, models, output = self.plan, self.settings, self.models, self.output
         subject, dataset = models.subject, models.dataset
         surrogate = models.surrogate.network if models.surrogate is not None else None
@@ -181,6 +186,14 @@ class _Evaluation:
                 except UserError as error:
                     without = f"no surrogate was given, and none could be trained ({error})"
                     self.terminal.say(without)
+            banks = [task for task in tasks if task.key == (subject.key, "bank")]
+            if settings.images.adaptive and banks:
+                # First, because the attacks on the detector need it.
+                results |= run_tasks(banks, inputs, output, measure, lambda _: None)
+                detectors = [fd.fitted_detector(results[subject.key, "bank"], settings)]
+                detectors += [] if subject.rejector is None else [subject.rejector.detector]
+                tasks = [task for task in tasks if task not in banks]
+                tasks = [*pl.adaptive_tasks(plan, settings, dataset, subject.key, detectors), *tasks]
             # The audit first: it is one long shard, and other workers measure the rest in the meantime.
             tasks = [*pl.audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
             results |= run_tasks(tasks, inputs, output, measure, say)
@@ -190,7 +203,7 @@ class _Evaluation:
                 rows = natural.rows[pick_queries(natural.embedded, settings.pictures.queries, plan.seed)]
                 if len(rows):
                     results |= run_tasks([pl.query_task(plan, subject.key, rows)], inputs, output, measure, say)
-        return results, str(measure)
+        return results, list(tasks), str(measure)
 
     def report(self, found: Mapping[str, fd.Findings], gate: fd.Findings, hardware: str, seconds: float) -> rp.Report:
         """Put the findings together."""

@@ -91,6 +91,12 @@ class Figures:
         )
         path = self._add("detection", "detection", "Misclassified images", caption)
         mf.roc_curves({_SCORES[name]: result for name, result in self._found.rocs.items()}, path)
+        if self._found.risks:
+            caption = (
+                f"Share misclassified among the accepted images, by coverage; ε = {self._plan.epsilon:.4g}. "
+                "An adaptive attack that raises the left end defeats the detector at every threshold."
+            )
+            mf.risk_curves(self._found.risks, self._add("risk_coverage", "adaptive", "Risk and coverage", caption))
 
     def shift(self, others: Mapping[str, Findings], own_name: str) -> None:
         """Shift ratios of this model and those it is compared with."""

@@ -2,20 +2,28 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.evaluation import results as rs
-from tla_service.evaluation.detection import RocCurve, detect_misclassified, fit_detector, shipped_detection
+from tla_service.evaluation.adaptive import Aim
+from tla_service.evaluation.detection import (
+    RocCurve,
+    adaptive_detection,
+    detect_misclassified,
+    fit_detector,
+    shipped_detection,
+    threshold_for,
+)
 from tla_service.evaluation.embedding import Embedded, EmbeddedImages
 from tla_service.evaluation.geometry import ShiftRatios, neighbour_accuracy, shift_ratios
 from tla_service.evaluation.paper import restart_curve, sweep_curve
 from tla_service.evaluation.shards import ShardOutcome
 from tla_service.evaluation.suite import minimum_norms_of
-from tla_service.inference.detector import Rejector
-from tla_service.report.plan import Plan, detection_name, radius_name
+from tla_service.inference.detector import Detector, Rejector, Scores
+from tla_service.report.plan import Plan, adaptive_name, detection_name, radius_name
 from tla_service.report.schema import AttackFacts, AutoAttackFacts
 from tla_service.report.settings import ReportSettings
 
@@ -23,6 +31,10 @@ from tla_service.report.settings import ReportSettings
 WEAK_GAP = 0.02
 # AutoAttack's own bound: what Square adds to gradient attacks says that these are unreliable.
 _SQUARE_GAIN = 0.002
+# Of correctly classified validation images, by a detector fitted here: the default of those that models ship with.
+_FALSE_REJECTION_RATE = 0.05
+_FITTED = {"covariance", "shrinkage", "normalize", "rule"}
+_AIMS: tuple[Aim, ...] = ("evasion", "rejection")
 
 
 @dataclass
@@ -30,7 +42,8 @@ class Findings:
     """What was measured of one model; None or empty for what was left out.
 
     `outcome` holds per-image results under the table's attacks, `autoattack` those under AutoAttack on its images;
-    `embedded` is by task name, `rocs` by the score that detects, `shift` by radius.
+    `embedded` is by task name, `rocs` by the score that detects, `shift` by radius; `risks` are the risk curves of the
+    model's own detector, else of the one fitted here, by attack.
     """
 
     outcome: ShardOutcome
@@ -38,6 +51,7 @@ class Findings:
     embedded: dict[str, EmbeddedImages] = field(default_factory=dict)
     rocs: dict[str, RocCurve] = field(default_factory=dict)
     detection: rs.Detection | None = None
+    risks: dict[str, Scores] = field(default_factory=dict)
     shift: dict[float, ShiftRatios] = field(default_factory=dict)
     curves: tuple[rs.Curve, ...] = ()
     norms: tuple[rs.MinimumNorms, ...] = ()
@@ -73,16 +87,56 @@ def gather(
     return found
 
 
+def fitted_detector(bank: EmbeddedImages, settings: ReportSettings) -> Detector:
+    """The detector of the evaluation, fitted to embedded training images."""
+    chosen: dict[str, Any] = settings.detection.model_dump(include=_FITTED)
+    return fit_detector(bank.embedded, **chosen)
+
+
+def _adaptive(found: Findings, plan: Plan, detector: Detector, threshold: float | None) -> rs.AdaptiveDetection | None:
+    """What attacks on a detector found; the threshold of one that has none is fixed here. None if it was not run."""
+    names = [adaptive_name(aim, detector) for aim in _AIMS]
+    if names[0] not in found.embedded or not len(found.embedded[names[0]].rows):
+        return None
+    source: Literal["validation", "training"] = "validation"
+    if threshold is None:
+        source = "validation" if "validation" in found.embedded else "training"
+        held_out = found.embedded["validation" if source == "validation" else "bank"].embedded
+        if not held_out.correct.any():
+            return None
+        scores = detector.score(held_out.embeddings, held_out.predictions)
+        threshold = threshold_for(scores, held_out.correct, _FALSE_REJECTION_RATE)
+    evasion, rejection = (found.embedded[name] for name in names)
+    natural, unaware = (
+        each.only(np.isin(each.rows, evasion.rows)).embedded
+        for each in (found.embedded["natural"], found.embedded[radius_name(plan.epsilon)])
+    )
+    measured, found.risks = adaptive_detection(
+        detector,
+        threshold,
+        source,
+        natural=natural,
+        unaware=unaware,
+        evasion=evasion.embedded,
+        rejection=rejection.embedded,
+        epsilon=plan.epsilon,
+        seed=plan.seed,
+    )
+    return measured
+
+
 def _detect(found: Findings, plan: Plan, settings: ReportSettings, rejector: Rejector | None) -> None:
     natural, bank, attacked = (found.embedded[name].embedded for name in ("natural", "bank", detection_name(plan)))
-    chosen: dict[str, Any] = settings.detection.model_dump(include={"covariance", "shrinkage", "normalize", "rule"})
+    chosen: dict[str, Any] = settings.detection.model_dump(include=_FITTED)
     k, metric = min(settings.neighbours.k, len(bank)), settings.neighbours.metric
-    detector = fit_detector(bank, **chosen)
+    detector = fitted_detector(found.embedded["bank"], settings)
+    adaptive = _adaptive(found, plan, detector, None)
     found.rocs = detect_misclassified(detector, bank, natural, attacked, seed=plan.seed, k=k, metric=metric)
     main = found.rocs["gaussian"]
     shipped = None
     if rejector is not None:
         shipped = shipped_detection(rejector, Embedded.joined(natural, attacked), plan.seed)
+        shipped = replace(shipped, adaptive=_adaptive(found, plan, rejector.detector, rejector.threshold))
     found.detection = rs.Detection(
         **vars(main.score),
         epsilon=plan.detection.epsilon,
@@ -91,6 +145,7 @@ def _detect(found: Findings, plan: Plan, settings: ReportSettings, rejector: Rej
         baselines={name: roc.score for name, roc in found.rocs.items() if name != "gaussian"},
         settings=chosen | {"num_steps": float(plan.detection.num_steps), "step_size": plan.detection.step_size},
         shipped=shipped,
+        adaptive=adaptive,
     )
 
 

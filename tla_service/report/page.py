@@ -160,6 +160,11 @@ def show(report: Report, output: Path, terminal: Terminal) -> None:
         terminal.say(f"{_line('worst class', shares[1])}   ({name}, {shares[1].images} images)")
     if report.detection is not None:
         terminal.say(f"{'detection AUC':<18} {percent(report.detection.auc, 2):>7} %")
+        attacked = report.detection.attacked
+        if attacked is not None:
+            evaded = percent(attacked.selective["adaptive"].evaded.estimate)
+            line = f"{'  adaptive attack':<18} {percent(attacked.auc, 2):>7} %   95%: {interval(attacked)}"
+            terminal.say(f"{line}   ({evaded} % of images misclassified and accepted)")
     for warning in report.autoattack.warnings if report.autoattack is not None else ():
         terminal.say(f"AutoAttack warns: {warning}")
     for other in report.compared:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 from zlib import crc32
@@ -17,12 +17,14 @@ from tla_service.config.radii import ImageShape, Norm, documented_radius, known_
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
+from tla_service.evaluation.adaptive import AdaptiveMeasurement, Aim
 from tla_service.evaluation.audit import AuditMeasurement
 from tla_service.evaluation.embedding import EmbeddingMeasurement
 from tla_service.evaluation.paper import epsilon_sweep, paper_columns, step_sweep
 from tla_service.evaluation.shards import IntArray, Measurement
 from tla_service.evaluation.suite import AttackMeasurement, NormMeasurement, evaluation_attack
 from tla_service.evaluation.surrogate import SurrogateMeasurement, surrogate_rows
+from tla_service.inference.detector import Detector
 from tla_service.report.settings import ReportSettings
 from tla_service.report.tasks import Task
 from tla_service.runtime import mixed_seed
@@ -190,6 +192,40 @@ def embedding_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, mode
     ]
     natural = EmbeddingMeasurement(None, plan.seed, plan.batch_size)
     return [*tasks, Task("bank", model, "train", bank, plan.batch_size, natural)]
+
+
+def validation_task(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, rows: torch.Tensor) -> Task:
+    """Embeddings of validation images, rows (n,) of their source, for the threshold of the detector fitted here."""
+    source = dataset.train if dataset.validation is None else dataset.validation
+    natural = EmbeddingMeasurement(None, plan.seed, plan.batch_size)
+    chosen = bank_rows(rows, source.labels, settings.images.bank)
+    return Task("validation", model, "validation", chosen, plan.batch_size, natural)
+
+
+def adaptive_name(aim: Aim, detector: Detector) -> str:
+    """Name of the task that attacks a detector: another detector is another task."""
+    tables = detector.to_arrays()
+    return f"{aim}-{crc32(b''.join(tables[name].tobytes() for name in sorted(tables))):08x}"
+
+
+def adaptive_tasks(
+    plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, detectors: Sequence[Detector]
+) -> list[Task]:
+    """The attacks on classifier and detector together, for the model alone."""
+    count = min(settings.images.adaptive, settings.images.representation)
+    aims: tuple[Aim, ...] = ("evasion", "rejection")
+    return [
+        _task(
+            adaptive_name(aim, detector),
+            model,
+            dataset,
+            count,
+            plan,
+            AdaptiveMeasurement(detector, aim, plan.strongest, plan.seed, plan.batch_size),
+        )
+        for detector in detectors
+        for aim in aims
+    ]
 
 
 def single_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str) -> list[Task]:

@@ -42,6 +42,9 @@ class ImageCounts(Section):
     representation: int = setting(
         10_000, "test images for detection, k-NN, shift ratios and t-SNE", unit="images", ge=0
     )
+    adaptive: int = setting(
+        1000, "test images for the attacks on the detector; needs images.representation", unit="images", ge=0
+    )
     bank: int = setting(10_000, "training images for the class Gaussians and nearest neighbours", ge=1)
 
 

@@ -27,7 +27,7 @@ class Task:
 
     name: str
     model: str
-    split: Literal["train", "test"]
+    split: Literal["train", "validation", "test"]
     rows: IntArray = field(repr=False)
     shard_size: int
     measurement: Measurement
@@ -54,7 +54,10 @@ class Inputs(NamedTuple):
 
     def images(self, shard: "MissingShard") -> tuple[Tensor, Tensor]:
         """Images (n, C, H, W), uint8, and labels (n,) of a shard."""
-        source = self.dataset.train if shard.task.split == "train" else self.dataset.test
+        dataset = self.dataset
+        source = dataset.test if shard.task.split == "test" else dataset.train
+        if shard.task.split == "validation" and dataset.validation is not None:
+            source = dataset.validation
         rows = torch.from_numpy(shard.rows)
         return source.fetch(rows), source.labels[rows]
 
@@ -126,7 +129,7 @@ def select(results: Results, tasks: Sequence[Task], chosen: BoolArray) -> Result
     selected = dict(results)
     for task in tasks:
         found = results[task.key]
-        if task.split == "train":
+        if task.split != "test":
             continue
         if isinstance(found, ShardOutcome | EmbeddedImages):
             selected[task.key] = found.only(chosen[task.rows])
