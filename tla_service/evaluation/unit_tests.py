@@ -33,7 +33,7 @@ FIRST_STAGE: Literal["apgd-ce"] = "apgd-ce"
 _BAR = 0.8  # least success rate of an attack
 _MOST_RANDOM = 0.5  # above this share found by random sampling, the test is too easy to tell anything
 _FEWEST = 10  # planted examples that a rate is judged on
-_INNER, _OUTER, _CONTROL = 200, 200, 200  # random points per image: fitted to, for the threshold, for the control
+_INNER, _OUTER, _CONTROL = 128, 128, 128  # random points per image: fitted to, for the threshold, for the control
 _INNER_RADIUS = 0.95
 _RIDGE = 1.0  # of the mean variance
 _CLOSENESS = 0.1  # of the way from the planted point to the next random one lies the threshold
@@ -67,7 +67,10 @@ class UnitTestMeasurement:
             kept = [place for place, head in enumerate(heads) if head is not None]
             images, chosen = images[kept], [head for head in heads if head is not None]
             found: Arrays = {"random": np.array([head.found_at_random for head in chosen], dtype=bool)}
-            logits_fn, labels = _binary(shard.network, images, chosen, ball), torch.zeros_like(shard.labels[: len(kept)])
+            logits_fn, labels = (
+                _binary(shard.network, images, chosen, ball),
+                torch.zeros_like(shard.labels[: len(kept)]),
+            )
             labels = labels.to(device)
             for name, attack in self.attacks.items() if kept else ():
                 draws = generator(device, self.seed, crc32(name.encode()), int(shard.rows[0]))
@@ -159,9 +162,7 @@ def _outer(image: Tensor, count: int, ball: Attack, random: torch.Generator) -> 
 
 
 @torch.no_grad()
-def _plant(
-    network: nn.Module, image: Tensor, ball: Attack, random: torch.Generator, batch_size: int
-) -> _Head | None:
+def _plant(network: nn.Module, image: Tensor, ball: Attack, random: torch.Generator, batch_size: int) -> _Head | None:
     """A readout under which one random point of the boundary is adversarial; None if there is none."""
     inside = Attack(norm=ball.norm, epsilon=_INNER_RADIUS * ball.epsilon)
     points = [
@@ -195,7 +196,9 @@ def _discriminant(inner: Tensor, planted: Tensor) -> Tensor:
     centred, towards = inner.double() - mean, planted.double() - mean
     gram = centred @ centred.T
     ridge = _RIDGE * gram.trace() / min(inner.shape)
-    solved = torch.linalg.solve(gram + ridge.clamp_min(1e-30) * torch.eye(len(gram), device=gram.device), centred @ towards)
+    solved = torch.linalg.solve(
+        gram + ridge.clamp_min(1e-30) * torch.eye(len(gram), device=gram.device), centred @ towards
+    )
     direction = towards - centred.T @ solved
     return (direction / direction.norm().clamp_min(1e-30)).float()
 

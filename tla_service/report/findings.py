@@ -1,6 +1,6 @@
 """From measurements to a report: intervals, paired tests, ratios, areas."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from tla_service.evaluation.geometry import ShiftRatios, neighbour_accuracy, shi
 from tla_service.evaluation.paper import restart_curve, sweep_curve
 from tla_service.evaluation.shards import ShardOutcome
 from tla_service.evaluation.suite import minimum_norms_of
+from tla_service.evaluation.unit_tests import unit_test_check
 from tla_service.inference.detector import Rejector
-from tla_service.report.plan import Plan, detection_name, radius_name
+from tla_service.report.plan import TRANSFER, Plan, detection_name, radius_name
 from tla_service.report.schema import AttackFacts, AutoAttackFacts
 from tla_service.report.settings import ReportSettings
 
@@ -30,7 +31,8 @@ class Findings:
     """What was measured of one model; None or empty for what was left out.
 
     `outcome` holds per-image results under the table's attacks, `autoattack` those under AutoAttack on its images;
-    `embedded` is by task name, `rocs` by the score that detects, `shift` by radius.
+    `embedded` is by task name, `rocs` by the score that detects, `shift` by radius. `transfer`
+    has per-image results on examples crafted on the model's relatives, by source.
     """
 
     outcome: ShardOutcome
@@ -42,6 +44,8 @@ class Findings:
     curves: tuple[rs.Curve, ...] = ()
     norms: tuple[rs.MinimumNorms, ...] = ()
     audit: rs.Audit | None = None
+    unit_tests: rs.UnitTests | None = None
+    transfer: ShardOutcome | None = None
 
 
 def gather(
@@ -57,9 +61,14 @@ def gather(
     found.embedded = {name: result for name, result in mine.items() if isinstance(result, EmbeddedImages)}
     found.norms = tuple(minimum_norms_of(mine[norm], norm) for norm in ("l0", "l1") if norm in mine)
     found.curves = _curves(mine, found.outcome, plan)
+    found.transfer = joined([result for name, result in mine.items() if name.startswith(TRANSFER)])
     if "audit" in mine:
         surrogate = mine.get("surrogate")
-        found.audit = _with_objections(mine["audit"], found.autoattack)
+        found.unit_tests = mine.get("unit-tests")
+        more = unit_test_check(found.unit_tests), _transfer_check(found, plan)
+        found.audit = _with_objections(
+            rs.Audit.of((*mine["audit"].checks, *more), mine["audit"].images), found.autoattack
+        )
         if surrogate is not None:
             found.audit = replace(found.audit, surrogate=surrogate.facts)
     if "natural" in found.embedded and len(found.embedded["natural"].rows):
@@ -117,6 +126,9 @@ def accuracies(found: Findings, plan: Plan, num_classes: int) -> dict[str, rs.Ac
     outcome = found.outcome
     standing = {name: outcome.standing(name) for name in ("clean", *plan.columns, *plan.transfer)}
     standing["worst"] = np.logical_and.reduce(list(standing.values()))
+    if found.transfer is not None:
+        fallen = found.transfer.indices[~_stands_transfer(found.transfer)]
+        standing["worst"] &= ~np.isin(outcome.indices, fallen)
     table = {name: rs.class_accuracy(correct, outcome.labels, num_classes) for name, correct in standing.items()}
     strong = found.autoattack
     if strong is not None:
@@ -184,6 +196,55 @@ def _with_objections(audit: rs.Audit, strong: ShardOutcome | None) -> rs.Audit:
         meaning="AutoAttack considers its own figure unreliable for this network",
     )
     return rs.Audit.of((*audit.checks, check), audit.images)
+
+
+def joined(outcomes: Sequence[ShardOutcome]) -> ShardOutcome | None:
+    """Outcomes of the same images under other attacks, as one."""
+    if not outcomes:
+        return None
+    return replace(
+        outcomes[0], broken_at={name: values for each in outcomes for name, values in each.broken_at.items()}
+    )
+
+
+def _stands_transfer(transfer: ShardOutcome) -> rs.BoolArray:
+    """Whether each image is right when clean and under every transferred example (n,)."""
+    standing: rs.BoolArray = np.logical_and.reduce([transfer.standing(name) for name in transfer.broken_at])
+    return standing
+
+
+def _transfer_check(found: Findings, plan: Plan) -> rs.Check:
+    """Whether examples of relatives break images that no white-box attack of the table breaks."""
+    name, most = "white_box_against_relatives", 0.02
+    meaning = "who has a relative of the network does better than who has the network itself: its gradients are masked"
+    transfer = found.transfer
+    if transfer is None or not len(transfer.indices):
+        return rs.Check(name, None, most, "not run", "no relative was attacked", meaning)
+    white = np.logical_and.reduce([found.outcome.standing(attack) for attack in plan.within])
+    standing = np.isin(transfer.indices, found.outcome.indices[white])
+    fell = standing & ~_stands_transfer(transfer)
+    figure = float(fell.mean())
+    sources = ", ".join(
+        f"{source} {int((standing & ~transfer.standing(source)).sum())}"
+        for source in transfer.broken_at
+        if source != "clean"
+    )
+    statement = (
+        f"{int(fell.sum())} of {int(standing.sum())} images that stand in the white box fall to examples crafted on "
+        f"relatives ({sources})"
+    )
+    return rs.Check(name, figure, most, "passed" if figure <= most else "failed", statement, meaning)
+
+
+def relatives(found: Findings, tried: Sequence[rs.Relative]) -> tuple[rs.Relative, ...]:
+    """The relatives with the accuracy on examples crafted on them, where they were attacked."""
+    transfer = found.transfer
+    return tuple(
+        replace(each, accuracy=rs.share_of(transfer.standing(each.source)))
+        if transfer is not None and each.source in transfer.broken_at
+        else each
+        for each in tried
+    )
 
 
 def differences(found: Findings, other: Findings, plan: Plan) -> dict[str, rs.Difference]:

@@ -13,6 +13,7 @@ from tla_service.files import write_whole
 
 FORMAT: Literal[1] = 1
 REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, PAGE_FILE = "report.json", "outcome.npz", "autoattack.npz", "report.html"
+TRANSFER_FILE = "transfer.npz"
 
 
 class Part(BaseModel):
@@ -123,7 +124,8 @@ class Report(Part):
     """An evaluation of one model. Its figures are of the test images that are not set aside for the promotion gate.
 
     The audit alone is of both: it asks whether the attacks work. `accuracy` is by attack, with ``clean``,
-    ``autoattack`` and ``worst``, for images that no attack breaks. Files are beside the report.
+    ``autoattack`` and ``worst``, for images that no attack of the table and no example of `relatives` breaks. Files are
+    beside the report.
     """
 
     format: Literal[1] = FORMAT
@@ -137,6 +139,8 @@ class Report(Part):
     curves: tuple[rs.Curve, ...] = ()
     sparse: tuple[rs.MinimumNorms, ...] = ()
     audit: rs.Audit | None = None
+    unit_tests: rs.UnitTests | None = None
+    relatives: tuple[rs.Relative, ...] = ()
     detection: rs.Detection | None = None
     neighbours: rs.Neighbours | None = None
     shift: tuple[rs.Shift, ...] = ()
