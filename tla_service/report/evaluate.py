@@ -25,7 +25,7 @@ from tla_service.report import findings as fd
 from tla_service.report import plan as pl
 from tla_service.report import schema as rp
 from tla_service.report.figures import Figures
-from tla_service.report.page import describe_surrogate, method_name, write_page
+from tla_service.report.page import describe_natural, describe_surrogate, method_name, write_page
 from tla_service.report.relatives import Kin
 from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import Models, Subject
@@ -213,7 +213,7 @@ class _Evaluation:
         try:
             task = pl.surrogate_task(self.plan, dataset, key, natural=True)
             network, trained = self._train(task, inputs, measure)
-            natural = Kin("natural", describe_surrogate(trained.facts), network)
+            natural = Kin("natural", describe_natural(trained.facts), network)
         except UserError as error:
             natural = Kin("natural", "a naturally trained surrogate", why=str(error))
         for kin in (*self.models.relatives, natural):
