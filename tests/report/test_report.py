@@ -335,7 +335,11 @@ def test_the_audit_counts_what_autoattack_objects_to() -> None:
         return audit.trusted, audit.checks[-1].outcome, audit.summary
 
     assert found().audit is None
-    assert judged(autoattacked(())) == (True, "passed", "2 of 3 checks passed, 1 not run (b)")
+    assert judged(autoattacked(())) == (
+        True,
+        "passed",
+        "2 of 5 checks passed, 3 not run (b, attacks_find_planted_examples, white_box_against_relatives)",
+    )
     assert judged(autoattacked((ZERO_GRADIENT,)))[:2] == (True, "passed")
     assert judged(autoattacked(("it seems random",)))[:2] == (False, "failed")
     assert judged(None)[:2] == (True, "not run")
@@ -354,13 +358,78 @@ def test_the_surrogate_of_the_audit_is_trained_and_kept_as_any_shard(monkeypatch
     network.load_state_dict(trained_here.weights)
     assert all(torch.equal(value, again.weights[name]) for name, value in trained_here.weights.items())
     assert audit_tasks(plan(), settings(images={"audit": 0}), digits(), MODEL, "") == []
-    (audited,) = audit_tasks(plan(), settings(images={"audit": 10}), digits(), MODEL, "the images are too small")
+    few = settings(images={"audit": 10, "unit_tests": 0})
+    (audited,) = audit_tasks(plan(), few, digits(), MODEL, "the images are too small")
     results = {"columns": found().outcome, "audit": run(audited), "surrogate": trained_here}
     results["autoattack"] = autoattacked(())
     audit = fd.gather({(MODEL, name): each for name, each in results.items()}, MODEL, plan(), settings()).audit
     assert audit is not None
-    assert [c.statement for c in audit.checks if c.outcome == "not run"] == ["the images are too small"]
+    assert [c.statement for c in audit.checks if c.outcome == "not run"] == [
+        "the images are too small",
+        "not asked for (images.unit_tests)",
+        "no relative was attacked",
+    ]
     assert audit.surrogate == facts
+
+
+def transferred(fallen: list[int], rows: range, source: str) -> ShardOutcome:
+    """Examples of a relative, which break these of the rows and of those that are misclassified when clean."""
+    clean = found().outcome.broken_at["clean"]
+    indices = np.array(rows)
+    broken = np.array([1 if row in fallen else UNBROKEN for row in rows])
+    return ShardOutcome(indices, found().outcome.labels[indices], {"clean": clean[indices], source: broken})
+
+
+def test_an_image_that_a_relative_breaks_is_broken() -> None:
+    table = found().outcome
+    white = np.logical_and.reduce([table.standing(name) for name in plan().within])
+    standing, fallen = np.flatnonzero(white), np.flatnonzero(~white)
+    examples = [standing[0], standing[1], fallen[0]]
+    one = transferred(examples, range(50), "last")
+    other = transferred([standing[2]], range(50), "natural")
+    audit = Audit.of([Check(**check("a", "passed"))], 9)
+    results: dict[str, Any] = {"columns": table, "audit": audit, "transfer-last-00": one, "transfer-natural-00": other}
+    mine = fd.gather({(MODEL, name): each for name, each in results.items()}, MODEL, plan(), settings())
+
+    before, after = fd.accuracies(found(), plan(), 10), fd.accuracies(mine, plan(), 10)
+    worst = np.logical_and.reduce([table.standing(name) for name in ("clean", *plan().columns)])
+    worst[[standing[0], standing[1], standing[2]]] = False
+    assert after["worst"].estimate == pytest.approx(worst.mean())
+    assert before["worst"].estimate > after["worst"].estimate
+    assert {name: after[name] for name in after if name != "worst"} == {
+        name: before[name] for name in before if name != "worst"
+    }
+
+    assert mine.audit is not None
+    (masked,) = [each for each in mine.audit.checks if each.name == "white_box_against_relatives"]
+    assert (masked.outcome, masked.figure) == ("failed", pytest.approx(3 / 50))
+    assert not mine.audit.trusted
+    assert masked.statement.startswith(f"3 of {int(white[:50].sum())} images")
+    assert masked.statement.endswith("(last 2, natural 1)")
+
+    tried = (rs.Relative("pretrained", "p", why="it is gone"), rs.Relative("last", "l"), rs.Relative("natural", "n"))
+    gone, last, _ = fd.relatives(mine, tried)
+    assert gone == tried[0]
+    assert last.accuracy == rs.wilson_interval(47, 50)
+
+
+def test_the_page_shows_relatives_and_planted_examples(tmp_path: Path) -> None:
+    relatives = (
+        rs.Relative("last", "its weights after the last epoch", rs.wilson_interval(30, 40)),
+        rs.Relative("average", "an average", why="there is <none>"),
+    )
+    attacks = tuple(rs.AttackTest(name, rs.wilson_interval(9, 10), judged=name != "fgsm") for name in ("fgsm", "pgd"))
+    tests = rs.UnitTests(12, rs.wilson_interval(1, 10), attacks, 0.8)
+    write_page(report(relatives=relatives, unit_tests=tests), [], tmp_path / "a.html", same_attacks=False)
+    text = " ".join(Page((tmp_path / "a.html").read_text()).text.split())
+    assert "last its weights after the last epoch 75.0 59.8 to 85.8 40" in text
+    assert "average an average left out: there is <none>" in text
+    assert "fgsm 90.0 59.6 to 98.2 not judged: one step pgd 90.0 59.6 to 98.2 80" in text
+    assert "random sampling 10.0" in text
+    assert "10 of 12 test images" in text
+    why = rs.UnitTests(12, rs.wilson_interval(0, 0), (), 0.8, "the balls overlap")
+    write_page(report(unit_tests=why), [], tmp_path / "b.html", same_attacks=False)
+    assert "Attack unit tests were not run: the balls overlap." in (tmp_path / "b.html").read_text()
 
 
 def test_page_shows_outcomes_warnings_and_the_surrogate(tmp_path: Path) -> None:

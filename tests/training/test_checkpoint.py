@@ -9,8 +9,8 @@ from torch import nn
 
 from tests.training.conftest import digits_config
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.training import checkpoint as checkpoint_module
 from tla_service.runtime import WorkerContext
+from tla_service.training import checkpoint as checkpoint_module
 from tla_service.training.checkpoint import (
     TrainingState,
     load_checkpoint,

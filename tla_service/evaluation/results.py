@@ -220,6 +220,42 @@ class Audit:
         return ", ".join(parts)
 
 
+@dataclass(frozen=True)
+class AttackTest:
+    """How often an attack found an example planted for it; `judged` tells whether it is held to the bar."""
+
+    attack: str
+    found: Share
+    judged: bool
+
+
+@dataclass(frozen=True)
+class UnitTests:
+    """Attack unit tests on `images` test images: the share of planted examples found, at random and by each attack.
+
+    `bar` is the least rate of an attack that is judged; `why` is why nothing can be judged.
+    """
+
+    images: int
+    random: Share
+    attacks: tuple[AttackTest, ...]
+    bar: float
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Accuracy on examples crafted on a relative of the model; without, `why` the relative was left out.
+
+    `source` is ``pretrained``, ``last``, ``average`` or ``natural``; `about` describes it in words.
+    """
+
+    source: str
+    about: str
+    accuracy: Share | None = None
+    why: str = ""
+
+
 def wilson_interval(successes: int, count: int) -> Share:
     """Wilson's score interval of a binomial share; unlike the normal one it stays inside [0, 1] and works at 0 and 1.
 

@@ -140,6 +140,12 @@ class ShardOutcome:
         return standing if restarts is None else standing | (broken_at > restarts)
 
 
+def standing_under_all(outcome: ShardOutcome) -> BoolArray:
+    """Whether each image is right when clean and under every attack (N,), bool."""
+    standing: BoolArray = np.logical_and.reduce([outcome.standing(name) for name in outcome.broken_at])
+    return standing
+
+
 def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
     """Put shards that were attacked in the same way together, in the order of the test set."""
     indices = np.concatenate([outcome.indices for outcome in outcomes])

@@ -1,7 +1,7 @@
-"""A small network trained on the spot, for the audit's transfer check when no surrogate is given.
+"""A small network trained on the spot: a surrogate for the audit when none is given, or a natural one.
 
-Its training is slightly adversarial: perturbations from such networks transfer better, to robust networks too, than
-from natural ones (Springer, Mitchell and Kenyon 2021, "A little robustness goes a long way in transfer attacks").
+The audit's is trained slightly adversarially: perturbations from such networks transfer better, to robust networks too,
+than from natural ones (Springer, Mitchell and Kenyon 2021, "A little robustness goes a long way in transfer attacks").
 """
 
 import json
@@ -57,6 +57,7 @@ class SurrogateMeasurement:
     epsilon: float
     num_classes: int
     seed: int
+    natural: bool = False
 
     def run(self, shard: Shard) -> Arrays:
         """Train it; ConfigError if the images are too small for the network."""
@@ -77,7 +78,8 @@ class SurrogateMeasurement:
             for _ in range(_STEPS):
                 chosen = rows[torch.randint(len(rows), (_BATCH,), generator=draws)]
                 clean, truth = as_pixels(images[chosen], device), labels[chosen].to(device)
-                loss = F.cross_entropy(logits_fn(craft(logits_fn, clean, truth, attack, starts)), truth)
+                seen = clean if self.natural else craft(logits_fn, clean, truth, attack, starts)
+                loss = F.cross_entropy(logits_fn(seen), truth)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -1,10 +1,13 @@
 """A model to evaluate by its address in MLflow, or in a folder."""
 
 import tempfile
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from mlflow.exceptions import MlflowException
 from safetensors.numpy import load_file
+from torch import Tensor
 
 from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
@@ -12,7 +15,7 @@ from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.inference.detector import Rejector
 from tla_service.registry.loading import load_with_folder, pin_version
 from tla_service.report.schema import ModelFacts, ThreatModel
-from tla_service.report.subjects import WEIGHTS, Subject, load_checkpoint_subject
+from tla_service.report.subjects import WEIGHTS, Subject, load_checkpoint_subject, read_stored
 from tla_service.tracking.connection import client
 
 
@@ -54,8 +57,20 @@ def load_subject(uri: str, field: str, tracking: str) -> Subject:
         threat_model=threat_model,
         config=config,
         trained_on=described.get("facts", {}).get("data_fingerprint"),
+        stored=None if run_id is None else partial(_stored, tracking, run_id),
         rejector=None if detector is None else Rejector.from_arrays(load_file(inner / detector["file"])),
     )
+
+
+def _stored(tracking: str, run_id: str, name: str) -> Mapping[str, Tensor]:
+    """Tensors of a file of the checkpoint that is stored with a run; UnavailableError if there is none."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            path = Path(client(tracking).download_artifacts(run_id, f"checkpoint/{name}", scratch))
+        except (MlflowException, OSError) as error:
+            reason = f"its run {run_id} keeps no checkpoint/{name} ({one_line(error)})"
+            raise UnavailableError("checkpoint", run_id, reason, "evaluate the checkpoint folder") from error
+        return read_stored(path.parent, path.name)
 
 
 def _run_config(tracking: str, run_id: str) -> RunConfig | None:

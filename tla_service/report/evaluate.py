@@ -4,14 +4,16 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tla_service.data import split_training
 from tla_service.errors import ConfigError, UnavailableError, UserError, one_line
+from tla_service.evaluation import results as rs
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.geometry import pick_queries
 from tla_service.evaluation.shards import ShardOutcome, save_outcome
@@ -24,7 +26,8 @@ from tla_service.report import findings as fd
 from tla_service.report import plan as pl
 from tla_service.report import schema as rp
 from tla_service.report.figures import Figures
-from tla_service.report.page import describe_surrogate, method_name, write_page
+from tla_service.report.page import describe_natural, describe_surrogate, method_name, write_page
+from tla_service.report.relatives import Kin
 from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import Models, Subject
 from tla_service.report.tasks import Inputs, Measurer, Results, Task, run_tasks, select
@@ -61,18 +64,23 @@ def evaluate(
         terminal.say(f"evaluating {subject.facts.uri} on {dataset.name}, output in {output}")
         began = time.monotonic()
         results, tasks, hardware = evaluation.measure(tasks, workers)
+        tasks = [*tasks, *evaluation.transferred]
         set_aside = dataset.gate.numpy()
         published = select(results, tasks, ~set_aside)
         found = {each.key: fd.gather(published, each.key, plan, settings, each.rejector) for each in models.all}
         gate = fd.gather(select(results, tasks, set_aside), subject.key, plan, settings, subject.rejector)
         report = evaluation.report(found, gate, hardware, time.monotonic() - began)
+        measured: dict[str, ShardOutcome | None] = {
+            rp.OUTCOME_FILE: results.get((subject.key, "columns")),
+            rp.AUTOATTACK_FILE: results.get((subject.key, "autoattack")),
+            rp.TRANSFER_FILE: fd.joined([results[task.key] for task in evaluation.transferred]),
+        }
         outcomes: dict[str, ShardOutcome] = {}
-        for name, file in (("columns", rp.OUTCOME_FILE), ("autoattack", rp.AUTOATTACK_FILE)):
-            outcome: ShardOutcome | None = results.get((subject.key, name))
+        for file, outcome in measured.items():
             if outcome is not None:
-                outcomes[name] = replace(outcome, gate=set_aside[outcome.indices])
-                save_outcome(replace(outcomes[name], per_image={}), output / file)
-        report = evaluation.write_evidence(report, outcomes["columns"], outcomes.get("autoattack"))
+                outcomes[file] = replace(outcome, gate=set_aside[outcome.indices])
+                save_outcome(replace(outcomes[file], per_image={}), output / file)
+        report = evaluation.write_evidence(report, outcomes)
         rp.write_report(report, output / rp.REPORT_FILE)
         if settings.page:
             evaluation.draw(found, results.get((subject.key, "examples")), report)
@@ -131,6 +139,8 @@ class _Evaluation:
     models: Models
     output: Path
     terminal: Terminal
+    relatives: list[rs.Relative] = field(default_factory=list)  # those tried so far
+    transferred: list[Task] = field(default_factory=list)
 
     def tasks(self) -> list[Task]:
         """What is measured of every test image; ConfigError if so few are taken that all of them are set aside."""
@@ -177,11 +187,9 @@ class _Evaluation:
                 self.terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
                 try:
                     task = pl.surrogate_task(plan, dataset, subject.key)
-                    results |= run_tasks([task], inputs, output, measure, lambda _: None)
-                    trained: TrainedSurrogate = results[task.key]
-                    surrogate = build_model(trained.facts.architecture, len(dataset.class_names), dataset.image_shape)
-                    surrogate.load_state_dict(trained.weights)
-                    inputs = inputs._replace(surrogate=surrogate.eval())
+                    surrogate, trained = self._train(task, inputs, measure)
+                    results[task.key] = trained
+                    inputs = inputs._replace(surrogate=surrogate)
                     self.terminal.say(describe_surrogate(trained.facts))
                 except UserError as error:
                     without = f"no surrogate was given, and none could be trained ({error})"
@@ -197,6 +205,8 @@ class _Evaluation:
             # The audit first: it is one long shard, and other workers measure the rest in the meantime.
             tasks = [*pl.audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
             results |= run_tasks(tasks, inputs, output, measure, say)
+            if settings.images.transfer:
+                results |= self._transfer(inputs, measure)
             if settings.page and (subject.key, "natural") in results:
                 natural = results[subject.key, "natural"]
                 natural = natural.only(~dataset.gate.numpy()[natural.rows])
@@ -204,6 +214,34 @@ class _Evaluation:
                 if len(rows):
                     results |= run_tasks([pl.query_task(plan, subject.key, rows)], inputs, output, measure, say)
         return results, list(tasks), str(measure)
+
+    def _train(self, task: Task, inputs: Inputs, measure: Measurer) -> tuple[nn.Module, TrainedSurrogate]:
+        """Train a surrogate; UserError if that is not possible."""
+        dataset = self.models.dataset
+        trained: TrainedSurrogate = run_tasks([task], inputs, self.output, measure, lambda _: None)[task.key]
+        network = build_model(trained.facts.architecture, len(dataset.class_names), dataset.image_shape)
+        network.load_state_dict(trained.weights)
+        return network.eval(), trained
+
+    def _transfer(self, inputs: Inputs, measure: Measurer) -> Results:
+        """Attack the model through its relatives, the natural surrogate among them, which is trained here."""
+        key, dataset = self.models.subject.key, self.models.dataset
+        results: Results = {}
+        try:
+            task = pl.surrogate_task(self.plan, dataset, key, natural=True)
+            network, trained = self._train(task, inputs, measure)
+            natural = Kin("natural", describe_natural(trained.facts), network)
+        except UserError as error:
+            natural = Kin("natural", "a naturally trained surrogate", why=str(error))
+        for kin in (*self.models.relatives, natural):
+            self.relatives.append(rs.Relative(kin.source, kin.about, why=kin.why))
+            if kin.network is not None:
+                task = pl.transfer_task(self.plan, self.settings, dataset, key, kin.source, kin.weights)
+                results |= run_tasks(
+                    [task], inputs._replace(surrogate=kin.network), self.output, measure, lambda _: None
+                )
+                self.transferred.append(task)
+        return results
 
     def report(self, found: Mapping[str, fd.Findings], gate: fd.Findings, hardware: str, seconds: float) -> rp.Report:
         """Put the findings together."""
@@ -241,6 +279,8 @@ class _Evaluation:
             curves=own.curves,
             sparse=own.norms,
             audit=own.audit,
+            unit_tests=own.unit_tests,
+            relatives=fd.relatives(own, self.relatives),
             compared=tuple(map(compared, models.others)),
             surrogate=models.surrogate.facts if models.surrogate is not None else None,
             code=code_facts(),
@@ -252,9 +292,11 @@ class _Evaluation:
             **measured(own),
         )
 
-    def write_evidence(self, report: rp.Report, table: ShardOutcome, strong: ShardOutcome | None) -> rp.Report:
-        """Write the files for other programs; returns the report with the facts about them."""
-        ev.write_images(table, strong, self.models.dataset.class_names, self.output / rp.IMAGES_FILE)
+    def write_evidence(self, report: rp.Report, outcomes: Mapping[str, ShardOutcome]) -> rp.Report:
+        """Write the files for other programs, from outcomes by file; returns the report with the facts about them."""
+        table, strong = outcomes[rp.OUTCOME_FILE], outcomes.get(rp.AUTOATTACK_FILE)
+        names, path = self.models.dataset.class_names, self.output / rp.IMAGES_FILE
+        ev.write_images(table, strong, names, path, outcomes.get(rp.TRANSFER_FILE))
         if report.audit is not None:
             ev.write_sarif(report, self.output / rp.SARIF_FILE)
         if strong is None or "adversarial" not in strong.per_image:

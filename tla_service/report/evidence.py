@@ -14,7 +14,7 @@ from tla_service import __version__
 from tla_service.attacks.autoattack import ALL_STAGES
 from tla_service.evaluation.evidence import is_outside
 from tla_service.evaluation.results import share_of
-from tla_service.evaluation.shards import ShardOutcome, save_arrays
+from tla_service.evaluation.shards import ShardOutcome, save_arrays, standing_under_all
 from tla_service.files import whole_file, write_whole
 from tla_service.report.schema import ADVERSARIAL_FILE, REPORT_FILE, AdversarialFacts, Report, ThreatModel
 
@@ -23,21 +23,28 @@ _SARIF_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/sche
 _SARIF_KINDS = {"passed": ("pass", "none"), "failed": ("fail", "error"), "not run": ("open", "none")}
 
 
-def write_images(table: ShardOutcome, strong: ShardOutcome | None, class_names: Sequence[str], path: Path) -> None:
+def write_images(
+    table: ShardOutcome,
+    strong: ShardOutcome | None,
+    class_names: Sequence[str],
+    path: Path,
+    transfer: ShardOutcome | None = None,
+) -> None:
     """Write a parquet file with a row per attacked test image, in the order of the test set.
 
     Columns: ``index`` in the test set, ``label`` and ``label_name``, ``gate``, ``predicted`` without an attack; per
     attack ``correct/NAME`` and ``broken_at/NAME``: null where the image is correct, 0 where it is misclassified without
     an attack, else the start that broke it, or AutoAttack's stage by name. Both are null where the attack was not run.
-    ``correct/clean`` is without an attack, ``correct/worst`` under all attacks of the table.
+    ``correct/clean`` is without an attack, ``correct/worst`` under all attacks of the table and of relatives.
 
     Args:
         table: Outcome of the table's attacks, gate images marked.
         strong: That of AutoAttack; None: not run.
         class_names: In label order.
         path: The file.
+        transfer: That of the examples of relatives; None: not run.
     """
-    given = [table] if strong is None else [table, strong]
+    given = [each for each in (table, transfer, strong) if each is not None]
     index, first = np.unique(np.concatenate([each.indices for each in given]), return_index=True)
 
     def of_all(values: list[Any]) -> Any:
@@ -68,7 +75,10 @@ def write_images(table: ShardOutcome, strong: ShardOutcome | None, class_names: 
             if name == "autoattack":
                 broken_at = np.array(["clean", *ALL_STAGES])[np.where(correct, 0, broken_at)]
             columns[f"broken_at/{name}"] = column(outcome, broken_at, correct)
-    columns["correct/worst"] = column(table, np.logical_and.reduce([table.standing(name) for name in table.broken_at]))
+    worst = standing_under_all(table)
+    if transfer is not None:
+        worst &= ~np.isin(table.indices, transfer.indices[~standing_under_all(transfer)])
+    columns["correct/worst"] = column(table, worst)
     with whole_file(path) as part:
         pq.write_table(pa.table(columns), part)
 

@@ -1,6 +1,6 @@
 """From measurements to a report: intervals, paired tests, ratios, areas."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,10 +20,11 @@ from tla_service.evaluation.detection import (
 from tla_service.evaluation.embedding import Embedded, EmbeddedImages
 from tla_service.evaluation.geometry import ShiftRatios, neighbour_accuracy, shift_ratios
 from tla_service.evaluation.paper import restart_curve, sweep_curve
-from tla_service.evaluation.shards import ShardOutcome
+from tla_service.evaluation.shards import ShardOutcome, standing_under_all
 from tla_service.evaluation.suite import minimum_norms_of
+from tla_service.evaluation.unit_tests import unit_test_check
 from tla_service.inference.detector import Detector, Rejector, Scores
-from tla_service.report.plan import Plan, adaptive_name, detection_name, radius_name
+from tla_service.report.plan import TRANSFER, Plan, adaptive_name, detection_name, radius_name
 from tla_service.report.schema import AttackFacts, AutoAttackFacts
 from tla_service.report.settings import ReportSettings
 
@@ -43,7 +44,8 @@ class Findings:
 
     `outcome` holds per-image results under the table's attacks, `autoattack` those under AutoAttack on its images;
     `embedded` is by task name, `rocs` by the score that detects, `shift` by radius; `risks` are the risk curves of the
-    model's own detector, else of the one fitted here, by attack.
+    model's own detector, else of the one fitted here, by attack. `transfer` has per-image results on examples crafted
+    on the model's relatives, by source.
     """
 
     outcome: ShardOutcome
@@ -56,6 +58,8 @@ class Findings:
     curves: tuple[rs.Curve, ...] = ()
     norms: tuple[rs.MinimumNorms, ...] = ()
     audit: rs.Audit | None = None
+    unit_tests: rs.UnitTests | None = None
+    transfer: ShardOutcome | None = None
 
 
 def gather(
@@ -71,9 +75,14 @@ def gather(
     found.embedded = {name: result for name, result in mine.items() if isinstance(result, EmbeddedImages)}
     found.norms = tuple(minimum_norms_of(mine[norm], norm) for norm in ("l0", "l1") if norm in mine)
     found.curves = _curves(mine, found.outcome, plan)
+    found.transfer = joined([result for name, result in mine.items() if name.startswith(TRANSFER)])
     if "audit" in mine:
         surrogate = mine.get("surrogate")
-        found.audit = _with_objections(mine["audit"], found.autoattack)
+        found.unit_tests = mine.get("unit-tests")
+        more = unit_test_check(found.unit_tests), _transfer_check(found, plan)
+        found.audit = _with_objections(
+            rs.Audit.of((*mine["audit"].checks, *more), mine["audit"].images), found.autoattack
+        )
         if surrogate is not None:
             found.audit = replace(found.audit, surrogate=surrogate.facts)
     if "natural" in found.embedded and len(found.embedded["natural"].rows):
@@ -172,6 +181,9 @@ def accuracies(found: Findings, plan: Plan, num_classes: int) -> dict[str, rs.Ac
     outcome = found.outcome
     standing = {name: outcome.standing(name) for name in ("clean", *plan.columns, *plan.transfer)}
     standing["worst"] = np.logical_and.reduce(list(standing.values()))
+    if found.transfer is not None:
+        fallen = found.transfer.indices[~standing_under_all(found.transfer)]
+        standing["worst"] &= ~np.isin(outcome.indices, fallen)
     table = {name: rs.class_accuracy(correct, outcome.labels, num_classes) for name, correct in standing.items()}
     strong = found.autoattack
     if strong is not None:
@@ -239,6 +251,49 @@ def _with_objections(audit: rs.Audit, strong: ShardOutcome | None) -> rs.Audit:
         meaning="AutoAttack considers its own figure unreliable for this network",
     )
     return rs.Audit.of((*audit.checks, check), audit.images)
+
+
+def joined(outcomes: Sequence[ShardOutcome]) -> ShardOutcome | None:
+    """Outcomes of the same images under other attacks, as one."""
+    if not outcomes:
+        return None
+    return replace(
+        outcomes[0], broken_at={name: values for each in outcomes for name, values in each.broken_at.items()}
+    )
+
+
+def _transfer_check(found: Findings, plan: Plan) -> rs.Check:
+    """Whether examples of relatives break images that no white-box attack of the table breaks."""
+    name, most = "white_box_against_relatives", 0.02
+    meaning = "who has a relative of the network does better than who has the network itself: its gradients are masked"
+    transfer = found.transfer
+    if transfer is None or not len(transfer.indices):
+        return rs.Check(name, None, most, "not run", "no relative was attacked", meaning)
+    white = np.logical_and.reduce([found.outcome.standing(attack) for attack in plan.within])
+    standing = np.isin(transfer.indices, found.outcome.indices[white])
+    fell = standing & ~standing_under_all(transfer)
+    figure = float(fell.mean())
+    sources = ", ".join(
+        f"{source} {int((standing & ~transfer.standing(source)).sum())}"
+        for source in transfer.broken_at
+        if source != "clean"
+    )
+    statement = (
+        f"{int(fell.sum())} of {int(standing.sum())} images that stand in the white box fall to examples crafted on "
+        f"relatives ({sources})"
+    )
+    return rs.Check(name, figure, most, "passed" if figure <= most else "failed", statement, meaning)
+
+
+def relatives(found: Findings, tried: Sequence[rs.Relative]) -> tuple[rs.Relative, ...]:
+    """The relatives with the accuracy on examples crafted on them, where they were attacked."""
+    transfer = found.transfer
+    return tuple(
+        replace(each, accuracy=rs.share_of(transfer.standing(each.source)))
+        if transfer is not None and each.source in transfer.broken_at
+        else each
+        for each in tried
+    )
 
 
 def differences(found: Findings, other: Findings, plan: Plan) -> dict[str, rs.Difference]:

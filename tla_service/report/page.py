@@ -188,3 +188,11 @@ def describe_surrogate(facts: SurrogateFacts) -> str:
     if facts.clean_accuracy is None:
         return text
     return f"{text}, clean accuracy {percent(facts.clean_accuracy)} % on {facts.held_out} held-out images"
+
+
+def describe_natural(facts: SurrogateFacts) -> str:
+    """The natural surrogate that was trained for the attacks through relatives; without times, which differ."""
+    about = f"a {facts.architecture} trained naturally for {facts.steps} steps"
+    if facts.clean_accuracy is None:
+        return about
+    return f"{about}, clean accuracy {percent(facts.clean_accuracy)} % on {facts.held_out} held-out images"

@@ -24,6 +24,7 @@ from tla_service.evaluation.paper import epsilon_sweep, paper_columns, step_swee
 from tla_service.evaluation.shards import IntArray, Measurement
 from tla_service.evaluation.suite import AttackMeasurement, NormMeasurement, evaluation_attack
 from tla_service.evaluation.surrogate import SurrogateMeasurement, surrogate_rows
+from tla_service.evaluation.unit_tests import UnitTestMeasurement
 from tla_service.inference.detector import Detector
 from tla_service.report.settings import ReportSettings
 from tla_service.report.tasks import Task
@@ -31,6 +32,7 @@ from tla_service.runtime import mixed_seed
 
 _EPSILON_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _DETECTION_FACTOR = 1.5
+TRANSFER = "transfer-"  # in names of tasks
 _SPARSE: tuple[SparseNorm, ...] = ("l0", "l1")
 
 
@@ -247,12 +249,21 @@ def single_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: 
     return [_task(name, model, dataset, count, plan, measure) for name, count, measure in measures if count]
 
 
-def surrogate_task(plan: Plan, dataset: Dataset, model: str) -> Task:
-    """Training of a surrogate for the audit."""
+def surrogate_task(plan: Plan, dataset: Dataset, model: str, *, natural: bool = False) -> Task:
+    """Training of a surrogate for the audit, or of a natural one for the attacks through relatives."""
     rows = surrogate_rows(dataset.train.labels, dataset.image_shape).numpy()
-    seed = mixed_seed(plan.seed, crc32(b"surrogate"))
-    measure = SurrogateMeasurement(plan.norm, plan.epsilon, len(dataset.class_names), seed)
-    return Task("surrogate", model, "train", rows, len(rows), measure)
+    name = "natural-surrogate" if natural else "surrogate"
+    seed = mixed_seed(plan.seed, crc32(name.encode()))
+    measure = SurrogateMeasurement(plan.norm, plan.epsilon, len(dataset.class_names), seed, natural=natural)
+    return Task(name, model, "train", rows, len(rows), measure)
+
+
+def transfer_task(
+    plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, source: str, weights: str
+) -> Task:
+    """The attack crafted on a relative, which is the surrogate then; `weights` tells it from others of the source."""
+    attack = AttackMeasurement({}, {source: plan.strongest}, None, plan.seed, plan.batch_size)
+    return _task(f"{TRANSFER}{source}-{weights}", model, dataset, settings.images.transfer, plan, attack)
 
 
 def audit_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, no_surrogate: str) -> list[Task]:
@@ -261,7 +272,13 @@ def audit_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: s
         return []
     rows = _rows(dataset, settings.images.audit)
     audit = AuditMeasurement(plan.strongest, plan.seed, plan.batch_size, no_surrogate)
-    return [Task("audit", model, "test", rows, len(rows), audit)]
+    tasks = [Task("audit", model, "test", rows, len(rows), audit)]
+    if settings.images.unit_tests:
+        within = {name: plan.columns[name] for name in plan.within}
+        strong = settings.images.autoattack > 0
+        tests = UnitTestMeasurement(within, plan.norm, plan.epsilon, strong, plan.seed, plan.batch_size)
+        tasks.append(_task("unit-tests", model, dataset, settings.images.unit_tests, plan, tests))
+    return tasks
 
 
 def protocol(plan: Plan, settings: ReportSettings) -> str:

@@ -14,8 +14,11 @@ from tla_service.files import write_whole
 
 FORMAT: Literal[1] = 1
 REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, PAGE_FILE = "report.json", "outcome.npz", "autoattack.npz", "report.html"
+TRANSFER_FILE = "transfer.npz"
 IMAGES_FILE, ADVERSARIAL_FILE, SARIF_FILE = "images.parquet", "adversarial.npz", "audit.sarif"
-FILES = (REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, PAGE_FILE, IMAGES_FILE, ADVERSARIAL_FILE, SARIF_FILE)
+FILES = (
+    REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, TRANSFER_FILE, PAGE_FILE, IMAGES_FILE, ADVERSARIAL_FILE, SARIF_FILE,
+)  # fmt: skip
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
 
@@ -141,7 +144,8 @@ class Report(Part):
     """An evaluation of one model. Its figures are of the test images that are not set aside for the promotion gate.
 
     The audit alone is of both: it asks whether the attacks work. `accuracy` is by attack, with ``clean``,
-    ``autoattack`` and ``worst``, for images that no attack breaks. Files are beside the report.
+    ``autoattack`` and ``worst``, for images that no attack of the table and no example of `relatives` breaks. Files are
+    beside the report.
     """
 
     format: Literal[1] = FORMAT
@@ -156,6 +160,8 @@ class Report(Part):
     curves: tuple[rs.Curve, ...] = ()
     sparse: tuple[rs.MinimumNorms, ...] = ()
     audit: rs.Audit | None = None
+    unit_tests: rs.UnitTests | None = None
+    relatives: tuple[rs.Relative, ...] = ()
     detection: rs.Detection | None = None
     neighbours: rs.Neighbours | None = None
     shift: tuple[rs.Shift, ...] = ()

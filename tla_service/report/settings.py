@@ -39,6 +39,10 @@ class ImageCounts(Section):
     curves: int = setting(500, "test images for accuracy versus radius and steps", unit="images", ge=0)
     sparse: int = setting(100, "test images for the L0 and L1 minimum-norm attacks", unit="images", ge=0)
     audit: int = setting(256, "test images for the audit", unit="images", ge=0)
+    unit_tests: int = setting(
+        64, "test images of the audit that get a planted adversarial example", unit="images", ge=0
+    )
+    transfer: int = setting(500, "test images attacked through the model's relatives", unit="images", ge=0)
     representation: int = setting(
         10_000, "test images for detection, k-NN, shift ratios and t-SNE", unit="images", ge=0
     )

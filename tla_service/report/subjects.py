@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import nn
+from torch import Tensor, nn
 
 from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
@@ -20,6 +21,7 @@ from tla_service.evaluation.shards import as_pixels, logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.inference.detector import Rejector
 from tla_service.models import Architecture
+from tla_service.report.relatives import Kin, find_relatives
 from tla_service.report.schema import ModelFacts, ThreatModel
 from tla_service.report.settings import ReportSettings
 from tla_service.training.checkpoint import CODE
@@ -40,6 +42,8 @@ class Subject:
     config: RunConfig | None
     trained_on: str | None
     rejector: Rejector | None = None
+    stored: Callable[[str], Mapping[str, Tensor]] | None = None
+    """Tensors of a file of the last checkpoint of its training; UserError if there is none."""
 
     @property
     def key(self) -> str:
@@ -59,6 +63,7 @@ class Models:
     others: tuple[Subject, ...]
     surrogate: Subject | None
     dataset: Dataset
+    relatives: tuple[Kin, ...] = ()
 
     @property
     def all(self) -> tuple[Subject, ...]:
@@ -84,7 +89,8 @@ def load_models(settings: ReportSettings, load_subject: LoadSubject) -> Models:
     named = [("model", subject), *(("compare", other) for other in others)]
     for field, each in [*named, *([("surrogate", surrogate)] if surrogate is not None else [])]:
         _check_fit(field, each, dataset)
-    return Models(subject, others, surrogate, dataset)
+    relatives = find_relatives(subject, load_subject) if settings.images.transfer else ()
+    return Models(subject, others, surrogate, dataset, relatives)
 
 
 def load_checkpoint_subject(address: str, field: str) -> Subject:
@@ -136,7 +142,19 @@ def read_checkpoint(folder: Path, address: str, field: str) -> Subject:
         threat_model=threat_model,
         config=config,
         trained_on=data.get("fingerprint"),
+        stored=partial(read_stored, folder),
     )
+
+
+def read_stored(folder: Path, name: str) -> Mapping[str, Tensor]:
+    """Tensors of a file of a checkpoint folder; UnavailableError if it is missing or damaged."""
+    try:
+        return load((folder / name).read_bytes())
+    except FileNotFoundError as error:
+        raise UnavailableError("checkpoint", folder, f"keeps no {name}", "use the last one of the run") from error
+    except (OSError, SafetensorError) as error:
+        reason = f"{name} cannot be read ({one_line(error)})"
+        raise UnavailableError("checkpoint", folder, reason, "use another checkpoint") from error
 
 
 def _check_fit(field: str, subject: Subject, dataset: Dataset) -> None:
