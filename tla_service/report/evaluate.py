@@ -223,6 +223,9 @@ class _Evaluation:
             autoattack=fd.autoattack_facts(own, plan),
             curves=own.curves,
             sparse=own.norms,
+            norms=fd.norm_table(own, plan, dataset.name, dataset.image_shape),
+            corruptions=own.corruptions,
+            calibration=own.calibration,
             audit=own.audit,
             compared=tuple(map(compared, models.others)),
             surrogate=models.surrogate.facts if models.surrogate is not None else None,
@@ -242,6 +245,7 @@ class _Evaluation:
         figures = Figures(self.output / "figures", found[subject.key], plan, models.dataset.class_names)
         figures.accuracy()
         figures.curves()
+        figures.beyond()
         figures.detection()
         labels = {each.key: method_name(each.facts.method) for each in models.others}
         figures.shift({labels[key]: found[key] for key in labels}, method_name(subject.facts.method))

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
+from tla_service.attacks import Attack
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
+from tla_service.config.radii import ImageShape, SparseNorm, customary_radius
 from tla_service.evaluation import results as rs
+from tla_service.evaluation.beyond import Calibration, Corruptions, NormRow, calibrate, summarise_corruptions
 from tla_service.evaluation.detection import RocCurve, detect_misclassified, fit_detector, shipped_detection
 from tla_service.evaluation.embedding import Embedded, EmbeddedImages
 from tla_service.evaluation.geometry import ShiftRatios, neighbour_accuracy, shift_ratios
@@ -15,7 +19,7 @@ from tla_service.evaluation.paper import restart_curve, sweep_curve
 from tla_service.evaluation.shards import ShardOutcome
 from tla_service.evaluation.suite import minimum_norms_of
 from tla_service.inference.detector import Rejector
-from tla_service.report.plan import Plan, detection_name, radius_name
+from tla_service.report.plan import Plan, detection_name, other_norm_attack, radius_name
 from tla_service.report.schema import AttackFacts, AutoAttackFacts
 from tla_service.report.settings import ReportSettings
 
@@ -23,6 +27,7 @@ from tla_service.report.settings import ReportSettings
 WEAK_GAP = 0.02
 # AutoAttack's own bound: what Square adds to gradient attacks says that these are unreliable.
 _SQUARE_GAIN = 0.002
+_SPARSE: tuple[SparseNorm, ...] = ("l0", "l1")
 
 
 @dataclass
@@ -41,6 +46,10 @@ class Findings:
     shift: dict[float, ShiftRatios] = field(default_factory=dict)
     curves: tuple[rs.Curve, ...] = ()
     norms: tuple[rs.MinimumNorms, ...] = ()
+    sizes: dict[SparseNorm, npt.NDArray[np.float64]] = field(default_factory=dict)
+    other_norm: ShardOutcome | None = None
+    corruptions: Corruptions | None = None
+    calibration: dict[Literal["clean", "attacked"], Calibration] = field(default_factory=dict)
     audit: rs.Audit | None = None
 
 
@@ -55,7 +64,11 @@ def gather(
     mine = {name: result for (key, name), result in results.items() if key == model}
     found = Findings(outcome=mine["columns"], autoattack=mine.get("autoattack"))
     found.embedded = {name: result for name, result in mine.items() if isinstance(result, EmbeddedImages)}
-    found.norms = tuple(minimum_norms_of(mine[norm], norm) for norm in ("l0", "l1") if norm in mine)
+    found.sizes = {norm: mine[norm] for norm in _SPARSE if norm in mine}
+    found.norms = tuple(minimum_norms_of(sizes, norm) for norm, sizes in found.sizes.items())
+    found.other_norm = mine.get("other-norm")
+    if "corruptions" in mine:
+        found.corruptions = summarise_corruptions(mine["corruptions"])
     found.curves = _curves(mine, found.outcome, plan)
     if "audit" in mine:
         surrogate = mine.get("surrogate")
@@ -65,6 +78,8 @@ def gather(
     if "natural" in found.embedded and len(found.embedded["natural"].rows):
         _detect(found, plan, settings, rejector)
         natural = found.embedded["natural"].embedded
+        attacked = found.embedded[radius_name(plan.epsilon)].embedded
+        found.calibration = {"clean": calibrate(natural), "attacked": calibrate(attacked)}
         levels = {epsilon: radius_name(epsilon) for epsilon in (*plan.shift, plan.epsilon)}
         levels[plan.detection.epsilon] = detection_name(plan)
         found.shift = {
@@ -122,6 +137,33 @@ def accuracies(found: Findings, plan: Plan, num_classes: int) -> dict[str, rs.Ac
     if strong is not None:
         table["autoattack"] = rs.class_accuracy(strong.standing("autoattack"), strong.labels, num_classes)
     return table
+
+
+def norm_table(found: Findings, plan: Plan, data_name: str, shape: ImageShape) -> tuple[NormRow, ...]:
+    """Accuracy in each norm, at the threat model's radius in its own and the customary one in the others."""
+    radius, source = customary_radius(data_name, plan.norm, shape)
+    own = source if radius == plan.epsilon else "threat model of this report"
+    outcome, strong, rows = found.outcome, found.autoattack, []
+
+    def row(attack: Attack, outcome: ShardOutcome, name: str, source: str) -> NormRow:
+        text = f"PGD, {attack.num_steps} steps, {attack.num_restarts} starts"
+        shares = rs.share_of(outcome.standing(name)), rs.share_of(outcome.standing("clean"))
+        return NormRow(attack.norm, attack.epsilon, source, text, *shares)
+
+    if found.other_norm is None and not found.sizes:
+        return ()
+    rows.append(row(plan.columns[plan.iterative], outcome, plan.iterative, own))
+    if strong is not None:
+        shares = rs.share_of(strong.standing("autoattack")), rs.share_of(strong.standing("clean"))
+        rows.append(NormRow(plan.norm, plan.epsilon, own, "AutoAttack", *shares))
+    if found.other_norm is not None:
+        attack = other_norm_attack(plan, data_name, shape)
+        rows.append(row(attack, found.other_norm, "pgd", customary_radius(data_name, attack.norm, shape)[1]))
+    for norm, sizes in reversed(found.sizes.items()):
+        radius, source = customary_radius(data_name, norm, shape)
+        shares = rs.share_of(sizes > radius), rs.share_of(sizes > 0)
+        rows.append(NormRow(norm, radius, source, "FMN, smallest perturbation", *shares))
+    return tuple(rows)
 
 
 def attack_facts(plan: Plan) -> dict[str, AttackFacts]:

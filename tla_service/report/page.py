@@ -15,7 +15,7 @@ from tla_service.training.reporting import Terminal
 if TYPE_CHECKING:
     from jinja2 import Template
 
-NORMS = {"linf": "L-infinity", "l2": "L2"}
+NORMS = {"linf": "L-infinity", "l2": "L2", "l1": "L1", "l0": "L0"}
 _KINDS = {"bim": "BIM", "pgd": "PGD", "mim": "MIM", "cw": "C&W"}
 _METHODS = {
     "natural": "natural training",
@@ -45,6 +45,7 @@ def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, s
         whole=whole,
         classes=by_class(report),
         method=method_name,
+        norms=NORMS,
     )
     write_whole(path, content)
 

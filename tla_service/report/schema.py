@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tla_service.errors import UnavailableError, one_line
 from tla_service.evaluation import results as rs
+from tla_service.evaluation.beyond import Calibration, Corruptions, NormRow
 from tla_service.files import write_whole
 
 FORMAT: Literal[1] = 1
@@ -136,6 +137,9 @@ class Report(Part):
     autoattack: AutoAttackFacts | None = None
     curves: tuple[rs.Curve, ...] = ()
     sparse: tuple[rs.MinimumNorms, ...] = ()
+    norms: tuple[NormRow, ...] = ()
+    corruptions: Corruptions | None = None
+    calibration: dict[Literal["clean", "attacked"], Calibration] = Field(default_factory=dict)
     audit: rs.Audit | None = None
     detection: rs.Detection | None = None
     neighbours: rs.Neighbours | None = None
