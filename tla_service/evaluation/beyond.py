@@ -33,10 +33,8 @@ class Corruptions:
     accuracy: dict[str, tuple[Share, ...]]
 
     @property
-    def by_name(self) -> dict[str, float | None]:
+    def by_name(self) -> dict[str, float]:
         """Mean accuracy of each corruption over its severities, the lowest first."""
-        if not self.images:
-            return dict.fromkeys(self.accuracy)
         means = {name: sum(each.estimate or 0.0 for each in row) / len(row) for name, row in self.accuracy.items()}
         return dict(sorted(means.items(), key=lambda item: item[1]))
 

@@ -76,7 +76,7 @@ def _glass_blur(x: Pixels, severity: int, random: Sequence[Generator]) -> Pixels
     x = np.floor(_blur(x, sigma, "nearest") * 255)
     image = np.arange(count)[:, None, None]
     for _ in range(times):
-        # Each pixel, from the last to the third, takes the value of one that comes before it: a copy, whatever the order.
+        # The last pixel comes first, and each takes the value of one whose turn is later: the order does not matter.
         moves = np.stack([each.integers(-1, 1, size=(height - 2, width - 2, 2)) for each in random])
         moves = moves[:, ::-1, ::-1]
         rows, columns = np.arange(2, height)[:, None] + moves[..., 1], np.arange(2, width) + moves[..., 0]
@@ -272,11 +272,12 @@ def _plasma(side: int, decay: float, random: Generator) -> npt.NDArray[np.float6
 def _texture(number: int, height: int, width: int) -> Pixels:
     """A texture (3, h, w) in [0, 1] that is larger than an image; a small one is enlarged."""
     path = resources.files("tla_service.evaluation") / "frost" / f"frost{number}.webp"
-    with path.open("rb") as file, Image.open(file) as picture:
+    with path.open("rb") as file, Image.open(file) as opened:
+        picture = opened.convert("RGB")
         larger = max((height + 1) / picture.height, (width + 1) / picture.width)
         if larger > 1:
             picture = picture.resize((math.ceil(picture.width * larger), math.ceil(picture.height * larger)))
-        return np.asarray(picture.convert("RGB")).transpose(2, 0, 1) / 255
+        return np.asarray(picture).transpose(2, 0, 1) / 255
 
 
 def _with_ones(points: Pixels) -> Pixels:

@@ -143,26 +143,26 @@ def norm_table(found: Findings, plan: Plan, data_name: str, shape: ImageShape) -
     """Accuracy in each norm, at the threat model's radius in its own and the customary one in the others."""
     radius, source = customary_radius(data_name, plan.norm, shape)
     own = source if radius == plan.epsilon else "threat model of this report"
-    outcome, strong, rows = found.outcome, found.autoattack, []
 
     def row(attack: Attack, outcome: ShardOutcome, name: str, source: str) -> NormRow:
-        text = f"PGD, {attack.num_steps} steps, {attack.num_restarts} starts"
+        steps = f"{attack.num_steps} step{'s' if attack.num_steps > 1 else ''}"
+        starts = f"{attack.num_restarts} start{'s' if attack.num_restarts > 1 else ''}"
         shares = rs.share_of(outcome.standing(name)), rs.share_of(outcome.standing("clean"))
-        return NormRow(attack.norm, attack.epsilon, source, text, *shares)
+        return NormRow(attack.norm, attack.epsilon, source, f"{attack.kind.upper()}, {steps}, {starts}", *shares)
 
-    if found.other_norm is None and not found.sizes:
+    if found.other_norm is None:
         return ()
-    rows.append(row(plan.columns[plan.iterative], outcome, plan.iterative, own))
-    if strong is not None:
-        shares = rs.share_of(strong.standing("autoattack")), rs.share_of(strong.standing("clean"))
-        rows.append(NormRow(plan.norm, plan.epsilon, own, "AutoAttack", *shares))
-    if found.other_norm is not None:
-        attack = other_norm_attack(plan, data_name, shape)
-        rows.append(row(attack, found.other_norm, "pgd", customary_radius(data_name, attack.norm, shape)[1]))
+    strongest = min(plan.within, key=lambda name: int(found.outcome.standing(name).sum()))
+    rows = [row(plan.columns[strongest], found.outcome, strongest, own)]
+    if found.autoattack is not None:
+        standing = (found.autoattack.standing(name) for name in ("autoattack", "clean"))
+        rows.append(NormRow(plan.norm, plan.epsilon, own, "AutoAttack", *map(rs.share_of, standing)))
+    attack = other_norm_attack(plan, data_name, shape)
+    rows.append(row(attack, found.other_norm, "pgd", customary_radius(data_name, attack.norm, shape)[1]))
     for norm, sizes in reversed(found.sizes.items()):
         radius, source = customary_radius(data_name, norm, shape)
         shares = rs.share_of(sizes > radius), rs.share_of(sizes > 0)
-        rows.append(NormRow(norm, radius, source, "FMN, smallest perturbation", *shares))
+        rows.append(NormRow(norm, radius, source, "FMN, smallest perturbation found", *shares))
     return tuple(rows)
 
 

@@ -159,6 +159,10 @@ def show(report: Report, output: Path, terminal: Terminal) -> None:
         terminal.say(_line(name, found))
     for name, shares in by_class(report)[:1]:
         terminal.say(f"{_line('worst class', shares[1])}   ({name}, {shares[1].images} images)")
+    corrupted = report.corruptions
+    if corrupted is not None and corrupted.mean_error is not None:
+        mean = Share(1 - corrupted.mean_error, 1 - corrupted.high, 1 - corrupted.low, corrupted.images)
+        terminal.say(_line("corruptions, mean", mean))
     if report.detection is not None:
         terminal.say(f"{'detection AUC':<18} {percent(report.detection.auc, 2):>7} %")
     for warning in report.autoattack.warnings if report.autoattack is not None else ():
