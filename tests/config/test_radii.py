@@ -9,7 +9,7 @@ from tests.config.refusal import file_of, refusal
 from tla_service.config import RunConfig
 from tla_service.config.adversary import AttackConfig, EvaluationAttack
 from tla_service.config.loading import load_settings, read_settings, to_yaml
-from tla_service.config.radii import RADII, documented_radius
+from tla_service.config.radii import RADII, customary_radius, documented_radius
 from tla_service.errors import ConfigError
 from tla_service.registry.job_settings import ImportSettings
 from tla_service.tuning.settings import SweepConfig
@@ -36,6 +36,20 @@ def test_documented_radii_are_lengths_of_their_norm() -> None:
         assert source
         # An L2 radius is that of a perturbation over many pixels, never an L-infinity radius read again.
         assert norm == "linf" or epsilon > 3 * RADII[name, "linf"][0]
+
+
+def test_customary_radii_follow_the_literature_or_scale_with_the_image() -> None:
+    assert customary_radius("mnist", "l0", (1, 28, 28)) == (12, "Schott et al. 2019")
+    assert customary_radius("cifar10", "l2", (3, 32, 32))[0] == 128 / 255
+    # Without a radius of their own: MNIST's or CIFAR-10's, by the number of values.
+    assert customary_radius("cifar100", "l1", (3, 32, 32)) == (12, "as CIFAR-10's")
+    assert customary_radius("image_folder", "linf", (3, 64, 64)) == (8 / 255, "as CIFAR-10's")
+    assert customary_radius("image_folder", "l2", (3, 64, 64)) == (256 / 255, "CIFAR-10's, scaled to the image size")
+    assert customary_radius("image_folder", "l1", (3, 64, 64))[0] == 48
+    assert customary_radius("parquet", "l0", (1, 14, 14)) == (3, "MNIST's, scaled to the image size")
+    assert customary_radius("digits", "l0", (1, 8, 8))[0] == 1
+    # The rule gives nearly the radius that is documented for digits.
+    assert customary_radius("parquet", "l2", (1, 8, 8))[0] == pytest.approx(0.6, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,9 @@ def test_each_evasion_is_in_the_ball_misclassified_and_trusted(norm: Any, epsilo
     moved = away.abs().amax(1).numpy() > 0
     assert not correct[moved].any()  # what it changed, it broke: by the network, not by the attack's own count
     assert moved.sum() > 20
-    ordinary = attacked(trained(), [clean()], Attack(norm=norm, epsilon=epsilon, step_size=epsilon / 4, num_steps=20), 0)
+    ordinary = attacked(
+        trained(), [clean()], Attack(norm=norm, epsilon=epsilon, step_size=epsilon / 4, num_steps=20), 0
+    )
     plainly_correct, plain = scores_of(ordinary[0].images, rule=rule)
     both = ~plainly_correct & moved
     assert (scores >= plain - 1e-3)[both].mean() > 0.9
@@ -181,5 +183,13 @@ def test_attacks_of_different_images_are_refused() -> None:
     other = embedded([0, 2, 1])
     with pytest.raises(ConfigError, match="not of the same images"):
         adaptive_detection(
-            own, 0.0, "validation", natural=natural, unaware=natural, evasion=other, rejection=natural, epsilon=0.1, seed=0
+            own,
+            0.0,
+            "validation",
+            natural=natural,
+            unaware=natural,
+            evasion=other,
+            rejection=natural,
+            epsilon=0.1,
+            seed=0,
         )

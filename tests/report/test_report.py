@@ -36,6 +36,7 @@ from tla_service.report.plan import (
     detection_name,
     embedding_tasks,
     make_plan,
+    other_norm_attack,
     protocol,
     query_task,
     radius_name,
@@ -113,6 +114,9 @@ def report(**changes: Any) -> rp.Report:
         "autoattack": fd.autoattack_facts(own, plan()),
         "curves": own.curves,
         "sparse": own.norms,
+        "norms": fd.norm_table(own, plan(), "digits", digits().image_shape),
+        "corruptions": own.corruptions,
+        "calibration": own.calibration,
         "detection": own.detection,
         "neighbours": fd.neighbours(own, plan(), settings()),
         "shift": tuple(ratios.at(epsilon) for epsilon, ratios in own.shift.items()),
@@ -324,6 +328,75 @@ def autoattacked(warnings: tuple[str, ...], by_square: int = 0) -> ShardOutcome:
     return ShardOutcome(strong.indices, strong.labels, strong.broken_at, warnings=warnings)
 
 
+def test_the_table_of_norms_names_attack_and_radius_of_each_row() -> None:
+    rows = report().norms
+    assert [(row.norm, row.attack) for row in rows] == [
+        ("linf", "PGD, 5 steps, 2 starts"),
+        ("linf", "AutoAttack"),
+        ("l2", "PGD, 5 steps, 5 starts"),
+        ("l1", "FMN, smallest perturbation found"),
+        ("l0", "FMN, smallest perturbation found"),
+    ]
+    assert [row.epsilon for row in rows] == [0.15, 0.15, 0.6, pytest.approx(10 * 64 / 784), 1]
+    sizes = measured()[MODEL, "l1"]
+    assert rows[3].accuracy.estimate == pytest.approx(np.mean([size > 10 * 64 / 784 for size in sizes.tolist()]))
+    assert rows[3].clean.estimate == pytest.approx(np.mean([size > 0 for size in sizes.tolist()]))
+    images, labels = digits().test.fetch(torch.arange(60)).float() / 255, digits().test.labels
+    chosen = next(task.rows for task in tasks() if task.name == "other-norm")
+    attack = Attack(kind="pgd", norm="l2", epsilon=0.6, step_size=0.3, num_steps=5, num_restarts=5)
+    attacked = attack_images(lambda x: trained()(x).logits, images[chosen], labels[chosen], attack)
+    assert rows[2].accuracy.estimate == pytest.approx(attacked.robust.float().mean().item(), abs=0.11)  # other starts
+    assert rows[0].accuracy.images == 60
+    assert rows[2].accuracy.images == len(chosen) == 10
+
+
+def test_the_other_norm_of_an_l2_model_is_l_infinity() -> None:
+    l2 = make_plan(settings(), "digits", "l2", 0.6, has_surrogate=False)
+    other = other_norm_attack(l2, "digits", digits().image_shape)
+    assert (other.norm, other.epsilon) == ("linf", 0.15)
+    assert other_norm_attack(plan(), "image_folder", (3, 32, 32)).epsilon == 128 / 255
+
+
+def test_corruptions_and_calibration_are_of_the_images_that_are_not_the_gates() -> None:
+    rest = of_the_gate(False)
+    assert rest.corruptions is not None
+    task = next(task for task in tasks() if task.name == "corruptions")
+    kept = ~digits().gate.numpy()[task.rows]
+    assert rest.corruptions.images == int(kept.sum()) < len(task.rows)
+    correct = measured()[MODEL, "corruptions"][kept]
+    assert rest.corruptions.mean_error == pytest.approx(1 - correct[:, 1:].mean())
+    natural = rest.embedded["natural"].embedded
+    assert rest.calibration["clean"].accuracy == rs.share_of(natural.correct)
+    assert rest.calibration["attacked"].accuracy.estimate < rest.calibration["clean"].accuracy.estimate
+
+
+def test_page_shows_norms_corruptions_and_calibration(tmp_path: Path) -> None:
+    made = report()
+    assert made.corruptions is not None
+    assert made.corruptions.mean_error is not None
+    write_page(made, [], tmp_path / "report.html", same_attacks=False)
+    text = " ".join(re.sub(r"<[^>]+>", " ", (tmp_path / "report.html").read_text()).split())
+    assert "Trained for L-infinity 0.15: accuracy in each norm" in text
+    assert "L0 1 value FMN, smallest perturbation found" in text
+    assert f"The mean corruption error is {100 * made.corruptions.mean_error:.1f} %, not normalised" in text
+    for name in ("gaussian noise", "jpeg compression", "Expected calibration error over 15 bins"):
+        assert name in text
+
+
+def test_a_report_without_the_newer_measurements_is_read(tmp_path: Path) -> None:
+    content = json.loads(report().model_dump_json())
+    for name in ("norms", "corruptions", "calibration"):
+        del content[name]
+    (tmp_path / rp.REPORT_FILE).write_text(json.dumps(content))
+    old = rp.read_report(tmp_path / rp.REPORT_FILE)
+    assert (old.norms, old.corruptions, old.calibration) == ((), None, {})
+    write_page(old, [], tmp_path / "report.html", same_attacks=False)
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "Common corruptions" not in text
+    assert "Calibration" not in text
+    assert "Smallest perturbations" in text
+
+
 def test_the_audit_counts_what_autoattack_objects_to() -> None:
     measured = Audit.of([Check(**check("a", "passed")), Check(**check("b", "not run", None))], 9)
     table = found().outcome
@@ -505,6 +578,7 @@ def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
     figures = Figures(tmp_path / "figures", found(), plan(), digits().class_names)
     figures.accuracy()
     figures.curves()
+    figures.beyond()
     figures.detection()
     figures.shift({"AT": found(1)}, "TLA")
     figures.maps(settings(), "digits")

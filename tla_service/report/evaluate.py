@@ -278,6 +278,9 @@ class _Evaluation:
             autoattack=fd.autoattack_facts(own, plan),
             curves=own.curves,
             sparse=own.norms,
+            norms=fd.norm_table(own, plan, dataset.name, dataset.image_shape),
+            corruptions=own.corruptions,
+            calibration=own.calibration,
             audit=own.audit,
             unit_tests=own.unit_tests,
             relatives=fd.relatives(own, self.relatives),
@@ -313,6 +316,7 @@ class _Evaluation:
         figures = Figures(self.output / "figures", found[subject.key], plan, models.dataset.class_names)
         figures.accuracy()
         figures.curves()
+        figures.beyond()
         figures.detection()
         labels = {each.key: method_name(each.facts.method) for each in models.others}
         figures.shift({labels[key]: found[key] for key in labels}, method_name(subject.facts.method))

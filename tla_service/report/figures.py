@@ -12,6 +12,7 @@ from tla_service.data.augmentation import to_unit
 from tla_service.data.sources import ImageSource
 from tla_service.errors import ConfigError
 from tla_service.evaluation import measure_figures as mf
+from tla_service.evaluation.beyond_figures import corruption_lines, reliability_diagram
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.figures import PanelRow, attack_panel, retrieval_panel
 from tla_service.evaluation.geometry import nearest, project, select_class, select_pair
@@ -80,6 +81,17 @@ class Figures:
             )
             path = self._add(f"accuracy_{found.norm}", "sparse", f"Against {found.norm.upper()} perturbations", caption)
             mf.accuracy_curves({"FMN": found.curve}, path)
+
+    def beyond(self) -> None:
+        """Accuracy under corruptions, and calibration."""
+        found = self._found
+        if found.corruptions is not None:
+            caption = "Accuracy at the five severities of each corruption, the corruption that costs most on top."
+            corruption_lines(found.corruptions, self._add("corruptions", "corruptions", "By corruption", caption))
+        if found.calibration:
+            caption = "Below the diagonal the network is overconfident. Larger marks stand for more images."
+            path = self._add("calibration", "calibration", "Reliability", caption)
+            reliability_diagram({str(name): each for name, each in found.calibration.items()}, path)
 
     def detection(self) -> None:
         """ROC curves of the detection scores."""

@@ -5,10 +5,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
+from tla_service.attacks import Attack
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
+from tla_service.config.radii import ImageShape, SparseNorm, customary_radius
 from tla_service.evaluation import results as rs
 from tla_service.evaluation.adaptive import Aim
+from tla_service.evaluation.beyond import Calibration, Corruptions, NormRow, calibrate, summarise_corruptions
 from tla_service.evaluation.detection import (
     RocCurve,
     adaptive_detection,
@@ -24,7 +28,7 @@ from tla_service.evaluation.shards import ShardOutcome, standing_under_all
 from tla_service.evaluation.suite import minimum_norms_of
 from tla_service.evaluation.unit_tests import unit_test_check
 from tla_service.inference.detector import Detector, Rejector, Scores
-from tla_service.report.plan import TRANSFER, Plan, adaptive_name, detection_name, radius_name
+from tla_service.report.plan import TRANSFER, Plan, adaptive_name, detection_name, other_norm_attack, radius_name
 from tla_service.report.schema import AttackFacts, AutoAttackFacts
 from tla_service.report.settings import ReportSettings
 
@@ -36,6 +40,7 @@ _SQUARE_GAIN = 0.002
 _FALSE_REJECTION_RATE = 0.05
 _FITTED = {"covariance", "shrinkage", "normalize", "rule"}
 _AIMS: tuple[Aim, ...] = ("evasion", "rejection")
+_SPARSE: tuple[SparseNorm, ...] = ("l0", "l1")
 
 
 @dataclass
@@ -57,6 +62,10 @@ class Findings:
     shift: dict[float, ShiftRatios] = field(default_factory=dict)
     curves: tuple[rs.Curve, ...] = ()
     norms: tuple[rs.MinimumNorms, ...] = ()
+    sizes: dict[SparseNorm, npt.NDArray[np.float64]] = field(default_factory=dict)
+    other_norm: ShardOutcome | None = None
+    corruptions: Corruptions | None = None
+    calibration: dict[Literal["clean", "attacked"], Calibration] = field(default_factory=dict)
     audit: rs.Audit | None = None
     unit_tests: rs.UnitTests | None = None
     transfer: ShardOutcome | None = None
@@ -73,7 +82,11 @@ def gather(
     mine = {name: result for (key, name), result in results.items() if key == model}
     found = Findings(outcome=mine["columns"], autoattack=mine.get("autoattack"))
     found.embedded = {name: result for name, result in mine.items() if isinstance(result, EmbeddedImages)}
-    found.norms = tuple(minimum_norms_of(mine[norm], norm) for norm in ("l0", "l1") if norm in mine)
+    found.sizes = {norm: mine[norm] for norm in _SPARSE if norm in mine}
+    found.norms = tuple(minimum_norms_of(sizes, norm) for norm, sizes in found.sizes.items())
+    found.other_norm = mine.get("other-norm")
+    if "corruptions" in mine:
+        found.corruptions = summarise_corruptions(mine["corruptions"])
     found.curves = _curves(mine, found.outcome, plan)
     found.transfer = joined([result for name, result in mine.items() if name.startswith(TRANSFER)])
     if "audit" in mine:
@@ -88,6 +101,8 @@ def gather(
     if "natural" in found.embedded and len(found.embedded["natural"].rows):
         _detect(found, plan, settings, rejector)
         natural = found.embedded["natural"].embedded
+        attacked = found.embedded[radius_name(plan.epsilon)].embedded
+        found.calibration = {"clean": calibrate(natural), "attacked": calibrate(attacked)}
         levels = {epsilon: radius_name(epsilon) for epsilon in (*plan.shift, plan.epsilon)}
         levels[plan.detection.epsilon] = detection_name(plan)
         found.shift = {
@@ -189,6 +204,33 @@ def accuracies(found: Findings, plan: Plan, num_classes: int) -> dict[str, rs.Ac
     if strong is not None:
         table["autoattack"] = rs.class_accuracy(strong.standing("autoattack"), strong.labels, num_classes)
     return table
+
+
+def norm_table(found: Findings, plan: Plan, data_name: str, shape: ImageShape) -> tuple[NormRow, ...]:
+    """Accuracy in each norm, at the threat model's radius in its own and the customary one in the others."""
+    radius, source = customary_radius(data_name, plan.norm, shape)
+    own = source if radius == plan.epsilon else "threat model of this report"
+
+    def row(attack: Attack, outcome: ShardOutcome, name: str, source: str) -> NormRow:
+        steps = f"{attack.num_steps} step{'s' if attack.num_steps > 1 else ''}"
+        starts = f"{attack.num_restarts} start{'s' if attack.num_restarts > 1 else ''}"
+        shares = rs.share_of(outcome.standing(name)), rs.share_of(outcome.standing("clean"))
+        return NormRow(attack.norm, attack.epsilon, source, f"{attack.kind.upper()}, {steps}, {starts}", *shares)
+
+    if found.other_norm is None:
+        return ()
+    strongest = min(plan.within, key=lambda name: int(found.outcome.standing(name).sum()))
+    rows = [row(plan.columns[strongest], found.outcome, strongest, own)]
+    if found.autoattack is not None:
+        standing = (found.autoattack.standing(name) for name in ("autoattack", "clean"))
+        rows.append(NormRow(plan.norm, plan.epsilon, own, "AutoAttack", *map(rs.share_of, standing)))
+    attack = other_norm_attack(plan, data_name, shape)
+    rows.append(row(attack, found.other_norm, "pgd", customary_radius(data_name, attack.norm, shape)[1]))
+    for norm, sizes in reversed(found.sizes.items()):
+        radius, source = customary_radius(data_name, norm, shape)
+        shares = rs.share_of(sizes > radius), rs.share_of(sizes > 0)
+        rows.append(NormRow(norm, radius, source, "FMN, smallest perturbation found", *shares))
+    return tuple(rows)
 
 
 def attack_facts(plan: Plan) -> dict[str, AttackFacts]:

@@ -15,7 +15,7 @@ from tla_service.training.reporting import Terminal
 if TYPE_CHECKING:
     from jinja2 import Template
 
-NORMS = {"linf": "L-infinity", "l2": "L2"}
+NORMS = {"linf": "L-infinity", "l2": "L2", "l1": "L1", "l0": "L0"}
 _KINDS = {"bim": "BIM", "pgd": "PGD", "mim": "MIM", "cw": "C&W"}
 _METHODS = {
     "natural": "natural training",
@@ -45,6 +45,7 @@ def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, s
         whole=whole,
         classes=by_class(report),
         method=method_name,
+        norms=NORMS,
     )
     write_whole(path, content)
 
@@ -158,6 +159,10 @@ def show(report: Report, output: Path, terminal: Terminal) -> None:
         terminal.say(_line(name, found))
     for name, shares in by_class(report)[:1]:
         terminal.say(f"{_line('worst class', shares[1])}   ({name}, {shares[1].images} images)")
+    corrupted = report.corruptions
+    if corrupted is not None and corrupted.mean_error is not None:
+        mean = Share(1 - corrupted.mean_error, 1 - corrupted.high, 1 - corrupted.low, corrupted.images)
+        terminal.say(_line("corruptions, mean", mean))
     if report.detection is not None:
         terminal.say(f"{'detection AUC':<18} {percent(report.detection.auc, 2):>7} %")
         attacked = report.detection.attacked

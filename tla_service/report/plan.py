@@ -13,12 +13,21 @@ import torch
 from tla_service.attacks import Attack
 from tla_service.attacks.minimum_norm import SparseNorm
 from tla_service.config.adversary import AttackConfig, EvaluationAttack
-from tla_service.config.radii import ImageShape, Norm, documented_radius, known_shape, length_trouble, no_radius
+from tla_service.config.radii import (
+    ImageShape,
+    Norm,
+    customary_radius,
+    documented_radius,
+    known_shape,
+    length_trouble,
+    no_radius,
+)
 from tla_service.data import Dataset
 from tla_service.data.splits import stratified_subset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.adaptive import AdaptiveMeasurement, Aim
 from tla_service.evaluation.audit import AuditMeasurement
+from tla_service.evaluation.beyond import CorruptionMeasurement
 from tla_service.evaluation.embedding import EmbeddingMeasurement
 from tla_service.evaluation.paper import epsilon_sweep, paper_columns, step_sweep
 from tla_service.evaluation.shards import IntArray, Measurement
@@ -33,6 +42,7 @@ from tla_service.runtime import mixed_seed
 _EPSILON_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 _DETECTION_FACTOR = 1.5
 TRANSFER = "transfer-"  # in names of tasks
+_OTHER_RESTARTS = 5
 _SPARSE: tuple[SparseNorm, ...] = ("l0", "l1")
 
 
@@ -166,6 +176,13 @@ def detection_name(plan: Plan) -> str:
     return "larger" if plan.detection.epsilon == plan.epsilon else radius_name(plan.detection.epsilon)
 
 
+def other_norm_attack(plan: Plan, data_name: str, shape: ImageShape) -> Attack:
+    """PGD in L2 for a threat model in L-infinity, and the other way round, at the radius customary for the data."""
+    norm: Norm = "l2" if plan.norm == "linf" else "linf"
+    attack = _pgd(norm, customary_radius(data_name, norm, shape)[0], plan.strongest.num_steps)
+    return replace(attack, num_restarts=_OTHER_RESTARTS)
+
+
 def attack_tasks(
     plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, *, is_own: bool = True
 ) -> list[Task]:
@@ -231,7 +248,7 @@ def adaptive_tasks(
 
 
 def single_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str) -> list[Task]:
-    """Curves and minimum norms, for the model alone."""
+    """Curves, other norms and corruptions, for the model alone."""
     counts, attack = settings.images, plan.strongest
     radii = tuple(plan.epsilon * factor for factor in _EPSILON_FACTORS)
     radii = tuple(radius for radius in radii if plan.norm == "l2" or radius <= 1)
@@ -246,6 +263,11 @@ def single_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: 
         for name, attacks in sweeps.items()
     ]
     measures += [(norm, counts.sparse, NormMeasurement(norm, plan.batch_size)) for norm in _SPARSE]
+    other = other_norm_attack(plan, dataset.name, dataset.image_shape)
+    measures += [
+        ("other-norm", counts.sparse, AttackMeasurement({"pgd": other}, {}, None, plan.seed, plan.batch_size)),
+        ("corruptions", counts.corruptions, CorruptionMeasurement(plan.seed, plan.batch_size)),
+    ]
     return [_task(name, model, dataset, count, plan, measure) for name, count, measure in measures if count]
 
 

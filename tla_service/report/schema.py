@@ -10,6 +10,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from tla_service.errors import UnavailableError, one_line
 from tla_service.evaluation import results as rs
+from tla_service.evaluation.beyond import Calibration, Corruptions, NormRow
 from tla_service.files import write_whole
 
 FORMAT: Literal[1] = 1
@@ -159,6 +160,9 @@ class Report(Part):
     adversarial: AdversarialFacts | None = None
     curves: tuple[rs.Curve, ...] = ()
     sparse: tuple[rs.MinimumNorms, ...] = ()
+    norms: tuple[NormRow, ...] = ()
+    corruptions: Corruptions | None = None
+    calibration: dict[Literal["clean", "attacked"], Calibration] = Field(default_factory=dict)
     audit: rs.Audit | None = None
     unit_tests: rs.UnitTests | None = None
     relatives: tuple[rs.Relative, ...] = ()

@@ -37,7 +37,8 @@ class ImageCounts(Section):
     autoattack: int = setting(1000, "test images for AutoAttack", unit="images", ge=0)
     adversarial: bool = setting(True, "write AutoAttack's images to adversarial.npz, for others to check")
     curves: int = setting(500, "test images for accuracy versus radius and steps", unit="images", ge=0)
-    sparse: int = setting(100, "test images for the L0 and L1 minimum-norm attacks", unit="images", ge=0)
+    sparse: int = setting(100, "test images for attacks in the other norms", unit="images", ge=0)
+    corruptions: int = setting(1000, "test images for the corruptions of CIFAR-10-C", unit="images", ge=0)
     audit: int = setting(256, "test images for the audit", unit="images", ge=0)
     unit_tests: int = setting(
         64, "test images of the audit that get a planted adversarial example", unit="images", ge=0
