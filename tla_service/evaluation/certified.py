@@ -1,6 +1,7 @@
 """Certified accuracy by randomised smoothing: what the certificates of single images say together, and its picture."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,21 +13,23 @@ from tla_service.evaluation import figures as fg
 from tla_service.evaluation.results import Curve, Share, share_of
 
 ABSTAINED = -1
-# One row per image: its number in the test set, true class, what the smoothed classifier predicts (`ABSTAINED`: nothing)
-# and the certified L2 radius of that (0 then). `clean`: the network itself is right. `network_stands`: still right under
-# an attack within that radius; `smoothed_stands`: the smoothed prediction survives an attack within it.
+# One row per image: its number in the test set, true class, what the smoothed classifier predicts (`ABSTAINED`: nothing),
+# and the radii, in L2 and in L-infinity, within which that is certified (0 then). `clean`: the network itself is right;
+# `network_stands`: still right under an attack within the L2 radius; `smoothed_stands`: the smoothed prediction survives
+# such an attack.
 ROW = np.dtype(
     [
         ("index", np.int64),
         ("label", np.int64),
         ("predicted", np.int64),
-        ("radius", np.float64),
+        ("l2", np.float64),
+        ("linf", np.float64),
         ("clean", np.bool_),
         ("network_stands", np.bool_),
         ("smoothed_stands", np.bool_),
     ]
 )
-Rows = npt.NDArray[np.void]
+Certificates = npt.NDArray[np.void]  # of ROW
 _POINTS = 40
 
 
@@ -34,29 +37,28 @@ _POINTS = 40
 class Certified:
     """Certificates of the smoothed classifier: the network's majority vote under Gaussian noise of deviation `sigma`.
 
-    Each holds with probability 1 - `alpha` over the noise, from `samples` draws. `accuracy` counts images that are
-    classified correctly with a certificate, `at_threat` those certified up to the report's radius: in L2 as it is, in
-    L-infinity up to the L2 radius over `scale`, the square root of the number of pixel values, since no shorter L2
-    perturbation leaves that cube. `clean` and `autoattack` are of the network itself on the same images.
+    Each holds with probability 1 - `alpha`, from `samples` noisy copies. Radii are in the norm of the threat model: L2 as
+    certified, L-infinity that over the square root of the number of pixel values, as no L-infinity perturbation of that
+    size is longer. `accuracy` counts images that are classified correctly with a certificate of any radius, `at_threat`
+    those certified up to the report's radius. `clean` and `autoattack` are of the network itself, on the same images.
 
-    `smoothed_broken` counts certified images on which an attack within their radius changed the smoothed prediction:
-    a certificate says that there are none. The others are no contradictions, as certificates are not of the network:
-    `network_broken`, the correctly certified images on which an attack within their radius breaks the network, and
-    `autoattack_broken`, those certified at the report's radius that AutoAttack breaks.
+    An attack within its L2 radius changed the smoothed prediction of `smoothed_broken` certified images: the certificates
+    say that there are none. The other two contradict no certificate, as certificates are not of the network itself:
+    `network_broken` correctly certified images on which an attack within their L2 radius breaks the network, and
+    `autoattack_broken` ones certified up to the report's radius that AutoAttack breaks.
     """
 
     images: int
-    norm: Literal["linf", "l2"]
     sigma: float
     samples: int
     alpha: float
-    scale: float
     accuracy: Share
     abstained: Share
     at_threat: Share
     clean: Share
     autoattack: Share | None
     median_radius: float | None
+    median_l2: float | None
     curve: Curve
     smoothed_broken: int
     network_broken: int
@@ -64,42 +66,39 @@ class Certified:
 
 
 def summarise(
-    rows: Rows,
+    rows: Certificates,
     *,
     norm: Literal["linf", "l2"],
     epsilon: float,
     sigma: float,
     samples: int,
     alpha: float,
-    values: int,
-    standing: dict[int, bool] | None,
+    standing: Mapping[int, bool] | None,
 ) -> Certified:
     """Summarise certificates of single images.
 
-    `norm` and `epsilon` are the report's threat model, `values` is the number of values of an image (C x H x W), and
-    `standing` tells of images by their numbers whether they stand under AutoAttack; None if it was not run.
+    `norm` and `epsilon` are the report's threat model; `standing` tells of images, by their numbers, whether they stand
+    under AutoAttack, and is None if that was not run.
     """
-    scale = 1.0 if norm == "l2" else math.sqrt(values)
     right = rows["predicted"] == rows["label"]
-    radii = np.where(right, rows["radius"], 0.0)
-    at_threat = right & (radii >= epsilon * scale)
-    x = (0.0, *np.linspace(0, radii.max(initial=0.0), _POINTS)[1:].tolist()) if radii.any() else (0.0,)
-    curve = Curve("randomised smoothing", "l2", x, tuple(share_of(right & (radii >= radius)) for radius in x))
-    attacked = np.array([standing is not None and int(index) in standing for index in rows["index"]], dtype=bool)
-    stands = np.array([bool(standing and standing.get(int(index))) for index in rows["index"]], dtype=bool)
+    radii = np.where(right, rows[norm], 0.0)
+    at_threat = right & (radii >= epsilon)
+    x = np.linspace(0, radii.max(initial=0.0), _POINTS if radii.any() else 1).tolist()
+    curve = Curve("randomised smoothing", "epsilon", tuple(x), tuple(share_of(right & (radii >= at)) for at in x))
+    attacked = np.array([int(index) in (standing or {}) for index in rows["index"]], dtype=bool)
+    stands = np.array([(standing or {}).get(int(index), False) for index in rows["index"]], dtype=bool)
     return Certified(
         images=len(rows),
-        norm=norm,
         sigma=sigma,
         samples=samples,
         alpha=alpha,
-        scale=scale,
         accuracy=share_of(right),
         abstained=share_of(rows["predicted"] == ABSTAINED),
         at_threat=share_of(at_threat),
         clean=share_of(rows["clean"]),
         autoattack=share_of(stands[attacked]) if attacked.any() else None,
         median_radius=float(np.median(radii)) if len(rows) else None,
+        median_l2=float(np.median(np.where(right, rows["l2"], 0.0))) if len(rows) else None,
         curve=curve,
         smoothed_broken=int((~rows["smoothed_stands"]).sum()),
         network_broken=int((right & ~rows["network_stands"]).sum()),
@@ -107,33 +106,30 @@ def summarise(
     )
 
 
-def certified_curve(found: Certified, epsilon: float, path: Path) -> None:
-    """Draw certified accuracy along the radius, in the norm of the threat model, beside clean accuracy and AutoAttack's.
+def certified_curve(found: Certified, norm: Literal["linf", "l2"], epsilon: float, path: Path) -> None:
+    """Draw certified accuracy along the radius, beside clean accuracy and AutoAttack's.
 
-    `epsilon` is the radius of the threat model. What lies between is unknown: the certificate is a lower bound for the
-    smoothed classifier, AutoAttack's accuracy an upper bound for the network.
+    `norm` and `epsilon` are the threat model. What lies between is unknown: certificates are a lower bound for the
+    smoothed classifier, AutoAttack's accuracy is an upper bound for the network.
     """
     axes: Any = fg.new_figure(5.6, 3.8).subplots()
-    x = np.array(found.curve.x) / found.scale
-    points = found.curve.accuracy
+    x, points = found.curve.x, found.curve.accuracy
     low, high = [point.low for point in points], [point.high for point in points]
     axes.fill_between(x, low, high, color=fg.GREEN, alpha=0.18, linewidth=0)
     estimates = [math.nan if point.estimate is None else point.estimate for point in points]
-    # After the largest certified radius nothing is certified.
-    axes.plot([*x, x[-1], epsilon], [*estimates, 0, 0], color=fg.GREEN, linewidth=1.8, label="certified (smoothed)")
-    for share, place, label, colour, marker in (
-        (found.clean, 0.0, "clean", fg.BLUE, "s"),
-        (found.autoattack, epsilon, "AutoAttack", fg.ORANGE, "o"),
+    beyond = max(x[-1], epsilon)  # nothing is certified beyond the largest radius
+    axes.plot([*x, x[-1], beyond], [*estimates, 0, 0], color=fg.GREEN, linewidth=1.8, label="certified (smoothed)")
+    for share, place, label, style in (
+        (found.clean, 0.0, "clean", {"color": fg.BLUE, "marker": "s"}),
+        (found.autoattack, epsilon, "AutoAttack", {"color": fg.ORANGE, "marker": "o"}),
     ):
-        if share is None or share.estimate is None:
-            continue
-        around = [[share.estimate - share.low], [share.high - share.estimate]]
-        style = {"color": colour, "marker": marker, "linestyle": "none", "capsize": 3, "clip_on": False, "zorder": 4}
-        axes.errorbar([place], [share.estimate], yerr=around, label=label, **style)
+        if share is not None and share.estimate is not None:
+            around = [[share.estimate - share.low], [share.high - share.estimate]]
+            fixed: dict[str, Any] = {"linestyle": "none", "capsize": 3, "clip_on": False, "zorder": 4}
+            axes.errorbar([place], [share.estimate], yerr=around, label=label, **fixed, **style)
     axes.axvline(epsilon, color=fg.PURPLE, linewidth=1, linestyle=(0, (1, 2)), zorder=0, label=f"ε = {epsilon:.4g}")
-    norm = "L2" if found.norm == "l2" else "L-infinity"
-    axes.set(xlim=(0, 1.04 * max(epsilon, x[-1])), ylim=(-0.02, 1.02))
-    axes.set(xlabel=f"radius in {norm}", ylabel="accuracy [%], 95% intervals")
+    axes.set(xlim=(0, 1.04 * beyond), ylim=(-0.02, 1.02), ylabel="accuracy [%], 95% intervals")
+    axes.set_xlabel(f"radius in {'L2' if norm == 'l2' else 'L-infinity'}")
     axes.yaxis.set_major_formatter(fg.percent())
     fg.plain(axes)
     fg.legend(axes)

@@ -4,6 +4,7 @@ The smoothed classifier predicts the class that the network gives most often to 
 has probability p > 1/2, no perturbation shorter in L2 than ``sigma * Phi^-1(p)`` changes the prediction (theorem 1).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from zlib import crc32
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tla_service.attacks import LogitsFn
-from tla_service.evaluation.certified import ABSTAINED, ROW, Rows
+from tla_service.evaluation.certified import ABSTAINED, ROW, Certificates
 from tla_service.evaluation.shards import Arrays, Shard, evaluating, float32, logits_of
 from tla_service.runtime import generator
 
 SELECTION = 100  # draws that choose the class (n0 of the paper), and that vote on attacked images
-_STEPS = {"network": 20, "smoothed": 8}
+_STEPS = {"network": 20, "smoothed": 5}
 _ATTACK_DRAWS = 8
 
 
@@ -49,14 +50,15 @@ class CertificationMeasurement:
         return {"certified": rows}
 
     def _measure(
-        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, draws: Sequence[torch.Generator], rows: Rows
+        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, draws: Sequence[torch.Generator], rows: Certificates
     ) -> None:
         """Fill in the rows of a batch."""
         for image, random, row in zip(images, draws, rows, strict=True):
-            row["predicted"], row["radius"] = certify(
+            row["predicted"], row["l2"] = certify(
                 logits_fn, image, self.sigma, self.samples, self.alpha, random, self.batch_size
             )
-        radii = torch.as_tensor(rows["radius"].astype(np.float32), device=images.device)
+        rows["linf"] = rows["l2"] / math.sqrt(images[0].numel())
+        radii = torch.as_tensor(rows["l2"].astype(np.float32), device=images.device)
         silent = torch.zeros_like(images).unsqueeze(1)
         attacked = attack_within(logits_fn, images, labels, radii, silent, _STEPS["network"])
         with torch.no_grad():
@@ -69,7 +71,7 @@ class CertificationMeasurement:
             votes = _votes(logits_fn, image, self.sigma, SELECTION, random, self.batch_size)
             row["smoothed_stands"] = row["predicted"] == ABSTAINED or not _outvoted(votes, row["predicted"], self.alpha)
 
-    def merge(self, parts: Sequence[Arrays]) -> Rows:
+    def merge(self, parts: Sequence[Arrays]) -> Certificates:
         """See `Measurement`."""
         return np.concatenate([part["certified"] for part in parts])
 
@@ -89,12 +91,12 @@ def certify(
     draws choose the class, `samples` others bound its probability (Clopper and Pearson, one-sided). Source: Cohen et al.
     2019, CERTIFY in section 3.2.2.
     """
-    from scipy.stats import binomtest, norm
+    from scipy.stats import beta, norm
 
     chosen = int(_votes(logits_fn, image, sigma, SELECTION, random, batch_size).argmax())
     count = int(_votes(logits_fn, image, sigma, samples, random, batch_size)[chosen])
-    interval = binomtest(count, samples, alternative="greater").proportion_ci(1 - alpha, method="exact")
-    return (chosen, float(sigma * norm.ppf(interval.low))) if interval.low > 0.5 else (ABSTAINED, 0.0)
+    lowest = float(beta.ppf(alpha, count, samples - count + 1)) if count else 0.0
+    return (chosen, float(sigma * norm.ppf(lowest))) if lowest > 0.5 else (ABSTAINED, 0.0)
 
 
 def attack_within(

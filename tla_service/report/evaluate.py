@@ -12,9 +12,10 @@ import torch
 
 from tla_service.data import split_training
 from tla_service.errors import ConfigError, UnavailableError, UserError, one_line
+from tla_service.evaluation.certified import ROW, Certificates
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.geometry import pick_queries
-from tla_service.evaluation.shards import ShardOutcome, save_outcome
+from tla_service.evaluation.shards import ShardOutcome, save_arrays, save_outcome
 from tla_service.evaluation.surrogate import TrainedSurrogate
 from tla_service.files import LOCK_FILE, locked_folder, write_whole
 from tla_service.job import code_facts
@@ -69,6 +70,9 @@ def evaluate(
             outcome: ShardOutcome | None = results.get((subject.key, name))
             if outcome is not None:
                 save_outcome(replace(outcome, gate=set_aside[outcome.indices]), output / file)
+        certificates: Certificates | None = results.get((subject.key, "certified"))
+        if certificates is not None:
+            save_arrays({name: certificates[name] for name in ROW.names or ()}, output / rp.CERTIFIED_FILE)
         rp.write_report(report, output / rp.REPORT_FILE)
         if settings.page:
             evaluation.draw(found, results.get((subject.key, "examples")), report)
@@ -224,6 +228,7 @@ class _Evaluation:
             curves=own.curves,
             sparse=own.norms,
             audit=own.audit,
+            certified=own.certified,
             compared=tuple(map(compared, models.others)),
             surrogate=models.surrogate.facts if models.surrogate is not None else None,
             code=code_facts(),
@@ -242,6 +247,7 @@ class _Evaluation:
         figures = Figures(self.output / "figures", found[subject.key], plan, models.dataset.class_names)
         figures.accuracy()
         figures.curves()
+        figures.certified()
         figures.detection()
         labels = {each.key: method_name(each.facts.method) for each in models.others}
         figures.shift({labels[key]: found[key] for key in labels}, method_name(subject.facts.method))

@@ -12,6 +12,7 @@ from tla_service.data.augmentation import to_unit
 from tla_service.data.sources import ImageSource
 from tla_service.errors import ConfigError
 from tla_service.evaluation import measure_figures as mf
+from tla_service.evaluation.certified import certified_curve
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.figures import PanelRow, attack_panel, retrieval_panel
 from tla_service.evaluation.geometry import nearest, project, select_class, select_pair
@@ -80,6 +81,17 @@ class Figures:
             )
             path = self._add(f"accuracy_{found.norm}", "sparse", f"Against {found.norm.upper()} perturbations", caption)
             mf.accuracy_curves({"FMN": found.curve}, path)
+
+    def certified(self) -> None:
+        """Certified accuracy along the radius, beside clean and AutoAttack accuracy."""
+        if self._found.certified is None:
+            return
+        caption = (
+            "Certified accuracy bounds that of the smoothed classifier from below, AutoAttack's bounds that of the "
+            "network from above; what is true in between is unknown."
+        )
+        path = self._add("certified", "certified", "Certified, under AutoAttack and clean", caption)
+        certified_curve(self._found.certified, self._plan.norm, self._plan.epsilon, path)
 
     def detection(self) -> None:
         """ROC curves of the detection scores."""

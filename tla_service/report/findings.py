@@ -8,6 +8,7 @@ import numpy as np
 
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.evaluation import results as rs
+from tla_service.evaluation.certified import Certificates, Certified, summarise
 from tla_service.evaluation.detection import RocCurve, detect_misclassified, fit_detector, shipped_detection
 from tla_service.evaluation.embedding import Embedded, EmbeddedImages
 from tla_service.evaluation.geometry import ShiftRatios, neighbour_accuracy, shift_ratios
@@ -15,7 +16,7 @@ from tla_service.evaluation.paper import restart_curve, sweep_curve
 from tla_service.evaluation.shards import ShardOutcome
 from tla_service.evaluation.suite import minimum_norms_of
 from tla_service.inference.detector import Rejector
-from tla_service.report.plan import Plan, detection_name, radius_name
+from tla_service.report.plan import Plan, detection_name, radius_name, smoothing_sigma
 from tla_service.report.schema import AttackFacts, AutoAttackFacts
 from tla_service.report.settings import ReportSettings
 
@@ -42,6 +43,7 @@ class Findings:
     curves: tuple[rs.Curve, ...] = ()
     norms: tuple[rs.MinimumNorms, ...] = ()
     audit: rs.Audit | None = None
+    certified: Certified | None = None
 
 
 def gather(
@@ -57,6 +59,8 @@ def gather(
     found.embedded = {name: result for name, result in mine.items() if isinstance(result, EmbeddedImages)}
     found.norms = tuple(minimum_norms_of(mine[norm], norm) for norm in ("l0", "l1") if norm in mine)
     found.curves = _curves(mine, found.outcome, plan)
+    if "certified" in mine:
+        found.certified = _certified(mine["certified"], found.autoattack, plan, settings)
     if "audit" in mine:
         surrogate = mine.get("surrogate")
         found.audit = _with_objections(mine["audit"], found.autoattack)
@@ -110,6 +114,20 @@ def _curves(mine: Mapping[str, Any], outcome: ShardOutcome, plan: Plan) -> tuple
         curves.append(restart_curve(outcome, name, restarts, total, steps_each=steps))
         curves.append(restart_curve(outcome, name, restarts, f"{name}: {name}"))
     return tuple(curves)
+
+
+def _certified(
+    certificates: Certificates, strong: ShardOutcome | None, plan: Plan, settings: ReportSettings
+) -> Certified:
+    return summarise(
+        certificates,
+        norm=plan.norm,
+        epsilon=plan.epsilon,
+        sigma=smoothing_sigma(plan, settings),
+        samples=settings.certificate.samples,
+        alpha=settings.certificate.alpha,
+        standing=dict(zip(strong.indices.tolist(), strong.standing("autoattack").tolist(), strict=True)) if strong else None,
+    )
 
 
 def accuracies(found: Findings, plan: Plan, num_classes: int) -> dict[str, rs.Accuracy]:

@@ -9,10 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tla_service.errors import UnavailableError, one_line
 from tla_service.evaluation import results as rs
+from tla_service.evaluation.certified import Certified
 from tla_service.files import write_whole
 
 FORMAT: Literal[1] = 1
 REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, PAGE_FILE = "report.json", "outcome.npz", "autoattack.npz", "report.html"
+CERTIFIED_FILE = "certified.npz"
 
 
 class Part(BaseModel):
@@ -137,6 +139,7 @@ class Report(Part):
     curves: tuple[rs.Curve, ...] = ()
     sparse: tuple[rs.MinimumNorms, ...] = ()
     audit: rs.Audit | None = None
+    certified: Certified | None = None
     detection: rs.Detection | None = None
     neighbours: rs.Neighbours | None = None
     shift: tuple[rs.Shift, ...] = ()

@@ -10,7 +10,7 @@ from tla_service.registry.evaluations import log_evaluation
 from tla_service.registry.subject import load_subject
 from tla_service.report.evaluate import evaluate
 from tla_service.report.page import show
-from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, PAGE_FILE, REPORT_FILE, Report
+from tla_service.report.schema import AUTOATTACK_FILE, CERTIFIED_FILE, OUTCOME_FILE, PAGE_FILE, REPORT_FILE, Report
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.subjects import load_models
 from tla_service.tracking.connection import tracking_uri
@@ -32,7 +32,7 @@ def evaluate_and_log(settings: EvaluateSettings) -> int:
     tagged: tuple[str, ...] = ()
     # Also if it has finished before: MLflow may have been away by then.
     if settings.log and report.model.run_id is not None:
-        names = (REPORT_FILE, OUTCOME_FILE, PAGE_FILE, AUTOATTACK_FILE)
+        names = (REPORT_FILE, OUTCOME_FILE, PAGE_FILE, AUTOATTACK_FILE, CERTIFIED_FILE)
         written = [output / name for name in names] + sorted((output / "figures").glob("*"))
         files = {path.relative_to(output).as_posix(): path for path in written if path.is_file()}
         tagged = log_evaluation(uri, report, files)
