@@ -59,6 +59,7 @@ def test_the_core_trains_and_evaluates_without_cluster_libraries(tmp_path: Path)
     assert (tmp_path / "run" / "summary.json").exists()
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     counts = {"attacks": 40, "autoattack": 0, "curves": 0, "sparse": 0, "audit": 0, "representation": 40, "bank": 40}
+    counts["certified"] = 4
     arguments = [argument for name, count in counts.items() for argument in (f"--images.{name}", str(count))]
     arguments += ["--attacks", '{"pgd5": {"num_steps": 5}}', "--detection.num_steps", "5", "--data.test_limit", "40"]
     arguments += ["--neighbours.k", "5", "--model", str(checkpoint), "--output", str(tmp_path / "report")]

@@ -36,13 +36,14 @@ def trained(seed: int = 0) -> nn.Module:
 
 def settings(**changes: object) -> EvaluateSettings:
     """An evaluation of few images."""
-    counts = {"autoattack": 20, "curves": 20, "sparse": 10, "audit": 0, "representation": 60, "bank": 200}
+    counts = {"autoattack": 20, "curves": 20, "sparse": 10, "certified": 20, "audit": 0, "representation": 60, "bank": 200}
     fields = {
         "model": "models:/tla-digits/1",
         "batch_size": 25,
         "images": counts,
         "attacks": {"fgsm": {"kind": "fgsm"}, "pgd5x2": {"num_steps": 5, "num_restarts": 2, "step_size": 0.05}},
         "detection": {"num_steps": 5},
+        "certificate": {"samples": 100},
         "neighbours": {"k": 5},
     }
     return EvaluateSettings.model_validate(fields | changes)

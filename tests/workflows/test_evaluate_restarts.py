@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 QUICK = [
     "--batch_size", "50", "--images.autoattack", "50", "--images.curves", "100", "--images.sparse", "20",
+    "--images.certified", "20",
     "--images.audit", "50", "--images.representation", "200", "--images.bank", "300", "--neighbours.k", "10",
     "--scaling.num_workers", "2",
 ]  # fmt: skip

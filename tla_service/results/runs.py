@@ -128,7 +128,7 @@ def _shared(settings: ReproduceSettings) -> RunConfig:
 
 def write_report_settings(settings: ReproduceSettings, run: TableRun, state: Path) -> Path:
     """Write the settings of a trained run's evaluation (`ReportSettings`) to a file in its folder, and return it."""
-    folder, images = state / run.name, {"curves": 0, "sparse": 0, "audit": 0}
+    folder, images = state / run.name, {"curves": 0, "sparse": 0, "certified": 0, "audit": 0}
     if settings.budget is not None:
         count = max(20, round(FULL_IMAGES * share_of_budget(settings)))
         images |= {"attacks": count, "autoattack": count, "representation": count, "bank": 10 * count}
