@@ -2,7 +2,7 @@
 
 import functools
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -199,11 +199,19 @@ def _pages(what: str, search: Callable[..., Any]) -> Iterable[Any]:
 
 
 def _ranked(entries: Iterable[Entry]) -> tuple[Entry, ...]:
-    """Evaluated entries by data set and threat model, the best under AutoAttack first; then the others."""
+    """Evaluations by data set and threat model, those with most first; in each, the best under AutoAttack on top.
+
+    Those without AutoAttack follow, then those whose audit failed, and at the very end what has no evaluation.
+    """
+    entries = list(entries)
+    sizes = Counter(entry.group for entry in entries if entry.report is not None)
 
     def place(entry: Entry) -> tuple[Any, ...]:
         identity = entry.name, int(entry.version)
-        return (0, *entry.group, -1.0 if entry.autoattack is None else -entry.autoattack - 1, *identity) if entry.report else (1, *identity)
+        if entry.report is None:
+            return 1, *identity
+        accuracy = 1.0 if entry.autoattack is None else -entry.autoattack
+        return 0, -sizes[entry.group], *entry.group, entry.audit == "failed", accuracy, *identity
 
     ranked, counts = [], defaultdict[tuple[str, ...], list[float]](list)
     for entry in sorted(entries, key=place):
