@@ -157,7 +157,7 @@ def test_every_command_is_a_valid_configuration(page: str, line: str, monkeypatc
         del given[place : place + 2]
     for name, value in re.findall(r"\b(TLA_\w+)=(\S+)", line[: line.index("python")] if "python" in line else ""):
         monkeypatch.setenv(name, value)
-    read_settings(settings_of(line), spread_lists(given))
+    read_settings(settings_of(line), spread_lists(given, ("compare", "models")))
 
 
 def differences() -> list[tuple[str, str, str]]:

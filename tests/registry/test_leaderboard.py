@@ -4,16 +4,20 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from jobs.leaderboard import main
 from tests.registry.test_evaluations import report
+from tests.registry.tracking_server import TrackingServer
 from tla_service.config import RunConfig, TrackingConfig
 from tla_service.errors import UnavailableError
 from tla_service.evaluation import results as rs
+from tla_service.job import run_job
 from tla_service.registry.evaluations import evaluation_tags
 from tla_service.registry.leaderboard import Leaderboard, read_leaderboard, write_leaderboard
 from tla_service.report import schema as rp
@@ -77,6 +81,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
             (folder / str(number) / "report.html").write_text("page")
         made.create_model_version(name, str(folder), run_id=run_id, tags=tags)
     log_files(uri, run_id, files)
+    made.create_registered_model("tla-cifar10-champion-lock-7")
     made.set_registered_model_alias("tla-cifar10", "champion", "3")
     made.set_registered_model_alias("tla-cifar10", "previous", "2")
     return Store(uri, run_id)
@@ -125,7 +130,7 @@ class Rows(HTMLParser):
 def test_every_version_of_this_project_has_a_row_with_the_figures_of_its_report(
     store: Store, board: Leaderboard, page: Path
 ) -> None:
-    assert (board.versions, board.foreign, len(board.entries)) == (19, 1, 19)
+    assert (board.models, board.versions, board.foreign, len(board.entries)) == (("tla-cifar10", HOSTILE), 19, 1, 19)
     rows = Rows(page.read_text()).rows
     assert len(rows) == 19
     for entry, row in zip(board.entries, rows, strict=True):
@@ -153,9 +158,7 @@ def test_every_version_of_this_project_has_a_row_with_the_figures_of_its_report(
 def test_ranks_are_by_autoattack_among_comparable_trusted_evaluations(board: Leaderboard) -> None:
     for threat in (LINF, L2):
         own = [entry for entry in board.entries if entry.report and entry.report.threat_model == threat]
-        figures = [entry.autoattack for entry in own if entry.autoattack is not None]
-        assert figures == sorted(figures, reverse=True)
-        assert [entry.autoattack for entry in own[len(figures) :]] == [None] * (len(own) - len(figures))
+        assert own == sorted(own, key=lambda entry: (entry.audit == "failed", -(entry.autoattack or -1)))
         counted = [entry.autoattack for entry in own if entry.rank is not None]
         for entry in own:
             if entry.autoattack is None or entry.audit == "failed":
@@ -181,8 +184,8 @@ def test_some_models_alone_and_what_cannot_be_shown(store: Store, tmp_path: Path
     tracking = TrackingConfig(uri=store.uri)
     some = read_leaderboard(tracking, ["tla-cifar10"])
     assert (some.models, some.versions) == (("tla-cifar10",), 12)
-    with pytest.raises(UnavailableError, match=r"models=tla-mnist: is not registered; choose from: tla-cifar10, tla<"):
-        read_leaderboard(tracking, ["tla-mnist"])
+    with pytest.raises(UnavailableError, match=r"models=mnist: is not registered; choose from tla-cifar10, tla<"):
+        read_leaderboard(tracking, ["mnist"])
     with pytest.raises(UnavailableError, match="there is no such file"):
         read_leaderboard(TrackingConfig(uri=f"sqlite:///{tmp_path}/none.db"))
     assert not (tmp_path / "none.db").exists()
@@ -192,6 +195,40 @@ def test_some_models_alone_and_what_cannot_be_shown(store: Store, tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(UnavailableError, match=r"cannot be written .*; choose another --output"):
         write_leaderboard(some, tmp_path / "file" / "page.html")
+
+
+def test_the_job_writes_the_page_and_says_what_is_in_it(
+    store: Store, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "board.html"
+    arguments = ["--tracking.uri", store.uri, "--models", "tla-cifar10", HOSTILE, "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["leaderboard.py", *arguments])
+    assert run_job(main) == 0
+    assert output.read_bytes() == page.read_bytes()
+    assert capsys.readouterr().out.splitlines() == [
+        "19 versions of 2 models, 18 evaluations",
+        "left out: 1 versions that this project did not register",
+        f"leaderboard  {output}",
+    ]
+
+
+def test_links_lead_to_a_servers_pages(server: TrackingServer, tmp_path: Path) -> None:
+    run_id = open_run(RunConfig(tracking=TrackingConfig(uri=server.uri)), "key-leaderboard", facts={})
+    made = client(server.uri)
+    made.create_registered_model("leader board")
+    source = str(made.get_run(run_id).info.artifact_uri)
+    version = made.create_model_version("leader board", source, run_id=run_id, tags={"weights_sha256": sha256(1)})
+    rp.write_report(evaluated(run_id, 1), tmp_path / "report.json")
+    home = rp.artifact_folder(sha256(1), LINF)
+    log_files(server.uri, run_id, {f"{home}/report.json": tmp_path / "report.json"})
+    (entry,) = read_leaderboard(TrackingConfig(uri=server.uri), ["leader board"]).entries
+    experiment = made.get_run(run_id).info.experiment_id
+    run = f"{server.uri}/#/experiments/{experiment}/runs/{run_id}"
+    assert entry.links == {
+        "version": f"{server.uri}/#/models/leader%20board/versions/{version.version}",
+        "run": run,
+        "report": f"{run}/artifacts/{home}/report.html",
+    }
 
 
 def test_an_unreadable_report_and_one_of_other_weights_are_named(tmp_path: Path) -> None:

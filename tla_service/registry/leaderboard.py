@@ -1,6 +1,7 @@
 """The leaderboard: every evaluation of every registered version on one page, from what MLflow holds alone."""
 
 import functools
+import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ from mlflow.entities import RunInfo
 from mlflow.exceptions import MlflowException
 
 from tla_service.config import TrackingConfig
+from tla_service.config.explain import suggest
 from tla_service.errors import UnavailableError, one_line, without_credentials
 from tla_service.files import write_whole
 from tla_service.registry.evaluations import fetch, stored_evaluations
@@ -65,7 +67,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Entries in the order of the page; `foreign` counts versions that this project did not register."""
+    """Entries in the order of the page; `foreign` counts versions that this project did not register, which have none."""
 
     models: tuple[str, ...]
     versions: int
@@ -83,13 +85,14 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
     if path is not None and not path.is_file():
         raise UnavailableError("tracking.uri", uri, "there is no such file", "correct the address")
     made = client(uri)
-    registered = {each.name: each for each in _pages("Reading the models", made.search_registered_models)}
-    missing = next((name for name in models if name not in registered), None)
-    if missing is not None:
-        names = ", ".join(sorted(registered))
-        raise UnavailableError("models", missing, "is not registered", f"choose from: {names}" if names else "train one")
+    found = _pages("Reading the models", made.search_registered_models)
+    # The locks of promotions are registered models, too.
+    registered = {each.name: each for each in found if not re.search(r"-lock-\d+$", each.name)}
     if not registered:
         raise UnavailableError("tracking.uri", uri, "has no registered models", "train one, or correct the address")
+    missing = next((name for name in models if name not in registered), None)
+    if missing is not None:
+        raise UnavailableError("models", missing, "is not registered", suggest(missing, sorted(registered)))
     reader = _Reader(made, uri)
     entries: list[Entry] = []
     own = foreign = 0
@@ -104,7 +107,7 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
                 continue
             own += 1
             entries += reader.entries(version, tuple(sorted(aliases[str(version.version)])))
-    return Leaderboard(tuple(sorted(set(models) or registered)), own, foreign, _ranked(entries))
+    return Leaderboard(tuple(sorted({entry.name for entry in entries})), own, foreign, _ranked(entries))
 
 
 def write_leaderboard(found: Leaderboard, path: Path) -> Path:
