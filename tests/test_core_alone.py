@@ -64,6 +64,7 @@ def test_the_core_trains_and_evaluates_without_cluster_libraries(tmp_path: Path)
         "curves": 0,
         "sparse": 0,
         "corruptions": 0,
+        "certified": 4,
         "audit": 0,
         "representation": 40,
         "bank": 40,

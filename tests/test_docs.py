@@ -16,7 +16,7 @@ from tla_service.cluster.doctor.settings import CheckupSettings
 from tla_service.config import RunConfig
 from tla_service.config.fields import parse_fraction
 from tla_service.config.loading import JobSettings, RunSettings, preset_names, read_settings
-from tla_service.registry.job_settings import ExportSettings, ImportSettings, PromoteSettings
+from tla_service.registry.job_settings import ExportSettings, ImportSettings, LeaderboardSettings, PromoteSettings
 from tla_service.report.settings import EvaluateSettings, ReportSettings, spread_lists
 from tla_service.results.settings import ReproduceSettings
 from tla_service.tuning.settings import Dimension, SweepConfig, TuneSettings
@@ -41,6 +41,7 @@ JOBS: dict[str, type[JobSettings]] = {
     "-m benchmarks": BenchmarkSettings,
     "jobs/tune_tla.py": TuneSettings,
     "jobs/promote_model.py": PromoteSettings,
+    "jobs/leaderboard.py": LeaderboardSettings,
     "jobs/export_model.py": ExportSettings,
     "jobs/import_model.py": ImportSettings,
     "jobs/inspect_data.py": InspectSettings,
@@ -156,7 +157,7 @@ def test_every_command_is_a_valid_configuration(page: str, line: str, monkeypatc
         del given[place : place + 2]
     for name, value in re.findall(r"\b(TLA_\w+)=(\S+)", line[: line.index("python")] if "python" in line else ""):
         monkeypatch.setenv(name, value)
-    read_settings(settings_of(line), spread_lists(given))
+    read_settings(settings_of(line), spread_lists(given, ("compare", "models")))
 
 
 def differences() -> list[tuple[str, str, str]]:

@@ -41,6 +41,7 @@ def settings(**changes: object) -> EvaluateSettings:
         "curves": 20,
         "sparse": 10,
         "corruptions": 12,
+        "certified": 20,
         "audit": 0,
         "representation": 60,
         "bank": 200,
@@ -51,6 +52,7 @@ def settings(**changes: object) -> EvaluateSettings:
         "images": counts,
         "attacks": {"fgsm": {"kind": "fgsm"}, "pgd5x2": {"num_steps": 5, "num_restarts": 2, "step_size": 0.05}},
         "detection": {"num_steps": 5},
+        "certificate": {"samples": 100},
         "neighbours": {"k": 5},
     }
     return EvaluateSettings.model_validate(fields | changes)

@@ -19,8 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Please import `gaussian_filter`:
 Run = Callable[..., tuple[int, str, str]]
 QUICK = [
     "--data.test_limit", "40", "--batch_size", "10", "--attacks", '{"pgd3": {"num_steps": 3, "num_restarts": 2}}',
-    "--images.autoattack", "0", "--images.curves", "0", "--images.sparse", "0", "--images.audit", "0",
-    "--images.corruptions", "0", "--images.representation", "0", "--images.transfer", "0", "--no-page",
+    "--images.autoattack", "0", "--images.curves", "0", "--images.sparse", "0", "--images.certified", "0",
+    "--images.audit", "0", "--images.corruptions", "0", "--images.representation", "0", "--images.transfer", "0",
+    "--no-page",
 ]  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from tla_service.report.plan import (
     query_task,
     radius_name,
     single_tasks,
+    smoothing_sigma,
     surrogate_task,
 )
 from tla_service.report.tasks import Task, select
@@ -117,6 +118,7 @@ def report(**changes: Any) -> rp.Report:
         "norms": fd.norm_table(own, plan(), "digits", digits().image_shape),
         "corruptions": own.corruptions,
         "calibration": own.calibration,
+        "certified": own.certified,
         "detection": own.detection,
         "neighbours": fd.neighbours(own, plan(), settings()),
         "shift": tuple(ratios.at(epsilon) for epsilon, ratios in own.shift.items()),
@@ -222,8 +224,9 @@ def test_protocol_names_what_shapes_the_figures_alone() -> None:
         digest(norm="l2"),
         digest(batch_size=10),
         digest(images={"curves": 3}),
+        digest(certificate={"sigma": 0.1}),
     ]
-    assert len({plain, *others}) == 6
+    assert len({plain, *others}) == 7
 
 
 def test_a_norm_without_a_radius_takes_the_documented_one() -> None:
@@ -579,6 +582,7 @@ def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
     figures.accuracy()
     figures.curves()
     figures.beyond()
+    figures.certified()
     figures.detection()
     figures.shift({"AT": found(1)}, "TLA")
     figures.maps(settings(), "digits")
@@ -671,6 +675,37 @@ def test_the_papers_figures_stand_beside_those_of_all_test_images(tmp_path: Path
 def test_page_shows_the_papers_figures_only_in_its_setting(tmp_path: Path) -> None:
     write_page(report(), [], tmp_path / "report.html", same_attacks=True)
     assert "the paper has no digits" in (tmp_path / "report.html").read_text()
+
+
+def test_certificates_are_of_the_report_images_and_come_with_autoattacks_verdict(tmp_path: Path) -> None:
+    own = of_the_gate(False).certified
+    assert own is not None
+    rows = measured()[MODEL, "certified"]
+    rest = rows[~digits().gate.numpy()[rows["index"]]]
+    assert (own.images, own.sigma) == (len(rest), 0.15) < (len(rows), 1.0)
+    assert own.accuracy.estimate == np.mean(rest["predicted"] == rest["label"])
+    strong = of_the_gate(False).autoattack
+    assert strong is not None
+    shared = np.isin(strong.indices, rest["index"])
+    assert own.autoattack == rs.share_of(strong.standing("autoattack")[shared])
+    assert own.smoothed_broken == 0
+    l2 = make_plan(settings(norm="l2"), "digits", "linf", 0.15, has_surrogate=False)
+    assert smoothing_sigma(l2, settings()) == 0.3
+    assert smoothing_sigma(l2, settings(certificate={"sigma": "1/4"})) == 0.25
+    assert "certified" not in {
+        task.name for task in single_tasks(plan(), settings(images={"certified": 0}), digits(), MODEL)
+    }
+
+    write_page(report(certified=own), [], tmp_path / "report.html", same_attacks=False)
+    text = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
+    assert f"noise σ = 0.15, on {own.images} images with 100 noisy copies each" in text
+    assert f"which guarantees only {own.median_radius:.4g} in L-infinity" in text
+    assert "certificates are contradicted" not in text
+    write_page(report(certified=replace(own, smoothed_broken=3)), [], tmp_path / "report.html", same_attacks=False)
+    assert "3 certificates are contradicted" in (tmp_path / "report.html").read_text()
+    before = json.loads(report().model_dump_json())
+    del before["certified"]  # as reports made before there were certificates
+    assert rp.Report.model_validate(before).certified is None
 
 
 def test_radii_read_as_people_write_them() -> None:

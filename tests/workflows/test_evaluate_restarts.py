@@ -21,8 +21,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
 QUICK = [
     "--batch_size", "50", "--images.autoattack", "50", "--images.curves", "100", "--images.sparse", "20",
-    "--images.corruptions", "20", "--images.audit", "50", "--images.representation", "200", "--images.bank", "300",
-    "--neighbours.k", "10", "--images.unit_tests", "0", "--images.transfer", "0", "--scaling.num_workers", "2",
+    "--images.corruptions", "20", "--images.certified", "20", "--images.audit", "50", "--images.representation", "200",
+    "--images.bank", "300", "--neighbours.k", "10", "--images.unit_tests", "0", "--images.transfer", "0",
+    "--scaling.num_workers", "2",
 ]  # fmt: skip
 
 

@@ -76,6 +76,14 @@ class PromoteSettings(JobSettings):
         return self
 
 
+class LeaderboardSettings(JobSettings):
+    """Settings of the leaderboard."""
+
+    models: tuple[str, ...] = setting((), "registered models to show: --models A B C; none: all")
+    output: Path = Field(Path("leaderboard.html"), description="page to write")
+    tracking: TrackingConfig = TrackingConfig()
+
+
 class ExportSettings(JobSettings):
     """Settings of an export."""
 

@@ -14,9 +14,10 @@ from torch import nn
 from tla_service.data import split_training
 from tla_service.errors import ConfigError, UnavailableError, UserError, one_line
 from tla_service.evaluation import results as rs
+from tla_service.evaluation.certified import ROW, Certificates
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.geometry import pick_queries
-from tla_service.evaluation.shards import ShardOutcome, save_outcome
+from tla_service.evaluation.shards import ShardOutcome, save_arrays, save_outcome
 from tla_service.evaluation.surrogate import TrainedSurrogate
 from tla_service.files import LOCK_FILE, locked_folder, write_whole
 from tla_service.job import code_facts
@@ -80,6 +81,9 @@ def evaluate(
             if outcome is not None:
                 outcomes[file] = replace(outcome, gate=set_aside[outcome.indices])
                 save_outcome(replace(outcomes[file], per_image={}), output / file)
+        certificates: Certificates | None = results.get((subject.key, "certified"))
+        if certificates is not None:
+            save_arrays({name: certificates[name] for name in ROW.names or ()}, output / rp.CERTIFIED_FILE)
         report = evaluation.write_evidence(report, outcomes)
         rp.write_report(report, output / rp.REPORT_FILE)
         if settings.page:
@@ -284,6 +288,7 @@ class _Evaluation:
             audit=own.audit,
             unit_tests=own.unit_tests,
             relatives=fd.relatives(own, self.relatives),
+            certified=own.certified,
             compared=tuple(map(compared, models.others)),
             surrogate=models.surrogate.facts if models.surrogate is not None else None,
             code=code_facts(),
@@ -317,6 +322,7 @@ class _Evaluation:
         figures.accuracy()
         figures.curves()
         figures.beyond()
+        figures.certified()
         figures.detection()
         labels = {each.key: method_name(each.facts.method) for each in models.others}
         figures.shift({labels[key]: found[key] for key in labels}, method_name(subject.facts.method))

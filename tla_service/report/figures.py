@@ -13,6 +13,7 @@ from tla_service.data.sources import ImageSource
 from tla_service.errors import ConfigError
 from tla_service.evaluation import measure_figures as mf
 from tla_service.evaluation.beyond_figures import corruption_lines, reliability_diagram
+from tla_service.evaluation.certified import certified_curve
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.figures import PanelRow, attack_panel, retrieval_panel
 from tla_service.evaluation.geometry import nearest, project, select_class, select_pair
@@ -92,6 +93,17 @@ class Figures:
             caption = "Below the diagonal the network is overconfident. Larger marks stand for more images."
             path = self._add("calibration", "calibration", "Reliability", caption)
             reliability_diagram({str(name): each for name, each in found.calibration.items()}, path)
+
+    def certified(self) -> None:
+        """Certified accuracy along the radius, beside clean and AutoAttack accuracy."""
+        if self._found.certified is None:
+            return
+        caption = (
+            "Certified accuracy bounds that of the smoothed classifier from below, AutoAttack's bounds that of the "
+            "network from above; what is true in between is unknown."
+        )
+        path = self._add("certified", "certified", "Certified, under AutoAttack and clean", caption)
+        certified_curve(self._found.certified, self._plan.norm, self._plan.epsilon, path)
 
     def detection(self) -> None:
         """ROC curves of the detection scores."""

@@ -13,6 +13,7 @@ from tla_service.config.radii import ImageShape, SparseNorm, customary_radius
 from tla_service.evaluation import results as rs
 from tla_service.evaluation.adaptive import Aim
 from tla_service.evaluation.beyond import Calibration, Corruptions, NormRow, calibrate, summarise_corruptions
+from tla_service.evaluation.certified import Certificates, Certified, summarise
 from tla_service.evaluation.detection import (
     RocCurve,
     adaptive_detection,
@@ -28,7 +29,15 @@ from tla_service.evaluation.shards import ShardOutcome, standing_under_all
 from tla_service.evaluation.suite import minimum_norms_of
 from tla_service.evaluation.unit_tests import unit_test_check
 from tla_service.inference.detector import Detector, Rejector, Scores
-from tla_service.report.plan import TRANSFER, Plan, adaptive_name, detection_name, other_norm_attack, radius_name
+from tla_service.report.plan import (
+    TRANSFER,
+    Plan,
+    adaptive_name,
+    detection_name,
+    other_norm_attack,
+    radius_name,
+    smoothing_sigma,
+)
 from tla_service.report.schema import AttackFacts, AutoAttackFacts
 from tla_service.report.settings import ReportSettings
 
@@ -69,6 +78,7 @@ class Findings:
     audit: rs.Audit | None = None
     unit_tests: rs.UnitTests | None = None
     transfer: ShardOutcome | None = None
+    certified: Certified | None = None
 
 
 def gather(
@@ -89,6 +99,8 @@ def gather(
         found.corruptions = summarise_corruptions(mine["corruptions"])
     found.curves = _curves(mine, found.outcome, plan)
     found.transfer = joined([result for name, result in mine.items() if name.startswith(TRANSFER)])
+    if "certified" in mine:
+        found.certified = _certified(mine["certified"], found.autoattack, plan, settings)
     if "audit" in mine:
         surrogate = mine.get("surrogate")
         found.unit_tests = mine.get("unit-tests")
@@ -189,6 +201,22 @@ def _curves(mine: Mapping[str, Any], outcome: ShardOutcome, plan: Plan) -> tuple
         curves.append(restart_curve(outcome, name, restarts, total, steps_each=steps))
         curves.append(restart_curve(outcome, name, restarts, f"{name}: {name}"))
     return tuple(curves)
+
+
+def _certified(
+    certificates: Certificates, strong: ShardOutcome | None, plan: Plan, settings: ReportSettings
+) -> Certified:
+    return summarise(
+        certificates,
+        norm=plan.norm,
+        epsilon=plan.epsilon,
+        sigma=smoothing_sigma(plan, settings),
+        samples=settings.certificate.samples,
+        alpha=settings.certificate.alpha,
+        standing=dict(zip(strong.indices.tolist(), strong.standing("autoattack").tolist(), strict=True))
+        if strong
+        else None,
+    )
 
 
 def accuracies(found: Findings, plan: Plan, num_classes: int) -> dict[str, rs.Accuracy]:

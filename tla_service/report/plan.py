@@ -31,6 +31,7 @@ from tla_service.evaluation.beyond import CorruptionMeasurement
 from tla_service.evaluation.embedding import EmbeddingMeasurement
 from tla_service.evaluation.paper import epsilon_sweep, paper_columns, step_sweep
 from tla_service.evaluation.shards import IntArray, Measurement
+from tla_service.evaluation.smoothing import CertificationMeasurement
 from tla_service.evaluation.suite import AttackMeasurement, NormMeasurement, evaluation_attack
 from tla_service.evaluation.surrogate import SurrogateMeasurement, surrogate_rows
 from tla_service.evaluation.unit_tests import UnitTestMeasurement
@@ -176,6 +177,15 @@ def detection_name(plan: Plan) -> str:
     return "larger" if plan.detection.epsilon == plan.epsilon else radius_name(plan.detection.epsilon)
 
 
+def smoothing_sigma(plan: Plan, settings: ReportSettings) -> float:
+    """Deviation of the noise that certificates are for.
+
+    In L-infinity it is on average as long as the longest perturbation of the threat model; in L2 a certificate up to
+    the radius takes 98 % of the votes.
+    """
+    return settings.certificate.sigma or (plan.epsilon if plan.norm == "linf" else plan.epsilon / 2)
+
+
 def other_norm_attack(plan: Plan, data_name: str, shape: ImageShape) -> Attack:
     """PGD in L2 for a threat model in L-infinity, and the other way round, at the radius customary for the data."""
     norm: Norm = "l2" if plan.norm == "linf" else "linf"
@@ -248,7 +258,7 @@ def adaptive_tasks(
 
 
 def single_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str) -> list[Task]:
-    """Curves, other norms and corruptions, for the model alone."""
+    """Curves, other norms, corruptions and certificates, for the model alone."""
     counts, attack = settings.images, plan.strongest
     radii = tuple(plan.epsilon * factor for factor in _EPSILON_FACTORS)
     radii = tuple(radius for radius in radii if plan.norm == "l2" or radius <= 1)
@@ -268,6 +278,9 @@ def single_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: 
         ("other-norm", counts.sparse, AttackMeasurement({"pgd": other}, {}, None, plan.seed, plan.batch_size)),
         ("corruptions", counts.corruptions, CorruptionMeasurement(plan.seed, plan.batch_size)),
     ]
+    chosen, sigma = settings.certificate, smoothing_sigma(plan, settings)
+    certificates = CertificationMeasurement(sigma, chosen.samples, chosen.alpha, plan.seed, plan.batch_size)
+    measures.append(("certified", counts.certified, certificates))
     return [_task(name, model, dataset, count, plan, measure) for name, count, measure in measures if count]
 
 
@@ -305,7 +318,10 @@ def audit_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: s
 
 def protocol(plan: Plan, settings: ReportSettings) -> str:
     """Eight hex digits of everything that shapes the figures, but weights and data."""
-    parts = {name: getattr(settings, name).model_dump() for name in ("images", "detection", "neighbours", "pictures")}
+    parts = {
+        name: getattr(settings, name).model_dump()
+        for name in ("images", "detection", "certificate", "neighbours", "pictures")
+    }
     described = asdict(plan, dict_factory=lambda items: {key: value for key, value in items if key != "function"})
     text = json.dumps(parts | {"plan": described}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

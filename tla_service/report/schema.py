@@ -11,14 +11,16 @@ from pydantic.json_schema import GenerateJsonSchema
 from tla_service.errors import UnavailableError, one_line
 from tla_service.evaluation import results as rs
 from tla_service.evaluation.beyond import Calibration, Corruptions, NormRow
+from tla_service.evaluation.certified import Certified
 from tla_service.files import write_whole
 
 FORMAT: Literal[1] = 1
 REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, PAGE_FILE = "report.json", "outcome.npz", "autoattack.npz", "report.html"
-TRANSFER_FILE = "transfer.npz"
+CERTIFIED_FILE, TRANSFER_FILE = "certified.npz", "transfer.npz"
 IMAGES_FILE, ADVERSARIAL_FILE, SARIF_FILE = "images.parquet", "adversarial.npz", "audit.sarif"
 FILES = (
-    REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, TRANSFER_FILE, PAGE_FILE, IMAGES_FILE, ADVERSARIAL_FILE, SARIF_FILE,
+    REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE, CERTIFIED_FILE, TRANSFER_FILE, PAGE_FILE, IMAGES_FILE,
+    ADVERSARIAL_FILE, SARIF_FILE,
 )  # fmt: skip
 SCHEMA_FILE = Path(__file__).with_name("report.schema.json")
 
@@ -166,6 +168,7 @@ class Report(Part):
     audit: rs.Audit | None = None
     unit_tests: rs.UnitTests | None = None
     relatives: tuple[rs.Relative, ...] = ()
+    certified: Certified | None = None
     detection: rs.Detection | None = None
     neighbours: rs.Neighbours | None = None
     shift: tuple[rs.Shift, ...] = ()

@@ -50,6 +50,7 @@ class ImageCounts(Section):
     adaptive: int = setting(
         1000, "test images for the attacks on the detector; needs images.representation", unit="images", ge=0
     )
+    certified: int = setting(200, "test images for certificates by randomised smoothing", unit="images", ge=0)
     bank: int = setting(10_000, "training images for the class Gaussians and nearest neighbours", ge=1)
 
 
@@ -69,6 +70,20 @@ class DetectionSettings(Section):
     shrinkage: Literal["ledoit_wolf", "none"] = setting("ledoit_wolf", "shrinkage of the covariance")
     normalize: bool = setting(True, "scale embeddings to unit length")
     rule: Literal["likeliest", "predicted"] = setting("likeliest", "class whose log density is the score")
+
+
+class CertificateSettings(Section):
+    """Randomised smoothing: what the certificates are of, and how certain they are."""
+
+    sigma: Pixels | None = setting(
+        None,
+        "standard deviation of the noise on each pixel value; none: the threat model's radius in L-infinity, half of "
+        "it in L2",
+        unit="pixels in [0, 1]",
+        gt=0,
+    )
+    samples: int = setting(1000, "noisy copies that bound an image's radius; more certify larger ones", ge=100)
+    alpha: float = setting(0.001, "probability that a certificate is wrong, at most", ge=1e-9, le=0.1)
 
 
 class NeighbourSettings(Section):
@@ -121,6 +136,7 @@ class ReportSettings(JobSettings):
     data: EvaluatedData = EvaluatedData()
     images: ImageCounts = ImageCounts()
     detection: DetectionSettings = DetectionSettings()
+    certificate: CertificateSettings = CertificateSettings()
     neighbours: NeighbourSettings = NeighbourSettings()
     pictures: PictureSettings = PictureSettings()
 

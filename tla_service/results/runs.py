@@ -128,7 +128,8 @@ def _shared(settings: ReproduceSettings) -> RunConfig:
 
 def write_report_settings(settings: ReproduceSettings, run: TableRun, state: Path) -> Path:
     """Write the settings of a trained run's evaluation (`ReportSettings`) to a file in its folder, and return it."""
-    folder, images = state / run.name, {"curves": 0, "sparse": 0, "corruptions": 0, "audit": 0, "transfer": 0}
+    left_out = ("curves", "sparse", "certified", "corruptions", "audit", "transfer")
+    folder, images = state / run.name, dict.fromkeys(left_out, 0)
     if settings.budget is not None:
         count = max(20, round(FULL_IMAGES * share_of_budget(settings)))
         images |= {"attacks": count, "autoattack": count, "representation": count, "bank": 10 * count}

@@ -1,0 +1,245 @@
+"""The leaderboard: every evaluation of every registered version on one page, from what MLflow holds alone."""
+
+import functools
+import re
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from mlflow import MlflowClient
+from mlflow.entities import RunInfo
+from mlflow.exceptions import MlflowException
+
+from tla_service.config import TrackingConfig
+from tla_service.config.explain import suggest
+from tla_service.errors import UnavailableError, one_line, without_credentials
+from tla_service.files import write_whole
+from tla_service.registry.evaluations import fetch, stored_evaluations
+from tla_service.report.page import NORMS, method_name, size, template
+from tla_service.report.schema import PAGE_FILE, REPORT_FILE, Report, read_report
+from tla_service.tracking.connection import client, retrying, sqlite_path, tracking_uri
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered version under one threat model; `report` is None if it has no evaluation that can be read.
+
+    `trouble` says why then. `links` are addresses of the version, its run and the report's page, as far as there are
+    any. `rank` is among evaluations on the same data under the same threat model, from 1; None without AutoAttack, or if
+    the audit failed.
+    """
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    method: str
+    registered: str
+    run_id: str
+    links: dict[str, str]
+    report: Report | None = None
+    trouble: str = ""
+    rank: int | None = None
+
+    @property
+    def autoattack(self) -> float | None:
+        """Accuracy under AutoAttack, in [0, 1]."""
+        found = self.report.accuracy.get("autoattack") if self.report is not None else None
+        return None if found is None else found.estimate
+
+    @property
+    def audit(self) -> str:
+        """The audit's verdict."""
+        if self.report is None or self.report.audit is None:
+            return "not run"
+        return "passed" if self.report.audit.trusted else "failed"
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """What makes figures comparable: data set and threat model."""
+        assert self.report is not None
+        return self.report.data.name, self.report.data.fingerprint, self.report.threat_model.slug
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Entries in the order of the page; `foreign` counts versions that this project did not register, which have none."""
+
+    models: tuple[str, ...]
+    versions: int
+    foreign: int
+    entries: tuple[Entry, ...]
+
+
+def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Leaderboard:
+    """Read the registered versions of some models, or of all, with their evaluations; nothing is written.
+
+    UnavailableError if the store cannot be read, a model is not registered, or none is.
+    """
+    uri = tracking_uri(tracking)
+    path = sqlite_path(uri)
+    if path is not None and not path.is_file():
+        raise UnavailableError("tracking.uri", uri, "there is no such file", "correct the address")
+    made = client(uri)
+    found = _pages("Reading the models", made.search_registered_models)
+    # The locks of promotions are registered models, too.
+    registered = {each.name: each for each in found if not re.search(r"-lock-\d+$", each.name)}
+    if not registered:
+        raise UnavailableError("tracking.uri", uri, "has no registered models", "train one, or correct the address")
+    missing = next((name for name in models if name not in registered), None)
+    if missing is not None:
+        raise UnavailableError("models", missing, "is not registered", suggest(missing, sorted(registered)))
+    reader = _Reader(made, uri)
+    entries: list[Entry] = []
+    own = foreign = 0
+    for name in sorted(set(models) or registered):
+        search = functools.partial(made.search_model_versions, f"name='{name}'")
+        aliases = defaultdict(list)
+        for alias, number in registered[name].aliases.items():
+            aliases[str(number)].append(alias)
+        for version in _pages("Reading the versions", search):
+            if "weights_sha256" not in version.tags:
+                foreign += 1
+                continue
+            own += 1
+            entries += reader.entries(version, tuple(sorted(aliases[str(version.version)])))
+    return Leaderboard(tuple(sorted({entry.name for entry in entries})), own, foreign, _ranked(entries))
+
+
+def write_leaderboard(found: Leaderboard, path: Path) -> Path:
+    """Write the page; returns its absolute path. UnavailableError if it cannot be written."""
+    path = path.expanduser().absolute()
+    rows = [{"entry": entry, "threat": _threat(entry), "data": _data(entry, found.entries)} for entry in found.entries]
+    choices = {key: sorted({row[key] for row in rows if row[key]}) for key in ("data", "threat")}
+    choices["model"] = list(found.models)
+    content = template("leaderboard.html.j2").render(
+        found=found,
+        rows=rows,
+        choices=choices,
+        method=method_name,
+        evaluated=sum(e.report is not None for e in found.entries),
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError as error:
+        reason = f"cannot be written ({one_line(error)})"
+        raise UnavailableError("output", path, reason, "choose another --output") from error
+    return path
+
+
+class _Reader:
+    """Reads runs and reports, each once."""
+
+    def __init__(self, made: MlflowClient, uri: str) -> None:
+        self._made, self._uri = made, uri
+        self._run = functools.cache(self._read_run)
+        self._reports = functools.cache(self._read_reports)
+
+    def entries(self, version: Any, aliases: tuple[str, ...]) -> list[Entry]:
+        """An entry for each evaluation of a version, or one that says why there is none."""
+        run_id, sha256 = str(version.run_id or ""), version.tags["weights_sha256"]
+        registered = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).date().isoformat()
+        base = without_credentials(self._uri)
+        links = {}
+        if base.startswith(("http://", "https://")):
+            links["version"] = f"{base}/#/models/{quote(version.name, safe='')}/versions/{version.version}"
+        bare = Entry(
+            version.name, str(version.version), aliases, version.tags.get("method", ""), registered, run_id, links
+        )
+        try:
+            run, reports = self._run(run_id), self._reports(run_id, sha256)
+        except MlflowException as error:
+            return [replace(bare, trouble=f"its run cannot be read ({one_line(error)})")]
+        if "version" in links:
+            links["run"] = f"{base}/#/experiments/{run.experiment_id}/runs/{run_id}"
+        if not reports:
+            return [replace(bare, trouble="not evaluated")]
+        found = []
+        for folder, report in reports.items():
+            if isinstance(report, str):
+                found.append(replace(bare, trouble=report))
+            elif report.model.weights_sha256 != sha256:
+                found.append(replace(bare, trouble="the report is of other weights"))
+            else:
+                page = self._page(run, folder, links.get("run"))
+                found.append(replace(bare, report=report, links=links | ({"report": page} if page else {})))
+        return found
+
+    def _page(self, run: RunInfo, folder: str, address: str | None) -> str | None:
+        """Where a report's page can be looked at: in MLflow's UI, or on this machine's disk."""
+        if address is not None:
+            return f"{address}/artifacts/{folder}/{PAGE_FILE}"
+        root = urlsplit(str(run.artifact_uri))
+        path = Path(unquote(root.path)) / folder / PAGE_FILE
+        return path.as_uri() if root.scheme in ("", "file") and path.is_file() else None
+
+    def _read_run(self, run_id: str) -> RunInfo:
+        return retrying("Reading the run", lambda: self._made.get_run(run_id)).info
+
+    def _read_reports(self, run_id: str, sha256: str) -> dict[str, Report | str]:
+        """Reports on these weights by their folders among the run's artifacts; a text if one cannot be read."""
+        found: dict[str, Report | str] = {}
+        for folder in stored_evaluations(self._made, run_id, sha256).values():
+            with tempfile.TemporaryDirectory(prefix="tla-leaderboard-") as scratch:
+                fetch(self._made, run_id, folder, Path(scratch), [REPORT_FILE])
+                try:
+                    found[folder] = read_report(Path(scratch) / REPORT_FILE)
+                except UnavailableError:
+                    found[folder] = f"the report in {folder} cannot be read"
+        return found
+
+
+def _pages(what: str, search: Callable[..., Any]) -> Iterable[Any]:
+    """All results of a search, page after page."""
+    token = None
+    while True:
+        page = retrying(what, functools.partial(search, page_token=token))
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _ranked(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Evaluations by data set and threat model, those with most first; in each, the best under AutoAttack on top.
+
+    Those without AutoAttack follow, then those whose audit failed, and at the very end what has no evaluation.
+    """
+    entries = list(entries)
+    sizes = Counter(entry.group for entry in entries if entry.report is not None)
+
+    def place(entry: Entry) -> tuple[Any, ...]:
+        identity = entry.name, int(entry.version)
+        if entry.report is None:
+            return 1, *identity
+        accuracy = 1.0 if entry.autoattack is None else -entry.autoattack
+        return 0, -sizes[entry.group], *entry.group, entry.audit == "failed", accuracy, *identity
+
+    ranked, counts = [], defaultdict[tuple[str, ...], list[float]](list)
+    for entry in sorted(entries, key=place):
+        rank = None
+        if entry.report is not None and entry.autoattack is not None and entry.audit != "failed":
+            better = counts[entry.group]
+            rank = 1 + sum(other > entry.autoattack for other in better)  # equals share a rank
+            better.append(entry.autoattack)
+        ranked.append(replace(entry, rank=rank))
+    return tuple(ranked)
+
+
+def _threat(entry: Entry) -> str:
+    threat = entry.report.threat_model if entry.report is not None else None
+    return "" if threat is None else f"{NORMS[threat.norm]} {size(threat.epsilon, threat.norm)}"
+
+
+def _data(entry: Entry, entries: Iterable[Entry]) -> str:
+    """The data set's name; with digits of the fingerprint where there are several of that name."""
+    if entry.report is None:
+        return ""
+    name, fingerprint = entry.report.data.name, entry.report.data.fingerprint
+    same = {each.report.data.fingerprint for each in entries if each.report and each.report.data.name == name}
+    return name if len(same) == 1 else f"{name} ({fingerprint[:8]})"
