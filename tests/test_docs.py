@@ -17,6 +17,7 @@ from tla_service.config import RunConfig
 from tla_service.config.fields import parse_fraction
 from tla_service.config.loading import JobSettings, RunSettings, preset_names, read_settings
 from tla_service.registry.job_settings import ExportSettings, ImportSettings, LeaderboardSettings, PromoteSettings
+from tla_service.report.schema import Report
 from tla_service.report.settings import EvaluateSettings, ReportSettings, spread_lists
 from tla_service.results.settings import ReproduceSettings
 from tla_service.tuning.settings import Dimension, SweepConfig, TuneSettings
@@ -196,3 +197,11 @@ def test_the_readme_shows_the_accuracies_of_mnist_as_they_were_measured() -> Non
     table = page.partition("## Accuracy, %\n\n")[2].partition("\n\n")[0]
     assert table.startswith("| method |")
     assert f"<!-- mnist: begin -->\n{table}\n<!-- mnist: end -->" in (ROOT / "README.md").read_text()
+
+
+def test_the_compliance_page_names_fields_of_reports() -> None:
+    text = (ROOT / "docs" / "compliance.md").read_text()
+    named = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)`", text)) - {"model.pretrained"}
+    fields = {name for name in named if not name.endswith((".md", ".json", ".parquet", ".sarif", ".npz", ".py"))}
+    assert {"accuracy.autoattack", "detection.adaptive", "certified", "corruptions", "relatives"} <= fields
+    assert {name.partition(".")[0] for name in fields} <= Report.model_fields.keys()
