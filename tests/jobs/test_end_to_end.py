@@ -38,9 +38,9 @@ SECONDS = 400  # for a job that takes 20 to 40 on an idle machine
 # Long enough to be killed in the middle: eight epochs, each with a checkpoint.
 RUN = ("--training.epochs", "8", "--attack.num_steps", "20")
 EVALUATION = shlex.split(
-    "--data.test_limit 40 --batch_size 20 --images.autoattack 20 --images.curves 10 --images.sparse 10 --images.certified 10 "
-    "--images.audit 20 --images.representation 40 --images.bank 100 --neighbours.k 5 --scaling.num_workers 2 "
-    """--attacks '{"fgsm": {"kind": "fgsm"}, "pgd10": {"num_steps": 10}}'"""
+    "--data.test_limit 40 --batch_size 20 --images.autoattack 20 --images.curves 10 --images.sparse 10 "
+    "--images.certified 10 --images.audit 20 --images.representation 40 --images.bank 100 --neighbours.k 5 "
+    """--scaling.num_workers 2 --attacks '{"fgsm": {"kind": "fgsm"}, "pgd10": {"num_steps": 10}}'"""
 )
 SWEEP = shlex.split(
     "--sweep.num_samples 2 --sweep.name small --sweep.searcher random --training.epochs 3 --scaling.num_workers 1 "

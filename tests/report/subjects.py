@@ -36,7 +36,8 @@ def trained(seed: int = 0) -> nn.Module:
 
 def settings(**changes: object) -> EvaluateSettings:
     """An evaluation of few images."""
-    counts = {"autoattack": 20, "curves": 20, "sparse": 10, "certified": 20, "audit": 0, "representation": 60, "bank": 200}
+    counts = {"autoattack": 20, "curves": 20, "sparse": 10, "audit": 0, "representation": 60, "bank": 200}
+    counts["certified"] = 20
     fields = {
         "model": "models:/tla-digits/1",
         "batch_size": 25,

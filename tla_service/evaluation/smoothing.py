@@ -65,7 +65,9 @@ class CertificationMeasurement:
             rows["clean"] = (logits_fn(images).argmax(1) == labels).cpu().numpy()
             rows["network_stands"] = rows["clean"] & (logits_fn(attacked).argmax(1) == labels).cpu().numpy()
         predicted = torch.as_tensor(rows["predicted"].copy(), device=images.device)
-        noise = torch.stack([_noise(image, self.sigma, _ATTACK_DRAWS, random) for image, random in zip(images, draws, strict=True)])
+        noise = torch.stack(
+            [_noise(image, self.sigma, _ATTACK_DRAWS, random) for image, random in zip(images, draws, strict=True)]
+        )
         attacked = attack_within(logits_fn, images, predicted.clamp(min=0), radii, noise, _STEPS["smoothed"])
         for image, random, row in zip(attacked, draws, rows, strict=True):
             votes = _votes(logits_fn, image, self.sigma, SELECTION, random, self.batch_size)
@@ -88,8 +90,8 @@ def certify(
     """The smoothed prediction on an image (C, H, W) in [0, 1], and the L2 radius within which it is certified.
 
     `ABSTAINED` and 0 if no class has a majority beyond doubt. Wrong with a probability of `alpha` at most: `SELECTION`
-    draws choose the class, `samples` others bound its probability (Clopper and Pearson, one-sided). Source: Cohen et al.
-    2019, CERTIFY in section 3.2.2.
+    draws choose the class, `samples` others bound its probability (Clopper and Pearson, one-sided). Source: Cohen et
+    al. 2019, CERTIFY in section 3.2.2.
     """
     from scipy.stats import beta, norm
 

@@ -240,7 +240,10 @@ def audit_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: s
 
 def protocol(plan: Plan, settings: ReportSettings) -> str:
     """Eight hex digits of everything that shapes the figures, but weights and data."""
-    parts = {name: getattr(settings, name).model_dump() for name in ("images", "detection", "certificate", "neighbours", "pictures")}
+    parts = {
+        name: getattr(settings, name).model_dump()
+        for name in ("images", "detection", "certificate", "neighbours", "pictures")
+    }
     described = asdict(plan, dict_factory=lambda items: {key: value for key, value in items if key != "function"})
     text = json.dumps(parts | {"plan": described}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
