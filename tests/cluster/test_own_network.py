@@ -25,7 +25,7 @@ SECONDS = 900
 RUN = ("--training.epochs", "8", "--attack.num_steps", "10", "--scaling.num_workers", "2")
 EVALUATION = shlex.split(
     "--model models:/tla-digits/1 --batch_size 20 --images.attacks 40 --images.autoattack 40 --images.curves 10 "
-    "--images.sparse 10 --images.corruptions 10 --images.certified 0 --images.audit 20 --images.unit_tests 12 "
+    "--images.sparse 10 --images.corruptions 10 --images.certified 10 --images.audit 20 --images.unit_tests 12 "
     "--images.transfer 20 --images.representation 40 --images.bank 100 --scaling.num_workers 2"
 )
 SWEEP = shlex.split(

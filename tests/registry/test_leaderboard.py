@@ -58,9 +58,10 @@ def evaluated(run_id: str, number: int) -> rp.Report:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Twenty versions of two models; the last two are not evaluated and not of this project."""
     folder = tmp_path_factory.mktemp("leaderboard")
+    shutil.copy(template, folder / "mlflow.db")
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     run_id = open_run(RunConfig(tracking=TrackingConfig(uri=uri)), "key", facts={})
     made = client(uri)
@@ -180,7 +181,7 @@ def test_the_page_is_escaped_self_contained_and_always_the_same(store: Store, pa
     assert again.read_bytes() == page.read_bytes()
 
 
-def test_some_models_alone_and_what_cannot_be_shown(store: Store, tmp_path: Path) -> None:
+def test_some_models_alone_and_what_cannot_be_shown(store: Store, local_uri: str, tmp_path: Path) -> None:
     tracking = TrackingConfig(uri=store.uri)
     some = read_leaderboard(tracking, ["tla-cifar10"])
     assert (some.models, some.versions) == (("tla-cifar10",), 12)
@@ -189,9 +190,8 @@ def test_some_models_alone_and_what_cannot_be_shown(store: Store, tmp_path: Path
     with pytest.raises(UnavailableError, match="there is no such file"):
         read_leaderboard(TrackingConfig(uri=f"sqlite:///{tmp_path}/none.db"))
     assert not (tmp_path / "none.db").exists()
-    client(f"sqlite:///{tmp_path}/empty.db")
     with pytest.raises(UnavailableError, match="has no registered models"):
-        read_leaderboard(TrackingConfig(uri=f"sqlite:///{tmp_path}/empty.db"))
+        read_leaderboard(TrackingConfig(uri=local_uri))
     (tmp_path / "file").write_text("")
     with pytest.raises(UnavailableError, match=r"cannot be written .*; choose another --output"):
         write_leaderboard(some, tmp_path / "file" / "page.html")
@@ -231,10 +231,9 @@ def test_links_lead_to_a_servers_pages(server: TrackingServer, tmp_path: Path) -
     }
 
 
-def test_an_unreadable_report_and_one_of_other_weights_are_named(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+def test_an_unreadable_report_and_one_of_other_weights_are_named(local_uri: str, tmp_path: Path) -> None:
+    uri, made = local_uri, client(local_uri)
     run_id = open_run(RunConfig(tracking=TrackingConfig(uri=uri)), "key", facts={})
-    made = client(uri)
     made.create_registered_model("tla-digits")
     (tmp_path / "report.json").write_text("{}")
     for number, content in ((1, None), (2, evaluated(run_id, 3))):
@@ -264,7 +263,8 @@ sort.value = "model"; sort.dispatchEvent(new Event("input", {bubbles: true})); s
 set("threat", "L2 0.5"); seen.l2 = shown(); seen.count = count.textContent; set("audit", "failed"); seen.both = shown();
 set("threat", ""); set("audit", ""); set("alias", true); seen.alias = shown();
 set("alias", false); set("text", "IMG "); seen.text = shown();
-document.body.replaceChildren(Object.assign(document.createElement("pre"), {id: "seen", textContent: JSON.stringify(seen)}));
+const written = Object.assign(document.createElement("pre"), {id: "seen", textContent: JSON.stringify(seen)});
+document.body.replaceChildren(written);
 </script></body>"""
 
 

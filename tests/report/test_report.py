@@ -698,7 +698,7 @@ def test_certificates_are_of_the_report_images_and_come_with_autoattacks_verdict
 
     write_page(report(certified=own), [], tmp_path / "report.html", same_attacks=False)
     text = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
-    assert f"noise σ = 0.15, on {own.images} images with 100 noisy copies each" in text
+    assert f" = 0.15, on {own.images} images with 100 noisy copies each" in text
     assert f"which guarantees only {own.median_radius:.4g} in L-infinity" in text
     assert "certificates are contradicted" not in text
     write_page(report(certified=replace(own, smoothed_broken=3)), [], tmp_path / "report.html", same_attacks=False)

@@ -13,10 +13,10 @@ from tla_service.evaluation import figures as fg
 from tla_service.evaluation.results import Curve, Share, share_of
 
 ABSTAINED = -1
-# One row per image: its number in the test set, true class, what the smoothed classifier predicts (`ABSTAINED`: nothing),
-# and the radii, in L2 and in L-infinity, within which that is certified (0 then). `clean`: the network itself is right;
-# `network_stands`: still right under an attack within the L2 radius; `smoothed_stands`: the smoothed prediction survives
-# such an attack.
+# One row per image: its number in the test set, true class, what the smoothed classifier predicts (`ABSTAINED`:
+# nothing), and the radii, in L2 and in L-infinity, within which that is certified (0 then). `clean`: the network itself
+# is right; `network_stands`: still right under an attack within the L2 radius; `smoothed_stands`: the smoothed
+# prediction survives such an attack.
 ROW = np.dtype(
     [
         ("index", np.int64),
@@ -37,13 +37,14 @@ _POINTS = 40
 class Certified:
     """Certificates of the smoothed classifier: the network's majority vote under Gaussian noise of deviation `sigma`.
 
-    Each holds with probability 1 - `alpha`, from `samples` noisy copies. Radii are in the norm of the threat model: L2 as
-    certified, L-infinity that over the square root of the number of pixel values, as no L-infinity perturbation of that
-    size is longer. `accuracy` counts images that are classified correctly with a certificate of any radius, `at_threat`
-    those certified up to the report's radius. `clean` and `autoattack` are of the network itself, on the same images.
+    Each holds with probability 1 - `alpha`, from `samples` noisy copies. Radii are in the norm of the threat model: L2
+    as certified; for L-infinity that is divided by the square root of the number of pixel values, because no
+    L-infinity perturbation of that size is longer. `accuracy` counts images that are classified correctly with a
+    certificate of any radius, `at_threat` those certified up to the report's radius. `clean` and `autoattack` are of
+    the network itself, on the same images.
 
-    An attack within its L2 radius changed the smoothed prediction of `smoothed_broken` certified images: the certificates
-    say that there are none. The other two contradict no certificate, as certificates are not of the network itself:
+    An attack within its L2 radius changed the smoothed prediction of `smoothed_broken` certified images: the
+    certificates say that there are none. The other two contradict no certificate, which are not of the network itself:
     `network_broken` correctly certified images on which an attack within their L2 radius breaks the network, and
     `autoattack_broken` ones certified up to the report's radius that AutoAttack breaks.
     """

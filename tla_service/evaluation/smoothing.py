@@ -90,8 +90,8 @@ def certify(
     """The smoothed prediction on an image (C, H, W) in [0, 1], and the L2 radius within which it is certified.
 
     `ABSTAINED` and 0 if no class has a majority beyond doubt. Wrong with a probability of `alpha` at most: `SELECTION`
-    draws choose the class, `samples` others bound its probability (Clopper and Pearson, one-sided). Source: Cohen et al.
-    2019, CERTIFY in section 3.2.2.
+    draws choose the class, `samples` others bound its probability (Clopper and Pearson, one-sided). Source: Cohen et
+    al. 2019, CERTIFY in section 3.2.2.
     """
     from scipy.stats import beta, norm
 

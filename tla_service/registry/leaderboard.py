@@ -30,8 +30,8 @@ class Entry:
     """A registered version under one threat model; `report` is None if it has no evaluation that can be read.
 
     `trouble` says why then. `links` are addresses of the version, its run and the report's page, as far as there are
-    any. `rank` is among evaluations on the same data under the same threat model, from 1; None without AutoAttack, or if
-    the audit failed.
+    any. `rank` is among evaluations on the same data under the same threat model, from 1; None without AutoAttack, or
+    if the audit failed.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Entries in the order of the page; `foreign` counts versions that this project did not register, which have none."""
+    """Entries in the order of the page; `foreign` counts versions that this project did not register, left out."""
 
     models: tuple[str, ...]
     versions: int
@@ -113,15 +113,14 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
 def write_leaderboard(found: Leaderboard, path: Path) -> Path:
     """Write the page; returns its absolute path. UnavailableError if it cannot be written."""
     path = path.expanduser().absolute()
-    rows = [{"entry": entry, "threat": _threat(entry), "data": _data(entry, found.entries)} for entry in found.entries]
-    choices = {key: sorted({row[key] for row in rows if row[key]}) for key in ("data", "threat")}
-    choices["model"] = list(found.models)
+    rows = [(entry, _data(entry, found.entries), _threat(entry)) for entry in found.entries]
     content = template("leaderboard.html.j2").render(
         found=found,
         rows=rows,
-        choices=choices,
+        data=sorted({data for _, data, _ in rows if data}),
+        threats=sorted({threat for _, _, threat in rows if threat}),
         method=method_name,
-        evaluated=sum(e.report is not None for e in found.entries),
+        evaluated=sum(entry.report is not None for entry in found.entries),
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

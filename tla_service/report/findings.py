@@ -206,6 +206,9 @@ def _curves(mine: Mapping[str, Any], outcome: ShardOutcome, plan: Plan) -> tuple
 def _certified(
     certificates: Certificates, strong: ShardOutcome | None, plan: Plan, settings: ReportSettings
 ) -> Certified:
+    standing = None
+    if strong is not None:
+        standing = dict(zip(strong.indices.tolist(), strong.standing("autoattack").tolist(), strict=True))
     return summarise(
         certificates,
         norm=plan.norm,
@@ -213,9 +216,7 @@ def _certified(
         sigma=smoothing_sigma(plan, settings),
         samples=settings.certificate.samples,
         alpha=settings.certificate.alpha,
-        standing=dict(zip(strong.indices.tolist(), strong.standing("autoattack").tolist(), strict=True))
-        if strong
-        else None,
+        standing=standing,
     )
 
 

@@ -280,7 +280,8 @@ def single_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: 
     ]
     chosen, sigma = settings.certificate, smoothing_sigma(plan, settings)
     certificates = CertificationMeasurement(sigma, chosen.samples, chosen.alpha, plan.seed, plan.batch_size)
-    measures.append(("certified", counts.certified, certificates))
+    # Not last: its only shard takes long, and other workers would wait for it.
+    measures.insert(0, ("certified", counts.certified, certificates))
     return [_task(name, model, dataset, count, plan, measure) for name, count, measure in measures if count]
 
 
