@@ -237,7 +237,8 @@ def test_an_evaluation_writes_and_logs_a_report(trained: Job, start: Callable[..
     for attack in ("fgsm", "pgd10"):
         assert not outcome.standing(attack)[~right].any()
     logged = artifacts(trained, trained.summary()["run_id"])
-    assert any(name.endswith("report.html") for name in logged)
+    for file in ("report.html", "images.parquet"):
+        assert any(name.endswith(file) for name in logged)
 
 
 def test_a_sweep_finds_a_winner(start: Callable[..., Job]) -> None:

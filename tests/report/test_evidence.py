@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from jsonschema import Draft4Validator, Draft202012Validator
+from jsonschema import Draft4Validator, Draft202012Validator, ValidationError
 
 from tests.registry.evaluations import fates, report_on
 from tests.report.subjects import digits, trained
@@ -33,6 +33,18 @@ def test_the_schema_is_the_generated_one() -> None:
     assert rp.SCHEMA_FILE.read_text() == rp.json_schema(), "run: python -m tla_service.report.schema"
     Draft202012Validator.check_schema(SCHEMA)
     assert SCHEMA["$id"] == f"urn:tla-service:report:{rp.FORMAT}"
+
+
+def test_reports_of_earlier_versions_fit_the_schema() -> None:
+    """Without any of the fields that are optional; what was added since the first version of the format is."""
+    report = report_on("a" * 64, fates(90, 70, images=100))
+    content = json.loads(report.model_dump_json(exclude_defaults=True))
+    Draft202012Validator(SCHEMA).validate(content)
+    with pytest.raises(ValidationError, match="'seed' is a required property"):
+        Draft202012Validator(SCHEMA).validate({name: value for name, value in content.items() if name != "seed"})
+    assert set(SCHEMA["required"]) == {
+        "model", "data", "threat_model", "accuracy", "attacks", "seed", "settings", "seconds", "hardware", "gate",
+    }  # fmt: skip
 
 
 def strong() -> ShardOutcome:
