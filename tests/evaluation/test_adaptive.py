@@ -35,7 +35,7 @@ def example() -> dict[str, Any]:
 
 @cache
 def clean() -> Batch:
-    return Batch(digits().test.fetch(torch.arange(60)).float() / 255, digits().test.labels[:60])
+    return Batch(digits().test.fetch(torch.arange(40)).float() / 255, digits().test.labels[:40])
 
 
 @cache
@@ -77,12 +77,15 @@ def test_each_evasion_is_in_the_ball_misclassified_and_trusted(norm: Any, epsilo
     found = attack_detector(trained(), detector(rule=rule), clean(), attack, "evasion", random)
     away = (found - clean().images).flatten(1)
     assert (away.abs().amax(1) if norm == "linf" else away.norm(dim=1)).max() <= epsilon + 1e-6
-    assert found.min() >= 0 and found.max() <= 1
+    assert found.min() >= 0
+    assert found.max() <= 1
     correct, scores = scores_of(found, rule=rule)
     moved = away.abs().amax(1).numpy() > 0
     assert not correct[moved].any()  # what it changed, it broke: by the network, not by the attack's own count
-    assert moved.sum() > 20
-    ordinary = attacked(trained(), [clean()], Attack(norm=norm, epsilon=epsilon, step_size=epsilon / 4, num_steps=20), 0)
+    assert moved.sum() > 10
+    ordinary = attacked(
+        trained(), [clean()], Attack(norm=norm, epsilon=epsilon, step_size=epsilon / 4, num_steps=20), 0
+    )
     plainly_correct, plain = scores_of(ordinary[0].images, rule=rule)
     both = ~plainly_correct & moved
     assert (scores >= plain - 1e-3)[both].mean() > 0.9
@@ -125,7 +128,8 @@ def test_a_detector_that_only_holds_against_unaware_attacks_is_caught() -> None:
     wrong = (output.logits.argmax(1) != images.labels).numpy()
     trusted = own.score(output.embeddings.numpy(), output.logits.argmax(1).numpy()) >= names["threshold"]
     assert found.selective["adaptive"].evaded.estimate == (wrong & trusted).mean()
-    assert found.rejected.estimate > 0.9 > 0.1 > found.false_rejections.estimate
+    assert found.rejected.estimate > 0.9
+    assert found.false_rejections.estimate < 0.1
 
 
 def test_the_example_prints_what_the_docs_say(capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,5 +185,13 @@ def test_attacks_of_different_images_are_refused() -> None:
     other = embedded([0, 2, 1])
     with pytest.raises(ConfigError, match="not of the same images"):
         adaptive_detection(
-            own, 0.0, "validation", natural=natural, unaware=natural, evasion=other, rejection=natural, epsilon=0.1, seed=0
+            own,
+            0.0,
+            "validation",
+            natural=natural,
+            unaware=natural,
+            evasion=other,
+            rejection=natural,
+            epsilon=0.1,
+            seed=0,
         )
