@@ -27,7 +27,8 @@ RULES, COVARIANCES = ["likeliest", "predicted"], ["full", "tied", "diagonal"]
 @cache
 def example() -> dict[str, Any]:
     """The names that the example of docs/evaluation.md leaves behind."""
-    (block,) = re.findall(r"```python\n(.*?)```", EXAMPLE.read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", EXAMPLE.read_text(), re.DOTALL)
+    (block,) = (block for block in blocks if "attack_detector" in block)
     names: dict[str, Any] = {"__name__": "example"}
     exec(compile(block, EXAMPLE.name, "exec"), names)
     return names
@@ -35,7 +36,7 @@ def example() -> dict[str, Any]:
 
 @cache
 def clean() -> Batch:
-    return Batch(digits().test.fetch(torch.arange(60)).float() / 255, digits().test.labels[:60])
+    return Batch(digits().test.fetch(torch.arange(40)).float() / 255, digits().test.labels[:40])
 
 
 @cache
@@ -77,11 +78,12 @@ def test_each_evasion_is_in_the_ball_misclassified_and_trusted(norm: Any, epsilo
     found = attack_detector(trained(), detector(rule=rule), clean(), attack, "evasion", random)
     away = (found - clean().images).flatten(1)
     assert (away.abs().amax(1) if norm == "linf" else away.norm(dim=1)).max() <= epsilon + 1e-6
-    assert found.min() >= 0 and found.max() <= 1
+    assert found.min() >= 0
+    assert found.max() <= 1
     correct, scores = scores_of(found, rule=rule)
     moved = away.abs().amax(1).numpy() > 0
     assert not correct[moved].any()  # what it changed, it broke: by the network, not by the attack's own count
-    assert moved.sum() > 20
+    assert moved.sum() > 10
     ordinary = attacked(
         trained(), [clean()], Attack(norm=norm, epsilon=epsilon, step_size=epsilon / 4, num_steps=20), 0
     )
@@ -127,7 +129,8 @@ def test_a_detector_that_only_holds_against_unaware_attacks_is_caught() -> None:
     wrong = (output.logits.argmax(1) != images.labels).numpy()
     trusted = own.score(output.embeddings.numpy(), output.logits.argmax(1).numpy()) >= names["threshold"]
     assert found.selective["adaptive"].evaded.estimate == (wrong & trusted).mean()
-    assert found.rejected.estimate > 0.9 > 0.1 > found.false_rejections.estimate
+    assert found.rejected.estimate > 0.9
+    assert found.false_rejections.estimate < 0.1
 
 
 def test_the_example_prints_what_the_docs_say(capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ def report_on(sha256: str, outcome: ShardOutcome, threat: ThreatModel = TRAINED_
     """A report that says what the images' results say, unless told otherwise."""
     detection = {
         "auc": 0.9, "low": 0.8, "high": 0.95, "epsilon": 0.2, "num_correct": 150, "num_wrong": 50, "baselines": {},
-        "settings": {}, "adaptive": adaptive(0.8, int(outcome.gate.sum()) if outcome.gate is not None else 0),
+        "settings": {}, "adaptive": adaptive(0.8, 100),
     }  # fmt: skip
     gap = {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0, "images": len(outcome.labels)}
     facts: dict[str, Any] = {

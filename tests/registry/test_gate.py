@@ -13,6 +13,7 @@ from tests.registry.evaluations import (
     IMAGES,
     STANDARD,
     TRAINED_FOR,
+    adaptive,
     evaluate,
     fates,
     register_another,
@@ -150,7 +151,7 @@ def test_a_weaker_protocol_is_refused(changes: dict[str, Any], rule: str, words:
 
 def test_detection_on_few_images_is_refused() -> None:
     gate = report_on("0" * 64, GOOD).model_dump()["gate"]
-    gate["detection"] |= {"num_correct": 30, "num_wrong": 10}
+    gate["detection"]["adaptive"]["images"] = 20
     found = refusals(judge(evaluated(GOOD, gate=gate), RULES))
     assert "on 20 images; at least 100 images required" in found["detection"].explanation
 
@@ -211,8 +212,31 @@ def test_only_images_set_aside_decide() -> None:
 
 def test_detection_is_judged_on_images_set_aside() -> None:
     gate = report_on("0" * 64, GOOD).model_dump()["gate"]
-    gate["detection"]["auc"] = 0.6
-    assert refusals(judge(evaluated(GOOD, gate=gate), RULES))["detection"].explanation.startswith("AUC 0.600")
+    gate["detection"]["adaptive"]["auc"] = 0.6
+    found = refusals(judge(evaluated(GOOD, gate=gate), RULES))["detection"]
+    assert found.explanation == "AUC 0.600 under an adaptive attack of radius 0.15; at least 0.7 required"
+
+
+def test_detection_is_that_of_the_detector_that_users_get() -> None:
+    """An attack that defeats the shipped detector counts, whatever the other one and unaware attacks say."""
+    gate = report_on("0" * 64, GOOD).model_dump()["gate"]
+    shipped = {key: gate["detection"][key] for key in ("auc", "low", "high")} | {"threshold": 1.0}
+    shipped |= dict.fromkeys(("false_rejections", "detected"), gate["detection"]["adaptive"]["rejected"])
+    gate["detection"]["shipped"] = shipped | {"adaptive": adaptive(0.2, 100)}
+    assert (
+        "AUC 0.200 under an adaptive attack"
+        in refusals(judge(evaluated(GOOD, gate=gate), RULES))["detection"].explanation
+    )
+
+
+def test_an_evaluation_of_before_the_attack_on_the_detector_is_made_again() -> None:
+    gate = report_on("0" * 64, GOOD).model_dump()["gate"]
+    del gate["detection"]["adaptive"]
+    found = refusals(judge(evaluated(GOOD, gate=gate), RULES))
+    assert set(found) == {"detection"}
+    assert found["detection"].explanation.startswith("the evaluation did not attack the detector")
+    assert found["detection"].remedy == "run jobs/evaluate_tla.py AGAIN"
+    assert not refusals(judge(evaluated(GOOD, gate=gate), RULES.model_copy(update={"min_detection_auc": 0.0})))
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,26 @@ def test_an_interrupted_evaluation_resumes_from_its_shards(
     assert not (cut / "report.html").exists()
 
 
+def test_the_detector_is_attacked_and_another_images_threshold_is_used(run: Run, tmp_path: Path) -> None:
+    model, output = checkpoint(tmp_path / "model"), tmp_path / "report"
+    code, _, message = run("--model", model, "--output", str(output), "--images.representation", "40")
+    assert code == 0, message
+    report = read_report(output / "report.json")
+    for detection, images in ((report.detection, 30), (report.gate.detection, 10)):
+        assert detection is not None
+        assert detection.adaptive is not None
+        assert (detection.adaptive.images, detection.adaptive.threshold_from) == (images, "validation")
+        assert detection.adaptive.epsilon == report.threat_model.epsilon
+    names = {path.name.partition("-")[0] for path in output.glob("shards/*/*.npz")}
+    assert {"evasion", "rejection", "validation", "bank"} <= names
+    code, _, _ = run("--model", model, "--output", str(tmp_path / "none"), "--images.adaptive", "0",
+                     "--images.representation", "40")  # fmt: skip
+    found = read_report(tmp_path / "none" / "report.json").detection
+    assert code == 0
+    assert found is not None
+    assert found.adaptive is None
+
+
 def test_addresses_that_name_no_checkpoint(run: Run, tmp_path: Path) -> None:
     folder = Path(checkpoint(tmp_path / "model"))
     code, _, message = run("--model", "models:/tla-digits/1")

@@ -30,6 +30,7 @@ from tla_service.report.figures import Figures
 from tla_service.report.page import show, size, write_page
 from tla_service.report.plan import (
     Plan,
+    adaptive_tasks,
     attack_tasks,
     audit_tasks,
     bank_rows,
@@ -43,6 +44,7 @@ from tla_service.report.plan import (
     single_tasks,
     smoothing_sigma,
     surrogate_task,
+    validation_task,
 )
 from tla_service.report.tasks import Task, select
 from tla_service.training.reporting import Terminal
@@ -58,7 +60,7 @@ def plan() -> Plan:
 
 
 def run(task: Task, seed: int = 0) -> Any:
-    source = digits().train if task.split == "train" else digits().test
+    source = digits().test if task.split == "test" else digits().train
     parts = []
     for _, rows in task.shards():
         chosen = torch.from_numpy(rows)
@@ -292,6 +294,56 @@ def test_the_shipped_detector_is_measured_at_its_own_threshold() -> None:
     assert shipped.false_rejections.images + shipped.detected.images == 120
 
 
+def test_both_detectors_are_attacked_each_at_its_own_threshold(tmp_path: Path) -> None:
+    few = settings(images={"adaptive": 20, "representation": 60, "bank": 200})
+    fitted = fd.fitted_detector(found().embedded["bank"], few)
+    natural = found().embedded["natural"].embedded
+    shipped = fit_detector(found().embedded["bank"].embedded, covariance="tied")
+    median = float(np.median(shipped.score(natural.embeddings, natural.predictions)))
+    made = adaptive_tasks(plan(), few, digits(), MODEL, [fitted, shipped])
+    assert len({task.name for task in made}) == 4
+    held_out = validation_task(plan(), few, digits(), MODEL, torch.arange(500, 600))
+    results = measured() | {task.key: run(task) for task in [*made, held_out]}
+    kept = ~digits().gate.numpy()
+    parts = select(results, [*tasks(), *made, held_out], kept)
+    own = fd.gather(parts, MODEL, plan(), few, Rejector(shipped, median, 0.05, 200, 50))
+    assert own.detection is not None
+    assert own.detection.shipped is not None
+    one, two = own.detection.adaptive, own.detection.shipped.adaptive
+    assert one is not None
+    assert two is not None
+    assert one.images == two.images == kept[made[0].rows].sum()
+    assert (two.threshold, own.detection.attacked) == (median, two)
+    assert two.selective["clean"].coverage.estimate == pytest.approx(0.5, abs=0.25)
+    seen = results[held_out.key].embedded
+    right = np.sort(fitted.score(seen.embeddings, seen.predictions)[seen.correct])
+    assert one.threshold == right[int(0.05 * len(right))]
+    for each in (one, two):
+        evaded = [each.selective[name].evaded.estimate for name in ("clean", "unaware", "adaptive")]
+        assert evaded == sorted(evaded)
+        assert each.rejected.estimate >= each.false_rejections.estimate
+    figures = Figures(tmp_path, own, plan(), digits().class_names)
+    figures.detection()
+    write_page(report(detection=own.detection), figures.drawn, tmp_path / "report.html", same_attacks=False)
+    text = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
+    assert all(
+        shown in text for shown in ("Under an adaptive attack", "as shipped with the model", "Risk and coverage")
+    )
+    terminal = io.StringIO()
+    show(report(detection=own.detection), tmp_path, Terminal(terminal))
+    assert re.search(r"adaptive attack +[\d.]+ %   95%: [\d.]+ to [\d.]+ ", terminal.getvalue())
+
+
+def test_no_validation_images_leaves_the_threshold_to_training_images() -> None:
+    few = settings(images={"adaptive": 8, "representation": 60, "bank": 200})
+    fitted = fd.fitted_detector(found().embedded["bank"], few)
+    results = measured() | {task.key: run(task) for task in adaptive_tasks(plan(), few, digits(), MODEL, [fitted])}
+    detection = fd.gather(results, MODEL, plan(), few).detection
+    assert detection is not None
+    assert detection.adaptive is not None
+    assert (detection.adaptive.threshold_from, detection.adaptive.images) == ("training", 8)
+
+
 def outcome(standing: list[bool], attack: str) -> ShardOutcome:
     rows = np.arange(len(standing))
     fates = np.where(standing, UNBROKEN, 1).astype(np.int64)
@@ -472,9 +524,7 @@ def test_an_image_that_a_relative_breaks_is_broken() -> None:
     worst[[standing[0], standing[1], standing[2]]] = False
     assert after["worst"].estimate == pytest.approx(worst.mean())
     assert before["worst"].estimate > after["worst"].estimate
-    assert {name: after[name] for name in after if name != "worst"} == {
-        name: before[name] for name in before if name != "worst"
-    }
+    assert all(after[name] == before[name] for name in after if name != "worst")
 
     assert mine.audit is not None
     (masked,) = [each for each in mine.audit.checks if each.name == "white_box_against_relatives"]

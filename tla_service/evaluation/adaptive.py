@@ -54,10 +54,11 @@ class DetectionScore(nn.Module):
     def __init__(self, detector: Detector, device: torch.device) -> None:
         super().__init__()
         self._normalize, self._rule = detector.normalize, detector.rule
-        self._classes = torch.from_numpy(detector.classes).to(device)
+        # Copied: arrays from Ray's object store are read-only, which torch warns of.
+        self._classes = torch.tensor(detector.classes, device=device)
         tables = (detector.means, detector.whitening, detector.log_determinants)
         self._means, self._whitening, log_determinants = (
-            torch.from_numpy(table).float().to(device) for table in tables
+            torch.tensor(table, dtype=torch.float32, device=device) for table in tables
         )
         self._constants = log_determinants - 0.5 * detector.means.shape[1] * math.log(2 * math.pi)
 

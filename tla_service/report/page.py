@@ -169,7 +169,8 @@ def show(report: Report, output: Path, terminal: Terminal) -> None:
         if attacked is not None:
             evaded = percent(attacked.selective["adaptive"].evaded.estimate)
             line = f"{'  adaptive attack':<18} {percent(attacked.auc, 2):>7} %   95%: {interval(attacked)}"
-            terminal.say(f"{line}   ({evaded} % of images misclassified and accepted)")
+            unaware = f"unaware at this radius: {percent(attacked.unaware.auc)} %"
+            terminal.say(f"{line}   ({unaware}; {evaded} % of images misclassified and accepted)")
     for warning in report.autoattack.warnings if report.autoattack is not None else ():
         terminal.say(f"AutoAttack warns: {warning}")
     for other in report.compared:
