@@ -547,9 +547,9 @@ def test_the_page_shows_relatives_and_planted_examples(tmp_path: Path) -> None:
     attacks = tuple(rs.AttackTest(name, rs.wilson_interval(9, 10), judged=name != "fgsm") for name in ("fgsm", "pgd"))
     tests = rs.UnitTests(12, rs.wilson_interval(1, 10), attacks, 0.8)
     write_page(report(relatives=relatives, unit_tests=tests), [], tmp_path / "a.html", same_attacks=False)
-    text = " ".join(Page((tmp_path / "a.html").read_text()).text.split())
+    text = " ".join(re.sub(r"<[^>]+>", " ", (tmp_path / "a.html").read_text()).split())
     assert "last its weights after the last epoch 75.0 59.8 to 85.8 40" in text
-    assert "average an average left out: there is <none>" in text
+    assert "average an average left out: there is &lt;none&gt;" in text
     assert "fgsm 90.0 59.6 to 98.2 not judged: one step pgd 90.0 59.6 to 98.2 80" in text
     assert "random sampling 10.0" in text
     assert "10 of 12 test images" in text

@@ -195,10 +195,8 @@ def _discriminant(inner: Tensor, planted: Tensor) -> Tensor:
     mean = inner.double().mean(0)
     centred, towards = inner.double() - mean, planted.double() - mean
     gram = centred @ centred.T
-    ridge = _RIDGE * gram.trace() / min(inner.shape)
-    solved = torch.linalg.solve(
-        gram + ridge.clamp_min(1e-30) * torch.eye(len(gram), device=gram.device), centred @ towards
-    )
+    ridge = (_RIDGE * gram.trace() / min(inner.shape)).clamp_min(1e-30)
+    solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), centred @ towards)
     direction = towards - centred.T @ solved
     return (direction / direction.norm().clamp_min(1e-30)).float()
 

@@ -16,7 +16,7 @@ from tla_service.inference.detector import Rejector
 from tla_service.registry.loading import load_with_folder, pin_version
 from tla_service.report.schema import ModelFacts, ThreatModel
 from tla_service.report.subjects import WEIGHTS, Subject, load_checkpoint_subject, read_stored
-from tla_service.tracking.connection import client
+from tla_service.tracking.connection import client, retrying
 
 
 def load_subject(uri: str, field: str, tracking: str) -> Subject:
@@ -66,8 +66,9 @@ def _stored(tracking: str, run_id: str, name: str) -> Mapping[str, Tensor]:
     """Tensors of a file of the checkpoint that is stored with a run; UnavailableError if there is none."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            path = Path(client(tracking).download_artifacts(run_id, f"checkpoint/{name}", scratch))
-        except (MlflowException, OSError) as error:
+            fetch = partial(client(tracking).download_artifacts, run_id, f"checkpoint/{name}", scratch)
+            path = Path(retrying("Fetching the checkpoint", fetch))
+        except Exception as error:  # each kind of store raises its own
             reason = f"its run {run_id} keeps no checkpoint/{name} ({one_line(error)})"
             raise UnavailableError("checkpoint", run_id, reason, "evaluate the checkpoint folder") from error
         return read_stored(path.parent, path.name)

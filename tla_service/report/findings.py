@@ -338,12 +338,14 @@ def _transfer_check(found: Findings, plan: Plan) -> rs.Check:
     name, most = "white_box_against_relatives", 0.02
     meaning = "who has a relative of the network does better than who has the network itself: its gradients are masked"
     transfer = found.transfer
-    if transfer is None or not len(transfer.indices):
+    # The table may have been measured on fewer images.
+    shared = 0 if transfer is None else int(np.isin(transfer.indices, found.outcome.indices).sum())
+    if transfer is None or not shared:
         return rs.Check(name, None, most, "not run", "no relative was attacked", meaning)
     white = np.logical_and.reduce([found.outcome.standing(attack) for attack in plan.within])
     standing = np.isin(transfer.indices, found.outcome.indices[white])
     fell = standing & ~standing_under_all(transfer)
-    figure = float(fell.mean())
+    figure = float(fell.sum()) / shared
     sources = ", ".join(
         f"{source} {int((standing & ~transfer.standing(source)).sum())}"
         for source in transfer.broken_at
