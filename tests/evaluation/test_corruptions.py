@@ -13,9 +13,9 @@ from sklearn.datasets import load_sample_images
 from tla_service.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 
 Bytes = npt.NDArray[np.uint8]
-# What the functions of make_cifar_c.py (Hendrycks and Dietterich 2019) return for `photographs`, every fifth row and
-# fourth column of it, with scikit-image 0.26 and OpenCV 5; random draws are taken from the images' own generators,
-# channels first. ImageMagick's motion blur is the one of the package imagecorruptions 1.1.2.
+# What the steps of make_cifar_c.py (Hendrycks and Dietterich 2019), written again on scikit-image 0.26 and OpenCV 5,
+# return for `photographs`, every fifth row and fourth column of it; random draws are taken from the images' own
+# generators, channels first. ImageMagick's motion blur is the one of the package imagecorruptions 1.1.2.
 GOLDEN = Path(__file__).parent / "corruptions.npz"
 PLACES = (..., slice(2, None, 5), slice(1, None, 4))
 ROWS, SEED = np.array([7, 8]), 3

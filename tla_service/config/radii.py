@@ -12,7 +12,6 @@ from typing import Any, Literal
 from tla_service.errors import ConfigError
 
 Norm = Literal["linf", "l2"]
-SparseNorm = Literal["l0", "l1"]
 ImageShape = tuple[int, int, int]
 
 _LEVELS = 255
@@ -44,7 +43,7 @@ RADII: dict[tuple[str, Norm], tuple[float, str]] = {
     ("digits", "l2"): (0.6, "this project's: half of 0.15 on each of the 64 pixels"),
 }
 # Radii in sparse norms, and where they are from: an L1 length; for L0 the number of pixels.
-_SPARSE_RADII: dict[tuple[str, SparseNorm], tuple[float, str]] = {
+_SPARSE_RADII: dict[tuple[str, Literal["l0", "l1"]], tuple[float, str]] = {
     ("mnist", "l1"): (10.0, "Tramèr and Boneh 2019"),
     ("mnist", "l0"): (12.0, "Schott et al. 2019"),
     ("cifar10", "l1"): (12.0, "Maini et al. 2020; Croce and Hein 2021"),
@@ -107,7 +106,7 @@ def documented_radius(data_name: str, norm: Norm) -> float | None:
     return None if found is None else found[0]
 
 
-def customary_radius(data_name: str, norm: Norm | SparseNorm, shape: ImageShape) -> tuple[float, str]:
+def customary_radius(data_name: str, norm: Literal["linf", "l2", "l1", "l0"], shape: ImageShape) -> tuple[float, str]:
     """The radius that a norm is reported at for a data set of images (C, H, W), and where it is from.
 
     Without one in the literature it is MNIST's for greyscale images and CIFAR-10's for others: the same in L-infinity,

@@ -97,10 +97,10 @@ class CorruptionMeasurement:
                 part = slice(start, start + self.batch_size)
                 truth = shard.labels[part].to(shard.device)
                 for place, version in enumerate([None, *versions]):
-                    seen = images[part]
+                    seen = shard.images[part]
                     if version is not None:
-                        seen = corrupt(seen, *version, shard.rows[part], self.seed)
-                    pixels = as_pixels(torch.from_numpy(seen), shard.device)
+                        seen = torch.from_numpy(corrupt(images[part], *version, shard.rows[part], self.seed))
+                    pixels = as_pixels(seen, shard.device)
                     correct[part, place] = (logits_fn(pixels).argmax(1) == truth).cpu().numpy()
         return {"correct": correct}
 

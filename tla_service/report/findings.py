@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from tla_service.attacks import Attack
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
-from tla_service.config.radii import ImageShape, SparseNorm, customary_radius
+from tla_service.attacks.minimum_norm import SparseNorm
+from tla_service.config.radii import ImageShape, customary_radius
 from tla_service.evaluation import results as rs
 from tla_service.evaluation.adaptive import Aim
 from tla_service.evaluation.beyond import Calibration, Corruptions, NormRow, calibrate, summarise_corruptions
