@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tla_service.attacks.gradient import UNBROKEN, LogitsFn
+from tla_service.attacks.repeats import RememberedMargins
 from tla_service.errors import ConfigError
 
 AutoAttackNorm = Literal["linf", "l2", "l1"]
@@ -112,6 +113,7 @@ def run_autoattack(
             guarded, eps=epsilon, norm=_NORMS[norm], seed=seed, version=VERSION, device=images.device
         )
         library.square.n_queries = square_queries
+        library.square.margin_and_loss = RememberedMargins(library.square.margin_and_loss)
         for attack in (library.fab, library.apgd_targeted):
             attack.n_target_classes = min(attack.n_target_classes, logits.shape[1] - 1)
         for stage in stages:
