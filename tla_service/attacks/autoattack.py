@@ -98,6 +98,8 @@ def run_autoattack(
     Raises:
         ConfigError: The logits are not finite.
     """
+    from pyautoattack import AutoAttack
+
     images = images.detach()
     with torch.no_grad():
         logits = torch.cat([logits_fn(part) for part in images.split(batch_size)])
@@ -110,7 +112,16 @@ def run_autoattack(
 
     def attack(stage: str, left: Tensor, on: LogitsFn) -> Tensor:
         """Attack the images `left` (n,) on a function; whether it alone calls each broken (n,)."""
-        library = _library(on, images.device, norm, epsilon, seed, square_queries, logits.shape[1])
+
+        def guarded(pixels: Tensor) -> Tensor:
+            return _ToImagesOnly.apply(pixels, on) if torch.is_grad_enabled() else on(pixels).float()
+
+        library: Any = AutoAttack(
+            guarded, eps=epsilon, norm=_NORMS[norm], seed=seed, version=VERSION, device=images.device
+        )
+        for targeted in (library.fab, library.apgd_targeted):
+            targeted.n_target_classes = min(targeted.n_target_classes, logits.shape[1] - 1)
+        library.square.n_queries = square_queries
         if norm == "linf" and torch.allclose(again, logits[:batch_size], atol=1e-4):
             library.square.margin_and_loss = RememberedMargins(library.square.margin_and_loss)
         library.attacks_to_run = [stage]
@@ -156,22 +167,6 @@ def autoattack_stages(
         stages.remove("square")
         left_out["square"] = f"needs images of {_SQUARE_FEWEST_ROWS} rows in {norm}, these have {rows}"
     return stages, left_out
-
-
-def _library(
-    logits_fn: LogitsFn, device: torch.device, norm: AutoAttackNorm, epsilon: float, seed: int, queries: int, classes: int
-) -> Any:
-    """The package's attacks on a function."""
-    from pyautoattack import AutoAttack
-
-    def guarded(pixels: Tensor) -> Tensor:
-        return _ToImagesOnly.apply(pixels, logits_fn) if torch.is_grad_enabled() else logits_fn(pixels).float()
-
-    library: Any = AutoAttack(guarded, eps=epsilon, norm=_NORMS[norm], seed=seed, version=VERSION, device=device)
-    library.square.n_queries = queries
-    for attack in (library.fab, library.apgd_targeted):
-        attack.n_target_classes = min(attack.n_target_classes, classes - 1)
-    return library
 
 
 class _ToImagesOnly(torch.autograd.Function):

@@ -137,6 +137,7 @@ def climb(logits_fn: LogitsFn, images: Tensor, start: Tensor, labels: Tensor, at
         adversarial = project(_direction(gradient, attack).mul_(step_size).add_(adversarial.detach()))
     return adversarial.detach()
 
+
 def climb_until_repeated(logits_fn: LogitsFn, images: Tensor, start: Tensor, labels: Tensor, attack: Attack) -> Tensor:
     """As `climb`, without the steps of images that have begun to go to and fro between two points, or stand still.
 

@@ -139,9 +139,7 @@ class _Subject:
     def attacked(self, attack: Attack) -> Tensor:
         """Images (N, C, H, W) after one start."""
         random = generator(self.images.device, self.seed)
-        return torch.cat(
-            [craft(self.frozen_fn, x, y, attack, random, skip_repeats=True) for x, y in self.batches()]
-        )
+        return torch.cat([craft(self.frozen_fn, x, y, attack, random, skip_repeats=True) for x, y in self.batches()])
 
     def loss(self, images: Tensor) -> float:
         """Mean cross-entropy."""

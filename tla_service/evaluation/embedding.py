@@ -91,9 +91,7 @@ def attacked(network: nn.Module, batches: Iterable[Batch], attack: Attack, seed:
         for index, batch in enumerate(batches):
             crafted_on = crafted_on or logits_of(frozen(network, batch.images))
             random = generator(batch.images.device, seed, index)
-            images, broken_at = attack_images(
-                logits_fn, batch.images, batch.labels, attack, random, crafted_on
-            )
+            images, broken_at = attack_images(logits_fn, batch.images, batch.labels, attack, random, crafted_on)
             wrong = (broken_at == 0).nonzero().squeeze(1)
             if len(wrong):
                 images[wrong] = craft(

@@ -130,10 +130,11 @@ def use_matrix_products(module: nn.Module) -> None:
     oneDNN takes up to ten times as long for the gradient to an image of one channel as for the convolution itself.
     """
     for convolution in module.modules():
-        is_plain = type(convolution) is nn.Conv2d and convolution.groups == 1 and set(convolution.dilation) == {1}
-        if is_plain and convolution.in_channels <= _FEW_CHANNELS and not isinstance(convolution.padding, str):
-            if convolution.padding_mode == "zeros":
-                convolution.__class__ = _ImageConvolution
+        if type(convolution) is not nn.Conv2d or convolution.in_channels > _FEW_CHANNELS:
+            continue
+        is_plain = convolution.groups == 1 and set(convolution.dilation) == {1}
+        if is_plain and convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str):
+            convolution.__class__ = _ImageConvolution
 
 
 class _ImageConvolution(nn.Conv2d):

@@ -168,7 +168,9 @@ class _Evaluation:
                 self.terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
                 try:
                     task = pl.surrogate_task(plan, dataset, subject.key)
-                    results |= run_tasks([task], inputs, output, measure, lambda _: None)
+                    # AutoAttack on the other workers meanwhile: it takes longest, and needs no surrogate.
+                    longest = [each for each in tasks if each.name == "autoattack"]
+                    results |= run_tasks([task, *longest], inputs, output, measure, say)
                     trained: TrainedSurrogate = results[task.key]
                     surrogate = build_model(trained.facts.architecture, len(dataset.class_names), dataset.image_shape)
                     surrogate.load_state_dict(trained.weights)
@@ -177,7 +179,9 @@ class _Evaluation:
                 except UserError as error:
                     without = f"no surrogate was given, and none could be trained ({error})"
                     self.terminal.say(without)
-            # The audit first: it is one long shard, and other workers measure the rest in the meantime.
+            # The audit first: it is one long shard, and other workers measure the rest in the meantime. Then AutoAttack,
+            # whose shards are longest of the others.
+            tasks = sorted(tasks, key=lambda task: task.name != "autoattack")
             tasks = [*pl.audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
             results |= run_tasks(tasks, inputs, output, measure, say)
             if settings.page and (subject.key, "natural") in results:
