@@ -81,9 +81,7 @@ def test_the_projection_is_the_packages_and_the_shortest_by_bisection(size: int,
         towards = -normal.sign() * (normal @ point - offset).sign()
         missing = abs(normal @ point - offset)
 
-        def covered(
-            length: float, point: Tensor = point, normal: Tensor = normal, towards: Tensor = towards
-        ) -> float:
+        def covered(length: float, point: Tensor = point, normal: Tensor = normal, towards: Tensor = towards) -> float:
             return float((normal @ ((point + length * towards).clamp(0, 1) - point)).abs())
 
         low, high = 0.0, 1.0

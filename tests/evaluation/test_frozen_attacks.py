@@ -17,7 +17,7 @@ from tla_service.models.frozen import FrozenTwin
 from tla_service.runtime import generator
 
 CPU = torch.device("cpu")
-EPSILON = 0.2
+EPSILON = 0.01
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,11 @@ def network() -> nn.Module:
                 nn.init.normal_(module.bias)
         for _ in range(3):
             network(torch.rand(32, 1, 8, 8))
-    return network.eval()
+        with torch.no_grad():
+            # No class outweighs the others, else no attack succeeds.
+            logits = network.eval()(torch.rand(64, 1, 8, 8)).logits
+            network.fc.bias -= logits.mean(0)
+    return network
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,7 @@ def test_a_network_that_cannot_be_copied_is_attacked_itself() -> None:
 def test_autoattack_attacks_again_what_the_network_does_not_confirm(
     network: nn.Module, pictures: tuple[Tensor, Tensor]
 ) -> None:
-    images, labels = pictures[0] / 255, pictures[1]
+    images, labels = pictures[0][:6] / 255, pictures[1][:6]
     logits_fn = sh.logits_of(network)
     # Wrong about every image once it is perturbed: it calls all of them broken at once.
     wrong = distorted(network, lambda batch: ((batch * 255) % 1).flatten(1).sum(1) > 1)
@@ -117,8 +121,4 @@ def test_autoattack_attacks_again_what_the_network_does_not_confirm(
     expected = attacked()
     assert len(set(expected)) == 3
     assert attacked(crafted_on=sh.logits_of(sh.frozen(network, images))) == expected
-    found = attacked(crafted_on=sh.logits_of(wrong))
-    assert [place for place, fate in enumerate(expected) if fate == 0] == [
-        place for place, fate in enumerate(found) if fate == 0
-    ]
-    assert sum(fate != -1 for fate in found) >= sum(fate != -1 for fate in expected) - 1
+    assert attacked(crafted_on=sh.logits_of(wrong)) == expected

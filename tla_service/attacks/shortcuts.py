@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_MOST_REMEMBERED = 1_000_000
+# Remembering pays where repeats are frequent: it ends where fewer than this share of the first queries repeat others.
+_LEAST_REPEATS, _FIRST_QUERIES = 0.3, 300
 
 
 class RememberedMargins:
@@ -13,36 +14,35 @@ class RememberedMargins:
 
     A query moves a window up or down by the radius. Once few pixels can be improved, most queries move what is at the
     edge of the ball already, or repeat one that was rejected. Takes the place of the package's `margin_and_loss`, whose
-    loss is the margin. Images are recognized by 64-bit hashes.
+    loss is the margin, for one batch of images. Images are recognized by random projections in float64.
     """
 
     def __init__(self, margin_and_loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         self._compute = margin_and_loss
-        self._margins: dict[int, float] = {}
+        self._margins: dict[float, float] = {}
         self._factors: Tensor | None = None
+        self._queries = self._asked = 0
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The margins, twice: as margin and as loss."""
+        if self._queries >= _FIRST_QUERIES and len(self._margins) > (1 - _LEAST_REPEATS) * self._asked:
+            return self._compute(images, labels)
         keys = self._keys(images, labels)
+        self._queries, self._asked = self._queries + 1, self._asked + len(keys)
         unseen = [row for row, key in enumerate(keys) if key not in self._margins]
         if unseen:
             rows = torch.tensor(unseen, device=images.device)
             margins, _ = self._compute(images[rows], labels[rows])
-            found = {keys[row]: margin for row, margin in zip(unseen, margins.tolist(), strict=True)}
-            self._margins |= found
+            self._margins |= {keys[row]: margin for row, margin in zip(unseen, margins.tolist(), strict=True)}
         margins = torch.tensor([self._margins[key] for key in keys], dtype=images.dtype, device=images.device)
-        if len(self._margins) > _MOST_REMEMBERED:
-            self._margins.clear()
         return margins, margins.clone()
 
-    def _keys(self, images: Tensor, labels: Tensor) -> list[int]:
-        bits = images.flatten(1).view(torch.int32).long()
+    def _keys(self, images: Tensor, labels: Tensor) -> list[float]:
+        pixels = images.flatten(1).double()
         if self._factors is None:
             random = torch.Generator().manual_seed(0)
-            # Odd factors: each pixel alone changes the sum, which wraps around at 64 bits.
-            factors = torch.randint(-(2**62), 2**62, (bits.shape[1] + 1,), generator=random) * 2 + 1
-            self._factors = factors.to(images.device)
-        keys: list[int] = ((bits * self._factors[1:]).sum(1) + labels * self._factors[0]).tolist()
+            self._factors = torch.rand(pixels.shape[1], generator=random, dtype=torch.float64).to(images.device)
+        keys: list[float] = (pixels @ self._factors + 2 * pixels.shape[1] * labels).tolist()
         return keys
 
 
