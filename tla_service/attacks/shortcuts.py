@@ -42,7 +42,8 @@ class RememberedMargins:
         if self._factors is None:
             random = torch.Generator().manual_seed(0)
             self._factors = torch.rand(pixels.shape[1], generator=random, dtype=torch.float64).to(images.device)
-        keys: list[float] = (pixels @ self._factors + 2 * pixels.shape[1] * labels).tolist()
+        # Not a matrix product, whose rounding may depend on the row.
+        keys: list[float] = ((pixels * self._factors).sum(1) + 2 * pixels.shape[1] * labels).tolist()
         return keys
 
 

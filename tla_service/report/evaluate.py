@@ -179,8 +179,8 @@ class _Evaluation:
                 except UserError as error:
                     without = f"no surrogate was given, and none could be trained ({error})"
                     self.terminal.say(without)
-            # The audit first: it is one long shard, and other workers measure the rest in the meantime. Then AutoAttack,
-            # whose shards are longest of the others.
+            # The audit first: it is one long shard, and other workers measure the rest in the meantime. Then
+            # AutoAttack, whose shards are the longest of the others.
             tasks = sorted(tasks, key=lambda task: task.name != "autoattack")
             tasks = [*pl.audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
             results |= run_tasks(tasks, inputs, output, measure, say)
