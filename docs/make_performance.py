@@ -73,7 +73,7 @@ def bars(ratios: dict[str, dict[str, float | None]]) -> str:
     for name, ratio in ratios.items():
         if ratio["bar"] is None:
             continue
-        missed = 100 * (ratio["median"] / ratio["bar"] - 1)  # type: ignore[operator]
+        missed = 100 * (ratio["median"] / (ratio["bar"] or 1) - bool(ratio["bar"]))  # type: ignore[operator]
         verdict = "met" if missed <= 0 else f"missed by {missed:.0f} %"
         rows.append([name, f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"])
         rows[-1] += [f"{ratio['bar']:.2f}", verdict]

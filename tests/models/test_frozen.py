@@ -1,5 +1,6 @@
 """The frozen twin is the network in eval mode: the same function, now and after every update, and no more."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from tla_service.models import ModelOutput, build_model
 from tla_service.models.classifier import AtLayer, PerImageStandardization
-from tla_service.models.frozen import FrozenTwin
+from tla_service.models.frozen import FrozenTwin, use_matrix_products
 from tla_service.models.resnets import MadryWideResNet, WideResNet
 
 
@@ -153,3 +154,37 @@ def test_weights_kept_in_bfloat16_change_nothing_under_autocast(fold: bool) -> N
         narrow.refresh()
     kept = {parameter.dtype for name, parameter in narrow.module.named_parameters() if parameter.dim() > 1}
     assert kept == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stride", "padding"), [(1, 3, 1, 1), (3, 4, 2, 1), (2, (3, 5), (2, 1), (0, 2))]
+)
+def test_matrix_products_give_the_gradient_to_the_images(channels: int, kernel: Any, stride: Any, padding: Any) -> None:
+    images = torch.rand(4, channels, 9, 10, dtype=torch.float64, requires_grad=True)
+    plain = nn.Conv2d(channels, 6, kernel, stride, padding).double().requires_grad_(requires_grad=False)
+    fast = copy.deepcopy(plain)
+    use_matrix_products(fast)
+    assert type(fast) is not nn.Conv2d
+    for output in (plain(images), fast(images)):
+        gradients = [torch.autograd.grad(output.square().sum(), images, retain_graph=True)[0] for _ in range(2)]
+        assert torch.equal(*gradients)
+    expected, found = (torch.autograd.grad(network(images).square().sum(), images)[0] for network in (plain, fast))
+    torch.testing.assert_close(found, expected)
+
+
+def test_convolutions_that_are_something_else_keep_their_gradients() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    kept = [
+        nn.Conv2d(8, 4, 3),
+        nn.Conv2d(2, 4, 3, groups=2),
+        nn.Conv2d(2, 4, 3, dilation=2),
+        nn.Conv2d(2, 4, 3, padding="same"),
+        nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"),
+        Own(2, 4, 3),
+    ]
+    network = nn.Sequential(*kept)
+    kinds = [type(module) for module in network]
+    use_matrix_products(network)
+    assert [type(module) for module in network] == kinds

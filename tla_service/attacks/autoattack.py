@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tla_service.attacks.gradient import UNBROKEN, LogitsFn
+from tla_service.attacks.shortcuts import RememberedMargins, project_linf
 from tla_service.errors import ConfigError
 
 AutoAttackNorm = Literal["linf", "l2", "l1"]
@@ -74,6 +75,7 @@ def run_autoattack(
     batch_size: int,
     only: Collection[str] | None = None,
     square_queries: int = 5000,
+    crafted_on: LogitsFn | None = None,
 ) -> AutoAttackResult:
     """Run the standard version's stages one after another, each on the images that still stand.
 
@@ -90,39 +92,55 @@ def run_autoattack(
         batch_size: Images per forward pass.
         only: Run only these stages; None: all.
         square_queries: Queries of the Square attack; the package's own number is 5000.
+        crafted_on: The same function, computed faster. Images that it alone calls broken are attacked again on
+            `logits_fn`, which has the last word.
 
     Raises:
         ConfigError: The logits are not finite.
     """
     from pyautoattack import AutoAttack
 
-    def guarded(pixels: Tensor) -> Tensor:
-        return _ToImagesOnly.apply(pixels, logits_fn) if torch.is_grad_enabled() else logits_fn(pixels).float()
-
     images = images.detach()
     with torch.no_grad():
         logits = torch.cat([logits_fn(part) for part in images.split(batch_size)])
+        again = logits_fn(images[:batch_size])
     if not logits.isfinite().all():
         raise ConfigError("model", None, "gives logits that are not finite on clean images", "choose other weights")
     stages, left_out = autoattack_stages(logits.shape[1], norm, images.shape[2], only)
     broken_at = torch.where(logits.argmax(1) == labels, UNBROKEN, 0)
     adversarial = images.clone()
-    with _undisturbed(images.device) as messages:
+
+    def attack(stage: str, left: Tensor, on: LogitsFn) -> Tensor:
+        """Attack the images `left` (n,) on a function; whether it alone calls each broken (n,)."""
+
+        def guarded(pixels: Tensor) -> Tensor:
+            return _ToImagesOnly.apply(pixels, on) if torch.is_grad_enabled() else on(pixels).float()
+
         library: Any = AutoAttack(
             guarded, eps=epsilon, norm=_NORMS[norm], seed=seed, version=VERSION, device=images.device
         )
+        for targeted in (library.fab, library.apgd_targeted):
+            targeted.n_target_classes = min(targeted.n_target_classes, logits.shape[1] - 1)
         library.square.n_queries = square_queries
-        for attack in (library.fab, library.apgd_targeted):
-            attack.n_target_classes = min(attack.n_target_classes, logits.shape[1] - 1)
+        if norm == "linf" and torch.allclose(again, logits[:batch_size], atol=1e-4):
+            library.square.margin_and_loss = RememberedMargins(library.square.margin_and_loss)
+        library.attacks_to_run = [stage]
+        result, predicted = library.run_standard_evaluation(images[left], labels[left], batch_size=batch_size)
+        with torch.no_grad():
+            judged = torch.cat([logits_fn(part).argmax(1) for part in result.split(batch_size)])
+        broken = judged != labels[left]
+        adversarial[left[broken]] = result[broken]
+        broken_at[left[broken]] = 1 + ALL_STAGES.index(stage)
+        return (predicted != labels[left]) & ~broken
+
+    with _undisturbed(images.device) as messages:
         for stage in stages:
             left = (broken_at == UNBROKEN).nonzero().squeeze(1)
             if not len(left):
                 break
-            library.attacks_to_run = [stage]
-            result, predicted = library.run_standard_evaluation(images[left], labels[left], batch_size=batch_size)
-            broken = predicted != labels[left]
-            adversarial[left[broken]] = result[broken]
-            broken_at[left[broken]] = 1 + ALL_STAGES.index(stage)
+            unconfirmed = attack(stage, left, crafted_on or logits_fn)
+            if crafted_on is not None and unconfirmed.any():
+                attack(stage, left[unconfirmed], logits_fn)
     return AutoAttackResult(adversarial, broken_at, tuple(stages), left_out, tuple(dict.fromkeys(messages)))
 
 
@@ -185,7 +203,7 @@ class _Keep(logging.Handler):
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[list[str]]:
     """Undo the package's changes to the process: it seeds the global generators, drops the trace function and logs."""
-    from pyautoattack import checks
+    from pyautoattack import checks, fab_base
 
     # The package counts gradients taken in forward passes per process, so other networks' would count here.
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))
@@ -193,11 +211,13 @@ def _undisturbed(device: torch.device) -> Iterator[list[str]]:
     propagated = logger.propagate
     logger.propagate = False
     logger.addHandler(handler)
+    projection, fab_base.projection_linf = fab_base.projection_linf, project_linf
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield handler.messages
     finally:
+        fab_base.projection_linf = projection
         logger.removeHandler(handler)
         logger.propagate = propagated
         sys.settrace(trace)

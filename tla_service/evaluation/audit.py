@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images, craft
 from tla_service.attacks.autoattack import run_autoattack
 from tla_service.evaluation.results import Audit, Check, Outcome
-from tla_service.evaluation.shards import Arrays, Shard, as_pixels, evaluating, float32, logits_of
+from tla_service.evaluation.shards import Arrays, Shard, as_pixels, evaluating, float32, frozen, logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.runtime import autocast, generator
 
@@ -75,9 +75,11 @@ class AuditMeasurement:
         one = replace(self.attack, kind="pgd", num_restarts=1)
         with evaluating(shard.network, shard.surrogate), float32(shard.device):
             pixels, labels = as_pixels(shard.images, shard.device), shard.labels.to(shard.device)
-            subject = _Subject(logits_of(shard.network), pixels, labels, one, self.seed, self.batch_size)
-            for x, y in subject.batches():
-                clean_logits(subject.logits_fn, x, y)
+            logits_fn, size = logits_of(shard.network), self.batch_size
+            for x, y in zip(pixels.split(size), labels.split(size), strict=True):
+                clean_logits(logits_fn, x, y)
+            own_fn = logits_of(frozen(shard.network, pixels[:size]))
+            subject = _Subject(logits_fn, own_fn, pixels, labels, one, self.seed, size)
             standing = subject.broken_at(one) == UNBROKEN
             iterative = _mean(standing)
             single_step = f"{{:.1%}} stand after {one.num_steps} steps, {{:.1%}} after one"
@@ -104,9 +106,10 @@ class AuditMeasurement:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What the checks measure on, and the attack they vary."""
+    """What the checks measure on, and the attack they vary; gradients come from the frozen twin."""
 
     logits_fn: LogitsFn
+    frozen_fn: LogitsFn
     images: Tensor
     labels: Tensor
     attack: Attack
@@ -123,7 +126,10 @@ class _Subject:
         # In the same state each time: attacks that are compared begin at the same points.
         random = generator(self.images.device, self.seed)
         return torch.cat(
-            [attack_images(self.logits_fn, x, y, attack, random, crafted_on).broken_at for x, y in self.batches()]
+            [
+                attack_images(self.logits_fn, x, y, attack, random, crafted_on or self.frozen_fn).broken_at
+                for x, y in self.batches()
+            ]
         )
 
     def standing(self, attack: Attack, crafted_on: LogitsFn | None = None) -> float:
@@ -133,7 +139,7 @@ class _Subject:
     def attacked(self, attack: Attack) -> Tensor:
         """Images (N, C, H, W) after one start."""
         random = generator(self.images.device, self.seed)
-        return torch.cat([craft(self.logits_fn, x, y, attack, random) for x, y in self.batches()])
+        return torch.cat([craft(self.frozen_fn, x, y, attack, random, skip_repeats=True) for x, y in self.batches()])
 
     def loss(self, images: Tensor) -> float:
         """Mean cross-entropy."""
@@ -163,7 +169,7 @@ def _transfer(subject: _Subject, iterative: float, surrogate: nn.Module | str) -
     name = "white_box_against_transfer"
     if isinstance(surrogate, str):
         return _check(name, None, surrogate)
-    crafted_on = logits_of(surrogate)
+    crafted_on = logits_of(frozen(surrogate, subject.images[: subject.batch_size]))
     with torch.no_grad():
         right, other = (
             _mean(torch.cat([logits_fn(x).argmax(1) == y for x, y in subject.batches()]))
@@ -193,6 +199,7 @@ def _square(subject: _Subject, standing: Tensor, queries: int) -> Check:
             batch_size=subject.batch_size,
             only=("square",),
             square_queries=queries,
+            crafted_on=subject.frozen_fn,
         )
         if "square" in result.left_out:
             return _check(name, None, result.left_out["square"])

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from tla_service.attacks import Attack, attack_images, craft
+from tla_service.attacks import Attack, LogitsFn, attack_images, craft
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
 from tla_service.evaluation.results import BoolArray
-from tla_service.evaluation.shards import Arrays, IntArray, Shard, evaluating, float32, logits_of
+from tla_service.evaluation.shards import Arrays, IntArray, Shard, evaluating, float32, frozen, logits_of
 from tla_service.inference.detector import Floats, Integers, Scores
 from tla_service.runtime import generator, mixed_seed
 
@@ -86,13 +86,17 @@ def attacked(network: nn.Module, batches: Iterable[Batch], attack: Attack, seed:
     division into batches.
     """
     made, logits_fn = [], logits_of(network)
+    crafted_on: LogitsFn | None = None
     with evaluating(network), float32(_device(network)):
         for index, batch in enumerate(batches):
+            crafted_on = crafted_on or logits_of(frozen(network, batch.images))
             random = generator(batch.images.device, seed, index)
-            images, broken_at = attack_images(logits_fn, batch.images, batch.labels, attack, random)
+            images, broken_at = attack_images(logits_fn, batch.images, batch.labels, attack, random, crafted_on)
             wrong = (broken_at == 0).nonzero().squeeze(1)
             if len(wrong):
-                images[wrong] = craft(logits_fn, batch.images[wrong], batch.labels[wrong], attack, random)
+                images[wrong] = craft(
+                    crafted_on, batch.images[wrong], batch.labels[wrong], attack, random, skip_repeats=True
+                )
             made.append(Batch(images, batch.labels))
     return made
 

@@ -19,10 +19,14 @@ from tla_service.data.augmentation import to_unit
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.results import BoolArray
 from tla_service.files import whole_file
+from tla_service.models.frozen import FrozenTwin, use_matrix_products
 from tla_service.runtime import autocast
 
 IntArray = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
+
+# Width of the noise on images, and the largest difference of logits as a share of the largest logit.
+_PROBE, _ROUNDING = 0.2, 1e-4
 
 
 @contextlib.contextmanager
@@ -59,6 +63,27 @@ def evaluating(*networks: nn.Module | None) -> Iterator[None]:
 def logits_of(network: nn.Module) -> LogitsFn:
     """A network's logits as a function of images."""
     return lambda images: network(images).logits
+
+
+def frozen(network: nn.Module, images: Tensor) -> nn.Module:
+    """The frozen twin of a network in eval mode, which attacks take less time on; else the network itself.
+
+    The twin is not trusted: it is used if it gives the network's logits, up to rounding, on these images (N, C, H, W)
+    in [0, 1], clean and with noise; and what attacks find on it is judged by the network.
+    """
+    random = torch.Generator().manual_seed(0)
+    noise = torch.rand(images.shape, generator=random).to(images.device) - 0.5
+    try:
+        twin = FrozenTwin(network, check=False).module
+        use_matrix_products(twin)
+        for probe in (images, (images + _PROBE * noise).clamp(0, 1)):
+            with torch.no_grad():
+                expected, found = network(probe).logits, twin(probe).logits
+            if not torch.allclose(found, expected, rtol=0, atol=_ROUNDING * float(expected.abs().max())):
+                return network
+    except Exception:  # noqa: BLE001 - a network of others may refuse to be copied, in any way
+        return network
+    return twin
 
 
 def as_pixels(images: Tensor, device: torch.device) -> Tensor:

@@ -56,7 +56,10 @@ class AttackMeasurement:
         kept: list[sh.Arrays] = []
         with evaluating(shard.network, shard.surrogate), float32(device):
             logits_fn = logits_of(shard.network)
-            source_fn = logits_fn if shard.surrogate is None else logits_of(shard.surrogate)
+            few = sh.as_pixels(shard.images[:size], device)
+            clean_logits(logits_fn, few, shard.labels[:size].to(device))
+            own_fn = logits_of(sh.frozen(shard.network, few))
+            source_fn = own_fn if shard.surrogate is None else logits_of(sh.frozen(shard.surrogate, few))
             for start, batch in zip(range(0, len(shard.labels), size), shard.batches(size), strict=True):
                 part, (pixels, truth) = slice(start, start + size), (batch.images, batch.labels)
                 predicted = clean_logits(logits_fn, pixels, truth).argmax(1)
@@ -65,13 +68,20 @@ class AttackMeasurement:
                 broken_at["clean"][part] = torch.where(wrong, 0, UNBROKEN).cpu().numpy()
                 for name, attack in (*self.attacks.items(), *self.transfer.items()):
                     random = generator(device, seed, crc32(name.encode()), int(shard.rows[start]))
-                    crafted_on = source_fn if name in self.transfer else logits_fn
+                    crafted_on = source_fn if name in self.transfer else own_fn
                     attacked = attack_images(logits_fn, pixels, truth, attack, random, crafted_on)
                     broken_at[name][part] = attacked.broken_at.cpu().numpy()
                 if self.autoattack:
                     norm, epsilon = self.autoattack
                     result = run_autoattack(
-                        logits_fn, pixels, truth, norm=norm, epsilon=epsilon, seed=seed, batch_size=size
+                        logits_fn,
+                        pixels,
+                        truth,
+                        norm=norm,
+                        epsilon=epsilon,
+                        seed=seed,
+                        batch_size=size,
+                        crafted_on=own_fn,
                     )
                     broken_at["autoattack"][part] = result.broken_at.cpu().numpy()
                     left_out |= result.left_out

@@ -191,7 +191,9 @@ class _Evaluation:
                 self.terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
                 try:
                     task = pl.surrogate_task(plan, dataset, subject.key)
-                    surrogate, trained = self._train(task, inputs, measure)
+                    # AutoAttack on the other workers meanwhile: it takes longest, and needs no surrogate.
+                    longest = [each for each in tasks if each.name == "autoattack"]
+                    surrogate, trained = self._train(task, inputs, measure, longest)
                     results[task.key] = trained
                     inputs = inputs._replace(surrogate=surrogate)
                     self.terminal.say(describe_surrogate(trained.facts))
@@ -206,7 +208,9 @@ class _Evaluation:
                 detectors += [] if subject.rejector is None else [subject.rejector.detector]
                 tasks = [task for task in tasks if task not in banks]
                 tasks = [*pl.adaptive_tasks(plan, settings, dataset, subject.key, detectors), *tasks]
-            # The audit first: it is one long shard, and other workers measure the rest in the meantime.
+            # The audit first: it is one long shard, and other workers measure the rest in the meantime. Then
+            # AutoAttack, whose shards are the longest of the others.
+            tasks = sorted(tasks, key=lambda task: task.name != "autoattack")
             tasks = [*pl.audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
             results |= run_tasks(tasks, inputs, output, measure, say)
             if settings.images.transfer:
@@ -219,10 +223,13 @@ class _Evaluation:
                     results |= run_tasks([pl.query_task(plan, subject.key, rows)], inputs, output, measure, say)
         return results, list(tasks), str(measure)
 
-    def _train(self, task: Task, inputs: Inputs, measure: Measurer) -> tuple[nn.Module, TrainedSurrogate]:
-        """Train a surrogate; UserError if that is not possible."""
+    def _train(
+        self, task: Task, inputs: Inputs, measure: Measurer, meanwhile: Sequence[Task] = ()
+    ) -> tuple[nn.Module, TrainedSurrogate]:
+        """Train a surrogate, while other workers run other tasks; UserError if that is not possible."""
         dataset = self.models.dataset
-        trained: TrainedSurrogate = run_tasks([task], inputs, self.output, measure, lambda _: None)[task.key]
+        found = run_tasks([task, *meanwhile], inputs, self.output, measure, _seldom(self.terminal.say))
+        trained: TrainedSurrogate = found[task.key]
         network = build_model(trained.facts.architecture, len(dataset.class_names), dataset.image_shape)
         network.load_state_dict(trained.weights)
         return network.eval(), trained

@@ -18,6 +18,8 @@ from tla_service.evaluation.results import BoolArray
 from tla_service.evaluation.shards import Arrays, IntArray, Measurement, Shard, ShardOutcome, load_arrays, save_arrays
 from tla_service.runtime import hardware
 
+# Part of shards' names: one more when code gives other figures, so that an interrupted evaluation does not mix them.
+_NUMERICS = 2
 Results = dict[tuple[str, str], Any]  # merged, by model and task name
 
 
@@ -42,7 +44,7 @@ class Task:
         for start in range(0, len(self.rows), self.shard_size):
             rows = self.rows[start : start + self.shard_size]
             # The rows are in the name: what is known of the training run, which decides on them, differs by address.
-            yield f"{self.model}/{self.name}-{start:07d}-{crc32(rows.tobytes()):08x}.npz", rows
+            yield f"{self.model}/{self.name}-{start:07d}-{crc32(rows.tobytes(), _NUMERICS):08x}.npz", rows
 
 
 class Inputs(NamedTuple):
