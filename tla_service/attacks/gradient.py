@@ -139,7 +139,7 @@ def climb(logits_fn: LogitsFn, images: Tensor, start: Tensor, labels: Tensor, at
 
 
 def climb_until_repeated(logits_fn: LogitsFn, images: Tensor, start: Tensor, labels: Tensor, attack: Attack) -> Tensor:
-    """As `climb`, without the steps of images that have begun to go to and fro between two points, or stand still.
+    """As `climb`, without the steps of images that have begun to alternate between two points, or stand still.
 
     Steps of one length in L-infinity end so on many images. What would follow is known then, unless steps depend on
     earlier ones (`mim`). Waits for the device at every step.
