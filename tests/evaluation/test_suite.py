@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tla_service.attacks import UNBROKEN, Attack, attack_images, craft
 from tla_service.config.adversary import AttackConfig
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.evaluation import suite
 from tla_service.evaluation.paper import epsilon_sweep, paper_columns, restart_curve, step_sweep, sweep_curve
 from tla_service.evaluation.shards import (
     AutoAttackRun,
@@ -27,6 +29,12 @@ from tla_service.models import ModelOutput
 
 CPU = torch.device("cpu")
 PGD = Attack(kind="pgd", epsilon=0.03, step_size=0.01, num_steps=1, num_restarts=4)
+
+
+@pytest.fixture(autouse=True)
+def _few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Square's 5000 take seconds, however small the network."""
+    monkeypatch.setattr(suite, "run_autoattack", partial(suite.run_autoattack, square_queries=200))
 
 
 class Wavy(nn.Module):

@@ -4,10 +4,11 @@ import io
 import json
 import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tla_service.attacks import UNBROKEN, Attack, attack_images
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation import results as rs
+from tla_service.evaluation import suite
 from tla_service.evaluation.detection import fit_detector
 from tla_service.evaluation.results import Accuracy, Audit, Check
 from tla_service.evaluation.shards import AutoAttackRun, Shard, ShardOutcome
@@ -78,7 +80,8 @@ def tasks() -> list[Task]:
 
 @cache
 def measured(seed: int = 0) -> dict[tuple[str, str], Any]:
-    return {task.key: run(task, seed) for task in tasks()}
+    with patch.object(suite, "run_autoattack", partial(suite.run_autoattack, square_queries=100)):  # 5000 take seconds
+        return {task.key: run(task, seed) for task in tasks()}
 
 
 @cache
@@ -294,7 +297,8 @@ def test_the_shipped_detector_is_measured_at_its_own_threshold() -> None:
     assert shipped.false_rejections.images + shipped.detected.images == 120
 
 
-def test_both_detectors_are_attacked_each_at_its_own_threshold(tmp_path: Path) -> None:
+def test_both_detectors_are_attacked_each_at_its_own_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tla_service.evaluation.adaptive._STEPS", 8)
     few = settings(images={"adaptive": 20, "representation": 60, "bank": 200})
     fitted = fd.fitted_detector(found().embedded["bank"], few)
     natural = found().embedded["natural"].embedded

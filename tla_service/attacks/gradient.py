@@ -89,7 +89,7 @@ def craft(
         Adversarial images (N, C, H, W) in [0, 1], within `attack.epsilon` of `images`; detached.
     """
     if attack.function is not None:
-        return _projection(images.detach(), attack)(craft_freely(logits_fn, images, labels, attack, generator))
+        return projection(images.detach(), attack)(craft_freely(logits_fn, images, labels, attack, generator))
     steps = climb_until_repeated if skip_repeats else climb
     return steps(logits_fn, images, starting_point(images, attack, generator), labels, attack)
 
@@ -123,7 +123,7 @@ def climb(logits_fn: LogitsFn, images: Tensor, start: Tensor, labels: Tensor, at
     steps, step_size = (1, attack.epsilon) if attack.kind == "fgsm" else (attack.num_steps, attack.step_size)
     adversarial = start
     velocity = torch.zeros_like(images) if attack.kind == "mim" else None
-    project = _projection(images, attack)
+    project = projection(images, attack)
     clean = _clean_log_probabilities(logits_fn, images) if attack.objective == "kl" else None
     for _ in range(steps):
         adversarial = adversarial.detach().requires_grad_()
@@ -134,7 +134,7 @@ def climb(logits_fn: LogitsFn, images: Tensor, start: Tensor, labels: Tensor, at
             velocity = attack.momentum * velocity + gradient / _per_image(gradient.abs().mean((1, 2, 3)))
             gradient = velocity
         # In place: the direction is a tensor of its own, and nothing else of its size need be written.
-        adversarial = project(_direction(gradient, attack).mul_(step_size).add_(adversarial.detach()))
+        adversarial = project(direction(gradient, attack).mul_(step_size).add_(adversarial.detach()))
     return adversarial.detach()
 
 
@@ -274,7 +274,7 @@ def _random_perturbation(images: Tensor, attack: Attack, generator: torch.Genera
     return noise * _per_image(attack.epsilon * radius ** (1 / images.shape[1:].numel()) / length)
 
 
-def _direction(gradient: Tensor, attack: Attack) -> Tensor:
+def direction(gradient: Tensor, attack: Attack) -> Tensor:
     """The steepest step of length one under the attack's norm; zero where the gradient is zero."""
     if attack.norm == "linf":
         return gradient.sign()
@@ -283,7 +283,7 @@ def _direction(gradient: Tensor, attack: Attack) -> Tensor:
     return scaled / _per_image(scaled.flatten(1).norm(dim=1))
 
 
-def _projection(images: Tensor, attack: Attack) -> Callable[[Tensor], Tensor]:
+def projection(images: Tensor, attack: Attack) -> Callable[[Tensor], Tensor]:
     """To the nearest point of the ball around `images`, then of [0, 1]; clipping to [0, 1] never leaves the ball."""
     if attack.norm == "linf":
         # Two intervals that both hold the image: one clamp to what they share.

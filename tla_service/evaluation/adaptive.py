@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tla_service.attacks import Attack
-from tla_service.attacks.gradient import _direction, _projection, starting_point
+from tla_service.attacks.gradient import direction, projection, starting_point
 from tla_service.data import Batch
 from tla_service.evaluation.embedding import EmbeddedImages, EmbeddingMeasurement, embed
 from tla_service.evaluation.shards import Arrays, Shard, evaluating, float32
@@ -120,7 +120,7 @@ def attack_detector(
         clean, truth = images[rows], labels[rows]
         target = others[rows, each.target - 1] if each.target else None
         start = best[rows] if each.weight else starting_point(clean, attack, random)
-        project, first = _projection(clean, attack), _REFINING_STEP if each.weight else _FIRST_STEP
+        project, first = projection(clean, attack), _REFINING_STEP if each.weight else _FIRST_STEP
         for step in range(_STEPS + 1):
             start = start.detach().requires_grad_()
             with torch.enable_grad():
@@ -142,7 +142,7 @@ def attack_detector(
                     raised = found if target is None else score.of_class(densities, target)
                     gradient = _selected(start, margin, raised, each.weight)
             size = attack.epsilon * max(_LAST_STEP, first * (1 + math.cos(math.pi * step / _STEPS)) / 2)
-            start = project(start.detach() + size * _direction(gradient, attack))
+            start = project(start.detach() + size * direction(gradient, attack))
     return best
 
 
