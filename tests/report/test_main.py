@@ -77,6 +77,7 @@ def test_an_interrupted_evaluation_resumes_from_its_shards(
     assert not (cut / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_the_detector_is_attacked_and_another_images_threshold_is_used(run: Run, tmp_path: Path) -> None:
     model, output = checkpoint(tmp_path / "model"), tmp_path / "report"
     code, _, message = run("--model", model, "--output", str(output), "--images.representation", "40")
