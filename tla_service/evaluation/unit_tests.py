@@ -67,11 +67,8 @@ class UnitTestMeasurement:
             kept = [place for place, head in enumerate(heads) if head is not None]
             images, chosen = images[kept], [head for head in heads if head is not None]
             found: Arrays = {"random": np.array([head.found_at_random for head in chosen], dtype=bool)}
-            logits_fn, labels = (
-                _binary(shard.network, images, chosen, ball),
-                torch.zeros_like(shard.labels[: len(kept)]),
-            )
-            labels = labels.to(device)
+            logits_fn = _binary(shard.network, images, chosen, ball)
+            labels = torch.zeros(len(kept), dtype=torch.int64, device=device)
             for name, attack in self.attacks.items() if kept else ():
                 draws = generator(device, self.seed, crc32(name.encode()), int(shard.rows[0]))
                 broken = attack_images(logits_fn, images, labels, attack, draws).broken_at

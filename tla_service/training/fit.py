@@ -299,7 +299,9 @@ class Run:
         name = f"step-{self.state.step:09d}"
         with self.phases("checkpoint"):
             target = self.reporter.destination(name) if self.context.is_main else None
-            own = {name: value.cpu() for name, value in self.state.statistics.items()} if metrics is None else {}
+            # Within an epoch each of several workers has its own; at its end they have been averaged.
+            differ = metrics is None and self.context.world_size > 1
+            own = {name: value.cpu() for name, value in self.state.statistics.items()} if differ else {}
             every = gather_objects(own, self.context)
             code = self.architecture.code
             with failing_together(self.context):
