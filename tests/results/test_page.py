@@ -14,7 +14,7 @@ def page_of(tmp_path: Path, *flags: str) -> str:
     output = ("--state", str(tmp_path / "state"), "--output", str(tmp_path / "page.md"))
     settings = settings_of("--table", "mnist", "--data.root", "/data", *output, *flags)
     space = table_space(settings, table_runs(settings))
-    return write_page(settings, space, tmp_path / "state").read_text()
+    return write_page(settings, space, tmp_path / "state", tmp_path / "state").read_text()
 
 
 def test_without_runs_every_cell_is_empty_and_the_command_is_there(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_page_is_made_of_the_runs_in_mlflow(
     fetched = log_and_fetch(settings, space, todo, state, said.append)
     assert read_report(fetched / "tla-s0" / "report" / "report.json").accuracy["pgd100"].estimate == 0.6
     assert load_outcome(fetched / "at-s0" / "report" / "outcome.npz").standing("pgd100").mean() == 0.5
-    page = write_page(settings, space, fetched).read_text()
+    page = write_page(settings, space, fetched, tmp_path).read_text()
     assert "| TLA | 2 | 90.0 [90.0, 90.0] | 65.0 [1.5, 128.5] |" in page
     assert "| AT | 1 | 90.0 | 50.0 |" in page
     assert "1 run: `at-s1`." in page

@@ -110,6 +110,11 @@ class EvaluationConfig(Section):
         EvaluationAttack(), "attack on the validation split, selects the best weights"
     )
     validation_limit: int | None = setting(None, "attack only this many validation images", unit="images", ge=1)
+    validation_margin: bool = setting(
+        False,
+        "attack validation images with PGD on the logit margin as well, and count what withstands both; cross-entropy "
+        "alone overrates some settings",
+    )
     every_epochs: int = setting(1, "validate every this many epochs, and after the last", unit="epochs", ge=1)
     test: dict[str, EvaluationAttack] = setting(
         {"fgsm": EvaluationAttack(kind="fgsm"), "pgd20": EvaluationAttack()}, "attacks on the test set, by name"

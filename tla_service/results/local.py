@@ -1,11 +1,13 @@
 """A table from its settings to its page; without Ray its runs are processes of this machine."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -20,11 +22,11 @@ from tla_service.job import INTERRUPTED
 from tla_service.results.page import write_page
 from tla_service.results.runs import (
     TableRun,
-    is_measured,
+    is_finished,
     is_trained,
+    rounds,
     run_config,
     slim,
-    table_runs,
     table_space,
     write_report_settings,
 )
@@ -37,8 +39,8 @@ IDENTITY, PRINTED = "table.json", "printed.txt"
 _ON_ONE_GPU = 4  # small networks leave most of a large GPU idle
 _STOP_SECONDS = 60.0
 Say = Callable[[str], None]
-# Trains and measures runs in a folder; returns whether all are done.
-Make = Callable[[Space, Sequence[TableRun], Path, Say], bool]
+# Trains and measures runs in a folder until a deadline of the monotonic clock; returns whether all are done.
+Make = Callable[[Space, Sequence[TableRun], Path, Say, float], bool]
 # Logs the finished runs, and returns the folder that the page is made from.
 Track = Callable[[Space, Sequence[TableRun], Path, Say], Path]
 
@@ -51,23 +53,26 @@ def reproduce(settings: ReproduceSettings, make: Make, track: Track | None = Non
     # Runs are told to stop after a checkpoint, and none is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with locked_folder(settings.state_folder, "state"):
-        terminal, runs = Terminal(), table_runs(settings)
-        space = table_space(settings, runs)
-        for run in runs:
-            run_config(space, run)  # wrong settings are refused before anything runs
-        state = open_state(settings)
-        missing = [run for run in runs if not is_measured(state / run.name)]
-        if missing:
-            load_dataset(space.run.data)  # data that is missing is reported once, not by every run
-        terminal.say(f"{len(runs)} runs in {state}, {len(runs) - len(missing)} of them finished")
-        try:
-            is_complete = make(space, missing, state, terminal.say)
-        finally:
-            source = track(space, runs, state, terminal.say) if track is not None else state
-            terminal.say(f"page  {write_page(settings, space, source)}")
-        if not is_complete:
-            terminal.say("unfinished; the same command resumes")
-            return UNFINISHED
+        terminal, state = Terminal(), open_state(settings)
+        deadline = math.inf if settings.minutes is None else time.monotonic() + 60 * settings.minutes
+        is_complete = True
+        for runs in rounds(settings, state):
+            space = table_space(settings, runs)
+            for run in runs:
+                run_config(space, run)  # wrong settings are refused before anything runs
+            missing = [run for run in runs if not is_finished(run, state)]
+            if missing:
+                load_dataset(space.run.data)  # data that is missing is reported once, not by every run
+            terminal.say(f"{len(runs)} runs in {state}, {len(runs) - len(missing)} of them finished")
+            try:
+                is_complete = not missing or make(space, missing, state, terminal.say, deadline)
+            finally:
+                source = track(space, runs, state, terminal.say) if track is not None else state
+                if not runs[0].is_trial:
+                    terminal.say(f"page  {write_page(settings, space, source, state)}")
+            if not is_complete:
+                terminal.say("unfinished; the same command resumes")
+                return UNFINISHED
         return 0
 
 
@@ -88,9 +93,9 @@ def open_state(settings: ReproduceSettings) -> Path:
 def reproduce_here(settings: ReproduceSettings, track: Track | None = None) -> int:
     """Make a table on this machine; see `reproduce`."""
 
-    def make(space: Space, runs: Sequence[TableRun], state: Path, say: Say) -> bool:
+    def make(space: Space, runs: Sequence[TableRun], state: Path, say: Say, deadline: float) -> bool:
         count = settings.side_by_side or (_ON_ONE_GPU if torch.cuda.is_available() else os.cpu_count() or 1)
-        return _Local(settings, space, state, say, count).make(runs)
+        return _Local(settings, space, state, say, count).make(runs, deadline)
 
     return reproduce(settings, make, track)
 
@@ -101,7 +106,7 @@ def in_order(runs: Sequence[TableRun]) -> Iterator[tuple[str, TableRun]]:
     for run in runs:
         yield "train", run
         started.add(run.name)
-        waiting.append(run)
+        waiting += [] if run.is_trial else [run]
         for each in [each for each in waiting if not ({each.name, each.surrogate} & names) - started]:
             waiting.remove(each)
             yield "measure", each
@@ -120,18 +125,19 @@ class _Local:
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._trained: dict[str, Future[None]] = {}
 
-    def make(self, runs: Sequence[TableRun]) -> bool:
+    def make(self, runs: Sequence[TableRun], deadline: float = math.inf) -> bool:
         """Train and measure; False if the time was up first. If a run failed, raises once the others have finished."""
-        limit, futures = self._settings.minutes, list[Future[None]]()
+        futures = list[Future[None]]()
         with ThreadPoolExecutor(self._count) as threads:
             try:
                 for stage, run in in_order(runs):
                     if stage == "train":
                         self._trained[run.name] = threads.submit(self._train, run)
+                        futures.append(self._trained[run.name])
                     else:
                         # Waits for training that was submitted before it, so the threads cannot all be waiting.
                         futures.append(threads.submit(self._measure, run))
-                wait(futures, None if limit is None else 60 * limit)
+                wait(futures, None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
             finally:
                 self._stop()
         errors = [error for future in futures if (error := future.exception()) is not None]

@@ -7,21 +7,27 @@ from pathlib import Path
 from tla_service.config import RunConfig
 from tla_service.evaluation.figures import new_figure, plain, save
 from tla_service.evaluation.paper import differences_from_paper, paper_row
-from tla_service.results.runs import AUTOATTACK, Estimate, Row, read_row, share_of_budget, table_runs
+from tla_service.results.runs import AUTOATTACK, Estimate, Row, TableRun, read_row, share_of_budget, table_runs
 from tla_service.results.settings import ReproduceSettings
+from tla_service.results.tuned_page import comparison_lines, label, protocol_lines, search_lines
 from tla_service.tuning.space import Space
 
+_TITLES = {
+    "paper": "the paper's table",
+    "modern": "the modern recipe and its baselines",
+    "tuned": "every method tuned by a search of the same length",
+}
 
-def write_page(settings: ReproduceSettings, space: Space, state: Path) -> Path:
-    """Write the page and its figures from the runs that have finished in the state folder; returns its path."""
-    path, runs = settings.page, table_runs(settings)
-    rows: dict[str, Row] = {}
-    for method in settings.all_methods:
-        label = method if method == "natural" else method.upper().replace("_", "-")
-        rows[method] = read_row(label, [run for run in runs if run.method == method], state)
+
+def write_page(settings: ReproduceSettings, space: Space, source: Path, state: Path) -> Path:
+    """Write the page and its figures from the measured runs in `source` and the trials in `state`; returns its path."""
+    path, runs, is_tuned = settings.page, table_runs(settings), settings.recipe == "tuned"
+    by_row: dict[str, list[TableRun]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        by_row.setdefault(run.row, []).append(run)
+    rows = {name: read_row(label(name), each, source) for name, each in by_row.items()}
     finished = [row for row in rows.values() if row.runs]
-    title = "the paper's table" if settings.recipe == "paper" else "the modern recipe and its baselines"
-    lines = [f"# {settings.table}: {title}", "", *_settings(settings, space.run, finished), ""]
+    lines = [f"# {settings.table}: {_TITLES[settings.recipe]}", "", *_settings(settings, space.run, finished), ""]
     if finished:
         first = finished[0].runs[0].report
         autoattack = [name for name in (AUTOATTACK,) if first.autoattack is not None]
@@ -38,7 +44,14 @@ def write_page(settings: ReproduceSettings, space: Space, state: Path) -> Path:
             lines += ["Detection is the area under the ROC curve, neighbours are accuracies, both in percent. Higher r "
                       "and lower r' are better. Test images set aside for the promotion gate are left out.",
                       ""]  # fmt: skip
-        lines += ["## Comparison", "", *_comparison(rows, ["clean", *strong, "detection", "neighbours attacked"]), ""]
+        if is_tuned:
+            lines += ["## Comparison", "", *comparison_lines(settings.table, rows), ""]
+        else:
+            measures = ["clean", *strong, "detection", "neighbours attacked"]
+            lines += ["## Comparison", "", *_comparison(rows, measures), ""]
+    if is_tuned:
+        picture = path.parent / "pictures" / f"{settings.page_name}-trials.png"
+        lines += ["## Searches", "", *search_lines(settings.table, state, picture), ""]
     lines += _missing(settings, finished)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n")
@@ -50,7 +63,7 @@ def command(settings: ReproduceSettings) -> str:
     parts = {
         f"python jobs/reproduce_paper.py --table {settings.table}": True,
         f"--budget {settings.budget or 0:g}": settings.budget is not None,
-        f"--seeds {settings.seeds}": True,
+        f"--seeds {settings.num_seeds}": settings.recipe != "tuned" or settings.seeds is not None,
         f"--recipe {settings.recipe}": settings.recipe != "paper",
         f"--methods {' '.join(settings.methods)}": settings.methods,
         f"--data.root /data/{settings.table}": settings.data.root is not None,
@@ -63,6 +76,8 @@ def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row
     devices = ", ".join(sorted({each.report.hardware for each in measured}))
     commits = ", ".join(sorted({each.report.code.get("commit", each.report.code["version"]) for each in measured}))
     lines = [f"Made by `{command(settings)}`" + (f"; runs evaluated at {commits} on {devices}." if commits else ".")]
+    if settings.recipe == "tuned":
+        lines += ["", *protocol_lines(settings.table, settings.num_seeds)]
     if settings.budget is not None:
         attack = config.attack
         whose = "the paper's" if settings.recipe == "paper" else f"those of preset `modern_{settings.table}`"

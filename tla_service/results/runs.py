@@ -4,8 +4,8 @@ import math
 import shlex
 import shutil
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tla_service.evaluation.results import CONFIDENCE, paired_difference
 from tla_service.evaluation.shards import ShardOutcome, load_outcome
 from tla_service.files import write_whole
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, read_report
+from tla_service.results import tuned
 from tla_service.results.settings import ReproduceSettings
 from tla_service.training.checkpoint import MANIFEST, keep_best_only
 from tla_service.training.output import SUMMARY
@@ -57,16 +58,62 @@ class TableRun:
     method: str
     seed: int
     surrogate: str | None = None  # run that transfer attacks are crafted on: the same method with the next seed
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)  # settings of its own
+    is_trial: bool = False  # of a search: trained, and compared on validation images only
+    with_autoattack: bool = True
+
+    @property
+    def row(self) -> str:
+        """The row of the table that it belongs to: its method, or its arm of the protocol."""
+        return self.name.rpartition("-s")[0]
 
 
-def table_runs(settings: ReproduceSettings) -> list[TableRun]:
-    """All runs, seed by seed, so that an unfinished table has every method."""
-    seeds, runs = range(settings.seeds), list[TableRun]()
+def rounds(settings: ReproduceSettings, state: Path) -> Iterator[list[TableRun]]:
+    """The runs of the table, in rounds of which each may depend on the results of those before it."""
+    if settings.recipe == "tuned":
+        for trials in (tuned.first_trials(settings.table), tuned.repeated_trials(settings.table, state)):
+            yield [_trial(settings.table, *trial) for trial in trials]
+    yield table_runs(settings, state)
+
+
+def _trial(table: str, name: str, arm: str, seed: int, point: Mapping[str, Any]) -> TableRun:
+    found = tuned.protocol(table).arms[arm]
+    return TableRun(name, found.method, seed, fields={**found.fields, **point}, is_trial=True)
+
+
+def table_runs(settings: ReproduceSettings, state: Path | None = None) -> list[TableRun]:
+    """The runs that the table shows, seed by seed, so that an unfinished table has every method.
+
+    Tuned ones have the settings of their searches' winners in the state folder, none without it.
+    """
+    if settings.recipe == "tuned":
+        return _tuned_runs(settings, state)
+    seeds, runs = range(settings.num_seeds), list[TableRun]()
     for seed in seeds:
         for method in settings.all_methods:
             other = f"{method}-s{(seed + 1) % len(seeds)}" if len(seeds) > 1 else None
             runs.append(TableRun(f"{method}-s{seed}", method, seed, surrogate=other))
     return runs
+
+
+def _tuned_runs(settings: ReproduceSettings, state: Path | None) -> list[TableRun]:
+    found = tuned.protocol(settings.table)
+    points = {}
+    for name, arm in found.arms.items():
+        points[name] = {} if state is None else tuned.winner(settings.table, arm.tuned_as or name, state).point
+    runs = [
+        TableRun(
+            f"{name}-s{seed}",
+            arm.method,
+            seed,
+            fields={**points[name], **arm.fields},
+            with_autoattack=seed < found.autoattack.seeds and arm.tuned_as is None,
+        )
+        for seed in range(settings.num_seeds)
+        for name, arm in found.arms.items()
+        if seed in found.seeds_of(name, settings.num_seeds)
+    ]
+    return sorted(runs, key=lambda run: run.with_autoattack)  # it takes several times as long as all else
 
 
 def share_of_budget(settings: ReproduceSettings) -> float:
@@ -80,7 +127,7 @@ def table_space(settings: ReproduceSettings, runs: Sequence[TableRun], **sweep: 
     variants = {}
     for run in runs:
         modern = _MODERN_FIELDS.get((settings.table, run.method), {}) if settings.recipe == "modern" else {}
-        variants[run.name] = {"method": run.method, "seed": run.seed, **modern}
+        variants[run.name] = {"method": run.method, "seed": run.seed, **modern, **run.fields}
     grid = SweepConfig(
         name=f"{settings.table}-{settings.budget_name}",
         space={AXIS: Dimension(variants=variants)},
@@ -105,6 +152,8 @@ def run_config(space: Space, run: TableRun) -> RunConfig:
 
 def _shared(settings: ReproduceSettings) -> RunConfig:
     """What all runs have in common: the preset, shortened if there is a budget."""
+    if settings.recipe == "tuned":
+        return _for_table(settings, tuned.base_run(settings.table, settings.data.root))
     preset = settings.table if settings.recipe == "paper" else f"modern_{settings.table}"
     flags: list[str] = []
     if settings.budget is not None:
@@ -117,7 +166,10 @@ def _shared(settings: ReproduceSettings) -> RunConfig:
             flags += shlex.split(_REDUCED_PAPER.get(settings.table, ""))
     if settings.data.root is not None:
         flags += ["--data.root", settings.data.root]
-    config = read_settings(RunSettings, ["--preset", preset, *flags]).run_config
+    return _for_table(settings, read_settings(RunSettings, ["--preset", preset, *flags]).run_config)
+
+
+def _for_table(settings: ReproduceSettings, config: RunConfig) -> RunConfig:
     # The evaluation measures the test set; the training's own test is kept short.
     short = config.evaluation.model_copy(update={"test": {"fgsm": EvaluationAttack(kind="fgsm")}})
     # More workers mine negatives in smaller shares of the batch: a run has one unless told otherwise.
@@ -135,6 +187,10 @@ def write_report_settings(settings: ReproduceSettings, run: TableRun, state: Pat
         images |= {"attacks": count, "autoattack": count, "representation": count, "bank": 10 * count}
     fields: dict[str, Any] = {"model": str(checkpoint_of(folder)), "output": str(folder / REPORT), "page": False}
     fields |= {"images": images, "data": {"root": settings.data.root}}
+    if settings.recipe == "tuned":
+        found = tuned.protocol(settings.table)
+        images |= found.images | {"autoattack": found.autoattack.images if run.with_autoattack else 0}
+        fields["attacks"] = {name: attack.model_dump() for name, attack in found.attacks.items()}
     if run.surrogate is not None:
         fields["surrogate"] = str(checkpoint_of(state / run.surrogate))
     if settings.budget is not None:
@@ -169,9 +225,9 @@ def is_trained(folder: Path) -> bool:
     return (folder / SUMMARY).exists()
 
 
-def is_measured(folder: Path) -> bool:
-    """Whether the run in the folder is finished."""
-    return (folder / REPORT / REPORT_FILE).exists()
+def is_finished(run: TableRun, state: Path) -> bool:
+    """Whether a run has been trained and, unless it is a trial, measured."""
+    return is_trained(state / run.name) if run.is_trial else (state / run.name / REPORT / REPORT_FILE).exists()
 
 
 @dataclass(frozen=True)
@@ -245,11 +301,14 @@ class Row:
         others = {each.run.seed: each for each in other.runs}
         return [(each, others[each.run.seed]) for each in self.runs if each.run.seed in others]
 
+    def differences(self, other: "Row", name: str) -> list[float]:
+        """The differences in a figure, seed by seed."""
+        figures = [(first.figure(name), second.figure(name)) for first, second in self.paired(other)]
+        return [first - second for first, second in figures if first is not None and second is not None]
+
     def minus(self, other: "Row", name: str) -> Estimate | None:
-        """The difference, seed by seed; with one shared seed an accuracy's interval is over images (Newcombe's)."""
-        pairs = self.paired(other)
-        figures = [(first.figure(name), second.figure(name)) for first, second in pairs]
-        values = [first - second for first, second in figures if first is not None and second is not None]
+        """The mean difference; with one shared seed an accuracy's interval is over images (Newcombe's)."""
+        pairs, values = self.paired(other), self.differences(other, name)
         if len(values) == len(pairs) == 1:
             one, two = (each.outcome(name) for each in pairs[0])
             if one is not None and two is not None:
@@ -261,7 +320,7 @@ class Row:
 def read_row(label: str, runs: Sequence[TableRun], state: Path) -> Row:
     """Read the finished ones of some runs."""
     found = []
-    for run in [run for run in runs if is_measured(state / run.name)]:
+    for run in [run for run in runs if is_finished(run, state)]:
         folder = state / run.name / REPORT
         strong = folder / AUTOATTACK_FILE
         autoattack = load_outcome(strong) if strong.exists() else None

@@ -12,6 +12,7 @@ from tla_service.config.fields import Section, setting, wrong
 from tla_service.config.loading import JobSettings
 
 TableName = Literal["mnist", "cifar10", "tiny_imagenet", "digits"]
+TUNED_TABLES = ("mnist", "digits")
 RECIPE_METHODS: Mapping[str, tuple[Method, ...]] = {
     "paper": ("natural", "at", "alp", "tla_rn", "tla_sa", "tla"),
     "modern": ("at", "trades", "tla"),
@@ -34,8 +35,10 @@ class ReproduceSettings(JobSettings):
     """A table to remake."""
 
     table: TableName = setting("mnist", "data set of the table; digits is embedded, for trying things out")
-    recipe: Literal["paper", "modern"] = setting(
-        "paper", "the paper's settings, or the preset modern_<table> for every method"
+    recipe: Literal["paper", "modern", "tuned"] = setting(
+        "paper",
+        "the paper's settings; the preset modern_<table> for every method; or a search of the same length for every "
+        "method, selected on validation images, and the winners over many seeds (tables mnist and digits)",
     )
     budget: float | None = setting(
         None,
@@ -44,7 +47,7 @@ class ReproduceSettings(JobSettings):
         gt=0,
         le=600,
     )
-    seeds: int = setting(3, "seeds per method", ge=1, le=100)
+    seeds: int | None = setting(None, "seeds per method; none: 3, or 10 if tuned", ge=1, le=100)
     methods: tuple[Method, ...] = setting(
         (), "methods; none: the paper's six, or at, trades and tla with the modern recipe"
     )
@@ -62,6 +65,11 @@ class ReproduceSettings(JobSettings):
         ScalingConfig(), description="with scaling.address or RAY_ADDRESS the table is made on that cluster"
     )
     tracking: TableTracking = TableTracking()
+
+    @property
+    def num_seeds(self) -> int:
+        """Seeds per method."""
+        return self.seeds or (10 if self.recipe == "tuned" else 3)
 
     @property
     def budget_name(self) -> str:
@@ -101,6 +109,14 @@ class ReproduceSettings(JobSettings):
             raise wrong("data.root", None, f"{self.table} is not embedded", "give a folder, or s3://bucket/prefix")
         if self.recipe == "modern" and self.table == "digits":
             raise wrong("recipe", "modern", "there is no such preset for digits", "use recipe paper")
+        if self.recipe == "tuned":
+            if self.table not in TUNED_TABLES:
+                reason = "has no search defined for it"
+                raise wrong("table", self.table, reason, f"use {' or '.join(TUNED_TABLES)}, or another recipe")
+            for name in ("budget", "methods"):
+                if getattr(self, name):
+                    reason = "the recipe tuned fixes methods and lengths"
+                    raise wrong(name, getattr(self, name), reason, "leave it out, or use another recipe")
         if len(set(self.methods)) < len(self.methods):
             raise wrong("methods", ",".join(self.methods), "names a method twice", "name each once")
         if self.on_cluster and self.scaling.wait_seconds > 0 and self.side_by_side is None:

@@ -280,6 +280,8 @@ class Run:
         if evaluation.validation_limit is not None and evaluation.validation_limit < len(rows):
             rows = rows[torch.linspace(0, len(rows) - 1, evaluation.validation_limit).long()]
         attacks = {"validation": evaluation.validation}
+        if evaluation.validation_margin:
+            attacks["validation_margin"] = evaluation.validation.model_copy(update={"kind": "cw"})
         return self._measure(source, rows, "evaluation", attacks, self.state.evaluated)
 
     def _measure(

@@ -1,6 +1,7 @@
 """A table on a Ray cluster: trained as the trials of a grid, as in a sweep, then measured shard by shard."""
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -33,10 +34,12 @@ def reproduce_on_ray(settings: ReproduceSettings, track: Track | None = None) ->
         return reproduce(settings, partial(_make, settings), track)
 
 
-def _make(settings: ReproduceSettings, space: Space, runs: Sequence[TableRun], state: Path, say: Say) -> bool:
-    deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else float("inf")
+def _make(
+    settings: ReproduceSettings, space: Space, runs: Sequence[TableRun], state: Path, say: Say, deadline: float
+) -> bool:
     failed = _train(settings, space, runs, state, deadline)
-    ready = [run for run in runs if all(is_trained(state / name) for name in (run.name, run.surrogate) if name)]
+    measured = [run for run in runs if not run.is_trial]
+    ready = [run for run in measured if all(is_trained(state / name) for name in (run.name, run.surrogate) if name)]
     workers, terminal = Workers(settings.scaling, deadline), Terminal()
     try:
         for run in ready:
@@ -51,7 +54,7 @@ def _make(settings: ReproduceSettings, space: Space, runs: Sequence[TableRun], s
         return False
     if failed is not None:
         raise failed
-    return len(ready) == len(runs)
+    return len(ready) == len(measured) and all(is_trained(state / run.name) for run in runs)
 
 
 def _train(
@@ -69,7 +72,7 @@ def _train(
         if not missing:
             return None
         hours = None
-        if settings.minutes is not None:  # a sweep counts all attempts
+        if deadline < math.inf:  # a sweep counts all attempts
             hours = max(1e-6, seconds_before(uri) + deadline - time.monotonic()) / 3600
         grid = table_space(settings, missing, max_hours=hours)
         concurrent = max_concurrent(space.run.scaling, settings.side_by_side, placement)

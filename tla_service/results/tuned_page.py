@@ -1,0 +1,150 @@
+"""Sections of a tuned table's page: the protocol, comparisons corrected for their number, what the searches found."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tla_service.evaluation.figures import new_figure, plain, save
+from tla_service.results import tuned
+from tla_service.results.runs import Estimate, Row
+
+_LEVEL = 0.05
+_MAP_AXES = ("loss.triplet_weight", "loss.margin")
+
+
+def label(arm: str) -> str:
+    """An arm's or method's name as the pages print it."""
+    return arm if arm == "natural" else arm.upper().replace("_", "-")
+
+
+def protocol_lines(table: str, seeds: int) -> list[str]:
+    """How the table was made."""
+    found = tuned.protocol(table)
+    run = tuned.base_run(table, "")
+    attack, own = run.evaluation.validation, run.attack
+    searched, images = len(found.searched), run.evaluation.validation_limit
+    step = attack.step_size or own.step_size
+    return [
+        f"Network `{run.model.name}`, {run.training.max_steps or run.training.epochs} "
+        f"{'steps' if run.training.max_steps else 'epochs'} of {run.training.global_batch_size} images, training with "
+        f"PGD-{own.num_steps} at epsilon {own.epsilon:.3g}. Each of {searched} methods had {found.trials} trials, over "
+        f"its own weights and {' and '.join(f'`{name}`' for name in found.shared)}, the same values of these for "
+        f"every method; the best {found.repeated} were trained with a second seed, and the best mean of the two was "
+        f"selected. A trial's score is the accuracy on {images or 'all'} validation images that withstand PGD-"
+        f"{attack.num_steps} (step {step:.3g}) on the cross-entropy and on the logit margin. The winner was then "
+        f"trained with up to {seeds} other seeds and measured once on the test set: {found.images['attacks']} images, "
+        f"AutoAttack on {found.autoattack.images} with {found.autoattack.seeds} seeds."
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two rows compared by a measure; `p` is of the paired t test, before the correction."""
+
+    row: str
+    less: str
+    measure: str
+    claimed: float | None
+    seeds: int
+    found: Estimate
+    p: float
+
+
+def differences(table: str, rows: Mapping[str, Row]) -> list[Difference]:
+    """The protocol's comparisons, of which at least two seeds have been measured."""
+    made = []
+    for each in tuned.protocol(table).comparisons:
+        for measure, claimed in each.measures.items():
+            one, two = rows[each.row], rows[each.less]
+            pairs = one.differences(two, measure)
+            found = Estimate.over_seeds(pairs)
+            if found is not None and len(pairs) > 1:
+                made.append(Difference(each.row, each.less, measure, claimed, len(pairs), found, _p_value(pairs)))
+    return made
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Adjust p values for their number (Holm 1979): at most as many as the level allows are rejected wrongly."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _p_value(pairs: list[float]) -> float:
+    from scipy.stats import ttest_1samp
+
+    return 1.0 if len(set(pairs)) == 1 and pairs[0] == 0 else float(ttest_1samp(pairs, 0).pvalue)
+
+
+def comparison_lines(table: str, rows: Mapping[str, Row]) -> list[str]:
+    """A table of all comparisons."""
+    found = differences(table, rows)
+    if not found:
+        return ["Nothing to compare yet."]
+    lines = ["| comparison | measure | seeds | claimed | difference | 95% interval | p (Holm) | verdict |"]
+    lines.append("|---" * 8 + "|")
+    for each, p in zip(found, holm([each.p for each in found]), strict=True):
+        better = "better" if each.found.value > 0 else "worse"
+        verdict = f"**{better}**" if p < _LEVEL else "not separated"
+        claimed = "" if each.claimed is None else f"{each.claimed:+.2f}"
+        low, high = 100 * each.found.low, 100 * each.found.high
+        lines.append(
+            f"| {label(each.row)} less {label(each.less)} | {each.measure} | {each.seeds} | {claimed} | "
+            f"{100 * each.found.value:+.2f} | [{low:+.2f}, {high:+.2f}] | {p:.3g} | {verdict} |"
+        )
+    note = (
+        f"In points, seed by seed; intervals are Student's and not corrected. A verdict counts if p, corrected for the "
+        f"{len(found)} comparisons of this table by Holm's method, is below {_LEVEL:g}. *Claimed*: the authors' poster."
+    )
+    return [*lines, "", note]
+
+
+def search_lines(table: str, state: Path, picture: Path) -> list[str]:
+    """What the searches found, and the map of TLA's trials."""
+    found = tuned.protocol(table)
+    lines = ["| method | trials | selected | validation, two seeds | range of all trials |", "|---" * 5 + "|"]
+    for arm in found.searched:
+        trials = tuned.scored_trials(table, arm, state)
+        if not trials:
+            continue
+        best = tuned.best_trials([trial for trial in trials if len(trial.scores) > 1] or trials)[0]
+        point = ", ".join(f"`{name.rpartition('.')[2]}` {value:g}" for name, value in best.point.items())
+        first = [trial.scores[0] for trial in trials]
+        lines.append(
+            f"| {label(arm)} | {len(trials)} | {point} | {' and '.join(f'{100 * s:.1f}' for s in best.scores)} | "
+            f"{100 * min(first):.1f} to {100 * max(first):.1f} |"
+        )
+    noise = tuned.trial_deviation(table, state)
+    if noise is not None:
+        lines += ["", f"The score of one trial has a standard deviation of {100 * noise:.2f} points over seeds (pooled "
+                  "over all repeated trials)."]  # fmt: skip
+    if _draw_map(table, state, picture):
+        lines += ["", f"![Trials of TLA over weight and margin](pictures/{picture.name})"]
+    return lines
+
+
+def _draw_map(table: str, state: Path, path: Path) -> bool:
+    """Robust validation accuracy of the trials of every arm with triplets over lambda_1 and alpha."""
+    x, y = _MAP_AXES
+    arms = {arm: tuned.scored_trials(table, arm, state) for arm in tuned.protocol(table).searched}
+    arms = {arm: trials for arm, trials in arms.items() if trials and {x, y} <= trials[0].point.keys()}
+    if not arms:
+        return False
+    scores = [100 * trial.mean for trials in arms.values() for trial in trials]
+    drawn = new_figure(3 * len(arms) + 1, 3)
+    panels = drawn.subplots(1, len(arms), squeeze=False, sharey=True)[0]
+    for panel, (arm, trials) in zip(panels, arms.items(), strict=True):
+        shown = panel.scatter(
+            [trial.point[x] for trial in trials], [trial.point[y] for trial in trials],
+            c=[100 * trial.mean for trial in trials], vmin=min(scores), vmax=max(scores), s=90, edgecolors="k",
+        )  # fmt: skip
+        panel.set(xscale="log", yscale="log", xlabel="triplet weight", title=label(arm))
+        plain(panel, "both")
+    panels[0].set_ylabel("margin")
+    drawn.colorbar(shown, ax=list(panels), label="robust validation accuracy, %")
+    save(drawn, path)
+    return True
