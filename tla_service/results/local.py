@@ -24,6 +24,7 @@ from tla_service.results.runs import (
     TableRun,
     is_finished,
     is_trained,
+    record_failed_trial,
     rounds,
     run_config,
     slim,
@@ -116,6 +117,10 @@ class _StoppedError(Exception):
     """A process was stopped before its end."""
 
 
+class _FailedError(UnavailableError):
+    """A process failed while it worked, not for what it was given."""
+
+
 class _Local:
     """Runs of a table as processes that share the cores, or the GPU, of this machine."""
 
@@ -153,7 +158,13 @@ class _Local:
             folder.mkdir(exist_ok=True)
             write_whole(folder / "run.yaml", to_yaml(run_config(self._space, run)))
             command = ["tla_service.training", "--config", str(folder / "run.yaml"), "--output", str(folder)]
-            self._run(run, "training", command)
+            try:
+                self._run(run, "training", command)
+            except _FailedError:
+                if not run.is_trial:
+                    raise
+                record_failed_trial(folder)
+                return
         slim(folder)
 
     def _measure(self, run: TableRun) -> None:
@@ -183,7 +194,8 @@ class _Local:
             last = (printed.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
             self._say(f"{run.name}: {what} failed")
             reason = f"{what} failed with exit code {code} ({last})"
-            raise UnavailableError("run", run.name, reason, f"read {printed}, then give the same command again")
+            kind = _FailedError if code == 1 else UnavailableError
+            raise kind("run", run.name, reason, f"read {printed}, then give the same command again")
         self._say(f"{run.name}: {what} done")
 
     def _stop(self) -> None:

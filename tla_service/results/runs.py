@@ -23,7 +23,8 @@ from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE
 from tla_service.results import tuned
 from tla_service.results.settings import ReproduceSettings
 from tla_service.training.checkpoint import MANIFEST, keep_best_only
-from tla_service.training.output import SUMMARY
+from tla_service.training.meter import ROBUST
+from tla_service.training.output import SUMMARY, write_summary
 from tla_service.tuning.settings import Dimension, SweepConfig
 from tla_service.tuning.space import Space
 
@@ -60,7 +61,7 @@ class TableRun:
     surrogate: str | None = None  # run that transfer attacks are crafted on: the same method with the next seed
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)  # settings of its own
     is_trial: bool = False  # of a search: trained, and compared on validation images only
-    with_autoattack: bool = True
+    images: Mapping[str, int] = field(default_factory=dict, hash=False)  # by measurement, where it differs
 
     @property
     def row(self) -> str:
@@ -101,19 +102,16 @@ def _tuned_runs(settings: ReproduceSettings, state: Path | None) -> list[TableRu
     points = {}
     for name, arm in found.arms.items():
         points[name] = {} if state is None else tuned.winner(settings.table, arm.tuned_as or name, state).point
-    runs = [
-        TableRun(
-            f"{name}-s{seed}",
-            arm.method,
-            seed,
-            fields={**points[name], **arm.fields},
-            with_autoattack=seed < found.autoattack.seeds and arm.tuned_as is None,
-        )
-        for seed in range(settings.num_seeds)
-        for name, arm in found.arms.items()
-        if seed in found.seeds_of(name, settings.num_seeds)
-    ]
-    return sorted(runs, key=lambda run: run.with_autoattack)  # it takes several times as long as all else
+    runs = []
+    for seed in range(settings.num_seeds):
+        for name, arm in found.arms.items():
+            images = {} if seed < found.full_seeds else {"autoattack": 0, "representation": 0}
+            images |= {} if arm.autoattack else {"autoattack": 0}
+            if arm.seeds is None or seed < arm.seeds:
+                fields = {**points[name], **arm.fields}
+                runs.append(TableRun(f"{name}-s{seed}", arm.method, seed, fields=fields, images=found.images | images))
+    # AutoAttack takes several times as long as all else.
+    return sorted(runs, key=lambda run: run.images["autoattack"])
 
 
 def share_of_budget(settings: ReproduceSettings) -> float:
@@ -189,7 +187,7 @@ def write_report_settings(settings: ReproduceSettings, run: TableRun, state: Pat
     fields |= {"images": images, "data": {"root": settings.data.root}}
     if settings.recipe == "tuned":
         found = tuned.protocol(settings.table)
-        images |= found.images | {"autoattack": found.autoattack.images if run.with_autoattack else 0}
+        images |= run.images
         fields["attacks"] = {name: attack.model_dump() for name, attack in found.attacks.items()}
     if run.surrogate is not None:
         fields["surrogate"] = str(checkpoint_of(state / run.surrogate))
@@ -218,6 +216,11 @@ def slim(folder: Path) -> None:
         shutil.rmtree(old)
     keep_best_only(newest)
     shutil.rmtree(folder / REPORT / "shards", ignore_errors=True)
+
+
+def record_failed_trial(folder: Path) -> None:
+    """Make a trial whose training failed one that withstands nothing, so that the search goes on."""
+    write_summary(folder, {"status": "failed", "validation": {ROBUST: 0.0}})
 
 
 def is_trained(folder: Path) -> bool:

@@ -20,13 +20,13 @@ from tla_service.config.fields import Section
 from tla_service.config.loading import RunSettings, read_settings
 from tla_service.config.yaml_files import read_yaml
 from tla_service.errors import UnavailableError
+from tla_service.training.meter import ROBUST
 from tla_service.training.output import SUMMARY
 from tla_service.tuning.axes import axis_of
 from tla_service.tuning.settings import Dimension
 
 # Not among the seeds of the table, so that no seed that is reported took part in the selection.
 _TRIAL_SEEDS = (1000, 1001)
-_SCORE = "validation/robust_accuracy"
 
 
 class Arm(Section):
@@ -37,13 +37,7 @@ class Arm(Section):
     space: dict[str, Dimension] = Field({})
     tuned_as: str | None = None  # takes the settings found for another arm instead of searching
     seeds: int | None = None  # none: those of the table
-
-
-class StrongAttack(Section):
-    """AutoAttack: its test images, and how many seeds of an arm are measured with it."""
-
-    images: int
-    seeds: int
+    autoattack: bool = False
 
 
 class Compared(Section):
@@ -61,9 +55,9 @@ class Protocol(Section):
     flags: list[str]  # on top of the preset
     trials: int  # per arm, at one seed
     repeated: int  # the best of them, at a second seed
-    images: dict[str, int]
     attacks: dict[str, EvaluationAttack]
-    autoattack: StrongAttack
+    images: dict[str, int]  # of the test set; AutoAttack and representation only with the first `full_seeds` seeds
+    full_seeds: int
     shared: dict[str, Dimension]
     arms: dict[str, Arm]
     comparisons: list[Compared]
@@ -72,10 +66,6 @@ class Protocol(Section):
     def searched(self) -> dict[str, Arm]:
         """The arms that have a search of their own."""
         return {name: arm for name, arm in self.arms.items() if arm.tuned_as is None}
-
-    def seeds_of(self, arm: str, seeds: int) -> range:
-        """The seeds of an arm in a table with so many."""
-        return range(min(seeds, self.arms[arm].seeds or seeds))
 
 
 _PROTOCOLS = TypeAdapter(dict[str, Protocol])
@@ -136,7 +126,7 @@ def scored_trials(table: str, arm: str, state: Path) -> list[Scored]:
     found = []
     for number, point in enumerate(trial_points(table, arm)):
         paths = [state / trial_name(arm, number, seed) / SUMMARY for seed in _TRIAL_SEEDS]
-        scores = [json.loads(path.read_text())["validation"][_SCORE] for path in paths if path.exists()]
+        scores = [json.loads(path.read_text())["validation"][ROBUST] for path in paths if path.exists()]
         if scores:
             found.append(Scored(number, point, tuple(scores)))
     return found

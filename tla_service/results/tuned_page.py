@@ -34,8 +34,9 @@ def protocol_lines(table: str, seeds: int) -> list[str]:
         f"every method; the best {found.repeated} were trained with a second seed, and the best mean of the two was "
         f"selected. A trial's score is the accuracy on {images or 'all'} validation images that withstand PGD-"
         f"{attack.num_steps} (step {step:.3g}) on the cross-entropy and on the logit margin. The winner was then "
-        f"trained with up to {seeds} other seeds and measured once on the test set: {found.images['attacks']} images, "
-        f"AutoAttack on {found.autoattack.images} with {found.autoattack.seeds} seeds."
+        f"trained with up to {seeds} other seeds and measured once on the test set, {found.images['attacks']} images; "
+        f"AutoAttack, on {found.images['autoattack']} images, and the representation with the first {found.full_seeds} "
+        "seeds."
     ]  # fmt: skip
 
 

@@ -21,7 +21,16 @@ from tla_service.report.evaluate import evaluate
 from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import load_checkpoint_subject, load_models
 from tla_service.results.local import Say, Track, reproduce
-from tla_service.results.runs import AXIS, TableRun, is_trained, run_config, slim, table_space, write_report_settings
+from tla_service.results.runs import (
+    AXIS,
+    TableRun,
+    is_trained,
+    record_failed_trial,
+    run_config,
+    slim,
+    table_space,
+    write_report_settings,
+)
 from tla_service.results.settings import ReproduceSettings
 from tla_service.training.output import write_config, write_summary
 from tla_service.training.reporting import Terminal
@@ -89,6 +98,9 @@ def _train(
         if budget.interrupted:
             raise KeyboardInterrupt
         failed = [trial for trial in read_trials(uri) if trial.status == "failed"]
+        for run in [run for run in missing if run.is_trial and run.name in {trial.point[AXIS] for trial in failed}]:
+            record_failed_trial(state / run.name)
+            failed = [trial for trial in failed if trial.point[AXIS] != run.name]
     for trial in failed:
         reason = f"training failed ({trial.reason})"
         return UnavailableError("run", trial.point[AXIS], reason, "give the same command again to repeat it")
