@@ -1,0 +1,174 @@
+"""The recipe `tuned`: equal searches, selection on validation over two seeds, Holm's correction, and the page."""
+
+import json
+import random
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from scipy.stats import ttest_rel
+
+from tests.results.conftest import settings_of
+from tla_service.config import RunConfig
+from tla_service.errors import ConfigError, UnavailableError
+from tla_service.results import tuned
+from tla_service.results.local import in_order
+from tla_service.results.page import write_page
+from tla_service.results.runs import (
+    TableRun,
+    is_finished,
+    record_failed_trial,
+    rounds,
+    run_config,
+    table_runs,
+    table_space,
+)
+from tla_service.results.settings import TUNED_TABLES, ReproduceSettings
+from tla_service.results.tuned_page import holm
+from tla_service.training.output import SUMMARY
+
+Finished = Callable[..., None]
+FLAGS = ("--table", "digits", "--recipe", "tuned", "--seeds", "3")
+
+
+def score(state: Path, run: TableRun, value: float) -> None:
+    """Finish a trial with a score on validation."""
+    (state / run.name).mkdir(parents=True, exist_ok=True)
+    (state / run.name / SUMMARY).write_text(json.dumps({"validation": {"validation/robust_accuracy": value}}))
+
+
+def test_tables_with_a_protocol_are_those_that_the_settings_accept() -> None:
+    for table in TUNED_TABLES:
+        found = tuned.protocol(table)
+        assert {each for compared in found.comparisons for each in (compared.row, compared.less)} <= set(found.arms)
+        assert {arm.tuned_as for arm in found.arms.values()} - {None} <= set(found.searched)
+
+
+def test_every_method_has_as_many_trials_with_the_same_shared_settings() -> None:
+    found = tuned.protocol("mnist")
+    points = {arm: tuned.trial_points("mnist", arm) for arm in found.searched}
+    assert {len(each) for each in points.values()} == {found.trials}
+    for name, dimension in found.shared.items():
+        values = {tuple(point[name] for point in each) for each in points.values()}
+        assert len(values) == 1
+        (column,) = values
+        assert len(set(column)) == found.trials
+        assert all(dimension.low <= value <= dimension.high for value in column)  # type: ignore[operator]
+    assert points["tla"] == points["tla_rn"] == points["tla_sa"]
+
+
+def test_every_run_of_the_protocol_is_valid_and_selected_on_enough_validation_images(tmp_path: Path) -> None:
+    settings = settings_of("--table", "mnist", "--recipe", "tuned", "--data.root", "/data")
+    trials = next(iter(rounds(settings, tmp_path)))
+    space, shown = table_space(settings, trials), table_runs(settings)
+    configs = [run_config(space, run) for run in trials]
+    configs += [run_config(table_space(settings, shown), run) for run in shown]
+    for config in configs:
+        assert config.evaluation.validation_margin
+        assert config.evaluation.validation_limit == 3000
+    assert {run.seed for run in trials}.isdisjoint(run.seed for run in shown)
+    assert len({run.name for run in shown}) == len(shown)
+    assert [run.row for run in shown if run.images["autoattack"]].count("tla") == 5
+
+
+def test_the_best_are_repeated_and_the_best_mean_of_two_seeds_wins(tmp_path: Path) -> None:
+    settings = settings_of(*FLAGS)
+    found = iter(rounds(settings, tmp_path))
+    first = next(found)
+    assert [run.name for run in first] == ["at-t0-s1000", "tla-t0-s1000", "at-t1-s1000", "tla-t1-s1000"]
+    assert [stage for stage, _ in in_order(first)] == ["train"] * 4
+    with pytest.raises(UnavailableError, match="trials of at are missing"):
+        table_runs(settings, tmp_path)
+    for run, value in zip(first, (0.3, 0.6, 0.4, 0.5), strict=True):
+        score(tmp_path, run, value)
+        assert is_finished(run, tmp_path)
+    second = next(found)
+    assert [run.name for run in second] == ["at-t1-s1001", "tla-t0-s1001"]
+    for run in second:
+        score(tmp_path, run, 0.1)
+    assert tuned.trial_deviation("digits", tmp_path) == pytest.approx(((0.3**2 + 0.5**2) / 4) ** 0.5)
+    shown = next(found)
+    weights = {run.fields["loss.triplet_weight"] for run in shown if run.row == "tla"}
+    assert weights == {tuned.trial_points("digits", "tla")[0]["loss.triplet_weight"]}
+    assert {run.fields["optimizer.learning_rate"] for run in shown if run.row == "at"} == {
+        tuned.trial_points("digits", "at")[1]["optimizer.learning_rate"]
+    }
+
+
+def test_with_two_seeds_the_mean_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = tuned.protocol("digits").model_copy(update={"repeated": 2})
+    monkeypatch.setattr(tuned, "protocol", lambda _: both)
+    settings = settings_of(*FLAGS)
+    found = iter(rounds(settings, tmp_path))
+    for run in next(found):
+        score(tmp_path, run, {"t0": 0.6, "t1": 0.5}[run.name.split("-")[1]])
+    for run in next(found):
+        score(tmp_path, run, {"t0": 0.2, "t1": 0.5}[run.name.split("-")[1]])
+    assert tuned.winner("digits", "tla", tmp_path).number == 1
+
+
+def test_a_failed_trial_counts_as_zero(tmp_path: Path) -> None:
+    run = TableRun("at-t0-s1000", "at", 1000, is_trial=True)
+    (tmp_path / run.name).mkdir()
+    record_failed_trial(tmp_path / run.name)
+    assert is_finished(run, tmp_path)
+    assert tuned.scored_trials("digits", "at", tmp_path)[0].scores == (0.0,)
+
+
+def test_holm_rejects_what_the_closed_test_of_all_intersections_rejects() -> None:
+    """Holm's procedure is the closure of Bonferroni's: a hypothesis falls if every intersection with it does."""
+    draw = random.Random(0)
+    for _ in range(50):
+        p_values = [draw.random() ** 3 for _ in range(4)]
+        adjusted = holm(p_values)
+        for level in (0.01, 0.05, 0.2, 0.6):
+            sets = [each for size in range(1, 5) for each in combinations(range(4), size)]
+            for index in range(4):
+                falls = all(min(p_values[i] for i in each) * len(each) <= level for each in sets if index in each)
+                assert (adjusted[index] <= level) == falls
+
+
+def test_the_page_has_corrected_verdicts_and_the_searches(tmp_path: Path, finished: Finished) -> None:
+    settings = settings_of("--table", "mnist", "--recipe", "tuned", "--seeds", "5", "--data.root", "/data",
+                           "--output", str(tmp_path / "page.md"))  # fmt: skip
+    state, draw = tmp_path / "state", random.Random(1)
+    at, tla = [0.60 + 0.01 * draw.random() for _ in range(5)], [0.70 + 0.01 * draw.random() for _ in range(5)]
+    for seed in range(5):
+        finished(state, f"at-s{seed}", 0.9, round(at[seed], 3))
+        finished(state, f"tla-s{seed}", 0.9, round(tla[seed], 3))
+    for run in next(iter(rounds(settings, state))):
+        score(state, run, draw.random())
+    space = table_space(settings, table_runs(settings))
+    page = write_page(settings, space, state, state).read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("| TLA less AT | pgd100 |")]
+    cells = [cell.strip() for cell in line.split("|")]
+    p = float(ttest_rel([round(each, 3) for each in tla], [round(each, 3) for each in at]).pvalue)
+    assert cells[3:5] == ["5", "+2.92"]
+    assert float(cells[7]) == pytest.approx(min(1.0, p * 4), rel=0.01) or float(cells[7]) > p  # of several comparisons
+    assert cells[8] == "**better**"
+    (clean,) = [line for line in page.splitlines() if line.startswith("| TLA less AT | clean |")]
+    assert "not separated" in clean
+    assert "`python jobs/reproduce_paper.py --table mnist --seeds 5 --recipe tuned --data.root /data/mnist`" in page
+    assert "Each of 8 methods had 8 trials" in page
+    assert (tmp_path / "pictures" / "mnist-tuned-trials.png").stat().st_size > 1000
+    assert "| MART | 8 |" in page
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--table cifar10 --data.root /data", "table=cifar10: has no search defined for it; use mnist or digits"),
+        ("--table digits --budget 5", "budget=5: the recipe tuned fixes methods and lengths"),
+        ("--table digits --methods at", "methods=.*: the recipe tuned fixes methods and lengths"),
+    ],
+)
+def test_what_a_protocol_fixes_is_refused(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings_of(*flags.split(), "--recipe", "tuned")
+
+
+def test_other_recipes_have_one_round(tmp_path: Path) -> None:
+    settings: ReproduceSettings = settings_of("--table", "digits")
+    assert [len(runs) for runs in rounds(settings, tmp_path)] == [18]
+    assert isinstance(table_space(settings, table_runs(settings)).run, RunConfig)
