@@ -63,7 +63,8 @@ def test_every_run_of_the_protocol_is_valid_and_selected_on_enough_validation_im
     trials = next(iter(rounds(settings, tmp_path)))
     space, shown = table_space(settings, trials), table_runs(settings)
     configs = [run_config(space, run) for run in trials]
-    configs += [run_config(table_space(settings, shown), run) for run in shown]
+    shown_space = table_space(settings, shown)
+    configs += [run_config(shown_space, run) for run in shown]
     for config in configs:
         assert config.evaluation.validation_margin
         assert config.evaluation.validation_limit == 3000
