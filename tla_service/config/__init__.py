@@ -44,9 +44,12 @@ class RunConfig(Section):
         "scaling": True,
         "speed": True,
         "tracking": True,
-        # Checkpoints hold fingerprints of the network's code and of the validation split.
+        # Checkpoints hold fingerprints of the network's code, the validation split and the extra images.
         "model": {"code"},
-        "data": {"root", "download", "cache_dir", "residency", "loader_workers", "test_limit", "validation"},
+        "data": dict.fromkeys(
+            ("root", "download", "cache_dir", "residency", "loader_workers", "test_limit", "validation"), True
+        )
+        | {"extra": {"path"}},
         "training": {"channels_last", "checkpoint_minutes", "log_every_steps"},
         "evaluation": {"test", "batch_size"},
         "detection": True,
@@ -97,6 +100,12 @@ class RunConfig(Section):
         if self.attack.objective != "auto":
             return self.attack.objective
         return "kl" if self.robust_term == "trades" else "cross_entropy"
+
+    @property
+    def extra_per_step(self) -> int:
+        """Extra images in each global batch."""
+        batch = self.training.global_batch_size
+        return 0 if self.data.extra.share is None else batch - round(batch * (1 - self.data.extra.share))
 
     @property
     def own_functions(self) -> dict[str, str]:
@@ -228,7 +237,22 @@ class RunConfig(Section):
         for field, value, default in of_fine_tuning:
             if self.model.pretrained is None and value != default:
                 yield field, value, "the network starts from random weights", "leave it out, or set model.pretrained"
+        yield from self._contradictions_of_extra_images()
         yield from self._contradictions_of_the_attack()
+
+    def _contradictions_of_extra_images(self) -> Iterator[tuple[str, object, str, str]]:
+        data, batch = self.data, self.training.global_batch_size
+        if data.extra.share is None:
+            return
+        if self.extra_per_step in (0, batch):
+            reason = f"a batch of {batch} has no {'extra' if self.extra_per_step == 0 else 'training'} image"
+            yield "data.extra.share", data.extra.share, reason, "use a larger training.global_batch_size"
+        if data.balance == "class_weights":
+            reason = "the weights are those of the training images, and data.extra has other classes' shares"
+            yield "data.balance", data.balance, reason, "use sampling, or balance the extra images"
+        if self.mines_triplets and self.mining.pool == "separate":
+            reason = "a separate pool has training images only, and data.extra adds others to the batch"
+            yield "mining.pool", "separate", reason, "use batch"
 
     def _contradictions_of_the_attack(self) -> Iterator[tuple[str, object, str, str]]:
         attack, mining = self.attack, self.mining

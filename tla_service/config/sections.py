@@ -22,6 +22,25 @@ DatasetName = Literal[
 ]
 
 
+class ExtraConfig(Section):
+    """Synthetic or other additional images with labels, mixed into every training batch."""
+
+    path: str | None = setting(
+        None, "npz file, Parquet file or folder of Parquet files, local or s3://; none: no extra images", min_length=1
+    )
+    share: float | None = setting(None, "share of every batch that is extra images; published: 0.7", gt=0, lt=1)
+    duplicates: Literal["refuse", "drop"] = setting(
+        "refuse", "extra images that are near-duplicates of validation or test images: refuse the set, or drop them"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.path is None) != (self.share is None):
+            given, missing = ("share", "path") if self.path is None else ("path", "share")
+            raise wrong(f"data.extra.{given}", getattr(self, given), f"data.extra.{missing} is not set", "set both")
+        return self
+
+
 class DataConfig(Section):
     """The data set, its splits and augmentation."""
 
@@ -46,6 +65,7 @@ class DataConfig(Section):
     balance: Literal["none", "class_weights", "sampling"] = setting(
         "none", "unbalanced classes: weight each class in the loss, or draw from every class equally often"
     )
+    extra: ExtraConfig = ExtraConfig()
     crop_padding: int = setting(0, "random crop after zero padding of this size; 0: off", unit="pixels", ge=0, le=64)
     flip: bool = setting(False, "random horizontal flip")
     saturation: float = setting(1.0, "random saturation factor in [1/s, s]; 1: off", ge=1, le=10)

@@ -21,11 +21,15 @@ class Draw(IntEnum):
     AUGMENT_ANCHORS = 0xDA7A04
     AUGMENT_POSITIVES = 0xDA7A05
     AUGMENT_POOL = 0xDA7A06
+    EXTRA_ORDER = 0xDA7A07
 
 
 @dataclass(frozen=True)
 class StepIndices:
-    """One worker's images of one step, as positions in the training set, int64; roles as in `StepBatch`."""
+    """One worker's images of one step, as positions, int64; roles as in `StepBatch`.
+
+    Positions of N training images are in [0, N); N + j is extra image j.
+    """
 
     anchors: torch.Tensor
     positives: torch.Tensor | None
@@ -84,6 +88,9 @@ class StepOrder:
 
     With ``balanced``, anchors are N draws with replacement instead, from each class with the same probability.
 
+    Each step's ``extra_per_step`` images come from ``extra`` more images, beside the ``global_batch_size``: they follow
+    permutations of their own, one after another over the epochs, so that each is used once before any is used again.
+
     ``labels`` are the classes (N,), int64; ``pool_size`` images, all different, are a worker's mining pool of a step.
     ConfigError if the pools of a step need more images than there are, or a worker would get none in some step.
     """
@@ -99,7 +106,10 @@ class StepOrder:
         pool_size: int = 0,
         same_class_positives: bool = False,
         balanced: bool = False,
+        extra: int = 0,
+        extra_per_step: int = 0,
     ) -> None:
+        self._extra, self._extra_per_step = extra, extra_per_step
         self._count, self.seed, self._rank, self._world_size = len(labels), seed, rank, world_size
         self._pool_size = pool_size
         self._mates = ClassMates(labels) if same_class_positives else None
@@ -109,21 +119,28 @@ class StepOrder:
             remedy = f"use at most {self._count // world_size} per worker"
             raise ConfigError("mining.pool_size", pool_size, reason, remedy)
         self.steps_per_epoch = steps = -(-self._count // global_batch_size)
-        if self._count < steps * world_size or self._count == 0:
+        if self._count == 0 or self._count // steps + extra_per_step < world_size:
             reason = f"{self._count} training images in {steps} steps are too few for {world_size} workers"
             remedy = "use a larger batch, fewer workers or more images"
             raise ConfigError("training.global_batch_size", global_batch_size, reason, remedy)
 
     @property
+    def images_per_step(self) -> float:
+        """Mean images of a step over all workers."""
+        return self._count / self.steps_per_epoch + self._extra_per_step
+
+    @property
     def sizes(self) -> set[int]:
         """Sizes of this worker's batches: two at most."""
         steps = torch.arange(self._count).tensor_split(self.steps_per_epoch)
-        return {len(steps[step].tensor_split(self._world_size)[self._rank]) for step in (0, -1)}
+        extra = len(self._extra_share(torch.arange(self._extra_per_step)))
+        return {len(steps[step].tensor_split(self._world_size)[self._rank]) + extra for step in (0, -1)}
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepIndices]:
         """The steps of an epoch (from 0), from ``start_step`` in [0, steps_per_epoch] on."""
         chunks = self._anchors(epoch).tensor_split(self.steps_per_epoch)
         pool_order = self._permutation(Draw.POOL_ORDER, epoch) if self._pool_size else None
+        extra_order = self._extra_order(epoch) if self._extra_per_step else None
         for step in range(start_step, self.steps_per_epoch):
             anchors = chunks[step].tensor_split(self._world_size)[self._rank]
             positives = pool = None
@@ -133,7 +150,22 @@ class StepOrder:
             if pool_order is not None:
                 start = (step * self._world_size + self._rank) * self._pool_size
                 pool = pool_order[torch.arange(start, start + self._pool_size) % self._count]
-            yield StepIndices(anchors, positives, pool, len(chunks[step]))
+            if extra_order is not None:
+                extra = extra_order[step * self._extra_per_step : (step + 1) * self._extra_per_step]
+                anchors = torch.cat([anchors, self._count + self._extra_share(extra)])
+            yield StepIndices(anchors, positives, pool, len(chunks[step]) + self._extra_per_step)
+
+    def _extra_share(self, extra: torch.Tensor) -> torch.Tensor:
+        """This worker's part; the last ranks get the larger ones, since the first get those of the training images."""
+        return extra.tensor_split(self._world_size)[self._world_size - 1 - self._rank]
+
+    def _extra_order(self, epoch: int) -> torch.Tensor:
+        """Extra images of all steps of an epoch, in order."""
+        wanted = self.steps_per_epoch * self._extra_per_step
+        first, offset = divmod(epoch * wanted, self._extra)
+        passes = range(first, first + -(-(offset + wanted) // self._extra))
+        draws = (self._draws(Draw.EXTRA_ORDER, number) for number in passes)
+        return torch.cat([torch.randperm(self._extra, generator=each) for each in draws])[offset : offset + wanted]
 
     def _anchors(self, epoch: int) -> torch.Tensor:
         if self._odds is None:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -21,11 +21,11 @@ from tla_service.data.parquet_files import (
     read_column,
     unlike_first,
 )
-from tla_service.data.parquet_labels import Labels, number_classes, read_labels
+from tla_service.data.parquet_labels import UNLABELED, Labels, known_classes, number_classes, read_labels
 from tla_service.data.roots import required_root
-from tla_service.data.sources import Splits, build_splits
-from tla_service.data.trees import NO_TEST, choose_splits, listed, notice
-from tla_service.errors import UnavailableError
+from tla_service.data.sources import ImageSource, Splits, build_splits
+from tla_service.data.trees import NO_TEST, FolderTree, choose_splits, listed, notice
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import whole_file
 
 LOG = logging.getLogger(__name__)
@@ -79,6 +79,30 @@ def load_parquet(config: DataConfig) -> Splits:
     blobs = [_packed(config.cache_dir, labels, image) for labels, image in zip(splits.values(), images, strict=True)]
     parts = dict(zip(splits, zip(blobs, classes, strict=True), strict=True))
     return build_splits(config, files_key(used, images[0]), parts, names)
+
+
+def load_unsplit(
+    config: DataConfig, path: Path, class_names: tuple[str, ...], channels: int
+) -> tuple[ImageSource, Callable[[int], str]]:
+    """A Parquet file, or all of a folder, as one set of labeled images of known classes; and an image's file and row.
+
+    Columns as in `load_parquet`, labels as in `known_classes`.
+    """
+    root = path if path.is_dir() else path.parent
+    files = [
+        root / name for name in FolderTree(root).names if name.endswith(".parquet") and path in (root, root / name)
+    ]
+    if not files:
+        raise ConfigError("data.root", path, "is no .npz or .parquet file, and holds none", "give one of them")
+    shards = open_shards(files, root, str(path))
+    labels = _labels(config, shards)
+    if labels is None:
+        raise ConfigError("data.root", files[0], *UNLABELED)
+    classes, image = known_classes(labels, class_names), _image_column(config, shards)
+    blobs = _packed(config.cache_dir, labels, image)
+    parts = {"train": (blobs, classes)}
+    source = build_splits(config, files_key(files, image), parts, class_names, colour=channels == 3).train
+    return source, blobs.name
 
 
 def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:
