@@ -105,7 +105,7 @@ class RunConfig(Section):
     def extra_per_step(self) -> int:
         """Extra images in each global batch."""
         batch = self.training.global_batch_size
-        return 0 if self.data.extra.share is None else batch - round(batch * (1 - self.data.extra.share))
+        return batch - round(batch * (1 - (self.data.extra.share or 0)))
 
     @property
     def own_functions(self) -> dict[str, str]:
@@ -241,18 +241,17 @@ class RunConfig(Section):
         yield from self._contradictions_of_the_attack()
 
     def _contradictions_of_extra_images(self) -> Iterator[tuple[str, object, str, str]]:
-        data, batch = self.data, self.training.global_batch_size
-        if data.extra.share is None:
-            return
-        if self.extra_per_step in (0, batch):
-            reason = f"a batch of {batch} has no {'extra' if self.extra_per_step == 0 else 'training'} image"
-            yield "data.extra.share", data.extra.share, reason, "use a larger training.global_batch_size"
-        if data.balance == "class_weights":
-            reason = "the weights are those of the training images, and data.extra has other classes' shares"
-            yield "data.balance", data.balance, reason, "use sampling, or balance the extra images"
-        if self.mines_triplets and self.mining.pool == "separate":
-            reason = "a separate pool has training images only, and data.extra adds others to the batch"
-            yield "mining.pool", "separate", reason, "use batch"
+        extra, batch = self.data.extra, self.training.global_batch_size
+        if (extra.path is None) != (extra.share is None):
+            yield "data.extra.share", extra.share, f"data.extra.path is {extra.path}", "give both, or neither"
+        elif extra.share is not None and self.extra_per_step in (0, batch):
+            reason = f"of {batch} images, {self.extra_per_step} would be extra images"
+            yield "data.extra.share", extra.share, reason, "use a larger training.global_batch_size"
+        elif extra.share is not None and self.data.balance == "class_weights":
+            reason = "the training images' weights do not fit those of data.extra"
+            yield "data.balance", "class_weights", reason, "use sampling"
+        elif extra.share is not None and self.mines_triplets and self.mining.pool == "separate":
+            yield "mining.pool", "separate", "its images would not include those of data.extra", "use batch"
 
     def _contradictions_of_the_attack(self) -> Iterator[tuple[str, object, str, str]]:
         attack, mining = self.attack, self.mining

@@ -23,22 +23,11 @@ DatasetName = Literal[
 
 
 class ExtraConfig(Section):
-    """Synthetic or other additional images with labels, mixed into every training batch."""
+    """Synthetic or other additional images with labels, in every training batch."""
 
-    path: str | None = setting(
-        None, "npz file, Parquet file or folder of Parquet files, local or s3://; none: no extra images", min_length=1
-    )
-    share: float | None = setting(None, "share of every batch that is extra images; published: 0.7", gt=0, lt=1)
-    duplicates: Literal["refuse", "drop"] = setting(
-        "refuse", "extra images that are near-duplicates of validation or test images: refuse the set, or drop them"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.path is None) != (self.share is None):
-            given, missing = ("share", "path") if self.path is None else ("path", "share")
-            raise wrong(f"data.extra.{given}", getattr(self, given), f"data.extra.{missing} is not set", "set both")
-        return self
+    path: str | None = setting(None, "npz file, Parquet file or folder of them, or s3://...; none: off", min_length=1)
+    share: float | None = setting(None, "share of each batch that is extra images; published: 0.7", gt=0, lt=1)
+    duplicates: Literal["refuse", "drop"] = setting("refuse", "near-duplicates of validation and test images")
 
 
 class DataConfig(Section):

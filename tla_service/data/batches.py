@@ -19,6 +19,7 @@ from tla_service.errors import UserError
 from tla_service.files import check_socket_path
 from tla_service.runtime import WorkerContext, generator
 
+_Source = ImageSource | JoinedSource
 # Of anchors, positives and pool.
 _DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL)
 
@@ -70,13 +71,13 @@ class TrainingBatches:
     Everything is a function of (seed, epoch, step, rank, world size), so a run can resume at any step. Images are kept
     on the device as uint8, or read by loader processes; on the CPU both give identical batches.
 
-    ``indices`` (N,), int64, are the images of ``source`` to train on; ``order`` holds positions in them.
+    ``indices`` (N,), int64, are the images of ``source`` to train on, each once; ``order`` holds positions in them.
     ``sizes`` are those of this worker's batches of anchors. Iterating raises UnavailableError if images cannot be read.
     """
 
     def __init__(
         self,
-        source: ImageSource | JoinedSource,
+        source: _Source,
         indices: torch.Tensor,
         order: StepOrder,
         config: DataConfig,
@@ -87,7 +88,6 @@ class TrainingBatches:
         self._source, self._indices, self._order = source, indices, order
         self._config, self._context, self._augment_pool = config, context, augment_pool
         self.steps_per_epoch, self.sizes = order.steps_per_epoch, order.sizes
-        self.images_per_step = order.images_per_step
         labels = source.labels[indices]
         self._labels = labels.to(context.device)
         weighted = config.balance == "class_weights"
@@ -178,9 +178,7 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 class _StepLoader:
     """Reads steps ahead, into pinned memory for a GPU: one loader process reads all images of one step."""
 
-    def __init__(
-        self, source: ImageSource | JoinedSource, indices: torch.Tensor, workers: int, device: torch.device
-    ) -> None:
+    def __init__(self, source: _Source, indices: torch.Tensor, workers: int, device: torch.device) -> None:
         # torch warns of more processes than cores.
         workers = min(workers, usable_cores())
         if workers:
@@ -231,7 +229,7 @@ class _StepSampler:
 class _StepImages(data.Dataset[torch.Tensor | UserError]):
     """What runs in the loader processes."""
 
-    def __init__(self, source: ImageSource | JoinedSource) -> None:
+    def __init__(self, source: _Source) -> None:
         self._source = source
 
     def __getitem__(self, indices: list[int]) -> torch.Tensor | UserError:

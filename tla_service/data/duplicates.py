@@ -6,7 +6,6 @@ values is subtracted, so neither brightness nor contrast matters.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,25 +13,17 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, conv2d, layer_n
 
 from tla_service.data.sources import ImageSource
 
-# Measured on CIFAR-10, see docs/data.md: most copies are nearer, and the training images that are nearer to a test
-# image show the same scene.
+# Measured on CIFAR-10: docs/data.md, Extra images.
 NEAR = 0.25
 _COARSE_SIDE, _FINE_SIDE, _SHIFTS = 6, 32, 16
 _CHUNK = 1024
 
 
-class Duplicates(NamedTuple):
-    """Images with a near-duplicate among the references: positions of both, and their distance, each (n,)."""
+def near_duplicates(source: ImageSource, references: Sequence[tuple[ImageSource, Tensor]]) -> dict[str, Tensor]:
+    """Compare all images with those at the rows of each reference, all of one shape.
 
-    rows: Tensor
-    references: Tensor
-    distances: Tensor
-
-
-def near_duplicates(source: ImageSource, references: Sequence[tuple[ImageSource, Tensor]]) -> Duplicates:
-    """Compare all images with those at the rows of each reference, all of one shape; positions run on through these.
-
-    Only the nearest reference is reported, and only pairs below `NEAR`. Errors as `fetch` of the sources.
+    Returns ``rows`` of images whose nearest reference is nearer than `NEAR`; ``references``, its position among all of
+    them; and ``distances``; each (n,).
     """
     known = torch.cat([_reduced(other, some) for other, rows in references for some in rows.split(_CHUNK)])
     table = torch.cat([_coarse(known), _coarse(known.flip(3))]).T
@@ -45,13 +36,13 @@ def near_duplicates(source: ImageSource, references: Sequence[tuple[ImageSource,
         distances = _distances(images, nearest)
         near = distances < NEAR
         found.append((rows[near], places[near], distances[near]))
-    return Duplicates(*map(torch.cat, zip(*found, strict=True)))
+    return dict(zip(("rows", "references", "distances"), map(torch.cat, zip(*found, strict=True)), strict=True))
 
 
 def _reduced(source: ImageSource, rows: Tensor) -> Tensor:
-    images = source.fetch(rows)
+    images = source.fetch(rows).float()
     sides = (min(_FINE_SIDE, images.shape[2]), min(_FINE_SIDE, images.shape[3]))
-    return adaptive_avg_pool2d(images.float(), sides).round().byte()
+    return adaptive_avg_pool2d(images, sides).round().byte()
 
 
 def _coarse(images: Tensor) -> Tensor:
@@ -63,11 +54,10 @@ def _distances(images: Tensor, references: Tensor) -> Tensor:
     reach = min(images.shape[2:]) // _SHIFTS
     height, width = (side - 2 * reach for side in images.shape[2:])
     center = images[:, :, reach : reach + height, reach : reach + width].float()
-    size, shape = center[0].numel(), center.shape
     references = references - references.float().mean((1, 2, 3), keepdim=True)  # for precision
-    products = conv2d(references.flatten(0, 1)[None], _unit(center).view(shape), groups=len(images))[0]
+    products = conv2d(references.flatten(0, 1)[None], _unit(center).view(center.shape), groups=len(images))[0]
     mean, square = (avg_pool2d(values.mean(1), (height, width), 1) for values in (references, references**2))
-    lengths = (size * (square - mean**2)).clamp(min=1e-6).sqrt()
+    lengths = (center[0].numel() * (square - mean**2)).clamp(min=1e-6).sqrt()
     return (2 - 2 * (products / lengths).amax((1, 2))).clamp(min=0).sqrt()
 
 

@@ -50,8 +50,6 @@ class Inspection(NamedTuple):
         yield f"network sees  {'x'.join(map(str, facts['image_shape']))} (channels x height x width)"
         yield f"splits        {', '.join(f'{name} {count}' for name, count in splits.items())}"
         yield f"validation    {facts['validation']}"
-        if facts["extra"] is not None:
-            yield f"extra images  {facts['extra']['extra_images']}"
         *sizes, (_, differing) = facts["stored_sizes"].items()
         yield f"sizes         {', '.join(f'{name} {size}' for name, size in sizes)} ({differing} differ)"
         yield f"color modes   {', '.join(f'{mode} {count}' for mode, count in facts['color_modes'].items())}"
@@ -76,8 +74,8 @@ def inspect_dataset(config: DataConfig, seed: int = 0) -> Inspection:
         warnings.append(record.getMessage())
         return False
 
-    leaks_dropped = config.extra.model_copy(update={"duplicates": "drop"})
-    config = config.model_copy(update={"residency": "stream", "image_size": side, "extra": leaks_dropped})
+    dropping = config.extra.model_copy(update={"duplicates": "drop"})
+    config = config.model_copy(update={"residency": "stream", "image_size": side, "extra": dropping})
     LOG.addFilter(keep)
     try:
         dataset = load_dataset(config)

@@ -26,9 +26,9 @@ class Draw(IntEnum):
 
 @dataclass(frozen=True)
 class StepIndices:
-    """One worker's images of one step, as positions, int64; roles as in `StepBatch`.
+    """One worker's images of one step, as positions in the training set, int64; roles as in `StepBatch`.
 
-    Positions of N training images are in [0, N); N + j is extra image j.
+    Beyond the training set, of N images, N + j is extra image j.
     """
 
     anchors: torch.Tensor
@@ -88,8 +88,8 @@ class StepOrder:
 
     With ``balanced``, anchors are N draws with replacement instead, from each class with the same probability.
 
-    Each step's ``extra_per_step`` images come from ``extra`` more images, beside the ``global_batch_size``: they follow
-    permutations of their own, one after another over the epochs, so that each is used once before any is used again.
+    Each step has ``extra_per_step`` of ``extra`` more images besides, by permutations of their own, one after another
+    over all epochs: each is used once before any is used again.
 
     ``labels`` are the classes (N,), int64; ``pool_size`` images, all different, are a worker's mining pool of a step.
     ConfigError if the pools of a step need more images than there are, or a worker would get none in some step.
@@ -125,11 +125,6 @@ class StepOrder:
             raise ConfigError("training.global_batch_size", global_batch_size, reason, remedy)
 
     @property
-    def images_per_step(self) -> float:
-        """Mean images of a step over all workers."""
-        return self._count / self.steps_per_epoch + self._extra_per_step
-
-    @property
     def sizes(self) -> set[int]:
         """Sizes of this worker's batches: two at most."""
         steps = torch.arange(self._count).tensor_split(self.steps_per_epoch)
@@ -140,7 +135,8 @@ class StepOrder:
         """The steps of an epoch (from 0), from ``start_step`` in [0, steps_per_epoch] on."""
         chunks = self._anchors(epoch).tensor_split(self.steps_per_epoch)
         pool_order = self._permutation(Draw.POOL_ORDER, epoch) if self._pool_size else None
-        extra_order = self._extra_order(epoch) if self._extra_per_step else None
+        extra = self._extra_order(epoch) + self._count if self._extra_per_step else torch.empty(0, dtype=torch.int64)
+        extra_chunks = extra.tensor_split(self.steps_per_epoch)
         for step in range(start_step, self.steps_per_epoch):
             anchors = chunks[step].tensor_split(self._world_size)[self._rank]
             positives = pool = None
@@ -150,22 +146,18 @@ class StepOrder:
             if pool_order is not None:
                 start = (step * self._world_size + self._rank) * self._pool_size
                 pool = pool_order[torch.arange(start, start + self._pool_size) % self._count]
-            if extra_order is not None:
-                extra = extra_order[step * self._extra_per_step : (step + 1) * self._extra_per_step]
-                anchors = torch.cat([anchors, self._count + self._extra_share(extra)])
+            anchors = torch.cat([anchors, self._extra_share(extra_chunks[step])])
             yield StepIndices(anchors, positives, pool, len(chunks[step]) + self._extra_per_step)
 
     def _extra_share(self, extra: torch.Tensor) -> torch.Tensor:
-        """This worker's part; the last ranks get the larger ones, since the first get those of the training images."""
+        """This worker's part of a step's; the last ranks get the larger parts, as the first do of training images."""
         return extra.tensor_split(self._world_size)[self._world_size - 1 - self._rank]
 
     def _extra_order(self, epoch: int) -> torch.Tensor:
-        """Extra images of all steps of an epoch, in order."""
         wanted = self.steps_per_epoch * self._extra_per_step
-        first, offset = divmod(epoch * wanted, self._extra)
-        passes = range(first, first + -(-(offset + wanted) // self._extra))
-        draws = (self._draws(Draw.EXTRA_ORDER, number) for number in passes)
-        return torch.cat([torch.randperm(self._extra, generator=each) for each in draws])[offset : offset + wanted]
+        first, skipped = divmod(epoch * wanted, self._extra)
+        draws = (self._draws(Draw.EXTRA_ORDER, first + n) for n in range(-(-(skipped + wanted) // self._extra)))
+        return torch.cat([torch.randperm(self._extra, generator=each) for each in draws])[skipped : skipped + wanted]
 
     def _anchors(self, epoch: int) -> torch.Tensor:
         if self._odds is None:

@@ -21,11 +21,11 @@ from tla_service.data.parquet_files import (
     read_column,
     unlike_first,
 )
-from tla_service.data.parquet_labels import UNLABELED, Labels, known_classes, number_classes, read_labels
+from tla_service.data.parquet_labels import Labels, number_classes, read_labels
 from tla_service.data.roots import required_root
 from tla_service.data.sources import ImageSource, Splits, build_splits
 from tla_service.data.trees import NO_TEST, FolderTree, choose_splits, listed, notice
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import UnavailableError
 from tla_service.files import whole_file
 
 LOG = logging.getLogger(__name__)
@@ -82,27 +82,26 @@ def load_parquet(config: DataConfig) -> Splits:
 
 
 def load_unsplit(
-    config: DataConfig, path: Path, class_names: tuple[str, ...], channels: int
+    config: DataConfig, path: Path, class_names: tuple[str, ...], *, colour: bool
 ) -> tuple[ImageSource, Callable[[int], str]]:
-    """A Parquet file, or all of a folder, as one set of labeled images of known classes; and an image's file and row.
+    """One Parquet file, or all below a folder, as one set; and the file and row of an image.
 
-    Columns as in `load_parquet`, labels as in `known_classes`.
+    Labels are names of these classes, or else their numbers from 0. Columns and errors as `load_parquet`.
     """
     root = path if path.is_dir() else path.parent
-    files = [
-        root / name for name in FolderTree(root).names if name.endswith(".parquet") and path in (root, root / name)
-    ]
+    files = [path] if path != root else [root / name for name in FolderTree(root).names if name.endswith(".parquet")]
     if not files:
-        raise ConfigError("data.root", path, "is no .npz or .parquet file, and holds none", "give one of them")
+        raise UnavailableError("data.root", path, "holds no .parquet files", "give their folder, or one npz file")
     shards = open_shards(files, root, str(path))
     labels = _labels(config, shards)
     if labels is None:
-        raise ConfigError("data.root", files[0], *UNLABELED)
-    classes, image = known_classes(labels, class_names), _image_column(config, shards)
-    blobs = _packed(config.cache_dir, labels, image)
-    parts = {"train": (blobs, classes)}
-    source = build_splits(config, files_key(files, image), parts, class_names, colour=channels == 3).train
-    return source, blobs.name
+        raise no_label_column(shards[0].schema, str(files[0]), config.label_column)
+    names, (classes,) = number_classes(labels)
+    known = class_names if {*names} <= {*class_names} else [*map(str, range(len(class_names)))]
+    numbers = torch.tensor([known.index(name) if name in known else len(known) for name in names])
+    image = _image_column(config, shards)
+    parts = {"train": (blobs := _packed(config.cache_dir, labels, image), numbers[classes])}
+    return build_splits(config, files_key(files, image), parts, class_names, colour=colour).train, blobs.name
 
 
 def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:

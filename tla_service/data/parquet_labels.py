@@ -1,6 +1,5 @@
 """Labels of Parquet files, whatever their type, to class numbers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,6 @@ from tla_service.errors import ConfigError, UnavailableError
 _BATCH = 2**16
 # Share of distinct labels above which they identify images, not classes.
 _MOSTLY = 0.9
-UNLABELED = ("has no labels", "label its images with a trained model first (docs/data.md, Extra images)")
 _FIX = "correct the labels, or leave these rows out"
 
 Value = int | str | bool | None
@@ -139,20 +137,3 @@ def _by_value(test: Labels, train: Labels) -> torch.Tensor:
             reason = f"class {value!r} is not among the classes of the training files"
             raise UnavailableError("data.root", test.first_row(code), reason, "use the same classes in all files")
     return torch.tensor([numbers[value] for value in test.values])[test.codes]
-
-
-def known_classes(labels: Labels, names: Sequence[str]) -> torch.Tensor:
-    """Classes (N,), int64, of labels of another set among ``names``: by name, or else integers by number from 0."""
-    own = _own_names(labels, labels.shards[0])
-    if own:
-        return _by_name(labels, tuple(names), first=0)
-    numbers = {name: number for number, name in enumerate(names)}
-    if labels.kind == "integers" and not {*map(str, labels.values)} <= {*names}:
-        numbers = {str(number): number for number in range(len(names))}
-    for code, value in enumerate(labels.values):
-        if not _is_label(value):
-            raise ConfigError("data.root", labels.first_row(code), *UNLABELED)
-        if str(value) not in numbers:
-            reason = f"label {value!r} is none of the data set's {len(names)} classes"
-            raise ConfigError("data.root", labels.first_row(code), reason, "use their names, or numbers from 0")
-    return torch.tensor([numbers[str(value)] for value in labels.values])[labels.codes]

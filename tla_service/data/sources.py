@@ -86,25 +86,21 @@ class FileSource:
         return hashlib.sha256(f"{self._blobs.stamp()}{self._decoder}{content}".encode()).hexdigest()
 
 
+ImageSource = ArraySource | FileSource
+
+
 class JoinedSource:
     """The images of one source, and after them those of another of the same shape."""
 
-    def __init__(self, first: ArraySource | FileSource, second: ArraySource | FileSource) -> None:
-        self.parts = first, second
-        self.labels = torch.cat([first.labels, second.labels])
-        self.image_shape = first.image_shape
+    def __init__(self, first: ImageSource, second: ImageSource) -> None:
+        self.parts, self.labels = (first, second), torch.cat([first.labels, second.labels])
 
     def fetch(self, indices: torch.Tensor) -> torch.Tensor:
         """As `ArraySource.fetch`."""
         first, second = self.parts
-        images = torch.empty((len(indices), *self.image_shape), dtype=torch.uint8)
-        is_first = indices < len(first)
-        images[is_first] = first.fetch(indices[is_first])
-        images[~is_first] = second.fetch(indices[~is_first] - len(first))
-        return images
-
-
-ImageSource = ArraySource | FileSource
+        is_second = indices >= len(first)
+        images = torch.cat([first.fetch(indices[~is_second]), second.fetch(indices[is_second] - len(first))])
+        return images[is_second.argsort(stable=True).argsort()]
 
 
 class Splits(NamedTuple):

@@ -263,6 +263,7 @@ class Run:
         """Sum the last steps over the workers and report them."""
         meter, step = self.meter, self.state.step
         self._reduce()
+        images_per_step = len(self.train_rows) / self.batches.steps_per_epoch + self.config.extra_per_step
         self._tell(
             event="step",
             epoch=epoch,
@@ -270,7 +271,7 @@ class Run:
             total_steps=self.total_steps,
             loss=meter.means["train/loss"],
             images_per_second=meter.images_per_second,
-            seconds_left=(self.total_steps - step) * self.batches.images_per_step / max(meter.images_per_second, 1e-9),
+            seconds_left=(self.total_steps - step) * images_per_step / max(meter.images_per_second, 1e-9),
         )
 
     def _tell(self, **record: Any) -> None:

@@ -26,10 +26,7 @@ _SOME_IMAGES = 8  # that own functions are tried on
 def split_and_check(
     config: RunConfig, dataset: Dataset, context: WorkerContext, architecture: Architecture
 ) -> tuple[Tensor, tuple[ImageSource, Tensor], TrainingBatches, dict[str, str]]:
-    """Training rows, validation images, training batches and facts on extra images of a run.
-
-    ConfigError where they do not fit the data.
-    """
+    """Training rows, validation images, batches and facts on extra images; ConfigError if they do not fit the data."""
     train, validation = split_training(dataset, config.data.validation_fraction, config.seed)
     extra = load_extra(config.data, dataset, validation)
     batches = training_batches(config, dataset.train, train, context, extra)

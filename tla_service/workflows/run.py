@@ -104,7 +104,7 @@ def check_split(config: RunConfig, dataset: Dataset, num_workers: int, architect
 
     Returns facts on the extra images, if there are any.
     """
-    return split_and_check(config, dataset, WorkerContext(world_size=num_workers), architecture)[3]
+    return split_and_check(config, dataset, WorkerContext(world_size=num_workers), architecture)[-1]
 
 
 class TrackedRun:
