@@ -243,7 +243,8 @@ class RunConfig(Section):
     def _contradictions_of_extra_images(self) -> Iterator[tuple[str, object, str, str]]:
         extra, batch = self.data.extra, self.training.global_batch_size
         if (extra.path is None) != (extra.share is None):
-            yield "data.extra.share", extra.share, f"data.extra.path is {extra.path}", "give both, or neither"
+            reason = "not set with" if extra.share is None else "set without"
+            yield "data.extra.share", extra.share, f"{reason} data.extra.path", "set both, or neither"
         elif extra.share is not None and self.extra_per_step in (0, batch):
             reason = f"of {batch} images, {self.extra_per_step} would be extra images"
             yield "data.extra.share", extra.share, reason, "use a larger training.global_batch_size"
