@@ -67,16 +67,21 @@ def _read(config: DataConfig, dataset: Dataset) -> tuple[ImageSource, Callable[[
             source = ArraySource(**arrays, digest=digests["images"] + digests["labels"])
             name = "row {}".format
     except UserError as error:
-        if error.subject in ("data.root", *COLUMNS):
-            raise type(error)(FIELD, error.value or given, error.reason, error.remedy) from error
-        raise
+        value, remedy = error.value, error.remedy
+        if error.subject.removeprefix("data.") in COLUMNS:
+            value, remedy = given, "rename a column, or label the images with a model (docs/data.md, Extra images)"
+        elif error.subject != "data.root":
+            raise
+        raise type(error)(FIELD, value, error.reason, remedy) from error
     wrong = ((source.labels < 0) | (source.labels >= classes)).nonzero()[:, 0].tolist()
     if source.image_shape != shape:
         reason = f"its images are {source.image_shape}, those of the data set {shape} (channels, height, width)"
         raise ConfigError(FIELD, given, reason, "resize them, or set data.image_size")
     if wrong:
         reason = f"{name(wrong[0])} has label {int(source.labels[wrong[0]])}, not one of {classes} classes from 0"
-        raise ConfigError(FIELD, given, reason, "correct it, or label the images with a model (docs/data.md)")
+        raise ConfigError(
+            FIELD, given, reason, "correct it, or label the images with a model (docs/data.md, Extra images)"
+        )
     return source, name
 
 

@@ -23,7 +23,7 @@ def read_npz(path: Path, image_shape: tuple[int, int, int]) -> dict[str, torch.T
     if it does not, UnavailableError if it is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
             return _checked(arrays, path, image_shape)
     except UserError:
         raise
