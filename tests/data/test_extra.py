@@ -118,6 +118,15 @@ def test_a_node_compares_them_once(load: Any, monkeypatch: pytest.MonkeyPatch) -
     load()
 
 
+def test_a_file_in_a_bucket(load: Any, s3: Any, tmp_path: Path) -> None:
+    load()
+    s3.put("synthetic/extra.npz", (tmp_path / "extra.npz").read_bytes())
+    found = load(f"s3://{s3.bucket}/synthetic/extra.npz")
+    assert (found.source.fetch(found.rows)[:, 0].numpy() == NOISE).all()
+    with pytest.raises(UnavailableError, match=r"data\.extra\.path=s3://images/other\.npz: no objects there"):
+        load(f"s3://{s3.bucket}/other.npz")
+
+
 def test_none_are_loaded_unless_asked_for(digits: Dataset) -> None:
     assert load_extra(DataConfig(), digits, held_out(digits)) is None
 

@@ -94,7 +94,7 @@ def _leaks(
         test = load_dataset(config.model_copy(update={"test_limit": None})).test
     references = [validation, (test, torch.arange(len(test)))]
     facts = [source.digest(), NEAR, *((other.digest(), content_digest(rows)) for other, rows in references)]
-    key = f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}-duplicates"
+    key = f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}-duplicates1"
     found, _ = cached_tensors(config.cache_dir, key, lambda: near_duplicates(source, references))
     kind = "validation" if dataset.validation is not None else "held-out training"
     names = [f"{kind} image {row}" for row in validation[1].tolist()] + [f"test image {n}" for n in range(len(test))]

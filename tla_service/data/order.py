@@ -122,7 +122,7 @@ class StepOrder:
         if self._count == 0 or self._count // steps + extra_per_step < world_size:
             reason = f"{self._count} training images in {steps} steps are too few for {world_size} workers"
             remedy = "use a larger batch, fewer workers or more images"
-            raise ConfigError("training.global_batch_size", global_batch_size, reason, remedy)
+            raise ConfigError("training.global_batch_size", global_batch_size + extra_per_step, reason, remedy)
 
     @property
     def sizes(self) -> set[int]:

@@ -76,13 +76,13 @@ def check_start(
             check_own(config, network.eval(), images, labels, architecture.code)
     batch, extra = config.training.global_batch_size, config.extra_per_step
     steps = -(-len(rows) // (batch - extra))
-    if smallest_share(len(rows), steps, world_size, extra) == 1 and not _one_image_trains(
-        config, dataset, rows, architecture
-    ):
+    least = smallest_share(len(rows), steps, world_size, extra)
+    if least == 1 and not _one_image_trains(config, dataset, rows, architecture):
         whom = "a worker" if world_size > 1 else "it"
         reason = f"{len(rows)} training images in {steps} steps leave {whom} with one image in some step"
         reason += f", which the BatchNorm of {config.model.name} cannot normalize"
-        enough = next((fewer for fewer in range(steps, 0, -1) if smallest_share(len(rows), fewer, world_size) > 1), 0)
+        tried = range(steps, 0, -1) if not extra else ()
+        enough = next((fewer for fewer in tried if smallest_share(len(rows), fewer, world_size) > 1), 0)
         remedy = f"use {-(-len(rows) // enough)}" if enough else "use fewer workers, or more images"
         raise ConfigError("training.global_batch_size", batch, reason, remedy)
 
