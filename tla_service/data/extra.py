@@ -48,7 +48,9 @@ def load_extra(
             remedy = "leave them out, or set data.extra.duplicates=drop"
             raise ConfigError(FIELD, config.extra.path, text, remedy)
         notice("%s=%s: left out, since %s", FIELD, config.extra.path, text)
-    rows = torch.tensor([row for row in range(len(source)) if row not in leaks])
+    kept = torch.ones(len(source), dtype=torch.bool)
+    kept[[*leaks]] = False
+    rows = kept.nonzero()[:, 0]
     digest = hashlib.sha256(f"{source.digest()}{content_digest(rows)}".encode()).hexdigest()[:16]
     counts = {"extra_images": str(len(rows)), "extra_duplicates_left_out": str(len(leaks))}
     return ExtraImages(source, rows, {"extra_fingerprint": digest, **counts})
