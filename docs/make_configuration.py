@@ -148,6 +148,9 @@ def _rows(section: type[BaseModel], names: list[str], prefix: str = "") -> Itera
         field = section.model_fields[name]
         meaning, facts = _split_facts(field.description or "fields are below")
         yield _row(f"`{prefix}{name}`", _type(field), _default(field), _plain(facts), _plain(meaning))
+        nested = _section(field)
+        if nested is not None and field.description is None:
+            yield from _rows(nested, list(nested.model_fields), f"{prefix}{name}.")
 
 
 def _row(*cells: str) -> str:

@@ -25,6 +25,8 @@ SHAPES: dict[str, Any] = {
     "data.train_limit": 100,
     "data.image_size": 16,
     "data.balance": "sampling",
+    "data.extra.share": (0.5, {"data.extra.path": "/e.npz"}),
+    "data.extra.duplicates": "drop",
     "data.crop_padding": 1,
     "data.flip": True,
     "data.saturation": 1.5,
@@ -117,6 +119,7 @@ SHAPES_NOTHING: dict[str, Any] = {
     "data.cache_dir": "/c",
     "data.test_limit": 100,
     "data.validation": "",  # a checkpoint tells its validation images from others by their content
+    "data.extra.path": ("/e.npz", {"data.extra.path": "/d.npz", "data.extra.share": 0.5}),
     "data.residency": "stream",
     "data.loader_workers": 0,
     "model.code": ("/c", {"model.name": "network:build"}),  # its contents do: checkpoints have their SHA-256

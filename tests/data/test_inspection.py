@@ -138,6 +138,15 @@ def test_digits(make_config: MakeConfig) -> None:
     assert found.sheet.size[1] == 10 * 76 + 24  # 8x8 pixels nine times as large
 
 
+def test_extra_images_are_counted_and_their_leaks_are_warnings(tmp_path: Path, make_config: MakeConfig) -> None:
+    test = load_dataset(make_config()).test.fetch(torch.arange(2))[:, 0].numpy()
+    np.savez(tmp_path / "extra.npz", image=np.concatenate([test, noise(8, 5, 8)]), label=np.arange(7))
+    found = inspect_dataset(make_config(extra={"path": str(tmp_path / "extra.npz")}))
+    assert (found.facts["extra"]["extra_images"], found.facts["extra"]["extra_duplicates_left_out"]) == ("5", "2")
+    (warning,) = found.facts["warnings"]
+    assert "2 of its 7 images are near-duplicates of validation or test images: row 0 = test image 0" in warning
+
+
 def test_parquet_files_of_several_sizes(tmp_path: Path, make_config: MakeConfig) -> None:
     blobs = [encoded(noise(6, 6, 3)) for _ in range(11)] + [encoded(noise(7, 9, 3))]
     root = hub(tmp_path / "hub", blobs, train={"label": ["a", "b"] * 6}, test={"label": ["a", "b"]})

@@ -172,3 +172,38 @@ def test_class_weights_are_scikit_learns() -> None:
     assert weights[[0, 1, 3]].tolist() == pytest.approx(expected.tolist())
     assert weights[2] == 0
     assert float(weights[UNBALANCED].mean()) == pytest.approx(1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(**SIZES, extra=st.integers(1, 90), share=st.floats(0.1, 0.9), balanced=st.booleans())
+def test_each_step_has_its_share_of_extra_images_in_an_order_of_their_own(
+    count: int, batch: int, world: int, epoch: int, extra: int, share: float, balanced: bool
+) -> None:
+    real = max(1, min(batch - 1, round(batch * (1 - share))))
+    wanted = batch - real
+    if count // -(-count // real) + wanted < world:
+        return
+    plain = orders(count, real, 1, balanced=balanced)[0]
+    made = orders(count, real, world, balanced=balanced, extra=extra, extra_per_step=wanted)
+    ranks = [list(order.epoch(epoch)) for order in made]
+
+    # Pass by pass through the extra images, from the first epoch on.
+    stream: list[int] = []
+    while len(stream) < (epoch + 1) * plain.steps_per_epoch * wanted:
+        draws = generator(CPU, Draw.EXTRA_ORDER, 7, len(stream) // extra, 0, 0)
+        stream += torch.randperm(extra, generator=draws).tolist()
+    before = epoch * plain.steps_per_epoch * wanted
+    for step, (alone, *shards) in enumerate(zip(plain.epoch(epoch), *ranks, strict=True)):
+        images = [shard.anchors.tolist() for shard in shards]
+        assert {shard.global_size for shard in shards} == {len(alone.anchors) + wanted}
+        assert sum(([each for each in own if each < count] for own in images), []) == alone.anchors.tolist()
+        start = before + step * wanted
+        drawn = [each - count for own in images for each in own if each >= count]
+        assert sorted(drawn) == sorted(stream[start : start + wanted])
+        assert max(map(len, images)) - min(map(len, images)) <= 1
+        assert min(map(len, images)) >= 1
+        assert all(len(own) in order.sizes for own, order in zip(images, made, strict=True))
+    middle = plain.steps_per_epoch // 2
+    for order, steps in zip(made, ranks, strict=True):
+        resumed = [step.anchors.tolist() for step in order.epoch(epoch, middle)]
+        assert resumed == [step.anchors.tolist() for step in steps[middle:]]

@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tla_service.config import DataConfig
+from tla_service.data import load_dataset
 from tla_service.job import run_job
 from tla_service.models import build_model
 from tla_service.training import __main__ as job
@@ -73,3 +76,14 @@ def test_a_step_with_one_image(run: Any) -> None:
     )  # fmt: skip
     assert (code, error.count("\n")) == (2, 1)
     assert "91 training images in 46 steps leave it with one image in some step" in error
+
+
+def test_extra_images_that_leak(run: Any, tmp_path: Path) -> None:
+    images = load_dataset(DataConfig()).test.fetch(torch.tensor([440]))[:, 0].numpy()
+    np.savez(tmp_path / "extra.npz", image=images, label=[0])
+    code, error = run(
+        "--data.extra.path", str(tmp_path / "extra.npz"), "--data.extra.share", "0.5", "--data.cache_dir", str(tmp_path)
+    )  # fmt: skip
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"data.extra.path={tmp_path}/extra.npz: 1 of its 1 images are near-duplicates" in error
+    assert "row 0 = test image 440 (distance 0.00" in error

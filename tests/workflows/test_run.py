@@ -1,13 +1,18 @@
-"""How a training job ends: with the command that evaluates its model."""
+"""What a training job checks first, and how it ends: with the command that evaluates its model."""
 
 import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from tla_service.config.loading import load_config
+from tla_service.data import load_dataset
+from tla_service.errors import ConfigError
 from tla_service.training.reporting import Terminal
-from tla_service.workflows.run import show_end
+from tla_service.workflows.run import check_before_start, show_end
 
 SUMMARY: dict[str, Any] = {
     "clean_accuracy": 0.9, "robust_accuracy": {"worst": 0.8}, "run_id": "r", "checkpoint": "c",
@@ -47,3 +52,19 @@ def test_the_end_shows_no_credentials(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "tracking   http://mlflow:5000  run" in printed.getvalue()
     assert printed.getvalue().endswith("--tracking.uri http://mlflow:5000\n")
     assert "hunter2" not in printed.getvalue()
+
+
+def test_extra_images_are_checked_before_the_job_starts_and_are_among_its_facts(tmp_path: Path) -> None:
+    path = tmp_path / "extra.npz"
+    extra = {"path": str(path), "share": 0.5}
+    config = load_config("digits", data={"extra": extra, "cache_dir": str(tmp_path)})
+    noise = np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8)
+    np.savez(path, image=noise, label=np.arange(30) % 10)
+    facts = check_before_start(config).described
+    assert (facts["extra_images"], facts["extra_duplicates_left_out"]) == ("30", "0")
+    assert len(facts["extra_fingerprint"]) == 16
+
+    leaking = np.concatenate([noise, load_dataset(config.data).test.fetch(torch.tensor([7]))[:, 0].numpy()])
+    np.savez(path, image=leaking, label=np.arange(31) % 10)
+    with pytest.raises(ConfigError, match="row 30 = test image 7"):
+        check_before_start(config)

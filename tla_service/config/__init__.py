@@ -44,9 +44,12 @@ class RunConfig(Section):
         "scaling": True,
         "speed": True,
         "tracking": True,
-        # Checkpoints hold fingerprints of the network's code and of the validation split.
+        # Checkpoints hold fingerprints of the network's code, the validation split and the extra images.
         "model": {"code"},
-        "data": {"root", "download", "cache_dir", "residency", "loader_workers", "test_limit", "validation"},
+        "data": dict.fromkeys(
+            ("root", "download", "cache_dir", "residency", "loader_workers", "test_limit", "validation"), True
+        )
+        | {"extra": {"path"}},
         "training": {"channels_last", "checkpoint_minutes", "log_every_steps"},
         "evaluation": {"test", "batch_size"},
         "detection": True,
@@ -97,6 +100,12 @@ class RunConfig(Section):
         if self.attack.objective != "auto":
             return self.attack.objective
         return "kl" if self.robust_term == "trades" else "cross_entropy"
+
+    @property
+    def extra_per_step(self) -> int:
+        """Extra images in each global batch."""
+        batch = self.training.global_batch_size
+        return batch - round(batch * (1 - (self.data.extra.share or 0)))
 
     @property
     def own_functions(self) -> dict[str, str]:
@@ -228,7 +237,22 @@ class RunConfig(Section):
         for field, value, default in of_fine_tuning:
             if self.model.pretrained is None and value != default:
                 yield field, value, "the network starts from random weights", "leave it out, or set model.pretrained"
+        yield from self._contradictions_of_extra_images()
         yield from self._contradictions_of_the_attack()
+
+    def _contradictions_of_extra_images(self) -> Iterator[tuple[str, object, str, str]]:
+        extra, batch = self.data.extra, self.training.global_batch_size
+        if (extra.path is None) != (extra.share is None):
+            reason = "not set with" if extra.share is None else "set without"
+            yield "data.extra.share", extra.share, f"{reason} data.extra.path", "set both, or neither"
+        elif extra.share is not None and self.extra_per_step in (0, batch):
+            reason = f"of {batch} images, {self.extra_per_step} would be extra images"
+            yield "data.extra.share", extra.share, reason, "use a larger training.global_batch_size"
+        elif extra.share is not None and self.data.balance == "class_weights":
+            reason = "the training images' weights do not fit those of data.extra"
+            yield "data.balance", "class_weights", reason, "use sampling"
+        elif extra.share is not None and self.mines_triplets and self.mining.pool == "separate":
+            yield "mining.pool", "separate", "its images would not include those of data.extra", "use batch"
 
     def _contradictions_of_the_attack(self) -> Iterator[tuple[str, object, str, str]]:
         attack, mining = self.attack, self.mining

@@ -22,6 +22,14 @@ DatasetName = Literal[
 ]
 
 
+class ExtraConfig(Section):
+    """Synthetic or other additional images with labels, in every training batch."""
+
+    path: str | None = setting(None, "npz file, Parquet file or folder of them, or s3://...; none: off", min_length=1)
+    share: float | None = setting(None, "share of each batch that is extra images; published: 0.7", gt=0, lt=1)
+    duplicates: Literal["refuse", "drop"] = setting("refuse", "near-duplicates of validation and test images")
+
+
 class DataConfig(Section):
     """The data set, its splits and augmentation."""
 
@@ -46,6 +54,7 @@ class DataConfig(Section):
     balance: Literal["none", "class_weights", "sampling"] = setting(
         "none", "unbalanced classes: weight each class in the loss, or draw from every class equally often"
     )
+    extra: ExtraConfig = ExtraConfig()
     crop_padding: int = setting(0, "random crop after zero padding of this size; 0: off", unit="pixels", ge=0, le=64)
     flip: bool = setting(False, "random horizontal flip")
     saturation: float = setting(1.0, "random saturation factor in [1/s, s]; 1: off", ge=1, le=10)

@@ -14,11 +14,12 @@ from tla_service.config import DataConfig
 from tla_service.data.augmentation import augment, to_unit
 from tla_service.data.decoding import usable_cores
 from tla_service.data.order import Draw, StepIndices, StepOrder, class_weights
-from tla_service.data.sources import RESIDENT_BYTES, ArraySource, ImageSource
+from tla_service.data.sources import RESIDENT_BYTES, ArraySource, ImageSource, JoinedSource
 from tla_service.errors import UserError
 from tla_service.files import check_socket_path
 from tla_service.runtime import WorkerContext, generator
 
+_Source = ImageSource | JoinedSource
 # Of anchors, positives and pool.
 _DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL)
 
@@ -76,7 +77,7 @@ class TrainingBatches:
 
     def __init__(
         self,
-        source: ImageSource,
+        source: _Source,
         indices: torch.Tensor,
         order: StepOrder,
         config: DataConfig,
@@ -91,7 +92,9 @@ class TrainingBatches:
         self._labels = labels.to(context.device)
         weighted = config.balance == "class_weights"
         self._class_weights = class_weights(labels).to(context.device) if weighted else None
-        fits = isinstance(source, ArraySource) and source.images.numel() < RESIDENT_BYTES
+        parts = source.parts if isinstance(source, JoinedSource) else (source,)
+        arrays = [part.images.numel() for part in parts if isinstance(part, ArraySource)]
+        fits = len(arrays) == len(parts) and sum(arrays) < RESIDENT_BYTES
         resident = fits if config.residency == "auto" else config.residency == "device"
         self._loader = None if resident else _StepLoader(source, indices, config.loader_workers, context.device)
 
@@ -175,7 +178,7 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 class _StepLoader:
     """Reads steps ahead, into pinned memory for a GPU: one loader process reads all images of one step."""
 
-    def __init__(self, source: ImageSource, indices: torch.Tensor, workers: int, device: torch.device) -> None:
+    def __init__(self, source: _Source, indices: torch.Tensor, workers: int, device: torch.device) -> None:
         # torch warns of more processes than cores.
         workers = min(workers, usable_cores())
         if workers:
@@ -226,7 +229,7 @@ class _StepSampler:
 class _StepImages(data.Dataset[torch.Tensor | UserError]):
     """What runs in the loader processes."""
 
-    def __init__(self, source: ImageSource) -> None:
+    def __init__(self, source: _Source) -> None:
         self._source = source
 
     def __getitem__(self, indices: list[int]) -> torch.Tensor | UserError:

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
 from tla_service.data.decoding import usable_cores
+from tla_service.data.extra import load_extra
 from tla_service.data.sources import ImageSource
 from tla_service.data.splits import split_training
 from tla_service.data.trees import LOG, listed
@@ -73,12 +74,15 @@ def inspect_dataset(config: DataConfig, seed: int = 0) -> Inspection:
         warnings.append(record.getMessage())
         return False
 
+    dropping = config.extra.model_copy(update={"duplicates": "drop"})
+    config = config.model_copy(update={"residency": "stream", "image_size": side, "extra": dropping})
     LOG.addFilter(keep)
     try:
-        dataset = load_dataset(config.model_copy(update={"residency": "stream", "image_size": side}))
+        dataset = load_dataset(config)
+        rows, validation = split_training(dataset, config.validation_fraction, seed)
+        extra = load_extra(config, dataset, validation)
     finally:
         LOG.removeFilter(keep)
-    rows, validation = split_training(dataset, config.validation_fraction, seed)
     test = (dataset.test, torch.arange(len(dataset.test)))
     parts = {"train": (dataset.train, rows), "validation": validation, "test": test}
     looked = {name: _look(*part) for name, part in parts.items()}
@@ -117,6 +121,7 @@ def inspect_dataset(config: DataConfig, seed: int = 0) -> Inspection:
         "color_modes": dict(Counter(each.mode for each in everything).most_common()),
         "duplicates": {pair: len(names) for pair, names in duplicates.items()},
         "unusable": len(errors),
+        "extra": None if extra is None else extra.facts,
         "warnings": [*map(_printable, warnings)],
     }
     usable = torch.tensor([isinstance(each, Seen) for each in looked["train"]])

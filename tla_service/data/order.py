@@ -21,11 +21,15 @@ class Draw(IntEnum):
     AUGMENT_ANCHORS = 0xDA7A04
     AUGMENT_POSITIVES = 0xDA7A05
     AUGMENT_POOL = 0xDA7A06
+    EXTRA_ORDER = 0xDA7A07
 
 
 @dataclass(frozen=True)
 class StepIndices:
-    """One worker's images of one step, as positions in the training set, int64; roles as in `StepBatch`."""
+    """One worker's images of one step, as positions in the training set, int64; roles as in `StepBatch`.
+
+    Beyond the training set, of N images, N + j is extra image j.
+    """
 
     anchors: torch.Tensor
     positives: torch.Tensor | None
@@ -84,6 +88,9 @@ class StepOrder:
 
     With ``balanced``, anchors are N draws with replacement instead, from each class with the same probability.
 
+    Each step has ``extra_per_step`` of ``extra`` more images besides, by permutations of their own, one after another
+    over all epochs: each is used once before any is used again.
+
     ``labels`` are the classes (N,), int64; ``pool_size`` images, all different, are a worker's mining pool of a step.
     ConfigError if the pools of a step need more images than there are, or a worker would get none in some step.
     """
@@ -99,7 +106,10 @@ class StepOrder:
         pool_size: int = 0,
         same_class_positives: bool = False,
         balanced: bool = False,
+        extra: int = 0,
+        extra_per_step: int = 0,
     ) -> None:
+        self._extra, self._extra_per_step = extra, extra_per_step
         self._count, self.seed, self._rank, self._world_size = len(labels), seed, rank, world_size
         self._pool_size = pool_size
         self._mates = ClassMates(labels) if same_class_positives else None
@@ -109,21 +119,24 @@ class StepOrder:
             remedy = f"use at most {self._count // world_size} per worker"
             raise ConfigError("mining.pool_size", pool_size, reason, remedy)
         self.steps_per_epoch = steps = -(-self._count // global_batch_size)
-        if self._count < steps * world_size or self._count == 0:
+        if self._count == 0 or self._count // steps + extra_per_step < world_size:
             reason = f"{self._count} training images in {steps} steps are too few for {world_size} workers"
             remedy = "use a larger batch, fewer workers or more images"
-            raise ConfigError("training.global_batch_size", global_batch_size, reason, remedy)
+            raise ConfigError("training.global_batch_size", global_batch_size + extra_per_step, reason, remedy)
 
     @property
     def sizes(self) -> set[int]:
         """Sizes of this worker's batches: two at most."""
         steps = torch.arange(self._count).tensor_split(self.steps_per_epoch)
-        return {len(steps[step].tensor_split(self._world_size)[self._rank]) for step in (0, -1)}
+        extra = len(self._extra_share(torch.arange(self._extra_per_step)))
+        return {len(steps[step].tensor_split(self._world_size)[self._rank]) + extra for step in (0, -1)}
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepIndices]:
         """The steps of an epoch (from 0), from ``start_step`` in [0, steps_per_epoch] on."""
         chunks = self._anchors(epoch).tensor_split(self.steps_per_epoch)
         pool_order = self._permutation(Draw.POOL_ORDER, epoch) if self._pool_size else None
+        extra = self._extra_order(epoch) + self._count if self._extra_per_step else torch.empty(0, dtype=torch.int64)
+        extra_chunks = extra.tensor_split(self.steps_per_epoch)
         for step in range(start_step, self.steps_per_epoch):
             anchors = chunks[step].tensor_split(self._world_size)[self._rank]
             positives = pool = None
@@ -133,7 +146,18 @@ class StepOrder:
             if pool_order is not None:
                 start = (step * self._world_size + self._rank) * self._pool_size
                 pool = pool_order[torch.arange(start, start + self._pool_size) % self._count]
-            yield StepIndices(anchors, positives, pool, len(chunks[step]))
+            anchors = torch.cat([anchors, self._extra_share(extra_chunks[step])])
+            yield StepIndices(anchors, positives, pool, len(chunks[step]) + self._extra_per_step)
+
+    def _extra_share(self, extra: torch.Tensor) -> torch.Tensor:
+        """This worker's part of a step's; the last ranks get the larger parts, as the first do of training images."""
+        return extra.tensor_split(self._world_size)[self._world_size - 1 - self._rank]
+
+    def _extra_order(self, epoch: int) -> torch.Tensor:
+        wanted = self.steps_per_epoch * self._extra_per_step
+        first, skipped = divmod(epoch * wanted, self._extra)
+        draws = (self._draws(Draw.EXTRA_ORDER, first + n) for n in range(-(-(skipped + wanted) // self._extra)))
+        return torch.cat([torch.randperm(self._extra, generator=each) for each in draws])[skipped : skipped + wanted]
 
     def _anchors(self, epoch: int) -> torch.Tensor:
         if self._odds is None:

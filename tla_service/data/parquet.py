@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from tla_service.data.parquet_files import (
 )
 from tla_service.data.parquet_labels import Labels, number_classes, read_labels
 from tla_service.data.roots import required_root
-from tla_service.data.sources import Splits, build_splits
-from tla_service.data.trees import NO_TEST, choose_splits, listed, notice
+from tla_service.data.sources import ImageSource, Splits, build_splits
+from tla_service.data.trees import NO_TEST, FolderTree, choose_splits, listed, notice
 from tla_service.errors import UnavailableError
 from tla_service.files import whole_file
 
@@ -79,6 +79,29 @@ def load_parquet(config: DataConfig) -> Splits:
     blobs = [_packed(config.cache_dir, labels, image) for labels, image in zip(splits.values(), images, strict=True)]
     parts = dict(zip(splits, zip(blobs, classes, strict=True), strict=True))
     return build_splits(config, files_key(used, images[0]), parts, names)
+
+
+def load_unsplit(
+    config: DataConfig, path: Path, class_names: tuple[str, ...], *, colour: bool
+) -> tuple[ImageSource, Callable[[int], str]]:
+    """One Parquet file, or all below a folder, as one set; and the file and row of an image.
+
+    Labels are names of these classes, or else their numbers from 0. Columns and errors as `load_parquet`.
+    """
+    root = path if path.is_dir() else path.parent
+    files = [path] if path != root else [root / name for name in FolderTree(root).names if name.endswith(".parquet")]
+    if not files:
+        raise UnavailableError("data.root", path, "holds no .parquet files", "give their folder, or one npz file")
+    shards = open_shards(files, root, str(path))
+    labels = _labels(config, shards)
+    if labels is None:
+        raise no_label_column(shards[0].schema, str(files[0]), config.label_column)
+    names, (classes,) = number_classes(labels)
+    known = class_names if {*names} <= {*class_names} else [*map(str, range(len(class_names)))]
+    numbers = torch.tensor([known.index(name) if name in known else len(known) for name in names])
+    image = _image_column(config, shards)
+    parts = {"train": (blobs := _packed(config.cache_dir, labels, image), numbers[classes])}
+    return build_splits(config, files_key(files, image), parts, class_names, colour=colour).train, blobs.name
 
 
 def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:

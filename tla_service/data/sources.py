@@ -89,6 +89,20 @@ class FileSource:
 ImageSource = ArraySource | FileSource
 
 
+class JoinedSource:
+    """The images of one source, and after them those of another of the same shape."""
+
+    def __init__(self, first: ImageSource, second: ImageSource) -> None:
+        self.parts, self.labels = (first, second), torch.cat([first.labels, second.labels])
+
+    def fetch(self, indices: torch.Tensor) -> torch.Tensor:
+        """As `ArraySource.fetch`."""
+        first, second = self.parts
+        is_second = indices >= len(first)
+        images = torch.cat([first.fetch(indices[~is_second]), second.fetch(indices[is_second] - len(first))])
+        return images[is_second.argsort(stable=True).argsort()]
+
+
 class Splits(NamedTuple):
     """What a loader returns to the catalog; without ``test``, a share of the training images is to be held out."""
 

@@ -148,6 +148,11 @@ def _check_facts(saved: Mapping[str, Any], now: Mapping[str, Any], config: RunCo
     if saved.get("code_sha256") != now.get("code_sha256"):
         reason = "its files are not those that this run began with"
         raise ConfigError("model.code", config.model.code, reason, "bring them back, or choose another --name")
+    if saved.get("extra_fingerprint") != now.get("extra_fingerprint"):
+        reason = "the extra images are not those that this run began with"
+        raise ConfigError(
+            "data.extra.path", config.data.extra.path, reason, "bring them back, or choose another --name"
+        )
     # Older checkpoints have one fingerprint of training and test images together.
     left_out = "fingerprint" if "training_fingerprint" in saved else "training_fingerprint"
     if {**saved, left_out: None} != {**now, left_out: None}:

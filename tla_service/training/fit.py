@@ -54,7 +54,7 @@ class Run:
             self.dataset = load_dataset(config.data)
             self.architecture = Architecture.of(config.model, code)
             parts = split_and_check(config, self.dataset, context, self.architecture)
-            self.train_rows, self.validation, self.batches = parts
+            self.train_rows, self.validation, self.batches, self._extra_facts = parts
             self._data_facts = {
                 "class_names": list(self.dataset.class_names),
                 "image_shape": list(self.dataset.image_shape),
@@ -63,6 +63,8 @@ class Run:
             }
             if self.dataset.validation is not None:
                 self._data_facts["validation_fingerprint"] = self.dataset.validation.digest()
+            if self._extra_facts:
+                self._data_facts["extra_fingerprint"] = self._extra_facts["extra_fingerprint"]
             if self.architecture.code is not None:
                 self._data_facts["code_sha256"] = self.architecture.code_sha256
         self.total_steps = config.training.epochs * self.batches.steps_per_epoch
@@ -147,6 +149,7 @@ class Run:
             "training_images": str(len(self.train_rows)),
             "validation_images": str(len(self.validation[1])),
             "test_images": str(len(dataset.test)),
+            **self._extra_facts,
             "workers": str(context.world_size),
             "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
         }
@@ -260,7 +263,7 @@ class Run:
         """Sum the last steps over the workers and report them."""
         meter, step = self.meter, self.state.step
         self._reduce()
-        images_per_step = len(self.train_rows) / self.batches.steps_per_epoch
+        images_per_step = len(self.train_rows) / self.batches.steps_per_epoch + self.config.extra_per_step
         self._tell(
             event="step",
             epoch=epoch,

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from tla_service.config import RunConfig
 from tla_service.data import Batch, Dataset, ImageSource, StepBatch, TrainingBatches, split_training
+from tla_service.data.extra import ExtraImages, load_extra
 from tla_service.data.order import StepOrder
+from tla_service.data.sources import JoinedSource
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import Architecture
 from tla_service.runtime import WorkerContext
@@ -23,16 +25,19 @@ _SOME_IMAGES = 8  # that own functions are tried on
 
 def split_and_check(
     config: RunConfig, dataset: Dataset, context: WorkerContext, architecture: Architecture
-) -> tuple[Tensor, tuple[ImageSource, Tensor], TrainingBatches]:
-    """Training rows, validation images and training batches of a run; ConfigError where they do not fit the data."""
+) -> tuple[Tensor, tuple[ImageSource, Tensor], TrainingBatches, dict[str, str]]:
+    """Training rows, validation images, batches and facts on extra images; ConfigError if they do not fit the data."""
     train, validation = split_training(dataset, config.data.validation_fraction, config.seed)
-    batches = training_batches(config, dataset.train, train, context)
+    extra = load_extra(config.data, dataset, validation)
+    batches = training_batches(config, dataset.train, train, context, extra)
     check_start(config, dataset, train, context.world_size, architecture)
-    return train, validation, batches
+    return train, validation, batches, {} if extra is None else extra.facts
 
 
-def training_batches(config: RunConfig, source: ImageSource, rows: Tensor, context: WorkerContext) -> TrainingBatches:
-    """Batches of some of a source's images, with what the method's mining needs."""
+def training_batches(
+    config: RunConfig, source: ImageSource, rows: Tensor, context: WorkerContext, extra: ExtraImages | None = None
+) -> TrainingBatches:
+    """Batches of some of a source's images, and extra ones, with what the method's mining needs."""
     config.check_workers(context.world_size)
     mining = config.mining
     separate = config.mines_triplets and mining.pool == "separate"
@@ -42,12 +47,17 @@ def training_batches(config: RunConfig, source: ImageSource, rows: Tensor, conte
         seed=config.seed,
         rank=context.rank,
         world_size=context.world_size,
-        global_batch_size=config.training.global_batch_size,
+        global_batch_size=config.training.global_batch_size - config.extra_per_step,
         pool_size=pool_size // context.world_size if mining.scope == "global" else pool_size,
         same_class_positives=separate and mining.positives != "own",
         balanced=config.data.balance == "sampling",
+        extra=0 if extra is None else len(extra.rows),
+        extra_per_step=config.extra_per_step,
     )
-    return TrainingBatches(source, rows, order, config.data, context, augment_pool=mining.augment_pool)
+    images: ImageSource | JoinedSource = source
+    if extra is not None:
+        images, rows = JoinedSource(source, extra.source), torch.cat([rows, len(source) + extra.rows])
+    return TrainingBatches(images, rows, order, config.data, context, augment_pool=mining.augment_pool)
 
 
 def check_start(
@@ -64,20 +74,22 @@ def check_start(
             some = rows[torch.linspace(0, len(rows) - 1, _SOME_IMAGES).long()]
             images, labels = dataset.train.fetch(some).float() / 255, dataset.train.labels[some]
             check_own(config, network.eval(), images, labels, architecture.code)
-    batch = config.training.global_batch_size
-    steps = -(-len(rows) // batch)
-    if smallest_share(len(rows), steps, world_size) == 1 and not _one_image_trains(config, dataset, rows, architecture):
+    batch, extra = config.training.global_batch_size, config.extra_per_step
+    steps = -(-len(rows) // (batch - extra))
+    least = smallest_share(len(rows), steps, world_size, extra)
+    if least == 1 and not _one_image_trains(config, dataset, rows, architecture):
         whom = "a worker" if world_size > 1 else "it"
         reason = f"{len(rows)} training images in {steps} steps leave {whom} with one image in some step"
         reason += f", which the BatchNorm of {config.model.name} cannot normalize"
-        enough = next((fewer for fewer in range(steps, 0, -1) if smallest_share(len(rows), fewer, world_size) > 1), 0)
+        tried = range(steps, 0, -1) if not extra else ()
+        enough = next((fewer for fewer in tried if smallest_share(len(rows), fewer, world_size) > 1), 0)
         remedy = f"use {-(-len(rows) // enough)}" if enough else "use fewer workers, or more images"
         raise ConfigError("training.global_batch_size", batch, reason, remedy)
 
 
-def smallest_share(images: int, steps: int, world_size: int) -> int:
+def smallest_share(images: int, steps: int, world_size: int, extra_per_step: int = 0) -> int:
     """The fewest images that any worker gets in any step."""
-    return images // steps // world_size
+    return (images // steps + extra_per_step) // world_size
 
 
 def checkpoint_bytes(config: RunConfig, network: nn.Module) -> int:

@@ -68,7 +68,7 @@ def check_before_start(config: RunConfig) -> Facts:
     dataset = load_dataset(config.data)
     architecture = Architecture.of(config.model)
     workers = config.scaling.num_workers if isinstance(config.scaling.num_workers, int) else 1
-    check_split(config, dataset, workers, architecture)
+    extra = check_split(config, dataset, workers, architecture)
     network = architecture.build(len(dataset.class_names), dataset.image_shape)
     check_network(config, architecture, network, dataset)
     seen_by_triplets(network, config.loss.triplet_layer)
@@ -80,6 +80,7 @@ def check_before_start(config: RunConfig) -> Facts:
         "classes": str(len(dataset.class_names)),
         "training_images": str(len(dataset.train)),
         "test_images": str(len(dataset.test)),
+        **extra,
     }
     if architecture.code_sha256 is not None:
         described["code_sha256"] = architecture.code_sha256
@@ -98,9 +99,12 @@ def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, r
     check_room(needs)
 
 
-def check_split(config: RunConfig, dataset: Dataset, num_workers: int, architecture: Architecture) -> None:
-    """Pool and batch against the training split: what one worker cannot have, more of them cannot have either."""
-    split_and_check(config, dataset, WorkerContext(world_size=num_workers), architecture)
+def check_split(config: RunConfig, dataset: Dataset, num_workers: int, architecture: Architecture) -> dict[str, str]:
+    """Pool and batch against the training split: what one worker cannot have, more of them cannot have either.
+
+    Returns facts on the extra images, if there are any.
+    """
+    return split_and_check(config, dataset, WorkerContext(world_size=num_workers), architecture)[-1]
 
 
 class TrackedRun:
