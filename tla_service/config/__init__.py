@@ -158,7 +158,8 @@ class RunConfig(Section):
         if training.channels_last is None:
             training = training.model_copy(update={"channels_last": fast})
         if speed.cuda_graphs is None:
-            speed = speed.model_copy(update={"cuda_graphs": fast and attacks and not foreign})
+            captured = attacks and not foreign and not self.data.cutmix
+            speed = speed.model_copy(update={"cuda_graphs": fast and captured})
         return self.model_copy(update={"training": training, "speed": speed})
 
     def check_device(self, *, has_gpu: bool) -> None:
@@ -246,7 +247,35 @@ class RunConfig(Section):
             yield "attack.batchnorm", "train", reason, "leave one of them out"
         if attack.awp and self.method == "natural":
             yield "attack.awp", "True", "method natural has no attack", "leave it out, or use method at"
+        yield from self._contradictions_of_views()
         yield from self._contradictions_of_own_functions()
+
+    def _contradictions_of_views(self) -> Iterator[tuple[str, object, str, str]]:
+        data, weight = self.data, self.loss.view_weight
+        if weight and data.augment == "none" and not data.cutmix:
+            reason = "the second view would have no augmentation of its own"
+            yield "loss.view_weight", weight, reason, "set data.augment or data.cutmix"
+        if weight and self.training.batchnorm_roles == "together":
+            reason = "a second view has BatchNorm statistics of its own (loss.view_weight)"
+            yield "training.batchnorm_roles", "together", reason, "use apart"
+        if weight and self.attack.kind == "free":
+            reason = "free training has one backward pass for images and weights, a second view needs another"
+            yield "loss.view_weight", weight, reason, "leave it out, or use attack.kind pgd"
+        if not data.cutmix:
+            return
+        if self.mines_triplets and not weight:
+            reason = "a triplet compares images of one class, and CutMix makes images of two"
+            yield "data.cutmix", "True", reason, "set loss.view_weight, so that only the second view is mixed"
+        if self.robust_term == "mart":
+            yield "data.cutmix", "True", "MART's term needs images of one class", "use another loss.robust_term"
+        if data.balance == "class_weights":
+            reason = "a class weight needs images of one class"
+            yield "data.balance", "class_weights", reason, "use sampling, or leave out data.cutmix"
+        if ":" in self.attack.kind or (self.loss.extra and not weight):
+            reason = "your own attack or loss term takes one class per image"
+            yield "data.cutmix", "True", reason, "leave one of them out"
+        if self.speed.cuda_graphs:
+            yield "speed.cuda_graphs", "True", "the captured attack takes one class per image", "leave it out"
 
     def _contradictions_of_own_functions(self) -> Iterator[tuple[str, object, str, str]]:
         attack, mining = self.attack, self.mining

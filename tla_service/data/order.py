@@ -21,6 +21,7 @@ class Draw(IntEnum):
     AUGMENT_ANCHORS = 0xDA7A04
     AUGMENT_POSITIVES = 0xDA7A05
     AUGMENT_POOL = 0xDA7A06
+    AUGMENT_VIEW = 0xDA7A11
 
 
 @dataclass(frozen=True)

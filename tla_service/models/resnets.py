@@ -1,7 +1,11 @@
-"""Residual networks: Madry et al.'s, the standard wide one, pre-activation ResNet-18, the paper's for Tiny ImageNet."""
+"""Residual networks: Madry et al.'s, the standard wide one, pre-activation ResNet-18, the paper's for Tiny ImageNet.
+
+Where they say that embeddings are non-negative, this holds for ReLU; with SiLU, the smallest is -0.28.
+"""
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -9,6 +13,7 @@ from torch.nn import functional as F
 
 from tla_service.models.classifier import ImageClassifier
 from tla_service.models.residual import (
+    Activation,
     PreActivationBlock,
     SameConv2d,
     SameMaxPool2d,
@@ -17,21 +22,28 @@ from tla_service.models.residual import (
 )
 
 _STRIDES = (1, 2, 2)
+_LEAKY_RELU = partial(F.leaky_relu, negative_slope=0.1)
 _TENSORFLOW_EPS = 1e-3  # BatchNorm's default, which the authors' code leaves as it is
 
 
 class MadryBlock(PreActivationBlock):
-    """Two 3x3 convolutions with leaky ReLUs; a wider output gets the input average-pooled and padded with channels.
+    """Two 3x3 convolutions; a wider output gets the input average-pooled and padded with channels.
 
     Half of the zeros go before and half after, so the numbers of channels are both even or both odd. With
     ``activate_before_residual`` (first block only) the shortcut starts after the first BatchNorm and activation.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, *, activate_before_residual: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        activation: Activation,
+        *,
+        activate_before_residual: bool = False,
     ) -> None:
         convolutions = SameConv2d(in_channels, out_channels, 3, stride), SameConv2d(out_channels, out_channels, 3)
-        super().__init__(*convolutions, negative_slope=0.1, batch_norm_eps=_TENSORFLOW_EPS)
+        super().__init__(*convolutions, activation=activation, batch_norm_eps=_TENSORFLOW_EPS)
         self.stride = stride
         self.padded_channels = (out_channels - in_channels) // 2
         self.activate_before_residual = activate_before_residual
@@ -54,14 +66,24 @@ class MadryWideResNet(ImageClassifier):
     the width is a factor on the groups' 16, 32 and 64 channels, 10 in the paper.
     """
 
-    def __init__(self, depth: int, width: int, *, num_classes: int, in_channels: int, normalization: nn.Module) -> None:
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        *,
+        num_classes: int,
+        in_channels: int,
+        normalization: nn.Module,
+        activation: Activation = _LEAKY_RELU,
+    ) -> None:
         super().__init__(normalization)
+        self.activation = activation
         widths = (16, 16 * width, 32 * width, 64 * width)
         self.conv1 = SameConv2d(in_channels, widths[0], 3)
         blocks: list[nn.Module] = []
         for (narrow, wide), stride in zip(pairwise(widths), _STRIDES, strict=True):
-            blocks.append(MadryBlock(narrow, wide, stride, activate_before_residual=not blocks))
-            blocks += [MadryBlock(wide, wide, 1) for _ in range((depth - 2) // 6 - 1)]
+            blocks.append(MadryBlock(narrow, wide, stride, activation, activate_before_residual=not blocks))
+            blocks += [MadryBlock(wide, wide, 1, activation) for _ in range((depth - 2) // 6 - 1)]
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(widths[-1], eps=_TENSORFLOW_EPS)
         self.fc = nn.Linear(widths[-1], num_classes)
@@ -70,16 +92,18 @@ class MadryWideResNet(ImageClassifier):
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W), H and W multiples of 4, to embeddings (N, 64 * width), of either sign."""
         features: Tensor = self.bn(self.blocks(self.conv1(normalized)))
-        return F.leaky_relu(features, 0.1).mean(dim=(2, 3))
+        return self.activation(features).mean(dim=(2, 3))
 
 
-def _block(in_channels: int, out_channels: int, stride: int, name: str = "convShortcut") -> PreActivationBlock:
-    """Two 3x3 convolutions with ReLUs; on a change of width a 1x1 convolution of the activated input is added."""
+def _block(
+    in_channels: int, out_channels: int, stride: int, activation: Activation, name: str = "convShortcut"
+) -> PreActivationBlock:
+    """Two 3x3 convolutions; on a change of width a 1x1 convolution of the activated input is added."""
     convolutions = conv(in_channels, out_channels, 3, stride), conv(out_channels, out_channels, 3)
     projection = None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
     # In the published checkpoints of the pre-activation ResNet, the projection is a Sequential of one.
     shortcut = nn.Sequential(projection) if projection is not None and name == "shortcut" else projection
-    return PreActivationBlock(*convolutions, projection=shortcut, projection_name=name)
+    return PreActivationBlock(*convolutions, projection=shortcut, projection_name=name, activation=activation)
 
 
 class WideResNet(ImageClassifier):
@@ -91,12 +115,22 @@ class WideResNet(ImageClassifier):
     groups' 16, 32 and 64 channels.
     """
 
-    def __init__(self, depth: int, width: int, *, num_classes: int, in_channels: int, normalization: nn.Module) -> None:
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        *,
+        num_classes: int,
+        in_channels: int,
+        normalization: nn.Module,
+        activation: Activation = F.relu,
+    ) -> None:
         super().__init__(normalization)
+        self.activation = activation
         widths = (16, 16 * width, 32 * width, 64 * width)
         self.conv1 = conv(in_channels, widths[0], 3)
         self.block1, self.block2, self.block3 = (
-            _wide_group((depth - 4) // 6, narrow, wide, stride)
+            _wide_group((depth - 4) // 6, narrow, wide, stride, activation)
             for (narrow, wide), stride in zip(pairwise(widths), _STRIDES, strict=True)
         )
         self.bn1 = nn.BatchNorm2d(widths[-1])
@@ -107,13 +141,15 @@ class WideResNet(ImageClassifier):
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W) to embeddings (N, 64 * width), non-negative."""
         features: Tensor = self.bn1(self.block3(self.block2(self.block1(self.conv1(normalized)))))
-        return features.relu().mean(dim=(2, 3))
+        return self.activation(features).mean(dim=(2, 3))
 
 
-def _wide_group(num_blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+def _wide_group(
+    num_blocks: int, in_channels: int, out_channels: int, stride: int, activation: Activation
+) -> nn.Sequential:
     """Blocks of one width; the first has the stride. Checkpoints name them ``layer.0``, ``layer.1``, ..."""
-    first = _block(in_channels, out_channels, stride)
-    rest = (_block(out_channels, out_channels, 1) for _ in range(num_blocks - 1))
+    first = _block(in_channels, out_channels, stride, activation)
+    rest = (_block(out_channels, out_channels, 1, activation) for _ in range(num_blocks - 1))
     return nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest)))
 
 
@@ -124,11 +160,16 @@ class PreActResNet18(ImageClassifier):
     Module names are those of the widely used CIFAR implementations (``layer1.0.bn1``, ``bn``, ``linear``).
     """
 
-    def __init__(self, *, num_classes: int, in_channels: int, normalization: nn.Module) -> None:
+    def __init__(
+        self, *, num_classes: int, in_channels: int, normalization: nn.Module, activation: Activation = F.relu
+    ) -> None:
         super().__init__(normalization)
+        self.activation = activation
         self.conv1 = conv(in_channels, 64, 3)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
-            nn.Sequential(_block(narrow, wide, stride, "shortcut"), _block(wide, wide, 1, "shortcut"))
+            nn.Sequential(
+                _block(narrow, wide, stride, activation, "shortcut"), _block(wide, wide, 1, activation, "shortcut")
+            )
             for narrow, wide, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
         )
         self.bn = nn.BatchNorm2d(512)
@@ -143,7 +184,7 @@ class PreActResNet18(ImageClassifier):
         """Maps (N, C, H, W) to embeddings (N, 512), non-negative."""
         features: Tensor = self.layer2(self.layer1(self.conv1(normalized)))
         features = self.bn(self.layer4(self.layer3(features)))
-        return features.relu().mean(dim=(2, 3))
+        return self.activation(features).mean(dim=(2, 3))
 
 
 class TinyBlock(PreActivationBlock):
