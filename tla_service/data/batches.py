@@ -128,10 +128,9 @@ class TrainingBatches:
         )
         assert anchors is not None
         weights = None if self._class_weights is None else self._class_weights[anchors.labels]
-        view = None
-        if self._second_view:
-            assert raw.roles[0] is not None
-            view = Batch(self._finished(raw.roles[0][0], Draw.AUGMENT_VIEW, raw), anchors.labels)
+        assert raw.roles[0] is not None
+        again = self._finished(raw.roles[0][0], Draw.AUGMENT_VIEW, raw) if self._second_view else None
+        view = None if again is None else Batch(again, anchors.labels)
         return StepBatch(anchors, positives, pool, raw.global_size, weights, view)
 
     def close(self) -> None:

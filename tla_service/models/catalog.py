@@ -46,8 +46,7 @@ _CHANNEL_STATISTICS: dict[str, _Statistics] = {
 class _Network:
     """How to build a network; with ``one_size``, its weights depend on the height and width of the images.
 
-    A foreign one returns logits, and is wrapped. The normalization has a name, or is given by its statistics. With
-    ``any_activation``, the builder takes one.
+    A foreign one returns logits, and is wrapped. The normalization has a name, or is given by its statistics.
     """
 
     build: Callable[..., Any]
@@ -56,7 +55,6 @@ class _Network:
     min_size: int = 1
     size_multiple: int = 1
     foreign: bool = False
-    any_activation: bool = False
 
 
 _TINY_50 = partial(TinyImageNetResNet, (2, 3, 5, 2), bottleneck=True)
@@ -66,10 +64,10 @@ _NETWORKS = {
     "mnist_cnn": _Network(build_mnist_cnn, one_size=True, min_size=4),
     "mnist_mlp": _Network(build_mnist_mlp, one_size=True),
     # Its average-pooled shortcuts and its convolutions disagree on odd sizes, twice.
-    "wrn_32_10": _Network(partial(MadryWideResNet, 32, 10), "per_image", size_multiple=4, any_activation=True),
-    "wrn_28_10": _Network(partial(WideResNet, 28, 10), any_activation=True),
-    "wrn_34_10": _Network(partial(WideResNet, 34, 10), any_activation=True),
-    "preact_resnet_18": _Network(PreActResNet18, "cifar10", any_activation=True),
+    "wrn_32_10": _Network(partial(MadryWideResNet, 32, 10), "per_image", size_multiple=4),
+    "wrn_28_10": _Network(partial(WideResNet, 28, 10)),
+    "wrn_34_10": _Network(partial(WideResNet, 34, 10)),
+    "preact_resnet_18": _Network(PreActResNet18, "cifar10"),
     "tiny_resnet50_stride2": _Network(partial(_TINY_50, stem_stride=2), "per_image"),
     "tiny_resnet50_stride1": _Network(partial(_TINY_50, stem_stride=1), "per_image"),
     "tiny_resnet20_stride1": _Network(partial(TinyImageNetResNet, (1, 1, 1, 1), 1, bottleneck=False), "per_image"),
@@ -132,28 +130,31 @@ class Architecture:
     def build(self, num_classes: int, image_shape: ImageShape) -> ImageClassifier:
         """Builds the network with fresh weights, drawn from torch's global generator, in training mode.
 
-        UserError if the name, layer, normalization or activation is unknown, or the network does not take the images.
+        UserError if the name, the layer or the normalization is unknown, or the network does not take these images, or
+        has no other activation.
         """
         network = self._find()
         if num_classes < 2:
             reason = "a classifier needs at least two classes"
             raise ConfigError("model.num_classes", num_classes, reason, "check the labels of the data")
-        if self.activation != "default" and not network.any_activation:
-            able = ", ".join(name for name, each in _NETWORKS.items() if each.any_activation)
-            reason, remedy = f"the activations of {self.name} are fixed", f"leave it out, or use one of {able}"
-            raise ConfigError("model.activation", self.activation, reason, remedy)
         _check_shape(self.name, network, image_shape)
         first = _build_normalization(self.normalization, network, image_shape[0])
         if network.foreign:
             whole = network.build(num_classes, image_shape)
             built = wrap(self.name, whole, first, num_classes, image_shape, self.embedding)
         else:
-            given: dict[str, Any] = (
-                {"image_shape": image_shape} if network.one_size else {"in_channels": image_shape[0]}
-            )
-            if self.activation != "default":
-                given["activation"] = _ACTIVATIONS[self.activation]
-            built = network.build(num_classes=num_classes, normalization=first, **given)
+            shape = {"image_shape": image_shape} if network.one_size else {"in_channels": image_shape[0]}
+            built = network.build(num_classes=num_classes, normalization=first, **shape)
+        if self.activation != "default":
+            if not hasattr(built, "activation"):
+                reason, remedy = (
+                    f"the activations of {self.name} are fixed",
+                    "leave it out, or use wrn_* or preact_resnet_18",
+                )
+                raise ConfigError("model.activation", self.activation, reason, remedy)
+            for module in built.modules():
+                if hasattr(module, "activation"):
+                    setattr(module, "activation", _ACTIVATIONS[self.activation])  # noqa: B010 - mypy takes it for a module
         if self.embedding is not None:
             take_embedding(built, self.embedding, image_shape)
         return built

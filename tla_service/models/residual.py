@@ -16,17 +16,17 @@ class PreActivationBlock(nn.Module):
     """
 
     conv1: nn.Conv2d
+    activation: Activation = staticmethod(F.relu)
 
     def __init__(
         self,
         *convolutions: nn.Conv2d,
         projection: nn.Module | None = None,
         projection_name: str = "projection",
-        activation: Activation = F.relu,
         batch_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.depth, self.projection_name, self.activation = len(convolutions), projection_name, activation
+        self.depth, self.projection_name = len(convolutions), projection_name
         for number, convolution in enumerate(convolutions, start=1):
             self.add_module(f"bn{number}", nn.BatchNorm2d(convolution.in_channels, eps=batch_norm_eps))
             self.add_module(f"conv{number}", convolution)

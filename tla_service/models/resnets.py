@@ -1,6 +1,7 @@
 """Residual networks: Madry et al.'s, the standard wide one, pre-activation ResNet-18, the paper's for Tiny ImageNet.
 
-Where they say that embeddings are non-negative, this holds for ReLU; with SiLU, the smallest is -0.28.
+The network and its blocks have an ``activation``, which may be replaced in all of them. Where embeddings are said to be
+non-negative, this holds for ReLU; with SiLU, they are above -0.28.
 """
 
 from collections import OrderedDict
@@ -27,23 +28,19 @@ _TENSORFLOW_EPS = 1e-3  # BatchNorm's default, which the authors' code leaves as
 
 
 class MadryBlock(PreActivationBlock):
-    """Two 3x3 convolutions; a wider output gets the input average-pooled and padded with channels.
+    """Two 3x3 convolutions with leaky ReLUs; a wider output gets the input average-pooled and padded with channels.
 
     Half of the zeros go before and half after, so the numbers of channels are both even or both odd. With
     ``activate_before_residual`` (first block only) the shortcut starts after the first BatchNorm and activation.
     """
 
+    activation: Activation = staticmethod(_LEAKY_RELU)
+
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        activation: Activation,
-        *,
-        activate_before_residual: bool = False,
+        self, in_channels: int, out_channels: int, stride: int, *, activate_before_residual: bool = False
     ) -> None:
         convolutions = SameConv2d(in_channels, out_channels, 3, stride), SameConv2d(out_channels, out_channels, 3)
-        super().__init__(*convolutions, activation=activation, batch_norm_eps=_TENSORFLOW_EPS)
+        super().__init__(*convolutions, batch_norm_eps=_TENSORFLOW_EPS)
         self.stride = stride
         self.padded_channels = (out_channels - in_channels) // 2
         self.activate_before_residual = activate_before_residual
@@ -66,24 +63,16 @@ class MadryWideResNet(ImageClassifier):
     the width is a factor on the groups' 16, 32 and 64 channels, 10 in the paper.
     """
 
-    def __init__(
-        self,
-        depth: int,
-        width: int,
-        *,
-        num_classes: int,
-        in_channels: int,
-        normalization: nn.Module,
-        activation: Activation = _LEAKY_RELU,
-    ) -> None:
+    activation: Activation = staticmethod(_LEAKY_RELU)
+
+    def __init__(self, depth: int, width: int, *, num_classes: int, in_channels: int, normalization: nn.Module) -> None:
         super().__init__(normalization)
-        self.activation = activation
         widths = (16, 16 * width, 32 * width, 64 * width)
         self.conv1 = SameConv2d(in_channels, widths[0], 3)
         blocks: list[nn.Module] = []
         for (narrow, wide), stride in zip(pairwise(widths), _STRIDES, strict=True):
-            blocks.append(MadryBlock(narrow, wide, stride, activation, activate_before_residual=not blocks))
-            blocks += [MadryBlock(wide, wide, 1, activation) for _ in range((depth - 2) // 6 - 1)]
+            blocks.append(MadryBlock(narrow, wide, stride, activate_before_residual=not blocks))
+            blocks += [MadryBlock(wide, wide, 1) for _ in range((depth - 2) // 6 - 1)]
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(widths[-1], eps=_TENSORFLOW_EPS)
         self.fc = nn.Linear(widths[-1], num_classes)
@@ -95,15 +84,13 @@ class MadryWideResNet(ImageClassifier):
         return self.activation(features).mean(dim=(2, 3))
 
 
-def _block(
-    in_channels: int, out_channels: int, stride: int, activation: Activation, name: str = "convShortcut"
-) -> PreActivationBlock:
-    """Two 3x3 convolutions; on a change of width a 1x1 convolution of the activated input is added."""
+def _block(in_channels: int, out_channels: int, stride: int, name: str = "convShortcut") -> PreActivationBlock:
+    """Two 3x3 convolutions with ReLUs; on a change of width a 1x1 convolution of the activated input is added."""
     convolutions = conv(in_channels, out_channels, 3, stride), conv(out_channels, out_channels, 3)
     projection = None if in_channels == out_channels else conv(in_channels, out_channels, 1, stride)
     # In the published checkpoints of the pre-activation ResNet, the projection is a Sequential of one.
     shortcut = nn.Sequential(projection) if projection is not None and name == "shortcut" else projection
-    return PreActivationBlock(*convolutions, projection=shortcut, projection_name=name, activation=activation)
+    return PreActivationBlock(*convolutions, projection=shortcut, projection_name=name)
 
 
 class WideResNet(ImageClassifier):
@@ -115,22 +102,14 @@ class WideResNet(ImageClassifier):
     groups' 16, 32 and 64 channels.
     """
 
-    def __init__(
-        self,
-        depth: int,
-        width: int,
-        *,
-        num_classes: int,
-        in_channels: int,
-        normalization: nn.Module,
-        activation: Activation = F.relu,
-    ) -> None:
+    activation: Activation = staticmethod(F.relu)
+
+    def __init__(self, depth: int, width: int, *, num_classes: int, in_channels: int, normalization: nn.Module) -> None:
         super().__init__(normalization)
-        self.activation = activation
         widths = (16, 16 * width, 32 * width, 64 * width)
         self.conv1 = conv(in_channels, widths[0], 3)
         self.block1, self.block2, self.block3 = (
-            _wide_group((depth - 4) // 6, narrow, wide, stride, activation)
+            _wide_group((depth - 4) // 6, narrow, wide, stride)
             for (narrow, wide), stride in zip(pairwise(widths), _STRIDES, strict=True)
         )
         self.bn1 = nn.BatchNorm2d(widths[-1])
@@ -144,12 +123,10 @@ class WideResNet(ImageClassifier):
         return self.activation(features).mean(dim=(2, 3))
 
 
-def _wide_group(
-    num_blocks: int, in_channels: int, out_channels: int, stride: int, activation: Activation
-) -> nn.Sequential:
+def _wide_group(num_blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     """Blocks of one width; the first has the stride. Checkpoints name them ``layer.0``, ``layer.1``, ..."""
-    first = _block(in_channels, out_channels, stride, activation)
-    rest = (_block(out_channels, out_channels, 1, activation) for _ in range(num_blocks - 1))
+    first = _block(in_channels, out_channels, stride)
+    rest = (_block(out_channels, out_channels, 1) for _ in range(num_blocks - 1))
     return nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest)))
 
 
@@ -160,16 +137,13 @@ class PreActResNet18(ImageClassifier):
     Module names are those of the widely used CIFAR implementations (``layer1.0.bn1``, ``bn``, ``linear``).
     """
 
-    def __init__(
-        self, *, num_classes: int, in_channels: int, normalization: nn.Module, activation: Activation = F.relu
-    ) -> None:
+    activation: Activation = staticmethod(F.relu)
+
+    def __init__(self, *, num_classes: int, in_channels: int, normalization: nn.Module) -> None:
         super().__init__(normalization)
-        self.activation = activation
         self.conv1 = conv(in_channels, 64, 3)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
-            nn.Sequential(
-                _block(narrow, wide, stride, activation, "shortcut"), _block(wide, wide, 1, activation, "shortcut")
-            )
+            nn.Sequential(_block(narrow, wide, stride, "shortcut"), _block(wide, wide, 1, "shortcut"))
             for narrow, wide, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))
         )
         self.bn = nn.BatchNorm2d(512)

@@ -47,10 +47,8 @@ def training_batches(config: RunConfig, source: ImageSource, rows: Tensor, conte
         same_class_positives=separate and mining.positives != "own",
         balanced=config.data.balance == "sampling",
     )
-    second_view = config.loss.view_weight > 0
-    return TrainingBatches(
-        source, rows, order, config.data, context, augment_pool=mining.augment_pool, second_view=second_view
-    )
+    views = {"augment_pool": mining.augment_pool, "second_view": config.loss.view_weight > 0}
+    return TrainingBatches(source, rows, order, config.data, context, **views)
 
 
 def check_start(
@@ -135,8 +133,7 @@ def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor, archite
     set_train_mode(network, config)
     step = TrainingStep(network, plain, WorkerContext(), architecture.code)
     try:
-        view = one if config.loss.view_weight else None
-        next(step.updates(StepBatch(one, one, few, global_size=1, view=view), config.seed))
+        next(step.updates(StepBatch(one, one, few, 1, view=one if config.loss.view_weight else None), config.seed))
     except ValueError as error:
         if "more than 1 value per channel" in str(error):
             return False

@@ -1,11 +1,10 @@
-"""What the forward pass of a step sees and returns: adversarial images, clean ones, negatives, a second view."""
+"""What the forward pass of a step sees and returns: adversarial images, clean ones, negatives."""
 
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from tla_service.data import Batch
 from tla_service.models import ModelOutput
 
 
@@ -17,13 +16,6 @@ class Roles(NamedTuple):
     negatives: Tensor | None = None  # embedding of each anchor's negative (N, D)
     valid: Tensor | None = None  # whether the anchor has a negative (N,), bool
     same_class: Tensor | None = None  # embedding of another image of each anchor's class (N, D), if it is a positive
-
-
-class View(NamedTuple):
-    """The second view of a batch, and its adversarial images (N, C, H, W), or None for natural training."""
-
-    clean: Batch
-    adversarial: Tensor | None
 
 
 class RoleForward(nn.Module):

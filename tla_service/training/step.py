@@ -16,7 +16,7 @@ from tla_service.models.classifier import seen_by_triplets
 from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, mixed_seed, shard_sizes
 from tla_service.training.adversary import Adversary, moved_weights, restored, statistics_kept
 from tla_service.training.own import load_miner, load_term
-from tla_service.training.roles import RoleForward, Roles, View
+from tla_service.training.roles import RoleForward, Roles
 from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
 from tla_service.triplets import Negatives, mine_hardest, mine_random, norm_penalty, pick_positives, triplet_hinge
 
@@ -34,6 +34,7 @@ TOTALS = (*METRIC_NAMES, "images")
 """What a step adds up over its images, in this order; the user's own loss terms come before the last."""
 _EVERYTHING_MIB = 2**20
 _VIEW, _CUTMIX = 1, 2  # last part of the seeds of their draws
+_View = tuple[Batch, Tensor | None]  # the second view, and its adversarial images; None for natural training
 
 
 class TrainingStep:
@@ -94,9 +95,9 @@ class TrainingStep:
         """
         batch = self._prepared(batch, *seeds)
         random = generator(self.context.device, *seeds)
-        view = None
+        view: _View | None = None
         if batch.view is not None:  # before the anchors, whose last embeddings mining may read
-            view = View(batch.view, self._attacked(batch.view, generator(self.context.device, *seeds, _VIEW)))
+            view = batch.view, self._attacked(batch.view, generator(self.context.device, *seeds, _VIEW))
         adversarial = self._attacked(batch.anchors, random)
         if not self.config.attack.awp:
             return self._descend(batch, adversarial, random, view=view)
@@ -129,8 +130,8 @@ class TrainingStep:
     def _cut_and_mixed(self, batch: StepBatch, seed: int) -> StepBatch:
         from tla_service.data.strong import cut_and_mix  # slow to import
 
-        images = batch.anchors if batch.view is None else batch.view
-        mixed = Batch(*cut_and_mix(images.images, images.labels, self._num_classes, seed))
+        whole = batch.view or batch.anchors
+        mixed = Batch(*cut_and_mix(whole.images, whole.labels, self._num_classes, seed))
         return replace(batch, anchors=mixed) if batch.view is None else replace(batch, view=mixed)
 
     def _descend(
@@ -139,7 +140,7 @@ class TrainingStep:
         adversarial: Tensor | None,
         random: torch.Generator,
         mined: Negatives | None = None,
-        view: View | None = None,
+        view: _View | None = None,
     ) -> Tensor:
         # With a second view, gradients are reduced across workers once, in its backward pass.
         both = view is not None and isinstance(self.wrapped, nn.parallel.DistributedDataParallel)
@@ -152,20 +153,15 @@ class TrainingStep:
             totals[0] += own
         return totals
 
-    def _view_objective(self, batch: StepBatch, view: View) -> tuple[Tensor, Tensor]:
-        """The second view's part of the loss, as `objective`, and of its sum: no triplets, and BatchNorm of its own.
-
-        BatchNorm normalizes each role by the batch, and its running statistics stay those of the first view.
-        """
-        images = [view.clean.images]
-        if view.adversarial is not None:
-            images = [view.adversarial, *images][: 1 + self.needs_clean]
+    def _view_objective(self, batch: StepBatch, view: _View) -> tuple[Tensor, Tensor]:
+        """The second view's part of the loss and of its sum: no triplets; BatchNorm's running statistics stay as they are."""
+        clean, adversarial = view
+        roles = [clean.images] if adversarial is None else [adversarial, clean.images][: 1 + self.needs_clean]
         with statistics_kept(self.network):
-            attacked, *others = self._forward(*images)
-        label_term, pairing = self._label_term(attacked, others[0] if others else None, view.clean.labels)
+            attacked, *others = self._forward(*roles)
+        label_term, pairing = self._label_term(attacked, others[0] if others else None, clean.labels)
         total = self.config.loss.view_weight * (label_term + pairing)
-        if batch.weights is not None:
-            total = total * batch.weights
+        total = total if batch.weights is None else total * batch.weights
         return self._weight(batch) * total.sum(), total.detach().double().sum()
 
     def objective(
@@ -309,8 +305,7 @@ class TrainingStep:
     def _weight(self, batch: StepBatch) -> float:
         # DDP averages gradients over workers, whose shards may differ by one image: weighting each image by
         # world_size / global size makes that average the mean over the global batch (or, for `sum`, its sum).
-        mean = self.config.loss.reduction == "mean"
-        return float(self.context.world_size) / batch.global_size if mean else float(self.context.world_size)
+        return self.context.world_size / (batch.global_size if self.config.loss.reduction == "mean" else 1)
 
     def _positives(self, roles: Roles) -> Iterator[tuple[Tensor, float]]:
         loss = self.config.loss
