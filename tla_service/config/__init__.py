@@ -158,8 +158,7 @@ class RunConfig(Section):
         if training.channels_last is None:
             training = training.model_copy(update={"channels_last": fast})
         if speed.cuda_graphs is None:
-            captured = attacks and not foreign and not self.data.cutmix
-            speed = speed.model_copy(update={"cuda_graphs": fast and captured})
+            speed = speed.model_copy(update={"cuda_graphs": fast and attacks and not (foreign or self.data.cutmix)})
         return self.model_copy(update={"training": training, "speed": speed})
 
     def check_device(self, *, has_gpu: bool) -> None:

@@ -174,12 +174,7 @@ class LossConfig(Section):
     embedding_match_weight: float = setting(
         0.0, "weight of the squared distance between clean and adversarial embeddings (the code's match_l2)", ge=0
     )
-    view_weight: float = setting(
-        0.0,
-        "share of the classification term on a second view of each image, with data.augment and data.cutmix; 0: none",
-        ge=0,
-        lt=1,
-    )
+    view_weight: float = setting(0.0, "share of the label term on a second view (data.augment); 0: none", ge=0, lt=1)
     extra: dict[Function, float] = setting({}, "your own terms and their weights, as {module:function: weight}")
 
 
@@ -245,8 +240,7 @@ class ScheduleConfig(Section):
     """The learning rate schedule."""
 
     name: Literal["constant", "piecewise", "cosine", "cyclic", "one_cycle"] = setting(
-        "constant",
-        "shape of the schedule; cyclic: linear to the peak and back to 0; one_cycle: as torch's OneCycleLR",
+        "constant", "shape of the schedule; cyclic: linear; one_cycle: torch's OneCycleLR"
     )
     milestones: tuple[int, ...] = setting((), "piecewise: multiply by factor at each of these")
     unit: Literal["epoch", "step"] = setting("epoch", "unit of milestones and warmup")

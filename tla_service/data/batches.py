@@ -25,10 +25,7 @@ _DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL)
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (N, C, H, W), float32 in [0, 1], and their classes (N,), int64, on the device.
-
-    Images of two classes, which CutMix makes, have the share of each class instead, (N, K), float32.
-    """
+    """Images (N, C, H, W), float32 in [0, 1], and their classes (N,), int64, or shares of classes (N, K), float32."""
 
     images: torch.Tensor
     labels: torch.Tensor

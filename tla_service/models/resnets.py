@@ -1,8 +1,4 @@
-"""Residual networks: Madry et al.'s, the standard wide one, pre-activation ResNet-18, the paper's for Tiny ImageNet.
-
-The network and its blocks have an ``activation``, which may be replaced in all of them. Where embeddings are said to be
-non-negative, this holds for ReLU; with SiLU, they are above -0.28.
-"""
+"""Residual networks: Madry et al.'s, the standard wide one, pre-activation ResNet-18, the paper's for Tiny ImageNet."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -94,7 +90,7 @@ def _block(in_channels: int, out_channels: int, stride: int, name: str = "convSh
 
 
 class WideResNet(ImageClassifier):
-    """Wide ResNet without dropout (Zagoruyko and Komodakis 2016), the embedding being non-negative.
+    """Wide ResNet without dropout (Zagoruyko and Komodakis 2016), the embedding non-negative with ReLU.
 
     Module names are those of the TRADES and RobustBench checkpoints (``conv1``, ``block1.layer.0.bn1``, ``bn1``,
     ``fc``). Some of those carry a ``sub_block1`` that their forward never uses; it is left out, since DDP fails on
@@ -118,7 +114,7 @@ class WideResNet(ImageClassifier):
         nn.init.zeros_(self.fc.bias)
 
     def embed(self, normalized: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to embeddings (N, 64 * width), non-negative."""
+        """Maps (N, C, H, W) to embeddings (N, 64 * width), non-negative with ReLU."""
         features: Tensor = self.bn1(self.block3(self.block2(self.block1(self.conv1(normalized)))))
         return self.activation(features).mean(dim=(2, 3))
 
@@ -133,7 +129,7 @@ def _wide_group(num_blocks: int, in_channels: int, out_channels: int, stride: in
 class PreActResNet18(ImageClassifier):
     """Pre-activation ResNet-18 for 32x32 images (He et al. 2016), as in Rice et al. 2020 (arXiv 2002.11569).
 
-    Four groups of two blocks (64, 128, 256, 512), BatchNorm and ReLU before the pool; embedding 512, non-negative.
+    Four groups of two blocks (64, 128, 256, 512), BatchNorm and ReLU before the pool; embedding 512.
     Module names are those of the widely used CIFAR implementations (``layer1.0.bn1``, ``bn``, ``linear``).
     """
 
@@ -155,7 +151,7 @@ class PreActResNet18(ImageClassifier):
         return self.linear
 
     def embed(self, normalized: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to embeddings (N, 512), non-negative."""
+        """Maps (N, C, H, W) to embeddings (N, 512), non-negative with ReLU."""
         features: Tensor = self.layer2(self.layer1(self.conv1(normalized)))
         features = self.bn(self.layer4(self.layer3(features)))
         return self.activation(features).mean(dim=(2, 3))

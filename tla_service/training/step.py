@@ -154,7 +154,7 @@ class TrainingStep:
         return totals
 
     def _view_objective(self, batch: StepBatch, view: _View) -> tuple[Tensor, Tensor]:
-        """The second view's part of the loss and of its sum: no triplets; BatchNorm's running statistics stay as they are."""
+        """The second view's part of the loss and of its sum: no triplets, nothing for BatchNorm's averages."""
         clean, adversarial = view
         roles = [clean.images] if adversarial is None else [adversarial, clean.images][: 1 + self.needs_clean]
         with statistics_kept(self.network):
