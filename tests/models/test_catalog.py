@@ -1,13 +1,15 @@
+import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from tla_service.errors import ConfigError
-from tla_service.models import ImageClassifier, ModelOutput, build_model, model_names
+from tla_service.models import Architecture, ImageClassifier, ModelOutput, build_model, model_names
 from tla_service.models.classifier import ChannelNormalization, PerImageStandardization
 from tla_service.models.resnets import MadryWideResNet, WideResNet
 
@@ -204,3 +206,25 @@ def test_impossible_normalization() -> None:
         build_model("small_cnn", 10, (3, 8, 8), "sobel")
     with pytest.raises(ConfigError, match="it has 3 channels and the images have 1"):
         build_model("small_cnn", 10, (1, 8, 8), "imagenet")
+
+
+@pytest.mark.parametrize("name", ["wrn_28_10", "wrn_34_10", "wrn_32_10", "preact_resnet_18"])
+def test_an_activation_is_part_of_what_is_built_and_kept(name: str, tmp_path: Path) -> None:
+    made = Architecture(name, activation="silu")
+    facts = json.loads(json.dumps(made.write(tmp_path)))
+    assert Architecture.described(facts, tmp_path) == made
+    with torch.device("meta"):
+        network = Architecture.described(facts, tmp_path).build(10, (3, 32, 32))
+        plain = build_model(name, 10, (3, 32, 32))
+    used = {id(module.activation) for module in network.modules() if hasattr(module, "activation")}
+    assert used == {id(nn.functional.silu)}
+    assert network.state_dict().keys() == plain.state_dict().keys()
+    # Descriptions of before this setting, and of networks without it, are the same as ever.
+    assert Architecture(name).write(tmp_path) == {"architecture": name, "normalization": "default"}
+    assert Architecture.described({"architecture": name, "normalization": "none"}, tmp_path).activation == "default"
+
+
+@pytest.mark.parametrize("name", ["digits_cnn", "tiny_resnet20_stride1", "torchvision:resnet18"])
+def test_networks_with_fixed_activations_refuse_another(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^model.activation=silu: the activations of .* are fixed; leave it out, or"):
+        Architecture(name, activation="silu").build(10, (3, 64, 64))

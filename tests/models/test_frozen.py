@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tla_service.models import ModelOutput, build_model
+from tla_service.models import Architecture, ModelOutput, build_model
 from tla_service.models.classifier import AtLayer, PerImageStandardization
 from tla_service.models.frozen import FrozenTwin, use_matrix_products
 from tla_service.models.resnets import MadryWideResNet, WideResNet
@@ -35,6 +35,11 @@ NETWORKS: dict[str, tuple[Any, tuple[int, int, int], int]] = {
         4,  # three second BatchNorms, and the first behind the stem
     ),
     "wide": (lambda: WideResNet(10, 1, num_classes=5, in_channels=3, normalization=nn.Identity()), (3, 8, 8), 3),
+    "preact_resnet_18 with SiLU": (
+        lambda: Architecture("preact_resnet_18", activation="silu").build(5, (3, 8, 8)),
+        (3, 8, 8),
+        8,
+    ),
     "tiny": (lambda: build_model("tiny_resnet20_stride1", 5, (3, 16, 16)), (3, 16, 16), 1),
     "torchvision": (lambda: build_model("torchvision:resnet18", 5, (3, 32, 32)), (3, 32, 32), 20),
     "no BatchNorm": (lambda: build_model("digits_cnn", 5, (1, 8, 8)), (1, 8, 8), 0),

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tla_service.models import build_model
+from tla_service.models import Architecture, build_model
 from tla_service.models.classifier import PerImageStandardization
+from tla_service.models.residual import Activation
 from tla_service.models.resnets import MadryWideResNet, WideResNet
 
 
@@ -104,31 +105,40 @@ def test_standard_forward_written_out() -> None:
     torch.testing.assert_close(network(images).embeddings, _wide_embeddings(network.state_dict(), images, 2))
 
 
-def _preact_embeddings(state: dict[str, Tensor], images: Tensor) -> Tensor:
+def _relu(inputs: Tensor) -> Tensor:
+    return inputs.clamp_min(0)
+
+
+def _silu(inputs: Tensor) -> Tensor:
+    return inputs / (1 + torch.exp(-inputs))
+
+
+def _preact_embeddings(state: dict[str, Tensor], images: Tensor, act: Activation = _relu) -> Tensor:
     mean, std = (torch.tensor(v, dtype=images.dtype)[:, None, None] for v in _CIFAR10)
     features = F.conv2d((images - mean) / std, state["conv1.weight"], padding=1)
     for layer in (1, 2, 3, 4):
         for index in (0, 1):
             name, stride = f"layer{layer}.{index}", 2 if layer > 1 and index == 0 else 1
-            activated = _batch_norm(state, f"{name}.bn1", features, 1e-5).clamp_min(0)
+            activated = act(_batch_norm(state, f"{name}.bn1", features, 1e-5))
             projection = state.get(f"{name}.shortcut.0.weight")
             shortcut = features if projection is None else F.conv2d(activated, projection, stride=stride)
             residual = F.conv2d(activated, state[f"{name}.conv1.weight"], stride=stride, padding=1)
-            residual = _batch_norm(state, f"{name}.bn2", residual, 1e-5).clamp_min(0)
+            residual = act(_batch_norm(state, f"{name}.bn2", residual, 1e-5))
             features = shortcut + F.conv2d(residual, state[f"{name}.conv2.weight"], padding=1)
-    return _batch_norm(state, "bn", features, 1e-5).clamp_min(0).mean((2, 3))
+    return act(_batch_norm(state, "bn", features, 1e-5)).mean((2, 3))
 
 
 _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 
 
-def test_preact_forward_written_out() -> None:
-    network = build_model("preact_resnet_18", 10, (3, 16, 16))
+@pytest.mark.parametrize(("activation", "written_out"), [("default", _relu), ("relu", _relu), ("silu", _silu)])
+def test_preact_forward_written_out(activation: str, written_out: Activation) -> None:
+    network = Architecture("preact_resnet_18", activation=activation).build(10, (3, 16, 16))
     _randomize_batch_norms(network)
     network.double().eval()
     images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(
-        network(images).embeddings, _preact_embeddings(network.state_dict(), images), rtol=1e-5, atol=1e-5
+        network(images).embeddings, _preact_embeddings(network.state_dict(), images, written_out), rtol=1e-5, atol=1e-5
     )
 
 

@@ -23,6 +23,7 @@ from tests.registry.tracking_server import Packaged, TrackingServer, config_for,
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
+from tla_service.models import Architecture
 from tla_service.pickles import find_pickles
 from tla_service.registry.loading import load_model, open_package
 
@@ -284,3 +285,20 @@ def test_through_a_server(server: TrackingServer) -> None:
     network = load_model(f"runs:/{packaged.run_id}/model", tracking=server.uri)
     with torch.inference_mode():
         assert torch.equal(network(torch.from_numpy(images())).logits, packaged.logits(images()))
+
+
+@pytest.mark.slow
+def test_a_version_keeps_the_activation_of_its_network(packaged: Packaged) -> None:
+    """Weights do not tell it: they fit the network with another activation just as well."""
+    torch.manual_seed(0)
+    made = Architecture("preact_resnet_18", activation="silu")
+    network = made.build(10, (1, 8, 8)).eval()
+    config = config_for(packaged.uri, model={"name": made.name, "activation": made.activation})
+    logged = packaged.log("tla-silu", config=config, state_dict=network.state_dict(), rejector=None)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(images())).logits
+        loaded = load_model(logged.model_uri, tracking=packaged.uri)(torch.from_numpy(images())).logits
+    torch.testing.assert_close(loaded, expected)
+    folder, _ = open_package(logged.model_uri, packaged.uri)
+    served = mlflow.pyfunc.load_model(str(folder.parent)).predict(images())
+    np.testing.assert_allclose(served["probabilities"], expected.softmax(1), rtol=1e-5)

@@ -56,7 +56,8 @@ def test_the_modern_recipe_is_its_preset_for_every_method(table: str) -> None:
     for run in todo:
         ours = run_config(space, run)
         assert (ours.training, ours.optimizer, ours.attack) == (preset.training, preset.optimizer, preset.attack)
-        assert ours.robust_weight == {"trades": 1.0 if table == "mnist" else 6.0}.get(run.method, 0.0)
+        weights = {"trades": 1.0 if table == "mnist" else 6.0, "tla": 6.0 if table == "cifar10" else 0.0}
+        assert ours.robust_weight == weights.get(run.method, 0.0)
     assert settings.state_folder.name == f"{table}-modern"
     assert settings.page.name == f"{table}-modern.md"
 

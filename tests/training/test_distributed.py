@@ -36,6 +36,13 @@ CASES: dict[str, dict[str, Any]] = {
         "attack": {"awp": True, "awp_gamma": 0.1},
     },
     "class weights": {"method": "trades", "data": {"balance": "class_weights"}},
+    "tla on trades with a second view and adversarial weights": {
+        "mining": {"scope": "global"},
+        "data": {"augment": "autoaugment"},
+        "training": {"batchnorm_roles": "apart"},
+        "loss": {"robust_term": "trades", "margin": 0.5, "view_weight": 0.4},
+        "attack": {"awp": True, "awp_gamma": 0.1},
+    },
     "n_fgsm": {"method": "at", "attack": {"kind": "n_fgsm", "noise": 0.0}},
     "free": {"mining": {"scope": "global"}, "loss": {"margin": 0.5}, "attack": {"kind": "free", "free_replays": 3}},
     "tla in the batch": {"mining": {"scope": "global", "positives": "both"}, "loss": {"margin": 0.5}},
@@ -83,7 +90,8 @@ def run_case(changes: dict[str, Any], context: WorkerContext) -> dict[str, torch
     try:
         is_weighted = config.data.balance == "class_weights"
         weights = torch.tensor([0.5, 2.0, 1.0, 3.0])[parts[0].labels] if is_weighted else None
-        for sums in step.updates(StepBatch(*parts, IMAGES, weights), 0):
+        view = parts[1] if config.loss.view_weight else None
+        for sums in step.updates(StepBatch(*parts, IMAGES, weights, view), 0):
             totals = sums
             if config.attack.kind == "free":  # the weights move between its updates
                 optimizer.step()

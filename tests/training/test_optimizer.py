@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +56,25 @@ def test_cyclic() -> None:
         [0, 0.25, 0.5, 1, 0.5, 0.25, 0]
     )
     assert factors([0, 5, 10, 55, 100], 100, 7, name="cyclic", peak=0.1) == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+@pytest.mark.parametrize(("total", "peak"), [(200, 0.3), (37, 0.25), (2, 0.9), (1, 0.3)])
+def test_one_cycle_is_torchs(total: int, peak: float) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=total, pct_start=peak, cycle_momentum=False
+    )
+    expected = []
+    for _ in range(total):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        if len(expected) < total:
+            theirs.step()
+    found = factors(list(range(total)), total, 7, name="one_cycle", peak=peak)
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    if total == 200:
+        assert found.index(max(found)) == peak * total - 1
+        assert (found[0], found[-1]) == pytest.approx((1 / 25, 4e-6))
 
 
 def test_warmup_in_steps_and_in_epochs() -> None:
@@ -125,6 +145,6 @@ def test_warmup_only_ever_lowers(
         assert warm == cold
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "cyclic"])
+@pytest.mark.parametrize("name", ["constant", "cosine", "cyclic", "one_cycle"])
 def test_a_run_of_one_step(name: str) -> None:
     assert 0 <= factors([0], 1, 1, name=name, warmup=5)[0] <= 1

@@ -167,7 +167,7 @@ class RunConfig(Section):
         if training.channels_last is None:
             training = training.model_copy(update={"channels_last": fast})
         if speed.cuda_graphs is None:
-            speed = speed.model_copy(update={"cuda_graphs": fast and attacks and not foreign})
+            speed = speed.model_copy(update={"cuda_graphs": fast and attacks and not (foreign or self.data.cutmix)})
         return self.model_copy(update={"training": training, "speed": speed})
 
     def check_device(self, *, has_gpu: bool) -> None:
@@ -216,10 +216,10 @@ class RunConfig(Section):
             yield "loss.triplet_weight", 0, reason, "give a weight above 0, or use method at"
         if method == "alp" and loss.logit_pairing_weight == 0:
             yield "loss.logit_pairing_weight", 0, "method alp pairs logits", "give a weight above 0, or use method at"
-        own_term = {"natural": "cross_entropy", "alp": "cross_entropy", "trades": "trades", "mart": "mart"}
+        own_term = {**dict.fromkeys(("natural", "at", "alp"), "cross_entropy"), "trades": "trades", "mart": "mart"}
         if term != own_term.get(method, term):
             reason = f"method {method} has its own classification term"
-            yield "loss.robust_term", term, reason, f"leave it out, or use method {term} or tla"
+            yield "loss.robust_term", term, reason, f"set it to auto, or use method {term} or tla"
         if loss.clean_weight and term != "cross_entropy":
             reason = f"the {term} term has its own share of clean images"
             yield "loss.clean_weight", loss.clean_weight, reason, "leave it out, or set loss.robust_weight"
@@ -270,7 +270,38 @@ class RunConfig(Section):
             yield "attack.batchnorm", "train", reason, "leave one of them out"
         if attack.awp and self.method == "natural":
             yield "attack.awp", "True", "method natural has no attack", "leave it out, or use method at"
+        yield from self._contradictions_of_views()
         yield from self._contradictions_of_own_functions()
+
+    def _contradictions_of_views(self) -> Iterator[tuple[str, object, str, str]]:
+        data, weight = self.data, self.loss.view_weight
+        if weight and data.augment == "none" and not data.cutmix:
+            reason = "the second view would have no augmentation of its own"
+            yield "loss.view_weight", weight, reason, "set data.augment or data.cutmix"
+        if weight and self.training.batchnorm_roles == "together":
+            reason = "a second view has BatchNorm statistics of its own (loss.view_weight)"
+            yield "training.batchnorm_roles", "together", reason, "use apart"
+        if weight and self.attack.kind == "free":
+            reason = "free training has one backward pass for images and weights, a second view needs another"
+            yield "loss.view_weight", weight, reason, "leave it out, or use attack.kind pgd"
+        if weight and self.speed.compile == "all":
+            reason = "a compiled update has not been verified with a second view"
+            yield "speed.compile", "all", reason, "use attack, or set loss.view_weight to 0"
+        if not data.cutmix:
+            return
+        if self.mines_triplets and not weight:
+            reason = "a triplet compares images of one class, and CutMix makes images of two"
+            yield "data.cutmix", "True", reason, "set loss.view_weight, so that only the second view is mixed"
+        if self.robust_term == "mart":
+            yield "data.cutmix", "True", "MART's term needs images of one class", "use another loss.robust_term"
+        if data.balance == "class_weights":
+            reason = "a class weight needs images of one class"
+            yield "data.balance", "class_weights", reason, "use sampling, or leave out data.cutmix"
+        if ":" in self.attack.kind or (self.loss.extra and not weight):
+            reason = "your own attack or loss term takes one class per image"
+            yield "data.cutmix", "True", reason, "leave one of them out"
+        if self.speed.cuda_graphs:
+            yield "speed.cuda_graphs", "True", "the captured attack takes one class per image", "leave it out"
 
     def _contradictions_of_own_functions(self) -> Iterator[tuple[str, object, str, str]]:
         attack, mining = self.attack, self.mining

@@ -58,6 +58,14 @@ class DataConfig(Section):
     crop_padding: int = setting(0, "random crop after zero padding of this size; 0: off", unit="pixels", ge=0, le=64)
     flip: bool = setting(False, "random horizontal flip")
     saturation: float = setting(1.0, "random saturation factor in [1/s, s]; 1: off", ge=1, le=10)
+    augment: Literal["none", "autoaugment", "randaugment"] = setting(
+        "none",
+        "strong augmentation, before crop and flip: AutoAugment's policy for CIFAR-10, or RandAugment; of all images, "
+        "or with loss.view_weight of the second view only",
+    )
+    cutmix: bool = setting(
+        False, "CutMix: a box of another image, and its share of the label; of all images, or of the second view only"
+    )
     residency: Literal["auto", "device", "stream"] = setting(
         "auto", "keep all images on the device as uint8, or stream them through data loaders; auto: by size"
     )
@@ -86,6 +94,9 @@ class ModelConfig(Section):
     )
     normalization: Literal["default", "none", "per_image", "cifar10", "imagenet"] = setting(
         "default", "input normalization inside the network; default: the network's own"
+    )
+    activation: Literal["default", "relu", "silu"] = setting(
+        "default", "activation of wrn_* and preact_resnet_18; default: the network's own, which is ReLU or leaky ReLU"
     )
     pretrained: str | None = setting(
         None,
@@ -177,6 +188,7 @@ class LossConfig(Section):
     embedding_match_weight: float = setting(
         0.0, "weight of the squared distance between clean and adversarial embeddings (the code's match_l2)", ge=0
     )
+    view_weight: float = setting(0.0, "share of the label term on a second view (data.augment); 0: none", ge=0, lt=1)
     extra: dict[Function, float] = setting({}, "your own terms and their weights, as {module:function: weight}")
 
 
@@ -241,12 +253,14 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """The learning rate schedule."""
 
-    name: Literal["constant", "piecewise", "cosine", "cyclic"] = setting("constant", "shape of the schedule")
+    name: Literal["constant", "piecewise", "cosine", "cyclic", "one_cycle"] = setting(
+        "constant", "shape of the schedule; cyclic: linear; one_cycle: torch's OneCycleLR"
+    )
     milestones: tuple[int, ...] = setting((), "piecewise: multiply by factor at each of these")
     unit: Literal["epoch", "step"] = setting("epoch", "unit of milestones and warmup")
     factor: float = setting(0.1, "piecewise: factor at each milestone", gt=0, lt=1)
     warmup: float = setting(0.0, "length of the linear warm-up", unit="schedule.unit", ge=0)
-    peak: float = setting(0.4, "cyclic: share of the run after which the rate peaks", gt=0, lt=1)
+    peak: float = setting(0.4, "cyclic, one_cycle: share of the run after which the rate peaks", gt=0, lt=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,4 +1,4 @@
-"""Random crops, flips and colour for whole batches, on the device."""
+"""Random crops, flips, colour and stronger augmentation for whole batches, on the device."""
 
 import torch
 from torch.nn import functional
@@ -13,14 +13,18 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
     return images.to(torch.float32).div_(255)
 
 
-def augment(images: torch.Tensor, config: DataConfig, draws: torch.Generator) -> torch.Tensor:
+def augment(images: torch.Tensor, config: DataConfig, draws: torch.Generator, *, strongly: bool = True) -> torch.Tensor:
     """Crop, flip and change the saturation of every image at random, as configured.
 
     Images (N, C, H, W), uint8, become float32 in [0, 1], all at once, without waiting for the device; the generator is
-    on the device, too. ``crop_padding`` is zero padding, then a random crop of the original size; ``flip`` is
-    horizontal, of half of the images; ``saturation`` s (RGB only) multiplies the distance from grey by a factor uniform
-    in [1/s, s].
+    on the device, too. ``augment`` comes first, unless ``strongly`` is false. ``crop_padding`` is zero padding, then a
+    random crop of the original size; ``flip`` is horizontal, of half of the images; ``saturation`` s (RGB only)
+    multiplies the distance from grey by a factor uniform in [1/s, s].
     """
+    if strongly and config.augment != "none":
+        from tla_service.data.strong import strongly_augmented
+
+        images = strongly_augmented(images, config.augment, draws.initial_seed() + 1)  # not the numbers of the crops
     if config.crop_padding or config.flip:
         images = _crop_and_flip(images, config.crop_padding, draws, flip=config.flip)
     unit = to_unit(images)

@@ -26,13 +26,13 @@ _DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL)
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (N, C, H, W), float32 in [0, 1], and their classes (N,), int64, on the device."""
+    """Images (N, C, H, W), float32 in [0, 1], and their classes (N,), int64, or shares of classes (N, K), float32."""
 
     images: torch.Tensor
     labels: torch.Tensor
 
     def __len__(self) -> int:
-        return self.labels.numel()
+        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class StepBatch:
         pool: Images to mine negatives from. ``None`` if not requested.
         global_size: Anchors of this step over all workers; the workers' shares differ by one at most.
         weights: Class weight of each anchor (N,), float32, mean 1 over the training set. ``None``: all 1.
+        view: The anchors again with strong augmentation, which they then lack. ``None`` if not requested.
     """
 
     anchors: Batch
@@ -53,6 +54,7 @@ class StepBatch:
     pool: Batch | None
     global_size: int
     weights: torch.Tensor | None = None
+    view: Batch | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class TrainingBatches:
         context: WorkerContext,
         *,
         augment_pool: bool = True,
+        second_view: bool = False,
     ) -> None:
+        self._second_view = second_view
         self._source, self._indices, self._order = source, indices, order
         self._config, self._context, self._augment_pool = config, context, augment_pool
         self.steps_per_epoch, self.sizes = order.steps_per_epoch, order.sizes
@@ -124,7 +128,10 @@ class TrainingBatches:
         )
         assert anchors is not None
         weights = None if self._class_weights is None else self._class_weights[anchors.labels]
-        return StepBatch(anchors, positives, pool, raw.global_size, weights)
+        assert raw.roles[0] is not None
+        again = self._finished(raw.roles[0][0], Draw.AUGMENT_VIEW, raw) if self._second_view else None
+        view = None if again is None else Batch(again, anchors.labels)
+        return StepBatch(anchors, positives, pool, raw.global_size, weights, view)
 
     def close(self) -> None:
         """Stop the loader processes, if any. The object cannot be used afterwards."""
@@ -140,7 +147,7 @@ class TrainingBatches:
         if draw is Draw.AUGMENT_POOL and not self._augment_pool:
             return to_unit(pixels)
         draws = generator(self._context.device, draw, self._order.seed, raw.epoch, raw.step, self._context.rank)
-        return augment(pixels, self._config, draws)
+        return augment(pixels, self._config, draws, strongly=draw is Draw.AUGMENT_VIEW or not self._second_view)
 
 
 class EvaluationBatches:

@@ -22,6 +22,7 @@ class Draw(IntEnum):
     AUGMENT_POSITIVES = 0xDA7A05
     AUGMENT_POOL = 0xDA7A06
     EXTRA_ORDER = 0xDA7A07
+    AUGMENT_VIEW = 0xDA7A11
 
 
 @dataclass(frozen=True)

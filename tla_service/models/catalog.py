@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tla_service.errors import ConfigError
 from tla_service.models.classifier import ChannelNormalization, ImageClassifier, PerImageStandardization
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from tla_service.config import ModelConfig  # not in a registered version
 
 _NORMALIZATIONS: Final = ("default", "none", "per_image", "cifar10", "imagenet")
+_ACTIVATIONS: Final = {"relu": F.relu, "silu": F.silu}
 _Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel
 _CODE = "network"  # folder of a network's code beside its description
 _CHANNEL_STATISTICS: dict[str, _Statistics] = {
@@ -84,25 +86,29 @@ class Architecture:
     normalization: str = "default"
     embedding: str | None = None
     code: bytes | None = field(default=None, repr=False)
+    activation: str = "default"
 
     @classmethod
     def of(cls, settings: "ModelConfig", code: bytes | None = None) -> Self:
         """The architecture that a configuration names, with this code or else that of the folder it names."""
         if code is None and settings.code is not None:
             code = pack(settings.code)
-        return cls(settings.name, settings.normalization, settings.embedding, code)
+        return cls(settings.name, settings.normalization, settings.embedding, code, settings.activation)
 
     @classmethod
     def described(cls, facts: Mapping[str, Any], folder: Path) -> Self:
         """The architecture that the `facts` in a folder describe."""
         code = pack(str(folder / facts["code"])) if facts.get("code") else None
-        return cls(facts["architecture"], facts["normalization"], facts.get("embedding"), code)
+        activation = facts.get("activation", "default")
+        return cls(facts["architecture"], facts["normalization"], facts.get("embedding"), code, activation)
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write the code to a folder; returns what `described` reads, for JSON."""
         facts: dict[str, Any] = {"architecture": self.name, "normalization": self.normalization}
         if self.embedding is not None:
             facts["embedding"] = self.embedding
+        if self.activation != "default":
+            facts["activation"] = self.activation
         if self.code is not None:
             facts["code"] = _CODE
             unpack(self.code, folder / _CODE)
@@ -124,7 +130,8 @@ class Architecture:
     def build(self, num_classes: int, image_shape: ImageShape) -> ImageClassifier:
         """Builds the network with fresh weights, drawn from torch's global generator, in training mode.
 
-        UserError if the name, the layer or the normalization is unknown, or the network does not take these images.
+        UserError if the name, the layer or the normalization is unknown, or the network does not take these images, or
+        has no other activation.
         """
         network = self._find()
         if num_classes < 2:
@@ -138,6 +145,16 @@ class Architecture:
         else:
             shape = {"image_shape": image_shape} if network.one_size else {"in_channels": image_shape[0]}
             built = network.build(num_classes=num_classes, normalization=first, **shape)
+        if self.activation != "default":
+            if not hasattr(built, "activation"):
+                reason, remedy = (
+                    f"the activations of {self.name} are fixed",
+                    "leave it out, or use wrn_* or preact_resnet_18",
+                )
+                raise ConfigError("model.activation", self.activation, reason, remedy)
+            for module in built.modules():
+                if hasattr(module, "activation"):
+                    setattr(module, "activation", _ACTIVATIONS[self.activation])  # noqa: B010 - mypy takes it for a module
         if self.embedding is not None:
             take_embedding(built, self.embedding, image_shape)
         return built

@@ -1,30 +1,32 @@
 """What the residual networks share: the pre-activation block, initial weights, TensorFlow's lopsided SAME padding."""
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Activation = Callable[[Tensor], Tensor]
 
 
 class PreActivationBlock(nn.Module):
     """BatchNorm, activation, convolution, two or three times, plus a shortcut (He et al. 2016, arXiv 1603.05027).
 
-    The shortcut is the input, or the projection of its activation, which state dicts know as ``projection_name``. A
-    negative slope of 0 is the plain ReLU.
+    The shortcut is the input, or the projection of its activation, which state dicts know as ``projection_name``.
     """
 
     conv1: nn.Conv2d
+    activation: Activation = staticmethod(F.relu)
 
     def __init__(
         self,
         *convolutions: nn.Conv2d,
         projection: nn.Module | None = None,
         projection_name: str = "projection",
-        negative_slope: float = 0.0,
         batch_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.depth, self.projection_name, self.negative_slope = len(convolutions), projection_name, negative_slope
+        self.depth, self.projection_name = len(convolutions), projection_name
         for number, convolution in enumerate(convolutions, start=1):
             self.add_module(f"bn{number}", nn.BatchNorm2d(convolution.in_channels, eps=batch_norm_eps))
             self.add_module(f"conv{number}", convolution)
@@ -44,8 +46,7 @@ class PreActivationBlock(nn.Module):
         return residual + self.shortcut_of(block_input, activated)
 
     def _activated(self, number: int, inputs: Tensor) -> Tensor:
-        normalized = getattr(self, f"bn{number}")(inputs)
-        return F.leaky_relu(normalized, self.negative_slope) if self.negative_slope else F.relu(normalized)
+        return self.activation(getattr(self, f"bn{number}")(inputs))
 
 
 def initialize(network: nn.Module, linear: nn.Linear) -> None:

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from tla_service.models.classifier import ImageClassifier
 from tla_service.models.residual import (
+    Activation,
     PreActivationBlock,
     SameConv2d,
     SameMaxPool2d,
@@ -17,6 +19,7 @@ from tla_service.models.residual import (
 )
 
 _STRIDES = (1, 2, 2)
+_LEAKY_RELU = partial(F.leaky_relu, negative_slope=0.1)
 _TENSORFLOW_EPS = 1e-3  # BatchNorm's default, which the authors' code leaves as it is
 
 
@@ -27,11 +30,13 @@ class MadryBlock(PreActivationBlock):
     ``activate_before_residual`` (first block only) the shortcut starts after the first BatchNorm and activation.
     """
 
+    activation: Activation = staticmethod(_LEAKY_RELU)
+
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, *, activate_before_residual: bool = False
     ) -> None:
         convolutions = SameConv2d(in_channels, out_channels, 3, stride), SameConv2d(out_channels, out_channels, 3)
-        super().__init__(*convolutions, negative_slope=0.1, batch_norm_eps=_TENSORFLOW_EPS)
+        super().__init__(*convolutions, batch_norm_eps=_TENSORFLOW_EPS)
         self.stride = stride
         self.padded_channels = (out_channels - in_channels) // 2
         self.activate_before_residual = activate_before_residual
@@ -54,6 +59,8 @@ class MadryWideResNet(ImageClassifier):
     the width is a factor on the groups' 16, 32 and 64 channels, 10 in the paper.
     """
 
+    activation: Activation = staticmethod(_LEAKY_RELU)
+
     def __init__(self, depth: int, width: int, *, num_classes: int, in_channels: int, normalization: nn.Module) -> None:
         super().__init__(normalization)
         widths = (16, 16 * width, 32 * width, 64 * width)
@@ -70,7 +77,7 @@ class MadryWideResNet(ImageClassifier):
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps (N, C, H, W), H and W multiples of 4, to embeddings (N, 64 * width), of either sign."""
         features: Tensor = self.bn(self.blocks(self.conv1(normalized)))
-        return F.leaky_relu(features, 0.1).mean(dim=(2, 3))
+        return self.activation(features).mean(dim=(2, 3))
 
 
 def _block(in_channels: int, out_channels: int, stride: int, name: str = "convShortcut") -> PreActivationBlock:
@@ -83,13 +90,15 @@ def _block(in_channels: int, out_channels: int, stride: int, name: str = "convSh
 
 
 class WideResNet(ImageClassifier):
-    """Wide ResNet without dropout (Zagoruyko and Komodakis 2016), the embedding being non-negative.
+    """Wide ResNet without dropout (Zagoruyko and Komodakis 2016), the embedding non-negative with ReLU.
 
     Module names are those of the TRADES and RobustBench checkpoints (``conv1``, ``block1.layer.0.bn1``, ``bn1``,
     ``fc``). Some of those carry a ``sub_block1`` that their forward never uses; it is left out, since DDP fails on
     parameters without a gradient. The depth is 6 * blocks + 4, for example 28 or 34; the width is a factor on the
     groups' 16, 32 and 64 channels.
     """
+
+    activation: Activation = staticmethod(F.relu)
 
     def __init__(self, depth: int, width: int, *, num_classes: int, in_channels: int, normalization: nn.Module) -> None:
         super().__init__(normalization)
@@ -105,9 +114,9 @@ class WideResNet(ImageClassifier):
         nn.init.zeros_(self.fc.bias)
 
     def embed(self, normalized: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to embeddings (N, 64 * width), non-negative."""
+        """Maps (N, C, H, W) to embeddings (N, 64 * width), non-negative with ReLU."""
         features: Tensor = self.bn1(self.block3(self.block2(self.block1(self.conv1(normalized)))))
-        return features.relu().mean(dim=(2, 3))
+        return self.activation(features).mean(dim=(2, 3))
 
 
 def _wide_group(num_blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -120,9 +129,11 @@ def _wide_group(num_blocks: int, in_channels: int, out_channels: int, stride: in
 class PreActResNet18(ImageClassifier):
     """Pre-activation ResNet-18 for 32x32 images (He et al. 2016), as in Rice et al. 2020 (arXiv 2002.11569).
 
-    Four groups of two blocks (64, 128, 256, 512), BatchNorm and ReLU before the pool; embedding 512, non-negative.
+    Four groups of two blocks (64, 128, 256, 512), BatchNorm and ReLU before the pool; embedding 512.
     Module names are those of the widely used CIFAR implementations (``layer1.0.bn1``, ``bn``, ``linear``).
     """
+
+    activation: Activation = staticmethod(F.relu)
 
     def __init__(self, *, num_classes: int, in_channels: int, normalization: nn.Module) -> None:
         super().__init__(normalization)
@@ -140,10 +151,10 @@ class PreActResNet18(ImageClassifier):
         return self.linear
 
     def embed(self, normalized: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to embeddings (N, 512), non-negative."""
+        """Maps (N, C, H, W) to embeddings (N, 512), non-negative with ReLU."""
         features: Tensor = self.layer2(self.layer1(self.conv1(normalized)))
         features = self.bn(self.layer4(self.layer3(features)))
-        return features.relu().mean(dim=(2, 3))
+        return self.activation(features).mean(dim=(2, 3))
 
 
 class TinyBlock(PreActivationBlock):

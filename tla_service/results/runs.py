@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tla_service.config import RunConfig
+from tla_service.config import TRIPLET_METHODS, RunConfig
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.loading import RunSettings, read_settings
 from tla_service.errors import ConfigError, UnavailableError
@@ -48,7 +48,7 @@ _REDUCED_MODERN_MNIST = (
     "--evaluation.validation.step_size 0.03 --evaluation.validation.num_steps 20"
 )
 # TRADES' weight on MNIST (Zhang et al. 2019, section 5.3.1).
-_MODERN_FIELDS = {("mnist", "trades"): {"loss.robust_weight": 1.0}}
+_MODERN_FIELDS: dict[tuple[str, str], dict[str, Any]] = {("mnist", "trades"): {"loss.robust_weight": 1.0}}
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ def table_space(settings: ReproduceSettings, runs: Sequence[TableRun], **sweep: 
     variants = {}
     for run in runs:
         modern = _MODERN_FIELDS.get((settings.table, run.method), {}) if settings.recipe == "modern" else {}
+        if settings.recipe == "modern" and run.method not in TRIPLET_METHODS:
+            modern = {"loss.robust_term": "auto", **modern}  # the preset's is that of TLA
         variants[run.name] = {"method": run.method, "seed": run.seed, **modern, **run.fields}
     grid = SweepConfig(
         name=f"{settings.table}-{settings.budget_name}",

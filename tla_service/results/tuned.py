@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from tla_service.config import Method, RunConfig
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import Section
 from tla_service.config.loading import RunSettings, read_settings
 from tla_service.config.yaml_files import read_yaml
 from tla_service.errors import UnavailableError
@@ -29,7 +28,7 @@ from tla_service.tuning.settings import Dimension
 _TRIAL_SEEDS = (1000, 1001)
 
 
-class Arm(Section):
+class Arm(BaseModel, frozen=True, extra="forbid"):
     """A row of the table: a method with fixed fields, and the space that its search adds to the shared one."""
 
     method: Method
@@ -40,7 +39,7 @@ class Arm(Section):
     autoattack: bool = False
 
 
-class Compared(Section):
+class Compared(BaseModel, frozen=True, extra="forbid"):
     """A difference between two arms, by measure, with what the authors claim for it in points, if they do."""
 
     row: str
@@ -48,7 +47,7 @@ class Compared(Section):
     measures: dict[str, float | None]
 
 
-class Protocol(Section):
+class Protocol(BaseModel, frozen=True, extra="forbid"):
     """How a table is tuned and measured."""
 
     preset: str

@@ -59,4 +59,11 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: i
         case "cyclic":
             rising = progress < schedule.peak
             shape = progress / schedule.peak if rising else (1 - progress) / (1 - schedule.peak)
+        case "one_cycle":
+            # torch's OneCycleLR with its default divisors, but not its cycle of the momentum.
+            top = schedule.peak * total_steps - 1
+            rising = step < top
+            share = step / top if rising else (step - top) / (total_steps - 1 - top)
+            start, end = (1 / 25, 1.0) if rising else (1.0, 1 / (25 * 1e4))
+            shape = end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
     return warmup * shape

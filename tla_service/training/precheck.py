@@ -57,7 +57,8 @@ def training_batches(
     images: ImageSource | JoinedSource = source
     if extra is not None:
         images, rows = JoinedSource(source, extra.source), torch.cat([rows, len(source) + extra.rows])
-    return TrainingBatches(images, rows, order, config.data, context, augment_pool=mining.augment_pool)
+    views = {"augment_pool": mining.augment_pool, "second_view": config.loss.view_weight > 0}
+    return TrainingBatches(images, rows, order, config.data, context, **views)
 
 
 def check_start(
@@ -144,7 +145,7 @@ def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor, archite
     set_train_mode(network, config)
     step = TrainingStep(network, plain, WorkerContext(), architecture.code)
     try:
-        next(step.updates(StepBatch(one, one, few, global_size=1), config.seed))
+        next(step.updates(StepBatch(one, one, few, 1, view=one if config.loss.view_weight else None), config.seed))
     except ValueError as error:
         if "more than 1 value per channel" in str(error):
             return False

@@ -1,9 +1,10 @@
 """One batch: attack, mine, loss, gradients. Every method shares this code."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from tla_service.config import RunConfig
 from tla_service.data import Batch, StepBatch
 from tla_service.models import ImageClassifier, ModelOutput
 from tla_service.models.classifier import seen_by_triplets
-from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, shard_sizes
-from tla_service.training.adversary import Adversary, moved_weights, restored
+from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, mixed_seed, shard_sizes
+from tla_service.training.adversary import Adversary, moved_weights, restored, statistics_kept
 from tla_service.training.own import load_miner, load_term
+from tla_service.training.roles import RoleForward, Roles
 from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
 from tla_service.triplets import Negatives, mine_hardest, mine_random, norm_penalty, pick_positives, triplet_hinge
 
@@ -31,36 +33,8 @@ METRIC_NAMES = {
 TOTALS = (*METRIC_NAMES, "images")
 """What a step adds up over its images, in this order; the user's own loss terms come before the last."""
 _EVERYTHING_MIB = 2**20
-
-
-class Roles(NamedTuple):
-    """What the loss compares, row by row."""
-
-    attacked: ModelOutput  # for the adversarial images; for natural training, the clean ones
-    clean: ModelOutput | None = None  # where a term uses it
-    negatives: Tensor | None = None  # embedding of each anchor's negative (N, D)
-    valid: Tensor | None = None  # whether the anchor has a negative (N,), bool
-    same_class: Tensor | None = None  # embedding of another image of each anchor's class (N, D), if it is a positive
-
-
-class RoleForward(nn.Module):
-    """One forward pass for every role (adversarial, clean, negatives, ...): what DDP wraps, once per step.
-
-    BatchNorm sees all roles together, or normalizes each by its own statistics, as in the authors' code.
-    """
-
-    def __init__(self, network: nn.Module, *, together: bool) -> None:
-        super().__init__()
-        self.network, self.together = network, together
-
-    def forward(self, *roles: Tensor) -> tuple[ModelOutput, ...]:
-        """Images of each role, (N_i, C, H, W), to its logits and embeddings."""
-        if not self.together or len(roles) == 1:
-            return tuple(cast("ModelOutput", self.network(images)) for images in roles)
-        sizes = [len(images) for images in roles]
-        output = cast("ModelOutput", self.network(torch.cat(roles)))
-        parts = zip(output.logits.split(sizes), output.embeddings.split(sizes), strict=True)
-        return tuple(ModelOutput(logits, embeddings) for logits, embeddings in parts)
+_VIEW, _CUTMIX = 1, 2  # last part of the seeds of their draws
+_View = tuple[Batch, Tensor | None]  # the second view, and its adversarial images; None for natural training
 
 
 class TrainingStep:
@@ -97,13 +71,14 @@ class TrainingStep:
         # Terms that compare an image with its adversarial version, or use the clean image alone.
         own_term = pairs_logits or config.robust_term != "cross_entropy"
         self.needs_clean = own_term or bool(self.clean_weight or loss.embedding_match_weight or loss.extra)
+        self._num_classes = network.classifier.out_features
 
     def updates(self, batch: StepBatch, *seeds: int) -> Iterator[Tensor]:
         """`backward` for each update, which the caller makes, on a batch: once, or once per replay of free training."""
         if self.adversary.kind != "free" or self.config.method == "natural":
             yield self.backward(batch, *seeds)
             return
-        batch = self._laid_out(batch)
+        batch = self._prepared(batch, *seeds)
         random = generator(self.context.device, *seeds)
         images, epsilon = batch.anchors.images, self.adversary.attack.epsilon
         perturbation = self.adversary.first_perturbation(images, random)
@@ -118,35 +93,76 @@ class TrainingStep:
 
         Returns sums over its images, in the order of `TOTALS`: float64, on the device.
         """
-        batch = self._laid_out(batch)
+        batch = self._prepared(batch, *seeds)
         random = generator(self.context.device, *seeds)
-        adversarial = None if self.config.method == "natural" else self.adversary.craft(batch.anchors, random)
+        view: _View | None = None
+        if batch.view is not None:  # before the anchors, whose last embeddings mining may read
+            view = batch.view, self._attacked(batch.view, generator(self.context.device, *seeds, _VIEW))
+        adversarial = self._attacked(batch.anchors, random)
         if not self.config.attack.awp:
-            return self._descend(batch, adversarial, random)
+            return self._descend(batch, adversarial, random, view=view)
         before = random.get_state()
+        # The weights ascend the loss of the first view alone, as in DAJAT's code.
         with restored(self.network.buffers()):
             self._descend(batch, adversarial, random)
         # Both passes take the same loss: adversarial images (Wu et al. 2020, algorithm 1), noise and negatives.
         # Negatives mined again at the moved weights would make another loss than the one those weights ascended.
         random.set_state(before)
         with moved_weights(self.network, self.config.attack.awp_gamma):
-            return self._descend(batch, adversarial, random, self._mined)
+            return self._descend(batch, adversarial, random, self._mined, view=view)
 
-    def _laid_out(self, batch: StepBatch) -> StepBatch:
-        """The batch in the network's memory format: converted once, not by every attack step."""
+    def _attacked(self, batch: Batch, random: torch.Generator) -> Tensor | None:
+        return None if self.config.method == "natural" else self.adversary.craft(batch, random)
+
+    def _prepared(self, batch: StepBatch, *seeds: int) -> StepBatch:
+        """The batch, cut and mixed if asked, in the network's memory format: once, not by every attack step."""
+        if self.config.data.cutmix:
+            batch = self._cut_and_mixed(batch, mixed_seed(*seeds, _CUTMIX))
         if not self.config.training.channels_last:
             return batch
 
         def convert(part: Batch) -> Batch:
             return Batch(part.images.contiguous(memory_format=torch.channels_last), part.labels)
 
-        positives, pool = (part and convert(part) for part in (batch.positives, batch.pool))
-        return replace(batch, anchors=convert(batch.anchors), positives=positives, pool=pool)
+        positives, pool, view = (part and convert(part) for part in (batch.positives, batch.pool, batch.view))
+        return replace(batch, anchors=convert(batch.anchors), positives=positives, pool=pool, view=view)
 
-    def _descend(self, *arguments: Any) -> Tensor:
-        loss, totals = self.objective(*arguments)
-        loss.backward()
+    def _cut_and_mixed(self, batch: StepBatch, seed: int) -> StepBatch:
+        from tla_service.data.strong import cut_and_mix  # slow to import
+
+        whole = batch.view or batch.anchors
+        mixed = Batch(*cut_and_mix(whole.images, whole.labels, self._num_classes, seed))
+        return replace(batch, anchors=mixed) if batch.view is None else replace(batch, view=mixed)
+
+    def _descend(
+        self,
+        batch: StepBatch,
+        adversarial: Tensor | None,
+        random: torch.Generator,
+        mined: Negatives | None = None,
+        view: _View | None = None,
+    ) -> Tensor:
+        # With a second view, gradients are reduced across workers once, in its backward pass.
+        both = view is not None and isinstance(self.wrapped, nn.parallel.DistributedDataParallel)
+        with self.wrapped.no_sync() if both else contextlib.nullcontext():  # type: ignore[operator]
+            loss, totals = self.objective(batch, adversarial, random, mined)
+            loss.backward()
+        if view is not None:
+            loss, own = self._view_objective(batch, view)
+            loss.backward()
+            totals[0] += own
         return totals
+
+    def _view_objective(self, batch: StepBatch, view: _View) -> tuple[Tensor, Tensor]:
+        """The second view's part of the loss and of its sum: no triplets, nothing for BatchNorm's averages."""
+        clean, adversarial = view
+        roles = [clean.images] if adversarial is None else [adversarial, clean.images][: 1 + self.needs_clean]
+        with statistics_kept(self.network):
+            attacked, *others = self._forward(*roles)
+        label_term, pairing = self._label_term(attacked, others[0] if others else None, clean.labels)
+        total = self.config.loss.view_weight * (label_term + pairing)
+        total = total if batch.weights is None else total * batch.weights
+        return self._weight(batch) * total.sum(), total.detach().double().sum()
 
     def objective(
         self, batch: StepBatch, adversarial: Tensor | None, random: torch.Generator, mined: Negatives | None = None
@@ -276,19 +292,20 @@ class TrainingStep:
                 norm = norm + norm_penalty((anchor, positive, roles.negatives), loss.norm_form) * valid
         # The authors' code multiplies lambda_1 into the norm term as well; the paper does not.
         norm_weight = loss.norm_weight * (loss.triplet_weight if loss.norm_form == "mean_squares" else 1.0)
-        total = label_term + loss.triplet_weight * triplet + norm_weight * norm + pairing
+        share = 1 - loss.view_weight
+        total = share * label_term + loss.triplet_weight * triplet + norm_weight * norm + share * pairing
         extra = [weight * term(output, roles.clean or output, labels) for term, weight in self._extra.values()]
         total = sum(extra, total)
         with torch.no_grad():
-            correct = output.logits.argmax(1) == labels
+            correct = output.logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))
             columns = (total, label_term, triplet, norm, pairing, correct, active, 1 - valid, *extra, none + 1)
             totals = torch.stack([column.double().sum() for column in columns])
+        return self._weight(batch) * total.sum(), totals
+
+    def _weight(self, batch: StepBatch) -> float:
         # DDP averages gradients over workers, whose shards may differ by one image: weighting each image by
         # world_size / global size makes that average the mean over the global batch (or, for `sum`, its sum).
-        weight = float(self.context.world_size)
-        if loss.reduction == "mean":
-            weight /= batch.global_size
-        return weight * total.sum(), totals
+        return self.context.world_size / (batch.global_size if self.config.loss.reduction == "mean" else 1)
 
     def _positives(self, roles: Roles) -> Iterator[tuple[Tensor, float]]:
         loss = self.config.loss

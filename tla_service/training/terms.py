@@ -8,7 +8,7 @@ from tla_service.runtime import wide
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of logits (N, K) with labels (N,): (N,)."""
+    """Cross-entropy of logits (N, K) with labels (N,), or shares of classes (N, K): (N,)."""
     return F.cross_entropy(wide(logits), labels, reduction="none", label_smoothing=label_smoothing)
 
 
