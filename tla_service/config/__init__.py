@@ -287,8 +287,11 @@ class RunConfig(Section):
         if weight and self.speed.compile == "all":
             reason = "a compiled update has not been verified with a second view"
             yield "speed.compile", "all", reason, "use attack, or set loss.view_weight to 0"
-        if not data.cutmix:
-            return
+        if data.cutmix:
+            yield from self._contradictions_of_cutmix()
+
+    def _contradictions_of_cutmix(self) -> Iterator[tuple[str, object, str, str]]:
+        data, weight = self.data, self.loss.view_weight
         if self.mines_triplets and not weight:
             reason = "a triplet compares images of one class, and CutMix makes images of two"
             yield "data.cutmix", "True", reason, "set loss.view_weight, so that only the second view is mixed"
