@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
 def search_squares(square: Any, images: Tensor, labels: Tensor) -> tuple[None, Tensor]:
     """Square's random search in L-infinity on images (N, C, H, W), without queries that are known to be in vain.
 
-    Takes the place of the package's `attack_single_run`, with its draws, for a deterministic network; returns the images
-    found, second. Each query moves one window of all images up or down. Once few pixels can be improved, most moves
+    Takes the place of the package's `attack_single_run`, with its draws, for a deterministic network; the images
+    found are returned second. Each query moves one window of all images up or down. Once few pixels can be improved, most moves
     meet the edge of the ball or repeat one that was rejected since the image last changed.
     """
     channels, height, width = images.shape[1:]

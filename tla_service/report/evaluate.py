@@ -18,7 +18,7 @@ from tla_service.evaluation.certified import ROW, Certificates
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.geometry import pick_queries
 from tla_service.evaluation.shards import ShardOutcome, save_arrays, save_outcome
-from tla_service.evaluation.surrogate import TrainedSurrogate
+from tla_service.evaluation.surrogate import ARCHITECTURE, TrainedSurrogate
 from tla_service.files import LOCK_FILE, locked_folder, write_whole
 from tla_service.job import code_facts
 from tla_service.models import build_model
@@ -65,7 +65,6 @@ def evaluate(
         terminal.say(f"evaluating {subject.facts.uri} on {dataset.name}, output in {output}")
         began = time.monotonic()
         results, tasks, hardware = evaluation.measure(tasks, workers)
-        tasks = [*tasks, *evaluation.transferred]
         set_aside = dataset.gate.numpy()
         published = select(results, tasks, ~set_aside)
         found = {each.key: fd.gather(published, each.key, plan, settings, each.rejector) for each in models.all}
@@ -160,6 +159,8 @@ class _Evaluation:
         for each in models.all:
             tasks += pl.attack_tasks(plan, settings, dataset, each.key, is_own=each is subject)
             tasks += pl.embedding_tasks(plan, settings, dataset, each.key, bank)
+        if models.surrogate is not None:
+            tasks = [replace(task, surrogate=models.surrogate.network) for task in tasks]
         tasks += pl.single_tasks(plan, settings, dataset, subject.key)
         if held_out is not None and settings.images.adaptive and settings.images.representation:
             tasks.append(pl.validation_task(plan, settings, dataset, subject.key, held_out))
@@ -174,85 +175,77 @@ class _Evaluation:
     def measure(
         self, tasks: Sequence[Task], workers: Callable[[], AbstractContextManager[Measurer]]
     ) -> tuple[Results, list[Task], str]:
-        """Run all tasks: first everything, then the few queries that depend on it.
-
-        Also returns the tasks, those that were added among them, and what they ran on.
-        """
-        plan, settings, models, output = self.plan, self.settings, self.models, self.output
-        subject, dataset = models.subject, models.dataset
-        surrogate = models.surrogate.network if models.surrogate is not None else None
-        inputs = Inputs({each.key: each.network for each in models.all}, surrogate, dataset)
-        say = _seldom(self.terminal.say)
+        """Run all tasks, and those that depend on their results; also returns what was run, and on what hardware."""
+        plan, settings, models = self.plan, self.settings, self.models
+        key, dataset = models.subject.key, models.dataset
+        inputs = Inputs({each.key: each.network for each in models.all}, dataset)
+        without = self._no_surrogate()
+        first: list[Task] = []
+        if settings.images.audit and models.surrogate is not None:
+            first += pl.audit_tasks(plan, settings, dataset, key, models.surrogate.network)
+        elif settings.images.audit and without:
+            self.terminal.say(why := f"no surrogate was given, and none could be trained ({without})")
+            first += pl.audit_tasks(plan, settings, dataset, key, why)
+        elif settings.images.audit:
+            self.terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
+            first.append(pl.surrogate_task(plan, dataset, key))
+        later: list[Task] = []
+        if settings.images.transfer:
+            for kin in models.relatives:
+                later += self._transfer(kin)
+            if without:
+                later += self._transfer(Kin("natural", "a naturally trained surrogate", why=without))
+            else:
+                first.append(pl.surrogate_task(plan, dataset, key, natural=True))
+        # First what others wait for, then the longest shards: at the end workers wait for a short one only.
+        tasks = sorted(tasks, key=lambda task: (task.name != "bank", task.name != "autoattack"))
         with workers() as measure:
             self.terminal.say(f"measuring on {measure}")
-            results: Results = {}
-            without = ""
-            if settings.images.audit and surrogate is None:
-                self.terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
-                try:
-                    task = pl.surrogate_task(plan, dataset, subject.key)
-                    # AutoAttack on the other workers meanwhile: it takes longest, and needs no surrogate.
-                    longest = [each for each in tasks if each.name == "autoattack"]
-                    surrogate, trained = self._train(task, inputs, measure, longest)
-                    results[task.key] = trained
-                    inputs = inputs._replace(surrogate=surrogate)
-                    self.terminal.say(describe_surrogate(trained.facts))
-                except UserError as error:
-                    without = f"no surrogate was given, and none could be trained ({error})"
-                    self.terminal.say(without)
-            banks = [task for task in tasks if task.key == (subject.key, "bank")]
-            if settings.images.adaptive and banks:
-                # First, because the attacks on the detector need it.
-                results |= run_tasks(banks, inputs, output, measure, lambda _: None)
-                detectors = [fd.fitted_detector(results[subject.key, "bank"], settings)]
-                detectors += [] if subject.rejector is None else [subject.rejector.detector]
-                tasks = [task for task in tasks if task not in banks]
-                tasks = [*pl.adaptive_tasks(plan, settings, dataset, subject.key, detectors), *tasks]
-            # The audit first: it is one long shard, and other workers measure the rest in the meantime. Then
-            # AutoAttack, whose shards are the longest of the others.
-            tasks = sorted(tasks, key=lambda task: task.name != "autoattack")
-            tasks = [*pl.audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
-            results |= run_tasks(tasks, inputs, output, measure, say)
-            if settings.images.transfer:
-                results |= self._transfer(inputs, measure)
-            if settings.page and (subject.key, "natural") in results:
-                natural = results[subject.key, "natural"]
-                natural = natural.only(~dataset.gate.numpy()[natural.rows])
-                rows = natural.rows[pick_queries(natural.embedded, settings.pictures.queries, plan.seed)]
-                if len(rows):
-                    results |= run_tasks([pl.query_task(plan, subject.key, rows)], inputs, output, measure, say)
-        return results, list(tasks), str(measure)
+            say = _seldom(self.terminal.say)
+            results, run = run_tasks([*first, *tasks, *later], inputs, self.output, measure, say, self._follow)
+        return results, run, str(measure)
 
-    def _train(
-        self, task: Task, inputs: Inputs, measure: Measurer, meanwhile: Sequence[Task] = ()
-    ) -> tuple[nn.Module, TrainedSurrogate]:
-        """Train a surrogate, while other workers run other tasks; UserError if that is not possible."""
+    def _no_surrogate(self) -> str:
+        """Why no surrogate can be trained on such images; empty if one can."""
+        try:
+            build_model(ARCHITECTURE, len(self.models.dataset.class_names), self.models.dataset.image_shape)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def _follow(self, task: Task, found: Any) -> list[Task]:
+        """What is measured once a result is known."""
+        plan, settings, models = self.plan, self.settings, self.models
+        dataset, key = models.dataset, models.subject.key
+        if task.key == (key, "surrogate"):
+            self.terminal.say(describe_surrogate(found.facts))
+            return pl.audit_tasks(plan, settings, dataset, key, self._built(found))
+        if task.key == (key, "natural-surrogate"):
+            return self._transfer(Kin("natural", describe_natural(found.facts), self._built(found)))
+        if task.key == (key, "bank") and settings.images.adaptive:
+            rejector = models.subject.rejector
+            detectors = [fd.fitted_detector(found, settings), *([] if rejector is None else [rejector.detector])]
+            return pl.adaptive_tasks(plan, settings, dataset, key, detectors)
+        if task.key == (key, "natural") and settings.page:
+            shown = found.only(~dataset.gate.numpy()[found.rows])
+            rows = shown.rows[pick_queries(shown.embedded, settings.pictures.queries, plan.seed)]
+            return [pl.query_task(plan, key, rows)] if len(rows) else []
+        return []
+
+    def _built(self, trained: TrainedSurrogate) -> nn.Module:
         dataset = self.models.dataset
-        found = run_tasks([task, *meanwhile], inputs, self.output, measure, _seldom(self.terminal.say))
-        trained: TrainedSurrogate = found[task.key]
         network = build_model(trained.facts.architecture, len(dataset.class_names), dataset.image_shape)
         network.load_state_dict(trained.weights)
-        return network.eval(), trained
+        return network.eval()
 
-    def _transfer(self, inputs: Inputs, measure: Measurer) -> Results:
-        """Attack the model through its relatives, the natural surrogate among them, which is trained here."""
-        key, dataset = self.models.subject.key, self.models.dataset
-        results: Results = {}
-        try:
-            task = pl.surrogate_task(self.plan, dataset, key, natural=True)
-            network, trained = self._train(task, inputs, measure)
-            natural = Kin("natural", describe_natural(trained.facts), network)
-        except UserError as error:
-            natural = Kin("natural", "a naturally trained surrogate", why=str(error))
-        for kin in (*self.models.relatives, natural):
-            self.relatives.append(rs.Relative(kin.source, kin.about, why=kin.why))
-            if kin.network is not None:
-                task = pl.transfer_task(self.plan, self.settings, dataset, key, kin.source, kin.weights)
-                results |= run_tasks(
-                    [task], inputs._replace(surrogate=kin.network), self.output, measure, lambda _: None
-                )
-                self.transferred.append(task)
-        return results
+    def _transfer(self, kin: Kin) -> list[Task]:
+        """The attack on the model through a relative, if there is one."""
+        self.relatives.append(rs.Relative(kin.source, kin.about, why=kin.why))
+        if kin.network is None:
+            return []
+        task = pl.transfer_task(self.plan, self.settings, self.models.dataset, self.models.subject.key, kin)
+        self.transferred.append(task)
+        return [task]
 
     def report(self, found: Mapping[str, fd.Findings], gate: fd.Findings, hardware: str, seconds: float) -> rp.Report:
         """Put the findings together."""

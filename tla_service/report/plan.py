@@ -9,6 +9,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 import torch
+from torch import nn
 
 from tla_service.attacks import Attack
 from tla_service.attacks.minimum_norm import SparseNorm
@@ -36,6 +37,7 @@ from tla_service.evaluation.suite import AttackMeasurement, NormMeasurement, eva
 from tla_service.evaluation.surrogate import SurrogateMeasurement, surrogate_rows
 from tla_service.evaluation.unit_tests import UnitTestMeasurement
 from tla_service.inference.detector import Detector
+from tla_service.report.relatives import Kin
 from tla_service.report.settings import ReportSettings
 from tla_service.report.tasks import Task
 from tla_service.runtime import mixed_seed
@@ -294,21 +296,23 @@ def surrogate_task(plan: Plan, dataset: Dataset, model: str, *, natural: bool = 
     return Task(name, model, "train", rows, len(rows), measure)
 
 
-def transfer_task(
-    plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, source: str, weights: str
-) -> Task:
-    """The attack crafted on a relative, which is the surrogate then; `weights` tells it from others of the source."""
-    attack = AttackMeasurement({}, {source: plan.strongest}, None, plan.seed, plan.batch_size)
-    return _task(f"{TRANSFER}{source}-{weights}", model, dataset, settings.images.transfer, plan, attack)
+def transfer_task(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, kin: Kin) -> Task:
+    """The attack crafted on a relative, whose name carries its weights."""
+    attack = AttackMeasurement({}, {kin.source: plan.strongest}, None, plan.seed, plan.batch_size)
+    task = _task(f"{TRANSFER}{kin.source}-{kin.weights}", model, dataset, settings.images.transfer, plan, attack)
+    return replace(task, surrogate=kin.network)
 
 
-def audit_tasks(plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, no_surrogate: str) -> list[Task]:
-    """The audit, for the model alone, and why it has no surrogate if it has none."""
+def audit_tasks(
+    plan: Plan, settings: ReportSettings, dataset: Dataset, model: str, surrogate: nn.Module | str
+) -> list[Task]:
+    """The audit, for the model alone, with its surrogate, or why there is none."""
     if not settings.images.audit:
         return []
     rows = _rows(dataset, settings.images.audit)
-    audit = AuditMeasurement(plan.strongest, plan.seed, plan.batch_size, no_surrogate)
-    tasks = [Task("audit", model, "test", rows, len(rows), audit)]
+    network, why = (None, surrogate) if isinstance(surrogate, str) else (surrogate, "")
+    audit = AuditMeasurement(plan.strongest, plan.seed, plan.batch_size, why)
+    tasks = [Task("audit", model, "test", rows, len(rows), audit, network)]
     if settings.images.unit_tests:
         within = {name: plan.columns[name] for name in plan.within}
         strong = settings.images.autoattack > 0
