@@ -11,8 +11,8 @@ def search_squares(square: Any, images: Tensor, labels: Tensor) -> tuple[None, T
     """Square's random search in L-infinity on images (N, C, H, W), without queries that are known to be in vain.
 
     Takes the place of the package's `attack_single_run`, with its draws, for a deterministic network; the images
-    found are returned second. Each query moves one window of all images up or down. Once few pixels can be improved, most moves
-    meet the edge of the ball or repeat one that was rejected since the image last changed.
+    found are returned second. Each query moves one window of all images up or down. Once few pixels can be improved,
+    most moves meet the edge of the ball, or repeat one that was rejected since the image last changed.
     """
     channels, height, width = images.shape[1:]
     lowest, highest = (images - square.eps).clamp_min(0), (images + square.eps).clamp_max(1)
