@@ -182,8 +182,11 @@ class _ToImagesOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # A sum: given a vector to start from, torch would import a computer algebra system, which takes a second.
+        with torch.enable_grad():
+            total = (ctx.logits * gradient).sum()
         # FAB asks for one class after another on the same graph.
-        (to_images,) = torch.autograd.grad(ctx.logits, ctx.inner, gradient, retain_graph=True)
+        (to_images,) = torch.autograd.grad(total, ctx.inner, retain_graph=True)
         return to_images, None
 
 
