@@ -28,23 +28,26 @@ from tla_service.inference.detector import Rejector
 from tla_service.models import build_model
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
+from tla_service.report import tables as tb
 from tla_service.report.figures import Figures
 from tla_service.report.page import show, size, write_page
 from tla_service.report.plan import (
     Plan,
+    detection_name,
+    make_plan,
+    other_norm_attack,
+    protocol,
+    radius_name,
+    smoothing_sigma,
+)
+from tla_service.report.task_list import (
     adaptive_tasks,
     attack_tasks,
     audit_tasks,
     bank_rows,
-    detection_name,
     embedding_tasks,
-    make_plan,
-    other_norm_attack,
-    protocol,
     query_task,
-    radius_name,
     single_tasks,
-    smoothing_sigma,
     surrogate_task,
     validation_task,
 )
@@ -108,31 +111,31 @@ def report(**changes: Any) -> rp.Report:
     )
     other = rp.Compared(
         model=facts.model_copy(update={"uri": "other", "method": "at"}),
-        accuracy=fd.accuracies(found(1), plan(), 10),
-        difference=fd.differences(own, found(1), plan()),
+        accuracy=tb.accuracies(found(1), plan(), 10),
+        difference=tb.differences(own, found(1), plan()),
     )
     fields = {
         "model": facts,
         "data": rp.DataFacts(name="digits", images=60, fingerprint="f", class_names=digits().class_names),
         "threat_model": threat,
-        "accuracy": fd.accuracies(own, plan(), 10),
-        "attacks": fd.attack_facts(plan()),
-        "autoattack": fd.autoattack_facts(own, plan()),
+        "accuracy": tb.accuracies(own, plan(), 10),
+        "attacks": tb.attack_facts(plan()),
+        "autoattack": tb.autoattack_facts(own, plan()),
         "curves": own.curves,
         "sparse": own.norms,
-        "norms": fd.norm_table(own, plan(), "digits", digits().image_shape),
+        "norms": tb.norm_table(own, plan(), "digits", digits().image_shape),
         "corruptions": own.corruptions,
         "calibration": own.calibration,
         "certified": own.certified,
         "detection": own.detection,
-        "neighbours": fd.neighbours(own, plan(), settings()),
+        "neighbours": tb.neighbours(own, plan(), settings()),
         "shift": tuple(ratios.at(epsilon) for epsilon, ratios in own.shift.items()),
         "compared": (other,),
         "seed": 0,
         "settings": "d",
         "seconds": 1.0,
         "hardware": "this",
-        "gate": rp.GateFacts(images=15, accuracy=fd.accuracies(of_the_gate(True), plan(), 10)),
+        "gate": rp.GateFacts(images=15, accuracy=tb.accuracies(of_the_gate(True), plan(), 10)),
     }
     return rp.Report.model_validate(fields | changes)
 
@@ -143,7 +146,7 @@ def test_accuracies_are_those_of_plain_counting() -> None:
     def logits(pixels: torch.Tensor) -> torch.Tensor:
         return trained()(pixels).logits
 
-    table = fd.accuracies(found(), plan(), 10)
+    table = tb.accuracies(found(), plan(), 10)
     clean = (logits(images).argmax(1) == labels).float().mean().item()
     assert table["clean"].estimate == pytest.approx(clean)
     standing = attack_images(logits, images, labels, plan().columns["fgsm"]).robust
@@ -164,7 +167,7 @@ def test_images_of_the_gate_and_the_others_are_counted_apart() -> None:
                 for row, stands in zip(outcome.indices.tolist(), outcome.standing(name).tolist(), strict=True)
                 if gate[row] == side
             ]
-            table = fd.accuracies(of_the_gate(side), plan(), 10)
+            table = tb.accuracies(of_the_gate(side), plan(), 10)
             assert table[name].images == len(standing) > 0
             assert table[name].estimate == pytest.approx(np.mean(standing))
     own, rest = (of_the_gate(side).embedded["natural"] for side in (True, False))
@@ -180,7 +183,7 @@ def test_images_of_the_gate_and_the_others_are_counted_apart() -> None:
 
 def test_a_gate_without_images_is_no_error() -> None:
     nothing = fd.gather(select(measured(), tasks(), np.zeros(60, dtype=bool)), MODEL, plan(), settings())
-    assert fd.accuracies(nothing, plan(), 10)["autoattack"].estimate is None
+    assert tb.accuracies(nothing, plan(), 10)["autoattack"].estimate is None
     assert nothing.detection is None
     assert [norms.median for norms in nothing.norms] == [None, None]
 
@@ -360,7 +363,7 @@ def test_weak_attacks_are_told_apart_from_noise(ours: int, weak: bool) -> None:
     table.broken_at["fgsm"] = np.full(100, UNBROKEN)
     strong = outcome([True] * 50 + [False] * 50, "autoattack")
     strong = replace(strong, autoattack=AutoAttackRun("standard", "linf", 0.15, ("apgd-ce", "square")))
-    facts = fd.autoattack_facts(fd.Findings(outcome=table, autoattack=strong), plan())
+    facts = tb.autoattack_facts(fd.Findings(outcome=table, autoattack=strong), plan())
     assert facts is not None
     assert (facts.strongest, facts.weak) == ("pgd5x2", weak)
     assert facts.gap.difference == pytest.approx(ours / 100 - 0.5)
@@ -475,7 +478,7 @@ def test_the_audit_counts_what_autoattack_objects_to() -> None:
     assert judged(autoattacked((ZERO_GRADIENT,)))[:2] == (True, "passed")
     assert judged(autoattacked(("it seems random",)))[:2] == (False, "failed")
     assert judged(None)[:2] == (True, "not run")
-    assert fd.autoattack_warnings(autoattacked((), by_square=1))[0].startswith(
+    assert tb.autoattack_warnings(autoattacked((), by_square=1))[0].startswith(
         "Square, which sees no gradients, breaks 1"
     )
 
@@ -523,7 +526,7 @@ def test_an_image_that_a_relative_breaks_is_broken() -> None:
     results: dict[str, Any] = {"columns": table, "audit": audit, "transfer-last-00": one, "transfer-natural-00": other}
     mine = fd.gather({(MODEL, name): each for name, each in results.items()}, MODEL, plan(), settings())
 
-    before, after = fd.accuracies(found(), plan(), 10), fd.accuracies(mine, plan(), 10)
+    before, after = tb.accuracies(found(), plan(), 10), tb.accuracies(mine, plan(), 10)
     worst = np.logical_and.reduce([table.standing(name) for name in ("clean", *plan().columns)])
     worst[[standing[0], standing[1], standing[2]]] = False
     assert after["worst"].estimate == pytest.approx(worst.mean())
@@ -538,7 +541,7 @@ def test_an_image_that_a_relative_breaks_is_broken() -> None:
     assert masked.statement.endswith("(last 2, natural 1)")
 
     tried = (rs.Relative("pretrained", "p", why="it is gone"), rs.Relative("last", "l"), rs.Relative("natural", "n"))
-    gone, last, _ = fd.relatives(mine, tried)
+    gone, last, _ = tb.relatives(mine, tried)
     assert gone == tried[0]
     assert last.accuracy == rs.wilson_interval(47, 50)
 
@@ -657,9 +660,9 @@ def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
 
 
 def test_page_says_which_images_are_the_gates(tmp_path: Path) -> None:
-    rest = fd.accuracies(of_the_gate(False), plan(), 10)
+    rest = tb.accuracies(of_the_gate(False), plan(), 10)
     count = int(digits().gate.sum())
-    gate = rp.GateFacts(images=count, accuracy=fd.accuracies(of_the_gate(True), plan(), 10))
+    gate = rp.GateFacts(images=count, accuracy=tb.accuracies(of_the_gate(True), plan(), 10))
     write_page(report(accuracy=rest, gate=gate), [], tmp_path / "report.html", same_attacks=False)
     text = " ".join(re.sub(r"<[^>]+>", " ", (tmp_path / "report.html").read_text()).split())
     assert f"Figures are of {60 - count} of the 60 test images. The other {count} are set aside" in text
@@ -676,7 +679,7 @@ def test_classes_are_listed_the_weakest_first(tmp_path: Path, with_autoattack: b
         estimate = "-" if share.estimate is None else f"{100 * share.estimate:.1f}"
         return f"{estimate} {100 * share.low:.1f} to {100 * share.high:.1f} {share.images}"
 
-    table = fd.accuracies(found(), plan(), 10)
+    table = tb.accuracies(found(), plan(), 10)
     made = report(accuracy=table if with_autoattack else {k: v for k, v in table.items() if k != "autoattack"})
     right: dict[int, list[bool]] = {}
     columns = measured()[MODEL, "columns"]
