@@ -96,7 +96,7 @@ def warm_session(scaling: ScalingConfig, module: str, *, debug: bool = False) ->
     with ray_session(scaling, debug=debug):
         # By its name: it may be one that this process is still importing.
         warm = ray.remote(lambda: bool(importlib.import_module(module))).options(num_cpus=scaling.cpus_per_worker)
-        for _ in range(2 if scaling.num_workers == "auto" else scaling.num_workers):
+        for _ in range(scaling.num_workers if isinstance(scaling.num_workers, int) else 2):
             warm.remote()
         yield
 
