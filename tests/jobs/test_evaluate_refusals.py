@@ -1,4 +1,4 @@
-"""What a user of the evaluation job can get wrong: one message each, before Ray starts, and nothing lost."""
+"""What users of the evaluation job can get wrong: one message each, also where Ray does not start, and nothing lost."""
 
 import json
 from pathlib import Path

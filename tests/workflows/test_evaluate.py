@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quiet")
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting of the machine reaches a test; Ray must not be started."""
+    """No setting of the machine reaches a test; Ray, which starts in the background, is not waited for."""
     import ray
 
     monkeypatch.chdir(tmp_path)

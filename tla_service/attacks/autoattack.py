@@ -9,13 +9,14 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tla_service.attacks.gradient import UNBROKEN, LogitsFn
-from tla_service.attacks.shortcuts import RememberedMargins, project_linf
+from tla_service.attacks.shortcuts import project_linf, search_squares
 from tla_service.errors import ConfigError
 
 AutoAttackNorm = Literal["linf", "l2", "l1"]
@@ -123,7 +124,7 @@ def run_autoattack(
             targeted.n_target_classes = min(targeted.n_target_classes, logits.shape[1] - 1)
         library.square.n_queries = square_queries
         if norm == "linf" and torch.allclose(again, logits[:batch_size], atol=1e-4):
-            library.square.margin_and_loss = RememberedMargins(library.square.margin_and_loss)
+            library.square.attack_single_run = partial(search_squares, library.square)
         library.attacks_to_run = [stage]
         result, predicted = library.run_standard_evaluation(images[left], labels[left], batch_size=batch_size)
         with torch.no_grad():
@@ -181,8 +182,11 @@ class _ToImagesOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # A sum: given a vector to start from, torch would import a computer algebra system, which takes a second.
+        with torch.enable_grad():
+            total = (ctx.logits * gradient).sum()
         # FAB asks for one class after another on the same graph.
-        (to_images,) = torch.autograd.grad(ctx.logits, ctx.inner, gradient, retain_graph=True)
+        (to_images,) = torch.autograd.grad(total, ctx.inner, retain_graph=True)
         return to_images, None
 
 

@@ -1,50 +1,49 @@
 """Parts of AutoAttack's package, with the same results sooner."""
 
-from collections.abc import Callable
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Remembering pays where repeats are frequent: it ends where fewer than this share of the first queries repeat others.
-_LEAST_REPEATS, _FIRST_QUERIES = 0.3, 300
 
+def search_squares(square: Any, images: Tensor, labels: Tensor) -> tuple[None, Tensor]:
+    """Square's random search in L-infinity on images (N, C, H, W), without queries that are known to be in vain.
 
-class RememberedMargins:
-    """Square's margins (N,) of images (N, C, H, W) with labels (N,), computed once per image and label.
-
-    A query moves a window up or down by the radius. Once few pixels can be improved, most queries move what is at the
-    edge of the ball already, or repeat one that was rejected. Takes the place of the package's `margin_and_loss`, whose
-    loss is the margin, for one batch of images. Images are recognized by random projections in float64.
+    Takes the place of the package's `attack_single_run`, with its draws, for a deterministic network; the images
+    found are returned second. Each query moves one window of all images up or down. Once few pixels can be improved,
+    most moves meet the edge of the ball, or repeat one that was rejected since the image last changed.
     """
-
-    def __init__(self, margin_and_loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-        self._compute = margin_and_loss
-        self._margins: dict[float, float] = {}
-        self._factors: Tensor | None = None
-        self._queries = self._asked = 0
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The margins, twice: as margin and as loss."""
-        if self._queries >= _FIRST_QUERIES and len(self._margins) > (1 - _LEAST_REPEATS) * self._asked:
-            return self._compute(images, labels)
-        keys = self._keys(images, labels)
-        self._queries, self._asked = self._queries + 1, self._asked + len(keys)
-        unseen = [row for row, key in enumerate(keys) if key not in self._margins]
-        if unseen:
-            rows = torch.tensor(unseen, device=images.device)
-            margins, _ = self._compute(images[rows], labels[rows])
-            self._margins |= {keys[row]: margin for row, margin in zip(unseen, margins.tolist(), strict=True)}
-        margins = torch.tensor([self._margins[key] for key in keys], dtype=images.dtype, device=images.device)
-        return margins, margins.clone()
-
-    def _keys(self, images: Tensor, labels: Tensor) -> list[float]:
-        pixels = images.flatten(1).double()
-        if self._factors is None:
-            random = torch.Generator().manual_seed(0)
-            self._factors = torch.rand(pixels.shape[1], generator=random, dtype=torch.float64).to(images.device)
-        # Not a matrix product, whose rounding may depend on the row.
-        keys: list[float] = ((pixels * self._factors).sum(1) + 2 * pixels.shape[1] * labels).tolist()
-        return keys
+    channels, height, width = images.shape[1:]
+    lowest, highest = (images - square.eps).clamp_min(0), (images + square.eps).clamp_max(1)
+    best = (images + square.eps * square.random_choice([len(images), channels, 1, width])).clamp(0, 1)
+    margins, _ = square.margin_and_loss(best, labels)
+    moves: dict[tuple[float, ...], int] = {}
+    in_vain = torch.zeros(len(images), square.n_queries, dtype=torch.bool, device=images.device)
+    for query in range(square.n_queries):
+        area = square.p_selection(query) * channels * height * width / channels  # rounds as in the package
+        side = min(max(round(math.sqrt(area)), 1), height, width)
+        top, left = (int(square.random_int(0, length - side)) for length in (height, width))
+        signs = square.random_choice([channels, 1, 1])
+        move = moves.setdefault((side, top, left, *signs.flatten().tolist()), len(moves))
+        standing = margins > 0
+        if not standing.any():
+            break
+        rows = (standing & ~in_vain[:, move]).nonzero().squeeze(1)
+        in_vain[rows, move] = True
+        window = (..., slice(top, top + side), slice(left, left + side))
+        moved = (best[window][rows] + 2 * square.eps * signs).clamp(lowest[window][rows], highest[window][rows])
+        changed = (moved != best[window][rows]).flatten(1).any(1)
+        rows = rows[changed]
+        if not len(rows):
+            continue
+        tried = best[rows]
+        tried[window] = moved[changed]
+        found, _ = square.margin_and_loss(tried, labels[rows])
+        better = (found < margins[rows]) | (found <= 0)
+        rows = rows[better]
+        best[rows], margins[rows], in_vain[rows] = tried[better], found[better], False
+    return None, best
 
 
 def project_linf(points: Tensor, normals: Tensor, offsets: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Joining a Ray cluster, and what fits it: a run, or the trials of a sweep."""
 
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -87,6 +88,17 @@ def ray_session(scaling: ScalingConfig, *, debug: bool = False, dashboard: bool 
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def warm_session(scaling: ScalingConfig, module: str, *, debug: bool = False) -> Iterator[None]:
+    """As `ray_session`; its workers import a module at once, so that their first tasks need not wait for that."""
+    with ray_session(scaling, debug=debug):
+        # By its name: it may be one that this process is still importing.
+        warm = ray.remote(lambda: bool(importlib.import_module(module))).options(num_cpus=scaling.cpus_per_worker)
+        for _ in range(scaling.num_workers if isinstance(scaling.num_workers, int) else 2):
+            warm.remote()
+        yield
 
 
 @contextlib.contextmanager

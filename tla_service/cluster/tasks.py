@@ -3,7 +3,8 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -52,20 +53,22 @@ class Workers:
         each = f"{self._gpus:g} GPU" if self._gpus else f"{self._cpus:g} CPU core" + ("s" if self._cpus != 1 else "")
         return f"{self._count} worker{'s' if self._count != 1 else ''}, {each} each"
 
-    def __call__(self, shards: Sequence[MissingShard], inputs: Inputs) -> Iterator[tuple[MissingShard, Arrays]]:
+    def __call__(self, waiting: deque[MissingShard], inputs: Inputs) -> Iterator[tuple[MissingShard, Arrays]]:
         """See `Measurer`; raises what a measurement raised."""
         networks = {model: ray.put(network) for model, network in inputs.networks.items()}
-        surrogate = ray.put(inputs.surrogate)
+        surrogates: dict[int, Any] = {}
         measurements: dict[tuple[str, str], Any] = {}  # sent once per task: one may hold a detector
         measure = ray.remote(_measure).options(
             num_cpus=self._cpus, num_gpus=self._gpus, max_retries=self._retries, retry_exceptions=False
         )
-        waiting = list(reversed(shards))
         running: dict[Any, MissingShard] = {}
         while waiting or running:
             while waiting and len(running) < _AHEAD * self._count:
-                shard = waiting.pop()
-                data = networks[shard.task.model], surrogate, *inputs.images(shard), shard.rows
+                shard = waiting.popleft()
+                surrogate = shard.task.surrogate
+                if id(surrogate) not in surrogates:
+                    surrogates[id(surrogate)] = ray.put(surrogate)
+                data = networks[shard.task.model], surrogates[id(surrogate)], *inputs.images(shard), shard.rows
                 if shard.task.key not in measurements:
                     measurements[shard.task.key] = ray.put(shard.task.measurement)
                 running[measure.remote(measurements[shard.task.key], *data)] = shard

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images, craft
+from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images, starting_point
 from tla_service.attacks.autoattack import run_autoattack
+from tla_service.attacks.gradient import climb_until_repeated
 from tla_service.evaluation.results import Audit, Check, Outcome
 from tla_service.evaluation.shards import Arrays, Shard, as_pixels, evaluating, float32, frozen, logits_of
 from tla_service.evaluation.suite import clean_logits
@@ -83,17 +84,18 @@ class AuditMeasurement:
             standing = subject.broken_at(one) == UNBROKEN
             iterative = _mean(standing)
             single_step = f"{{:.1%}} stand after {one.num_steps} steps, {{:.1%}} after one"
+            attacked = subject.attacked(one)
             margin = "{:.1%} stand when the cross-entropy is ascended, {:.1%} when the logit margin is"
             results = [
                 _other_kind(subject, "iterative_against_single_step", "fgsm", iterative, single_step),
                 _transfer(subject, iterative, shard.surrogate or self.no_surrogate),
                 _square(subject, standing, self.square_queries),
                 _far(subject),
-                *_steps(subject, iterative),
+                *_steps(subject, iterative, attacked),
                 _gradients(subject),
                 _restarts(subject),
                 _other_kind(subject, "cross_entropy_against_margin", "cw", iterative, margin),
-                _bfloat16(subject),
+                _bfloat16(subject, attacked),
             ]
         return {"audit": np.array(json.dumps(asdict(Audit.of(results, len(shard.labels)))))}
 
@@ -136,10 +138,13 @@ class _Subject:
         """Share of images that stand."""
         return _mean(self.broken_at(attack, crafted_on) == UNBROKEN)
 
-    def attacked(self, attack: Attack) -> Tensor:
-        """Images (N, C, H, W) after one start."""
-        random = generator(self.images.device, self.seed)
-        return torch.cat([craft(self.frozen_fn, x, y, attack, random, skip_repeats=True) for x, y in self.batches()])
+    def attacked(self, attack: Attack, start: Tensor | None = None) -> Tensor:
+        """Images (N, C, H, W) after the attack's steps from other images, by default from one random start."""
+        random, batches = generator(self.images.device, self.seed), self.batches()
+        if start is None:
+            start = torch.cat([starting_point(x, attack, random) for x, _ in batches])
+        starts = zip(start.split(self.batch_size), batches, strict=True)
+        return torch.cat([climb_until_repeated(self.frozen_fn, x, begin, y, attack) for begin, (x, y) in starts])
 
     def loss(self, images: Tensor) -> float:
         """Mean cross-entropy."""
@@ -219,12 +224,15 @@ def _far(subject: _Subject) -> Check:
     return _check("accuracy_at_large_epsilon", share, statement)
 
 
-def _steps(subject: _Subject, iterative: float) -> list[Check]:
-    longer = replace(subject.attack, num_steps=4 * subject.attack.num_steps)
+def _steps(subject: _Subject, iterative: float, attacked: Tensor) -> list[Check]:
+    """`attacked` are the images after the attack."""
+    steps = subject.attack.num_steps
+    longer = replace(subject.attack, num_steps=4 * steps)
     more = subject.standing(longer)
-    clean, now, then = map(subject.loss, (subject.images, subject.attacked(subject.attack), subject.attacked(longer)))
+    further = subject.attacked(replace(longer, num_steps=3 * steps), attacked)
+    clean, now, then = map(subject.loss, (subject.images, attacked, further))
     rise = (then - now) / max(now - clean, 1e-12) if then > now else 0.0
-    counts = f"{subject.attack.num_steps} and {longer.num_steps} steps"
+    counts = f"{steps} and {longer.num_steps} steps"
     statement = f"{iterative:.1%} and {more:.1%} stand after {counts}"
     losses = f"mean loss {clean:.3g} clean, {now:.3g} and {then:.3g} after {counts}"
     return [
@@ -255,14 +263,14 @@ def _restarts(subject: _Subject) -> Check:
     return _check("restarts_gain_little", first - last, statement)
 
 
-def _bfloat16(subject: _Subject) -> Check:
+def _bfloat16(subject: _Subject, attacked: Tensor) -> Check:
     def agrees(images: Tensor) -> Tensor:
         with torch.no_grad():
             exact = subject.logits_fn(images).argmax(1)
             with autocast("bfloat16", images.device):
                 return subject.logits_fn(images).argmax(1) == exact
 
-    share = _mean(torch.cat([agrees(x) for x, _ in subject.batches(subject.attacked(subject.attack))]))
+    share = _mean(torch.cat([agrees(x) for x, _ in subject.batches(attacked)]))
     statement = f"both predict the same class on {share:.1%} of the attacked images"
     return _check("bfloat16_agrees_with_float32", share, statement)
 

@@ -2,40 +2,32 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from tla_service.data import split_training
-from tla_service.errors import ConfigError, UnavailableError, UserError, one_line
-from tla_service.evaluation import results as rs
+from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.evaluation.certified import ROW, Certificates
 from tla_service.evaluation.embedding import EmbeddedImages
-from tla_service.evaluation.geometry import pick_queries
 from tla_service.evaluation.shards import ShardOutcome, save_arrays, save_outcome
-from tla_service.evaluation.surrogate import TrainedSurrogate
 from tla_service.files import LOCK_FILE, locked_folder, write_whole
 from tla_service.job import code_facts
-from tla_service.models import build_model
 from tla_service.report import evidence as ev
 from tla_service.report import findings as fd
 from tla_service.report import plan as pl
 from tla_service.report import schema as rp
+from tla_service.report import tables as tb
 from tla_service.report.figures import Figures
-from tla_service.report.page import describe_natural, describe_surrogate, method_name, write_page
-from tla_service.report.relatives import Kin
+from tla_service.report.measuring import Measuring
+from tla_service.report.page import method_name, write_page
 from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import Models, Subject
-from tla_service.report.tasks import Inputs, Measurer, Results, Task, run_tasks, select
+from tla_service.report.tasks import Measurer, select
 from tla_service.training.reporting import Terminal
 
 _IDENTITY = "evaluation.json"
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 def evaluate(
@@ -55,8 +47,8 @@ def evaluate(
     plan = pl.make_plan(settings, dataset.name, threat.norm, threat.epsilon, has_surrogate=models.surrogate is not None)
     pl.check_plan(plan, dataset.image_shape)
     output = report_folder(settings, models, plan)
-    evaluation = _Evaluation(settings, plan, models, output, terminal)
-    tasks = evaluation.tasks()
+    measuring = Measuring(settings, plan, models, output, terminal)
+    tasks = measuring.tasks()
     with locked_folder(output, "output"):
         if open_folder(output, identity(settings, models, plan), page=settings.page):
             terminal.say("this evaluation has finished before; choose another --output to make it again")
@@ -64,17 +56,16 @@ def evaluate(
             return rp.read_report(output / rp.REPORT_FILE).model_copy(update={"model": subject.facts}), output
         terminal.say(f"evaluating {subject.facts.uri} on {dataset.name}, output in {output}")
         began = time.monotonic()
-        results, tasks, hardware = evaluation.measure(tasks, workers)
-        tasks = [*tasks, *evaluation.transferred]
+        results, tasks, hardware = measuring.measure(tasks, workers)
         set_aside = dataset.gate.numpy()
         published = select(results, tasks, ~set_aside)
         found = {each.key: fd.gather(published, each.key, plan, settings, each.rejector) for each in models.all}
         gate = fd.gather(select(results, tasks, set_aside), subject.key, plan, settings, subject.rejector)
-        report = evaluation.report(found, gate, hardware, time.monotonic() - began)
+        report = _report(measuring, found, gate, hardware, time.monotonic() - began)
         measured: dict[str, ShardOutcome | None] = {
             rp.OUTCOME_FILE: results.get((subject.key, "columns")),
             rp.AUTOATTACK_FILE: results.get((subject.key, "autoattack")),
-            rp.TRANSFER_FILE: fd.joined([results[task.key] for task in evaluation.transferred]),
+            rp.TRANSFER_FILE: fd.joined([results[task.key] for task in measuring.transferred]),
         }
         outcomes: dict[str, ShardOutcome] = {}
         for file, outcome in measured.items():
@@ -84,10 +75,10 @@ def evaluate(
         certificates: Certificates | None = results.get((subject.key, "certified"))
         if certificates is not None:
             save_arrays({name: certificates[name] for name in ROW.names or ()}, output / rp.CERTIFIED_FILE)
-        report = evaluation.write_evidence(report, outcomes)
+        report = _write_evidence(measuring, report, outcomes)
         rp.write_report(report, output / rp.REPORT_FILE)
         if settings.page:
-            evaluation.draw(found, results.get((subject.key, "examples")), report)
+            _draw(measuring, found, results.get((subject.key, "examples")), report)
     return report, output
 
 
@@ -134,219 +125,92 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
     return (output / (rp.PAGE_FILE if page else rp.REPORT_FILE)).is_file()
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """The steps of an evaluation."""
+def _report(
+    measuring: Measuring, found: Mapping[str, fd.Findings], gate: fd.Findings, hardware: str, seconds: float
+) -> rp.Report:
+    """Put the findings together."""
+    plan, settings, models = measuring.plan, measuring.settings, measuring.models
+    subject, dataset = models.subject, models.dataset
+    own = found[subject.key]
+    classes = len(dataset.class_names)
 
-    settings: ReportSettings
-    plan: pl.Plan
-    models: Models
-    output: Path
-    terminal: Terminal
-    relatives: list[rs.Relative] = field(default_factory=list)  # those tried so far
-    transferred: list[Task] = field(default_factory=list)
+    def measured(each: fd.Findings) -> dict[str, Any]:
+        return {
+            "accuracy": tb.accuracies(each, plan, classes),
+            "detection": each.detection,
+            "neighbours": tb.neighbours(each, plan, settings),
+            "shift": tuple(ratios.at(epsilon) for epsilon, ratios in each.shift.items()),
+        }
 
-    def tasks(self) -> list[Task]:
-        """What is measured of every test image; ConfigError if so few are taken that all of them are set aside."""
-        plan, settings, models = self.plan, self.settings, self.models
-        subject, dataset = models.subject, models.dataset
-        labels, config = dataset.train.labels, subject.config
-        rows, held_out = torch.arange(len(labels)), None
-        if config is not None and config.data.name == dataset.name:
-            # Gaussians are fitted to training images; the validation split of the training run stays out.
-            rows, (_, held_out) = split_training(dataset, config.data.validation_fraction, config.seed)
-        bank = pl.bank_rows(rows, labels, settings.images.bank)
-        tasks = []
-        for each in models.all:
-            tasks += pl.attack_tasks(plan, settings, dataset, each.key, is_own=each is subject)
-            tasks += pl.embedding_tasks(plan, settings, dataset, each.key, bank)
-        tasks += pl.single_tasks(plan, settings, dataset, subject.key)
-        if held_out is not None and settings.images.adaptive and settings.images.representation:
-            tasks.append(pl.validation_task(plan, settings, dataset, subject.key, held_out))
-        for task in tasks:
-            if task.split == "test" and dataset.gate[task.rows].all():
-                reason = (
-                    f"{task.name} takes {len(task.rows)} test images, all of which are set aside for the promotion gate"
-                )
-                raise ConfigError("images", None, reason, "take more images (images.*, data.test_limit)")
-        return tasks
+    def compared(other: Subject) -> rp.Compared:
+        its = found[other.key]
+        difference, warnings = tb.differences(own, its, plan), tb.autoattack_warnings(its.autoattack)
+        return rp.Compared(model=other.facts, difference=difference, warnings=warnings, **measured(its))
 
-    def measure(
-        self, tasks: Sequence[Task], workers: Callable[[], AbstractContextManager[Measurer]]
-    ) -> tuple[Results, list[Task], str]:
-        """Run all tasks: first everything, then the few queries that depend on it.
-
-        Also returns the tasks, those that were added among them, and what they ran on.
-        """
-        plan, settings, models, output = self.plan, self.settings, self.models, self.output
-        subject, dataset = models.subject, models.dataset
-        surrogate = models.surrogate.network if models.surrogate is not None else None
-        inputs = Inputs({each.key: each.network for each in models.all}, surrogate, dataset)
-        say = _seldom(self.terminal.say)
-        with workers() as measure:
-            self.terminal.say(f"measuring on {measure}")
-            results: Results = {}
-            without = ""
-            if settings.images.audit and surrogate is None:
-                self.terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
-                try:
-                    task = pl.surrogate_task(plan, dataset, subject.key)
-                    # AutoAttack on the other workers meanwhile: it takes longest, and needs no surrogate.
-                    longest = [each for each in tasks if each.name == "autoattack"]
-                    surrogate, trained = self._train(task, inputs, measure, longest)
-                    results[task.key] = trained
-                    inputs = inputs._replace(surrogate=surrogate)
-                    self.terminal.say(describe_surrogate(trained.facts))
-                except UserError as error:
-                    without = f"no surrogate was given, and none could be trained ({error})"
-                    self.terminal.say(without)
-            banks = [task for task in tasks if task.key == (subject.key, "bank")]
-            if settings.images.adaptive and banks:
-                # First, because the attacks on the detector need it.
-                results |= run_tasks(banks, inputs, output, measure, lambda _: None)
-                detectors = [fd.fitted_detector(results[subject.key, "bank"], settings)]
-                detectors += [] if subject.rejector is None else [subject.rejector.detector]
-                tasks = [task for task in tasks if task not in banks]
-                tasks = [*pl.adaptive_tasks(plan, settings, dataset, subject.key, detectors), *tasks]
-            # The audit first: it is one long shard, and other workers measure the rest in the meantime. Then
-            # AutoAttack, whose shards are the longest of the others.
-            tasks = sorted(tasks, key=lambda task: task.name != "autoattack")
-            tasks = [*pl.audit_tasks(plan, settings, dataset, subject.key, without), *tasks]
-            results |= run_tasks(tasks, inputs, output, measure, say)
-            if settings.images.transfer:
-                results |= self._transfer(inputs, measure)
-            if settings.page and (subject.key, "natural") in results:
-                natural = results[subject.key, "natural"]
-                natural = natural.only(~dataset.gate.numpy()[natural.rows])
-                rows = natural.rows[pick_queries(natural.embedded, settings.pictures.queries, plan.seed)]
-                if len(rows):
-                    results |= run_tasks([pl.query_task(plan, subject.key, rows)], inputs, output, measure, say)
-        return results, list(tasks), str(measure)
-
-    def _train(
-        self, task: Task, inputs: Inputs, measure: Measurer, meanwhile: Sequence[Task] = ()
-    ) -> tuple[nn.Module, TrainedSurrogate]:
-        """Train a surrogate, while other workers run other tasks; UserError if that is not possible."""
-        dataset = self.models.dataset
-        found = run_tasks([task, *meanwhile], inputs, self.output, measure, _seldom(self.terminal.say))
-        trained: TrainedSurrogate = found[task.key]
-        network = build_model(trained.facts.architecture, len(dataset.class_names), dataset.image_shape)
-        network.load_state_dict(trained.weights)
-        return network.eval(), trained
-
-    def _transfer(self, inputs: Inputs, measure: Measurer) -> Results:
-        """Attack the model through its relatives, the natural surrogate among them, which is trained here."""
-        key, dataset = self.models.subject.key, self.models.dataset
-        results: Results = {}
-        try:
-            task = pl.surrogate_task(self.plan, dataset, key, natural=True)
-            network, trained = self._train(task, inputs, measure)
-            natural = Kin("natural", describe_natural(trained.facts), network)
-        except UserError as error:
-            natural = Kin("natural", "a naturally trained surrogate", why=str(error))
-        for kin in (*self.models.relatives, natural):
-            self.relatives.append(rs.Relative(kin.source, kin.about, why=kin.why))
-            if kin.network is not None:
-                task = pl.transfer_task(self.plan, self.settings, dataset, key, kin.source, kin.weights)
-                results |= run_tasks(
-                    [task], inputs._replace(surrogate=kin.network), self.output, measure, lambda _: None
-                )
-                self.transferred.append(task)
-        return results
-
-    def report(self, found: Mapping[str, fd.Findings], gate: fd.Findings, hardware: str, seconds: float) -> rp.Report:
-        """Put the findings together."""
-        plan, settings, models = self.plan, self.settings, self.models
-        subject, dataset = models.subject, models.dataset
-        own = found[subject.key]
-        classes = len(dataset.class_names)
-
-        def measured(each: fd.Findings) -> dict[str, Any]:
-            return {
-                "accuracy": fd.accuracies(each, plan, classes),
-                "detection": each.detection,
-                "neighbours": fd.neighbours(each, plan, settings),
-                "shift": tuple(ratios.at(epsilon) for epsilon, ratios in each.shift.items()),
-            }
-
-        def compared(other: Subject) -> rp.Compared:
-            its = found[other.key]
-            difference, warnings = fd.differences(own, its, plan), fd.autoattack_warnings(its.autoattack)
-            return rp.Compared(model=other.facts, difference=difference, warnings=warnings, **measured(its))
-
-        gate_accuracy = fd.accuracies(gate, plan, classes)
-        return rp.Report(
-            model=subject.facts,
-            data=rp.DataFacts(
-                name=dataset.name,
-                images=len(dataset.test),
-                fingerprint=dataset.fingerprint,
-                class_names=dataset.class_names,
-                trained_on=subject.trained_on,
-            ),
-            threat_model=rp.ThreatModel(norm=plan.norm, epsilon=plan.epsilon),
-            attacks=fd.attack_facts(plan),
-            autoattack=fd.autoattack_facts(own, plan),
-            curves=own.curves,
-            sparse=own.norms,
-            norms=fd.norm_table(own, plan, dataset.name, dataset.image_shape),
-            corruptions=own.corruptions,
-            calibration=own.calibration,
-            audit=own.audit,
-            unit_tests=own.unit_tests,
-            relatives=fd.relatives(own, self.relatives),
-            certified=own.certified,
-            compared=tuple(map(compared, models.others)),
-            surrogate=models.surrogate.facts if models.surrogate is not None else None,
-            code=code_facts(),
-            seed=settings.seed,
-            settings=pl.protocol(plan, settings),
-            seconds=seconds,
-            hardware=hardware,
-            gate=rp.GateFacts(images=int(dataset.gate.sum()), accuracy=gate_accuracy, detection=gate.detection),
-            **measured(own),
-        )
-
-    def write_evidence(self, report: rp.Report, outcomes: Mapping[str, ShardOutcome]) -> rp.Report:
-        """Write the files for other programs, from outcomes by file; returns the report with the facts about them."""
-        table, strong = outcomes[rp.OUTCOME_FILE], outcomes.get(rp.AUTOATTACK_FILE)
-        names, path = self.models.dataset.class_names, self.output / rp.IMAGES_FILE
-        ev.write_images(table, strong, names, path, outcomes.get(rp.TRANSFER_FILE))
-        if report.audit is not None:
-            ev.write_sarif(report, self.output / rp.SARIF_FILE)
-        if strong is None or "adversarial" not in strong.per_image:
-            return report
-        facts = ev.write_adversarial(strong, report.threat_model, self.output)
-        if facts.file is None:
-            self.terminal.say(f"{rp.ADVERSARIAL_FILE} was not written: {facts.reason}")
-        return report.model_copy(update={"adversarial": facts})
-
-    def draw(self, found: Mapping[str, fd.Findings], examples: EmbeddedImages | None, report: rp.Report) -> None:
-        """Draw the figures and write the page, last: it marks the evaluation as finished."""
-        plan, models = self.plan, self.models
-        subject = models.subject
-        figures = Figures(self.output / "figures", found[subject.key], plan, models.dataset.class_names)
-        figures.accuracy()
-        figures.curves()
-        figures.beyond()
-        figures.certified()
-        figures.detection()
-        labels = {each.key: method_name(each.facts.method) for each in models.others}
-        figures.shift({labels[key]: found[key] for key in labels}, method_name(subject.facts.method))
-        figures.maps(self.settings, models.dataset.name)
-        if examples is not None:
-            figures.queries(examples, models.dataset, self.settings)
-        write_page(report, figures.drawn, self.output / rp.PAGE_FILE, same_attacks=plan.is_paper)
+    gate_accuracy = tb.accuracies(gate, plan, classes)
+    return rp.Report(
+        model=subject.facts,
+        data=rp.DataFacts(
+            name=dataset.name,
+            images=len(dataset.test),
+            fingerprint=dataset.fingerprint,
+            class_names=dataset.class_names,
+            trained_on=subject.trained_on,
+        ),
+        threat_model=rp.ThreatModel(norm=plan.norm, epsilon=plan.epsilon),
+        attacks=tb.attack_facts(plan),
+        autoattack=tb.autoattack_facts(own, plan),
+        curves=own.curves,
+        sparse=own.norms,
+        norms=tb.norm_table(own, plan, dataset.name, dataset.image_shape),
+        corruptions=own.corruptions,
+        calibration=own.calibration,
+        audit=own.audit,
+        unit_tests=own.unit_tests,
+        relatives=tb.relatives(own, measuring.relatives),
+        certified=own.certified,
+        compared=tuple(map(compared, models.others)),
+        surrogate=models.surrogate.facts if models.surrogate is not None else None,
+        code=code_facts(),
+        seed=settings.seed,
+        settings=pl.protocol(plan, settings),
+        seconds=seconds,
+        hardware=hardware,
+        gate=rp.GateFacts(images=int(dataset.gate.sum()), accuracy=gate_accuracy, detection=gate.detection),
+        **measured(own),
+    )
 
 
-def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Passes progress on, a line every few seconds."""
-    last = 0.0
+def _write_evidence(measuring: Measuring, report: rp.Report, outcomes: Mapping[str, ShardOutcome]) -> rp.Report:
+    """Write the files for other programs, from outcomes by file; returns the report with the facts about them."""
+    table, strong = outcomes[rp.OUTCOME_FILE], outcomes.get(rp.AUTOATTACK_FILE)
+    names, path = measuring.models.dataset.class_names, measuring.output / rp.IMAGES_FILE
+    ev.write_images(table, strong, names, path, outcomes.get(rp.TRANSFER_FILE))
+    if report.audit is not None:
+        ev.write_sarif(report, measuring.output / rp.SARIF_FILE)
+    if strong is None or "adversarial" not in strong.per_image:
+        return report
+    facts = ev.write_adversarial(strong, report.threat_model, measuring.output)
+    if facts.file is None:
+        measuring.terminal.say(f"{rp.ADVERSARIAL_FILE} was not written: {facts.reason}")
+    return report.model_copy(update={"adversarial": facts})
 
-    def said(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            say(text)
 
-    return said
+def _draw(
+    measuring: Measuring, found: Mapping[str, fd.Findings], examples: EmbeddedImages | None, report: rp.Report
+) -> None:
+    """Draw the figures and write the page, last: it marks the evaluation as finished."""
+    plan, models = measuring.plan, measuring.models
+    subject = models.subject
+    figures = Figures(measuring.output / "figures", found[subject.key], plan, models.dataset.class_names)
+    figures.accuracy()
+    figures.curves()
+    figures.beyond()
+    figures.certified()
+    figures.detection()
+    labels = {each.key: method_name(each.facts.method) for each in models.others}
+    figures.shift({labels[key]: found[key] for key in labels}, method_name(subject.facts.method))
+    figures.maps(measuring.settings, models.dataset.name)
+    if examples is not None:
+        figures.queries(examples, models.dataset, measuring.settings)
+    write_page(report, figures.drawn, measuring.output / rp.PAGE_FILE, same_attacks=plan.is_paper)

@@ -18,9 +18,10 @@ from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.figures import PanelRow, attack_panel, retrieval_panel
 from tla_service.evaluation.geometry import nearest, project, select_class, select_pair
 from tla_service.inference.detector import Floats, Integers
-from tla_service.report.findings import Findings, accuracies
+from tla_service.report.findings import Findings
 from tla_service.report.plan import Plan, radius_name
 from tla_service.report.settings import ReportSettings
+from tla_service.report.tables import accuracies
 
 _SCORES = {"gaussian": "class Gaussians", "max_softmax": "max softmax", "neighbours": "k-th neighbour"}
 _CIFAR_DEER, _CIFAR_TRUCK, _CIFAR_BIRD = 4, 9, 2

@@ -1,6 +1,7 @@
 """Measurements cut into shards, each kept as a file: an evaluation that was stopped resumes from those it finds."""
 
 import contextlib
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,10 @@ Results = dict[tuple[str, str], Any]  # merged, by model and task name
 
 @dataclass(frozen=True)
 class Task:
-    """A measurement of one model, named by the first digits of its weights' SHA-256, on some images."""
+    """A measurement of one model, named by the first digits of its weights' SHA-256, on some images.
+
+    Transfer attacks are crafted on the `surrogate`, a network on the CPU in eval mode.
+    """
 
     name: str
     model: str
@@ -33,6 +37,7 @@ class Task:
     rows: IntArray = field(repr=False)
     shard_size: int
     measurement: Measurement
+    surrogate: nn.Module | None = field(default=None, repr=False)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -48,10 +53,9 @@ class Task:
 
 
 class Inputs(NamedTuple):
-    """What tasks measure on: networks by the tasks' `model`, in eval mode; a surrogate for transfer attacks; images."""
+    """What tasks measure on: networks by the tasks' `model`, in eval mode, and images."""
 
     networks: Mapping[str, nn.Module]
-    surrogate: nn.Module | None
     dataset: Dataset
 
     def images(self, shard: "MissingShard") -> tuple[Tensor, Tensor]:
@@ -75,8 +79,8 @@ class MissingShard(NamedTuple):
 class Measurer(Protocol):
     """Where shards are measured; its string says on what hardware."""
 
-    def __call__(self, shards: Sequence[MissingShard], inputs: Inputs) -> Iterator[tuple[MissingShard, Arrays]]:
-        """Yield each shard with its result, in any order."""
+    def __call__(self, waiting: deque[MissingShard], inputs: Inputs) -> Iterator[tuple[MissingShard, Arrays]]:
+        """Take shards from the left and yield each with its result, in any order; more may be added in between."""
 
 
 class MeasureHere:
@@ -88,35 +92,62 @@ class MeasureHere:
     def __str__(self) -> str:
         return hardware(self.device)
 
-    def __call__(self, shards: Sequence[MissingShard], inputs: Inputs) -> Iterator[tuple[MissingShard, Arrays]]:
+    def __call__(self, waiting: deque[MissingShard], inputs: Inputs) -> Iterator[tuple[MissingShard, Arrays]]:
         """See `Measurer`."""
-        surrogate = None if inputs.surrogate is None else inputs.surrogate.to(self.device)
-        for shard in shards:
-            network = inputs.networks[shard.task.model].to(self.device)
+        while waiting:
+            shard = waiting.popleft()
+            network, surrogate = inputs.networks[shard.task.model].to(self.device), shard.task.surrogate
+            surrogate = None if surrogate is None else surrogate.to(self.device)
             images, labels = inputs.images(shard)
             loaded = Shard(network, surrogate, images, labels, shard.rows, self.device)
             yield shard, shard.task.measurement.run(loaded)
 
 
 def run_tasks(
-    tasks: Sequence[Task], inputs: Inputs, folder: Path, measure: Measurer, say: Callable[[str], None]
-) -> Results:
-    """Measure, shard by shard, with progress passed to `say`; the merged results by model and task name.
+    tasks: Sequence[Task],
+    inputs: Inputs,
+    folder: Path,
+    measure: Measurer,
+    say: Callable[[str], None],
+    follow: Callable[[Task, Any], Sequence[Task]],
+) -> tuple[Results, list[Task]]:
+    """Measure, shard by shard, with progress passed to `say`; the merged results by model and task name, and the tasks.
 
-    Shards are saved under ``shards/`` in the folder as they come in; one that was saved before is not measured again.
+    `follow` gets each task with its result and returns tasks that depend on it, which are measured next. Shards are
+    saved under ``shards/`` in the folder as they come in; one that was saved before is not measured again.
     """
-    shards = [MissingShard(task, name, rows) for task in tasks for name, rows in task.shards()]
-    missing = [shard for shard in shards if not _is_saved(folder / "shards" / shard.name)]
-    if missing:
-        done = len(shards) - len(missing)
-        say(f"{len(missing)} shards to measure" + (f", {done} taken from before" if done else ""))
-        for count, (shard, arrays) in enumerate(measure(missing, inputs), start=1):
-            save_arrays(arrays, folder / "shards" / shard.name)
-            say(f"{count}/{len(missing)}  {shard.task.name}")
-    return {
-        task.key: task.measurement.merge([load_arrays(folder / "shards" / name) for name, _ in task.shards()])
-        for task in tasks
-    }
+    waiting: deque[MissingShard] = deque()
+    known: list[Task] = []
+    missing: Counter[tuple[str, str]] = Counter()
+    results: Results = {}
+
+    def add(more: Sequence[Task]) -> None:
+        known.extend(more)
+        for task in reversed(more):
+            shards = [MissingShard(task, name, rows) for name, rows in task.shards()]
+            shards = [shard for shard in shards if not _is_saved(folder / "shards" / shard.name)]
+            missing[task.key] = len(shards)
+            waiting.extendleft(reversed(shards))
+        for task in more:
+            if not missing[task.key]:
+                finish(task)
+
+    def finish(task: Task) -> None:
+        arrays = [load_arrays(folder / "shards" / name) for name, _ in task.shards()]
+        results[task.key] = task.measurement.merge(arrays)
+        add(follow(task, results[task.key]))
+
+    add(tasks)
+    if waiting:
+        done = sum(len(list(task.shards())) for task in known) - len(waiting)
+        say(f"{len(waiting)} shards to measure" + (f", {done} taken from before" if done else ""))
+    for count, (shard, arrays) in enumerate(measure(waiting, inputs), start=1):
+        save_arrays(arrays, folder / "shards" / shard.name)
+        missing[shard.task.key] -= 1
+        if not missing[shard.task.key]:
+            finish(shard.task)
+        say(f"{count}/{count + missing.total()}  {shard.task.name}")
+    return {task.key: results[task.key] for task in known}, known
 
 
 def _is_saved(path: Path) -> bool:

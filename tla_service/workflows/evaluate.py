@@ -1,32 +1,43 @@
 """An evaluation on Ray, logged to MLflow."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from tla_service.cluster.session import ray_session
-from tla_service.cluster.tasks import Workers
+from tla_service.cluster.session import starting, warm_session
 from tla_service.job import next_command
-from tla_service.registry.evaluations import log_evaluation
-from tla_service.registry.subject import load_subject
-from tla_service.report.evaluate import evaluate
-from tla_service.report.page import show
-from tla_service.report.schema import FILES, PAGE_FILE, REPORT_FILE, Report
 from tla_service.report.settings import EvaluateSettings
-from tla_service.report.subjects import load_models
-from tla_service.tracking.connection import tracking_uri
-from tla_service.training.reporting import Terminal
+
+if TYPE_CHECKING:
+    from tla_service.report.schema import Report
 
 
 def evaluate_and_log(settings: EvaluateSettings) -> int:
     """Evaluate a model on Ray and log the report to the run that trained it; returns the job's exit code, 0."""
+    # Importing torch and MLflow, loading the model, and the checks, take as long as Ray takes to start.
+    with starting(warm_session(settings.scaling, "tla_service.cluster.tasks", debug=settings.debug)) as join:
+        return _evaluate(settings, join)
+
+
+def _evaluate(settings: EvaluateSettings, join: Callable[[], None]) -> int:
+    from tla_service.cluster.tasks import Workers
+    from tla_service.registry.evaluations import log_evaluation
+    from tla_service.registry.subject import load_subject
+    from tla_service.report.evaluate import evaluate
+    from tla_service.report.page import show
+    from tla_service.report.schema import FILES, PAGE_FILE, REPORT_FILE
+    from tla_service.report.subjects import load_models
+    from tla_service.tracking.connection import tracking_uri
+    from tla_service.training.reporting import Terminal
+
     terminal = Terminal()
     uri = tracking_uri(settings.tracking)
     models = load_models(settings, lambda address, field: load_subject(address, field, uri))
 
     @contextlib.contextmanager
     def workers() -> Iterator[Workers]:
-        with ray_session(settings.scaling, debug=settings.debug):
-            yield Workers(settings.scaling)
+        join()
+        yield Workers(settings.scaling)
 
     report, output = evaluate(settings, models, workers, terminal)
     tagged: tuple[str, ...] = ()
@@ -43,7 +54,7 @@ def evaluate_and_log(settings: EvaluateSettings) -> int:
     return 0
 
 
-def _next_step(report: Report, tagged: Sequence[str], settings: EvaluateSettings) -> str | None:
+def _next_step(report: "Report", tagged: Sequence[str], settings: EvaluateSettings) -> str | None:
     """The command that promotes a version that was tagged, if it may pass."""
     trusted = report.audit is not None and report.audit.trusted
     if not (tagged and trusted and report.is_as_trained):

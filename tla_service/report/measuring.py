@@ -1,0 +1,157 @@
+"""What an evaluation measures: the tasks, in their order, and those that follow from results."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tla_service.data import split_training
+from tla_service.errors import ConfigError, UserError
+from tla_service.evaluation.geometry import pick_queries
+from tla_service.evaluation.results import Relative
+from tla_service.evaluation.surrogate import ARCHITECTURE, TrainedSurrogate
+from tla_service.models import build_model
+from tla_service.report import task_list as tl
+from tla_service.report.findings import fitted_detector
+from tla_service.report.page import describe_natural, describe_surrogate
+from tla_service.report.plan import Plan
+from tla_service.report.relatives import Kin
+from tla_service.report.settings import ReportSettings
+from tla_service.report.subjects import Models
+from tla_service.report.tasks import Inputs, Measurer, Results, Task, run_tasks
+from tla_service.training.reporting import Terminal
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """The measurements of an evaluation."""
+
+    settings: ReportSettings
+    plan: Plan
+    models: Models
+    output: Path
+    terminal: Terminal
+    relatives: list[Relative] = field(default_factory=list)  # those tried so far
+    transferred: list[Task] = field(default_factory=list)
+
+    def tasks(self) -> list[Task]:
+        """What is measured of every test image; ConfigError if so few are taken that all of them are set aside."""
+        plan, settings, models = self.plan, self.settings, self.models
+        subject, dataset = models.subject, models.dataset
+        labels, config = dataset.train.labels, subject.config
+        rows, held_out = torch.arange(len(labels)), None
+        if config is not None and config.data.name == dataset.name:
+            # Gaussians are fitted to training images; the validation split of the training run stays out.
+            rows, (_, held_out) = split_training(dataset, config.data.validation_fraction, config.seed)
+        bank = tl.bank_rows(rows, labels, settings.images.bank)
+        tasks = []
+        for each in models.all:
+            tasks += tl.attack_tasks(plan, settings, dataset, each.key, is_own=each is subject)
+            tasks += tl.embedding_tasks(plan, settings, dataset, each.key, bank)
+        if models.surrogate is not None:
+            tasks = [replace(task, surrogate=models.surrogate.network) for task in tasks]
+        tasks += tl.single_tasks(plan, settings, dataset, subject.key)
+        if held_out is not None and settings.images.adaptive and settings.images.representation:
+            tasks.append(tl.validation_task(plan, settings, dataset, subject.key, held_out))
+        for task in tasks:
+            if task.split == "test" and dataset.gate[task.rows].all():
+                reason = (
+                    f"{task.name} takes {len(task.rows)} test images, all of which are set aside for the promotion gate"
+                )
+                raise ConfigError("images", None, reason, "take more images (images.*, data.test_limit)")
+        return tasks
+
+    def measure(
+        self, tasks: Sequence[Task], workers: Callable[[], AbstractContextManager[Measurer]]
+    ) -> tuple[Results, list[Task], str]:
+        """Run all tasks, and those that depend on their results; also returns what was run, and on what hardware."""
+        plan, settings, models = self.plan, self.settings, self.models
+        key, dataset = models.subject.key, models.dataset
+        inputs = Inputs({each.key: each.network for each in models.all}, dataset)
+        without = self._no_surrogate()
+        first: list[Task] = []
+        if settings.images.audit and models.surrogate is not None:
+            first += tl.audit_tasks(plan, settings, dataset, key, models.surrogate.network)
+        elif settings.images.audit and without:
+            self.terminal.say(why := f"no surrogate was given, and none could be trained ({without})")
+            first += tl.audit_tasks(plan, settings, dataset, key, why)
+        elif settings.images.audit:
+            self.terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
+            first.append(tl.surrogate_task(plan, dataset, key))
+        later: list[Task] = []
+        if settings.images.transfer:
+            for kin in models.relatives:
+                later += self._transfer(kin)
+            if without:
+                later += self._transfer(Kin("natural", "a naturally trained surrogate", why=without))
+            else:
+                first.append(tl.surrogate_task(plan, dataset, key, natural=True))
+        # First what others wait for, then the longest shards: at the end workers wait for a short one only.
+        tasks = sorted(tasks, key=lambda task: (task.name != "bank", task.name != "autoattack"))
+        with workers() as measure:
+            self.terminal.say(f"measuring on {measure}")
+            say = _seldom(self.terminal.say)
+            results, run = run_tasks([*first, *tasks, *later], inputs, self.output, measure, say, self._follow)
+        return results, run, str(measure)
+
+    def _no_surrogate(self) -> str:
+        """Why no surrogate can be trained on such images; empty if one can."""
+        try:
+            build_model(ARCHITECTURE, len(self.models.dataset.class_names), self.models.dataset.image_shape)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def _follow(self, task: Task, found: Any) -> list[Task]:
+        """What is measured once a result is known."""
+        plan, settings, models = self.plan, self.settings, self.models
+        dataset, key = models.dataset, models.subject.key
+        if task.key == (key, "surrogate"):
+            self.terminal.say(describe_surrogate(found.facts))
+            return tl.audit_tasks(plan, settings, dataset, key, self._built(found))
+        if task.key == (key, "natural-surrogate"):
+            return self._transfer(Kin("natural", describe_natural(found.facts), self._built(found)))
+        if task.key == (key, "bank") and settings.images.adaptive:
+            rejector = models.subject.rejector
+            detectors = [fitted_detector(found, settings), *([] if rejector is None else [rejector.detector])]
+            return tl.adaptive_tasks(plan, settings, dataset, key, detectors)
+        if task.key == (key, "natural") and settings.page:
+            shown = found.only(~dataset.gate.numpy()[found.rows])
+            rows = shown.rows[pick_queries(shown.embedded, settings.pictures.queries, plan.seed)]
+            return [tl.query_task(plan, key, rows)] if len(rows) else []
+        return []
+
+    def _built(self, trained: TrainedSurrogate) -> nn.Module:
+        dataset = self.models.dataset
+        network = build_model(trained.facts.architecture, len(dataset.class_names), dataset.image_shape)
+        network.load_state_dict(trained.weights)
+        return network.eval()
+
+    def _transfer(self, kin: Kin) -> list[Task]:
+        """The attack on the model through a relative, if there is one."""
+        self.relatives.append(Relative(kin.source, kin.about, why=kin.why))
+        if kin.network is None:
+            return []
+        task = tl.transfer_task(self.plan, self.settings, self.models.dataset, self.models.subject.key, kin)
+        self.transferred.append(task)
+        return [task]
+
+
+def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Passes progress on, a line every few seconds."""
+    last = 0.0
+
+    def said(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            say(text)
+
+    return said
