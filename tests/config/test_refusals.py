@@ -94,7 +94,12 @@ WRONG_FLAGS = [
     ("--scaling.num_workers=0", "scaling.num_workers=0", "from 1 up", "a range as [2, 8], or auto"),
     ("--scaling.num_workers=[8,2]", "scaling.num_workers=[8, 2]", "fewest and the most of them, from 1 up", "[2, 8]"),
     ("--scaling.num_workers=[0,2]", "scaling.num_workers=[0, 2]", "fewest and the most of them, from 1 up", "[2, 8]"),
-    ("--scaling.num_workers=[2,3,4]", "scaling.num_workers=[2, 3, 4]", "fewest and the most of them, from 1 up", "[2, 8]"),
+    (
+        "--scaling.num_workers=[2,3,4]",
+        "scaling.num_workers=[2, 3, 4]",
+        "fewest and the most of them, from 1 up",
+        "[2, 8]",
+    ),
     ("--scaling.num_workers=[a,2]", "scaling.num_workers", "fewest and the most of them, from 1 up", "[2, 8]"),
     ("--training.global_batch_size=5 --scaling.num_workers=[1,3]", "training.global_batch_size=5", "3 w", "least 6"),
     (

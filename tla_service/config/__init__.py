@@ -193,7 +193,8 @@ class RunConfig(Section):
     def _check(self) -> Self:
         if self.scaling.num_workers != "auto":
             try:
-                self.check_workers(self.scaling.most_workers(1), (self.scaling.elastic or (None,))[0])
+                fewest, most = self.scaling.bounds(auto=1)
+                self.check_workers(most, fewest)
             except ConfigError as error:
                 raise wrong(str(error.subject), error.value, error.reason, error.remedy) from None
         contradiction = next(self._contradictions(), None)

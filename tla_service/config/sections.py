@@ -306,8 +306,8 @@ class ScalingConfig(Section):
 
     num_workers: int | Literal["auto"] | tuple[int, int] = setting(
         "auto",
-        "DDP processes; auto: all GPUs of the cluster, or 2 on CPUs; [fewest, most]: as many as there is room for, while "
-        "nodes come and go",
+        "DDP processes; auto: all GPUs of the cluster, or 2 on CPUs; [fewest, most]: as many as there is room for, "
+        "while nodes come and go",
     )
     use_gpu: bool | Literal["auto"] = setting("auto", "train on GPUs; auto: if the cluster has any")
     cpus_per_worker: float = setting(1, "CPU cores reserved per worker", unit="cores", gt=0)
@@ -321,16 +321,17 @@ class ScalingConfig(Section):
     )
     address: str | None = setting(None, "Ray cluster to join; none: RAY_ADDRESS, else start a local one")
 
-    @property
-    def elastic(self) -> tuple[int, int] | None:
-        """The fewest and the most workers of a run whose number may change; None if it is fixed."""
-        return self.num_workers if isinstance(self.num_workers, tuple) else None
-
-    def most_workers(self, auto: int) -> int:
-        """The most workers that the run may have; `auto` if that is left to the cluster."""
+    def bounds(self, auto: int) -> tuple[int, int]:
+        """The fewest and the most workers; `auto` if their number is left to the cluster."""
         if isinstance(self.num_workers, tuple):
-            return self.num_workers[1]
-        return auto if self.num_workers == "auto" else self.num_workers
+            return self.num_workers
+        return (auto, auto) if self.num_workers == "auto" else (self.num_workers, self.num_workers)
+
+    def refuse_range(self) -> None:
+        """Raise a cross-field error for a range, where runs are compared."""
+        if isinstance(self.num_workers, tuple):
+            reason = "runs whose number of workers changes do not compare"
+            raise wrong("scaling.num_workers", list(self.num_workers), reason, "give one number, or auto")
 
     @field_validator("num_workers", mode="before")
     @classmethod
@@ -350,7 +351,7 @@ class ScalingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         share = self.gpus_per_worker
-        if self.elastic and share < 1 and not math.isclose(1 / share, round(1 / share)):
+        if isinstance(self.num_workers, tuple) and share < 1 and not math.isclose(1 / share, round(1 / share)):
             # Ray Train divides the GPUs of a node by the share, and would wait for workers that do not fit.
             reason = "leaves a part of each GPU over, which a range of workers cannot allow for"
             raise wrong("scaling.gpus_per_worker", share, reason, "use 1, or 1 divided by a whole number")

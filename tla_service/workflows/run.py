@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -67,8 +67,7 @@ def check_before_start(config: RunConfig) -> Facts:
         raise trouble
     dataset = load_dataset(config.data)
     architecture = Architecture.of(config.model)
-    workers = config.scaling.num_workers if isinstance(config.scaling.num_workers, int) else 1
-    check_split(config, dataset, workers, architecture)
+    check_split(config, dataset, config.scaling.bounds(auto=1)[1], architecture)
     network = architecture.build(len(dataset.class_names), dataset.image_shape)
     check_network(config, architecture, network, dataset)
     seen_by_triplets(network, config.loss.triplet_layer)
@@ -120,6 +119,7 @@ class TrackedRun:
         self.run_id = open_run(config, run_key, facts=facts, use_gpu=use_gpu)
         self.outcome: Outcome = "finished"
         self.restarts = 0  # how often workers failed and were restarted
+        self._sizes: list[tuple[int, int]] = []  # steps and the number of workers from each on
         self._terminal = terminal
         self._stop_system_metrics = start_system_metrics(self.uri, self.run_id)
         self.metrics = RunLog(self.uri, self.run_id, output / "unsent")
@@ -154,10 +154,20 @@ class TrackedRun:
         self._terminal.show(record)
         for metrics in record.get("history", ()):
             self.metrics.log_epoch(metrics)
-        if record["event"] == "epoch":
+        if record["event"] == "start":
+            self._sizes = record["sizes"]
+            self.log_workers(self._sizes[:-1])
+        elif record["event"] == "epoch":
             self.metrics.log_epoch(record["metrics"])
+            if record["checkpoint"]:
+                self.log_workers(self._sizes)
         elif record["event"] == "failure":
             self.restarts += 1
+
+    def log_workers(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Log from which step on how many workers have trained: once a checkpoint makes it final."""
+        for step, workers in sizes:
+            self.metrics.log({"workers": workers}, step)
 
 
 def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, json_logs: bool) -> int:
