@@ -91,6 +91,7 @@ def fit_on_ray(
         "measure_test": measure_test,
         "with_rejector": with_rejector,
     }
+    callbacks = [FailuresToMailbox(mailbox), *([Resizes(mailbox, max_failures)] if elastic else ())]
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
         train_loop_config=loop,
@@ -111,10 +112,7 @@ def fit_on_ray(
             storage_path="ray",
             storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
             failure_config=FailureConfig(max_failures=-1 if elastic else max_failures),
-            callbacks=[
-                FailuresToMailbox(mailbox),
-                *([Resizes(mailbox, max_failures)] if elastic else ()),
-            ],  # type: ignore[list-item]
+            callbacks=callbacks,  # type: ignore[arg-type]
         ),
     )
     try:
