@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
 from tests.cluster.conftest import BIN, Job
 from tla_service import train
+from tla_service.config import RunConfig
 from tla_service.config.loading import load_config_file
 from tla_service.data import load_dataset, split_training
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
-NOTICE_SECONDS = 20
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
+NOTICE_SECONDS, SECONDS_PER_STEP = 20, 1.5
 RUN = (
     "--preset", "digits", "--training.epochs", "40", "--training.global_batch_size", "100",
     "--training.log_every_steps", "2", "--mining.scope", "global", "--scaling.num_workers", "[1,2]",
@@ -56,7 +56,7 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def wait_for_start(job: Job, number: int, seconds: float = 300) -> dict[str, Any]:
+def wait_for_start(job: Job, number: int, seconds: float = 900) -> dict[str, Any]:
     """The record of the start of an attempt, once it has done some steps."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -105,21 +105,15 @@ def robust_accuracy(summary: dict[str, Any]) -> float:
 def test_nodes_come_and_go_and_no_image_is_lost_or_seen_twice(
     cluster: Cluster, start_job: Callable[..., Job], tmp_path: Path
 ) -> None:
+    """`figures.json` has the seconds from each event to the next start, and the accuracies."""
     code, slowly = tmp_path / "code", tmp_path / "slowly"
     code.mkdir()
-    (code / "recording.py").write_text(CODE.format(folder=str(tmp_path), seconds=0.7))
+    (code / "recording.py").write_text(CODE.format(folder=str(tmp_path), seconds=SECONDS_PER_STEP))
     slowly.touch()
     cluster.add_node(num_cpus=1)
-    environment = {"RAY_ADDRESS": cluster.address}
-    job = start_job(preset=RUN, *("--model.code", str(code)), environment=environment)
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, began: float, number: int, workers: int) -> None:
-        record = wait_for_start(job, number)
-        assert record["workers"] == workers, record
-        seconds[name] = round(record["time"] - began, 1)
-
-    timed("first start", time.time(), 0, 1)
+    job = start_job("--model.code", str(code), preset=RUN, environment={"RAY_ADDRESS": cluster.address})
+    assert wait_for_start(job, 0)["workers"] == 1
+    figures: dict[str, Any] = {}
     for number, event in enumerate(("added", "drained", "added again", "killed"), 1):
         began = time.time()
         if event.startswith("added"):
@@ -129,29 +123,19 @@ def test_nodes_come_and_go_and_no_image_is_lost_or_seen_twice(
             began += NOTICE_SECONDS
         else:
             cluster.remove_node(node, allow_graceful=False)
-        timed(event, began, number, 2 if event.startswith("added") else 1)
+        start = wait_for_start(job, number)
+        assert start["workers"] == (2 if event.startswith("added") else 1), start
+        figures[event] = round(start["time"] - began, 1)
+    time.sleep(20 * SECONDS_PER_STEP)  # more than an epoch
     recorded = images_of_steps(job, tmp_path)
     slowly.unlink()
     printed = job.wait(900)
-    print(seconds)
     assert job.process.returncode == 0, printed
     assert "Traceback" not in printed
 
-    config = load_config_file(job.output / "config.yaml")
-    dataset = load_dataset(config.data)
-    rows, _ = split_training(dataset, config.data.validation_fraction, config.seed)
-    images = dataset.train.fetch(rows).float() / 255
-    every = Counter(hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images)
-    per_epoch = -(-len(rows) // config.training.global_batch_size)
-    epochs = len(recorded) // per_epoch
-    assert sorted(recorded) == list(range(len(recorded)))
-    sizes = starts_of(job)[-1]["sizes"]
+    config, sizes = load_config_file(job.output / "config.yaml"), starts_of(job)[-1]["sizes"]
     assert [workers for _, workers in sizes] == [1, 2, 1, 2, 1]
-    assert epochs * per_epoch > sizes[-1][0]
-    for epoch in range(epochs):
-        found = sum((recorded[step] for step in range(epoch * per_epoch, (epoch + 1) * per_epoch)), Counter())
-        assert found == every, epoch
-
+    check_every_image_once(recorded, config, sizes[-1][0])
     client = MlflowClient(f"sqlite:///{job.folder}/mlflow.db")
     points = client.get_metric_history(job.summary()["run_id"], "workers")
     assert sorted([point.step, point.value] for point in points) == sizes
@@ -163,6 +147,7 @@ def test_nodes_come_and_go_and_no_image_is_lost_or_seen_twice(
     for seed in range(4):
         other = config.model_copy(update={"seed": seed, "name": ""})
         fixed.append(robust_accuracy(train(other, tmp_path / f"seed-{seed}")))
-    elastic, spread = robust_accuracy(job.summary()), max(statistics.stdev(fixed), 0.01)
-    print(f"robust accuracy: elastic {elastic:.4f}, one worker and seeds 0 to 3 {fixed}")
-    assert abs(elastic - statistics.mean(fixed)) < 3 * spread
+    elastic = robust_accuracy(job.summary())
+    figures |= {"elastic": elastic, "fixed": fixed, "sizes": sizes}
+    (tmp_path / "figures.json").write_text(json.dumps(figures))
+    assert abs(elastic - statistics.mean(fixed)) < 3 * max(statistics.stdev(fixed), 0.01)

@@ -45,6 +45,15 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert all(torch.equal(ours[key]["exp_avg"], theirs[key]["exp_avg"]) for key in ours)
 
 
+def test_a_checkpoint_that_does_not_tell_its_workers_loads(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", small_state(0), digits_config(), FACTS)
+    path = tmp_path / "c" / "state.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "workers"}))
+    other = small_state(1)
+    load_checkpoint(tmp_path / "c", other, digits_config(), FACTS, WorkerContext())
+    assert (other.step, other.workers) == (7, [])
+
+
 def test_channels_last_weights_are_saved_and_come_back(tmp_path: Path) -> None:
     state, other = small_state(0), small_state(1)
     state.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

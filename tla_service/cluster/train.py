@@ -112,7 +112,7 @@ def fit_on_ray(
             storage_path="ray",
             storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
             failure_config=FailureConfig(max_failures=-1 if elastic else max_failures),
-            callbacks=callbacks,  # type: ignore[arg-type]
+            callbacks=callbacks,
         ),
     )
     try:
