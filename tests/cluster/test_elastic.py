@@ -98,6 +98,23 @@ def images_of_steps(job: Job, folder: Path) -> dict[int, Counter[str]]:
     return steps
 
 
+def check_every_image_once(recorded: dict[int, Counter[str]], config: RunConfig, last_resize: int) -> None:
+    """Check all epochs that were recorded to their end."""
+    dataset = load_dataset(config.data)
+    rows, _ = split_training(dataset, config.data.validation_fraction, config.seed)
+    images = dataset.train.fetch(rows).float() / 255
+    every = Counter(hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images)
+    steps = -(-len(rows) // config.training.global_batch_size)
+    assert sorted(recorded) == list(range(len(recorded)))
+    epochs = len(recorded) // steps
+    assert epochs * steps > last_resize
+    for epoch in range(epochs):
+        found: Counter[str] = Counter()
+        for step in range(epoch * steps, (epoch + 1) * steps):
+            found += recorded[step]
+        assert found == every, epoch
+
+
 def robust_accuracy(summary: dict[str, Any]) -> float:
     return float(summary["robust_accuracy"]["worst"])
 

@@ -40,7 +40,7 @@ def test_a_loss_of_nodes_is_no_failure(events: tuple[Any, ...]) -> None:
 def test_failures_on_as_many_workers_as_before_count() -> None:
     events = (2, CRASH, 2, CRASH, 1, PREEMPTED, 1, CRASH, 1)
     play(2, *events)
-    with pytest.raises(RuntimeError, match="^rank 1: killed$"):
+    with pytest.raises(RuntimeError, match=r"^rank 1: killed$"):
         play(1, *events)
 
 
