@@ -54,6 +54,21 @@ def test_a_checkpoint_that_does_not_tell_its_workers_loads(tmp_path: Path) -> No
     assert (other.step, other.workers) == (7, [])
 
 
+def test_another_number_of_workers_starts_with_the_mean_of_the_statistics(tmp_path: Path) -> None:
+    """In a checkpoint within an epoch; the same number goes on with each worker's own."""
+    state = small_state(0)
+    saved = [{name: value + rank for name, value in state.statistics.items()} for rank in range(2)]
+    assert list(saved[0]) == ["network.1.running_mean", "network.1.running_var"]
+    save_checkpoint(tmp_path / "c", state, digits_config(), FACTS, statistics=saved)
+    for size in (1, 2, 3):
+        for rank in range(size):
+            other = small_state(1)
+            load_checkpoint(tmp_path / "c", other, digits_config(), FACTS, WorkerContext(rank, rank, size))
+            for name, value in other.own_statistics.items():
+                expected = saved[rank][name] if size == 2 else (saved[0][name] + saved[1][name]) / 2
+                assert torch.equal(value, expected)
+
+
 def test_channels_last_weights_are_saved_and_come_back(tmp_path: Path) -> None:
     state, other = small_state(0), small_state(1)
     state.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import load_file
 
 from tests.training.conftest import KeepingReporter, digits_config
 from tla_service.config import RunConfig
@@ -258,57 +257,31 @@ def test_all_workers_resume_from_the_same_checkpoint(tmp_path: Path) -> None:
     ]
 
 
-def batchnorm_worker(rank: int, folder: str, size: int, stop_after: int | None, resume_from: Path | None) -> None:
-    """One of several workers, each of which has its own BatchNorm statistics within an epoch."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+def batchnorm_worker(rank: int, folder: str, stop_after: int | None, resume_from: Path | None) -> None:
+    """One of two workers, each of which has its own BatchNorm statistics within an epoch."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     Path(folder, str(rank)).mkdir()
     reporter = KeepingReporter(Path(folder, str(rank)), stop_after, resume_from)
     training = {"epochs": 2, "ema_decay": 0.9, "log_every_steps": 1}
-    run = Run(digits_config(model={"name": "mnist_cnn"}, training=training), WorkerContext(rank, rank, size), reporter)
+    run = Run(digits_config(model={"name": "mnist_cnn"}, training=training), WorkerContext(rank, rank, 2), reporter)
     run.start(None)
-    torch.save({name: value.clone() for name, value in run.state.statistics.items()}, f"{folder}/{rank}/begin.pt")
     run.train(measure_test=False)
     dist.destroy_process_group()
 
 
-def batchnorm_run(folder: Path, size: int, stop_after: int | None = None, resume_from: Path | None = None) -> Path:
-    """Its last checkpoint."""
-    folder.mkdir()
-    arguments = (str(folder), size, stop_after, resume_from)
-    mp.start_processes(batchnorm_worker, args=arguments, nprocs=size, start_method="fork")  # type: ignore[no-untyped-call]
-    return max((folder / "0").glob("step-*"))
-
-
 @pytest.mark.distributed
 def test_workers_stopped_within_an_epoch_keep_their_own_batchnorm_statistics(tmp_path: Path) -> None:
-    stopped = batchnorm_run(tmp_path / "stopped", 2, stop_after=4)
+    def run(name: str, stop_after: int | None = None, resume_from: Path | None = None) -> Path:
+        (tmp_path / name).mkdir()
+        arguments = (str(tmp_path / name), stop_after, resume_from)
+        mp.start_processes(batchnorm_worker, args=arguments, nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
+        return max((tmp_path / name / "0").glob("step-*"))
+
+    stopped = run("stopped", stop_after=4)
     assert stopped.name == "step-000000006"
-    whole, resumed = batchnorm_run(tmp_path / "whole", 2), batchnorm_run(tmp_path / "resumed", 2, resume_from=stopped)
+    whole, resumed = run("whole"), run("resumed", resume_from=stopped)
     for name in WEIGHTS:
         assert (resumed / name).read_bytes() == (whole / name).read_bytes()
-
-
-@pytest.mark.distributed
-def test_another_number_of_workers_goes_on_within_the_epoch_with_the_mean_of_their_statistics(tmp_path: Path) -> None:
-    """From two to one to three; the epoch's sums have every image once, and the checkpoints tell the sizes."""
-    pair = batchnorm_run(tmp_path / "pair", 2, stop_after=4)
-    saved = load_file(pair / "statistics.safetensors")
-    alone = batchnorm_run(tmp_path / "alone", 1, stop_after=1, resume_from=pair)
-    begin = torch.load(tmp_path / "alone" / "0" / "begin.pt", weights_only=True)
-    assert any(not torch.equal(saved[f"0.{name}"], saved[f"1.{name}"]) for name in begin)
-    for name, value in begin.items():
-        assert torch.equal(value, (saved[f"0.{name}"] + saved[f"1.{name}"]) / 2)
-    assert alone.name == "step-000000007"
-    triple = batchnorm_run(tmp_path / "triple", 3, resume_from=alone)
-    begin = torch.load(tmp_path / "triple" / "2" / "begin.pt", weights_only=True)
-    network = load_file(alone / "model.safetensors")
-    assert all(torch.equal(begin[f"network.{name}"], value) for name, value in network.items() if "running" in name)
-    state = json.loads((triple / "state.json").read_text())
-    assert state["workers"] == [[0, 2], [6, 1], [7, 3]]
-    partial = json.loads((alone / "state.json").read_text())
-    images = Run(digits_config(model={"name": "mnist_cnn"}), WorkerContext(), LocalReporter(tmp_path)).train_rows
-    assert partial["partial_totals"][-1] == sum(len(part) for part in images.tensor_split(4)[:3])
-    assert [epoch["step"] for epoch in state["history"]] == [4.0, 8.0]
 
 
 def test_checkpoints_are_saved_within_an_epoch_once_the_last_is_old(tmp_path: Path, undisturbed: list[bytes]) -> None:
@@ -323,6 +296,23 @@ def test_checkpoints_are_saved_within_an_epoch_once_the_last_is_old(tmp_path: Pa
     train(tmp_path, config)
     assert weights_of(tmp_path) == undisturbed
     assert [record["metrics"]["step"] for record in records(tmp_path, "epoch")] == [4.0, 8.0, 12.0, 16.0]
+
+
+def test_a_change_of_the_number_of_workers_is_told_and_saved(output: Path, undisturbed: list[bytes]) -> None:
+    """The checkpoint is made one of two workers."""
+    newest = output / "checkpoints" / NEWEST
+    state = json.loads((newest / "state.json").read_text())
+    assert state["workers"] == [[0, 1]]
+    (newest / "state.json").write_text(json.dumps(state | {"workers": [[0, 2]]}))
+    checksums = json.loads((newest / "manifest.json").read_text())
+    checksums["state.json"] = hashlib.sha256((newest / "state.json").read_bytes()).hexdigest()
+    (newest / "manifest.json").write_text(json.dumps(checksums))
+    run = train(output)
+    told = records(output, "start")[-1]
+    assert told["message"] == f"resuming from {newest} on 1 worker (before: 2)"
+    assert told["sizes"] == run.state.workers == [[0, 2], [8, 1]]
+    assert json.loads((newest.parent / LAST / "state.json").read_text())["workers"] == [[0, 2], [8, 1]]
+    assert weights_of(output) == undisturbed
 
 
 def test_a_run_says_from_where_it_starts(tmp_path: Path) -> None:
