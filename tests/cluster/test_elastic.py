@@ -22,9 +22,9 @@ from tla_service.config.loading import load_config_file
 from tla_service.data import load_dataset, split_training
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
-NOTICE_SECONDS, SECONDS_PER_STEP = 20, 1.5
+NOTICE_SECONDS, SECONDS_PER_STEP = 20, 2.0
 RUN = (
-    "--preset", "digits", "--training.epochs", "40", "--training.global_batch_size", "100",
+    "--preset", "digits", "--training.epochs", "20", "--training.global_batch_size", "100",
     "--training.log_every_steps", "2", "--mining.scope", "global", "--scaling.num_workers", "[1,2]",
     "--scaling.max_failures", "0", "--attack.kind", "recording:attack", "--tracking.registered_model", "",
 )  # fmt: skip
@@ -50,7 +50,7 @@ def attack(logits_fn, images, labels, attack, generator):
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """Its head runs no workers."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield cluster
     ray.shutdown()
     cluster.shutdown()

@@ -4,26 +4,16 @@ Ray Train starts as many workers as fit, and looks for room for more once a minu
 notice, and counts a node that vanished as a failure.
 """
 
-import os
 import time
 from typing import Any
 
 import ray
 from ray.train import WorkerGroupError
-from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, ResizingState, RestartingState
 from ray.train.v2._internal.execution.failure_handling.default import _is_preemption_failure
 
 SAVE_SECONDS = 60.0  # at most, for a checkpoint before a resize
-
-
-def prepare_environment() -> None:
-    """Let a group that no longer fits be given up before long.
-
-    Ray's coordinator looks at the nodes every 20 s: after the loss of one, the first attempt may still ask for it.
-    """
-    os.environ.setdefault(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, "20")
 
 
 class Resizes(ControllerCallback, WorkerGroupCallback):

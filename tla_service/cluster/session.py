@@ -216,10 +216,7 @@ def uses_gpu(scaling: ScalingConfig) -> bool:
 
 
 def place(config: RunConfig) -> Placement:
-    """Decide the number of workers (of a range, the fewest).
-
-    Checks that a step divides among them, and that the cluster has room or may grow.
-    """
+    """Decide the number of workers, or the fewest; check that a step divides, and that there is or may be room."""
     scaling, use_gpu = config.scaling, uses_gpu(config.scaling)
     if scaling.num_workers != "auto":
         workers, _ = scaling.bounds(auto=1)

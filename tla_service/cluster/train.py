@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from torch import Tensor
 
-from tla_service.cluster.elastic import Resizes, prepare_environment
+from tla_service.cluster.elastic import Resizes
 from tla_service.cluster.mailbox import FailuresToMailbox, start_mailbox
 from tla_service.cluster.session import Placement, own_dashboard, stop_on_signal
 from tla_service.cluster.storage import RunFolder
@@ -70,7 +70,8 @@ def fit_on_ray(
     workers, max_failures = config.scaling.num_workers, config.scaling.max_failures
     elastic = isinstance(workers, tuple)
     if elastic:
-        prepare_environment()
+        # Ray looks at the nodes every 20 s: after the loss of one, the first attempt may still ask for as many workers.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # the controller's environment has no public setting
     folder = RunFolder(storage, config.run_name)
     damage = folder.forget_record()
@@ -259,10 +260,7 @@ class RayReporter:
             self.progress({"event": "epoch", "metrics": metrics, "checkpoint": checkpoint is not None})
 
     def save_requested(self) -> bool:
-        """Whether Ray has announced the end of a node since the last call, or (on rank 0) a resize is about to come.
-
-        Waits for the other workers' calls.
-        """
+        """Whether Ray has announced the end of a node, or (on rank 0) a resize; waits for the other workers' calls."""
         self._read_answer()
         if not self._watched:
             return self._save

@@ -169,10 +169,7 @@ class RunConfig(Section):
             raise ConfigError("speed.cuda_graphs", True, "CUDA graphs need a GPU, and this run has none", remedy)
 
     def check_workers(self, workers: int, fewest: int | None = None) -> None:
-        """Raise ConfigError if a step cannot be split over this many workers, or any number from `fewest` up to it.
-
-        Their number may be known late.
-        """
+        """Raise ConfigError if a step cannot be split over so many workers, or any number of them from `fewest` on."""
         batch, mining = self.training.global_batch_size, self.mining
         sizes = range(workers if fewest is None else fewest, workers + 1)
         if batch < 2 * workers:

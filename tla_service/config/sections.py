@@ -327,12 +327,6 @@ class ScalingConfig(Section):
             return self.num_workers
         return (auto, auto) if self.num_workers == "auto" else (self.num_workers, self.num_workers)
 
-    def refuse_range(self) -> None:
-        """Raise a cross-field error for a range, where runs are compared."""
-        if isinstance(self.num_workers, tuple):
-            reason = "runs whose number of workers changes do not compare"
-            raise wrong("scaling.num_workers", list(self.num_workers), reason, "give one number, or auto")
-
     @field_validator("num_workers", mode="before")
     @classmethod
     def _check_number(cls, value: object) -> object:

@@ -171,7 +171,7 @@ def _for_table(settings: ReproduceSettings, config: RunConfig) -> RunConfig:
     # The evaluation measures the test set; the training's own test is kept short.
     short = config.evaluation.model_copy(update={"test": {"fgsm": EvaluationAttack(kind="fgsm")}})
     # More workers mine negatives in smaller shares of the batch: a run has one unless told otherwise.
-    workers, _ = settings.scaling.bounds(auto=1)
+    workers = 1 if settings.scaling.num_workers == "auto" else settings.scaling.num_workers
     scaling = settings.scaling.model_copy(update={"num_workers": workers})
     return config.model_copy(update={"evaluation": short, "scaling": scaling, "tracking": settings.tracking})
 

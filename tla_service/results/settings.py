@@ -105,7 +105,6 @@ class ReproduceSettings(JobSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self.scaling.refuse_range()
         if self.data.root is None and self.table != "digits":
             raise wrong("data.root", None, f"{self.table} is not embedded", "give a folder, or s3://bucket/prefix")
         if self.recipe == "modern" and self.table == "digits":

@@ -43,9 +43,7 @@ class TrainingState:
     best_weights: dict[str, Tensor] = field(default_factory=dict)  # state dict on the CPU
     best: dict[str, float] = field(default_factory=dict)  # metrics of their epoch
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of each epoch done
-    workers: list[list[int]] = field(
-        default_factory=list
-    )  # [step, workers from it on], for each change of their number
+    workers: list[list[int]] = field(default_factory=list)  # [step, workers from it on] for each change
     # What `statistics` are to be on this worker, after a checkpoint within an epoch; DDP first makes all alike.
     own_statistics: dict[str, Tensor] = field(default_factory=dict)
 

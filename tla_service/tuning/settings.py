@@ -1,6 +1,6 @@
 """Configuration of a sweep. Nothing here imports torch: an invalid space is refused within a second."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -87,11 +87,6 @@ class TuneSettings(RunSettings):
     study: str | None = Field(None, description="start from this sweep: " + ", ".join(preset_names("study")))
     resume: bool = Field(False, description="resume the sweep if it exists")
     then_train: int = Field(0, ge=0, description="train the winner at full length with this many seeds [>= 0]")
-
-    @model_validator(mode="after")
-    def _check_workers(self) -> Self:
-        self.scaling.refuse_range()
-        return self
 
 
 def sweep_yaml(run: RunConfig, sweep: SweepConfig) -> str:

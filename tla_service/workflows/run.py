@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -156,17 +156,17 @@ class TrackedRun:
             self.metrics.log_epoch(metrics)
         if record["event"] == "start":
             self._sizes = record["sizes"]
-            self.log_workers(self._sizes[:-1])
+            self.log_workers(current=False)
         elif record["event"] == "epoch":
             self.metrics.log_epoch(record["metrics"])
             if record["checkpoint"]:
-                self.log_workers(self._sizes)
+                self.log_workers()
         elif record["event"] == "failure":
             self.restarts += 1
 
-    def log_workers(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Log from which step on how many workers have trained: once a checkpoint makes it final."""
-        for step, workers in sizes:
+    def log_workers(self, *, current: bool = True) -> None:
+        """Log from which step on how many workers trained; the `current` ones once a checkpoint has made it final."""
+        for step, workers in self._sizes if current else self._sizes[:-1]:
             self.metrics.log({"workers": workers}, step)
 
 
@@ -220,6 +220,7 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
             fetch_checkpoint(stored, copy)
             if result.interrupted:
                 tracked.outcome = "interrupted"
+                tracked.log_workers()
                 write_summary(output, {"status": "interrupted", "run_id": tracked.run_id, "checkpoint": str(copy)})
                 terminal.say("stopped after a checkpoint; the same command resumes from it")
                 return INTERRUPTED
