@@ -70,7 +70,7 @@ def test_workers_are_asked_for_a_checkpoint_before_a_resize(monkeypatch: pytest.
     resizes.after_controller_state_update(None, ResizingState(ResizeDecision(2, {"CPU": 1})))
     assert questions == ["save"] * 3
     (record,) = box.fetch()
-    assert record["message"] == "the cluster has room for 2 workers instead of 1: resizing after a checkpoint"
+    assert record["message"] == "the cluster has room for 2 workers (now: 1): resizing after a checkpoint"
     box.stop()
     box.save()
     assert box.asked() == "stop"

@@ -1,8 +1,4 @@
-"""Runs whose number of workers changes: what Ray Train's controller does beside its own elastic scaling.
-
-Ray Train starts as many workers as fit, and looks for room for more once a minute. It then ends the workers without
-notice, and counts a node that vanished as a failure.
-"""
+"""What Ray Train's elastic scaling lacks: it ends workers without notice, and counts a lost node as a failure."""
 
 import time
 from typing import Any
@@ -31,9 +27,8 @@ class Resizes(ControllerCallback, WorkerGroupCallback):
     def after_controller_state_update(self, _before: Any, current_state: Any) -> None:
         """Before a resize, wait for a checkpoint; after a failure, remember it."""
         if isinstance(current_state, ResizingState):
-            decision: Any = current_state.scaling_decision
-            size = decision.num_workers
-            message = f"the cluster has room for {size} workers instead of {self._size}: resizing after a checkpoint"
+            size = current_state.scaling_decision.num_workers  # type: ignore[attr-defined]
+            message = f"the cluster has room for {size} workers (now: {self._size}): resizing after a checkpoint"
             self._mailbox.push.remote({"event": "resize", "message": message})
             self._mailbox.save.remote()
             deadline = time.monotonic() + SAVE_SECONDS

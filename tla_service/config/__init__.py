@@ -168,10 +168,10 @@ class RunConfig(Section):
             remedy = "leave it out, or run where there is a GPU"
             raise ConfigError("speed.cuda_graphs", True, "CUDA graphs need a GPU, and this run has none", remedy)
 
-    def check_workers(self, workers: int, fewest: int | None = None) -> None:
-        """Raise ConfigError if a step cannot be split over so many workers, or any number of them from `fewest` on."""
-        batch, mining = self.training.global_batch_size, self.mining
-        sizes = range(workers if fewest is None else fewest, workers + 1)
+    def check_workers(self, fewest: int, most: int | None = None) -> None:
+        """Raise ConfigError if a step cannot be split over so many workers, or any number of them up to `most`."""
+        batch, mining, workers = self.training.global_batch_size, self.mining, most or fewest
+        sizes = range(fewest, workers + 1)
         if batch < 2 * workers:
             reason, remedy = f"under 2 images for each of {workers} workers", f"use at least {2 * workers}"
             raise ConfigError("training.global_batch_size", batch, reason, f"{remedy}, or fewer workers")
@@ -190,8 +190,7 @@ class RunConfig(Section):
     def _check(self) -> Self:
         if self.scaling.num_workers != "auto":
             try:
-                fewest, most = self.scaling.bounds(auto=1)
-                self.check_workers(most, fewest)
+                self.check_workers(*self.scaling.bounds(auto=1))
             except ConfigError as error:
                 raise wrong(str(error.subject), error.value, error.reason, error.remedy) from None
         contradiction = next(self._contradictions(), None)

@@ -306,8 +306,7 @@ class ScalingConfig(Section):
 
     num_workers: int | Literal["auto"] | tuple[int, int] = setting(
         "auto",
-        "DDP processes; auto: all GPUs of the cluster, or 2 on CPUs; [fewest, most]: as many as there is room for, "
-        "while nodes come and go",
+        "DDP processes; auto: all GPUs of the cluster, or 2 on CPUs; [fewest, most]: as many as there is room for",
     )
     use_gpu: bool | Literal["auto"] = setting("auto", "train on GPUs; auto: if the cluster has any")
     cpus_per_worker: float = setting(1, "CPU cores reserved per worker", unit="cores", gt=0)
@@ -344,8 +343,8 @@ class ScalingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        share = self.gpus_per_worker
-        if isinstance(self.num_workers, tuple) and share < 1 and not math.isclose(1 / share, round(1 / share)):
+        share, elastic = self.gpus_per_worker, isinstance(self.num_workers, tuple)
+        if elastic and share < 1 and not math.isclose(1 / share, round(1 / share)):
             # Ray Train divides the GPUs of a node by the share, and would wait for workers that do not fit.
             reason = "leaves a part of each GPU over, which a range of workers cannot allow for"
             raise wrong("scaling.gpus_per_worker", share, reason, "use 1, or 1 divided by a whole number")

@@ -159,8 +159,7 @@ class TrackedRun:
             self.log_workers(current=False)
         elif record["event"] == "epoch":
             self.metrics.log_epoch(record["metrics"])
-            if record["checkpoint"]:
-                self.log_workers()
+            self.log_workers(current=record["checkpoint"])
         elif record["event"] == "failure":
             self.restarts += 1
 
