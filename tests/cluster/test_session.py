@@ -164,6 +164,18 @@ def test_workers_that_cannot_be_placed_are_refused_with_the_arithmetic(cluster: 
     assert place(RunConfig.model_validate({"scaling": run.scaling.model_dump() | {"wait_seconds": 9}})).num_workers == 4
 
 
+def test_a_range_needs_room_for_its_fewest_workers_and_a_step_that_divides_among_all(
+    cluster: Callable[..., None],
+) -> None:
+    run = RunConfig.model_validate({"scaling": {"num_workers": [2, 8]}})
+    cluster({"CPU": 3.0})
+    assert place(run).num_workers == 2
+    assert Workers(run.scaling)._count == 3
+    cluster({"CPU": 1.0})
+    with pytest.raises(UnavailableError, match=r"scaling\.num_workers=2: cannot be placed: .*together 1 of 2"):
+        place(run)
+
+
 def test_a_worker_that_fits_on_no_node_is_refused_though_the_cluster_has_as_much(cluster: Callable[..., None]) -> None:
     cluster({"CPU": 2.0}, {"CPU": 2.0})
     run = RunConfig.model_validate({"scaling": {"num_workers": 1, "cpus_per_worker": 3}})

@@ -240,6 +240,15 @@ def test_flags_of_every_type() -> None:
     assert load_settings(["--scaling.num_workers=auto"]).scaling.num_workers == "auto"
 
 
+def test_a_range_of_workers_comes_from_every_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert load_settings(["--scaling.num_workers=[2, 8]"]).scaling.num_workers == (2, 8)
+    monkeypatch.setenv("TLA_SCALING__NUM_WORKERS", "[2, 8]")
+    run = load_settings([]).run_config
+    assert (run.scaling.num_workers, run.scaling.bounds(auto=1)) == ((2, 8), (2, 8))
+    (tmp_path / "config.yaml").write_text(to_yaml(run))
+    assert load_config_file(tmp_path / "config.yaml") == run
+
+
 def flags(section: type[BaseModel] = RunSettings, prefix: str = "") -> list[tuple[str, str, object]]:
     """Every flag, its description and its default."""
     found: list[tuple[str, str, object]] = []

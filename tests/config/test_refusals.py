@@ -91,7 +91,24 @@ WRONG_FLAGS = [
     ("--schedule.milestones=2,2", "schedule.milestones=(2, 2)", "ascending order", "without repeats"),
     ("--schedule.milestones=soon", "schedule.milestones", "valid integer", "multiply by factor"),
     ("--schedule.name=piecewise", "schedule.milestones=()", "needs milestones", "constant"),
-    ("--scaling.num_workers=0", "scaling.num_workers=0", "below 1", "number of processes, or auto"),
+    ("--scaling.num_workers=0", "scaling.num_workers=0", "from 1 up", "a range as [2, 8], or auto"),
+    ("--scaling.num_workers=[8,2]", "scaling.num_workers=[8, 2]", "fewest and the most of them, from 1 up", "[2, 8]"),
+    ("--scaling.num_workers=[0,2]", "scaling.num_workers=[0, 2]", "fewest and the most of them, from 1 up", "[2, 8]"),
+    (
+        "--scaling.num_workers=[2,3,4]",
+        "scaling.num_workers=[2, 3, 4]",
+        "fewest and the most of them, from 1 up",
+        "[2, 8]",
+    ),
+    ("--scaling.num_workers=[a,2]", "scaling.num_workers", "fewest and the most of them, from 1 up", "[2, 8]"),
+    ("--training.global_batch_size=5 --scaling.num_workers=[1,3]", "training.global_batch_size=5", "3 w", "least 6"),
+    (
+        "--scaling.num_workers=[2,4] --mining.scope=global --mining.pool=separate --mining.pool_size=128",
+        "mining.pool_size=128",
+        "not divisible by 3 workers",
+        "use a multiple of 12, or give scaling.num_workers a narrower range",
+    ),
+    ("--scaling.num_workers=[1,2] --scaling.gpus_per_worker=0.4", "scaling.gpus_per_worker=0.4", "each GPU", "use 1,"),
     ("--loss.triplet_weight=0", "loss.triplet_weight=0", "method tla trains a triplet term", "method at"),
     ("--method=alp --loss.logit_pairing_weight=0", "loss.logit_pairing_weight=0", "alp pairs logits", "method at"),
     ("--loss.view_weight=0.5", "loss.view_weight=0.5", "no augmentation of its own", "data.augment or data.cutmix"),
@@ -325,7 +342,7 @@ def test_advised_fraction_is_accepted(given_epsilon: str) -> None:
     assert load_settings([f"--attack.epsilon={advice}"]).attack.epsilon == pytest.approx(float(given_epsilon) / 255)
 
 
-@pytest.mark.parametrize("value", ["two", "2.5", "[1]", "None"])
+@pytest.mark.parametrize("value", ["two", "2.5", "[1, 2, 3]", "None"])
 def test_wrong_number_of_workers_is_told_that_a_number_will_do(value: str) -> None:
     error = refusal([f"--scaling.num_workers={value}"])
     assert error.subject == "scaling.num_workers"

@@ -47,6 +47,37 @@ def test_a_steps_images_do_not_depend_on_the_number_of_workers(count: int, batch
 
 
 @settings(deadline=None, max_examples=60)
+@given(
+    count=st.integers(24, 200),
+    batch=st.integers(8, 64),
+    epoch=st.integers(0, 5),
+    # Workers, steps until the next resize, and how many of those come after the checkpoint.
+    attempts=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9), st.integers(0, 3)), max_size=6),
+    last=st.integers(1, 4),
+)
+def test_an_epoch_on_changing_numbers_of_workers_has_every_image_once(
+    count: int, batch: int, epoch: int, attempts: list[tuple[int, int, int]], last: int
+) -> None:
+    """A pool of 12 images for all workers, as with mining.scope=global, stays the same in every step, too."""
+    steps, start = -(-count // batch), 0
+    anchors: list[list[int]] = [[] for _ in range(steps)]
+    pools: list[list[int]] = [[] for _ in range(steps)]
+    for world, length, after_checkpoint in [*attempts, (last, steps, 0)]:
+        end = min(start + length, steps)
+        ranks = [order.epoch(epoch, start) for order in orders(count, batch, world, pool_size=12 // world)]
+        for step in range(start, end):
+            found = [next(rank) for rank in ranks]
+            anchors[step] = [image for share in found for image in share.anchors.tolist()]
+            pools[step] = [image for share in found for image in share.pool.tolist()]
+        start = max(start, end - after_checkpoint)
+    assert sorted(image for step in anchors for image in step) == list(range(count))
+    assert [len(step) for step in anchors] == [count // steps + (step < count % steps) for step in range(steps)]
+    alone = list(orders(count, batch, 1, pool_size=12)[0].epoch(epoch))
+    assert anchors == [step.anchors.tolist() for step in alone]
+    assert pools == [step.pool.tolist() for step in alone]
+
+
+@settings(deadline=None, max_examples=60)
 @given(**SIZES, pool=st.integers(1, 50))
 def test_pools_walk_one_permutation_round_and_round(count: int, batch: int, world: int, epoch: int, pool: int) -> None:
     if pool * world > count:

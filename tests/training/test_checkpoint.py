@@ -45,6 +45,30 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert all(torch.equal(ours[key]["exp_avg"], theirs[key]["exp_avg"]) for key in ours)
 
 
+def test_a_checkpoint_that_does_not_tell_its_workers_loads(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", small_state(0), digits_config(), FACTS)
+    path = tmp_path / "c" / "state.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "workers"}))
+    other = small_state(1)
+    load_checkpoint(tmp_path / "c", other, digits_config(), FACTS, WorkerContext())
+    assert (other.step, other.workers) == (7, [])
+
+
+def test_another_number_of_workers_starts_with_the_mean_of_the_statistics(tmp_path: Path) -> None:
+    """In a checkpoint within an epoch; the same number goes on with each worker's own."""
+    state = small_state(0)
+    saved = [{name: value + rank for name, value in state.statistics.items()} for rank in range(2)]
+    assert list(saved[0]) == ["network.1.running_mean", "network.1.running_var"]
+    save_checkpoint(tmp_path / "c", state, digits_config(), FACTS, statistics=saved)
+    for size in (1, 2, 3):
+        for rank in range(size):
+            other = small_state(1)
+            load_checkpoint(tmp_path / "c", other, digits_config(), FACTS, WorkerContext(rank, rank, size))
+            for name, value in other.own_statistics.items():
+                expected = saved[rank][name] if size == 2 else (saved[0][name] + saved[1][name]) / 2
+                assert torch.equal(value, expected)
+
+
 def test_channels_last_weights_are_saved_and_come_back(tmp_path: Path) -> None:
     state, other = small_state(0), small_state(1)
     state.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

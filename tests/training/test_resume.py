@@ -298,6 +298,23 @@ def test_checkpoints_are_saved_within_an_epoch_once_the_last_is_old(tmp_path: Pa
     assert [record["metrics"]["step"] for record in records(tmp_path, "epoch")] == [4.0, 8.0, 12.0, 16.0]
 
 
+def test_a_change_of_the_number_of_workers_is_told_and_saved(output: Path, undisturbed: list[bytes]) -> None:
+    """The checkpoint is made one of two workers."""
+    newest = output / "checkpoints" / NEWEST
+    state = json.loads((newest / "state.json").read_text())
+    assert state["workers"] == [[0, 1]]
+    (newest / "state.json").write_text(json.dumps(state | {"workers": [[0, 2]]}))
+    checksums = json.loads((newest / "manifest.json").read_text())
+    checksums["state.json"] = hashlib.sha256((newest / "state.json").read_bytes()).hexdigest()
+    (newest / "manifest.json").write_text(json.dumps(checksums))
+    run = train(output)
+    told = records(output, "start")[-1]
+    assert told["message"] == f"resuming from {newest} on 1 worker (before: 2)"
+    assert told["sizes"] == run.state.workers == [[0, 2], [8, 1]]
+    assert json.loads((newest.parent / LAST / "state.json").read_text())["workers"] == [[0, 2], [8, 1]]
+    assert weights_of(output) == undisturbed
+
+
 def test_a_run_says_from_where_it_starts(tmp_path: Path) -> None:
     for _ in range(2):
         train(tmp_path, digits_config(training={"epochs": 1}))

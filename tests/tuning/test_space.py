@@ -7,10 +7,19 @@ import pytest
 
 from tests.tuning.conftest import run_config, space_of
 from tla_service.config import RunConfig
-from tla_service.config.loading import load_settings
+from tla_service.config.loading import load_settings, read_settings
 from tla_service.errors import ConfigError
+from tla_service.results.runs import table_space
+from tla_service.results.settings import ReproduceSettings
 
 BATCH = "training.global_batch_size"
+
+
+def test_runs_that_are_compared_have_a_fixed_number_of_workers() -> None:
+    table = read_settings(ReproduceSettings, ["--table", "digits", "--scaling.num_workers", "[1, 2]"])
+    for make in (lambda: space_of(run=run_config(scaling={"num_workers": [1, 2]})), lambda: table_space(table, ())):
+        with pytest.raises(ConfigError, match=r"^scaling\.num_workers=\[1, 2\]: runs .* not compare; give one number"):
+            make()
 
 
 def test_the_default_space_is_the_papers_around_the_runs_own_sizes() -> None:

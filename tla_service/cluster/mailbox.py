@@ -12,29 +12,33 @@ MOST_RECORDS = 10_000  # the oldest are dropped beyond
 
 
 class Mailbox:
-    """Keeps records until the driver fetches them, and the driver's request to stop."""
+    """Keeps records until the driver fetches them, the driver's request to stop, and the controller's to save."""
 
     def __init__(self) -> None:
         self._records: deque[Mapping[str, Any]] = deque(maxlen=MOST_RECORDS)
-        self._stop = False
+        self._stop = self._save = False
 
-    def push(self, record: Mapping[str, Any]) -> bool:
-        """Add a record; returns whether workers should stop."""
+    def push(self, record: Mapping[str, Any]) -> str:
+        """Add a record; returns what workers should do, as `asked`."""
         self._records.append(record)
-        return self._stop
+        return self.asked()
 
     def fetch(self) -> list[Mapping[str, Any]]:
         """Remove and return all records."""
         records, self._records = list(self._records), deque(maxlen=MOST_RECORDS)
         return records
 
-    def stop_asked(self) -> bool:
-        """Whether workers should stop."""
-        return self._stop
+    def asked(self) -> str:
+        """What workers should do: stop, save, or nothing."""
+        return "stop" if self._stop else "save" if self._save else ""
 
     def stop(self) -> None:
         """Ask the workers to stop at the end of their step."""
         self._stop = True
+
+    def save(self, *, done: bool = False) -> None:
+        """Ask the workers to save a checkpoint, or tell that they have."""
+        self._save = not done
 
 
 class FailuresToMailbox(UserCallback):

@@ -73,7 +73,7 @@ def ray_session(scaling: ScalingConfig, *, debug: bool = False, dashboard: bool 
         _check_temporary_folder()
         # Nobody preempts this machine with notice; without the watcher, workers start a second earlier.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        workers = 2 if scaling.num_workers == "auto" else scaling.num_workers
+        workers, _ = scaling.bounds(auto=2)
         cpus = max(os.cpu_count() or 1, math.ceil(workers * scaling.cpus_per_worker))  # what the workers reserve
         try:
             # "local": without it Ray joins a cluster that somebody else started on this machine.
@@ -228,10 +228,10 @@ def uses_gpu(scaling: ScalingConfig) -> bool:
 
 
 def place(config: RunConfig) -> Placement:
-    """Decide the number of workers; check that a step divides among them, and that the cluster has room or may grow."""
+    """Decide the number of workers, or the fewest; check that a step divides, and that there is or may be room."""
     scaling, use_gpu = config.scaling, uses_gpu(config.scaling)
-    if isinstance(scaling.num_workers, int):
-        workers = scaling.num_workers
+    if scaling.num_workers != "auto":
+        workers, _ = scaling.bounds(auto=1)
     else:
         gpus = sum(node.get("GPU", 0.0) for node in _nodes())
         most = max(1, int(gpus / scaling.gpus_per_worker)) if use_gpu else 2
@@ -247,7 +247,7 @@ def place(config: RunConfig) -> Placement:
 
 def workers_per_trial(scaling: ScalingConfig) -> int:
     """Workers per trial; for `auto` few, so that more trials run in parallel: one on a GPU, else two."""
-    if scaling.num_workers != "auto":
+    if isinstance(scaling.num_workers, int):
         return scaling.num_workers
     return 1 if uses_gpu(scaling) else 2
 

@@ -40,7 +40,7 @@ class Workers:
         if fit == 0:
             remedy = "ask for less, or join a larger cluster"
             raise UnavailableError("scaling", None, f"no worker can be placed: {arithmetic}", remedy)
-        self._count = fit if scaling.num_workers == "auto" else min(scaling.num_workers, fit)
+        self._count = min(scaling.bounds(auto=fit)[1], fit)
         self._cpus, self._gpus = scaling.cpus_per_worker, placement.resources_per_worker.get("GPU", 0.0)
         self._retries = scaling.max_failures
 

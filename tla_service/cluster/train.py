@@ -22,6 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from torch import Tensor
 
+from tla_service.cluster.elastic import Resizes
 from tla_service.cluster.mailbox import FailuresToMailbox, start_mailbox
 from tla_service.cluster.session import Placement, own_dashboard, stop_on_signal
 from tla_service.cluster.storage import RunFolder
@@ -64,8 +65,13 @@ def fit_on_ray(
     Returns metrics and times, and the newest checkpoint in the storage. Raises a worker's UserError, NonFiniteLossError
     if training diverged, or RuntimeError after more failures than `scaling.max_failures`.
     """
-    if placement.num_workers <= FEW_WORKERS:
+    if config.scaling.bounds(auto=placement.num_workers)[1] <= FEW_WORKERS:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+    workers, max_failures = config.scaling.num_workers, config.scaling.max_failures
+    elastic = isinstance(workers, tuple)
+    if elastic:
+        # Ray looks at the nodes every 20 s: after the loss of one, the first attempt may still ask for as many workers.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # the controller's environment has no public setting
     folder = RunFolder(storage, config.run_name)
     damage = folder.forget_record()
@@ -86,6 +92,7 @@ def fit_on_ray(
         "measure_test": measure_test,
         "with_rejector": with_rejector,
     }
+    callbacks = [FailuresToMailbox(mailbox), *([Resizes(mailbox, max_failures)] if elastic else ())]
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
         train_loop_config=loop,
@@ -95,7 +102,7 @@ def fit_on_ray(
             timeout_s=COLLECTIVE_TIMEOUT_SECONDS,
         ),
         scaling_config=ScalingConfig(
-            num_workers=placement.num_workers,
+            num_workers=workers if elastic else placement.num_workers,  # type: ignore[arg-type]
             use_gpu=placement.use_gpu,
             resources_per_worker=placement.resources_per_worker,
         ),
@@ -105,8 +112,8 @@ def fit_on_ray(
             # the run if the storage is unavailable at that moment.
             storage_path="ray",
             storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
-            failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-            callbacks=[FailuresToMailbox(mailbox)],  # type: ignore[list-item]
+            failure_config=FailureConfig(max_failures=-1 if elastic else max_failures),
+            callbacks=callbacks,
         ),
     )
     try:
@@ -114,7 +121,7 @@ def fit_on_ray(
             result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds)
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]
-        message = f"training failed more than scaling.max_failures={config.scaling.max_failures} times: {cause}"
+        message = f"training failed more than scaling.max_failures={max_failures} times: {cause}"
         raise RuntimeError(message) from error
     returned: dict[str, Any] | None = result.return_value  # type: ignore[attr-defined]
     if returned is None or "error" in returned:
@@ -197,7 +204,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         return {"error": error}
     finally:
         # Calls are ordered: once this one is answered, all records have arrived.
-        ray.get(loop["mailbox"].stop_asked.remote())
+        ray.get(loop["mailbox"].asked.remote())
     return {"result": vars(result), "checkpoint": newest}
 
 
@@ -215,7 +222,7 @@ class RayReporter:
         self._is_main, self._watched = is_main, watched
         self._kept: list[str] = []  # checkpoints stored by this process, and the one resumed from
         self._answer: Any = None
-        self._stop = False
+        self._stop = self._save = False
         self._leaving: set[str] = set()  # nodes whose end Ray has announced
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._upload: Future[None] | None = None
@@ -251,39 +258,44 @@ class RayReporter:
         """
         if checkpoint is not None:
             self.finish()
-            self._upload = self._uploads.submit(self._store, checkpoint, name)
+            asked, self._save = self._save, False
+            self._upload = self._uploads.submit(self._store, checkpoint, name, asked=asked)
         if self._is_main and metrics is not None:
             self.progress({"event": "epoch", "metrics": metrics, "checkpoint": checkpoint is not None})
 
-    def _store(self, checkpoint: Path, name: str) -> None:
+    def _store(self, checkpoint: Path, name: str, *, asked: bool) -> None:
         # A repeated epoch writes to the same name, so an interrupted upload leaves no orphan.
         self._folder.save(checkpoint, name)
+        if asked:
+            self._mailbox.save.remote(done=True)
         shutil.rmtree(checkpoint.parent)
         self._kept = [*(kept for kept in self._kept if kept != name), name][-self._keep :]
         if len(self._kept) == self._keep:
             self._folder.keep(self._kept)
 
     def save_requested(self) -> bool:
-        """Whether Ray has announced the end of a node since the last call; waits for the other workers' calls."""
+        """Whether Ray has announced the end of a node, or (on rank 0) a resize; waits for the other workers' calls."""
+        self._read_answer()
         if not self._watched:
-            return False
+            return self._save
         info = ray.train.get_preemption_info()
         new = set(info.preempted_node_ids if info is not None else ()) - self._leaving
         if new and self._is_main:
             self.progress({"event": "warning", "message": f"nodes are about to go away: {', '.join(sorted(new))}"})
         self._leaving |= new
-        return bool(new)
+        return bool(new) or self._save
 
     def stop_requested(self) -> bool:
         """Whether the driver has asked to stop, by the answer to the previous question, without waiting."""
         self._read_answer()
         if self._is_main and self._answer is None:
-            self._answer = self._mailbox.stop_asked.remote()
+            self._answer = self._mailbox.asked.remote()
         return self._stop
 
     def _read_answer(self) -> None:
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            self._stop = self._stop or ray.get(self._answer)
+            asked = ray.get(self._answer)
+            self._stop, self._save = self._stop or asked == "stop", asked == "save"
             self._answer = None
 
 

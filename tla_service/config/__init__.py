@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Self
 
@@ -176,24 +177,29 @@ class RunConfig(Section):
             remedy = "leave it out, or run where there is a GPU"
             raise ConfigError("speed.cuda_graphs", True, "CUDA graphs need a GPU, and this run has none", remedy)
 
-    def check_workers(self, workers: int) -> None:
-        """Raise ConfigError if a step cannot be split over this many workers; their number may be known late."""
-        batch, mining = self.training.global_batch_size, self.mining
+    def check_workers(self, fewest: int, most: int | None = None) -> None:
+        """Raise ConfigError if a step cannot be split over so many workers, or any number of them up to `most`."""
+        batch, mining, workers = self.training.global_batch_size, self.mining, most or fewest
+        sizes = range(fewest, workers + 1)
         if batch < 2 * workers:
             reason, remedy = f"under 2 images for each of {workers} workers", f"use at least {2 * workers}"
             raise ConfigError("training.global_batch_size", batch, reason, f"{remedy}, or fewer workers")
         shared = self.mines_triplets and mining.scope == "global" and mining.pool == "separate"
-        if shared and mining.pool_size % workers:
+        wrong_size = next((size for size in sizes if mining.pool_size % size), None) if shared else None
+        if wrong_size is not None:
             below = mining.pool_size // workers * workers
-            reason = f"not divisible by {workers} workers with mining.scope=global"
+            reason = f"not divisible by {wrong_size} workers with mining.scope=global"
             remedy = f"use {below} or {below + workers}" if below else f"use {workers}"
+            if len(sizes) > 1:
+                remedy = f"use a multiple of {math.lcm(*sizes)}, or " if len(sizes) < 16 else ""
+                remedy += "give scaling.num_workers a narrower range"
             raise ConfigError("mining.pool_size", mining.pool_size, reason, remedy)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if isinstance(self.scaling.num_workers, int):
+        if self.scaling.num_workers != "auto":
             try:
-                self.check_workers(self.scaling.num_workers)
+                self.check_workers(*self.scaling.bounds(auto=1))
             except ConfigError as error:
                 raise wrong(str(error.subject), error.value, error.reason, error.remedy) from None
         contradiction = next(self._contradictions(), None)

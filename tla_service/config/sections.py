@@ -1,8 +1,10 @@
 """The sections of a run, except for its attack."""
 
+import math
+import re
 from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.fields import (
@@ -325,7 +327,10 @@ class SpeedConfig(Section):
 class ScalingConfig(Section):
     """Workers and their resources."""
 
-    num_workers: int | Literal["auto"] = setting("auto", "DDP processes; auto: all GPUs of the cluster, or 2 on CPUs")
+    num_workers: int | Literal["auto"] | tuple[int, int] = setting(
+        "auto",
+        "DDP processes; auto: all GPUs of the cluster, or 2 on CPUs; [fewest, most]: as many as there is room for",
+    )
     use_gpu: bool | Literal["auto"] = setting("auto", "train on GPUs; auto: if the cluster has any")
     cpus_per_worker: float = setting(1, "CPU cores reserved per worker", unit="cores", gt=0)
     gpus_per_worker: float = setting(1, "GPUs per worker; below 1 workers share a GPU", unit="GPUs", gt=0)
@@ -338,10 +343,34 @@ class ScalingConfig(Section):
     )
     address: str | None = setting(None, "Ray cluster to join; none: RAY_ADDRESS, else start a local one")
 
+    def bounds(self, auto: int) -> tuple[int, int]:
+        """The fewest and the most workers; `auto` if their number is left to the cluster."""
+        if isinstance(self.num_workers, tuple):
+            return self.num_workers
+        return (auto, auto) if self.num_workers == "auto" else (self.num_workers, self.num_workers)
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _check_number(cls, value: object) -> object:
+        """One message instead of one per member of the union."""
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]  # of the command line
+        if isinstance(value, bool) or value == "auto":
+            return value
+        numbers = value if isinstance(value, list | tuple) else (value, value)
+        whole = len(numbers) == 2 and all(re.fullmatch("[1-9][0-9]{0,8}", str(number)) for number in numbers)
+        if whole and int(numbers[0]) <= int(numbers[1]):
+            return value
+        reason = "not a number of processes, nor the fewest and the most of them, from 1 up"
+        raise wrong("scaling.num_workers", value, reason, "write 2, a range as [2, 8], or auto")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if isinstance(self.num_workers, int) and self.num_workers < 1:
-            raise wrong("scaling.num_workers", self.num_workers, "below 1", "give the number of processes, or auto")
+        share, elastic = self.gpus_per_worker, isinstance(self.num_workers, tuple)
+        if elastic and share < 1 and not math.isclose(1 / share, round(1 / share)):
+            # Ray Train divides the GPUs of a node by the share, and would wait for workers that do not fit.
+            reason = "leaves a part of each GPU over, which a range of workers cannot allow for"
+            raise wrong("scaling.gpus_per_worker", share, reason, "use 1, or 1 divided by a whole number")
         return self
 
 

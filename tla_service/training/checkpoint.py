@@ -25,7 +25,7 @@ from tla_service.runtime import WorkerContext, failing_together, gather_objects
 from tla_service.training.average import WeightAverage
 
 MANIFEST = "manifest.json"
-_POSITION = ("step", "partial_totals", "best", "history")  # of a TrainingState
+_POSITION = ("step", "partial_totals", "best", "history", "workers")  # of a TrainingState
 STATISTICS = "statistics.safetensors"  # of every worker, in a checkpoint within an epoch
 CODE = "code.zip"  # of a network from outside this package
 RESUMABLE = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml", "data.json")
@@ -43,6 +43,7 @@ class TrainingState:
     best_weights: dict[str, Tensor] = field(default_factory=dict)  # state dict on the CPU
     best: dict[str, float] = field(default_factory=dict)  # metrics of their epoch
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of each epoch done
+    workers: list[list[int]] = field(default_factory=list)  # [step, workers from it on] for each change
     # What `statistics` are to be on this worker, after a checkpoint within an epoch; DDP first makes all alike.
     own_statistics: dict[str, Tensor] = field(default_factory=dict)
 
@@ -131,7 +132,7 @@ def load_checkpoint(
                 tensors[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     best = folder / "best.safetensors"
     state.best_weights = load_file(best) if best.exists() else {}
-    for name in _POSITION:
+    for name in saved.keys() & set(_POSITION):  # older versions did not save `workers`
         setattr(state, name, saved[name])
     if (folder / STATISTICS).exists():
         each = load_file(folder / STATISTICS)

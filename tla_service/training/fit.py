@@ -108,11 +108,16 @@ class Run:
         if network.found:
             self._tell(event="network", message=f"embedding: {network.found}")
         workers = f"{context.world_size} worker{'s' if context.world_size != 1 else ''}"
+        sizes = self.state.workers
+        if not sizes or sizes[-1][1] != context.world_size:
+            workers += f" (before: {sizes[-1][1]})" if sizes else ""
+            sizes.append([self.state.step, context.world_size])
         speed = {"channels_last": config.training.channels_last, "cuda_graphs": self.step.adversary.uses_graphs}
         workers += "".join(f", {name}" for name, is_on in speed.items() if is_on)
         self._tell(
             event="start",
             workers=context.world_size,
+            sizes=sizes,
             speed=speed | {"compile": config.speed.compile, "precision": config.training.precision},
             resumed=bool(resumed_from),
             resumed_from=resumed_from,
@@ -150,7 +155,7 @@ class Run:
             "validation_images": str(len(self.validation[1])),
             "test_images": str(len(dataset.test)),
             **self._extra_facts,
-            "workers": str(context.world_size),
+            "workers": ", then ".join(str(workers) for _, workers in self.state.workers),
             "device": torch.cuda.get_device_name() if context.device.type == "cuda" else "cpu",
         }
         return FitResult(interrupted, test, state.best, state.history, self.phases.seconds, facts, rejector)

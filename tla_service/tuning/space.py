@@ -30,6 +30,9 @@ class Space:
     """What a sweep searches around a run; raises ConfigError if an axis is wrong, or no point is allowed."""
 
     def __init__(self, run: RunConfig, sweep: SweepConfig) -> None:
+        if isinstance(run.scaling.num_workers, tuple):
+            reason = "runs whose number of workers changes do not compare"
+            raise ConfigError("scaling.num_workers", list(run.scaling.num_workers), reason, "give one number, or auto")
         self.run, self.sweep = run, sweep
         self._full = run.model_dump(mode="json")
         self._fields = copy.deepcopy(self._full)

@@ -67,8 +67,7 @@ def check_before_start(config: RunConfig) -> Facts:
         raise trouble
     dataset = load_dataset(config.data)
     architecture = Architecture.of(config.model)
-    workers = config.scaling.num_workers if isinstance(config.scaling.num_workers, int) else 1
-    extra = check_split(config, dataset, workers, architecture)
+    extra = check_split(config, dataset, config.scaling.bounds(auto=1)[1], architecture)
     network = architecture.build(len(dataset.class_names), dataset.image_shape)
     check_network(config, architecture, network, dataset)
     seen_by_triplets(network, config.loss.triplet_layer)
@@ -124,6 +123,7 @@ class TrackedRun:
         self.run_id = open_run(config, run_key, facts=facts, use_gpu=use_gpu)
         self.outcome: Outcome = "finished"
         self.restarts = 0  # how often workers failed and were restarted
+        self._sizes: list[tuple[int, int]] = []  # steps and the number of workers from each on
         self._terminal = terminal
         self._stop_system_metrics = start_system_metrics(self.uri, self.run_id)
         self.metrics = RunLog(self.uri, self.run_id, output / "unsent")
@@ -158,10 +158,19 @@ class TrackedRun:
         self._terminal.show(record)
         for metrics in record.get("history", ()):
             self.metrics.log_epoch(metrics)
-        if record["event"] == "epoch":
+        if record["event"] == "start":
+            self._sizes = record["sizes"]
+            self.log_workers(current=False)
+        elif record["event"] == "epoch":
             self.metrics.log_epoch(record["metrics"])
+            self.log_workers(current=record["checkpoint"])
         elif record["event"] == "failure":
             self.restarts += 1
+
+    def log_workers(self, *, current: bool = True) -> None:
+        """Log from which step on how many workers trained; the `current` ones once a checkpoint has made it final."""
+        for step, workers in self._sizes if current else self._sizes[:-1]:
+            self.metrics.log({"workers": workers}, step)
 
 
 def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, json_logs: bool) -> int:
@@ -214,6 +223,7 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
             fetch_checkpoint(stored, copy)
             if result.interrupted:
                 tracked.outcome = "interrupted"
+                tracked.log_workers()
                 write_summary(output, {"status": "interrupted", "run_id": tracked.run_id, "checkpoint": str(copy)})
                 terminal.say("stopped after a checkpoint; the same command resumes from it")
                 return INTERRUPTED

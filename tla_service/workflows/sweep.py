@@ -185,7 +185,7 @@ def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, o
     }
     if best is not None:
         found = space.apply(best.point, full_length=True).model_copy(update={"name": ""})
-        written[WINNER] = to_yaml(_workers(found, int(run.scaling.num_workers)))
+        written[WINNER] = to_yaml(_workers(found, run.scaling.bounds(auto=1)[0]))
     for name, text in written.items():
         (output / name).write_text(text)
     files = {name: output / name for name in written}
