@@ -29,15 +29,17 @@ from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError, UserError
 from tla_service.files import whole_folder
 from tla_service.job import log_as_json
-from tla_service.runtime import COLLECTIVE_TIMEOUT_SECONDS, WorkerContext
+from tla_service.runtime import WorkerContext, collective_timeout
 from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.fit import Run
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.output import FitResult
 from tla_service.training.reporting import KEPT
+from tla_service.training.watch import START_SECONDS, watched
 
 Record = Mapping[str, Any]
 FETCH_SECONDS = 0.2
+TELL_SECONDS = 30
 # How often Ray Train's controller polls its workers. The default of 2 s delays the end of a small run.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
 
@@ -92,7 +94,7 @@ def fit_on_ray(
         # NCCL refuses two workers on one GPU; gloo does not.
         torch_config=TorchConfig(
             backend="gloo" if placement.use_gpu and placement.gpus_per_worker < 1 else None,
-            timeout_s=COLLECTIVE_TIMEOUT_SECONDS,
+            timeout_s=collective_timeout(config.scaling.hang_seconds),
         ),
         scaling_config=ScalingConfig(
             num_workers=placement.num_workers,
@@ -187,11 +189,17 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     if context.is_main:
         logging.getLogger("tla_service").addHandler(WarningsToMailbox(loop["mailbox"]))
         reporter.progress({"event": "placed"})
+
+    def tell(message: str) -> None:
+        ray.get(loop["mailbox"].push.remote({"event": "warning", "message": message}), timeout=TELL_SECONDS)
+
     try:
         code = ray.get(loop["code"]) if loop["code"] is not None else None
-        run = Run(config, context, reporter, code)
-        run.start(weights)
-        result = run.train(**ends)
+        with watched(context, max(START_SECONDS, config.scaling.hang_seconds), tell):
+            run = Run(config, context, reporter, code)
+            run.start(weights)
+        with watched(context, config.scaling.hang_seconds, tell):
+            result = run.train(**ends)
     except (UserError, NonFiniteLossError) as error:
         return {"error": error}
     finally:
