@@ -23,15 +23,16 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from torch import Tensor
 
 from tla_service.cluster.mailbox import FailuresToMailbox, start_mailbox
-from tla_service.cluster.session import Placement, own_dashboard, stop_on_signal
+from tla_service.cluster.session import Placement, own_dashboard, stop_on_signal, waiting
 from tla_service.cluster.storage import RunFolder
 from tla_service.config import RunConfig
-from tla_service.errors import UnavailableError, UserError
+from tla_service.errors import OutOfMemoryError, UnavailableError, UserError
 from tla_service.files import whole_folder
 from tla_service.job import log_as_json
 from tla_service.runtime import WorkerContext, collective_timeout
 from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.fit import Run
+from tla_service.training.memory import memory_remedy
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.output import FitResult
 from tla_service.training.reporting import KEPT
@@ -40,6 +41,7 @@ from tla_service.training.watch import START_SECONDS, watched
 Record = Mapping[str, Any]
 FETCH_SECONDS = 0.2
 TELL_SECONDS = 30
+WAIT_SECONDS, WAIT_AGAIN_SECONDS = 60, 600  # after which the log says what the run waits for, and says it again
 # How often Ray Train's controller polls its workers. The default of 2 s delays the end of a small run.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
 
@@ -74,6 +76,7 @@ def fit_on_ray(
     if damage:
         follow({"event": "damaged_checkpoint", "message": damage})
     mailbox = start_mailbox()
+    remedy = memory_remedy(config, placement.num_workers, has_gpu=placement.use_gpu)
     loop = {
         "config": config.model_dump(mode="json"),
         "folder": folder,
@@ -108,12 +111,12 @@ def fit_on_ray(
             storage_path="ray",
             storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
             failure_config=FailureConfig(max_failures=config.scaling.max_failures),
-            callbacks=[FailuresToMailbox(mailbox)],  # type: ignore[list-item]
+            callbacks=[FailuresToMailbox(mailbox, remedy)],  # type: ignore[list-item]
         ),
     )
     try:
         with own_dashboard():
-            result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds)
+            result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds, placement)
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]
         message = f"training failed more than scaling.max_failures={config.scaling.max_failures} times: {cause}"
@@ -145,18 +148,37 @@ def _in_background(call: Callable[[], Result]) -> "Future[Result]":
     return future
 
 
-def _follow(future: "Future[Result]", mailbox: Any, follow: Callable[[Record], None], wait_seconds: float) -> Result:
-    """Pass records on until the run ends."""
-    began, started = time.monotonic(), False
+def _follow(
+    future: "Future[Result]",
+    mailbox: Any,
+    follow: Callable[[Record], None],
+    wait_seconds: float,
+    placement: Placement,
+) -> Result:
+    """Pass records on until the run ends; say so where workers wait to be placed."""
+    began, started, has_stepped = time.monotonic(), False, False
+    waits_since: float | None = time.time()
+    tell_at = waits_since + WAIT_SECONDS
     with stop_on_signal("stopping after a checkpoint", mailbox.stop.remote):
         while True:
             done = future.done()
-            records: list[Record] = ray.get(mailbox.fetch.remote())
+            records: list[dict[str, Any]] = ray.get(mailbox.fetch.remote())
             for record in records:
-                started = started or record["event"] == "placed"
+                event, lacks_memory = record["event"], record.pop("lacks_memory", None)
+                if event == "placed":
+                    started, has_stepped, waits_since = True, False, None
+                elif event == "failure":
+                    waits_since = time.time()
+                    tell_at = waits_since + WAIT_SECONDS
+                has_stepped = has_stepped or event in ("step", "epoch")
                 follow(record)
+                if lacks_memory is not None and not has_stepped:
+                    raise lacks_memory  # a restart would end the same
             if done:
                 return future.result()
+            if waits_since is not None and time.time() > tell_at:
+                follow({"event": "waiting", "message": waiting(placement, waits_since)})
+                tell_at = time.time() + WAIT_AGAIN_SECONDS
             if not started and wait_seconds and time.monotonic() - began > wait_seconds:
                 reason = "the cluster has not placed the workers in this time"
                 remedy = "ask for fewer workers, or wait longer"
@@ -200,6 +222,8 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
             run.start(weights)
         with watched(context, config.scaling.hang_seconds, tell):
             result = run.train(**ends)
+    except OutOfMemoryError:
+        raise  # the other workers do not know of it, and are to be ended
     except (UserError, NonFiniteLossError) as error:
         return {"error": error}
     finally:
