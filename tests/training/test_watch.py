@@ -23,6 +23,12 @@ SECONDS = 2.0  # that a rank may hold up the others
 PAUSE = 1.2  # a healthy one
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def stop(rank: int) -> None:
     """Freeze a rank's process."""
     if int(os.environ["RANK"]) == rank:
@@ -95,7 +101,7 @@ CASES = {
 
 class Outcome(NamedTuple):
     codes: list[int | None]  # exit code of each rank; None if it still runs
-    pids: list[int]
+    pids: list[int | None]
     told: dict[int, str]  # by rank
     finished: set[int]
 
@@ -107,9 +113,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Out
     processes, folders = {}, {}
     for name, case in CASES.items():
         folders[name] = tmp_path_factory.mktemp("watch")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         processes[name] = [
             multiprocessing.get_context("forkserver").Process(
                 target=work, args=(rank, case.world_size, port, str(folders[name]), case.event, case.victim)

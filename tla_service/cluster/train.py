@@ -76,7 +76,7 @@ def fit_on_ray(
     if damage:
         follow({"event": "damaged_checkpoint", "message": damage})
     mailbox = start_mailbox()
-    remedy = memory_remedy(config, placement.num_workers, has_gpu=placement.use_gpu)
+    remedy = memory_remedy(config, placement.num_workers)
     loop = {
         "config": config.model_dump(mode="json"),
         "folder": folder,
@@ -158,7 +158,7 @@ def _follow(
     """Pass records on until the run ends; say so where workers wait to be placed."""
     began, started, has_stepped = time.monotonic(), False, False
     waits_since: float | None = time.time()
-    tell_at = waits_since + WAIT_SECONDS
+    tell_at = time.time() + WAIT_SECONDS
     with stop_on_signal("stopping after a checkpoint", mailbox.stop.remote):
         while True:
             done = future.done()
@@ -168,8 +168,7 @@ def _follow(
                 if event == "placed":
                     started, has_stepped, waits_since = True, False, None
                 elif event == "failure":
-                    waits_since = time.time()
-                    tell_at = waits_since + WAIT_SECONDS
+                    waits_since, tell_at = time.time(), time.time() + WAIT_SECONDS
                 has_stepped = has_stepped or event in ("step", "epoch")
                 follow(record)
                 if lacks_memory is not None and not has_stepped:

@@ -1,7 +1,5 @@
 """Running out of memory: what to lower, with the numbers of the run."""
 
-import torch
-
 from tla_service.config import RunConfig
 from tla_service.errors import OutOfMemoryError, one_line
 from tla_service.runtime import WorkerContext, hardware
@@ -10,34 +8,20 @@ _WORDS = ("out of memory", "can't allocate memory", "not enough memory")  # of C
 
 
 def out_of_memory(error: Exception, config: RunConfig, context: WorkerContext, phase: str) -> OutOfMemoryError | None:
-    """Say what to lower if an error of a phase of the run is lack of memory; None for other errors."""
-    text = str(error).lower()
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(words in text for words in _WORDS):
+    """Say what to lower if an error in a phase of the run is lack of memory; None for other errors."""
+    if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _WORDS):
         return None
-    where = f"rank {context.rank}, {hardware(context.device)}"
-    reason = f"out of memory ({where}, {phase}: {one_line(error)})"
-    if phase == "data":
-        return OutOfMemoryError(
-            "data.residency", config.data.residency, reason, "use stream, or fewer workers per node"
-        )
-    if phase in ("validation", "test", "detector"):
-        return OutOfMemoryError("evaluation.batch_size", config.evaluation.batch_size, reason, "lower it")
-    remedy = memory_remedy(config, context.world_size, has_gpu=context.device.type == "cuda")
+    reason = f"out of memory (rank {context.rank}, {hardware(context.device)}, {phase}: {one_line(error)})"
+    remedy = memory_remedy(config, context.world_size)
     return OutOfMemoryError("training.global_batch_size", config.training.global_batch_size, reason, remedy)
 
 
-def memory_remedy(config: RunConfig, workers: int, *, has_gpu: bool) -> str:
-    """What lowers a training worker's memory, with the numbers of this run."""
-    mining, numbers = config.mining, [f"{-(-config.training.global_batch_size // workers)} images per worker"]
-    lower = ["training.global_batch_size"]
+def memory_remedy(config: RunConfig, workers: int) -> str:
+    """What the memory of each of so many workers was needed for, and what to lower."""
+    mining, pool = config.mining, ""
     if config.mines_triplets and mining.pool == "separate":
-        pool = mining.pool_size // (workers if mining.scope == "global" else 1)
-        numbers.append(f"a pool of {pool}")
-        lower.append("mining.pool_size")
-    numbers.append(f"{config.model.name} in {config.training.precision}")
-    others = ["use more workers" if has_gpu else "run fewer workers per node (scaling.cpus_per_worker)"]
-    if has_gpu and config.training.precision == "float32":
-        others.append("set training.precision to bfloat16")
-    if has_gpu and config.scaling.gpus_per_worker < 1:
-        others.append("raise scaling.gpus_per_worker")
-    return f"lower {' or '.join(lower)} ({', '.join(numbers)}), or {', or '.join(others)}"
+        pool = f" and a pool of {mining.pool_size // (workers if mining.scope == 'global' else 1)}"
+    load = f"{-(-config.training.global_batch_size // workers)} images{pool}, for {config.model.name}"
+    lower = "training.global_batch_size, mining.pool_size or evaluation.batch_size, run fewer workers per node or GPU"
+    shares = "(scaling.cpus_per_worker, scaling.gpus_per_worker), or set training.precision to bfloat16"
+    return f"each worker had {load} in {config.training.precision}: lower {lower} {shares}"

@@ -65,7 +65,7 @@ class _Watch:
         code = (frame := sys._current_frames()[self._watched]).f_code
         line = f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
         started = self._group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-        with self._lock, contextlib.suppress(RuntimeError if has_left else ()):  # rank 0 may be gone with the store
+        with self._lock, contextlib.suppress(*[RuntimeError] * has_left):  # rank 0 may be gone with the store
             if not self.stopped.is_set():
                 self._store.set(self._keys[self._rank], f"{'' if has_left else next(self._beats)}|{started}|{line}")
             if has_left:
