@@ -70,6 +70,10 @@ def fit_on_ray(
     """
     if placement.num_workers <= FEW_WORKERS:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
+    timeout = collective_timeout(config.scaling.hang_seconds)
+    if placement.num_workers > 1:  # else Ray's check of a worker's health may come before `watched`, which says more
+        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(timeout))
+        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(timeout))
     ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # the controller's environment has no public setting
     folder = RunFolder(storage, config.run_name)
     damage = folder.forget_record()
@@ -97,7 +101,7 @@ def fit_on_ray(
         # NCCL refuses two workers on one GPU; gloo does not.
         torch_config=TorchConfig(
             backend="gloo" if placement.use_gpu and placement.gpus_per_worker < 1 else None,
-            timeout_s=collective_timeout(config.scaling.hang_seconds),
+            timeout_s=timeout,
         ),
         scaling_config=ScalingConfig(
             num_workers=placement.num_workers,
