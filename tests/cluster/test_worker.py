@@ -5,8 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tla_service.cluster.mailbox import FailuresToMailbox
 from tla_service.cluster.storage import RunFolder
 from tla_service.cluster.train import RayReporter, WarningsToMailbox
+from tla_service.errors import OutOfMemoryError
 
 
 class Mailbox:
@@ -63,3 +65,18 @@ def test_a_warning_of_a_worker_reaches_the_driver() -> None:
     finally:
         logging.getLogger("tla_service").removeHandler(handler)
     assert mailbox.records == [{"event": "warning", "message": "Writing x failed"}]
+
+
+def test_a_worker_that_lacks_memory_is_told_with_what_to_lower() -> None:
+    mailbox, killed = Mailbox(), RuntimeError("A worker health check failed.\nthe node running low on memory.\nlast")
+    callback = FailuresToMailbox(mailbox, "lower the batch")
+    lacking = OutOfMemoryError("training.global_batch_size", 8, "out of memory", "lower it")
+    callback.after_exception(None, {0: RuntimeError("closed"), 1: lacking})
+    callback.after_exception(None, {1: killed})
+    callback.after_exception(None, {1: RuntimeError("other")})
+    text = "training.global_batch_size=8: out of memory; lower it"
+    assert [(record["message"], record["lacks_memory"]) for record in mailbox.records] == [
+        (f"workers failed: {{0: 'closed', 1: '{text}'}}", lacking),
+        ("workers failed: {1: 'last'}; out of memory: lower the batch", None),
+        ("workers failed: {1: 'other'}", None),
+    ]
