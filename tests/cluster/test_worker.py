@@ -68,7 +68,11 @@ def test_a_warning_of_a_worker_reaches_the_driver() -> None:
 
 
 def test_a_worker_that_lacks_memory_is_told_with_what_to_lower() -> None:
-    mailbox, killed = Mailbox(), RuntimeError("A worker health check failed.\nthe node running low on memory.\nlast")
+    # What Ray 2.60 says of a worker that its memory monitor has killed.
+    low = "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: cc90)"
+    low += " was 7.18GB used / 23.54GB limit (0.304923)"
+    killed = RuntimeError(f"A worker health check failed.\n{low}\nOOM kill reason: Memory usage\nRefer to the docs")
+    mailbox = Mailbox()
     callback = FailuresToMailbox(mailbox, "lower the batch")
     lacking = OutOfMemoryError("training.global_batch_size", 8, "out of memory", "lower it")
     callback.after_exception(None, {0: RuntimeError("closed"), 1: lacking})
@@ -77,6 +81,6 @@ def test_a_worker_that_lacks_memory_is_told_with_what_to_lower() -> None:
     text = "training.global_batch_size=8: out of memory; lower it"
     assert [(record["message"], record["lacks_memory"]) for record in mailbox.records] == [
         (f"workers failed: {{0: 'closed', 1: '{text}'}}", lacking),
-        ("workers failed: {1: 'last'}; out of memory: lower the batch", None),
+        (f"workers failed: {{1: '{low}'}}; lower the batch", None),
         ("workers failed: {1: 'other'}", None),
     ]

@@ -51,12 +51,18 @@ class FailuresToMailbox(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Send the reasons; Ray Train restarts the workers."""
-        reasons = {rank: str(error).strip().splitlines()[-1] for rank, error in worker_exceptions.items()}
+        reasons = {rank: reason_line(error) for rank, error in worker_exceptions.items()}
         message = f"workers failed: {reasons}"
-        if any(_LOW_MEMORY in str(error) for error in worker_exceptions.values()):
-            message += f"; out of memory: {self._memory_remedy}"
+        if _LOW_MEMORY in message:
+            message += f"; {self._memory_remedy}"
         lacking = [error for error in worker_exceptions.values() if isinstance(error, OutOfMemoryError)]
         self._mailbox.push.remote({"event": "failure", "message": message, "lacks_memory": next(iter(lacking), None)})
+
+
+def reason_line(error: Exception) -> str:
+    """The line of an error's text that says most: the last one, unless the worker was killed for lack of memory."""
+    lines = str(error).strip().splitlines()
+    return next((line for line in lines if _LOW_MEMORY in line), lines[-1])
 
 
 def start_mailbox() -> Any:

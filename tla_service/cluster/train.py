@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from torch import Tensor
 
-from tla_service.cluster.mailbox import FailuresToMailbox, start_mailbox
+from tla_service.cluster.mailbox import FailuresToMailbox, reason_line, start_mailbox
 from tla_service.cluster.session import Placement, own_dashboard, stop_on_signal, waiting
 from tla_service.cluster.storage import RunFolder
 from tla_service.config import RunConfig
@@ -122,8 +122,8 @@ def fit_on_ray(
         with own_dashboard():
             result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds, placement)
     except TrainingFailedError as error:
-        cause = str(error).strip().splitlines()[-1]
-        message = f"training failed more than scaling.max_failures={config.scaling.max_failures} times: {cause}"
+        failures = f"scaling.max_failures={config.scaling.max_failures}"
+        message = f"training failed more than {failures} times: {reason_line(error)}"
         raise RuntimeError(message) from error
     returned: dict[str, Any] | None = result.return_value  # type: ignore[attr-defined]
     if returned is None or "error" in returned:
