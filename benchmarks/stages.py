@@ -20,6 +20,7 @@ from tla_service.triplets import mine_hardest
 LEAST_SECONDS = {"cpu": 30.0, "cuda": 0.0}
 BURN_IN = {"cpu": 1, "cuda": 3}
 # Positives of the literal mode: one, as the bars' arithmetic and the authors' code for MNIST have it, or two.
+METHODS = {"ALP": "alp", "TRADES": "trades", "MART": "mart", "TLA-RN": "tla_rn", "TLA-SA": "tla_sa"}
 LITERAL = {"TLA, literal": "same_class", "TLA, literal, two positives": "both"}
 Changes = dict[str, Any]
 
@@ -73,6 +74,8 @@ def measure_steps(
             "floor of TLA": floors[1],
             "TLA, pool: batch": tla,
         }
+        for label, method in METHODS.items() if others and workload.num_steps <= 10 else ():
+            ours[label] = FullStep(workload, context, **merged(base, {"method": method}))
         for mode, positives in LITERAL.items() if others else ():
             ours[mode] = FullStep(workload, context, **merged(base, literal(workload, positives)))
         with ExitStack() as stack:

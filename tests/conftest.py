@@ -1,5 +1,6 @@
 """One thread, one seed, no configuration from outside; an S3 server and an MLflow store for tests that ask for them."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -57,10 +58,9 @@ class S3Server:
         self.client.put_object(Bucket=self.bucket, Key=key, Body=body)
 
 
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """One server for the session, in a process of its own."""
-    folder = tmp_path_factory.mktemp("s3")
+@contextlib.contextmanager
+def running_s3(folder: Path) -> Iterator[S3Server]:
+    """A server in a process of its own."""
     ready = folder / "environment"
     command = [sys.executable, str(Path(__file__).with_name("s3_server.py")), str(ready), "--bucket", "images"]
     with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
@@ -84,6 +84,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             client.close()
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One server for the session."""
+    with running_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -161,6 +161,23 @@ def test_every_command_is_a_valid_configuration(page: str, line: str, monkeypatc
     read_settings(settings_of(line), spread_lists(given, ("compare", "models")))
 
 
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_preset_says_how_it_is_run_and_what_to_expect(preset: str) -> None:
+    text = (ROOT / "tla_service" / "config" / "presets" / f"{preset}.yaml").read_text()
+    run, expected = re.search(
+        r"^# Run: python jobs/train_tla.py (.+)\n# Expect: ((?:.|\n# )+)", text, re.MULTILINE
+    ).groups()
+    assert read_settings(RunSettings, shlex.split(run)).preset == preset
+    found = re.search(r"\((docs/[\w/.-]+), row ([\w-]+)\)", expected)
+    if found is None:
+        assert expected.startswith("not measured")
+        return
+    rows = [line for line in (ROOT / found[1]).read_text().splitlines() if re.match(rf"\| `?{found[2]}`? [|(]", line)]
+    figures = re.findall(r"\d+\.\d(?: ± \d+\.\d| \[[\d., -]+\])", expected)
+    assert figures
+    assert any(all(f"| {figure} |" in row for figure in figures) for row in rows)
+
+
 def differences() -> list[tuple[str, str, str]]:
     """Setting, preset and value as the method's table of differences shows them."""
     text = (

@@ -43,7 +43,15 @@ def test_steps_and_attacks_are_measured_beside_other_libraries() -> None:
     stages.measure_steps(WORK, quick(), results, {})
     stages.measure_attacks(WORK, quick(), results)
     names = {row[1] for row in results.tables["Steps"]["rows"]}
-    assert {"AT", "TLA, pool: batch", *stages.LITERAL, "floor of AT", "floor of TLA", "backward() loop"} <= names
+    assert {
+        "AT",
+        "TLA, pool: batch",
+        *stages.LITERAL,
+        *stages.METHODS,
+        "floor of AT",
+        "floor of TLA",
+        "backward() loop",
+    } <= names
     assert results.ratios["cpu small_cnn: TLA over AT"]["bar"] == 1.2
     assert results.ratios["cpu small_cnn: literal TLA over AT"]["bar"] == 1.5
     assert results.ratios["cpu small_cnn: literal TLA with two positives over AT"]["bar"] is None

@@ -11,22 +11,23 @@ class Gate:
 
     Args:
         port: The server's, on this machine.
+        host: Address to listen on.
     """
 
-    def __init__(self, port: int) -> None:
-        self._server = port
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self._server, self.host = port, host
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((host, 0))
             self.port = probe.getsockname()[1]
         self._listener: socket.socket | None = None
         self._open: set[socket.socket] = set()
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def open(self) -> None:
-        listener = self._listener = socket.create_server(("127.0.0.1", self.port))
+        listener = self._listener = socket.create_server((self.host, self.port))
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
     def shut(self) -> None:
@@ -58,9 +59,9 @@ class Gate:
 
 
 @contextlib.contextmanager
-def gate_to(address: str) -> Iterator[Gate]:
+def gate_to(address: str, host: str = "127.0.0.1") -> Iterator[Gate]:
     """An open gate to a server, by its address, which ends in the port."""
-    gate = Gate(int(address.rpartition(":")[2]))
+    gate = Gate(int(address.rpartition(":")[2]), host)
     gate.open()
     try:
         yield gate

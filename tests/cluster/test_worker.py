@@ -1,14 +1,18 @@
 """What the driver is told of epochs and warnings, and which checkpoints stay."""
 
+import contextlib
 import logging
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from tla_service.cluster.mailbox import FailuresToMailbox
 from tla_service.cluster.storage import RunFolder
 from tla_service.cluster.train import RayReporter, WarningsToMailbox
-from tla_service.errors import OutOfMemoryError
+from tla_service.errors import OutOfMemoryError, UnavailableError
 
 
 class Mailbox:
@@ -24,6 +28,7 @@ def report(reporter: RayReporter, metrics: dict[str, float] | None, name: str) -
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_text(name)
     reporter.report(metrics, checkpoint, name)
+    assert reporter.finish() == name
     assert not checkpoint.parent.exists()
 
 
@@ -33,7 +38,6 @@ def test_a_checkpoint_within_an_epoch_is_no_epoch(tmp_path: Path) -> None:
     reporter.report(metrics, None, "")
     report(reporter, None, "step-000000006")
     assert mailbox.records == [{"event": "epoch", "metrics": metrics, "checkpoint": False}]
-    assert reporter.newest == "step-000000006"
     others = Mailbox()
     RayReporter(others, RunFolder(str(tmp_path), "run"), 2, is_main=False).report(metrics, None, "step-000000008")
     assert others.records == []
@@ -53,6 +57,40 @@ def test_the_last_two_checkpoints_stay_whoever_wrote_the_others(tmp_path: Path) 
     assert there == [["step-2", "step-4"], ["step-2", "step-4"], ["step-4", "step-6"], ["step-6", "step-8"]]
     assert (run / "step-8" / "model.safetensors").read_text() == "step-8"
     assert (run / "held_by.json").exists()
+
+
+def test_checkpoints_are_stored_in_the_background_one_at_a_time(tmp_path: Path) -> None:
+    folder, may_write = RunFolder(str(tmp_path), "run"), threading.Event()
+    save = folder.save
+
+    def slow(checkpoint: Path, name: str) -> None:
+        assert may_write.wait(60)
+        save(checkpoint, name)
+
+    folder.save = slow  # type: ignore[method-assign]
+    reporter = RayReporter(Mailbox(), folder, 2, is_main=True)
+    for name in ("step-2", "step-4"):
+        checkpoint = reporter.destination(name)
+        checkpoint.mkdir()
+        if name == "step-4":
+            threading.Timer(
+                0.2, may_write.set
+            ).start()  # meanwhile training has gone on; the second waits for the first
+        reporter.report({"epoch": 0.0}, checkpoint, name)
+        assert [path.name for path in (tmp_path / "run").glob("step-*")] == (["step-2"] if name == "step-4" else [])
+    assert reporter.finish() == "step-4"
+
+
+def test_a_checkpoint_that_cannot_be_stored_ends_the_run_at_the_next(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file, where a folder should be")
+    reporter = RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), 2, is_main=True)
+    for name, waits in (("step-2", False), ("step-4", True)):
+        checkpoint = reporter.destination(name)
+        checkpoint.mkdir()
+        with pytest.raises(UnavailableError, match=r"^scaling\.storage=") if waits else contextlib.nullcontext():
+            reporter.report({"epoch": 0.0}, checkpoint, name)
+    with pytest.raises(UnavailableError, match=r"^scaling\.storage="):
+        reporter.finish()
 
 
 def test_a_warning_of_a_worker_reaches_the_driver() -> None:

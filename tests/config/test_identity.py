@@ -107,6 +107,7 @@ SHAPES: dict[str, Any] = {
     "evaluation.validation.num_steps": 30,
     "evaluation.validation.num_restarts": 2,
     "evaluation.validation_limit": 50,
+    "evaluation.validation_margin": True,
     "evaluation.every_epochs": 2,
 }
 SHAPES_NOTHING: dict[str, Any] = {

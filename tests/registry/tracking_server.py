@@ -28,12 +28,13 @@ START_SECONDS = 240  # 10 on an idle machine
 class TrackingServer:
     """`mlflow server` on a port of its own; started, killed and started again over the same database."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, store: str = "", allowed: str = "") -> None:
+        self.folder, self.store = folder, store or f"sqlite:///{folder}/server.db"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
+        self.allowed = allowed or f"127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -47,11 +48,11 @@ class TrackingServer:
             "--workers",
             "1",
             "--backend-store-uri",
-            f"sqlite:///{self.folder}/server.db",
+            self.store,
             "--artifacts-destination",
             str(self.folder / "store"),
             "--allowed-hosts",
-            f"127.0.0.1:{self.port}",
+            self.allowed,
         ]
         with (self.folder / "server.log").open("ab") as log:
             # The job runner takes seconds to start and serves features that nothing here uses.

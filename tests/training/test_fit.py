@@ -192,6 +192,17 @@ def test_validation_every_other_epoch_saves_only_then(reporter: KeepingReporter)
     assert [path.name for path in reporter.checkpoints] == ["step-000000008", "step-000000012"]
 
 
+def test_validation_counts_what_withstands_cross_entropy_and_margin(reporter: KeepingReporter) -> None:
+    plain = fit(digits_config(training={"epochs": 1}), WorkerContext(), reporter).best
+    both = fit(
+        digits_config(training={"epochs": 1}, evaluation={"validation_margin": True}), WorkerContext(), reporter
+    ).best
+    names = ["validation/robust_accuracy/validation", "validation/robust_accuracy/validation_margin"]
+    assert both["validation/robust_accuracy"] <= min(both[name] for name in names)
+    assert both[names[0]] == plain["validation/robust_accuracy"]
+    assert names[1] not in plain
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(reporter: KeepingReporter) -> None:
     config = digits_config(optimizer={"name": "sgd", "learning_rate": 1e20})
     with pytest.raises(NonFiniteLossError, match=r"not finite by step \d+; lower optimizer.learning_rate"):

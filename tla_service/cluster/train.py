@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
             run.start(weights)
         with watched(context, config.scaling.hang_seconds, tell):
             result = run.train(**ends)
+        newest = reporter.finish()
     except OutOfMemoryError:
         raise  # the other workers do not know of it, and are to be ended
     except (UserError, NonFiniteLossError) as error:
@@ -232,7 +233,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     finally:
         # Calls are ordered: once this one is answered, all records have arrived.
         ray.get(loop["mailbox"].stop_asked.remote())
-    return {"result": vars(result), "checkpoint": reporter.newest}
+    return {"result": vars(result), "checkpoint": newest}
 
 
 class RayReporter:
@@ -251,10 +252,16 @@ class RayReporter:
         self._answer: Any = None
         self._stop = False
         self._leaving: set[str] = set()  # nodes whose end Ray has announced
+        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        self._upload: Future[None] | None = None
 
-    @property
-    def newest(self) -> str:
-        """On rank 0, name of the newest complete checkpoint; empty if there is none."""
+    def finish(self) -> str:
+        """Wait until all checkpoints are stored; returns the name of the newest on rank 0, "" if there is none.
+
+        Raises UnavailableError if the storage was unavailable for too long.
+        """
+        if self._upload is not None:
+            self._upload.result()
         return self._kept[-1] if self._kept else ""
 
     def stored(self) -> Sequence[Checkpoint]:
@@ -273,16 +280,23 @@ class RayReporter:
         return Path(tempfile.mkdtemp(prefix="tla-checkpoint-"), name)
 
     def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
-        """Store the checkpoint, retrying while the storage is unavailable; then report the epoch."""
+        """Store the checkpoint in the background, after the one before; then report the epoch.
+
+        Raises UnavailableError if the checkpoint before could not be stored.
+        """
         if checkpoint is not None:
-            # A repeated epoch writes to the same name, so an interrupted upload leaves no orphan.
-            self._folder.save(checkpoint, name)
-            shutil.rmtree(checkpoint.parent)
-            self._kept = [*(kept for kept in self._kept if kept != name), name][-self._keep :]
-            if len(self._kept) == self._keep:
-                self._folder.keep(self._kept)
+            self.finish()
+            self._upload = self._uploads.submit(self._store, checkpoint, name)
         if self._is_main and metrics is not None:
             self.progress({"event": "epoch", "metrics": metrics, "checkpoint": checkpoint is not None})
+
+    def _store(self, checkpoint: Path, name: str) -> None:
+        # A repeated epoch writes to the same name, so an interrupted upload leaves no orphan.
+        self._folder.save(checkpoint, name)
+        shutil.rmtree(checkpoint.parent)
+        self._kept = [*(kept for kept in self._kept if kept != name), name][-self._keep :]
+        if len(self._kept) == self._keep:
+            self._folder.keep(self._kept)
 
     def save_requested(self) -> bool:
         """Whether Ray has announced the end of a node since the last call; waits for the other workers' calls."""

@@ -9,7 +9,7 @@ from tla_service.evaluation.figures import new_figure, plain, save
 from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.results.runs import AUTOATTACK, Estimate, Row, TableRun, read_row, share_of_budget, table_runs
 from tla_service.results.settings import ReproduceSettings
-from tla_service.results.tuned_page import comparison_lines, label, protocol_lines, search_lines
+from tla_service.results.tuned_page import comparison_lines, gain_cells, label, protocol_lines, search_lines
 from tla_service.tuning.space import Space
 
 _TITLES = {
@@ -36,7 +36,8 @@ def write_page(settings: ReproduceSettings, space: Space, source: Path, state: P
         strong = [iterative, *autoattack]
         _method_bars(finished, ["clean", *strong], path.parent / "pictures" / f"{settings.page_name}-methods.png")
         lines += [f"![Methods](pictures/{settings.page_name}-methods.png)", "", "## Accuracy, %", ""]
-        lines += [*_table(settings, rows, ["clean", *first.attacks, *autoattack]), ""]
+        gain = iterative if is_tuned else ""
+        lines += [*_table(settings, rows, ["clean", *first.attacks, *autoattack], gain), ""]
         if first.detection is not None:
             names = ["detection", "neighbours clean", "neighbours attacked"]
             names += [f"{kind} {each.epsilon:.3g}" for each in first.shift for kind in ("r", "r'")]
@@ -102,10 +103,14 @@ def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row
     return lines
 
 
-def _table(settings: ReproduceSettings, rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
-    lines = ["| method | seeds | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+def _table(settings: ReproduceSettings, rows: Mapping[str, Row], names: Sequence[str], gain: str = "") -> list[str]:
+    """A row for each method; with `gain`, the name of a measure, its difference from AT in a last column."""
+    gains = gain_cells(settings.table, rows, gain) if gain else {}
+    titles = [*names, *([f"{gain} less AT"] if gain else [])]
+    lines = ["| method | seeds | " + " | ".join(titles) + " |", "|---|---|" + "---|" * len(titles)]
     for method, row in rows.items():
         cells = [_cell(Estimate.over_seeds(row.values(name)), name) for name in names]
+        cells += [gains.get(method, "")] if gain else []
         lines.append(f"| {row.label} | {len(row.runs)} | " + " | ".join(cells) + " |")
         paper = paper_row(settings.table, method) if settings.budget_name == "paper" and "clean" in names else None
         if paper is not None:

@@ -81,6 +81,21 @@ def _p_value(pairs: list[float]) -> float:
     return 1.0 if len(set(pairs)) == 1 and pairs[0] == 0 else float(ttest_1samp(pairs, 0).pvalue)
 
 
+def gain_cells(table: str, rows: Mapping[str, Row], measure: str) -> dict[str, str]:
+    """Each row's difference from AT in a measure, bold where the corrected p value separates them."""
+    found = differences(table, rows)
+    corrected = zip(found, holm([each.p for each in found]), strict=True)
+    return {
+        each.row: f"**{_points(each)}**" if p < _LEVEL else _points(each)
+        for each, p in corrected
+        if (each.less, each.measure) == ("at", measure)
+    }
+
+
+def _points(each: Difference) -> str:
+    return f"{100 * each.found.value:+.1f} [{100 * each.found.low:+.1f}, {100 * each.found.high:+.1f}]"
+
+
 def comparison_lines(table: str, rows: Mapping[str, Row]) -> list[str]:
     """A table of all comparisons."""
     found = differences(table, rows)

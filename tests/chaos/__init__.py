@@ -1,0 +1,1 @@
+"""A campaign of seeded faults against real runs: `python -m tests.chaos`."""
