@@ -43,7 +43,7 @@ class Mailbox:
 class FailuresToMailbox(UserCallback):
     """Sends worker failures to the driver from Ray Train's controller, which starts seconds earlier without torch.
 
-    `memory_remedy` is added where a worker was killed for lack of memory.
+    `memory_remedy` is added where lack of memory may be the cause.
     """
 
     def __init__(self, mailbox: Any, memory_remedy: str) -> None:
@@ -53,8 +53,8 @@ class FailuresToMailbox(UserCallback):
         """Send the reasons; Ray Train restarts the workers."""
         reasons = {rank: reason_line(error) for rank, error in worker_exceptions.items()}
         message = f"workers failed: {reasons}"
-        if _LOW_MEMORY in message:
-            message += f"; {self._memory_remedy}"
+        if "memory" in message:  # also as a possible cause, where Ray knows only that the process is gone
+            message += f"; if memory was the cause: {self._memory_remedy}"
         lacking = [error for error in worker_exceptions.values() if isinstance(error, OutOfMemoryError)]
         self._mailbox.push.remote({"event": "failure", "message": message, "lacks_memory": next(iter(lacking), None)})
 

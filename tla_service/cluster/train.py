@@ -160,7 +160,7 @@ def _follow(
     placement: Placement,
 ) -> Result:
     """Pass records on until the run ends; say so where workers wait to be placed."""
-    began, started, has_stepped = time.monotonic(), False, False
+    began, started, has_stepped, is_hung = time.monotonic(), False, False, False
     waits_since: float | None = time.time()
     tell_at = time.time() + WAIT_SECONDS
     with stop_on_signal("stopping after a checkpoint", mailbox.stop.remote):
@@ -170,10 +170,12 @@ def _follow(
             for record in records:
                 event, lacks_memory = record["event"], record.pop("lacks_memory", None)
                 if event == "placed":
-                    started, has_stepped, waits_since = True, False, None
+                    started, has_stepped, is_hung, waits_since = True, False, False, None
                 elif event == "failure":
+                    if is_hung:
+                        record["message"] = "workers failed: they ended because one of them hung"
                     waits_since, tell_at = time.time(), time.time() + WAIT_SECONDS
-                has_stepped = has_stepped or event in ("step", "epoch")
+                has_stepped, is_hung = has_stepped or event in ("step", "epoch"), is_hung or event == "hang"
                 follow(record)
                 if lacks_memory is not None and not has_stepped:
                     raise lacks_memory  # a restart would end the same
@@ -216,7 +218,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         reporter.progress({"event": "placed"})
 
     def tell(message: str) -> None:
-        ray.get(loop["mailbox"].push.remote({"event": "warning", "message": message}), timeout=TELL_SECONDS)
+        ray.get(loop["mailbox"].push.remote({"event": "hang", "message": message}), timeout=TELL_SECONDS)
 
     try:
         code = ray.get(loop["code"]) if loop["code"] is not None else None
