@@ -59,7 +59,7 @@ def work(rank: int, port: int, term: Callable[..., Tensor], folder: Path) -> Non
     with (folder / f"stderr-{rank}").open("w") as file:
         os.dup2(file.fileno(), 2)
     try:
-        train(config_with(term, scaling={"hang_seconds": 3}), folder / "run")
+        train(config_with(term, scaling={"hang_seconds": 5}), folder / "run")
     except NonFiniteLossError as error:
         (folder / f"error-{rank}").write_text(f"{time.time()}\\n{error}")
 
@@ -98,7 +98,7 @@ def test_all_workers_stop_together_where_one_has_a_loss_that_is_not_finite(tmp_p
 def test_a_worker_that_hangs_in_training_ends_the_run_in_one_line(tmp_path: Path) -> None:
     assert run_two(sleep, tmp_path) == [1, 1]
     (line,) = (tmp_path / "stderr-0").read_text().splitlines()
-    assert line.startswith("error: scaling.hang_seconds=3.0: rank 1 on ")
+    assert line.startswith("error: scaling.hang_seconds=5.0: rank 1 on ")
     assert "is awaited by the others and is in test_faults.py:" in line
 
 

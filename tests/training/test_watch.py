@@ -19,8 +19,8 @@ from tla_service.training.watch import watched
 
 pytestmark = pytest.mark.distributed
 
-SECONDS = 2.0  # that a rank may hold up the others
-PAUSE = 1.2  # a healthy one
+SECONDS = 3.0  # that a rank may hold up the others
+PAUSE = 1.5  # a healthy one
 
 
 def free_port() -> int:
@@ -148,9 +148,9 @@ def test_the_hung_rank_is_named_and_the_others_end(outcomes: dict[str, Outcome],
     assert [found.codes[rank] for rank in others] == [1] * len(others)
     assert list(found.told) == others[:1]
     seconds, message = found.told[others[0]].split("\n")
-    assert SECONDS <= float(seconds) < 2.5 * SECONDS
+    assert SECONDS <= float(seconds) < 4 * SECONDS
     start = (
-        f"scaling.hang_seconds=2.0: rank {case.victim} on {socket.gethostname()} (process {found.pids[case.victim]})"
+        f"scaling.hang_seconds=3.0: rank {case.victim} on {socket.gethostname()} (process {found.pids[case.victim]})"
     )
     assert message.startswith(start)
     assert ("in read_slowly" if case.event is read_slowly else "shows no sign of life") in message
