@@ -73,7 +73,7 @@ class _Watch:
 
     def _poll(self) -> None:
         """Exchange records; this blocks while the store, which is on rank 0, does not answer."""
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, KeyError):  # KeyError: the watched thread has ended
             while not self.stopped.wait(self.period):
                 self.publish()
                 fields = [value.decode().split("|", 2) for value in self._store.multi_get(self._keys)]
@@ -95,16 +95,10 @@ class _Watch:
                     self.idle[rank] = self.idle[rank] + passed if is_behind or rank in silent else 0.0
             hung = [rank for rank, seconds in enumerate(self.idle) if seconds >= self._seconds]
             if hung and not self.stopped.is_set():
-                # Of those behind, only the last: others may be waiting for it, too.
-                first = min(new[rank][1] for rank in hung)
-                self._end(
-                    {rank: "shows no sign of life" for rank in hung if rank in silent}
-                    or {
-                        rank: f"is awaited by the others and is in {new[rank][2]}"
-                        for rank in hung
-                        if new[rank][1] == first
-                    }
-                )
+                named = {rank: "shows no sign of life" for rank in hung if rank in silent}
+                lowest = min(new[rank][1] for rank in hung)  # others that are behind may be waiting for it, too
+                behind = [rank for rank in hung if new[rank][1] == lowest]
+                self._end(named or {rank: f"is awaited by the others and is in {new[rank][2]}" for rank in behind})
 
     def _end(self, hung: dict[int, str]) -> None:
         if self._rank != min(set(range(len(self._keys))) - set(hung), default=0):
