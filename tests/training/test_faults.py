@@ -98,8 +98,9 @@ def test_all_workers_stop_together_where_one_has_a_loss_that_is_not_finite(tmp_p
 def test_a_worker_that_hangs_in_training_ends_the_run_in_one_line(tmp_path: Path) -> None:
     assert run_two(sleep, tmp_path) == [1, 1]
     (line,) = (tmp_path / "stderr-0").read_text().splitlines()
-    assert line.startswith("error: scaling.hang_seconds=5.0: rank 1 on ")
-    assert "is awaited by the others and is in test_faults.py:" in line
+    assert line.startswith("error: rank 1 on ")
+    assert " is at test_faults.py:" in line
+    assert " in sleep and has held up the others for 5 s; look at that process and its node, or raise scaling." in line
 
 
 def test_lack_of_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

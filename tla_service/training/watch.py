@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tla_service.errors import UnavailableError
 from tla_service.runtime import WorkerContext, gather_objects
 
 START_SECONDS = 1500.0  # limit before the first step: one node may decode the data while another has them in its cache
@@ -95,18 +94,18 @@ class _Watch:
                     self.idle[rank] = self.idle[rank] + passed if is_behind or rank in silent else 0.0
             hung = [rank for rank, seconds in enumerate(self.idle) if seconds >= self._seconds]
             if hung and not self.stopped.is_set():
-                named = {rank: "shows no sign of life" for rank in hung if rank in silent}
+                named = {rank: "has shown no sign of life" for rank in hung if rank in silent}
                 lowest = min(new[rank][1] for rank in hung)  # others that are behind may be waiting for it, too
                 behind = [rank for rank in hung if new[rank][1] == lowest]
-                self._end(named or {rank: f"is awaited by the others and is in {new[rank][2]}" for rank in behind})
+                self._end(named or {rank: f"is at {new[rank][2]} and has held up the others" for rank in behind})
 
     def _end(self, hung: dict[int, str]) -> None:
         if self._rank != min(set(range(len(self._keys))) - set(hung), default=0):
             time.sleep(3 * self.period)  # until another rank has told
             os._exit(1)
         try:
-            reason = "; ".join(f"rank {rank} on {self._places[rank]} {what}" for rank, what in hung.items())
-            remedy = "look at that process and its node, or raise the limit if it is only slow"
-            self._tell(str(UnavailableError("scaling.hang_seconds", self._seconds, reason, remedy)))
+            told = "; ".join(f"rank {rank} on {self._places[rank]} {what}" for rank, what in hung.items())
+            remedy = "look at that process and its node, or raise scaling.hang_seconds if it is only slow"
+            self._tell(f"{told} for {self._seconds:g} s; {remedy}")
         finally:
             os._exit(1)
