@@ -36,8 +36,7 @@ def watched(context: WorkerContext, seconds: float, tell: Callable[[str], object
         yield
         watch.publish(has_left=True)
     except Exception:
-        if max(watch.idle) > seconds - 4 * watch.period:  # the error only says that another rank has ended
-            os._exit(1)
+        watch.end_if_overdue()
         raise
     finally:
         watch.stopped.set()
@@ -45,7 +44,7 @@ def watched(context: WorkerContext, seconds: float, tell: Callable[[str], object
 
 class _Watch:
     def __init__(self, context: WorkerContext, seconds: float, tell: Callable[[str], object]) -> None:
-        self._rank, self._seconds, self._tell, self.period = context.rank, seconds, tell, seconds / _POLLS
+        self._rank, self._seconds, self._tell, self._period = context.rank, seconds, tell, seconds / _POLLS
         self._watched, number = threading.get_ident(), next(_numbers)
         self._keys = [f"watch-{number}/{rank}" for rank in range(context.world_size)]
         self._group = dist.distributed_c10d._get_default_group()
@@ -55,7 +54,7 @@ class _Watch:
         self.publish()
         self._places = gather_objects(f"{socket.gethostname()} (process {os.getpid()})", context)
         # By rank: sign of life, number of collectives started, line of code; and seconds for which it holds up others.
-        self._records, self.idle = [("0", 0, "")] * context.world_size, [0.0] * context.world_size
+        self._records, self._idle = [("0", 0, "")] * context.world_size, [0.0] * context.world_size
         for work in (self._poll, self._judge):
             threading.Thread(target=work, name="watch", daemon=True).start()
 
@@ -70,38 +69,45 @@ class _Watch:
             if has_left:
                 self.stopped.set()
 
+    def end_if_overdue(self) -> None:
+        """Exit after an error if it only says that other ranks have ended, since one was about to be found hung."""
+        if max(self._idle) > self._seconds - 4 * self._period:
+            os._exit(1)
+
     def _poll(self) -> None:
         """Exchange records; this blocks while the store, which is on rank 0, does not answer."""
-        with contextlib.suppress(RuntimeError, KeyError):  # KeyError: the watched thread has ended
-            while not self.stopped.wait(self.period):
+        try:
+            while not self.stopped.wait(self._period):
                 self.publish()
                 fields = [value.decode().split("|", 2) for value in self._store.multi_get(self._keys)]
                 self._records = [(beat, int(started), line) for beat, started, line in fields]
+        except (RuntimeError, KeyError):  # KeyError: the watched thread has ended
+            self.end_if_overdue()
 
     def _judge(self) -> None:
-        now, new = time.monotonic(), self._records
-        while not self.stopped.wait(self.period):
+        now, new, silent = time.monotonic(), self._records, [0.0] * len(self._keys)
+        while not self.stopped.wait(self._period):
             # Time for which this process was itself stopped does not count.
             before, now = now, time.monotonic()
-            passed = min(now - before, 3 * self.period)
+            passed = min(now - before, 3 * self._period)
             old, new = new, self._records
-            furthest, silent = max(started for _, started, _ in new), {0} if new is old else set[int]()
+            furthest = max(started for _, started, _ in new)
             for rank, ((last, reached, _), (beat, started, _)) in enumerate(zip(old, new, strict=True)):
-                if new is not old and beat == last != "":
-                    silent.add(rank)
-                is_behind = beat != "" and reached == started < furthest
                 if new is not old or rank == 0:
-                    self.idle[rank] = self.idle[rank] + passed if is_behind or rank in silent else 0.0
-            hung = [rank for rank, seconds in enumerate(self.idle) if seconds >= self._seconds]
+                    is_silent = new is old or beat == last != ""
+                    is_behind = beat != "" and reached == started < furthest
+                    silent[rank] = silent[rank] + passed if is_silent else 0.0
+                    self._idle[rank] = self._idle[rank] + passed if is_silent or is_behind else 0.0
+            hung = [rank for rank, seconds in enumerate(self._idle) if seconds >= self._seconds]
             if hung and not self.stopped.is_set():
-                named = {rank: "has shown no sign of life" for rank in hung if rank in silent}
+                named = {rank: "has shown no sign of life" for rank in hung if silent[rank] > self._seconds / 2}
                 lowest = min(new[rank][1] for rank in hung)  # others that are behind may be waiting for it, too
                 behind = [rank for rank in hung if new[rank][1] == lowest]
                 self._end(named or {rank: f"is at {new[rank][2]} and has held up the others" for rank in behind})
 
     def _end(self, hung: dict[int, str]) -> None:
         if self._rank != min(set(range(len(self._keys))) - set(hung), default=0):
-            time.sleep(3 * self.period)  # until another rank has told
+            time.sleep(3 * self._period)  # until another rank has told
             os._exit(1)
         try:
             told = "; ".join(f"rank {rank} on {self._places[rank]} {what}" for rank, what in hung.items())
