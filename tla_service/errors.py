@@ -53,6 +53,10 @@ class ConfigError(UserError):
     exit_code: ClassVar[int] = 2
 
 
+class OutOfMemoryError(ConfigError):
+    """A worker does not have the memory that the configuration takes."""
+
+
 class UnavailableError(UserError):
     """Something the run needs is not there: data, a server, a bucket, a GPU (exit code 3)."""
 

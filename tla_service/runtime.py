@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import datetime
+import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,6 @@ from tla_service.errors import UserError
 
 # Parameters of glibc's mallopt(3): blocks mapped one by one at most, and what may lie free at the heap's end.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
-# A rank that waits for one that is gone gives up after this long; NCCL's own default is 10 minutes.
-COLLECTIVE_TIMEOUT_SECONDS = 1800
 T = TypeVar("T")
 
 
@@ -51,8 +50,13 @@ def generator(device: torch.device, *parts: int) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(mixed_seed(*parts))
 
 
+def collective_timeout(hang_seconds: float) -> int:
+    """Seconds after which torch ends a collective, where `training.watch` finds no rank at fault or does not run."""
+    return max(1800, math.ceil(2 * hang_seconds))
+
+
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[WorkerContext]:
+def process_group(device: torch.device, hang_seconds: float) -> Iterator[WorkerContext]:
     """Join the process group that torchrun's environment describes; a lone process needs none."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -63,7 +67,7 @@ def process_group(device: torch.device) -> Iterator[WorkerContext]:
     if world_size == 1:
         yield context
         return
-    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)
+    timeout = datetime.timedelta(seconds=collective_timeout(hang_seconds))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield context

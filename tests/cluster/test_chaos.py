@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,18 @@ def test_a_killed_worker_costs_a_restart_and_nothing_else(start_job: Callable[..
     assert victims
     os.kill(victims[0], signal.SIGKILL)
     assert "resuming from" in finish(job, undisturbed)
+    assert job.summary()["restarts"] == 1
+
+
+def test_a_frozen_worker_is_named_and_costs_a_restart(start_job: Callable[..., Job], undisturbed: Outcome) -> None:
+    job = start_job(*SLOWER, "--scaling.hang_seconds", "10")
+    job.wait_for_epoch(3, SECONDS)
+    victim = train_workers(job)[-1]
+    os.kill(victim, signal.SIGSTOP)
+    printed = finish(job, undisturbed)
+    (told,) = (line for line in printed.splitlines() if "scaling.hang_seconds" in line)
+    assert f" on {socket.gethostname()} (process {victim}) has shown no sign of life for 10 s; " in told
+    assert "resuming from" in printed
     assert job.summary()["restarts"] == 1
 
 

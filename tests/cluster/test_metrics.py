@@ -50,6 +50,7 @@ def test_records_become_metrics_of_the_run(recorded: dict[str, Recorder]) -> Non
     told.take(
         {"event": "epoch", "metrics": {"epoch": 2.0, "step": 9.0, "train/loss": 1.0, "validation/robust_accuracy": 0.5}}
     )
+    told.take({"event": "waiting", "message": "waiting for a node"})  # is no progress
     told.unsent(120)
     told.ended("loss_not_finite")
     values = {name: [value for value, _ in metric.seen] for name, metric in recorded.items()}
@@ -61,6 +62,7 @@ def test_records_become_metrics_of_the_run(recorded: dict[str, Recorder]) -> Non
     assert values["tla_clean_accuracy"] == []
     assert values["tla_unsent_bytes"] == [120]
     assert all(before <= moment <= time.time() for moment in values["tla_last_progress_timestamp_seconds"])
+    assert len(values["tla_last_progress_timestamp_seconds"]) == 4
     labels = {"run": config.run_name, "method": "tla", "dataset": "digits"}
     assert recorded["tla_worker_restarts"].seen == [(1.0, labels | {"outcome": "restarted"})]
     assert recorded["tla_runs_ended"].seen == [(1.0, labels | {"outcome": "loss_not_finite"})]

@@ -1,6 +1,7 @@
 """How many workers a cluster gives a run, and what is checked before one is started or asked."""
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,15 @@ import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
-from tla_service.cluster.session import Placement, check_room, max_concurrent, place, ray_session, workers_per_trial
+from tla_service.cluster.session import (
+    Placement,
+    check_room,
+    max_concurrent,
+    place,
+    ray_session,
+    waiting,
+    workers_per_trial,
+)
 from tla_service.cluster.tasks import Workers
 from tla_service.config import RunConfig, ScalingConfig
 from tla_service.errors import ConfigError, UnavailableError
@@ -198,6 +207,18 @@ def test_an_evaluation_has_as_many_workers_as_fit(
 ) -> None:
     cluster(GPU_NODE, GPU_NODE)
     assert str(Workers(ScalingConfig(**scaling))) == said
+
+
+def test_what_a_run_waits_for(cluster: Callable[..., None]) -> None:
+    since = time.mktime((2026, 11, 27, 4, 5, 6, 0, 0, -1))
+    cluster({"CPU": 1.0})
+    start = "waiting since 04:05:06 for 2 workers to be placed: a worker needs 1 CPU on one node, and the nodes have"
+    lost = waiting(Placement(2, False, 1, 1), since)
+    assert lost == f"{start} room for this many: 1 CPU -> 1; together 1 of 2; add nodes, and the run goes on"
+    cluster({"CPU": 1.0}, {"CPU": 4.0})
+    assert waiting(Placement(2, False, 1, 1), since).endswith(
+        "4 CPU -> 4; other jobs may be using them, or their processes are still starting"
+    )
 
 
 def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

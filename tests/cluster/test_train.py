@@ -1,10 +1,11 @@
 """Training jobs that fail on a real Ray cluster; tests/jobs/test_end_to_end.py has those that end well."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Job
+from tests.cluster.conftest import ROOT, Job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -17,3 +18,31 @@ def test_a_loss_that_is_not_finite_fails_once_with_the_reason(start_job: Callabl
     assert "the loss is not finite by step" in printed
     assert "Traceback" not in printed
     assert [record["event"] for record in job.records()].count("start") == 1
+
+
+ALLOCATING = """
+import itertools, os, torch
+
+calls = itertools.count(1)
+
+def term(adversarial, clean, labels):
+    if os.environ.get("RANK") == "1" and next(calls) > 1:  # the first is a check
+        torch.empty(2**60)
+    return adversarial.logits.sum(1)
+"""
+
+
+@pytest.mark.slow
+def test_lack_of_memory_on_one_worker_ends_the_run_with_what_to_lower(
+    start_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    (tmp_path / "allocating.py").write_text(ALLOCATING)
+    environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    job = start_job("--loss.extra", '{"allocating:term": 1}', "--scaling.num_workers", "2", environment=environment)
+    printed = job.wait()
+    assert job.process.returncode == 2, printed
+    last = printed.splitlines()[-1]
+    assert last.startswith("error: training.global_batch_size=50: out of memory (rank 1, ")
+    assert "each worker had 25 images, for digits_cnn in float32: lower training.global_batch_size, " in last
+    assert [record["event"] for record in job.records()].count("start") == 1
+    assert "Traceback" not in printed

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from tla_service.cluster.mailbox import FailuresToMailbox
 from tla_service.cluster.storage import RunFolder
 from tla_service.cluster.train import RayReporter, WarningsToMailbox
-from tla_service.errors import UnavailableError
+from tla_service.errors import OutOfMemoryError, UnavailableError
 
 
 class Mailbox:
@@ -102,3 +103,22 @@ def test_a_warning_of_a_worker_reaches_the_driver() -> None:
     finally:
         logging.getLogger("tla_service").removeHandler(handler)
     assert mailbox.records == [{"event": "warning", "message": "Writing x failed"}]
+
+
+def test_a_worker_killed_for_lack_of_memory_is_told_with_what_to_lower() -> None:
+    # What Ray 2.60 says of a worker that its memory monitor has killed.
+    low = "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: cc90)"
+    low += " was 7.18GB used / 23.54GB limit (0.304923)"
+    killed = RuntimeError(f"A worker health check failed.\n{low}\nOOM kill reason: Memory usage\nRefer to the docs")
+    mailbox = Mailbox()
+    callback = FailuresToMailbox(mailbox, "lower the batch")
+    lacking = OutOfMemoryError("training.global_batch_size", 8, "out of memory", "lower it")
+    callback.after_exception(None, {0: RuntimeError("closed"), 1: lacking})
+    callback.after_exception(None, {1: killed})
+    callback.after_exception(None, {1: RuntimeError("other")})
+    text = "training.global_batch_size=8: out of memory; lower it"
+    assert [(record["message"], record["lacks_memory"]) for record in mailbox.records] == [
+        (f"workers failed: {{0: 'closed', 1: '{text}'}}; if memory was the cause: lower the batch", lacking),
+        (f"workers failed: {{1: '{low}'}}; if memory was the cause: lower the batch", None),
+        ("workers failed: {1: 'other'}", None),
+    ]

@@ -9,6 +9,8 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, ResizingState, RestartingState
 from ray.train.v2._internal.execution.failure_handling.default import _is_preemption_failure
 
+from tla_service.cluster.mailbox import reason_line
+
 SAVE_SECONDS = 60.0  # at most, for a checkpoint before a resize
 
 
@@ -37,7 +39,7 @@ class Resizes(ControllerCallback, WorkerGroupCallback):
         elif isinstance(current_state, RestartingState | ReschedulingState):
             error = current_state.training_failed_error
             if isinstance(error, WorkerGroupError) and not _is_preemption_failure(error):
-                self._cause = str(error).strip().splitlines()[-1]
+                self._cause = reason_line(error)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Count a failure that no change of size explains; raises RuntimeError after too many, which ends the run."""

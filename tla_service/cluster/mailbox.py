@@ -8,7 +8,10 @@ import ray
 from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tla_service.errors import OutOfMemoryError
+
 MOST_RECORDS = 10_000  # the oldest are dropped beyond
+_LOW_MEMORY = "low on memory"  # in Ray's account of a worker that its memory monitor has killed
 
 
 class Mailbox:
@@ -42,15 +45,28 @@ class Mailbox:
 
 
 class FailuresToMailbox(UserCallback):
-    """Sends worker failures to the driver from Ray Train's controller, which starts seconds earlier without torch."""
+    """Sends worker failures to the driver from Ray Train's controller, which starts seconds earlier without torch.
 
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
+    `memory_remedy` is added where lack of memory may be the cause.
+    """
+
+    def __init__(self, mailbox: Any, memory_remedy: str) -> None:
+        self._mailbox, self._memory_remedy = mailbox, memory_remedy
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Send the reasons; Ray Train restarts the workers."""
-        reasons = {rank: str(error).strip().splitlines()[-1] for rank, error in worker_exceptions.items()}
-        self._mailbox.push.remote({"event": "failure", "message": f"workers failed: {reasons}"})
+        reasons = {rank: reason_line(error) for rank, error in worker_exceptions.items()}
+        message = f"workers failed: {reasons}"
+        if "memory" in message:  # also as a possible cause, where Ray knows only that the process is gone
+            message += f"; if memory was the cause: {self._memory_remedy}"
+        lacking = [error for error in worker_exceptions.values() if isinstance(error, OutOfMemoryError)]
+        self._mailbox.push.remote({"event": "failure", "message": message, "lacks_memory": next(iter(lacking), None)})
+
+
+def reason_line(error: Exception) -> str:
+    """The line of an error's text that says most: the last one, unless the worker was killed for lack of memory."""
+    lines = str(error).strip().splitlines()
+    return next((line for line in lines if _LOW_MEMORY in line), lines[-1])
 
 
 def start_mailbox() -> Any:

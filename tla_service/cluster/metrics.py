@@ -52,7 +52,8 @@ class RunMetrics:
 
     def take(self, record: Mapping[str, Any]) -> None:
         """Update from a record: `start`, `step`, `epoch` or `failure`."""
-        self._gauges["tla_last_progress_timestamp_seconds"].set(time.time())
+        if record["event"] != "waiting":
+            self._gauges["tla_last_progress_timestamp_seconds"].set(time.time())
         if record["event"] == "failure":
             self._counters["tla_worker_restarts_total"].inc(tags={"outcome": "restarted"})
         told = record["metrics"] if record["event"] == "epoch" else record

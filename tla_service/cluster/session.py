@@ -283,6 +283,16 @@ def room(placement: Placement) -> tuple[int, str]:
     return sum(fits), f"a worker needs {needs} on one node, and the nodes have room for this many: {have}"
 
 
+def waiting(placement: Placement, since: float) -> str:
+    """What workers wait for, and since when (a time in seconds since 1970), in words."""
+    fit, arithmetic = room(placement)
+    begin = time.strftime("%H:%M:%S", time.localtime(since))
+    state = f"together {fit} of {placement.num_workers}; add nodes, and the run goes on"
+    if fit >= placement.num_workers:
+        state = "other jobs may be using them, or their processes are still starting"
+    return f"waiting since {begin} for {placement.num_workers} workers to be placed: {arithmetic}; {state}"
+
+
 def _nodes() -> list[Mapping[str, float]]:
     """The resources of each node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -23,22 +23,26 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from torch import Tensor
 
 from tla_service.cluster.elastic import Resizes
-from tla_service.cluster.mailbox import FailuresToMailbox, start_mailbox
-from tla_service.cluster.session import Placement, own_dashboard, stop_on_signal
+from tla_service.cluster.mailbox import FailuresToMailbox, reason_line, start_mailbox
+from tla_service.cluster.session import Placement, own_dashboard, stop_on_signal, waiting
 from tla_service.cluster.storage import RunFolder
 from tla_service.config import RunConfig
-from tla_service.errors import UnavailableError, UserError
+from tla_service.errors import OutOfMemoryError, UnavailableError, UserError
 from tla_service.files import whole_folder
 from tla_service.job import log_as_json
-from tla_service.runtime import COLLECTIVE_TIMEOUT_SECONDS, WorkerContext
+from tla_service.runtime import WorkerContext, collective_timeout
 from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.fit import Run
+from tla_service.training.memory import memory_remedy
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.output import FitResult
 from tla_service.training.reporting import KEPT
+from tla_service.training.watch import START_SECONDS, watched
 
 Record = Mapping[str, Any]
 FETCH_SECONDS = 0.2
+TELL_SECONDS = 30
+WAIT_SECONDS, WAIT_AGAIN_SECONDS = 60, 600  # after which the log says what the run waits for, and says it again
 # How often Ray Train's controller polls its workers. The default of 2 s delays the end of a small run.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
 
@@ -65,19 +69,25 @@ def fit_on_ray(
     Returns metrics and times, and the newest checkpoint in the storage. Raises a worker's UserError, NonFiniteLossError
     if training diverged, or RuntimeError after more failures than `scaling.max_failures`.
     """
-    if config.scaling.bounds(auto=placement.num_workers)[1] <= FEW_WORKERS:
+    most = config.scaling.bounds(auto=placement.num_workers)[1]
+    if most <= FEW_WORKERS:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     workers, max_failures = config.scaling.num_workers, config.scaling.max_failures
     elastic = isinstance(workers, tuple)
     if elastic:
         # Ray looks at the nodes every 20 s: after the loss of one, the first attempt may still ask for as many workers.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+    timeout = collective_timeout(config.scaling.hang_seconds)
+    if most > 1:  # else Ray's check of a worker's health may come before `watched`, which says more
+        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(timeout))
+        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(timeout))
     ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # the controller's environment has no public setting
     folder = RunFolder(storage, config.run_name)
     damage = folder.forget_record()
     if damage:
         follow({"event": "damaged_checkpoint", "message": damage})
     mailbox = start_mailbox()
+    remedy = memory_remedy(config, most)
     loop = {
         "config": config.model_dump(mode="json"),
         "folder": folder,
@@ -92,14 +102,14 @@ def fit_on_ray(
         "measure_test": measure_test,
         "with_rejector": with_rejector,
     }
-    callbacks = [FailuresToMailbox(mailbox), *([Resizes(mailbox, max_failures)] if elastic else ())]
+    callbacks = [FailuresToMailbox(mailbox, remedy), *([Resizes(mailbox, max_failures)] if elastic else ())]
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]
         train_loop_config=loop,
         # NCCL refuses two workers on one GPU; gloo does not.
         torch_config=TorchConfig(
             backend="gloo" if placement.use_gpu and placement.gpus_per_worker < 1 else None,
-            timeout_s=COLLECTIVE_TIMEOUT_SECONDS,
+            timeout_s=timeout,
         ),
         scaling_config=ScalingConfig(
             num_workers=workers if elastic else placement.num_workers,  # type: ignore[arg-type]
@@ -118,10 +128,9 @@ def fit_on_ray(
     )
     try:
         with own_dashboard():
-            result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds)
+            result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds, placement)
     except TrainingFailedError as error:
-        cause = str(error).strip().splitlines()[-1]
-        message = f"training failed more than scaling.max_failures={max_failures} times: {cause}"
+        message = f"training failed more than scaling.max_failures={max_failures} times: {reason_line(error)}"
         raise RuntimeError(message) from error
     returned: dict[str, Any] | None = result.return_value  # type: ignore[attr-defined]
     if returned is None or "error" in returned:
@@ -150,18 +159,38 @@ def _in_background(call: Callable[[], Result]) -> "Future[Result]":
     return future
 
 
-def _follow(future: "Future[Result]", mailbox: Any, follow: Callable[[Record], None], wait_seconds: float) -> Result:
-    """Pass records on until the run ends."""
-    began, started = time.monotonic(), False
+def _follow(
+    future: "Future[Result]",
+    mailbox: Any,
+    follow: Callable[[Record], None],
+    wait_seconds: float,
+    placement: Placement,
+) -> Result:
+    """Pass records on until the run ends; say so where workers wait to be placed."""
+    began, started, has_stepped, is_hung = time.monotonic(), False, False, False
+    waits_since: float | None = time.time()
+    tell_at = time.time() + WAIT_SECONDS
     with stop_on_signal("stopping after a checkpoint", mailbox.stop.remote):
         while True:
             done = future.done()
-            records: list[Record] = ray.get(mailbox.fetch.remote())
+            records: list[dict[str, Any]] = ray.get(mailbox.fetch.remote())
             for record in records:
-                started = started or record["event"] == "placed"
+                event, lacks_memory = record["event"], record.pop("lacks_memory", None)
+                if event == "placed":
+                    started, has_stepped, is_hung, waits_since = True, False, False, None
+                elif event == "failure":
+                    if is_hung:
+                        record["message"] = "workers failed: they ended because one of them hung"
+                    waits_since, tell_at = time.time(), time.time() + WAIT_SECONDS
+                has_stepped, is_hung = has_stepped or event in ("step", "epoch"), is_hung or event == "hang"
                 follow(record)
+                if lacks_memory is not None and not has_stepped:
+                    raise lacks_memory  # a restart would end the same
             if done:
                 return future.result()
+            if waits_since is not None and time.time() > tell_at:
+                follow({"event": "waiting", "message": waiting(placement, waits_since)})
+                tell_at = time.time() + WAIT_AGAIN_SECONDS
             if not started and wait_seconds and time.monotonic() - began > wait_seconds:
                 reason = "the cluster has not placed the workers in this time"
                 remedy = "ask for fewer workers, or wait longer"
@@ -194,12 +223,20 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     if context.is_main:
         logging.getLogger("tla_service").addHandler(WarningsToMailbox(loop["mailbox"]))
         reporter.progress({"event": "placed"})
+
+    def tell(message: str) -> None:
+        ray.get(loop["mailbox"].push.remote({"event": "hang", "message": message}), timeout=TELL_SECONDS)
+
     try:
         code = ray.get(loop["code"]) if loop["code"] is not None else None
-        run = Run(config, context, reporter, code)
-        run.start(weights)
-        result = run.train(**ends)
+        with watched(context, max(START_SECONDS, config.scaling.hang_seconds), tell):
+            run = Run(config, context, reporter, code)
+            run.start(weights)
+        with watched(context, config.scaling.hang_seconds, tell):
+            result = run.train(**ends)
         newest = reporter.finish()
+    except OutOfMemoryError:
+        raise  # the other workers do not know of it, and are to be ended
     except (UserError, NonFiniteLossError) as error:
         return {"error": error}
     finally:

@@ -335,6 +335,9 @@ class ScalingConfig(Section):
     cpus_per_worker: float = setting(1, "CPU cores reserved per worker", unit="cores", gt=0)
     gpus_per_worker: float = setting(1, "GPUs per worker; below 1 workers share a GPU", unit="GPUs", gt=0)
     max_failures: int = setting(3, "restarts from the last checkpoint before the run fails", ge=0)
+    hang_seconds: float = setting(
+        600, "restart if one worker holds up the others for so long; above their longest pause", unit="seconds", gt=0
+    )
     storage: str | None = setting(
         None, "storage of checkpoints: a shared folder or s3://bucket/prefix; none: the output folder"
     )

@@ -46,7 +46,7 @@ class Run:
     ) -> None:
         self._given, self.context, self.reporter = config, context, reporter
         self.config = config = config.on_device(has_gpu=context.device.type == "cuda")
-        self.phases, self._saved_at = Phases(), time.monotonic()
+        self.phases, self._saved_at = Phases(config, context), time.monotonic()
         if config.speed.keep_freed_memory and context.device.type == "cpu":
             keep_freed_memory()
         with self.phases("data"), failing_together(context):

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from tla_service.training.output import open_output, show_summary, summarize, wr
 from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need
 from tla_service.training.pretrained import find_pretrained
 from tla_service.training.reporting import KEPT, JsonTerminal, LocalReporter, Terminal
+from tla_service.training.watch import START_SECONDS, watched
 
 
 def train(config: RunConfig, output: str | Path, *, json_logs: bool = False) -> dict[str, Any]:
@@ -48,7 +50,8 @@ def train(config: RunConfig, output: str | Path, *, json_logs: bool = False) -> 
         remedy = "leave it out, or run where there is one"
         raise UnavailableError("scaling.use_gpu", True, "torch sees no GPU here", remedy)
     terminal = Terminal()
-    with process_group(torch.device("cuda" if use_gpu else "cpu")) as context, contextlib.ExitStack() as locks:
+    device, hang_seconds = torch.device("cuda" if use_gpu else "cpu"), config.scaling.hang_seconds
+    with process_group(device, hang_seconds) as context, contextlib.ExitStack() as locks:
         config.check_workers(context.world_size)
         with failing_together(context):
             if context.is_main:
@@ -68,26 +71,33 @@ def train(config: RunConfig, output: str | Path, *, json_logs: bool = False) -> 
 def _train(config: RunConfig, output: Path, context: WorkerContext, terminal: Terminal) -> dict[str, Any]:
     reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
     with contextlib.closing(reporter), _stopping_on_signals(reporter):
-        run = Run(config, context, reporter)
-        with failing_together(context):
-            network = run.build()
-            check_network(config, run.architecture, network, run.dataset)
-            found = find_pretrained(config, network)
-        for note in found.notes if context.is_main else ():
-            terminal.say(note)
-        run.start(found.state_dict)
-        with failing_together(context):
-            if context.is_main:
-                need = kept_need(reporter.checkpoints, checkpoint_bytes(config, run.state.network), KEPT)
-                check_room({"output": need})
-                write_config(config, output)
-        result = run.train()
+        seconds = config.scaling.hang_seconds
+        with watched(context, max(START_SECONDS, seconds), _tell_error):
+            run = Run(config, context, reporter)
+            with failing_together(context):
+                network = run.build()
+                check_network(config, run.architecture, network, run.dataset)
+                found = find_pretrained(config, network)
+            for note in found.notes if context.is_main else ():
+                terminal.say(note)
+            run.start(found.state_dict)
+            with failing_together(context):
+                if context.is_main:
+                    need = kept_need(reporter.checkpoints, checkpoint_bytes(config, run.state.network), KEPT)
+                    check_room({"output": need})
+                    write_config(config, output)
+        with watched(context, seconds, _tell_error):
+            result = run.train()
     if result.interrupted:
         raise KeyboardInterrupt
     summary = summarize(config, result, reporter.latest())
     if context.is_main:
         write_summary(output, summary)
     return summary
+
+
+def _tell_error(message: str) -> None:
+    Terminal(sys.stderr).say(f"error: {message}")
 
 
 @contextlib.contextmanager

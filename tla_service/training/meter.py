@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tla_service.config import RunConfig
 from tla_service.runtime import WorkerContext, all_reduce_sum
+from tla_service.training.memory import out_of_memory
 from tla_service.training.step import METRIC_NAMES, TOTALS
 
 ROBUST = "validation/robust_accuracy"
@@ -64,9 +65,10 @@ class Meter:
 
 
 class Phases:
-    """Adds up wall time by phase."""
+    """Adds up wall time by phase; lack of memory becomes an error that says what to lower."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: RunConfig, context: WorkerContext) -> None:
+        self._config, self._context = config, context
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -75,6 +77,11 @@ class Phases:
         begin = time.perf_counter()
         try:
             yield
+        except (RuntimeError, MemoryError) as error:
+            named = out_of_memory(error, self._config, self._context, name)
+            if named is None:
+                raise
+            raise named from error
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 

@@ -19,7 +19,7 @@ from tla_service.training.checkpoint import MANIFEST, LocalCheckpoint, Stored
 LOG = "log.jsonl"
 # The newest checkpoint is enough, since it holds the best weights too; one more in case it is damaged.
 KEPT = 2
-WARNINGS = ("failure", "damaged_checkpoint", "warning")
+WARNINGS = ("failure", "damaged_checkpoint", "warning", "waiting", "hang")
 
 
 class Reporter(Protocol):
