@@ -16,7 +16,8 @@ from tests.cluster.conftest import BIN, Job
 from tests.cluster.test_chaos import SECONDS, SLOWER, train_workers
 from tests.cluster.test_neighbours import Head
 
-FLAGS = (*SLOWER, "--training.log_every_steps", "1", "--scaling.num_workers", "2", "--evaluation.every_epochs", "3")
+FLAGS = (*SLOWER, "--training.log_every_steps", "1", "--scaling.num_workers", "2", "--evaluation.every_epochs", "3",
+         "--scaling.hang_seconds", "30")  # fmt: skip
 LAST_STEP = 90  # of 120: the latest moment that is drawn
 DISK = "10m"
 _NODE_ID = """
