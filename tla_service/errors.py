@@ -23,6 +23,16 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def _shown(value: object, limit: int = 300) -> str:
+    """A value in one line for terminals: control characters are escaped, and the middle of a long one is left out."""
+    text = str(value)
+    text = text if len(text) <= limit else f"{text[: limit - 50]}...{text[-40:]} ({len(text)} characters)"
+    return "".join(
+        each if each.isprintable() else " " if each.isspace() else each.encode("unicode_escape").decode()
+        for each in text
+    )
+
+
 class UserError(Exception):
     """A problem the user can mend. Credentials in URLs are removed from its texts.
 
@@ -43,8 +53,8 @@ class UserError(Exception):
         self.subject, self.value, self.reason, self.remedy = subject, value, reason, remedy
 
     def __str__(self) -> str:
-        head = self.subject if self.value is None else f"{self.subject}={self.value}"
-        return f"{head}: {self.reason}; {self.remedy}"
+        head = _shown(self.subject) if self.value is None else f"{_shown(self.subject)}={_shown(self.value)}"
+        return f"{head}: {_shown(self.reason, 1000)}; {_shown(self.remedy, 500)}"
 
 
 class ConfigError(UserError):

@@ -1,0 +1,164 @@
+"""Runs seeded cases of bad input through a job's entry point, and judges how each ends.
+
+A case is a function of a seed and a number: `TLA_FUZZ_SEED=7 make fuzz` draws others than the default seed 0, and a
+failure prints what makes it again. A few cases of each kind are part of the default suite.
+"""
+
+import contextlib
+import io
+import os
+import random
+import re
+import resource
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tla_service.job import run_job
+
+SEED = os.environ.get("TLA_FUZZ_SEED", "0")
+SECONDS = 10
+MOST_BYTES = 2**30  # of additional memory
+LONGEST_MESSAGE = 2000
+CHUNK = 50  # cases per test
+
+
+class Accepted(BaseException):
+    """Raised in place of what a job does once it has accepted its input; no `except Exception` catches it."""
+
+
+class Slow(BaseException):
+    """A case has run for too long."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a case ended: the exit code, None if its input was accepted, and what it printed to stderr."""
+
+    code: int | None
+    text: str
+    seconds: float
+    extra_bytes: int
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with a refusal; empty if nothing is."""
+        errors = [line for line in self.text.splitlines() if line.startswith("error: ")]
+        checks = {
+            "hung": self.seconds > SECONDS,
+            "accepted": self.code is None or self.code == 0,
+            f"exit code {self.code}": self.code not in (2, 3),
+            "traceback": "Traceback" in self.text,
+            f"{len(errors)} messages": len(errors) != 1,
+            "no field, reason and remedy": not all(re.fullmatch(r"error: .+: .+; .+", error) for error in errors),
+            "message of several lines": self.text.strip().count("\n") > 0 and "WARN" not in self.text,
+            "unprintable characters": not self.text.replace("\n", "").isprintable(),
+            f"{len(self.text)} characters": len(self.text) > LONGEST_MESSAGE,
+        }
+        return next((name for name, wrong in checks.items() if wrong), "") or self.excess
+
+    @property
+    def excess(self) -> str:
+        """Which bound was exceeded, whether the input was accepted or not."""
+        if self.seconds > SECONDS:
+            return f"{self.seconds:.0f} s"
+        return f"{self.extra_bytes / 1e6:.0f} MB" if self.extra_bytes > MOST_BYTES else ""
+
+
+def run_case(main: Callable[[], Any]) -> Ended:
+    """Run a job's main function on bad input, for `SECONDS` at most."""
+    printed, code = io.StringIO(), None
+
+    def stop(*_: object) -> None:
+        raise Slow
+
+    before, begin = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.setitimer(signal.ITIMER_REAL, SECONDS + 1)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(printed),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.suppress(Accepted, Slow),
+        ):
+            warnings.simplefilter("ignore")
+            code = run_job(lambda: main() and None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    extra = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used)
+    return Ended(code or None, printed.getvalue(), time.monotonic() - begin, extra)
+
+
+def chunks(count: int) -> Any:
+    """Parametrizes a test over chunks of case numbers: a small one in the default suite, all in the fuzz suite."""
+    whole = [
+        pytest.param(range(start, min(start + CHUNK, count)), id=str(start), marks=pytest.mark.fuzz)
+        for start in range(0, count, CHUNK)
+    ]
+    return pytest.mark.parametrize("numbers", [pytest.param(range(0, count, -(-count // 20)), id="sample"), *whole])
+
+
+def random_of(kind: str, number: int) -> random.Random:
+    """The generator of one case."""
+    return random.Random(f"{SEED}/{kind}/{number}")
+
+
+class Faults:
+    """Collects faults, so that one run finds more than one; fails at the end if there are any."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def __enter__(self) -> "Faults":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and self.found:
+            pytest.fail(f"{len(self.found)} faults\n" + "\n".join(self.found))
+
+    def add(self, fault: str, number: int, case: object, ended: Ended) -> None:
+        """Note a fault, if it is one."""
+        if fault:
+            self.found.append(f"TLA_FUZZ_SEED={SEED} case {number}: {fault}\n  {case!r:.600}\n  {ended.text[-600:]}")
+
+
+def mutated(rng: random.Random, content: bytes) -> tuple[str, bytes]:
+    """Damage that any format can suffer: cut off, bytes flipped, lost, repeated, zeroed or inserted."""
+    kind = rng.choice(["cut", "flip", "flips", "lose", "repeat", "zero", "insert", "empty", "other"])
+    place = rng.randrange(len(content))
+    end = min(len(content), place + rng.randrange(1, 64))
+    damaged = bytearray(content)
+    if kind == "cut":
+        damaged = damaged[:place]
+    elif kind in ("flip", "flips"):
+        for _ in range(1 if kind == "flip" else 20):
+            damaged[rng.randrange(len(content))] ^= rng.randrange(1, 256)
+    elif kind == "lose":
+        del damaged[place:end]
+    elif kind == "repeat":
+        damaged[place:place] = damaged[place:end]
+    elif kind == "zero":
+        damaged[place:end] = bytes(end - place)
+    elif kind == "insert":
+        damaged[place:place] = rng.randbytes(rng.randrange(1, 64))
+    else:
+        damaged = bytearray(b"" if kind == "empty" else rng.randbytes(len(content)))
+    return f"{kind} at {place}", bytes(damaged)
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str], arguments: list[str], folder: Path) -> Iterator[None]:
+    """A command line and environment variables, in a folder."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        patch.setattr("sys.argv", ["job.py", *arguments])
+        yield
