@@ -78,7 +78,8 @@ def leaves(schema: dict[str, Any], node: dict[str, Any], path: tuple[str, ...] =
 
 def settings_of(job: str) -> list[Leaf]:
     schema = JOBS[job][0].model_json_schema()
-    return [leaf for leaf in leaves(schema, schema) if bad_values(leaf)]
+    given = {word.removeprefix("--") for word in JOBS[job][1]}  # on the command line, which goes before other sources
+    return [leaf for leaf in leaves(schema, schema) if leaf.path[0] not in given and bad_values(leaf)]
 
 
 def bad_values(leaf: Leaf) -> list[Any]:
@@ -262,7 +263,7 @@ SPACES: list[Callable[[str], Any]] = [
     lambda field: {field: {"low": 0.2, "high": 0.1}},
     lambda field: {field: {"low": 0.1, "high": 0.1}},
     lambda field: {field: {"low": 0, "high": 0.1, "log": True}},
-    lambda field: {field: {"low": "a", "high": "b"}},
+    lambda field: {field: {"low": "a", "high": 1}},
     lambda field: {field: {"low": float("nan"), "high": 1}},
     lambda field: {field: {"low": -1e308, "high": 1e308}},
     lambda field: {field: {"low": -5, "high": -1}},

@@ -19,6 +19,7 @@ from tla_service.errors import UnavailableError
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError)
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _LINKS = 40  # Linux's limit
+_MOST_ALIASES = 20_000_000  # names looked at to follow links to folders; links to links can stand for 2^40
 
 
 class ZipTree(FolderTree):
@@ -27,6 +28,7 @@ class ZipTree(FolderTree):
     def _find(self) -> None:
         self._handles: dict[int, zipfile.ZipFile] = {}
         self._stored: dict[str, str] = {}  # the archive's names of the entries
+        self._aliases = 0
         links: dict[str, str] = {}
         folders: set[str] = set()
         for entry in self._open().infolist():
@@ -84,6 +86,10 @@ class ZipTree(FolderTree):
             self._entries[link], self._stored[link] = self._entries.get(target), self._stored.get(target, target)
             return
         del self._entries[link]
+        self._aliases += len(self._entries)
+        if self._aliases > _MOST_ALIASES:
+            remedy = "unpack it, and point data.root at the folder"
+            raise UnavailableError("data.root", self.path, "its links to folders multiply its files", remedy)
         for name in [name for name in self._entries if name.startswith(f"{target}/")]:
             alias = f"{link}{name.removeprefix(target)}"
             self._entries[alias], self._stored[alias] = self._entries[name], self._stored[name]
@@ -105,6 +111,7 @@ class ZipTree(FolderTree):
 
     def read(self, name: str) -> bytes:
         """See `FolderTree`; the content is checked against its checksum."""
+        self._check_size(name)
         with self._readable(name), self.open(name) as handle:
             return handle.read()
 
