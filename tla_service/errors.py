@@ -1,9 +1,10 @@
 """Errors that are the user's to mend, each with the exit code a job ends with; retries of those that may pass."""
 
+import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar, TypeVar
 
 LONGEST_WAIT_SECONDS = 30.0
@@ -67,6 +68,18 @@ class UnavailableError(UserError):
     """Something the run needs is not there: data, a server, a bucket, a GPU (exit code 3)."""
 
     exit_code: ClassVar[int] = 3
+
+
+@contextlib.contextmanager
+def readable(subject: str, value: object, remedy: str) -> Iterator[None]:
+    """Raise UnavailableError for any error that files raise which are not what they should be."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # readers of damaged files let errors of many kinds through
+        reason = f"cannot be read ({type(error).__name__}: {one_line(error)})"
+        raise UnavailableError(subject, value, reason, remedy) from error
 
 
 def retried(what: str, action: Callable[[], T], may_pass: Callable[[Exception], bool], *, seconds: float) -> T:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -60,6 +61,10 @@ def open_shards(files: list[Path], root: Path, shown_root: str | None) -> list[S
     for path in files:
         with _opened(path) as opened:
             shards.append(Shard(path, opened.metadata.num_rows, opened.schema_arrow))
+        twice = next((name for name, count in Counter(shards[-1].schema.names).items() if count > 1), None)
+        if twice is not None:
+            reason = f"has several columns named {twice!r}"
+            raise UnavailableError("data.root", path, reason, "write the file again with names of their own")
     if not any(shard.rows for shard in shards):
         remedy = "fetch the file again, or point data.root at another copy"
         raise UnavailableError("data.root", files[0], "holds no rows", remedy)

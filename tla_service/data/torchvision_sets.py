@@ -33,7 +33,7 @@ _CIFAR_FILES = {
     "cifar10": ("cifar-10-python.tar.gz", "cifar-10-batches-py", _CIFAR10_FILES),
     "cifar100": ("cifar-100-python.tar.gz", "cifar-100-python", ("train", "test", "meta")),
 }
-_MOST_BYTES = 500_000_000  # of an unpacked archive; CIFAR's is the largest, with 186 MB
+_MOST_BYTES = 250_000_000  # of an unpacked archive; CIFAR's is the largest, with 186 MB
 _AGAIN = "fetch the file again"
 _FETCH_FIX = "check the network and the folder, or put the files there yourself"
 

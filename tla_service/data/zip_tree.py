@@ -19,7 +19,7 @@ from tla_service.errors import UnavailableError
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError)
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _LINKS = 40  # Linux's limit
-_MOST_ALIASES = 20_000_000  # names looked at to follow links to folders; links to links can stand for 2^40
+_MOST_ALIASES = 10_000_000  # names looked at to follow links to folders; links to links can stand for 2^40
 
 
 class ZipTree(FolderTree):
