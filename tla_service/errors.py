@@ -10,12 +10,18 @@ from typing import ClassVar, TypeVar
 LONGEST_WAIT_SECONDS = 30.0
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]*@|(?<=[?&]password=)[^&\s]+")
+# user:password@ of an address, also of one whose scheme was forgotten (but not name:tag@sha256:...), and what a query
+# calls a password, key, token, secret or signature.
+_CREDENTIALS = re.compile(
+    r"(?<=://)[^/?#\s]*@|(?<![\w@:])[\w.+-]+:[^\s/@:\"']+@(?!sha\d+:)(?=[\w-])|(?<=[?&])([\w-]*"
+    r"(?:password|key|token|secret|signature|credential)[\w-]*=)[^&\s\"']+",
+    re.IGNORECASE,
+)
 
 
 def without_credentials(text: str) -> str:
-    """Text with user names and passwords removed from every URL in it, for terminals, logs and MLflow."""
-    return _CREDENTIALS.sub("", text)
+    """Text with user names, passwords and keys removed from every URL in it, for terminals, logs and MLflow."""
+    return _CREDENTIALS.sub(r"\1", text)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
