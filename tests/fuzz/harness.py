@@ -1,7 +1,7 @@
 """Runs seeded cases of bad input through a job's entry point, and judges how each ends.
 
-A case is a function of a seed and a number: `TLA_FUZZ_SEED=7 make fuzz` draws others than the default seed 0, and a
-failure prints what makes it again. A few cases of each kind are part of the default suite.
+A case is a function of a seed and a number. A failure prints both; `TLA_FUZZ_SEED=0 TLA_FUZZ_CASE=17 pytest FILE` runs
+that case alone, and `TLA_FUZZ_SEED=7 make fuzz` draws other cases. A few of each kind are part of the default suite.
 """
 
 import contextlib
@@ -105,11 +105,13 @@ def run_case(main: Callable[[], Any]) -> Ended:
 
 def chunks(count: int) -> Any:
     """Parametrizes a test over chunks of case numbers: a small one in the default suite, all in the fuzz suite."""
+    only = os.environ.get("TLA_FUZZ_CASE")
     whole = [
         pytest.param(range(start, min(start + CHUNK, count)), id=str(start), marks=pytest.mark.fuzz)
         for start in range(0, count, CHUNK)
     ]
-    return pytest.mark.parametrize("numbers", [pytest.param(range(0, count, -(-count // 20)), id="sample"), *whole])
+    sample = range(0, count, -(-count // 20)) if only is None else [int(only)]
+    return pytest.mark.parametrize("numbers", [pytest.param(sample, id="sample"), *whole])
 
 
 def random_of(kind: str, number: int) -> random.Random:
@@ -133,7 +135,7 @@ class Faults:
     def add(self, fault: str, number: int, case: object, ended: Ended) -> None:
         """Note a fault, if it is one."""
         if fault:
-            self.found.append(f"TLA_FUZZ_SEED={SEED} case {number}: {fault}\n  {case!r:.600}\n  {ended.text[-600:]}")
+            self.found.append(f"TLA_FUZZ_SEED={SEED} TLA_FUZZ_CASE={number}: {fault}\n  {case!r:.600}\n  {ended.text[-600:]}")
 
 
 def mutated(rng: random.Random, content: bytes) -> tuple[str, bytes]:
@@ -145,8 +147,8 @@ def mutated(rng: random.Random, content: bytes) -> tuple[str, bytes]:
     if kind == "cut":
         damaged = damaged[:place]
     elif kind in ("flip", "flips"):
-        for _ in range(1 if kind == "flip" else 20):
-            damaged[rng.randrange(len(content))] ^= rng.randrange(1, 256)
+        for at in [place, *(rng.randrange(len(content)) for _ in range(0 if kind == "flip" else 19))]:
+            damaged[at] ^= rng.randrange(1, 256)
     elif kind == "lose":
         del damaged[place:end]
     elif kind == "repeat":

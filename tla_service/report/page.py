@@ -56,7 +56,7 @@ def template(name: str) -> "Template":
 
     environment = Environment(
         loader=PackageLoader("tla_service.report", "templates"),
-        autoescape=name.endswith(".html.j2"),
+        autoescape=True,  # Markdown too: what shows a card takes HTML in it for HTML
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
