@@ -85,6 +85,10 @@ def run_case(main: Callable[[], Any]) -> Ended:
     hung, before, begin = True, signal.signal(signal.SIGALRM, stop), time.process_time()
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     signal.setitimer(signal.ITIMER_REAL, HUNG_SECONDS)
+    # More memory than any case may take raises MemoryError, instead of bringing the machine down.
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 8 * MOST_BYTES, limit[1]))
     try:
         with (
             warnings.catch_warnings(),
@@ -98,6 +102,7 @@ def run_case(main: Callable[[], Any]) -> Ended:
             hung = False
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limit)
         signal.signal(signal.SIGALRM, before)
     extra = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used)
     return Ended(code or None, printed.getvalue(), time.process_time() - begin, extra, hung)

@@ -31,6 +31,7 @@ from tla_service.training.fit import Run
 
 COUNT = 300
 CONFIG = digits_config(training={"epochs": 1, "ema_decay": 0.9})
+KINDS = ["gone", "folder", "link", "loop", "pickle", "code", "name"]  # of odd files; MLflow copies what is in its store
 JSON = [None, True, -1, 10**400, 1e308, "", "\x00", "x" * 10_000, "../../../etc/passwd", [], [[]], {}, {"a": 1}, "NaN"]
 
 
@@ -75,10 +76,10 @@ def containers(value: Any) -> Iterator[Any]:
             yield from containers(each)
 
 
-def odd_folder(rng: random.Random, folder: Path) -> str:
+def odd_folder(rng: random.Random, folder: Path, kinds: list[str]) -> str:
     """A folder with something else in it than files that were written."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    path, kind = rng.choice(files), rng.choice(["gone", "folder", "link", "loop", "zero", "pickle", "code", "name", "pipe"])
+    path, kind = rng.choice(files), rng.choice(kinds)
     if kind in ("pickle", "code", "name"):
         name = {"pickle": "x.pkl", "code": "sitecustomize.py", "name": "a\nb\x1b[31m"}[kind]
         (path.parent / name).write_bytes(b"print(1)")
@@ -93,12 +94,12 @@ def odd_folder(rng: random.Random, folder: Path) -> str:
     return f"{path.name}: {kind}"
 
 
-def damage(rng: random.Random, folder: Path, seal: Callable[[Path], object] | None) -> str:
+def damage(rng: random.Random, folder: Path, seal: Callable[[Path], object] | None, kinds: list[str]) -> str:
     """Damage a file of a folder; with `seal`, so that its manifest does not tell."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     path = rng.choice([path for path in files if path.suffix != ".py" or rng.random() < 0.1])
     if seal is None and rng.random() < 0.2:
-        return odd_folder(rng, folder)
+        return odd_folder(rng, folder, kinds)
     if path.suffix == ".json" and rng.random() < 0.7:
         what, content = "json", wrong_json(rng, path.read_bytes())
     else:
@@ -191,14 +192,14 @@ def test_damaged_checkpoints_and_models_are_refused(
                 ended, accepted = run_case(partial(import_file, folder)), "may pass" in what
             elif kind in ("resume", "evaluate"):
                 shutil.copytree(checkpoint, folder)
-                what = damage(rng, folder, seal_checkpoint if sealed else None)
+                what = damage(rng, folder, seal_checkpoint if sealed else None, [*KINDS, "pipe", "zero"])
                 used = not what.startswith(("model.", "average.", "optimizer", "state", "added")) or kind == "resume"
                 accepted = sealed or not used or what.startswith("added") or means_the_same(folder, checkpoint)
                 load = partial(load_subject, str(folder), "model", packaged.uri)
                 ended = run_case(partial(resume, folder) if kind == "resume" else load)
             else:
                 shutil.copytree(stored, folder)
-                what = damage(rng, folder, write_manifest if sealed else None)
+                what = damage(rng, folder, write_manifest if sealed else None, KINDS if kind == "version" else [*KINDS, "pipe", "zero"])
                 accepted = sealed or (kind == "package" and means_the_same(folder, stored))
                 address = str(folder)
                 if kind == "version":  # in the store

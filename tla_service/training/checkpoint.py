@@ -163,8 +163,10 @@ def _check_facts(saved: Mapping[str, Any], now: Mapping[str, Any], config: RunCo
 def find_damage(folder: Path, required: Collection[str] = (), only: Collection[str] | None = None) -> str:
     """The first damaged or missing file of a checkpoint, or `only` of these, and what is wrong; empty if intact."""
     try:
-        checksums = dict(json.loads((folder / MANIFEST).read_text()))
+        checksums = dict(json.loads((folder / MANIFEST).read_text())) if (folder / MANIFEST).is_file() else None
     except (OSError, ValueError, TypeError, RecursionError):
+        checksums = None
+    if checksums is None:
         return f"{MANIFEST} is missing or cannot be read"
     for name in {**dict.fromkeys(required), **checksums} if only is None else only:
         try:
