@@ -132,7 +132,7 @@ class Watch(threading.Thread):
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)
 def test_a_run_on_ray_with_a_server_and_its_evaluation_leave_no_secret(
     server: TrackingServer,  # noqa: F811
     tmp_path: Path,
@@ -156,7 +156,7 @@ def test_a_run_on_ray_with_a_server_and_its_evaluation_leave_no_secret(
         job = Job(tmp_path, *arguments, environment=variables, script=script, preset=preset, output=tmp_path / script)
         watch = Watch(job.process.pid)
         watch.start()
-        printed.append(job.wait(600))
+        printed.append(job.wait(1200))
         watch.ended.set()
         watch.join()
         own = {line for line in watch.seen if script not in line or "ray" in line.lower()}
