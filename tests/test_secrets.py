@@ -1,27 +1,22 @@
 """Planted secrets are in nothing that a run leaves behind, prints, or shows in the list of processes."""
 
-import os
 import shlex
 import sqlite3
-import subprocess
-import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+import zipfile
 from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
-import zipfile
 
-from tests.cluster.conftest import QUICK, ROOT, Job
+from tests.cluster.conftest import QUICK, Job
+from tests.fuzz.harness import environment, run_case
 from tests.registry.conftest import server  # noqa: F401 - a fixture
 from tests.registry.tracking_server import TrackingServer
 from tla_service.errors import ConfigError, without_credentials
 from tla_service.training.__main__ import main
-from tests.fuzz.harness import environment, run_case
 
 WORD = "hunter2"  # in every secret
 KEYS = {
@@ -84,7 +79,7 @@ def test_credentials_are_removed_and_nothing_else(text: str, shown: str) -> None
     [
         [f"--tracking.uri=http://me:{WORD}@h", "--seed=x"],
         [f"--seed=http://me:{WORD}@h"],
-        [f"--data.name=image_folder", "--data.image_size=8", f"--data.root=ftp://me:{WORD}@h/x"],
+        ["--data.name=image_folder", "--data.image_size=8", f"--data.root=ftp://me:{WORD}@h/x"],
         ["--data.name=image_folder", "--data.image_size=8", f"--data.root=s3://AKIA:{WORD}@_/x"],
         [f"--model.pretrained=http://me:{WORD}@h/x"],
         [f"--config=http://me:{WORD}@h/x"],
@@ -94,9 +89,7 @@ def test_credentials_are_removed_and_nothing_else(text: str, shown: str) -> None
         [f"--scaling.num_workers=https://h/?token={WORD}"],
     ],
 )  # fmt: skip
-def test_no_error_message_has_a_secret(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_error_message_has_a_secret(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for debug in ([], ["--debug"]):
         with environment(KEYS, ["--preset", "digits", *arguments, *debug], tmp_path):
             ended = run_case(main)

@@ -140,7 +140,9 @@ class Faults:
     def add(self, fault: str, number: int, case: object, ended: Ended) -> None:
         """Note a fault, if it is one."""
         if fault:
-            self.found.append(f"TLA_FUZZ_SEED={SEED} TLA_FUZZ_CASE={number}: {fault}\n  {case!r:.600}\n  {ended.text[-600:]}")
+            self.found.append(
+                f"TLA_FUZZ_SEED={SEED} TLA_FUZZ_CASE={number}: {fault}\n  {case!r:.600}\n  {ended.text[-600:]}"
+            )
 
 
 def mutated(rng: random.Random, content: bytes) -> tuple[str, bytes]:

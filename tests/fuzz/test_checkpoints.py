@@ -127,7 +127,9 @@ def means_the_same(folder: Path, original: Path) -> bool:
     except ValueError:
         return False
     others = [name for name in names if name != MANIFEST]
-    return manifests[0] == manifests[1] and all((folder / n).read_bytes() == (original / n).read_bytes() for n in others)
+    return manifests[0] == manifests[1] and all(
+        (folder / n).read_bytes() == (original / n).read_bytes() for n in others
+    )
 
 
 def resume(folder: Path) -> None:
@@ -138,7 +140,9 @@ def weights_file(rng: random.Random, folder: Path) -> str:
     """A damaged file of weights, or a well-formed one with wrong ones."""
     path, network = folder / "x.safetensors", build_model("digits_cnn", 10, (1, 8, 8))
     state = {name: value.clone() for name, value in network.state_dict().items()}
-    kind = rng.choice(["bytes", "bytes", "torch", "torch", "nan", "shape", "type", "missing", "header", "length", "objects"])
+    kind = rng.choice(
+        ["bytes", "bytes", "torch", "torch", "nan", "shape", "type", "missing", "header", "length", "objects"]
+    )
     first = next(name for name, value in state.items() if value.is_floating_point())
     if kind == "nan":
         state[first].view(-1)[0] = rng.choice([float("nan"), float("inf")])
@@ -199,7 +203,12 @@ def test_damaged_checkpoints_and_models_are_refused(
                 ended = run_case(partial(resume, folder) if kind == "resume" else load)
             else:
                 shutil.copytree(stored, folder)
-                what = damage(rng, folder, write_manifest if sealed else None, KINDS if kind == "version" else [*KINDS, "pipe", "zero"])
+                what = damage(
+                    rng,
+                    folder,
+                    write_manifest if sealed else None,
+                    KINDS if kind == "version" else [*KINDS, "pipe", "zero"],
+                )
                 accepted = sealed or (kind == "package" and means_the_same(folder, stored))
                 address = str(folder)
                 if kind == "version":  # in the store

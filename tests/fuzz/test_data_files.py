@@ -54,7 +54,10 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small set of each kind."""
     root = tmp_path_factory.mktemp("sets")
     for part, count in (("train", 20), ("t10k", 10)):
-        files = {"images-idx3": np.stack([pixels(number) for number in range(count)]), "labels-idx1": np.arange(count) % 10}
+        files = {
+            "images-idx3": np.stack([pixels(number) for number in range(count)]),
+            "labels-idx1": np.arange(count) % 10,
+        }
         for name, array in files.items():
             for folder, pack in (("raw", bytes), ("gz", gzip.compress)):
                 (root / folder).mkdir(exist_ok=True)
@@ -84,13 +87,17 @@ def content(dataset: Dataset) -> list[Any]:
 
 def same(one: list[Any], two: list[Any]) -> bool:
     pairs = zip(one[1:], two[1:], strict=True)
-    return one[0] == two[0] and all(torch.equal(a, b) for left, right in pairs for a, b in zip(left, right, strict=True))
+    return one[0] == two[0] and all(
+        torch.equal(a, b) for left, right in pairs for a, b in zip(left, right, strict=True)
+    )
 
 
 def read(root: Path, kind: str, cache: Path, **settings: Any) -> list[Any]:
     name = NAMES.get(kind, "image_folder")
     size = SIDE if name == "image_folder" else None
-    return content(load_dataset(DataConfig(name=name, root=str(root), cache_dir=str(cache), image_size=size, **settings)))
+    return content(
+        load_dataset(DataConfig(name=name, root=str(root), cache_dir=str(cache), image_size=size, **settings))
+    )
 
 
 # Damage that is made to measure; each takes a file of the set, or its root, and says whether it may be accepted.
@@ -98,9 +105,17 @@ def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png(width: int, height: int, *, depth: int = 8, colour: int = 2, extra: bytes = b"", rows: bytes = b"\0" * 99) -> bytes:
+def png(
+    width: int, height: int, *, depth: int = 8, colour: int = 2, extra: bytes = b"", rows: bytes = b"\0" * 99
+) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def huge_jpeg(side: int) -> bytes:
@@ -118,7 +133,7 @@ BAD_IMAGES: dict[str, Callable[[], bytes]] = {
     "png without rows": lambda: png(SIDE, SIDE, rows=b""),
     "png of depth 3": lambda: png(SIDE, SIDE, depth=3),
     "png of colour 5": lambda: png(SIDE, SIDE, colour=5),
-    "png with a text of 1 GB": lambda: png(SIDE, SIDE, extra=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)) * 3)),
+    "png with a long text": lambda: png(SIDE, SIDE, extra=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)) * 3)),
     "jpeg of 65,500 x 65,500": lambda: huge_jpeg(65_500),
     "jpeg of no size": lambda: huge_jpeg(0),
     "16 bits": lambda: encoded(pixels(0).astype(np.uint16) * 200),
@@ -126,7 +141,7 @@ BAD_IMAGES: dict[str, Callable[[], bytes]] = {
     "text": lambda: b"not an image\n" * 9,
     "svg": lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "eps that runs": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 12\n(x) (w) file\n",
-    "bmp of 2^31": lambda: b"BM" + struct.pack("<IIIIiiHHIIIIII", 154, 0, 54, 40, 2**31 - 1, 12, 1, 24, 0, 0, 0, 0, 0, 0),
+    "bmp of 2^31": lambda: b"BM" + struct.pack("<IIIIiiHHIIIIII", 99, 0, 54, 40, 2**31 - 1, 9, 1, 24, 0, 0, 0, 0, 0, 0),
 }  # fmt: skip
 
 
@@ -202,7 +217,9 @@ def link(name: str, target: str) -> tuple[zipfile.ZipInfo, str]:
 
 def bad_zip(rng: random.Random, root: Path) -> str:
     path = root / "set.zip"
-    kind = rng.choice(["up", "absolute", "windows", "link out", "loop", "links", "many links", "bomb", "encrypted", "method", "nul"])
+    kind = rng.choice(
+        ["up", "absolute", "windows", "link out", "loop", "links", "many links", "bomb", "encrypted", "method", "nul"]
+    )
     if kind in ("encrypted", "method"):
         blob = bytearray(path.read_bytes())
         place = blob.index(b"PK\x01\x02") + (8 if kind == "encrypted" else 10)
@@ -210,12 +227,19 @@ def bad_zip(rng: random.Random, root: Path) -> str:
         path.write_bytes(blob)
         return f"skipped: {kind}" if path.read_bytes()[place - 8 :].split(b"\0\0\0")[0] == b"" else kind
     image = encoded(pixels(5, 3))
-    names = {"up": "../../train/cat/x.png", "absolute": "/train/cat/x.png", "windows": "train\\..\\..\\..\\x.png", "nul": "train/cat/\0x.png"}
+    names = {
+        "up": "../../train/cat/x.png",
+        "absolute": "/train/cat/x.png",
+        "windows": "train\\..\\..\\..\\x.png",
+        "nul": "train/cat/\0x.png",
+    }
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         if kind in names:
             archive.writestr(zipfile.ZipInfo(names[kind]), image)
         elif kind == "link out":
-            archive.writestr(*link("train/cat/x.png", rng.choice(["/etc/passwd", "../../../../../etc/passwd", "/dev/zero"])))
+            archive.writestr(
+                *link("train/cat/x.png", rng.choice(["/etc/passwd", "../../../../../etc/passwd", "/dev/zero"]))
+            )
         elif kind == "loop":
             archive.writestr(*link("train/cat/x.png", "x.png"))
         elif kind == "links":  # 2^25 names
@@ -253,12 +277,16 @@ def bad_parquet(rng: random.Random, root: Path) -> str:
     if kind == "rows":  # the number of rows of the file or of its only row group, as a zigzag varint
         blob = bytearray(path.read_bytes())
         size = int.from_bytes(blob[-8:-4], "little")
-        places = [at for at in range(len(blob) - 8 - size, len(blob) - 8) if blob[at : at + 2] == bytes([0x16, 2 * count])]
+        places = [
+            at for at in range(len(blob) - 8 - size, len(blob) - 8) if blob[at : at + 2] == bytes([0x16, 2 * count])
+        ]
         blob[rng.choice(places) + 1] = rng.choice([2, 2 * count - 2, 2 * count + 2, 1])
         path.write_bytes(blob)
         return "a wrong number of rows"
     if kind == "twice":
-        table = pa.Table.from_arrays([pa.array(images), pa.array(labels), pa.array(labels)], names=["image", "label", "label"])
+        table = pa.Table.from_arrays(
+            [pa.array(images), pa.array(labels), pa.array(labels)], names=["image", "label", "label"]
+        )
     else:
         table = pa.table(tables.get(kind, tables["text"])())
     pq.write_table(table, path)
@@ -278,11 +306,17 @@ def may_differ(kind: str, damage: str, path: Path, found: list[Any], whole: list
     """Whether a damaged set may be read as something else: its pixels only, in a format without checksums."""
     if damage.startswith("may pass"):
         return True
-    alike = found[0] == whole[0] and [len(labels) for _, labels in found[1:]] == [len(labels) for _, labels in whole[1:]]
+    alike = found[0] == whole[0] and [len(labels) for _, labels in found[1:]] == [
+        len(labels) for _, labels in whole[1:]
+    ]
     if kind == "raw" and "labels" in path.name:
         return alike and int(max(labels.max() for _, labels in found[1:])) < 10
     if kind == "parquet":  # labels are not checked either, so classes may change
-        return [len(labels) for _, labels in found[1:]] == [12, 4] == [pq.read_table(each).num_rows for each in sorted(path.parent.iterdir(), reverse=True)]
+        return (
+            [len(labels) for _, labels in found[1:]]
+            == [12, 4]
+            == [pq.read_table(each).num_rows for each in sorted(path.parent.iterdir(), reverse=True)]
+        )
     return kind in UNCHECKED and alike and not damage.startswith("cut")
 
 
@@ -311,7 +345,8 @@ def test_damaged_data_are_refused_or_read_as_they_were(numbers: range, sets: Pat
                     ended = run_case(inspect)
             if not looked or ended.code is None:
                 before = None if not looked else ended
-                ended = run_case(lambda: found.extend(read(root, kind, cache, residency=rng.choice(["auto", "stream"]))))
+                load = functools.partial(read, root, kind, cache, residency=rng.choice(["auto", "stream"]))
+                ended = run_case(lambda load=load, found=found: found.extend(load()))
                 if before is not None and ended.code is not None and "Traceback" not in ended.text:
                     faults.add("inspect_data accepted it", number, (kind, path.name, damage), ended)
             accepted = bool(found) and (same(found, whole[kind]) or may_differ(kind, damage, path, found, whole[kind]))

@@ -10,7 +10,6 @@ import yaml
 
 from tla_service.errors import ConfigError
 
-
 _MOST_BYTES, _MOST_VALUES = 10_000_000, 1_000_000
 
 
@@ -90,7 +89,7 @@ def check_json(flag: str, text: str) -> None:
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """The number of values that a node stands for, with all its aliases written out: a few lines can stand for 10^20."""
+    """The number of values that a node stands for, aliases written out: a few lines can stand for 10^20."""
     if id(node) not in sizes:
         sizes[id(node)] = 1  # meanwhile: of an anchor inside itself
         inside = node.value if isinstance(node, yaml.CollectionNode) else []

@@ -131,11 +131,11 @@ def _unpacked(archives: list[Path], cache_dir: str) -> Path:
                             left = _less(left, member.size, archive)
                             opened.extract(member, folder, filter="data")
                 else:
-                    with gzip.open(archive, "rb") as source, whole_file(folder / archive.stem) as part:
-                        with part.open("wb") as sink:
-                            while block := source.read(2**20):
-                                left = _less(left, len(block), archive)
-                                sink.write(block)
+                    target = whole_file(folder / archive.stem)
+                    with gzip.open(archive, "rb") as source, target as part, part.open("wb") as sink:
+                        while block := source.read(2**20):
+                            left = _less(left, len(block), archive)
+                            sink.write(block)
             except (gzip.BadGzipFile, tarfile.TarError, EOFError, zlib.error) as error:
                 raise UnavailableError("data.root", archive, f"damaged ({error})", _AGAIN) from error
         write_whole(folder / "done", "")

@@ -172,9 +172,8 @@ def find_damage(folder: Path, required: Collection[str] = (), only: Collection[s
         try:
             if name not in checksums:
                 return f"{name} is missing from {MANIFEST}"
-            if (folder / name).exists() and not (folder / name).is_file():
-                return f"{name} is no file"  # reading a pipe or a device might never end
-            if _sha256(folder / name) != checksums[name]:
+            no_file = (folder / name).exists() and not (folder / name).is_file()  # a pipe or a device might never end
+            if no_file or _sha256(folder / name) != checksums[name]:
                 return f"{name} is corrupted (its checksum differs)"
         except (FileNotFoundError, TypeError, ValueError):  # the latter of names that no file can have
             return f"{name} is missing"
