@@ -15,7 +15,7 @@ NETWORKS = {
     "syntax": "def make(k, shape:\n",
     "tabs": "def make(k, shape):\n\tif k:\n        return 1\n",
     "nul": "x = '\0'\n",
-    "latin-1": b"# caf\xe9\n",
+    "latin-1": b"# \xe9\n",
     "binary": bytes(range(256)),
     "empty": "",
     "missing import": "import no_such_package\n",

@@ -119,7 +119,7 @@ def bad_values(leaf: Leaf) -> list[Any]:  # noqa: C901 - one rule per type
                 found += [schema[key] + step, (schema[key] + step) + (10**30 if "max" in key.lower() else -(10**30))]
         found += [0.5] if numbers == {"integer"} else []
     elif kinds <= {"boolean", "null"}:
-        found += ["maybe", "2", "", "tru", 7.5, "nan", "x" * 5000]
+        found += ["maybe", "2", "", "truth", 7.5, "nan", "x" * 5000]
     elif all(map(limited, leaf.schemas)):
         found += [word for word in NO_WORDS if word or not accepts_empty(leaf)] + [7, 1.5, True]
     else:
