@@ -1,6 +1,5 @@
 """Planted secrets are in nothing that a run leaves behind, prints, or shows in the list of processes."""
 
-import shlex
 import sqlite3
 import tempfile
 import threading
@@ -13,6 +12,7 @@ import pytest
 
 from tests.cluster.conftest import QUICK, Job
 from tests.fuzz.harness import environment, run_case
+from tests.jobs.test_end_to_end import EVALUATION
 from tests.registry.conftest import server  # noqa: F401 - a fixture
 from tests.registry.tracking_server import TrackingServer
 from tla_service.errors import ConfigError, without_credentials
@@ -138,15 +138,15 @@ def test_a_run_on_ray_with_a_server_and_its_evaluation_leave_no_secret(
     }
     variables.pop("RAY_AUTH_TOKEN")
     printed = []
-    few = "--data.test_limit 40 --batch_size 20 --images.autoattack 20 --scaling.num_workers 1 --audit false"
-    evaluation = ["--model", "models:/tla-digits/1", *shlex.split(few)]
+    evaluation = ["--model", "models:/tla-digits/1", *EVALUATION]
     for script, preset, arguments in (
         ("train_tla.py", QUICK, [*PLANTED, "--training.epochs=1", "--scaling.num_workers=1"]),
         ("evaluate_tla.py", [], evaluation),
         ("leaderboard.py", [], []),
         ("train_tla.py", QUICK, ["--data.name=image_folder", f"--data.root=s3://AKIA:{WORD}@_/x"]),
     ):
-        job = Job(tmp_path, *arguments, environment=variables, script=script, preset=preset, output=tmp_path / script)
+        output = tmp_path / f"output{len(printed)}"
+        job = Job(tmp_path, *arguments, environment=variables, script=script, preset=preset, output=output)
         watch = Watch(job.process.pid)
         watch.start()
         printed.append(job.wait(1000))

@@ -29,7 +29,7 @@ from tla_service.models import build_model
 from tla_service.report import findings as fd
 from tla_service.report import schema as rp
 from tla_service.report.figures import Figures
-from tla_service.report.page import show, size, write_page
+from tla_service.report.page import show, size, template, write_page
 from tla_service.report.plan import (
     Plan,
     adaptive_tasks,
@@ -764,3 +764,12 @@ def test_certificates_are_of_the_report_images_and_come_with_autoattacks_verdict
 
 def test_radii_read_as_people_write_them() -> None:
     assert [size(8 / 255), size(0.3), size(0.15), size(8 / 255, "l2")] == ["8/255", "0.3", "0.15", "0.03137"]
+
+
+def test_cards_and_pages_show_names_as_text() -> None:
+    name = "<script>alert('x')</script>"
+    assert (
+        template("model_card.md.j2").environment.from_string("{{ name }}").render(name=name).startswith("&lt;script>")
+    )
+    shown = template("report.html.j2").environment.from_string("{{ name }}{{ 1.5 }}").render(name=name)
+    assert shown == "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;1.5"
