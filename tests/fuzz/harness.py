@@ -108,15 +108,15 @@ def run_case(main: Callable[[], Any]) -> Ended:
     return Ended(code or None, printed.getvalue(), time.process_time() - begin, extra, hung)
 
 
-def chunks(count: int) -> Any:
+def chunks(count: int, sample: int) -> Any:
     """Parametrizes a test over chunks of case numbers: a small one in the default suite, all in the fuzz suite."""
     only = os.environ.get("TLA_FUZZ_CASE")
     whole = [
         pytest.param(range(start, min(start + CHUNK, count)), id=str(start), marks=pytest.mark.fuzz)
         for start in range(0, count, CHUNK)
     ]
-    sample = range(0, count, -(-count // 20)) if only is None else [int(only)]
-    return pytest.mark.parametrize("numbers", [pytest.param(sample, id="sample"), *whole])
+    few = range(0, count, count // sample + 1) if only is None else [int(only)]
+    return pytest.mark.parametrize("numbers", [pytest.param(few, id="sample"), *whole])
 
 
 def random_of(kind: str, number: int) -> random.Random:

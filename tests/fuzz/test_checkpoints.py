@@ -177,7 +177,7 @@ def import_file(folder: Path) -> None:
     published.fit(published.read_entries(path), build_model("digits_cnn", 10, (1, 8, 8)), str(path))
 
 
-@chunks(COUNT)
+@chunks(COUNT, 5)
 def test_damaged_checkpoints_and_models_are_refused(
     numbers: range, checkpoint: Path, packaged: Packaged, tmp_path: Path
 ) -> None:

@@ -378,7 +378,7 @@ def run_configuration(case: Case, folder: Path) -> Any:
     return ended
 
 
-@chunks(COUNT)
+@chunks(COUNT, 20)
 def test_bad_configurations_are_refused(numbers: range, folder: Path) -> None:
     with Faults() as faults:
         for number in numbers:

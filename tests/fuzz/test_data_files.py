@@ -320,7 +320,7 @@ def may_differ(kind: str, damage: str, path: Path, found: list[Any], whole: list
     return kind in UNCHECKED and alike and not damage.startswith("cut")
 
 
-@chunks(COUNT)
+@chunks(COUNT, 10)
 def test_damaged_data_are_refused_or_read_as_they_were(numbers: range, sets: Path, tmp_path: Path) -> None:
     whole: dict[str, list[Any]] = {}
     with Faults() as faults:
