@@ -29,6 +29,7 @@ from tla_service.runtime import WorkerContext
 from tla_service.training.checkpoint import MANIFEST, _sha256
 from tla_service.training.fit import Run
 
+pytestmark = pytest.mark.fuzz  # a package to damage takes seconds to make
 COUNT = 300
 CONFIG = digits_config(training={"epochs": 1, "ema_decay": 0.9})
 READ = ("best.safetensors", "config.yaml", "data.json")  # of a checkpoint, when its model is evaluated

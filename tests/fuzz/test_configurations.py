@@ -229,7 +229,7 @@ WORDS: list[list[str]] = [
     ["--tracking.experiment", ""], ["--tracking.experiment", "\n"], ["--tracking.experiment", "x" * 300],
     ["--tracking.registered_model", "a/b"], ["--tracking.registered_model", "m-1"],
     ["--tracking.registered_model", "a\nb"], ["--tracking.registered_model", ".."],
-    ["--evaluation.test", '{"a b%": {}}'], ["--evaluation.test", '{"worst": {}}'], ["--evaluation.test", "[]"],
+    ["--evaluation.test", '{"a b%": {}}'], ["--evaluation.test", '{"worst": {}}'], ["--evaluation.test", "[1]"],
     ["--evaluation.test", '{"../x": {}}'], ["--evaluation.test", '{"a": {"kind": "lbfgs"}}'],
     ["--evaluation.test", '{"a": {"epsilon": 2}}'], ["--evaluation.test", '{"a": {"norm": "l2", "epsilon": 1e9}}'],
     ["--name", "a/b"], ["--name", "../x"], ["--name", ".hidden"], ["--name", "a\nb"], ["--name", "x" * 241],
