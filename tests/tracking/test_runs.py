@@ -31,7 +31,7 @@ def test_run_holds_every_field_and_the_configuration_loads_again(local_uri: str)
         seed=3,
         attack={"epsilon": "8/255"},
         schedule={"name": "piecewise", "milestones": [3, 5]},
-        tracking={"uri": local_uri, "tags": {"team": "vision"}},
+        tracking={"uri": local_uri, "tags": {"team": "vision", "hook": "https://me:hunter2@h/x"}},
     )
     run_id = open_run(config, "it's a key", facts=FACTS)
     run = MlflowClient(local_uri).get_run(run_id)
@@ -56,7 +56,7 @@ def test_run_holds_every_field_and_the_configuration_loads_again(local_uri: str)
     assert run.data.params["schedule.milestones"] == "[3, 5]"
 
     assert RunConfig.model_validate(yaml.safe_load(text_of(local_uri, run_id, "config.yaml"))) == config
-    assert run.data.tags["team"] == "vision"
+    assert (run.data.tags["team"], run.data.tags["hook"]) == ("vision", "https://h/x")
     assert run.data.tags["tla.run_key"] == "it's a key"
     assert run.data.tags["tla.version"]
     assert run.data.tags["tla.train_images"] == "1438"
