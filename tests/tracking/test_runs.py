@@ -31,7 +31,7 @@ def test_run_holds_every_field_and_the_configuration_loads_again(local_uri: str)
         seed=3,
         attack={"epsilon": "8/255"},
         schedule={"name": "piecewise", "milestones": [3, 5]},
-        tracking={"uri": local_uri, "tags": {"team": "vision", "hook": "https://me:hunter2@h/x"}},
+        tracking={"uri": local_uri, "tags": {"team": "vision"}},
     )
     run_id = open_run(config, "it's a key", facts=FACTS)
     run = MlflowClient(local_uri).get_run(run_id)
@@ -56,7 +56,7 @@ def test_run_holds_every_field_and_the_configuration_loads_again(local_uri: str)
     assert run.data.params["schedule.milestones"] == "[3, 5]"
 
     assert RunConfig.model_validate(yaml.safe_load(text_of(local_uri, run_id, "config.yaml"))) == config
-    assert (run.data.tags["team"], run.data.tags["hook"]) == ("vision", "https://h/x")
+    assert run.data.tags["team"] == "vision"
     assert run.data.tags["tla.run_key"] == "it's a key"
     assert run.data.tags["tla.version"]
     assert run.data.tags["tla.train_images"] == "1438"
@@ -185,14 +185,16 @@ def test_system_metrics_arrive(
 
 def test_a_run_stores_no_credentials(server: TrackingServer) -> None:
     uri = server.uri.replace("://", "://me:hunter2@")
-    run_id = open_run(config_for(uri), "secret", facts={})
+    config = config_for(uri, tracking={"uri": uri, "tags": {"hook": "https://me:hunter2@h/x"}})
+    run_id = open_run(config, "secret", facts={})
     run = MlflowClient(server.uri).get_run(run_id)
+    assert run.data.tags["hook"] == "https://h/x"
     assert run.data.params["tracking.uri"] == server.uri
     text = text_of(server.uri, run_id, "config.yaml")
     assert server.uri in text
     assert "hunter2" not in text
     assert run_page(uri, run_id) == f"{server.uri}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
-    assert open_run(config_for(uri), "secret", facts={}) == run_id
+    assert open_run(config, "secret", facts={}) == run_id
     files = {artifact.path for artifact in MlflowClient(server.uri).list_artifacts(run_id)}
     assert "config-resumed-1.yaml" not in files, "the configuration is the same"
 
