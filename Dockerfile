@@ -65,10 +65,13 @@ RUN --mount=type=bind,from=package,source=/package,target=/package \
 ENV PATH=/opt/tla/bin:${PATH} \
     PYTHONPATH=/home/tla/service \
     PYTHONUNBUFFERED=1 \
+    XDG_CACHE_HOME=/tmp/cache \
+    MPLCONFIGDIR=/tmp/cache/matplotlib \
     RAY_AUTH_MODE=token \
     RAY_USAGE_STATS_ENABLED=0 \
     MLFLOW_DISABLE_TELEMETRY=true \
     GIT_COMMIT=${REVISION}
+# The root file system may be read-only: only /tmp, /cache and runs are written to.
 USER 1000:1000
 # For Ray nodes, head or worker. Other uses of the image override it.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=6 \

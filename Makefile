@@ -1,10 +1,12 @@
 # make train   install what is missing, train on embedded data, register the model
 # make test    install what is missing, run the checks and the default tests
+# make fuzz    thousands of bad configurations, data files and checkpoints; TLA_FUZZ_SEED=1 draws others
+# make audit   write build/sbom.json, and look the locked packages up in a database of vulnerabilities
 ARGS ?= --preset digits
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test check lock
+.PHONY: train test fuzz check audit lock
 
 train: .venv/installed
 	$(BIN)/python jobs/train_tla.py $(ARGS)
@@ -13,12 +15,18 @@ train: .venv/installed
 test: .venv/installed check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fuzz tests/fuzz
+
 check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+audit:
+	PYTHON=$(PYTHON) deploy/audit.sh
 
 # The stamp is written last, so that an interrupted installation is taken up again.
 .venv/installed: requirements.lock pyproject.toml

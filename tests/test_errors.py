@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tla_service import errors
-from tla_service.errors import ConfigError, UnavailableError, UserError, one_line, without_credentials
+from tla_service.errors import ConfigError, UnavailableError, UserError, one_line, readable, without_credentials
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, Exception)]
 
@@ -95,3 +95,19 @@ def test_credentials_are_removed_before_a_text_is_cut() -> None:
 def test_kinds_can_be_caught_together() -> None:
     with pytest.raises(UserError):
         raise ConfigError("a", 1, "b", "c")
+
+
+def test_a_message_is_one_printable_line_of_bounded_length() -> None:
+    text = str(ConfigError("a\x1b[31m", "x\ny" + "z" * 10_000, "\u202ebad\r", "e" * 10_000))
+    assert text.isprintable()
+    assert text.startswith("a\\x1b[31m=x y")
+    assert len(text) < 1200
+    assert "(10003 characters)" in text
+
+
+def test_what_cannot_be_read_is_named() -> None:
+    with pytest.raises(UnavailableError, match=r"^file=x: cannot be read \(KeyError: 'a'\); fetch it again$"):
+        with readable("file", "x", "fetch it again"):
+            raise KeyError("a")
+    with pytest.raises(ConfigError, match=r"^own=1: bad"), readable("file", "x", "fetch it again"):
+        raise ConfigError("own", 1, "bad", "mend it")

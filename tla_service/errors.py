@@ -1,26 +1,43 @@
 """Errors that are the user's to mend, each with the exit code a job ends with; retries of those that may pass."""
 
+import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar, TypeVar
 
 LONGEST_WAIT_SECONDS = 30.0
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_CREDENTIALS = re.compile(r"(?<=://)[^/?#\s]*@|(?<=[?&]password=)[^&\s]+")
+# user:password@ of an address, also of one whose scheme was forgotten (but not name:tag@sha256:...), and what a query
+# calls a password, key, token, secret or signature.
+_CREDENTIALS = re.compile(
+    r"(?<=://)[^/?#\s]*@|(?<![\w@:])[\w.+-]+:[^\s/@:\"']+@(?!sha\d+:)(?=[\w-])|(?<=[?&])([\w-]*"
+    r"(?:password|key|token|secret|signature|credential)[\w-]*=)[^&\s\"']+",
+    re.IGNORECASE,
+)
 
 
 def without_credentials(text: str) -> str:
-    """Text with user names and passwords removed from every URL in it, for terminals, logs and MLflow."""
-    return _CREDENTIALS.sub("", text)
+    """Text with user names, passwords and keys removed from every URL in it, for terminals, logs and MLflow."""
+    return _CREDENTIALS.sub(r"\1", text)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """An error's text without line breaks and credentials, cut to ``limit`` characters."""
     text = without_credentials(" ".join(str(error).split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _shown(value: object, limit: int = 300) -> str:
+    """A value in one line for terminals: control characters are escaped, and the middle of a long one is left out."""
+    text = str(value)
+    text = text if len(text) <= limit else f"{text[: limit - 50]}...{text[-40:]} ({len(text)} characters)"
+    return "".join(
+        each if each.isprintable() else " " if each.isspace() else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 class UserError(Exception):
@@ -43,8 +60,8 @@ class UserError(Exception):
         self.subject, self.value, self.reason, self.remedy = subject, value, reason, remedy
 
     def __str__(self) -> str:
-        head = self.subject if self.value is None else f"{self.subject}={self.value}"
-        return f"{head}: {self.reason}; {self.remedy}"
+        head = _shown(self.subject) if self.value is None else f"{_shown(self.subject)}={_shown(self.value)}"
+        return f"{head}: {_shown(self.reason, 1000)}; {_shown(self.remedy, 500)}"
 
 
 class ConfigError(UserError):
@@ -61,6 +78,18 @@ class UnavailableError(UserError):
     """Something the run needs is not there: data, a server, a bucket, a GPU (exit code 3)."""
 
     exit_code: ClassVar[int] = 3
+
+
+@contextlib.contextmanager
+def readable(subject: str, value: object, remedy: str) -> Iterator[None]:
+    """Raise UnavailableError for any error that files raise which are not what they should be."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # readers of damaged files let errors of many kinds through
+        reason = f"cannot be read ({type(error).__name__}: {one_line(error)})"
+        raise UnavailableError(subject, value, reason, remedy) from error
 
 
 def retried(what: str, action: Callable[[], T], may_pass: Callable[[Exception], bool], *, seconds: float) -> T:

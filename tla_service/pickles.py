@@ -1,5 +1,6 @@
 """Finds pickles, which can run arbitrary code when they are loaded."""
 
+import contextlib
 import pickletools
 import zipfile
 from pathlib import Path
@@ -26,9 +27,8 @@ def is_pickle(path: Path) -> bool:
         return True
     if path.stat().st_size <= _SMALL_BYTES and _calls_something(path.read_bytes()):
         return True
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return any(Path(name).suffix.lower() in _SUFFIXES for name in archive.namelist())
+    with contextlib.suppress(zipfile.BadZipFile, NotImplementedError), zipfile.ZipFile(path) as archive:
+        return any(Path(name).suffix.lower() in _SUFFIXES for name in archive.namelist())
     return False
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from tla_service.cluster.doctor.settings import CheckupSettings
 from tla_service.config import EvaluationConfig, RunConfig, TrackingConfig, loading
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.loading import RunSettings, load_config_file, load_settings, print_config, to_yaml
@@ -203,7 +204,7 @@ def test_what_is_no_fraction_is_refused_and_never_evaluated(
     with pytest.raises(ConfigError) as caught:
         load_settings(arguments)
     assert caught.value.subject == "attack.epsilon"
-    assert str(caught.value).startswith(f"attack.epsilon={text}: ")
+    assert str(caught.value).startswith(f"attack.epsilon={text[:250]}")
     assert not (folder / "evaluated").exists()
 
 
@@ -303,3 +304,16 @@ def test_environment_is_left_alone() -> None:
     before = dict(os.environ)
     load_settings(["--preset=digits"])
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("value", ["one\ntwo", "-one\n", "a=b\nc"])
+def test_a_value_of_several_lines_is_whole_or_refused(value: str) -> None:
+    arguments = ["--preset", "digits", f"--tracking.experiment={value}"]
+    with pytest.raises(ConfigError, match=r"tracking\.experiment|command line"):
+        load_settings(arguments)
+    assert loading._whole_value(f"--x={value}") == ["--x", value]
+
+
+def test_no_setting_of_a_job_is_infinite() -> None:
+    with pytest.raises(ConfigError, match=r"timeout_seconds=inf: input should be a finite number"):
+        loading.read_settings(CheckupSettings, ["--timeout_seconds=inf"])

@@ -121,3 +121,21 @@ def test_byte_order_marks_and_line_ends_do_not_matter(tmp_path: Path, start: byt
     (tmp_path / "run.yaml").write_bytes(start + b"attack: {epsilon: 4/255}" + (end or b"\n") + b"seed: 3" + end)
     found = load_settings(["--config", str(tmp_path / "run.yaml")])
     assert (found.seed, found.attack.epsilon) == (3, 4 / 255)
+
+
+def test_aliases_of_aliases_are_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60)), "seed: *a59", ""]
+    error = refusal(file_of(tmp_path, "\n".join(lines)))
+    assert str(error).endswith(
+        "stands for more than 1000000 values; give a file of settings, without aliases of aliases"
+    )
+
+
+def test_a_file_without_end_is_refused() -> None:
+    error = refusal(["--config", "/dev/zero"])
+    assert str(error) == "config=/dev/zero: is larger than 10000000 bytes; give a file of settings"
+
+
+def test_a_file_that_names_another_is_refused(tmp_path: Path) -> None:
+    error = refusal(file_of(tmp_path, "config: base.yaml\n"))
+    assert (error.subject, error.reason) == ("config", "names another file (base.yaml), which is not read")

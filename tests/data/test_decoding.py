@@ -172,3 +172,11 @@ def test_evenly_spread_numbers_are_in_range(count: int, wanted: int) -> None:
     assert numbers == sorted(set(numbers))
     assert len(numbers) == min(count, wanted)
     assert all(0 <= number < count for number in numbers)
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
+    encoded: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tla_service.data.decoding._MOST_PIXELS", 29)
+    with pytest.raises(UnavailableError, match=r"data\.root=x: has 5x6 pixels, more than 29; make it smaller"):
+        open_image(encoded(COLOUR), "x")

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from tests.data.conftest import hub
 from tla_service.config import DataConfig
@@ -19,6 +20,7 @@ from tla_service.data.parquet_files import (
     find_image_column,
     find_label_columns,
     no_label_column,
+    read_column,
 )
 from tla_service.errors import ConfigError, UnavailableError, UserError
 
@@ -167,3 +169,21 @@ def test_refusals_list_the_columns() -> None:
 def test_rubbish_metadata_is_survived(metadata: dict[bytes, bytes]) -> None:
     names = class_names(pa.schema([("label", pa.int8())], metadata=metadata), "label")
     assert all(isinstance(name, str) for name in names)
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path, blobs: list[bytes], make_config: MakeConfig) -> None:
+    hub(tmp_path, blobs, train={"label": [0, 1] * 4}, test={"label": [0, 1]})
+    labels = pa.array([0, 1])
+    table = pa.Table.from_arrays([pa.array(blobs[:2]), labels, labels], names=["image", "label", "label"])
+    parquet.write_table(table, tmp_path / "test-00000-of-00001.parquet")
+    with pytest.raises(UnavailableError, match=r"test-.*: has several columns named 'label'; write the file again"):
+        load_dataset(make_config(name="parquet", root=str(tmp_path)))
+
+
+def test_a_wrong_number_of_rows_is_refused(tmp_path: Path, blobs: list[bytes]) -> None:
+    path = Path(hub(tmp_path, blobs, train={"label": [0, 1] * 5})) / "train-00000-of-00001.parquet"
+    blob = bytearray(path.read_bytes())
+    blob[blob.index(bytes([0x16, 20]), len(blob) - 8 - int.from_bytes(blob[-8:-4], "little")) + 1] = 24  # 12, not 10
+    path.write_bytes(blob)
+    with pytest.raises(UnavailableError, match=r"not a readable Parquet file \("):
+        list(read_column(path, "label", 100))

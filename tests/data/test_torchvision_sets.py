@@ -238,3 +238,13 @@ def test_a_failing_download_is_reported(
 def test_downloading_into_a_bucket_is_refused(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"data\.download=True: an s3:// root is only read"):
         load_dataset(make_config(name="mnist", root="s3://bucket/mnist", download=True))
+
+
+def test_an_archive_that_unpacks_to_more_than_the_set_is_refused(
+    small_mnist: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tla_service.data.torchvision_sets._MOST_BYTES", 10_000)
+    config = make_config(name="mnist", root=str(small_mnist))
+    with pytest.raises(UnavailableError, match=r"train-images-idx3-ubyte\.gz: unpacks to more than 0 MB, unlike the"):
+        load_dataset(config)
+    assert not list(Path(config.cache_dir).rglob("*ubyte*"))

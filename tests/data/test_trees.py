@@ -200,3 +200,39 @@ def test_unreadable_folders_are_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(UnavailableError, match=r"data\.root=.*: no permission; check the path"):
         FolderTree(tmp_path)
+
+
+def test_a_zip_file_that_lost_entries_is_refused(tmp_path: Path) -> None:
+    path = pack(tmp_path / "x.zip", {f"{number}.png": b"x" for number in range(5)})
+    blob = bytearray(path.read_bytes())
+    second = blob.index(b"PK\1\2", blob.index(b"PK\1\2") + 1)
+    blob[second + 32] = 46 + len("2.png")  # the length of its comment, which swallows the next entry
+    path.write_bytes(blob)
+    with zipfile.ZipFile(path) as archive:
+        assert len(archive.namelist()) == 4
+    with pytest.raises(UnavailableError, match=r"x\.zip: damaged \(it lists 4 of 5 files\); fetch the data set again"):
+        ZipTree(path)
+    whole = pack(tmp_path / "y.zip", {"a": b"x"})
+    with zipfile.ZipFile(whole, "a") as archive:
+        archive.comment = b"a comment"
+    assert ZipTree(whole).names == ["a"]
+
+
+def test_what_links_to_folders_multiply_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pack(tmp_path / "x.zip", {"a/x.png": b"x"}, {f"l{number}": "a" for number in range(9)})
+    assert len(ZipTree(path).names) == 10
+    monkeypatch.setattr("tla_service.data.zip_tree._MOST_ALIASES", 50)
+    with pytest.raises(UnavailableError, match=r"its links to folders multiply its files; unpack it"):
+        ZipTree(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_that_would_fill_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    monkeypatch.setattr("tla_service.data.trees.MOST_BYTES", 1000)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.png").write_bytes(bytes(1001))
+    tree = ZipTree(pack(tmp_path / "x.zip", {"a.png": bytes(1001)})) if packed else FolderTree(tmp_path / "folder")
+    with pytest.raises(UnavailableError, match=r"a\.png: has 1001 bytes, more than the 1000 of the largest file"):
+        tree.read("a.png")

@@ -74,6 +74,13 @@ def test_every_service_is_watched_pinned_and_humble() -> None:
         assert name == "postgres" or service["cap_drop"] == ["ALL"], name  # it changes to its own user by itself
 
 
+def test_only_tmp_and_volumes_can_be_written() -> None:
+    for name, service in SERVICES.items():
+        assert service["read_only"] is True, name
+        mounted = [volume.split(":")[1] for volume in service.get("volumes", [])]
+        assert "/tmp" in [*service["tmpfs"], *mounted], name
+
+
 def test_mlflow_knows_the_names_it_is_called_by() -> None:
     command = SERVICES["mlflow"]["command"][0]
     hosts = re.search(r"--allowed-hosts (\S+)", command)

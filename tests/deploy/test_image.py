@@ -77,6 +77,11 @@ def test_leaving_cuda_out_leaves_the_rest_in() -> None:
 def test_the_last_stage_runs_as_nobody_special_and_holds_no_compiler() -> None:
     users = [rest for keyword, rest in LAST_STAGE if keyword == "USER"]
     assert users == ["1000:1000"]
+    variables = " ".join(rest for keyword, rest in LAST_STAGE if keyword == "ENV")
+    assert re.findall(r"(?:XDG_CACHE_HOME|MPLCONFIGDIR)=(/tmp/\S+)", variables) == [
+        "/tmp/cache",
+        "/tmp/cache/matplotlib",
+    ]
     run = " ".join(rest for keyword, rest in LAST_STAGE if keyword == "RUN")
     assert not re.search(r"\b(gcc|g\+\+|clang|build-essential|python3-dev)\b", run)
     assert {"HEALTHCHECK", "LABEL"} <= {keyword for keyword, _ in LAST_STAGE}

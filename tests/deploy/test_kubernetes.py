@@ -165,6 +165,9 @@ def test_every_pod_is_restricted_and_has_limits(name: str, pod: dict[str, Any]) 
     for container in spec["containers"]:
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert "/tmp" in writable or container["image"].startswith("postgres")
         assert {"cpu", "memory"} <= set(container["resources"]["limits"])
 
 
@@ -181,6 +184,9 @@ def test_every_ray_cluster_is_closed_and_survives_its_nodes(name: str, spec: dic
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert "nvidia.com/gpu" not in yaml.safe_dump(spec["headGroupSpec"])
+    if spec.get("enableInTreeAutoscaling"):
+        assert spec["autoscalerOptions"]["securityContext"]["readOnlyRootFilesystem"] is True
+        assert spec["autoscalerOptions"]["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}]
     settings = (KUBERNETES / "overlays" / "gpu-cloud" / "settings" / "kustomization.yaml").read_text()
     drain = int(re.findall(r"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=(\d+)", settings)[0])
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:

@@ -121,3 +121,10 @@ def test_retrieval_judges_by_colour_and_mark(channels: int, tmp_path: Path, draw
     right, wrong = (cells[place].spines["left"] for place in (4, 5))
     assert right.get_edgecolor() != wrong.get_edgecolor()
     assert right.get_linestyle() != wrong.get_linestyle()
+
+
+@pytest.mark.parametrize("name", ["US$ to CA$", r"$\frac{$", "$$", "<script>alert('x')</script>", 'a"b', "a\nb"])
+def test_names_of_classes_are_no_formulas(name: str, tmp_path: Path) -> None:
+    images = np.zeros((2, 1, 4, 4), np.float32)
+    attack_panel(images, images, [0, 1], [0, 1], [1, 0], (name, "b"), tmp_path / "panel.png")
+    assert dots_per_inch(tmp_path / "panel.png") >= 150

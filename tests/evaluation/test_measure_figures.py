@@ -86,6 +86,7 @@ def test_one_point_is_drawn(tmp_path: Path) -> None:
 def test_heat_map_puts_the_weakest_class_first(tmp_path: Path, drawn: list[Figure]) -> None:
     results = {"clean": by_class([20, 19, 18, -1]), "pgd": by_class([10, 2, 15, -1])}
     class_heat_map(results, ["cat", "dog", "owl", "ant"], tmp_path / "heat.png")
+    class_heat_map(results, ["cat", "US$ to CA$", r"$\frac{$", "$$"], tmp_path / "no_formulas.png")
     axes = drawn[0].axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["dog", "cat", "owl", "ant", "all classes"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["clean", "pgd"]

@@ -18,6 +18,7 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import build_model
 from tla_service.registry.integrity import write_manifest
 from tla_service.registry.loading import load_model, open_package
+from tla_service.training.checkpoint import TrainingState, save_checkpoint
 
 
 @pytest.fixture
@@ -198,4 +199,27 @@ def test_weights_of_another_network_are_refused(folder: Path) -> None:
     path.write_text(json.dumps(description | {"num_classes": 3}))
     write_manifest(folder)
     with pytest.raises(UnavailableError, match="the weights are not those of digits_cnn"):
+        load_model(str(folder))
+
+
+def test_a_changed_byte_of_a_checkpoint_is_refused(packaged: Packaged, tmp_path: Path) -> None:
+    state = TrainingState(packaged.network, torch.optim.SGD(packaged.network.parameters(), 0.1))
+    state.best_weights = packaged.network.state_dict()
+    facts = {"class_names": list("0123456789"), "image_shape": [1, 8, 8]}
+    save_checkpoint(tmp_path / "c", state, packaged.config, facts)
+    (tmp_path / "c" / "optimizer.pt").unlink()  # which is not read
+    load_model(str(tmp_path / "c"))
+    for name in ("best.safetensors", "config.yaml", "data.json"):
+        content = (tmp_path / "c" / name).read_bytes()
+        (tmp_path / "c" / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UnavailableError, match=f"the checkpoint is damaged: {name} is corrupted"):
+            load_model(str(tmp_path / "c"))
+        (tmp_path / "c" / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "[1", '{"format_version": 2}', '{"format_version": 2, "weights": 7}'])
+def test_a_description_that_describes_nothing_is_refused(folder: Path, content: str) -> None:
+    (folder / "artifacts" / "model.json").write_text(content)
+    write_manifest(folder)
+    with pytest.raises((UnavailableError, ConfigError), match=r"^model=.*: (cannot be read|has format version)"):
         load_model(str(folder))

@@ -14,7 +14,7 @@ from tla_service.evaluation.results import Accuracy
 from tla_service.report import schema as rp
 from tla_service.report import tables as tb
 from tla_service.report.figures import Figures
-from tla_service.report.page import show, write_page
+from tla_service.report.page import show, template, write_page
 from tla_service.report.task_list import (
     query_task,
 )
@@ -188,3 +188,12 @@ def test_the_papers_figures_stand_beside_those_of_all_test_images(tmp_path: Path
 def test_page_shows_the_papers_figures_only_in_its_setting(tmp_path: Path) -> None:
     write_page(report(), [], tmp_path / "report.html", same_attacks=True)
     assert "the paper has no digits" in (tmp_path / "report.html").read_text()
+
+
+def test_cards_and_pages_show_names_as_text() -> None:
+    name = "<script>alert('x')</script>"
+    assert (
+        template("model_card.md.j2").environment.from_string("{{ name }}").render(name=name).startswith("&lt;script>")
+    )
+    shown = template("report.html.j2").environment.from_string("{{ name }}{{ 1.5 }}").render(name=name)
+    assert shown == "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;1.5"

@@ -18,7 +18,7 @@ from tests.registry.tracking_server import TrackingServer
 from tla_service import errors
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.tracking.connection import check_tracking, is_passing, retrying, storing, tracking_uri
+from tla_service.tracking.connection import check_tracking, client, is_passing, retrying, storing, tracking_uri
 
 
 def test_uri_given_wins_over_environment_wins_over_local_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -219,3 +219,9 @@ def test_errors_of_an_artifact_store_on_s3_may_pass() -> None:
     assert is_passing(uploading(503))
     assert not is_passing(answered(403))
     assert not is_passing(uploading(403))
+
+
+def test_mlflow_prints_no_address_when_a_run_ends(server: TrackingServer, capsys: pytest.CaptureFixture[str]) -> None:
+    made = client(server.uri.replace("://", "://me:hunter2@"))
+    made.set_terminated(made.create_run("0").info.run_id)
+    assert "hunter2" not in "".join(capsys.readouterr())

@@ -185,14 +185,16 @@ def test_system_metrics_arrive(
 
 def test_a_run_stores_no_credentials(server: TrackingServer) -> None:
     uri = server.uri.replace("://", "://me:hunter2@")
-    run_id = open_run(config_for(uri), "secret", facts={})
+    config = config_for(uri, tracking={"uri": uri, "tags": {"hook": "https://me:hunter2@h/x"}})
+    run_id = open_run(config, "secret", facts={})
     run = MlflowClient(server.uri).get_run(run_id)
+    assert run.data.tags["hook"] == "https://h/x"
     assert run.data.params["tracking.uri"] == server.uri
     text = text_of(server.uri, run_id, "config.yaml")
     assert server.uri in text
     assert "hunter2" not in text
     assert run_page(uri, run_id) == f"{server.uri}/#/experiments/{run.info.experiment_id}/runs/{run_id}"
-    assert open_run(config_for(uri), "secret", facts={}) == run_id
+    assert open_run(config, "secret", facts={}) == run_id
     files = {artifact.path for artifact in MlflowClient(server.uri).list_artifacts(run_id)}
     assert "config-resumed-1.yaml" not in files, "the configuration is the same"
 

@@ -1,6 +1,7 @@
 """Checkpoints are whole, verified and free of code."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.runtime import WorkerContext
 from tla_service.training import checkpoint as checkpoint_module
 from tla_service.training.checkpoint import (
+    MANIFEST,
     TrainingState,
+    find_damage,
     load_checkpoint,
     read_weights,
     save_checkpoint,
@@ -126,3 +129,25 @@ def test_other_data_than_the_run_began_with_is_refused(tmp_path: Path) -> None:
         load_checkpoint(
             tmp_path / "c", small_state(1), digits_config(), FACTS | {"fingerprint": "other"}, WorkerContext()
         )
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "deep", "numbers", "nul"])
+def test_a_manifest_or_a_file_that_is_none_is_damage(tmp_path: Path, kind: str) -> None:
+    save_checkpoint(tmp_path / "c", small_state(), digits_config(), FACTS)
+    odd = {"deep": "[" * 100_000, "numbers": "[[1, 2]]", "nul": '{"a\\u0000": "x"}'}
+    for name in (MANIFEST, "best.safetensors"):
+        path = tmp_path / "c" / name
+        whole = path.read_bytes()
+        path.unlink()
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.write_text(odd[kind])
+        assert find_damage(tmp_path / "c").startswith((name, "1 is", "a\0 is"))
+        path.rmdir() if kind == "folder" else path.unlink()
+        path.write_bytes(whole)
+    assert find_damage(tmp_path / "c") == ""

@@ -52,6 +52,7 @@ class JobSettings(BaseSettings):
         cli_hide_none_type=True,
         frozen=True,
         extra="forbid",
+        allow_inf_nan=False,
     )
 
     config: Path | None = Field(None, description="YAML file with any of these settings")
@@ -135,6 +136,9 @@ class _NamedFile(YamlConfigSettingsSource):
             raise ConfigError(field, name, f"no such {field}", suggest(str(name), preset_names(field)))
         if not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
             raise ConfigError(field, name, "contains no settings", "write them as 'section: {field: value}'")
+        if "config" in values:
+            remedy = "copy its settings here; a preset may be named by preset"
+            raise ConfigError("config", name, f"names another file ({values['config']}), which is not read", remedy)
         return without_lengths_of_other_norms(values, self.current_state)
 
 
@@ -177,7 +181,8 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
     unknown = explainer.unknown_variable(RunSettings)
     if unknown is not None:
         raise unknown
-    arguments = [_renamed(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    given = map(_renamed, sys.argv[1:] if arguments is None else arguments)
+    arguments = [part for argument in given for part in _whole_value(argument)]
     for flag, text in [*_values(arguments), *((name, os.environ[name]) for name, _ in explainer.variables())]:
         check_json(flag, text)
     try:
@@ -246,6 +251,12 @@ def _renamed(argument: str) -> str:
         return argument
     _hint_renamed()
     return f"--model.pretrained{equals}{value}"
+
+
+def _whole_value(argument: str) -> list[str]:
+    """A flag with a value of several lines as two arguments: pydantic-settings drops what follows the first line."""
+    flag, _, value = argument.partition("=")
+    return [flag, value] if flag.startswith("--") and "\n" in value else [argument]
 
 
 def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,8 @@ import yaml
 
 from tla_service.errors import ConfigError
 
+_MOST_BYTES, _MOST_VALUES = 10_000_000, 1_000_000
+
 
 class _Loader(yaml.SafeLoader):
     """Reads numbers as YAML 1.2 does: `010` (octal before) and `1:30` (sexagesimal) stay text, for pydantic to read."""
@@ -33,7 +35,10 @@ for _tag, _pattern in _NUMBERS.items():
 def read_yaml(path: Path, subject: str) -> Any:
     """Read a YAML file in UTF-8, with or without a byte order mark; `subject` is the setting that named it."""
     try:
-        content = path.expanduser().read_bytes()
+        with path.expanduser().open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ConfigError(subject, path, f"is larger than {_MOST_BYTES} bytes", "give a file of settings")
         text = content.decode()
     except (OSError, RuntimeError) as error:  # the latter of a home folder that cannot be found
         reason = f"cannot be read ({(getattr(error, 'strerror', None) or str(error)).lower()})"
@@ -53,6 +58,9 @@ def parse_yaml(text: str, subject: str, name: object) -> Any:
             root = loader.get_single_node()
             if root is None:
                 return None
+            if _size(root, {}) > _MOST_VALUES:
+                reason = f"stands for more than {_MOST_VALUES} values"
+                raise ConfigError(subject, name, reason, "give a file of settings, without aliases of aliases")
             repeated = next(_repeated(root), None)
             if repeated is not None:
                 raise ConfigError(subject, name, repeated, "keep one of them")
@@ -78,6 +86,16 @@ def check_json(flag: str, text: str) -> None:
         json.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError):
         return
+
+
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """The number of values that a node stands for, aliases written out: a few lines can stand for 10^20."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 1  # meanwhile: of an anchor inside itself
+        inside = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = (each if isinstance(each, tuple) else (each,) for each in inside)
+        sizes[id(node)] = 1 + sum(_size(each, sizes) for pair in pairs for each in pair)
+    return sizes[id(node)]
 
 
 def _repeated(node: yaml.Node, path: str = "", seen: frozenset[int] = frozenset()) -> Iterator[str]:

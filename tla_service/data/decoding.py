@@ -22,6 +22,7 @@ _CHUNK = 256
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "QOI")
 # Two letters of text look like these; the whole header decides.
 _TEXT_LIKE = frozenset({"BMP", "PPM"})
+_MOST_PIXELS = 2**26  # of an image; decoding takes 4 bytes of each, and runs in several threads
 _PREFIX = 16  # bytes that Pillow's plugins look at
 _GREY_MODES = frozenset({"1", "L", "LA"})
 
@@ -80,11 +81,15 @@ def open_image(blob: bytes, name: str) -> Image.Image:
     """Read an encoded image of 8 bits per channel; else UnavailableError."""
     try:
         image = Image.open(io.BytesIO(blob))
-        image.load()
+        if image.width * image.height <= _MOST_PIXELS:  # before any is decoded, since a small file can hold many
+            image.load()
     # Pillow's decoders raise errors of many kinds.
     except Exception as error:
         reason = f"not a readable image ({type(error).__name__}: {error})"
         raise UnavailableError("data.root", name, reason, "replace or remove the file") from error
+    if image.width * image.height > _MOST_PIXELS:
+        reason = f"has {image.width}x{image.height} pixels, more than {_MOST_PIXELS}"
+        raise UnavailableError("data.root", name, reason, "make it smaller")
     if image.mode[0] in "IF":
         raise UnavailableError("data.root", name, "has more than 8 bits per channel", "convert it to 8 bits")
     return image

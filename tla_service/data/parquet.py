@@ -24,7 +24,7 @@ from tla_service.data.parquet_files import (
 from tla_service.data.parquet_labels import Labels, number_classes, read_labels
 from tla_service.data.roots import required_root
 from tla_service.data.sources import ImageSource, Splits, build_splits
-from tla_service.data.trees import NO_TEST, FolderTree, choose_splits, listed, notice
+from tla_service.data.trees import MOST_BYTES, NO_TEST, FolderTree, choose_splits, listed, notice
 from tla_service.errors import UnavailableError
 from tla_service.files import whole_file
 
@@ -201,5 +201,8 @@ def _read_images(path: Path, column: str) -> Iterator[bytes]:
             if blob is None:
                 remedy = "put the encoded image into the row, or leave it out"
                 raise UnavailableError("data.root", f"{path}, row {row}", "no image bytes", remedy)
+            if len(blob) > MOST_BYTES:
+                reason = f"has {len(blob)} bytes, more than the {MOST_BYTES} of the largest image that is read"
+                raise UnavailableError("data.root", f"{path}, row {row}", reason, "leave the row out")
             yield blob
             row += 1

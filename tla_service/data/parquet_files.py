@@ -3,13 +3,14 @@
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from tla_service.config import DataConfig
-from tla_service.data.trees import TEST_SPLITS, FolderTree, notice, refuse_several
+from tla_service.data.trees import MOST_BYTES, TEST_SPLITS, FolderTree, notice, refuse_several
 from tla_service.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ def open_shards(files: list[Path], root: Path, shown_root: str | None) -> list[S
     for path in files:
         with _opened(path) as opened:
             shards.append(Shard(path, opened.metadata.num_rows, opened.schema_arrow))
+        twice = next((name for name, count in Counter(shards[-1].schema.names).items() if count > 1), None)
+        if twice is not None:
+            reason = f"has several columns named {twice!r}"
+            raise UnavailableError("data.root", path, reason, "write the file again with names of their own")
     if not any(shard.rows for shard in shards):
         remedy = "fetch the file again, or point data.root at another copy"
         raise UnavailableError("data.root", files[0], "holds no rows", remedy)
@@ -75,8 +80,17 @@ def unlike_first(shard: Shard, first: Shard, column: str) -> UnavailableError:
 def read_column(path: Path, column: str, batch: int) -> Iterator["pyarrow.Array"]:
     """One column of a file, in arrays of up to ``batch`` rows; UnavailableError if the file is damaged."""
     with _opened(path) as opened:
-        for rows in opened.iter_batches(batch, columns=[column]):
+        whole, found = opened.metadata, 0
+        groups = (whole.row_group(number) for number in range(whole.num_row_groups))
+        chunks = (group.column(place) for group in groups for place in range(whole.num_columns))
+        # A dictionary's values repeat at no cost in the file, but each row of a batch is as large as its value.
+        sizes = (chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+        most = MOST_BYTES // max(1, *sizes, 1)
+        for rows in opened.iter_batches(max(1, min(batch, most)), columns=[column]):
+            found += rows.num_rows
             yield rows.column(column)
+        if found != whole.num_rows:
+            raise OSError(f"{found} rows, not {whole.num_rows}")
 
 
 def find_image_column(schema: "pyarrow.Schema", shown: str, wanted: str | None) -> str:

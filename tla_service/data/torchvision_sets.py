@@ -4,7 +4,6 @@ torchvision takes seconds to import, so it is imported only when needed: not for
 """
 
 import gzip
-import shutil
 import tarfile
 import warnings
 import zlib
@@ -22,7 +21,7 @@ from tla_service.data.roots import required_root
 from tla_service.data.sources import ArraySource, Splits
 from tla_service.data.trees import SPLITS, refuse_settings
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.files import write_whole
+from tla_service.files import whole_file, write_whole
 
 _KINDS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 _CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -34,6 +33,7 @@ _CIFAR_FILES = {
     "cifar10": ("cifar-10-python.tar.gz", "cifar-10-batches-py", _CIFAR10_FILES),
     "cifar100": ("cifar-100-python.tar.gz", "cifar-100-python", ("train", "test", "meta")),
 }
+_MOST_BYTES = 250_000_000  # of an unpacked archive; CIFAR's is the largest, with 186 MB
 _AGAIN = "fetch the file again"
 _FETCH_FIX = "check the network and the folder, or put the files there yourself"
 
@@ -124,16 +124,30 @@ def _unpacked(archives: list[Path], cache_dir: str) -> Path:
     with locked(folder / "lock"), disk_trouble("data.cache_dir", folder, remedy):
         for archive in archives if not (folder / "done").exists() else ():
             try:
+                left = _MOST_BYTES
                 if archive.name.endswith(".tar.gz"):
                     with tarfile.open(archive) as opened:
-                        opened.extractall(folder, filter="data")
+                        for member in opened:
+                            left = _less(left, member.size, archive)
+                            opened.extract(member, folder, filter="data")
                 else:
-                    with gzip.open(archive, "rb") as source, (folder / archive.stem).open("wb") as sink:
-                        shutil.copyfileobj(source, sink, 2**20)
+                    target = whole_file(folder / archive.stem)
+                    with gzip.open(archive, "rb") as source, target as part, part.open("wb") as sink:
+                        while block := source.read(2**20):
+                            left = _less(left, len(block), archive)
+                            sink.write(block)
             except (gzip.BadGzipFile, tarfile.TarError, EOFError, zlib.error) as error:
                 raise UnavailableError("data.root", archive, f"damaged ({error})", _AGAIN) from error
         write_whole(folder / "done", "")
     return folder
+
+
+def _less(left: int, size: int, archive: Path) -> int:
+    """The bytes that an archive may still unpack to; UnavailableError if there are none left."""
+    if size > left:
+        reason = f"unpacks to more than {_MOST_BYTES // 10**6} MB, unlike the data set"
+        raise UnavailableError("data.root", archive, reason, _AGAIN)
+    return left - size
 
 
 def _read_cifar(root: Path, config: DataConfig) -> Splits:

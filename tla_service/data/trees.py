@@ -25,6 +25,7 @@ SPLITS = ("train", "validation", "test", "test_fraction")  # the settings that n
 NO_TEST = "name one by data.test, or hold a share of the training images out by data.test_fraction=0.2"
 _SHOWN = 6
 _SAMPLED = 256
+MOST_BYTES = 2**28  # of a file that is read whole: an image, or a list of classes
 FIX = "fetch the data set again, or point data.root at another copy"
 # What macOS, Windows and NAS systems leave between files, in lower case.
 _SYSTEM_FILES = frozenset(
@@ -154,7 +155,8 @@ class FolderTree:
                     self._entries[name] = None
 
     def read(self, name: str) -> bytes:
-        """The content of one file; UnavailableError if it is missing, damaged or a broken link."""
+        """The content of one file; UnavailableError if it is missing, damaged, a broken link, or far too large."""
+        self._check_size(name)
         with disk_trouble("data.root", self.path / name, FIX):
             return (self.path / name).read_bytes()
 
@@ -188,6 +190,13 @@ class FolderTree:
             remedy = "restore what it points at, or remove the link"
             raise UnavailableError("data.root", self.describe(name), "is a link to a file that is not there", remedy)
         return found
+
+    def _check_size(self, name: str) -> None:
+        """Refuse to read what would fill the memory, such as a small zip file that unpacks to terabytes."""
+        size = (self._entries.get(name) or (0, 0))[0]
+        if size > MOST_BYTES:
+            reason = f"has {size} bytes, more than the {MOST_BYTES} of the largest file that is read"
+            raise UnavailableError("data.root", self.describe(name), reason, "remove the file, or make it smaller")
 
     def _link_loop(self, name: str) -> UnavailableError:
         reason = "is a link to a folder that holds it"

@@ -18,7 +18,9 @@ from tla_service.errors import UnavailableError
 # What zipfile raises for a damaged or unknown member.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError)
 _ENCRYPTED, _UTF8 = 0x1, 0x800
+_END_BYTES = 22  # of the record at the end, without the comment that follows it
 _LINKS = 40  # Linux's limit
+_MOST_ALIASES = 10_000_000  # names looked at to follow links to folders; links to links can stand for 2^40
 
 
 class ZipTree(FolderTree):
@@ -27,9 +29,10 @@ class ZipTree(FolderTree):
     def _find(self) -> None:
         self._handles: dict[int, zipfile.ZipFile] = {}
         self._stored: dict[str, str] = {}  # the archive's names of the entries
+        self._aliases = 0
         links: dict[str, str] = {}
         folders: set[str] = set()
-        for entry in self._open().infolist():
+        for entry in self._listed():
             inside = self._inside(entry)
             name = posixpath.normpath(inside)
             folders.add(name if inside.endswith("/") else posixpath.dirname(name))
@@ -49,6 +52,19 @@ class ZipTree(FolderTree):
         self._entries = {name: entry for name, entry in self._entries.items() if is_member(name)}
         folders |= _with_parents(map(posixpath.dirname, self._entries))
         self.folders = set(filter(is_member, folders))
+
+    def _listed(self) -> list[zipfile.ZipInfo]:
+        """The entries; zipfile does not compare them with their number, and drops some if a length is damaged."""
+        archive = self._open()
+        entries = archive.infolist()
+        with disk_trouble("data.root", self.path, FIX), self.path.open("rb") as file:
+            file.seek(-_END_BYTES - len(archive.comment), os.SEEK_END)
+            end = file.read(_END_BYTES)
+        number = int.from_bytes(end[10:12], "little")
+        if number not in (len(entries) % 2**16, 2**16 - 1):  # the latter of files whose number does not fit
+            reason = f"damaged (it lists {len(entries)} of {number} files)"
+            raise UnavailableError("data.root", self.path, reason, FIX)
+        return entries
 
     def _inside(self, entry: zipfile.ZipInfo) -> str:
         """The path that unpacking would give an entry; a folder's ends with a slash."""
@@ -84,6 +100,10 @@ class ZipTree(FolderTree):
             self._entries[link], self._stored[link] = self._entries.get(target), self._stored.get(target, target)
             return
         del self._entries[link]
+        self._aliases += len(self._entries)
+        if self._aliases > _MOST_ALIASES:
+            remedy = "unpack it, and point data.root at the folder"
+            raise UnavailableError("data.root", self.path, "its links to folders multiply its files", remedy)
         for name in [name for name in self._entries if name.startswith(f"{target}/")]:
             alias = f"{link}{name.removeprefix(target)}"
             self._entries[alias], self._stored[alias] = self._entries[name], self._stored[name]
@@ -105,6 +125,7 @@ class ZipTree(FolderTree):
 
     def read(self, name: str) -> bytes:
         """See `FolderTree`; the content is checked against its checksum."""
+        self._check_size(name)
         with self._readable(name), self.open(name) as handle:
             return handle.read()
 

@@ -143,7 +143,12 @@ def new_figure(width_inches: float, height_inches: float) -> "Figure":
 
 def save(figure: "Figure", path: Path) -> None:
     """Write a PNG file; its folder is made."""
+    from matplotlib.text import Text
+
     path.parent.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(Text):
+        if "$" in text.get_text():
+            text.set_parse_math(False)  # names of classes are no formulas; tick labels, which may be, come later
     figure.savefig(path, dpi=_DPI, format="png")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tla_service.config import TrackingConfig
-from tla_service.errors import ConfigError, UnavailableError, one_line
+from tla_service.errors import ConfigError, UnavailableError, one_line, readable
 from tla_service.registry.integrity import MANIFEST, sha256, verify_package
 from tla_service.tracking.connection import client, retrying, sqlite_path, tracking_uri
 
@@ -70,8 +70,9 @@ def load_with_folder(uri: str, tracking: str | None = None) -> tuple["torch.nn.M
     if (folder / WEIGHTS).is_file():
         return read_checkpoint(folder, uri, FIELD).network, folder
     home, facts = _open_folder(folder, uri, digest)
-    architecture = Architecture.described(facts, home)
-    network = architecture.build(facts["num_classes"], tuple(facts["image_shape"]))
+    with readable(FIELD, uri, "load another version"):
+        architecture = Architecture.described(facts, home)
+        network = architecture.build(facts["num_classes"], tuple(facts["image_shape"]))
     try:
         network.load_state_dict(load_file(home / facts["weights"]["file"]))
     except (SafetensorError, RuntimeError) as error:
@@ -188,16 +189,16 @@ def _open_folder(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict
     is_inner = folder.name == "artifacts" and (folder.parent / MANIFEST).is_file()
     verify_package(folder.parent if is_inner else folder, FIELD, uri, digest)
     artifacts = folder if is_inner else folder / "artifacts"
-    try:
-        description: dict[str, Any] = json.loads((artifacts / "model.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not (artifacts / "model.json").is_file():
         reason = "contains no model.json, so it was not packaged by this project"
-        raise UnavailableError(FIELD, uri, reason, "give a model of this project, or a checkpoint folder") from error
-    if description.get("format_version") != FORMAT_VERSION:
-        reason = f"has format version {description.get('format_version')}; this installation reads {FORMAT_VERSION}"
-        raise ConfigError(FIELD, uri, reason, "install the version of tla-service that wrote it")
-    weights = description["weights"]
-    if sha256(artifacts / weights["file"]) != weights["sha256"]:
-        reason = f"{weights['file']} was modified: its SHA-256 is not {weights['sha256'][:12]}..."
-        raise UnavailableError(FIELD, uri, reason, "load another version")
+        raise UnavailableError(FIELD, uri, reason, "give a model of this project, or a checkpoint folder")
+    with readable(FIELD, uri, "load another version"):
+        description: dict[str, Any] = dict(json.loads((artifacts / "model.json").read_text(encoding="utf-8")))
+        if description.get("format_version") != FORMAT_VERSION:
+            reason = f"has format version {description.get('format_version')}; this installation reads {FORMAT_VERSION}"
+            raise ConfigError(FIELD, uri, reason, "install the version of tla-service that wrote it")
+        weights = description["weights"]
+        if sha256(artifacts / weights["file"]) != weights["sha256"]:
+            reason = f"{weights['file']} was modified: its SHA-256 is not {weights['sha256'][:12]}..."
+            raise UnavailableError(FIELD, uri, reason, "load another version")
     return artifacts, description

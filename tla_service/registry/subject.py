@@ -7,11 +7,11 @@ from pathlib import Path
 
 from mlflow.exceptions import MlflowException
 from safetensors.numpy import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
-from tla_service.errors import ConfigError, UnavailableError, one_line
+from tla_service.errors import ConfigError, UnavailableError, one_line, readable
 from tla_service.inference.detector import Rejector
 from tla_service.registry.loading import load_with_folder, pin_version
 from tla_service.report.schema import ModelFacts, ThreatModel
@@ -27,6 +27,12 @@ def load_subject(uri: str, field: str, tracking: str) -> Subject:
         network, folder = load_with_folder(uri, tracking)
     except (ConfigError, UnavailableError) as error:
         raise type(error)(field, uri, error.reason, error.remedy) from error
+    with readable(field, uri, "load another version"):
+        return _described(uri, tracking, network, folder)
+
+
+def _described(uri: str, tracking: str, network: nn.Module, folder: Path) -> Subject:
+    """A loaded model with what its folder and its run tell of it."""
     inner = folder / "artifacts" if (folder / "artifacts").is_dir() else folder
     described = read_yaml(inner / "model.json", "model")  # JSON is YAML
     run_id = config = name = version = None

@@ -57,6 +57,7 @@ def template(name: str) -> "Template":
     environment = Environment(
         loader=PackageLoader("tla_service.report", "templates"),
         autoescape=name.endswith(".html.j2"),
+        finalize=None if name.endswith(".html.j2") else _without_tags,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -71,6 +72,11 @@ def template(name: str) -> "Template":
     }
     environment.filters |= filters
     return environment.get_template(name)
+
+
+def _without_tags(value: object) -> object:
+    """Text of a Markdown card: what shows it takes HTML in it for HTML."""
+    return value.replace("<", "&lt;") if isinstance(value, str) else value
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
 from tla_service.data import Dataset, load_dataset
-from tla_service.errors import ConfigError, UnavailableError, one_line
+from tla_service.errors import ConfigError, UnavailableError, one_line, readable
 from tla_service.evaluation.shards import as_pixels, logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.inference.detector import Rejector
@@ -24,7 +24,7 @@ from tla_service.models import Architecture
 from tla_service.report.relatives import Kin, find_relatives
 from tla_service.report.schema import ModelFacts, ThreatModel
 from tla_service.report.settings import ReportSettings
-from tla_service.training.checkpoint import CODE
+from tla_service.training.checkpoint import CODE, MANIFEST, find_damage
 
 WEIGHTS, _CONFIG, _DATA = "best.safetensors", "config.yaml", "data.json"
 _PROBE_IMAGES = 2
@@ -113,13 +113,18 @@ def read_checkpoint(folder: Path, address: str, field: str) -> Subject:
     if missing:
         reason = f"the checkpoint is incomplete: {missing[0]} is missing"
         raise UnavailableError(field, address, reason, "give another checkpoint")
-    config = RunConfig.model_validate(read_yaml(folder / _CONFIG, field))
-    data: dict[str, Any] = json.loads((folder / _DATA).read_text(encoding="utf-8"))
-    weights = (folder / WEIGHTS).read_bytes()
-    channels, height, width = data["image_shape"]
     code = folder / CODE
-    architecture = Architecture.of(config.model, code.read_bytes() if code.exists() else None)
-    network = architecture.build(len(data["class_names"]), (channels, height, width))
+    if (folder / MANIFEST).exists():
+        damage = find_damage(folder, only=(WEIGHTS, _CONFIG, _DATA, *([CODE] if code.exists() else [])))
+        if damage:
+            raise UnavailableError(field, address, f"the checkpoint is damaged: {damage}", "give another checkpoint")
+    with readable(field, address, "give another checkpoint"):
+        config = RunConfig.model_validate(read_yaml(folder / _CONFIG, field))
+        data: dict[str, Any] = json.loads((folder / _DATA).read_text(encoding="utf-8"))
+        weights = (folder / WEIGHTS).read_bytes()
+        channels, height, width = data["image_shape"]
+        architecture = Architecture.of(config.model, code.read_bytes() if code.exists() else None)
+        network = architecture.build(len(data["class_names"]), (channels, height, width))
     try:
         network.load_state_dict(load(weights))
     except (SafetensorError, RuntimeError) as error:

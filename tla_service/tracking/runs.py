@@ -47,7 +47,8 @@ def open_run(
     """
     on_workers = config if use_gpu is None else config.on_device(has_gpu=use_gpu)
     uri, made, experiment = open_store(config.tracking)
-    tags = config.tracking.tags | {f"tla.{name}": str(value)[:_TAG_LENGTH] for name, value in facts.items()}
+    tags = {name: without_credentials(value) for name, value in config.tracking.tags.items()}
+    tags |= {f"tla.{name}": str(value)[:_TAG_LENGTH] for name, value in facts.items()}
     tags |= code_version() | {RUN_KEY: run_key, "tla.method": config.method, "tla.config_digest": config.digest}
     tags |= {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
     find = functools.partial(_find, made, experiment, run_key)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tla_service.config import RunConfig
 from tla_service.config.loading import same_run, to_yaml
 from tla_service.data.cache import disk_trouble
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, UnavailableError, readable
 from tla_service.files import whole_folder, write_whole
 from tla_service.runtime import WorkerContext, failing_together, gather_objects
 from tla_service.training.average import WeightAverage
@@ -166,19 +166,22 @@ def _check_facts(saved: Mapping[str, Any], now: Mapping[str, Any], config: RunCo
         raise ConfigError("data.root", config.data.root, reason, "bring the data back, or choose another --name")
 
 
-def find_damage(folder: Path, required: Collection[str] = ()) -> str:
-    """The first damaged or missing file of a checkpoint and what is wrong with it; empty if it is intact."""
+def find_damage(folder: Path, required: Collection[str] = (), only: Collection[str] | None = None) -> str:
+    """The first damaged or missing file of a checkpoint, or `only` of these, and what is wrong; empty if intact."""
     try:
-        checksums = dict(json.loads((folder / MANIFEST).read_text()))
-    except (OSError, ValueError, TypeError):
+        checksums = dict(json.loads((folder / MANIFEST).read_text())) if (folder / MANIFEST).is_file() else None
+    except (OSError, ValueError, TypeError, RecursionError):
+        checksums = None
+    if checksums is None:
         return f"{MANIFEST} is missing or cannot be read"
-    for name in {**dict.fromkeys(required), **checksums}:
+    for name in {**dict.fromkeys(required), **checksums} if only is None else only:
         try:
             if name not in checksums:
                 return f"{name} is missing from {MANIFEST}"
-            if _sha256(folder / name) != checksums[name]:
+            no_file = (folder / name).exists() and not (folder / name).is_file()  # a pipe or a device might never end
+            if no_file or _sha256(folder / name) != checksums[name]:
                 return f"{name} is corrupted (its checksum differs)"
-        except FileNotFoundError:
+        except (FileNotFoundError, TypeError, ValueError):  # the latter of names that no file can have
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({(error.strerror or str(error)).lower()})"
@@ -236,7 +239,7 @@ def restore(
                     raise UnavailableError("checkpoint", checkpoint.path, reason, "check the storage") from error
             damage = next(filter(None, gather_objects(damage, context)), "")
             if not damage:
-                with failing_together(context):
+                with failing_together(context), readable("checkpoint", checkpoint.path, "use another checkpoint"):
                     load(folder)
                 return checkpoint.path
         damages.append(damage)
