@@ -53,6 +53,7 @@ def test_candidates_run_in_a_process_of_their_own_that_ends_with_the_block(tmp_p
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_an_error_there_is_raised_here_and_the_others_go_on(tmp_path: Path) -> None:
     with elsewhere(candidates, tmp_path) as found:
         with pytest.raises(ConfigError, match="epochs=0") as caught:
@@ -78,6 +79,7 @@ def test_cpu_time_is_that_of_the_process_where_it_was_spent(tmp_path: Path) -> N
     assert max(times.cpu["nothing"]) < 0.05
 
 
+@pytest.mark.slow
 def test_it_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     code = f"""
 import pathlib, time

@@ -82,6 +82,7 @@ def test_a_step_is_freed_without_the_garbage_collector() -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_stage_that_takes_too_long_is_killed_and_leaves_the_file(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     settings = quick("--workloads", '["small_cnn"]', "--output", str(path))
@@ -91,6 +92,7 @@ def test_a_stage_that_takes_too_long_is_killed_and_leaves_the_file(tmp_path: Pat
     assert set(read_results(path).tables) == {"Mining"}
 
 
+@pytest.mark.slow
 def test_a_switch_is_measured_against_the_step_without_it() -> None:
     results = Results()
     chosen = [switch for switch in switches.CPU_SWITCHES if switch[0].startswith(("speed", "mining"))]

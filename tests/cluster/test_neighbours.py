@@ -96,6 +96,7 @@ with ray_session(RunConfig().scaling):
 """
 
 
+@pytest.mark.slow
 def test_a_cluster_of_its_own_joins_no_other_and_asks_no_other_dashboard(start_head: Callable[[], Head]) -> None:
     head = start_head()
     # Ray finds a cluster that was started in its default folder; its users are told to export the dashboard's address.

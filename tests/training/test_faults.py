@@ -95,6 +95,7 @@ def test_all_workers_stop_together_where_one_has_a_loss_that_is_not_finite(tmp_p
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_worker_that_hangs_in_training_ends_the_run_in_one_line(tmp_path: Path) -> None:
     assert run_two(sleep, tmp_path) == [1, 1]
     (line,) = (tmp_path / "stderr-0").read_text().splitlines()

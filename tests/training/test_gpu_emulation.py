@@ -21,7 +21,7 @@ NewReporter = Callable[..., KeepingReporter]
 POOL = {"pool": "separate", "pool_size": 20, "positives": "both", "clean_noise": 0.05}
 STEPS: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in ("natural", "at", "alp", "tla", "tla_rn", "tla_sa")},
-    "mart": {"method": "at", "loss": {"robust_term": "mart"}},
+    "mart": {"method": "mart"},
     "TLA on TRADES": {"loss": {"robust_term": "trades"}},
     "separate pool": {"mining": POOL},
     "global scope": {"mining": {"scope": "global", "positives": "both", "keep_probability": 0.5}},
@@ -52,6 +52,7 @@ def on_digits(name: str) -> RunConfig:
     sections["attack"] = sections.get("attack", {}) | {"num_steps": 2}
     if sections.get("mining", {}).get("pool") == "separate":
         sections["mining"] |= {"pool_size": 20}
+    sections["data"] = {"augment": preset.data.augment}
     # The weights are not read here; without them, the settings of fine-tuning are refused.
     return digits_config(**sections, model={"name": "digits_cnn"} | ({"pretrained": "unused"} if pretrained else {}))
 

@@ -17,7 +17,8 @@ from tla_service.training.output import SUMMARY, open_output, write_config
 # Settings that this process, without a GPU and without Ray, does something with.
 LOOKED_AT = [name for name in SHAPES_NOTHING if name.split(".")[0] in ("data", "training", "evaluation", "speed")]
 ROUNDING = dict.fromkeys(("speed.fold_batchnorm", "speed.fused_optimizer", "training.channels_last"), 1e-5)
-NOT_HERE = {"speed.compile", "speed.cuda_graphs", "data.root", "data.download", "data.cache_dir", "model.code"}
+NOT_HERE = {"speed.compile", "speed.cuda_graphs", "data.root", "data.download", "data.cache_dir", "model.code",
+            "data.extra.path"}  # fmt: skip
 
 
 def changed(config: RunConfig, name: str) -> RunConfig:

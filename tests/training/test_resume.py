@@ -102,7 +102,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a manifest of nothing": (lambda folder: (folder / "manifest.json").write_text("{}"), "is missing from manifest"),
     "a file that is a folder": (
         lambda folder: ((folder / "data.json").unlink(), (folder / "data.json").mkdir()),
-        "data.json cannot be read (is a directory)",
+        "data.json is corrupted (its checksum differs)",
     ),
     "an empty folder": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "manifest.json is missing or cannot"),
 }

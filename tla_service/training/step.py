@@ -71,7 +71,7 @@ class TrainingStep:
         # Terms that compare an image with its adversarial version, or use the clean image alone.
         own_term = pairs_logits or config.robust_term != "cross_entropy"
         self.needs_clean = own_term or bool(self.clean_weight or loss.embedding_match_weight or loss.extra)
-        self._num_classes = network.classifier.out_features
+        self._num_classes = network.classifier.out_features if config.data.cutmix else 0
 
     def updates(self, batch: StepBatch, *seeds: int) -> Iterator[Tensor]:
         """`backward` for each update, which the caller makes, on a batch: once, or once per replay of free training."""
