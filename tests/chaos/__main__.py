@@ -6,6 +6,7 @@ Seeds whose results are there already are not repeated.
 """
 
 import argparse
+import signal
 from pathlib import Path
 
 from tests.chaos.campaign import ROOT, load, play, save, undisturbed, write_page
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "reliability.json")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "reliability.md")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers and networks are taken down
     results = {each.seed: each for each in load(given.results)}
     wanted = given.only if given.only else [seed for seed in range(given.seeds) if seed not in results]
     if wanted:

@@ -164,6 +164,12 @@ def nodes(count: int) -> Iterator[Nodes]:
     )
     cluster = Nodes(f"{HOST}:{port}", temp, _ray(temp, str(BIN / "ray"), *start.split()))
     try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:  # a node that finds no head gives up
+            with contextlib.suppress(OSError), socket.create_connection((HOST, port), 1):
+                break
+            assert time.monotonic() < deadline, "the head did not come up"
+            time.sleep(0.5)
         for _ in range(count):
             cluster.add()
         cluster.wait(count)
