@@ -147,6 +147,8 @@ class Nodes:
 def _ray(temp: Path, *command: str) -> "subprocess.Popen[bytes]":
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TLA_"))}
     environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    # The nodes share this machine's name, which may stand for the loopback address.
+    environment |= {"GLOO_SOCKET_IFNAME": "eth0"} if "netns" in command else {}
     with (temp / "nodes.log").open("ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
