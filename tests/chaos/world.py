@@ -172,9 +172,9 @@ def nodes(count: int) -> Iterator[Nodes]:
                 break
             assert time.monotonic() < deadline, "the head did not come up"
             time.sleep(0.5)
-        for _ in range(count):
+        for number in range(count):  # at once, they would take the same names for their sockets
             cluster.add()
-        cluster.wait(count)
+            cluster.wait(number + 1)
         yield cluster
     finally:
         for node in cluster.nodes:
