@@ -102,15 +102,20 @@ def _trouble(world: World, struck: Struck, printed: str, expected: Outcome) -> s
 
 
 def recovery(records: list[dict[str, Any]], struck_at: float) -> tuple[float, int]:
-    """Seconds from the fault to the next new step, and steps that were done again, from a run's log."""
-    done, repeated, seconds = 0, 0, float("nan")
+    """Seconds from the fault to the next new step, after the last restart if there was one; steps that were repeated.
+
+    Steps that were on their way when the fault struck arrive after it.
+    """
+    starts = [record for record in records if record["event"] == "start" and record["time"] > struck_at]
+    after = starts[-1]["time"] if starts else struck_at
+    done, repeated, seconds = 0, 0, math.nan
     for record in records:
         if record["event"] == "start" and record.get("resumed_from"):
             repeated += max(0, done - int(Path(record["resumed_from"]).name.partition("-")[2]))
         if record["event"] != "step" or record["step"] <= done:
             continue
         done = int(record["step"])
-        if record["time"] > struck_at and math.isnan(seconds):
+        if record["time"] > after and math.isnan(seconds):
             seconds = record["time"] - struck_at
     return round(seconds, 1), repeated
 

@@ -16,10 +16,10 @@ from tests.cluster.conftest import BIN, Job
 from tests.cluster.test_chaos import SECONDS, SLOWER, train_workers
 from tests.cluster.test_neighbours import Head
 
-FLAGS = (*SLOWER, "--training.log_every_steps", "1", "--scaling.num_workers", "2", "--evaluation.every_epochs", "3",
-         "--scaling.hang_seconds", "30")  # fmt: skip
+FLAGS = (*SLOWER, "--training.log_every_steps", "1", "--scaling.num_workers", "2", "--evaluation.every_epochs", "3")
 LAST_STEP = 90  # of 120: the latest moment that is drawn
 DISK = "10m"
+_SOON = ("--scaling.hang_seconds", "30")
 _NODE_ID = """
 import ray, sys
 ray.init(sys.argv[1], logging_level="error")
@@ -46,6 +46,7 @@ class Struck:
     jobs: list[Job] = field(default_factory=list)
     cluster: Nodes | None = None
     storage: str = ""
+    flags: tuple[str, ...] = ()
 
     @property
     def job(self) -> Job:
@@ -57,7 +58,7 @@ class Struck:
         storage = self.storage or f"s3://{self.world.s3.bucket}/{self.name}"
         named = ("--scaling.storage", storage, "--tracking.registered_model", f"tla-{self.name}")
         address = {} if self.cluster is None else {"RAY_ADDRESS": self.cluster.address}
-        job = Job(self.folder, *FLAGS, *named, environment=self.world.environment | address)
+        job = Job(self.folder, *FLAGS, *named, *self.flags, environment=self.world.environment | address)
         self.stack.callback(job.end)
         self.jobs.append(job)
         return job
@@ -132,7 +133,7 @@ def preemption(struck: Struck) -> None:
 
 def network_cut(struck: Struck) -> None:
     """A node loses its network, while what runs on it goes on; another one comes."""
-    cluster = struck.on_nodes()
+    cluster, struck.flags = struck.on_nodes(), _SOON
     struck.start()
     struck.strike()
     struck.victim().cut()
@@ -141,6 +142,7 @@ def network_cut(struck: Struck) -> None:
 
 def hung_rank(struck: Struck) -> None:
     """A worker is stopped, and never goes on."""
+    struck.flags = _SOON
     struck.start()
     struck.strike()
     os.kill(struck.rng.choice(train_workers(struck.job)), signal.SIGSTOP)
