@@ -1,4 +1,4 @@
-"""What a campaign reads from a log, and the page it writes; the faults themselves are played by `python -m tests.chaos`."""
+"""What a campaign reads from a log, and the page it writes; `python -m tests.chaos` plays the faults themselves."""
 
 from pathlib import Path
 from typing import Any
