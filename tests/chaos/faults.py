@@ -80,7 +80,7 @@ class Struck:
 
     def on_nodes(self) -> Nodes:
         """Let the run use nodes with networks of their own."""
-        self.cluster = self.stack.enter_context(nodes(2))
+        self.cluster = self.stack.enter_context(nodes(2, self.world.environment))
         return self.cluster
 
     def victim(self) -> Node:

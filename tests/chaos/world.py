@@ -118,6 +118,7 @@ class Nodes:
     address: str
     temp: Path
     head: "subprocess.Popen[bytes]"
+    environment: dict[str, str]
     nodes: list[Node] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(2))
 
@@ -131,7 +132,7 @@ class Nodes:
         for command in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
             run("ip", "-n", name, *command.split())
         start = f"start --address {self.address} --node-ip-address {address} --num-cpus 1 --block --disable-usage-stats"
-        process = _ray(self.temp, "ip", "netns", "exec", name, str(BIN / "ray"), *start.split())
+        process = _ray(self.temp, self.environment, "ip", "netns", "exec", name, str(BIN / "ray"), *start.split())
         self.nodes.append(Node(name, address, process))
         return self.nodes[-1]
 
@@ -144,8 +145,10 @@ class Nodes:
             time.sleep(1)
 
 
-def _ray(temp: Path, *command: str) -> "subprocess.Popen[bytes]":
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TLA_"))}
+def _ray(temp: Path, variables: dict[str, str], *command: str) -> "subprocess.Popen[bytes]":
+    environment = variables | {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TLA_"))
+    }
     environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}"}
     # The nodes share this machine's name, which may stand for the loopback address.
     environment |= {"GLOO_SOCKET_IFNAME": "eth0"} if "netns" in command else {}
@@ -154,8 +157,8 @@ def _ray(temp: Path, *command: str) -> "subprocess.Popen[bytes]":
 
 
 @contextlib.contextmanager
-def nodes(count: int) -> Iterator[Nodes]:
-    """A cluster of so many nodes; all of it is killed in the end."""
+def nodes(count: int, environment: dict[str, str]) -> Iterator[Nodes]:
+    """A cluster of so many nodes, whose workers have these variables; all of it is killed in the end."""
     temp = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's sockets need a short path
     with socket.socket() as free:
         free.bind((HOST, 0))
@@ -164,7 +167,7 @@ def nodes(count: int) -> Iterator[Nodes]:
     start = (
         f"start --head --node-ip-address {HOST} --num-cpus 0 --block --disable-usage-stats --temp-dir {temp} {ports}"
     )
-    cluster = Nodes(f"{HOST}:{port}", temp, _ray(temp, str(BIN / "ray"), *start.split()))
+    cluster = Nodes(f"{HOST}:{port}", temp, _ray(temp, environment, str(BIN / "ray"), *start.split()), environment)
     try:
         deadline = time.monotonic() + START_SECONDS
         while True:  # a node that finds no head gives up
