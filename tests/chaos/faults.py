@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.chaos.world import Node, Nodes, World, nodes, run
 from tests.cluster.conftest import BIN, Job
+from tests.cluster.gate import Gate
 from tests.cluster.test_chaos import SECONDS, SLOWER, train_workers
 from tests.cluster.test_neighbours import Head
 
@@ -150,24 +151,22 @@ def hung_rank(struck: Struck) -> None:
 
 def tracking_outage(struck: Struck) -> None:
     """The tracking server is away for up to a minute."""
-    struck.start()
-    struck.strike()
-    struck.world.to_tracking.shut()
-    try:
-        time.sleep(struck.rng.uniform(5, 60))
-    finally:
-        struck.world.to_tracking.open()
+    _away(struck, struck.world.to_tracking)
 
 
 def storage_outage(struck: Struck) -> None:
     """The object store is away for up to a minute, also in the middle of an upload."""
+    _away(struck, struck.world.to_s3)
+
+
+def _away(struck: Struck, gate: Gate) -> None:
     struck.start()
     struck.strike()
-    struck.world.to_s3.shut()
+    gate.shut()
     try:
         time.sleep(struck.rng.uniform(5, 60))
     finally:
-        struck.world.to_s3.open()
+        gate.open()
 
 
 def torn_checkpoint(struck: Struck) -> None:

@@ -17,6 +17,7 @@ from tla_service.results.local import in_order
 from tla_service.results.page import write_page
 from tla_service.results.runs import (
     TableRun,
+    diverged,
     is_finished,
     record_failed_trial,
     rounds,
@@ -109,7 +110,9 @@ def test_with_two_seeds_the_mean_decides(tmp_path: Path, monkeypatch: pytest.Mon
     assert tuned.winner("digits", "tla", tmp_path).number == 1
 
 
-def test_a_failed_trial_counts_as_zero(tmp_path: Path) -> None:
+def test_only_a_trial_that_diverged_counts_as_zero(tmp_path: Path) -> None:
+    assert diverged("training failed with exit code 1 (the loss is not finite by step 50; lower the rate)")
+    assert not diverged("training failed more than scaling.max_failures=3 times")
     run = TableRun("at-t0-s1000", "at", 1000, is_trial=True)
     (tmp_path / run.name).mkdir()
     record_failed_trial(tmp_path / run.name)

@@ -22,6 +22,7 @@ from tla_service.job import INTERRUPTED
 from tla_service.results.page import write_page
 from tla_service.results.runs import (
     TableRun,
+    diverged,
     is_finished,
     is_trained,
     record_failed_trial,
@@ -56,7 +57,6 @@ def reproduce(settings: ReproduceSettings, make: Make, track: Track | None = Non
     with locked_folder(settings.state_folder, "state"):
         terminal, state = Terminal(), open_state(settings)
         deadline = math.inf if settings.minutes is None else time.monotonic() + 60 * settings.minutes
-        is_complete = True
         for runs in rounds(settings, state):
             space = table_space(settings, runs)
             for run in runs:
@@ -117,10 +117,6 @@ class _StoppedError(Exception):
     """A process was stopped before its end."""
 
 
-class _FailedError(UnavailableError):
-    """A process failed while it worked, not for what it was given."""
-
-
 class _Local:
     """Runs of a table as processes that share the cores, or the GPU, of this machine."""
 
@@ -160,8 +156,8 @@ class _Local:
             command = ["tla_service.training", "--config", str(folder / "run.yaml"), "--output", str(folder)]
             try:
                 self._run(run, "training", command)
-            except _FailedError:
-                if not run.is_trial:
+            except UnavailableError as error:
+                if not (run.is_trial and diverged(error)):
                     raise
                 record_failed_trial(folder)
                 return
@@ -194,8 +190,7 @@ class _Local:
             last = (printed.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
             self._say(f"{run.name}: {what} failed")
             reason = f"{what} failed with exit code {code} ({last})"
-            kind = _FailedError if code == 1 else UnavailableError
-            raise kind("run", run.name, reason, f"read {printed}, then give the same command again")
+            raise UnavailableError("run", run.name, reason, f"read {printed}, then give the same command again")
         self._say(f"{run.name}: {what} done")
 
     def _stop(self) -> None:

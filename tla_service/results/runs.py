@@ -220,8 +220,13 @@ def slim(folder: Path) -> None:
     shutil.rmtree(folder / REPORT / "shards", ignore_errors=True)
 
 
+def diverged(reason: object) -> bool:
+    """Whether a trial failed for its settings: its loss was not finite. Any other failure is repeated, not scored."""
+    return "the loss is not finite" in str(reason)
+
+
 def record_failed_trial(folder: Path) -> None:
-    """Make a trial whose training failed one that withstands nothing, so that the search goes on."""
+    """Make a trial that diverged one that withstands nothing, so that the search goes on."""
     write_summary(folder, {"status": "failed", "validation": {ROBUST: 0.0}})
 
 

@@ -24,6 +24,7 @@ from tla_service.results.local import Say, Track, reproduce
 from tla_service.results.runs import (
     AXIS,
     TableRun,
+    diverged,
     is_trained,
     record_failed_trial,
     run_config,
@@ -98,9 +99,10 @@ def _train(
         if budget.interrupted:
             raise KeyboardInterrupt
         failed = [trial for trial in read_trials(uri) if trial.status == "failed"]
-        for run in [run for run in missing if run.is_trial and run.name in {trial.point[AXIS] for trial in failed}]:
-            record_failed_trial(state / run.name)
-            failed = [trial for trial in failed if trial.point[AXIS] != run.name]
+        trials = {run.name for run in missing if run.is_trial}
+        for trial in [trial for trial in failed if trial.point[AXIS] in trials and diverged(trial.reason)]:
+            record_failed_trial(state / trial.point[AXIS])
+            failed.remove(trial)
     for trial in failed:
         reason = f"training failed ({trial.reason})"
         return UnavailableError("run", trial.point[AXIS], reason, "give the same command again to repeat it")
