@@ -185,6 +185,17 @@ def test_a_range_needs_room_for_its_fewest_workers_and_a_step_that_divides_among
         place(run)
 
 
+def test_validation_beside_training_needs_the_room_of_one_more_worker(cluster: Callable[..., None]) -> None:
+    beside = {"async_validation": True}
+    cluster({"CPU": 3.0})
+    place(RunConfig.model_validate({"scaling": beside | {"num_workers": 2}}))
+    message = r"scaling\.async_validation=True: 3 workers take all the room there is: .*3 CPU -> 3; leave it out, or"
+    with pytest.raises(UnavailableError, match=message):
+        place(RunConfig.model_validate({"scaling": beside | {"num_workers": 3}}))
+    cluster({"CPU": 16.0, "GPU": 4.0})
+    assert place(RunConfig.model_validate({"scaling": beside})).num_workers == 3
+
+
 def test_a_worker_that_fits_on_no_node_is_refused_though_the_cluster_has_as_much(cluster: Callable[..., None]) -> None:
     cluster({"CPU": 2.0}, {"CPU": 2.0})
     run = RunConfig.model_validate({"scaling": {"num_workers": 1, "cpus_per_worker": 3}})

@@ -149,6 +149,7 @@ SHAPES_NOTHING: dict[str, Any] = {
     "scaling.gpus_per_worker": 0.5,
     "scaling.max_failures": 0,
     "scaling.hang_seconds": 60.0,
+    "scaling.async_validation": True,
     "scaling.storage": "/s",
     "scaling.wait_seconds": 9.0,
     "scaling.address": "auto",

@@ -109,6 +109,18 @@ WRONG_FLAGS = [
         "use a multiple of 12, or give scaling.num_workers a narrower range",
     ),
     ("--scaling.num_workers=[1,2] --scaling.gpus_per_worker=0.4", "scaling.gpus_per_worker=0.4", "each GPU", "use 1,"),
+    (
+        "--scaling.async_validation --scaling.num_workers=[1,2]",
+        "scaling.async_validation=True",
+        "takes all the room",
+        "one number of workers",
+    ),
+    (
+        "--scaling.async_validation --attack.kind=n_fgsm",
+        "scaling.async_validation=True",
+        "attack.on_collapse acts on",
+        "attack.on_collapse to ignore",
+    ),
     ("--loss.triplet_weight=0", "loss.triplet_weight=0", "method tla trains a triplet term", "method at"),
     ("--method=alp --loss.logit_pairing_weight=0", "loss.logit_pairing_weight=0", "alp pairs logits", "method at"),
     ("--loss.view_weight=0.5", "loss.view_weight=0.5", "no augmentation of its own", "data.augment or data.cutmix"),

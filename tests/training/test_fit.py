@@ -15,6 +15,7 @@ from tla_service.training.checkpoint import load_checkpoint, read_weights
 from tla_service.training.fit import Run
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.step import METRIC_NAMES, TOTALS
+from tla_service.training.validation import ImageSet
 
 NewReporter = Callable[..., KeepingReporter]
 
@@ -132,15 +133,13 @@ def test_the_best_weights_are_chosen_on_validation_and_tested_once(
     measured: list[str] = []
     seen: list[dict[str, torch.Tensor]] = []
 
-    def measure(
-        self: Run, source: Any, _rows: Any, _section: str, _attacks: Any, network: nn.Module
-    ) -> dict[str, float]:
-        measured.append("test" if source is self.dataset.test else "validation")
+    def measure(images: ImageSet, network: nn.Module, _context: WorkerContext) -> dict[str, float]:
+        measured.append("test" if list(images.attacks) == ["pgd2"] else "validation")
         seen.append({name: value.clone() for name, value in network.state_dict().items()})
         value = next(robust, 0.5)
         return {"robust_accuracy": value, "clean_accuracy": 0.95 if len(seen) == 3 else 0.9}
 
-    monkeypatch.setattr(Run, "_measure", measure)
+    monkeypatch.setattr(ImageSet, "measure", measure)
     result = fit(digits_config(), WorkerContext(), reporter)
     assert measured == ["validation"] * 4 + ["test"]
     # Epochs 1 and 2 tie on robust accuracy; the clean one decides.

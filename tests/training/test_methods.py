@@ -12,10 +12,10 @@ from torch import Tensor
 from tests.training.conftest import KeepingReporter, digits_config, fit, random_batch
 from tests.training.test_step import network
 from tla_service.runtime import WorkerContext, generator
-from tla_service.training import fit as fit_module
 from tla_service.training.adversary import Adversary
 from tla_service.training.meter import has_collapsed
 from tla_service.training.step import TrainingStep
+from tla_service.training.validation import ImageSet
 
 CPU = torch.device("cpu")
 NewReporter = Callable[..., KeepingReporter]
@@ -147,11 +147,11 @@ def collapse_in(monkeypatch: pytest.MonkeyPatch, *robust: float) -> None:
     """Let validation find these robust accuracies, one an epoch, then the last for ever."""
     values = list(robust)
 
-    def validate(run: Any) -> dict[str, float]:
+    def measure(*_: Any) -> dict[str, float]:
         found = values.pop(0) if len(values) > 1 else values[0]
         return {"robust_accuracy": found, "clean_accuracy": 0.9}
 
-    monkeypatch.setattr(fit_module.Run, "_validate", validate)
+    monkeypatch.setattr(ImageSet, "measure", measure)
 
 
 def test_a_collapse_ends_the_run_with_its_best_weights(

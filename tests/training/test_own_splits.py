@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.data.conftest import encoded
 from tests.training.conftest import KeepingReporter, digits_config, fit
@@ -15,6 +14,7 @@ from tla_service.inference.detector import Rejector
 from tla_service.runtime import WorkerContext
 from tla_service.training.fit import Run
 from tla_service.training.output import open_output, write_config, write_summary
+from tla_service.training.validation import ImageSet
 
 
 @pytest.fixture
@@ -36,18 +36,18 @@ def config_for(root: Path, **data: Any) -> RunConfig:
     return digits_config(data={**data, "cache_dir": str(root.parent / "cache")}, training=training)
 
 
-def test_the_split_is_what_is_validated_on(root: Path, tmp_path: Path) -> None:
+def test_the_split_is_what_is_validated_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reporter = KeepingReporter(tmp_path)
     run = Run(config_for(root), WorkerContext(), reporter)
     seen: list[int] = []
-    measure = run._measure
+    measure = ImageSet.measure
 
-    def measured(source: Any, rows: torch.Tensor, *rest: Any) -> dict[str, float]:
-        assert source in (run.dataset.validation, run.dataset.test)
-        seen.append(len(rows))
-        return measure(source, rows, *rest)
+    def measured(images: ImageSet, *rest: Any) -> dict[str, float]:
+        assert images.source in (run.dataset.validation, run.dataset.test)
+        seen.append(len(images.rows))
+        return measure(images, *rest)
 
-    run._measure = measured  # type: ignore[method-assign]
+    monkeypatch.setattr(ImageSet, "measure", measured)
     run.start(None)
     result = run.train(with_rejector=True)
     assert seen == [10, 10, 8]

@@ -22,6 +22,11 @@ def test_runs_that_are_compared_have_a_fixed_number_of_workers() -> None:
             make()
 
 
+def test_trials_wait_for_their_validation() -> None:
+    with pytest.raises(ConfigError, match=r"^scaling\.async_validation=True: trials are decided by .*; leave it out"):
+        space_of(run=run_config(scaling={"async_validation": True}))
+
+
 def test_the_default_space_is_the_papers_around_the_runs_own_sizes() -> None:
     space = space_of()
     assert [axis.name for axis in space.axes] == [

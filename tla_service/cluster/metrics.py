@@ -51,12 +51,12 @@ class RunMetrics:
             metric.set_default_tags(labels)
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Update from a record: `start`, `step`, `epoch` or `failure`."""
+        """Update from a record: `start`, `step`, `epoch`, `validation` or `failure`."""
         if record["event"] != "waiting":
             self._gauges["tla_last_progress_timestamp_seconds"].set(time.time())
         if record["event"] == "failure":
             self._counters["tla_worker_restarts_total"].inc(tags={"outcome": "restarted"})
-        told = record["metrics"] if record["event"] == "epoch" else record
+        told = record.get("metrics", record)
         for key, value in told.items():
             gauge = self._gauges.get(_NAMES.get(key, f"tla_{key}"))
             if gauge is not None:

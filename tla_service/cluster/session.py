@@ -74,7 +74,8 @@ def ray_session(scaling: ScalingConfig, *, debug: bool = False, dashboard: bool 
         # Nobody preempts this machine with notice; without the watcher, workers start a second earlier.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         workers, _ = scaling.bounds(auto=2)
-        cpus = max(os.cpu_count() or 1, math.ceil(workers * scaling.cpus_per_worker))  # what the workers reserve
+        # What the workers reserve, and validation beside them.
+        cpus = max(os.cpu_count() or 1, math.ceil((workers + scaling.async_validation) * scaling.cpus_per_worker))
         try:
             # "local": without it Ray joins a cluster that somebody else started on this machine.
             ray.init("local", num_cpus=cpus, include_dashboard=dashboard, **quiet)
@@ -234,7 +235,7 @@ def place(config: RunConfig) -> Placement:
         workers, _ = scaling.bounds(auto=1)
     else:
         gpus = sum(node.get("GPU", 0.0) for node in _nodes())
-        most = max(1, int(gpus / scaling.gpus_per_worker)) if use_gpu else 2
+        most = max(1, int(gpus / scaling.gpus_per_worker) - scaling.async_validation) if use_gpu else 2
         # BatchNorm and mining need two images per worker.
         workers = min(most, config.training.global_batch_size // 2)
     placement = Placement(workers, use_gpu, scaling.cpus_per_worker, scaling.gpus_per_worker)
@@ -242,6 +243,9 @@ def place(config: RunConfig) -> Placement:
     config.check_device(has_gpu=use_gpu)
     if scaling.wait_seconds == 0:
         check_room(placement)
+        if scaling.async_validation and room(placement)[0] == workers:
+            reason = f"{workers} workers take all the room there is: {room(placement)[1]}"
+            raise UnavailableError("scaling.async_validation", True, reason, "leave it out, or use fewer workers")
     return placement
 
 

@@ -26,6 +26,7 @@ from tla_service.cluster.elastic import Resizes
 from tla_service.cluster.mailbox import FailuresToMailbox, reason_line, start_mailbox
 from tla_service.cluster.session import Placement, own_dashboard, stop_on_signal, waiting
 from tla_service.cluster.storage import RunFolder
+from tla_service.cluster.validation import RayValidator
 from tla_service.config import RunConfig
 from tla_service.errors import OutOfMemoryError, UnavailableError, UserError
 from tla_service.files import whole_folder
@@ -228,9 +229,12 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         ray.get(loop["mailbox"].push.remote({"event": "hang", "message": message}), timeout=TELL_SECONDS)
 
     try:
-        code = ray.get(loop["code"]) if loop["code"] is not None else None
+        code, validator = ray.get(loop["code"]) if loop["code"] is not None else None, None
+        if config.scaling.async_validation:
+            use_gpu = context.device.type == "cuda"
+            validator = RayValidator(config, loop["code"], context.world_size, use_gpu=use_gpu)
         with watched(context, max(START_SECONDS, config.scaling.hang_seconds), tell):
-            run = Run(config, context, reporter, code)
+            run = Run(config, context, reporter, code, validator)
             run.start(weights)
         with watched(context, config.scaling.hang_seconds, tell):
             result = run.train(**ends)

@@ -144,6 +144,11 @@ class RunConfig(Section):
         name = self.tracking.registered_model
         return f"tla-{self.data.name.replace('_', '-')}" if name is None else name or None
 
+    @property
+    def watches_collapse(self) -> bool:
+        """Whether training with a single-step attack stops or goes on with PGD after catastrophic overfitting."""
+        return self.method != "natural" and self.attack.is_single_step and self.attack.on_collapse != "ignore"
+
     def attack_trouble(self, shape: ImageShape | None) -> ConfigError | None:
         """What is wrong with radii and step sizes on images (C, H, W), if their shape is known; when a run begins."""
         # Not when a configuration is read back: runs older than this check must still load.
@@ -276,6 +281,9 @@ class RunConfig(Section):
             yield "attack.batchnorm", "train", reason, "leave one of them out"
         if attack.awp and self.method == "natural":
             yield "attack.awp", "True", "method natural has no attack", "leave it out, or use method at"
+        if self.scaling.async_validation and self.watches_collapse:
+            reason = "attack.on_collapse acts on an epoch's validation before the next epoch"
+            yield "scaling.async_validation", "True", reason, "leave it out, or set attack.on_collapse to ignore"
         yield from self._contradictions_of_views()
         yield from self._contradictions_of_own_functions()
 

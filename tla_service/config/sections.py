@@ -338,6 +338,9 @@ class ScalingConfig(Section):
     hang_seconds: float = setting(
         600, "restart if one worker holds up the others for so long; above their longest pause", unit="seconds", gt=0
     )
+    async_validation: bool = setting(
+        False, "train on while a task on resources like a worker's validates the epoch; the result is the same"
+    )
     storage: str | None = setting(
         None, "storage of checkpoints: a shared folder or s3://bucket/prefix; none: the output folder"
     )
@@ -374,6 +377,9 @@ class ScalingConfig(Section):
             # Ray Train divides the GPUs of a node by the share, and would wait for workers that do not fit.
             reason = "leaves a part of each GPU over, which a range of workers cannot allow for"
             raise wrong("scaling.gpus_per_worker", share, reason, "use 1, or 1 divided by a whole number")
+        if elastic and self.async_validation:
+            reason = "a range of workers takes all the room there is, and validation would wait for some"
+            raise wrong("scaling.async_validation", "True", reason, "leave it out, or give one number of workers")
         return self
 
 

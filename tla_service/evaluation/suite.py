@@ -158,11 +158,23 @@ def measure_accuracy(
     starts. Returns shares in [0, 1]: `clean_accuracy`, `robust_accuracy/NAME` by attack, and `robust_accuracy` under
     all of them.
     """
+    return accuracies(all_reduce_sum(count_right(network, batches, attacks, context, seed), context), attacks)
+
+
+def count_right(
+    network: nn.Module, batches: Iterable[Batch], attacks: Mapping[str, Attack], context: WorkerContext, seed: int
+) -> Tensor:
+    """This worker's counts (3 + attacks,), float64, to be summed over all workers for `accuracies`."""
     counts = torch.zeros(len(attacks) + 3, dtype=torch.float64, device=context.device)
     with evaluating(network), float32(context.device):
         for index, batch in enumerate(batches):
             counts += _count(network, batch, attacks, generator(context.device, seed, context.rank, index))
-    total, clean, unbroken, *robust = all_reduce_sum(counts, context).tolist()
+    return counts
+
+
+def accuracies(counts: Tensor, attacks: Iterable[str]) -> dict[str, float]:
+    """What `measure_accuracy` returns, from the counts of all workers."""
+    total, clean, unbroken, *robust = counts.tolist()
     named = {f"robust_accuracy/{name}": count / total for name, count in zip(attacks, robust, strict=True)}
     return {"clean_accuracy": clean / total, "robust_accuracy": unbroken / total, **named}
 

@@ -25,8 +25,9 @@ from tla_service.runtime import WorkerContext, failing_together, gather_objects
 from tla_service.training.average import WeightAverage
 
 MANIFEST = "manifest.json"
-_POSITION = ("step", "partial_totals", "best", "history", "workers")  # of a TrainingState
+_POSITION = ("step", "partial_totals", "best", "history", "workers", "validating")  # of a TrainingState
 STATISTICS = "statistics.safetensors"  # of every worker, in a checkpoint within an epoch
+VALIDATING = "validating.safetensors"  # of an epoch whose validation was not known yet
 CODE = "code.zip"  # of a network from outside this package
 RESUMABLE = ("model.safetensors", "optimizer.pt", "state.json", "config.yaml", "data.json")
 
@@ -44,6 +45,8 @@ class TrainingState:
     best: dict[str, float] = field(default_factory=dict)  # metrics of their epoch
     history: list[dict[str, float]] = field(default_factory=list)  # metrics of each epoch done
     workers: list[list[int]] = field(default_factory=list)  # [step, workers from it on] for each change
+    validating: int = -1  # the epoch whose validation another process measures; its state dict, on the CPU
+    validating_weights: dict[str, Tensor] = field(default_factory=dict)
     # What `statistics` are to be on this worker, after a checkpoint within an epoch; DDP first makes all alike.
     own_statistics: dict[str, Tensor] = field(default_factory=dict)
 
@@ -88,6 +91,8 @@ def save_checkpoint(
         save_file(cpu_weights(state.network), partial / "model.safetensors")
         if state.best_weights:
             save_file(state.best_weights, partial / "best.safetensors")
+        if state.validating_weights:
+            save_file(state.validating_weights, partial / VALIDATING)
         if state.average is not None:
             save_file(cpu_weights(state.average), partial / "average.safetensors")
         if any(statistics):
@@ -130,8 +135,9 @@ def load_checkpoint(
         for name, value in tensors.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
                 tensors[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    best = folder / "best.safetensors"
+    best, validating = folder / "best.safetensors", folder / VALIDATING
     state.best_weights = load_file(best) if best.exists() else {}
+    state.validating_weights = load_file(validating) if validating.exists() else {}
     for name in saved.keys() & set(_POSITION):  # older versions did not save `workers`
         setattr(state, name, saved[name])
     if (folder / STATISTICS).exists():

@@ -1,7 +1,7 @@
 """A run: epochs of steps, validation, checkpoints, and one evaluation on the test set at the end."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tla_service.config import RunConfig
-from tla_service.config.adversary import EvaluationAttack
-from tla_service.data import EvaluationBatches, ImageSource, StepBatch, load_dataset
-from tla_service.evaluation.suite import evaluation_attack, measure_accuracy
+from tla_service.data import StepBatch, load_dataset
 from tla_service.models import Architecture, ImageClassifier
 from tla_service.runtime import (
     WorkerContext,
@@ -33,8 +31,8 @@ from tla_service.training.pretrained import set_train_mode
 from tla_service.training.rejector import fit_rejector
 from tla_service.training.reporting import Reporter
 from tla_service.training.step import TrainingStep
+from tla_service.training.validation import ImageSet, Validator, taken
 
-Attacks = Mapping[str, EvaluationAttack]
 _rank = itemgetter(ROBUST, "validation/clean_accuracy")
 
 
@@ -42,9 +40,14 @@ class Run:
     """One worker's part of a run, in a plain process, under torchrun or Ray Train: only the reporter differs."""
 
     def __init__(
-        self, config: RunConfig, context: WorkerContext, reporter: Reporter, code: bytes | None = None
+        self,
+        config: RunConfig,
+        context: WorkerContext,
+        reporter: Reporter,
+        code: bytes | None = None,
+        validator: Validator | None = None,  # on every worker of a run that trains on during validation
     ) -> None:
-        self._given, self.context, self.reporter = config, context, reporter
+        self._given, self.context, self.reporter, self._validator = config, context, reporter, validator
         self.config = config = config.on_device(has_gpu=context.device.type == "cuda")
         self.phases, self._saved_at = Phases(config, context), time.monotonic()
         if config.speed.keep_freed_memory and context.device.type == "cpu":
@@ -55,6 +58,7 @@ class Run:
             self.architecture = Architecture.of(config.model, code)
             parts = split_and_check(config, self.dataset, context, self.architecture)
             self.train_rows, self.validation, self.batches, self._extra_facts = parts
+            self._images = ImageSet.validation(config, self.validation, self.architecture.code)
             self._data_facts = {
                 "class_names": list(self.dataset.class_names),
                 "image_shape": list(self.dataset.image_shape),
@@ -105,6 +109,7 @@ class Run:
             self.step.adversary.prepare(*((size, *self.dataset.image_shape) for size in self.batches.sizes))
         if has_collapsed(self.state.history):
             self._after_collapse()
+        self._submit()  # what was not known when the checkpoint was written
         if network.found:
             self._tell(event="network", message=f"embedding: {network.found}")
         workers = f"{context.world_size} worker{'s' if context.world_size != 1 else ''}"
@@ -142,8 +147,7 @@ class Run:
             state.network.load_state_dict(state.best_weights)
             if measure_test:
                 with self.phases("test"):
-                    rows = torch.arange(len(dataset.test))
-                    test = self._measure(dataset.test, rows, "evaluation.test", config.evaluation.test, state.network)
+                    test = ImageSet.test(config, dataset, self.architecture.code).measure(state.network, context)
             if with_rejector and context.is_main:
                 with self.phases("detector"):
                     rejector = fit_rejector(
@@ -199,18 +203,20 @@ class Run:
             **meter.means,
         }
         due = state.step == self.total_steps or (epoch + 1) % self.config.evaluation.every_epochs == 0
-        if due:
+        state.history.append(metrics)
+        self._take_validated(wait=due)  # of an earlier epoch
+        if due and self._validator is not None:
+            state.validating, state.validating_weights = epoch, cpu_weights(state.evaluated)
+            self._submit()
+            if state.step == self.total_steps:
+                self._take_validated(wait=True)
+        elif due:
             with self.phases("validation"):
-                measured = self._validate()
-            metrics |= {f"validation/{name}": value for name, value in measured.items()}
-            if not state.best or _rank(metrics) > _rank(state.best):
-                # Every rank keeps them: any rank may become rank 0 after a restart, and all need them for the test.
-                state.best, state.best_weights = metrics, cpu_weights(state.evaluated)
+                measured = self._images.measure(state.evaluated, self.context)
+            self._add_validated(metrics, measured, lambda: cpu_weights(state.evaluated))
             if not has_collapsed(state.history) and collapses(metrics, state.best, self.config):
                 metrics[COLLAPSED] = 1.0
-        state.history.append(metrics)
-        if COLLAPSED in metrics:
-            self._answer_collapse(metrics)
+                self._answer_collapse(metrics)
         state.partial_totals = []
         stopping = meter.stop_requested and state.step != self.total_steps
         if due or stopping or meter.save_requested:
@@ -218,6 +224,42 @@ class Run:
         else:
             self.reporter.report(metrics, None, "")
         return not stopping
+
+    def _add_validated(
+        self, metrics: dict[str, float], measured: Mapping[str, float], weights: Callable[[], dict[str, Tensor]]
+    ) -> None:
+        """Add its validation to an epoch's metrics, and keep its weights if they are the best."""
+        state = self.state
+        metrics |= {f"validation/{name}": value for name, value in measured.items()}
+        if not state.best or _rank(metrics) > _rank(state.best):
+            # Every rank keeps them: any rank may become rank 0 after a restart, and all need them for the test.
+            state.best, state.best_weights = metrics, weights()
+
+    def _submit(self) -> None:
+        if self._validator is not None and self.context.is_main and self.state.validating_weights:
+            self._validator.submit(self.state.validating_weights)
+
+    def _take_validated(self, *, wait: bool) -> None:
+        """Take what is measured beside training, if there is anything: once it is known, or `wait` for it."""
+        state, context, weights = self.state, self.context, self.state.validating_weights
+        if not weights:
+            return
+        with self.phases("validation"):
+            if self._validator is None:  # the run resumed without
+                network = self.build()
+                network.load_state_dict(weights)
+                measured: dict[str, float] | None = self._images.measure(network.to(context.device), context)
+            else:
+                warn = f"training waits for the validation of epoch {state.validating}"
+                measured = taken(self._validator, context, self._tell, warn, wait=wait)
+        if measured is None:
+            return
+        metrics = state.history[state.validating]
+        self._add_validated(metrics, measured, lambda: weights)
+        if metrics is not state.history[-1]:  # else it is about to be reported
+            named = {name: value for name, value in metrics.items() if name.startswith("validation/")}
+            self._tell(event="validation", metrics={"epoch": metrics["epoch"], **named})
+        state.validating, state.validating_weights = -1, {}
 
     def _update(self, batch: StepBatch) -> Tensor:
         """Update the weights on a batch: once, or once per replay of free training. Returns the last sums."""
@@ -282,28 +324,6 @@ class Run:
     def _tell(self, **record: Any) -> None:
         if self.context.is_main:
             self.reporter.progress(record)
-
-    def _validate(self) -> dict[str, float]:
-        (source, rows), evaluation = self.validation, self.config.evaluation
-        if evaluation.validation_limit is not None and evaluation.validation_limit < len(rows):
-            rows = rows[torch.linspace(0, len(rows) - 1, evaluation.validation_limit).long()]
-        attacks = {"validation": evaluation.validation}
-        if evaluation.validation_margin:
-            attacks["validation_margin"] = evaluation.validation.model_copy(update={"kind": "cw"})
-        return self._measure(source, rows, "evaluation", attacks, self.state.evaluated)
-
-    def _measure(
-        self, source: ImageSource, rows: Tensor, section: str, settings: Attacks, network: nn.Module
-    ) -> dict[str, float]:
-        config = self.config
-        attacks = {
-            name: evaluation_attack(
-                attack, config.attack, config.data.name, f"{section}.{name}", self.architecture.code
-            )
-            for name, attack in settings.items()
-        }
-        batches = EvaluationBatches(source, rows, self.context, batch_size=config.evaluation.batch_size)
-        return measure_accuracy(network, batches, attacks, self.context, mixed_seed(config.seed, 3))
 
     def _save(self, metrics: dict[str, float] | None) -> None:
         name = f"step-{self.state.step:09d}"

@@ -96,6 +96,4 @@ def collapses(metrics: Mapping[str, float], best: Mapping[str, float], config: R
 
     Wong et al. 2020 found it in FGSM training and detect it with PGD; de Jorge et al. 2022 delay it with noise.
     """
-    attack = config.attack
-    watched = config.method != "natural" and attack.is_single_step and attack.on_collapse != "ignore"
-    return watched and metrics[ROBUST] < (1 - attack.collapse_drop) * best[ROBUST]
+    return config.watches_collapse and metrics[ROBUST] < (1 - config.attack.collapse_drop) * best[ROBUST]

@@ -94,11 +94,11 @@ def smallest_share(images: int, steps: int, world_size: int, extra_per_step: int
 
 
 def checkpoint_bytes(config: RunConfig, network: nn.Module) -> int:
-    """Size of a checkpoint: the current and the best weights, their average, and the optimizer's state."""
+    """Size of a checkpoint: current and best weights, average, weights in validation, and the optimizer's state."""
     floats = sum(tensor.numel() for tensor in network.state_dict().values())
     trained = sum(parameter.numel() for parameter in network.parameters())
     moments = 2 if config.optimizer.name != "sgd" else int(config.optimizer.momentum > 0)
-    copies = 3 if config.training.ema_decay is not None else 2
+    copies = 2 + (config.training.ema_decay is not None) + config.scaling.async_validation
     return 4 * (copies * floats + moments * trained)  # float32
 
 

@@ -81,7 +81,7 @@ class Terminal:
         """Show a record of a run."""
         if record["event"] == "step":
             self._show_step(record)
-        elif record["event"] == "epoch":
+        elif record["event"] in ("epoch", "validation"):
             self.say(epoch_line(record["metrics"]))
         else:
             warning = "warning: " if record["event"] in WARNINGS else ""
@@ -132,14 +132,16 @@ class JsonTerminal(Terminal):
 
 
 def epoch_line(metrics: Mapping[str, float]) -> str:
-    """One line for an epoch."""
-    line = f"epoch {metrics['epoch']:>3.0f}  step {metrics['step']:.0f}  loss {metrics['train/loss']:.4f}"
+    """One line for an epoch: what was trained, what was validated, or both."""
+    line = f"epoch {metrics['epoch']:>3.0f}"
+    if "train/loss" in metrics:
+        line += f"  step {metrics['step']:.0f}  loss {metrics['train/loss']:.4f}"
     if metrics.get("train/triplet"):
         line += f"  triplet {metrics['train/triplet']:.4f}"
     if "validation/robust_accuracy" in metrics:
         clean, robust = metrics["validation/clean_accuracy"], metrics["validation/robust_accuracy"]
         line += f"  validation clean {clean:.1%} robust {robust:.1%}"
-    return f"{line}  {metrics['images_per_second']:.0f} images/s"
+    return line + (f"  {metrics['images_per_second']:.0f} images/s" if "images_per_second" in metrics else "")
 
 
 class LocalReporter:

@@ -33,6 +33,9 @@ class Space:
         if isinstance(run.scaling.num_workers, tuple):
             reason = "runs whose number of workers changes do not compare"
             raise ConfigError("scaling.num_workers", list(run.scaling.num_workers), reason, "give one number, or auto")
+        if run.scaling.async_validation:
+            reason = "trials are decided by each epoch's validation, and share the cluster"
+            raise ConfigError("scaling.async_validation", True, reason, "leave it out")
         self.run, self.sweep = run, sweep
         self._full = run.model_dump(mode="json")
         self._fields = copy.deepcopy(self._full)

@@ -164,6 +164,8 @@ class TrackedRun:
         elif record["event"] == "epoch":
             self.metrics.log_epoch(record["metrics"])
             self.log_workers(current=record["checkpoint"])
+        elif record["event"] == "validation":
+            self.metrics.log_epoch(record["metrics"])
         elif record["event"] == "failure":
             self.restarts += 1
 
