@@ -25,7 +25,7 @@ from tests.tuning.conftest import space_of
 from tla_service.cluster import attempts as attempts_module
 from tla_service.cluster import tune as ours
 from tla_service.cluster.attempts import SNAPSHOT, Budget, Plan, Snapshots, attempts, read_trials
-from tla_service.cluster.session import Placement
+from tla_service.cluster.placement import Placement
 from tla_service.cluster.tune import run_trials
 from tla_service.errors import UnavailableError
 from tla_service.tuning.space import Space

@@ -10,7 +10,7 @@ from tests.cluster.test_tune import SPACE
 from tests.tuning.conftest import run_config, space_of
 from tla_service.cluster import attempts as budget_module
 from tla_service.cluster.attempts import Budget, Plan
-from tla_service.cluster.session import Placement
+from tla_service.cluster.placement import Placement
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Progress
 

@@ -9,7 +9,7 @@ import pytest
 from tests.tuning.conftest import space_of
 from tla_service.cluster import attempts
 from tla_service.cluster.attempts import Budget, Plan, reason_of, run_trial
-from tla_service.cluster.session import Placement
+from tla_service.cluster.placement import Placement
 from tla_service.errors import UnavailableError
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.output import FitResult

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tla_service.cluster.mailbox import FailuresToMailbox
+from tla_service.cluster.reporter import RayReporter, WarningsToMailbox
 from tla_service.cluster.storage import RunFolder
-from tla_service.cluster.train import RayReporter, WarningsToMailbox
 from tla_service.errors import OutOfMemoryError, UnavailableError
 
 

@@ -15,7 +15,7 @@ from ray.tune.stopper import Stopper
 from torch import Tensor
 
 from tla_service.cluster.lease import Lease
-from tla_service.cluster.session import Placement
+from tla_service.cluster.placement import Placement
 from tla_service.cluster.storage import Folder
 from tla_service.cluster.train import Record, fit_on_ray
 from tla_service.errors import UnavailableError, UserError

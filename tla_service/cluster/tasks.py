@@ -12,7 +12,7 @@ import torch
 from ray.exceptions import RayTaskError, WorkerCrashedError
 from torch import Tensor, nn
 
-from tla_service.cluster.session import Placement, room, uses_gpu
+from tla_service.cluster.placement import Placement, room, uses_gpu
 from tla_service.config import ScalingConfig
 from tla_service.errors import UnavailableError
 from tla_service.evaluation.shards import Arrays, IntArray, Measurement, Shard

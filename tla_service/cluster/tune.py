@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from tla_service.cluster.attempts import Budget, Plan, Snapshots, attempts, read_trials, run_trial
-from tla_service.cluster.session import TRIAL_PROCESS_BYTES
+from tla_service.cluster.placement import TRIAL_PROCESS_BYTES
 from tla_service.tuning.space import Space, key_of
 from tla_service.tuning.trials import STUDY, Trial, best_of, distributions, sampler_of, study_of, to_params, to_point
 

@@ -1,7 +1,7 @@
 """Validation as a Ray task of its own, while the workers train on.
 
 Not by Ray Train's `ValidationConfig`: that validates checkpoints that go through `ray.train.report`, which a run does
-without (see `train.RayReporter`), and puts the result into Ray's record only, where no worker sees it.
+without (see `reporter.RayReporter`), and puts the result into Ray's record only, where no worker sees it.
 """
 
 import os

@@ -16,7 +16,7 @@ from torch import Tensor
 from tla_service.attacks import craft
 from tla_service.cluster.lease import Lease, held
 from tla_service.cluster.metrics import Outcome, RunMetrics
-from tla_service.cluster.session import place
+from tla_service.cluster.placement import place
 from tla_service.cluster.storage import RunFolder, check_storage, earlier_name
 from tla_service.cluster.train import Record, fetch_checkpoint, fit_on_ray
 from tla_service.config import RunConfig, TrackingConfig

@@ -8,7 +8,8 @@ from typing import Any
 
 from tla_service.cluster.attempts import Budget, Plan, attempts, read_trials
 from tla_service.cluster.lease import Lease, held
-from tla_service.cluster.session import max_concurrent, place, ray_session, stop_on_signal, workers_per_trial
+from tla_service.cluster.placement import max_concurrent, place, workers_per_trial
+from tla_service.cluster.session import ray_session, stop_on_signal
 from tla_service.cluster.storage import Folder, check_storage
 from tla_service.cluster.trial_log import RunStatus, TrialLog
 from tla_service.cluster.tune import DEFAULT_SAMPLES, run_trials

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tla_service.cluster.attempts import Budget, Plan, read_trials, seconds_before
 from tla_service.cluster.lease import held
-from tla_service.cluster.session import max_concurrent, place, ray_session, stop_on_signal
+from tla_service.cluster.placement import max_concurrent, place
+from tla_service.cluster.session import ray_session, stop_on_signal
 from tla_service.cluster.storage import Folder, RunFolder, check_storage
 from tla_service.cluster.tasks import TimeIsUpError, Workers
 from tla_service.cluster.train import fetch_checkpoint

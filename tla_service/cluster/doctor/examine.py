@@ -11,7 +11,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tla_service.cluster.doctor import node
 from tla_service.cluster.doctor.settings import CheckupSettings
-from tla_service.cluster.session import place, ray_session
+from tla_service.cluster.placement import place
+from tla_service.cluster.session import ray_session
 from tla_service.config import RunConfig
 from tla_service.errors import UserError, without_credentials
 from tla_service.tracking.connection import probe_tracking, tracking_uri

@@ -16,7 +16,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from tla_service.cluster.session import Placement
+from tla_service.cluster.placement import Placement
 from tla_service.cluster.storage import RunFolder
 from tla_service.data import check_root
 from tla_service.errors import UserError
