@@ -149,16 +149,19 @@ def table(results: list[Result]) -> list[str]:
 
 def write_page(results: list[Result], page: Path) -> None:
     """Replace the table of the page."""
-    begin, end = "<!-- campaign: begin -->\n", "<!-- campaign: end -->"
-    text = page.read_text()
-    head, _, rest = text.partition(begin)
-    tail = rest.partition(end)[2]
     commits = ", ".join(sorted({each.commit for each in results}))
     made = f"Made by `python -m tests.chaos --seeds {len(results)}` at {commits} on {os.cpu_count()} CPU cores "
     made += f"({platform.machine()})."
     failed = [f"- seed {each.seed}, {each.fault}: {each.trouble.splitlines()[-1]}" for each in results if each.trouble]
     lines = [*table(results), "", made, *(["", "Not recovered:", "", *failed] if failed else [])]
-    page.write_text(head + begin + "\n".join(lines) + "\n" + end + tail)
+    write_part(page, "campaign", "\n".join(lines) + "\n")
+
+
+def write_part(page: Path, name: str, text: str) -> None:
+    """Replace what a page has between two marks."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    head, _, rest = page.read_text().partition(begin)
+    page.write_text(head + begin + text + end + rest.partition(end)[2])
 
 
 def load(path: Path) -> list[Result]:

@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.chaos.campaign import Result, load, recovery, save, write_page
 from tests.chaos.faults import FAULTS
+from tests.chaos.soak import Sample, growth, part
 
 
 def step(time: float, number: int) -> dict[str, Any]:
@@ -35,3 +38,11 @@ def test_the_page_has_a_row_for_each_fault_and_names_what_did_not_recover(tmp_pa
     assert "| 0, 12 | 2 of 2 | 5 (6) | 2 (3) |" in text
     assert "| **all** | 3 | 2 of 3 | 5 (6) | 2 (3) |" in text
     assert f"- seed 1, {second}: lost" in text
+
+
+def test_growth_counts_after_the_warm_up() -> None:
+    flat = [10, 60, 100, 100, 100, 100, 100, 100, 100, 100]
+    assert growth(flat) == 0
+    assert growth([*flat[:8], 110, 110]) == pytest.approx(0.1)
+    samples = [Sample(step, 2**20 * used, 7, 2**20) for step, used in enumerate(flat)]
+    assert "| MB of memory | 100 | 100 | +0.0% |" in part(samples, 3, 60)

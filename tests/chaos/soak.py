@@ -1,0 +1,130 @@
+"""A soak: a run of as many steps as hours of training have, with thousands of checkpoints; what it uses stays flat.
+
+    python -m tests.chaos.soak
+
+Writes its part of docs/reliability.md. The steps are short, so that they take minutes.
+"""
+
+import argparse
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.chaos.campaign import ROOT, commit, write_part
+from tests.cluster.conftest import Job
+from tla_service.training.reporting import Terminal
+
+# A checkpoint with every record of the log, of 1-step attacks on batches of 8 images.
+FLAGS = (
+    "--preset digits --attack.num_steps 1 --training.global_batch_size 8 "
+    "--training.log_every_steps 75 --training.checkpoint_minutes 0.0001 --evaluation.every_epochs 100 "
+    "--evaluation.validation.num_steps 2 --scaling.num_workers 2"
+)
+SECONDS_BETWEEN = 5.0
+WARM_UP = 0.2  # part of the run after which memory may no longer grow: allocators and caches have filled by then
+MOST_GROWTH = 0.05  # of the last fifth over the fifth after the warm-up
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What all processes of a run use: bytes of memory that are theirs alone, open files, bytes on the disk."""
+
+    step: int
+    memory: int
+    files: int
+    disk: int
+
+
+def processes(job: Job) -> Iterator[psutil.Process]:
+    """The job and what it started."""
+    yield psutil.Process(job.process.pid)
+    yield from psutil.Process(job.process.pid).children(recursive=True)
+
+
+def sample(job: Job, step: int, folder: Path) -> Sample:
+    """Measure now; processes and files that go away meanwhile do not count."""
+    memory = files = disk = 0
+    for process in processes(job):
+        with contextlib.suppress(psutil.Error):
+            memory += process.memory_full_info().uss
+            files += process.num_fds()
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            disk += path.stat().st_size if path.is_file() else 0
+    return Sample(step, memory, files, disk)
+
+
+def soak(epochs: int, folder: Path, terminal: Terminal) -> tuple[list[Sample], int, float]:
+    """Samples of a run, its checkpoints, and its wall time in seconds."""
+    (folder / "job").mkdir()
+    (folder / "tmp").mkdir()
+    places = {"RAY_TMPDIR": str(folder), "TMPDIR": str(folder / "tmp")}
+    began, samples = time.monotonic(), []
+    job = Job(folder / "job", "--training.epochs", str(epochs), preset=FLAGS.split(), environment=places)
+    log, size, step, seen = job.output / "log.jsonl", 0, 0, 0
+    try:
+        while job.process.poll() is None:
+            time.sleep(SECONDS_BETWEEN)
+            with contextlib.suppress(FileNotFoundError), log.open() as file:  # only what is new
+                file.seek(size)
+                lines = [line for line in file if line.endswith("\n")]
+                size += sum(len(line.encode()) for line in lines)
+                seen += sum('"event": "step"' in line for line in lines)
+                step = max([step, *(int(line.partition('"step": ')[2].partition(",")[0]) for line in lines
+                                    if '"event": "step"' in line)])  # fmt: skip
+            if step:
+                samples.append(sample(job, step, folder))
+                terminal.say(str(samples[-1]))
+        printed = job.wait()
+        assert job.process.returncode == 0, printed
+    finally:
+        job.end()
+    return samples, seen, time.monotonic() - began
+
+
+def growth(values: list[int]) -> float:
+    """Of the last fifth's median over that of the fifth after the warm-up."""
+    fifth = len(values) // 5
+    first = values[int(len(values) * WARM_UP) :][:fifth]
+    return statistics.median(values[-fifth:]) / statistics.median(first) - 1
+
+
+def part(samples: list[Sample], checkpoints: int, seconds: float) -> str:
+    """Its part of the page."""
+    lines = [
+        f"{samples[-1].step:,} steps with {checkpoints:,} checkpoints in {seconds / 60:.0f} minutes, at {commit()}:",
+        "",
+        f"| of all processes | after {WARM_UP:.0%} of the run | at its end | growth |",
+        "|---|---|---|---|",
+    ]
+    fifth = len(samples) // 5
+    units = {"memory": (2**20, "MB of memory"), "files": (1, "open files"), "disk": (2**20, "MB on the disk")}
+    for name, (unit, words) in units.items():
+        values = [getattr(each, name) for each in samples]
+        first = statistics.median(values[int(len(values) * WARM_UP) :][:fifth]) / unit
+        last = statistics.median(values[-fifth:]) / unit
+        lines.append(f"| {words} | {first:.0f} | {last:.0f} | {growth(values):+.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Soak, write the page, and fail if memory or open files have grown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=2100)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "reliability.md")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak-", dir="/tmp") as folder:  # Ray's sockets need a short path
+        samples, checkpoints, seconds = soak(given.epochs, Path(folder), Terminal())
+    write_part(given.page, "soak", part(samples, checkpoints, seconds))
+    grown = {name: growth([getattr(each, name) for each in samples]) for name in ("memory", "files")}
+    assert max(grown.values()) < MOST_GROWTH, grown
+
+
+if __name__ == "__main__":
+    main()
