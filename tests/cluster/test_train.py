@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import ROOT, Job
+from tla_service.cluster import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -46,3 +47,14 @@ def test_lack_of_memory_on_one_worker_ends_the_run_with_what_to_lower(
     assert "each worker had 25 images, for digits_cnn in float32: lower training.global_batch_size, " in last
     assert [record["event"] for record in job.records()].count("start") == 1
     assert "Traceback" not in printed
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # Ray copies it
+@pytest.mark.parametrize("dashboard", ["", "127.0.0.1:8265"])
+def test_no_process_is_started_for_nothing(monkeypatch: pytest.MonkeyPatch, dashboard: str) -> None:
+    """Each would take seconds of every start; without a dashboard, the cleaner could not do its work."""
+    monkeypatch.setattr(train, "get_webui_url_from_internal_kv", lambda: dashboard)
+    names = {type(each).__name__ for each in train._Trainer(print)._create_default_callbacks()}
+    assert "BackendSetupCallback" in names
+    assert "DatasetsCallback" not in names
+    assert ("PlacementGroupCleanerCallback" in names) == bool(dashboard)

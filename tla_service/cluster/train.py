@@ -14,9 +14,12 @@ import ray.train.torch
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray._private.services import get_webui_url_from_internal_kv
 from ray.train import Checkpoint, FailureConfig, Result, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from torch import Tensor
 
@@ -46,6 +49,20 @@ TELL_SECONDS = 30
 WAIT_SECONDS, WAIT_AGAIN_SECONDS = 60, 600  # after which the log says what the run waits for, and says it again
 # How often Ray Train's controller polls its workers. The default of 2 s delays the end of a small run.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
+
+
+class _Trainer(TorchTrainer):
+    """Ray's, without processes that take seconds of each start for nothing.
+
+    They are Ray Data's, and on a cluster without a dashboard the cleaner of placement groups, which asks it who lives.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        useless: tuple[type, ...] = (DatasetsCallback,)
+        if not get_webui_url_from_internal_kv():
+            useless = (DatasetsCallback, PlacementGroupCleanerCallback)
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        return [each for each in callbacks if not isinstance(each, useless)]
 
 
 def fit_on_ray(
@@ -104,7 +121,7 @@ def fit_on_ray(
         "with_rejector": with_rejector,
     }
     callbacks = [FailuresToMailbox(mailbox, remedy), *([Resizes(mailbox, max_failures)] if elastic else ())]
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_worker,  # type: ignore[arg-type]
         train_loop_config=loop,
         # NCCL refuses two workers on one GPU; gloo does not.
