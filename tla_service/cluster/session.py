@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train  # here, so that `starting` never imports parts of ray in two threads at once
 from ray._private.services import get_webui_url_from_internal_kv
 from ray.exceptions import AuthenticationError, RayError
 from ray.util.state import list_nodes

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import tla_service.cluster.elastic  # noqa: F401 - with ray.train, which would else be imported beside Ray's start
 from tla_service.cluster.session import ray_session, starting
 from tla_service.config import RunConfig
 from tla_service.files import locked_folder
