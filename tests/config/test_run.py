@@ -27,7 +27,7 @@ from tla_service.config import (
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.fields import Section
 from tla_service.config.loading import load_settings, preset_names, to_yaml
-from tla_service.config.sections import OptimizerConfig, ScheduleConfig, TrainingConfig
+from tla_service.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
 from tla_service.errors import ConfigError
 from tla_service.models import model_names
 

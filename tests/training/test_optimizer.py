@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tla_service.config.sections import ScheduleConfig
+from tla_service.config.training import ScheduleConfig
 from tla_service.training.optimizer import learning_rate_factor
 
 

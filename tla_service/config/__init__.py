@@ -9,20 +9,16 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from tla_service.config.adversary import AttackConfig
+from tla_service.config.cluster import ScalingConfig, TrackingConfig
 from tla_service.config.fields import Section, setting, wrong
 from tla_service.config.radii import ImageShape, length_trouble, no_radius
-from tla_service.config.sections import (
-    DataConfig,
-    DetectionConfig,
-    EvaluationConfig,
+from tla_service.config.sections import DataConfig, DetectionConfig, EvaluationConfig, ModelConfig
+from tla_service.config.training import (
     LossConfig,
     MiningConfig,
-    ModelConfig,
     OptimizerConfig,
-    ScalingConfig,
     ScheduleConfig,
     SpeedConfig,
-    TrackingConfig,
     TrainingConfig,
 )
 from tla_service.errors import ConfigError

@@ -7,7 +7,7 @@ from typing import Any
 from torch import optim
 
 from tla_service.config import RunConfig
-from tla_service.config.sections import ScheduleConfig
+from tla_service.config.training import ScheduleConfig
 from tla_service.models import ImageClassifier
 
 _RATE = "rate"  # of a group of parameters: its factor on the learning rate
