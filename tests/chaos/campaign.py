@@ -110,8 +110,9 @@ def recovery(records: list[dict[str, Any]], struck_at: float) -> tuple[float, in
     after = starts[-1]["time"] if starts else struck_at
     done, repeated, seconds = 0, 0, math.nan
     for record in records:
-        if record["event"] == "start" and record.get("resumed_from"):
-            repeated += max(0, done - int(Path(record["resumed_from"]).name.partition("-")[2]))
+        if record["event"] == "start":
+            resumed = int(Path(record.get("resumed_from") or "step-0").name.partition("-")[2])
+            repeated += max(0, done - resumed)
         if record["event"] != "step" or record["step"] <= done:
             continue
         done = int(record["step"])
@@ -139,7 +140,7 @@ def table(results: list[Result]) -> list[str]:
         if not found:
             continue
         well = [each for each in found if not each.trouble]
-        what = (FAULTS[fault].__doc__ or "").strip().rstrip(".") if fault else "**all**"
+        what = (FAULTS[fault].__doc__ or "").partition("\n")[0].rstrip(".") if fault else "**all**"
         seconds, repeated = [each.seconds for each in well], [each.repeated for each in well]
         cells = [f"{statistics.median(values):g} ({max(values):g})" if values else "" for values in (seconds, repeated)]
         seeds = ", ".join(str(each.seed) for each in found) if fault else str(len(found))

@@ -170,7 +170,10 @@ def _away(struck: Struck, gate: Gate) -> None:
 
 
 def torn_checkpoint(struck: Struck) -> None:
-    """The command is killed and its newest checkpoint damaged: cut, changed in one byte, or without a file."""
+    """The command is killed and its newest checkpoint damaged: cut, changed in one byte, or without a file.
+
+    If it was the only one, the command ends with 3, its folder is deleted as the message says, and the run starts over.
+    """
     driver = struck.start()
     struck.strike()
     driver.process.kill()
@@ -190,6 +193,14 @@ def torn_checkpoint(struck: Struck) -> None:
     else:
         content[place] ^= 1 << struck.rng.randrange(8)
         client.put_object(Bucket=bucket, Key=key, Body=bytes(content[:place] if kind == "cut" else content))
+    struck.start()
+    if len(manifests) > 1:
+        return
+    printed = struck.job.wait(SECONDS)
+    assert struck.job.process.returncode == 3, printed
+    assert f"delete {bucket}/{struck.name}/" in printed.splitlines()[-1]
+    for each in client.list_objects_v2(Bucket=bucket, Prefix=f"{struck.name}/")["Contents"]:
+        client.delete_object(Bucket=bucket, Key=each["Key"])
     struck.start()
 
 
