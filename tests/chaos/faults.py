@@ -64,9 +64,9 @@ class Struck:
         self.jobs.append(job)
         return job
 
-    def strike(self) -> None:
-        """Return at the moment that is drawn: after a step, and a part of the next one."""
-        step, deadline = self.rng.randint(8, LAST_STEP), time.monotonic() + SECONDS
+    def strike(self, latest: int = LAST_STEP) -> None:
+        """Return at the moment that is drawn: after a step up to the `latest`, and a part of the next one."""
+        step, deadline = self.rng.randint(8, latest), time.monotonic() + SECONDS
         while self.step < step:
             assert self.job.process.poll() is None, self.job.wait()
             assert time.monotonic() < deadline, f"no step {step}"
@@ -117,18 +117,19 @@ def node_kill(struck: Struck) -> None:
 
 
 def preemption(struck: Struck) -> None:
-    """A node goes away with 20 seconds' notice; another one comes."""
+    """A node goes away with a notice of 5 seconds; another one comes."""
     cluster = struck.on_nodes()
     struck.start()
-    struck.strike()
+    struck.strike(LAST_STEP // 2)
     node = struck.victim()
     command = [str(BIN / "python"), "-c", _NODE_ID, cluster.address, node.address]
     node_id = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
     drain = f"drain-node --address {cluster.address} --node-id {node_id}"
-    why = "--reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot --deadline-remaining-seconds 20"
+    why = "--reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot --deadline-remaining-seconds 5"
     run(str(BIN / "ray"), *drain.split(), *why.split())
     cluster.add()
-    time.sleep(20)
+    time.sleep(5)
+    assert struck.job.process.poll() is None, "the run ended before the node"
     node.kill()
 
 
@@ -227,11 +228,12 @@ def disk_full(struck: Struck) -> None:
 def second_head(struck: Struck) -> None:
     """Another Ray cluster is started and stopped on the same machine."""
     struck.start()
-    struck.strike()
+    struck.strike(LAST_STEP // 4)
     head = Head()
     try:
         head.wait_for_dashboard()
-        time.sleep(struck.rng.uniform(0, 20))
+        time.sleep(struck.rng.uniform(5, 10))
+        assert struck.job.process.poll() is None, "the run ended before the other cluster could harm it"
     finally:
         head.end()
 
