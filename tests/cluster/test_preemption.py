@@ -11,8 +11,8 @@ from ray.cluster_utils import Cluster
 from tests.cluster.conftest import BIN, Job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-LONG = ("--training.epochs", "12", "--attack.num_steps", "60", "--evaluation.every_epochs", "1000")
-NOTICE_SECONDS = 20
+LONG = ("--training.epochs", "20", "--attack.num_steps", "60", "--evaluation.every_epochs", "1000")
+NOTICE_SECONDS = 8
 
 
 @pytest.fixture
@@ -48,4 +48,4 @@ def test_a_drained_node_costs_no_restart_and_only_what_follows_the_notice(
     assert second["resumed"]
     assert job.summary()["restarts"] == 0
     epochs = [record["metrics"]["epoch"] for record in job.records() if record["event"] == "epoch"]
-    assert sorted(set(epochs)) == list(range(12))
+    assert sorted(set(epochs)) == list(range(20))

@@ -72,4 +72,5 @@ def reason_line(error: Exception) -> str:
 def start_mailbox() -> Any:
     """Start a mailbox actor on this node; it reserves no resources and ends with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+    # Ray keeps a record of every call, 3 KB each up to 100,000 of them, and this actor gets several in a second.
+    return ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here, enable_task_events=False).remote()

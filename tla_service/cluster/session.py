@@ -54,6 +54,8 @@ def ray_session(scaling: ScalingConfig, *, debug: bool = False, dashboard: bool 
         _check_temporary_folder()
         # Nobody preempts this machine with notice; without the watcher, workers start a second earlier.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # The newest tenth of Ray's records of calls: Ray Train polls its workers, so all would take 300 MB after hours.
+        os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
         workers, _ = scaling.bounds(auto=2)
         # What the workers reserve, and validation beside them.
         cpus = max(os.cpu_count() or 1, math.ceil((workers + scaling.async_validation) * scaling.cpus_per_worker))
