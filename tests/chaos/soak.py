@@ -69,32 +69,31 @@ def soak(epochs: int, folder: Path, terminal: Terminal) -> tuple[list[Sample], i
     places = {"RAY_TMPDIR": str(folder), "TMPDIR": str(folder / "tmp")}
     began, samples = time.monotonic(), []
     job = Job(folder / "job", "--training.epochs", str(epochs), preset=FLAGS.split(), environment=places)
-    log, size, step, seen = job.output / "log.jsonl", 0, 0, 0
     try:
         while job.process.poll() is None:
-            time.sleep(SECONDS_BETWEEN)
-            with contextlib.suppress(FileNotFoundError), log.open() as file:  # only what is new
-                file.seek(size)
-                lines = [line for line in file if line.endswith("\n")]
-                size += sum(len(line.encode()) for line in lines)
-                seen += sum('"event": "step"' in line or '"checkpoint": true' in line for line in lines)
-                step = max([step, *(int(line.partition('"step": ')[2].partition(",")[0]) for line in lines
-                                    if '"event": "step"' in line)])  # fmt: skip
+            step = max((record["step"] for record in job.records() if record["event"] == "step"), default=0)
             if step:
                 samples.append(sample(job, step, folder))
                 terminal.say(str(samples[-1]))
+            time.sleep(SECONDS_BETWEEN)
         printed = job.wait()
         assert job.process.returncode == 0, printed
+        saved = sum(record["event"] == "step" or record.get("checkpoint", False) for record in job.records())
     finally:
         job.end()
-    return samples, seen, time.monotonic() - began
+    return samples, saved, time.monotonic() - began
+
+
+def ends(values: list[int]) -> tuple[float, float]:
+    """The median of the fifth after the warm-up, and that of the last fifth."""
+    fifth = len(values) // 5
+    return statistics.median(values[int(len(values) * WARM_UP) :][:fifth]), statistics.median(values[-fifth:])
 
 
 def growth(values: list[int]) -> float:
-    """Of the last fifth's median over that of the fifth after the warm-up."""
-    fifth = len(values) // 5
-    first = values[int(len(values) * WARM_UP) :][:fifth]
-    return statistics.median(values[-fifth:]) / statistics.median(first) - 1
+    """Of the one over the other."""
+    first, last = ends(values)
+    return last / first - 1
 
 
 def part(samples: list[Sample], checkpoints: int, seconds: float) -> str:
@@ -106,13 +105,11 @@ def part(samples: list[Sample], checkpoints: int, seconds: float) -> str:
         f"| of all processes | after {WARM_UP:.0%} of the run | at its end | growth |",
         "|---|---|---|---|",
     ]
-    fifth = len(samples) // 5
     units = {"memory": (2**20, "MB of memory"), "files": (1, "open files"), "disk": (2**20, "MB on the disk")}
     for name, (unit, words) in units.items():
         values = [getattr(each, name) for each in samples]
-        first = statistics.median(values[int(len(values) * WARM_UP) :][:fifth]) / unit
-        last = statistics.median(values[-fifth:]) / unit
-        lines.append(f"| {words} | {first:.0f} | {last:.0f} | {growth(values):+.1%} |")
+        first, last = ends(values)
+        lines.append(f"| {words} | {first / unit:.0f} | {last / unit:.0f} | {growth(values):+.1%} |")
     return "\n".join(lines) + "\n"
 
 

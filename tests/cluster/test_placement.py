@@ -93,7 +93,7 @@ def test_validation_beside_training_needs_the_room_of_one_more_worker(cluster: C
     beside = {"async_validation": True}
     cluster({"CPU": 3.0})
     place(RunConfig.model_validate({"scaling": beside | {"num_workers": 2}}))
-    message = r"scaling\.async_validation=True: 3 workers take all the room there is: .*3 CPU -> 3; leave it out, or"
+    message = r"scaling\.async_validation=True: no room is left beside 3 workers: .*3 CPU -> 3; leave it out, or use"
     with pytest.raises(UnavailableError, match=message):
         place(RunConfig.model_validate({"scaling": beside | {"num_workers": 3}}))
     cluster({"CPU": 16.0, "GPU": 4.0})

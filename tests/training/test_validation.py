@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.training.conftest import KeepingReporter, digits_config
+from tla_service.evaluation import suite
 from tla_service.runtime import WorkerContext
 from tla_service.training import validation
 from tla_service.training.fit import Run
@@ -132,7 +133,7 @@ def test_the_measurement_for_two_workers_is_theirs(reporter: KeepingReporter, mo
         counts.append(values)
         return torch.stack(counts).sum(0)
 
-    monkeypatch.setattr(validation, "all_reduce_sum", add)
+    monkeypatch.setattr(suite, "all_reduce_sum", add)
     both = [images.measure(run.state.network, WorkerContext(rank, world_size=2)) for rank in (0, 1)]
     assert images.measure_for(2, run.state.network, torch.device("cpu")) == both[-1]
     assert counts[0][0] + counts[1][0] == len(run.validation[1])

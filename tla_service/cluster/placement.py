@@ -49,9 +49,11 @@ def place(config: RunConfig) -> Placement:
     config.check_device(has_gpu=use_gpu)
     if scaling.wait_seconds == 0:
         check_room(placement)
-        if scaling.async_validation and room(placement)[0] == workers:
-            reason = f"{workers} workers take all the room there is: {room(placement)[1]}"
-            raise UnavailableError("scaling.async_validation", True, reason, "leave it out, or use fewer workers")
+        fit, arithmetic = room(placement)
+        if scaling.async_validation and fit == workers:
+            reason = f"no room is left beside {workers} worker{'s' if workers > 1 else ''}: {arithmetic}"
+            remedy = "leave it out, or " + ("use fewer workers" if workers > 1 else "add a node")
+            raise UnavailableError("scaling.async_validation", True, reason, remedy)
     return placement
 
 

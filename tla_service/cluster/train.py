@@ -246,7 +246,9 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         ray.get(loop["mailbox"].push.remote({"event": "hang", "message": message}), timeout=TELL_SECONDS)
 
     try:
-        code, validator = ray.get(loop["code"]) if loop["code"] is not None else None, None
+        code, validator = None, None
+        if loop["code"] is not None:
+            code = ray.get(loop["code"])
         if config.scaling.async_validation:
             use_gpu = context.device.type == "cuda"
             validator = RayValidator(config, loop["code"], context.world_size, use_gpu=use_gpu)

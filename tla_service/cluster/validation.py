@@ -33,7 +33,7 @@ class RayValidator:
             scheduling_strategy="DEFAULT",  # not within the resources of the workers
             max_retries=-1,  # of a lost node or process; what the task itself raises is not retried
         )
-        self._fixed = config.model_dump(mode="json"), code, workers
+        self._fixed = config, code, workers
         self._running: Any = None
 
     def submit(self, weights: Mapping[str, Tensor]) -> None:
@@ -53,9 +53,9 @@ class RayValidator:
         return measured
 
 
-def _validate(fields: dict[str, Any], code: bytes | None, workers: int, weights: dict[str, Tensor]) -> dict[str, float]:
+def _validate(config: RunConfig, code: bytes | None, workers: int, weights: dict[str, Tensor]) -> dict[str, float]:
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    config = RunConfig.model_validate(fields).on_device(has_gpu=device.type == "cuda")
+    config = config.on_device(has_gpu=device.type == "cuda")
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         if config.speed.keep_freed_memory:

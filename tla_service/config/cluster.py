@@ -1,4 +1,4 @@
-"""The sections of a run that say where it trains, and where it is tracked."""
+"""Sections of a run: workers and tracking."""
 
 import math
 import re
@@ -6,14 +6,7 @@ from typing import Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from tla_service.config.fields import (
-    Section,
-    model_trouble,
-    name_trouble,
-    setting,
-    tag_trouble,
-    wrong,
-)
+from tla_service.config.fields import Section, model_trouble, name_trouble, setting, tag_trouble, wrong
 from tla_service.errors import ConfigError
 
 

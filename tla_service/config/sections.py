@@ -1,16 +1,11 @@
-"""The sections of a run that say on what it trains, what, and how it is measured."""
+"""Sections of a run: data, network, evaluation and detection."""
 
 from typing import Any, Literal
 
 from pydantic import model_validator
 
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import (
-    Pixels,
-    Section,
-    setting,
-    wrong,
-)
+from tla_service.config.fields import Pixels, Section, setting, wrong
 
 DatasetName = Literal[
     "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "image_folder", "parquet"

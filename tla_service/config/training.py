@@ -1,16 +1,10 @@
-"""The sections of a run that say how it trains, except for its attack."""
+"""Sections of a run: loss, mining, optimizer, schedule, training and speed."""
 
 from typing import Literal, Self
 
 from pydantic import model_validator
 
-from tla_service.config.fields import (
-    Function,
-    Pixels,
-    Section,
-    setting,
-    wrong,
-)
+from tla_service.config.fields import Function, Pixels, Section, setting, wrong
 
 
 class LossConfig(Section):

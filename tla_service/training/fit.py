@@ -1,7 +1,7 @@
 """A run: epochs of steps, validation, checkpoints, and one evaluation on the test set at the end."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
 
@@ -58,7 +58,7 @@ class Run:
             self.architecture = Architecture.of(config.model, code)
             parts = split_and_check(config, self.dataset, context, self.architecture)
             self.train_rows, self.validation, self.batches, self._extra_facts = parts
-            self._images = ImageSet.validation(config, self.validation, self.architecture.code)
+            self._validation_set = ImageSet.validation(config, self.validation, self.architecture.code)
             self._data_facts = {
                 "class_names": list(self.dataset.class_names),
                 "image_shape": list(self.dataset.image_shape),
@@ -212,8 +212,10 @@ class Run:
                 self._take_validated(wait=True)
         elif due:
             with self.phases("validation"):
-                measured = self._images.measure(state.evaluated, self.context)
-            self._add_validated(metrics, measured, lambda: cpu_weights(state.evaluated))
+                measured = self._validation_set.measure(state.evaluated, self.context)
+            if self._add_validated(metrics, measured):
+                # Every rank keeps them: any rank may become rank 0 after a restart, and all need them for the test.
+                state.best_weights = cpu_weights(state.evaluated)
             if not has_collapsed(state.history) and collapses(metrics, state.best, self.config):
                 metrics[COLLAPSED] = 1.0
                 self._answer_collapse(metrics)
@@ -225,15 +227,13 @@ class Run:
             self.reporter.report(metrics, None, "")
         return not stopping
 
-    def _add_validated(
-        self, metrics: dict[str, float], measured: Mapping[str, float], weights: Callable[[], dict[str, Tensor]]
-    ) -> None:
-        """Add its validation to an epoch's metrics, and keep its weights if they are the best."""
-        state = self.state
+    def _add_validated(self, metrics: dict[str, float], measured: Mapping[str, float]) -> bool:
+        """Add its validation to an epoch's metrics; whether it is the best so far, whose weights are to be kept."""
         metrics |= {f"validation/{name}": value for name, value in measured.items()}
-        if not state.best or _rank(metrics) > _rank(state.best):
-            # Every rank keeps them: any rank may become rank 0 after a restart, and all need them for the test.
-            state.best, state.best_weights = metrics, weights()
+        is_best = not self.state.best or _rank(metrics) > _rank(self.state.best)
+        if is_best:
+            self.state.best = metrics
+        return is_best
 
     def _submit(self) -> None:
         if self._validator is not None and self.context.is_main and self.state.validating_weights:
@@ -248,14 +248,15 @@ class Run:
             if self._validator is None:  # the run resumed without
                 network = self.build()
                 network.load_state_dict(weights)
-                measured: dict[str, float] | None = self._images.measure(network.to(context.device), context)
+                measured: dict[str, float] | None = self._validation_set.measure(network.to(context.device), context)
             else:
                 warn = f"training waits for the validation of epoch {state.validating}"
                 measured = taken(self._validator, context, self._tell, warn, wait=wait)
         if measured is None:
             return
         metrics = state.history[state.validating]
-        self._add_validated(metrics, measured, lambda: weights)
+        if self._add_validated(metrics, measured):
+            state.best_weights = weights
         if metrics is not state.history[-1]:  # else it is about to be reported
             named = {name: value for name, value in metrics.items() if name.startswith("validation/")}
             self._tell(event="validation", metrics={"epoch": metrics["epoch"], **named})

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from tla_service.attacks import Attack
 from tla_service.config import RunConfig
+from tla_service.config.adversary import EvaluationAttack
 from tla_service.data import Dataset, EvaluationBatches, ImageSource
-from tla_service.evaluation.suite import accuracies, count_right, evaluation_attack
-from tla_service.runtime import WorkerContext, all_reduce_sum, failing_together, gather_objects, mixed_seed
+from tla_service.evaluation.suite import accuracies, count_right, evaluation_attack, measure_accuracy
+from tla_service.runtime import WorkerContext, failing_together, gather_objects, mixed_seed
 
 POLL_SECONDS = 0.1  # between two looks at a validation that training waits for
 TELL_SECONDS = 60.0  # of waiting, after which the log says so
@@ -67,30 +68,36 @@ class ImageSet:
         settings = {"validation": evaluation.validation}
         if evaluation.validation_margin:
             settings["validation_margin"] = evaluation.validation.model_copy(update={"kind": "cw"})
-        attacks = {
-            name: evaluation_attack(attack, config.attack, config.data.name, f"evaluation.{name}", code)
-            for name, attack in settings.items()
-        }
-        return cls(config, source, rows, attacks)
+        return cls(config, source, rows, _attacks(config, "evaluation", settings, code))
 
     @classmethod
     def test(cls, config: RunConfig, dataset: Dataset, code: bytes | None) -> "ImageSet":
         """The test images."""
-        attacks = {
-            name: evaluation_attack(attack, config.attack, config.data.name, f"evaluation.test.{name}", code)
-            for name, attack in config.evaluation.test.items()
-        }
+        attacks = _attacks(config, "evaluation.test", config.evaluation.test, code)
         return cls(config, dataset.test, torch.arange(len(dataset.test)), attacks)
 
     def measure(self, network: nn.Module, context: WorkerContext) -> dict[str, float]:
         """By all workers together; see `suite.measure_accuracy`."""
-        return accuracies(all_reduce_sum(self._count(network, context), context), self.attacks)
+        return measure_accuracy(network, self._batches(context), self.attacks, context, self._seed)
 
     def measure_for(self, workers: int, network: nn.Module, device: torch.device) -> dict[str, float]:
         """What that many workers would measure together, here: random starts depend on a worker's rank."""
         shares = [WorkerContext(rank, world_size=workers, device=device) for rank in range(workers)]
-        return accuracies(torch.stack([self._count(network, share) for share in shares]).sum(0), self.attacks)
+        counts = [count_right(network, self._batches(each), self.attacks, each, self._seed) for each in shares]
+        return accuracies(torch.stack(counts).sum(0), self.attacks)
 
-    def _count(self, network: nn.Module, context: WorkerContext) -> Tensor:
-        batches = EvaluationBatches(self.source, self.rows, context, batch_size=self.config.evaluation.batch_size)
-        return count_right(network, batches, self.attacks, context, mixed_seed(self.config.seed, 3))
+    @property
+    def _seed(self) -> int:
+        return mixed_seed(self.config.seed, 3)
+
+    def _batches(self, context: WorkerContext) -> EvaluationBatches:
+        return EvaluationBatches(self.source, self.rows, context, batch_size=self.config.evaluation.batch_size)
+
+
+def _attacks(
+    config: RunConfig, section: str, settings: Mapping[str, EvaluationAttack], code: bytes | None
+) -> dict[str, Attack]:
+    return {
+        name: evaluation_attack(attack, config.attack, config.data.name, f"{section}.{name}", code)
+        for name, attack in settings.items()
+    }
