@@ -60,15 +60,17 @@ class Job:
         self._mark = uuid.uuid4().hex
         variables |= {"RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true", MARK: self._mark}
         variables |= environment or {}
+        # A file: nobody reads a pipe meanwhile, and a job that has filled one waits.
+        self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `end` closes it
         self.process = subprocess.Popen(
-            command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+            command, cwd=folder, env=variables, stdout=self._printed, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
     def wait(self, seconds: float = 240) -> str:
         """What it printed, once it has ended."""
-        printed, _ = self.process.communicate(timeout=seconds)
-        return printed
+        self.process.wait(timeout=seconds)
+        self._printed.seek(0)
+        return self._printed.read()
 
     def wait_for_epoch(self, epoch: int, seconds: float = 180) -> None:
         """Return as soon as the log tells of an epoch with a checkpoint."""
@@ -102,8 +104,7 @@ class Job:
                 if process.environ().get(MARK) == self._mark:
                     process.kill()
         self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        self._printed.close()
 
 
 def free_port() -> int:
