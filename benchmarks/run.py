@@ -147,6 +147,7 @@ def _stages(settings: BenchmarkSettings) -> dict[str, Stage]:
             "settings": gpu.measure_settings,
             "accuracy": gpu.measure_accuracy_of_precisions,
         }
+    from benchmarks.checkpoints import measure_checkpoints
     from benchmarks.evaluation import measure_evaluation
     from benchmarks.startup import measure_startup
     from benchmarks.workers import measure_scaling
@@ -159,6 +160,7 @@ def _stages(settings: BenchmarkSettings) -> dict[str, Stage]:
         "parts": partial(parts.measure_parts, base={}),
         "mining": lambda _work, settings, results: stages.measure_mining(settings, results),
         "scaling": measure_scaling,
+        "checkpoints": lambda _work, settings, results: measure_checkpoints(settings, results),
         "startup": lambda _work, _settings, results: measure_startup(results),
         "evaluation": measure_evaluation,
         "compile": partial(switches.measure_switches, switches=compiled, base={}, title="Compiled"),

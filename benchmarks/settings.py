@@ -7,7 +7,7 @@ from pydantic import Field
 
 from tla_service.config.loading import JobSettings
 
-CPU_STAGES = ("steps", "attacks", "switches", "parts", "mining", "scaling", "startup")
+CPU_STAGES = ("steps", "attacks", "switches", "parts", "mining", "scaling", "checkpoints", "startup")
 GPU_STAGES = ("numerics", "steps", "fast_steps", "parts", "settings", "accuracy")
 
 
