@@ -1,8 +1,11 @@
 """What a job says last: the command to run next."""
 
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -38,3 +41,23 @@ def test_commands_and_errors_show_no_credentials(
     assert "Traceback" in printed
     assert printed.endswith("error: request to http://mlflow:5000 failed\n")
     assert "hunter2" not in printed
+
+
+def run(body: str, output: IO[bytes] | int) -> "subprocess.CompletedProcess[bytes]":
+    code = f"import sys\nfrom tla_service.job import run_job\ndef main():\n    {body}\nsys.exit(run_job(main))"
+    return subprocess.run([sys.executable, "-c", code], stdout=output, stderr=subprocess.PIPE, check=False)
+
+
+@pytest.mark.parametrize("body", ["print('x' * 10**6)", "print('x')"])
+def test_a_reader_that_has_seen_enough_is_no_error(body: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as output:
+        done = run(body, output)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_broken_connection_is_an_error() -> None:
+    done = run("raise BrokenPipeError(32, 'Broken pipe')", subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr.endswith(b"error: [Errno 32] Broken pipe\n")

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import select
 import shlex
 import subprocess
 import sys
@@ -19,25 +20,40 @@ import tla_service
 from tla_service.errors import UserError, without_credentials
 
 INTERRUPTED = 130
+_UNREAD = 141  # as of a process that SIGPIPE ends
 _GIT_TIMEOUT_SECONDS = 10
 
 
 def run_job(main: Callable[[], int | None]) -> int:
     """Run a job's main function and convert exceptions to exit codes.
 
-    2 for an invalid configuration, 3 if something is missing or unavailable, 130 if interrupted, 1 for other errors.
+    2 for an invalid configuration, 3 if something is missing or unavailable, 130 if interrupted, 141 if nobody reads
+    the output to its end (as in ``| head``), 1 for other errors.
     """
     # Read here and not from the settings, because reading those may be what fails.
     debug = "--debug" in sys.argv or os.environ.get("TLA_DEBUG", "").lower() in ("1", "true", "yes", "on")
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except ExceptionGroup as group:
         return max(_tell(error, debug=debug) for error in group.exceptions)
     except Exception as error:  # noqa: BLE001 - the last resort for all errors
-        return _tell(error, debug=debug)
+        return _UNREAD if isinstance(error, BrokenPipeError) and _output_is_closed() else _tell(error, debug=debug)
+    else:
+        return code
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of the standard output has gone, such as `head`; what is left goes nowhere then."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:  # the interpreter flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_closed
 
 
 def next_command(job: str, *arguments: str) -> str:

@@ -16,6 +16,7 @@ from tla_service.models.resnets import MadryWideResNet, WideResNet
 _EMBEDDING_SIZES = {
     "digits_cnn": 128,
     "small_cnn": 128,
+    "cifar_cnn": 128,
     "mnist_cnn": 1024,
     "mnist_mlp": 1024,
     "wrn_32_10": 640,
@@ -30,6 +31,7 @@ _SHAPES = {"digits_cnn": (1, 8, 8), "small_cnn": (1, 28, 28), "mnist_cnn": (1, 2
 _CPU_SHAPES = {
     "digits_cnn": (1, 8, 8),
     "small_cnn": (3, 32, 32),
+    "cifar_cnn": (3, 32, 32),
     "mnist_cnn": (1, 12, 12),
     "mnist_mlp": (1, 12, 12),
     "madry_8_1": (3, 8, 8),
@@ -163,7 +165,7 @@ def test_impossible_image_shape(name: str, shape: tuple[int, int, int], match: s
 
 @pytest.mark.parametrize("name", [name for name in model_names() if name != "mnist_mlp"])
 def test_smallest_image_that_is_not_refused_works(name: str) -> None:
-    smallest = {"digits_cnn": 2, "small_cnn": 4, "mnist_cnn": 4, "wrn_32_10": 4}.get(name, 1)
+    smallest = {"digits_cnn": 2, "small_cnn": 4, "cifar_cnn": 8, "mnist_cnn": 4, "wrn_32_10": 4}.get(name, 1)
     with torch.device("meta"):
         network = build_model(name, 10, (1, smallest, smallest)).eval()
         assert network(torch.zeros(2, 1, smallest, smallest)).logits.shape == (2, 10)

@@ -59,14 +59,19 @@ def test_every_method_has_as_many_trials_with_the_same_shared_settings() -> None
     assert points["tla"] == points["tla_rn"] == points["tla_sa"]
 
 
-def test_every_run_of_the_protocol_is_valid_and_selected_on_enough_validation_images(tmp_path: Path) -> None:
-    settings = settings_of("--table", "mnist", "--recipe", "tuned", "--data.root", "/data")
+@pytest.mark.parametrize("table", ["mnist", "cifar10"])
+def test_every_run_of_the_protocol_is_valid_and_selected_on_enough_validation_images(
+    table: str, tmp_path: Path
+) -> None:
+    settings = settings_of("--table", table, "--recipe", "tuned", "--data.root", "/data")
     trials = next(iter(rounds(settings, tmp_path)))
     space, shown = table_space(settings, trials), table_runs(settings)
-    configs = [run_config(space, run) for run in trials]
+    shorter = [run_config(space, run) for run in trials]
     shown_space = table_space(settings, shown)
-    configs += [run_config(shown_space, run) for run in shown]
-    for config in configs:
+    full = [run_config(shown_space, run) for run in shown]
+    assert {config.training.epochs for config in shorter} == {{"mnist": 2, "cifar10": 5}[table]}
+    assert {config.training.epochs for config in full} == {{"mnist": 2, "cifar10": 15}[table]}
+    for config in shorter + full:
         assert config.evaluation.validation_margin
         assert config.evaluation.validation_limit == 3000
     assert {run.seed for run in trials}.isdisjoint(run.seed for run in shown)
@@ -164,7 +169,7 @@ def test_the_page_has_corrected_verdicts_and_the_searches(tmp_path: Path, finish
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--table cifar10 --data.root /data", "table=cifar10: has no search defined for it; use mnist or digits"),
+        ("--table tiny_imagenet --data.root /data", "table=tiny_imagenet: has no search defined for it"),
         ("--table digits --budget 5", "budget=5: the recipe tuned fixes methods and lengths"),
         ("--table digits --methods at", "methods=.*: the recipe tuned fixes methods and lengths"),
     ],

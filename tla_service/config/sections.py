@@ -72,9 +72,9 @@ class ModelConfig(Section):
 
     name: str = setting(
         "digits_cnn",
-        "network: digits_cnn, small_cnn, mnist_cnn, mnist_mlp, wrn_32_10, wrn_28_10, wrn_34_10, preact_resnet_18, "
-        "tiny_resnet50_stride2, tiny_resnet50_stride1, tiny_resnet20_stride1, torchvision:NAME, timm:NAME, or "
-        "package.module:factory",
+        "network: digits_cnn, small_cnn, cifar_cnn, mnist_cnn, mnist_mlp, wrn_32_10, wrn_28_10, wrn_34_10, "
+        "preact_resnet_18, tiny_resnet50_stride2, tiny_resnet50_stride1, tiny_resnet20_stride1, torchvision:NAME, "
+        "timm:NAME, or package.module:factory",
     )
     code: str | None = setting(
         None, "folder with the modules of package.module:factory, which travels with the run; none: it is installed"

@@ -61,6 +61,7 @@ _TINY_50 = partial(TinyImageNetResNet, (2, 3, 5, 2), bottleneck=True)
 _NETWORKS = {
     "digits_cnn": _Network(partial(SmallCNN, (32, 64), 3, (1, 2)), one_size=True),
     "small_cnn": _Network(partial(SmallCNN, (16, 32), 4, (2, 2)), one_size=True, min_size=4),
+    "cifar_cnn": _Network(partial(SmallCNN, (32, 64, 128), 4, (2, 2, 2)), one_size=True, min_size=8),
     "mnist_cnn": _Network(build_mnist_cnn, one_size=True, min_size=4),
     "mnist_mlp": _Network(build_mnist_mlp, one_size=True),
     # Its average-pooled shortcuts and its convolutions disagree on odd sizes, twice.

@@ -78,8 +78,9 @@ def rounds(settings: ReproduceSettings, state: Path) -> Iterator[list[TableRun]]
 
 
 def _trial(table: str, name: str, arm: str, seed: int, point: Mapping[str, Any]) -> TableRun:
-    found = tuned.protocol(table).arms[arm]
-    return TableRun(name, found.method, seed, fields={**found.fields, **point}, is_trial=True)
+    found = tuned.protocol(table)
+    fields = {**found.trial_fields, **found.arms[arm].fields, **point}
+    return TableRun(name, found.arms[arm].method, seed, fields=fields, is_trial=True)
 
 
 def table_runs(settings: ReproduceSettings, state: Path | None = None) -> list[TableRun]:

@@ -53,6 +53,7 @@ class Protocol(BaseModel, frozen=True, extra="forbid"):
     preset: str
     flags: list[str]  # on top of the preset
     trials: int  # per arm, at one seed
+    trial_fields: dict[str, Any] = Field({})  # of a trial in place of the run's, such as a shorter training
     repeated: int  # the best of them, at a second seed
     attacks: dict[str, EvaluationAttack]
     images: dict[str, int]  # of the test set; AutoAttack and representation only with the first `full_seeds` seeds
