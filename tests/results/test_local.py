@@ -15,7 +15,7 @@ from tests.results.conftest import settings_of
 from tests.test_core_alone import WITHOUT
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import locked_folder
-from tla_service.results.local import _Local, _StoppedError, in_order, open_state, reproduce_here
+from tla_service.results.local import _Local, _StoppedError, open_state, reproduce_here
 from tla_service.results.runs import TableRun, table_runs, table_space
 
 ROOT = Path(__file__).parents[2]
@@ -23,15 +23,33 @@ FLAGS = "--table digits --budget 1 --seeds 1 --methods at tla --side_by_side 1 -
 CODE = WITHOUT + f"import runpy; runpy.run_path({str(ROOT / 'jobs' / 'reproduce_paper.py')!r}, run_name='__main__')"
 
 
-def test_a_run_is_measured_once_it_and_its_surrogate_are_trained() -> None:
-    runs = [TableRun(f"{m}-s{s}", m, s, surrogate=f"{m}-s{1 - s}") for s in range(2) for m in ("at", "tla")]
-    alone = TableRun("tla-alone", "tla", 0)
-    assert [f"{stage} {run.name}" for stage, run in in_order([*runs, alone])] == [
-        "train at-s0", "train tla-s0", "train at-s1", "measure at-s0", "measure at-s1",
-        "train tla-s1", "measure tla-s0", "measure tla-s1", "train tla-alone", "measure tla-alone",
-    ]  # fmt: skip
-    # The surrogate has been measured before.
-    assert [stage for stage, _ in in_order(runs[:1])] == ["train", "measure"]
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_run_is_measured_once_it_and_its_surrogate_are_trained(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(_Local, "_train", lambda _self, run: done.append(f"train {run.name}"))
+    monkeypatch.setattr(_Local, "_measure", lambda _self, run: done.append(f"measure {run.name}"))
+    pairs = [TableRun(f"{m}-s{s}", m, s, surrogate=f"{m}-s{1 - s}") for s in range(2) for m in ("at", "tla")]
+    runs = [*pairs, TableRun("tla-t0", "tla", 0, is_trial=True), TableRun("tla-alone", "tla", 0)]
+    settings = settings_of("--table", "digits")
+    local = _Local(settings, table_space(settings, runs), tmp_path, done.append, count)
+    assert local.make(runs)
+    if count == 1:
+        assert done == [
+            "train at-s0", "train tla-s0", "train at-s1", "measure at-s0", "measure at-s1", "train tla-s1",
+            "measure tla-s0", "measure tla-s1", "train tla-t0", "train tla-alone", "measure tla-alone",
+        ]  # fmt: skip
+    assert sorted(done) == sorted(
+        [f"train {run.name}" for run in runs] + [f"measure {run.name}" for run in runs if not run.is_trial]
+    )
+    for run in pairs:
+        needed = [f"train {run.name}", f"train {run.surrogate}"]
+        assert done.index(f"measure {run.name}") > max(map(done.index, needed))
+    # The surrogate has been trained before.
+    done.clear()
+    assert local.make(runs[:1])
+    assert done == ["train at-s0", "measure at-s0"]
 
 
 def test_a_folder_of_another_table_is_refused(tmp_path: Path) -> None:

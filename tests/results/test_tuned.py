@@ -13,7 +13,6 @@ from tests.results.conftest import settings_of
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.results import tuned
-from tla_service.results.local import in_order
 from tla_service.results.page import write_page
 from tla_service.results.runs import (
     TableRun,
@@ -84,7 +83,7 @@ def test_the_best_are_repeated_and_the_best_mean_of_two_seeds_wins(tmp_path: Pat
     found = iter(rounds(settings, tmp_path))
     first = next(found)
     assert [run.name for run in first] == ["at-t0-s1000", "tla-t0-s1000", "at-t1-s1000", "tla-t1-s1000"]
-    assert [stage for stage, _ in in_order(first)] == ["train"] * 4
+    assert [run.is_trial for run in first] == [True] * 4
     with pytest.raises(UnavailableError, match="trials of at are missing"):
         table_runs(settings, tmp_path)
     for run, value in zip(first, (0.3, 0.6, 0.4, 0.5), strict=True):

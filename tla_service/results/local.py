@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -101,18 +101,6 @@ def reproduce_here(settings: ReproduceSettings, track: Track | None = None) -> i
     return reproduce(settings, make, track)
 
 
-def in_order(runs: Sequence[TableRun]) -> Iterator[tuple[str, TableRun]]:
-    """Stages and runs in the order they start: a run is measured as soon as it and its surrogate are trained."""
-    names, started, waiting = {run.name for run in runs}, set(), list[TableRun]()
-    for run in runs:
-        yield "train", run
-        started.add(run.name)
-        waiting += [] if run.is_trial else [run]
-        for each in [each for each in waiting if not ({each.name, each.surrogate} & names) - started]:
-            waiting.remove(each)
-            yield "measure", each
-
-
 class _StoppedError(Exception):
     """A process was stopped before its end."""
 
@@ -124,20 +112,14 @@ class _Local:
         self._settings, self._space, self._state, self._say, self._count = settings, space, state, say, count
         self._lock, self._stopped = threading.Lock(), False
         self._processes: set[subprocess.Popen[bytes]] = set()
-        self._trained: dict[str, Future[None]] = {}
+        self._untrained, self._unmeasured = set[str](), list[TableRun]()
 
     def make(self, runs: Sequence[TableRun], deadline: float = math.inf) -> bool:
         """Train and measure; False if the time was up first. If a run failed, raises once the others have finished."""
-        futures = list[Future[None]]()
+        self._untrained, self._unmeasured = {run.name for run in runs}, [run for run in runs if not run.is_trial]
         with ThreadPoolExecutor(self._count) as threads:
             try:
-                for stage, run in in_order(runs):
-                    if stage == "train":
-                        self._trained[run.name] = threads.submit(self._train, run)
-                        futures.append(self._trained[run.name])
-                    else:
-                        # Waits for training that was submitted before it, so the threads cannot all be waiting.
-                        futures.append(threads.submit(self._measure, run))
+                futures = [threads.submit(self._make, run) for run in runs]
                 wait(futures, None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
             finally:
                 self._stop()
@@ -147,6 +129,16 @@ class _Local:
         for error in errors:
             raise error
         return True
+
+    def _make(self, run: TableRun) -> None:
+        """Train a run, then measure those that have only waited for it: itself, and those it is the surrogate of."""
+        self._train(run)
+        with self._lock:
+            self._untrained.remove(run.name)
+            ready = [each for each in self._unmeasured if not {each.name, each.surrogate} & self._untrained]
+            self._unmeasured = [each for each in self._unmeasured if each not in ready]
+        for each in ready:
+            self._measure(each)
 
     def _train(self, run: TableRun) -> None:
         folder = self._state / run.name
@@ -164,9 +156,6 @@ class _Local:
         slim(folder)
 
     def _measure(self, run: TableRun) -> None:
-        for name in (run.name, run.surrogate):
-            if name in self._trained:
-                self._trained[name].result()
         path = write_report_settings(self._settings, run, self._state)
         self._run(run, "evaluation", ["tla_service.report", "--config", str(path)])
         slim(path.parent)
