@@ -50,7 +50,7 @@ def _output_is_closed() -> bool:
     """Whether the reader of the standard output has gone, such as `head`; what is left goes nowhere then."""
     poll = select.poll()
     poll.register(sys.stdout, select.POLLOUT)
-    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    is_closed = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
     if is_closed:  # the interpreter flushes once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return is_closed

@@ -52,6 +52,24 @@ def test_a_run_is_measured_once_it_and_its_surrogate_are_trained(
     assert done == ["train at-s0", "measure at-s0"]
 
 
+def test_a_run_that_cannot_be_measured_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def measure(_self: _Local, run: TableRun) -> None:
+        if run.name == "at-s0":
+            raise UnavailableError("run", run.name, "evaluation failed", "read its output")
+        done.append(run.name)
+
+    monkeypatch.setattr(_Local, "_train", lambda _self, _run: None)
+    monkeypatch.setattr(_Local, "_measure", measure)
+    runs = [TableRun(f"at-s{s}", "at", s, surrogate=f"at-s{1 - s}") for s in range(2)]
+    settings = settings_of("--table", "digits")
+    local = _Local(settings, table_space(settings, runs), tmp_path, done.append, 1)
+    with pytest.raises(UnavailableError, match=r"^run=at-s0: evaluation failed"):
+        local.make(runs)
+    assert done == ["at-s1"]
+
+
 def test_a_folder_of_another_table_is_refused(tmp_path: Path) -> None:
     open_state(settings_of("--table", "digits", "--budget", "5", "--state", str(tmp_path)))
     open_state(settings_of("--table", "digits", "--budget", "5", "--state", str(tmp_path), "--seeds", "9"))

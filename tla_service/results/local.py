@@ -1,5 +1,6 @@
 """A table from its settings to its page; without Ray its runs are processes of this machine."""
 
+import contextlib
 import json
 import math
 import os
@@ -137,8 +138,9 @@ class _Local:
             self._untrained.remove(run.name)
             ready = [each for each in self._unmeasured if not {each.name, each.surrogate} & self._untrained]
             self._unmeasured = [each for each in self._unmeasured if each not in ready]
-        for each in ready:
-            self._measure(each)
+        with contextlib.ExitStack() as every:  # also those after one that fails
+            for each in reversed(ready):
+                every.callback(self._measure, each)
 
     def _train(self, run: TableRun) -> None:
         folder = self._state / run.name
