@@ -136,6 +136,34 @@ def test_opening_one_key_at_once_gives_one_run(
     assert len(set(ids)) == 1
 
 
+def test_processes_that_describe_one_run_at_once_add_each_parameter_once(
+    server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each opener has found no parameters and all write at once: the server refuses some of them.
+    log_batch, barrier, failures = MlflowClient.log_batch, threading.Barrier(8, timeout=30), list[Exception]()
+    config, client = config_for(server.uri), MlflowClient(server.uri)
+    run_id = client.create_run(client.create_experiment("described")).info.run_id
+
+    def log_together(*arguments: Any, **options: Any) -> None:
+        barrier.wait()
+        log_batch(*arguments, **options)
+
+    def describe() -> None:
+        try:
+            tracking_module._describe(MlflowClient(server.uri), run_id, config, config, FACTS, 0)
+        except Exception as error:  # noqa: BLE001 - told to the main thread
+            failures.append(error)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_together)
+    openers = [threading.Thread(target=describe) for _ in range(8)]
+    for opener in openers:
+        opener.start()
+    for opener in openers:
+        opener.join()
+    assert not failures
+    assert client.get_run(run_id).data.params["loss.margin"] == "0.05"
+
+
 def test_files_are_stored_in_the_folders_asked_for(server: TrackingServer, tmp_path: Path) -> None:
     run_id = open_run(config_for(server.uri), "files", facts={})
     source = tmp_path / "local-name.txt"

@@ -186,8 +186,14 @@ def _describe(
     fields = {name: without_credentials(value) for name, value in flatten(on_workers.model_dump(mode="json"))}
     params = [Param(name, value[:_PARAM_LENGTH]) for name, value in fields.items() if name not in there]
     for start in range(0, len(params), _PARAMS_PER_REQUEST):
-        made.log_batch(run_id, params=params[start : start + _PARAMS_PER_REQUEST])
-    _log_dataset(made, run_id, config, facts)
+        batch = params[start : start + _PARAMS_PER_REQUEST]
+        _add_once(
+            functools.partial(_has_params, made, run_id, batch), functools.partial(made.log_batch, run_id, params=batch)
+        )
+    digest, source = facts.get(FINGERPRINT, "unknown")[:_DIGEST_LENGTH], {"uri": config.data.root or config.data.name}
+    dataset = Dataset(config.data.name, digest, "local", json.dumps(source), profile=json.dumps(dict(facts)))
+    inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+    _add_once(functools.partial(_has_inputs, made, run_id), functools.partial(made.log_inputs, run_id, inputs))
     files = {artifact.path for artifact in made.list_artifacts(run_id)}
     text = to_yaml(config)
     if "config.yaml" not in files:
@@ -199,18 +205,21 @@ def _describe(
         made.log_text(run_id, json.dumps(environment(), indent=1), name)
 
 
-def _log_dataset(made: MlflowClient, run_id: str, config: RunConfig, facts: Mapping[str, str]) -> None:
-    def is_there() -> bool:
-        inputs = made.get_run(run_id).inputs
-        return inputs is not None and bool(inputs.dataset_inputs)
+def _has_params(made: MlflowClient, run_id: str, params: Sequence[Param]) -> bool:
+    return {param.key for param in params} <= made.get_run(run_id).data.params.keys()
 
+
+def _has_inputs(made: MlflowClient, run_id: str) -> bool:
+    inputs = made.get_run(run_id).inputs
+    return inputs is not None and bool(inputs.dataset_inputs)
+
+
+def _add_once(is_there: Callable[[], bool], add: Callable[[], object]) -> None:
+    """Add what is missing. Of two processes that describe a run concurrently, MLflow refuses the second."""
     if is_there():
         return
-    digest, source = facts.get(FINGERPRINT, "unknown")[:_DIGEST_LENGTH], {"uri": config.data.root or config.data.name}
-    dataset = Dataset(config.data.name, digest, "local", json.dumps(source), profile=json.dumps(dict(facts)))
     try:
-        made.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        add()
     except MlflowException:
-        # MLflow refuses the second of two processes that describe a run concurrently.
         if not is_there():
             raise
