@@ -210,7 +210,7 @@ def test_impossible_normalization() -> None:
         build_model("small_cnn", 10, (1, 8, 8), "imagenet")
 
 
-@pytest.mark.parametrize("name", ["wrn_28_10", "wrn_34_10", "wrn_32_10", "preact_resnet_18"])
+@pytest.mark.parametrize("name", ["wrn_28_10", "wrn_34_10", "wrn_32_10", "preact_resnet_18", "cifar_cnn"])
 def test_an_activation_is_part_of_what_is_built_and_kept(name: str, tmp_path: Path) -> None:
     made = Architecture(name, activation="silu")
     facts = json.loads(json.dumps(made.write(tmp_path)))
@@ -226,7 +226,7 @@ def test_an_activation_is_part_of_what_is_built_and_kept(name: str, tmp_path: Pa
     assert Architecture.described({"architecture": name, "normalization": "none"}, tmp_path).activation == "default"
 
 
-@pytest.mark.parametrize("name", ["digits_cnn", "tiny_resnet20_stride1", "torchvision:resnet18"])
+@pytest.mark.parametrize("name", ["mnist_cnn", "tiny_resnet20_stride1", "torchvision:resnet18"])
 def test_networks_with_fixed_activations_refuse_another(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^model.activation=silu: the activations of .* are fixed; leave it out, or"):
         Architecture(name, activation="silu").build(10, (3, 64, 64))

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from scipy.stats import ttest_rel
@@ -24,7 +25,7 @@ from tla_service.results.runs import (
     table_runs,
     table_space,
 )
-from tla_service.results.settings import TUNED_TABLES, ReproduceSettings
+from tla_service.results.settings import ReproduceSettings, TableName
 from tla_service.results.tuned_page import holm
 from tla_service.training.output import SUMMARY
 
@@ -39,7 +40,7 @@ def score(state: Path, run: TableRun, value: float) -> None:
 
 
 def test_tables_with_a_protocol_are_those_that_the_settings_accept() -> None:
-    for table in TUNED_TABLES:
+    for table in get_args(TableName):
         found = tuned.protocol(table)
         assert {each for compared in found.comparisons for each in (compared.row, compared.less)} <= set(found.arms)
         assert {arm.tuned_as for arm in found.arms.values()} - {None} <= set(found.searched)
@@ -58,9 +59,12 @@ def test_every_method_has_as_many_trials_with_the_same_shared_settings() -> None
     assert points["tla"] == points["tla_rn"] == points["tla_sa"]
 
 
-@pytest.mark.parametrize("table", ["mnist", "cifar10"])
+@pytest.mark.parametrize(
+    ("table", "images", "epochs", "short"),
+    [("mnist", 3000, 2, 2), ("cifar10", 3000, 15, 5), ("tiny_imagenet", 1000, 30, 10)],
+)
 def test_every_run_of_the_protocol_is_valid_and_selected_on_enough_validation_images(
-    table: str, tmp_path: Path
+    table: str, images: int, epochs: int, short: int, tmp_path: Path
 ) -> None:
     settings = settings_of("--table", table, "--recipe", "tuned", "--data.root", "/data")
     trials = next(iter(rounds(settings, tmp_path)))
@@ -68,14 +72,14 @@ def test_every_run_of_the_protocol_is_valid_and_selected_on_enough_validation_im
     shorter = [run_config(space, run) for run in trials]
     shown_space = table_space(settings, shown)
     full = [run_config(shown_space, run) for run in shown]
-    assert {config.training.epochs for config in shorter} == {{"mnist": 2, "cifar10": 5}[table]}
-    assert {config.training.epochs for config in full} == {{"mnist": 2, "cifar10": 15}[table]}
+    assert {config.training.epochs for config in shorter} == {short}
+    assert {config.training.epochs for config in full} == {epochs}
     for config in shorter + full:
         assert config.evaluation.validation_margin
-        assert config.evaluation.validation_limit == 3000
+        assert config.evaluation.validation_limit == images
     assert {run.seed for run in trials}.isdisjoint(run.seed for run in shown)
     assert len({run.name for run in shown}) == len(shown)
-    assert [run.row for run in shown if run.images["autoattack"]].count("tla") == 5
+    assert [run.row for run in shown if run.images["autoattack"]].count("tla") == tuned.protocol(table).full_seeds
 
 
 def test_the_best_are_repeated_and_the_best_mean_of_two_seeds_wins(tmp_path: Path) -> None:
@@ -168,7 +172,6 @@ def test_the_page_has_corrected_verdicts_and_the_searches(tmp_path: Path, finish
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--table tiny_imagenet --data.root /data", "table=tiny_imagenet: has no search defined for it"),
         ("--table digits --budget 5", "budget=5: the recipe tuned fixes methods and lengths"),
         ("--table digits --methods at", "methods=.*: the recipe tuned fixes methods and lengths"),
     ],

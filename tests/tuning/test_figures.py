@@ -59,7 +59,9 @@ def test_plots_leave_the_style_of_others_alone(tmp_path: Path) -> None:
     assert dict(mpl.rcParams) == dict(before)
 
 
-@pytest.mark.parametrize("study", [name for name in preset_names("study") if name != "clean_weight"])
+@pytest.mark.parametrize(
+    "study", [name for name in preset_names("study") if name not in ("clean_weight", "ingredients")]
+)
 def test_each_study_covers_the_papers_values_and_ends_in_its_picture(study: str, tmp_path: Path) -> None:
     settings = read_settings(TuneSettings, ["--study", study, "--data.root", "/data"])
     space = Space(settings.run_config, settings.sweep)

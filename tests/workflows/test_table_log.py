@@ -57,7 +57,7 @@ def test_the_page_is_made_of_the_runs_in_mlflow(
     assert "| TLA | 2 | 90.0 [90.0, 90.0] | 65.0 [1.5, 128.5] |" in page
     assert "| AT | 1 | 90.0 | 50.0 |" in page
     assert "1 run: `at-s1`." in page
-    assert "runs evaluated at 0123abcd on a processor, 2 cores." in page
+    assert "runs evaluated at 0123abcd on a processor, 2 cores; " in page
 
 
 def test_figures_that_are_measured_again_replace_the_fetched_ones(

@@ -86,7 +86,8 @@ class ModelConfig(Section):
         "default", "input normalization inside the network; default: the network's own"
     )
     activation: Literal["default", "relu", "silu"] = setting(
-        "default", "activation of wrn_* and preact_resnet_18; default: the network's own, which is ReLU or leaky ReLU"
+        "default",
+        "activation of wrn_*, preact_resnet_18, cifar_cnn, small_cnn and digits_cnn; default: ReLU, of wrn_32_10 leaky",
     )
     pretrained: str | None = setting(
         None,

@@ -150,7 +150,7 @@ class Architecture:
             if not hasattr(built, "activation"):
                 reason, remedy = (
                     f"the activations of {self.name} are fixed",
-                    "leave it out, or use wrn_* or preact_resnet_18",
+                    "leave it out, or use wrn_*, preact_resnet_18 or cifar_cnn",
                 )
                 raise ConfigError("model.activation", self.activation, reason, remedy)
             for module in built.modules():

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tla_service.models.classifier import ImageClassifier
+from tla_service.models.residual import Activation
 
 _WIDTH = 1024
 # What the authors' code returns: the second and the fourth BatchNorm, before the ReLU. That these are Table 10's lower
@@ -13,12 +15,21 @@ _CNN_LAYERS: Mapping[str, int] = {"lower": 4, "middle": 11}
 _BATCH_NORM_EPS = 1e-3  # TensorFlow's default, which the authors' code leaves as it is; torch's is 1e-5
 
 
+class _Activated(nn.Module):
+    activation: Activation = staticmethod(F.relu)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.activation(features)
+
+
 class SmallCNN(ImageClassifier):
-    """Square convolutions padded by one, each with ReLUs, then 128 ReLUs: the embedding (>= 0).
+    """Square convolutions padded by one, each with ReLUs, then 128 ReLUs: the embedding (>= 0 with the default).
 
     Without BatchNorm, so an image's output and gradient do not depend on its batch. With two 4x4 convolutions (16, 32)
     of stride 2, the convolutions are those of Wong and Kolter 2018 (arXiv 1711.00851) for MNIST.
     """
+
+    activation: Activation = staticmethod(F.relu)
 
     def __init__(
         self,
@@ -34,15 +45,15 @@ class SmallCNN(ImageClassifier):
         channels, *sides = image_shape
         self.convolutions = nn.Sequential()
         for width, stride in zip(widths, strides, strict=True):
-            self.convolutions.extend([nn.Conv2d(channels, width, kernel_size, stride, padding=1), nn.ReLU()])
+            self.convolutions.extend([nn.Conv2d(channels, width, kernel_size, stride, padding=1), _Activated()])
             channels, sides = width, [(side + 2 - kernel_size) // stride + 1 for side in sides]
         self.hidden = nn.Linear(channels * sides[0] * sides[1], 128)
         self.fc = nn.Linear(128, num_classes)
 
     def embed(self, normalized: Tensor) -> Tensor:
-        """Maps (N, C, H, W) to embeddings (N, 128), non-negative."""
+        """Maps (N, C, H, W) to embeddings (N, 128)."""
         features: Tensor = self.convolutions(normalized)
-        return self.hidden(features.flatten(1)).relu()
+        return self.activation(self.hidden(features.flatten(1)))
 
 
 class MnistNetwork(ImageClassifier):

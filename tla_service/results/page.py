@@ -75,8 +75,12 @@ def command(settings: ReproduceSettings) -> str:
 def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row]) -> list[str]:
     measured = [each for row in rows for each in row.runs]
     devices = ", ".join(sorted({each.report.hardware for each in measured}))
+    data = {
+        f"{len(each.report.data.class_names)} classes, {each.report.data.images:,} test images" for each in measured
+    }
     commits = ", ".join(sorted({each.report.code.get("commit", each.report.code["version"]) for each in measured}))
-    lines = [f"Made by `{command(settings)}`" + (f"; runs evaluated at {commits} on {devices}." if commits else ".")]
+    made = f"; runs evaluated at {commits} on {devices}; {'; '.join(sorted(data))}." if commits else "."
+    lines = [f"Made by `{command(settings)}`{made}"]
     if settings.recipe == "tuned":
         lines += ["", *protocol_lines(settings.table, settings.num_seeds)]
     if settings.budget is not None:

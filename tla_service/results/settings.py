@@ -12,7 +12,6 @@ from tla_service.config.fields import Section, setting, wrong
 from tla_service.config.loading import JobSettings
 
 TableName = Literal["mnist", "cifar10", "tiny_imagenet", "digits"]
-TUNED_TABLES = ("mnist", "cifar10", "digits")
 RECIPE_METHODS: Mapping[str, tuple[Method, ...]] = {
     "paper": ("natural", "at", "alp", "tla_rn", "tla_sa", "tla"),
     "modern": ("at", "trades", "tla"),
@@ -38,7 +37,7 @@ class ReproduceSettings(JobSettings):
     recipe: Literal["paper", "modern", "tuned"] = setting(
         "paper",
         "the paper's settings; the preset modern_<table> for every method; or a search of the same length for every "
-        "method, selected on validation images, and the winners over many seeds (tables mnist, cifar10 and digits)",
+        "method, selected on validation images, and the winners over many seeds",
     )
     budget: float | None = setting(
         None,
@@ -110,9 +109,6 @@ class ReproduceSettings(JobSettings):
         if self.recipe == "modern" and self.table == "digits":
             raise wrong("recipe", "modern", "there is no such preset for digits", "use recipe paper")
         if self.recipe == "tuned":
-            if self.table not in TUNED_TABLES:
-                reason = "has no search defined for it"
-                raise wrong("table", self.table, reason, f"use one of {', '.join(TUNED_TABLES)}, or another recipe")
             for name in ("budget", "methods"):
                 if getattr(self, name):
                     reason = "the recipe tuned fixes methods and lengths"

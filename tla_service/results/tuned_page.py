@@ -26,11 +26,13 @@ def protocol_lines(table: str, seeds: int) -> list[str]:
     attack, own = run.evaluation.validation, run.attack
     searched, images = len(found.searched), run.evaluation.validation_limit
     step = attack.step_size or own.step_size
+    trained_with = f"PGD-{own.num_steps}" if own.kind == "pgd" else label(own.kind)
+    shorter = "".join(f" of `{name}` {value}" for name, value in found.trial_fields.items())
     return [
         f"Network `{run.model.name}`, {run.training.max_steps or run.training.epochs} "
         f"{'steps' if run.training.max_steps else 'epochs'} of {run.training.global_batch_size} images, training with "
-        f"PGD-{own.num_steps} at epsilon {own.epsilon:.3g}. Each of {searched} methods had {found.trials} trials, over "
-        f"its own weights and {' and '.join(f'`{name}`' for name in found.shared)}, the same values of these for "
+        f"{trained_with} at epsilon {own.epsilon:.3g}. Each of {searched} methods had {found.trials} trials{shorter}, "
+        f"over its own weights and {' and '.join(f'`{name}`' for name in found.shared)}, the same values of these for "
         f"every method; the best {found.repeated} were trained with a second seed, and the best mean of the two was "
         f"selected. A trial's score is the accuracy on {images or 'all'} validation images that withstand PGD-"
         f"{attack.num_steps} (step {step:.3g}) on the cross-entropy and on the logit margin. The winner was then "
