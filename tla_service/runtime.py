@@ -50,6 +50,12 @@ def generator(device: torch.device, *parts: int) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(mixed_seed(*parts))
 
 
+def uniform_noise(images: Tensor, radius: float, random: torch.Generator | None) -> Tensor:
+    """Noise of the images' shape, uniform in [-radius, radius)."""
+    draw = torch.rand(images.shape, generator=random, device=images.device, dtype=images.dtype)
+    return (2 * draw - 1) * radius
+
+
 def collective_timeout(hang_seconds: float) -> int:
     """Seconds after which torch ends a collective, where `training.watch` finds no rank at fault or does not run."""
     return max(1800, math.ceil(2 * hang_seconds))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tla_service.errors import ConfigError
-from tla_service.runtime import wide
+from tla_service.runtime import uniform_noise, wide
 
 LogitsFn = Callable[[Tensor], Tensor]
 
@@ -179,8 +179,7 @@ def craft_noisy_step(
     those of `craft`. Returns detached images (N, C, H, W) in [0, 1], within (noise + 1) epsilons of `images`.
     """
     images = images.detach()
-    draw = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
-    noisy = (images + (2 * draw - 1) * noise * attack.epsilon).clamp(0, 1).requires_grad_()
+    noisy = (images + uniform_noise(images, noise, generator) * attack.epsilon).clamp(0, 1).requires_grad_()
     clean = _clean_log_probabilities(logits_fn, images) if attack.objective == "kl" else None
     with torch.enable_grad():
         loss = _loss(logits_fn(noisy), labels, attack, clean)
@@ -266,8 +265,7 @@ def _random_perturbation(images: Tensor, attack: Attack, generator: torch.Genera
     if attack.objective == "kl":
         return _KL_START * torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
     if attack.norm == "linf":
-        noise = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
-        return (2 * noise - 1) * attack.epsilon
+        return uniform_noise(images, attack.epsilon, generator)
     noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
     radius = torch.rand(len(images), generator=generator, device=images.device, dtype=images.dtype)
     length = noise.flatten(1).norm(dim=1)

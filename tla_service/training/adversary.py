@@ -81,8 +81,7 @@ class Adversary:
     def grow(self, done: float) -> None:
         """Set the radius for a share of the run; it grows linearly until `attack.warmup`."""
         share = min(1.0, done / self._config.attack.warmup) if self._config.attack.warmup else 1.0
-        epsilon, step_size = share * self._full.epsilon, share * self._full.step_size
-        self.attack = self._full if share == 1 else replace(self._full, epsilon=epsilon, step_size=step_size)
+        self.attack = replace(self._full, epsilon=share * self._full.epsilon, step_size=share * self._full.step_size)
 
     def craft(self, anchors: Batch, random: torch.Generator) -> Tensor:
         """Adversarial images (N, C, H, W) of a batch, detached."""
@@ -132,11 +131,6 @@ class Adversary:
             output = run(images)
         self.last_embeddings = output.embeddings.detach()
         return output.logits
-
-    def first_perturbation(self, images: Tensor, random: torch.Generator) -> Tensor:
-        """Initial perturbation of free training on a batch: uniform in the ball, (N, C, H, W)."""
-        draw = torch.rand(images.shape, generator=random, device=images.device, dtype=images.dtype)
-        return (2 * draw - 1) * self.attack.epsilon
 
 
 def layout_of(config: RunConfig) -> torch.memory_format:
