@@ -190,20 +190,6 @@ class _ToImagesOnly(torch.autograd.Function):
         return to_images, None
 
 
-class _Keep(logging.Handler):
-    """Keeps warnings instead of printing them."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if not any(words in message for words in _NO_CONCERN):
-            known = (meaning for words, meaning in _WARNINGS.items() if words in message)
-            self.messages.append(next(known, message))
-
-
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[list[str]]:
     """Undo the package's changes to the process: it seeds the global generators, drops the trace function and logs."""
@@ -211,17 +197,22 @@ def _undisturbed(device: torch.device) -> Iterator[list[str]]:
 
     # The package counts gradients taken in forward passes per process, so other networks' would count here.
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))
-    logger, handler, trace = logging.getLogger(_LOGGER), _Keep(), sys.gettrace()
-    propagated = logger.propagate
-    logger.propagate = False
-    logger.addHandler(handler)
+    logger, messages, trace = logging.getLogger(_LOGGER), list[str](), sys.gettrace()
+
+    def keep(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING and not any(words in message for words in _NO_CONCERN):
+            known = (meaning for words, meaning in _WARNINGS.items() if words in message)
+            messages.append(next(known, message))
+        return False  # nothing is printed
+
+    logger.addFilter(keep)
     projection, fab_base.projection_linf = fab_base.projection_linf, project_linf
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            yield handler.messages
+            yield messages
     finally:
         fab_base.projection_linf = projection
-        logger.removeHandler(handler)
-        logger.propagate = propagated
+        logger.removeFilter(keep)
         sys.settrace(trace)
