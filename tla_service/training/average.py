@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -21,7 +21,8 @@ class WeightAverage(AveragedModel):
     def __init__(self, network: nn.Module, decay: float) -> None:
         super().__init__(network, use_buffers=True)
         self._decay, self._started = decay, False
-        pairs = list(zip(_tensors(self.module), _tensors(network), strict=True))
+        ours, theirs = ([*each.parameters(), *each.buffers()] for each in (self.module, network))
+        pairs = list(zip(ours, theirs, strict=True))
         self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self._integers = [pair for pair in pairs if not pair[0].is_floating_point()]
 
@@ -43,7 +44,3 @@ class WeightAverage(AveragedModel):
         missing = super().load_state_dict(*arguments, **options)
         self._started = bool(self.n_averaged > 0)
         return missing
-
-
-def _tensors(network: nn.Module) -> list[Tensor]:
-    return [*network.parameters(), *network.buffers()]
