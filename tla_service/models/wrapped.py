@@ -50,9 +50,9 @@ class _NoHead(nn.Identity):
         self.in_features = self.out_features = num_classes
 
 
-def noise(image_shape: ImageShape, count: int = 2) -> Tensor:
-    """Images (N, C, H, W) in [0, 1) that look like noise; no random draw, and the same everywhere."""
-    size = torch.Size((count, *image_shape))
+def noise(image_shape: ImageShape) -> Tensor:
+    """Two images (2, C, H, W) in [0, 1) that look like noise; no random draw, and the same everywhere."""
+    size = torch.Size((2, *image_shape))
     return torch.arange(1, size.numel() + 1, dtype=torch.float64).mul(0.6180339887).frac().float().view(size)
 
 
