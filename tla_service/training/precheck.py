@@ -61,14 +61,11 @@ def training_batches(
     return TrainingBatches(images, rows, order, config.data, context, **views)
 
 
-def check_start(
-    config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int, architecture: Architecture | None = None
-) -> None:
+def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int, architecture: Architecture) -> None:
     """Raise ConfigError for a run that would fail later on the images that it trains on, at `rows` (N,), int64."""
     trouble = config.attack_trouble(dataset.image_shape)
     if trouble is not None:
         raise trouble
-    architecture = architecture or Architecture.of(config.model)
     if config.own_functions:
         with torch.random.fork_rng(devices=[]):
             network = architecture.build(len(dataset.class_names), dataset.image_shape)
