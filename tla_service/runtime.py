@@ -131,12 +131,9 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], context: WorkerContext) -> T
 
 def average_buffers(network: nn.Module, context: WorkerContext) -> None:
     """Make BatchNorm's running statistics the mean over workers: each has seen only its own shards."""
-    if context.world_size == 1:
-        return
     for buffer in network.buffers():
         if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer.div_(context.world_size)
+            all_reduce_sum(buffer, context).div_(context.world_size)
 
 
 def hardware(device: torch.device) -> str:

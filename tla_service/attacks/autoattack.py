@@ -29,7 +29,6 @@ ALL_STAGES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 # The DLR loss divides by the distance of the 1st to the 3rd logit; its targeted form reads the 4th.
 _FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 _SQUARE_FEWEST_ROWS = 5  # in L2 and L1 it lays tiles of a fifth of the image's height
-_LOGGER = "auto-attack"
 # What the package warns of, by words of its message, and what it means; its own advice names options and a file that
 # this project does not have.
 _WARNINGS = {
@@ -197,7 +196,7 @@ def _undisturbed(device: torch.device) -> Iterator[list[str]]:
 
     # The package counts gradients taken in forward passes per process, so other networks' would count here.
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))
-    logger, messages, trace = logging.getLogger(_LOGGER), list[str](), sys.gettrace()
+    logger, messages, trace = logging.getLogger("auto-attack"), list[str](), sys.gettrace()
 
     def keep(record: logging.LogRecord) -> bool:
         message = record.getMessage()
@@ -208,9 +207,8 @@ def _undisturbed(device: torch.device) -> Iterator[list[str]]:
 
     logger.addFilter(keep)
     projection, fab_base.projection_linf = fab_base.projection_linf, project_linf
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield messages
     finally:
         fab_base.projection_linf = projection

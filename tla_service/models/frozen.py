@@ -144,8 +144,6 @@ class _ImageConvolution(nn.Conv2d):
 
 
 class _ByMatrix(torch.autograd.Function):
-    """See :class:`_ImageConvolution`."""
-
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
         ctx.save_for_backward(weight)

@@ -58,14 +58,9 @@ class TrainingState:
     @property
     def statistics(self) -> dict[str, Tensor]:
         """BatchNorm's running statistics by name, of the network and of the average: each worker has its own."""
-        networks = {"network": self.network, "average": self.average}
-        return {
-            f"{prefix}.{name}": buffer
-            for prefix, network in networks.items()
-            if network is not None
-            for name, buffer in network.named_buffers()
-            if buffer.is_floating_point()
-        }
+        average = {} if self.average is None else {"average": self.average}
+        buffers = nn.ModuleDict({"network": self.network, **average}).named_buffers()
+        return {name: buffer for name, buffer in buffers if buffer.is_floating_point()}
 
 
 def cpu_weights(network: nn.Module) -> dict[str, Tensor]:
@@ -257,8 +252,7 @@ def restore(
 
 def verify_checkpoint(folder: Path) -> None:
     """Raise UnavailableError if a file of a checkpoint is missing or differs from what was written."""
-    damage = find_damage(folder)
-    if damage:
+    if damage := find_damage(folder):
         raise UnavailableError("checkpoint", folder, damage, "put the file back, or use another checkpoint")
 
 

@@ -198,24 +198,23 @@ class TrainingStep:
         self, batch: StepBatch, adversarial: Tensor, random: torch.Generator, mined: Negatives | None
     ) -> Roles:
         """The authors' mode: mine in a separate draw with the network in eval mode, then embed the chosen negatives."""
-        anchors, mining = batch.anchors, self.config.mining
-        assert batch.pool is not None
+        anchors, drawn, mining = batch.anchors, batch.pool, self.config.mining
+        assert drawn is not None
 
         def gathered(rows: Tensor) -> Tensor:
             sizes = [len(rows)] * self.context.world_size
             return gather_rows(rows, sizes, self.context) if mining.scope == "global" else rows
 
         def embedded() -> tuple[Tensor, Tensor]:
-            assert batch.pool is not None
             if mining.queries == "last_step":
-                (pool,), queries = self.adversary.embed(batch.pool.images), self.adversary.last_embeddings
+                (pool,), queries = self.adversary.embed(drawn.images), self.adversary.last_embeddings
             else:
-                queries, pool = self.adversary.embed(adversarial, batch.pool.images)
+                queries, pool = self.adversary.embed(adversarial, drawn.images)
             assert queries is not None
             return queries, gathered(pool)
 
         # The worker that uses the chosen images embeds them again, with a graph.
-        pool_images, pool_labels = gathered(batch.pool.images), gathered(batch.pool.labels)
+        pool_images, pool_labels = gathered(drawn.images), gathered(drawn.labels)
         mined = self._mine(random, mined, anchors.labels, pool_labels, embedded)
         noise_on_all = mining.clean_noise_on == "all"
         images = [adversarial, self._add_noise(pool_images[mined.indices], random, apply=noise_on_all)]
