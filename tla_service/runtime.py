@@ -50,6 +50,12 @@ def generator(device: torch.device, *parts: int) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(mixed_seed(*parts))
 
 
+def uniform_noise(images: Tensor, radius: float, random: torch.Generator | None) -> Tensor:
+    """Noise of the images' shape, uniform in [-radius, radius)."""
+    draw = torch.rand(images.shape, generator=random, device=images.device, dtype=images.dtype)
+    return (2 * draw - 1) * radius
+
+
 def collective_timeout(hang_seconds: float) -> int:
     """Seconds after which torch ends a collective, where `training.watch` finds no rank at fault or does not run."""
     return max(1800, math.ceil(2 * hang_seconds))
@@ -125,12 +131,9 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], context: WorkerContext) -> T
 
 def average_buffers(network: nn.Module, context: WorkerContext) -> None:
     """Make BatchNorm's running statistics the mean over workers: each has seen only its own shards."""
-    if context.world_size == 1:
-        return
     for buffer in network.buffers():
         if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer.div_(context.world_size)
+            all_reduce_sum(buffer, context).div_(context.world_size)
 
 
 def hardware(device: torch.device) -> str:

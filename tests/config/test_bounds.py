@@ -11,6 +11,7 @@ from tla_service.config.loading import load_settings
 from tla_service.config.radii import known_shape, length_trouble
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
+from tla_service.models import Architecture
 from tla_service.training.precheck import check_start
 
 
@@ -71,7 +72,7 @@ def test_fgsm_takes_no_step_of_its_own() -> None:
 def test_a_set_whose_shape_is_known_only_when_read_is_checked_then() -> None:
     config = RunConfig(attack=AttackConfig(norm="l2", epsilon=9, step_size=1))
     with pytest.raises(ConfigError, match=r"attack\.epsilon=9: longer than the diagonal of 1x8x8 images, 8"):
-        check_start(config, load_dataset(config.data), torch.arange(100), 1)
+        check_start(config, load_dataset(config.data), torch.arange(100), 1, Architecture.of(config.model))
 
 
 def test_what_was_trained_without_these_checks_still_loads() -> None:

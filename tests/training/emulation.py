@@ -1,7 +1,7 @@
 """What a GPU would complain of, seen on CPU tensors."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -141,8 +141,11 @@ def emulated_graphs(monkeypatch: pytest.MonkeyPatch) -> type[EmulatedGraph]:
     return EmulatedGraph
 
 
-def violations(call: Callable[[], object], *, channels_last: bool = False) -> list[str]:
-    """What a call would do wrong on a GPU."""
+def violations(
+    call: Callable[[], object], *, channels_last: bool = False, hosts: Sequence[torch.Tensor] = ()
+) -> list[str]:
+    """What a call would do wrong on a GPU, with these tensors on the host."""
     with DeviceRules(channels_last=channels_last) as rules, HostTensors(rules):
+        rules.hosts |= {id(tensor): tensor for tensor in hosts}
         call()
     return rules.found

@@ -17,10 +17,10 @@ from tla_service.training.checkpoint import (
     TrainingState,
     find_damage,
     load_checkpoint,
-    read_weights,
     save_checkpoint,
     verify_checkpoint,
 )
+from tla_service.training.pretrained import checkpoint_weights
 
 FACTS = {"class_names": ["a", "b"], "image_shape": [1, 8, 8]}
 
@@ -117,10 +117,10 @@ def test_a_failure_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monke
 def test_best_weights_are_read_alone(tmp_path: Path) -> None:
     state = small_state()
     save_checkpoint(tmp_path / "c", state, digits_config(), FACTS)
-    weights = read_weights(str(tmp_path / "c"))
+    weights = checkpoint_weights(str(tmp_path / "c"))
     assert all(torch.equal(weights[name], value) for name, value in state.best_weights.items())
     with pytest.raises(UnavailableError, match=r"model\.pretrained"):
-        read_weights(str(tmp_path / "nowhere"))
+        checkpoint_weights(str(tmp_path / "nowhere"))
 
 
 def test_other_data_than_the_run_began_with_is_refused(tmp_path: Path) -> None:

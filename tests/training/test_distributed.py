@@ -76,7 +76,7 @@ def run_case(changes: dict[str, Any], context: WorkerContext) -> dict[str, torch
     assert whole.pool is not None
     parts = [shard(part, context.rank, context.world_size) for part in (whole.anchors, whole.positives, whole.pool)]
     mined: list[torch.Tensor] = []
-    original = step_module.mine_hardest
+    original, noise = step_module.mine_hardest, step_module.uniform_noise
 
     def remember(*arguments: Any, **options: Any) -> Any:
         found = original(*arguments, **options)
@@ -84,8 +84,8 @@ def run_case(changes: dict[str, Any], context: WorkerContext) -> dict[str, torch
         return found
 
     step_module.mine_hardest = remember
+    step_module.uniform_noise = lambda images, _radius, _random: torch.zeros_like(images)
     step = TrainingStep(network, config, context)
-    step.adversary.first_perturbation = lambda images, _random: torch.zeros_like(images)  # type: ignore[method-assign]
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     try:
         is_weighted = config.data.balance == "class_weights"
@@ -96,7 +96,7 @@ def run_case(changes: dict[str, Any], context: WorkerContext) -> dict[str, torch
             if config.attack.kind == "free":  # the weights move between its updates
                 optimizer.step()
     finally:
-        step_module.mine_hardest = original
+        step_module.mine_hardest, step_module.uniform_noise = original, noise
     gradients = {f"gradient {name}": parameter.grad for name, parameter in network.named_parameters()}
     return {"totals": totals, "mined": torch.stack(mined) if mined else torch.zeros(1, 0), **gradients}  # type: ignore[dict-item]
 

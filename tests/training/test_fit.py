@@ -11,9 +11,10 @@ from torch import nn
 from tests.training.conftest import KeepingReporter, digits_config, fit
 from tla_service.models import Architecture, build_model
 from tla_service.runtime import WorkerContext, average_buffers
-from tla_service.training.checkpoint import load_checkpoint, read_weights
+from tla_service.training.checkpoint import load_checkpoint
 from tla_service.training.fit import Run
 from tla_service.training.meter import NonFiniteLossError
+from tla_service.training.pretrained import checkpoint_weights
 from tla_service.training.step import METRIC_NAMES, TOTALS
 from tla_service.training.validation import ImageSet
 
@@ -145,7 +146,7 @@ def test_the_best_weights_are_chosen_on_validation_and_tested_once(
     # Epochs 1 and 2 tie on robust accuracy; the clean one decides.
     assert result.best["epoch"] == 2
     assert all(torch.equal(seen[2][name], seen[4][name]) for name in seen[2])
-    saved = read_weights(str(reporter.checkpoints[-1]))
+    saved = checkpoint_weights(str(reporter.checkpoints[-1]))
     assert all(torch.equal(saved[name], seen[2][name]) for name in saved)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.training.conftest import KeepingReporter, digits_config, fit, random_batch
 from tests.training.test_step import network
-from tla_service.runtime import WorkerContext, generator
+from tla_service.runtime import WorkerContext, generator, uniform_noise
 from tla_service.training.adversary import Adversary
 from tla_service.training.meter import has_collapsed
 from tla_service.training.step import TrainingStep
@@ -126,7 +126,7 @@ def test_free_training_is_the_papers_loop() -> None:
         updates += 1
     assert updates == replays
     images, labels = batch.anchors.images, batch.anchors.labels
-    perturbation = step.adversary.first_perturbation(images, generator(CPU, 5))
+    perturbation = uniform_noise(images, epsilon, generator(CPU, 5))
     assert perturbation.abs().max() <= epsilon
     for _ in range(replays):
         adversarial = (images + perturbation).clamp(0, 1).requires_grad_()

@@ -11,7 +11,7 @@ from tests.data.conftest import batches_of
 from tla_service.config import RunConfig
 from tla_service.data import ArraySource, Dataset, load_dataset
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.models import build_model
+from tla_service.models import Architecture, build_model
 from tla_service.runtime import WorkerContext
 from tla_service.training.checkpoint import TrainingState, cpu_weights, save_checkpoint
 from tla_service.training.optimizer import build_optimizer
@@ -73,15 +73,19 @@ ALONE = [  # passes that see a step's only image alone
 ]
 
 
+def start(config: RunConfig, rows: int, workers: int) -> None:
+    check_start(config, images(9), torch.arange(rows), workers, Architecture.of(config.model))
+
+
 @pytest.mark.parametrize("fields", ALONE, ids=str)
 def test_one_image_that_batchnorm_would_see_alone_is_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_start(run_config(2, **fields), images(9), torch.arange(9), 1)
+        start(run_config(2, **fields), 9, 1)
     assert str(caught.value) == (
         "training.global_batch_size=2: 9 training images in 5 steps leave it with one image in some step, which the "
         "BatchNorm of torchvision:resnet18 cannot normalize; use 3"
     )
-    check_start(run_config(3, **fields | {"training": {"global_batch_size": 3}}), images(9), torch.arange(9), 1)
+    start(run_config(3, **fields | {"training": {"global_batch_size": 3}}), 9, 1)
 
 
 TOGETHER = [{"method": "tla"}, {"method": "tla", "mining": {"pool": "separate", "pool_size": 4}}, {"method": "alp"}]
@@ -89,28 +93,28 @@ TOGETHER = [{"method": "tla"}, {"method": "tla", "mining": {"pool": "separate", 
 
 @pytest.mark.parametrize("fields", TOGETHER, ids=str)
 def test_one_image_beside_its_adversarial_version_trains(fields: dict[str, object]) -> None:
-    check_start(run_config(2, **fields), images(9), torch.arange(9), 1)
+    start(run_config(2, **fields), 9, 1)
 
 
 def test_a_worker_s_share_of_one_image_is_refused() -> None:
     config = run_config(4, method="at")
-    check_start(config, images(9), torch.arange(8), 2)
+    start(config, 8, 2)
     with pytest.raises(ConfigError, match=r"9 training images in 3 steps leave a worker with one image.*; use 5"):
-        check_start(config, images(9), torch.arange(9), 2)
-    check_start(run_config(5, method="at"), images(9), torch.arange(9), 2)
+        start(config, 9, 2)
+    start(run_config(5, method="at"), 9, 2)
     with pytest.raises(ConfigError, match="use fewer workers, or more images"):
-        check_start(config, images(9), torch.arange(3), 2)
+        start(config, 3, 2)
 
 
 def test_a_network_without_batchnorm_takes_one_image() -> None:
     config = run_config(2, method="natural", model={"name": "small_cnn"})
-    check_start(config, images(9), torch.arange(9), 1)
+    start(config, 9, 1)
 
 
 def test_the_check_draws_nothing() -> None:
     before = torch.random.get_rng_state()
     with pytest.raises(ConfigError):
-        check_start(run_config(2, method="at"), images(9), torch.arange(9), 1)
+        start(run_config(2, method="at"), 9, 1)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -3,7 +3,6 @@
 from tla_service.attacks.gradient import (
     UNBROKEN,
     Attack,
-    Attacked,
     LogitsFn,
     attack_images,
     climb,
@@ -14,6 +13,6 @@ from tla_service.attacks.gradient import (
 )
 
 __all__ = [
-    "UNBROKEN", "Attack", "Attacked", "LogitsFn", "attack_images", "climb", "craft", "craft_freely",
-    "craft_noisy_step", "starting_point",
+    "UNBROKEN", "Attack", "LogitsFn", "attack_images", "climb", "craft", "craft_freely", "craft_noisy_step",
+    "starting_point",
 ]  # fmt: skip

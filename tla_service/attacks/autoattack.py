@@ -29,7 +29,6 @@ ALL_STAGES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 # The DLR loss divides by the distance of the 1st to the 3rd logit; its targeted form reads the 4th.
 _FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
 _SQUARE_FEWEST_ROWS = 5  # in L2 and L1 it lays tiles of a fifth of the image's height
-_LOGGER = "auto-attack"
 # What the package warns of, by words of its message, and what it means; its own advice names options and a file that
 # this project does not have.
 _WARNINGS = {
@@ -190,20 +189,6 @@ class _ToImagesOnly(torch.autograd.Function):
         return to_images, None
 
 
-class _Keep(logging.Handler):
-    """Keeps warnings instead of printing them."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if not any(words in message for words in _NO_CONCERN):
-            known = (meaning for words, meaning in _WARNINGS.items() if words in message)
-            self.messages.append(next(known, message))
-
-
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[list[str]]:
     """Undo the package's changes to the process: it seeds the global generators, drops the trace function and logs."""
@@ -211,17 +196,21 @@ def _undisturbed(device: torch.device) -> Iterator[list[str]]:
 
     # The package counts gradients taken in forward passes per process, so other networks' would count here.
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))
-    logger, handler, trace = logging.getLogger(_LOGGER), _Keep(), sys.gettrace()
-    propagated = logger.propagate
-    logger.propagate = False
-    logger.addHandler(handler)
+    logger, messages, trace = logging.getLogger("auto-attack"), list[str](), sys.gettrace()
+
+    def keep(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING and not any(words in message for words in _NO_CONCERN):
+            known = (meaning for words, meaning in _WARNINGS.items() if words in message)
+            messages.append(next(known, message))
+        return False  # nothing is printed
+
+    logger.addFilter(keep)
     projection, fab_base.projection_linf = fab_base.projection_linf, project_linf
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield handler.messages
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield messages
     finally:
         fab_base.projection_linf = projection
-        logger.removeHandler(handler)
-        logger.propagate = propagated
+        logger.removeFilter(keep)
         sys.settrace(trace)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tla_service.errors import ConfigError
-from tla_service.runtime import wide
+from tla_service.runtime import uniform_noise, wide
 
 LogitsFn = Callable[[Tensor], Tensor]
 
@@ -124,7 +124,10 @@ def climb(logits_fn: LogitsFn, images: Tensor, start: Tensor, labels: Tensor, at
     adversarial = start
     velocity = torch.zeros_like(images) if attack.kind == "mim" else None
     project = projection(images, attack)
-    clean = _clean_log_probabilities(logits_fn, images) if attack.objective == "kl" else None
+    clean = None
+    if attack.objective == "kl":
+        with torch.no_grad():
+            clean = F.log_softmax(wide(logits_fn(images)), dim=1)
     for _ in range(steps):
         adversarial = adversarial.detach().requires_grad_()
         with torch.enable_grad():
@@ -179,13 +182,9 @@ def craft_noisy_step(
     those of `craft`. Returns detached images (N, C, H, W) in [0, 1], within (noise + 1) epsilons of `images`.
     """
     images = images.detach()
-    draw = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
-    noisy = (images + (2 * draw - 1) * noise * attack.epsilon).clamp(0, 1).requires_grad_()
-    clean = _clean_log_probabilities(logits_fn, images) if attack.objective == "kl" else None
-    with torch.enable_grad():
-        loss = _loss(logits_fn(noisy), labels, attack, clean)
-        (gradient,) = torch.autograd.grad(loss, noisy)
-    return (noisy.detach() + attack.epsilon * gradient.sign()).clamp(0, 1)
+    noisy = (images + uniform_noise(images, noise, generator) * attack.epsilon).clamp(0, 1)
+    step = replace(attack, kind="pgd", epsilon=torch.inf, step_size=attack.epsilon, num_steps=1)
+    return climb(logits_fn, images, noisy, labels, step)
 
 
 class Attacked(NamedTuple):
@@ -243,12 +242,7 @@ def attack_images(
     return Attacked(worst, broken_at)
 
 
-def _clean_log_probabilities(logits_fn: LogitsFn, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return F.log_softmax(wide(logits_fn(images)), dim=1)
-
-
-def _loss(logits: Tensor, labels: Tensor, attack: Attack, clean: Tensor | None = None) -> Tensor:
+def _loss(logits: Tensor, labels: Tensor, attack: Attack, clean: Tensor | None) -> Tensor:
     """What the attack ascends, summed over the batch; in float32 or wider, also under autocast."""
     logits = wide(logits)
     if clean is not None:
@@ -266,8 +260,7 @@ def _random_perturbation(images: Tensor, attack: Attack, generator: torch.Genera
     if attack.objective == "kl":
         return _KL_START * torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
     if attack.norm == "linf":
-        noise = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
-        return (2 * noise - 1) * attack.epsilon
+        return uniform_noise(images, attack.epsilon, generator)
     noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
     radius = torch.rand(len(images), generator=generator, device=images.device, dtype=images.dtype)
     length = noise.flatten(1).norm(dim=1)

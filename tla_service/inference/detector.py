@@ -52,7 +52,8 @@ class Detector:
         tied = len(self.whitening) == 1 and self.whitening.ndim == 3
         means = self.means @ self.whitening[0] if tied else self.means
         for start in range(0, len(embeddings), _ROWS_AT_ONCE):
-            rows = self._prepared(embeddings[start : start + _ROWS_AT_ONCE])
+            rows = embeddings[start : start + _ROWS_AT_ONCE]
+            rows = unit_rows(rows) if self.normalize else rows.astype(np.float64)
             # Tied Gaussians whiten each row once, whatever the number of classes.
             rows = rows @ self.whitening[0] if tied else rows
             for place, mean in enumerate(means):
@@ -62,9 +63,6 @@ class Detector:
                     white = white * factor if factor.ndim == 1 else white @ factor
                 densities[start : start + len(rows), place] = -0.5 * (white**2).sum(1)
         return densities + self.log_determinants - 0.5 * self.means.shape[1] * log(2 * pi)
-
-    def _prepared(self, embeddings: Floats) -> Scores:
-        return unit_rows(embeddings) if self.normalize else embeddings.astype(np.float64)
 
     def score(self, embeddings: Floats, predictions: Integers) -> Scores:
         """Log density (N,) under the class that `rule` names; one without a Gaussian scores below everything."""

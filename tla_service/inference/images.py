@@ -67,7 +67,6 @@ def _fitted(images: Images, image_shape: tuple[int, int, int]) -> Images:
 
 
 def _checked(sent: Sequence[Any] | npt.NDArray[Any], image_shape: tuple[int, int, int], *, resize: bool) -> Images:
-    is_array = isinstance(sent, np.ndarray)
     try:
         images = np.ascontiguousarray(sent)
     except (ValueError, TypeError, OverflowError):
@@ -85,7 +84,7 @@ def _checked(sent: Sequence[Any] | npt.NDArray[Any], image_shape: tuple[int, int
             hint = "; send 8-bit values as uint8, or divide them by 255" if high >= _SURELY_8_BIT else ""
             raise BadImages(f"images range over [{low:g}, {high:g}]; send [0, 1]{hint}")
         return images.astype(np.float32, copy=False)
-    if is_array or not np.issubdtype(images.dtype, np.integer):
+    if isinstance(sent, np.ndarray) or not np.issubdtype(images.dtype, np.integer):
         raise BadImages(f"images are {images.dtype}; send floats in [0, 1], or uint8")
     return _whole_numbers(images)
 

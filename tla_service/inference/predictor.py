@@ -50,10 +50,8 @@ class Predictor:
             higher for images more like the training set, and ``accepted`` bool (N,), the score against the threshold;
             ``embedding`` float32 (N,D) on request.
         """
-        parts = [
-            self._batch(images[start : start + _BATCH_SIZE], embedding=embedding)
-            for start in range(0, len(images), _BATCH_SIZE)
-        ]
+        starts = range(0, len(images), _BATCH_SIZE)
+        parts = [self._batch(images[start : start + _BATCH_SIZE], embedding=embedding) for start in starts]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     @torch.inference_mode()

@@ -148,10 +148,8 @@ class Architecture:
             built = network.build(num_classes=num_classes, normalization=first, **shape)
         if self.activation != "default":
             if not hasattr(built, "activation"):
-                reason, remedy = (
-                    f"the activations of {self.name} are fixed",
-                    "leave it out, or use wrn_*, preact_resnet_18 or cifar_cnn",
-                )
+                reason = f"the activations of {self.name} are fixed"
+                remedy = "leave it out, or use wrn_*, preact_resnet_18 or cifar_cnn"
                 raise ConfigError("model.activation", self.activation, reason, remedy)
             for module in built.modules():
                 if hasattr(module, "activation"):

@@ -63,7 +63,7 @@ class ImageClassifier(nn.Module):
 
     fc: nn.Linear
     layers: Mapping[str, int] = MappingProxyType({})
-    """Named hidden layers, as positions in what `embed_with` runs."""
+    """Named hidden layers, as positions in the network's `body`, a Sequential that embeds."""
     tap: "Tap | None" = None
     """Where the embeddings come from, if not from the input of the final linear layer."""
     found: str = ""
@@ -72,11 +72,6 @@ class ImageClassifier(nn.Module):
     def __init__(self, normalization: nn.Module) -> None:
         super().__init__()
         self.normalization = normalization
-
-    @property
-    def named(self) -> nn.Module:
-        """The module whose submodules have the names that users know."""
-        return self
 
     @property
     def classifier(self) -> nn.Linear:
@@ -94,10 +89,6 @@ class ImageClassifier(nn.Module):
 
     def embed(self, normalized: Tensor) -> Tensor:
         """Maps normalized images (N, C, H, W) to embeddings (N, D)."""
-        raise NotImplementedError
-
-    def embed_with(self, normalized: Tensor, layer: str) -> tuple[Tensor, Tensor]:
-        """As :meth:`embed`, with the activations of one of :attr:`layers`, of any shape (N, ...)."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> ModelOutput:
@@ -169,9 +160,13 @@ class AtLayer(nn.Module):
         if self.layer == "logits":
             logits: Tensor = self.classifier(images).logits
             return ModelOutput(logits=logits, embeddings=logits)
-        normalized = self.classifier.normalization(images)
-        embeddings, activations = self.classifier.embed_with(normalized, self.layer)
-        return ModelOutput(logits=self.classifier.classifier(embeddings), embeddings=activations.flatten(1))
+        body: Any = self.classifier.body
+        hidden = activations = self.classifier.normalization(images)
+        for position, module in enumerate(body):
+            hidden = module(hidden)
+            if position == self.classifier.layers[self.layer]:
+                activations = hidden
+        return ModelOutput(logits=self.classifier.classifier(hidden), embeddings=activations.flatten(1))
 
 
 def seen_by_triplets(classifier: ImageClassifier, layer: str) -> nn.Module:

@@ -51,12 +51,16 @@ class FrozenTwin:
         self._wide: list[Tensor] = []
         self._narrow: list[Tensor] = []
         if fold_batchnorm and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
-            trouble = _folding_trouble(network) if check else ""
-            trouble = trouble or self._fold_batchnorms()
+            trouble = (_folding_trouble(network) if check else "") or self._fold_batchnorms()
             if trouble and check:
                 _log.warning("BatchNorm is not folded into convolutions, so attacks take longer: %s", trouble)
-        if weights_dtype is not None:
-            self._narrow_weights(weights_dtype)
+        for module in self.module.modules() if weights_dtype is not None else ():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    narrow = nn.Parameter(torch.empty_like(weight, dtype=weights_dtype), requires_grad=False)
+                    self._wide.append(weight.detach())
+                    self._narrow.append(narrow)
+                    setattr(module, name, narrow)
         self.refresh()
 
     def __call__(self, images: Tensor) -> ModelOutput:
@@ -71,26 +75,17 @@ class FrozenTwin:
         if self._wide:
             torch._foreach_copy_(self._narrow, self._wide)
 
-    def _narrow_weights(self, dtype: torch.dtype) -> None:
-        for module in self.module.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                for name, weight in list(module.named_parameters(recurse=False)):
-                    narrow = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
-                    self._wide.append(weight.detach())
-                    self._narrow.append(narrow)
-                    setattr(module, name, narrow)
-
     def _fold_batchnorms(self) -> str:
         """Fold; returns why it is not possible, or nothing."""
         try:
-            graph = _BatchNormTracer().trace(self.module)
-            traced = fx.GraphModule(self.module, graph)
+            traced = fx.GraphModule(self.module, _BatchNormTracer().trace(self.module))
         except Exception as error:  # noqa: BLE001 - its forward depends on values or shapes, or meets a proxy badly
             return f"the network cannot be traced ({one_line(error)})"
         for convolution, norm in _foldable(traced):
             # The folded convolution takes the convolution's place; the BatchNorm leaves the graph.
-            fold = _Fold(traced.get_submodule(str(convolution.target)), traced.get_submodule(str(norm.target)))
-            traced.set_submodule(str(convolution.target), fold.target)
+            place = str(convolution.target)
+            fold = _Fold(traced.get_submodule(place), traced.get_submodule(str(norm.target)))
+            traced.set_submodule(place, fold.target)
             norm.replace_all_uses_with(convolution)
             traced.graph.erase_node(norm)
             self._folds.append(fold)
@@ -149,8 +144,6 @@ class _ImageConvolution(nn.Conv2d):
 
 
 class _ByMatrix(torch.autograd.Function):
-    """See :class:`_ImageConvolution`."""
-
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
         ctx.save_for_backward(weight)

@@ -66,10 +66,9 @@ def build_timm(name: str, num_classes: int, image_shape: ImageShape) -> nn.Modul
     size: dict[str, Any] = {"img_size": (height, width)} if config.fixed_input_size else {}
     bare_name = name.removeprefix(TIMM)
     try:
-        made = timm.create_model(bare_name, pretrained=False, num_classes=num_classes, in_chans=channels, **size)
+        return timm.create_model(bare_name, pretrained=False, num_classes=num_classes, in_chans=channels, **size)
     except Exception as error:
         raise size_error(name, image_shape, error) from error
-    return made
 
 
 def _timm_config(name: str) -> Any:

@@ -84,8 +84,7 @@ def unpack(archive: bytes, folder: Path) -> None:
 def call_factory(name: str, num_classes: int, image_shape: ImageShape, code: bytes | None) -> nn.Module:
     """Import and call a factory; UnavailableError for what is not there, ConfigError for what is wrong."""
     module_name = name.partition(":")[0]
-    folder = None if code is None else _unpacked(code)
-    with _modules_of(folder) if folder is not None else contextlib.nullcontext():
+    with contextlib.nullcontext() if code is None else _modules_of(code) as folder:
         factory = _function("model.name", name, folder)
         module = importlib.import_module(module_name)
         if folder is not None and not str(module.__file__).startswith(f"{folder}/"):
@@ -105,8 +104,7 @@ def call_factory(name: str, num_classes: int, image_shape: ImageShape, code: byt
 
 def load_function(field: str, name: str, code: bytes | None = None) -> Callable[..., Any]:
     """Import a function ``package.module:function``; UserError, naming the setting `field`, where that fails."""
-    folder = None if code is None else _unpacked(code)
-    with _modules_of(folder) if folder is not None else contextlib.nullcontext():
+    with contextlib.nullcontext() if code is None else _modules_of(code) as folder:
         return _function(field, name, folder)
 
 
@@ -141,13 +139,12 @@ def code_requirements(archive: bytes) -> list[str]:
     with zipfile.ZipFile(io.BytesIO(archive)) as packed:
         text = packed.read(REQUIREMENTS).decode(errors="replace") if REQUIREMENTS in packed.namelist() else ""
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    wrong = next(
-        (line for line in lines if line and not re.match(r"[A-Za-z0-9][\w.-]*\s*(\[|[<>=!~;@]|$)", line)), None
-    )
+    lines = [line for line in lines if line]
+    wrong = next((line for line in lines if not re.match(r"[A-Za-z0-9][\w.-]*\s*(\[|[<>=!~;@]|$)", line)), None)
     if wrong is not None:
         remedy = "write one package per line, such as einops==0.8.1"
         raise ConfigError(_FIELD, None, f"the line {wrong!r} of {REQUIREMENTS} is no requirement of a package", remedy)
-    return [line for line in lines if line]
+    return lines
 
 
 @functools.cache
@@ -160,12 +157,13 @@ def _unpacked(archive: bytes) -> Path:
 
 
 @contextlib.contextmanager
-def _modules_of(folder: Path) -> Iterator[None]:
-    """Import from a folder inside the block only.
+def _modules_of(code: bytes) -> Iterator[Path]:
+    """Import from the code's folder, which is yielded, inside the block only.
 
     Its modules are forgotten afterwards, so that two folders with modules of the same names do not mix. cloudpickle
     then sends their classes by value: tasks on other nodes need no copy of the code.
     """
+    folder = _unpacked(code)
     own = {path.relative_to(folder).parts[0].removesuffix(".py") for path in folder.rglob("*.py")}
 
     def take_out() -> dict[str, Any]:
@@ -177,7 +175,7 @@ def _modules_of(folder: Path) -> Iterator[None]:
         sys.dont_write_bytecode = True
         importlib.invalidate_caches()
         try:
-            yield
+            yield folder
         finally:
             sys.path.remove(str(folder))
             sys.dont_write_bytecode = writes_caches

@@ -26,10 +26,14 @@ def published_entries(source: str, name: str) -> Entries | None:
         remedy = f"use a network of {library}, such as --model.name {library}:resnet18, or give a file"
         raise ConfigError("model.pretrained", source, f"{library} has no weights of {name}", remedy)
     bare = name.removeprefix(f"{library}:")
-    return _torchvision(source, bare, which) if library == "torchvision" else _timm(source, bare, which)
+    load = _torchvision if library == "torchvision" else _timm
+    entries, mean, std = load(source, bare, which)
+    # As in a file with its own normalization.
+    statistics = {"mean": torch.tensor(mean), "std": torch.tensor(std)}
+    return {name: {**tensors, **statistics} for name, tensors in entries.items()}
 
 
-def _torchvision(source: str, name: str, which: str) -> Entries:
+def _torchvision(source: str, name: str, which: str) -> tuple[Entries, Any, Any]:
     from torchvision import models
 
     kinds: Any = models.get_model_weights(name)
@@ -42,10 +46,10 @@ def _torchvision(source: str, name: str, which: str) -> Entries:
         call = f"import torchvision; torchvision.models.get_model('{name}', weights='{weights.name}')"
         raise _not_cached(source, path, call)
     transform = weights.transforms()
-    return _with_statistics(read_entries(path), transform.mean, transform.std)
+    return read_entries(path), transform.mean, transform.std
 
 
-def _timm(source: str, name: str, tag: str) -> Entries:
+def _timm(source: str, name: str, tag: str) -> tuple[Entries, Any, Any]:
     import timm
     from huggingface_hub import try_to_load_from_cache
 
@@ -71,18 +75,12 @@ def _timm(source: str, name: str, tag: str) -> Entries:
     except (RuntimeError, KeyError) as error:
         reason = f"timm cannot read {path} ({one_line(error)})"
         raise UnavailableError("model.pretrained", source, reason, "delete the file, and download it again") from error
-    return _with_statistics({"": network.state_dict()}, facts.mean, facts.std)
+    return {"": network.state_dict()}, facts.mean, facts.std
 
 
 def _hub_file(url: str) -> Path:
     """Where `torch.hub` keeps the file of an address."""
     return Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
-
-
-def _with_statistics(entries: Entries, mean: Any, std: Any) -> Entries:
-    """Entries with the normalization that their weights expect, as a file with its own normalization has it."""
-    statistics = {"mean": torch.tensor(mean), "std": torch.tensor(std)}
-    return {name: {**tensors, **statistics} for name, tensors in entries.items()}
 
 
 def _unknown(source: str, name: str, known: list[str]) -> ConfigError:

@@ -104,10 +104,11 @@ class WideResNet(ImageClassifier):
         super().__init__(normalization)
         widths = (16, 16 * width, 32 * width, 64 * width)
         self.conv1 = conv(in_channels, widths[0], 3)
-        self.block1, self.block2, self.block3 = (
-            _wide_group((depth - 4) // 6, narrow, wide, stride)
-            for (narrow, wide), stride in zip(pairwise(widths), _STRIDES, strict=True)
-        )
+        groups: list[nn.Module] = []
+        for (narrow, wide), stride in zip(pairwise(widths), _STRIDES, strict=True):
+            blocks = [_block(narrow, wide, stride), *(_block(wide, wide, 1) for _ in range((depth - 4) // 6 - 1))]
+            groups.append(nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks))))
+        self.block1, self.block2, self.block3 = groups
         self.bn1 = nn.BatchNorm2d(widths[-1])
         self.fc = nn.Linear(widths[-1], num_classes)
         initialize_convolutions(self)
@@ -117,13 +118,6 @@ class WideResNet(ImageClassifier):
         """Maps (N, C, H, W) to embeddings (N, 64 * width), non-negative with ReLU."""
         features: Tensor = self.bn1(self.block3(self.block2(self.block1(self.conv1(normalized)))))
         return self.activation(features).mean(dim=(2, 3))
-
-
-def _wide_group(num_blocks: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """Blocks of one width; the first has the stride. Checkpoints name them ``layer.0``, ``layer.1``, ..."""
-    first = _block(in_channels, out_channels, stride)
-    rest = (_block(out_channels, out_channels, 1) for _ in range(num_blocks - 1))
-    return nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest)))
 
 
 class PreActResNet18(ImageClassifier):

@@ -79,15 +79,6 @@ class MnistNetwork(ImageClassifier):
         """Maps (N, C, H, W) to embeddings (N, 1024), non-negative."""
         return self.body(normalized)
 
-    def embed_with(self, normalized: Tensor, layer: str) -> tuple[Tensor, Tensor]:
-        """Embeddings (N, 1024), and a layer's activations (N, C', H', W')."""
-        hidden = activations = normalized
-        for position, module in enumerate(self.body):
-            hidden = module(hidden)
-            if position == self.layers[layer]:
-                activations = hidden
-        return hidden, activations
-
 
 def build_mnist_cnn(num_classes: int, image_shape: tuple[int, int, int], normalization: nn.Module) -> MnistNetwork:
     """3x3 convolutions 32, 64, pool, 128, 256, pool, then 1024: Mao et al. 2019, Table 5. H and W are at least 4."""

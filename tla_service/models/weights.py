@@ -43,14 +43,10 @@ class _Sought(NamedTuple):
 
     network: ImageClassifier
     tensors: dict[str, Tensor]
+    required: list[str]  # names of the tensors that every file must have
     head: tuple[str, ...]
     new_head: bool | None
     namings: list[dict[str, str]]  # our names, head included -> names in a file: ours, or the publisher's
-
-    @property
-    def required(self) -> list[str]:
-        """Names of the tensors that every file must have."""
-        return [name for name in self.tensors if not name.endswith(_COUNTER)]
 
 
 class _Copy(NamedTuple):
@@ -157,7 +153,8 @@ def _sought(network: ImageClassifier, new_head: bool | None) -> _Sought:  # noqa
     head = tuple(f"{path}.{part}" for part in network.classifier.state_dict())
     ours, published = {name: name for name in tensors}, network.published_names()
     kept = {name: value for name, value in tensors.items() if not (new_head and name in head)}
-    return _Sought(network, kept, head, new_head, [ours] if published == ours else [ours, published])
+    required = [name for name in kept if not name.endswith(_COUNTER)]
+    return _Sought(network, kept, required, head, new_head, [ours] if published == ours else [ours, published])
 
 
 def _copies(entry: str, tensors: Mapping[str, Tensor], sought: _Sought) -> Iterator[_Copy]:

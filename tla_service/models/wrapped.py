@@ -27,11 +27,6 @@ class WrappedClassifier(ImageClassifier):
         self.fc = fc  # type: ignore[assignment]
         self.head, self.image_shape = head, shape
 
-    @property
-    def named(self) -> nn.Module:
-        """The network as its authors name its parts."""
-        return self.body
-
     def published_names(self) -> dict[str, str]:
         """As the network's authors name them."""
         ours = {name: name.removeprefix("body.") for name in self.state_dict()}
@@ -50,9 +45,9 @@ class _NoHead(nn.Identity):
         self.in_features = self.out_features = num_classes
 
 
-def noise(image_shape: ImageShape, count: int = 2) -> Tensor:
-    """Images (N, C, H, W) in [0, 1) that look like noise; no random draw, and the same everywhere."""
-    size = torch.Size((count, *image_shape))
+def noise(image_shape: ImageShape) -> Tensor:
+    """Two images (2, C, H, W) in [0, 1) that look like noise; no random draw, and the same everywhere."""
+    size = torch.Size((2, *image_shape))
     return torch.arange(1, size.numel() + 1, dtype=torch.float64).mul(0.6180339887).frac().float().view(size)
 
 
@@ -89,14 +84,16 @@ def wrap(
 
 def take_embedding(network: ImageClassifier, layer: str, image_shape: ImageShape) -> None:
     """Let a network's embeddings be the output of a layer by its name, averaged if it is a map; ConfigError if none."""
+    # The module whose submodules have the names that users know.
+    named = network.body if isinstance(network, WrappedClassifier) else network
     training = network.training
-    ran, _ = _run("", network, noise(image_shape), image_shape, network.named)
+    ran, _ = _run("", network, noise(image_shape), image_shape, named)
     network.train(training)
     output = ran.get(layer)
     if output is None:
         raise ConfigError("model.embedding", layer, "no layer of this name returned a tensor", f"choose {_listed(ran)}")
     network.tap = Tap(output)
-    network.named.get_submodule(layer).register_forward_hook(network.tap)
+    named.get_submodule(layer).register_forward_hook(network.tap)
     network.found = f"output of {layer}, {network.tap.size} numbers"
 
 

@@ -44,7 +44,7 @@ class Adversary:
         self._run: Callable[[Tensor], ModelOutput] = self._twin
         if config.speed.compile != "none":
             self._run = torch.compile(self._twin.module)
-        self._graphs: dict[torch.Size, GraphedClimb] = {}
+        self._graphs: dict[torch.Size, tuple[GraphedClimb, Tensor | None]] = {}  # with the `last_embeddings` of each
         self._refused_graphs = False
 
     def prepare(self, *shapes: tuple[int, ...]) -> None:
@@ -62,7 +62,7 @@ class Adversary:
             batch = Batch(images, torch.zeros(shape[0], dtype=torch.int64, device=device))
             start = starting_point(images, self._full, draws)
             try:
-                found = self._graph(batch)(batch, start, self._full)
+                found = self._graph(batch)[0](batch, start, self._full)
             except RuntimeError as error:
                 self._refuse_graphs(one_line(error))
                 return
@@ -81,8 +81,7 @@ class Adversary:
     def grow(self, done: float) -> None:
         """Set the radius for a share of the run; it grows linearly until `attack.warmup`."""
         share = min(1.0, done / self._config.attack.warmup) if self._config.attack.warmup else 1.0
-        epsilon, step_size = share * self._full.epsilon, share * self._full.step_size
-        self.attack = self._full if share == 1 else replace(self._full, epsilon=epsilon, step_size=step_size)
+        self.attack = replace(self._full, epsilon=share * self._full.epsilon, step_size=share * self._full.step_size)
 
     def craft(self, anchors: Batch, random: torch.Generator) -> Tensor:
         """Adversarial images (N, C, H, W) of a batch, detached."""
@@ -93,8 +92,7 @@ class Adversary:
         self._refreshed = True
         if not self.uses_graphs:
             return self._make(partial(self._logits, self._run), anchors, random)
-        graph = self._graph(anchors)
-        self.last_embeddings = graph.embeddings
+        graph, self.last_embeddings = self._graph(anchors)
         return graph(anchors, starting_point(anchors.images, self.attack, random), self.attack)
 
     def embed(self, *images: Tensor) -> list[Tensor]:
@@ -119,12 +117,12 @@ class Adversary:
         possible = config.method != "natural" and config.attack.batchnorm != "train" and self.kind == "pgd"
         return bool(config.speed.cuda_graphs) and possible and not self._refused_graphs
 
-    def _graph(self, batch: Batch) -> GraphedClimb:
+    def _graph(self, batch: Batch) -> tuple[GraphedClimb, Tensor | None]:
         """The graph for batches of this shape; an epoch has two shapes at most."""
         shape = batch.images.shape
         if shape not in self._graphs:
-            self._graphs[shape] = GraphedClimb(partial(self._logits, self._run), batch, self._full)
-            self._graphs[shape].embeddings = self.last_embeddings
+            graph = GraphedClimb(partial(self._logits, self._run), batch, self._full)
+            self._graphs[shape] = graph, self.last_embeddings
         return self._graphs[shape]
 
     def _logits(self, run: Callable[[Tensor], ModelOutput], images: Tensor) -> Tensor:
@@ -132,11 +130,6 @@ class Adversary:
             output = run(images)
         self.last_embeddings = output.embeddings.detach()
         return output.logits
-
-    def first_perturbation(self, images: Tensor, random: torch.Generator) -> Tensor:
-        """Initial perturbation of free training on a batch: uniform in the ball, (N, C, H, W)."""
-        draw = torch.rand(images.shape, generator=random, device=images.device, dtype=images.dtype)
-        return (2 * draw - 1) * self.attack.epsilon
 
 
 def layout_of(config: RunConfig) -> torch.memory_format:

@@ -58,14 +58,9 @@ class TrainingState:
     @property
     def statistics(self) -> dict[str, Tensor]:
         """BatchNorm's running statistics by name, of the network and of the average: each worker has its own."""
-        networks = {"network": self.network, "average": self.average}
-        return {
-            f"{prefix}.{name}": buffer
-            for prefix, network in networks.items()
-            if network is not None
-            for name, buffer in network.named_buffers()
-            if buffer.is_floating_point()
-        }
+        average = {} if self.average is None else {"average": self.average}
+        buffers = nn.ModuleDict({"network": self.network, **average}).named_buffers()
+        return {name: buffer for name, buffer in buffers if buffer.is_floating_point()}
 
 
 def cpu_weights(network: nn.Module) -> dict[str, Tensor]:
@@ -152,22 +147,20 @@ def load_checkpoint(
 
 def _check_facts(saved: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig) -> None:
     """Raise ConfigError if a run began with other data, or with other code of its network."""
+    remedy = "bring them back, or choose another --name"
     if saved.get("code_sha256") != now.get("code_sha256"):
         reason = "its files are not those that this run began with"
-        raise ConfigError("model.code", config.model.code, reason, "bring them back, or choose another --name")
+        raise ConfigError("model.code", config.model.code, reason, remedy)
     if saved.get("extra_fingerprint") != now.get("extra_fingerprint"):
         reason = "the extra images are not those that this run began with"
-        raise ConfigError(
-            "data.extra.path", config.data.extra.path, reason, "bring them back, or choose another --name"
-        )
+        raise ConfigError("data.extra.path", config.data.extra.path, reason, remedy)
     # Older checkpoints have one fingerprint of training and test images together.
     left_out = "fingerprint" if "training_fingerprint" in saved else "training_fingerprint"
     if {**saved, left_out: None} != {**now, left_out: None}:
         if "validation_fingerprint" in now.keys() - saved.keys():
             reason = "this run began with validation images that were held out of the training set"
-            raise ConfigError(
-                "data.validation", config.data.validation, reason, 'set it to "", or choose another --name'
-            )
+            remedy = 'set it to "", or choose another --name'
+            raise ConfigError("data.validation", config.data.validation, reason, remedy)
         reason = "the data set is not the one that this run began with"
         raise ConfigError("data.root", config.data.root, reason, "bring the data back, or choose another --name")
 
@@ -225,10 +218,8 @@ def restore(
     `stored` lists them on rank 0, newest first, and `warn` is called there for each that is skipped. Returns the path,
     empty if there is none; raises a UserError if there are some but none can be used, or `load` refuses one.
     """
-    own: Sequence[Stored] = ()
     with failing_together(context):
-        if context.is_main:
-            own = stored()
+        own = stored() if context.is_main else ()
     checkpoints = gather_objects(own, context)[0]
     damages: list[str] = []
     for checkpoint in checkpoints:
@@ -261,8 +252,7 @@ def restore(
 
 def verify_checkpoint(folder: Path) -> None:
     """Raise UnavailableError if a file of a checkpoint is missing or differs from what was written."""
-    damage = find_damage(folder)
-    if damage:
+    if damage := find_damage(folder):
         raise UnavailableError("checkpoint", folder, damage, "put the file back, or use another checkpoint")
 
 
@@ -274,15 +264,6 @@ def keep_best_only(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in (*kept, MANIFEST):
             path.unlink()
-
-
-def read_weights(folder: str) -> dict[str, Tensor]:
-    """The best weights of a checkpoint folder, on the CPU; UnavailableError if missing or damaged."""
-    path = Path(folder).expanduser() / "best.safetensors"
-    if not path.is_file():
-        raise UnavailableError("model.pretrained", folder, "no best.safetensors in it", "give a checkpoint folder")
-    verify_checkpoint(path.parent)
-    return load_file(path)
 
 
 def _sha256(path: Path) -> str:

@@ -15,11 +15,10 @@ class GraphedClimb:
     """All steps of an attack, forward and backward, replayed as one CUDA graph for batches of the given one's shape.
 
     Radius and step size are tensors, so that one graph serves a radius that grows. The storage of the weights behind
-    `logits_fn` must not change; the next replay overwrites `embeddings`, those of the last forward pass.
+    `logits_fn` must not change; a replay overwrites the tensors that it made in the last forward pass.
     """
 
     def __init__(self, logits_fn: LogitsFn, batch: Batch, attack: Attack) -> None:
-        self.embeddings: Tensor | None = None
         images, labels = batch.images, batch.labels
         self._images, self._start, self._labels = images.clone(), images.clone(), labels.clone()
         self._lengths = images.new_tensor([attack.epsilon, attack.step_size]).unbind()

@@ -150,9 +150,8 @@ class Run:
                     test = ImageSet.test(config, dataset, self.architecture.code).measure(state.network, context)
             if with_rejector and context.is_main:
                 with self.phases("detector"):
-                    rejector = fit_rejector(
-                        state.network, (dataset.train, self.train_rows), self.validation, config, context.device
-                    )
+                    train = dataset.train, self.train_rows
+                    rejector = fit_rejector(state.network, train, self.validation, config, context.device)
         facts = {
             "data_fingerprint": dataset.fingerprint,
             "training_images": str(len(self.train_rows)),
@@ -308,7 +307,6 @@ class Run:
         self.meter.reduce(self.state.step, save_requested=save, stop_requested=stop)
 
     def _log(self, epoch: int) -> None:
-        """Sum the last steps over the workers and report them."""
         meter, step = self.meter, self.state.step
         self._reduce()
         images_per_step = len(self.train_rows) / self.batches.steps_per_epoch + self.config.extra_per_step

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from tla_service.config import RunConfig
-from tla_service.runtime import WorkerContext, all_reduce_sum
-from tla_service.training.memory import out_of_memory
+from tla_service.errors import OutOfMemoryError, one_line
+from tla_service.runtime import WorkerContext, all_reduce_sum, hardware
+from tla_service.training.memory import memory_remedy
 from tla_service.training.step import METRIC_NAMES, TOTALS
 
 ROBUST = "validation/robust_accuracy"
 COLLAPSED = "collapsed"
+# What lack of memory is called by CUDA, and by torch's allocators on CPUs.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -78,10 +81,13 @@ class Phases:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            named = out_of_memory(error, self._config, self._context, name)
-            if named is None:
+            if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
                 raise
-            raise named from error
+            place = f"rank {self._context.rank}, {hardware(self._context.device)}, {name}"
+            reason = f"out of memory ({place}: {one_line(error)})"
+            remedy = memory_remedy(self._config, self._context.world_size)
+            batch = self._config.training.global_batch_size
+            raise OutOfMemoryError("training.global_batch_size", batch, reason, remedy) from error
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 

@@ -31,7 +31,10 @@ def check_network(config: RunConfig, architecture: Architecture, network: ImageC
     labels = torch.arange(len(images)) % len(dataset.class_names)
     try:
         with torch.random.fork_rng(devices=[]):
-            trial = _moved(network)
+            trial, random = copy.deepcopy(network), torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for weights in filter(torch.is_floating_point, trial.parameters()):
+                    weights.add_(0.02 * torch.randn(weights.shape, generator=random, dtype=weights.dtype))
             _check_evaluation(trial, images, labels, bad)
             _check_training(trial.train(), images, labels, bad)
     except UserError:
@@ -40,16 +43,6 @@ def check_network(config: RunConfig, architecture: Architecture, network: ImageC
         in_place = "in-place" in str(error) or "inplace" in str(error)
         remedy = "do not change tensors in place" if in_place else "correct its forward method"
         raise bad(f"fails under attack or in training ({type(error).__name__}: {one_line(error)})", remedy) from error
-
-
-def _moved(network: WrappedClassifier) -> WrappedClassifier:
-    trial = copy.deepcopy(network)
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trial.parameters():
-            if parameter.is_floating_point():
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=random, dtype=parameter.dtype))
-    return trial
 
 
 def _check_evaluation(network: ImageClassifier, images: Tensor, labels: Tensor, bad: Any) -> None:

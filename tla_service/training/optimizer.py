@@ -1,7 +1,6 @@
 """The optimizer and its learning rate."""
 
 import math
-from itertools import takewhile
 from typing import Any
 
 from torch import optim
@@ -52,8 +51,7 @@ def learning_rate_factor(schedule: ScheduleConfig, step: int, steps_per_epoch: i
         case "constant":
             shape = 1.0
         case "piecewise":
-            passed = list(takewhile(lambda milestone: milestone * unit <= step, schedule.milestones))
-            shape = schedule.factor ** len(passed)
+            shape = schedule.factor ** sum(milestone * unit <= step for milestone in schedule.milestones)
         case "cosine":
             shape = 0.5 * (1 + math.cos(math.pi * progress))
         case "cyclic":

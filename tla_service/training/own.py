@@ -58,12 +58,16 @@ def check_own(config: RunConfig, network: nn.Module, images: Tensor, labels: Ten
     """Call each own function of a run once, on images (N, C, H, W) and labels (N,); UserError if one does not fit."""
     random = generator(images.device, config.seed)
     for field, path in config.own_functions.items():
-        flaws, call = _flaws_of_attack(config, field, network, images, labels, random, code), _ATTACK
         if field == "mining.miner":
-            flaws, call = _flaws_of_miner(load_miner(path, code), network(images).embeddings, labels, random), _MINER
+            call = "(anchors, anchor_labels, pool, pool_labels, generator)"
+            flaws = _flaws_of_miner(load_miner(path, code), network(images).embeddings, labels, random)
         elif field.startswith("loss."):
+            call = "(adversarial, clean, labels)"
             other = images if config.method == "natural" else torch.rand_like(images)
-            flaws, call = _flaws_of_term(load_term(path, code), network(other), network(images), labels), _TERM
+            flaws = _flaws_of_term(load_term(path, code), network(other), network(images), labels)
+        else:
+            call = "(logits_fn, images, labels, attack, generator)"
+            flaws = _flaws_of_attack(config, field, network, images, labels, random, code)
         try:
             found = next((flaw for is_flawed, *flaw in flaws if is_flawed), None)
         except UserError as error:
@@ -75,9 +79,6 @@ def check_own(config: RunConfig, network: nn.Module, images: Tensor, labels: Ten
             raise ConfigError(field, path, *found)
 
 
-_ATTACK = "(logits_fn, images, labels, attack, generator)"
-_TERM = "(adversarial, clean, labels)"
-_MINER = "(anchors, anchor_labels, pool, pool_labels, generator)"
 _Flaws = Iterator[tuple[Any, str, str]]
 
 

@@ -61,14 +61,11 @@ def training_batches(
     return TrainingBatches(images, rows, order, config.data, context, **views)
 
 
-def check_start(
-    config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int, architecture: Architecture | None = None
-) -> None:
+def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: int, architecture: Architecture) -> None:
     """Raise ConfigError for a run that would fail later on the images that it trains on, at `rows` (N,), int64."""
     trouble = config.attack_trouble(dataset.image_shape)
     if trouble is not None:
         raise trouble
-    architecture = architecture or Architecture.of(config.model)
     if config.own_functions:
         with torch.random.fork_rng(devices=[]):
             network = architecture.build(len(dataset.class_names), dataset.image_shape)
@@ -104,9 +101,10 @@ def checkpoint_bytes(config: RunConfig, network: nn.Module) -> int:
 
 def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
     """Raise UnavailableError if a filesystem is too small for the bytes to be added to its folders, by setting."""
-    devices = {field: _device(folder) for field, (folder, _) in needs.items()}
-    for device in dict.fromkeys(devices.values()):
-        fields = [field for field in needs if devices[field] == device]
+    devices: dict[int, list[str]] = {}
+    for field, (folder, _) in needs.items():
+        devices.setdefault(_existing(folder).stat().st_dev, []).append(field)
+    for fields in devices.values():
         folder = _existing(needs[fields[0]][0])
         wanted, free = sum(needs[field][1] for field in fields), shutil.disk_usage(folder).free
         if wanted > free:
@@ -121,10 +119,6 @@ def kept_need(folder: Path, checkpoint: int, kept: int) -> tuple[Path, int]:
     # A new checkpoint is written before an old one goes.
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     return folder, max(checkpoint, (kept + 1) * checkpoint - there)
-
-
-def _device(folder: Path) -> int:
-    return _existing(folder).stat().st_dev
 
 
 def _existing(folder: Path) -> Path:

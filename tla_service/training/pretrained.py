@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -11,24 +12,26 @@ from tla_service.errors import ConfigError, UnavailableError, UserError
 from tla_service.models import ImageClassifier
 from tla_service.models.published import published_entries
 from tla_service.models.weights import Fit, fit, read_entries
-from tla_service.training.checkpoint import read_weights
+from tla_service.training.checkpoint import verify_checkpoint
 
 _FIELD = "model.pretrained"
 _MLFLOW = ("models:", "runs:")
 
 
 def checkpoint_weights(address: str) -> Mapping[str, Tensor]:
-    """The best weights of a checkpoint folder, by name; UserError if there is none."""
+    """The best weights of a checkpoint folder, by name, on the CPU; UserError if there are none, or it is damaged."""
     if address.startswith(_MLFLOW):
         remedy = "give a file or a checkpoint folder, or use jobs/train_tla.py"
         raise ConfigError(_FIELD, address, "an address of MLflow, which is not used here", remedy)
-    return read_weights(address)
+    path = Path(address).expanduser() / "best.safetensors"
+    if not path.is_file():
+        raise UnavailableError(_FIELD, address, "no best.safetensors in it", "give a checkpoint folder")
+    verify_checkpoint(path.parent)
+    return load_file(path)
 
 
 def find_pretrained(
-    config: RunConfig,
-    network: ImageClassifier,
-    load: Callable[[str], Mapping[str, Tensor]] = checkpoint_weights,
+    config: RunConfig, network: ImageClassifier, load: Callable[[str], Mapping[str, Tensor]] = checkpoint_weights
 ) -> Fit:
     """The weights of `model.pretrained` under the network's names, without the head if that is new; empty if not set.
 

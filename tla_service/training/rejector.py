@@ -41,11 +41,8 @@ def fit_rejector(
     training, held_out = embedded(train[0], rows), embedded(*validation)
     try:
         detector = fit_detector(training, covariance=settings.covariance)
-        threshold = threshold_for(
-            detector.score(held_out.embeddings, held_out.predictions),
-            held_out.correct,
-            settings.false_rejection_rate,
-        )
+        scores = detector.score(held_out.embeddings, held_out.predictions)
+        threshold = threshold_for(scores, held_out.correct, settings.false_rejection_rate)
     except ConfigError as error:
         _log.warning("The model is packaged without a detector of misclassified images: %s", error)
         return {}

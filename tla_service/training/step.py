@@ -13,7 +13,7 @@ from tla_service.config import RunConfig
 from tla_service.data import Batch, StepBatch
 from tla_service.models import ImageClassifier, ModelOutput
 from tla_service.models.classifier import seen_by_triplets
-from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, mixed_seed, shard_sizes
+from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, mixed_seed, shard_sizes, uniform_noise
 from tla_service.training.adversary import Adversary, moved_weights, restored, statistics_kept
 from tla_service.training.own import load_miner, load_term
 from tla_service.training.roles import RoleForward, Roles
@@ -71,7 +71,6 @@ class TrainingStep:
         # Terms that compare an image with its adversarial version, or use the clean image alone.
         own_term = pairs_logits or config.robust_term != "cross_entropy"
         self.needs_clean = own_term or bool(self.clean_weight or loss.embedding_match_weight or loss.extra)
-        self._num_classes = network.classifier.out_features if config.data.cutmix else 0
 
     def updates(self, batch: StepBatch, *seeds: int) -> Iterator[Tensor]:
         """`backward` for each update, which the caller makes, on a batch: once, or once per replay of free training."""
@@ -81,7 +80,7 @@ class TrainingStep:
         batch = self._prepared(batch, *seeds)
         random = generator(self.context.device, *seeds)
         images, epsilon = batch.anchors.images, self.adversary.attack.epsilon
-        perturbation = self.adversary.first_perturbation(images, random)
+        perturbation = uniform_noise(images, epsilon, random)
         for _ in range(self.config.attack.free_replays):
             adversarial = (images + perturbation).clamp(0, 1).requires_grad_()
             yield self._descend(batch, adversarial, random)
@@ -117,7 +116,11 @@ class TrainingStep:
     def _prepared(self, batch: StepBatch, *seeds: int) -> StepBatch:
         """The batch, cut and mixed if asked, in the network's memory format: once, not by every attack step."""
         if self.config.data.cutmix:
-            batch = self._cut_and_mixed(batch, mixed_seed(*seeds, _CUTMIX))
+            from tla_service.data.strong import cut_and_mix  # slow to import
+
+            whole, classes = batch.view or batch.anchors, self.network.classifier.out_features
+            mixed = Batch(*cut_and_mix(whole.images, whole.labels, classes, mixed_seed(*seeds, _CUTMIX)))
+            batch = replace(batch, anchors=mixed) if batch.view is None else replace(batch, view=mixed)
         if not self.config.training.channels_last:
             return batch
 
@@ -126,13 +129,6 @@ class TrainingStep:
 
         positives, pool, view = (part and convert(part) for part in (batch.positives, batch.pool, batch.view))
         return replace(batch, anchors=convert(batch.anchors), positives=positives, pool=pool, view=view)
-
-    def _cut_and_mixed(self, batch: StepBatch, seed: int) -> StepBatch:
-        from tla_service.data.strong import cut_and_mix  # slow to import
-
-        whole = batch.view or batch.anchors
-        mixed = Batch(*cut_and_mix(whole.images, whole.labels, self._num_classes, seed))
-        return replace(batch, anchors=mixed) if batch.view is None else replace(batch, view=mixed)
 
     def _descend(
         self,
@@ -202,24 +198,23 @@ class TrainingStep:
         self, batch: StepBatch, adversarial: Tensor, random: torch.Generator, mined: Negatives | None
     ) -> Roles:
         """The authors' mode: mine in a separate draw with the network in eval mode, then embed the chosen negatives."""
-        anchors, mining = batch.anchors, self.config.mining
-        assert batch.pool is not None
+        anchors, drawn, mining = batch.anchors, batch.pool, self.config.mining
+        assert drawn is not None
 
         def gathered(rows: Tensor) -> Tensor:
             sizes = [len(rows)] * self.context.world_size
             return gather_rows(rows, sizes, self.context) if mining.scope == "global" else rows
 
         def embedded() -> tuple[Tensor, Tensor]:
-            assert batch.pool is not None
             if mining.queries == "last_step":
-                (pool,), queries = self.adversary.embed(batch.pool.images), self.adversary.last_embeddings
+                (pool,), queries = self.adversary.embed(drawn.images), self.adversary.last_embeddings
             else:
-                queries, pool = self.adversary.embed(adversarial, batch.pool.images)
+                queries, pool = self.adversary.embed(adversarial, drawn.images)
             assert queries is not None
             return queries, gathered(pool)
 
         # The worker that uses the chosen images embeds them again, with a graph.
-        pool_images, pool_labels = gathered(batch.pool.images), gathered(batch.pool.labels)
+        pool_images, pool_labels = gathered(drawn.images), gathered(drawn.labels)
         mined = self._mine(random, mined, anchors.labels, pool_labels, embedded)
         noise_on_all = mining.clean_noise_on == "all"
         images = [adversarial, self._add_noise(pool_images[mined.indices], random, apply=noise_on_all)]
@@ -249,19 +244,17 @@ class TrainingStep:
         mining = self.config.mining
         if self.config.method == "tla_rn":
             return mine_random(labels, pool_labels, random, any_class=mining.random_negatives == "any")
-        if self._own_miner is not None:
-            if mined is None:
-                anchors, pool = embedded()
-                mined = self._own_miner(anchors, labels, pool, pool_labels, random)
-            self._mined = mined
-            return mined
         keep = None
         if mining.keep_probability < 1:
             draw = torch.rand(len(labels), len(pool_labels), generator=random, device=labels.device)
             keep = draw < mining.keep_probability
         if mined is None:  # only now: the noise drawn next is the same either way
-            (anchors, pool), absolute = embedded(), mining.similarity == "absolute_cosine"
-            mined = mine_hardest(anchors, labels, pool.detach(), pool_labels, absolute=absolute, keep=keep)
+            anchors, pool = embedded()
+            if self._own_miner is not None:
+                mined = self._own_miner(anchors, labels, pool, pool_labels, random)
+            else:
+                absolute = mining.similarity == "absolute_cosine"
+                mined = mine_hardest(anchors, labels, pool.detach(), pool_labels, absolute=absolute, keep=keep)
         self._mined = mined
         return mined
 
@@ -270,8 +263,7 @@ class TrainingStep:
         mining = self.config.mining
         if not (apply and mining.clean_noise):
             return images
-        noise = torch.rand(images.shape, generator=random, device=images.device, dtype=images.dtype)
-        noisy = images + (2 * noise - 1) * mining.clean_noise
+        noisy = images + uniform_noise(images, mining.clean_noise, random)
         noisy = (noisy * 255).round() / 255 if mining.clean_noise_round else noisy
         return noisy.clamp(0, 1)
 
