@@ -132,6 +132,7 @@ def test_the_floor_counts_its_arithmetic() -> None:
     assert Floor(TINY, ALONE, with_clean=True).flops() == forward * (2 * 2 + 6)
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_job_writes_results_and_says_what_worsened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
