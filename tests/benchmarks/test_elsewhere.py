@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -39,6 +40,13 @@ def candidates(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 def not_built() -> Iterator[tuple[str, Callable[[], object]]]:
     raise EOFError("no candidates today")
     yield
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process is forked, and need not import anything."""
+    made = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
+    monkeypatch.setattr("benchmarks.elsewhere.multiprocessing", made)
 
 
 def test_candidates_run_in_a_process_of_their_own_that_ends_with_the_block(tmp_path: Path) -> None:

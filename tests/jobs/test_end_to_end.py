@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,14 +60,16 @@ def cluster(s3_server: S3Server) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def start(
-    cluster: Cluster, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
+    cluster: Cluster, s3_server: S3Server, template: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Job]]:
-    """Starts a job on the cluster, in a new folder or a given one."""
+    """Starts a job on the cluster, in a new folder with an empty store or a given one."""
     jobs: list[Job] = []
 
     def call(*arguments: str, folder: Path | None = None, joins: bool = True, **options: Any) -> Job:
         environment = s3_server.environment | ({"RAY_ADDRESS": cluster.address} if joins else {})
-        folder = folder or tmp_path_factory.mktemp("job")
+        if folder is None:
+            folder = tmp_path_factory.mktemp("job")
+            shutil.copy(template, folder / "mlflow.db")
         jobs.append(Job(folder, *arguments, environment=environment, **options))
         return jobs[-1]
 

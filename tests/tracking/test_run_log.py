@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from tests.cluster.gate import gate_to
 from tests.registry.tracking_server import TrackingServer, config_for
 from tla_service.tracking import run_log as run_log_module
 from tla_service.tracking.run_log import RunLog
@@ -61,27 +62,26 @@ def test_a_name_mlflow_refuses_does_not_hold_up_the_others(
     assert [record.getMessage()[:40] for record in caplog.records] == ["MLflow refuses metric 'bad name!' (Inval"]
 
 
-def test_server_killed_and_back_loses_and_doubles_nothing(
+def test_a_server_away_and_back_loses_and_doubles_nothing(
     server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_log_module, "_LAST_WAIT_SECONDS", 0.5)
     caplog.set_level(logging.INFO, logger=run_log_module.__name__)
     run_id = open_run(config_for(server.uri), "outage", facts={})
-    log = RunLog(server.uri, run_id, tmp_path)
-    try:
+    with gate_to(server.uri) as gate:
+        log = RunLog(gate.address, run_id, tmp_path)
         log.log({"a": 0.0, "b": 0.0}, 0)
         assert log.flush(20)
-        server.kill()
+        gate.shut()
         before = time.monotonic()
         for step in range(1, 50):
             log.log({"a": float(step), "b": float(step)}, step)
         assert time.monotonic() - before < 1, "logging must not wait for the server"
         assert not log.flush(2.5)
         assert sum(len(file.read_text().splitlines()) for file in tmp_path.iterdir()) == 98, "what is unsent is on disk"
-    finally:
-        server.start()
-    assert log.flush(30)
-    assert log.close()
+        gate.open()
+        assert log.flush(30)
+        assert log.close()
     for key in ("a", "b"):
         assert history(server.uri, run_id, key) == [(step, float(step)) for step in range(50)]
     away, back = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
