@@ -3,9 +3,9 @@
 import json
 import logging
 import math
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -90,15 +90,16 @@ def test_a_server_away_and_back_loses_and_doubles_nothing(
 
 
 def test_killed_process_leaves_its_points_to_the_next(local_uri: str, local_run: str, tmp_path: Path) -> None:
-    code = (
-        "import os, signal\n"
-        "from tla_service.tracking.run_log import RunLog\n"
-        f"log = RunLog('http://127.0.0.1:9', '{local_run}', '{tmp_path}/spill')\n"
-        "for step in range(20): log.log({'a': float(step)}, step)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=60, check=False)
-    assert done.returncode == -signal.SIGKILL
+    def work() -> None:
+        log = RunLog("http://127.0.0.1:9", local_run, tmp_path / "spill")
+        for step in range(20):
+            log.log({"a": float(step)}, step)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     (left,) = (tmp_path / "spill").iterdir()
     with left.open("ab") as file:
         file.write(b'["a", 20.0, 17')  # a line the process could not finish
