@@ -41,8 +41,8 @@ SECONDS = 400  # for a job that takes 20 to 40 on an idle machine
 RUN = ("--training.epochs", "8", "--attack.num_steps", "20")
 EVALUATION = shlex.split(
     "--data.test_limit 40 --batch_size 20 --images.autoattack 20 --images.curves 10 --images.sparse 10 "
-    "--images.corruptions 10 --images.certified 10 --images.audit 20 --images.unit_tests 12 --images.transfer 20 "
-    "--images.representation 40 --images.bank 100 --neighbours.k 5 --scaling.num_workers 2 "
+    "--images.corruptions 10 --images.certified 10 --images.adaptive 10 --images.audit 20 --images.unit_tests 12 "
+    "--images.transfer 20 --images.representation 40 --images.bank 100 --neighbours.k 5 --scaling.num_workers 2 "
     """--attacks '{"fgsm": {"kind": "fgsm"}, "pgd10": {"num_steps": 10}}'"""
 )
 SWEEP = shlex.split(
