@@ -180,9 +180,10 @@ def test_a_pool_that_cannot_be_shared_is_refused_before_anything_is_written(tmp_
     for process in processes:
         process.join(60)
         process.kill()
-    assert [process.exitcode for process in processes] == [2, 2, 2]
+    # A process that is slow to join finds the others gone, and says that.
+    assert {2} <= {process.exitcode for process in processes} <= {1, 2}
     refused = "error: mining.pool_size=500: not divisible by 3 workers with mining.scope=global; use 498 or 501\n"
-    assert (tmp_path / "stderr-0").read_text() == refused
+    assert refused in [(tmp_path / f"stderr-{rank}").read_text() for rank in range(3)]
     assert not (tmp_path / "run").exists()
 
 
