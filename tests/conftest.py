@@ -1,23 +1,30 @@
-"""One thread, one seed, no configuration from outside; an S3 server and an MLflow store for tests that ask for them."""
+"""One thread, one seed, no configuration from outside; servers of S3 and MLflow, and a store, for tests that ask."""
 
 import contextlib
+import gc
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+if TYPE_CHECKING:
+    from tests.registry.tracking_server import TrackingServer
+
 # Timings on a shared machine are no reason to fail; random cases are drawn afresh for every run.
 settings.register_profile("tla", deadline=None)
 settings.load_profile("tla")
 torch.set_num_threads(1)
+gc.disable()  # until all tests are collected: it would find nothing but modules
 
 S3_START_SECONDS = 60  # 1 on an idle machine
 
@@ -33,6 +40,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the jobs' tests first: with two processes the longest file must not be the last to start."""
     items.sort(key=lambda item: "tests/jobs" not in str(item.path))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported to no garbage collection: each would take half a second, also in forked processes."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +116,21 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     return s3_server
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> None:
+    """SQLite stores of this process need not survive a power failure."""
+    try:
+        from sqlalchemy import event
+        from sqlalchemy.engine import Engine
+    except ImportError:  # on a GPU machine
+        return
+
+    @event.listens_for(Engine, "connect")
+    def connected(connection: Any, _record: Any) -> None:
+        with contextlib.suppress(sqlite3.DatabaseError):  # it is no database, or locked: the next statement says so
+            connection.execute("PRAGMA synchronous=OFF")
+
+
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite store of MLflow whose tables exist: making them takes seconds, copying the file takes none."""
@@ -119,3 +147,15 @@ def local_uri(template: Path, tmp_path: Path) -> str:
     path = tmp_path / "mlflow.db"
     path.write_bytes(template.read_bytes())
     return f"sqlite:///{path}"
+
+
+@pytest.fixture(scope="session")
+def server(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["TrackingServer"]:
+    """A tracking server for the session."""
+    from tests.registry.tracking_server import TrackingServer
+
+    made = TrackingServer(tmp_path_factory.mktemp("server"))
+    shutil.copy(template, made.folder / "server.db")
+    made.start()
+    yield made
+    made.kill()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tla_service
-from tests.test_core_alone import WITHOUT, run_python
+from tests.test_core_alone import run_python
 from tla_service import Attack, ConfigError, RunConfig, UserError, craft, evaluate, load_config, load_model, train
 from tla_service.registry.packaging import _SHIPPED
 
@@ -175,18 +175,12 @@ def test_a_wrong_call_is_one_line(arguments: dict[str, Any], message: str) -> No
         evaluate(**{"model": Linear(), **arguments})
 
 
-def test_the_api_needs_no_cluster_library_and_a_configuration_not_even_torch(
-    trained: dict[str, Any], tmp_path: Path
-) -> None:
-    code = (
-        f"{WITHOUT}import tla_service as t\nconfig = t.load_config('digits', **{TINY!r})\nt.UserError\n"
-        "assert 'torch' not in sys.modules\n"
-        f"assert t.train(config, {trained['checkpoint']!r} + '/../..')['seed'] == 0\n"
-        f"print(t.evaluate({trained['checkpoint']!r})['clean_accuracy'])"
+def test_a_configuration_needs_no_torch() -> None:
+    done = run_python(
+        f"import sys, tla_service as t\nt.load_config('digits', **{TINY!r})\nt.UserError\n"
+        "assert 'torch' not in sys.modules"
     )
-    done = run_python(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) == trained["clean_accuracy"]
 
 
 def test_the_package_that_ships_with_a_model_imports_alone(tmp_path: Path) -> None:
@@ -209,6 +203,8 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 4
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TLA_DATA__TRAIN_LIMIT", "200")
+    monkeypatch.setenv("TLA_DATA__TEST_LIMIT", "60")
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "docs/api.md", "exec"), names)

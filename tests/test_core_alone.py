@@ -1,5 +1,6 @@
 """The core imports and trains without ray, mlflow and boto3; imports are quick and do nothing."""
 
+import json
 import os
 import pkgutil
 import subprocess
@@ -39,25 +40,42 @@ def run_python(code: str, *arguments: str, cwd: Path | None = None) -> subproces
     )
 
 
-def test_every_module_of_the_core_imports_without_cluster_libraries() -> None:
+ALONE = f"""{WITHOUT}
+import importlib, json, runpy
+from pathlib import Path
+names, training, report, run = json.loads(sys.argv[1])
+
+def start(job, *arguments):
+    sys.argv = [job, *arguments]
+    try:
+        runpy.run_module(f"tla_service.{{job}}", run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0, job
+
+for name in names:
+    importlib.import_module(name)
+start("training", *training)
+(checkpoint,) = Path(run, "checkpoints").iterdir()
+start("report", *report, "--model", str(checkpoint))
+import tla_service
+limits = {{"train_limit": 200, "test_limit": 40}}
+summary = tla_service.train(tla_service.load_config("digits", data=limits, training={{"epochs": 1}}), run)
+assert tla_service.evaluate(summary["checkpoint"])["clean_accuracy"] == summary["clean_accuracy"]
+print("the API agrees")
+"""
+
+
+def test_the_core_imports_trains_and_evaluates_without_cluster_libraries(tmp_path: Path) -> None:
+    """Every module, then the jobs that are among them, and the API on what they left."""
     root = Path(tla_service.__file__).parent
     names = [f"tla_service.{module.name}" for module in pkgutil.iter_modules([str(root)]) if not module.ispkg]
     for room in CORE_ROOMS:
         found = pkgutil.walk_packages([str(root / room)], f"tla_service.{room}.")
         names += [module.name for module in found if not module.name.endswith("__main__")]
     assert len(names) > 40
-    done = run_python(WITHOUT + f"import importlib\nfor name in {names}: importlib.import_module(name)")
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_core_trains_and_evaluates_without_cluster_libraries(tmp_path: Path) -> None:
-    arguments = ["--preset", "digits", "--data.train_limit", "200", "--data.test_limit", "40", "--training.epochs", "1"]
-    code = f"{WITHOUT}sys.argv[1:1] = []\nimport runpy\nrunpy.run_module('tla_service.training', run_name='__main__')"
-    done = run_python(code, *arguments, "--output", str(tmp_path / "run"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "clean accuracy" in done.stdout
-    assert (tmp_path / "run" / "summary.json").exists()
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    run = tmp_path / "run"
+    training = ["--preset", "digits", "--data.train_limit", "200", "--data.test_limit", "40", "--training.epochs", "1"]
+    training += ["--output", str(run)]
     counts = {
         "attacks": 40,
         "autoattack": 0,
@@ -70,13 +88,16 @@ def test_the_core_trains_and_evaluates_without_cluster_libraries(tmp_path: Path)
         "bank": 40,
         "transfer": 0,
     }
-    arguments = [argument for name, count in counts.items() for argument in (f"--images.{name}", str(count))]
-    arguments += ["--attacks", '{"pgd5": {"num_steps": 5}}', "--detection.num_steps", "5", "--data.test_limit", "40"]
-    arguments += ["--neighbours.k", "5", "--model", str(checkpoint), "--output", str(tmp_path / "report")]
-    done = run_python(code.replace("tla_service.training", "tla_service.report"), *arguments, cwd=tmp_path)
+    report = [argument for name, count in counts.items() for argument in (f"--images.{name}", str(count))]
+    report += ["--attacks", '{"pgd5": {"num_steps": 5}}', "--detection.num_steps", "5", "--data.test_limit", "40"]
+    report += ["--neighbours.k", "5", "--output", str(tmp_path / "report")]
+    done = run_python(ALONE, json.dumps([names, training, report, str(run)]), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "clean accuracy" in done.stdout
+    assert (run / "summary.json").exists()
     assert f"report  {tmp_path}/report/report.html" in done.stdout
     assert "<img" in (tmp_path / "report" / "report.html").read_text()
+    assert "the API agrees" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import sqlite3
 import tempfile
 import threading
 import zipfile
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import pytest
 from tests.cluster.conftest import QUICK, Job
 from tests.fuzz.harness import environment, run_case
 from tests.jobs.test_end_to_end import EVALUATION
-from tests.registry.conftest import server  # noqa: F401 - a fixture
 from tests.registry.tracking_server import TrackingServer
 from tla_service.errors import ConfigError, without_credentials
 from tla_service.training.__main__ import main
@@ -123,17 +123,24 @@ class Watch(threading.Thread):
                     self.seen.add(line)
 
 
+@pytest.fixture
+def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    made = TrackingServer(tmp_path_factory.mktemp("server"))
+    made.start()
+    yield made
+    made.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(3000)
 def test_a_run_on_ray_with_a_server_and_its_evaluation_leave_no_secret(
-    server: TrackingServer,  # noqa: F811
-    tmp_path: Path,
+    own_server: TrackingServer, tmp_path: Path
 ) -> None:
     sessions = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
     variables = KEYS | {
         "RAY_TMPDIR": str(sessions),
-        "TLA_TRACKING__URI": server.uri.replace("://", f"://me:{WORD}@"),
+        "TLA_TRACKING__URI": own_server.uri.replace("://", f"://me:{WORD}@"),
         "HOME": str(tmp_path),
     }
     variables.pop("RAY_AUTH_TOKEN")
@@ -158,6 +165,6 @@ def test_a_run_on_ray_with_a_server_and_its_evaluation_leave_no_secret(
         job.end()
     assert "report.html" in printed[1], printed
     assert WORD not in "".join(printed)
-    assert holding(tmp_path, sessions, server.folder) == []
-    with closing(sqlite3.connect(server.folder / "server.db")) as database:
+    assert holding(tmp_path, sessions, own_server.folder) == []
+    with closing(sqlite3.connect(own_server.folder / "server.db")) as database:
         assert WORD not in "".join(database.iterdump())

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -41,6 +42,13 @@ def not_built() -> Iterator[tuple[str, Callable[[], object]]]:
     yield
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process is forked, and need not import anything."""
+    made = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
+    monkeypatch.setattr("benchmarks.elsewhere.multiprocessing", made)
+
+
 def test_candidates_run_in_a_process_of_their_own_that_ends_with_the_block(tmp_path: Path) -> None:
     with elsewhere(candidates, tmp_path) as found:
         assert list(found) == ["tell", "fail", "work", "die"]
@@ -64,6 +72,7 @@ def test_an_error_there_is_raised_here_and_the_others_go_on(tmp_path: Path) -> N
         pass
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_process_that_dies_is_told_of(tmp_path: Path) -> None:
     with elsewhere(candidates, tmp_path) as found:
         for name in ("die", "tell"):
@@ -71,6 +80,7 @@ def test_a_process_that_dies_is_told_of(tmp_path: Path) -> None:
                 found[name]()
 
 
+@pytest.mark.usefixtures("forked")
 def test_cpu_time_is_that_of_the_process_where_it_was_spent(tmp_path: Path) -> None:
     with elsewhere(candidates, tmp_path) as found:
         times = take_turns({"there": found["work"], "nothing": lambda: None}, rounds=2, burn_in=1)
@@ -113,6 +123,7 @@ def ended(process: psutil.Process) -> bool:
         return True
 
 
+@pytest.mark.usefixtures("forked")
 def test_it_ends_with_the_block_though_a_forked_process_holds_the_pipe(tmp_path: Path) -> None:
     """As the loader processes of a step that streams its images do."""
     with elsewhere(candidates, tmp_path):

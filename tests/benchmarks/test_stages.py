@@ -1,10 +1,13 @@
 """Every stage, for real, on a network that takes milliseconds."""
 
+import contextlib
 import gc
 import json
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,11 +135,17 @@ def test_the_floor_counts_its_arithmetic() -> None:
     assert Floor(TINY, ALONE, with_clean=True).flops() == forward * (2 * 2 + 6)
 
 
+@contextlib.contextmanager
+def here(kind: Any, workload: Workload, context: WorkerContext) -> Iterator[dict[str, Any]]:
+    """What there is to compare with where no other library is installed, without a process of its own."""
+    yield dict(peers._built(kind, workload, context, []))
+
+
 def test_the_job_writes_results_and_says_what_worsened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_module, "CPU_WORKLOADS", WORK)
-    monkeypatch.setattr(peers, "LIBRARIES", dict.fromkeys(peers.LIBRARIES, "not_installed"))
+    monkeypatch.setattr(stages, "peers", here)
     paths = ["--output", str(tmp_path / "found.json"), "--ratios", str(tmp_path / "ratios.json")]
     arguments = ["--stages", '["attacks"]', *paths]
     assert run_benchmark(quick(*arguments, "--keep_ratios")) == 0

@@ -21,6 +21,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+# Ray's workers give way to every other process by default, and a test beside them would starve them.
+RAY = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
 MARK = "TLA_TEST_JOB"  # variable by which processes that a job has started are known
 QUICK = shlex.split(
     "--preset digits --data.train_limit 200 --data.test_limit 40 --training.epochs 4 --evaluation.every_epochs 1 "
@@ -58,7 +60,7 @@ class Job:
             name: value for name, value in os.environ.items() if not name.startswith(("TLA_", "RAY_", "MLFLOW_"))
         }
         self._mark = uuid.uuid4().hex
-        variables |= {"RAY_AUTH_MODE": "disabled", "MLFLOW_DISABLE_TELEMETRY": "true", MARK: self._mark}
+        variables |= {**RAY, "MLFLOW_DISABLE_TELEMETRY": "true", MARK: self._mark}
         variables |= environment or {}
         # A file: nobody reads a pipe meanwhile, and a job that has filled one waits.
         self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `end` closes it
@@ -126,7 +128,7 @@ class Cluster:
         self.port, self.dashboard_port = free_port(), free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TLA_"))}
-        self.environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
+        self.environment |= {**RAY, "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
         ports = f"--port {self.port} --dashboard-port {self.dashboard_port} --ray-client-server-port {free_port()}"
         command = f"start --head --block --num-cpus 2 --disable-usage-stats --temp-dir {self.folder} {ports}"
         self.process = subprocess.Popen(
@@ -140,7 +142,7 @@ class Cluster:
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.dashboard_port), 1):
                 return
-            time.sleep(0.5)
+            time.sleep(0.1)
         pytest.fail("the cluster did not come up")
 
     def end(self) -> None:

@@ -18,7 +18,7 @@ import pytest
 import ray
 from ray import tune
 
-from tests.cluster.conftest import ROOT
+from tests.cluster.conftest import RAY, ROOT
 from tests.cluster.test_budget import plan_of
 from tests.cluster.test_tune import EPOCHS, SPACE, goodness
 from tests.tuning.conftest import space_of
@@ -121,7 +121,7 @@ def outcome(trials: list[Trial]) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ.update(RAY)
     path = sys.path[:]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
              runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})  # fmt: skip

@@ -76,14 +76,13 @@ def test_storage_that_refuses_fails(tmp_path: Path) -> None:
         node.use_storage(str(tmp_path / "file" / "runs"), 10)
 
 
-def test_mlflow_is_written_to_and_left_clean(tmp_path: Path) -> None:
+def test_mlflow_is_written_to_and_left_clean(local_uri: str) -> None:
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    settings = SETTINGS.model_copy(update={"tracking": TrackingConfig(uri=uri)})
+    settings = SETTINGS.model_copy(update={"tracking": TrackingConfig(uri=local_uri)})
     assert checks.tracking(settings).state == "ok"
-    experiment = MlflowClient(uri).get_experiment_by_name("tla")
-    assert MlflowClient(uri).search_runs([experiment.experiment_id]) == []
+    experiment = MlflowClient(local_uri).get_experiment_by_name("tla")
+    assert MlflowClient(local_uri).search_runs([experiment.experiment_id]) == []
 
 
 def test_a_password_in_the_servers_address_is_not_shown() -> None:

@@ -1,10 +1,9 @@
 """One driver holds a folder: of drivers on this machine, and of those elsewhere."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,33 +16,40 @@ from tla_service.cluster.lease import LEASE, held
 from tla_service.cluster.storage import Folder
 from tla_service.errors import ConfigError
 
-HOLD = """
-import sys
-from tla_service.cluster.storage import Folder
-from tla_service.cluster.lease import held
-with held(Folder(sys.argv[1]), print):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-Process = subprocess.Popen[str]
+
+class Driver:
+    """A process that holds a folder until it is told to end; forked, it need not import Ray again."""
+
+    def __init__(self, folder: Path) -> None:
+        context = multiprocessing.get_context("fork")
+        self._holds, self._to_end = context.Event(), context.Event()
+        self.process = context.Process(target=self._hold, args=(str(folder),))
+        self.process.start()
+        assert self._holds.wait(60)
+
+    def _hold(self, folder: str) -> None:
+        with held(Folder(folder), print):
+            self._holds.set()
+            self._to_end.wait()
+
+    def end(self) -> None:
+        self._to_end.set()
+        self.process.join()
 
 
 @pytest.fixture
-def hold(tmp_path: Path) -> Iterator[Callable[[], Process]]:
-    """Start a driver that holds the folder until its input ends."""
-    started: list[Process] = []
+def hold(tmp_path: Path) -> Iterator[Callable[[], Driver]]:
+    """Start a driver that holds the folder."""
+    started: list[Driver] = []
 
-    def start() -> Process:
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        started.append(subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], text=True, **pipes))
-        assert started[-1].stdout is not None
-        assert started[-1].stdout.readline() == "held\n"
+    def start() -> Driver:
+        started.append(Driver(tmp_path / "run"))
         return started[-1]
 
     yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    for driver in started:
+        driver.process.kill()
+        driver.process.join()
 
 
 @pytest.fixture
@@ -67,25 +73,27 @@ def elsewhere(**fields: Any) -> dict[str, Any]:
     return lease | {"id": "a", "beat": 0} | fields
 
 
-def test_a_second_driver_on_this_machine_is_refused_at_once(tmp_path: Path, hold: Callable[[], Process]) -> None:
+def test_a_second_driver_on_this_machine_is_refused_at_once(tmp_path: Path, hold: Callable[[], Driver]) -> None:
     first = hold()
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=rf"scaling\.storage=.*: in use by process {first.pid} on "):
+    with pytest.raises(ConfigError, match=rf"scaling\.storage=.*: in use by process {first.process.pid} on "):
         take(tmp_path)
     assert time.monotonic() - began < 2
-    first.communicate()
+    first.end()
     assert not (tmp_path / "run" / LEASE).exists()
     take(tmp_path)
 
 
 def test_a_driver_that_was_killed_on_this_machine_is_taken_over_at_once(
-    tmp_path: Path, hold: Callable[[], Process]
+    tmp_path: Path, hold: Callable[[], Driver]
 ) -> None:
-    first = hold()
+    first = hold().process
+    assert first.pid is not None
     os.kill(first.pid, signal.SIGKILL)
     time.sleep(0.2)  # it is dead, and a zombie: nobody has asked for its exit code
     take(tmp_path)
-    assert first.wait() == -signal.SIGKILL
+    first.join()
+    assert first.exitcode == -signal.SIGKILL
 
 
 def test_another_process_that_has_the_pid_of_the_dead_one_holds_nothing(tmp_path: Path) -> None:

@@ -6,17 +6,18 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.cluster.gate import Gate, gate_to
 from tests.conftest import S3Server
+from tla_service import errors as errors_module
 from tla_service.cluster import storage as storage_module
 from tla_service.cluster.storage import RunFolder, check_storage, earlier_name
 from tla_service.config import RunConfig
@@ -129,15 +130,16 @@ def remote(gate: Gate, s3: S3Server) -> RunFolder:
     return folder
 
 
-def open_when_told(gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
-    while "trying again" not in caplog.text:
-        time.sleep(0.05)
-    gate.open()
-
-
 def test_a_storage_that_comes_back_gets_and_gives_the_checkpoint(
-    gate: Gate, remote: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    gate: Gate,
+    remote: RunFolder,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The storage comes back while the run waits to try again."""
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: gate.open())
+    monkeypatch.setattr(errors_module, "time", clock)
     checkpoint = checkpoint_in(tmp_path / "step-000000004")
     for action in (
         lambda: remote.save(checkpoint, checkpoint.name),
@@ -146,7 +148,6 @@ def test_a_storage_that_comes_back_gets_and_gives_the_checkpoint(
     ):
         gate.shut()
         caplog.clear()
-        threading.Thread(target=open_when_told, args=(gate, caplog), daemon=True).start()
         assert action() is not False
         assert re.search(r"(Writing|Listing|Reading) .*/run.* failed \(.*\); trying again in 1 s", caplog.text)
     assert content(tmp_path / "copy") == content(checkpoint)
@@ -194,6 +195,7 @@ def test_a_local_checkpoint_is_written_whole(tmp_path: Path) -> None:
 SAVE = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from tla_service.cluster.storage import RunFolder
 from tla_service.errors import ConfigError, UnavailableError
 folder = RunFolder(sys.argv[1], "run")

@@ -1,6 +1,7 @@
 """A job run in the test's own process."""
 
 import importlib
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,13 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run_in_process(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    template: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> Run:
-    """Run the job that the test's module names as JOB, in an empty folder; Ray must not be started.
+    """Run the job that the test's module names as JOB, in a folder with an empty store; Ray must not be started.
 
     What it returns takes the command line, and variables of the environment by name; it gives exit code and messages.
     """
@@ -25,6 +30,7 @@ def run_in_process(
 
     job = importlib.import_module(f"jobs.{request.module.JOB}")
     monkeypatch.chdir(tmp_path)
+    shutil.copy(template, tmp_path / "mlflow.db")
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
 

@@ -1,12 +1,15 @@
 """What can be wrong with a sweep: one message each, before anything starts."""
 
-import subprocess
-import sys
+import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.jobs.conftest import Run
+from tla_service.cluster.lease import held
+from tla_service.cluster.storage import Folder
+from tla_service.files import locked_folder
 
 JOB = "tune_tla"
 
@@ -97,26 +100,24 @@ def test_a_sweep_of_an_earlier_version_is_refused(run_in_process: Run, tmp_path:
 @pytest.mark.parametrize("where", ["output", "storage"])
 def test_a_second_driver_is_refused(run_in_process: Run, tmp_path: Path, where: str) -> None:
     folder = tmp_path / "out" if where == "output" else tmp_path / "shared" / "mine"
-    code = """import pathlib, sys
-from tla_service.cluster.storage import Folder
-from tla_service.cluster.lease import held
-from tla_service.files import locked_folder
-folder, where = sys.argv[1:]
-with locked_folder(pathlib.Path(folder), where) if where == "output" else held(Folder(folder), print):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-    pipe = subprocess.PIPE
+    context = multiprocessing.get_context("fork")
+    holds = context.Event()
+
+    def hold() -> None:
+        with locked_folder(folder, where) if where == "output" else held(Folder(str(folder)), print):
+            holds.set()
+            time.sleep(600)
+
     arguments = ("--preset", "digits", "--sweep.name", "mine", "--output", str(tmp_path / "out"))
     arguments += ("--tracking.uri", "http://127.0.0.1:1")
     if where == "storage":
         arguments += ("--scaling.storage", str(tmp_path / "shared"))
-    command = [sys.executable, "-c", code, str(folder), where]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        code_held, error = run_in_process(*arguments)
-        other.kill()
+    other = context.Process(target=hold)
+    other.start()
+    assert holds.wait(60)
+    code_held, error = run_in_process(*arguments)
+    other.kill()
+    other.join()
     assert (code_held, error.count("\n")) == (2, 1)
     setting = "output" if where == "output" else "scaling.storage"
     assert error.startswith(f"error: {setting}={folder}: in use by process {other.pid} on ")

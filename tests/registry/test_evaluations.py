@@ -55,14 +55,9 @@ def report(run_id: str, sha256: str, threat: rp.ThreatModel = TRAINED_FOR, bette
     )
 
 
-@pytest.fixture
-def uri(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-def test_only_versions_of_the_evaluated_weights_are_tagged(uri: str, tmp_path: Path) -> None:
-    run_id = open_run(RunConfig(tracking=TrackingConfig(uri=uri)), "key", facts={})
-    made = client(uri)
+def test_only_versions_of_the_evaluated_weights_are_tagged(local_uri: str, tmp_path: Path) -> None:
+    run_id = open_run(RunConfig(tracking=TrackingConfig(uri=local_uri)), "key", facts={})
+    made = client(local_uri)
     made.create_registered_model("tla-digits")
     for sha256 in ("a" * 64, "b" * 64):
         made.create_model_version("tla-digits", str(tmp_path), run_id=run_id, tags={"weights_sha256": sha256})
@@ -71,7 +66,7 @@ def test_only_versions_of_the_evaluated_weights_are_tagged(uri: str, tmp_path: P
     rp.write_report(found, json)
     figure.write_text("figure")
     for _ in range(2):  # again changes nothing; an evaluation may have no page
-        assert log_evaluation(uri, found, {"report.json": json, "figures/one.png": figure}) == ("tla-digits/1",)
+        assert log_evaluation(local_uri, found, {"report.json": json, "figures/one.png": figure}) == ("tla-digits/1",)
 
     version = made.get_model_version("tla-digits", "1")
     assert version.tags["tla.report"] == artifact_folder("a" * 64, TRAINED_FOR)
@@ -106,11 +101,11 @@ def logged(uri: str, tmp_path: Path, *reports: rp.Report) -> str:
 
 
 @pytest.mark.parametrize("trained_first", [True, False])
-def test_evaluations_under_two_threat_models_stay_apart(uri: str, tmp_path: Path, trained_first: bool) -> None:
-    run_id = open_run(RunConfig(tracking=TrackingConfig(uri=uri)), "key", facts={})
+def test_evaluations_under_two_threat_models_stay_apart(local_uri: str, tmp_path: Path, trained_first: bool) -> None:
+    run_id = open_run(RunConfig(tracking=TrackingConfig(uri=local_uri)), "key", facts={})
     pair = [report(run_id, "a" * 64), report(run_id, "a" * 64, TINY, better=0.1)]
-    logged(uri, tmp_path, *(pair if trained_first else pair[::-1]))
-    made = client(uri)
+    logged(local_uri, tmp_path, *(pair if trained_first else pair[::-1]))
+    made = client(local_uri)
     folders = {artifact.path for artifact in made.list_artifacts(run_id, "evaluation/aaaaaaaaaaaa")}
     assert folders == {"evaluation/aaaaaaaaaaaa/linf-0.1", "evaluation/aaaaaaaaaaaa/l2-1e-06"}
 

@@ -1,10 +1,7 @@
 """Registered versions of networks from outside the package: source as plain files, requirements, and no pickle."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -67,30 +64,6 @@ def test_a_version_has_the_source_as_files_and_loads_without_the_folder(packaged
     assert not list(folder.rglob("__pycache__"))
     for difference in export_model(uri, tmp_path / "out", ("pt2",), packaged.uri).values():
         assert difference < 1e-5
-
-
-def test_mlflow_loads_it_where_this_package_is_not(packaged: Packaged, tmp_path: Path) -> None:
-    network, uri = logged(packaged, name="network:build", code=str(OWN))
-    folder = open_package(uri, packaged.uri)[0].parent
-    np.save(tmp_path / "images.npy", images(5))
-    # A meta path finder stands for an environment without this package: only the version's own copy imports.
-    script = (
-        "import sys, pathlib, json\n"
-        f"sys.path = [p for p in sys.path if not (pathlib.Path(p or '.') / 'tla_service').is_dir()]\n"
-        "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
-        "import mlflow.pyfunc, numpy\n"
-        f"model = mlflow.pyfunc.load_model({str(folder)!r})\n"
-        "import tla_service\n"
-        f"assert tla_service.__file__.startswith({str(folder)!r}), tla_service.__file__\n"
-        "print(json.dumps(model.predict(numpy.load('images.npy'))['label'].tolist()))\n"
-    )
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path, env=variables
-    )
-    assert done.returncode == 0, done.stderr
-    expected = network(torch.from_numpy(images(5))).logits.argmax(1).tolist()
-    assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
 def test_changed_code_is_not_run(packaged: Packaged, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from tests.inference.files import encoded
+from tests.models.test_own_code import OWN
 from tests.registry.tracking_server import Packaged, TrackingServer, config_for, images
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
@@ -106,7 +107,12 @@ def test_no_file_is_a_pickle_and_the_scan_would_find_one(packaged: Packaged, tmp
 
 
 def test_fresh_process_without_this_project_predicts_the_same(packaged: Packaged, tmp_path: Path) -> None:
+    """As does one with a network of the user's own; each with the copy of this package that it ships."""
     np.save(tmp_path / "images.npy", images())
+    config = config_for(packaged.uri, model={"name": "network:build", "code": str(OWN)})
+    torch.manual_seed(1)
+    own = Architecture.of(config.model).build(10, (1, 8, 8)).eval()
+    logged = packaged.log("tla-own", state_dict=own.state_dict(), config=config, rejector=None)
     code = (
         "import json, sys\n"
         # An editable installation of this project must not help.
@@ -117,10 +123,14 @@ def test_fresh_process_without_this_project_predicts_the_same(packaged: Packaged
         "assert importlib.util.find_spec('tla_service') is None\n"
         "import mlflow, numpy as np\n"
         f"mlflow.set_tracking_uri({packaged.uri!r})\n"
-        f"model = mlflow.pyfunc.load_model({packaged.model.model_uri!r})\n"
-        f"out = model.predict(np.load({str(tmp_path / 'images.npy')!r}))\n"
-        "import tla_service\n"
-        "print(json.dumps([tla_service.__file__, out['label'].tolist(), out['probabilities'].tolist()]))\n"
+        "found = []\n"
+        f"for uri in {[packaged.model.model_uri, logged.model_uri]!r}:\n"
+        "    for name in [name for name in sys.modules if name.startswith('tla_service')]: del sys.modules[name]\n"
+        "    model = mlflow.pyfunc.load_model(uri)\n"
+        f"    out = model.predict(np.load({str(tmp_path / 'images.npy')!r}))\n"
+        "    import tla_service\n"
+        "    found.append([tla_service.__file__, out['label'].tolist(), out['probabilities'].tolist()])\n"
+        "print(json.dumps(found))\n"
     )
     variables = {
         "PATH": os.environ["PATH"],
@@ -137,11 +147,16 @@ def test_fresh_process_without_this_project_predicts_the_same(packaged: Packaged
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    home, label, probabilities = json.loads(done.stdout.splitlines()[-1])
-    assert "/code/tla_service/" in home
-    expected = torch.softmax(packaged.logits(images()), dim=1).numpy()
-    assert label == expected.argmax(axis=1).tolist()
-    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+    homes = []
+    for network, (home, label, probabilities) in zip(
+        (packaged.network, own), json.loads(done.stdout.splitlines()[-1]), strict=True
+    ):
+        assert "/code/tla_service/" in home
+        homes.append(home)
+        expected = network(torch.from_numpy(images())).logits.softmax(1).detach().numpy()
+        assert label == expected.argmax(axis=1).tolist()
+        np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+    assert len({*homes}) == 2
 
 
 def test_prediction_does_not_depend_on_the_size_of_a_request(packaged: Packaged) -> None:

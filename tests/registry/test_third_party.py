@@ -37,9 +37,10 @@ ADDRESS = "models:/tla-digits/2"
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def evaluated(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A tracking store with a trained version, and the folder of its report, which is logged there."""
     folder = tmp_path_factory.mktemp("third")
+    shutil.copy(template, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -34,7 +34,7 @@ class TrackingServer:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.allowed = allowed or f"127.0.0.1:{self.port}"
+        self.allowed = allowed or "127.0.0.1:*"  # the server's port, and those of gates to it
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

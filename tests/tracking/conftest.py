@@ -1,5 +1,5 @@
-"""The tracking server and store of the registry's tests."""
+"""The environment of the registry's tests."""
 
-from tests.registry.conftest import clean_environment, packaged, server
+from tests.registry.conftest import clean_environment
 
-__all__ = ["clean_environment", "packaged", "server"]
+__all__ = ["clean_environment"]

@@ -2,9 +2,8 @@
 
 import http.server
 import json
+import multiprocessing
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -122,17 +121,14 @@ def test_sqlite_file_that_is_none(tmp_path: Path) -> None:
 
 
 def test_two_processes_make_the_same_store(tmp_path: Path) -> None:
-    code = (
-        "from tla_service.config import TrackingConfig\n"
-        "from tla_service.tracking.connection import check_tracking\n"
-        f"check_tracking(TrackingConfig(uri='sqlite:///{tmp_path}/mlflow.db'))\n"
-    )
-    command = [sys.executable, "-c", code]
-    both = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(2)
-    ]
-    errors = [process.communicate(timeout=90)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    both = [multiprocessing.get_context("fork").Process(target=check_tracking, args=(config,)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(90)
+        process.kill()
+    assert [process.exitcode for process in both] == [0, 0]
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiment = client.get_experiment_by_name("tla")
     assert experiment is not None

@@ -3,15 +3,16 @@
 import json
 import logging
 import math
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from tests.cluster.gate import gate_to
 from tests.registry.tracking_server import TrackingServer, config_for
 from tla_service.tracking import run_log as run_log_module
 from tla_service.tracking.run_log import RunLog
@@ -61,27 +62,26 @@ def test_a_name_mlflow_refuses_does_not_hold_up_the_others(
     assert [record.getMessage()[:40] for record in caplog.records] == ["MLflow refuses metric 'bad name!' (Inval"]
 
 
-def test_server_killed_and_back_loses_and_doubles_nothing(
+def test_a_server_away_and_back_loses_and_doubles_nothing(
     server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_log_module, "_LAST_WAIT_SECONDS", 0.5)
     caplog.set_level(logging.INFO, logger=run_log_module.__name__)
     run_id = open_run(config_for(server.uri), "outage", facts={})
-    log = RunLog(server.uri, run_id, tmp_path)
-    try:
+    with gate_to(server.uri) as gate:
+        log = RunLog(gate.address, run_id, tmp_path)
         log.log({"a": 0.0, "b": 0.0}, 0)
         assert log.flush(20)
-        server.kill()
+        gate.shut()
         before = time.monotonic()
         for step in range(1, 50):
             log.log({"a": float(step), "b": float(step)}, step)
         assert time.monotonic() - before < 1, "logging must not wait for the server"
         assert not log.flush(2.5)
         assert sum(len(file.read_text().splitlines()) for file in tmp_path.iterdir()) == 98, "what is unsent is on disk"
-    finally:
-        server.start()
-    assert log.flush(30)
-    assert log.close()
+        gate.open()
+        assert log.flush(30)
+        assert log.close()
     for key in ("a", "b"):
         assert history(server.uri, run_id, key) == [(step, float(step)) for step in range(50)]
     away, back = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -90,15 +90,16 @@ def test_server_killed_and_back_loses_and_doubles_nothing(
 
 
 def test_killed_process_leaves_its_points_to_the_next(local_uri: str, local_run: str, tmp_path: Path) -> None:
-    code = (
-        "import os, signal\n"
-        "from tla_service.tracking.run_log import RunLog\n"
-        f"log = RunLog('http://127.0.0.1:9', '{local_run}', '{tmp_path}/spill')\n"
-        "for step in range(20): log.log({'a': float(step)}, step)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=60, check=False)
-    assert done.returncode == -signal.SIGKILL
+    def work() -> None:
+        log = RunLog("http://127.0.0.1:9", local_run, tmp_path / "spill")
+        for step in range(20):
+            log.log({"a": float(step)}, step)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     (left,) = (tmp_path / "spill").iterdir()
     with left.open("ab") as file:
         file.write(b'["a", 20.0, 17')  # a line the process could not finish

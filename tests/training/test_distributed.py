@@ -2,8 +2,8 @@
 
 import multiprocessing
 import os
-import subprocess
 import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.training.conftest import digits_config, random_batch
+from tests.training.test_watch import free_port
 from tla_service.data import Batch, StepBatch, load_dataset
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.job import run_job
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext, average_buffers, failing_together, generator, shard_sizes
 from tla_service.training import step as step_module
+from tla_service.training.__main__ import main
 from tla_service.training.precheck import training_batches
 from tla_service.training.step import TrainingStep
 
@@ -159,15 +162,31 @@ def test_shards_are_cut_as_tensor_split_cuts() -> None:
             assert shard_sizes(total, world_size) == expected
 
 
+def command_line(rank: int, port: int, arguments: list[str], folder: Path) -> None:
+    """`python -m tla_service.training` in one of three processes, as torchrun starts them."""
+    environment = {"RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    with (folder / f"stderr-{rank}").open("w") as sys.stderr:
+        sys.argv = ["training", *arguments]
+        code = run_job(main)
+    os._exit(code)
+
+
 def test_a_pool_that_cannot_be_shared_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 3 -m tla_service.training --preset digits"
-    pool = "--mining.scope global --mining.pool separate --mining.pool_size 500"
-    command = [sys.executable, *launch.split(), *pool.split(), "--output", str(tmp_path / "run")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode != 0
-    refused = "error: mining.pool_size=500: not divisible by 3 workers with mining.scope=global; use 498 or 501"
-    assert refused in done.stderr.splitlines()
+    pool = "--preset digits --mining.scope global --mining.pool separate --mining.pool_size 500"
+    arguments, port, fork = [*pool.split(), "--output", str(tmp_path / "run")], free_port(), mp.get_context("fork")
+    processes = [fork.Process(target=command_line, args=(rank, port, arguments, tmp_path)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    (first, *_) = wait([process.sentinel for process in processes], 60)
+    # As torchrun does; one that is slow to join would try to reach the others for long.
+    for process in processes:
+        if process.sentinel != first:
+            process.kill()
+        process.join()
+    (rank,) = (rank for rank, process in enumerate(processes) if process.sentinel == first)
+    refused = "error: mining.pool_size=500: not divisible by 3 workers with mining.scope=global; use 498 or 501\n"
+    assert (processes[rank].exitcode, (tmp_path / f"stderr-{rank}").read_text()) == (2, refused)
     assert not (tmp_path / "run").exists()
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,10 +13,12 @@ from tests.models.test_own_code import OWN
 from tests.training.conftest import digits_config
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
+from tla_service.job import run_job
 from tla_service.models import Architecture
 from tla_service.registry.loading import load_model
 from tla_service.report.subjects import load_checkpoint_subject
 from tla_service.runtime import WorkerContext
+from tla_service.training.__main__ import main
 from tla_service.training.fit import Run
 from tla_service.training.reporting import LocalReporter
 
@@ -98,28 +99,31 @@ def test_the_log_says_once_where_the_embedding_is(tmp_path: Path, code: Path) ->
             3,
             "error: model.name=missing:build: the module missing is not in the folder",
         ),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in (
-                (("--model.code", "/not/there"), 3, "error: model.code=/not/there: there is no such folder"),
-                (("--model.embedding", "layer4"), 2, "error: model.embedding=layer4: no layer of this name"),
-                (("--model.name", "digits_cnn"), 2, "digits_cnn is not a network of your own"),
-            )
-        ),
+        (("--model.code", "/not/there"), 3, "error: model.code=/not/there: there is no such folder"),
+        (("--model.embedding", "layer4"), 2, "error: model.embedding=layer4: no layer of this name"),
+        (("--model.name", "digits_cnn"), 2, "digits_cnn is not a network of your own"),
         (("--model.name", "argmax:build"), 2, "its logits are not the output of a linear layer"),
         (("--model.name", "argmax:build", "--model.embedding", "0"), 2, "no gradient with respect to the images"),
     ],
 )
 def test_one_line_before_training(
-    tmp_path: Path, code: Path, arguments: tuple[str, ...], status: int, said: str
+    tmp_path: Path,
+    code: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    status: int,
+    said: str,
 ) -> None:
     text = "from torch import nn\nclass Hard(nn.Module):\n    def forward(self, x):\n"
     text += "        return nn.functional.one_hot(x.argmax(1), 10).float()\n"
     text += "def build(k, s):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, k), Hard())\n"
     (code / "argmax.py").write_text(text)
-    command = [sys.executable, "-m", "tla_service.training", "--preset", "digits", "--output", str(tmp_path / "run")]
+    command = ["training", "--preset", "digits", "--output", str(tmp_path / "run")]
     command += ["--model.name", "network:build", "--model.code", str(code), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stderr
-    assert said in done.stderr
+    monkeypatch.setattr(sys, "argv", command)
+    ended = run_job(main)
+    error = capsys.readouterr().err
+    assert (ended, error.count("\n")) == (status, 1), error
+    assert said in error
     assert not (tmp_path / "run" / "checkpoints").exists()

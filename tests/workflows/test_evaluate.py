@@ -1,6 +1,7 @@
 """An evaluation is known by weights, data and protocol: under another address of the weights it is the same one."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +36,10 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def packaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packaged]:
+def packaged(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packaged]:
     """Version 1 of tla-digits, which is the champion; tests add to it what does not disturb others."""
     folder = tmp_path_factory.mktemp("registry")
+    shutil.copy(template, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as environment:
         environment.chdir(folder)
         environment.setenv("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -72,10 +72,13 @@ def test_figures_that_are_measured_again_replace_the_fetched_ones(
     assert read_report(fetched / "tla-s0" / "report" / "report.json").accuracy["pgd100"].estimate == 0.4
 
 
-def test_another_store_gets_the_runs_as_well(tmp_path: Path, settings: ReproduceSettings, finished: Finished) -> None:
+def test_another_store_gets_the_runs_as_well(
+    tmp_path: Path, template: Path, settings: ReproduceSettings, finished: Finished
+) -> None:
     (space, todo), state = runs_of(settings), tmp_path / "state"
     finished(state, "tla-s0", 0.9, 0.6)
     log_and_fetch(settings, space, todo, state, lambda _text: None)
+    shutil.copy(template, tmp_path / "other.db")
     tracking = settings.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/other.db"})
     elsewhere = settings.model_copy(update={"tracking": tracking})
     elsewhere_space, _ = runs_of(elsewhere)
