@@ -52,8 +52,8 @@ def train(config: RunConfig, output: str | Path, *, json_logs: bool = False) -> 
     terminal = Terminal()
     device, hang_seconds = torch.device("cuda" if use_gpu else "cpu"), config.scaling.hang_seconds
     with process_group(device, hang_seconds) as context, contextlib.ExitStack() as locks:
-        config.check_workers(context.world_size)
         with failing_together(context):
+            config.check_workers(context.world_size)
             if context.is_main:
                 locks.enter_context(locked_folder(output, "output"))
             summary = open_output(config, output)
