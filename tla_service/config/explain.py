@@ -75,16 +75,14 @@ class Explainer:
                     return ConfigError(variable, os.environ[variable], "not valid JSON", remedy)
         return None
 
-    def unknown_variable(self, *others: type[BaseModel]) -> ConfigError | None:
-        """Find a variable with the prefix that sets nothing, here or in `others`; pydantic-settings ignores those."""
-        roots = (self._root, *others)
+    def check_variables(self, other: type[BaseModel]) -> None:
+        """Raise ConfigError for a variable that sets nothing, here or in `other`: pydantic-settings ignores those."""
         for variable, path in self.variables():
-            holders = [root for root in roots if path[0] in root.model_fields]
+            holders = [root for root in (self._root, other) if path[0] in root.model_fields]
             known = any(len(path) == 1 or Explainer(root, "")._section_at(path[:1]) is not None for root in holders)
             if not (known or path[0].startswith("test_")):
                 remedy = "sections and fields are joined by two underscores, as in TLA_LOSS__MARGIN"
-                return ConfigError(variable, os.environ[variable], "no such setting", remedy)
-        return None
+                raise ConfigError(variable, os.environ[variable], "no such setting", remedy)
 
     def variables(self) -> list[tuple[str, list[str]]]:
         """Environment variables with the prefix, and the field that each sets as a path of names."""
@@ -95,9 +93,7 @@ class Explainer:
         """The field at fault, as a path of names and as pydantic knows it."""
         location = [str(part) for part in error["loc"] if part != "[key]"]
         known = self._field_at(location)
-        if error["type"] == "extra_forbidden":
-            return location, known
-        while known is None and len(location) > 1:
+        while known is None and len(location) > 1 and error["type"] != "extra_forbidden":
             known = self._field_at(location[:-1])
             if known is None or _is_union(known.annotation):
                 # The last part names a member of a union, such as `int` of `int | "auto"`, or a validator.
