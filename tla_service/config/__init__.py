@@ -144,7 +144,9 @@ class RunConfig(Section):
     @property
     def watches_collapse(self) -> bool:
         """Whether training with a single-step attack stops or goes on with PGD after catastrophic overfitting."""
-        return self.method != "natural" and self.attack.is_single_step and self.attack.on_collapse != "ignore"
+        attack = self.attack
+        is_single_step = attack.kind in ("n_fgsm", "free") or attack.num_steps == 1
+        return self.method != "natural" and is_single_step and attack.on_collapse != "ignore"
 
     def attack_trouble(self, shape: ImageShape | None) -> ConfigError | None:
         """What is wrong with radii and step sizes on images (C, H, W), if their shape is known; when a run begins."""

@@ -105,15 +105,13 @@ def model_trouble(field: str, name: str) -> ConfigError | None:
     """What is wrong with the name of a registered model."""
     found = _NOT_IN_MODELS.search(name)
     if found is not None:
-        return ConfigError(
-            field, name, f"a registered model's name cannot contain {found[0]}", "leave it out, or use -"
-        )
+        reason = f"a registered model's name cannot contain {found[0]}"
+        return ConfigError(field, name, reason, "leave it out, or use -")
     if not name.isprintable() or name.strip() != name or name == "." or name.startswith(".."):
         return ConfigError(field, name, "not a valid name of a registered model", "use letters, digits, _ - .")
     if name.startswith("m-"):
-        return ConfigError(
-            field, name, "names that begin with m- are model ids in MLflow", "start it with something else"
-        )
+        reason = "names that begin with m- are model ids in MLflow"
+        return ConfigError(field, name, reason, "start it with something else")
     return _length_trouble(field, name, _MODEL_LENGTH)
 
 
