@@ -20,8 +20,8 @@ from tla_service.files import check_socket_path
 from tla_service.runtime import WorkerContext, generator
 
 _Source = ImageSource | JoinedSource
-# Of anchors, positives and pool.
-_DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL)
+# Of anchors, positives, pool and the second view.
+_DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL, Draw.AUGMENT_VIEW)
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,6 @@ class Batch:
 
     images: torch.Tensor
     labels: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -122,15 +119,13 @@ class TrainingBatches:
 
     def augmented(self, raw: RawBatch) -> StepBatch:
         """The batch of a step, the same one every time."""
-        anchors, positives, pool = (
+        roles = (*raw.roles, raw.roles[0] if self._second_view else None)
+        anchors, positives, pool, view = (
             None if role is None else Batch(self._finished(role[0], draw, raw), role[1])
-            for draw, role in zip(_DRAWS, raw.roles, strict=True)
+            for draw, role in zip(_DRAWS, roles, strict=True)
         )
         assert anchors is not None
         weights = None if self._class_weights is None else self._class_weights[anchors.labels]
-        assert raw.roles[0] is not None
-        again = self._finished(raw.roles[0][0], Draw.AUGMENT_VIEW, raw) if self._second_view else None
-        view = None if again is None else Batch(again, anchors.labels)
         return StepBatch(anchors, positives, pool, raw.global_size, weights, view)
 
     def close(self) -> None:
@@ -160,9 +155,6 @@ class EvaluationBatches:
         self._source, self._device = source, context.device
         own = indices[context.rank :: context.world_size]
         self._chunks = torch.split(own, batch_size) if len(own) else ()
-
-    def __len__(self) -> int:
-        return len(self._chunks)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches; the next one is read while the current one is in use."""
