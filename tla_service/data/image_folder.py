@@ -21,7 +21,7 @@ from tla_service.data.trees import (
     notice_left_out,
     refuse_several,
 )
-from tla_service.data.zip_tree import open_tree
+from tla_service.data.zip_tree import open_tree, with_parents
 from tla_service.errors import ConfigError, UnavailableError
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
@@ -108,8 +108,7 @@ def _layout(tree: FolderTree, config: DataConfig) -> tuple[str, list[str], list[
     test and validation folders, as in `choose_splits`.
     """
     train = config.train or "train"
-    holding = {tuple(name.split("/")[:-1]) for name in tree.names}
-    below = {"/".join(parts[:depth]) for parts in holding for depth in range(1, len(parts) + 1)}
+    below = with_parents({posixpath.dirname(name) for name in tree.names})
     found: defaultdict[str, set[str]] = defaultdict(set)
     for folder in below:
         for name in (train, *(TEST_SPLITS if config.test is None else [config.test])):

@@ -15,7 +15,7 @@ from tla_service.data.cache import disk_trouble
 from tla_service.data.trees import FIX, FolderTree, is_member
 from tla_service.errors import UnavailableError
 
-# What zipfile raises for a damaged or unknown member.
+# What zipfile raises for a damaged or unknown member; NotImplementedError is a RuntimeError.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError)
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _END_BYTES = 22  # of the record at the end, without the comment that follows it
@@ -44,13 +44,13 @@ class ZipTree(FolderTree):
             self._entries[name], self._stored[name] = (entry.file_size, entry.CRC), entry.filename
             if stat.S_ISLNK(entry.external_attr >> 16):
                 links[name] = self.read(name).decode("utf-8", errors="replace")
-        folders = _with_parents(folders)
+        folders = with_parents(folders)
         # Hidden files are kept until here, since links may lead to them. Links to files come first, since linked
         # folders may hold some.
         for name, target in sorted(self._followed(links).items(), key=lambda pair: pair[1] in folders):
             self._resolve(name, target, is_folder=target in folders)
         self._entries = {name: entry for name, entry in self._entries.items() if is_member(name)}
-        folders |= _with_parents(map(posixpath.dirname, self._entries))
+        folders |= with_parents(map(posixpath.dirname, self._entries))
         self.folders = set(filter(is_member, folders))
 
     def _listed(self) -> list[zipfile.ZipInfo]:
@@ -115,7 +115,7 @@ class ZipTree(FolderTree):
             with disk_trouble("data.root", self.path, "check the path and its permissions"):
                 try:
                     self._handles[process] = zipfile.ZipFile(self.path)
-                except (*_ZIP_ERRORS, NotImplementedError) as error:
+                except _ZIP_ERRORS as error:
                     reason = f"not a readable zip file ({error})"
                     raise UnavailableError("data.root", self.path, reason, FIX) from error
         return self._handles[process]
@@ -133,17 +133,16 @@ class ZipTree(FolderTree):
         """See `FolderTree`."""
         self._entry(name)
         with self._readable(name):
-            try:
-                return self._open().open(self._stored[name])
-            except NotImplementedError as error:
-                reason = f"cannot be unpacked ({error})"
-                raise UnavailableError("data.root", self.describe(name), reason, "unpack the zip file") from error
+            return self._open().open(self._stored[name])
 
     @contextlib.contextmanager
     def _readable(self, name: str) -> Iterator[None]:
         with disk_trouble("data.root", self.describe(name), FIX):
             try:
                 yield
+            except NotImplementedError as error:
+                reason = f"cannot be unpacked ({error})"
+                raise UnavailableError("data.root", self.describe(name), reason, "unpack the zip file") from error
             except _ZIP_ERRORS as error:
                 raise UnavailableError("data.root", self.describe(name), f"damaged ({error})", FIX) from error
 
@@ -167,7 +166,7 @@ def open_tree(path: Path, zip_pattern: str = "*.zip") -> FolderTree:
     return ZipTree(path)
 
 
-def _with_parents(folders: Iterable[str]) -> set[str]:
+def with_parents(folders: Iterable[str]) -> set[str]:
     """Folders and all those above them."""
     paths = {PurePosixPath(folder) for folder in folders}
     return {str(above) for path in paths for above in (path, *path.parents)} - {"."}
