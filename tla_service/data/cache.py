@@ -14,6 +14,7 @@ from tla_service.errors import UnavailableError
 from tla_service.files import whole_file
 
 LOG = logging.getLogger(__name__)
+MAKE_ROOM = "free some space, or give another folder"
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -100,8 +101,7 @@ def cached_tensors(
         if (found := _read_tensors(path)) is None:
             tensors = build()
             digests = {name: content_digest(tensor) for name, tensor in tensors.items()}
-            remedy = "free some space, or give another folder"
-            with disk_trouble("data.cache_dir", path.parent, remedy), whole_file(path) as part:
+            with disk_trouble("data.cache_dir", path.parent, MAKE_ROOM), whole_file(path) as part:
                 save_file(tensors, part, digests)
             # Read back, so that the builder uses the shared mapping, too.
             del tensors
