@@ -48,9 +48,7 @@ def load_extra(
             remedy = "leave them out, or set data.extra.duplicates=drop"
             raise ConfigError(FIELD, config.extra.path, text, remedy)
         notice("%s=%s: left out, since %s", FIELD, config.extra.path, text)
-    kept = torch.ones(len(source), dtype=torch.bool)
-    kept[[*leaks]] = False
-    rows = kept.nonzero()[:, 0]
+    rows = torch.tensor([row for row in range(len(source)) if row not in leaks])
     digest = hashlib.sha256(f"{source.digest()}{content_digest(rows)}".encode()).hexdigest()[:16]
     counts = {"extra_images": str(len(rows)), "extra_duplicates_left_out": str(len(leaks))}
     return ExtraImages(source, rows, {"extra_fingerprint": digest, **counts})

@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
@@ -22,7 +22,6 @@ from tla_service.data.trees import LOG, listed
 from tla_service.errors import UserError
 
 DEFAULT_SIDE = 64  # for image folders without data.image_size
-_ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 _ROWS, _COLUMNS, _GAP, _LETTERS = 40, 8, 4, 24  # of the contact sheet
 
 
@@ -139,9 +138,9 @@ def _look(source: ImageSource, rows: torch.Tensor) -> list[Seen | UserError]:
             name, image, pixels = source.look(row)
         except UserError as error:
             return error
-        orientation = 1
+        orientation = 1  # upright
         with contextlib.suppress(Exception):  # damaged EXIF data make Pillow raise errors of many kinds
-            orientation = image.getexif().get(_ORIENTATION, 1)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return Seen(name, image.size, image.mode, orientation, hashlib.sha256(pixels.tobytes()).digest())
 
     with ThreadPoolExecutor(min(16, usable_cores())) as pool:

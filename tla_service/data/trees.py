@@ -20,7 +20,6 @@ from tla_service.errors import ConfigError, UnavailableError
 LOG = logging.getLogger(__name__)
 # In order of preference: the first one with labels is the test set, the next one the validation set.
 TEST_SPLITS = ("test", "val", "validation", "valid", "dev")
-VALIDATION_SPLITS = TEST_SPLITS[1:]
 SPLITS = ("train", "validation", "test", "test_fraction")  # the settings that name them
 NO_TEST = "name one by data.test, or hold a share of the training images out by data.test_fraction=0.2"
 _SHOWN = 6
@@ -79,9 +78,8 @@ def choose_splits(config: DataConfig, there: Collection[str]) -> tuple[str, list
             reason = f"no such split in {config.root}"
             others = sorted(other for other in there if "/" not in other)
             raise ConfigError(field, name, reason, f"give one of: {listed(others)}" if others else "check data.root")
-    given = [name for name in taken.values() if name is not None]
-    tests = [name for name in TEST_SPLITS if name in there and name not in given]
-    validations = [name for name in VALIDATION_SPLITS if name in there and name not in given]
+    tests = [name for name in TEST_SPLITS if name in there and name not in taken.values()]
+    validations = [name for name in tests if name != "test"]
     if config.test is not None or config.test_fraction is not None:
         tests = [config.test] if config.test is not None else []
     if config.validation is not None:
@@ -95,10 +93,9 @@ def notice(text: str, *values: object) -> None:
         LOG.warning(text, *values)
 
 
-def notice_left_out(root: str | None, files: Mapping[str, Iterable[str]]) -> None:
+def notice_left_out(root: str | None, files: Mapping[str, list[str]]) -> None:
     """Log in one line how many files of each ending are not used, and some of them, by the reason why."""
-    found = {reason: [*names] for reason, names in files.items()}
-    parts = [f"{by_ending(names)} {reason}, such as {names[0]}" for reason, names in found.items() if names]
+    parts = [f"{by_ending(names)} {reason}, such as {names[0]}" for reason, names in files.items() if names]
     if parts:
         notice("data.root=%s: files left out: %s", root, "; ".join(parts))
 
