@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import zip_longest
+from itertools import tee, zip_longest
 
 import torch
 from torch.utils import data
@@ -185,11 +185,11 @@ class _StepLoader:
             remedy = "set TMPDIR to a shorter folder, or data.loader_workers to 0"
             socket = "pymp-00000000/listener-00000000"
             check_socket_path("TMPDIR", tempfile.gettempdir(), socket, "loader processes", remedy)
-        self._steps = _StepSampler(indices)
+        self._sampler = _StepSampler(indices)
         self._loader: data.DataLoader[torch.Tensor | UserError] | None = data.DataLoader(
             _StepImages(source),
             batch_size=None,
-            sampler=self._steps,
+            sampler=self._sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
@@ -200,29 +200,26 @@ class _StepLoader:
     def read(self, steps: Iterator[StepIndices]) -> Iterator[tuple[StepIndices, torch.Tensor]]:
         """Read the images (n, C, H, W), uint8, of each step; ``steps`` is consumed ahead of what is yielded."""
         assert self._loader is not None, "closed"
-        self._steps.steps, self._steps.handed_out = steps, []
-        for images in self._loader:
+        self._sampler.steps, ours = tee(steps)
+        for images, step in zip(self._loader, ours, strict=True):
             if isinstance(images, UserError):
                 raise images
-            yield self._steps.handed_out.pop(0), images
+            yield step, images
 
     def close(self) -> None:
         self._loader = None  # releasing its iterator stops its persistent workers
 
 
 class _StepSampler:
-    """Hands the steps' images to the loader, and remembers the steps until their images arrive."""
+    """Hands the steps' images to the loader, which reads one epoch after another from it."""
 
     def __init__(self, indices: torch.Tensor) -> None:
         self._indices = indices
         self.steps: Iterator[StepIndices] = iter(())
-        self.handed_out: list[StepIndices] = []
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            self.handed_out.append(step)
-            # A list: a tensor would be put in shared memory, with one file descriptor per step.
-            yield self._indices[step.all].tolist()
+        # Lists: a tensor would be put in shared memory, with one file descriptor per step.
+        return (self._indices[step.all].tolist() for step in self.steps)
 
 
 class _StepImages(data.Dataset[torch.Tensor | UserError]):
