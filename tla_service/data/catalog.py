@@ -65,9 +65,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         whole, held_out = (whole.subset(part) for part in parts)
     _check(config, whole, held_out, splits)
     train, test = _limited(whole, config.train_limit), _limited(held_out, config.test_limit)
-    gate = gate_images(held_out.labels)
-    if len(test) < len(gate):
-        gate = gate[stratified_subset(held_out.labels, len(test))]
+    gate = gate_images(held_out.labels)[stratified_subset(held_out.labels, len(test))]
     if config.train_limit is not None and len(torch.unique(train.labels)) < len(splits.class_names):
         classes = len(splits.class_names)
         reason, enough = f"leaves some of the {classes} classes without images", min(4 * classes, len(whole))

@@ -45,8 +45,7 @@ def load_extra(
         shown = listed([f"{name(row)} = {image}" for row, image in leaks.items()])
         text = f"{len(leaks)} of its {len(source)} images are near-duplicates of validation or test images: {shown}"
         if config.extra.duplicates == "refuse" or len(leaks) == len(source):
-            remedy = "leave them out, or set data.extra.duplicates=drop"
-            raise ConfigError(FIELD, config.extra.path, text, remedy)
+            raise ConfigError(FIELD, config.extra.path, text, "leave them out, or set data.extra.duplicates=drop")
         notice("%s=%s: left out, since %s", FIELD, config.extra.path, text)
     rows = torch.tensor([row for row in range(len(source)) if row not in leaks])
     digest = hashlib.sha256(f"{source.digest()}{content_digest(rows)}".encode()).hexdigest()[:16]
@@ -79,9 +78,8 @@ def _read(config: DataConfig, dataset: Dataset) -> tuple[ImageSource, Callable[[
         raise ConfigError(FIELD, given, reason, "resize them, or set data.image_size")
     if wrong:
         reason = f"{name(wrong[0])} has label {int(source.labels[wrong[0]])}, not one of {classes} classes from 0"
-        raise ConfigError(
-            FIELD, given, reason, "correct it, or label the images with a model (docs/data.md, Extra images)"
-        )
+        remedy = "correct it, or label the images with a model (docs/data.md, Extra images)"
+        raise ConfigError(FIELD, given, reason, remedy)
     return source, name
 
 

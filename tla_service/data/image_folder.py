@@ -131,8 +131,7 @@ def _layout(tree: FolderTree, config: DataConfig) -> tuple[str, list[str], list[
         reason = "no train/ folder with files in it" + (f", but {listed(folders)}" if folders else "")
         raise UnavailableError("data.root", tree.path, reason, _FIX)
     if not tests and config.test_fraction is None:
-        reason = f"has {train}/ but no test/ or val/ beside it"
-        raise UnavailableError("data.root", tree.path, reason, NO_TEST)
+        raise UnavailableError("data.root", tree.path, f"has {train}/ but no test/ or val/ beside it", NO_TEST)
     others = {*TEST_SPLITS, *tests, *validations} & there - {train}
     return base, [train, *sorted(others)], tests, validations
 

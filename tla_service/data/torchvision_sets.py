@@ -59,15 +59,13 @@ def load_torchvision_set(config: DataConfig) -> Splits:
             remedy = "point it at this set's folder, or set data.name=parquet"
             raise ConfigError("data.root", config.root, reason, remedy)
         return splits
-    reason = "data.root is not read as Parquet files"
-    refuse_settings(config, (*COLUMNS, *SPLITS), reason, "parquet")
+    refuse_settings(config, (*COLUMNS, *SPLITS), "data.root is not read as Parquet files", "parquet")
     if missing and config.download:
         _download(root, _KINDS[config.name], config.cache_dir)
         folder, missing = find(root, config)
     if missing:
         remedy = "give torchvision's root folder, or set data.download=true"
-        reason = f"no {config.name} there: {missing} is missing"
-        raise UnavailableError("data.root", config.root, reason, remedy)
+        raise UnavailableError("data.root", config.root, f"no {config.name} there: {missing} is missing", remedy)
     if is_idx:
         arrays = [read_idx(folder / name) for name in _IDX_FILES]
         train, test = (_source(arrays[place][:, None], arrays[place + 1], config) for place in (0, 2))

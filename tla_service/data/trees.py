@@ -132,19 +132,18 @@ class FolderTree:
             self._scan("", ())
 
     def _scan(self, inside: str, above: tuple[tuple[int, int], ...]) -> None:
-        here = (self.path / inside).stat()
-        above = (*above, (here.st_dev, here.st_ino))
+        found = (self.path / inside).stat()
+        here = (found.st_dev, found.st_ino)
+        if here in above:
+            raise self._link_loop(inside.rstrip("/"))
         with os.scandir(self.path / inside) as entries:
             for entry in entries:
                 name = f"{inside}{entry.name}"
                 if not is_member(entry.name):
                     continue
                 if entry.is_dir():
-                    found = entry.stat()
-                    if (found.st_dev, found.st_ino) in above:
-                        raise self._link_loop(name)
                     self.folders.add(name)
-                    self._scan(f"{name}/", above)
+                    self._scan(f"{name}/", (*above, here))
                 elif entry.is_file():
                     found = entry.stat()
                     self._entries[name] = (found.st_size, found.st_mtime_ns)

@@ -62,8 +62,7 @@ class ZipTree(FolderTree):
             end = file.read(_END_BYTES)
         number = int.from_bytes(end[10:12], "little")
         if number not in (len(entries) % 2**16, 2**16 - 1):  # the latter of files whose number does not fit
-            reason = f"damaged (it lists {len(entries)} of {number} files)"
-            raise UnavailableError("data.root", self.path, reason, FIX)
+            raise UnavailableError("data.root", self.path, f"damaged (it lists {len(entries)} of {number} files)", FIX)
         return entries
 
     def _inside(self, entry: zipfile.ZipInfo) -> str:
@@ -95,7 +94,6 @@ class ZipTree(FolderTree):
         return found
 
     def _resolve(self, link: str, target: str, *, is_folder: bool) -> None:
-        """Give a link the content of its target."""
         if not is_folder:
             self._entries[link], self._stored[link] = self._entries.get(target), self._stored.get(target, target)
             return
@@ -116,8 +114,7 @@ class ZipTree(FolderTree):
                 try:
                     self._handles[process] = zipfile.ZipFile(self.path)
                 except _ZIP_ERRORS as error:
-                    reason = f"not a readable zip file ({error})"
-                    raise UnavailableError("data.root", self.path, reason, FIX) from error
+                    raise UnavailableError("data.root", self.path, f"not a readable zip file ({error})", FIX) from error
         return self._handles[process]
 
     def __getstate__(self) -> dict[str, Any]:
