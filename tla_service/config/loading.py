@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -173,15 +172,13 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
     explainer = Explainer(kind, "TLA_")
     explainer.check_variables(RunSettings)
     arguments = [*_checked(sys.argv[1:] if arguments is None else arguments)]
-    for name, _ in explainer.variables():
-        check_json(name, os.environ[name])
     try:
         return kind(_cli_parse_args=arguments, **values)
     except ValidationError as error:
         found = map(explainer.explain, error.errors(include_url=False))
         errors = list({str(one.subject): one for one in found}.values())
     except SettingsError as error:
-        errors = [explainer.broken_variable() or explainer.explain_flag(str(error))]
+        errors = [explainer.explain_source(str(error))]
     if len(errors) == 1:
         raise errors[0] from None
     raise ExceptionGroup("the configuration is wrong", errors) from None
