@@ -13,7 +13,7 @@ from tla_service.data.duplicates import NEAR, near_duplicates
 from tla_service.data.npz import read_npz
 from tla_service.data.parquet import COLUMNS, load_unsplit
 from tla_service.data.roots import required_root
-from tla_service.data.sources import ArraySource, Dataset, ImageSource
+from tla_service.data.sources import ArraySource, Dataset, ImageSource, SourceRows
 from tla_service.data.trees import listed, notice
 from tla_service.errors import ConfigError, UserError
 
@@ -29,10 +29,8 @@ class ExtraImages:
     facts: dict[str, str]
 
 
-def load_extra(
-    config: DataConfig, dataset: Dataset, validation: tuple[ImageSource, torch.Tensor]
-) -> ExtraImages | None:
-    """The images of ``data.extra``, if any, for a data set and its validation images (rows of a source).
+def load_extra(config: DataConfig, dataset: Dataset, validation: SourceRows) -> ExtraImages | None:
+    """The images of ``data.extra``, if any, for a data set and its validation images.
 
     ConfigError if they do not fit the data set, or are near-duplicates of validation images or of any test image, with
     or without ``data.test_limit``, and ``data.extra.duplicates`` is refuse; UnavailableError if they cannot be read.
@@ -83,9 +81,7 @@ def _read(config: DataConfig, dataset: Dataset) -> tuple[ImageSource, Callable[[
     return source, name
 
 
-def _leaks(
-    config: DataConfig, source: ImageSource, dataset: Dataset, validation: tuple[ImageSource, torch.Tensor]
-) -> dict[int, str]:
+def _leaks(config: DataConfig, source: ImageSource, dataset: Dataset, validation: SourceRows) -> dict[int, str]:
     """Which image each near-duplicate resembles, by row; computed once per node."""
     test = dataset.test
     if config.test_limit is not None:  # a report may measure them all

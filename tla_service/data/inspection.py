@@ -96,10 +96,9 @@ def inspect_dataset(config: DataConfig, seed: int = 0) -> Inspection:
         warnings.append(f"data.image_size is not set, which training requires; shown at {side}")
     turned = [each.name for each in everything if each.orientation != 1]
     if turned:
+        text = f"{len(turned)} images have an EXIF orientation, which is not applied"
         remedy = "rotate the files (mogrify -auto-orient) if they look turned on the contact sheet"
-        warnings.append(
-            f"{len(turned)} images have an EXIF orientation, which is not applied; {remedy}: {listed(turned)}"
-        )
+        warnings.append(f"{text}; {remedy}: {listed(turned)}")
     duplicates = {f"{one} and {two}": _shared(seen[one], seen[two]) for one, two in combinations(parts, 2)}
     for pair, names in duplicates.items():
         if names:

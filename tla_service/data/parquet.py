@@ -60,7 +60,7 @@ def load_parquet(config: DataConfig) -> Splits:
         raise no_label_column(shards[0].schema, str(shards[0].path), config.label_column)
     splits, taken = {"train": train}, ""
     for role, possible in (("test", tests), ("validation", validations)):
-        name, labels = _labelled(config, root, found, [name for name in possible if name != taken])
+        name, labels = _labelled(config, root, {name: found[name] for name in possible if name != taken})
         if labels is not None:
             splits[role], taken = labels, name
             if role == "test" and name != possible[0]:
@@ -113,12 +113,10 @@ def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:
     return read_labels(shards, columns[0]) if columns else None
 
 
-def _labelled(
-    config: DataConfig, root: Path, found: dict[str, list[Path]], names: list[str]
-) -> tuple[str, Labels | None]:
+def _labelled(config: DataConfig, root: Path, splits: dict[str, list[Path]]) -> tuple[str, Labels | None]:
     """The first split that has labels, if any, and these: published test sets often have none."""
-    for name in names:
-        labels = _labels(config, open_shards(found[name], root, config.root))
+    for name, files in splits.items():
+        labels = _labels(config, open_shards(files, root, config.root))
         if labels is not None and not labels.all_missing:
             return name, labels
     return "", None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tla_service.data.sources import Dataset, ImageSource
+from tla_service.data.sources import Dataset, SourceRows
 from tla_service.data.trees import listed
 from tla_service.errors import ConfigError
 
@@ -49,10 +49,8 @@ def split_validation(
     return torch.tensor(sorted(train)), torch.tensor(sorted(validation))
 
 
-def split_training(
-    dataset: Dataset, fraction: float, seed: int
-) -> tuple[torch.Tensor, tuple[ImageSource, torch.Tensor]]:
-    """Rows of ``dataset.train`` to train on, and the validation images: rows (N,) of a source.
+def split_training(dataset: Dataset, fraction: float, seed: int) -> tuple[torch.Tensor, SourceRows]:
+    """Rows (N,), int64, of ``dataset.train`` to train on, and the validation images.
 
     All of the data set's validation split, if it has one; else a share of the training images (`split_validation`).
     """
