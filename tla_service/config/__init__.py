@@ -109,10 +109,9 @@ class RunConfig(Section):
     def own_functions(self) -> dict[str, str]:
         """Functions from outside the package, as `module:function`, by the field that names them."""
         attacks = {f"{where}.kind": attack.kind for where, attack in self.evaluation.attacks.items()}
-        named = {"attack.kind": self.attack.kind, **attacks, "mining.miner": self.mining.miner or ""}
-        return {where: path for where, path in named.items() if ":" in path} | {
-            f"loss.extra.{path}": path for path in self.loss.extra
-        }
+        terms = {f"loss.extra.{path}": path for path in self.loss.extra}
+        named = {"attack.kind": self.attack.kind, **attacks, "mining.miner": self.mining.miner or "", **terms}
+        return {where: path for where, path in named.items() if ":" in path}
 
     @property
     def digest(self) -> str:
@@ -152,15 +151,15 @@ class RunConfig(Section):
         """What is wrong with radii and step sizes on images (C, H, W), if their shape is known; when a run begins."""
         # Not when a configuration is read back: runs older than this check must still load.
         own, steps = self.attack, self.attack.num_steps if self.attack.kind == "pgd" else None
-        found = [length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)]
+        trouble = length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)
         for where, attack in self.evaluation.attacks.items():
             norm, epsilon, step_size = attack.lengths(own, self.data.name)
             if epsilon is None:
-                found.append(ConfigError(f"{where}.norm", norm, *no_radius(self.data.name, norm, f"{where}.epsilon")))
-                continue
+                reason, remedy = no_radius(self.data.name, norm, f"{where}.epsilon")
+                return trouble or ConfigError(f"{where}.norm", norm, reason, remedy)
             own_step = None if attack.kind == "fgsm" else step_size
-            found.append(length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape))
-        return next(filter(None, found), None)
+            trouble = trouble or length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape)
+        return trouble
 
     def on_device(self, *, has_gpu: bool) -> Self:
         """This run on workers with or without GPUs: the settings left to `speed.mode` have their values."""

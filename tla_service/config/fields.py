@@ -21,10 +21,8 @@ _KEY = re.compile(r"[/\w.\- :]*")
 _KEY_RULE = "MLflow allows letters, digits, spaces and _ - . : / in names"
 _KEY_LENGTH, _TAG_LENGTH = 250, 8000
 _EXPERIMENT_LENGTH = 256
-# Attack names are parts of keys.
-_ATTACK_LENGTH = 150
-# The promotion lock of a model is a registered model with a longer name.
-_MODEL_LENGTH = 200
+_ATTACK_LENGTH = 150  # attack names are parts of keys
+_MODEL_LENGTH = 200  # the promotion lock of a model is a registered model with a longer name
 # "/" and ":" are reserved by MLflow; "@" precedes an alias, and the others have a meaning in its filters.
 _NOT_IN_MODELS = re.compile(r"[/:@'\"`%\\#?]")
 _OURS = "tla."

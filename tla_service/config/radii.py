@@ -18,8 +18,7 @@ ImageShape = tuple[int, int, int]
 _LEVELS = 255
 # A step may cross the ball once; a longer one jumps from side to side. The margin is for rounding.
 _LONGEST_STEP = 2 * (1 + 1e-9)
-# Steps that cover less of the radius than this in total leave the image where it starts.
-_SHORTEST_PATH = 0.005
+_SHORTEST_PATH = 0.005  # steps that cover less of the radius in total leave the image where it starts
 # (C, H, W) of data sets with images of one size.
 _SHAPES: dict[str, ImageShape] = {
     "digits": (1, 8, 8),
@@ -70,7 +69,7 @@ def length_trouble(
     attacks that choose their own, the number of steps and the shape if not known.
     """
     prefix = f"{where}." if where else ""
-    radius = f"{prefix}epsilon"
+    radius, step = f"{prefix}epsilon", f"{prefix}step_size"
     if norm == "linf" and epsilon > 1:
         return _beyond(radius, epsilon, 1.0, "outside (0, 1]")
     diagonal = math.sqrt(math.prod(shape)) if shape is not None else math.inf
@@ -79,7 +78,6 @@ def length_trouble(
         return _beyond(radius, epsilon, diagonal, f"longer than the diagonal of {size} images, {diagonal:.4g}")
     if step_size is None:
         return None
-    step = f"{prefix}step_size"
     if step_size > _LONGEST_STEP * epsilon:
         remedy = f"use at most {2 * epsilon:g}"
         if step_size >= 1 and step_size / _LEVELS <= 2 * epsilon:
@@ -148,7 +146,6 @@ def without_lengths_of_other_norms(values: Mapping[str, Any], above: Mapping[str
 
 
 def _section(values: Any, *path: str) -> dict[str, Any]:
-    """The section at a path of names; empty if there is none."""
     for name in path:
         values = values.get(name) if isinstance(values, Mapping) else None
     return values if isinstance(values, dict) else {}

@@ -87,14 +87,11 @@ def load_image_folder(config: DataConfig) -> Splits:
             raise UnavailableError("data.root", shown, f"has no folder of this name under {folders[0]}/", _FIX)
     used = tuple(base if name == "." else f"{base}{name}/" for name in found)
     unused = tuple(f"{base}{name}/" for name in folders if name not in found)
+    outside = (name for name in tree.names if not name.startswith(used) or name.startswith(unused))
     left_out = {
         "beside the class folders": [name for part in found.values() for name in part.beside],
         "in class folders that are not images": [name for part in found.values() for name in part.others],
-        f"outside {', '.join(f'{name}/' for name in found)}": [
-            name
-            for name in tree.names
-            if (not name.startswith(used) or name.startswith(unused)) and _ending(name) in _SUFFIXES
-        ],
+        f"outside {', '.join(f'{name}/' for name in found)}": [name for name in outside if _ending(name) in _SUFFIXES],
     }
     notice_left_out(config.root, left_out)
     images = {role: [(path, numbers[_key(inside)]) for path, inside in part.images] for role, part in parts.items()}
