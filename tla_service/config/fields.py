@@ -19,8 +19,7 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 # MLflow's rules for keys (mlflow.utils.validation), and the lengths of its columns.
 _KEY = re.compile(r"[/\w.\- :]*")
 _KEY_RULE = "MLflow allows letters, digits, spaces and _ - . : / in names"
-_KEY_LENGTH, _TAG_LENGTH = 250, 8000
-_EXPERIMENT_LENGTH = 256
+_KEY_LENGTH, _TAG_LENGTH, _EXPERIMENT_LENGTH = 250, 8000, 256
 _ATTACK_LENGTH = 150  # attack names are parts of keys
 _MODEL_LENGTH = 200  # the promotion lock of a model is a registered model with a longer name
 # "/" and ":" are reserved by MLflow; "@" precedes an alias, and the others have a meaning in its filters.

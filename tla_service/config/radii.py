@@ -98,8 +98,7 @@ def _beyond(field: str, value: float, largest: float, reason: str) -> ConfigErro
 
 def documented_radius(data_name: str, norm: Norm) -> float | None:
     """The documented radius of a data set in a norm, if there is one."""
-    found = RADII.get((data_name, norm))
-    return None if found is None else found[0]
+    return RADII.get((data_name, norm), (None, ""))[0]
 
 
 def customary_radius(data_name: str, norm: _AnyNorm, shape: ImageShape) -> tuple[float, str]:

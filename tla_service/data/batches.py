@@ -130,8 +130,7 @@ class TrainingBatches:
 
     def close(self) -> None:
         """Stop the loader processes, if any. The object cannot be used afterwards."""
-        if self._loader is not None:
-            self._loader.close()
+        del self._loader  # releasing its iterator stops its persistent workers
 
     @cached_property
     def _resident(self) -> torch.Tensor:
@@ -186,7 +185,7 @@ class _StepLoader:
             socket = "pymp-00000000/listener-00000000"
             check_socket_path("TMPDIR", tempfile.gettempdir(), socket, "loader processes", remedy)
         self._sampler = _StepSampler(indices)
-        self._loader: data.DataLoader[torch.Tensor | UserError] | None = data.DataLoader(
+        self._loader: data.DataLoader[torch.Tensor | UserError] = data.DataLoader(
             _StepImages(source),
             batch_size=None,
             sampler=self._sampler,
@@ -199,15 +198,11 @@ class _StepLoader:
 
     def read(self, steps: Iterator[StepIndices]) -> Iterator[tuple[StepIndices, torch.Tensor]]:
         """Read the images (n, C, H, W), uint8, of each step; ``steps`` is consumed ahead of what is yielded."""
-        assert self._loader is not None, "closed"
         self._sampler.steps, ours = tee(steps)
         for images, step in zip(self._loader, ours, strict=True):
             if isinstance(images, UserError):
                 raise images
             yield step, images
-
-    def close(self) -> None:
-        self._loader = None  # releasing its iterator stops its persistent workers
 
 
 class _StepSampler:
