@@ -15,7 +15,14 @@ from pydantic import BaseModel
 from tla_service.cluster.doctor.settings import CheckupSettings
 from tla_service.config import EvaluationConfig, RunConfig, TrackingConfig, loading
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.loading import RunSettings, load_config_file, load_settings, print_config, to_yaml
+from tla_service.config.loading import (
+    RunSettings,
+    find_output,
+    load_config_file,
+    load_settings,
+    print_config,
+    to_yaml,
+)
 from tla_service.errors import ConfigError
 from tla_service.tuning.settings import SweepConfig, sweep_yaml
 
@@ -69,7 +76,7 @@ def test_sources_fill_one_section_together(folder: Path, monkeypatch: pytest.Mon
     found = load_settings([*file, "--loss.margin=0.75"])
     assert (found.loss.margin, found.loss.norm_weight, found.loss.triplet_weight) == (0.75, 0.25, 3)
     assert found.optimizer.name == "adam"  # of the preset that the file names
-    assert found.output_folder == folder / "there"
+    assert find_output(found)[1] == folder / "there"
 
 
 def test_preset_and_file_can_be_named_in_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,13 +130,13 @@ def test_nothing_given_is_the_default() -> None:
     found = load_settings([])
     assert found.run_config == RunConfig()
     assert type(found.run_config) is RunConfig
-    assert found.output_folder == Path.cwd() / "runs" / RunConfig().run_name
+    assert find_output(found)[1] == Path.cwd() / "runs" / RunConfig().run_name
 
 
 def test_output_folder_expands_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/somewhere")
-    assert load_settings(["--output", "~/x"]).output_folder == Path("/somewhere/x")
-    assert load_settings(["--name", "mine"]).output_folder == Path.cwd() / "runs" / "mine"
+    assert find_output(load_settings(["--output", "~/x"]))[1] == Path("/somewhere/x")
+    assert find_output(load_settings(["--name", "mine"]))[1] == Path.cwd() / "runs" / "mine"
 
 
 def test_empty_file_changes_nothing(folder: Path) -> None:
@@ -311,7 +318,7 @@ def test_a_value_of_several_lines_is_whole_or_refused(value: str) -> None:
     arguments = ["--preset", "digits", f"--tracking.experiment={value}"]
     with pytest.raises(ConfigError, match=r"tracking\.experiment|command line"):
         load_settings(arguments)
-    assert loading._whole_value(f"--x={value}") == ["--x", value]
+    assert [*loading._checked([f"--x={value}"])] == ["--x", value]
 
 
 def test_no_setting_of_a_job_is_infinite() -> None:

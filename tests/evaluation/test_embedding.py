@@ -72,7 +72,7 @@ def test_attacked_images_stay_in_the_ball_and_wrong_ones_are_attacked_too(networ
     assert 0 < clean.correct.sum() < 32, "the network is to be right and wrong"
     images = torch.cat([batch.images for batch in given]).numpy()
     made = attacked(network, given, ATTACK, seed=3)
-    assert [len(batch) for batch in made] == [20, 12]
+    assert [len(batch.labels) for batch in made] == [20, 12]
     assert torch.cat([batch.labels for batch in made]).tolist() == clean.labels.tolist()
     moved = np.abs(torch.cat([batch.images for batch in made]).numpy() - images).max((1, 2, 3))
     assert 0 < moved.min() <= moved.max() <= 0.2 + 1e-6

@@ -208,7 +208,7 @@ def test_a_step_on_a_gpu_does_not_synchronize(graphs: bool) -> None:
         type(batch.anchors)(batch.anchors.images.to(device), batch.anchors.labels.to(device)),
         None,
         None,
-        len(batch.anchors),
+        len(batch.anchors.labels),
     )
     step.backward(on_device, 0)
     with warnings.catch_warnings():

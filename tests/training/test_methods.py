@@ -195,7 +195,7 @@ def test_going_on_with_pgd_needs_more_than_one_step(kind: str) -> None:
     attack = {"kind": kind, "on_collapse": "pgd", "num_steps": 1, "step_size": 0.15}
     with pytest.raises(ValidationError, match=r"on_collapse=pgd: attack\.num_steps=1 is a single step too"):
         digits_config(method="at", attack=attack)
-    assert not digits_config(method="at", attack=attack | {"kind": "pgd", "num_steps": 2}).attack.is_single_step
+    assert not digits_config(method="at", attack=attack | {"kind": "pgd", "num_steps": 2}).watches_collapse
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_the_smallest_share_is_the_smallest_that_any_worker_gets(batch: int, wor
         if count < steps * world_size:
             continue
         least = min(
-            len(step.anchors)
+            len(step.anchors.labels)
             for rank in range(world_size)
             for step in batches_of(
                 source,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
@@ -108,10 +109,9 @@ class RunConfig(Section):
     def own_functions(self) -> dict[str, str]:
         """Functions from outside the package, as `module:function`, by the field that names them."""
         attacks = {f"{where}.kind": attack.kind for where, attack in self.evaluation.attacks.items()}
-        named = {"attack.kind": self.attack.kind, **attacks, "mining.miner": self.mining.miner or ""}
-        return {where: path for where, path in named.items() if ":" in path} | {
-            f"loss.extra.{path}": path for path in self.loss.extra
-        }
+        terms = {f"loss.extra.{path}": path for path in self.loss.extra}
+        named = {"attack.kind": self.attack.kind, **attacks, "mining.miner": self.mining.miner or "", **terms}
+        return {where: path for where, path in named.items() if ":" in path}
 
     @property
     def digest(self) -> str:
@@ -143,21 +143,23 @@ class RunConfig(Section):
     @property
     def watches_collapse(self) -> bool:
         """Whether training with a single-step attack stops or goes on with PGD after catastrophic overfitting."""
-        return self.method != "natural" and self.attack.is_single_step and self.attack.on_collapse != "ignore"
+        attack = self.attack
+        is_single_step = attack.kind in ("n_fgsm", "free") or attack.num_steps == 1
+        return self.method != "natural" and is_single_step and attack.on_collapse != "ignore"
 
     def attack_trouble(self, shape: ImageShape | None) -> ConfigError | None:
         """What is wrong with radii and step sizes on images (C, H, W), if their shape is known; when a run begins."""
         # Not when a configuration is read back: runs older than this check must still load.
         own, steps = self.attack, self.attack.num_steps if self.attack.kind == "pgd" else None
-        found = [length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)]
+        trouble = length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)
         for where, attack in self.evaluation.attacks.items():
             norm, epsilon, step_size = attack.lengths(own, self.data.name)
             if epsilon is None:
-                found.append(ConfigError(f"{where}.norm", norm, *no_radius(self.data.name, norm, f"{where}.epsilon")))
-                continue
+                reason, remedy = no_radius(self.data.name, norm, f"{where}.epsilon")
+                return trouble or ConfigError(f"{where}.norm", norm, reason, remedy)
             own_step = None if attack.kind == "fgsm" else step_size
-            found.append(length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape))
-        return next(filter(None, found), None)
+            trouble = trouble or length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape)
+        return trouble
 
     def on_device(self, *, has_gpu: bool) -> Self:
         """This run on workers with or without GPUs: the settings left to `speed.mode` have their values."""
@@ -202,135 +204,121 @@ class RunConfig(Section):
             try:
                 self.check_workers(*self.scaling.bounds(auto=1))
             except ConfigError as error:
-                raise wrong(str(error.subject), error.value, error.reason, error.remedy) from None
-        contradiction = next(self._contradictions(), None)
-        if contradiction is not None:
-            raise wrong(*contradiction)
+                raise wrong(*error.args) from None
+        for field, reason, remedy in self._contradictions():
+            raise wrong(field, attrgetter(field)(self), reason, remedy)
         if self.data.root is None and self.data.name != "digits":
             reason = f"{self.data.name} does not ship with the installation"
             raise wrong("data.root", None, reason, "give a folder, or s3://bucket/prefix")
         return self
 
-    def _contradictions(self) -> Iterator[tuple[str, object, str, str]]:
-        """Settings that contradict the method or one another: field, value, reason, remedy."""
+    def _contradictions(self) -> Iterator[tuple[str, str, str]]:
+        """Settings that contradict the method or one another: field, reason, remedy."""
         method, term, loss = self.method, self.robust_term, self.loss
         of_libraries = ":" not in self.model.name or self.model.name.startswith(("timm:", "torchvision:"))
         if self.model.code is not None and of_libraries and not self.own_functions:
             reason = f"{self.model.name} is not a network of your own, and no attack, loss term or miner is"
-            yield "model.code", self.model.code, reason, "leave it out, or set model.name to package.module:factory"
+            yield "model.code", reason, "leave it out, or set model.name to package.module:factory"
         if self.mines_triplets and loss.triplet_weight == 0:
             reason = f"method {method} trains a triplet term"
-            yield "loss.triplet_weight", 0, reason, "give a weight above 0, or use method at"
+            yield "loss.triplet_weight", reason, "give a weight above 0, or use method at"
         if method == "alp" and loss.logit_pairing_weight == 0:
-            yield "loss.logit_pairing_weight", 0, "method alp pairs logits", "give a weight above 0, or use method at"
+            yield "loss.logit_pairing_weight", "method alp pairs logits", "give a weight above 0, or use method at"
         own_term = {**dict.fromkeys(("natural", "at", "alp"), "cross_entropy"), "trades": "trades", "mart": "mart"}
         if term != own_term.get(method, term):
             reason = f"method {method} has its own classification term"
-            yield "loss.robust_term", term, reason, f"set it to auto, or use method {term} or tla"
+            yield "loss.robust_term", reason, f"set it to auto, or use method {term} or tla"
         if loss.clean_weight and term != "cross_entropy":
             reason = f"the {term} term has its own share of clean images"
-            yield "loss.clean_weight", loss.clean_weight, reason, "leave it out, or set loss.robust_weight"
+            yield "loss.clean_weight", reason, "leave it out, or set loss.robust_weight"
         if loss.robust_weight is not None and term == "cross_entropy":
             reason, remedy = f"method {method} has no divergence to weight", "set loss.robust_term to trades or mart"
-            yield "loss.robust_weight", loss.robust_weight, reason, f"leave it out, or {remedy}"
+            yield "loss.robust_weight", reason, f"leave it out, or {remedy}"
         if loss.triplet_layer != "embedding" and not self.mines_triplets:
-            reason = f"method {method} has no triplets"
-            yield "loss.triplet_layer", loss.triplet_layer, reason, "leave it out, or use method tla"
-        of_fine_tuning = (
-            ("model.head", self.model.head, "keep"),
-            ("optimizer.body_rate", self.optimizer.body_rate, 1),
-            ("training.freeze_batchnorm", self.training.freeze_batchnorm, False),
-        )
-        for field, value, default in of_fine_tuning:
-            if self.model.pretrained is None and value != default:
-                yield field, value, "the network starts from random weights", "leave it out, or set model.pretrained"
+            yield "loss.triplet_layer", f"method {method} has no triplets", "leave it out, or use method tla"
+        of_fine_tuning = {"model.head": "keep", "optimizer.body_rate": 1, "training.freeze_batchnorm": False}
+        for field, default in of_fine_tuning.items():
+            if self.model.pretrained is None and attrgetter(field)(self) != default:
+                yield field, "the network starts from random weights", "leave it out, or set model.pretrained"
         yield from self._contradictions_of_extra_images()
         yield from self._contradictions_of_the_attack()
 
-    def _contradictions_of_extra_images(self) -> Iterator[tuple[str, object, str, str]]:
+    def _contradictions_of_extra_images(self) -> Iterator[tuple[str, str, str]]:
         extra, batch = self.data.extra, self.training.global_batch_size
         if (extra.path is None) != (extra.share is None):
             reason = "not set with" if extra.share is None else "set without"
-            yield "data.extra.share", extra.share, f"{reason} data.extra.path", "set both, or neither"
+            yield "data.extra.share", f"{reason} data.extra.path", "set both, or neither"
         elif extra.share is not None and self.extra_per_step in (0, batch):
             reason = f"of {batch} images, {self.extra_per_step} would be extra images"
-            yield "data.extra.share", extra.share, reason, "use a larger training.global_batch_size"
+            yield "data.extra.share", reason, "use a larger training.global_batch_size"
         elif extra.share is not None and self.data.balance == "class_weights":
-            reason = "the training images' weights do not fit those of data.extra"
-            yield "data.balance", "class_weights", reason, "use sampling"
+            yield "data.balance", "the training images' weights do not fit those of data.extra", "use sampling"
         elif extra.share is not None and self.mines_triplets and self.mining.pool == "separate":
-            yield "mining.pool", "separate", "its images would not include those of data.extra", "use batch"
+            yield "mining.pool", "its images would not include those of data.extra", "use batch"
 
-    def _contradictions_of_the_attack(self) -> Iterator[tuple[str, object, str, str]]:
+    def _contradictions_of_the_attack(self) -> Iterator[tuple[str, str, str]]:
         attack, mining = self.attack, self.mining
         if self.attack_objective == "kl" and not attack.random_start and attack.kind == "pgd":
-            remedy = "set it to true, or attack.objective to cross_entropy"
-            yield "attack.random_start", "False", _NO_GRADIENT, remedy
+            yield "attack.random_start", _NO_GRADIENT, "set it to true, or attack.objective to cross_entropy"
         if self.attack_objective == "kl" and attack.noise == 0 and attack.kind == "n_fgsm":
-            yield "attack.noise", 0, _NO_GRADIENT, "set a value above 0, or attack.objective to cross_entropy"
+            yield "attack.noise", _NO_GRADIENT, "set a value above 0, or attack.objective to cross_entropy"
         reuses = self.mines_triplets and mining.pool == "separate" and mining.queries == "last_step"
         if reuses and attack.kind == "free":
             reason = "free training takes no attack steps before mining"
-            yield "mining.queries", "last_step", reason, "use final, or another attack.kind"
+            yield "mining.queries", reason, "use final, or another attack.kind"
         if attack.batchnorm == "train" and self.training.freeze_batchnorm:
-            reason = "training.freeze_batchnorm keeps BatchNorm in eval mode"
-            yield "attack.batchnorm", "train", reason, "leave one of them out"
+            yield "attack.batchnorm", "training.freeze_batchnorm keeps BatchNorm in eval mode", "leave one of them out"
         if attack.awp and self.method == "natural":
-            yield "attack.awp", "True", "method natural has no attack", "leave it out, or use method at"
+            yield "attack.awp", "method natural has no attack", "leave it out, or use method at"
         if self.scaling.async_validation and self.watches_collapse:
             reason = "attack.on_collapse acts on an epoch's validation before the next epoch"
-            yield "scaling.async_validation", "True", reason, "leave it out, or set attack.on_collapse to ignore"
+            yield "scaling.async_validation", reason, "leave it out, or set attack.on_collapse to ignore"
         yield from self._contradictions_of_views()
         yield from self._contradictions_of_own_functions()
 
-    def _contradictions_of_views(self) -> Iterator[tuple[str, object, str, str]]:
+    def _contradictions_of_views(self) -> Iterator[tuple[str, str, str]]:
         data, weight = self.data, self.loss.view_weight
         if weight and data.augment == "none" and not data.cutmix:
             reason = "the second view would have no augmentation of its own"
-            yield "loss.view_weight", weight, reason, "set data.augment or data.cutmix"
+            yield "loss.view_weight", reason, "set data.augment or data.cutmix"
         if weight and self.training.batchnorm_roles == "together":
             reason = "a second view has BatchNorm statistics of its own (loss.view_weight)"
-            yield "training.batchnorm_roles", "together", reason, "use apart"
+            yield "training.batchnorm_roles", reason, "use apart"
         if weight and self.attack.kind == "free":
             reason = "free training has one backward pass for images and weights, a second view needs another"
-            yield "loss.view_weight", weight, reason, "leave it out, or use attack.kind pgd"
+            yield "loss.view_weight", reason, "leave it out, or use attack.kind pgd"
         if weight and self.speed.compile == "all":
             reason = "a compiled update has not been verified with a second view"
-            yield "speed.compile", "all", reason, "use attack, or set loss.view_weight to 0"
+            yield "speed.compile", reason, "use attack, or set loss.view_weight to 0"
         if data.cutmix:
             yield from self._contradictions_of_cutmix()
 
-    def _contradictions_of_cutmix(self) -> Iterator[tuple[str, object, str, str]]:
+    def _contradictions_of_cutmix(self) -> Iterator[tuple[str, str, str]]:
         data, weight = self.data, self.loss.view_weight
         if self.mines_triplets and not weight:
             reason = "a triplet compares images of one class, and CutMix makes images of two"
-            yield "data.cutmix", "True", reason, "set loss.view_weight, so that only the second view is mixed"
+            yield "data.cutmix", reason, "set loss.view_weight, so that only the second view is mixed"
         if self.robust_term == "mart":
-            yield "data.cutmix", "True", "MART's term needs images of one class", "use another loss.robust_term"
+            yield "data.cutmix", "MART's term needs images of one class", "use another loss.robust_term"
         if data.balance == "class_weights":
-            reason = "a class weight needs images of one class"
-            yield "data.balance", "class_weights", reason, "use sampling, or leave out data.cutmix"
+            yield "data.balance", "a class weight needs images of one class", "use sampling, or leave out data.cutmix"
         if ":" in self.attack.kind or (self.loss.extra and not weight):
-            reason = "your own attack or loss term takes one class per image"
-            yield "data.cutmix", "True", reason, "leave one of them out"
+            yield "data.cutmix", "your own attack or loss term takes one class per image", "leave one of them out"
         if self.speed.cuda_graphs:
-            yield "speed.cuda_graphs", "True", "the captured attack takes one class per image", "leave it out"
+            yield "speed.cuda_graphs", "the captured attack takes one class per image", "leave it out"
 
-    def _contradictions_of_own_functions(self) -> Iterator[tuple[str, object, str, str]]:
+    def _contradictions_of_own_functions(self) -> Iterator[tuple[str, str, str]]:
         attack, mining = self.attack, self.mining
         own = ":" in attack.kind
         if own and self.mines_triplets and mining.pool == "separate" and mining.queries == "last_step":
-            reason = "your own attack may take its last step with part of the images"
-            yield "mining.queries", "last_step", reason, "use final"
+            yield "mining.queries", "your own attack may take its last step with part of the images", "use final"
         if own and attack.batchnorm == "train":
             reason = "your own attack runs on a copy of the network, in eval mode"
-            yield "attack.batchnorm", "train", reason, "use eval, or attack.kind pgd"
+            yield "attack.batchnorm", reason, "use eval, or attack.kind pgd"
         if own and self.speed.cuda_graphs:
             remedy = "leave it out, or use attack.kind pgd"
-            yield "speed.cuda_graphs", "True", "your own attack cannot be captured in a CUDA graph", remedy
+            yield "speed.cuda_graphs", "your own attack cannot be captured in a CUDA graph", remedy
         if mining.miner is not None and self.method not in ("tla", "tla_sa"):
-            reason = f"method {self.method} mines no negatives"
-            yield "mining.miner", mining.miner, reason, "leave it out, or use method tla"
+            yield "mining.miner", f"method {self.method} mines no negatives", "leave it out, or use method tla"
         if mining.miner is not None and mining.keep_probability < 1:
-            reason = "your own miner gets the whole pool"
-            yield "mining.keep_probability", mining.keep_probability, reason, "leave it out, or draw in the miner"
+            yield "mining.keep_probability", "your own miner gets the whole pool", "leave it out, or draw in the miner"

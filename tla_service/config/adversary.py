@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple, Self
 
 from pydantic import model_validator
 
-from tla_service.config.fields import Function, Pixels, Section, setting, wrong
+from tla_service.config.fields import Function, Pixels, Section, refuse, setting, wrong
 from tla_service.config.radii import Norm, documented_radius, length_trouble
 
 _LENGTH = "pixels in [0, 1], or L2 length"
@@ -50,11 +50,6 @@ class AttackConfig(Section):
     )
     label_smoothing: bool = setting(True, "attack the label-smoothed loss that training minimizes (authors' code)")
 
-    @property
-    def is_single_step(self) -> bool:
-        """Whether training is prone to catastrophic overfitting."""
-        return self.kind in ("n_fgsm", "free") or self.num_steps == 1
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.norm == "l2" and self.kind in ("n_fgsm", "free"):
@@ -62,9 +57,7 @@ class AttackConfig(Section):
         if self.norm != "linf" and not {"epsilon", "step_size"} <= self.model_fields_set:
             remedy = "give attack.epsilon and attack.step_size; docs/evaluation.md lists the radius of each data set"
             raise wrong("attack.norm", self.norm, "radius and step size have no default in this norm", remedy)
-        trouble = length_trouble("attack", self.norm, self.epsilon, self.step_size)
-        if trouble is not None:
-            raise wrong(*trouble.args)
+        refuse(length_trouble("attack", self.norm, self.epsilon, self.step_size))
         if self.on_collapse == "pgd" and self.num_steps == 1:
             reason = "attack.num_steps=1 is a single step too and would collapse again"
             raise wrong("attack.on_collapse", "pgd", reason, "set attack.num_steps to 2 or more, or use stop or ignore")

@@ -81,8 +81,7 @@ class TrackingConfig(Section):
 
     def trouble(self) -> ConfigError | None:
         """What MLflow would refuse. Checked when a run begins, not when a configuration is read back."""
-        found = [name_trouble("tracking.experiment", self.experiment)]
-        found += [tag_trouble("tracking.tags", key, value) for key, value in self.tags.items()]
-        if self.registered_model:
-            found.append(model_trouble("tracking.registered_model", self.registered_model))
-        return next(filter(None, found), None)
+        experiment = name_trouble("tracking.experiment", self.experiment)
+        tags = (tag_trouble("tracking.tags", key, value) for key, value in self.tags.items())
+        model = model_trouble("tracking.registered_model", self.registered_model or "")
+        return next(filter(None, (experiment, *tags, model)), None)

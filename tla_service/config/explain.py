@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from tla_service.config.fields import Function
+from tla_service.config.yaml_files import check_json
 from tla_service.errors import ConfigError
 
 
@@ -50,8 +51,18 @@ class Explainer:
         described = known.description if known is not None and known.description else "see --help"
         return ConfigError(name, value, reason, f"{_in_other_units(error, described)}expected: {described}")
 
-    def explain_flag(self, message: str) -> ConfigError:
-        """Explain a complaint of the argument parser."""
+    def explain_source(self, message: str) -> ConfigError:
+        """Explain a complaint of pydantic-settings or its argument parser."""
+        # It does not say which variable of a section or a list is not JSON.
+        for variable, path in self._variables():
+            field = self._field_at(path)
+            composite = field is not None and typing.get_origin(field.annotation) in (dict, tuple)
+            if composite or self._section_at(path) is not None:
+                try:
+                    json.loads(os.environ[variable])
+                except ValueError:
+                    remedy = "write it as JSON, or set its fields one by one"
+                    return ConfigError(variable, os.environ[variable], "not valid JSON", remedy)
         unknown = re.search(r"unrecognized arguments: (--)?(\S+)", message)
         if unknown is None:
             return ConfigError("command line", None, message.removeprefix("error parsing CLI: "), "see --help")
@@ -62,31 +73,17 @@ class Explainer:
         remedy = f"did you mean --{close[0]}?" if close else "see --help"
         return ConfigError(f"{unknown[1] or ''}{flag}", None, "no such flag", remedy)
 
-    def broken_variable(self) -> ConfigError | None:
-        """Find the variable of a section or a list that is not JSON; pydantic-settings does not say which."""
-        for variable, path in self.variables():
-            field = self._field_at(path)
-            composite = field is not None and typing.get_origin(field.annotation) in (dict, tuple)
-            if composite or self._section_at(path) is not None:
-                try:
-                    json.loads(os.environ[variable])
-                except ValueError:
-                    remedy = "write it as JSON, or set its fields one by one"
-                    return ConfigError(variable, os.environ[variable], "not valid JSON", remedy)
-        return None
-
-    def unknown_variable(self, *others: type[BaseModel]) -> ConfigError | None:
-        """Find a variable with the prefix that sets nothing, here or in `others`; pydantic-settings ignores those."""
-        roots = (self._root, *others)
-        for variable, path in self.variables():
-            holders = [root for root in roots if path[0] in root.model_fields]
+    def check_variables(self, other: type[BaseModel]) -> None:
+        """Refuse a variable that sets nothing, here or in `other`, or has a key twice: pydantic-settings takes both."""
+        for variable, path in self._variables():
+            check_json(variable, os.environ[variable])
+            holders = [root for root in (self._root, other) if path[0] in root.model_fields]
             known = any(len(path) == 1 or Explainer(root, "")._section_at(path[:1]) is not None for root in holders)
             if not (known or path[0].startswith("test_")):
                 remedy = "sections and fields are joined by two underscores, as in TLA_LOSS__MARGIN"
-                return ConfigError(variable, os.environ[variable], "no such setting", remedy)
-        return None
+                raise ConfigError(variable, os.environ[variable], "no such setting", remedy)
 
-    def variables(self) -> list[tuple[str, list[str]]]:
+    def _variables(self) -> list[tuple[str, list[str]]]:
         """Environment variables with the prefix, and the field that each sets as a path of names."""
         ours = [name for name in os.environ if name.upper().startswith(self._prefix)]
         return [(name, name[len(self._prefix) :].lower().split("__")) for name in ours]
@@ -95,9 +92,7 @@ class Explainer:
         """The field at fault, as a path of names and as pydantic knows it."""
         location = [str(part) for part in error["loc"] if part != "[key]"]
         known = self._field_at(location)
-        if error["type"] == "extra_forbidden":
-            return location, known
-        while known is None and len(location) > 1:
+        while known is None and len(location) > 1 and error["type"] != "extra_forbidden":
             known = self._field_at(location[:-1])
             if known is None or _is_union(known.annotation):
                 # The last part names a member of a union, such as `int` of `int | "auto"`, or a validator.

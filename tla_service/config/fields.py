@@ -19,12 +19,9 @@ _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 # MLflow's rules for keys (mlflow.utils.validation), and the lengths of its columns.
 _KEY = re.compile(r"[/\w.\- :]*")
 _KEY_RULE = "MLflow allows letters, digits, spaces and _ - . : / in names"
-_KEY_LENGTH, _TAG_LENGTH = 250, 8000
-_EXPERIMENT_LENGTH = 256
-# Attack names are parts of keys.
-_ATTACK_LENGTH = 150
-# The promotion lock of a model is a registered model with a longer name.
-_MODEL_LENGTH = 200
+_KEY_LENGTH, _TAG_LENGTH, _EXPERIMENT_LENGTH = 250, 8000, 256
+_ATTACK_LENGTH = 150  # attack names are parts of keys
+_MODEL_LENGTH = 200  # the promotion lock of a model is a registered model with a longer name
 # "/" and ":" are reserved by MLflow; "@" precedes an alias, and the others have a meaning in its filters.
 _NOT_IN_MODELS = re.compile(r"[/:@'\"`%\\#?]")
 _OURS = "tla."
@@ -105,15 +102,13 @@ def model_trouble(field: str, name: str) -> ConfigError | None:
     """What is wrong with the name of a registered model."""
     found = _NOT_IN_MODELS.search(name)
     if found is not None:
-        return ConfigError(
-            field, name, f"a registered model's name cannot contain {found[0]}", "leave it out, or use -"
-        )
+        reason = f"a registered model's name cannot contain {found[0]}"
+        return ConfigError(field, name, reason, "leave it out, or use -")
     if not name.isprintable() or name.strip() != name or name == "." or name.startswith(".."):
         return ConfigError(field, name, "not a valid name of a registered model", "use letters, digits, _ - .")
     if name.startswith("m-"):
-        return ConfigError(
-            field, name, "names that begin with m- are model ids in MLflow", "start it with something else"
-        )
+        reason = "names that begin with m- are model ids in MLflow"
+        return ConfigError(field, name, reason, "start it with something else")
     return _length_trouble(field, name, _MODEL_LENGTH)
 
 

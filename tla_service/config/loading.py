@@ -3,10 +3,8 @@
 import functools
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -29,15 +27,14 @@ from tla_service.errors import ConfigError, without_credentials
 
 _log = logging.getLogger(__name__)
 CONFIG = "config.yaml"  # in a run's output folder
-_PRESETS = resources.files("tla_service.config") / "presets"
+_PRESETS = Path(__file__).parent / "presets"
 _FOLDERS = {"study": _PRESETS / "sweeps", "preset": _PRESETS}
 _FILES = ("config", *_FOLDERS)  # each may name the next
 
 
 def preset_names(field: str = "preset") -> list[str]:
     """Names that `--preset` or `--study` takes."""
-    files = [file.name for file in _FOLDERS[field].iterdir()]
-    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+    return sorted(file.stem for file in _FOLDERS[field].glob("*.yaml"))
 
 
 class JobSettings(BaseSettings):
@@ -111,11 +108,6 @@ class RunSettings(JobSettings, RunConfig):
         """The run alone: what is logged, and what a worker gets."""
         return RunConfig.model_validate({name: getattr(self, name) for name in RunConfig.model_fields})
 
-    @property
-    def output_folder(self) -> Path:
-        """The output folder as an absolute path."""
-        return (self.output or Path("runs") / self.run_config.run_name).expanduser().absolute()
-
 
 class _NamedFile(YamlConfigSettingsSource):
     """A YAML file that the setting `field` names: a path, a preset or a study."""
@@ -178,20 +170,15 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
     setting ignores them. Raises a ConfigError for a wrong setting, and an ExceptionGroup of them for several.
     """
     explainer = Explainer(kind, "TLA_")
-    unknown = explainer.unknown_variable(RunSettings)
-    if unknown is not None:
-        raise unknown
-    given = map(_renamed, sys.argv[1:] if arguments is None else arguments)
-    arguments = [part for argument in given for part in _whole_value(argument)]
-    for flag, text in [*_values(arguments), *((name, os.environ[name]) for name, _ in explainer.variables())]:
-        check_json(flag, text)
+    explainer.check_variables(RunSettings)
+    arguments = [*_checked(sys.argv[1:] if arguments is None else arguments)]
     try:
         return kind(_cli_parse_args=arguments, **values)
     except ValidationError as error:
         found = map(explainer.explain, error.errors(include_url=False))
         errors = list({str(one.subject): one for one in found}.values())
     except SettingsError as error:
-        errors = [explainer.broken_variable() or explainer.explain_flag(str(error))]
+        errors = [explainer.explain_source(str(error))]
     if len(errors) == 1:
         raise errors[0] from None
     raise ExceptionGroup("the configuration is wrong", errors) from None
@@ -228,8 +215,9 @@ def print_config(settings: RunSettings) -> str:
 
 
 def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
-    """The run and its output folder; one that an earlier version started under another default name keeps its own."""
-    config, output = settings.run_config, settings.output_folder
+    """The run and its output folder, absolute; one that an earlier version named by another default keeps its own."""
+    config = settings.run_config
+    output = (settings.output or Path("runs") / config.run_name).expanduser().absolute()
     if config.name or settings.output is not None or output.exists():
         return config, output
     for path in sorted(output.parent.glob(f"{config.name_stem}-{'[0-9a-f]' * 8}/{CONFIG}")):
@@ -240,31 +228,20 @@ def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
 
 @functools.cache
 def _hint_renamed() -> None:
-    """Once per process."""
     _log.warning("model.weights is now called model.pretrained; the next release will not accept the old name")
 
 
-def _renamed(argument: str) -> str:
-    """A flag under its present name."""
-    flag, equals, value = argument.partition("=")
-    if flag != "--model.weights":
-        return argument
-    _hint_renamed()
-    return f"--model.pretrained{equals}{value}"
-
-
-def _whole_value(argument: str) -> list[str]:
-    """A flag with a value of several lines as two arguments: pydantic-settings drops what follows the first line."""
-    flag, _, value = argument.partition("=")
-    return [flag, value] if flag.startswith("--") and "\n" in value else [argument]
-
-
-def _values(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Values of a command line, each with the flag before it."""
+def _checked(arguments: Sequence[str]) -> Iterator[str]:
+    """A command line with flags under their present names; ConfigError for a JSON object with a duplicate key."""
     flag = ""
     for argument in arguments:
-        if argument.startswith("-"):
-            flag, _, value = argument.partition("=")
+        name, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+        if name == "--model.weights":
+            _hint_renamed()
+            name = "--model.pretrained"
+        flag = name or flag
+        check_json(flag, value)
+        if name.startswith("--") and "\n" in value:
+            yield from (name, value)  # pydantic-settings would drop what follows the first line
         else:
-            value = argument
-        yield flag, value
+            yield f"{name}{equals}{value}"

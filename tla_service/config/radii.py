@@ -12,13 +12,13 @@ from typing import Any, Literal
 from tla_service.errors import ConfigError
 
 Norm = Literal["linf", "l2"]
+_AnyNorm = Literal["linf", "l2", "l1", "l0"]
 ImageShape = tuple[int, int, int]
 
 _LEVELS = 255
 # A step may cross the ball once; a longer one jumps from side to side. The margin is for rounding.
 _LONGEST_STEP = 2 * (1 + 1e-9)
-# Steps that cover less of the radius than this in total leave the image where it starts.
-_SHORTEST_PATH = 0.005
+_SHORTEST_PATH = 0.005  # steps that cover less of the radius in total leave the image where it starts
 # (C, H, W) of data sets with images of one size.
 _SHAPES: dict[str, ImageShape] = {
     "digits": (1, 8, 8),
@@ -28,8 +28,8 @@ _SHAPES: dict[str, ImageShape] = {
     "cifar100": (3, 32, 32),
     "tiny_imagenet": (3, 64, 64),
 }
-# In pixels of [0, 1] (L-infinity) or an L2 length, and where it is from.
-RADII: dict[tuple[str, Norm], tuple[float, str]] = {
+# In pixels of [0, 1] (L-infinity), an L2 or L1 length, or the number of pixels (L0); and where it is from.
+RADII: dict[tuple[str, _AnyNorm], tuple[float, str]] = {
     ("mnist", "linf"): (0.3, "Madry et al. 2018; Mao et al. 2019"),
     ("mnist", "l2"): (2.0, "Tramèr and Boneh 2019"),
     ("fashion_mnist", "linf"): (0.1, "Wong and Kolter 2018"),
@@ -41,9 +41,6 @@ RADII: dict[tuple[str, Norm], tuple[float, str]] = {
     ("tiny_imagenet", "l2"): (128 / 255, "CIFAR-10's; there is no convention"),
     ("digits", "linf"): (0.15, "this project's preset"),
     ("digits", "l2"): (0.6, "this project's: half of 0.15 on each of the 64 pixels"),
-}
-# Radii in sparse norms, and where they are from: an L1 length; for L0 the number of pixels.
-_SPARSE_RADII: dict[tuple[str, Literal["l0", "l1"]], tuple[float, str]] = {
     ("mnist", "l1"): (10.0, "Tramèr and Boneh 2019"),
     ("mnist", "l0"): (12.0, "Schott et al. 2019"),
     ("cifar10", "l1"): (12.0, "Maini et al. 2020; Croce and Hein 2021"),
@@ -72,7 +69,7 @@ def length_trouble(
     attacks that choose their own, the number of steps and the shape if not known.
     """
     prefix = f"{where}." if where else ""
-    radius = f"{prefix}epsilon"
+    radius, step = f"{prefix}epsilon", f"{prefix}step_size"
     if norm == "linf" and epsilon > 1:
         return _beyond(radius, epsilon, 1.0, "outside (0, 1]")
     diagonal = math.sqrt(math.prod(shape)) if shape is not None else math.inf
@@ -81,7 +78,6 @@ def length_trouble(
         return _beyond(radius, epsilon, diagonal, f"longer than the diagonal of {size} images, {diagonal:.4g}")
     if step_size is None:
         return None
-    step = f"{prefix}step_size"
     if step_size > _LONGEST_STEP * epsilon:
         remedy = f"use at most {2 * epsilon:g}"
         if step_size >= 1 and step_size / _LEVELS <= 2 * epsilon:
@@ -102,21 +98,19 @@ def _beyond(field: str, value: float, largest: float, reason: str) -> ConfigErro
 
 def documented_radius(data_name: str, norm: Norm) -> float | None:
     """The documented radius of a data set in a norm, if there is one."""
-    found = RADII.get((data_name, norm))
-    return None if found is None else found[0]
+    return RADII.get((data_name, norm), (None, ""))[0]
 
 
-def customary_radius(data_name: str, norm: Literal["linf", "l2", "l1", "l0"], shape: ImageShape) -> tuple[float, str]:
+def customary_radius(data_name: str, norm: _AnyNorm, shape: ImageShape) -> tuple[float, str]:
     """The radius that a norm is reported at for a data set of images (C, H, W), and where it is from.
 
     Without one in the literature it is MNIST's for greyscale images and CIFAR-10's for others: the same in L-infinity,
     scaled to the number of values in L1 and L0 (at least one value), and to its root in L2.
     """
-    known: dict[tuple[str, Any], tuple[float, str]] = {**RADII, **_SPARSE_RADII}
-    if (data_name, norm) in known:
-        return known[data_name, norm]
+    if (data_name, norm) in RADII:
+        return RADII[data_name, norm]
     model, name = ("mnist", "MNIST") if shape[0] == 1 else ("cifar10", "CIFAR-10")
-    radius, more = known[model, norm][0], math.prod(shape) / math.prod(_SHAPES[model])
+    radius, more = RADII[model, norm][0], math.prod(shape) / math.prod(_SHAPES[model])
     scaled = {"linf": radius, "l2": radius * math.sqrt(more), "l1": radius * more, "l0": max(1, round(radius * more))}
     return float(scaled[norm]), f"as {name}'s" if more == 1 or norm == "linf" else f"{name}'s, scaled to the image size"
 
@@ -151,7 +145,6 @@ def without_lengths_of_other_norms(values: Mapping[str, Any], above: Mapping[str
 
 
 def _section(values: Any, *path: str) -> dict[str, Any]:
-    """The section at a path of names; empty if there is none."""
     for name in path:
         values = values.get(name) if isinstance(values, Mapping) else None
     return values if isinstance(values, dict) else {}

@@ -53,20 +53,15 @@ def read_yaml(path: Path, subject: str) -> Any:
 def parse_yaml(text: str, subject: str, name: object) -> Any:
     """Read one YAML document, None if empty; `name`, a path or a preset, is the value of the setting `subject`."""
     try:
-        loader = _Loader(text)
-        try:
-            root = loader.get_single_node()
-            if root is None:
-                return None
-            if _size(root, {}) > _MOST_VALUES:
-                reason = f"stands for more than {_MOST_VALUES} values"
-                raise ConfigError(subject, name, reason, "give a file of settings, without aliases of aliases")
-            repeated = next(_repeated(root), None)
-            if repeated is not None:
-                raise ConfigError(subject, name, repeated, "keep one of them")
-            return loader.construct_document(root)
-        finally:
-            loader.dispose()
+        root = yaml.compose(text, _Loader)
+        if root is None:
+            return None
+        if _size(root, {}) > _MOST_VALUES:
+            reason = f"stands for more than {_MOST_VALUES} values"
+            raise ConfigError(subject, name, reason, "give a file of settings, without aliases of aliases")
+        for repeated in _repeated(root):
+            raise ConfigError(subject, name, repeated, "keep one of them")
+        return _Loader("").construct_document(root)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # Besides its own, yaml lets through what its scalars raise: !!int x, 2020-99-99, !!bool x.
         raise ConfigError(subject, name, *_explained(error)) from error

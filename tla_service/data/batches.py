@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import zip_longest
+from itertools import tee, zip_longest
 
 import torch
 from torch.utils import data
@@ -20,8 +20,8 @@ from tla_service.files import check_socket_path
 from tla_service.runtime import WorkerContext, generator
 
 _Source = ImageSource | JoinedSource
-# Of anchors, positives and pool.
-_DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL)
+# Of anchors, positives, pool and the second view.
+_DRAWS = (Draw.AUGMENT_ANCHORS, Draw.AUGMENT_POSITIVES, Draw.AUGMENT_POOL, Draw.AUGMENT_VIEW)
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,6 @@ class Batch:
 
     images: torch.Tensor
     labels: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -122,21 +119,18 @@ class TrainingBatches:
 
     def augmented(self, raw: RawBatch) -> StepBatch:
         """The batch of a step, the same one every time."""
-        anchors, positives, pool = (
+        roles = (*raw.roles, raw.roles[0] if self._second_view else None)
+        anchors, positives, pool, view = (
             None if role is None else Batch(self._finished(role[0], draw, raw), role[1])
-            for draw, role in zip(_DRAWS, raw.roles, strict=True)
+            for draw, role in zip(_DRAWS, roles, strict=True)
         )
         assert anchors is not None
         weights = None if self._class_weights is None else self._class_weights[anchors.labels]
-        assert raw.roles[0] is not None
-        again = self._finished(raw.roles[0][0], Draw.AUGMENT_VIEW, raw) if self._second_view else None
-        view = None if again is None else Batch(again, anchors.labels)
         return StepBatch(anchors, positives, pool, raw.global_size, weights, view)
 
     def close(self) -> None:
         """Stop the loader processes, if any. The object cannot be used afterwards."""
-        if self._loader is not None:
-            self._loader.close()
+        del self._loader  # releasing its iterator stops its persistent workers
 
     @cached_property
     def _resident(self) -> torch.Tensor:
@@ -160,9 +154,6 @@ class EvaluationBatches:
         self._source, self._device = source, context.device
         own = indices[context.rank :: context.world_size]
         self._chunks = torch.split(own, batch_size) if len(own) else ()
-
-    def __len__(self) -> int:
-        return len(self._chunks)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches; the next one is read while the current one is in use."""
@@ -193,11 +184,11 @@ class _StepLoader:
             remedy = "set TMPDIR to a shorter folder, or data.loader_workers to 0"
             socket = "pymp-00000000/listener-00000000"
             check_socket_path("TMPDIR", tempfile.gettempdir(), socket, "loader processes", remedy)
-        self._steps = _StepSampler(indices)
-        self._loader: data.DataLoader[torch.Tensor | UserError] | None = data.DataLoader(
+        self._sampler = _StepSampler(indices)
+        self._loader: data.DataLoader[torch.Tensor | UserError] = data.DataLoader(
             _StepImages(source),
             batch_size=None,
-            sampler=self._steps,
+            sampler=self._sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
@@ -207,30 +198,23 @@ class _StepLoader:
 
     def read(self, steps: Iterator[StepIndices]) -> Iterator[tuple[StepIndices, torch.Tensor]]:
         """Read the images (n, C, H, W), uint8, of each step; ``steps`` is consumed ahead of what is yielded."""
-        assert self._loader is not None, "closed"
-        self._steps.steps, self._steps.handed_out = steps, []
-        for images in self._loader:
+        self._sampler.steps, ours = tee(steps)
+        for images, step in zip(self._loader, ours, strict=True):
             if isinstance(images, UserError):
                 raise images
-            yield self._steps.handed_out.pop(0), images
-
-    def close(self) -> None:
-        self._loader = None  # releasing its iterator stops its persistent workers
+            yield step, images
 
 
 class _StepSampler:
-    """Hands the steps' images to the loader, and remembers the steps until their images arrive."""
+    """Hands the steps' images to the loader, which reads one epoch after another from it."""
 
     def __init__(self, indices: torch.Tensor) -> None:
         self._indices = indices
         self.steps: Iterator[StepIndices] = iter(())
-        self.handed_out: list[StepIndices] = []
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            self.handed_out.append(step)
-            # A list: a tensor would be put in shared memory, with one file descriptor per step.
-            yield self._indices[step.all].tolist()
+        # Lists: a tensor would be put in shared memory, with one file descriptor per step.
+        return (self._indices[step.all].tolist() for step in self.steps)
 
 
 class _StepImages(data.Dataset[torch.Tensor | UserError]):

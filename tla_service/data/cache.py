@@ -14,6 +14,8 @@ from tla_service.errors import UnavailableError
 from tla_service.files import whole_file
 
 LOG = logging.getLogger(__name__)
+Tensors = dict[str, torch.Tensor]
+MAKE_ROOM = "free some space, or give another folder"
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -84,9 +86,7 @@ def content_digest(*tensors: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def cached_tensors(
-    cache_dir: str, key: str, build: Callable[[], dict[str, torch.Tensor]]
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def cached_tensors(cache_dir: str, key: str, build: Callable[[], Tensors]) -> tuple[Tensors, dict[str, str]]:
     """Tensors built once per node, and their digests, by a key that changes whenever the result of ``build`` would.
 
     The file is mapped into memory, so the workers of a node share one copy. Treat the tensors as read-only.
@@ -100,8 +100,7 @@ def cached_tensors(
         if (found := _read_tensors(path)) is None:
             tensors = build()
             digests = {name: content_digest(tensor) for name, tensor in tensors.items()}
-            remedy = "free some space, or give another folder"
-            with disk_trouble("data.cache_dir", path.parent, remedy), whole_file(path) as part:
+            with disk_trouble("data.cache_dir", path.parent, MAKE_ROOM), whole_file(path) as part:
                 save_file(tensors, part, digests)
             # Read back, so that the builder uses the shared mapping, too.
             del tensors
@@ -111,7 +110,7 @@ def cached_tensors(
     return found
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]] | None:
     """Map the file; ``None`` if it is missing or unreadable."""
     from safetensors import SafetensorError, safe_open
 

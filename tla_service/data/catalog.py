@@ -28,7 +28,7 @@ def load_digits(config: DataConfig) -> Splits:
     from sklearn import datasets, model_selection
 
     bunch = datasets.load_digits()
-    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    labels = torch.from_numpy(bunch.target)
     pixels = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)[:, None]
     rows = range(len(labels))
     parts = model_selection.train_test_split(rows, test_size=0.25, random_state=0, stratify=labels.numpy())
@@ -61,14 +61,11 @@ def load_dataset(config: DataConfig) -> Dataset:
     whole, held_out = splits.train, splits.test
     if held_out is None:
         assert config.test_fraction is not None
-        fraction, names = config.test_fraction, splits.class_names
-        train_rows, test_rows = split_validation(whole.labels, fraction, 0, names, "data.test_fraction")
-        whole, held_out = whole.subset(train_rows), whole.subset(test_rows)
+        parts = split_validation(whole.labels, config.test_fraction, 0, splits.class_names, "data.test_fraction")
+        whole, held_out = (whole.subset(part) for part in parts)
     _check(config, whole, held_out, splits)
     train, test = _limited(whole, config.train_limit), _limited(held_out, config.test_limit)
-    gate = gate_images(held_out.labels)
-    if len(test) < len(gate):
-        gate = gate[stratified_subset(held_out.labels, len(test))]
+    gate = gate_images(held_out.labels)[stratified_subset(held_out.labels, len(test))]
     if config.train_limit is not None and len(torch.unique(train.labels)) < len(splits.class_names):
         classes = len(splits.class_names)
         reason, enough = f"leaves some of the {classes} classes without images", min(4 * classes, len(whole))
@@ -84,7 +81,6 @@ def _limited(source: ImageSource, limit: int | None) -> ImageSource:
 
 
 def _check(config: DataConfig, train: ImageSource, test: ImageSource, splits: Splits) -> None:
-    """Refuse what cannot be trained on."""
     names, validation = splits.class_names, splits.validation
     if len(names) < 2:
         raise ConfigError("data.name", config.name, "has one class only", "give a set of at least two classes")

@@ -15,8 +15,7 @@ from torch.nn import functional
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.pixels import to_pixels
 
-# Enough to tell a grey set from a colour set with a few grey images.
-_PROBED = 64
+_PROBED = 64  # enough to tell a grey set from a colour set with a few grey images
 _CHUNK = 256
 # Formats with an unmistakable header; some of Pillow's others match almost any bytes.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000", "AVIF", "QOI")

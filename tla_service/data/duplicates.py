@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, conv2d, layer_norm
 
-from tla_service.data.sources import ImageSource
+from tla_service.data.sources import ImageSource, SourceRows
 
 # Measured on CIFAR-10: docs/data.md, Extra images.
 NEAR = 0.25
@@ -19,7 +19,7 @@ _COARSE_SIDE, _FINE_SIDE, _SHIFTS = 6, 32, 16
 _CHUNK = 1024
 
 
-def near_duplicates(source: ImageSource, references: Sequence[tuple[ImageSource, Tensor]]) -> dict[str, Tensor]:
+def near_duplicates(source: ImageSource, references: Sequence[SourceRows]) -> dict[str, Tensor]:
     """Compare all images with those at the rows of each reference, all of one shape.
 
     Returns ``rows`` of images whose nearest reference is nearer than `NEAR`; ``references``, its position among all of

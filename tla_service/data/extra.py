@@ -13,7 +13,7 @@ from tla_service.data.duplicates import NEAR, near_duplicates
 from tla_service.data.npz import read_npz
 from tla_service.data.parquet import COLUMNS, load_unsplit
 from tla_service.data.roots import required_root
-from tla_service.data.sources import ArraySource, Dataset, ImageSource
+from tla_service.data.sources import ArraySource, Dataset, ImageSource, SourceRows
 from tla_service.data.trees import listed, notice
 from tla_service.errors import ConfigError, UserError
 
@@ -29,10 +29,8 @@ class ExtraImages:
     facts: dict[str, str]
 
 
-def load_extra(
-    config: DataConfig, dataset: Dataset, validation: tuple[ImageSource, torch.Tensor]
-) -> ExtraImages | None:
-    """The images of ``data.extra``, if any, for a data set and its validation images (rows of a source).
+def load_extra(config: DataConfig, dataset: Dataset, validation: SourceRows) -> ExtraImages | None:
+    """The images of ``data.extra``, if any, for a data set and its validation images.
 
     ConfigError if they do not fit the data set, or are near-duplicates of validation images or of any test image, with
     or without ``data.test_limit``, and ``data.extra.duplicates`` is refuse; UnavailableError if they cannot be read.
@@ -45,12 +43,9 @@ def load_extra(
         shown = listed([f"{name(row)} = {image}" for row, image in leaks.items()])
         text = f"{len(leaks)} of its {len(source)} images are near-duplicates of validation or test images: {shown}"
         if config.extra.duplicates == "refuse" or len(leaks) == len(source):
-            remedy = "leave them out, or set data.extra.duplicates=drop"
-            raise ConfigError(FIELD, config.extra.path, text, remedy)
+            raise ConfigError(FIELD, config.extra.path, text, "leave them out, or set data.extra.duplicates=drop")
         notice("%s=%s: left out, since %s", FIELD, config.extra.path, text)
-    kept = torch.ones(len(source), dtype=torch.bool)
-    kept[[*leaks]] = False
-    rows = kept.nonzero()[:, 0]
+    rows = torch.tensor([row for row in range(len(source)) if row not in leaks])
     digest = hashlib.sha256(f"{source.digest()}{content_digest(rows)}".encode()).hexdigest()[:16]
     counts = {"extra_images": str(len(rows)), "extra_duplicates_left_out": str(len(leaks))}
     return ExtraImages(source, rows, {"extra_fingerprint": digest, **counts})
@@ -81,15 +76,12 @@ def _read(config: DataConfig, dataset: Dataset) -> tuple[ImageSource, Callable[[
         raise ConfigError(FIELD, given, reason, "resize them, or set data.image_size")
     if wrong:
         reason = f"{name(wrong[0])} has label {int(source.labels[wrong[0]])}, not one of {classes} classes from 0"
-        raise ConfigError(
-            FIELD, given, reason, "correct it, or label the images with a model (docs/data.md, Extra images)"
-        )
+        remedy = "correct it, or label the images with a model (docs/data.md, Extra images)"
+        raise ConfigError(FIELD, given, reason, remedy)
     return source, name
 
 
-def _leaks(
-    config: DataConfig, source: ImageSource, dataset: Dataset, validation: tuple[ImageSource, torch.Tensor]
-) -> dict[int, str]:
+def _leaks(config: DataConfig, source: ImageSource, dataset: Dataset, validation: SourceRows) -> dict[int, str]:
     """Which image each near-duplicate resembles, by row; computed once per node."""
     test = dataset.test
     if config.test_limit is not None:  # a report may measure them all

@@ -21,7 +21,7 @@ from tla_service.data.trees import (
     notice_left_out,
     refuse_several,
 )
-from tla_service.data.zip_tree import open_tree
+from tla_service.data.zip_tree import open_tree, with_parents
 from tla_service.errors import ConfigError, UnavailableError
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
@@ -87,14 +87,11 @@ def load_image_folder(config: DataConfig) -> Splits:
             raise UnavailableError("data.root", shown, f"has no folder of this name under {folders[0]}/", _FIX)
     used = tuple(base if name == "." else f"{base}{name}/" for name in found)
     unused = tuple(f"{base}{name}/" for name in folders if name not in found)
+    outside = (name for name in tree.names if not name.startswith(used) or name.startswith(unused))
     left_out = {
         "beside the class folders": [name for part in found.values() for name in part.beside],
         "in class folders that are not images": [name for part in found.values() for name in part.others],
-        f"outside {', '.join(f'{name}/' for name in found)}": [
-            name
-            for name in tree.names
-            if (not name.startswith(used) or name.startswith(unused)) and _ending(name) in _SUFFIXES
-        ],
+        f"outside {', '.join(f'{name}/' for name in found)}": [name for name in outside if _ending(name) in _SUFFIXES],
     }
     notice_left_out(config.root, left_out)
     images = {role: [(path, numbers[_key(inside)]) for path, inside in part.images] for role, part in parts.items()}
@@ -108,8 +105,7 @@ def _layout(tree: FolderTree, config: DataConfig) -> tuple[str, list[str], list[
     test and validation folders, as in `choose_splits`.
     """
     train = config.train or "train"
-    holding = {tuple(name.split("/")[:-1]) for name in tree.names}
-    below = {"/".join(parts[:depth]) for parts in holding for depth in range(1, len(parts) + 1)}
+    below = with_parents({posixpath.dirname(name) for name in tree.names})
     found: defaultdict[str, set[str]] = defaultdict(set)
     for folder in below:
         for name in (train, *(TEST_SPLITS if config.test is None else [config.test])):
@@ -132,8 +128,7 @@ def _layout(tree: FolderTree, config: DataConfig) -> tuple[str, list[str], list[
         reason = "no train/ folder with files in it" + (f", but {listed(folders)}" if folders else "")
         raise UnavailableError("data.root", tree.path, reason, _FIX)
     if not tests and config.test_fraction is None:
-        reason = f"has {train}/ but no test/ or val/ beside it"
-        raise UnavailableError("data.root", tree.path, reason, NO_TEST)
+        raise UnavailableError("data.root", tree.path, f"has {train}/ but no test/ or val/ beside it", NO_TEST)
     others = {*TEST_SPLITS, *tests, *validations} & there - {train}
     return base, [train, *sorted(others)], tests, validations
 

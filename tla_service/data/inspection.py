@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
@@ -22,7 +22,6 @@ from tla_service.data.trees import LOG, listed
 from tla_service.errors import UserError
 
 DEFAULT_SIDE = 64  # for image folders without data.image_size
-_ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 _ROWS, _COLUMNS, _GAP, _LETTERS = 40, 8, 4, 24  # of the contact sheet
 
 
@@ -97,10 +96,9 @@ def inspect_dataset(config: DataConfig, seed: int = 0) -> Inspection:
         warnings.append(f"data.image_size is not set, which training requires; shown at {side}")
     turned = [each.name for each in everything if each.orientation != 1]
     if turned:
+        text = f"{len(turned)} images have an EXIF orientation, which is not applied"
         remedy = "rotate the files (mogrify -auto-orient) if they look turned on the contact sheet"
-        warnings.append(
-            f"{len(turned)} images have an EXIF orientation, which is not applied; {remedy}: {listed(turned)}"
-        )
+        warnings.append(f"{text}; {remedy}: {listed(turned)}")
     duplicates = {f"{one} and {two}": _shared(seen[one], seen[two]) for one, two in combinations(parts, 2)}
     for pair, names in duplicates.items():
         if names:
@@ -139,9 +137,9 @@ def _look(source: ImageSource, rows: torch.Tensor) -> list[Seen | UserError]:
             name, image, pixels = source.look(row)
         except UserError as error:
             return error
-        orientation = 1
+        orientation = 1  # upright
         with contextlib.suppress(Exception):  # damaged EXIF data make Pillow raise errors of many kinds
-            orientation = image.getexif().get(_ORIENTATION, 1)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return Seen(name, image.size, image.mode, orientation, hashlib.sha256(pixels.tobytes()).digest())
 
     with ThreadPoolExecutor(min(16, usable_cores())) as pool:

@@ -43,10 +43,8 @@ def _checked(arrays: Any, path: Path, image_shape: tuple[int, int, int]) -> dict
     wanted = (*count, height, width, channels)
     fits = shape == wanted or (channels == 1 and shape == wanted[:-1])
     if not fits or kind != np.uint8 or label_kind.kind not in "iu" or len(count) != 1 or count[0] == 0:
-        reason = (
-            f"images are {shape}, {kind}, and labels {count}, {label_kind}; images of the data set are {wanted[-3:]}"
-        )
-        raise ConfigError("data.root", path, reason, _LAYOUT)
+        found = f"images are {shape}, {kind}, and labels {count}, {label_kind}"
+        raise ConfigError("data.root", path, f"{found}; images of the data set are {wanted[-3:]}", _LAYOUT)
     pixels = np.ascontiguousarray(arrays[image].reshape(wanted).transpose(0, 3, 1, 2))
     return {"images": torch.from_numpy(pixels), "labels": torch.from_numpy(arrays[label].astype(np.int64))}
 

@@ -66,9 +66,7 @@ class ClassMates:
         counts = labels.bincount()
         starts = counts.cumsum(0) - counts
         self._first, self._count = starts[labels], counts[labels]
-        self._place = torch.empty_like(labels)
-        self._place[self._by_class] = torch.arange(len(labels))
-        self._place -= self._first
+        self._place = self._by_class.argsort() - self._first
 
     def draw(self, anchors: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
         """Another image of each anchor's class, uniformly, or itself if alone; positions (n,), int64, on the CPU."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tla_service.config import DataConfig
-from tla_service.data.cache import cache_folder, cached_tensors, disk_trouble, files_key
+from tla_service.data.cache import MAKE_ROOM, cache_folder, cached_tensors, disk_trouble, files_key
 from tla_service.data.parquet_files import (
     Shard,
     find_image_column,
@@ -60,7 +60,7 @@ def load_parquet(config: DataConfig) -> Splits:
         raise no_label_column(shards[0].schema, str(shards[0].path), config.label_column)
     splits, taken = {"train": train}, ""
     for role, possible in (("test", tests), ("validation", validations)):
-        name, labels = _labelled(config, root, found, [name for name in possible if name != taken])
+        name, labels = _labelled(config, root, {name: found[name] for name in possible if name != taken})
         if labels is not None:
             splits[role], taken = labels, name
             if role == "test" and name != possible[0]:
@@ -113,12 +113,10 @@ def _labels(config: DataConfig, shards: list[Shard]) -> Labels | None:
     return read_labels(shards, columns[0]) if columns else None
 
 
-def _labelled(
-    config: DataConfig, root: Path, found: dict[str, list[Path]], names: list[str]
-) -> tuple[str, Labels | None]:
+def _labelled(config: DataConfig, root: Path, splits: dict[str, list[Path]]) -> tuple[str, Labels | None]:
     """The first split that has labels, if any, and these: published test sets often have none."""
-    for name in names:
-        labels = _labels(config, open_shards(found[name], root, config.root))
+    for name, files in splits.items():
+        labels = _labels(config, open_shards(files, root, config.root))
         if labels is not None and not labels.all_missing:
             return name, labels
     return "", None
@@ -173,8 +171,7 @@ def _packed(cache_dir: str, labels: Labels, image: str) -> _PackedBlobs:
 
     def build() -> dict[str, torch.Tensor]:
         offsets, digest = [0], hashlib.sha256()
-        remedy = "free some space, or give another folder"
-        with disk_trouble("data.cache_dir", path, remedy), whole_file(path) as part, part.open("wb") as handle:
+        with disk_trouble("data.cache_dir", path, MAKE_ROOM), whole_file(path) as part, part.open("wb") as handle:
             for blob in chain.from_iterable(_read_images(file, image) for file in files):
                 handle.write(blob)
                 digest.update(blob)
@@ -193,16 +190,14 @@ def _read_images(path: Path, column: str) -> Iterator[bytes]:
     """Encoded images of one file, in order; UnavailableError if it is damaged, or a row has no image."""
     from pyarrow import compute, types
 
-    row = 0
-    for images in read_column(path, column, _BATCH):
-        # Unlike field(), this propagates the struct's own nulls.
-        blobs = compute.struct_field(images, "bytes") if types.is_struct(images.type) else images
-        for blob in blobs.to_pylist():
-            if blob is None:
-                remedy = "put the encoded image into the row, or leave it out"
-                raise UnavailableError("data.root", f"{path}, row {row}", "no image bytes", remedy)
-            if len(blob) > MOST_BYTES:
-                reason = f"has {len(blob)} bytes, more than the {MOST_BYTES} of the largest image that is read"
-                raise UnavailableError("data.root", f"{path}, row {row}", reason, "leave the row out")
-            yield blob
-            row += 1
+    arrays = read_column(path, column, _BATCH)
+    # Unlike field(), struct_field propagates the struct's own nulls.
+    parts = (compute.struct_field(each, "bytes") if types.is_struct(each.type) else each for each in arrays)
+    for row, blob in enumerate(chain.from_iterable(part.to_pylist() for part in parts)):
+        if blob is None:
+            remedy = "put the encoded image into the row, or leave it out"
+            raise UnavailableError("data.root", f"{path}, row {row}", "no image bytes", remedy)
+        if len(blob) > MOST_BYTES:
+            reason = f"has {len(blob)} bytes, more than the {MOST_BYTES} of the largest image that is read"
+            raise UnavailableError("data.root", f"{path}, row {row}", reason, "leave the row out")
+        yield blob

@@ -85,7 +85,7 @@ def read_column(path: Path, column: str, batch: int) -> Iterator["pyarrow.Array"
         chunks = (group.column(place) for group in groups for place in range(whole.num_columns))
         # A dictionary's values repeat at no cost in the file, but each row of a batch is as large as its value.
         sizes = (chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
-        most = MOST_BYTES // max(1, *sizes, 1)
+        most = MOST_BYTES // max([1, *sizes])
         for rows in opened.iter_batches(max(1, min(batch, most)), columns=[column]):
             found += rows.num_rows
             yield rows.column(column)

@@ -9,8 +9,7 @@ from tla_service.data.trees import notice
 from tla_service.errors import ConfigError, UnavailableError
 
 _BATCH = 2**16
-# Share of distinct labels above which they identify images, not classes.
-_MOSTLY = 0.9
+_MOSTLY = 0.9  # share of distinct labels above which they identify images, not classes
 _FIX = "correct the labels, or leave these rows out"
 
 Value = int | str | bool | None

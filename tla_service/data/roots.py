@@ -238,7 +238,6 @@ class Prefix:
 
 @contextlib.contextmanager
 def _explained(root: str) -> Iterator[None]:
-    """Turn errors of boto3 into messages."""
     from botocore import exceptions as aws
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 

@@ -87,6 +87,7 @@ class FileSource:
 
 
 ImageSource = ArraySource | FileSource
+SourceRows = tuple[ImageSource, torch.Tensor]  # some of its images: their numbers (n,), int64
 
 
 class JoinedSource:

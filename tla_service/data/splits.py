@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tla_service.data.sources import Dataset, ImageSource
+from tla_service.data.sources import Dataset, SourceRows
 from tla_service.data.trees import listed
 from tla_service.errors import ConfigError
 
@@ -38,8 +38,7 @@ def split_validation(
         names = listed([repr(class_names[number]) if class_names else str(number) for number in rare])
         subject = f"class {names} has" if len(rare) == 1 else f"each of the classes {names} has"
         reason = f"{subject} a single training image, too few to split off {held_for} images"
-        remedy = "add images, remove the class, or raise data.train_limit if it is set"
-        raise ConfigError(field, value, reason, remedy)
+        raise ConfigError(field, value, reason, "add images, remove the class, or raise data.train_limit if it is set")
     held_out = -int(-total * fraction // 1)
     if held_out < classes or total - held_out < classes:
         reason = f"{held_out} of {total} images for {held_for}, with {classes} classes to cover in both parts"
@@ -50,10 +49,8 @@ def split_validation(
     return torch.tensor(sorted(train)), torch.tensor(sorted(validation))
 
 
-def split_training(
-    dataset: Dataset, fraction: float, seed: int
-) -> tuple[torch.Tensor, tuple[ImageSource, torch.Tensor]]:
-    """Rows of ``dataset.train`` to train on, and the validation images: rows (N,) of a source.
+def split_training(dataset: Dataset, fraction: float, seed: int) -> tuple[torch.Tensor, SourceRows]:
+    """Rows (N,), int64, of ``dataset.train`` to train on, and the validation images.
 
     All of the data set's validation split, if it has one; else a share of the training images (`split_validation`).
     """
@@ -75,9 +72,7 @@ def stratified_subset(labels: torch.Tensor, count: int) -> torch.Tensor:
     # The k-th of a class's n images is at (k + 1/2) / n: cutting that line anywhere takes the same share of each.
     position = (place + 0.5) / labels.bincount()[labels[by_class]]
     # Ties between classes are broken by the shuffle; otherwise the lowest classes would win all of them.
-    tie = torch.empty(total, dtype=torch.int64)
-    tie[shuffled] = torch.arange(total)
-    order = tie[by_class].argsort()
+    order = shuffled.argsort()[by_class].argsort()
     return by_class[order[position[order].argsort(stable=True)]][:count].sort().values
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tla_service.config import DataConfig
-from tla_service.data.cache import cache_folder, disk_trouble, files_key, locked
+from tla_service.data.cache import MAKE_ROOM, cache_folder, disk_trouble, files_key, locked
 from tla_service.data.decoding import resized
 from tla_service.data.parquet import COLUMNS, load_parquet
 from tla_service.data.parquet_files import find_splits
@@ -21,7 +21,7 @@ from tla_service.data.roots import required_root
 from tla_service.data.sources import ArraySource, Splits
 from tla_service.data.trees import SPLITS, refuse_settings
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.files import whole_file, write_whole
+from tla_service.files import write_whole
 
 _KINDS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 _CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -59,15 +59,13 @@ def load_torchvision_set(config: DataConfig) -> Splits:
             remedy = "point it at this set's folder, or set data.name=parquet"
             raise ConfigError("data.root", config.root, reason, remedy)
         return splits
-    reason = "data.root is not read as Parquet files"
-    refuse_settings(config, (*COLUMNS, *SPLITS), reason, "parquet")
+    refuse_settings(config, (*COLUMNS, *SPLITS), "data.root is not read as Parquet files", "parquet")
     if missing and config.download:
         _download(root, _KINDS[config.name], config.cache_dir)
         folder, missing = find(root, config)
     if missing:
         remedy = "give torchvision's root folder, or set data.download=true"
-        reason = f"no {config.name} there: {missing} is missing"
-        raise UnavailableError("data.root", config.root, reason, remedy)
+        raise UnavailableError("data.root", config.root, f"no {config.name} there: {missing} is missing", remedy)
     if is_idx:
         arrays = [read_idx(folder / name) for name in _IDX_FILES]
         train, test = (_source(arrays[place][:, None], arrays[place + 1], config) for place in (0, 2))
@@ -120,34 +118,31 @@ def _find_cifar(root: Path, config: DataConfig) -> tuple[Path, Path | None]:
 def _unpacked(archives: list[Path], cache_dir: str) -> Path:
     """A folder of the cache with the content of archives, unpacked once per node."""
     folder = cache_folder(cache_dir, "unpacked", files_key(archives))
-    remedy = "free some space, or give another folder"
-    with locked(folder / "lock"), disk_trouble("data.cache_dir", folder, remedy):
+    with locked(folder / "lock"), disk_trouble("data.cache_dir", folder, MAKE_ROOM):
         for archive in archives if not (folder / "done").exists() else ():
+            size = 0
             try:
-                left = _MOST_BYTES
                 if archive.name.endswith(".tar.gz"):
                     with tarfile.open(archive) as opened:
                         for member in opened:
-                            left = _less(left, member.size, archive)
+                            size += member.size
+                            _check_size(size, archive)
                             opened.extract(member, folder, filter="data")
                 else:
-                    target = whole_file(folder / archive.stem)
-                    with gzip.open(archive, "rb") as source, target as part, part.open("wb") as sink:
-                        while block := source.read(2**20):
-                            left = _less(left, len(block), archive)
-                            sink.write(block)
+                    with gzip.open(archive, "rb") as source:
+                        content = source.read(_MOST_BYTES + 1)
+                    _check_size(len(content), archive)
+                    write_whole(folder / archive.stem, content)
             except (gzip.BadGzipFile, tarfile.TarError, EOFError, zlib.error) as error:
                 raise UnavailableError("data.root", archive, f"damaged ({error})", _AGAIN) from error
         write_whole(folder / "done", "")
     return folder
 
 
-def _less(left: int, size: int, archive: Path) -> int:
-    """The bytes that an archive may still unpack to; UnavailableError if there are none left."""
-    if size > left:
+def _check_size(size: int, archive: Path) -> None:
+    if size > _MOST_BYTES:
         reason = f"unpacks to more than {_MOST_BYTES // 10**6} MB, unlike the data set"
         raise UnavailableError("data.root", archive, reason, _AGAIN)
-    return left - size
 
 
 def _read_cifar(root: Path, config: DataConfig) -> Splits:
@@ -161,9 +156,9 @@ def _read_cifar(root: Path, config: DataConfig) -> Splits:
             loaded = [kind(root, train=train) for train in (True, False)]
         except (RuntimeError, ValueError, EOFError, KeyError) as error:
             raise UnavailableError("data.root", root / kind.base_folder, f"damaged ({error})", _AGAIN) from error
-    arrays = [torch.from_numpy(np.ascontiguousarray(part.data.transpose(0, 3, 1, 2))) for part in loaded]
     train, test = (
-        _source(images, torch.tensor(part.targets), config) for images, part in zip(arrays, loaded, strict=True)
+        _source(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets), config)
+        for part in loaded
     )
     return Splits(train, test, tuple(loaded[0].classes))
 

@@ -20,7 +20,6 @@ from tla_service.errors import ConfigError, UnavailableError
 LOG = logging.getLogger(__name__)
 # In order of preference: the first one with labels is the test set, the next one the validation set.
 TEST_SPLITS = ("test", "val", "validation", "valid", "dev")
-VALIDATION_SPLITS = TEST_SPLITS[1:]
 SPLITS = ("train", "validation", "test", "test_fraction")  # the settings that name them
 NO_TEST = "name one by data.test, or hold a share of the training images out by data.test_fraction=0.2"
 _SHOWN = 6
@@ -79,9 +78,8 @@ def choose_splits(config: DataConfig, there: Collection[str]) -> tuple[str, list
             reason = f"no such split in {config.root}"
             others = sorted(other for other in there if "/" not in other)
             raise ConfigError(field, name, reason, f"give one of: {listed(others)}" if others else "check data.root")
-    given = [name for name in taken.values() if name is not None]
-    tests = [name for name in TEST_SPLITS if name in there and name not in given]
-    validations = [name for name in VALIDATION_SPLITS if name in there and name not in given]
+    tests = [name for name in TEST_SPLITS if name in there and name not in taken.values()]
+    validations = [name for name in tests if name != "test"]
     if config.test is not None or config.test_fraction is not None:
         tests = [config.test] if config.test is not None else []
     if config.validation is not None:
@@ -95,10 +93,9 @@ def notice(text: str, *values: object) -> None:
         LOG.warning(text, *values)
 
 
-def notice_left_out(root: str | None, files: Mapping[str, Iterable[str]]) -> None:
+def notice_left_out(root: str | None, files: Mapping[str, list[str]]) -> None:
     """Log in one line how many files of each ending are not used, and some of them, by the reason why."""
-    found = {reason: [*names] for reason, names in files.items()}
-    parts = [f"{by_ending(names)} {reason}, such as {names[0]}" for reason, names in found.items() if names]
+    parts = [f"{by_ending(names)} {reason}, such as {names[0]}" for reason, names in files.items() if names]
     if parts:
         notice("data.root=%s: files left out: %s", root, "; ".join(parts))
 
@@ -135,19 +132,18 @@ class FolderTree:
             self._scan("", ())
 
     def _scan(self, inside: str, above: tuple[tuple[int, int], ...]) -> None:
-        here = (self.path / inside).stat()
-        above = (*above, (here.st_dev, here.st_ino))
+        found = (self.path / inside).stat()
+        here = (found.st_dev, found.st_ino)
+        if here in above:
+            raise self._link_loop(inside.rstrip("/"))
         with os.scandir(self.path / inside) as entries:
             for entry in entries:
                 name = f"{inside}{entry.name}"
                 if not is_member(entry.name):
                     continue
                 if entry.is_dir():
-                    found = entry.stat()
-                    if (found.st_dev, found.st_ino) in above:
-                        raise self._link_loop(name)
                     self.folders.add(name)
-                    self._scan(f"{name}/", above)
+                    self._scan(f"{name}/", (*above, here))
                 elif entry.is_file():
                     found = entry.stat()
                     self._entries[name] = (found.st_size, found.st_mtime_ns)

@@ -15,7 +15,7 @@ from tla_service.data.cache import disk_trouble
 from tla_service.data.trees import FIX, FolderTree, is_member
 from tla_service.errors import UnavailableError
 
-# What zipfile raises for a damaged or unknown member.
+# What zipfile raises for a damaged or unknown member; NotImplementedError is a RuntimeError.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError)
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _END_BYTES = 22  # of the record at the end, without the comment that follows it
@@ -44,13 +44,13 @@ class ZipTree(FolderTree):
             self._entries[name], self._stored[name] = (entry.file_size, entry.CRC), entry.filename
             if stat.S_ISLNK(entry.external_attr >> 16):
                 links[name] = self.read(name).decode("utf-8", errors="replace")
-        folders = _with_parents(folders)
+        folders = with_parents(folders)
         # Hidden files are kept until here, since links may lead to them. Links to files come first, since linked
         # folders may hold some.
         for name, target in sorted(self._followed(links).items(), key=lambda pair: pair[1] in folders):
             self._resolve(name, target, is_folder=target in folders)
         self._entries = {name: entry for name, entry in self._entries.items() if is_member(name)}
-        folders |= _with_parents(map(posixpath.dirname, self._entries))
+        folders |= with_parents(map(posixpath.dirname, self._entries))
         self.folders = set(filter(is_member, folders))
 
     def _listed(self) -> list[zipfile.ZipInfo]:
@@ -62,8 +62,7 @@ class ZipTree(FolderTree):
             end = file.read(_END_BYTES)
         number = int.from_bytes(end[10:12], "little")
         if number not in (len(entries) % 2**16, 2**16 - 1):  # the latter of files whose number does not fit
-            reason = f"damaged (it lists {len(entries)} of {number} files)"
-            raise UnavailableError("data.root", self.path, reason, FIX)
+            raise UnavailableError("data.root", self.path, f"damaged (it lists {len(entries)} of {number} files)", FIX)
         return entries
 
     def _inside(self, entry: zipfile.ZipInfo) -> str:
@@ -95,7 +94,6 @@ class ZipTree(FolderTree):
         return found
 
     def _resolve(self, link: str, target: str, *, is_folder: bool) -> None:
-        """Give a link the content of its target."""
         if not is_folder:
             self._entries[link], self._stored[link] = self._entries.get(target), self._stored.get(target, target)
             return
@@ -115,9 +113,8 @@ class ZipTree(FolderTree):
             with disk_trouble("data.root", self.path, "check the path and its permissions"):
                 try:
                     self._handles[process] = zipfile.ZipFile(self.path)
-                except (*_ZIP_ERRORS, NotImplementedError) as error:
-                    reason = f"not a readable zip file ({error})"
-                    raise UnavailableError("data.root", self.path, reason, FIX) from error
+                except _ZIP_ERRORS as error:
+                    raise UnavailableError("data.root", self.path, f"not a readable zip file ({error})", FIX) from error
         return self._handles[process]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,17 +130,16 @@ class ZipTree(FolderTree):
         """See `FolderTree`."""
         self._entry(name)
         with self._readable(name):
-            try:
-                return self._open().open(self._stored[name])
-            except NotImplementedError as error:
-                reason = f"cannot be unpacked ({error})"
-                raise UnavailableError("data.root", self.describe(name), reason, "unpack the zip file") from error
+            return self._open().open(self._stored[name])
 
     @contextlib.contextmanager
     def _readable(self, name: str) -> Iterator[None]:
         with disk_trouble("data.root", self.describe(name), FIX):
             try:
                 yield
+            except NotImplementedError as error:
+                reason = f"cannot be unpacked ({error})"
+                raise UnavailableError("data.root", self.describe(name), reason, "unpack the zip file") from error
             except _ZIP_ERRORS as error:
                 raise UnavailableError("data.root", self.describe(name), f"damaged ({error})", FIX) from error
 
@@ -167,7 +163,7 @@ def open_tree(path: Path, zip_pattern: str = "*.zip") -> FolderTree:
     return ZipTree(path)
 
 
-def _with_parents(folders: Iterable[str]) -> set[str]:
+def with_parents(folders: Iterable[str]) -> set[str]:
     """Folders and all those above them."""
     paths = {PurePosixPath(folder) for folder in folders}
     return {str(above) for path in paths for above in (path, *path.parents)} - {"."}
