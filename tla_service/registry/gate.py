@@ -165,15 +165,15 @@ def _detects(candidate: Evaluated, rules: GateRules) -> Finding:
     score = None if measured is None else measured.attacked
     if measured is not None and score is None:
         problem = f"the evaluation did not attack the detector (older ones, or images.adaptive 0); {required}"
-        return _finding("detection", problem, "", candidate.again)
-    if score is None or score.auc is None:
+    elif score is None or score.auc is None:
         why = f" ({score.reason})" if score is not None else ""
-        return _finding("detection", f"AUC was not measured{why}; {required}", "", candidate.again)
-    if score.images < rules.min_images:
+        problem = f"AUC was not measured{why}; {required}"
+    elif score.images < rules.min_images:
         problem = f"AUC {score.auc:.3f} on {score.images} images; at least {rules.min_images} images required"
-        return _finding("detection", problem, "", candidate.again)
-    explanation = f"AUC {score.auc:.3f} under an adaptive attack of radius {score.epsilon:g}; {required}"
-    return Finding("detection", score.auc >= rules.min_detection_auc, explanation, _BETTER + "min_detection_auc")
+    else:
+        explanation = f"AUC {score.auc:.3f} under an adaptive attack of radius {score.epsilon:g}; {required}"
+        return Finding("detection", score.auc >= rules.min_detection_auc, explanation, _BETTER + "min_detection_auc")
+    return _finding("detection", problem, "", candidate.again)
 
 
 def _same_images(first: ShardOutcome | None, second: ShardOutcome | None) -> bool:
@@ -187,9 +187,7 @@ def _not_worse(candidate: Evaluated, holder: Evaluated, attack: str, name: str, 
     found = paired_difference(own, other)
     is_worse = found.difference < 0 and found.p_value < rules.significance
     points, low, high = (100 * each for each in (found.difference, found.low, found.high))
-    explanation = (
-        f"{points:+.2f} points ({low:+.2f} to {high:+.2f}) compared with {name}: {(own & ~other).sum()} images "
-    )
-    explanation += f"gained, {(~own & other).sum()} lost; p = {found.p_value:.2g}"
+    explanation = f"{points:+.2f} points ({low:+.2f} to {high:+.2f}) compared with {name}: "
+    explanation += f"{(own & ~other).sum()} images gained, {(~own & other).sum()} lost; p = {found.p_value:.2g}"
     passed = not (is_worse or -found.difference > rules.max_drop)
     return Finding(f"{attack} not worse", passed, explanation, _BETTER + "max_drop")

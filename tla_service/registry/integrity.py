@@ -27,15 +27,15 @@ def write_manifest(folder: Path) -> str:
     return sha256(folder / MANIFEST)
 
 
-def verify_package(folder: Path, subject: str, name: str, expected: str | None = None) -> None:
+def verify_package(folder: Path, name: str, expected: str | None) -> None:
     """Raise `UnavailableError` unless a folder contains exactly the files that were packaged, and no pickle.
 
     `expected` is the SHA-256 of the manifest in the registry; None without a registry: the manifest is trusted then.
-    `subject` and `name` are the setting that named the package, and its address, for messages.
+    `name` is the package's address, for messages.
     """
 
     def bad(reason: str, remedy: str = "load another version") -> UnavailableError:
-        return UnavailableError(subject, name, reason, remedy)
+        return UnavailableError("model", name, reason, remedy)
 
     try:
         # Reading a pipe or a device might never end.

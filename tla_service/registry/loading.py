@@ -187,7 +187,7 @@ def _named_version(uri: str, made: "MlflowClient") -> tuple[str, str]:
 def _open_folder(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict[str, Any]]:
     # The folder of the artifacts is an address too; the manifest lies above it.
     is_inner = folder.name == "artifacts" and (folder.parent / MANIFEST).is_file()
-    verify_package(folder.parent if is_inner else folder, FIELD, uri, digest)
+    verify_package(folder.parent if is_inner else folder, uri, digest)
     artifacts = folder if is_inner else folder / "artifacts"
     if not (artifacts / "model.json").is_file():
         reason = "contains no model.json, so it was not packaged by this project"

@@ -112,10 +112,8 @@ class Promotion:
         other = theirs.trained_for
         if self._rules.threat_model is None and other.slug != threat.slug:
             # A version must not replace the champion by being trained for a weaker threat model.
-            explanation = (
-                f"trained for {threat}, but version {holder} ({self._alias}) for {other}; name the threat model "
-            )
-            explanation += "to compare them under: rules.norm and rules.epsilon"
+            explanation = f"trained for {threat}, but version {holder} ({self._alias}) for {other}; "
+            explanation += "name the threat model to compare them under: rules.norm and rules.epsilon"
             remedy = f"run jobs/promote_model.py --model {self._model} --version {candidate.version}"
             remedy += "" if self._alias == "champion" else f" --alias {self._alias}"
             remedy += f" --rules.norm {other.norm} --rules.epsilon {other.radius}"

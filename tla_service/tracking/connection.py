@@ -140,6 +140,16 @@ def storing(what: str, action: Callable[[], T]) -> T:
     return retrying(what, action, seconds=300)
 
 
+def search_all(search: Callable[..., Any], **arguments: Any) -> list[Any]:
+    """All results of one of a client's searches, page after page."""
+    from mlflow.utils import get_results_from_paginated_fn
+
+    found: list[Any] = get_results_from_paginated_fn(  # type: ignore[no-untyped-call]
+        lambda count, token: search(**arguments, max_results=count, page_token=token), 100
+    )
+    return found
+
+
 def is_passing(error: Exception) -> bool:
     """Whether an error is transient: the server is down or overloaded, or its database is locked."""
     from mlflow.exceptions import MlflowException

@@ -71,12 +71,12 @@ class RunLog:
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until the server has everything logged so far; False on a timeout, which loses nothing."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._pending_bytes() == 0, timeout_seconds)
+            return self._changed.wait_for(lambda: self.unsent_bytes() == 0, timeout_seconds)
 
     def unsent_bytes(self) -> int:
         """Bytes on disk that the server has not confirmed yet."""
         with self._changed:
-            return self._pending_bytes()
+            return 0 if self._file.closed else self._file.seek(0, os.SEEK_END) - self._sent_bytes
 
     def close(self, timeout_seconds: float = 30.0) -> bool:
         """Send what is left and stop; returns whether all was sent. The rest stays on disk for the next log."""
@@ -88,7 +88,7 @@ class RunLog:
             self._changed.notify_all()
         self._thread.join(timeout=5.0)
         with self._changed:
-            done = self._pending_bytes() == 0
+            done = self.unsent_bytes() == 0
             if done:
                 self._path.unlink(missing_ok=True)
             else:
@@ -96,14 +96,11 @@ class RunLog:
             self._file.close()
         return done
 
-    def _pending_bytes(self) -> int:
-        return 0 if self._file.closed else self._file.seek(0, os.SEEK_END) - self._sent_bytes
-
     def _work(self) -> None:
         failures = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._pending_bytes() > 0)
+                self._changed.wait_for(lambda: self._closing or self.unsent_bytes() > 0)
                 if self._closing:
                     return
                 points, end = self._read()
@@ -134,7 +131,7 @@ class RunLog:
             if self._file.closed:
                 return
             self._sent_bytes = end
-            if self._pending_bytes() == 0:
+            if self.unsent_bytes() == 0:
                 self._file.truncate(0)
                 self._sent_bytes = 0
             self._changed.notify_all()

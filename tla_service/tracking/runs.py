@@ -12,13 +12,21 @@ from typing import Any, Literal
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.utils import get_results_from_paginated_fn
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
 from tla_service.errors import UserError, one_line, without_credentials
 from tla_service.job import code_version, environment
-from tla_service.tracking.connection import client, exclusive, open_store, retrying, sqlite_path, storing, unstorable
+from tla_service.tracking.connection import (
+    client,
+    exclusive,
+    open_store,
+    retrying,
+    search_all,
+    sqlite_path,
+    storing,
+    unstorable,
+)
 
 RUN_KEY = "tla.run_key"
 FINGERPRINT = "data_fingerprint"  # fact: the digest of the data set
@@ -148,9 +156,7 @@ def _find(made: MlflowClient, experiment: str, run_key: str) -> list[Run]:
     quote = next((sign for sign in "'\"" if sign not in run_key), None)
     wanted = f"tags.`{RUN_KEY}` = {quote}{run_key}{quote}" if quote else f"tags.`{RUN_KEY}` LIKE '%/%'"
     order = ["attributes.start_time ASC", "attributes.run_id ASC"]
-    found: list[Run] = get_results_from_paginated_fn(  # type: ignore[no-untyped-call]
-        lambda count, token: made.search_runs([experiment], wanted, 1, count, order, token), 100
-    )
+    found = search_all(made.search_runs, experiment_ids=[experiment], filter_string=wanted, order_by=order)
     return [run for run in found if run.data.tags.get(RUN_KEY) == run_key]
 
 
