@@ -94,12 +94,12 @@ class JsonFormatter(logging.Formatter):
         return json_line(record.levelname.lower(), fields)
 
 
-def log_as_json(labels: Mapping[str, Any], level: int = logging.INFO, stream: TextIO | None = None) -> None:
+def log_as_json(labels: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Make this process log JSON lines only, with the labels of the time; other loggers than ours log warnings."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(labels))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger("tla_service").setLevel(level)
+    logging.getLogger("tla_service").setLevel(logging.INFO)
 
 
 def code_version() -> dict[str, str]:

@@ -137,7 +137,6 @@ def _card(report: Report, folder: str, rows: list[str], left_out: int) -> str:
 
 
 def _row(folder: str, report: Report) -> str:
-    """A line for an evaluation under another threat model."""
     estimates = [percent(report.accuracy[name].estimate if name in report.accuracy else None) for name in _SHOWN]
     audit = "not run" if report.audit is None else "trusted" if report.audit.trusted else "not trusted"
     return f"| {' | '.join([str(report.threat_model), *estimates, audit, f'`{folder}`'])} |"
@@ -161,23 +160,18 @@ def _log_metrics(made: MlflowClient, run_id: str, report: Report, milliseconds: 
     if report.audit is not None:
         values["audit_trusted"] = float(report.audit.trusted)
     homes = [f"evaluation/{report.threat_model.slug}", *(["evaluation"] if report.is_as_trained else [])]
-    stated = {name: value for name, value in values.items() if value is not None}
+    named = {f"{home}/{name}": value for home in homes for name, value in values.items() if value is not None}
     source = json.dumps({"split": report.data.split, "images": report.data.images})
     dataset = Dataset(report.data.name, report.data.fingerprint, "local", source)
     made.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])])
     # With a model's id they are its metrics too, by which MLflow's page of models compares versions on a data set.
     chosen = f"source_run_id='{run_id}' AND tags.weights_sha256='{report.model.weights_sha256}'"
     experiment = made.get_run(run_id).info.experiment_id
-    models: list[str | None] = [model.model_id for model in made.search_logged_models([experiment], filter_string=chosen)]
+    found = made.search_logged_models([experiment], filter_string=chosen)
+    models: list[str | None] = [model.model_id for model in found]
     for model_id in models or [None]:
-        made.log_batch(
-            run_id,
-            metrics=[
-                Metric(f"{home}/{name}", value, milliseconds, 0, model_id, dataset.name, dataset.digest)
-                for home in homes
-                for name, value in stated.items()
-            ],
-        )
+        about = milliseconds, 0, model_id, dataset.name, dataset.digest
+        made.log_batch(run_id, metrics=[Metric(name, value, *about) for name, value in named.items()])
 
 
 def _names(made: MlflowClient, run_id: str, folder: str) -> set[str]:

@@ -47,11 +47,6 @@ class Evaluated:
         """Fewest gate images that a compared attack was run on."""
         return min((len(part.labels) for name, part in self.gate.items() if name in _COMPARED), default=0)
 
-    @property
-    def published(self) -> dict[str, ShardOutcome]:
-        """Results of the images that the report's figures are based on, by attack."""
-        return {name: part.only(~part.gate) for name, part in self.outcomes.items() if part.gate is not None}
-
 
 def judge(candidate: Evaluated, rules: GateRules) -> list[Finding]:
     """Apply the rules that concern a version alone."""
@@ -88,7 +83,8 @@ def _finding(rule: str, problem: str, fine: str, remedy: str) -> Finding:
 def _figures(candidate: Evaluated) -> Finding:
     """Whether the report's figures follow from the per-image results: anyone can edit a report."""
     report, wrong = candidate.report, []
-    groups = (report.accuracy, candidate.published, ""), (report.gate.accuracy, candidate.gate, " on gate images")
+    published = {name: part.only(~part.gate) for name, part in candidate.outcomes.items() if part.gate is not None}
+    groups = (report.accuracy, published, ""), (report.gate.accuracy, candidate.gate, " on gate images")
     for accuracy, outcomes, where in groups:
         for attack in _COMPARED:
             stated, outcome = accuracy.get(attack), outcomes.get(attack)
@@ -142,7 +138,6 @@ def _enough(candidate: Evaluated, rules: GateRules) -> Finding:
 
 
 def _audited(candidate: Evaluated, rules: GateRules) -> Finding:
-    """Whether an audit under the report's threat model passed."""
     audit, remedy = candidate.report.audit, candidate.again
     if not rules.audit:
         return _finding("audit", "", "not required", "")

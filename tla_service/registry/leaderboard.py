@@ -97,15 +97,14 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
     own = foreign = 0
     for name in sorted(set(models) or registered):
         search = functools.partial(search_all, made.search_model_versions, filter_string=f"name='{name}'")
-        aliases = defaultdict(list)
-        for alias, number in registered[name].aliases.items():
-            aliases[str(number)].append(alias)
         for version in retrying("Reading the versions", search):
             if "weights_sha256" not in version.tags:
                 foreign += 1
                 continue
             own += 1
-            entries += reader.entries(version, tuple(sorted(aliases[str(version.version)])))
+            aliases = registered[name].aliases
+            carried = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
+            entries += reader.entries(version, tuple(carried))
     return Leaderboard(tuple(sorted({entry.name for entry in entries})), own, foreign, _ranked(entries))
 
 

@@ -81,7 +81,6 @@ def _stored(tracking: str, run_id: str, name: str) -> Mapping[str, Tensor]:
 
 
 def _run_config(tracking: str, run_id: str) -> RunConfig | None:
-    """The configuration that is stored with a run, if any."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
             path = client(tracking).download_artifacts(run_id, "config.yaml", scratch)

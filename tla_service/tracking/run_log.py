@@ -37,14 +37,14 @@ class RunLog:
     """
 
     def __init__(self, uri: str, run_id: str, spill_dir: str | Path) -> None:
-        self._uri, self._run_id = uri, run_id
+        self._uri, self._address, self._run_id = uri, without_credentials(uri), run_id
         self._changed = threading.Condition()
         self._path, self._file = _adopt(Path(spill_dir), run_id)
         self._sent_bytes = 0
         self._known: dict[str, set[int]] | None = None  # key -> steps on the server; None: unknown
         self._unasked: set[str] = set()  # keys on the server whose steps are not in `_known` yet
         self._api: Any = None
-        self._away = self._closing = self._broken = False
+        self._closing = self._broken = False
         self._thread = threading.Thread(target=self._work, name="run-log", daemon=True)
         self._thread.start()
 
@@ -110,6 +110,8 @@ class RunLog:
                 failures += 1
                 self._failed(error, failures)
             else:
+                if failures > 1:
+                    _log.warning("The tracking server %s is back; sending metrics again", self._address)
                 failures = 0
                 self._confirm(end)
 
@@ -124,9 +126,6 @@ class RunLog:
         return points, self._file.tell()
 
     def _confirm(self, end: int) -> None:
-        if self._away:
-            _log.warning("The tracking server %s is back; sending metrics again", without_credentials(self._uri))
-            self._away = False
         with self._changed:
             if self._file.closed:
                 return
@@ -138,10 +137,9 @@ class RunLog:
 
     def _failed(self, error: Exception, failures: int) -> None:
         self._known = None  # the request may have arrived all the same
-        if failures > 1 and not self._away:  # a single failure is often a closed connection
+        if failures == 2:  # a single failure is often a closed connection
             message = "The tracking server %s is unavailable (%s); metrics are kept in %s until it is back"
-            _log.warning(message, without_credentials(self._uri), one_line(error), self._path)
-            self._away = True
+            _log.warning(message, self._address, one_line(error), self._path)
         wait = min(_FIRST_WAIT_SECONDS * 2 ** min(failures - 1, 10), _LAST_WAIT_SECONDS)
         with self._changed:
             self._changed.wait_for(lambda: self._closing, wait)

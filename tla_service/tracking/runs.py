@@ -77,6 +77,13 @@ def open_run(
     return run_id
 
 
+def tagged_run(made: MlflowClient, experiment: str, key: str, name: str, tags: dict[str, str]) -> str:
+    """The id of the run whose tag `key` has this value; created with all tags if an earlier attempt did not."""
+    found = made.search_runs([experiment], f"tags.`{key}` = '{tags[key]}'", max_results=1)
+    run = found[0] if found else made.create_run(experiment, run_name=name, tags=tags)
+    return str(run.info.run_id)
+
+
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted names and values: strings unchanged, everything else as JSON (``null``, ``true``, ``[1, 2]``)."""
     for name, value in fields.items():
