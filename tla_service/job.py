@@ -68,8 +68,7 @@ def _tell(error: Exception, *, debug: bool) -> int:
     says_enough = type(error) is RuntimeError or type(error).__module__.startswith("tla_service.")
     if debug or not says_enough:
         print(without_credentials("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-    text = " ".join(str(error).split("\n")) if isinstance(error, UserError) else str(error)
-    print(f"error: {without_credentials(text)}", file=sys.stderr)
+    print(f"error: {without_credentials(str(error))}", file=sys.stderr)
     return error.exit_code if isinstance(error, UserError) else 1
 
 

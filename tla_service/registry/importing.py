@@ -7,11 +7,11 @@ import torch
 from tla_service.config import RunConfig
 from tla_service.data import EvaluationBatches, load_dataset, split_training
 from tla_service.evaluation.suite import measure_accuracy
+from tla_service.files import sha256
 from tla_service.inference.detector import Rejector
 from tla_service.job import code_version
 from tla_service.models import Architecture
 from tla_service.models.weights import fit, read_entries
-from tla_service.registry.integrity import sha256
 from tla_service.registry.job_settings import ImportSettings
 from tla_service.registry.packaging import check_packaging, log_model
 from tla_service.runtime import WorkerContext

@@ -7,17 +7,12 @@ from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 
 from tla_service.errors import UnavailableError
+from tla_service.files import sha256
 from tla_service.pickles import find_pickles
 
 MANIFEST = "manifest.json"
 _ADDED_BY_MLFLOW = {"registered_model_meta"}  # written beside a version that MLflow itself downloads
 _CACHE_HEADER = 16  # bytes before the code in a .pyc file
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path) -> str:

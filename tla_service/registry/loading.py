@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError, one_line, readable
-from tla_service.registry.integrity import MANIFEST, sha256, verify_package
+from tla_service.files import sha256
+from tla_service.registry.integrity import MANIFEST, verify_package
 from tla_service.tracking.connection import client, retrying, sqlite_path, tracking_uri
 
 if TYPE_CHECKING:

@@ -24,10 +24,11 @@ from mlflow.exceptions import MlflowException
 import tla_service
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
+from tla_service.files import sha256
 from tla_service.inference.detector import Rejector
 from tla_service.models import Architecture
 from tla_service.pixels import describe
-from tla_service.registry.integrity import sha256, write_manifest
+from tla_service.registry.integrity import write_manifest
 from tla_service.registry.loading import FORMAT_VERSION, PACKAGE_DIGEST, load_model
 from tla_service.report.page import NORMS, template
 from tla_service.report.schema import ThreatModel
