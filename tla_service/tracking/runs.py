@@ -1,6 +1,5 @@
 """MLflow runs: created or resumed by their key, described, given files, and closed."""
 
-import contextlib
 import functools
 import json
 import logging
@@ -17,16 +16,7 @@ from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
 from tla_service.errors import UserError, one_line, without_credentials
 from tla_service.job import code_version, environment
-from tla_service.tracking.connection import (
-    client,
-    exclusive,
-    open_store,
-    retrying,
-    search_all,
-    sqlite_path,
-    storing,
-    unstorable,
-)
+from tla_service.tracking.connection import client, exclusive, open_store, retrying, search_all, storing, unstorable
 
 RUN_KEY = "tla.run_key"
 FINGERPRINT = "data_fingerprint"  # fact: the digest of the data set
@@ -61,7 +51,7 @@ def open_run(
     tags |= {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
     find = functools.partial(_find, made, experiment, run_key)
     create = functools.partial(made.create_run, experiment, run_name=config.run_name, tags=tags)
-    run, is_new = retrying("Opening the run", lambda: _find_or_create(made, find, create, sqlite_path(uri)))
+    run, is_new = retrying("Opening the run", lambda: _find_or_create(made, find, create, uri))
     run_id = str(run.info.run_id)
     count = 0 if is_new else int(run.data.tags.get(_RESUMED, "0")) + 1
     if count:
@@ -168,17 +158,17 @@ def _find(made: MlflowClient, experiment: str, run_key: str) -> list[Run]:
 
 
 def _find_or_create(
-    made: MlflowClient, find: Callable[[], list[Run]], create: Callable[[], Run], database: Path | None
+    made: MlflowClient, find: Callable[[], list[Run]], create: Callable[[], Run], uri: str
 ) -> tuple[Run, bool]:
     """The run of a key and whether it is new. Two processes that open the same key get the same run."""
-    with contextlib.nullcontext() if database is None else exclusive(database):
+    with exclusive(uri) as is_locked:
         found = find()
         if found:
             return found[0], False
         run = create()
-    if database is not None:
+    if is_locked:
         return run, True
-    # A server offers no lock: look again once concurrent runs are visible; all processes keep the earliest.
+    # Look again once concurrent runs are visible; all processes keep the earliest.
     time.sleep(_SETTLE_SECONDS)
     first = next(iter(find()), run)
     if first.info.run_id == run.info.run_id:
