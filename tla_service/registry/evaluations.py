@@ -43,9 +43,10 @@ def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple
     found = storing("Finding versions", lambda: made.search_model_versions(f"run_id='{run_id}'"))
     versions = [(each.name, str(each.version)) for each in found if each.tags.get("weights_sha256") == sha256]
     stored = storing("Reading reports", lambda: stored_reports(made, run_id, sha256)) if versions else {}
+    stored.pop(folder, None)
     others = {at: other for at, other in stored.items() if other is not None and other.model.weights_sha256 == sha256}
-    card = evaluation_card(report, others)
     for name, version in versions:
+        card = evaluation_card(report, others)
         storing("Tagging the version", partial(_tag_version, made, name, version, evaluation_tags(report), card))
     return tuple(f"{name}/{version}" for name, version in versions)
 
@@ -71,7 +72,7 @@ def evaluation_tags(report: Report) -> dict[str, str]:
 def evaluation_card(report: Report, others: Mapping[str, Report]) -> str:
     """The card of a version in Markdown: in full for the threat model it was trained for, a line for each other one.
 
-    `others` are reports on the same weights, by their folders among the run's artifacts; `report` may be among them.
+    `others` are reports on the same weights, by their folders among the run's artifacts.
     """
     reports = {artifact_folder(report.model.weights_sha256, report.threat_model): report, **others}
     main = next((folder for folder, each in reports.items() if each.is_as_trained), next(iter(reports)))
