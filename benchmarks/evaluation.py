@@ -20,12 +20,12 @@ _BATCH, _STEPS, _BAR = 200, 400, 1 / 1.3
 
 def measure_evaluation(_work: dict[str, Workload], settings: BenchmarkSettings, results: Results) -> None:
     """A small network trained with PGD, on MNIST in `data_root`, else on digits; then both on its test images."""
-    name = "mnist" if settings.data_root else "digits"
+    name, model, epsilon = ("mnist", "small_cnn", 0.3) if settings.data_root else ("digits", "digits_cnn", 0.15)
+    device = torch.device("cpu")
     root = str(settings.data_root) if settings.data_root else None
     dataset = load_dataset(DataConfig.model_validate({"name": name, "root": root}))
-    epsilon, device = (0.3, torch.device("cpu")) if settings.data_root else (0.15, torch.device("cpu"))
     torch.manual_seed(0)
-    network = build_model("small_cnn" if settings.data_root else "digits_cnn", 10, dataset.image_shape)
+    network = build_model(model, 10, dataset.image_shape)
     optimizer, draws = torch.optim.Adam(network.parameters(), 0.002), generator(device, 0)
     logits_fn = logits_of(network)
     for step in range(_STEPS):

@@ -31,11 +31,7 @@ def measure_parts(work: dict[str, Workload], settings: BenchmarkSettings, result
 
 
 class Parts:
-    """A step, part by part.
-
-    Args:
-        step: The step.
-    """
+    """A step, part by part."""
 
     MINING = "embed and mine alone (within the forward part)"
 

@@ -84,12 +84,9 @@ def read_results(path: Path) -> Results:
 def facts() -> dict[str, Any]:
     """Hardware, versions, commit and command."""
     # A copy of the tree may lack git, or have another commit's.
-    commit = (
-        os.environ.get("GIT_COMMIT")
-        or subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        ).stdout
-    )
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = os.environ.get("GIT_COMMIT")
+    commit = commit or subprocess.run(describe, capture_output=True, text=True, check=False).stdout
     return {
         "device": hardware(torch.device("cuda" if torch.cuda.is_initialized() else "cpu")),
         "torch": torch.__version__,

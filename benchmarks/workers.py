@@ -82,21 +82,10 @@ def _measured(rank: int, workload: Workload, rounds: int) -> dict[str, Any]:
     """Turns of one worker, during which the other sleeps, and of both together; rank 0's times."""
     context = WorkerContext(rank, rank, WORLD, _CPU)
     alone, apart = FullStep(workload, WorkerContext()), FullStep(workload, WorkerContext())
-    same = FullStep(workload, context, training={"global_batch_size": WORLD * workload.batch_size})
-    half = FullStep(workload, context)
-    late = FullStep(
-        workload,
-        context,
-        training={"global_batch_size": WORLD * workload.batch_size},
-        speed={"overlap_reduction": False},
-    )
-    steps = {
-        "one worker": alone,
-        _SAME: same,
-        _APART: apart,
-        _HALF: half,
-        _LATE: late,
-    }
+    larger = {"global_batch_size": WORLD * workload.batch_size}
+    same, half = FullStep(workload, context, training=larger), FullStep(workload, context)
+    late = FullStep(workload, context, training=larger, speed={"overlap_reduction": False})
+    steps = {"one worker": alone, _SAME: same, _APART: apart, _HALF: half, _LATE: late}
 
     def turn(step: FullStep) -> None:
         if step is not alone or rank == 0:

@@ -68,8 +68,7 @@ def _tell(error: Exception, *, debug: bool) -> int:
     says_enough = type(error) is RuntimeError or type(error).__module__.startswith("tla_service.")
     if debug or not says_enough:
         print(without_credentials("".join(traceback.format_exception(error))), end="", file=sys.stderr)
-    text = " ".join(str(error).split("\n")) if isinstance(error, UserError) else str(error)
-    print(f"error: {without_credentials(text)}", file=sys.stderr)
+    print(f"error: {without_credentials(str(error))}", file=sys.stderr)
     return error.exit_code if isinstance(error, UserError) else 1
 
 
@@ -94,12 +93,12 @@ class JsonFormatter(logging.Formatter):
         return json_line(record.levelname.lower(), fields)
 
 
-def log_as_json(labels: Mapping[str, Any], level: int = logging.INFO, stream: TextIO | None = None) -> None:
+def log_as_json(labels: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Make this process log JSON lines only, with the labels of the time; other loggers than ours log warnings."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter(labels))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger("tla_service").setLevel(level)
+    logging.getLogger("tla_service").setLevel(logging.INFO)
 
 
 def code_version() -> dict[str, str]:

@@ -21,12 +21,13 @@ from safetensors.torch import save_file
 from tests.fuzz.harness import Faults, chunks, mutated, random_of, run_case
 from tests.registry.tracking_server import Packaged
 from tests.training.conftest import KeepingReporter, digits_config, fit
+from tla_service.files import sha256
 from tla_service.models import build_model
 from tla_service.models import weights as published
 from tla_service.registry.integrity import write_manifest
 from tla_service.registry.subject import load_subject
 from tla_service.runtime import WorkerContext
-from tla_service.training.checkpoint import MANIFEST, _sha256
+from tla_service.training.checkpoint import MANIFEST
 from tla_service.training.fit import Run
 
 pytestmark = pytest.mark.fuzz  # a package to damage takes seconds to make
@@ -115,7 +116,7 @@ def damage(rng: random.Random, folder: Path, seal: Callable[[Path], object] | No
 
 
 def seal_checkpoint(folder: Path) -> None:
-    checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    checksums = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     (folder / MANIFEST).write_text(json.dumps(checksums))
 
 

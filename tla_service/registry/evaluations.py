@@ -3,7 +3,6 @@
 Files are in a folder per weights and threat model.
 """
 
-import contextlib
 import json
 import shutil
 import tempfile
@@ -43,7 +42,9 @@ def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple
     storing("Logging the figures", lambda: _log_metrics(made, run_id, report, written))
     found = storing("Finding versions", lambda: made.search_model_versions(f"run_id='{run_id}'"))
     versions = [(each.name, str(each.version)) for each in found if each.tags.get("weights_sha256") == sha256]
-    others = storing("Reading reports", lambda: _other_reports(made, run_id, report)) if versions else {}
+    stored = storing("Reading reports", lambda: stored_reports(made, run_id, sha256)) if versions else {}
+    stored.pop(folder, None)
+    others = {at: other for at, other in stored.items() if other is not None and other.model.weights_sha256 == sha256}
     for name, version in versions:
         card = evaluation_card(report, others)
         storing("Tagging the version", partial(_tag_version, made, name, version, evaluation_tags(report), card))
@@ -90,6 +91,19 @@ def stored_evaluations(made: MlflowClient, run_id: str, weights_sha256: str) -> 
     return {name: f"{home}/{name}" for name in sorted(_names(made, run_id, home)) if name.startswith(_NORMS)}
 
 
+def stored_reports(made: MlflowClient, run_id: str, weights_sha256: str) -> dict[str, Report | None]:
+    """The report of each stored evaluation of these weights, by its folder; None if it cannot be read."""
+    found: dict[str, Report | None] = {}
+    for folder in stored_evaluations(made, run_id, weights_sha256).values():
+        with tempfile.TemporaryDirectory(prefix="tla-evaluation-") as scratch:
+            fetch(made, run_id, folder, Path(scratch), [REPORT_FILE])
+            try:
+                found[folder] = read_report(Path(scratch) / REPORT_FILE)
+            except UnavailableError:
+                found[folder] = None
+    return found
+
+
 def fetch(made: MlflowClient, run_id: str, folder: str, target: Path, wanted: Sequence[str]) -> None:
     """Copy those of the wanted files that an evaluation has into a local folder."""
     for name in sorted(_names(made, run_id, folder) & set(wanted)):
@@ -124,7 +138,6 @@ def _card(report: Report, folder: str, rows: list[str], left_out: int) -> str:
 
 
 def _row(folder: str, report: Report) -> str:
-    """A line for an evaluation under another threat model."""
     estimates = [percent(report.accuracy[name].estimate if name in report.accuracy else None) for name in _SHOWN]
     audit = "not run" if report.audit is None else "trusted" if report.audit.trusted else "not trusted"
     return f"| {' | '.join([str(report.threat_model), *estimates, audit, f'`{folder}`'])} |"
@@ -148,42 +161,18 @@ def _log_metrics(made: MlflowClient, run_id: str, report: Report, milliseconds: 
     if report.audit is not None:
         values["audit_trusted"] = float(report.audit.trusted)
     homes = [f"evaluation/{report.threat_model.slug}", *(["evaluation"] if report.is_as_trained else [])]
-    stated = {name: value for name, value in values.items() if value is not None}
-    data = report.data
-    source = json.dumps({"split": data.split, "images": data.images})
-    dataset = Dataset(data.name, data.fingerprint, "local", source)
+    named = {f"{home}/{name}": value for home in homes for name, value in values.items() if value is not None}
+    source = json.dumps({"split": report.data.split, "images": report.data.images})
+    dataset = Dataset(report.data.name, report.data.fingerprint, "local", source)
     made.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])])
     # With a model's id they are its metrics too, by which MLflow's page of models compares versions on a data set.
-    models: Sequence[str | None] = _logged_models(made, run_id, report.model.weights_sha256)
+    chosen = f"source_run_id='{run_id}' AND tags.weights_sha256='{report.model.weights_sha256}'"
+    experiment = made.get_run(run_id).info.experiment_id
+    found = made.search_logged_models([experiment], filter_string=chosen)
+    models: list[str | None] = [model.model_id for model in found]
     for model_id in models or [None]:
-        made.log_batch(
-            run_id,
-            metrics=[
-                Metric(f"{home}/{name}", value, milliseconds, 0, model_id, dataset.name, dataset.digest)
-                for home in homes
-                for name, value in stated.items()
-            ],
-        )
-
-
-def _logged_models(made: MlflowClient, run_id: str, weights_sha256: str) -> list[str]:
-    """The run's logged models that have these weights, registered or not."""
-    chosen = f"source_run_id='{run_id}' AND tags.weights_sha256='{weights_sha256}'"
-    found = made.search_logged_models([made.get_run(run_id).info.experiment_id], filter_string=chosen)
-    return [str(model.model_id) for model in found]
-
-
-def _other_reports(made: MlflowClient, run_id: str, report: Report) -> dict[str, Report]:
-    """Readable reports on the same weights under other threat models, by their folders."""
-    sha256, found = report.model.weights_sha256, {}
-    stored = stored_evaluations(made, run_id, sha256)
-    stored.pop(report.threat_model.slug, None)
-    for folder in stored.values():
-        with tempfile.TemporaryDirectory(prefix="tla-evaluation-") as scratch:
-            fetch(made, run_id, folder, Path(scratch), [REPORT_FILE])
-            with contextlib.suppress(UnavailableError):
-                found[folder] = read_report(Path(scratch) / REPORT_FILE)
-    return {folder: other for folder, other in found.items() if other.model.weights_sha256 == sha256}
+        about = milliseconds, 0, model_id, dataset.name, dataset.digest
+        made.log_batch(run_id, metrics=[Metric(name, value, *about) for name, value in named.items()])
 
 
 def _names(made: MlflowClient, run_id: str, folder: str) -> set[str]:

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from tla_service.attacks.autoattack import autoattack_stages
 from tla_service.errors import UnavailableError, UserError, one_line
-from tla_service.evaluation.shards import ShardOutcome, load_outcome
+from tla_service.evaluation.shards import load_outcome
 from tla_service.registry.evaluations import fetch, stored_evaluations
 from tla_service.registry.gate import Evaluated, Finding
 from tla_service.registry.loading import PACKAGE_DIGEST, open_package
@@ -117,7 +117,8 @@ def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Eva
         try:
             fetch(made, run_id, stored[threat.slug], folder, [REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE])
             report = read_report(folder / REPORT_FILE)
-            outcomes = _outcomes(folder)
+            strong = [folder / AUTOATTACK_FILE] if (folder / AUTOATTACK_FILE).is_file() else []
+            found = [load_outcome(path) for path in (*strong, folder / OUTCOME_FILE)]
         except UserError as error:
             raise bad(f"its evaluation cannot be used ({error.reason})", again) from error
     if report.model.weights_sha256 != sha256:
@@ -126,11 +127,5 @@ def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Eva
         raise bad(f"its report is about another threat model ({report.threat_model}, not {threat})", again)
     classes, (_, rows, _) = len(package.description["class_names"]), package.description["image_shape"]
     stages, _ = autoattack_stages(classes, threat.norm, rows)
+    outcomes = {name: outcome for outcome in found for name in outcome.broken_at}
     return Evaluated(package.version, report, outcomes, tuple(stages), again)
-
-
-def _outcomes(folder: Path) -> dict[str, ShardOutcome]:
-    """Per-image results by attack, with the gate images marked."""
-    strong = folder / AUTOATTACK_FILE
-    found = [load_outcome(strong)] if strong.is_file() else []
-    return {name: outcome for outcome in (*found, load_outcome(folder / OUTCOME_FILE)) for name in outcome.broken_at}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tla_service.errors import UnavailableError, UserError
+from tla_service.errors import UnavailableError
 from tla_service.registry.job_settings import Format
 from tla_service.registry.loading import load_model, open_package
 
@@ -28,10 +28,7 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
     model card and detector are copied to the same folder. A file that computes something else is removed. Returns the
     files, each with the largest difference of its outputs, relative to the largest output.
     """
-    try:
-        artifacts, description = open_package(uri, tracking)
-    except UserError as error:
-        raise type(error)("model", uri, error.reason, error.remedy) from error
+    artifacts, description = open_package(uri, tracking)
     network = load_model(str(artifacts))
     shape = tuple(description["image_shape"])
     folder.mkdir(parents=True, exist_ok=True)

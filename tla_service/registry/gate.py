@@ -47,11 +47,6 @@ class Evaluated:
         """Fewest gate images that a compared attack was run on."""
         return min((len(part.labels) for name, part in self.gate.items() if name in _COMPARED), default=0)
 
-    @property
-    def published(self) -> dict[str, ShardOutcome]:
-        """Results of the images that the report's figures are based on, by attack."""
-        return {name: part.only(~part.gate) for name, part in self.outcomes.items() if part.gate is not None}
-
 
 def judge(candidate: Evaluated, rules: GateRules) -> list[Finding]:
     """Apply the rules that concern a version alone."""
@@ -88,7 +83,8 @@ def _finding(rule: str, problem: str, fine: str, remedy: str) -> Finding:
 def _figures(candidate: Evaluated) -> Finding:
     """Whether the report's figures follow from the per-image results: anyone can edit a report."""
     report, wrong = candidate.report, []
-    groups = (report.accuracy, candidate.published, ""), (report.gate.accuracy, candidate.gate, " on gate images")
+    published = {name: part.only(~part.gate) for name, part in candidate.outcomes.items() if part.gate is not None}
+    groups = (report.accuracy, published, ""), (report.gate.accuracy, candidate.gate, " on gate images")
     for accuracy, outcomes, where in groups:
         for attack in _COMPARED:
             stated, outcome = accuracy.get(attack), outcomes.get(attack)
@@ -142,7 +138,6 @@ def _enough(candidate: Evaluated, rules: GateRules) -> Finding:
 
 
 def _audited(candidate: Evaluated, rules: GateRules) -> Finding:
-    """Whether an audit under the report's threat model passed."""
     audit, remedy = candidate.report.audit, candidate.again
     if not rules.audit:
         return _finding("audit", "", "not required", "")
@@ -165,15 +160,15 @@ def _detects(candidate: Evaluated, rules: GateRules) -> Finding:
     score = None if measured is None else measured.attacked
     if measured is not None and score is None:
         problem = f"the evaluation did not attack the detector (older ones, or images.adaptive 0); {required}"
-        return _finding("detection", problem, "", candidate.again)
-    if score is None or score.auc is None:
+    elif score is None or score.auc is None:
         why = f" ({score.reason})" if score is not None else ""
-        return _finding("detection", f"AUC was not measured{why}; {required}", "", candidate.again)
-    if score.images < rules.min_images:
+        problem = f"AUC was not measured{why}; {required}"
+    elif score.images < rules.min_images:
         problem = f"AUC {score.auc:.3f} on {score.images} images; at least {rules.min_images} images required"
-        return _finding("detection", problem, "", candidate.again)
-    explanation = f"AUC {score.auc:.3f} under an adaptive attack of radius {score.epsilon:g}; {required}"
-    return Finding("detection", score.auc >= rules.min_detection_auc, explanation, _BETTER + "min_detection_auc")
+    else:
+        explanation = f"AUC {score.auc:.3f} under an adaptive attack of radius {score.epsilon:g}; {required}"
+        return Finding("detection", score.auc >= rules.min_detection_auc, explanation, _BETTER + "min_detection_auc")
+    return _finding("detection", problem, "", candidate.again)
 
 
 def _same_images(first: ShardOutcome | None, second: ShardOutcome | None) -> bool:
@@ -187,9 +182,7 @@ def _not_worse(candidate: Evaluated, holder: Evaluated, attack: str, name: str, 
     found = paired_difference(own, other)
     is_worse = found.difference < 0 and found.p_value < rules.significance
     points, low, high = (100 * each for each in (found.difference, found.low, found.high))
-    explanation = (
-        f"{points:+.2f} points ({low:+.2f} to {high:+.2f}) compared with {name}: {(own & ~other).sum()} images "
-    )
-    explanation += f"gained, {(~own & other).sum()} lost; p = {found.p_value:.2g}"
+    explanation = f"{points:+.2f} points ({low:+.2f} to {high:+.2f}) compared with {name}: "
+    explanation += f"{(own & ~other).sum()} images gained, {(~own & other).sum()} lost; p = {found.p_value:.2g}"
     passed = not (is_worse or -found.difference > rules.max_drop)
     return Finding(f"{attack} not worse", passed, explanation, _BETTER + "max_drop")

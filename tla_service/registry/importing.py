@@ -1,24 +1,22 @@
 """Registers weights that were trained elsewhere."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from mlflow import MlflowClient
 
 from tla_service.config import RunConfig
 from tla_service.data import EvaluationBatches, load_dataset, split_training
 from tla_service.evaluation.suite import measure_accuracy
+from tla_service.files import sha256
 from tla_service.inference.detector import Rejector
 from tla_service.job import code_version
 from tla_service.models import Architecture
 from tla_service.models.weights import fit, read_entries
-from tla_service.registry.integrity import sha256
 from tla_service.registry.job_settings import ImportSettings
 from tla_service.registry.packaging import check_packaging, log_model
 from tla_service.runtime import WorkerContext
 from tla_service.tracking.connection import check_tracking, open_store, retrying
-from tla_service.tracking.runs import FINGERPRINT, RUN_KEY
+from tla_service.tracking.runs import FINGERPRINT, RUN_KEY, tagged_run
 from tla_service.training.rejector import fit_rejector
 
 _METHOD = "imported"
@@ -54,8 +52,10 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     facts = {FINGERPRINT: dataset.fingerprint, "source": settings.source or path.name, "note": note}
     facts |= {"weights_used": "; ".join(found.notes)} if found.notes else {}
     uri, made, experiment = open_store(settings.tracking)
-    key = f"import/{sha256(path)[:16]}"
-    run_id = retrying("Opening the run", lambda: _open_run(made, experiment, key, facts))
+    key = f"import/{sha256(path)[:16]}"  # the same file has the same run
+    tags = {f"tla.{name}": value for name, value in facts.items()} | code_version()
+    tags |= {RUN_KEY: key, "tla.method": _METHOD}
+    run_id = retrying("Opening the run", lambda: tagged_run(made, experiment, RUN_KEY, key, tags))
     made.log_metric(run_id, "test/clean_accuracy", clean_accuracy)
     model_uri = log_model(
         uri,
@@ -74,13 +74,3 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     )
     made.set_terminated(run_id, "FINISHED")
     return model_uri, clean_accuracy, found.notes
-
-
-def _open_run(made: MlflowClient, experiment: str, key: str, facts: Mapping[str, str]) -> str:
-    """The run of an import; the same file has the same run."""
-    runs = made.search_runs([experiment], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
-    if runs:
-        return str(runs[0].info.run_id)
-    tags = {f"tla.{name}": value for name, value in facts.items()}
-    tags |= code_version() | {RUN_KEY: key, "tla.method": _METHOD}
-    return str(made.create_run(experiment, run_name=key, tags=tags).info.run_id)

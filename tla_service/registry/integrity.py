@@ -7,17 +7,12 @@ from importlib.util import MAGIC_NUMBER
 from pathlib import Path
 
 from tla_service.errors import UnavailableError
+from tla_service.files import sha256
 from tla_service.pickles import find_pickles
 
 MANIFEST = "manifest.json"
 _ADDED_BY_MLFLOW = {"registered_model_meta"}  # written beside a version that MLflow itself downloads
 _CACHE_HEADER = 16  # bytes before the code in a .pyc file
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path) -> str:
@@ -27,15 +22,15 @@ def write_manifest(folder: Path) -> str:
     return sha256(folder / MANIFEST)
 
 
-def verify_package(folder: Path, subject: str, name: str, expected: str | None = None) -> None:
+def verify_package(folder: Path, name: str, expected: str | None) -> None:
     """Raise `UnavailableError` unless a folder contains exactly the files that were packaged, and no pickle.
 
     `expected` is the SHA-256 of the manifest in the registry; None without a registry: the manifest is trusted then.
-    `subject` and `name` are the setting that named the package, and its address, for messages.
+    `name` is the package's address, for messages.
     """
 
     def bad(reason: str, remedy: str = "load another version") -> UnavailableError:
-        return UnavailableError(subject, name, reason, remedy)
+        return UnavailableError("model", name, reason, remedy)
 
     try:
         # Reading a pipe or a device might never end.

@@ -2,9 +2,8 @@
 
 import functools
 import re
-import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +18,10 @@ from tla_service.config import TrackingConfig
 from tla_service.config.explain import suggest
 from tla_service.errors import UnavailableError, one_line, without_credentials
 from tla_service.files import write_whole
-from tla_service.registry.evaluations import fetch, stored_evaluations
+from tla_service.registry.evaluations import stored_reports
 from tla_service.report.page import NORMS, method_name, size, template
-from tla_service.report.schema import PAGE_FILE, REPORT_FILE, Report, read_report
-from tla_service.tracking.connection import client, retrying, sqlite_path, tracking_uri
+from tla_service.report.schema import PAGE_FILE, Report
+from tla_service.tracking.connection import client, retrying, search_all, sqlite_path, tracking_uri
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
     if path is not None and not path.is_file():
         raise UnavailableError("tracking.uri", uri, "there is no such file", "correct the address")
     made = client(uri)
-    found = _pages("Reading the models", made.search_registered_models)
+    found = retrying("Reading the models", lambda: search_all(made.search_registered_models))
     # The locks of promotions are registered models, too.
     registered = {each.name: each for each in found if not re.search(r"-lock-\d+$", each.name)}
     if not registered:
@@ -97,16 +96,15 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
     entries: list[Entry] = []
     own = foreign = 0
     for name in sorted(set(models) or registered):
-        search = functools.partial(made.search_model_versions, f"name='{name}'")
-        aliases = defaultdict(list)
-        for alias, number in registered[name].aliases.items():
-            aliases[str(number)].append(alias)
-        for version in _pages("Reading the versions", search):
+        search = functools.partial(search_all, made.search_model_versions, filter_string=f"name='{name}'")
+        for version in retrying("Reading the versions", search):
             if "weights_sha256" not in version.tags:
                 foreign += 1
                 continue
             own += 1
-            entries += reader.entries(version, tuple(sorted(aliases[str(version.version)])))
+            aliases = registered[name].aliases
+            carried = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
+            entries += reader.entries(version, tuple(carried))
     return Leaderboard(tuple(sorted({entry.name for entry in entries})), own, foreign, _ranked(entries))
 
 
@@ -135,18 +133,17 @@ class _Reader:
     """Reads runs and reports, each once."""
 
     def __init__(self, made: MlflowClient, uri: str) -> None:
-        self._made, self._uri = made, uri
-        self._run = functools.cache(self._read_run)
-        self._reports = functools.cache(self._read_reports)
+        self._base = without_credentials(uri)
+        self._run = functools.cache(lambda run_id: retrying("Reading the run", lambda: made.get_run(run_id)).info)
+        self._reports = functools.cache(functools.partial(stored_reports, made))
 
     def entries(self, version: Any, aliases: tuple[str, ...]) -> list[Entry]:
         """An entry for each evaluation of a version, or one that says why there is none."""
         run_id, sha256 = str(version.run_id or ""), version.tags["weights_sha256"]
         registered = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).date().isoformat()
-        base = without_credentials(self._uri)
         links = {}
-        if base.startswith(("http://", "https://")):
-            links["version"] = f"{base}/#/models/{quote(version.name, safe='')}/versions/{version.version}"
+        if self._base.startswith(("http://", "https://")):
+            links["version"] = f"{self._base}/#/models/{quote(version.name, safe='')}/versions/{version.version}"
         bare = Entry(
             version.name, str(version.version), aliases, version.tags.get("method", ""), registered, run_id, links
         )
@@ -155,13 +152,13 @@ class _Reader:
         except MlflowException as error:
             return [replace(bare, trouble=f"its run cannot be read ({one_line(error)})")]
         if "version" in links:
-            links["run"] = f"{base}/#/experiments/{run.experiment_id}/runs/{run_id}"
+            links["run"] = f"{self._base}/#/experiments/{run.experiment_id}/runs/{run_id}"
         if not reports:
             return [replace(bare, trouble="not evaluated")]
         found = []
         for folder, report in reports.items():
-            if isinstance(report, str):
-                found.append(replace(bare, trouble=report))
+            if report is None:
+                found.append(replace(bare, trouble=f"the report in {folder} cannot be read"))
             elif report.model.weights_sha256 != sha256:
                 found.append(replace(bare, trouble="the report is of other weights"))
             else:
@@ -177,39 +174,12 @@ class _Reader:
         path = Path(unquote(root.path)) / folder / PAGE_FILE
         return path.as_uri() if root.scheme in ("", "file") and path.is_file() else None
 
-    def _read_run(self, run_id: str) -> RunInfo:
-        return retrying("Reading the run", lambda: self._made.get_run(run_id)).info
 
-    def _read_reports(self, run_id: str, sha256: str) -> dict[str, Report | str]:
-        """Reports on these weights by their folders among the run's artifacts; a text if one cannot be read."""
-        found: dict[str, Report | str] = {}
-        for folder in stored_evaluations(self._made, run_id, sha256).values():
-            with tempfile.TemporaryDirectory(prefix="tla-leaderboard-") as scratch:
-                fetch(self._made, run_id, folder, Path(scratch), [REPORT_FILE])
-                try:
-                    found[folder] = read_report(Path(scratch) / REPORT_FILE)
-                except UnavailableError:
-                    found[folder] = f"the report in {folder} cannot be read"
-        return found
-
-
-def _pages(what: str, search: Callable[..., Any]) -> Iterable[Any]:
-    """All results of a search, page after page."""
-    token = None
-    while True:
-        page = retrying(what, functools.partial(search, page_token=token))
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _ranked(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+def _ranked(entries: Sequence[Entry]) -> tuple[Entry, ...]:
     """Evaluations by data set and threat model, those with most first; in each, the best under AutoAttack on top.
 
     Those without AutoAttack follow, then those whose audit failed, and at the very end what has no evaluation.
     """
-    entries = list(entries)
     sizes = Counter(entry.group for entry in entries if entry.report is not None)
 
     def place(entry: Entry) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError, one_line, readable
-from tla_service.registry.integrity import MANIFEST, sha256, verify_package
+from tla_service.files import sha256
+from tla_service.registry.integrity import MANIFEST, verify_package
 from tla_service.tracking.connection import client, retrying, sqlite_path, tracking_uri
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _named_version(uri: str, made: "MlflowClient") -> tuple[str, str]:
 def _open_folder(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict[str, Any]]:
     # The folder of the artifacts is an address too; the manifest lies above it.
     is_inner = folder.name == "artifacts" and (folder.parent / MANIFEST).is_file()
-    verify_package(folder.parent if is_inner else folder, FIELD, uri, digest)
+    verify_package(folder.parent if is_inner else folder, uri, digest)
     artifacts = folder if is_inner else folder / "artifacts"
     if not (artifacts / "model.json").is_file():
         reason = "contains no model.json, so it was not packaged by this project"

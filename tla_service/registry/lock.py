@@ -8,7 +8,6 @@ must therefore call `check` before each write; it may hold the lock for a third 
 """
 
 import contextlib
-import functools
 import logging
 import random
 import re
@@ -18,10 +17,9 @@ from collections.abc import Callable, Iterator
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.utils import get_results_from_paginated_fn
 
 from tla_service.errors import UnavailableError
-from tla_service.tracking.connection import is_passing, retrying
+from tla_service.tracking.connection import is_passing, retrying, search_all
 
 STALE_SECONDS = 90.0
 _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.02, 10.0
@@ -106,10 +104,7 @@ class RegistryLock:
 
     def _generations(self) -> dict[int, bool]:
         """Existing generations, and whether each is released."""
-        search = functools.partial(self._made.search_registered_models, f"name LIKE '{self._prefix}%'")
-        found = get_results_from_paginated_fn(  # type: ignore[no-untyped-call]
-            lambda count, token: search(count, page_token=token), 100
-        )
+        found = search_all(self._made.search_registered_models, filter_string=f"name LIKE '{self._prefix}%'")
         pattern = re.compile(re.escape(self._prefix) + r"(\d{8})")
         matches = ((pattern.fullmatch(model.name), model) for model in found)
         return {int(match[1]): _RELEASED in model.tags for match, model in matches if match}

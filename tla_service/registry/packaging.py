@@ -24,11 +24,11 @@ from mlflow.exceptions import MlflowException
 import tla_service
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
+from tla_service.files import sha256
 from tla_service.inference.detector import Rejector
 from tla_service.models import Architecture
-from tla_service.pickles import find_pickles
 from tla_service.pixels import describe
-from tla_service.registry.integrity import sha256, write_manifest
+from tla_service.registry.integrity import write_manifest
 from tla_service.registry.loading import FORMAT_VERSION, PACKAGE_DIGEST, load_model
 from tla_service.report.page import NORMS, template
 from tla_service.report.schema import ThreatModel
@@ -94,9 +94,6 @@ def log_model(
 
     Returns ``models:/NAME/VERSION``, or ``models:/m-...`` without `registered_model`.
     """
-    if example.shape[1:] != tuple(image_shape) or len(example) < _FEWEST_IMAGES:
-        reason = f"not a batch of at least {_FEWEST_IMAGES} images"
-        raise ConfigError("example", example.shape, reason, f"give (n, *{image_shape})")
     made = client(uri)
     run = storing("Reading the run", lambda: made.get_run(run_id))
     architecture = Architecture.of(config.model, code)
@@ -118,7 +115,8 @@ def log_model(
         source = Path(scratch, "source")
         source.mkdir()
         description |= architecture.write(source)
-        digest = _write_source(source, description, state_dict, rejector)
+        _write_source(source, description, state_dict, rejector)
+        digest = description["weights"]["sha256"]
         tags = {
             "run_key": description["run_key"],
             "method": description["method"],
@@ -151,8 +149,8 @@ def log_model(
 
 def _write_source(
     folder: Path, description: dict[str, Any], state_dict: Mapping[str, torch.Tensor], rejector: Rejector | None
-) -> str:
-    """Write a package's files to a folder, and complete its description; returns the weights' SHA-256."""
+) -> None:
+    """Write a package's files to a folder, and complete its description."""
     from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
@@ -175,7 +173,6 @@ def _write_source(
             shutil.copytree(home / name, package / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         else:
             shutil.copy(home / name, package / name)
-    return str(description["weights"]["sha256"])
 
 
 def _storable(tensor: torch.Tensor) -> torch.Tensor:
@@ -278,9 +275,6 @@ def _signature(description: Mapping[str, Any]) -> "ModelSignature":
 
 def _verify(folder: Path, example: npt.NDArray[np.float32]) -> None:
     """Load the package as its users will: nothing that does not load, or needs pickle, is registered."""
-    pickles = find_pickles(folder)
-    if pickles:
-        raise AssertionError(f"the package contains pickle files: {pickles}")
     network = load_model(str(folder))
     with torch.inference_mode():
         logits = network(torch.from_numpy(np.ascontiguousarray(example, dtype=np.float32))).logits

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -21,6 +21,7 @@ from tla_service.registry.job_settings import GateRules
 from tla_service.registry.lock import RegistryLock, registry_lock
 from tla_service.report.schema import ThreatModel
 from tla_service.tracking.connection import client, experiment_id, retrying, tracking_uri
+from tla_service.tracking.runs import tagged_run
 
 EXPERIMENT = "tla-promotions"
 _TAG_LENGTH = 5000  # MLflow's limit
@@ -53,6 +54,7 @@ class Promotion:
         self._uri = tracking_uri(tracking)
         self._made = client(self._uri)
         self._model, self._alias, self._rules = model, alias, rules
+        self._lock = functools.partial(registry_lock, self._made, f"{model}-{alias}")
         # Files and reports are immutable, so each is examined once.
         self._files = functools.cache(functools.partial(examine_files, self._made, self._uri, model))
         self._evaluation = functools.cache(functools.partial(examine_evaluation, self._made))
@@ -69,7 +71,7 @@ class Promotion:
                 decision = Decision("unchanged" if is_passed else "refused", version, holder, findings)
                 with self._recorded(decision):
                     return decision
-            with self._lock(functools.partial(self._is_holder, holder)) as lock:
+            with self._lock(wanted=functools.partial(self._is_holder, holder)) as lock:
                 if lock is not None and self._is_holder(holder):
                     decision = Decision("promoted", version, holder, findings, lock.generation)
                     return self._apply(decision, holder, lock)
@@ -77,7 +79,7 @@ class Promotion:
 
     def roll_back(self) -> Decision:
         """Give the alias back to the version that carried it before, if its files are unmodified."""
-        with self._lock(lambda: True) as lock:
+        with self._lock() as lock:
             assert lock is not None
             holder = self._holder()
             target = None if holder is None else self._replaced_by(holder)
@@ -87,9 +89,6 @@ class Promotion:
             verify(self._uri, find_version(self._made, self._model, target))
             decision = Decision("rolled back", target, holder, (), lock.generation)
             return self._apply(decision, self._replaced_by(target), lock)
-
-    def _lock(self, wanted: Callable[[], bool]) -> contextlib.AbstractContextManager[RegistryLock | None]:
-        return registry_lock(self._made, f"{self._model}-{self._alias}", wanted=wanted)
 
     def _judge(self, version: str, holder: str | None) -> list[Finding]:
         intact, package = self._files(version, "version")
@@ -105,17 +104,14 @@ class Promotion:
         return [*findings, *self._compare(candidate, threat, holder)]
 
     def _compare(self, candidate: Evaluated, threat: ThreatModel, holder: str) -> list[Finding]:
-        """Compare the candidate with the holder of the alias under one threat model."""
         intact, theirs = self._files(holder, self._alias)
         if theirs is None:
             return [intact]
         other = theirs.trained_for
         if self._rules.threat_model is None and other.slug != threat.slug:
             # A version must not replace the champion by being trained for a weaker threat model.
-            explanation = (
-                f"trained for {threat}, but version {holder} ({self._alias}) for {other}; name the threat model "
-            )
-            explanation += "to compare them under: rules.norm and rules.epsilon"
+            explanation = f"trained for {threat}, but version {holder} ({self._alias}) for {other}; "
+            explanation += "name the threat model to compare them under: rules.norm and rules.epsilon"
             remedy = f"run jobs/promote_model.py --model {self._model} --version {candidate.version}"
             remedy += "" if self._alias == "champion" else f" --alias {self._alias}"
             remedy += f" --rules.norm {other.norm} --rules.epsilon {other.radius}"
@@ -164,14 +160,13 @@ class Promotion:
     @contextlib.contextmanager
     def _recorded(self, decision: Decision) -> Iterator[None]:
         """Record a decision in a run of its own, as a version's tags keep the last one only."""
-        key = uuid.uuid4().hex
         found = [
             {"rule": each.rule, "passed": each.passed, "explanation": each.explanation} for each in decision.findings
         ]
         while len(findings := json.dumps(found)) > _TAG_LENGTH:
             found.pop()  # as many as fit into a tag
         facts = {
-            "id": key,
+            "id": uuid.uuid4().hex,
             "model": self._model,
             "version": decision.version,
             "alias": self._alias,
@@ -186,10 +181,7 @@ class Promotion:
 
         def create() -> str:
             experiment = experiment_id(self._made, EXPERIMENT, self._uri)
-            # An attempt whose response was lost may have created it.
-            made = self._made.search_runs([experiment], f"tags.`tla.promotion.id` = '{key}'", max_results=1)
-            run = made[0] if made else self._made.create_run(experiment, run_name=name, tags=tags)
-            return str(run.info.run_id)
+            return tagged_run(self._made, experiment, "tla.promotion.id", name, tags)
 
         run_id = retrying("Recording the decision", create)
         yield

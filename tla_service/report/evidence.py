@@ -1,6 +1,5 @@
 """Files beside a report for others to work with: results of single images, AutoAttack's images, the audit as SARIF."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from tla_service.attacks.autoattack import ALL_STAGES
 from tla_service.evaluation.evidence import is_outside
 from tla_service.evaluation.results import share_of
 from tla_service.evaluation.shards import ShardOutcome, save_arrays, standing_under_all
-from tla_service.files import whole_file, write_whole
+from tla_service.files import sha256, whole_file, write_whole
 from tla_service.report.schema import ADVERSARIAL_FILE, REPORT_FILE, AdversarialFacts, Report, ThreatModel
 
 _SARIF_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
@@ -104,8 +103,7 @@ def write_adversarial(strong: ShardOutcome, threat: ThreatModel, folder: Path) -
     assert strong.gate is not None
     arrays = {"x_adv": adversarial, "x_test": clean, "y_test": strong.labels}
     save_arrays(arrays | {"index": strong.indices, "gate": strong.gate}, folder / ADVERSARIAL_FILE)
-    with (folder / ADVERSARIAL_FILE).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(folder / ADVERSARIAL_FILE)
     right = kept["predicted"] == strong.labels
     return AdversarialFacts(sha256=digest, images=len(right), clean=share_of(right[~strong.gate]))
 

@@ -68,7 +68,7 @@ def client(uri: str) -> "MlflowClient":
         _check_file(path)
         for name in ("mlflow.store.db.utils", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)  # they log every migration
-        with exclusive(path):
+        with exclusive(uri):
             made = MlflowClient(tracking_uri=uri, registry_uri=uri)
             made.search_registered_models(max_results=1)  # creates the registry's tables as well
             return made
@@ -86,12 +86,19 @@ def _explained(uri: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock beside an SQLite file: two processes that create MLflow's tables at once crash each other."""
+def exclusive(uri: str) -> Iterator[bool]:
+    """Hold a lock beside an SQLite file: two processes that create MLflow's tables at once crash each other.
+
+    Yields False, at once, for every other address: a server has no lock.
+    """
+    path = sqlite_path(uri)
+    if path is None:
+        yield False
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield True
 
 
 def experiment_id(made: "MlflowClient", name: str, uri: str) -> str:
@@ -138,6 +145,16 @@ def retrying(what: str, action: Callable[[], T], *, seconds: float = 16) -> T:
 def storing(what: str, action: Callable[[], T]) -> T:
     """As `retrying`, for five minutes: hours of work must not be lost to a server that restarts."""
     return retrying(what, action, seconds=300)
+
+
+def search_all(search: Callable[..., Any], **arguments: Any) -> list[Any]:
+    """All results of one of a client's searches, page after page."""
+    from mlflow.utils import get_results_from_paginated_fn
+
+    found: list[Any] = get_results_from_paginated_fn(  # type: ignore[no-untyped-call]
+        lambda count, token: search(**arguments, max_results=count, page_token=token), 100
+    )
+    return found
 
 
 def is_passing(error: Exception) -> bool:
@@ -202,11 +219,12 @@ def unstorable(made: "MlflowClient", uri: str, run_id: str, error: Exception) ->
 
 
 def _check_file(path: Path) -> None:
-    with exclusive(path):  # not while another process creates the tables
+    uri = f"{_SQLITE}{path}"
+    with exclusive(uri):  # not while another process creates the tables
         cause = sqlite_cause(path)
     if cause is not None:
         reason = f"cannot be opened for writing ({cause.reason})"
-        raise UnavailableError(FIELD, f"{_SQLITE}{path}", reason, cause.remedy)
+        raise UnavailableError(FIELD, uri, reason, cause.remedy)
 
 
 def _check_server(uri: str, experiment: str) -> None:

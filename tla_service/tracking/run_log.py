@@ -37,14 +37,14 @@ class RunLog:
     """
 
     def __init__(self, uri: str, run_id: str, spill_dir: str | Path) -> None:
-        self._uri, self._run_id = uri, run_id
+        self._uri, self._address, self._run_id = uri, without_credentials(uri), run_id
         self._changed = threading.Condition()
         self._path, self._file = _adopt(Path(spill_dir), run_id)
         self._sent_bytes = 0
         self._known: dict[str, set[int]] | None = None  # key -> steps on the server; None: unknown
         self._unasked: set[str] = set()  # keys on the server whose steps are not in `_known` yet
         self._api: Any = None
-        self._away = self._closing = self._broken = False
+        self._closing = self._broken = False
         self._thread = threading.Thread(target=self._work, name="run-log", daemon=True)
         self._thread.start()
 
@@ -71,12 +71,12 @@ class RunLog:
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until the server has everything logged so far; False on a timeout, which loses nothing."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._pending_bytes() == 0, timeout_seconds)
+            return self._changed.wait_for(lambda: self.unsent_bytes() == 0, timeout_seconds)
 
     def unsent_bytes(self) -> int:
         """Bytes on disk that the server has not confirmed yet."""
         with self._changed:
-            return self._pending_bytes()
+            return 0 if self._file.closed else self._file.seek(0, os.SEEK_END) - self._sent_bytes
 
     def close(self, timeout_seconds: float = 30.0) -> bool:
         """Send what is left and stop; returns whether all was sent. The rest stays on disk for the next log."""
@@ -88,7 +88,7 @@ class RunLog:
             self._changed.notify_all()
         self._thread.join(timeout=5.0)
         with self._changed:
-            done = self._pending_bytes() == 0
+            done = self.unsent_bytes() == 0
             if done:
                 self._path.unlink(missing_ok=True)
             else:
@@ -96,14 +96,11 @@ class RunLog:
             self._file.close()
         return done
 
-    def _pending_bytes(self) -> int:
-        return 0 if self._file.closed else self._file.seek(0, os.SEEK_END) - self._sent_bytes
-
     def _work(self) -> None:
         failures = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._pending_bytes() > 0)
+                self._changed.wait_for(lambda: self._closing or self.unsent_bytes() > 0)
                 if self._closing:
                     return
                 points, end = self._read()
@@ -113,6 +110,8 @@ class RunLog:
                 failures += 1
                 self._failed(error, failures)
             else:
+                if failures > 1:
+                    _log.warning("The tracking server %s is back; sending metrics again", self._address)
                 failures = 0
                 self._confirm(end)
 
@@ -127,24 +126,20 @@ class RunLog:
         return points, self._file.tell()
 
     def _confirm(self, end: int) -> None:
-        if self._away:
-            _log.warning("The tracking server %s is back; sending metrics again", without_credentials(self._uri))
-            self._away = False
         with self._changed:
             if self._file.closed:
                 return
             self._sent_bytes = end
-            if self._pending_bytes() == 0:
+            if self.unsent_bytes() == 0:
                 self._file.truncate(0)
                 self._sent_bytes = 0
             self._changed.notify_all()
 
     def _failed(self, error: Exception, failures: int) -> None:
         self._known = None  # the request may have arrived all the same
-        if failures > 1 and not self._away:  # a single failure is often a closed connection
+        if failures == 2:  # a single failure is often a closed connection
             message = "The tracking server %s is unavailable (%s); metrics are kept in %s until it is back"
-            _log.warning(message, without_credentials(self._uri), one_line(error), self._path)
-            self._away = True
+            _log.warning(message, self._address, one_line(error), self._path)
         wait = min(_FIRST_WAIT_SECONDS * 2 ** min(failures - 1, 10), _LAST_WAIT_SECONDS)
         with self._changed:
             self._changed.wait_for(lambda: self._closing, wait)

@@ -1,6 +1,5 @@
 """MLflow runs: created or resumed by their key, described, given files, and closed."""
 
-import contextlib
 import functools
 import json
 import logging
@@ -12,13 +11,12 @@ from typing import Any, Literal
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.utils import get_results_from_paginated_fn
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
 from tla_service.errors import UserError, one_line, without_credentials
 from tla_service.job import code_version, environment
-from tla_service.tracking.connection import client, exclusive, open_store, retrying, sqlite_path, storing, unstorable
+from tla_service.tracking.connection import client, exclusive, open_store, retrying, search_all, storing, unstorable
 
 RUN_KEY = "tla.run_key"
 FINGERPRINT = "data_fingerprint"  # fact: the digest of the data set
@@ -53,7 +51,7 @@ def open_run(
     tags |= {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
     find = functools.partial(_find, made, experiment, run_key)
     create = functools.partial(made.create_run, experiment, run_name=config.run_name, tags=tags)
-    run, is_new = retrying("Opening the run", lambda: _find_or_create(made, find, create, sqlite_path(uri)))
+    run, is_new = retrying("Opening the run", lambda: _find_or_create(made, find, create, uri))
     run_id = str(run.info.run_id)
     count = 0 if is_new else int(run.data.tags.get(_RESUMED, "0")) + 1
     if count:
@@ -67,6 +65,13 @@ def open_run(
         # The first file is written here: a run whose results could not be stored does not start.
         raise unstorable(made, uri, run_id, error) from error
     return run_id
+
+
+def tagged_run(made: MlflowClient, experiment: str, key: str, name: str, tags: dict[str, str]) -> str:
+    """The id of the run whose tag `key` has this value; created with all tags if an earlier attempt did not."""
+    found = made.search_runs([experiment], f"tags.`{key}` = '{tags[key]}'", max_results=1)
+    run = found[0] if found else made.create_run(experiment, run_name=name, tags=tags)
+    return str(run.info.run_id)
 
 
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -148,24 +153,22 @@ def _find(made: MlflowClient, experiment: str, run_key: str) -> list[Run]:
     quote = next((sign for sign in "'\"" if sign not in run_key), None)
     wanted = f"tags.`{RUN_KEY}` = {quote}{run_key}{quote}" if quote else f"tags.`{RUN_KEY}` LIKE '%/%'"
     order = ["attributes.start_time ASC", "attributes.run_id ASC"]
-    found: list[Run] = get_results_from_paginated_fn(  # type: ignore[no-untyped-call]
-        lambda count, token: made.search_runs([experiment], wanted, 1, count, order, token), 100
-    )
+    found = search_all(made.search_runs, experiment_ids=[experiment], filter_string=wanted, order_by=order)
     return [run for run in found if run.data.tags.get(RUN_KEY) == run_key]
 
 
 def _find_or_create(
-    made: MlflowClient, find: Callable[[], list[Run]], create: Callable[[], Run], database: Path | None
+    made: MlflowClient, find: Callable[[], list[Run]], create: Callable[[], Run], uri: str
 ) -> tuple[Run, bool]:
     """The run of a key and whether it is new. Two processes that open the same key get the same run."""
-    with contextlib.nullcontext() if database is None else exclusive(database):
+    with exclusive(uri) as is_locked:
         found = find()
         if found:
             return found[0], False
         run = create()
-    if database is not None:
+    if is_locked:
         return run, True
-    # A server offers no lock: look again once concurrent runs are visible; all processes keep the earliest.
+    # Look again once concurrent runs are visible; all processes keep the earliest.
     time.sleep(_SETTLE_SECONDS)
     first = next(iter(find()), run)
     if first.info.run_id == run.info.run_id:

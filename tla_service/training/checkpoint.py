@@ -4,7 +4,6 @@ Random draws are functions of (seed, epoch, step, rank), so the position replace
 """
 
 import contextlib
-import hashlib
 import io
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,7 +19,7 @@ from tla_service.config import RunConfig
 from tla_service.config.loading import same_run, to_yaml
 from tla_service.data.cache import disk_trouble
 from tla_service.errors import ConfigError, UnavailableError, readable
-from tla_service.files import whole_folder, write_whole
+from tla_service.files import sha256, whole_folder, write_whole
 from tla_service.runtime import WorkerContext, failing_together, gather_objects
 from tla_service.training.average import WeightAverage
 
@@ -102,7 +101,7 @@ def save_checkpoint(
         (partial / "data.json").write_text(json.dumps(dict(data_facts)))
         if code is not None:
             (partial / CODE).write_bytes(code)
-        checksums = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        checksums = {path.name: sha256(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(checksums, indent=1))
 
 
@@ -178,7 +177,7 @@ def find_damage(folder: Path, required: Collection[str] = (), only: Collection[s
             if name not in checksums:
                 return f"{name} is missing from {MANIFEST}"
             no_file = (folder / name).exists() and not (folder / name).is_file()  # a pipe or a device might never end
-            if no_file or _sha256(folder / name) != checksums[name]:
+            if no_file or sha256(folder / name) != checksums[name]:
                 return f"{name} is corrupted (its checksum differs)"
         except (FileNotFoundError, TypeError, ValueError):  # the latter of names that no file can have
             return f"{name} is missing"
@@ -264,8 +263,3 @@ def keep_best_only(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in (*kept, MANIFEST):
             path.unlink()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
