@@ -195,7 +195,7 @@ def test_workers_pools_are_the_whole_pool(workers: int) -> None:
         training_batches(config, dataset.train, rows, WorkerContext(rank, rank, workers)) for rank in range(workers)
     ]
     pools = [next(share.epoch(0)).pool for share in shares]
-    assert sum(len(pool) for pool in pools if pool is not None) == 30
+    assert sum(len(pool.labels) for pool in pools if pool is not None) == 30
     with pytest.raises(ConfigError, match=r"mining\.pool_size=30: not divisible by 4 workers"):
         training_batches(config, dataset.train, rows, WorkerContext(world_size=4))
 
