@@ -9,7 +9,7 @@ from tla_service.evaluation.figures import new_figure, plain, save
 from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.results.runs import AUTOATTACK, Estimate, Row, TableRun, read_row, share_of_budget, table_runs
 from tla_service.results.settings import ReproduceSettings
-from tla_service.results.tuned_page import comparison_lines, gain_cells, label, protocol_lines, search_lines
+from tla_service.results.tuned_page import comparison_lines, gain_cells, label, protocol_text, search_lines
 from tla_service.tuning.space import Space
 
 _TITLES = {
@@ -78,7 +78,7 @@ def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row
     commits = ", ".join(sorted({each.report.code.get("commit", each.report.code["version"]) for each in measured}))
     lines = [f"Made by `{command(settings)}`" + (f"; runs evaluated at {commits} on {devices}." if commits else ".")]
     if settings.recipe == "tuned":
-        lines += ["", *protocol_lines(settings.table, settings.num_seeds)]
+        lines += ["", protocol_text(settings.table, config, settings.num_seeds)]
     if settings.budget is not None:
         attack = config.attack
         whose = "the paper's" if settings.recipe == "paper" else f"those of preset `modern_{settings.table}`"
@@ -122,11 +122,7 @@ def _table(settings: ReproduceSettings, rows: Mapping[str, Row], names: Sequence
 def _cell(estimate: Estimate | None, name: str) -> str:
     if estimate is None:
         return ""
-    scale, digits = (1, 3) if name.split()[0] in ("r", "r'") else (100, 1)
-    text = f"{scale * estimate.value:.{digits}f}"
-    if math.isnan(estimate.low):
-        return text
-    return f"{text} [{scale * estimate.low:.{digits}f}, {scale * estimate.high:.{digits}f}]"
+    return estimate.text(".3f", scale=1) if name.split()[0] in ("r", "r'") else estimate.text(".1f")
 
 
 def _comparison(rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
@@ -150,12 +146,8 @@ def _compared(ours: Row, other: Row, names: Sequence[str]) -> str:
         found = ours.minus(other, name)
         if found is None:
             continue
-        shown = f"{name} {100 * found.value:+.1f}"
-        if math.isnan(found.low):
-            verdicts.append(f"{shown} (one seed, no interval)")
-            continue
         says = "**better**" if found.low > 0 else "**worse**" if found.high < 0 else "not separated"
-        verdicts.append(f"{shown} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] {says}")
+        verdicts.append(f"{name} {found.text()} {'(one seed, no interval)' if math.isnan(found.low) else says}")
     seeds = len(ours.paired(other))
     over = f"{seeds} shared seeds" if seeds > 1 else "one shared seed: intervals are over test images"
     return f"({over}): {'; '.join(verdicts)}"
