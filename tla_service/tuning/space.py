@@ -44,7 +44,7 @@ class Space:
         self.axes = tuple(axis_of(name, dimension) for name, dimension in given.items())
         self.constraints = tuple(Constraint(text) for text in sweep.constraints)
         for constraint in self.constraints:
-            constraint.check(self._fields)
+            constraint.holds(self._fields)
         self._check_fields()
         self._check_sweep()
         self._check_values()
