@@ -101,7 +101,6 @@ def starting(session: AbstractContextManager[None]) -> Iterator[Callable[[], Non
 
 
 def _not_joined(error: Exception) -> tuple[str, str]:
-    """Reason and remedy of a cluster that could not be joined."""
     text = " ".join(str(error).split())
     if isinstance(error, AuthenticationError):
         remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
