@@ -56,8 +56,7 @@ class RunMetrics:
             self._gauges["tla_last_progress_timestamp_seconds"].set(time.time())
         if record["event"] == "failure":
             self._counters["tla_worker_restarts_total"].inc(tags={"outcome": "restarted"})
-        told = record.get("metrics", record)
-        for key, value in told.items():
+        for key, value in record.get("metrics", record).items():
             gauge = self._gauges.get(_NAMES.get(key, f"tla_{key}"))
             if gauge is not None:
                 gauge.set(value)

@@ -69,8 +69,7 @@ class Workers:
                 if shard.task.key not in measurements:
                     measurements[shard.task.key] = ray.put(shard.task.measurement)
                 images, labels = inputs.images(shard)
-                measurement = measurements[shard.task.key]
-                running[measure.remote(measurement, *networks, images, labels, shard.rows)] = shard
+                running[measure.remote(measurements[shard.task.key], *networks, images, labels, shard.rows)] = shard
             ready, _ = ray.wait(list(running), num_returns=1)
             for reference in ready:
                 shard = running.pop(reference)

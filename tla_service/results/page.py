@@ -140,7 +140,6 @@ def _comparison(rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
 
 
 def _compared(ours: Row, other: Row, names: Sequence[str]) -> str:
-    """Differences by measure, and the seeds they are based on."""
     verdicts = []
     for name in names:
         found = ours.minus(other, name)
@@ -154,7 +153,6 @@ def _compared(ours: Row, other: Row, names: Sequence[str]) -> str:
 
 
 def _missing(settings: ReproduceSettings, finished: Sequence[Row]) -> list[str]:
-    """What has not been run, and the command that runs it."""
     done = {each.run.name for row in finished for each in row.runs}
     left = [run.name for run in table_runs(settings) if run.name not in done]
     if not left:

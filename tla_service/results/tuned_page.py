@@ -111,9 +111,8 @@ def comparison_lines(table: str, rows: Mapping[str, Row]) -> list[str]:
 
 def search_lines(table: str, state: Path, picture: Path) -> list[str]:
     """What the searches found, and the map of TLA's trials."""
-    found = tuned.protocol(table)
     lines = ["| method | trials | selected | validation, two seeds | range of all trials |", "|---" * 5 + "|"]
-    for arm in found.searched:
+    for arm in tuned.protocol(table).searched:
         trials = tuned.scored_trials(table, arm, state)
         if not trials:
             continue
