@@ -217,14 +217,12 @@ def slim(folder: Path) -> None:
     shutil.rmtree(folder / REPORT / "shards", ignore_errors=True)
 
 
-def diverged(reason: object) -> bool:
-    """Whether a trial failed for its settings: its loss was not finite. Any other failure is repeated, not scored."""
-    return "the loss is not finite" in str(reason)
-
-
-def record_failed_trial(folder: Path) -> None:
-    """Make a trial that diverged one that withstands nothing, so that the search goes on."""
-    write_summary(folder, {"status": "failed", "validation": {ROBUST: 0.0}})
+def record_if_diverged(folder: Path, reason: object) -> bool:
+    """Score a trial as one that withstands nothing if its loss was not finite; any other failure is to be repeated."""
+    has_diverged = "the loss is not finite" in str(reason)
+    if has_diverged:
+        write_summary(folder, {"status": "failed", "validation": {ROBUST: 0.0}})
+    return has_diverged
 
 
 def is_trained(folder: Path) -> bool:

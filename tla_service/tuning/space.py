@@ -207,10 +207,9 @@ class Space:
         ratio = training["global_batch_size"] / self.run.training.global_batch_size
         power = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.sweep.learning_rate_rule]
         fields["optimizer"]["learning_rate"] *= ratio**power
-        shorter = 1.0
-        if trial_epochs is not None:
-            shorter = trial_epochs / training["epochs"]
-            training["epochs"] = trial_epochs
+        epochs = trial_epochs or training["epochs"]
+        shorter = epochs / training["epochs"]
+        training["epochs"] = epochs
         if training["max_steps"] is not None:
             training["max_steps"] = max(1, round(training["max_steps"] * shorter / ratio))
         scale = shorter / ratio if schedule["unit"] == "step" else shorter

@@ -25,9 +25,8 @@ from tla_service.results.local import Say, Track, reproduce
 from tla_service.results.runs import (
     AXIS,
     TableRun,
-    diverged,
     is_trained,
-    record_failed_trial,
+    record_if_diverged,
     run_config,
     slim,
     table_space,
@@ -99,15 +98,13 @@ def _train(
         _fetch_trained(settings, space, runs, uri, state)
         if budget.interrupted:
             raise KeyboardInterrupt
-        failed = [trial for trial in read_trials(uri) if trial.status == "failed"]
-        trials = {run.name for run in missing if run.is_trial}
-        for trial in [trial for trial in failed if trial.point[AXIS] in trials and diverged(trial.reason)]:
-            record_failed_trial(state / trial.point[AXIS])
-            failed.remove(trial)
-    for trial in failed:
-        reason = f"training failed ({trial.reason})"
-        return UnavailableError("run", trial.point[AXIS], reason, "give the same command again to repeat it")
-    return None
+        trials, failures = {run.name for run in missing if run.is_trial}, []
+        for trial in read_trials(uri):
+            name = trial.point[AXIS]
+            if trial.status == "failed" and not (name in trials and record_if_diverged(state / name, trial.reason)):
+                reason = f"training failed ({trial.reason})"
+                failures.append(UnavailableError("run", name, reason, "give the same command again to repeat it"))
+    return next(iter(failures), None)
 
 
 def _fetch_trained(settings: ReproduceSettings, space: Space, runs: Sequence[TableRun], uri: str, state: Path) -> None:
