@@ -119,14 +119,12 @@ def fit_on_ray(
     callbacks: list[Any] = [FailuresToMailbox(mailbox, memory_remedy(config, most))]
     if elastic:
         callbacks.append(Resizes(mailbox, max_failures))
+    # NCCL refuses two workers on one GPU; gloo does not.
+    backend = "gloo" if placement.use_gpu and placement.gpus_per_worker < 1 else None
     trainer = _Trainer(
         train_worker,  # type: ignore[arg-type]
         train_loop_config=loop,
-        # NCCL refuses two workers on one GPU; gloo does not.
-        torch_config=TorchConfig(
-            backend="gloo" if placement.use_gpu and placement.gpus_per_worker < 1 else None,
-            timeout_s=timeout,
-        ),
+        torch_config=TorchConfig(backend=backend, timeout_s=timeout),
         scaling_config=ScalingConfig(
             num_workers=workers if elastic else placement.num_workers,  # type: ignore[arg-type]
             use_gpu=placement.use_gpu,
@@ -163,11 +161,7 @@ def fetch_checkpoint(stored: Checkpoint, folder: Path) -> None:
 
 
 def _follow(
-    future: "Future[Result]",
-    mailbox: Any,
-    follow: Callable[[Record], None],
-    wait_seconds: float,
-    placement: Placement,
+    future: "Future[Result]", mailbox: Any, follow: Callable[[Record], None], wait_seconds: float, placement: Placement
 ) -> Result:
     """Pass records on until the run ends; say so where workers wait to be placed."""
     began, started, has_stepped, is_hung = time.monotonic(), False, False, False

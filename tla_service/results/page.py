@@ -30,7 +30,7 @@ def write_page(settings: ReproduceSettings, space: Space, source: Path, state: P
     lines = [f"# {settings.table}: {_TITLES[settings.recipe]}", "", *_settings(settings, space.run, finished), ""]
     if finished:
         first = finished[0].runs[0].report
-        autoattack = [name for name in (AUTOATTACK,) if first.autoattack is not None]
+        autoattack = [AUTOATTACK] if first.autoattack is not None else []
         pgd = {name: attack for name, attack in first.attacks.items() if attack.kind == "pgd" and not attack.transfer}
         iterative = max(pgd, key=lambda name: pgd[name].num_steps)
         strong = [iterative, *autoattack]
@@ -87,7 +87,7 @@ def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row
                   f"`{config.model.name}`, {config.training.max_steps} steps of {config.training.global_batch_size} "
                   f"images, training with PGD-{attack.num_steps}{grows}. These are not {whose}: do not compare the "
                   "results with published ones."]  # fmt: skip
-    images = max((len(each.outcomes.labels) for each in measured), default=0)
+    images = max((len(each.standing["clean"]) for each in measured), default=0)
     apart = differences_from_paper(settings.table, config.model.name, images, same_attacks=settings.budget is None)
     if apart and images and settings.recipe == "paper":
         lines += ["", f"Differences from the paper's table: {'; '.join(apart)}."]

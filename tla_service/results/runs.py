@@ -16,8 +16,8 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.loading import RunSettings, read_settings
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.paper import paper_columns
-from tla_service.evaluation.results import CONFIDENCE, paired_difference
-from tla_service.evaluation.shards import ShardOutcome, load_outcome
+from tla_service.evaluation.results import CONFIDENCE, BoolArray, paired_difference
+from tla_service.evaluation.shards import load_outcome
 from tla_service.files import write_whole
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, read_report
 from tla_service.results import tuned
@@ -264,18 +264,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run: its report, and each image's result under the attacks and under AutoAttack."""
+    """A finished run: its report, and whether each image is right when `clean` and under each attack (N,)."""
 
     run: TableRun
     report: Report
-    outcomes: ShardOutcome
-    autoattack: ShardOutcome | None
-
-    def outcome(self, name: str) -> ShardOutcome | None:
-        """The results under an attack; None if it was not run."""
-        if name == AUTOATTACK:
-            return self.autoattack
-        return self.outcomes if name in self.outcomes.broken_at else None
+    standing: Mapping[str, BoolArray]
 
     def figure(self, name: str) -> float | None:
         """A figure by name: an attack, `detection`, `neighbours clean`, `neighbours attacked`, `r EPS` or `r' EPS`.
@@ -291,8 +284,7 @@ class Measured:
         if kind in ("r", "r'"):
             found = next((each for each in self.report.shift if f"{each.epsilon:.3g}" == rest), None)
             return None if found is None else found.r if kind == "r" else found.r_prime
-        outcome = self.outcome(name)
-        return None if outcome is None else float(outcome.standing(name).mean())
+        return float(self.standing[name].mean()) if name in self.standing else None
 
 
 @dataclass(frozen=True)
@@ -320,9 +312,9 @@ class Row:
         """The mean difference; with one shared seed an accuracy's interval is over images (Newcombe's)."""
         pairs, values = self.paired(other), self.differences(other, name)
         if len(values) == len(pairs) == 1:
-            one, two = (each.outcome(name) for each in pairs[0])
+            one, two = (each.standing.get(name) for each in pairs[0])
             if one is not None and two is not None:
-                found = paired_difference(one.standing(name), two.standing(name))
+                found = paired_difference(one, two)
                 return Estimate(found.difference, found.low, found.high)
         return Estimate.over_seeds(values)
 
@@ -334,7 +326,8 @@ def read_row(label: str, runs: Sequence[TableRun], state: Path) -> Row:
         if not is_finished(run, state):
             continue
         folder = state / run.name / REPORT
-        strong = folder / AUTOATTACK_FILE
-        autoattack = load_outcome(strong) if strong.exists() else None
-        found.append(Measured(run, read_report(folder / REPORT_FILE), load_outcome(folder / OUTCOME_FILE), autoattack))
+        outcomes = [load_outcome(path) for path in (folder / AUTOATTACK_FILE,) if path.exists()]
+        outcomes.append(load_outcome(folder / OUTCOME_FILE))  # last: both have `clean`, AutoAttack's of fewer images
+        standing = {name: outcome.standing(name) for outcome in outcomes for name in outcome.broken_at}
+        found.append(Measured(run, read_report(folder / REPORT_FILE), standing))
     return Row(label, tuple(found))

@@ -39,7 +39,10 @@ class Space:
         self.run, self.sweep = run, sweep
         self._full = run.model_dump(mode="json")
         self._fields = copy.deepcopy(self._full)
-        _freeze_evaluation(self._fields, run)
+        # Evaluation attacks get what they would take from the training attack: all trials are measured alike.
+        for where, attack in run.evaluation.attacks.items():
+            fields = functools.reduce(dict.__getitem__, where.split(".", 2), self._fields)  # a name may have dots
+            fields.update(attack.lengths(run.attack, run.data.name)._asdict())
         given = sweep.space or default_space(run)
         self.axes = tuple(axis_of(name, dimension) for name, dimension in given.items())
         self.constraints = tuple(Constraint(text) for text in sweep.constraints)
@@ -235,15 +238,6 @@ def default_space(run: RunConfig) -> dict[str, Dimension]:
         if run.mining.pool == "separate":
             space["mining.pool_size"] = Dimension(values=(max(1, pool // 2), pool, 2 * pool, 4 * pool))
     return space
-
-
-def _freeze_evaluation(fields: dict[str, Any], run: RunConfig) -> None:
-    """Give evaluation attacks what they would take from the training attack: all trials are measured alike."""
-    evaluation = fields["evaluation"]
-    frozen = {where: attack.lengths(run.attack, run.data.name) for where, attack in run.evaluation.attacks.items()}
-    evaluation["validation"].update(frozen["evaluation.validation"]._asdict())
-    for name, attack in evaluation["test"].items():
-        attack.update(frozen[f"evaluation.test.{name}"]._asdict())
 
 
 def _with(fields: dict[str, Any], values: Any) -> dict[str, Any]:

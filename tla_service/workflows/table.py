@@ -74,8 +74,7 @@ def _train(
     uri = f"{settings.scaling.storage or state / 'ray'}/{space.name}"
     check_storage(uri)
     terminal = Terminal()
-    with contextlib.ExitStack() as stack:
-        lease = stack.enter_context(held(Folder(uri), terminal.say))
+    with held(Folder(uri), terminal.say) as lease:
         placement = place(space.run)
         _fetch_trained(settings, space, runs, uri, state)
         missing = [run for run in runs if not is_trained(state / run.name)]
@@ -88,9 +87,8 @@ def _train(
         concurrent = max_concurrent(space.run.scaling, settings.side_by_side, placement)
         plan = Plan(grid, uri, placement, None, concurrent, repeat_failed=True)
         budget = Budget(plan, lease)
-        lines = TrialLines(terminal, state)
-        stack.callback(lines.close)
-        with stop_on_signal("stopping the sweep", budget.interrupt):
+        log = contextlib.closing(TrialLines(terminal, state))
+        with log as lines, stop_on_signal("stopping the sweep", budget.interrupt):
             run_trials(plan, budget, lines, debug=settings.debug)
         lease.check()
         if budget.error is not None:
