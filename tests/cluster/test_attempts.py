@@ -25,10 +25,8 @@ from tests.tuning.conftest import space_of
 from tla_service.cluster import attempts as attempts_module
 from tla_service.cluster import tune as ours
 from tla_service.cluster.attempts import SNAPSHOT, Budget, Plan, Snapshots, attempts, read_trials
-from tla_service.cluster.placement import Placement
 from tla_service.cluster.tune import run_trials
 from tla_service.errors import UnavailableError
-from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Progress, Trial, winner
 
 
@@ -64,10 +62,10 @@ def test_a_snapshot_that_cannot_be_copied_for_long_ends_the_sweep(
     assert isinstance(budget.error, UnavailableError)
 
 
-def play(config: Any, space: Space, placement: Placement, storage: str, weights: Any, code: None) -> None:
+def play(config: Any, plan: Plan) -> None:
     """A trial that is played instead of trained, with a checkpoint every third epoch."""
     number, point = config["trial"]["number"], config["trial"]["point"]
-    folder = Path(storage) / space.trial(number, point, 1).name
+    folder = Path(plan.storage) / "trials" / plan.space.trial(number, point, 1).name
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint"
     first = int(checkpoint.read_text()) if checkpoint.exists() else 0

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.test_budget import plan_of
 from tests.tuning.conftest import space_of
 from tla_service.cluster import attempts
-from tla_service.cluster.attempts import Budget, Plan, reason_of, run_trial
-from tla_service.cluster.placement import Placement
+from tla_service.cluster.attempts import Budget, reason_of, run_trial
 from tla_service.errors import UnavailableError
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.output import FitResult
@@ -37,7 +37,7 @@ def play(monkeypatch: pytest.MonkeyPatch, *records: dict[str, Any], history: Any
 
     monkeypatch.setattr(attempts, "fit_on_ray", fit)
     space = space_of({"loss.margin": {"low": 0.005, "high": 0.2}})
-    run_trial({"trial": {"number": 7, "point": {"loss.margin": 0.1}}}, space, Placement(2, False, 1, 1), "/x", None)
+    run_trial({"trial": {"number": 7, "point": {"loss.margin": 0.1}}}, plan_of(space, Path("/x")))
 
 
 def test_running_out_of_memory_ends_a_trial_at_once(
@@ -76,12 +76,13 @@ def test_storage_that_is_away_is_not_the_trials_fault(
 
     monkeypatch.setattr(attempts, "fit_on_ray", follow)
     space = space_of({"loss.margin": [0.1]})
-    run_trial({"trial": {"number": 0, "point": {"loss.margin": 0.1}}}, space, Placement(2, False, 1, 1), "/x", None)
+    plan = plan_of(space, tmp_path)
+    run_trial({"trial": {"number": 0, "point": {"loss.margin": 0.1}}}, plan)
     (report,) = sent
     known = Trial(0, {})
     known.add_attempt(report | {"time_total_s": 1.0, "done": True})
     assert known.status == "running"  # --resume takes it up
-    budget = Budget(Plan(space, str(tmp_path), Placement(2, False, 1, 1), None, 1))
+    budget = Budget(plan)
     budget.on_trial_result(0, [], SimpleNamespace(trial_id="0"), report)  # type: ignore[arg-type]
     assert budget.stop_all()
     assert str(budget.error) == str(error)

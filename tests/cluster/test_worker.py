@@ -34,19 +34,19 @@ def report(reporter: RayReporter, metrics: dict[str, float] | None, name: str) -
 
 def test_a_checkpoint_within_an_epoch_is_no_epoch(tmp_path: Path) -> None:
     mailbox, metrics = Mailbox(), {"epoch": 0.0, "train/loss": 1.0}
-    reporter = RayReporter(mailbox, RunFolder(str(tmp_path), "run"), 2, is_main=True)
+    reporter = RayReporter(mailbox, RunFolder(str(tmp_path), "run"), is_main=True)
     reporter.report(metrics, None, "")
     report(reporter, None, "step-000000006")
     assert mailbox.records == [{"event": "epoch", "metrics": metrics, "checkpoint": False}]
     others = Mailbox()
-    RayReporter(others, RunFolder(str(tmp_path), "run"), 2, is_main=False).report(metrics, None, "step-000000008")
+    RayReporter(others, RunFolder(str(tmp_path), "run"), is_main=False).report(metrics, None, "step-000000008")
     assert others.records == []
 
 
 def test_the_last_two_checkpoints_stay_whoever_wrote_the_others(tmp_path: Path) -> None:
     """Of an earlier attempt there are one that is whole and a damaged one, which is written again."""
     run = tmp_path / "run"
-    reporter = RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), 2, is_main=True)
+    reporter = RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), is_main=True)
     for name in ("step-2", "step-4"):
         (run / name).mkdir(parents=True)
     (run / "held_by.json").write_text("")
@@ -68,7 +68,7 @@ def test_checkpoints_are_stored_in_the_background_one_at_a_time(tmp_path: Path) 
         save(checkpoint, name)
 
     folder.save = slow  # type: ignore[method-assign]
-    reporter = RayReporter(Mailbox(), folder, 2, is_main=True)
+    reporter = RayReporter(Mailbox(), folder, is_main=True)
     for name in ("step-2", "step-4"):
         checkpoint = reporter.destination(name)
         checkpoint.mkdir()
@@ -83,7 +83,7 @@ def test_checkpoints_are_stored_in_the_background_one_at_a_time(tmp_path: Path) 
 
 def test_a_checkpoint_that_cannot_be_stored_ends_the_run_at_the_next(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file, where a folder should be")
-    reporter = RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), 2, is_main=True)
+    reporter = RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), is_main=True)
     for name, waits in (("step-2", False), ("step-4", True)):
         checkpoint = reporter.destination(name)
         checkpoint.mkdir()

@@ -17,9 +17,8 @@ from tla_service.results import tuned
 from tla_service.results.page import write_page
 from tla_service.results.runs import (
     TableRun,
-    diverged,
     is_finished,
-    record_failed_trial,
+    record_if_diverged,
     rounds,
     run_config,
     table_runs,
@@ -119,11 +118,13 @@ def test_with_two_seeds_the_mean_decides(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_only_a_trial_that_diverged_counts_as_zero(tmp_path: Path) -> None:
-    assert diverged("training failed with exit code 1 (the loss is not finite by step 50; lower the rate)")
-    assert not diverged("training failed more than scaling.max_failures=3 times")
     run = TableRun("at-t0-s1000", "at", 1000, is_trial=True)
-    (tmp_path / run.name).mkdir()
-    record_failed_trial(tmp_path / run.name)
+    folder = tmp_path / run.name
+    folder.mkdir()
+    assert not record_if_diverged(folder, "training failed more than scaling.max_failures=3 times")
+    assert not is_finished(run, tmp_path)
+    reason = "training failed with exit code 1 (the loss is not finite by step 50; lower the rate)"
+    assert record_if_diverged(folder, reason)
     assert is_finished(run, tmp_path)
     assert tuned.scored_trials("digits", "at", tmp_path)[0].scores == (0.0,)
 

@@ -32,4 +32,4 @@ def test_what_holds(text: str, expected: bool) -> None:
 )  # fmt: skip
 def test_what_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^sweep\.constraints="):
-        Constraint(text).check(FIELDS)
+        Constraint(text).holds(FIELDS)

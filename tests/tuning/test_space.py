@@ -174,6 +174,11 @@ REFUSED = {
         "is not a number",
     ),
     "constraint between kinds": ({}, {"constraints": ["method < 3"]}, "cannot be computed"),
+    "constraint that divides by zero in some points": (
+        {BATCH: [32, 64]},
+        {"searcher": "grid", "constraints": [f"1 / ({BATCH} - 32) > 0"]},
+        "cannot be computed",
+    ),
     "nothing allowed": (
         {"loss.margin": {"low": 0.1, "high": 0.2}},
         {"constraints": ["loss.margin > 0.5"]},

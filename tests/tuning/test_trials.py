@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.tuning.conftest import space_of, trial_of
+from tla_service.tuning import trials as trials_module
 from tla_service.tuning.trials import Progress, Score, Trial, as_csv, counts, table, winner
 
 
@@ -77,9 +78,10 @@ def test_a_failed_trial_is_worth_nothing_and_keeps_its_curve() -> None:
     assert len(report["curve"]) == 1
 
 
-def test_workers_time_runs_from_their_first_start() -> None:
+def test_workers_time_runs_from_their_first_start(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    progress = Progress(lambda: now[0])
+    monkeypatch.setattr(trials_module.time, "monotonic", lambda: now[0])
+    progress = Progress()
     assert progress.report()["worker_seconds"] == 0
     now[0] = 130.0
     progress.add(start())

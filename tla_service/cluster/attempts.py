@@ -29,15 +29,21 @@ QUEUE_SECONDS = 7 * 24 * 3600
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def run_trial(
-    config: Mapping[str, Any],
-    space: Space,
-    placement: Placement,
-    storage: str,
-    weights: Mapping[str, Tensor] | None,
-    code: bytes | None = None,
-) -> None:
-    """Train one trial, of which `config` has number and point, from its last checkpoint there, or from `weights`."""
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that is about to run."""
+
+    space: Space
+    storage: str  # folder or s3:// prefix
+    placement: Placement  # workers of a trial
+    weights: Mapping[str, Tensor] | None  # state dict that trials start from
+    max_concurrent: int
+    repeat_failed: bool = False  # run failed trials again
+    code: bytes | None = None  # of a network of the user's
+
+
+def run_trial(config: Mapping[str, Any], plan: Plan) -> None:
+    """Train one trial, of which `config` has number and point, from its last checkpoint or the plan's weights."""
     # A trial waits for its resources as long as the others take, instead of asking again every minute.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(QUEUE_SECONDS))
     progress = Progress()
@@ -51,9 +57,10 @@ def run_trial(
             raise MemoryError(message)
 
     try:
-        run = space.trial(config["trial"]["number"], config["trial"]["point"], placement.num_workers)
+        run = plan.space.trial(config["trial"]["number"], config["trial"]["point"], plan.placement.num_workers)
+        storage, measure_test = f"{plan.storage}/trials", plan.space.sweep.measure_test
         result, _ = fit_on_ray(
-            run, placement, storage, follow, weights, measure_test=space.sweep.measure_test, code=code
+            run, plan.placement, storage, follow, plan.weights, measure_test=measure_test, code=plan.code
         )
     except UnavailableError as error:  # storage or data are away: that ends the sweep, and the trial can be resumed
         report = progress.report(outcome="unavailable", reason=error.reason, error=error.args)
@@ -153,19 +160,6 @@ class Snapshots(DriverCallback):
     def on_experiment_end(self, trials: list[TuneTrial], **info: Any) -> None:
         """Copy the last one."""
         self.on_step_end(0, trials)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A sweep that is about to run."""
-
-    space: Space
-    storage: str  # folder or s3:// prefix
-    placement: Placement  # workers of a trial
-    weights: Mapping[str, Tensor] | None  # state dict that trials start from
-    max_concurrent: int
-    repeat_failed: bool = False  # run failed trials again
-    code: bytes | None = None  # of a network of the user's
 
 
 class Budget(Stopper, DriverCallback):

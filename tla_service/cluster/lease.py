@@ -108,7 +108,6 @@ def _this_process() -> dict[str, Any]:
 
 
 def _lives(lease: dict[str, Any]) -> bool:
-    """Whether the holder, a process of this machine, lives."""
     try:
         process = psutil.Process(lease["pid"])
         return abs(process.create_time() - lease["began"]) < 2 and process.status() != psutil.STATUS_ZOMBIE

@@ -29,12 +29,6 @@ COUNTERS = {
     "tla_worker_restarts_total": "worker failures followed by a restart",
     "tla_runs_ended_total": "runs that ended, by outcome",
 }
-# Keys of records and of an epoch's metrics whose gauges are called otherwise than `tla_` and the key.
-_NAMES = {
-    "train/loss": "tla_loss",
-    "validation/clean_accuracy": "tla_clean_accuracy",
-    "validation/robust_accuracy": "tla_robust_accuracy",
-}
 
 
 class RunMetrics:
@@ -56,9 +50,8 @@ class RunMetrics:
             self._gauges["tla_last_progress_timestamp_seconds"].set(time.time())
         if record["event"] == "failure":
             self._counters["tla_worker_restarts_total"].inc(tags={"outcome": "restarted"})
-        told = record.get("metrics", record)
-        for key, value in told.items():
-            gauge = self._gauges.get(_NAMES.get(key, f"tla_{key}"))
+        for key, value in record.get("metrics", record).items():
+            gauge = self._gauges.get(f"tla_{key.rpartition('/')[2]}")  # of "loss" as of "train/loss"
             if gauge is not None:
                 gauge.set(value)
 

@@ -106,7 +106,6 @@ def waiting(placement: Placement, since: float) -> str:
 
 
 def _nodes() -> list[Mapping[str, float]]:
-    """The resources of each node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 

@@ -13,10 +13,11 @@ import ray.train
 from ray.train import Checkpoint
 
 from tla_service.cluster.storage import RunFolder
+from tla_service.training.reporting import KEPT
 
 
 class RayReporter:
-    """Stores checkpoints, of which the last `keep` stay, and on rank 0 (`is_main`) reports to the driver's mailbox.
+    """Stores checkpoints, of which the last `KEPT` stay, and on rank 0 (`is_main`) reports to the driver's mailbox.
 
     `watched`: Ray announces the end of nodes.
 
@@ -24,9 +25,8 @@ class RayReporter:
     checkpoint, and takes one report per poll.
     """
 
-    def __init__(self, mailbox: Any, folder: RunFolder, keep: int, *, is_main: bool, watched: bool = False) -> None:
-        self._mailbox, self._folder, self._keep = mailbox, folder, keep
-        self._is_main, self._watched = is_main, watched
+    def __init__(self, mailbox: Any, folder: RunFolder, *, is_main: bool, watched: bool = False) -> None:
+        self._mailbox, self._folder, self._is_main, self._watched = mailbox, folder, is_main, watched
         self._kept: list[str] = []  # checkpoints stored by this process, and the one resumed from
         self._answer: Any = None
         self._stop = self._save = False
@@ -76,8 +76,8 @@ class RayReporter:
         if asked:
             self._mailbox.save.remote(done=True)
         shutil.rmtree(checkpoint.parent)
-        self._kept = [*(kept for kept in self._kept if kept != name), name][-self._keep :]
-        if len(self._kept) == self._keep:
+        self._kept = [*(kept for kept in self._kept if kept != name), name][-KEPT:]
+        if len(self._kept) == KEPT:
             self._folder.keep(self._kept)
 
     def save_requested(self) -> bool:

@@ -28,8 +28,6 @@ from tla_service.files import check_socket_path
 
 CONNECT_SECONDS = 5
 DASHBOARD_SECONDS = 60
-# An address that refuses every connection: TCP port 1 is reserved.
-_NO_DASHBOARD = "http://127.0.0.1:1"
 
 
 @contextlib.contextmanager
@@ -101,7 +99,6 @@ def starting(session: AbstractContextManager[None]) -> Iterator[Callable[[], Non
 
 
 def _not_joined(error: Exception) -> tuple[str, str]:
-    """Reason and remedy of a cluster that could not be joined."""
     text = " ".join(str(error).split())
     if isinstance(error, AuthenticationError):
         remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
@@ -141,9 +138,9 @@ def own_dashboard() -> Iterator[None]:
     and `ray job submit` may set one in the environment. Such a dashboard reports the run as unknown, and Ray Train
     then removes its workers.
     """
-    url = get_webui_url_from_internal_kv()  # empty without a dashboard
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
-    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{url}" if url else _NO_DASHBOARD
+    # Without a dashboard an address that refuses every connection: TCP port 1 is reserved.
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{get_webui_url_from_internal_kv() or '127.0.0.1:1'}"
     try:
         yield
     finally:
@@ -153,7 +150,6 @@ def own_dashboard() -> Iterator[None]:
 
 
 def _check_dashboard() -> None:
-    """Check that the cluster's dashboard answers within `DASHBOARD_SECONDS`."""
     deadline = time.monotonic() + DASHBOARD_SECONDS
     while True:
         try:

@@ -221,22 +221,15 @@ def check_storage(storage: str) -> None:
             remedy = "give a folder that can be written, or s3://bucket/prefix"
             raise UnavailableError("scaling.storage", folder, reason, remedy) from error
         return
-    probe = Future[None]()
 
     def write() -> None:
-        try:
-            filesystem, path = FileSystem.from_uri(storage)
-            with filesystem.open_output_stream(f"{path}/.writable") as file:
-                file.write(b"ok")
-            filesystem.delete_file(f"{path}/.writable")
-            probe.set_result(None)
-        except (OSError, ArrowInvalid) as error:
-            probe.set_exception(error)
+        filesystem, path = FileSystem.from_uri(storage)
+        with filesystem.open_output_stream(f"{path}/.writable") as file:
+            file.write(b"ok")
+        filesystem.delete_file(f"{path}/.writable")
 
-    # In a thread, because pyarrow waits minutes for an unreachable store.
-    threading.Thread(target=write, daemon=True).start()
     try:
-        probe.result(PROBE_SECONDS)
+        in_background(write).result(PROBE_SECONDS)  # pyarrow waits minutes for an unreachable store
     except ArrowInvalid as error:
         reason = f"no address of a storage ({' '.join(str(error).split())})"
         raise ConfigError("scaling.storage", storage, reason, "give a folder, or s3://bucket/prefix") from error
@@ -244,6 +237,20 @@ def check_storage(storage: str) -> None:
         reason = " ".join(str(error).split())[:300] or f"no answer within {PROBE_SECONDS} seconds"
         remedy = next((words for sign, words in _STORAGE_REMEDIES.items() if sign in reason), _UNREACHABLE)
         raise UnavailableError("scaling.storage", storage, f"cannot be written ({reason})", remedy) from error
+
+
+def in_background(call: Callable[[], T]) -> "Future[T]":
+    """Call in a daemon thread, which does not keep the process from ending."""
+    future = Future[T]()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - raised by `Future.result`
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def earlier_name(config: RunConfig, storage: str) -> RunConfig:

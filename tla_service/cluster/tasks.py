@@ -1,5 +1,6 @@
 """Shards of an evaluation as remote tasks on Ray; see `tla_service.report.tasks.Measurer`."""
 
+import functools
 import math
 import os
 import time
@@ -55,8 +56,7 @@ class Workers:
 
     def __call__(self, waiting: deque[MissingShard], inputs: Inputs) -> Iterator[tuple[MissingShard, Arrays]]:
         """See `Measurer`; raises what a measurement raised."""
-        networks = {model: ray.put(network) for model, network in inputs.networks.items()}
-        surrogates: dict[int, Any] = {}
+        put = functools.cache(ray.put)  # each network once
         measurements: dict[tuple[str, str], Any] = {}  # sent once per task: one may hold a detector
         measure = ray.remote(_measure).options(
             num_cpus=self._cpus, num_gpus=self._gpus, max_retries=self._retries, retry_exceptions=False
@@ -65,13 +65,11 @@ class Workers:
         while waiting or running:
             while waiting and len(running) < _AHEAD * self._count:
                 shard = waiting.popleft()
-                surrogate = shard.task.surrogate
-                if id(surrogate) not in surrogates:
-                    surrogates[id(surrogate)] = ray.put(surrogate)
-                data = networks[shard.task.model], surrogates[id(surrogate)], *inputs.images(shard), shard.rows
+                networks = put(inputs.networks[shard.task.model]), put(shard.task.surrogate)
                 if shard.task.key not in measurements:
                     measurements[shard.task.key] = ray.put(shard.task.measurement)
-                running[measure.remote(measurements[shard.task.key], *data)] = shard
+                images, labels = inputs.images(shard)
+                running[measure.remote(measurements[shard.task.key], *networks, images, labels, shard.rows)] = shard
             ready, _ = ray.wait(list(running), num_returns=1)
             for reference in ready:
                 shard = running.pop(reference)

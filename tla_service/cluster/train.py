@@ -2,7 +2,6 @@
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -28,7 +27,7 @@ from tla_service.cluster.mailbox import FailuresToMailbox, reason_line, start_ma
 from tla_service.cluster.placement import Placement, waiting
 from tla_service.cluster.reporter import RayReporter, WarningsToMailbox
 from tla_service.cluster.session import own_dashboard, stop_on_signal
-from tla_service.cluster.storage import RunFolder
+from tla_service.cluster.storage import RunFolder, in_background
 from tla_service.cluster.validation import RayValidator
 from tla_service.config import RunConfig
 from tla_service.errors import OutOfMemoryError, UnavailableError, UserError
@@ -40,7 +39,6 @@ from tla_service.training.fit import Run
 from tla_service.training.memory import memory_remedy
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.output import FitResult
-from tla_service.training.reporting import KEPT
 from tla_service.training.watch import START_SECONDS, watched
 
 Record = Mapping[str, Any]
@@ -105,30 +103,28 @@ def fit_on_ray(
     if damage:
         follow({"event": "damaged_checkpoint", "message": damage})
     mailbox = start_mailbox()
-    remedy = memory_remedy(config, most)
     loop = {
         "config": config.model_dump(mode="json"),
         "folder": folder,
-        "keep": KEPT,
         "watched": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0",
         "mailbox": mailbox,
-        "weights": ray.put(dict(weights)) if weights is not None else None,
+        "weights": ray.put(None if weights is None else dict(weights)),
         # As one archive, not by Ray's runtime environment: that would start processes anew, put the folder on every
         # process's path, and conflict with the environment of `ray job submit`. Checkpoints have the archive too.
-        "code": ray.put(code) if code is not None else None,
-        "log_labels": dict(log_labels) if log_labels is not None else None,
+        "code": ray.put(code),
+        "log_labels": log_labels,
         "measure_test": measure_test,
         "with_rejector": with_rejector,
     }
-    callbacks = [FailuresToMailbox(mailbox, remedy), *([Resizes(mailbox, max_failures)] if elastic else ())]
+    callbacks: list[Any] = [FailuresToMailbox(mailbox, memory_remedy(config, most))]
+    if elastic:
+        callbacks.append(Resizes(mailbox, max_failures))
+    # NCCL refuses two workers on one GPU; gloo does not.
+    backend = "gloo" if placement.use_gpu and placement.gpus_per_worker < 1 else None
     trainer = _Trainer(
         train_worker,  # type: ignore[arg-type]
         train_loop_config=loop,
-        # NCCL refuses two workers on one GPU; gloo does not.
-        torch_config=TorchConfig(
-            backend="gloo" if placement.use_gpu and placement.gpus_per_worker < 1 else None,
-            timeout_s=timeout,
-        ),
+        torch_config=TorchConfig(backend=backend, timeout_s=timeout),
         scaling_config=ScalingConfig(
             num_workers=workers if elastic else placement.num_workers,  # type: ignore[arg-type]
             use_gpu=placement.use_gpu,
@@ -146,7 +142,8 @@ def fit_on_ray(
     )
     try:
         with own_dashboard():
-            result = _follow(_in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds, placement)
+            # This thread handles records and signals.
+            result = _follow(in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds, placement)
     except TrainingFailedError as error:
         message = f"training failed more than scaling.max_failures={max_failures} times: {reason_line(error)}"
         raise RuntimeError(message) from error
@@ -163,26 +160,8 @@ def fetch_checkpoint(stored: Checkpoint, folder: Path) -> None:
         verify_checkpoint(part)
 
 
-def _in_background(call: Callable[[], Result]) -> "Future[Result]":
-    """Run a call in a daemon thread; this thread handles records and signals."""
-    future: Future[Result] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - raised by `Future.result`
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="ray-train", daemon=True).start()
-    return future
-
-
 def _follow(
-    future: "Future[Result]",
-    mailbox: Any,
-    follow: Callable[[Record], None],
-    wait_seconds: float,
-    placement: Placement,
+    future: "Future[Result]", mailbox: Any, follow: Callable[[Record], None], wait_seconds: float, placement: Placement
 ) -> Result:
     """Pass records on until the run ends; say so where workers wait to be placed."""
     began, started, has_stepped, is_hung = time.monotonic(), False, False, False
@@ -234,10 +213,8 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     if context.device.type == "cuda":
         # Every worker of a node sees all its GPUs; NCCL's object collectives use the current one.
         torch.cuda.set_device(context.device)
-    weights = ray.get(loop["weights"]) if loop["weights"] is not None else None
-    ends = {name: loop[name] for name in ("measure_test", "with_rejector")}
-    places = loop["mailbox"], loop["folder"], loop["keep"]
-    reporter = RayReporter(*places, is_main=context.is_main, watched=loop["watched"])
+    weights, code = ray.get([loop["weights"], loop["code"]])
+    reporter = RayReporter(loop["mailbox"], loop["folder"], is_main=context.is_main, watched=loop["watched"])
     if context.is_main:
         logging.getLogger("tla_service").addHandler(WarningsToMailbox(loop["mailbox"]))
         reporter.progress({"event": "placed"})
@@ -246,9 +223,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         ray.get(loop["mailbox"].push.remote({"event": "hang", "message": message}), timeout=TELL_SECONDS)
 
     try:
-        code, validator = None, None
-        if loop["code"] is not None:
-            code = ray.get(loop["code"])
+        validator = None
         if config.scaling.async_validation:
             use_gpu = context.device.type == "cuda"
             validator = RayValidator(config, loop["code"], context.world_size, use_gpu=use_gpu)
@@ -256,7 +231,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
             run = Run(config, context, reporter, code, validator)
             run.start(weights)
         with watched(context, config.scaling.hang_seconds, tell):
-            result = run.train(**ends)
+            result = run.train(measure_test=loop["measure_test"], with_rejector=loop["with_rejector"])
         newest = reporter.finish()
     except OutOfMemoryError:
         raise  # the other workers do not know of it, and are to be ended

@@ -56,16 +56,8 @@ def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables; --debug shows them
     number = max((int(name.removeprefix("tune-")) for name in attempts(plan.storage)), default=0) + 1
     attempt = f"tune-{number:03d}"
-    trainable = tune.with_parameters(
-        run_trial,
-        space=space,
-        placement=plan.placement,
-        storage=f"{plan.storage}/trials",
-        weights=plan.weights,
-        code=plan.code,
-    )
     tune.Tuner(
-        tune.with_resources(trainable, {"memory": TRIAL_PROCESS_BYTES}),
+        tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"memory": TRIAL_PROCESS_BYTES}),
         param_space={"trial": tune.grid_search(grid)} if grid else None,
         tune_config=tune.TuneConfig(
             search_alg=None if grid else Search(space, before),

@@ -23,10 +23,9 @@ from tla_service.job import INTERRUPTED
 from tla_service.results.page import write_page
 from tla_service.results.runs import (
     TableRun,
-    diverged,
     is_finished,
     is_trained,
-    record_failed_trial,
+    record_if_diverged,
     rounds,
     run_config,
     slim,
@@ -151,10 +150,9 @@ class _Local:
             try:
                 self._run(run, "training", command)
             except UnavailableError as error:
-                if not (run.is_trial and diverged(error)):
-                    raise
-                record_failed_trial(folder)
-                return
+                if run.is_trial and record_if_diverged(folder, error):
+                    return
+                raise
         slim(folder)
 
     def _measure(self, run: TableRun) -> None:

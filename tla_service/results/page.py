@@ -9,7 +9,7 @@ from tla_service.evaluation.figures import new_figure, plain, save
 from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.results.runs import AUTOATTACK, Estimate, Row, TableRun, read_row, share_of_budget, table_runs
 from tla_service.results.settings import ReproduceSettings
-from tla_service.results.tuned_page import comparison_lines, gain_cells, label, protocol_lines, search_lines
+from tla_service.results.tuned_page import comparison_lines, gain_cells, label, protocol_text, search_lines
 from tla_service.tuning.space import Space
 
 _TITLES = {
@@ -30,7 +30,7 @@ def write_page(settings: ReproduceSettings, space: Space, source: Path, state: P
     lines = [f"# {settings.table}: {_TITLES[settings.recipe]}", "", *_settings(settings, space.run, finished), ""]
     if finished:
         first = finished[0].runs[0].report
-        autoattack = [name for name in (AUTOATTACK,) if first.autoattack is not None]
+        autoattack = [AUTOATTACK] if first.autoattack is not None else []
         pgd = {name: attack for name, attack in first.attacks.items() if attack.kind == "pgd" and not attack.transfer}
         iterative = max(pgd, key=lambda name: pgd[name].num_steps)
         strong = [iterative, *autoattack]
@@ -82,7 +82,7 @@ def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row
     made = f"; runs evaluated at {commits} on {devices}; {'; '.join(sorted(data))}." if commits else "."
     lines = [f"Made by `{command(settings)}`{made}"]
     if settings.recipe == "tuned":
-        lines += ["", *protocol_lines(settings.table, settings.num_seeds)]
+        lines += ["", protocol_text(settings.table, config, settings.num_seeds)]
     if settings.budget is not None:
         attack = config.attack
         whose = "the paper's" if settings.recipe == "paper" else f"those of preset `modern_{settings.table}`"
@@ -91,7 +91,7 @@ def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row
                   f"`{config.model.name}`, {config.training.max_steps} steps of {config.training.global_batch_size} "
                   f"images, training with PGD-{attack.num_steps}{grows}. These are not {whose}: do not compare the "
                   "results with published ones."]  # fmt: skip
-    images = max((len(each.outcomes.labels) for each in measured), default=0)
+    images = max((len(each.standing["clean"]) for each in measured), default=0)
     apart = differences_from_paper(settings.table, config.model.name, images, same_attacks=settings.budget is None)
     if apart and images and settings.recipe == "paper":
         lines += ["", f"Differences from the paper's table: {'; '.join(apart)}."]
@@ -126,11 +126,7 @@ def _table(settings: ReproduceSettings, rows: Mapping[str, Row], names: Sequence
 def _cell(estimate: Estimate | None, name: str) -> str:
     if estimate is None:
         return ""
-    scale, digits = (1, 3) if name.split()[0] in ("r", "r'") else (100, 1)
-    text = f"{scale * estimate.value:.{digits}f}"
-    if math.isnan(estimate.low):
-        return text
-    return f"{text} [{scale * estimate.low:.{digits}f}, {scale * estimate.high:.{digits}f}]"
+    return estimate.text(".3f", scale=1) if name.split()[0] in ("r", "r'") else estimate.text(".1f")
 
 
 def _comparison(rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
@@ -148,25 +144,19 @@ def _comparison(rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
 
 
 def _compared(ours: Row, other: Row, names: Sequence[str]) -> str:
-    """Differences by measure, and the seeds they are based on."""
     verdicts = []
     for name in names:
         found = ours.minus(other, name)
         if found is None:
             continue
-        shown = f"{name} {100 * found.value:+.1f}"
-        if math.isnan(found.low):
-            verdicts.append(f"{shown} (one seed, no interval)")
-            continue
         says = "**better**" if found.low > 0 else "**worse**" if found.high < 0 else "not separated"
-        verdicts.append(f"{shown} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] {says}")
+        verdicts.append(f"{name} {found.text()} {'(one seed, no interval)' if math.isnan(found.low) else says}")
     seeds = len(ours.paired(other))
     over = f"{seeds} shared seeds" if seeds > 1 else "one shared seed: intervals are over test images"
     return f"({over}): {'; '.join(verdicts)}"
 
 
 def _missing(settings: ReproduceSettings, finished: Sequence[Row]) -> list[str]:
-    """What has not been run, and the command that runs it."""
     done = {each.run.name for row in finished for each in row.runs}
     left = [run.name for run in table_runs(settings) if run.name not in done]
     if not left:

@@ -16,12 +16,12 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.loading import RunSettings, read_settings
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.paper import paper_columns
-from tla_service.evaluation.results import CONFIDENCE, paired_difference
-from tla_service.evaluation.shards import ShardOutcome, load_outcome
+from tla_service.evaluation.results import CONFIDENCE, BoolArray, paired_difference
+from tla_service.evaluation.shards import load_outcome
 from tla_service.files import write_whole
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, read_report
 from tla_service.results import tuned
-from tla_service.results.settings import ReproduceSettings
+from tla_service.results.settings import RECIPE_METHODS, ReproduceSettings
 from tla_service.training.checkpoint import MANIFEST, keep_best_only
 from tla_service.training.meter import ROBUST
 from tla_service.training.output import SUMMARY, write_summary
@@ -72,15 +72,14 @@ class TableRun:
 def rounds(settings: ReproduceSettings, state: Path) -> Iterator[list[TableRun]]:
     """The runs of the table, in rounds of which each may depend on the results of those before it."""
     if settings.recipe == "tuned":
+        found = tuned.protocol(settings.table)
         for trials in (tuned.first_trials(settings.table), tuned.repeated_trials(settings.table, state)):
-            yield [_trial(settings.table, *trial) for trial in trials]
+            runs = []
+            for name, arm, seed, point in trials:
+                fields = {**found.trial_fields, **found.arms[arm].fields, **point}
+                runs.append(TableRun(name, found.arms[arm].method, seed, fields=fields, is_trial=True))
+            yield runs
     yield table_runs(settings, state)
-
-
-def _trial(table: str, name: str, arm: str, seed: int, point: Mapping[str, Any]) -> TableRun:
-    found = tuned.protocol(table)
-    fields = {**found.trial_fields, **found.arms[arm].fields, **point}
-    return TableRun(name, found.arms[arm].method, seed, fields=fields, is_trial=True)
 
 
 def table_runs(settings: ReproduceSettings, state: Path | None = None) -> list[TableRun]:
@@ -90,12 +89,12 @@ def table_runs(settings: ReproduceSettings, state: Path | None = None) -> list[T
     """
     if settings.recipe == "tuned":
         return _tuned_runs(settings, state)
-    seeds, runs = range(settings.num_seeds), list[TableRun]()
-    for seed in seeds:
-        for method in settings.all_methods:
-            other = f"{method}-s{(seed + 1) % len(seeds)}" if len(seeds) > 1 else None
-            runs.append(TableRun(f"{method}-s{seed}", method, seed, surrogate=other))
-    return runs
+    seeds = settings.num_seeds
+    return [
+        TableRun(f"{method}-s{seed}", method, seed, f"{method}-s{(seed + 1) % seeds}" if seeds > 1 else None)
+        for seed in range(seeds)
+        for method in settings.methods or RECIPE_METHODS[settings.recipe]
+    ]
 
 
 def _tuned_runs(settings: ReproduceSettings, state: Path | None) -> list[TableRun]:
@@ -153,11 +152,12 @@ def run_config(space: Space, run: TableRun) -> RunConfig:
 
 def _shared(settings: ReproduceSettings) -> RunConfig:
     """What all runs have in common: the preset, shortened if there is a budget."""
-    if settings.recipe == "tuned":
-        return _for_table(settings, tuned.base_run(settings.table, settings.data.root))
-    preset = settings.table if settings.recipe == "paper" else f"modern_{settings.table}"
     flags: list[str] = []
-    if settings.budget is not None:
+    preset = settings.table if settings.recipe == "paper" else f"modern_{settings.table}"
+    if settings.recipe == "tuned":
+        found = tuned.protocol(settings.table)
+        preset, flags = found.preset, [*found.flags]
+    elif settings.budget is not None:
         steps = max(2, round(FULL_STEPS * share_of_budget(settings)))
         flags += ["--training.max_steps", str(steps), "--evaluation.validation_limit", "500"]
         if settings.recipe == "modern":
@@ -167,10 +167,7 @@ def _shared(settings: ReproduceSettings) -> RunConfig:
             flags += shlex.split(_REDUCED_PAPER.get(settings.table, ""))
     if settings.data.root is not None:
         flags += ["--data.root", settings.data.root]
-    return _for_table(settings, read_settings(RunSettings, ["--preset", preset, *flags]).run_config)
-
-
-def _for_table(settings: ReproduceSettings, config: RunConfig) -> RunConfig:
+    config = read_settings(RunSettings, ["--preset", preset, *flags]).run_config
     # The evaluation measures the test set; the training's own test is kept short.
     short = config.evaluation.model_copy(update={"test": {"fgsm": EvaluationAttack(kind="fgsm")}})
     # More workers mine negatives in smaller shares of the batch: a run has one unless told otherwise.
@@ -183,18 +180,17 @@ def write_report_settings(settings: ReproduceSettings, run: TableRun, state: Pat
     """Write the settings of a trained run's evaluation (`ReportSettings`) to a file in its folder, and return it."""
     left_out = ("curves", "sparse", "certified", "corruptions", "audit", "transfer")
     folder, images = state / run.name, dict.fromkeys(left_out, 0)
-    if settings.budget is not None:
-        count = max(20, round(FULL_IMAGES * share_of_budget(settings)))
-        images |= {"attacks": count, "autoattack": count, "representation": count, "bank": 10 * count}
     fields: dict[str, Any] = {"model": str(checkpoint_of(folder)), "output": str(folder / REPORT), "page": False}
     fields |= {"images": images, "data": {"root": settings.data.root}}
-    if settings.recipe == "tuned":
-        found = tuned.protocol(settings.table)
-        images |= run.images
-        fields["attacks"] = {name: attack.model_dump() for name, attack in found.attacks.items()}
     if run.surrogate is not None:
         fields["surrogate"] = str(checkpoint_of(state / run.surrogate))
-    if settings.budget is not None:
+    if settings.recipe == "tuned":
+        images |= run.images
+        attacks = tuned.protocol(settings.table).attacks
+        fields["attacks"] = {name: attack.model_dump() for name, attack in attacks.items()}
+    elif settings.budget is not None:
+        count = max(20, round(FULL_IMAGES * share_of_budget(settings)))
+        images |= {"attacks": count, "autoattack": count, "representation": count, "bank": 10 * count}
         # Twenty restarts of PGD-100 cost as much as all other columns together, AutoAttack included. Without attacks
         # of its own an evaluation takes the paper's, transfer attacks included.
         columns = {name: attack.model_dump() for name, attack in paper_columns(settings.table).attacks.items()}
@@ -221,14 +217,12 @@ def slim(folder: Path) -> None:
     shutil.rmtree(folder / REPORT / "shards", ignore_errors=True)
 
 
-def diverged(reason: object) -> bool:
-    """Whether a trial failed for its settings: its loss was not finite. Any other failure is repeated, not scored."""
-    return "the loss is not finite" in str(reason)
-
-
-def record_failed_trial(folder: Path) -> None:
-    """Make a trial that diverged one that withstands nothing, so that the search goes on."""
-    write_summary(folder, {"status": "failed", "validation": {ROBUST: 0.0}})
+def record_if_diverged(folder: Path, reason: object) -> bool:
+    """Score a trial as one that withstands nothing if its loss was not finite; any other failure is to be repeated."""
+    has_diverged = "the loss is not finite" in str(reason)
+    if has_diverged:
+        write_summary(folder, {"status": "failed", "validation": {ROBUST: 0.0}})
+    return has_diverged
 
 
 def is_trained(folder: Path) -> bool:
@@ -262,21 +256,19 @@ class Estimate:
         reach = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
         return cls(mean, mean - reach, mean + reach)
 
+    def text(self, digits: str = "+.1f", scale: int = 100) -> str:
+        """The value with its interval, if there is one, in points unless another scale is given."""
+        value, low, high = (f"{scale * each:{digits}}" for each in (self.value, self.low, self.high))
+        return value if math.isnan(self.low) else f"{value} [{low}, {high}]"
+
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run: its report, and each image's result under the attacks and under AutoAttack."""
+    """A finished run: its report, and whether each image is right when `clean` and under each attack (N,)."""
 
     run: TableRun
     report: Report
-    outcomes: ShardOutcome
-    autoattack: ShardOutcome | None
-
-    def outcome(self, name: str) -> ShardOutcome | None:
-        """The results under an attack; None if it was not run."""
-        if name == AUTOATTACK:
-            return self.autoattack
-        return self.outcomes if name in self.outcomes.broken_at else None
+    standing: Mapping[str, BoolArray]
 
     def figure(self, name: str) -> float | None:
         """A figure by name: an attack, `detection`, `neighbours clean`, `neighbours attacked`, `r EPS` or `r' EPS`.
@@ -292,8 +284,7 @@ class Measured:
         if kind in ("r", "r'"):
             found = next((each for each in self.report.shift if f"{each.epsilon:.3g}" == rest), None)
             return None if found is None else found.r if kind == "r" else found.r_prime
-        outcome = self.outcome(name)
-        return None if outcome is None else float(outcome.standing(name).mean())
+        return float(self.standing[name].mean()) if name in self.standing else None
 
 
 @dataclass(frozen=True)
@@ -321,9 +312,9 @@ class Row:
         """The mean difference; with one shared seed an accuracy's interval is over images (Newcombe's)."""
         pairs, values = self.paired(other), self.differences(other, name)
         if len(values) == len(pairs) == 1:
-            one, two = (each.outcome(name) for each in pairs[0])
+            one, two = (each.standing.get(name) for each in pairs[0])
             if one is not None and two is not None:
-                found = paired_difference(one.standing(name), two.standing(name))
+                found = paired_difference(one, two)
                 return Estimate(found.difference, found.low, found.high)
         return Estimate.over_seeds(values)
 
@@ -331,9 +322,12 @@ class Row:
 def read_row(label: str, runs: Sequence[TableRun], state: Path) -> Row:
     """Read the finished ones of some runs."""
     found = []
-    for run in [run for run in runs if is_finished(run, state)]:
+    for run in runs:
+        if not is_finished(run, state):
+            continue
         folder = state / run.name / REPORT
-        strong = folder / AUTOATTACK_FILE
-        autoattack = load_outcome(strong) if strong.exists() else None
-        found.append(Measured(run, read_report(folder / REPORT_FILE), load_outcome(folder / OUTCOME_FILE), autoattack))
+        outcomes = [load_outcome(path) for path in (folder / AUTOATTACK_FILE,) if path.exists()]
+        outcomes.append(load_outcome(folder / OUTCOME_FILE))  # last: both have `clean`, AutoAttack's of fewer images
+        standing = {name: outcome.standing(name) for outcome in outcomes for name in outcome.broken_at}
+        found.append(Measured(run, read_report(folder / REPORT_FILE), standing))
     return Row(label, tuple(found))

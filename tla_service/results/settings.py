@@ -83,11 +83,6 @@ class ReproduceSettings(JobSettings):
         return self.table if self.recipe == "paper" else f"{self.table}-{self.recipe}"
 
     @property
-    def all_methods(self) -> tuple[Method, ...]:
-        """The table's methods."""
-        return self.methods or RECIPE_METHODS[self.recipe]
-
-    @property
     def state_folder(self) -> Path:
         """Folder of the runs, an absolute path."""
         return (self.state or Path("runs/tables") / f"{self.table}-{self.budget_name}").expanduser().absolute()

@@ -14,9 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from tla_service.config import Method, RunConfig
+from tla_service.config import Method
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.loading import RunSettings, read_settings
 from tla_service.config.yaml_files import read_yaml
 from tla_service.errors import UnavailableError
 from tla_service.training.meter import ROBUST
@@ -77,13 +76,6 @@ def protocol(table: str) -> Protocol:
     return _PROTOCOLS.validate_python(read_yaml(Path(__file__).with_name("tuned.yaml"), "table"))[table]
 
 
-def base_run(table: str, root: str | None) -> RunConfig:
-    """What all runs of the table have in common."""
-    found = protocol(table)
-    flags = ["--preset", found.preset, *([] if root is None else ["--data.root", root]), *found.flags]
-    return read_settings(RunSettings, flags).run_config
-
-
 def trial_points(table: str, arm: str) -> list[dict[str, float]]:
     """The settings of an arm's trials; the shared ones are the same in the trials of every arm."""
     from scipy.stats import qmc
@@ -132,34 +124,29 @@ def scored_trials(table: str, arm: str, state: Path) -> list[Scored]:
     return found
 
 
-def best_trials(trials: list[Scored]) -> list[Scored]:
-    """Best first; of equals the earlier one."""
-    return sorted(trials, key=lambda trial: (-trial.mean, trial.number))
-
-
 def winner(table: str, arm: str, state: Path) -> Scored:
-    """The best trial of an arm over two seeds; raises UnavailableError while trials are missing."""
+    """The best trial of an arm over two seeds, of equals the first; UnavailableError while trials are missing."""
     found = protocol(table)
     repeated = [trial for trial in scored_trials(table, arm, state) if len(trial.scores) == len(_TRIAL_SEEDS)]
     if len(repeated) < min(found.repeated, found.trials):
         raise UnavailableError("state", state, f"trials of {arm} are missing", "give the same command again")
-    return best_trials(repeated)[0]
+    return max(repeated, key=lambda trial: trial.mean)
 
 
 def first_trials(table: str) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
     """Name, arm, seed and settings of every trial at the first seed, the arms by turns."""
+    seed, points = _TRIAL_SEEDS[0], {arm: trial_points(table, arm) for arm in protocol(table).searched}
     for number in range(protocol(table).trials):
-        for arm in protocol(table).searched:
-            seed = _TRIAL_SEEDS[0]
-            yield trial_name(arm, number, seed), arm, seed, trial_points(table, arm)[number]
+        for arm, each in points.items():
+            yield trial_name(arm, number, seed), arm, seed, each[number]
 
 
 def repeated_trials(table: str, state: Path) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
-    """Those of the best trials at the second seed."""
+    """Those of the best trials, of equals the first, at the second seed."""
     seed = _TRIAL_SEEDS[1]
     for arm in protocol(table).searched:
-        trials = [Scored(trial.number, trial.point, trial.scores[:1]) for trial in scored_trials(table, arm, state)]
-        for trial in best_trials(trials)[: protocol(table).repeated]:
+        trials = sorted(scored_trials(table, arm, state), key=lambda trial: trial.scores[0], reverse=True)
+        for trial in trials[: protocol(table).repeated]:
             yield trial_name(arm, trial.number, seed), arm, seed, trial.point
 
 

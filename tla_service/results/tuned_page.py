@@ -1,11 +1,12 @@
 """Sections of a tuned table's page: the protocol, comparisons corrected for their number, what the searches found."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from tla_service.config import RunConfig
 from tla_service.evaluation.figures import new_figure, plain, save
 from tla_service.results import tuned
 from tla_service.results.runs import Estimate, Row
@@ -19,16 +20,14 @@ def label(arm: str) -> str:
     return arm if arm == "natural" else arm.upper().replace("_", "-")
 
 
-def protocol_lines(table: str, seeds: int) -> list[str]:
-    """How the table was made."""
-    found = tuned.protocol(table)
-    run = tuned.base_run(table, "")
-    attack, own = run.evaluation.validation, run.attack
+def protocol_text(table: str, run: RunConfig, seeds: int) -> str:
+    """How the table was made, of whose runs `run` has what they share."""
+    found, attack, own = tuned.protocol(table), run.evaluation.validation, run.attack
     searched, images = len(found.searched), run.evaluation.validation_limit
     step = attack.step_size or own.step_size
     trained_with = f"PGD-{own.num_steps}" if own.kind == "pgd" else label(own.kind)
     shorter = "".join(f" of `{name}` {value}" for name, value in found.trial_fields.items())
-    return [
+    return (
         f"Network `{run.model.name}`, {run.training.max_steps or run.training.epochs} "
         f"{'steps' if run.training.max_steps else 'epochs'} of {run.training.global_batch_size} images, training with "
         f"{trained_with} at epsilon {own.epsilon:.3g}. Each of {searched} methods had {found.trials} trials{shorter}, "
@@ -39,12 +38,12 @@ def protocol_lines(table: str, seeds: int) -> list[str]:
         f"trained with up to {seeds} other seeds and measured once on the test set, {found.images['attacks']} images; "
         f"AutoAttack, on {found.images['autoattack']} images, and the representation with the first {found.full_seeds} "
         "seeds."
-    ]  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Two rows compared by a measure; `p` is of the paired t test, before the correction."""
+    """Two rows compared by a measure; `p` is of the paired t test, corrected for the number of comparisons."""
 
     row: str
     less: str
@@ -57,15 +56,18 @@ class Difference:
 
 def differences(table: str, rows: Mapping[str, Row]) -> list[Difference]:
     """The protocol's comparisons, of which at least two seeds have been measured."""
+    from scipy.stats import ttest_1samp
+
     made = []
     for each in tuned.protocol(table).comparisons:
         for measure, claimed in each.measures.items():
-            one, two = rows[each.row], rows[each.less]
-            pairs = one.differences(two, measure)
+            pairs = rows[each.row].differences(rows[each.less], measure)
             found = Estimate.over_seeds(pairs)
             if found is not None and len(pairs) > 1:
-                made.append(Difference(each.row, each.less, measure, claimed, len(pairs), found, _p_value(pairs)))
-    return made
+                p = float(ttest_1samp(pairs, 0).pvalue) if any(pairs) else 1.0
+                made.append(Difference(each.row, each.less, measure, claimed, len(pairs), found, p))
+    corrected = holm([each.p for each in made])
+    return [replace(each, p=p) for each, p in zip(made, corrected, strict=True)]
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -77,25 +79,13 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
-def _p_value(pairs: list[float]) -> float:
-    from scipy.stats import ttest_1samp
-
-    return 1.0 if len(set(pairs)) == 1 and pairs[0] == 0 else float(ttest_1samp(pairs, 0).pvalue)
-
-
 def gain_cells(table: str, rows: Mapping[str, Row], measure: str) -> dict[str, str]:
     """Each row's difference from AT in a measure, bold where the corrected p value separates them."""
-    found = differences(table, rows)
-    corrected = zip(found, holm([each.p for each in found]), strict=True)
     return {
-        each.row: f"**{_points(each)}**" if p < _LEVEL else _points(each)
-        for each, p in corrected
+        each.row: f"**{each.found.text()}**" if each.p < _LEVEL else each.found.text()
+        for each in differences(table, rows)
         if (each.less, each.measure) == ("at", measure)
     }
-
-
-def _points(each: Difference) -> str:
-    return f"{100 * each.found.value:+.1f} [{100 * each.found.low:+.1f}, {100 * each.found.high:+.1f}]"
 
 
 def comparison_lines(table: str, rows: Mapping[str, Row]) -> list[str]:
@@ -105,14 +95,14 @@ def comparison_lines(table: str, rows: Mapping[str, Row]) -> list[str]:
         return ["Nothing to compare yet."]
     lines = ["| comparison | measure | seeds | claimed | difference | 95% interval | p (Holm) | verdict |"]
     lines.append("|---" * 8 + "|")
-    for each, p in zip(found, holm([each.p for each in found]), strict=True):
+    for each in found:
         better = "better" if each.found.value > 0 else "worse"
-        verdict = f"**{better}**" if p < _LEVEL else "not separated"
+        verdict = f"**{better}**" if each.p < _LEVEL else "not separated"
         claimed = "" if each.claimed is None else f"{each.claimed:+.2f}"
         low, high = 100 * each.found.low, 100 * each.found.high
         lines.append(
             f"| {label(each.row)} less {label(each.less)} | {each.measure} | {each.seeds} | {claimed} | "
-            f"{100 * each.found.value:+.2f} | [{low:+.2f}, {high:+.2f}] | {p:.3g} | {verdict} |"
+            f"{100 * each.found.value:+.2f} | [{low:+.2f}, {high:+.2f}] | {each.p:.3g} | {verdict} |"
         )
     note = (
         f"In points, seed by seed; intervals are Student's and not corrected. A verdict counts if p, corrected for the "
@@ -123,13 +113,12 @@ def comparison_lines(table: str, rows: Mapping[str, Row]) -> list[str]:
 
 def search_lines(table: str, state: Path, picture: Path) -> list[str]:
     """What the searches found, and the map of TLA's trials."""
-    found = tuned.protocol(table)
     lines = ["| method | trials | selected | validation, two seeds | range of all trials |", "|---" * 5 + "|"]
-    for arm in found.searched:
+    for arm in tuned.protocol(table).searched:
         trials = tuned.scored_trials(table, arm, state)
         if not trials:
             continue
-        best = tuned.best_trials([trial for trial in trials if len(trial.scores) > 1] or trials)[0]
+        best = max([trial for trial in trials if len(trial.scores) > 1] or trials, key=lambda trial: trial.mean)
         point = ", ".join(f"`{name.rpartition('.')[2]}` {value:g}" for name, value in best.point.items())
         first = [trial.scores[0] for trial in trials]
         lines.append(

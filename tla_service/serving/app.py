@@ -111,13 +111,12 @@ class Classifier:
 
     async def _body(self, request: Request) -> bytes:
         """The body, limited in size whatever Content-Length says."""
-        limit, parts, size = self._settings.max_request_bytes, [], 0
+        limit, body = self._settings.max_request_bytes, bytearray()
         async for part in request.stream():
-            size += len(part)
-            if size > limit:
+            body += part
+            if len(body) > limit:
                 raise HTTPException(413, f"the body exceeds {limit} bytes; send the images in several requests")
-            parts.append(part)
-        return b"".join(parts)
+        return bytes(body)
 
     @serve.batch(batch_size_fn=lambda batch: sum(len(images) for images in batch))
     async def _classify(self, batch: list[np.ndarray]) -> list[dict[str, np.ndarray]]:

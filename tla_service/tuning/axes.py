@@ -176,15 +176,14 @@ class Constraint:
             raise ConfigError(_CONSTRAINTS, text, "not a comparison", _EXAMPLE)
         self._tree = tree
 
-    def check(self, fields: Mapping[str, Any]) -> None:
-        """Raise ConfigError if it names a field that does not exist, or compares what cannot be compared."""
+    def holds(self, fields: Mapping[str, Any]) -> bool:
+        """Whether a run, as nested plain values, satisfies it; ConfigError if that cannot be computed of its fields."""
         try:
-            self.holds(fields)
+            return self._compare(fields)
         except (TypeError, ZeroDivisionError) as error:
             raise ConfigError(_CONSTRAINTS, self.text, f"cannot be computed ({error})", _EXAMPLE) from error
 
-    def holds(self, fields: Mapping[str, Any]) -> bool:
-        """Whether a run, as nested plain values, satisfies it."""
+    def _compare(self, fields: Mapping[str, Any]) -> bool:
         left = self._value(self._tree.left, fields)
         for sign, node in zip(self._tree.ops, self._tree.comparators, strict=True):
             right = self._value(node, fields)

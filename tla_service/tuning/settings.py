@@ -81,8 +81,6 @@ class SweepConfig(Section):
 class TuneSettings(RunSettings):
     """Configuration of a sweep job: the run that is varied, the search, and options of the job."""
 
-    model_config = RunSettings.model_config
-
     sweep: SweepConfig = SweepConfig()
     study: str | None = Field(None, description="start from this sweep: " + ", ".join(preset_names("study")))
     resume: bool = Field(False, description="resume the sweep if it exists")

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,14 +39,16 @@ class Space:
         self.run, self.sweep = run, sweep
         self._full = run.model_dump(mode="json")
         self._fields = copy.deepcopy(self._full)
-        _freeze_evaluation(self._fields, run)
+        # Evaluation attacks get what they would take from the training attack: all trials are measured alike.
+        for where, attack in run.evaluation.attacks.items():
+            fields = functools.reduce(dict.__getitem__, where.split(".", 2), self._fields)  # a name may have dots
+            fields.update(attack.lengths(run.attack, run.data.name)._asdict())
         given = sweep.space or default_space(run)
         self.axes = tuple(axis_of(name, dimension) for name, dimension in given.items())
         self.constraints = tuple(Constraint(text) for text in sweep.constraints)
         for constraint in self.constraints:
-            constraint.check(self._fields)
-        _check_overlap(self.axes)
-        _check_norms(self.axes, run)
+            constraint.holds(self._fields)
+        self._check_fields()
         self._check_sweep()
         self._check_values()
         self._check_lengths()
@@ -83,7 +85,7 @@ class Space:
 
     def allows(self, point: Point) -> bool:
         """Whether the point's run is valid and satisfies all constraints."""
-        return self._refusal(point) is None
+        return self._refusal(point, self.constraints) is None
 
     def alone(self, axis: Axis, value: Any) -> RunConfig | None:
         """The run with one axis at a value and everything else as it was; None if these do not go together."""
@@ -118,21 +120,31 @@ class Space:
         while True:
             yield {axis.name: axis.draw(rng) for axis in self.axes}
 
-    def _refusal(self, point: Point) -> str | None:
-        found = self._valid(point)
-        if isinstance(found, str):
-            return found
-        fields = found.model_dump(mode="json")
-        return next((constraint.text for constraint in self.constraints if not constraint.holds(fields)), None)
-
-    def _valid(self, point: Point) -> RunConfig | str:
-        """The run of a point, or what is wrong with it; constraints aside."""
+    def _refusal(self, point: Point, constraints: Sequence[Constraint]) -> str | None:
+        """What is wrong with a point, if anything is."""
         try:
             run = self.apply(point)
         except ConfigError as error:
             return str(error)
         trouble = run.attack_trouble(known_shape(run.data.name, run.data.image_size))
-        return run if trouble is None else str(trouble)
+        if trouble is not None:
+            return str(trouble)
+        fields = run.model_dump(mode="json")
+        return next((constraint.text for constraint in constraints if not constraint.holds(fields)), None)
+
+    def _check_fields(self) -> None:
+        """No two axes set one field; and a radius counts in one norm only, so what changes the norm brings lengths."""
+        owners, norm = dict[str, str](), self.run.attack.norm
+        for axis, value in [(each, value) for each in self.axes for value in each.ends()]:
+            fields, where = axis.fields(value), f"sweep.space.{axis.name}"
+            for path in fields:
+                owner = owners.setdefault(path, axis.name)
+                if owner != axis.name:
+                    raise ConfigError(where, None, f"{path} is set by {owner} too", "let one of them set it")
+            if fields.get("attack.norm", norm) != norm and not {*fields} >= {"attack.epsilon", "attack.step_size"}:
+                reason = f"attack.epsilon and attack.step_size are in {norm}"
+                remedy = "use variants that set attack.norm, attack.epsilon and attack.step_size together"
+                raise ConfigError(where, shown(value), reason, remedy)
 
     def _check_sweep(self) -> None:
         sweep = self.sweep
@@ -172,13 +184,13 @@ class Space:
         for axis, value in [(each, value) for each in self.axes for value in each.ends(_INSET)]:
             if not any(path.startswith("attack.") for path in axis.fields(value)):
                 continue
-            found: RunConfig | str = ""
+            trouble: str | None = None
             for point in itertools.islice(self._draws(rng), TRIES):
-                found = self._valid(point | {axis.name: value})
-                if not isinstance(found, str):
+                trouble = self._refusal(point | {axis.name: value}, ())
+                if trouble is None:
                     break
             else:
-                reason = f"no point can have this value ({found})"
+                reason = f"no point can have this value ({trouble})"
                 raise ConfigError(f"sweep.space.{axis.name}", shown(value), reason, "correct it, or leave it out")
 
     def _check_not_empty(self) -> None:
@@ -189,7 +201,7 @@ class Space:
             found, how = self.random(rng) is not None, f"none of {TRIES} random points is allowed"
         if not found:
             example = next(self._draws(np.random.default_rng(self.sweep.seed)))
-            reason = f"{how}; {shown(example)} breaks: {self._refusal(example)}"
+            reason = f"{how}; {shown(example)} breaks: {self._refusal(example, self.constraints)}"
             subject = "sweep.constraints" if self.constraints else "sweep.space"
             raise ConfigError(subject, None, reason, "widen the space, or drop a constraint")
 
@@ -198,10 +210,9 @@ class Space:
         ratio = training["global_batch_size"] / self.run.training.global_batch_size
         power = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}[self.sweep.learning_rate_rule]
         fields["optimizer"]["learning_rate"] *= ratio**power
-        shorter = 1.0
-        if trial_epochs is not None:
-            shorter = trial_epochs / training["epochs"]
-            training["epochs"] = trial_epochs
+        epochs = trial_epochs or training["epochs"]
+        shorter = epochs / training["epochs"]
+        training["epochs"] = epochs
         if training["max_steps"] is not None:
             training["max_steps"] = max(1, round(training["max_steps"] * shorter / ratio))
         scale = shorter / ratio if schedule["unit"] == "step" else shorter
@@ -227,37 +238,6 @@ def default_space(run: RunConfig) -> dict[str, Dimension]:
         if run.mining.pool == "separate":
             space["mining.pool_size"] = Dimension(values=(max(1, pool // 2), pool, 2 * pool, 4 * pool))
     return space
-
-
-def _check_overlap(axes: tuple[Axis, ...]) -> None:
-    owners: dict[str, str] = {}
-    for axis in axes:
-        for path in {path for value in axis.choices or (axis.low,) for path in axis.fields(value)}:
-            if path in owners:
-                reason = f"{path} is set by {owners[path]} too"
-                raise ConfigError(f"sweep.space.{axis.name}", None, reason, "let one of them set it")
-            owners[path] = axis.name
-
-
-def _check_norms(axes: tuple[Axis, ...], run: RunConfig) -> None:
-    """A radius counts in one norm only: an axis that changes the norm must bring its lengths."""
-    for axis in axes:
-        for value in axis.choices:
-            fields = axis.fields(value)
-            norm = fields.get("attack.norm", run.attack.norm)
-            if norm != run.attack.norm and not {*fields} >= {"attack.epsilon", "attack.step_size"}:
-                reason = f"attack.epsilon and attack.step_size are in {run.attack.norm}"
-                remedy = "use variants that set attack.norm, attack.epsilon and attack.step_size together"
-                raise ConfigError(f"sweep.space.{axis.name}", shown(value), reason, remedy)
-
-
-def _freeze_evaluation(fields: dict[str, Any], run: RunConfig) -> None:
-    """Give evaluation attacks what they would take from the training attack: all trials are measured alike."""
-    evaluation = fields["evaluation"]
-    frozen = {where: attack.lengths(run.attack, run.data.name) for where, attack in run.evaluation.attacks.items()}
-    evaluation["validation"].update(frozen["evaluation.validation"]._asdict())
-    for name, attack in evaluation["test"].items():
-        attack.update(frozen[f"evaluation.test.{name}"]._asdict())
 
 
 def _with(fields: dict[str, Any], values: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import csv
 import io
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -40,8 +40,7 @@ def best_of(curve: Sequence[Score]) -> Score | None:
 class Progress:
     """Turns the records of a training run into the reports of its trial, of which each describes the whole trial."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._curve: list[Score] = []
         self._metrics: list[Mapping[str, float]] = []  # not reported yet
         self._epochs = self._restarts = 0
@@ -51,7 +50,7 @@ class Progress:
         """Add a record of `fit_on_ray`; returns a message, possibly empty, or None if there is nothing to report."""
         match record["event"]:
             case "start":
-                self._began = self._clock() if self._began is None else self._began
+                self._began = time.monotonic() if self._began is None else self._began
                 self.add_history(record["history"])
                 return "resumes from its last checkpoint" if record["resumed"] else "starts training"
             case "epoch":
@@ -95,7 +94,7 @@ class Progress:
             "clean_accuracy": 0.0 if best is None else best.clean_accuracy,
             "curve": [list(score) for score in self._curve],
             "metrics": [dict(each) for each in metrics],
-            "worker_seconds": 0.0 if self._began is None else self._clock() - self._began,
+            "worker_seconds": 0.0 if self._began is None else time.monotonic() - self._began,
             "restarts": self._restarts,
             "message": message,
             "outcome": outcome,

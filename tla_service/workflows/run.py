@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
@@ -67,7 +66,9 @@ def check_before_start(config: RunConfig) -> Facts:
         raise trouble
     dataset = load_dataset(config.data)
     architecture = Architecture.of(config.model)
-    extra = check_split(config, dataset, config.scaling.bounds(auto=1)[1], architecture)
+    # What one worker cannot have, more of them cannot have either.
+    most = WorkerContext(world_size=config.scaling.bounds(auto=1)[1])
+    *_, extra = split_and_check(config, dataset, most, architecture)
     network = architecture.build(len(dataset.class_names), dataset.image_shape)
     check_network(config, architecture, network, dataset)
     seen_by_triplets(network, config.loss.triplet_layer)
@@ -83,8 +84,7 @@ def check_before_start(config: RunConfig) -> Facts:
     }
     if architecture.code_sha256 is not None:
         described["code_sha256"] = architecture.code_sha256
-    size = checkpoint_bytes(config, network)
-    return Facts(dataset, architecture, found.state_dict, found.notes, size, described)
+    return Facts(dataset, architecture, found.state_dict, found.notes, checkpoint_bytes(config, network), described)
 
 
 def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, runs: int = 1) -> None:
@@ -98,44 +98,24 @@ def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, r
     check_room(needs)
 
 
-def check_split(config: RunConfig, dataset: Dataset, num_workers: int, architecture: Architecture) -> dict[str, str]:
-    """Pool and batch against the training split: what one worker cannot have, more of them cannot have either.
-
-    Returns facts on the extra images, if there are any.
-    """
-    return split_and_check(config, dataset, WorkerContext(world_size=num_workers), architecture)[-1]
-
-
 class TrackedRun:
-    """Sends a run's records to the terminal, `log.jsonl`, MLflow (where `run_key` identifies it) and Prometheus."""
+    """Sends a run's records to the terminal, `log.jsonl`, its MLflow run and Prometheus."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        output: Path,
-        run_key: str,
-        facts: Mapping[str, str],
-        terminal: Terminal,
-        *,
-        use_gpu: bool | None = None,
-    ) -> None:
-        self.uri = tracking_uri(config.tracking)
-        self.run_id = open_run(config, run_key, facts=facts, use_gpu=use_gpu)
+    def __init__(self, config: RunConfig, output: Path, run_id: str, terminal: Terminal) -> None:
+        self.uri, self.run_id = tracking_uri(config.tracking), run_id
         self.outcome: Outcome = "finished"
         self.restarts = 0  # how often workers failed and were restarted
         self._sizes: list[tuple[int, int]] = []  # steps and the number of workers from each on
         self._terminal = terminal
-        self._stop_system_metrics = start_system_metrics(self.uri, self.run_id)
-        self.metrics = RunLog(self.uri, self.run_id, output / "unsent")
+        self._stop_system_metrics = start_system_metrics(self.uri, run_id)
+        self.metrics = RunLog(self.uri, run_id, output / "unsent")
         self._lines = JsonLines(output / LOG)
         self._gauges = RunMetrics(config)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, KeyboardInterrupt):
             self.outcome = "interrupted"
         elif error is not None:
@@ -195,11 +175,11 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
             terminal.say(note)
         join()
         placement = place(config)
-        check_split(config, facts.dataset, placement.num_workers, facts.architecture)
+        split_and_check(config, facts.dataset, WorkerContext(world_size=placement.num_workers), facts.architecture)
         start_seconds = 0.0
-        with TrackedRun(config, output, run_key, facts.described, terminal, use_gpu=placement.use_gpu) as tracked:
-            labels["run_id"] = tracked.run_id
-            terminal.say(f"MLflow: {run_page(tracked.uri, tracked.run_id)}")
+        run_id = labels["run_id"] = open_run(config, run_key, facts=facts.described, use_gpu=placement.use_gpu)
+        with TrackedRun(config, output, run_id, terminal) as tracked:
+            terminal.say(f"MLflow: {run_page(tracked.uri, run_id)}")
 
             def follow(record: Record) -> None:
                 nonlocal start_seconds
@@ -226,7 +206,7 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
             if result.interrupted:
                 tracked.outcome = "interrupted"
                 tracked.log_workers()
-                write_summary(output, {"status": "interrupted", "run_id": tracked.run_id, "checkpoint": str(copy)})
+                write_summary(output, {"status": "interrupted", "run_id": run_id, "checkpoint": str(copy)})
                 terminal.say("stopped after a checkpoint; the same command resumes from it")
                 return INTERRUPTED
             summary = _conclude(config, output, facts, result, tracked, start_seconds)

@@ -21,16 +21,18 @@ from tla_service.files import locked_folder
 from tla_service.job import INTERRUPTED
 from tla_service.models import Architecture
 from tla_service.models.classifier import seen_by_triplets
+from tla_service.runtime import WorkerContext
 from tla_service.tracking.connection import check_tracking
 from tla_service.training.network import check_network
 from tla_service.training.output import open_output
+from tla_service.training.precheck import split_and_check
 from tla_service.training.reporting import Terminal
 from tla_service.tuning.axes import shown
 from tla_service.tuning.figures import draw_all
 from tla_service.tuning.settings import sweep_yaml
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Trial, as_csv, counts, table, winner
-from tla_service.workflows.run import Facts, check_before_start, check_disks, check_split
+from tla_service.workflows.run import Facts, check_before_start, check_disks
 from tla_service.workflows.train import train_and_register
 
 SETTINGS, WINNER, SUMMARY, SEEDS = "sweep.yaml", "best.yaml", "sweep.json", "winner.json"
@@ -90,7 +92,7 @@ def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:
             raise ConfigError(f"sweep.space.{axis.name}", value, reason, "start one sweep per network")
         architecture = Architecture.of(model, facts.architecture.code)
         try:
-            check_split(found, dataset, num_workers, architecture)
+            split_and_check(found, dataset, WorkerContext(world_size=num_workers), architecture)
             if (model, layer) not in networks:
                 networks.add((model, layer))
                 network = architecture.build(len(dataset.class_names), dataset.image_shape)

@@ -25,9 +25,8 @@ from tla_service.results.local import Say, Track, reproduce
 from tla_service.results.runs import (
     AXIS,
     TableRun,
-    diverged,
     is_trained,
-    record_failed_trial,
+    record_if_diverged,
     run_config,
     slim,
     table_space,
@@ -75,8 +74,7 @@ def _train(
     uri = f"{settings.scaling.storage or state / 'ray'}/{space.name}"
     check_storage(uri)
     terminal = Terminal()
-    with contextlib.ExitStack() as stack:
-        lease = stack.enter_context(held(Folder(uri), terminal.say))
+    with held(Folder(uri), terminal.say) as lease:
         placement = place(space.run)
         _fetch_trained(settings, space, runs, uri, state)
         missing = [run for run in runs if not is_trained(state / run.name)]
@@ -89,9 +87,8 @@ def _train(
         concurrent = max_concurrent(space.run.scaling, settings.side_by_side, placement)
         plan = Plan(grid, uri, placement, None, concurrent, repeat_failed=True)
         budget = Budget(plan, lease)
-        lines = TrialLines(terminal, state)
-        stack.callback(lines.close)
-        with stop_on_signal("stopping the sweep", budget.interrupt):
+        log = contextlib.closing(TrialLines(terminal, state))
+        with log as lines, stop_on_signal("stopping the sweep", budget.interrupt):
             run_trials(plan, budget, lines, debug=settings.debug)
         lease.check()
         if budget.error is not None:
@@ -99,15 +96,13 @@ def _train(
         _fetch_trained(settings, space, runs, uri, state)
         if budget.interrupted:
             raise KeyboardInterrupt
-        failed = [trial for trial in read_trials(uri) if trial.status == "failed"]
-        trials = {run.name for run in missing if run.is_trial}
-        for trial in [trial for trial in failed if trial.point[AXIS] in trials and diverged(trial.reason)]:
-            record_failed_trial(state / trial.point[AXIS])
-            failed.remove(trial)
-    for trial in failed:
-        reason = f"training failed ({trial.reason})"
-        return UnavailableError("run", trial.point[AXIS], reason, "give the same command again to repeat it")
-    return None
+        trials, failures = {run.name for run in missing if run.is_trial}, []
+        for trial in read_trials(uri):
+            name = trial.point[AXIS]
+            if trial.status == "failed" and not (name in trials and record_if_diverged(state / name, trial.reason)):
+                reason = f"training failed ({trial.reason})"
+                failures.append(UnavailableError("run", name, reason, "give the same command again to repeat it"))
+    return next(iter(failures), None)
 
 
 def _fetch_trained(settings: ReproduceSettings, space: Space, runs: Sequence[TableRun], uri: str, state: Path) -> None:

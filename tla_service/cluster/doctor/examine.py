@@ -73,8 +73,8 @@ def examine(settings: CheckupSettings) -> Iterator[Finding]:
         nodes.sort(key=lambda found: (found.address, found.id))
         yield Finding("nodes", "driver", "ok", f"{len(nodes)} alive")
         yield from token(len(nodes))
-        facts = [_facts(found, settings) for found in nodes]
-        for found, told in zip(nodes, facts, strict=True):
+        for found in nodes:
+            told = _facts(found, settings)
             if isinstance(told, str):
                 yield found.judge("node", told, fail="see raylet.log on this node; restart it")
                 continue
@@ -214,12 +214,8 @@ def _facts(found: Node, settings: CheckupSettings) -> dict[str, Any] | str:
 def _on_node(found: Node, call: Callable[..., Any], seconds: float, *arguments: Any, num_gpus: int = 0) -> Any:
     """Call a function on a node; returns the error as text if that fails."""
     here = NodeAffinitySchedulingStrategy(found.id, soft=False)
-
-    def work(*given: Any) -> Any:
-        return call(*given)
-
-    task = ray.remote(work).options(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=here, max_retries=0)
-    answer = task.remote(*arguments)
+    task = ray.remote(lambda: call(*arguments))
+    answer = task.options(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=here, max_retries=0).remote()
     try:
         return ray.get(answer, timeout=seconds)
     except ray.exceptions.GetTimeoutError:

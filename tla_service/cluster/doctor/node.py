@@ -1,5 +1,6 @@
 """Checks that run on nodes: in Ray tasks, and in workers that are started like those of a run."""
 
+import contextlib
 import os
 import platform
 import shutil
@@ -43,13 +44,11 @@ def versions() -> dict[str, str]:
     installed = environment()
     found = {"python": installed["python"], "cuda": installed["cuda"] or "none", "driver": "none"}
     found |= {name: installed["packages"].get(name, "missing") for name in _PACKAGES}
-    try:
+    with contextlib.suppress(Exception):  # there is no NVIDIA driver
         import pynvml
 
         pynvml.nvmlInit()
         found["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:  # noqa: BLE001 - there is no NVIDIA driver
-        return found
     return found
 
 
@@ -144,6 +143,4 @@ def _all_reduce(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _free(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(next(each for each in (path, *path.parents) if each.exists())).free
