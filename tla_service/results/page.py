@@ -45,11 +45,9 @@ def write_page(settings: ReproduceSettings, space: Space, source: Path, state: P
             lines += ["Detection is the area under the ROC curve, neighbours are accuracies, both in percent. Higher r "
                       "and lower r' are better. Test images set aside for the promotion gate are left out.",
                       ""]  # fmt: skip
-        if is_tuned:
-            lines += ["## Comparison", "", *comparison_lines(settings.table, rows), ""]
-        else:
-            measures = ["clean", *strong, "detection", "neighbours attacked"]
-            lines += ["## Comparison", "", *_comparison(rows, measures), ""]
+        measures = ["clean", *strong, "detection", "neighbours attacked"]
+        compared = comparison_lines(settings.table, rows) if is_tuned else _comparison(rows, measures)
+        lines += ["## Comparison", "", *compared, ""]
     if is_tuned:
         picture = path.parent / "pictures" / f"{settings.page_name}-trials.png"
         lines += ["## Searches", "", *search_lines(settings.table, state, picture), ""]

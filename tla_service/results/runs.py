@@ -326,8 +326,9 @@ def read_row(label: str, runs: Sequence[TableRun], state: Path) -> Row:
         if not is_finished(run, state):
             continue
         folder = state / run.name / REPORT
-        outcomes = [load_outcome(path) for path in (folder / AUTOATTACK_FILE,) if path.exists()]
-        outcomes.append(load_outcome(folder / OUTCOME_FILE))  # last: both have `clean`, AutoAttack's of fewer images
+        strong = folder / AUTOATTACK_FILE
+        outcomes = [load_outcome(strong)] if strong.exists() else []
+        outcomes.append(load_outcome(folder / OUTCOME_FILE))  # last: AutoAttack's `clean` is of fewer images
         standing = {name: outcome.standing(name) for outcome in outcomes for name in outcome.broken_at}
         found.append(Measured(run, read_report(folder / REPORT_FILE), standing))
     return Row(label, tuple(found))

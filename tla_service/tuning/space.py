@@ -43,8 +43,7 @@ class Space:
         for where, attack in run.evaluation.attacks.items():
             fields = functools.reduce(dict.__getitem__, where.split(".", 2), self._fields)  # a name may have dots
             fields.update(attack.lengths(run.attack, run.data.name)._asdict())
-        given = sweep.space or default_space(run)
-        self.axes = tuple(axis_of(name, dimension) for name, dimension in given.items())
+        self.axes = tuple(axis_of(name, dimension) for name, dimension in (sweep.space or default_space(run)).items())
         self.constraints = tuple(Constraint(text) for text in sweep.constraints)
         for constraint in self.constraints:
             constraint.holds(self._fields)

@@ -113,10 +113,10 @@ def _fetch_trained(settings: ReproduceSettings, space: Space, runs: Sequence[Tab
         if trial is None or is_trained(state / run.name):
             continue
         folder, stored = state / run.name, RunFolder(f"{uri}/trials", space.trial(trial.number, trial.point, 1).name)
-        if not stored.checkpoints():
+        newest = next(iter(stored.checkpoints()), None)
+        if newest is None:
             remedy = "restore them, or choose another --state and --scaling.storage"
             raise UnavailableError("scaling.storage", stored.uri, "the run's checkpoints are missing", remedy)
-        newest = stored.checkpoints()[0]
         fetch_checkpoint(newest, folder / "checkpoints" / Path(newest.path).name)
         slim(folder)
         write_config(run_config(space, run), folder)
