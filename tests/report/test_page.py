@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.report.measured import MODEL, Page, check, found, measured, of_the_gate, plan, report, run
-from tests.report.subjects import digits, settings
+from tests.report.subjects import digits
 from tla_service.evaluation import results as rs
 from tla_service.evaluation.results import Accuracy
 from tla_service.report import schema as rp
@@ -98,9 +98,9 @@ def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
     figures.certified()
     figures.detection()
     figures.shift({"AT": found(1)}, "TLA")
-    figures.maps(settings(), "digits")
+    figures.maps("digits")
     natural = found().embedded["natural"]
-    figures.queries(run(query_task(plan(), MODEL, natural.rows[:2])), digits(), settings())
+    figures.queries(run(query_task(plan(), MODEL, natural.rows[:2])), digits())
     assert len({figure.path for figure in figures.drawn}) == len(figures.drawn) >= 10
     write_page(report(), figures.drawn, tmp_path / "report.html", same_attacks=False)
     page = Page((tmp_path / "report.html").read_text())

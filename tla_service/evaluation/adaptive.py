@@ -30,6 +30,7 @@ from tla_service.inference.detector import NO_GAUSSIAN, SMALLEST_SQUARE, Detecto
 from tla_service.runtime import generator
 
 Aim = Literal["evasion", "rejection"]
+AIMS: tuple[Aim, ...] = ("evasion", "rejection")
 # Steps of a round; their length falls from a share of the radius to almost nothing, along a cosine.
 _STEPS, _FIRST_STEP, _REFINING_STEP, _LAST_STEP = 30, 0.25, 0.1, 0.001
 # A wrong class must lead by this share of the largest logit: rounding elsewhere does not undo it.

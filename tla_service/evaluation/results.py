@@ -179,6 +179,16 @@ class Check:
     statement: str
     meaning: str
 
+    @classmethod
+    def of(
+        cls, name: str, figure: float | None, threshold: float, statement: str, meaning: str, *, least: bool = False
+    ) -> Self:
+        """A check whose threshold is the most that its figure may be, or the `least`."""
+        outcome: Outcome = "not run"
+        if figure is not None:
+            outcome = "passed" if (figure >= threshold if least else figure <= threshold) else "failed"
+        return cls(name, figure, threshold, outcome, statement, meaning)
+
 
 @dataclass(frozen=True)
 class SurrogateFacts:

@@ -26,6 +26,7 @@ from tla_service.models import LogitsOnly
 from tla_service.models.own_code import load_function
 from tla_service.runtime import WorkerContext, all_reduce_sum, generator
 
+SPARSE_NORMS: tuple[SparseNorm, ...] = ("l0", "l1")
 _MOST_POINTS = 40  # of a curve
 
 

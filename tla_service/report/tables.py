@@ -15,7 +15,6 @@ from tla_service.evaluation.shards import ShardOutcome, standing_under_all
 from tla_service.report.findings import Findings
 from tla_service.report.plan import Plan, other_norm_attack, radius_name
 from tla_service.report.schema import AttackFacts, AutoAttackFacts
-from tla_service.report.settings import ReportSettings
 
 # Below this, AutoAttack's lead is what a fair attack of fewer steps leaves; above, the others are weak.
 WEAK_GAP = 0.02
@@ -134,14 +133,14 @@ def differences(found: Findings, other: Findings, plan: Plan) -> dict[str, rs.Di
     return {name: rs.paired_difference(*pair) for name, pair in pairs.items()}
 
 
-def neighbours(found: Findings, plan: Plan, settings: ReportSettings) -> rs.Neighbours | None:
+def neighbours(found: Findings, plan: Plan) -> rs.Neighbours | None:
     """Accuracy of a vote of the nearest training images."""
     if not found.embedded:
         return None
-    bank = found.embedded["bank"].embedded
-    k = min(settings.neighbours.k, len(bank))
+    bank, chosen = found.embedded["bank"].embedded, plan.settings.neighbours
+    k = min(chosen.k, len(bank))
     clean, attacked = (
-        neighbour_accuracy(found.embedded[name].embedded, bank, k=k, metric=settings.neighbours.metric)
+        neighbour_accuracy(found.embedded[name].embedded, bank, k=k, metric=chosen.metric)
         for name in ("natural", radius_name(plan.epsilon))
     )
     return rs.Neighbours(k, len(bank), clean, attacked)
