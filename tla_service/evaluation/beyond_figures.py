@@ -24,10 +24,8 @@ def corruption_lines(found: Corruptions, path: Path) -> None:
     axes.scatter([], [], c="0.0", s=26, edgecolors=fg.BLACK, linewidths=0.5, label="severity 5")
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.set(xlim=(-0.02, 1.02), xlabel="accuracy [%]")
-    axes.xaxis.set_major_formatter(fg.percent())
-    fg.plain(axes)
-    fg.legend(axes)
-    fg.save(axes.figure, path)
+    axes.xaxis.set_major_formatter(fg.PERCENT)
+    fg.finish(axes, path)
 
 
 def reliability_diagram(found: Mapping[str, Calibration], path: Path) -> None:
@@ -43,8 +41,6 @@ def reliability_diagram(found: Mapping[str, Calibration], path: Path) -> None:
         sizes = [12 + 120 * part.accuracy.images / each.accuracy.images for part in bins]
         axes.scatter(x, y, s=sizes, color=colour, marker=mark, label=f"{name}: ECE {100 * each.ece:.1f} %", zorder=3)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="confidence", ylabel="accuracy, bar: 95% interval")
-    for side in (axes.xaxis, axes.yaxis):
-        side.set_major_formatter(fg.percent())
-    fg.plain(axes)
-    fg.legend(axes)
-    fg.save(axes.figure, path)
+    axes.xaxis.set_major_formatter(fg.PERCENT)
+    axes.yaxis.set_major_formatter(fg.PERCENT)
+    fg.finish(axes, path)

@@ -219,12 +219,9 @@ class Audit:
     @property
     def summary(self) -> str:
         """How many checks had each outcome; those that did not pass by name."""
-        passed, failed, not_run = (
-            [check.name for check in self.checks if check.outcome == outcome]
-            for outcome in ("passed", "failed", "not run")
-        )
-        parts = [f"{len(passed)} of {len(self.checks)} checks passed"]
-        for outcome, names in (("failed", failed), ("not run", not_run)):
+        parts = [f"{sum(check.outcome == 'passed' for check in self.checks)} of {len(self.checks)} checks passed"]
+        for outcome in ("failed", "not run"):
+            names = [check.name for check in self.checks if check.outcome == outcome]
             if names:
                 parts.append(f"{len(names)} {outcome} ({', '.join(names)})")
         return ", ".join(parts)

@@ -171,7 +171,7 @@ def standing_under_all(outcome: ShardOutcome) -> BoolArray:
     return standing
 
 
-def joined(parts: Sequence[Arrays]) -> Arrays:
+def joined_arrays(parts: Sequence[Arrays]) -> Arrays:
     """Arrays of all parts, which have the same names, part after part."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -181,11 +181,11 @@ def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
     merged = ShardOutcome(
         np.concatenate([outcome.indices for outcome in outcomes]),
         np.concatenate([outcome.labels for outcome in outcomes]),
-        joined([outcome.broken_at for outcome in outcomes]),
+        joined_arrays([outcome.broken_at for outcome in outcomes]),
         left_out={stage: why for outcome in outcomes for stage, why in outcome.left_out.items()},
         autoattack=next((outcome.autoattack for outcome in outcomes if outcome.autoattack is not None), None),
         warnings=tuple(dict.fromkeys(warning for outcome in outcomes for warning in outcome.warnings)),
-        per_image=joined([outcome.per_image for outcome in outcomes]),
+        per_image=joined_arrays([outcome.per_image for outcome in outcomes]),
     )
     return merged.only(np.argsort(merged.indices))
 

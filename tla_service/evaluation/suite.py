@@ -87,9 +87,9 @@ class AttackMeasurement:
                     if self.keep_images:
                         per_image[-1] |= adversarial_arrays(shard.network, pixels, result.adversarial, norm, epsilon)
                 broken_at.append({name: values.cpu().numpy() for name, values in broken.items()})
-        found = sh.ShardOutcome(shard.rows, shard.labels.cpu().numpy(), sh.joined(broken_at), left_out, run)
+        found = sh.ShardOutcome(shard.rows, shard.labels.cpu().numpy(), sh.joined_arrays(broken_at), left_out, run)
         said = tuple(dict.fromkeys(warnings))
-        return sh.outcome_arrays(replace(found, warnings=said, per_image=sh.joined(per_image)))
+        return sh.outcome_arrays(replace(found, warnings=said, per_image=sh.joined_arrays(per_image)))
 
     def merge(self, parts: Sequence[sh.Arrays]) -> sh.ShardOutcome:
         """See `Measurement`."""

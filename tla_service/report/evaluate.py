@@ -109,14 +109,14 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
     """
     mark = output / _IDENTITY
     try:
-        if output.exists() and not mark.is_file() and any(path.name != LOCK_FILE for path in output.iterdir()):
-            raise ConfigError("output", output, "holds other files", "choose another --output")
         if mark.is_file():
             found = json.loads(mark.read_text())
             differ = [name for name, value in mine.items() if found.get(name) != value]
             if differ:
                 reason = f"holds an evaluation that differs in {', '.join(differ)}"
                 raise ConfigError("output", output, reason, "choose another --output, or delete it")
+        elif output.exists() and any(path.name != LOCK_FILE for path in output.iterdir()):
+            raise ConfigError("output", output, "holds other files", "choose another --output")
         output.mkdir(parents=True, exist_ok=True)
         write_whole(mark, json.dumps(mine, indent=1))
     except (OSError, ValueError) as error:

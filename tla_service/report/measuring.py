@@ -18,7 +18,7 @@ from tla_service.evaluation.surrogate import ARCHITECTURE, TrainedSurrogate
 from tla_service.models import build_model
 from tla_service.report import task_list as tl
 from tla_service.report.findings import fitted_detector
-from tla_service.report.page import describe_natural, describe_surrogate
+from tla_service.report.page import describe_surrogate
 from tla_service.report.plan import Plan
 from tla_service.report.relatives import Kin
 from tla_service.report.subjects import Models
@@ -114,7 +114,7 @@ class Measuring:
             self.terminal.say(describe_surrogate(found.facts))
             return tl.audit_tasks(plan, dataset, key, self._built(found))
         if task.key == (key, "natural-surrogate"):
-            return self._transfer(Kin("natural", describe_natural(found.facts), self._built(found)))
+            return self._transfer(Kin("natural", describe_surrogate(found.facts, natural=True), self._built(found)))
         if task.key == (key, "bank") and settings.images.adaptive:
             rejector = models.subject.rejector
             detectors = [fitted_detector(found, plan), *([] if rejector is None else [rejector.detector])]
