@@ -97,7 +97,7 @@ def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
     figures.beyond()
     figures.certified()
     figures.detection()
-    figures.shift({"AT": found(1)}, "TLA")
+    figures.shift({"TLA": found(), "AT": found(1)})
     figures.maps("digits")
     natural = found().embedded["natural"]
     figures.queries(run(query_task(plan(), MODEL, natural.rows[:2])), digits())

@@ -286,9 +286,8 @@ def share_of(flags: BoolArray) -> Share:
 
 def class_accuracy(correct: BoolArray, labels: npt.NDArray[np.integer[Any]], num_classes: int) -> Accuracy:
     """Accuracy over all images and by class, from correctness (N,) and true classes (N,) in [0, num_classes)."""
-    whole = share_of(correct)
     per_class = tuple(share_of(correct[labels == k]) for k in range(num_classes))
-    return Accuracy(whole.estimate, whole.low, whole.high, whole.images, per_class)
+    return Accuracy(**vars(share_of(correct)), per_class=per_class)
 
 
 def paired_difference(first: BoolArray, second: BoolArray) -> Difference:

@@ -165,9 +165,11 @@ class ShardOutcome:
         return standing if restarts is None else standing | (broken_at > restarts)
 
 
-def standing_under_all(outcome: ShardOutcome) -> BoolArray:
-    """Whether each image is right when clean and under every attack (N,), bool."""
+def standing_under_all(outcome: ShardOutcome, transfer: ShardOutcome | None = None) -> BoolArray:
+    """Whether each image is right when clean and under every attack (N,), bool, those of another outcome too."""
     standing: BoolArray = np.logical_and.reduce([outcome.standing(name) for name in outcome.broken_at])
+    if transfer is not None:
+        standing &= ~np.isin(outcome.indices, transfer.indices[~standing_under_all(transfer)])
     return standing
 
 

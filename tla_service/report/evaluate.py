@@ -201,15 +201,13 @@ def _draw(
 ) -> None:
     """Draw the figures and write the page, last: it marks the evaluation as finished."""
     plan, models = measuring.plan, measuring.models
-    subject = models.subject
-    figures = Figures(measuring.output / "figures", found[subject.key], plan, models.dataset.class_names)
+    figures = Figures(measuring.output / "figures", found[models.subject.key], plan, models.dataset.class_names)
     figures.accuracy()
     figures.curves()
     figures.beyond()
     figures.certified()
     figures.detection()
-    labels = {each.key: method_name(each.facts.method) for each in models.others}
-    figures.shift({labels[key]: found[key] for key in labels}, method_name(subject.facts.method))
+    figures.shift({method_name(each.facts.method): found[each.key] for each in models.all})
     figures.maps(models.dataset.name)
     if examples is not None:
         figures.queries(examples, models.dataset)

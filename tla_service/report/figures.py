@@ -122,13 +122,13 @@ class Figures:
             )
             mf.risk_curves(self._found.risks, self._add("risk_coverage", "adaptive", "Risk and coverage", caption))
 
-    def shift(self, others: Mapping[str, Findings], own_name: str) -> None:
-        """Shift ratios of this model and those it is compared with."""
+    def shift(self, models: Mapping[str, Findings]) -> None:
+        """Shift ratios of this model and those it is compared with, by name."""
         if not self._found.shift:
             return
         ratios = {
             f"{name}\nε = {epsilon:.3g}": shift
-            for name, each in {own_name: self._found, **others}.items()
+            for name, each in models.items()
             for epsilon, shift in each.shift.items()
         }
         caption = (

@@ -9,18 +9,11 @@ import numpy.typing as npt
 
 from tla_service.attacks.autoattack import ZERO_GRADIENT
 from tla_service.attacks.minimum_norm import SparseNorm
+from tla_service.evaluation import detection as dt
 from tla_service.evaluation import results as rs
 from tla_service.evaluation.adaptive import AIMS
 from tla_service.evaluation.beyond import Calibration, Corruptions, calibrate, summarise_corruptions
 from tla_service.evaluation.certified import Certified, summarise
-from tla_service.evaluation.detection import (
-    RocCurve,
-    adaptive_detection,
-    detect_misclassified,
-    fit_detector,
-    shipped_detection,
-    threshold_for,
-)
 from tla_service.evaluation.embedding import Embedded, EmbeddedImages
 from tla_service.evaluation.geometry import ShiftRatios, shift_ratios
 from tla_service.evaluation.paper import restart_curve, sweep_curve
@@ -48,7 +41,7 @@ class Findings:
     outcome: ShardOutcome
     autoattack: ShardOutcome | None = None
     embedded: dict[str, EmbeddedImages] = field(default_factory=dict)
-    rocs: dict[str, RocCurve] = field(default_factory=dict)
+    rocs: dict[str, dt.RocCurve] = field(default_factory=dict)
     detection: rs.Detection | None = None
     risks: dict[str, Scores] = field(default_factory=dict)
     shift: dict[float, ShiftRatios] = field(default_factory=dict)
@@ -112,7 +105,7 @@ def gather(
 
 def fitted_detector(bank: EmbeddedImages, plan: Plan) -> Detector:
     """The detector of the evaluation, fitted to embedded training images."""
-    return fit_detector(bank.embedded, **plan.settings.detection.model_dump(include=_FITTED))
+    return dt.fit_detector(bank.embedded, **plan.settings.detection.model_dump(include=_FITTED))
 
 
 def _adaptive(found: Findings, plan: Plan, detector: Detector, threshold: float | None) -> rs.AdaptiveDetection | None:
@@ -127,13 +120,13 @@ def _adaptive(found: Findings, plan: Plan, detector: Detector, threshold: float 
         if not held_out.correct.any():
             return None
         scores = detector.score(held_out.embeddings, held_out.predictions)
-        threshold = threshold_for(scores, held_out.correct, _FALSE_REJECTION_RATE)
+        threshold = dt.threshold_for(scores, held_out.correct, _FALSE_REJECTION_RATE)
     evasion, rejection = (found.embedded[name] for name in names)
     natural, unaware = (
         each.only(np.isin(each.rows, evasion.rows)).embedded
         for each in (found.embedded["natural"], found.embedded[radius_name(plan.epsilon)])
     )
-    measured, found.risks = adaptive_detection(
+    measured, found.risks = dt.adaptive_detection(
         detector,
         threshold,
         source,
@@ -153,11 +146,11 @@ def _detect(found: Findings, plan: Plan, rejector: Rejector | None) -> None:
     k, metric = min(plan.settings.neighbours.k, len(bank)), plan.settings.neighbours.metric
     detector = fitted_detector(found.embedded["bank"], plan)
     adaptive = _adaptive(found, plan, detector, None)
-    found.rocs = detect_misclassified(detector, bank, natural, attacked, seed=plan.seed, k=k, metric=metric)
+    found.rocs = dt.detect_misclassified(detector, bank, natural, attacked, seed=plan.seed, k=k, metric=metric)
     main = found.rocs["gaussian"]
     shipped = None
     if rejector is not None:
-        shipped = shipped_detection(rejector, Embedded.joined(natural, attacked), plan.seed)
+        shipped = dt.shipped_detection(rejector, Embedded.joined(natural, attacked), plan.seed)
         shipped = replace(shipped, adaptive=_adaptive(found, plan, rejector.detector, rejector.threshold))
     found.detection = rs.Detection(
         **vars(main.score),

@@ -26,10 +26,7 @@ def accuracies(found: Findings, plan: Plan, num_classes: int) -> dict[str, rs.Ac
     """Accuracy by attack: clean, the table's attacks, the worst of them, AutoAttack."""
     outcome = found.outcome
     standing = {name: outcome.standing(name) for name in ("clean", *plan.columns, *plan.transfer)}
-    standing["worst"] = np.logical_and.reduce(list(standing.values()))
-    if found.transfer is not None:
-        fallen = found.transfer.indices[~standing_under_all(found.transfer)]
-        standing["worst"] &= ~np.isin(outcome.indices, fallen)
+    standing["worst"] = standing_under_all(outcome, found.transfer)
     table = {name: rs.class_accuracy(correct, outcome.labels, num_classes) for name, correct in standing.items()}
     strong = found.autoattack
     if strong is not None:
@@ -84,14 +81,13 @@ def autoattack_facts(found: Findings, plan: Plan) -> AutoAttackFacts | None:
     standing = {name: found.outcome.standing(name)[same] for name in plan.within}
     strongest = min(standing, key=lambda name: int(standing[name].sum()))
     gap = rs.paired_difference(standing[strongest], strong.standing("autoattack")[shared])
-    broken = {stage: int((strong.broken_at["autoattack"] == 1 + place).sum()) for place, stage in enumerate(ALL_STAGES)}
-    run = strong.autoattack
+    broken_at, run = strong.broken_at["autoattack"], strong.autoattack
     assert run is not None
     return AutoAttackFacts(
         version=run.version,
         stages=run.stages,
         left_out=strong.left_out,
-        broken_by={stage: broken[stage] for stage in run.stages},
+        broken_by={stage: int((broken_at == 1 + ALL_STAGES.index(stage)).sum()) for stage in run.stages},
         strongest=strongest,
         gap=gap,
         weak=gap.low > 0 and gap.difference > WEAK_GAP,

@@ -118,8 +118,6 @@ def transfer_task(plan: pl.Plan, dataset: Dataset, model: str, kin: Kin) -> Task
 def audit_tasks(plan: pl.Plan, dataset: Dataset, model: str, surrogate: nn.Module | str) -> list[Task]:
     """The audit, for the model alone, with its surrogate, or why there is none."""
     counts = plan.settings.images
-    if not counts.audit:
-        return []
     rows = _rows(dataset, counts.audit)
     network, why = (None, surrogate) if isinstance(surrogate, str) else (surrogate, "")
     audit = AuditMeasurement(plan.strongest, plan.seed, plan.batch_size, why)
