@@ -21,7 +21,7 @@ from tla_service.report import schema as rp
 from tla_service.report import tables as tb
 from tla_service.report.figures import Figures
 from tla_service.report.measuring import Measuring
-from tla_service.report.page import method_name, write_page
+from tla_service.report.page import model_names, write_page
 from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import Models, Subject
 from tla_service.report.tasks import Measurer, select
@@ -207,7 +207,8 @@ def _draw(
     figures.beyond()
     figures.certified()
     figures.detection()
-    figures.shift({method_name(each.facts.method): found[each.key] for each in models.all})
+    names = model_names([each.facts for each in models.all])
+    figures.shift({name: found[each.key] for name, each in zip(names, models.all, strict=True)})
     figures.maps(models.dataset.name)
     if examples is not None:
         figures.queries(examples, models.dataset)

@@ -9,7 +9,7 @@ from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.evaluation.results import DetectionScore, Share, SurrogateFacts, wilson_interval
 from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
-from tla_service.report.schema import PAGE_FILE, REPORT_FILE, Report
+from tla_service.report.schema import PAGE_FILE, REPORT_FILE, ModelFacts, Report
 from tla_service.training.reporting import Terminal
 
 if TYPE_CHECKING:
@@ -106,6 +106,13 @@ def size(epsilon: float, norm: str = "linf") -> str:
 def method_name(method: str) -> str:
     """A method as tables write it."""
     return _METHODS.get(method, method)
+
+
+def model_names(models: Sequence[ModelFacts]) -> list[str]:
+    """Models by their methods; those of one method are told apart by the first digits of their weights' SHA-256."""
+    names = [method_name(each.method) for each in models]
+    digits = [f" {each.weights_sha256[:6]}" for each in models]
+    return [name + mark if names.count(name) > 1 else name for name, mark in zip(names, digits, strict=True)]
 
 
 def describe(report: Report, name: str) -> str:
