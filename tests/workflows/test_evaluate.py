@@ -51,7 +51,7 @@ def prepared(packaged: Packaged, address: str, **changes: object) -> tuple[Path,
     """Folder and identity of an evaluation."""
     settings = EvaluateSettings.model_validate({"model": address, "data": {"name": "digits"}, **changes})
     models = load_models(settings, lambda uri, field: load_subject(uri, field, packaged.uri))
-    threat = models.subject.threat_model
+    threat = models.subject.facts.trained_for
     plan = make_plan(settings, "digits", threat.norm, threat.epsilon, has_surrogate=False)
     return report_folder(models, plan), identity(models, plan)
 

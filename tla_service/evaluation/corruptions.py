@@ -295,7 +295,8 @@ def _sampled(x: Pixels, rows: Pixels, columns: Pixels, mode: str) -> Pixels:
 
 def _by_pillow(x: Pixels, change: Callable[[Image.Image], Image.Image]) -> Pixels:
     levels = np.rint(x * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    changed = [
-        np.asarray(change(Image.fromarray(each.squeeze(-1) if each.shape[-1] == 1 else each))) for each in levels
-    ]
-    return np.stack(changed).reshape(levels.shape).transpose(0, 3, 1, 2) / 255
+    pictures = (Image.fromarray(each.squeeze(-1) if each.shape[-1] == 1 else each) for each in levels)
+    return (
+        np.stack([np.asarray(change(picture)) for picture in pictures]).reshape(levels.shape).transpose(0, 3, 1, 2)
+        / 255
+    )

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _DPI = 160
 PERCENT = "{x:.0%}"  # format of ticks that are shares
-BLUE, ORANGE, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#000000"
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
+BLACK, GREY = "#000000", "#9A9A9A"
 _LOSSES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("train/loss", "total", {"color": BLACK, "linestyle": "-", "marker": "o"}),
     ("train/cross_entropy", "cross-entropy", {"color": BLUE, "linestyle": "--", "marker": "s"}),

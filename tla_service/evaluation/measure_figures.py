@@ -19,7 +19,7 @@ from tla_service.inference.detector import Floats
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_YELLOW, _SKY, _PINK, _GREY = "#E69F00", "#56B4E9", "#CC79A7", "#9A9A9A"
+_YELLOW, _SKY, _PINK = "#E69F00", "#56B4E9", "#CC79A7"
 _MARKS = list(zip((fg.BLUE, fg.ORANGE, fg.GREEN, _YELLOW, _SKY, _PINK, fg.BLACK, fg.PURPLE), "o^sDvpXh", strict=True))
 _BARS = ((fg.BLUE, ""), (fg.ORANGE, "//"), (fg.GREEN, ".."), (_YELLOW, "xx"), (_SKY, "\\\\"), (_PINK, "++"))
 _STYLES: tuple[dict[str, Any], ...] = (
@@ -85,7 +85,7 @@ def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str
 def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
     """Draw the ROC curve of every score, with AUC and 95% interval, or why it is undefined, in the legend (Fig. 5)."""
     axes: Any = fg.new_figure(5.0, 5.4).subplots()
-    axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=(0, (2, 2)), label="chance")
+    axes.plot([0, 1], [0, 1], color=fg.GREY, linewidth=1, linestyle=(0, (2, 2)), label="chance")
     for place, (name, result) in enumerate(results.items()):
         score = result.score
         if score.auc is None:
@@ -124,7 +124,7 @@ def class_map(projection: Projection, class_names: Sequence[str], path: Path) ->
     axes: Any = fg.new_figure(6.8, 4.4).subplots()
     truth = int(projection.labels[0])
     name = class_names[truth]
-    _dots(axes, projection.natural, f"natural {name}", (_GREY, "o"), 14, alpha=0.7, linewidths=0)
+    _dots(axes, projection.natural, f"natural {name}", (fg.GREY, "o"), 14, alpha=0.7, linewidths=0)
     said = projection.predictions
     classes, counts = np.unique(said, return_counts=True)
     # The commonest predictions get a mark of their own; what remains shares the last one.

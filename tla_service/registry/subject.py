@@ -42,7 +42,6 @@ def _described(uri: str, tracking: str, network: nn.Module, folder: Path) -> Sub
     if uri.startswith("models:/") and not uri.startswith("models:/m-"):
         # Registered name and version that an alias names now.
         name, _, version = pin_version(uri, tracking).removeprefix("models:/").rpartition("/")
-    threat_model = ThreatModel.model_validate(described["threat_model"])
     facts = ModelFacts(
         uri=uri,
         name=name,
@@ -52,7 +51,7 @@ def _described(uri: str, tracking: str, network: nn.Module, folder: Path) -> Sub
         architecture=described["architecture"],
         method=described["method"],
         seed=config.seed if config is not None else None,
-        trained_for=threat_model,
+        trained_for=ThreatModel.model_validate(described["threat_model"]),
     )
     detector = described.get("detector")
     return Subject(
@@ -60,7 +59,6 @@ def _described(uri: str, tracking: str, network: nn.Module, folder: Path) -> Sub
         network=network,
         image_shape=tuple(described["image_shape"]),
         class_names=tuple(described["class_names"]),
-        threat_model=threat_model,
         config=config,
         trained_on=described.get("facts", {}).get("data_fingerprint"),
         stored=None if run_id is None else partial(_stored, tracking, run_id),

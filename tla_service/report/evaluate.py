@@ -43,7 +43,7 @@ def evaluate(
     wrong or missing, found before anything is measured as far as it can be.
     """
     subject, dataset = models.subject, models.dataset
-    threat = subject.threat_model
+    threat = subject.facts.trained_for
     plan = pl.make_plan(settings, dataset.name, threat.norm, threat.epsilon, has_surrogate=models.surrogate is not None)
     pl.check_plan(plan, dataset.image_shape)
     output = report_folder(models, plan)
@@ -86,7 +86,7 @@ def report_folder(models: Models, plan: pl.Plan) -> Path:
     """Where the report goes: given, or named after the weights, and the threat model if it is not that of training."""
     subject = models.subject
     threat = rp.ThreatModel(norm=plan.norm, epsilon=plan.epsilon)
-    name = subject.key if threat.slug == subject.threat_model.slug else f"{subject.key}-{threat.slug}"
+    name = subject.key if threat.slug == subject.facts.trained_for.slug else f"{subject.key}-{threat.slug}"
     return (plan.settings.output or Path("reports") / name).expanduser().absolute()
 
 

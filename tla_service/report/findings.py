@@ -210,11 +210,8 @@ def _transfer_check(found: Findings, plan: Plan) -> rs.Check:
     white = np.logical_and.reduce([found.outcome.standing(attack) for attack in plan.within])
     standing = np.isin(transfer.indices, found.outcome.indices[white])
     fell = standing & ~standing_under_all(transfer)
-    sources = ", ".join(
-        f"{source} {int((standing & ~transfer.standing(source)).sum())}"
-        for source in transfer.broken_at
-        if source != "clean"
-    )
+    fell_to = {source: standing & ~transfer.standing(source) for source in transfer.broken_at if source != "clean"}
+    sources = ", ".join(f"{source} {rows.sum()}" for source, rows in fell_to.items())
     statement = (
         f"{int(fell.sum())} of {int(standing.sum())} images that stand in the white box fall to examples crafted on "
         f"relatives ({sources})"

@@ -39,7 +39,6 @@ class Subject:
     network: nn.Module
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
-    threat_model: ThreatModel
     config: RunConfig | None
     trained_on: str | None
     rejector: Rejector | None = None
@@ -131,21 +130,19 @@ def read_checkpoint(folder: Path, address: str, field: str) -> Subject:
     except (SafetensorError, RuntimeError) as error:
         reason = f"the weights are not those of {config.model.name} ({one_line(error)})"
         raise UnavailableError(field, address, reason, "choose other weights") from error
-    threat_model = ThreatModel(norm=config.attack.norm, epsilon=config.attack.epsilon)
     facts = ModelFacts(
         uri=address,
         weights_sha256=hashlib.sha256(weights).hexdigest(),
         architecture=config.model.name,
         method=config.method,
         seed=config.seed,
-        trained_for=threat_model,
+        trained_for=ThreatModel(norm=config.attack.norm, epsilon=config.attack.epsilon),
     )
     return Subject(
         facts=facts,
         network=network.eval(),
         image_shape=(channels, height, width),
         class_names=tuple(data["class_names"]),
-        threat_model=threat_model,
         config=config,
         trained_on=data.get("fingerprint"),
         stored=partial(read_stored, folder),
