@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 MODEL = "0123456789ab"
 
 
-def plan() -> Plan:
-    return make_plan(settings(), "digits", "linf", 0.15, has_surrogate=False)
+def plan(**changes: object) -> Plan:
+    return make_plan(settings(**changes), "digits", "linf", 0.15, has_surrogate=False)
 
 
 def run(task: Task, seed: int = 0) -> Any:
@@ -46,8 +46,8 @@ def run(task: Task, seed: int = 0) -> Any:
 def tasks() -> list[Task]:
     data = digits()
     bank = bank_rows(torch.arange(len(data.train)), data.train.labels, 200)
-    made = [*attack_tasks(plan(), settings(), data, MODEL), *embedding_tasks(plan(), settings(), data, MODEL, bank)]
-    return made + single_tasks(plan(), settings(), data, MODEL)
+    made = [*attack_tasks(plan(), data, MODEL), *embedding_tasks(plan(), data, MODEL, bank)]
+    return made + single_tasks(plan(), data, MODEL)
 
 
 @cache
@@ -60,14 +60,14 @@ def measured(seed: int = 0) -> dict[tuple[str, str], Any]:
 
 @cache
 def found(seed: int = 0) -> fd.Findings:
-    return fd.gather(measured(seed), MODEL, plan(), settings())
+    return fd.gather(measured(seed), MODEL, plan())
 
 
 @cache
 def of_the_gate(gate: bool) -> fd.Findings:
     """What was measured on the images set aside for the gate, or on the others."""
     chosen = digits().gate.numpy() == gate
-    return fd.gather(select(measured(), tasks(), chosen), MODEL, plan(), settings())
+    return fd.gather(select(measured(), tasks(), chosen), MODEL, plan())
 
 
 def report(**changes: Any) -> rp.Report:
@@ -99,7 +99,7 @@ def report(**changes: Any) -> rp.Report:
         "calibration": own.calibration,
         "certified": own.certified,
         "detection": own.detection,
-        "neighbours": tb.neighbours(own, plan(), settings()),
+        "neighbours": tb.neighbours(own, plan()),
         "shift": tuple(ratios.at(epsilon) for epsilon, ratios in own.shift.items()),
         "compared": (other,),
         "seed": 0,

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from tests.report.measured import MODEL, Page, check, found, measured, of_the_gate, plan, report, run
-from tests.report.subjects import digits, settings
+from tests.report.subjects import digits
 from tla_service.evaluation import results as rs
 from tla_service.evaluation.results import Accuracy
 from tla_service.report import schema as rp
 from tla_service.report import tables as tb
 from tla_service.report.figures import Figures
-from tla_service.report.page import show, template, write_page
+from tla_service.report.page import model_names, show, template, write_page
 from tla_service.report.task_list import (
     query_task,
 )
@@ -97,10 +97,10 @@ def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
     figures.beyond()
     figures.certified()
     figures.detection()
-    figures.shift({"AT": found(1)}, "TLA")
-    figures.maps(settings(), "digits")
+    figures.shift({"TLA": found(), "AT": found(1)})
+    figures.maps("digits")
     natural = found().embedded["natural"]
-    figures.queries(run(query_task(plan(), MODEL, natural.rows[:2])), digits(), settings())
+    figures.queries(run(query_task(plan(), MODEL, natural.rows[:2])), digits())
     assert len({figure.path for figure in figures.drawn}) == len(figures.drawn) >= 10
     write_page(report(), figures.drawn, tmp_path / "report.html", same_attacks=False)
     page = Page((tmp_path / "report.html").read_text())
@@ -113,6 +113,16 @@ def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
     assert "<b>digits</b>" in page.text  # a name is text, never markup
     assert re.search(r"TLA minus AT", page.text)
     assert "Not audited" in page.text
+
+
+def test_models_of_one_method_have_names_of_their_own() -> None:
+    """They are the keys of a figure: one of them would take the place of another."""
+    facts = report().model
+    models = [
+        facts.model_copy(update={"method": method, "weights_sha256": digit * 64})
+        for method, digit in (("tla", "a"), ("at", "b"), ("tla", "c"))
+    ]
+    assert model_names(models) == ["TLA aaaaaa", "AT", "TLA cccccc"]
 
 
 def test_page_says_which_images_are_the_gates(tmp_path: Path) -> None:

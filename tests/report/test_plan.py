@@ -29,7 +29,7 @@ def test_detection_meets_a_larger_radius_than_training() -> None:
 def test_protocol_names_what_shapes_the_figures_alone() -> None:
     def digest(**changes: Any) -> str:
         chosen = settings(**changes)
-        return protocol(make_plan(chosen, "digits", "linf", 0.15, has_surrogate=False), chosen)
+        return protocol(make_plan(chosen, "digits", "linf", 0.15, has_surrogate=False))
 
     plain = digest()
     assert digest(output=Path("elsewhere"), log=False, scaling={"num_workers": 7}, data={"root": "/x"}) == plain

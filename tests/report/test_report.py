@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.report.measured import MODEL, Page, check, found, measured, of_the_gate, plan, report, run, tasks
-from tests.report.subjects import digits, settings, trained
+from tests.report.subjects import digits, trained
 from tla_service.attacks import UNBROKEN, Attack, attack_images
 from tla_service.attacks.autoattack import ALL_STAGES, ZERO_GRADIENT
 from tla_service.errors import UnavailableError
@@ -30,7 +30,6 @@ from tla_service.report.figures import Figures
 from tla_service.report.page import show, write_page
 from tla_service.report.plan import (
     detection_name,
-    make_plan,
     smoothing_sigma,
 )
 from tla_service.report.task_list import (
@@ -89,14 +88,14 @@ def test_images_of_the_gate_and_the_others_are_counted_apart() -> None:
 
 
 def test_a_gate_without_images_is_no_error() -> None:
-    nothing = fd.gather(select(measured(), tasks(), np.zeros(60, dtype=bool)), MODEL, plan(), settings())
+    nothing = fd.gather(select(measured(), tasks(), np.zeros(60, dtype=bool)), MODEL, plan())
     assert tb.accuracies(nothing, plan(), 10)["autoattack"].estimate is None
     assert nothing.detection is None
     assert [norms.median for norms in nothing.norms] == [None, None]
 
 
 def test_shards_do_not_depend_on_how_many_there_are_of_other_tasks() -> None:
-    task = attack_tasks(plan(), settings(), digits(), MODEL)[0]
+    task = attack_tasks(plan(), digits(), MODEL)[0]
     assert [len(rows) for _, rows in task.shards()] == [25, 25, 10]
     again = run(task)
     np.testing.assert_array_equal(again.broken_at["pgd5x2"], found().outcome.broken_at["pgd5x2"])
@@ -124,7 +123,7 @@ def test_the_shipped_detector_is_measured_at_its_own_threshold() -> None:
     detector = fit_detector(own.embedded["bank"].embedded, covariance="tied")
     natural, attacked = (own.embedded[name].embedded for name in ("natural", detection_name(plan())))
     threshold = float(np.median(detector.score(natural.embeddings, natural.predictions)))
-    detection = fd.gather(results, MODEL, plan(), settings(), Rejector(detector, threshold, 0.05, 200, 50)).detection
+    detection = fd.gather(results, MODEL, plan(), Rejector(detector, threshold, 0.05, 200, 50)).detection
     assert detection is not None
     shipped = detection.shipped
     assert shipped is not None
@@ -145,18 +144,18 @@ def test_the_shipped_detector_is_measured_at_its_own_threshold() -> None:
 
 def test_both_detectors_are_attacked_each_at_its_own_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tla_service.evaluation.adaptive._STEPS", 8)
-    few = settings(images={"adaptive": 20, "representation": 60, "bank": 200})
+    few = plan(images={"adaptive": 20, "representation": 60, "bank": 200})
     fitted = fd.fitted_detector(found().embedded["bank"], few)
     natural = found().embedded["natural"].embedded
     shipped = fit_detector(found().embedded["bank"].embedded, covariance="tied")
     median = float(np.median(shipped.score(natural.embeddings, natural.predictions)))
-    made = adaptive_tasks(plan(), few, digits(), MODEL, [fitted, shipped])
+    made = adaptive_tasks(few, digits(), MODEL, [fitted, shipped])
     assert len({task.name for task in made}) == 4
-    held_out = validation_task(plan(), few, digits(), MODEL, torch.arange(500, 600))
+    held_out = validation_task(few, digits(), MODEL, torch.arange(500, 600))
     results = measured() | {task.key: run(task) for task in [*made, held_out]}
     kept = ~digits().gate.numpy()
     parts = select(results, [*tasks(), *made, held_out], kept)
-    own = fd.gather(parts, MODEL, plan(), few, Rejector(shipped, median, 0.05, 200, 50))
+    own = fd.gather(parts, MODEL, few, Rejector(shipped, median, 0.05, 200, 50))
     assert own.detection is not None
     assert own.detection.shipped is not None
     one, two = own.detection.adaptive, own.detection.shipped.adaptive
@@ -185,10 +184,10 @@ def test_both_detectors_are_attacked_each_at_its_own_threshold(tmp_path: Path, m
 
 
 def test_no_validation_images_leaves_the_threshold_to_training_images() -> None:
-    few = settings(images={"adaptive": 8, "representation": 60, "bank": 200})
+    few = plan(images={"adaptive": 8, "representation": 60, "bank": 200})
     fitted = fd.fitted_detector(found().embedded["bank"], few)
-    results = measured() | {task.key: run(task) for task in adaptive_tasks(plan(), few, digits(), MODEL, [fitted])}
-    detection = fd.gather(results, MODEL, plan(), few).detection
+    results = measured() | {task.key: run(task) for task in adaptive_tasks(few, digits(), MODEL, [fitted])}
+    detection = fd.gather(results, MODEL, few).detection
     assert detection is not None
     assert detection.adaptive is not None
     assert (detection.adaptive.threshold_from, detection.adaptive.images) == ("training", 8)
@@ -281,7 +280,7 @@ def test_the_audit_counts_what_autoattack_objects_to() -> None:
 
     def judged(strong: ShardOutcome | None) -> tuple[bool, str, str]:
         results = {"columns": table, "audit": measured} | ({"autoattack": strong} if strong is not None else {})
-        audit = fd.gather({(MODEL, name): each for name, each in results.items()}, MODEL, plan(), settings()).audit
+        audit = fd.gather({(MODEL, name): each for name, each in results.items()}, MODEL, plan()).audit
         assert audit is not None
         return audit.trusted, audit.checks[-1].outcome, audit.summary
 
@@ -308,12 +307,11 @@ def test_the_surrogate_of_the_audit_is_trained_and_kept_as_any_shard(monkeypatch
     network = build_model(facts.architecture, 10, digits().image_shape)
     network.load_state_dict(trained_here.weights)
     assert all(torch.equal(value, again.weights[name]) for name, value in trained_here.weights.items())
-    assert audit_tasks(plan(), settings(images={"audit": 0}), digits(), MODEL, network) == []
-    few = settings(images={"audit": 10, "unit_tests": 0})
-    (audited,) = audit_tasks(plan(), few, digits(), MODEL, "the images are too small")
+    few = plan(images={"audit": 10, "unit_tests": 0})
+    (audited,) = audit_tasks(few, digits(), MODEL, "the images are too small")
     results = {"columns": found().outcome, "audit": run(audited), "surrogate": trained_here}
     results["autoattack"] = autoattacked(())
-    audit = fd.gather({(MODEL, name): each for name, each in results.items()}, MODEL, plan(), settings()).audit
+    audit = fd.gather({(MODEL, name): each for name, each in results.items()}, MODEL, plan()).audit
     assert audit is not None
     assert [c.statement for c in audit.checks if c.outcome == "not run"] == [
         "the images are too small",
@@ -340,7 +338,7 @@ def test_an_image_that_a_relative_breaks_is_broken() -> None:
     other = transferred([standing[2]], range(50), "natural")
     audit = Audit.of([Check(**check("a", "passed"))], 9)
     results: dict[str, Any] = {"columns": table, "audit": audit, "transfer-last-00": one, "transfer-natural-00": other}
-    mine = fd.gather({(MODEL, name): each for name, each in results.items()}, MODEL, plan(), settings())
+    mine = fd.gather({(MODEL, name): each for name, each in results.items()}, MODEL, plan())
 
     before, after = tb.accuracies(found(), plan(), 10), tb.accuracies(mine, plan(), 10)
     worst = np.logical_and.reduce([table.standing(name) for name in ("clean", *plan().columns)])
@@ -388,12 +386,9 @@ def test_certificates_are_of_the_report_images_and_come_with_autoattacks_verdict
     shared = np.isin(strong.indices, rest["index"])
     assert own.autoattack == rs.share_of(strong.standing("autoattack")[shared])
     assert own.smoothed_broken == 0
-    l2 = make_plan(settings(norm="l2"), "digits", "linf", 0.15, has_surrogate=False)
-    assert smoothing_sigma(l2, settings()) == 0.3
-    assert smoothing_sigma(l2, settings(certificate={"sigma": "1/4"})) == 0.25
-    assert "certified" not in {
-        task.name for task in single_tasks(plan(), settings(images={"certified": 0}), digits(), MODEL)
-    }
+    assert smoothing_sigma(plan(norm="l2")) == 0.3
+    assert smoothing_sigma(plan(norm="l2", certificate={"sigma": "1/4"})) == 0.25
+    assert "certified" not in {task.name for task in single_tasks(plan(images={"certified": 0}), digits(), MODEL)}
 
     write_page(report(certified=own), [], tmp_path / "report.html", same_attacks=False)
     text = " ".join(Page((tmp_path / "report.html").read_text()).text.split())

@@ -55,7 +55,7 @@ def prepared(packaged: Packaged, address: str, **changes: object) -> tuple[Path,
     models = load_models(settings, lambda uri, field: load_subject(uri, field, packaged.uri))
     threat = models.subject.facts.trained_for
     plan = make_plan(settings, "digits", threat.norm, threat.epsilon, has_surrogate=False)
-    return report_folder(settings, models, plan), identity(settings, models, plan)
+    return report_folder(models, plan), identity(models, plan)
 
 
 def finished(folder: Path, mine: dict[str, object], **changes: object) -> None:

@@ -45,7 +45,9 @@ def load_extra(config: DataConfig, dataset: Dataset, validation: SourceRows) -> 
         if config.extra.duplicates == "refuse" or len(leaks) == len(source):
             raise ConfigError(FIELD, config.extra.path, text, "leave them out, or set data.extra.duplicates=drop")
         notice("%s=%s: left out, since %s", FIELD, config.extra.path, text)
-    rows = torch.tensor([row for row in range(len(source)) if row not in leaks])
+    kept = torch.ones(len(source), dtype=torch.bool)
+    kept[[*leaks]] = False
+    rows = kept.nonzero()[:, 0]
     digest = hashlib.sha256(f"{source.digest()}{content_digest(rows)}".encode()).hexdigest()[:16]
     counts = {"extra_images": str(len(rows)), "extra_duplicates_left_out": str(len(leaks))}
     return ExtraImages(source, rows, {"extra_fingerprint": digest, **counts})

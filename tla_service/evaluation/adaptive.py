@@ -30,6 +30,7 @@ from tla_service.inference.detector import NO_GAUSSIAN, SMALLEST_SQUARE, Detecto
 from tla_service.runtime import generator
 
 Aim = Literal["evasion", "rejection"]
+AIMS: tuple[Aim, ...] = ("evasion", "rejection")
 # Steps of a round; their length falls from a share of the radius to almost nothing, along a cosine.
 _STEPS, _FIRST_STEP, _REFINING_STEP, _LAST_STEP = 30, 0.25, 0.1, 0.001
 # A wrong class must lead by this share of the largest logit: rounding elsewhere does not undo it.
@@ -48,11 +49,10 @@ _EVASION = (_Round(0), _Round(1), _Round(2, True), _Round(0, True, 0.3), _Round(
 _REJECTION = (_Round(), _Round())
 
 
-class DetectionScore(nn.Module):
+class DetectionScore:
     """`Detector.score` as a differentiable function, in float32."""
 
     def __init__(self, detector: Detector, device: torch.device) -> None:
-        super().__init__()
         self._normalize, self._rule = detector.normalize, detector.rule
         # Copied: arrays from Ray's object store are read-only, which torch warns of.
         self._classes = torch.tensor(detector.classes, device=device)
@@ -80,7 +80,7 @@ class DetectionScore(nn.Module):
         found = densities.gather(1, places[:, None]).squeeze(1)
         return torch.where(self._classes[places] == classes, found, NO_GAUSSIAN)
 
-    def forward(self, densities: Tensor, predictions: Tensor) -> Tensor:
+    def __call__(self, densities: Tensor, predictions: Tensor) -> Tensor:
         """The detector's score (N,), by its rule."""
         return densities.amax(1) if self._rule == "likeliest" else self.of_class(densities, predictions)
 
@@ -162,14 +162,9 @@ def _selected(images: Tensor, margin: Tensor, score: Tensor, weight: float) -> T
         return gradient
     (of_margin,) = torch.autograd.grad(margin.sum(), images, retain_graph=True)
     (of_score,) = torch.autograd.grad(score.sum(), images)
-    of_margin, of_score = _of_length_one(of_margin), _of_length_one(of_score)
+    of_margin, of_score = (direction(gradient, Attack(norm="l2")) for gradient in (of_margin, of_score))
     is_wrong = (margin > 0)[:, None, None, None]
     return torch.where(is_wrong, of_score + weight * of_margin, of_margin + weight * of_score)
-
-
-def _of_length_one(gradient: Tensor) -> Tensor:
-    scaled = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-    return nn.functional.normalize(scaled.flatten(1)).view_as(gradient)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images, starting_point
 from tla_service.attacks.autoattack import run_autoattack
 from tla_service.attacks.gradient import climb_until_repeated
-from tla_service.evaluation.results import Audit, Check, Outcome
+from tla_service.evaluation.results import Audit, Check
 from tla_service.evaluation.shards import Arrays, Shard, as_pixels, evaluating, float32, frozen, logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.runtime import autocast, generator
@@ -77,10 +77,10 @@ class AuditMeasurement:
         with evaluating(shard.network, shard.surrogate), float32(shard.device):
             pixels, labels = as_pixels(shard.images, shard.device), shard.labels.to(shard.device)
             logits_fn, size = logits_of(shard.network), self.batch_size
-            for x, y in zip(pixels.split(size), labels.split(size), strict=True):
-                clean_logits(logits_fn, x, y)
             own_fn = logits_of(frozen(shard.network, pixels[:size]))
             subject = _Subject(logits_fn, own_fn, pixels, labels, one, self.seed, size)
+            for batch in subject.batches():
+                clean_logits(logits_fn, *batch)
             standing = subject.broken_at(one) == UNBROKEN
             iterative = _mean(standing)
             single_step = f"{{:.1%}} stand after {one.num_steps} steps, {{:.1%}} after one"
@@ -126,13 +126,9 @@ class _Subject:
     def broken_at(self, attack: Attack, crafted_on: LogitsFn | None = None) -> Tensor:
         """Which restart breaks each image first (N,)."""
         # In the same state each time: attacks that are compared begin at the same points.
-        random = generator(self.images.device, self.seed)
-        return torch.cat(
-            [
-                attack_images(self.logits_fn, x, y, attack, random, crafted_on or self.frozen_fn).broken_at
-                for x, y in self.batches()
-            ]
-        )
+        random, source = generator(self.images.device, self.seed), crafted_on or self.frozen_fn
+        found = [attack_images(self.logits_fn, x, y, attack, random, source) for x, y in self.batches()]
+        return torch.cat([each.broken_at for each in found])
 
     def standing(self, attack: Attack, crafted_on: LogitsFn | None = None) -> float:
         """Share of images that stand."""
@@ -156,11 +152,7 @@ class _Subject:
 def _check(name: str, figure: float | None, statement: str) -> Check:
     """Hold a figure against its threshold; None: the check was not run, for the reason stated."""
     threshold, meaning = CHECKS[name]
-    outcome: Outcome = "not run"
-    if figure is not None:
-        passed = figure >= threshold if name == "bfloat16_agrees_with_float32" else figure <= threshold
-        outcome = "passed" if passed else "failed"
-    return Check(name, figure, threshold, outcome, statement, meaning)
+    return Check.of(name, figure, threshold, statement, meaning, least=name == "bfloat16_agrees_with_float32")
 
 
 def _other_kind(subject: _Subject, name: str, kind: Literal["fgsm", "cw"], iterative: float, statement: str) -> Check:

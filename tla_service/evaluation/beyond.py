@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -90,13 +91,13 @@ class CorruptionMeasurement:
     def run(self, shard: Shard) -> Arrays:
         """See `Measurement`."""
         images, logits_fn = shard.images.cpu().numpy(), logits_of(shard.network)
-        correct = np.zeros((len(images), 1 + len(CORRUPTIONS) * len(SEVERITIES)), dtype=bool)
-        versions = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
+        versions = [None, *product(CORRUPTIONS, SEVERITIES)]
+        correct = np.zeros((len(images), len(versions)), dtype=bool)
         with torch.no_grad(), evaluating(shard.network), float32(shard.device):
             for start in range(0, len(images), self.batch_size):
                 part = slice(start, start + self.batch_size)
                 truth = shard.labels[part].to(shard.device)
-                for place, version in enumerate([None, *versions]):
+                for place, version in enumerate(versions):
                     seen = shard.images[part]
                     if version is not None:
                         seen = torch.from_numpy(corrupt(images[part], *version, shard.rows[part], self.seed))
@@ -143,11 +144,7 @@ def calibrate(embedded: Embedded) -> Calibration:
         inside = place == number
         mean = float(confidence[inside].mean()) if inside.any() else None
         bins.append(ConfidenceBin(float(edges[number]), float(edges[number + 1]), mean, share_of(correct[inside])))
-    gaps = [
-        each.accuracy.images * abs(each.accuracy.estimate - each.confidence)
-        for each in bins
-        if each.accuracy.estimate is not None and each.confidence is not None
-    ]
+    gaps = [each.accuracy.images * abs((each.accuracy.estimate or 0.0) - (each.confidence or 0.0)) for each in bins]
     return Calibration(
         ece=sum(gaps) / len(embedded),
         confidence=float(confidence.mean()),

@@ -87,7 +87,7 @@ def _glass_blur(x: Pixels, severity: int, random: Sequence[Generator]) -> Pixels
 def _motion_blur(x: Pixels, severity: int, random: Sequence[Generator]) -> Pixels:
     radius, sigma = ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5))[severity - 1]
     angles = np.array([each.uniform(-45, 45) for each in random])
-    return np.rint(_smear(x, radius, sigma, angles) * 255) / 255  # ImageMagick returns 8 bits
+    return _smear(x, radius, sigma, angles)
 
 
 def _zoom_blur(x: Pixels, severity: int, _: Sequence[Generator]) -> Pixels:
@@ -106,7 +106,7 @@ def _snow(x: Pixels, severity: int, random: Sequence[Generator]) -> Pixels:
     flakes = _zoomed(np.stack([each.normal(mean, scale, size=(1, *x.shape[2:])) for each in random]), zoom)
     flakes = np.floor(np.where(flakes < threshold, 0, flakes).clip(0, 1) * 255) / 255
     angles = np.array([each.uniform(-135, -45) for each in random])
-    flakes = np.rint(_smear(flakes, radius, sigma, angles) * 255) / 255
+    flakes = _smear(flakes, radius, sigma, angles)
     whiter = share * x + (1 - share) * np.maximum(x, 1.5 * _grey(x) + 0.5)
     return whiter + flakes + np.rot90(flakes, 2, axes=(2, 3))
 
@@ -226,7 +226,7 @@ def _smear(x: Pixels, radius: int, sigma: float, angles: npt.NDArray[np.float64]
         rows = (np.arange(x.shape[2]) + down[:, None]).clip(0, x.shape[2] - 1)[:, :, None]
         columns = (np.arange(x.shape[3]) + right[:, None]).clip(0, x.shape[3] - 1)[:, None, :]
         blurred += weight * x[image, :, rows, columns].transpose(0, 3, 1, 2)
-    return blurred
+    return np.rint(blurred * 255) / 255  # ImageMagick returns 8 bits
 
 
 def _zoomed(x: Pixels, factor: float) -> Pixels:
@@ -295,7 +295,8 @@ def _sampled(x: Pixels, rows: Pixels, columns: Pixels, mode: str) -> Pixels:
 
 def _by_pillow(x: Pixels, change: Callable[[Image.Image], Image.Image]) -> Pixels:
     levels = np.rint(x * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    changed = [
-        np.asarray(change(Image.fromarray(each.squeeze(-1) if each.shape[-1] == 1 else each))) for each in levels
-    ]
-    return np.stack(changed).reshape(levels.shape).transpose(0, 3, 1, 2) / 255
+    pictures = (Image.fromarray(each.squeeze(-1) if each.shape[-1] == 1 else each) for each in levels)
+    return (
+        np.stack([np.asarray(change(picture)) for picture in pictures]).reshape(levels.shape).transpose(0, 3, 1, 2)
+        / 255
+    )

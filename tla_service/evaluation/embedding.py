@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from tla_service.attacks import Attack, LogitsFn, attack_images, craft
+from tla_service.attacks import Attack, attack_images, craft
 from tla_service.data import Batch
 from tla_service.errors import ConfigError
 from tla_service.evaluation.results import BoolArray
-from tla_service.evaluation.shards import Arrays, IntArray, Shard, evaluating, float32, frozen, logits_of
+from tla_service.evaluation.shards import Arrays, IntArray, Shard, evaluating, float32, frozen, joined_arrays, logits_of
 from tla_service.inference.detector import Floats, Integers, Scores
 from tla_service.runtime import generator, mixed_seed
 
@@ -55,18 +55,14 @@ class Embedded:
         shifted = self.logits.astype(np.float64) - self.logits.max(1, keepdims=True)
         return 1 / np.exp(shifted).sum(1)
 
-    def subset(self, indices: Integers) -> Self:
-        """The rows at `indices` (n,), in that order."""
+    def subset(self, indices: Integers | BoolArray) -> Self:
+        """The rows at `indices` (n,), in that order, or those that are chosen (N,)."""
         return type(self)(self.embeddings[indices], self.logits[indices], self.labels[indices])
 
     @classmethod
     def joined(cls, *parts: Self) -> Self:
         """All rows of all parts, part after part."""
-        return cls(
-            np.concatenate([part.embeddings for part in parts]),
-            np.concatenate([part.logits for part in parts]),
-            np.concatenate([part.labels for part in parts]),
-        )
+        return cls(**joined_arrays([vars(part) for part in parts]))
 
 
 def embed(network: nn.Module, batches: Iterable[Batch]) -> Embedded:
@@ -74,11 +70,16 @@ def embed(network: nn.Module, batches: Iterable[Batch]) -> Embedded:
 
     Memory holds one batch and the (N, D + K) result, never the images. ConfigError if a value is not finite.
     """
-    with evaluating(network), float32(_device(network)):
-        return Embedded.joined(*(_forward(network, batch.images, batch.labels) for batch in batches))
+    parts = []
+    with torch.no_grad(), evaluating(network), float32(_device(network)):
+        for batch in batches:
+            output = network(batch.images)
+            embeddings, logits = (tensor.float().cpu().numpy() for tensor in (output.embeddings, output.logits))
+            parts.append(Embedded(embeddings, logits, batch.labels.cpu().numpy()))
+    return Embedded.joined(*parts)
 
 
-def attacked(network: nn.Module, batches: Iterable[Batch], attack: Attack, seed: int) -> list[Batch]:
+def attacked(network: nn.Module, batches: Sequence[Batch], attack: Attack, seed: int) -> list[Batch]:
     """Attack images, in the order given, with the bare network in eval mode and float32.
 
     Images that are misclassified when clean are attacked once: a shift or a score measured on them would otherwise be
@@ -86,17 +87,15 @@ def attacked(network: nn.Module, batches: Iterable[Batch], attack: Attack, seed:
     division into batches.
     """
     made, logits_fn = [], logits_of(network)
-    crafted_on: LogitsFn | None = None
     with evaluating(network), float32(_device(network)):
+        crafted_on = logits_of(frozen(network, batches[0].images))
         for index, batch in enumerate(batches):
-            crafted_on = crafted_on or logits_of(frozen(network, batch.images))
             random = generator(batch.images.device, seed, index)
             images, broken_at = attack_images(logits_fn, batch.images, batch.labels, attack, random, crafted_on)
             wrong = (broken_at == 0).nonzero().squeeze(1)
             if len(wrong):
-                images[wrong] = craft(
-                    crafted_on, batch.images[wrong], batch.labels[wrong], attack, random, skip_repeats=True
-                )
+                shown, labels = batch.images[wrong], batch.labels[wrong]
+                images[wrong] = craft(crafted_on, shown, labels, attack, random, skip_repeats=True)
             made.append(Batch(images, batch.labels))
     return made
 
@@ -104,13 +103,6 @@ def attacked(network: nn.Module, batches: Iterable[Batch], attack: Attack, seed:
 def _device(network: nn.Module) -> torch.device:
     """Where the network is; one without parameters counts as on the CPU."""
     return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-
-
-@torch.no_grad()
-def _forward(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Embedded:
-    output = network(images)
-    embeddings, logits = (tensor.float().cpu().numpy() for tensor in (output.embeddings, output.logits))
-    return Embedded(embeddings, logits, labels.cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -123,9 +115,8 @@ class EmbeddedImages:
 
     def only(self, chosen: BoolArray) -> Self:
         """The images that are chosen (N,)."""
-        where = chosen.nonzero()[0]
         pixels = self.pixels[chosen[: len(self.pixels)]]
-        return replace(self, embedded=self.embedded.subset(where), rows=self.rows[where], pixels=pixels)
+        return replace(self, embedded=self.embedded.subset(chosen), rows=self.rows[chosen], pixels=pixels)
 
 
 @dataclass(frozen=True)
@@ -147,6 +138,6 @@ class EmbeddingMeasurement:
 
     def merge(self, parts: Sequence[Arrays]) -> EmbeddedImages:
         """See `Measurement`."""
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        embedded = Embedded(joined["embeddings"], joined["logits"], joined["labels"])
-        return EmbeddedImages(embedded, joined["rows"], joined["pixels"])
+        arrays = joined_arrays(parts)
+        rows, pixels = arrays.pop("rows"), arrays.pop("pixels")
+        return EmbeddedImages(Embedded(**arrays), rows, pixels)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 160
-BLUE, ORANGE, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#000000"
+PERCENT = "{x:.0%}"  # format of ticks that are shares
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#AA4499"
+BLACK, GREY = "#000000", "#9A9A9A"
 _LOSSES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("train/loss", "total", {"color": BLACK, "linestyle": "-", "marker": "o"}),
     ("train/cross_entropy", "cross-entropy", {"color": BLUE, "linestyle": "--", "marker": "s"}),
@@ -53,7 +55,7 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     _draw(accuracies, history, _ACCURACIES)
     accuracies.set(ylabel="validation accuracy [%]", ylim=(-0.02, 1.02))
     accuracies.set_title("Accuracy on held-out images", fontsize=11)
-    accuracies.yaxis.set_major_formatter(percent())
+    accuracies.yaxis.set_major_formatter(PERCENT)
     _mark_best(accuracies, history)
     room = 0.5 + 0.02 * len(history)
     losses.set_xlim(history[0]["epoch"] - room, history[-1]["epoch"] + room)
@@ -124,7 +126,9 @@ def retrieval_panel(labels: Integers, states: Mapping[str, PanelRow], class_name
             cells[0].set_xlabel(f"query: {class_names[labels[query]]}", fontsize=9)
             for cell, image, klass in zip(cells[1:], row.neighbours[query], row.classes[query], strict=True):
                 show(cell, image)
-                _outline(cell, class_names[klass], right=klass == labels[query])
+                right = klass == labels[query]
+                colour, line = judge(cell, class_names[klass], right=right), "-" if right else (0, (2, 1.2))
+                cell.spines[:].set(edgecolor=colour, linewidth=2.4, linestyle=line, capstyle="butt")
     grid[0][0].set_title("query", fontsize=10)
     for place, cell in enumerate(grid[0][1:], start=1):
         cell.set_title(f"neighbour {place}", fontsize=10)
@@ -190,25 +194,19 @@ def legend(axes: "Axes") -> None:
     axes.legend(facecolor="white", edgecolor="none", framealpha=0.85, fontsize=8.5, loc="best", handlelength=3.2)
 
 
+def finish(axes: Any, path: Path) -> None:
+    """Grid and legend of a picture with one set of axes, and its file."""
+    plain(axes)
+    legend(axes)
+    save(axes.figure, path)
+
+
 def judge(axes: "Axes", name: str, *, right: bool) -> str:
     """Write a prediction below an image; gives the colour that says whether it is right."""
     colour = BLUE if right else ORANGE
     text = f"{'✓' if right else '✗'} {name}"
     axes.set_xlabel(text, color=colour, fontsize=9, fontweight="normal" if right else "bold")
     return colour
-
-
-def _outline(cell: "Axes", name: str, *, right: bool) -> None:
-    colour = judge(cell, name, right=right)
-    for spine in cell.spines.values():
-        spine.set(edgecolor=colour, linewidth=2.4, linestyle="-" if right else (0, (2, 1.2)), capstyle="butt")
-
-
-def percent() -> Any:
-    """Writes shares as percentages."""
-    from matplotlib.ticker import PercentFormatter
-
-    return PercentFormatter(xmax=1, decimals=0)
 
 
 def show(axes: "Axes", image: Floats) -> None:

@@ -19,7 +19,7 @@ from tla_service.inference.detector import Floats
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_YELLOW, _SKY, _PINK, _GREY = "#E69F00", "#56B4E9", "#CC79A7", "#9A9A9A"
+_YELLOW, _SKY, _PINK = "#E69F00", "#56B4E9", "#CC79A7"
 _MARKS = list(zip((fg.BLUE, fg.ORANGE, fg.GREEN, _YELLOW, _SKY, _PINK, fg.BLACK, fg.PURPLE), "o^sDvpXh", strict=True))
 _BARS = ((fg.BLUE, ""), (fg.ORANGE, "//"), (fg.GREEN, ".."), (_YELLOW, "xx"), (_SKY, "\\\\"), (_PINK, "++"))
 _STYLES: tuple[dict[str, Any], ...] = (
@@ -53,10 +53,8 @@ def accuracy_curves(curves: Mapping[str, Curve], path: Path, *, marked: tuple[fl
         axes.axvline(marked[0], color=fg.PURPLE, linewidth=1, linestyle=(0, (1, 2)), zorder=0, label=marked[1])
     _scale(axes, next(iter(curves.values())).axis, sorted({x for curve in curves.values() for x in curve.x}))
     axes.set(ylim=(-0.02, 1.02), ylabel="accuracy [%], band: 95% interval")
-    axes.yaxis.set_major_formatter(fg.percent())
-    fg.plain(axes)
-    fg.legend(axes)
-    fg.save(axes.figure, path)
+    axes.yaxis.set_major_formatter(fg.PERCENT)
+    fg.finish(axes, path)
 
 
 def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str], path: Path) -> None:
@@ -80,14 +78,14 @@ def class_heat_map(accuracies: Mapping[str, Accuracy], class_names: Sequence[str
         axes.set_yticks([len(order) + (whole - 1) / 2], ["all classes"])
         axes.set_ylabel(f"{len(order)} classes, the weakest first")
     axes.spines[:].set_visible(False)
-    axes.figure.colorbar(picture, ax=axes, format=fg.percent(), label="accuracy [%]", fraction=0.06, pad=0.02)
+    axes.figure.colorbar(picture, ax=axes, format=fg.PERCENT, label="accuracy [%]", fraction=0.06, pad=0.02)
     fg.save(axes.figure, path)
 
 
 def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
     """Draw the ROC curve of every score, with AUC and 95% interval, or why it is undefined, in the legend (Fig. 5)."""
     axes: Any = fg.new_figure(5.0, 5.4).subplots()
-    axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=(0, (2, 2)), label="chance")
+    axes.plot([0, 1], [0, 1], color=fg.GREY, linewidth=1, linestyle=(0, (2, 2)), label="chance")
     for place, (name, result) in enumerate(results.items()):
         score = result.score
         if score.auc is None:
@@ -98,8 +96,8 @@ def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
         axes.plot(result.false_accepts, result.true_accepts, linewidth=1.8, **style)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.set(xlabel="misclassified images accepted", ylabel="correctly classified images accepted")
-    for side in (axes.xaxis, axes.yaxis):
-        side.set_major_formatter(fg.percent())
+    axes.xaxis.set_major_formatter(fg.PERCENT)
+    axes.yaxis.set_major_formatter(fg.PERCENT)
     first = next(iter(results.values()))
     axes.set_title(f"Misclassified images\n{first.num_correct} correct, {first.num_wrong} misclassified", fontsize=11)
     fg.plain(axes)
@@ -114,8 +112,8 @@ def risk_curves(risks: Mapping[str, Floats], path: Path) -> None:
         style = _STYLES[place % len(_STYLES)] | {"marker": None, "label": f"{name}: area {100 * risk.mean():.1f}%"}
         axes.plot(np.arange(1, len(risk) + 1) / len(risk), risk, linewidth=1.8, **style)
     axes.set(xlim=(0, 1.01), ylim=(0, None), xlabel="images accepted", ylabel="misclassified among the accepted")
-    for side in (axes.xaxis, axes.yaxis):
-        side.set_major_formatter(fg.percent())
+    axes.xaxis.set_major_formatter(fg.PERCENT)
+    axes.yaxis.set_major_formatter(fg.PERCENT)
     fg.plain(axes)
     axes.legend(frameon=False, fontsize=8.5, handlelength=3.2)
     fg.save(axes.figure, path)
@@ -126,7 +124,7 @@ def class_map(projection: Projection, class_names: Sequence[str], path: Path) ->
     axes: Any = fg.new_figure(6.8, 4.4).subplots()
     truth = int(projection.labels[0])
     name = class_names[truth]
-    _dots(axes, projection.natural, f"natural {name}", (_GREY, "o"), 14, alpha=0.7, linewidths=0)
+    _dots(axes, projection.natural, f"natural {name}", (fg.GREY, "o"), 14, alpha=0.7, linewidths=0)
     said = projection.predictions
     classes, counts = np.unique(said, return_counts=True)
     # The commonest predictions get a mark of their own; what remains shares the last one.

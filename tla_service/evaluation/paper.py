@@ -83,17 +83,10 @@ def paper_columns(data_name: str, norm: Norm = "linf", epsilon: float | None = N
     for name in table.columns.split():
         kind, steps, restarts = _COLUMN.fullmatch(name).groups()  # type: ignore[union-attr]
         step_size = table.epsilon if kind == "fgsm" else table.step_sizes.get(name, table.step_size)
-        made[name] = EvaluationAttack.model_validate(
-            {
-                "kind": kind,
-                "norm": norm,
-                "epsilon": radius,
-                # The table's own steps must not pass through a division, so that they stay what they are.
-                "step_size": step_size if radius == table.epsilon else step_size * radius / table.epsilon,
-                "num_steps": int(steps or 1),
-                "num_restarts": int(restarts or 1),
-            }
-        )
+        # The table's own steps must not pass through a division, so that they stay what they are.
+        length = step_size if radius == table.epsilon else step_size * radius / table.epsilon
+        counts = {"num_steps": int(steps or 1), "num_restarts": int(restarts or 1)}
+        made[name] = EvaluationAttack(kind=kind, norm=norm, epsilon=radius, step_size=length, **counts)
     transfer = {name: attack for name, attack in made.items() if name.startswith("transfer_")}
     return Columns({name: attack for name, attack in made.items() if name not in transfer}, transfer, radius)
 

@@ -179,6 +179,16 @@ class Check:
     statement: str
     meaning: str
 
+    @classmethod
+    def of(
+        cls, name: str, figure: float | None, threshold: float, statement: str, meaning: str, *, least: bool = False
+    ) -> Self:
+        """A check whose threshold is the most that its figure may be, or the `least`."""
+        outcome: Outcome = "not run"
+        if figure is not None:
+            outcome = "passed" if (figure >= threshold if least else figure <= threshold) else "failed"
+        return cls(name, figure, threshold, outcome, statement, meaning)
+
 
 @dataclass(frozen=True)
 class SurrogateFacts:
@@ -209,12 +219,9 @@ class Audit:
     @property
     def summary(self) -> str:
         """How many checks had each outcome; those that did not pass by name."""
-        passed, failed, not_run = (
-            [check.name for check in self.checks if check.outcome == outcome]
-            for outcome in ("passed", "failed", "not run")
-        )
-        parts = [f"{len(passed)} of {len(self.checks)} checks passed"]
-        for outcome, names in (("failed", failed), ("not run", not_run)):
+        parts = [f"{sum(check.outcome == 'passed' for check in self.checks)} of {len(self.checks)} checks passed"]
+        for outcome in ("failed", "not run"):
+            names = [check.name for check in self.checks if check.outcome == outcome]
             if names:
                 parts.append(f"{len(names)} {outcome} ({', '.join(names)})")
         return ", ".join(parts)
@@ -279,9 +286,8 @@ def share_of(flags: BoolArray) -> Share:
 
 def class_accuracy(correct: BoolArray, labels: npt.NDArray[np.integer[Any]], num_classes: int) -> Accuracy:
     """Accuracy over all images and by class, from correctness (N,) and true classes (N,) in [0, num_classes)."""
-    whole = share_of(correct)
     per_class = tuple(share_of(correct[labels == k]) for k in range(num_classes))
-    return Accuracy(whole.estimate, whole.low, whole.high, whole.images, per_class)
+    return Accuracy(**vars(share_of(correct)), per_class=per_class)
 
 
 def paired_difference(first: BoolArray, second: BoolArray) -> Difference:

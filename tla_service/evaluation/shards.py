@@ -148,8 +148,8 @@ class ShardOutcome:
     warnings: tuple[str, ...] = ()
     per_image: Arrays = field(default_factory=dict)
 
-    def only(self, chosen: BoolArray) -> Self:
-        """The images that are chosen (N,)."""
+    def only(self, chosen: BoolArray | IntArray) -> Self:
+        """The images that are chosen (N,), or those at some places (n,), in that order."""
         broken_at = {name: values[chosen] for name, values in self.broken_at.items()}
         gate = None if self.gate is None else self.gate[chosen]
         per_image = {name: values[chosen] for name, values in self.per_image.items()}
@@ -165,27 +165,31 @@ class ShardOutcome:
         return standing if restarts is None else standing | (broken_at > restarts)
 
 
-def standing_under_all(outcome: ShardOutcome) -> BoolArray:
-    """Whether each image is right when clean and under every attack (N,), bool."""
+def standing_under_all(outcome: ShardOutcome, transfer: ShardOutcome | None = None) -> BoolArray:
+    """Whether each image is right when clean and under every attack (N,), bool, those of another outcome too."""
     standing: BoolArray = np.logical_and.reduce([outcome.standing(name) for name in outcome.broken_at])
+    if transfer is not None:
+        standing &= ~np.isin(outcome.indices, transfer.indices[~standing_under_all(transfer)])
     return standing
+
+
+def joined_arrays(parts: Sequence[Arrays]) -> Arrays:
+    """Arrays of all parts, which have the same names, part after part."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def merge_outcomes(outcomes: Sequence[ShardOutcome]) -> ShardOutcome:
     """Put shards that were attacked in the same way together, in the order of the test set."""
-    indices = np.concatenate([outcome.indices for outcome in outcomes])
-    order = np.argsort(indices)
-    labels = np.concatenate([outcome.labels for outcome in outcomes])[order]
-    broken_at = {
-        name: np.concatenate([outcome.broken_at[name] for outcome in outcomes])[order] for name in outcomes[0].broken_at
-    }
-    left_out = {stage: why for outcome in outcomes for stage, why in outcome.left_out.items()}
-    warnings = tuple(dict.fromkeys(warning for outcome in outcomes for warning in outcome.warnings))
-    run = next((outcome.autoattack for outcome in outcomes if outcome.autoattack is not None), None)
-    per_image = {
-        name: np.concatenate([outcome.per_image[name] for outcome in outcomes])[order] for name in outcomes[0].per_image
-    }
-    return ShardOutcome(indices[order], labels, broken_at, left_out, run, warnings=warnings, per_image=per_image)
+    merged = ShardOutcome(
+        np.concatenate([outcome.indices for outcome in outcomes]),
+        np.concatenate([outcome.labels for outcome in outcomes]),
+        joined_arrays([outcome.broken_at for outcome in outcomes]),
+        left_out={stage: why for outcome in outcomes for stage, why in outcome.left_out.items()},
+        autoattack=next((outcome.autoattack for outcome in outcomes if outcome.autoattack is not None), None),
+        warnings=tuple(dict.fromkeys(warning for outcome in outcomes for warning in outcome.warnings)),
+        per_image=joined_arrays([outcome.per_image for outcome in outcomes]),
+    )
+    return merged.only(np.argsort(merged.indices))
 
 
 def outcome_arrays(outcome: ShardOutcome) -> Arrays:

@@ -116,14 +116,11 @@ def attack_within(
         mean = logits.log_softmax(1).unflatten(0, noise.shape[:2]).logsumexp(1)
         loss = mean.gather(1, classes.view(-1, 1)).sum()
         (gradient,) = torch.autograd.grad(-loss, moved)
-        offset = moved.detach() + 2.5 * sizes / steps * _unit(gradient) - images
+        unit = torch.nn.functional.normalize(gradient.flatten(1), eps=1e-30).view_as(gradient)
+        offset = moved.detach() + 2.5 * sizes / steps * unit - images
         lengths = offset.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         moved = (images + offset * (sizes / lengths.clamp(min=1e-12)).clamp(max=1)).clamp(0, 1)
     return moved.detach()
-
-
-def _unit(gradient: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(gradient.flatten(1), eps=1e-30).view_as(gradient)
 
 
 def _outvoted(votes: Tensor, predicted: int, alpha: float) -> bool:
@@ -144,11 +141,6 @@ def _votes(
     logits_fn: LogitsFn, image: Tensor, sigma: float, count: int, random: torch.Generator, batch_size: int
 ) -> Tensor:
     """How often each class is predicted under noise (K,)."""
-    votes: Tensor | None = None
-    for start in range(0, count, batch_size):
-        noise = _noise(image, sigma, min(batch_size, count - start), random)
-        logits = logits_fn(image + noise)
-        found = logits.argmax(1).bincount(minlength=logits.shape[1])
-        votes = found if votes is None else votes + found
-    assert votes is not None
-    return votes
+    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
+    logits = torch.cat([logits_fn(image + _noise(image, sigma, size, random)) for size in sizes])
+    return logits.argmax(1).bincount(minlength=logits.shape[1])

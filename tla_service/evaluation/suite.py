@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 import numpy as np
@@ -26,6 +26,7 @@ from tla_service.models import LogitsOnly
 from tla_service.models.own_code import load_function
 from tla_service.runtime import WorkerContext, all_reduce_sum, generator
 
+SPARSE_NORMS: tuple[SparseNorm, ...] = ("l0", "l1")
 _MOST_POINTS = 40  # of a curve
 
 
@@ -48,29 +49,25 @@ class AttackMeasurement:
     def run(self, shard: Shard) -> sh.Arrays:
         """Attack the images; ConfigError if the network does not fit them."""
         device, seed, size = shard.device, self.seed, self.batch_size
-        names = ["clean", *self.attacks, *self.transfer, *(["autoattack"] if self.autoattack else [])]
         left_out: dict[str, str] = {}
         warnings: list[str] = []
         run: sh.AutoAttackRun | None = None
-        broken_at = {name: np.full(len(shard.labels), UNBROKEN, dtype=np.int64) for name in names}
-        kept: list[sh.Arrays] = []
+        broken_at: list[sh.Arrays] = []
+        per_image: list[sh.Arrays] = []
         with evaluating(shard.network, shard.surrogate), float32(device):
             logits_fn = logits_of(shard.network)
             few = sh.as_pixels(shard.images[:size], device)
-            clean_logits(logits_fn, few, shard.labels[:size].to(device))
             own_fn = logits_of(sh.frozen(shard.network, few))
             source_fn = own_fn if shard.surrogate is None else logits_of(sh.frozen(shard.surrogate, few))
-            for start, batch in zip(range(0, len(shard.labels), size), shard.batches(size), strict=True):
-                part, (pixels, truth) = slice(start, start + size), (batch.images, batch.labels)
+            for first, batch in zip(shard.rows[::size].tolist(), shard.batches(size), strict=True):
+                pixels, truth = batch.images, batch.labels
                 predicted = clean_logits(logits_fn, pixels, truth).argmax(1)
-                kept.append({"predicted": predicted.cpu().numpy()})
-                wrong = predicted != truth
-                broken_at["clean"][part] = torch.where(wrong, 0, UNBROKEN).cpu().numpy()
+                per_image.append({"predicted": predicted.cpu().numpy()})
+                broken = {"clean": torch.where(predicted != truth, 0, UNBROKEN)}
                 for name, attack in (*self.attacks.items(), *self.transfer.items()):
-                    random = generator(device, seed, crc32(name.encode()), int(shard.rows[start]))
+                    random = generator(device, seed, crc32(name.encode()), first)
                     crafted_on = source_fn if name in self.transfer else own_fn
-                    attacked = attack_images(logits_fn, pixels, truth, attack, random, crafted_on)
-                    broken_at[name][part] = attacked.broken_at.cpu().numpy()
+                    broken[name] = attack_images(logits_fn, pixels, truth, attack, random, crafted_on).broken_at
                 if self.autoattack:
                     norm, epsilon = self.autoattack
                     result = run_autoattack(
@@ -83,16 +80,16 @@ class AttackMeasurement:
                         batch_size=size,
                         crafted_on=own_fn,
                     )
-                    broken_at["autoattack"][part] = result.broken_at.cpu().numpy()
+                    broken["autoattack"] = result.broken_at
                     left_out |= result.left_out
                     run = sh.AutoAttackRun(VERSION, norm, epsilon, result.stages)
                     warnings += result.warnings
                     if self.keep_images:
-                        kept[-1] |= adversarial_arrays(shard.network, pixels, result.adversarial, norm, epsilon)
-        per_image = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
-        labels, said = shard.labels.cpu().numpy().astype(np.int64), tuple(dict.fromkeys(warnings))
-        outcome = sh.ShardOutcome(shard.rows, labels, broken_at, left_out, run, warnings=said, per_image=per_image)
-        return sh.outcome_arrays(outcome)
+                        per_image[-1] |= adversarial_arrays(shard.network, pixels, result.adversarial, norm, epsilon)
+                broken_at.append({name: values.cpu().numpy() for name, values in broken.items()})
+        found = sh.ShardOutcome(shard.rows, shard.labels.cpu().numpy(), sh.joined_arrays(broken_at), left_out, run)
+        said = tuple(dict.fromkeys(warnings))
+        return sh.outcome_arrays(replace(found, warnings=said, per_image=sh.joined_arrays(per_image)))
 
     def merge(self, parts: Sequence[sh.Arrays]) -> sh.ShardOutcome:
         """See `Measurement`."""
@@ -166,9 +163,16 @@ def count_right(
 ) -> Tensor:
     """This worker's counts (3 + attacks,), float64, to be summed over all workers for `accuracies`."""
     counts = torch.zeros(len(attacks) + 3, dtype=torch.float64, device=context.device)
+    logits_fn = logits_of(network)
     with evaluating(network), float32(context.device):
         for index, batch in enumerate(batches):
-            counts += _count(network, batch, attacks, generator(context.device, seed, context.rank, index))
+            images, labels = batch.images, batch.labels
+            random = generator(context.device, seed, context.rank, index)
+            with torch.no_grad():
+                clean = logits_fn(images).argmax(1) == labels
+            robust = [attack_images(logits_fn, images, labels, each, random).robust for each in attacks.values()]
+            unbroken = torch.stack([clean, *robust]).all(0)
+            counts += torch.stack([torch.ones_like(clean), clean, unbroken, *robust]).sum(1)
     return counts
 
 
@@ -177,21 +181,6 @@ def accuracies(counts: Tensor, attacks: Iterable[str]) -> dict[str, float]:
     total, clean, unbroken, *robust = counts.tolist()
     named = {f"robust_accuracy/{name}": count / total for name, count in zip(attacks, robust, strict=True)}
     return {"clean_accuracy": clean / total, "robust_accuracy": unbroken / total, **named}
-
-
-def _count(network: nn.Module, batch: Batch, attacks: Mapping[str, Attack], random: torch.Generator) -> Tensor:
-    """Images, images right when clean, images right under every attack, then under each attack."""
-    logits_fn = logits_of(network)
-    with torch.no_grad():
-        clean = logits_fn(batch.images).argmax(1) == batch.labels
-    survived = clean.clone()
-    robust = []
-    for attack in attacks.values():
-        standing = attack_images(logits_fn, batch.images, batch.labels, attack, random).robust
-        survived &= standing
-        robust.append(standing.sum())
-    total = torch.tensor(len(batch.labels), device=clean.device)
-    return torch.stack([total, clean.sum(), survived.sum(), *robust]).double()
 
 
 def clean_logits(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from tla_service.report import schema as rp
 from tla_service.report import tables as tb
 from tla_service.report.figures import Figures
 from tla_service.report.measuring import Measuring
-from tla_service.report.page import method_name, write_page
+from tla_service.report.page import model_names, write_page
 from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import Models, Subject
 from tla_service.report.tasks import Measurer, select
@@ -46,11 +46,11 @@ def evaluate(
     threat = subject.facts.trained_for
     plan = pl.make_plan(settings, dataset.name, threat.norm, threat.epsilon, has_surrogate=models.surrogate is not None)
     pl.check_plan(plan, dataset.image_shape)
-    output = report_folder(settings, models, plan)
-    measuring = Measuring(settings, plan, models, output, terminal)
+    output = report_folder(models, plan)
+    measuring = Measuring(plan, models, output, terminal)
     tasks = measuring.tasks()
     with locked_folder(output, "output"):
-        if open_folder(output, identity(settings, models, plan), page=settings.page):
+        if open_folder(output, identity(models, plan), page=settings.page):
             terminal.say("this evaluation has finished before; choose another --output to make it again")
             # The address may be another one this time.
             return rp.read_report(output / rp.REPORT_FILE).model_copy(update={"model": subject.facts}), output
@@ -59,13 +59,13 @@ def evaluate(
         results, tasks, hardware = measuring.measure(tasks, workers)
         set_aside = dataset.gate.numpy()
         published = select(results, tasks, ~set_aside)
-        found = {each.key: fd.gather(published, each.key, plan, settings, each.rejector) for each in models.all}
-        gate = fd.gather(select(results, tasks, set_aside), subject.key, plan, settings, subject.rejector)
+        found = {each.key: fd.gather(published, each.key, plan, each.rejector) for each in models.all}
+        gate = fd.gather(select(results, tasks, set_aside), subject.key, plan, subject.rejector)
         report = _report(measuring, found, gate, hardware, time.monotonic() - began)
         measured: dict[str, ShardOutcome | None] = {
-            rp.OUTCOME_FILE: results.get((subject.key, "columns")),
+            rp.OUTCOME_FILE: results[subject.key, "columns"],
             rp.AUTOATTACK_FILE: results.get((subject.key, "autoattack")),
-            rp.TRANSFER_FILE: fd.joined([results[task.key] for task in measuring.transferred]),
+            rp.TRANSFER_FILE: fd.transferred(results, subject.key),
         }
         outcomes: dict[str, ShardOutcome] = {}
         for file, outcome in measured.items():
@@ -82,15 +82,15 @@ def evaluate(
     return report, output
 
 
-def report_folder(settings: ReportSettings, models: Models, plan: pl.Plan) -> Path:
+def report_folder(models: Models, plan: pl.Plan) -> Path:
     """Where the report goes: given, or named after the weights, and the threat model if it is not that of training."""
     subject = models.subject
     threat = rp.ThreatModel(norm=plan.norm, epsilon=plan.epsilon)
     name = subject.key if threat.slug == subject.facts.trained_for.slug else f"{subject.key}-{threat.slug}"
-    return (settings.output or Path("reports") / name).expanduser().absolute()
+    return (plan.settings.output or Path("reports") / name).expanduser().absolute()
 
 
-def identity(settings: ReportSettings, models: Models, plan: pl.Plan) -> dict[str, Any]:
+def identity(models: Models, plan: pl.Plan) -> dict[str, Any]:
     """What makes two evaluations the same one: weights, data and protocol, whatever the models' addresses."""
     surrogate = models.surrogate.facts.weights_sha256 if models.surrogate is not None else None
     return {
@@ -98,7 +98,7 @@ def identity(settings: ReportSettings, models: Models, plan: pl.Plan) -> dict[st
         "surrogate": surrogate,
         "data": models.dataset.fingerprint,
         "threat model": f"{plan.norm} {plan.epsilon!r}",
-        "settings": pl.protocol(plan, settings),
+        "settings": pl.protocol(plan),
     }
 
 
@@ -109,14 +109,14 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
     """
     mark = output / _IDENTITY
     try:
-        if output.exists() and not mark.is_file() and any(path.name != LOCK_FILE for path in output.iterdir()):
-            raise ConfigError("output", output, "holds other files", "choose another --output")
         if mark.is_file():
             found = json.loads(mark.read_text())
             differ = [name for name, value in mine.items() if found.get(name) != value]
             if differ:
                 reason = f"holds an evaluation that differs in {', '.join(differ)}"
                 raise ConfigError("output", output, reason, "choose another --output, or delete it")
+        elif output.exists() and any(path.name != LOCK_FILE for path in output.iterdir()):
+            raise ConfigError("output", output, "holds other files", "choose another --output")
         output.mkdir(parents=True, exist_ok=True)
         write_whole(mark, json.dumps(mine, indent=1))
     except (OSError, ValueError) as error:
@@ -129,7 +129,7 @@ def _report(
     measuring: Measuring, found: Mapping[str, fd.Findings], gate: fd.Findings, hardware: str, seconds: float
 ) -> rp.Report:
     """Put the findings together."""
-    plan, settings, models = measuring.plan, measuring.settings, measuring.models
+    plan, models = measuring.plan, measuring.models
     subject, dataset = models.subject, models.dataset
     own = found[subject.key]
     classes = len(dataset.class_names)
@@ -138,7 +138,7 @@ def _report(
         return {
             "accuracy": tb.accuracies(each, plan, classes),
             "detection": each.detection,
-            "neighbours": tb.neighbours(each, plan, settings),
+            "neighbours": tb.neighbours(each, plan),
             "shift": tuple(ratios.at(epsilon) for epsilon, ratios in each.shift.items()),
         }
 
@@ -172,8 +172,8 @@ def _report(
         compared=tuple(map(compared, models.others)),
         surrogate=models.surrogate.facts if models.surrogate is not None else None,
         code=code_facts(),
-        seed=settings.seed,
-        settings=pl.protocol(plan, settings),
+        seed=plan.seed,
+        settings=pl.protocol(plan),
         seconds=seconds,
         hardware=hardware,
         gate=rp.GateFacts(images=int(dataset.gate.sum()), accuracy=gate_accuracy, detection=gate.detection),
@@ -201,16 +201,15 @@ def _draw(
 ) -> None:
     """Draw the figures and write the page, last: it marks the evaluation as finished."""
     plan, models = measuring.plan, measuring.models
-    subject = models.subject
-    figures = Figures(measuring.output / "figures", found[subject.key], plan, models.dataset.class_names)
+    figures = Figures(measuring.output / "figures", found[models.subject.key], plan, models.dataset.class_names)
     figures.accuracy()
     figures.curves()
     figures.beyond()
     figures.certified()
     figures.detection()
-    labels = {each.key: method_name(each.facts.method) for each in models.others}
-    figures.shift({labels[key]: found[key] for key in labels}, method_name(subject.facts.method))
-    figures.maps(measuring.settings, models.dataset.name)
+    names = model_names([each.facts for each in models.all])
+    figures.shift({name: found[each.key] for name, each in zip(names, models.all, strict=True)})
+    figures.maps(models.dataset.name)
     if examples is not None:
-        figures.queries(examples, models.dataset, measuring.settings)
+        figures.queries(examples, models.dataset)
     write_page(report, figures.drawn, measuring.output / rp.PAGE_FILE, same_attacks=plan.is_paper)

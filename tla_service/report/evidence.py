@@ -74,10 +74,7 @@ def write_images(
             if name == "autoattack":
                 broken_at = np.array(["clean", *ALL_STAGES])[np.where(correct, 0, broken_at)]
             columns[f"broken_at/{name}"] = column(outcome, broken_at, correct)
-    worst = standing_under_all(table)
-    if transfer is not None:
-        worst &= ~np.isin(table.indices, transfer.indices[~standing_under_all(transfer)])
-    columns["correct/worst"] = column(table, worst)
+    columns["correct/worst"] = column(table, standing_under_all(table, transfer))
     with whole_file(path) as part:
         pq.write_table(pa.table(columns), part)
 
@@ -93,12 +90,10 @@ def write_adversarial(strong: ShardOutcome, threat: ThreatModel, folder: Path) -
     clean, adversarial = kept["clean"], kept["adversarial"]
     outside = is_outside(clean, adversarial, threat.norm, threat.epsilon)
     differ = (kept["attacked"] == strong.labels) != robust
-    if outside.any() or differ.any():
-        reason = (
-            f"{int(outside.sum())} of {len(outside)} images are outside the ball"
-            if outside.any()
-            else f"one more forward pass contradicts AutoAttack on {int(differ.sum())} of {len(differ)} images"
-        )
+    if outside.any():
+        return AdversarialFacts(file=None, reason=f"{outside.sum()} of {len(outside)} images are outside the ball")
+    if differ.any():
+        reason = f"one more forward pass contradicts AutoAttack on {differ.sum()} of {len(differ)} images"
         return AdversarialFacts(file=None, reason=reason)
     assert strong.gate is not None
     arrays = {"x_adv": adversarial, "x_test": clean, "y_test": strong.labels}

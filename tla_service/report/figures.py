@@ -20,11 +20,10 @@ from tla_service.evaluation.geometry import nearest, project, select_class, sele
 from tla_service.inference.detector import Floats, Integers
 from tla_service.report.findings import Findings
 from tla_service.report.plan import Plan, radius_name
-from tla_service.report.settings import ReportSettings
 from tla_service.report.tables import accuracies
 
 _SCORES = {"gaussian": "class Gaussians", "max_softmax": "max softmax", "neighbours": "k-th neighbour"}
-_CIFAR_DEER, _CIFAR_TRUCK, _CIFAR_BIRD = 4, 9, 2
+_CIFAR_DEER, _CIFAR_TRUCK_AND_BIRD = 4, (9, 2)
 _FEWEST_POINTS = 20  # t-SNE of fewer shows nothing
 
 
@@ -123,13 +122,13 @@ class Figures:
             )
             mf.risk_curves(self._found.risks, self._add("risk_coverage", "adaptive", "Risk and coverage", caption))
 
-    def shift(self, others: Mapping[str, Findings], own_name: str) -> None:
-        """Shift ratios of this model and those it is compared with."""
+    def shift(self, models: Mapping[str, Findings]) -> None:
+        """Shift ratios of this model and those it is compared with, by name."""
         if not self._found.shift:
             return
         ratios = {
             f"{name}\nε = {epsilon:.3g}": shift
-            for name, each in {own_name: self._found, **others}.items()
+            for name, each in models.items()
             for epsilon, shift in each.shift.items()
         }
         caption = (
@@ -138,8 +137,9 @@ class Figures:
         )
         mf.shift_bars(ratios, self._add("shift", "shift", "Shift ratios", caption))
 
-    def maps(self, settings: ReportSettings, data_name: str) -> None:
+    def maps(self, data_name: str) -> None:
         """t-SNE of one class and of one pair."""
+        pictures = self._plan.settings.pictures
         attacked_name = radius_name(self._plan.epsilon)
         if attacked_name not in self._found.embedded:
             return
@@ -148,13 +148,11 @@ class Figures:
         np.add.at(confusion, (attacked.labels, attacked.predictions), 1)
         np.fill_diagonal(confusion, 0)
         is_cifar = data_name == "cifar10"
-        klass = settings.pictures.tsne_class
+        klass, pair = pictures.tsne_class, pictures.tsne_pair
         if klass is None:
             klass = _CIFAR_DEER if is_cifar else int(confusion.sum(1).argmax())
-        pair = settings.pictures.tsne_pair
         if pair is None:
-            source, target = divmod(int(confusion.argmax()), len(self._names))
-            pair = (_CIFAR_TRUCK, _CIFAR_BIRD) if is_cifar else (source, target)
+            pair = _CIFAR_TRUCK_AND_BIRD if is_cifar else divmod(int(confusion.argmax()), len(self._names))
         for field, values, shown in (("tsne_class", (klass,), klass), ("tsne_pair", pair, pair)):
             if not all(0 <= value < len(self._names) for value in values):
                 reason = f"there are classes 0 to {len(self._names) - 1}"
@@ -175,7 +173,7 @@ class Figures:
                 path = self._add("pair_map", "shift", title, caption)
                 mf.pair_map(project(*chosen, seed=self._plan.seed), *pair, self._names, path)
 
-    def queries(self, attacked: EmbeddedImages, dataset: Dataset, settings: ReportSettings) -> None:
+    def queries(self, attacked: EmbeddedImages, dataset: Dataset) -> None:
         """Retrieval panel and attack panel of a few test images."""
         bank, natural = self._found.embedded["bank"], self._found.embedded["natural"]
         place = {int(row): at for at, row in enumerate(natural.rows)}
@@ -187,7 +185,7 @@ class Figures:
 
         pixels = fetch(dataset.test, attacked.rows)
         states = {}
-        count, metric = min(3, len(bank.embedded)), settings.neighbours.metric
+        count, metric = min(3, len(bank.embedded)), self._plan.settings.neighbours.metric
         for state, images, embedded in (("clean", pixels, clean), ("attacked", attacked.pixels, attacked.embedded)):
             rows, _ = nearest(embedded.embeddings, bank.embedded.embeddings, count, metric=metric)
             states[state] = PanelRow(images, fetch(dataset.train, bank.rows[rows]), bank.embedded.labels[rows])

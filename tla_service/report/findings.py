@@ -1,6 +1,6 @@
 """From measurements to a report: intervals, paired tests, ratios, areas."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -9,40 +9,23 @@ import numpy.typing as npt
 
 from tla_service.attacks.autoattack import ZERO_GRADIENT
 from tla_service.attacks.minimum_norm import SparseNorm
+from tla_service.evaluation import detection as dt
 from tla_service.evaluation import results as rs
-from tla_service.evaluation.adaptive import Aim
+from tla_service.evaluation.adaptive import AIMS
 from tla_service.evaluation.beyond import Calibration, Corruptions, calibrate, summarise_corruptions
-from tla_service.evaluation.certified import Certificates, Certified, summarise
-from tla_service.evaluation.detection import (
-    RocCurve,
-    adaptive_detection,
-    detect_misclassified,
-    fit_detector,
-    shipped_detection,
-    threshold_for,
-)
+from tla_service.evaluation.certified import Certified, summarise
 from tla_service.evaluation.embedding import Embedded, EmbeddedImages
 from tla_service.evaluation.geometry import ShiftRatios, shift_ratios
 from tla_service.evaluation.paper import restart_curve, sweep_curve
 from tla_service.evaluation.shards import ShardOutcome, standing_under_all
-from tla_service.evaluation.suite import minimum_norms_of
+from tla_service.evaluation.suite import SPARSE_NORMS, minimum_norms_of
 from tla_service.evaluation.unit_tests import unit_test_check
 from tla_service.inference.detector import Detector, Rejector, Scores
-from tla_service.report.plan import (
-    TRANSFER,
-    Plan,
-    adaptive_name,
-    detection_name,
-    radius_name,
-    smoothing_sigma,
-)
-from tla_service.report.settings import ReportSettings
+from tla_service.report.plan import TRANSFER, Plan, adaptive_name, detection_name, radius_name, smoothing_sigma
 
 # Of correctly classified validation images, by a detector fitted here: the default of those that models ship with.
 _FALSE_REJECTION_RATE = 0.05
 _FITTED = {"covariance", "shrinkage", "normalize", "rule"}
-_AIMS: tuple[Aim, ...] = ("evasion", "rejection")
-_SPARSE: tuple[SparseNorm, ...] = ("l0", "l1")
 
 
 @dataclass
@@ -58,7 +41,7 @@ class Findings:
     outcome: ShardOutcome
     autoattack: ShardOutcome | None = None
     embedded: dict[str, EmbeddedImages] = field(default_factory=dict)
-    rocs: dict[str, RocCurve] = field(default_factory=dict)
+    rocs: dict[str, dt.RocCurve] = field(default_factory=dict)
     detection: rs.Detection | None = None
     risks: dict[str, Scores] = field(default_factory=dict)
     shift: dict[float, ShiftRatios] = field(default_factory=dict)
@@ -75,36 +58,40 @@ class Findings:
 
 
 def gather(
-    results: Mapping[tuple[str, str], Any],
-    model: str,
-    plan: Plan,
-    settings: ReportSettings,
-    rejector: Rejector | None = None,
+    results: Mapping[tuple[str, str], Any], model: str, plan: Plan, rejector: Rejector | None = None
 ) -> Findings:
     """Sort the results of one model's tasks, and compute what follows from embeddings."""
     mine = {name: result for (key, name), result in results.items() if key == model}
     found = Findings(outcome=mine["columns"], autoattack=mine.get("autoattack"))
     found.embedded = {name: result for name, result in mine.items() if isinstance(result, EmbeddedImages)}
-    found.sizes = {norm: mine[norm] for norm in _SPARSE if norm in mine}
+    found.sizes = {norm: mine[norm] for norm in SPARSE_NORMS if norm in mine}
     found.norms = tuple(minimum_norms_of(sizes, norm) for norm, sizes in found.sizes.items())
     found.other_norm = mine.get("other-norm")
     if "corruptions" in mine:
         found.corruptions = summarise_corruptions(mine["corruptions"])
     found.curves = _curves(mine, found.outcome, plan)
-    found.transfer = joined([result for name, result in mine.items() if name.startswith(TRANSFER)])
+    found.transfer = transferred(results, model)
+    strong = found.autoattack
     if "certified" in mine:
-        found.certified = _certified(mine["certified"], found.autoattack, plan, settings)
-    if "audit" in mine:
-        surrogate = mine.get("surrogate")
-        found.unit_tests = mine.get("unit-tests")
-        more = unit_test_check(found.unit_tests), _transfer_check(found, plan)
-        found.audit = _with_objections(
-            rs.Audit.of((*mine["audit"].checks, *more), mine["audit"].images), found.autoattack
+        standing = None
+        if strong is not None:
+            standing = dict(zip(strong.indices.tolist(), strong.standing("autoattack").tolist(), strict=True))
+        found.certified = summarise(
+            mine["certified"],
+            norm=plan.norm,
+            epsilon=plan.epsilon,
+            sigma=smoothing_sigma(plan),
+            samples=plan.settings.certificate.samples,
+            alpha=plan.settings.certificate.alpha,
+            standing=standing,
         )
-        if surrogate is not None:
-            found.audit = replace(found.audit, surrogate=surrogate.facts)
+    if "audit" in mine:
+        found.unit_tests = mine.get("unit-tests")
+        more = unit_test_check(found.unit_tests), _transfer_check(found, plan), _objection_check(strong)
+        surrogate = mine["surrogate"].facts if "surrogate" in mine else None
+        found.audit = rs.Audit.of((*mine["audit"].checks, *more), mine["audit"].images, surrogate)
     if "natural" in found.embedded and len(found.embedded["natural"].rows):
-        _detect(found, plan, settings, rejector)
+        _detect(found, plan, rejector)
         natural = found.embedded["natural"].embedded
         attacked = found.embedded[radius_name(plan.epsilon)].embedded
         found.calibration = {"clean": calibrate(natural), "attacked": calibrate(attacked)}
@@ -116,15 +103,14 @@ def gather(
     return found
 
 
-def fitted_detector(bank: EmbeddedImages, settings: ReportSettings) -> Detector:
+def fitted_detector(bank: EmbeddedImages, plan: Plan) -> Detector:
     """The detector of the evaluation, fitted to embedded training images."""
-    chosen: dict[str, Any] = settings.detection.model_dump(include=_FITTED)
-    return fit_detector(bank.embedded, **chosen)
+    return dt.fit_detector(bank.embedded, **plan.settings.detection.model_dump(include=_FITTED))
 
 
 def _adaptive(found: Findings, plan: Plan, detector: Detector, threshold: float | None) -> rs.AdaptiveDetection | None:
     """What attacks on a detector found; the threshold of one that has none is fixed here. None if it was not run."""
-    names = [adaptive_name(aim, detector) for aim in _AIMS]
+    names = [adaptive_name(aim, detector) for aim in AIMS]
     if names[0] not in found.embedded or not len(found.embedded[names[0]].rows):
         return None
     source: Literal["validation", "training"] = "validation"
@@ -134,13 +120,13 @@ def _adaptive(found: Findings, plan: Plan, detector: Detector, threshold: float 
         if not held_out.correct.any():
             return None
         scores = detector.score(held_out.embeddings, held_out.predictions)
-        threshold = threshold_for(scores, held_out.correct, _FALSE_REJECTION_RATE)
+        threshold = dt.threshold_for(scores, held_out.correct, _FALSE_REJECTION_RATE)
     evasion, rejection = (found.embedded[name] for name in names)
     natural, unaware = (
         each.only(np.isin(each.rows, evasion.rows)).embedded
         for each in (found.embedded["natural"], found.embedded[radius_name(plan.epsilon)])
     )
-    measured, found.risks = adaptive_detection(
+    measured, found.risks = dt.adaptive_detection(
         detector,
         threshold,
         source,
@@ -154,17 +140,17 @@ def _adaptive(found: Findings, plan: Plan, detector: Detector, threshold: float 
     return measured
 
 
-def _detect(found: Findings, plan: Plan, settings: ReportSettings, rejector: Rejector | None) -> None:
+def _detect(found: Findings, plan: Plan, rejector: Rejector | None) -> None:
     natural, bank, attacked = (found.embedded[name].embedded for name in ("natural", "bank", detection_name(plan)))
-    chosen: dict[str, Any] = settings.detection.model_dump(include=_FITTED)
-    k, metric = min(settings.neighbours.k, len(bank)), settings.neighbours.metric
-    detector = fitted_detector(found.embedded["bank"], settings)
+    chosen = plan.settings.detection.model_dump(include=_FITTED)
+    k, metric = min(plan.settings.neighbours.k, len(bank)), plan.settings.neighbours.metric
+    detector = fitted_detector(found.embedded["bank"], plan)
     adaptive = _adaptive(found, plan, detector, None)
-    found.rocs = detect_misclassified(detector, bank, natural, attacked, seed=plan.seed, k=k, metric=metric)
+    found.rocs = dt.detect_misclassified(detector, bank, natural, attacked, seed=plan.seed, k=k, metric=metric)
     main = found.rocs["gaussian"]
     shipped = None
     if rejector is not None:
-        shipped = shipped_detection(rejector, Embedded.joined(natural, attacked), plan.seed)
+        shipped = dt.shipped_detection(rejector, Embedded.joined(natural, attacked), plan.seed)
         shipped = replace(shipped, adaptive=_adaptive(found, plan, rejector.detector, rejector.threshold))
     found.detection = rs.Detection(
         **vars(main.score),
@@ -196,45 +182,20 @@ def _curves(mine: Mapping[str, Any], outcome: ShardOutcome, plan: Plan) -> tuple
     return tuple(curves)
 
 
-def _certified(
-    certificates: Certificates, strong: ShardOutcome | None, plan: Plan, settings: ReportSettings
-) -> Certified:
-    standing = None
-    if strong is not None:
-        standing = dict(zip(strong.indices.tolist(), strong.standing("autoattack").tolist(), strict=True))
-    return summarise(
-        certificates,
-        norm=plan.norm,
-        epsilon=plan.epsilon,
-        sigma=smoothing_sigma(plan, settings),
-        samples=settings.certificate.samples,
-        alpha=settings.certificate.alpha,
-        standing=standing,
-    )
+def _objection_check(strong: ShardOutcome | None) -> rs.Check:
+    """AutoAttack's warnings about its own figure; zero gradients have a check of their own."""
+    name, meaning = "autoattack_raises_no_objection", "AutoAttack considers its own figure unreliable for this network"
+    if strong is None:
+        return rs.Check.of(name, None, 0.0, "AutoAttack was not run", meaning)
+    objections = float(sum(warning != ZERO_GRADIENT for warning in strong.warnings))
+    return rs.Check.of(name, objections, 0.0, "; ".join(strong.warnings) or "AutoAttack gave no warning", meaning)
 
 
-def _with_objections(audit: rs.Audit, strong: ShardOutcome | None) -> rs.Audit:
-    """One more check: AutoAttack's warnings about its own figure; zero gradients have a check of their own."""
-    warnings = strong.warnings if strong is not None else ()
-    objections = [warning for warning in warnings if warning != ZERO_GRADIENT]
-    check = rs.Check(
-        name="autoattack_raises_no_objection",
-        figure=None if strong is None else float(len(objections)),
-        threshold=0.0,
-        outcome="not run" if strong is None else "failed" if objections else "passed",
-        statement="AutoAttack was not run" if strong is None else "; ".join(warnings) or "AutoAttack gave no warning",
-        meaning="AutoAttack considers its own figure unreliable for this network",
-    )
-    return rs.Audit.of((*audit.checks, check), audit.images)
-
-
-def joined(outcomes: Sequence[ShardOutcome]) -> ShardOutcome | None:
-    """Outcomes of the same images under other attacks, as one."""
-    if not outcomes:
-        return None
-    return replace(
-        outcomes[0], broken_at={name: values for each in outcomes for name, values in each.broken_at.items()}
-    )
+def transferred(results: Mapping[tuple[str, str], Any], model: str) -> ShardOutcome | None:
+    """Results on examples crafted on a model's relatives, as one outcome; None without any."""
+    parts = [result for (key, name), result in results.items() if key == model and name.startswith(TRANSFER)]
+    broken_at = {name: values for part in parts for name, values in part.broken_at.items()}
+    return replace(parts[0], broken_at=broken_at) if parts else None
 
 
 def _transfer_check(found: Findings, plan: Plan) -> rs.Check:
@@ -245,18 +206,14 @@ def _transfer_check(found: Findings, plan: Plan) -> rs.Check:
     # The table may have been measured on fewer images.
     shared = 0 if transfer is None else int(np.isin(transfer.indices, found.outcome.indices).sum())
     if transfer is None or not shared:
-        return rs.Check(name, None, most, "not run", "no relative was attacked", meaning)
+        return rs.Check.of(name, None, most, "no relative was attacked", meaning)
     white = np.logical_and.reduce([found.outcome.standing(attack) for attack in plan.within])
     standing = np.isin(transfer.indices, found.outcome.indices[white])
     fell = standing & ~standing_under_all(transfer)
-    figure = float(fell.sum()) / shared
-    sources = ", ".join(
-        f"{source} {int((standing & ~transfer.standing(source)).sum())}"
-        for source in transfer.broken_at
-        if source != "clean"
-    )
+    fell_to = {source: standing & ~transfer.standing(source) for source in transfer.broken_at if source != "clean"}
+    sources = ", ".join(f"{source} {rows.sum()}" for source, rows in fell_to.items())
     statement = (
         f"{int(fell.sum())} of {int(standing.sum())} images that stand in the white box fall to examples crafted on "
         f"relatives ({sources})"
     )
-    return rs.Check(name, figure, most, "passed" if figure <= most else "failed", statement, meaning)
+    return rs.Check.of(name, float(fell.sum()) / shared, most, statement, meaning)

@@ -18,10 +18,9 @@ from tla_service.evaluation.surrogate import ARCHITECTURE, TrainedSurrogate
 from tla_service.models import build_model
 from tla_service.report import task_list as tl
 from tla_service.report.findings import fitted_detector
-from tla_service.report.page import describe_natural, describe_surrogate
+from tla_service.report.page import describe_surrogate
 from tla_service.report.plan import Plan
 from tla_service.report.relatives import Kin
-from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import Models
 from tla_service.report.tasks import Inputs, Measurer, Results, Task, run_tasks
 from tla_service.training.reporting import Terminal
@@ -33,33 +32,31 @@ _SECONDS_BETWEEN_LINES = 5.0
 class Measuring:
     """The measurements of an evaluation."""
 
-    settings: ReportSettings
     plan: Plan
     models: Models
     output: Path
     terminal: Terminal
     relatives: list[Relative] = field(default_factory=list)  # those tried so far
-    transferred: list[Task] = field(default_factory=list)
 
     def tasks(self) -> list[Task]:
         """What is measured of every test image; ConfigError if so few are taken that all of them are set aside."""
-        plan, settings, models = self.plan, self.settings, self.models
+        plan, models, counts = self.plan, self.models, self.plan.settings.images
         subject, dataset = models.subject, models.dataset
         labels, config = dataset.train.labels, subject.config
         rows, held_out = torch.arange(len(labels)), None
         if config is not None and config.data.name == dataset.name:
             # Gaussians are fitted to training images; the validation split of the training run stays out.
             rows, (_, held_out) = split_training(dataset, config.data.validation_fraction, config.seed)
-        bank = tl.bank_rows(rows, labels, settings.images.bank)
+        bank = tl.bank_rows(rows, labels, counts.bank)
         tasks = []
         for each in models.all:
-            tasks += tl.attack_tasks(plan, settings, dataset, each.key, is_own=each is subject)
-            tasks += tl.embedding_tasks(plan, settings, dataset, each.key, bank)
+            tasks += tl.attack_tasks(plan, dataset, each.key, is_own=each is subject)
+            tasks += tl.embedding_tasks(plan, dataset, each.key, bank)
         if models.surrogate is not None:
             tasks = [replace(task, surrogate=models.surrogate.network) for task in tasks]
-        tasks += tl.single_tasks(plan, settings, dataset, subject.key)
-        if held_out is not None and settings.images.adaptive and settings.images.representation:
-            tasks.append(tl.validation_task(plan, settings, dataset, subject.key, held_out))
+        tasks += tl.single_tasks(plan, dataset, subject.key)
+        if held_out is not None and counts.adaptive and counts.representation:
+            tasks.append(tl.validation_task(plan, dataset, subject.key, held_out))
         for task in tasks:
             if task.split == "test" and dataset.gate[task.rows].all():
                 reason = (
@@ -72,21 +69,21 @@ class Measuring:
         self, tasks: Sequence[Task], workers: Callable[[], AbstractContextManager[Measurer]]
     ) -> tuple[Results, list[Task], str]:
         """Run all tasks, and those that depend on their results; also returns what was run, and on what hardware."""
-        plan, settings, models = self.plan, self.settings, self.models
+        plan, models, counts = self.plan, self.models, self.plan.settings.images
         key, dataset = models.subject.key, models.dataset
         inputs = Inputs({each.key: each.network for each in models.all}, dataset)
         without = self._no_surrogate()
         first: list[Task] = []
-        if settings.images.audit and models.surrogate is not None:
-            first += tl.audit_tasks(plan, settings, dataset, key, models.surrogate.network)
-        elif settings.images.audit and without:
+        if counts.audit and models.surrogate is not None:
+            first += tl.audit_tasks(plan, dataset, key, models.surrogate.network)
+        elif counts.audit and without:
             self.terminal.say(why := f"no surrogate was given, and none could be trained ({without})")
-            first += tl.audit_tasks(plan, settings, dataset, key, why)
-        elif settings.images.audit:
+            first += tl.audit_tasks(plan, dataset, key, why)
+        elif counts.audit:
             self.terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
             first.append(tl.surrogate_task(plan, dataset, key))
         later: list[Task] = []
-        if settings.images.transfer:
+        if counts.transfer:
             for kin in models.relatives:
                 later += self._transfer(kin)
             if without:
@@ -111,17 +108,17 @@ class Measuring:
 
     def _follow(self, task: Task, found: Any) -> list[Task]:
         """What is measured once a result is known."""
-        plan, settings, models = self.plan, self.settings, self.models
+        plan, settings, models = self.plan, self.plan.settings, self.models
         dataset, key = models.dataset, models.subject.key
         if task.key == (key, "surrogate"):
             self.terminal.say(describe_surrogate(found.facts))
-            return tl.audit_tasks(plan, settings, dataset, key, self._built(found))
+            return tl.audit_tasks(plan, dataset, key, self._built(found))
         if task.key == (key, "natural-surrogate"):
-            return self._transfer(Kin("natural", describe_natural(found.facts), self._built(found)))
+            return self._transfer(Kin("natural", describe_surrogate(found.facts, natural=True), self._built(found)))
         if task.key == (key, "bank") and settings.images.adaptive:
             rejector = models.subject.rejector
-            detectors = [fitted_detector(found, settings), *([] if rejector is None else [rejector.detector])]
-            return tl.adaptive_tasks(plan, settings, dataset, key, detectors)
+            detectors = [fitted_detector(found, plan), *([] if rejector is None else [rejector.detector])]
+            return tl.adaptive_tasks(plan, dataset, key, detectors)
         if task.key == (key, "natural") and settings.page:
             shown = found.only(~dataset.gate.numpy()[found.rows])
             rows = shown.rows[pick_queries(shown.embedded, settings.pictures.queries, plan.seed)]
@@ -139,9 +136,7 @@ class Measuring:
         self.relatives.append(Relative(kin.source, kin.about, why=kin.why))
         if kin.network is None:
             return []
-        task = tl.transfer_task(self.plan, self.settings, self.models.dataset, self.models.subject.key, kin)
-        self.transferred.append(task)
-        return [task]
+        return [tl.transfer_task(self.plan, self.models.dataset, self.models.subject.key, kin)]
 
 
 def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:

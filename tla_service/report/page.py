@@ -9,7 +9,7 @@ from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.evaluation.results import DetectionScore, Share, SurrogateFacts, wilson_interval
 from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
-from tla_service.report.schema import PAGE_FILE, REPORT_FILE, Report
+from tla_service.report.schema import PAGE_FILE, REPORT_FILE, ModelFacts, Report
 from tla_service.training.reporting import Terminal
 
 if TYPE_CHECKING:
@@ -62,15 +62,7 @@ def template(name: str) -> "Template":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {
-        "percent": percent,
-        "interval": interval,
-        "area": area,
-        "number": number,
-        "printed": printed,
-        "size": size,
-    }
-    environment.filters |= filters
+    environment.filters |= {each.__name__: each for each in (percent, interval, area, number, printed, size)}
     return environment.get_template(name)
 
 
@@ -114,6 +106,13 @@ def size(epsilon: float, norm: str = "linf") -> str:
 def method_name(method: str) -> str:
     """A method as tables write it."""
     return _METHODS.get(method, method)
+
+
+def model_names(models: Sequence[ModelFacts]) -> list[str]:
+    """Models by their methods; those of one method are told apart by the first digits of their weights' SHA-256."""
+    names = [method_name(each.method) for each in models]
+    digits = [f" {each.weights_sha256[:6]}" for each in models]
+    return [name + mark if names.count(name) > 1 else name for name, mark in zip(names, digits, strict=True)]
 
 
 def describe(report: Report, name: str) -> str:
@@ -192,19 +191,12 @@ def _line(name: str, found: Share) -> str:
     return f"{name:<18} {percent(found.estimate, 2):>7} %   95%: {percent(found.low)} to {percent(found.high)}"
 
 
-def describe_surrogate(facts: SurrogateFacts) -> str:
-    """The surrogate that was trained for the audit, in a line."""
-    text = (
-        f"trained {facts.architecture}: {facts.steps} steps on {facts.images} training images in {facts.seconds:.0f} s"
-    )
-    if facts.clean_accuracy is None:
-        return text
-    return f"{text}, clean accuracy {percent(facts.clean_accuracy)} % on {facts.held_out} held-out images"
-
-
-def describe_natural(facts: SurrogateFacts) -> str:
-    """The natural surrogate that was trained for the attacks through relatives; without times, which differ."""
+def describe_surrogate(facts: SurrogateFacts, *, natural: bool = False) -> str:
+    """A surrogate that was trained on the spot, in a line; a natural one without times, which differ."""
     about = f"a {facts.architecture} trained naturally for {facts.steps} steps"
+    if not natural:
+        spent = f"{facts.steps} steps on {facts.images} training images in {facts.seconds:.0f} s"
+        about = f"trained {facts.architecture}: {spent}"
     if facts.clean_accuracy is None:
         return about
     return f"{about}, clean accuracy {percent(facts.clean_accuracy)} % on {facts.held_out} held-out images"

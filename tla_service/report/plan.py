@@ -44,13 +44,14 @@ _SHIFT = {"mnist": _Level(0.03, 40)}
 
 @dataclass(frozen=True)
 class Plan:
-    """The attacks of an evaluation.
+    """The settings of an evaluation, and the attacks that follow from them.
 
     `columns` are white-box attacks by name, those in `within` under the threat model itself; `transfer` attacks are
     crafted on the surrogate. `iterative` is the strongest PGD under the threat model. `shift` has the attacks of the
     shift ratios by radius, rising.
     """
 
+    settings: ReportSettings
     norm: Norm
     epsilon: float
     columns: dict[str, Attack]
@@ -81,7 +82,12 @@ def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: flo
     Without a surrogate transfer attacks are left out. ConfigError if a norm has no radius, or none of the attacks is
     PGD under the threat model.
     """
-    norm, epsilon = _threat_model(settings, data_name, norm, epsilon)
+    chosen = settings.norm or norm
+    # The radius that the model was trained for counts in its own norm only.
+    radius = settings.epsilon or (epsilon if chosen == norm else documented_radius(data_name, chosen))
+    if radius is None:
+        raise ConfigError("norm", chosen, *no_radius(data_name, chosen, "--epsilon"))
+    norm, epsilon = chosen, radius
     detection = _detection_attack(settings, data_name, norm, epsilon)
     training = AttackConfig(norm=norm, epsilon=epsilon, step_size=epsilon / 10)
     small = _SHIFT.get(data_name) if norm == "linf" else None
@@ -100,6 +106,7 @@ def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: flo
         remedy = 'add one, such as --attacks \'{"pgd50": {"num_steps": 50}}\''
         raise ConfigError("attacks", ", ".join(white), reason, remedy)
     return Plan(
+        settings=settings,
         norm=norm,
         epsilon=epsilon,
         columns=white,
@@ -112,17 +119,6 @@ def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: flo
         seed=settings.seed,
         batch_size=settings.batch_size,
     )
-
-
-def _threat_model(settings: ReportSettings, data_name: str, norm: Norm, epsilon: float) -> tuple[Norm, float]:
-    """What was asked for, else what the model was trained for; its radius counts in its own norm only."""
-    chosen = settings.norm or norm
-    radius = epsilon if chosen == norm else documented_radius(data_name, chosen)
-    if settings.epsilon is not None:
-        radius = settings.epsilon
-    if radius is None:
-        raise ConfigError("norm", chosen, *no_radius(data_name, chosen, "--epsilon"))
-    return chosen, radius
 
 
 def check_plan(plan: Plan, shape: ImageShape) -> None:
@@ -161,13 +157,13 @@ def detection_name(plan: Plan) -> str:
     return "larger" if plan.detection.epsilon == plan.epsilon else radius_name(plan.detection.epsilon)
 
 
-def smoothing_sigma(plan: Plan, settings: ReportSettings) -> float:
+def smoothing_sigma(plan: Plan) -> float:
     """Deviation of the noise that certificates are for.
 
     In L-infinity it is on average as long as the longest perturbation of the threat model; in L2 a certificate up to
     the radius takes 98 % of the votes.
     """
-    return settings.certificate.sigma or (plan.epsilon if plan.norm == "linf" else plan.epsilon / 2)
+    return plan.settings.certificate.sigma or (plan.epsilon if plan.norm == "linf" else plan.epsilon / 2)
 
 
 def other_norm_attack(plan: Plan, data_name: str, shape: ImageShape) -> Attack:
@@ -183,12 +179,10 @@ def adaptive_name(aim: Aim, detector: Detector) -> str:
     return f"{aim}-{crc32(b''.join(tables[name].tobytes() for name in sorted(tables))):08x}"
 
 
-def protocol(plan: Plan, settings: ReportSettings) -> str:
+def protocol(plan: Plan) -> str:
     """Eight hex digits of everything that shapes the figures, but weights and data."""
-    parts = {
-        name: getattr(settings, name).model_dump()
-        for name in ("images", "detection", "certificate", "neighbours", "pictures")
-    }
-    described = asdict(plan, dict_factory=lambda items: {key: value for key, value in items if key != "function"})
+    parts = plan.settings.model_dump(include={"images", "detection", "certificate", "neighbours", "pictures"})
+    left_out = {"settings", "function"}  # the latter of attacks, whose name is their kind
+    described = asdict(plan, dict_factory=lambda items: {key: value for key, value in items if key not in left_out})
     text = json.dumps(parts | {"plan": described}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

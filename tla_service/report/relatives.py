@@ -55,8 +55,7 @@ def find_relatives(subject: "Subject", load_subject: "LoadSubject") -> tuple[Kin
         found = stored("average.safetensors")
         if isinstance(found, str):
             return found
-        inner = {name: value for name, value in found.items() if name.startswith(_AVERAGED)}
-        return {name.removeprefix(_AVERAGED): value for name, value in inner.items()}
+        return {name.removeprefix(_AVERAGED): value for name, value in found.items() if name.startswith(_AVERAGED)}
 
     def pretrained() -> Mapping[str, Tensor] | str:
         config = subject.config

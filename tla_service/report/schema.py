@@ -3,9 +3,9 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import GenerateJsonSchema
 
 from tla_service.errors import UnavailableError, one_line
@@ -200,9 +200,8 @@ def artifact_folder(weights_sha256: str, threat_model: ThreatModel) -> str:
 def read_report(path: Path) -> Report:
     """Read `report.json`; UnavailableError if there is none, or it is damaged or of another format."""
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        return Report.model_validate(content)
-    except (OSError, ValueError, ValidationError) as error:
+        return Report.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         reason = f"cannot be read ({one_line(error)})"
         raise UnavailableError("report", path, reason, "evaluate the model again") from error
 

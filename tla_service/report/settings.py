@@ -190,7 +190,7 @@ def spread_lists(arguments: Sequence[str], names: Sequence[str] = ("compare",)) 
     for argument in arguments:
         if argument.startswith("--"):
             flag = argument if argument.removeprefix("--") in names else ""
-            spread += [] if flag else [argument]
-        else:
-            spread += [flag, argument] if flag else [argument]
+            if flag:
+                continue
+        spread += [flag, argument] if flag else [argument]
     return spread

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
 from tla_service.data import Dataset, load_dataset
+from tla_service.data.augmentation import to_unit
 from tla_service.errors import ConfigError, UnavailableError, one_line, readable
-from tla_service.evaluation.shards import as_pixels, logits_of
+from tla_service.evaluation.shards import logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.inference.detector import Rejector
 from tla_service.models import Architecture
@@ -76,9 +77,9 @@ def load_models(settings: ReportSettings, load_subject: LoadSubject) -> Models:
     others = tuple(load_subject(other, "compare") for other in settings.compare)
     surrogate = load_subject(settings.surrogate, "surrogate") if settings.surrogate else None
     keys = [each.key for each in (subject, *others)]
-    if len(set(keys)) < len(keys):
-        twice = next(settings.compare[at] for at in range(len(others)) if keys[at + 1] in keys[: at + 1])
-        raise ConfigError("compare", twice, "these weights are named twice", "name each model once")
+    for place, address in enumerate(settings.compare, start=1):
+        if keys[place] in keys[:place]:
+            raise ConfigError("compare", address, "these weights are named twice", "name each model once")
     if surrogate is not None and surrogate.key in keys:
         itself = "is the model under evaluation itself"
         other = "is compared too: for that model a transferred attack would be a white-box one"
@@ -161,7 +162,6 @@ def read_stored(folder: Path, name: str) -> Mapping[str, Tensor]:
 
 def _check_fit(field: str, subject: Subject, dataset: Dataset) -> None:
     """Image shape, classes and finite outputs, on two images."""
-    images = dataset.test.fetch(torch.arange(min(_PROBE_IMAGES, len(dataset.test))))
     shape, takes = ("x".join(map(str, each)) for each in (dataset.image_shape, subject.image_shape))
     if shape != takes:
         remedy = "evaluate it on images like those it was trained on (data.name, data.root)"
@@ -175,11 +175,8 @@ def _check_fit(field: str, subject: Subject, dataset: Dataset) -> None:
             place = dataset.class_names.index(name)
             reason = f"its class {name!r} is number {number}, in {dataset.name} it is number {place}"
             raise ConfigError(field, subject.facts.uri, reason, "evaluate it on data with the classes in its order")
+    images = dataset.test.fetch(torch.arange(min(_PROBE_IMAGES, len(dataset.test))))
     try:
-        clean_logits(
-            logits_of(subject.network),
-            as_pixels(images, torch.device("cpu")),
-            torch.zeros(len(images), dtype=torch.int64),
-        )
+        clean_logits(logits_of(subject.network), to_unit(images), torch.zeros(len(images), dtype=torch.int64))
     except ConfigError as error:
         raise ConfigError(field, subject.facts.uri, error.reason, error.remedy) from error

@@ -15,7 +15,6 @@ from tla_service.evaluation.shards import ShardOutcome, standing_under_all
 from tla_service.report.findings import Findings
 from tla_service.report.plan import Plan, other_norm_attack, radius_name
 from tla_service.report.schema import AttackFacts, AutoAttackFacts
-from tla_service.report.settings import ReportSettings
 
 # Below this, AutoAttack's lead is what a fair attack of fewer steps leaves; above, the others are weak.
 WEAK_GAP = 0.02
@@ -27,10 +26,7 @@ def accuracies(found: Findings, plan: Plan, num_classes: int) -> dict[str, rs.Ac
     """Accuracy by attack: clean, the table's attacks, the worst of them, AutoAttack."""
     outcome = found.outcome
     standing = {name: outcome.standing(name) for name in ("clean", *plan.columns, *plan.transfer)}
-    standing["worst"] = np.logical_and.reduce(list(standing.values()))
-    if found.transfer is not None:
-        fallen = found.transfer.indices[~standing_under_all(found.transfer)]
-        standing["worst"] &= ~np.isin(outcome.indices, fallen)
+    standing["worst"] = standing_under_all(outcome, found.transfer)
     table = {name: rs.class_accuracy(correct, outcome.labels, num_classes) for name, correct in standing.items()}
     strong = found.autoattack
     if strong is not None:
@@ -85,14 +81,13 @@ def autoattack_facts(found: Findings, plan: Plan) -> AutoAttackFacts | None:
     standing = {name: found.outcome.standing(name)[same] for name in plan.within}
     strongest = min(standing, key=lambda name: int(standing[name].sum()))
     gap = rs.paired_difference(standing[strongest], strong.standing("autoattack")[shared])
-    broken = {stage: int((strong.broken_at["autoattack"] == 1 + place).sum()) for place, stage in enumerate(ALL_STAGES)}
-    run = strong.autoattack
+    broken_at, run = strong.broken_at["autoattack"], strong.autoattack
     assert run is not None
     return AutoAttackFacts(
         version=run.version,
         stages=run.stages,
         left_out=strong.left_out,
-        broken_by={stage: broken[stage] for stage in run.stages},
+        broken_by={stage: int((broken_at == 1 + ALL_STAGES.index(stage)).sum()) for stage in run.stages},
         strongest=strongest,
         gap=gap,
         weak=gap.low > 0 and gap.difference > WEAK_GAP,
@@ -134,14 +129,14 @@ def differences(found: Findings, other: Findings, plan: Plan) -> dict[str, rs.Di
     return {name: rs.paired_difference(*pair) for name, pair in pairs.items()}
 
 
-def neighbours(found: Findings, plan: Plan, settings: ReportSettings) -> rs.Neighbours | None:
+def neighbours(found: Findings, plan: Plan) -> rs.Neighbours | None:
     """Accuracy of a vote of the nearest training images."""
     if not found.embedded:
         return None
-    bank = found.embedded["bank"].embedded
-    k = min(settings.neighbours.k, len(bank))
+    bank, chosen = found.embedded["bank"].embedded, plan.settings.neighbours
+    k = min(chosen.k, len(bank))
     clean, attacked = (
-        neighbour_accuracy(found.embedded[name].embedded, bank, k=k, metric=settings.neighbours.metric)
+        neighbour_accuracy(found.embedded[name].embedded, bank, k=k, metric=chosen.metric)
         for name in ("natural", radius_name(plan.epsilon))
     )
     return rs.Neighbours(k, len(bank), clean, attacked)

@@ -190,13 +190,14 @@ def _describe(
     params = [Param(name, value[:_PARAM_LENGTH]) for name, value in fields.items() if name not in there]
     for start in range(0, len(params), _PARAMS_PER_REQUEST):
         batch = params[start : start + _PARAMS_PER_REQUEST]
-        _add_once(
-            functools.partial(_has_params, made, run_id, batch), functools.partial(made.log_batch, run_id, params=batch)
-        )
+        has_params = functools.partial(_has_params, made, run_id, batch)
+        _add(functools.partial(made.log_batch, run_id, params=batch), has_params)
     digest, source = facts.get(FINGERPRINT, "unknown")[:_DIGEST_LENGTH], {"uri": config.data.root or config.data.name}
     dataset = Dataset(config.data.name, digest, "local", json.dumps(source), profile=json.dumps(dict(facts)))
     inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-    _add_once(functools.partial(_has_inputs, made, run_id), functools.partial(made.log_inputs, run_id, inputs))
+    has_inputs = functools.partial(_has_inputs, made, run_id)
+    if not has_inputs():
+        _add(functools.partial(made.log_inputs, run_id, inputs), has_inputs)
     files = {artifact.path for artifact in made.list_artifacts(run_id)}
     text = to_yaml(config)
     if "config.yaml" not in files:
@@ -217,10 +218,8 @@ def _has_inputs(made: MlflowClient, run_id: str) -> bool:
     return inputs is not None and bool(inputs.dataset_inputs)
 
 
-def _add_once(is_there: Callable[[], bool], add: Callable[[], object]) -> None:
-    """Add what is missing. Of two processes that describe a run concurrently, MLflow refuses the second."""
-    if is_there():
-        return
+def _add(add: Callable[[], object], is_there: Callable[[], bool]) -> None:
+    """Add what was missing. Of two processes that describe a run concurrently, MLflow refuses the second."""
     try:
         add()
     except MlflowException:
