@@ -34,3 +34,29 @@ def test_training_mode_keeps_images_apart(name: str, shape: tuple[int, int, int]
     shards = (gradient(slice(0, 2)) + gradient(slice(2, 4))) / 2
     torch.testing.assert_close(shards, whole, rtol=1e-9, atol=1e-14)
     assert not list(network.buffers())
+
+
+@pytest.mark.parametrize(("name", "shape"), [("small_cnn", (1, 28, 28)), ("cifar_cnn", (3, 32, 32))])
+def test_the_fast_gradient_to_images_is_that_of_the_convolution(name: str, shape: tuple[int, int, int]) -> None:
+    network = build_model(name, 10, shape).double()
+    images, labels = torch.rand(4, *shape, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 5, 9])
+    wanted = [images, *network.parameters()]
+
+    def gradients() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(nn.functional.cross_entropy(network(images).logits, labels), wanted))
+
+    fast = gradients()
+    network.convolutions[0].__class__ = nn.Conv2d
+    for mine, plain in zip(fast, gradients(), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-14)
+
+
+def test_the_fast_gradient_under_autocast_and_twice() -> None:
+    network = build_model("small_cnn", 10, (1, 28, 28))
+    images = torch.rand(4, 1, 28, 28, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = network(images).logits.float().sum()
+    assert torch.autograd.grad(total, images)[0].dtype == torch.float32
+    (gradient,) = torch.autograd.grad(network(images).logits.sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()  # never a gradient without the weights' share
