@@ -165,9 +165,9 @@ def test_the_page_has_corrected_verdicts_and_the_searches(tmp_path: Path, finish
     (clean,) = [line for line in page.splitlines() if line.startswith("| TLA less AT | clean |")]
     assert "not separated" in clean
     assert "`python jobs/reproduce_paper.py --table mnist --seeds 5 --recipe tuned --data.root /data/mnist`" in page
-    assert "Each of 8 methods had 8 trials" in page
+    assert "Each of 8 methods had 4 trials" in page
     assert (tmp_path / "pictures" / "mnist-tuned-trials.png").stat().st_size > 1000
-    assert "| MART | 8 |" in page
+    assert "| MART | 4 |" in page
 
 
 @pytest.mark.parametrize(
