@@ -28,6 +28,7 @@ HUNG_SECONDS = 60
 MOST_BYTES = 2**30  # of additional memory
 LONGEST_MESSAGE = 2000
 CHUNK = 50  # cases per test
+JUDGED: dict[int, "Ended"] = {}  # cases of the test that runs now, by number
 
 
 class Accepted(BaseException):
@@ -138,7 +139,8 @@ class Faults:
             pytest.fail(f"{len(self.found)} faults\n" + "\n".join(self.found))
 
     def add(self, fault: str, number: int, case: object, ended: Ended) -> None:
-        """Note a fault, if it is one."""
+        """Note how a case ended, and its fault, if it is one."""
+        JUDGED[number] = ended
         if fault:
             self.found.append(
                 f"TLA_FUZZ_SEED={SEED} TLA_FUZZ_CASE={number}: {fault}\n  {case!r:.600}\n  {ended.text[-600:]}"
