@@ -35,7 +35,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
     lines = ["| cases | number | refused with one message | accepted | hung | slowest |", "|---" * 6 + "|"]
     for name, words in KINDS.items():
-        properties = [dict(each.user_properties) for each in terminalreporter.stats["passed"] if name in each.nodeid]
+        ended = [each for each in terminalreporter.stats[""] if each.when == "teardown" and name in each.nodeid]
+        properties = [dict(each.user_properties) for each in ended]
         judged = [each["judged"] for each in properties if "judged" in each]
         count, refused, hung = (sum(each[column] for each in judged) for column in range(3))
         slowest = max(each[3] for each in judged)
