@@ -79,6 +79,8 @@ def test_every_run_of_the_protocol_is_valid_and_selected_on_enough_validation_im
     assert {run.seed for run in trials}.isdisjoint(run.seed for run in shown)
     assert len({run.name for run in shown}) == len(shown)
     assert [run.row for run in shown if run.images["autoattack"]].count("tla") == tuned.protocol(table).full_seeds
+    at_first = {run.row for run in shown if run.seed == shown[0].seed}
+    assert at_first == {run.row for run in shown[: len(at_first)]} >= tuned.protocol(table).searched.keys()
 
 
 def test_the_best_are_repeated_and_the_best_mean_of_two_seeds_wins(tmp_path: Path) -> None:
@@ -166,6 +168,8 @@ def test_the_page_has_corrected_verdicts_and_the_searches(tmp_path: Path, finish
     assert "not separated" in clean
     assert "`python jobs/reproduce_paper.py --table mnist --seeds 5 --recipe tuned --data.root /data/mnist`" in page
     assert "Each of 8 methods had 4 trials" in page
+    found = [line.split(" | ")[0] for line in page.partition("## Accuracy")[2].splitlines() if line.startswith("| ")]
+    assert found[1:5] == ["| AT", "| ALP", "| TRADES", "| MART"]
     assert (tmp_path / "pictures" / "mnist-tuned-trials.png").stat().st_size > 1000
     assert "| MART | 4 |" in page
 

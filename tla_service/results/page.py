@@ -7,6 +7,7 @@ from pathlib import Path
 from tla_service.config import RunConfig
 from tla_service.evaluation.figures import new_figure, plain, save
 from tla_service.evaluation.paper import differences_from_paper, paper_row
+from tla_service.results import tuned
 from tla_service.results.runs import AUTOATTACK, Estimate, Row, TableRun, read_row, share_of_budget, table_runs
 from tla_service.results.settings import ReproduceSettings
 from tla_service.results.tuned_page import comparison_lines, gain_cells, label, protocol_text, search_lines
@@ -22,7 +23,7 @@ _TITLES = {
 def write_page(settings: ReproduceSettings, space: Space, source: Path, state: Path) -> Path:
     """Write the page and its figures from the measured runs in `source` and the trials in `state`; returns its path."""
     path, runs, is_tuned = settings.page, table_runs(settings), settings.recipe == "tuned"
-    by_row: dict[str, list[TableRun]] = {}
+    by_row: dict[str, list[TableRun]] = {name: [] for name in tuned.protocol(settings.table).arms} if is_tuned else {}
     for run in sorted(runs, key=lambda run: run.seed):
         by_row.setdefault(run.row, []).append(run)
     rows = {name: read_row(label(name), each, source) for name, each in by_row.items()}
