@@ -150,6 +150,7 @@ def _draw_map(table: str, state: Path, path: Path) -> bool:
             c=[100 * trial.mean for trial in trials], vmin=min(scores), vmax=max(scores), s=90, edgecolors="k",
         )  # fmt: skip
         panel.set(xscale="log", yscale="log", xlabel="triplet weight", title=label(arm))
+        panel.xaxis.set_minor_formatter("")  # they overlap
         plain(panel, "both")
     panels[0].set_ylabel("margin")
     drawn.colorbar(shown, ax=list(panels), label="robust validation accuracy, %")
