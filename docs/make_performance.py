@@ -1,4 +1,4 @@
-"""Write the measured tables into docs/performance.md, docs/scaling.md and README.md.
+"""Write the measured tables into docs/performance.md and docs/scaling.md.
 
     python -m benchmarks --keep_ratios --output docs/results/performance-cpu.json
     python -m docs.make_performance
@@ -14,8 +14,7 @@ from typing import Any
 from benchmarks.scaling_model import GPUS, Cluster, efficiency
 
 HERE = Path(__file__).parent
-PAGES = (HERE / "performance.md", HERE / "scaling.md", HERE.parent / "README.md")
-TUNED = HERE / "results" / "mnist-tuned.md"
+PAGES = (HERE / "performance.md", HERE / "scaling.md")
 RESULTS = {device: HERE / "results" / f"performance-{device}.json" for device in ("cpu", "gpu")}
 BLOCK = re.compile(r"(<!-- (cpu|gpu|model): ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 # If no GPU has been measured, the model assumes this share of an H200's dense bfloat16 rate.
@@ -39,14 +38,12 @@ def content(source: str, name: str, results: dict[str, dict[str, Any]]) -> str:
     if source == "model":
         return model(results)
     found = results.get(source)
-    if found is None or (name not in found["tables"] and name not in ("facts", "bars", "gain")):
+    if found is None or (name not in found["tables"] and name not in ("facts", "bars")):
         return "*Not measured yet.*"
     if name == "facts":
         return facts(found["facts"])
     if name == "bars":
         return bars(found["ratios"])
-    if name == "gain":
-        return gain(found["raw"]["step seconds small_cnn"])
     table = found["tables"][name]
     return lines(table["columns"], table["rows"])
 
@@ -81,15 +78,6 @@ def bars(ratios: dict[str, dict[str, float | None]]) -> str:
         rows.append([name, f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"])
         rows[-1] += [f"{ratio['bar']:.2f}", verdict]
     return lines(["ratio (lower is better)", "median (quartiles)", "threshold", ""], rows)
-
-
-def gain(seconds: dict[str, float]) -> str:
-    """The tuned methods' accuracies, and the time of a training step over that of AT."""
-    table = TUNED.read_text().partition("## Accuracy, %\n\n")[2].partition("\n\n")[0]
-    columns, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
-    seconds = {name.removesuffix(", pool: batch"): value for name, value in seconds.items()}
-    made = [[*row, f"{seconds[row[0]] / seconds['AT']:.2f}"] for row in rows if row[0] in seconds]
-    return lines([*columns, "step time over AT"], made)
 
 
 def model(results: dict[str, dict[str, Any]]) -> str:

@@ -25,7 +25,7 @@ def _judged(record_property: Callable[[str, object], None]) -> Iterator[None]:
     if JUDGED:
         ended = JUDGED.values()
         refused, slowest = sum(each.code is not None for each in ended), max(each.seconds for each in ended)
-        record_property("judged", (len(ended), refused, sum(bool(each.hung) for each in ended), slowest))
+        record_property("judged", (len(ended), refused, slowest))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -33,13 +33,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     from tests.chaos.campaign import commit, write_part
 
-    lines = ["| cases | number | refused with one message | accepted | hung | slowest |", "|---" * 6 + "|"]
+    lines = ["| cases | number | refused with one message | accepted | slowest |", "|---" * 5 + "|"]
     for name, words in KINDS.items():
         ended = [each for each in terminalreporter.stats[""] if each.when == "teardown" and name in each.nodeid]
         properties = [dict(each.user_properties) for each in ended]
         judged = [each["judged"] for each in properties if "judged" in each]
-        count, refused, hung = (sum(each[column] for each in judged) for column in range(3))
-        slowest = max(each[3] for each in judged)
-        lines.append(f"| {words} | {count:,} | {refused:,} | {count - refused:,} | {hung} | {slowest:.1f} s |")
+        count, refused = (sum(each[column] for each in judged) for column in range(2))
+        slowest = max(each[2] for each in judged)
+        lines.append(f"| {words} | {count:,} | {refused:,} | {count - refused:,} | {slowest:.1f} s |")
     made = f"Made by `make fuzz` at {commit()}, seed {SEED}; the slowest in seconds of CPU time."
     write_part(Path(PAGE), "fuzz", "\n".join([*lines, "", made]) + "\n")

@@ -1,5 +1,6 @@
 """The recipe `tuned`: equal searches, selection on validation over two seeds, Holm's correction, and the page."""
 
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from tests.results.conftest import settings_of
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.results import tuned
+from tla_service.results.local import open_state
 from tla_service.results.page import write_page
 from tla_service.results.runs import (
     TableRun,
@@ -81,6 +83,17 @@ def test_every_run_of_the_protocol_is_valid_and_selected_on_enough_validation_im
     assert [run.row for run in shown if run.images["autoattack"]].count("tla") == tuned.protocol(table).full_seeds
     at_first = {run.row for run in shown if run.seed == shown[0].seed}
     assert at_first == {run.row for run in shown[: len(at_first)]} >= tuned.protocol(table).searched.keys()
+
+
+def test_trials_of_other_searches_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial's number would stand for other settings."""
+    settings, found = settings_of(*FLAGS, "--state", str(tmp_path)), tuned.protocol("digits")
+    open_state(settings)
+    open_state(settings)
+    for change, fits in (({"full_seeds": 2}, True), ({"trials": 3}, False)):
+        monkeypatch.setattr(tuned, "protocol", {"digits": found.model_copy(update=change)}.__getitem__)
+        with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="other settings"):
+            open_state(settings)
 
 
 def test_the_best_are_repeated_and_the_best_mean_of_two_seeds_wins(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tla_service.data import load_dataset
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import locked_folder, write_whole
 from tla_service.job import INTERRUPTED
+from tla_service.results import tuned
 from tla_service.results.page import write_page
 from tla_service.results.runs import (
     TableRun,
@@ -80,6 +81,8 @@ def reproduce(settings: ReproduceSettings, make: Make, track: Track | None = Non
 def open_state(settings: ReproduceSettings) -> Path:
     """Claim the folder of the runs; raises ConfigError if it holds another table, or one with other settings."""
     folder, mine = settings.state_folder, {"table": settings.table, "settings": settings.budget_name}
+    if settings.recipe == "tuned":
+        mine["searches"] = tuned.searches_digest(settings.table)
     mark = folder / IDENTITY
     try:
         if mark.exists() and json.loads(mark.read_text()) != mine:

@@ -5,6 +5,7 @@ killed table resumes, machines can share it, and every method sees the same lear
 """
 
 import functools
+import hashlib
 import json
 import statistics
 from collections.abc import Iterator
@@ -74,6 +75,12 @@ _PROTOCOLS = TypeAdapter(dict[str, Protocol])
 def protocol(table: str) -> Protocol:
     """The protocol of a table."""
     return _PROTOCOLS.validate_python(read_yaml(Path(__file__).with_name("tuned.yaml"), "table"))[table]
+
+
+def searches_digest(table: str) -> str:
+    """Of all that decides what a numbered trial, or a run with its winner's settings, is."""
+    fields = {"preset", "flags", "trials", "trial_fields", "shared", "arms"}
+    return hashlib.sha256(protocol(table).model_dump_json(include=fields).encode()).hexdigest()[:16]
 
 
 def trial_points(table: str, arm: str) -> list[dict[str, float]]:
