@@ -110,8 +110,8 @@ def _tuned_runs(settings: ReproduceSettings, state: Path | None) -> list[TableRu
             if arm.seeds is None or seed < arm.seeds:
                 fields = {**points[name], **arm.fields}
                 runs.append(TableRun(f"{name}-s{seed}", arm.method, seed, fields=fields, images=found.images | images))
-    # AutoAttack takes several times as long as all else; the last seeds have none, so that they begin with every arm.
-    return sorted(runs, key=lambda run: (run.images["autoattack"], -run.seed))
+    # First the seeds of one measurement, of every arm; then the arms with AutoAttack, which takes the longest.
+    return sorted(runs, key=lambda run: (run.seed < found.full_seeds, -run.images["autoattack"], -run.seed))
 
 
 def share_of_budget(settings: ReproduceSettings) -> float:
