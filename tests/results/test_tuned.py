@@ -90,7 +90,7 @@ def test_trials_of_other_searches_are_refused(tmp_path: Path, monkeypatch: pytes
     settings, found = settings_of(*FLAGS, "--state", str(tmp_path)), tuned.protocol("digits")
     open_state(settings)
     open_state(settings)
-    for change, fits in (({"full_seeds": 2}, True), ({"trials": 3}, False)):
+    for change, fits in (({"full_seeds": 2}, True), ({"trials": 3}, False), ({"repeated": 2}, False)):
         monkeypatch.setattr(tuned, "protocol", {"digits": found.model_copy(update=change)}.__getitem__)
         with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="other settings"):
             open_state(settings)
