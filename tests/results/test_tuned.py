@@ -186,6 +186,10 @@ def test_the_page_has_corrected_verdicts_and_the_searches(tmp_path: Path, finish
     assert found[1:5] == ["| AT", "| ALP", "| TRADES", "| MART"]
     assert (tmp_path / "pictures" / "mnist-tuned-trials.png").stat().st_size > 1000
     assert f"| MART | {trials} |" in page
+    first = {arm: tuned.scored_trials("mnist", arm, state)[0] for arm in ("at", "tla")}
+    gain = 100 * (first["tla"].scores[0] - first["at"].scores[0])
+    (row,) = [line for line in page.splitlines() if line.startswith("| 0.0155 | 0.333 |")]
+    assert row.split(" | ")[6] == f"{gain:+.1f}"  # after ALP, TRADES and MART
 
 
 @pytest.mark.parametrize(
