@@ -85,6 +85,12 @@ def test_only_versions_of_the_evaluated_weights_are_tagged(local_uri: str, tmp_p
     assert measured == 0.5
     assert len(made.get_metric_history(run_id, "evaluation/accuracy/autoattack")) == 1
 
+    accuracy = {name: share for name, share in found.accuracy.items() if name != "autoattack"}
+    rp.write_report(without := found.model_copy(update={"accuracy": accuracy, "autoattack": None}), json)
+    log_evaluation(local_uri, without, {"report.json": json})
+    kept = {name for name in version.tags if not name.endswith("accuracy.autoattack")}
+    assert made.get_model_version("tla-digits", "1").tags.keys() == kept, "no figure of the evaluation before"
+
 
 def logged(uri: str, tmp_path: Path, *reports: rp.Report) -> str:
     """Log reports of one model's weights, which are registered as tla-digits/1; returns the run."""

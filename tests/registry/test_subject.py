@@ -2,13 +2,18 @@
 
 from pathlib import Path
 
+import pytest
 import torch
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from safetensors.torch import save_file
 
+from tests.registry.evaluations import register_another
 from tests.registry.tracking_server import Packaged
 from tla_service.models import build_model
+from tla_service.registry import subject as subject_module
 from tla_service.registry.subject import load_subject
 from tla_service.report.relatives import Kin, find_relatives
+from tla_service.tracking.connection import client
 from tla_service.tracking.runs import log_files
 
 
@@ -29,3 +34,34 @@ def test_the_last_epoch_of_a_version_is_among_the_artifacts_of_its_run(packaged:
     network = kin_of(packaged)["last"].network
     assert network is not None
     assert all(torch.equal(value, last[name]) for name, value in network.state_dict().items())
+
+
+def test_a_lost_response_is_no_missing_file(packaged: Packaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    download, lost = LocalArtifactRepository._download_file, []
+
+    def lose_the_first(self: LocalArtifactRepository, remote_file_path: str, local_path: str) -> None:
+        if remote_file_path == "config.yaml" and not lost:
+            lost.append(remote_file_path)
+            raise ConnectionError("reset by peer")
+        download(self, remote_file_path, local_path)
+
+    monkeypatch.setattr(LocalArtifactRepository, "_download_file", lose_the_first)
+    assert load_subject("models:/tla-digits/1", "model", packaged.uri).config is not None
+    assert lost
+
+
+def test_an_alias_that_moves_meanwhile_does_not_change_the_version(
+    packaged: Packaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, load = client(packaged.uri), subject_module.load_with_folder
+    made.set_registered_model_alias("tla-digits", "champion", "1")
+    second = register_another(packaged)
+
+    def load_and_move(*arguments: str) -> object:
+        found = load(*arguments)
+        made.set_registered_model_alias("tla-digits", "champion", second)
+        return found
+
+    monkeypatch.setattr(subject_module, "load_with_folder", load_and_move)
+    facts = load_subject("models:/tla-digits@champion", "model", packaged.uri).facts
+    assert (facts.uri, facts.name, facts.version) == ("models:/tla-digits@champion", "tla-digits", "1")

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from tla_service.attacks import UNBROKEN, LogitsFn
 from tla_service.data import Batch
 from tla_service.data.augmentation import to_unit
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import ConfigError, readable
 from tla_service.evaluation.results import BoolArray
 from tla_service.files import whole_file
 from tla_service.models.frozen import FrozenTwin, use_matrix_products
@@ -229,12 +228,10 @@ def save_arrays(arrays: Arrays, path: Path) -> None:
 
 def load_arrays(path: Path) -> Arrays:
     """Read arrays that :func:`save_arrays` wrote; UnavailableError if there is no such file, or it is damaged."""
-    try:
-        # Opened here, because numpy leaves the file of a damaged archive open.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise UnavailableError("shard", path, f"cannot be read ({error})", "delete it; it is made again") from error
+    refused = readable("shard", path, "delete it; it is made again")
+    # Opened here, because numpy leaves the file of a damaged archive open.
+    with refused, path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        return {name: file[name] for name in file}
 
 
 def save_outcome(outcome: ShardOutcome, path: Path) -> None:
@@ -244,7 +241,5 @@ def save_outcome(outcome: ShardOutcome, path: Path) -> None:
 
 def load_outcome(path: Path) -> ShardOutcome:
     """Read an outcome that :func:`save_outcome` wrote; UnavailableError if there is no such file, or it is damaged."""
-    try:
+    with readable("outcome", path, "delete it; it is made again"):
         return outcome_from(load_arrays(path))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnavailableError("outcome", path, f"cannot be read ({error})", "delete it; it is made again") from error

@@ -4,30 +4,32 @@ Files are in a folder per weights and threat model.
 """
 
 import json
-import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from mlflow.entities.model_registry import ModelVersion
 
-from tla_service.errors import UnavailableError, UserError, one_line
+from tla_service.errors import UnavailableError
 from tla_service.report.page import NORMS, describe, percent, split_sentence, template
 from tla_service.report.schema import REPORT_FILE, Report, artifact_folder, evaluations_folder, read_report
 from tla_service.tracking.connection import client, retrying, storing
-from tla_service.tracking.runs import log_files
+from tla_service.tracking.runs import fetch_files, log_files
 
 _NORMS = ("linf-", "l2-")
 _LONGEST = 5000  # MLflow's column for a version's description
 _SHOWN = ("clean", "worst", "autoattack")
+_FIGURES = (*(f"accuracy.{name}" for name in _SHOWN), "detection.auc", "detection.adaptive_auc")
 
 
 def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple[str, ...]:
     """Log a report to the run that trained its model, and tag every registered version of these weights.
 
-    Repeating it changes nothing. It replaces an earlier evaluation of the same weights under the same threat model.
+    Repeating it changes nothing. It replaces figures, tags and files of an earlier evaluation of the same weights under
+    the same threat model; a file that only the earlier one has stays.
     `files` maps names below the report's artifact folder to local files, `report.json` among them.
 
     Returns the versions that were tagged, as ``NAME/VERSION``.
@@ -41,14 +43,14 @@ def log_evaluation(uri: str, report: Report, files: Mapping[str, Path]) -> tuple
     written = int(files[REPORT_FILE].stat().st_mtime * 1000)
     storing("Logging the figures", lambda: _log_metrics(made, run_id, report, written))
     found = storing("Finding versions", lambda: made.search_model_versions(f"run_id='{run_id}'"))
-    versions = [(each.name, str(each.version)) for each in found if each.tags.get("weights_sha256") == sha256]
+    versions = [each for each in found if each.tags.get("weights_sha256") == sha256]
     stored = storing("Reading reports", lambda: stored_reports(made, run_id, sha256)) if versions else {}
     stored.pop(folder, None)
     others = {at: other for at, other in stored.items() if other is not None and other.model.weights_sha256 == sha256}
-    for name, version in versions:
+    for version in versions:
         card = evaluation_card(report, others)
-        storing("Tagging the version", partial(_tag_version, made, name, version, evaluation_tags(report), card))
-    return tuple(f"{name}/{version}" for name, version in versions)
+        storing("Tagging the version", partial(_tag_version, made, version, report, card))
+    return tuple(f"{each.name}/{each.version}" for each in versions)
 
 
 def evaluation_tags(report: Report) -> dict[str, str]:
@@ -88,7 +90,9 @@ def evaluation_card(report: Report, others: Mapping[str, Report]) -> str:
 def stored_evaluations(made: MlflowClient, run_id: str, weights_sha256: str) -> dict[str, str]:
     """The folder of each evaluation of these weights in the run that trained them, by the slug of its threat model."""
     home = evaluations_folder(weights_sha256)
-    return {name: f"{home}/{name}" for name in sorted(_names(made, run_id, home)) if name.startswith(_NORMS)}
+    listed = retrying("Listing evaluations", lambda: made.list_artifacts(run_id, home))
+    names = sorted(str(artifact.path).rpartition("/")[2] for artifact in listed)
+    return {name: f"{home}/{name}" for name in names if name.startswith(_NORMS)}
 
 
 def stored_reports(made: MlflowClient, run_id: str, weights_sha256: str) -> dict[str, Report | None]:
@@ -96,27 +100,12 @@ def stored_reports(made: MlflowClient, run_id: str, weights_sha256: str) -> dict
     found: dict[str, Report | None] = {}
     for folder in stored_evaluations(made, run_id, weights_sha256).values():
         with tempfile.TemporaryDirectory(prefix="tla-evaluation-") as scratch:
-            fetch(made, run_id, folder, Path(scratch), [REPORT_FILE])
+            fetch_files(made, run_id, [REPORT_FILE], Path(scratch), folder)
             try:
                 found[folder] = read_report(Path(scratch) / REPORT_FILE)
             except UnavailableError:
                 found[folder] = None
     return found
-
-
-def fetch(made: MlflowClient, run_id: str, folder: str, target: Path, wanted: Sequence[str]) -> None:
-    """Copy those of the wanted files that an evaluation has into a local folder."""
-    for name in sorted(_names(made, run_id, folder) & set(wanted)):
-        path = f"{folder}/{name}"
-        try:
-            fetched = Path(retrying(f"Fetching {name}", partial(made.download_artifacts, run_id, path, str(target))))
-            if fetched != target / name:
-                shutil.copyfile(fetched, target / name)
-        except UserError:
-            raise
-        except Exception as error:
-            remedy = "see that the run's files can be read from here, and what the tracking store's log says"
-            raise UnavailableError("evaluation", path, f"cannot be fetched ({one_line(error)})", remedy) from error
 
 
 def _card(report: Report, folder: str, rows: list[str], left_out: int) -> str:
@@ -143,10 +132,15 @@ def _row(folder: str, report: Report) -> str:
     return f"| {' | '.join([str(report.threat_model), *estimates, audit, f'`{folder}`'])} |"
 
 
-def _tag_version(made: MlflowClient, name: str, version: str, tags: Mapping[str, str], card: str) -> None:
+def _tag_version(made: MlflowClient, version: ModelVersion, report: Report, card: str) -> None:
+    tags = evaluation_tags(report)
     for key, value in tags.items():
-        made.set_model_version_tag(name, version, key, value)
-    made.update_model_version(name, version, description=card)
+        made.set_model_version_tag(version.name, version.version, key, value)
+    # Figures of an earlier evaluation that this one does not have.
+    homes = [f"tla.evaluation.{report.threat_model.slug}", *(["tla"] if report.is_as_trained else [])]
+    for key in {f"{home}.{name}" for home in homes for name in _FIGURES} & version.tags.keys() - tags.keys():
+        made.delete_model_version_tag(version.name, version.version, key)
+    made.update_model_version(version.name, version.version, description=card)
 
 
 def _log_metrics(made: MlflowClient, run_id: str, report: Report, milliseconds: int) -> None:
@@ -173,8 +167,3 @@ def _log_metrics(made: MlflowClient, run_id: str, report: Report, milliseconds: 
     for model_id in models or [None]:
         about = milliseconds, 0, model_id, dataset.name, dataset.digest
         made.log_batch(run_id, metrics=[Metric(name, value, *about) for name, value in named.items()])
-
-
-def _names(made: MlflowClient, run_id: str, folder: str) -> set[str]:
-    listed = retrying("Listing evaluations", lambda: made.list_artifacts(run_id, folder))
-    return {str(artifact.path).rpartition("/")[2] for artifact in listed}

@@ -14,11 +14,16 @@ from mlflow.exceptions import MlflowException
 from tla_service.attacks.autoattack import autoattack_stages
 from tla_service.errors import UnavailableError, UserError, one_line
 from tla_service.evaluation.shards import load_outcome
-from tla_service.registry.evaluations import fetch, stored_evaluations
+from tla_service.registry.evaluations import stored_evaluations
 from tla_service.registry.gate import Evaluated, Finding
-from tla_service.registry.loading import PACKAGE_DIGEST, open_package
+from tla_service.registry.loading import PACKAGE_DIGEST, fetch_package, open_folder
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, ThreatModel, read_report
 from tla_service.tracking.connection import retrying
+from tla_service.tracking.runs import fetch_files
+
+
+class _RefusalError(UnavailableError):
+    """The version's files or its evaluation, which were fetched, are not what they should be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +61,16 @@ def verify(uri: str, version: ModelVersion) -> Package:
     registered = version.tags.get("weights_sha256")
     if PACKAGE_DIGEST not in version.tags or registered is None:
         reason = "was not registered by this project: it has no digests to compare its files with"
-        raise UnavailableError("version", address, reason, "train it, or import its weights with jobs/import_model.py")
-    _, description = open_package(address, uri)
+        raise _RefusalError("version", address, reason, "train it, or import its weights with jobs/import_model.py")
+    folder, digest = fetch_package(address, uri)
+    try:
+        _, description = open_folder(folder, address, digest)
+    except UserError as error:
+        raise _RefusalError(error.subject, error.value, error.reason, error.remedy) from error
     package = Package(address, str(version.version), str(version.run_id), description)
     if package.sha256 != registered:
         reason = f"its weights are {package.sha256[:12]}..., but {registered[:12]}... were registered"
-        raise UnavailableError("version", address, reason, "register the model again")
+        raise _RefusalError("version", address, reason, "register the model again")
     return package
 
 
@@ -72,7 +81,7 @@ def examine_files(
     found = find_version(made, name, version)
     try:
         package = verify(uri, found)
-    except UserError as error:
+    except _RefusalError as error:
         return Finding(f"{subject} intact", False, f"{error.reason}; {error.remedy}", error.remedy), None
     explanation = f"weights {package.sha256[:12]}, no pickle, all files unmodified"
     return Finding(f"{subject} intact", True, explanation), package
@@ -84,7 +93,7 @@ def examine_evaluation(
     """The evaluation of a version's weights under a threat model, with the finding; None if it is refused."""
     try:
         evaluated = _evaluated(made, package, threat)
-    except UserError as error:
+    except _RefusalError as error:
         return Finding(f"{subject} evaluated", False, f"{error.reason}; {error.remedy}", error.remedy), None
     data = evaluated.report.data
     why = "as trained for" if threat.slug == package.trained_for.slug else f"trained for {package.trained_for}"
@@ -94,7 +103,7 @@ def examine_evaluation(
 
 
 def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Evaluated:
-    bad = functools.partial(UnavailableError, "version", package.address)
+    bad = functools.partial(_RefusalError, "version", package.address)
     sha256, run_id = package.sha256, package.run_id
     flags = "" if threat.slug == package.trained_for.slug else f" --norm {threat.norm} --epsilon {threat.radius}"
     command = f"run jobs/evaluate_tla.py --model {package.address}{flags}"
@@ -104,7 +113,7 @@ def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Eva
         raise
     except Exception as error:
         reason = f"the run that trained it cannot be read ({one_line(error)})"
-        raise bad(reason, "register the model again") from error
+        raise UnavailableError("version", package.address, reason, "register the model again") from error
     if threat.slug not in stored:
         # A slug, as the command line writes the threat model: linf 8/255.
         named = ", ".join(slug.replace("-", " ", 1).replace("_", "/") for slug in stored)
@@ -114,10 +123,12 @@ def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Eva
     again = f"{command} --output reports/{sha256[:12]}-{threat.slug}-again"
     with tempfile.TemporaryDirectory(prefix="tla-evidence-") as scratch:
         folder = Path(scratch)
+        fetch_files(made, run_id, (REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE), folder, stored[threat.slug])
         try:
-            fetch(made, run_id, stored[threat.slug], folder, [REPORT_FILE, OUTCOME_FILE, AUTOATTACK_FILE])
             report = read_report(folder / REPORT_FILE)
-            strong = [folder / AUTOATTACK_FILE] if (folder / AUTOATTACK_FILE).is_file() else []
+            # An earlier evaluation may have left its file there.
+            is_strong = report.autoattack is not None and (folder / AUTOATTACK_FILE).is_file()
+            strong = [folder / AUTOATTACK_FILE] if is_strong else []
             found = [load_outcome(path) for path in (*strong, folder / OUTCOME_FILE)]
         except UserError as error:
             raise bad(f"its evaluation cannot be used ({error.reason})", again) from error

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError, one_line, readable
-from tla_service.files import sha256
 from tla_service.registry.integrity import MANIFEST, verify_package
 from tla_service.tracking.connection import client, retrying, sqlite_path, tracking_uri
 
@@ -67,10 +66,10 @@ def load_with_folder(uri: str, tracking: str | None = None) -> tuple["torch.nn.M
     from tla_service.models import Architecture  # imports torch, which settings in this package do without
     from tla_service.report.subjects import WEIGHTS, read_checkpoint
 
-    folder, digest = _fetch(uri, tracking)
+    folder, digest = fetch_package(uri, tracking)
     if (folder / WEIGHTS).is_file():
         return read_checkpoint(folder, uri, FIELD).network, folder
-    home, facts = _open_folder(folder, uri, digest)
+    home, facts = open_folder(folder, uri, digest)
     with readable(FIELD, uri, "load another version"):
         architecture = Architecture.described(facts, home)
         network = architecture.build(facts["num_classes"], tuple(facts["image_shape"]))
@@ -87,8 +86,8 @@ def open_package(uri: str, tracking: str | None = None) -> tuple[Path, dict[str,
 
     Returns the local folder of its artifacts, deleted when the process ends, and the content of ``model.json``.
     """
-    folder, digest = _fetch(uri, tracking)
-    return _open_folder(folder, uri, digest)
+    folder, digest = fetch_package(uri, tracking)
+    return open_folder(folder, uri, digest)
 
 
 def pin_version(uri: str, tracking: str | None = None) -> str:
@@ -101,8 +100,8 @@ def pin_version(uri: str, tracking: str | None = None) -> str:
     return f"models:/{name}/{version}"
 
 
-def _fetch(uri: str, tracking: str | None) -> tuple[Path, str | None]:
-    """The local folder of an address, and the digest of its manifest if a registry has one."""
+def fetch_package(uri: str, tracking: str | None) -> tuple[Path, str | None]:
+    """The local folder of an address, and the digest of its manifest if a registry has one; not verified yet."""
     if not uri.startswith(("models:/", "runs:/")):
         if uri.partition(":")[0] in ("models", "runs"):
             remedy = "write models:/NAME/VERSION or runs:/RUN_ID/model"
@@ -185,7 +184,8 @@ def _named_version(uri: str, made: "MlflowClient") -> tuple[str, str]:
     return name, version
 
 
-def _open_folder(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict[str, Any]]:
+def open_folder(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict[str, Any]]:
+    """As :func:`open_package`, of what `fetch_package` returned; `uri` is for messages."""
     # The folder of the artifacts is an address too; the manifest lies above it.
     is_inner = folder.name == "artifacts" and (folder.parent / MANIFEST).is_file()
     verify_package(folder.parent if is_inner else folder, uri, digest)
@@ -198,8 +198,4 @@ def _open_folder(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict
         if description.get("format_version") != FORMAT_VERSION:
             reason = f"has format version {description.get('format_version')}; this installation reads {FORMAT_VERSION}"
             raise ConfigError(FIELD, uri, reason, "install the version of tla-service that wrote it")
-        weights = description["weights"]
-        if sha256(artifacts / weights["file"]) != weights["sha256"]:
-            reason = f"{weights['file']} was modified: its SHA-256 is not {weights['sha256'][:12]}..."
-            raise UnavailableError(FIELD, uri, reason, "load another version")
     return artifacts, description

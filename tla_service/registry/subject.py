@@ -1,7 +1,9 @@
 """A model to evaluate by its address in MLflow, or in a folder."""
 
+import contextlib
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,35 +15,40 @@ from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
 from tla_service.errors import ConfigError, UnavailableError, one_line, readable
 from tla_service.inference.detector import Rejector
+from tla_service.models import Architecture
 from tla_service.registry.loading import load_with_folder, pin_version
 from tla_service.report.schema import ModelFacts, ThreatModel
 from tla_service.report.subjects import WEIGHTS, Subject, load_checkpoint_subject, read_stored
-from tla_service.tracking.connection import client, retrying
+from tla_service.tracking.connection import client
+from tla_service.tracking.runs import fetch_files
 
 
 def load_subject(uri: str, field: str, tracking: str) -> Subject:
     """Load a model with what is known of it; addresses and errors as for `load_model`, about the setting `field`."""
     if (Path(uri).expanduser() / WEIGHTS).is_file():
         return load_checkpoint_subject(uri, field)
+    is_named = re.fullmatch(r"models:/.+[@/].+", uri) is not None
     try:
-        network, folder = load_with_folder(uri, tracking)
+        # The version that an alias names now: it may move while the files are fetched.
+        pinned = pin_version(uri, tracking) if is_named else uri
+        network, folder = load_with_folder(pinned, tracking)
     except (ConfigError, UnavailableError) as error:
         raise type(error)(field, uri, error.reason, error.remedy) from error
+    name, _, version = pinned.removeprefix("models:/").rpartition("/") if is_named else (None, "", None)
     with readable(field, uri, "load another version"):
-        return _described(uri, tracking, network, folder)
+        return _described(uri, tracking, network, folder, name, version)
 
 
-def _described(uri: str, tracking: str, network: nn.Module, folder: Path) -> Subject:
+def _described(
+    uri: str, tracking: str, network: nn.Module, folder: Path, name: str | None, version: str | None
+) -> Subject:
     """A loaded model with what its folder and its run tell of it."""
     inner = folder / "artifacts" if (folder / "artifacts").is_dir() else folder
     described = read_yaml(inner / "model.json", "model")  # JSON is YAML
-    run_id = config = name = version = None
+    run_id = config = None
     if uri.startswith(("models:/", "runs:/")):
         run_id = read_yaml(folder / "MLmodel", "model").get("run_id")
         config = _run_config(tracking, run_id) if run_id else None
-    if uri.startswith("models:/") and not uri.startswith("models:/m-"):
-        # Registered name and version that an alias names now.
-        name, _, version = pin_version(uri, tracking).removeprefix("models:/").rpartition("/")
     facts = ModelFacts(
         uri=uri,
         name=name,
@@ -56,6 +63,7 @@ def _described(uri: str, tracking: str, network: nn.Module, folder: Path) -> Sub
     detector = described.get("detector")
     return Subject(
         facts=facts,
+        architecture=Architecture.described(described, inner),
         network=network,
         image_shape=tuple(described["image_shape"]),
         class_names=tuple(described["class_names"]),
@@ -68,25 +76,28 @@ def _described(uri: str, tracking: str, network: nn.Module, folder: Path) -> Sub
 
 def _stored(tracking: str, run_id: str, name: str) -> Mapping[str, Tensor]:
     """Tensors of a file of the checkpoint that is stored with a run; UnavailableError if there is none."""
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            fetch = partial(client(tracking).download_artifacts, run_id, f"checkpoint/{name}", scratch)
-            path = Path(retrying("Fetching the checkpoint", fetch))
-        except Exception as error:  # each kind of store raises its own
-            reason = f"its run {run_id} keeps no checkpoint/{name} ({one_line(error)})"
-            raise UnavailableError("checkpoint", run_id, reason, "evaluate the checkpoint folder") from error
-        return read_stored(path.parent, path.name)
+    with _fetched(tracking, run_id, name, "checkpoint") as path:
+        if path is None:
+            reason = f"its run {run_id} keeps no checkpoint/{name}"
+            raise UnavailableError("checkpoint", run_id, reason, "evaluate the checkpoint folder")
+        return read_stored(path.parent, name)
 
 
 def _run_config(tracking: str, run_id: str) -> RunConfig | None:
-    with tempfile.TemporaryDirectory() as scratch:
+    with _fetched(tracking, run_id, "config.yaml") as path:
         try:
-            path = client(tracking).download_artifacts(run_id, "config.yaml", scratch)
-        except (MlflowException, OSError):
-            return None
-        try:
-            return RunConfig.model_validate(read_yaml(Path(path), "model"))
+            return None if path is None else RunConfig.model_validate(read_yaml(path, "model"))
         except ValueError as error:
             reason = f"the configuration of its run {run_id} cannot be read ({one_line(error)})"
             remedy = "install the version of tla-service that trained it"
             raise ConfigError("model", None, reason, remedy) from error
+
+
+@contextlib.contextmanager
+def _fetched(tracking: str, run_id: str, name: str, folder: str = "") -> Iterator[Path | None]:
+    """A file of a run; None if the run has none, or is gone."""
+    with tempfile.TemporaryDirectory() as scratch:
+        with contextlib.suppress(MlflowException):
+            fetch_files(client(tracking), run_id, [name], Path(scratch), folder)
+        path = Path(scratch, name)
+        yield path if path.is_file() else None

@@ -36,6 +36,7 @@ class Subject:
     """A model under evaluation: its network, on the CPU, in eval mode, and what is known of it."""
 
     facts: ModelFacts
+    architecture: Architecture
     network: nn.Module
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
@@ -140,6 +141,7 @@ def read_checkpoint(folder: Path, address: str, field: str) -> Subject:
     )
     return Subject(
         facts=facts,
+        architecture=architecture,
         network=network.eval(),
         image_shape=(channels, height, width),
         class_names=tuple(data["class_names"]),

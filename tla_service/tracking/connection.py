@@ -49,6 +49,15 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(_SQLITE)).expanduser().absolute()
 
 
+def existing_store(config: TrackingConfig) -> str:
+    """As `tracking_uri`; UnavailableError for an SQLite file that does not exist, which a client would create."""
+    uri = tracking_uri(config)
+    path = sqlite_path(uri)
+    if path is not None and not path.is_file():
+        raise UnavailableError(FIELD, uri, "there is no such file", "give --tracking.uri, or set MLFLOW_TRACKING_URI")
+    return uri
+
+
 def client(uri: str) -> "MlflowClient":
     """An MLflow client; creates the tables of an SQLite file that does not exist yet.
 
@@ -194,15 +203,20 @@ def check_tracking(config: TrackingConfig) -> None:
 
 def probe_tracking(config: TrackingConfig) -> float:
     """Create a run with a metric and a file, read the file back, and delete the run; returns the seconds it took."""
+    from mlflow.artifacts import download_artifacts
+
     check_tracking(config)
     began = time.perf_counter()
     uri, made, experiment = open_store(config)
-    run_id = made.create_run(experiment, run_name="checkup").info.run_id
+    run = made.create_run(experiment, run_name="checkup").info
+    run_id = run.run_id
     try:
         made.log_metric(run_id, "checkup", 1.0)
         made.log_text(run_id, "ok", "checkup.txt")
         with tempfile.TemporaryDirectory() as folder:
-            text = Path(made.download_artifacts(run_id, "checkup.txt", folder)).read_text()
+            # Asked for it by the run's id, MLflow calls the file missing whatever the error was.
+            where = {"artifact_uri": f"{run.artifact_uri}/checkup.txt", "dst_path": folder, "tracking_uri": uri}
+            text = Path(download_artifacts(**where)).read_text()
     except Exception as error:
         raise unstorable(made, uri, run_id, error) from error
     finally:

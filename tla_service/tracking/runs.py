@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
-from tla_service.errors import UserError, one_line, without_credentials
+from tla_service.errors import UnavailableError, UserError, one_line, without_credentials
 from tla_service.job import code_version, environment
 from tla_service.tracking.connection import client, exclusive, open_store, retrying, search_all, storing, unstorable
 
@@ -108,15 +109,29 @@ def find_finished(config: RunConfig, run_key: str) -> str | None:
     return next((str(run.info.run_id) for run in found if run.info.status == "FINISHED"), None)
 
 
-def fetch_files(uri: str, run_id: str, names: Sequence[str], folder: Path) -> None:
-    """Download those of the named artifacts that a run has into a folder, replacing files of the same names."""
-    made = client(uri)
-    folder.mkdir(parents=True, exist_ok=True)
-    there = {artifact.path for artifact in retrying("Listing files", lambda: made.list_artifacts(run_id))}
+def fetch_files(made: MlflowClient, run_id: str, names: Sequence[str], target: Path, folder: str = "") -> None:
+    """Download those of the named files that a folder of a run's artifacts has, replacing local ones of these names.
+
+    UnavailableError if one cannot be fetched, MlflowException if there is no such run.
+    """
+    # By the artifacts' address: asked for them by the run's id, MLflow calls a file missing whatever the error was.
+    home = str(retrying("Reading the run", lambda: made.get_run(run_id)).info.artifact_uri)
+    listed = retrying("Listing files", lambda: made.list_artifacts(run_id, folder or None))
+    there = {str(artifact.path).rpartition("/")[2] for artifact in listed}
+    target.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / name).unlink(missing_ok=True)
-        if name in there:
-            retrying(f"Fetching {name}", functools.partial(made.download_artifacts, run_id, name, str(folder)))
+        (target / name).unlink(missing_ok=True)
+        if name not in there:
+            continue
+        address = "/".join(filter(None, (home, folder, name)))
+        where = {"artifact_uri": address, "dst_path": str(target), "tracking_uri": made.tracking_uri}
+        try:
+            retrying(f"Fetching {name}", functools.partial(download_artifacts, **where))
+        except UserError:
+            raise
+        except Exception as error:
+            remedy = "see that the run's files can be read from here, and what the tracking store's log says"
+            raise UnavailableError("MLflow", address, f"cannot be fetched ({one_line(error)})", remedy) from error
 
 
 def finish_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:

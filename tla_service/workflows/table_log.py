@@ -10,7 +10,7 @@ from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE
 from tla_service.results.local import Say, Track
 from tla_service.results.runs import REPORT, TableRun, is_finished, read_row, run_config
 from tla_service.results.settings import ReproduceSettings
-from tla_service.tracking.connection import check_tracking, tracking_uri
+from tla_service.tracking.connection import check_tracking, client, tracking_uri
 from tla_service.tracking.run_log import RunLog
 from tla_service.tracking.runs import fetch_files, find_finished, finish_run, log_files, open_run
 from tla_service.training.output import SUMMARY
@@ -49,7 +49,7 @@ def log_and_fetch(settings: ReproduceSettings, space: Space, runs: Sequence[Tabl
             mark.write_text(run_id)
             say(f"{run.name}: logged to MLflow run {run_id}")
         if run_id is not None and not run.is_trial:
-            fetch_files(uri, run_id, _FILES, target / run.name / REPORT)
+            fetch_files(client(uri), run_id, _FILES, target / run.name / REPORT)
     return target
 
 
