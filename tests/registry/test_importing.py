@@ -35,6 +35,11 @@ def test_the_job_registers_what_predicts_the_same(
     batch = torch.from_numpy(np.random.default_rng(0).random((4, 1, 8, 8), dtype=np.float32))
     with torch.inference_mode():
         assert torch.equal(load_model("models:/tla-digits/1", tracking=local_uri)(batch).logits, network(batch).logits)
+    # Weights do not tell a normalization or a detector.
+    for corrected in (["--model.normalization", "per_image"], ["--detection.false_rejection_rate", "0.2"]):
+        capsys.readouterr()
+        assert call("--file", str(tmp_path / "w.pt"), "--epsilon", "0.1", *corrected) == 0
+        assert "models:/tla-digits/1:" not in capsys.readouterr().out
     assert call("--file", str(tmp_path / "w.pt"), "--model.name", "mnist_mlp") == 2
     monkeypatch.setattr("tla_service.registry.importing.measure_accuracy", lambda *_: pytest.fail("measured"))
     for arguments in (

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 
 from tests.registry.evaluations import fates, report_on
 from tests.registry.tracking_server import Packaged
+from tla_service.config import ModelConfig
 from tla_service.errors import ConfigError
 from tla_service.evaluation.shards import save_outcome
 from tla_service.job import run_job
@@ -131,6 +132,17 @@ def test_another_evaluation_is_refused_by_what_differs(
     assert not open_folder(folder, mine)  # half done: it goes on
     _, other = prepared(packaged, "models:/tla-digits/1", **changes)
     with pytest.raises(ConfigError, match=rf"differs in {said}; choose another --output"):
+        open_folder(folder, other)
+
+
+def test_the_same_weights_in_another_network_are_another_evaluation(packaged: Packaged) -> None:
+    folder, mine = prepared(packaged, "models:/tla-digits/1")
+    open_folder(folder, {name: value for name, value in mine.items() if name != "architecture"})
+    assert not open_folder(folder, mine), "an earlier version did not state it"
+    config = packaged.config.model_copy(update={"model": ModelConfig(normalization="per_image")})
+    packaged.log("corrected", config=config)
+    _, other = prepared(packaged, "models:/corrected/1")
+    with pytest.raises(ConfigError, match="differs in architecture; choose another --output"):
         open_folder(folder, other)
 
 

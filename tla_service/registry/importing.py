@@ -1,5 +1,7 @@
 """Registers weights that were trained elsewhere."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -52,7 +54,10 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     facts = {FINGERPRINT: dataset.fingerprint, "source": settings.source or path.name, "note": note}
     facts |= {"weights_used": "; ".join(found.notes)} if found.notes else {}
     uri, made, experiment = open_store(settings.tracking)
-    key = f"import/{sha256(path)[:16]}"  # the same file has the same run
+    # The same file has the same run if the same is made of it: weights do not tell a normalization, nor a detector.
+    fitted = config.detection.model_dump(mode="json", exclude_defaults=True)
+    made_of = json.dumps([config.digest, fitted, architecture.code_sha256, dataset.fingerprint], sort_keys=True)
+    key = f"import/{sha256(path)[:16]}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     tags = {f"tla.{name}": value for name, value in facts.items()} | code_version()
     tags |= {RUN_KEY: key, "tla.method": _METHOD}
     run_id = retrying("Opening the run", lambda: tagged_run(made, experiment, RUN_KEY, key, tags))

@@ -91,10 +91,13 @@ def report_folder(models: Models, plan: pl.Plan) -> Path:
 
 
 def identity(models: Models, plan: pl.Plan) -> dict[str, Any]:
-    """What makes two evaluations the same one: weights, data and protocol, whatever the models' addresses."""
+    """What makes two evaluations the same one: networks, data and protocol, whatever the models' addresses."""
+    built = [each.architecture for each in models.all]
     surrogate = models.surrogate.facts.weights_sha256 if models.surrogate is not None else None
     return {
         "weights": [each.facts.weights_sha256 for each in models.all],
+        # Weights do not tell a normalization.
+        "architecture": [[a.name, a.normalization, a.embedding, a.activation, a.code_sha256] for a in built],
         "surrogate": surrogate,
         "data": models.dataset.fingerprint,
         "threat model": f"{plan.norm} {plan.epsilon!r}",
@@ -111,7 +114,8 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
     try:
         if mark.is_file():
             found = json.loads(mark.read_text())
-            differ = [name for name, value in mine.items() if found.get(name) != value]
+            # Evaluations of earlier versions do not state the architecture.
+            differ = [name for name, value in mine.items() if found.get(name, value) != value]
             if differ:
                 reason = f"holds an evaluation that differs in {', '.join(differ)}"
                 raise ConfigError("output", output, reason, "choose another --output, or delete it")
