@@ -8,6 +8,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from tla_service.errors import UnavailableError
+from tla_service.registry import lock
 from tla_service.registry.lock import RegistryLock, registry_lock
 from tla_service.tracking.connection import client
 
@@ -40,38 +41,58 @@ def test_one_at_a_time(local_uri: str) -> None:
     assert names(local_uri) == ["x-lock-00000008"]
 
 
-def test_different_names_do_not_wait_for_each_other(local_uri: str) -> None:
+def test_different_names_do_not_wait_for_each_other(local_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_TIMEOUT_SECONDS", 0.5)
     made = client(local_uri)
-    with registry_lock(made, "x"), registry_lock(made, "x-lock"), registry_lock(made, "y", timeout_seconds=0.5):
+    with registry_lock(made, "x"), registry_lock(made, "x-lock"), registry_lock(made, "y"):
         pass
 
 
-def test_a_dead_holder_is_passed_over_and_finds_out(local_uri: str) -> None:
+def test_a_dead_holder_is_passed_over_and_finds_out(local_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = client(local_uri)
-    dead = RegistryLock(made, "x", stale_seconds=60)
-    assert dead.acquire(lambda: True, 1)
+    dead = RegistryLock(made, "x")
+    assert dead.acquire(lambda: True)
     dead.check()
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.6)
     began = time.monotonic()
-    with registry_lock(made, "x", stale_seconds=0.6) as held:
+    with registry_lock(made, "x") as held:
         assert time.monotonic() - began > 0.6
         assert held.generation == 2
-        held.check()
         with pytest.raises(UnavailableError, match="lock was lost"):
             dead.check()
 
 
-def test_a_holder_that_took_too_long_stops_before_the_next_write(local_uri: str) -> None:
-    with registry_lock(client(local_uri), "x", stale_seconds=0.3) as held:
+def test_a_check_survives_a_busy_server(local_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = client(local_uri)
+    with registry_lock(made, "x") as held:
+        search, busy = made.search_registered_models, [MlflowException("busy")]
+
+        def search_when_free(**arguments: object) -> object:
+            if busy:
+                raise busy.pop()
+            return search(**arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(made, "search_registered_models", search_when_free)
+        held.check()
+        assert not busy
+
+
+def test_a_holder_that_took_too_long_stops_before_the_next_write(
+    local_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.3)
+    with registry_lock(client(local_uri), "x") as held:
         time.sleep(0.15)
         with pytest.raises(UnavailableError, match="give the same command again"):
             held.check()
 
 
-def test_waiting_ends(local_uri: str) -> None:
+def test_waiting_ends(local_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "_TIMEOUT_SECONDS", 0.2)
     made = client(local_uri)
     with registry_lock(made, "x"):
         with pytest.raises(UnavailableError, match="other promotions held the lock"):
-            with registry_lock(made, "x", timeout_seconds=0.2):
+            with registry_lock(made, "x"):
                 pass
 
 

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from jobs import promote_model
 from tests.registry.evaluations import evaluate, fates, register_another, report_on
 from tests.registry.tracking_server import Packaged
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.job import run_job
+from tla_service.registry.evidence import verify
 from tla_service.registry.job_settings import GateRules
 from tla_service.registry.promotion import Decision, Promotion
 
@@ -172,6 +175,7 @@ def test_small_losses_are_refused_by_size_and_by_significance(packaged: Packaged
     evaluate(packaged, third, fates(264, 250, shuffle=2))
     decision = attempt(packaged, third, rules.model_copy(update={"max_drop": 0.5}))
     assert "p = 0.0078" in failed(decision)["clean not worse"]
+    assert decision.findings[-2].remedy.endswith("or change rules.significance")
 
 
 @pytest.mark.parametrize(
@@ -204,12 +208,46 @@ def test_a_champion_that_was_tampered_with_stops_the_gate(packaged: Packaged) ->
     assert set(failed(attempt(packaged, second))) == {"champion intact"}
 
 
-def test_rollback_walks_back_through_the_champions(packaged: Packaged) -> None:
+@pytest.mark.parametrize("file", ["weights.safetensors", "report.json"])
+def test_an_artifact_store_that_is_away_is_no_refusal(
+    packaged: Packaged, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    evaluate(packaged, "1", GOOD)
+    download = LocalArtifactRepository._download_file
+
+    def lose(self: LocalArtifactRepository, remote_file_path: str, local_path: str) -> None:
+        if remote_file_path.endswith(file):
+            raise ConnectionError("reset by peer")
+        download(self, remote_file_path, local_path)
+
+    monkeypatch.setattr(LocalArtifactRepository, "_download_file", lose)
+    monkeypatch.setattr("tla_service.errors.time.sleep", lambda _: None)
+    with pytest.raises(UnavailableError, match="failures occurred"):
+        attempt(packaged, "1")
+    assert "tla.champion.decision" not in MlflowClient(packaged.uri).get_model_version("tla-digits", "1").tags
+
+
+def test_rollback_walks_back_through_the_champions(packaged: Packaged, monkeypatch: pytest.MonkeyPatch) -> None:
     versions = ["1", register_another(packaged), register_another(packaged, 3.0)]
     for place, version in enumerate(versions):
         evaluate(packaged, version, fates(clean=390, autoattack=300 + 4 * place))
         assert attempt(packaged, version).verdict == "promoted"
     assert aliases(packaged) == {"champion": "3", "previous": "2"}
+    made, busy = MlflowClient(packaged.uri), [MlflowException("busy")]
+
+    def examine(*arguments: Any) -> object:
+        locks = made.search_registered_models("name LIKE 'tla-digits-champion-lock-%'")
+        assert all("tla.lock.released" in each.tags for each in locks), "files are verified before the lock is taken"
+        return verify(*arguments)
+
+    def delete(self: MlflowClient, name: str, alias: str) -> None:
+        if busy:
+            raise busy.pop()
+        delete_alias(self, name, alias)
+
+    delete_alias = MlflowClient.delete_registered_model_alias
+    monkeypatch.setattr(MlflowClient, "delete_registered_model_alias", delete)
+    monkeypatch.setattr("tla_service.registry.promotion.verify", examine)
     decision = Promotion(packaged.config.tracking, "tla-digits", "champion", RULES).roll_back()
     assert (decision.verdict, decision.version, decision.replaced) == ("rolled back", "2", "3")
     assert aliases(packaged) == {"champion": "2", "previous": "1"}
@@ -236,7 +274,7 @@ def test_rollback_does_not_bring_back_what_was_changed(packaged: Packaged) -> No
 
 
 def test_the_job_explains_itself(
-    packaged: Packaged, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def job(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["jobs/promote_model.py", "--tracking.uri", packaged.uri, *arguments])
@@ -262,6 +300,13 @@ def test_the_job_explains_itself(
     )
     assert job("--model", "tla-digits", "--version", "9")[0] == 3
     assert job("--model", "nobody", "--version", "1")[0] == 3
+    code, _, error = job("--model", "nobody", "--rollback")
+    assert (code, error.count("\n"), error.startswith("error: model=nobody: ")) == (3, 1, True)
+    names = [each.name for each in MlflowClient(packaged.uri).search_registered_models()]
+    assert not any(name.startswith("nobody") for name in names)
+    elsewhere = f"sqlite:///{tmp_path}/none.db"
+    assert job("--model", "tla-digits", "--version", "1", "--tracking.uri", elsewhere)[0] == 3
+    assert not (tmp_path / "none.db").exists()
     assert job("--model", "tla-digits", "--version", "1", "--rollback")[0] == 2
     assert job("--model", "tla-digits")[0] == 2
     code, _, error = job("--model", "tla-digits", "--version", "1", "--alias", "v3")

@@ -184,5 +184,6 @@ def _not_worse(candidate: Evaluated, holder: Evaluated, attack: str, name: str, 
     points, low, high = (100 * each for each in (found.difference, found.low, found.high))
     explanation = f"{points:+.2f} points ({low:+.2f} to {high:+.2f}) compared with {name}: "
     explanation += f"{(own & ~other).sum()} images gained, {(~own & other).sum()} lost; p = {found.p_value:.2g}"
-    passed = not (is_worse or -found.difference > rules.max_drop)
-    return Finding(f"{attack} not worse", passed, explanation, _BETTER + "max_drop")
+    broken = {"significance": is_worse, "max_drop": -found.difference > rules.max_drop}
+    remedy = _BETTER + " and rules.".join(name for name, is_broken in broken.items() if is_broken)
+    return Finding(f"{attack} not worse", not any(broken.values()), explanation, remedy)

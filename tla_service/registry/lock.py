@@ -22,6 +22,7 @@ from tla_service.errors import UnavailableError
 from tla_service.tracking.connection import is_passing, retrying, search_all
 
 STALE_SECONDS = 90.0
+_TIMEOUT_SECONDS = 900.0
 _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.02, 10.0
 _OWNER, _RELEASED = "tla.lock.owner", "tla.lock.released"
 _DESCRIPTION = "Promotion lock of tla-service. It has no versions; the highest generation is kept on purpose."
@@ -31,20 +32,20 @@ _log = logging.getLogger(__name__)
 class RegistryLock:
     """See `registry_lock`; `generation` increases with every holder."""
 
-    def __init__(self, made: MlflowClient, name: str, stale_seconds: float = STALE_SECONDS) -> None:
-        self.generation = 0
-        self._made, self._prefix, self._stale_seconds = made, f"{name}-lock-", stale_seconds
-        self._deadline = 0.0
+    def __init__(self, made: MlflowClient, name: str) -> None:
+        self.generation, self._deadline = 0, 0.0
+        self._made, self._prefix = made, f"{name}-lock-"
 
     def check(self) -> None:
         """Raise `UnavailableError` if the lock was held too long, or is another's."""
-        if time.monotonic() > self._deadline or max(self._generations()) != self.generation:
+        found = retrying("Reading the lock", self._generations)
+        if time.monotonic() > self._deadline or max(found, default=0) != self.generation:
             reason = "the promotion lock was lost: the registry responds too slowly, or this process was suspended"
             raise UnavailableError("MLflow", None, reason, "give the same command again")
 
-    def acquire(self, wanted: Callable[[], bool], timeout_seconds: float) -> bool:
+    def acquire(self, wanted: Callable[[], bool]) -> bool:
         """Wait for the lock; False once it is no longer wanted."""
-        deadline = time.monotonic() + timeout_seconds
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
         seen, since, wait = -1, time.monotonic(), _SHORTEST_WAIT_SECONDS
         while True:
             asked = time.monotonic()
@@ -53,15 +54,15 @@ class RegistryLock:
             if highest != seen:
                 seen, since = highest, time.monotonic()
             is_free = found.get(highest, True)
-            is_stale = not is_free and time.monotonic() - since > self._stale_seconds
+            is_stale = not is_free and time.monotonic() - since > STALE_SECONDS
             if is_stale:
-                _log.warning("Taking over a promotion lock that was held for %.0f s", self._stale_seconds)
+                _log.warning("Taking over a promotion lock that was held for %.0f s", STALE_SECONDS)
             if (is_free or is_stale) and self.take(highest + 1):
                 return True
             if not wanted():
                 return False
             if time.monotonic() > deadline:
-                reason = f"other promotions held the lock {self._name(highest)} for {timeout_seconds:.0f} s"
+                reason = f"other promotions held the lock {self._name(highest)} for {_TIMEOUT_SECONDS:.0f} s"
                 raise UnavailableError("MLflow", None, reason, "look for a promotion that hangs, or try again later")
             # A busy server is polled less often, so that waiting does not slow down the holder.
             wait = min(max(1.5 * wait, 5 * (time.monotonic() - asked)), _LONGEST_WAIT_SECONDS)
@@ -88,7 +89,7 @@ class RegistryLock:
             return False
         for lower in set(found) - {generation}:
             self._delete(lower)
-        self.generation, self._deadline = generation, time.monotonic() + self._stale_seconds / 3
+        self.generation, self._deadline = generation, time.monotonic() + STALE_SECONDS / 3
         return True
 
     def release(self) -> None:
@@ -112,16 +113,11 @@ class RegistryLock:
 
 @contextlib.contextmanager
 def registry_lock(
-    made: MlflowClient,
-    name: str,
-    *,
-    wanted: Callable[[], bool] = lambda: True,
-    timeout_seconds: float = 900.0,
-    stale_seconds: float = STALE_SECONDS,
+    made: MlflowClient, name: str, *, wanted: Callable[[], bool] = lambda: True
 ) -> Iterator[RegistryLock | None]:
     """Hold a lock against every process that uses the registry; None once `wanted`, polled while waiting, is false."""
-    lock = RegistryLock(made, name, stale_seconds)
-    if not lock.acquire(wanted, timeout_seconds):
+    lock = RegistryLock(made, name)
+    if not lock.acquire(wanted):
         yield None
         return
     try:

@@ -13,14 +13,14 @@ from typing import Literal
 from mlflow.exceptions import MlflowException
 
 from tla_service.config import TrackingConfig
-from tla_service.errors import ConfigError, one_line
+from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.job import code_version
 from tla_service.registry.evidence import examine_evaluation, examine_files, find_version, verify
 from tla_service.registry.gate import Evaluated, Finding, compare, judge
 from tla_service.registry.job_settings import GateRules
 from tla_service.registry.lock import RegistryLock, registry_lock
 from tla_service.report.schema import ThreatModel
-from tla_service.tracking.connection import client, experiment_id, retrying, tracking_uri
+from tla_service.tracking.connection import client, existing_store, experiment_id, retrying
 from tla_service.tracking.runs import tagged_run
 
 EXPERIMENT = "tla-promotions"
@@ -51,7 +51,7 @@ class Promotion:
     """Changes an alias of a registered model; safe against concurrent promotions on any machine."""
 
     def __init__(self, tracking: TrackingConfig, model: str, alias: str, rules: GateRules) -> None:
-        self._uri = tracking_uri(tracking)
+        self._uri = existing_store(tracking)
         self._made = client(self._uri)
         self._model, self._alias, self._rules = model, alias, rules
         self._lock = functools.partial(registry_lock, self._made, f"{model}-{alias}")
@@ -79,16 +79,16 @@ class Promotion:
 
     def roll_back(self) -> Decision:
         """Give the alias back to the version that carried it before, if its files are unmodified."""
-        with self._lock() as lock:
-            assert lock is not None
-            holder = self._holder()
-            target = None if holder is None else self._replaced_by(holder)
+        while True:
+            holder, target = found = self._last_change()
             if target is None:
                 reason = f"no version carried {self._alias!r} before"
                 raise ConfigError("rollback", f"{self._model}@{self._alias}", reason, "promote a version instead")
             verify(self._uri, find_version(self._made, self._model, target))
-            decision = Decision("rolled back", target, holder, (), lock.generation)
-            return self._apply(decision, self._replaced_by(target), lock)
+            with self._lock(wanted=functools.partial(self._is_last_change, found)) as lock:
+                if lock is not None and self._is_last_change(found):
+                    decision = Decision("rolled back", target, holder, (), lock.generation)
+                    return self._apply(decision, self._replaced_by(target), lock)
 
     def _judge(self, version: str, holder: str | None) -> list[Finding]:
         intact, package = self._files(version, "version")
@@ -112,19 +112,29 @@ class Promotion:
             # A version must not replace the champion by being trained for a weaker threat model.
             explanation = f"trained for {threat}, but version {holder} ({self._alias}) for {other}; "
             explanation += "name the threat model to compare them under: rules.norm and rules.epsilon"
-            remedy = f"run jobs/promote_model.py --model {self._model} --version {candidate.version}"
-            remedy += "" if self._alias == "champion" else f" --alias {self._alias}"
-            remedy += f" --rules.norm {other.norm} --rules.epsilon {other.radius}"
+            remedy = f"give the same command with --rules.norm {other.norm} --rules.epsilon {other.radius}"
             return [Finding("comparable", False, explanation, remedy)]
         evaluated, champion = self._evaluation(theirs, threat, self._alias)
         return [evaluated] if champion is None else compare(candidate, champion, self._alias, self._rules)
 
     def _holder(self) -> str | None:
-        found = retrying("Reading the alias", lambda: self._made.get_registered_model(self._model)).aliases
+        try:
+            found = retrying("Reading the alias", lambda: self._made.get_registered_model(self._model)).aliases
+        except MlflowException as error:
+            reason = f"cannot be read ({one_line(error)})"
+            raise UnavailableError("model", self._model, reason, "name a registered model") from error
         return str(found[self._alias]) if self._alias in found else None
 
     def _is_holder(self, version: str | None) -> bool:
         return self._holder() == version
+
+    def _last_change(self) -> tuple[str | None, str | None]:
+        """The holder, and the version that it took the alias from."""
+        holder = self._holder()
+        return holder, None if holder is None else self._replaced_by(holder)
+
+    def _is_last_change(self, found: tuple[str | None, str | None]) -> bool:
+        return self._last_change() == found
 
     def _replaced_by(self, version: str) -> str | None:
         """The version that another one took the alias from."""
@@ -145,8 +155,8 @@ class Promotion:
                 if previous is not None:
                     self._set_alias(before, previous)
                 else:
-                    with contextlib.suppress(MlflowException):  # it does not exist
-                        self._made.delete_registered_model_alias(self._model, before)
+                    delete = functools.partial(self._made.delete_registered_model_alias, self._model, before)
+                    retrying("Deleting the alias", delete)  # no error if it does not exist
             except MlflowException as error:
                 if error.error_code != "INVALID_PARAMETER_VALUE":
                     raise
