@@ -105,8 +105,11 @@ def test_the_job(
     capsys.readouterr()
     assert call("--model", "models:/tla-digits/9") == 3
     assert capsys.readouterr().err.startswith("error: model=models:/tla-digits/9: cannot be fetched")
-    output = str(tmp_path / "out")
-    assert call("--model", "models:/tla-digits/1", "--output", output, "--formats", "pt2") == 0
+    (tmp_path / "file").touch()
+    assert call("--model", "models:/tla-digits/1", "--output", str(tmp_path / "file" / "out")) == 3
+    assert capsys.readouterr().err.endswith("; choose another --output\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert call("--model", "models:/tla-digits/1", "--output", "~/out", "--formats", "pt2") == 0
     assert (tmp_path / "out" / "model.pt2").is_file()
 
 

@@ -25,7 +25,7 @@ from tla_service.tracking.connection import client
 from tla_service.tracking.runs import log_files, open_run
 
 LINF, L2 = rp.ThreatModel(norm="linf", epsilon=8 / 255), rp.ThreatModel(norm="l2", epsilon=0.5)
-HOSTILE = "tla<img src=x onerror=alert(1)>"
+HOSTILE = "tla<img src='x' onerror=alert(1)>"
 
 
 class Store(NamedTuple):

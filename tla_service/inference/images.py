@@ -38,10 +38,10 @@ def read_images(
         if len(sent.columns) != 1:
             raise BadImages(f"the table has {len(sent.columns)} columns; send one column of encoded images")
         sent = sent.iloc[:, 0].tolist()
+    if isinstance(sent, np.ndarray) and (sent.dtype.kind in "SUO" or sent.ndim == 0):
+        sent = sent.tolist()
     if isinstance(sent, bytes | bytearray | str):
         sent = [sent]
-    if isinstance(sent, np.ndarray) and sent.dtype.kind in "SUO":
-        sent = sent.tolist()
     if not isinstance(sent, Sequence | np.ndarray):
         raise BadImages(f"images are a {type(sent).__name__}; send an array {_wanted(image_shape)} or encoded images")
     if len(sent) == 0:

@@ -3,14 +3,13 @@
 import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from mlflow import MlflowClient
 from mlflow.entities import RunInfo
 from mlflow.exceptions import MlflowException
 
@@ -21,7 +20,7 @@ from tla_service.files import write_whole
 from tla_service.registry.evaluations import stored_reports
 from tla_service.report.page import NORMS, method_name, size, template
 from tla_service.report.schema import PAGE_FILE, Report
-from tla_service.tracking.connection import client, retrying, search_all, sqlite_path, tracking_uri
+from tla_service.tracking.connection import client, existing_store, retrying, search_all
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,7 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
 
     UnavailableError if the store cannot be read, a model is not registered, or none is.
     """
-    uri = tracking_uri(tracking)
-    path = sqlite_path(uri)
-    if path is not None and not path.is_file():
-        raise UnavailableError("tracking.uri", uri, "there is no such file", "correct the address")
+    uri = existing_store(tracking)
     made = client(uri)
     found = retrying("Reading the models", lambda: search_all(made.search_registered_models))
     # The locks of promotions are registered models, too.
@@ -92,20 +88,19 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
     missing = next((name for name in models if name not in registered), None)
     if missing is not None:
         raise UnavailableError("models", missing, "is not registered", suggest(missing, sorted(registered)))
-    reader = _Reader(made, uri)
+    # Without a filter, which cannot name a model with a quote in its name.
+    versions = retrying("Reading the versions", lambda: search_all(made.search_model_versions))
+    wanted = [version for version in versions if version.name in (set(models) or registered)]
+    own = [version for version in wanted if "weights_sha256" in version.tags]
+    read_run = functools.cache(lambda run_id: retrying("Reading the run", lambda: made.get_run(run_id)).info)
+    read_reports = functools.cache(functools.partial(stored_reports, made))
     entries: list[Entry] = []
-    own = foreign = 0
-    for name in sorted(set(models) or registered):
-        search = functools.partial(search_all, made.search_model_versions, filter_string=f"name='{name}'")
-        for version in retrying("Reading the versions", search):
-            if "weights_sha256" not in version.tags:
-                foreign += 1
-                continue
-            own += 1
-            aliases = registered[name].aliases
-            carried = sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
-            entries += reader.entries(version, tuple(carried))
-    return Leaderboard(tuple(sorted({entry.name for entry in entries})), own, foreign, _ranked(entries))
+    for version in own:
+        aliases = registered[version.name].aliases.items()
+        carried = sorted(alias for alias, number in aliases if str(number) == str(version.version))
+        entries += _entries(version, tuple(carried), without_credentials(uri), read_run, read_reports)
+    names, foreign = sorted({entry.name for entry in entries}), len(wanted) - len(own)
+    return Leaderboard(tuple(names), len(own), foreign, _ranked(entries))
 
 
 def write_leaderboard(found: Leaderboard, path: Path) -> Path:
@@ -129,50 +124,47 @@ def write_leaderboard(found: Leaderboard, path: Path) -> Path:
     return path
 
 
-class _Reader:
-    """Reads runs and reports, each once."""
+def _entries(
+    version: Any,
+    aliases: tuple[str, ...],
+    base: str,
+    read_run: Callable[[str], RunInfo],
+    read_reports: Callable[[str, str], Mapping[str, Report | None]],
+) -> list[Entry]:
+    """An entry for each evaluation of a version in the store at `base`, or one that says why there is none."""
+    run_id, sha256 = str(version.run_id or ""), version.tags["weights_sha256"]
+    registered = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).date().isoformat()
+    links = {}
+    if base.startswith(("http://", "https://")):
+        links["version"] = f"{base}/#/models/{quote(version.name, safe='')}/versions/{version.version}"
+    bare = Entry(version.name, str(version.version), aliases, version.tags.get("method", ""), registered, run_id, links)
+    try:
+        run, reports = read_run(run_id), read_reports(run_id, sha256)
+    except MlflowException as error:
+        return [replace(bare, trouble=f"its run cannot be read ({one_line(error)})")]
+    if "version" in links:
+        links["run"] = f"{base}/#/experiments/{run.experiment_id}/runs/{run_id}"
+    if not reports:
+        return [replace(bare, trouble="not evaluated")]
+    found = []
+    for folder, report in reports.items():
+        if report is None:
+            found.append(replace(bare, trouble=f"the report in {folder} cannot be read"))
+        elif report.model.weights_sha256 != sha256:
+            found.append(replace(bare, trouble="the report is of other weights"))
+        else:
+            page = _page(run, folder, links.get("run"))
+            found.append(replace(bare, report=report, links=links | ({"report": page} if page else {})))
+    return found
 
-    def __init__(self, made: MlflowClient, uri: str) -> None:
-        self._base = without_credentials(uri)
-        self._run = functools.cache(lambda run_id: retrying("Reading the run", lambda: made.get_run(run_id)).info)
-        self._reports = functools.cache(functools.partial(stored_reports, made))
 
-    def entries(self, version: Any, aliases: tuple[str, ...]) -> list[Entry]:
-        """An entry for each evaluation of a version, or one that says why there is none."""
-        run_id, sha256 = str(version.run_id or ""), version.tags["weights_sha256"]
-        registered = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).date().isoformat()
-        links = {}
-        if self._base.startswith(("http://", "https://")):
-            links["version"] = f"{self._base}/#/models/{quote(version.name, safe='')}/versions/{version.version}"
-        bare = Entry(
-            version.name, str(version.version), aliases, version.tags.get("method", ""), registered, run_id, links
-        )
-        try:
-            run, reports = self._run(run_id), self._reports(run_id, sha256)
-        except MlflowException as error:
-            return [replace(bare, trouble=f"its run cannot be read ({one_line(error)})")]
-        if "version" in links:
-            links["run"] = f"{self._base}/#/experiments/{run.experiment_id}/runs/{run_id}"
-        if not reports:
-            return [replace(bare, trouble="not evaluated")]
-        found = []
-        for folder, report in reports.items():
-            if report is None:
-                found.append(replace(bare, trouble=f"the report in {folder} cannot be read"))
-            elif report.model.weights_sha256 != sha256:
-                found.append(replace(bare, trouble="the report is of other weights"))
-            else:
-                page = self._page(run, folder, links.get("run"))
-                found.append(replace(bare, report=report, links=links | ({"report": page} if page else {})))
-        return found
-
-    def _page(self, run: RunInfo, folder: str, address: str | None) -> str | None:
-        """Where a report's page can be looked at: in MLflow's UI, or on this machine's disk."""
-        if address is not None:
-            return f"{address}/artifacts/{folder}/{PAGE_FILE}"
-        root = urlsplit(str(run.artifact_uri))
-        path = Path(unquote(root.path)) / folder / PAGE_FILE
-        return path.as_uri() if root.scheme in ("", "file") and path.is_file() else None
+def _page(run: RunInfo, folder: str, address: str | None) -> str | None:
+    """Where a report's page can be looked at: in MLflow's UI, or on this machine's disk."""
+    if address is not None:
+        return f"{address}/artifacts/{folder}/{PAGE_FILE}"
+    root = urlsplit(str(run.artifact_uri))
+    path = Path(unquote(root.path)) / folder / PAGE_FILE
+    return path.as_uri() if root.scheme in ("", "file") and path.is_file() else None
 
 
 def _ranked(entries: Sequence[Entry]) -> tuple[Entry, ...]:
