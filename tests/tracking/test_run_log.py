@@ -1,5 +1,7 @@
 """Metrics arrive once each, whatever happens to the server or to the process."""
 
+import errno
+import io
 import json
 import logging
 import math
@@ -8,6 +10,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -135,3 +138,33 @@ def test_files_of_a_living_log_and_of_other_runs_are_left_alone(local_uri: str, 
     assert history(local_uri, local_run, "a") == []
     assert len(list(spill.iterdir())) == 2
     assert not living.close(timeout_seconds=0)
+
+
+class Disk(io.FileIO):
+    """A file on a disk that may be full."""
+
+    is_full = False
+
+    def write(self, data: Any) -> int:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data) or 0
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_full_disk_ends_neither_the_log_nor_the_run(
+    local_uri: str, local_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recovers: bool
+) -> None:
+    disk = Disk(tmp_path / "points.jsonl", "a+")
+    monkeypatch.setattr(run_log_module, "_adopt", lambda *_: (tmp_path / "points.jsonl", io.BufferedRandom(disk)))
+    log = RunLog(local_uri, local_run, tmp_path)
+    log.log({"a": 0.0}, 0)
+    assert log.flush(20)
+    disk.is_full = True
+    log.log({"a": 1.0}, 1)
+    assert log.unsent_bytes() == 0
+    if recovers:
+        disk.is_full = False
+        log.log({"a": 2.0}, 2)
+    assert log.close()
+    assert history(local_uri, local_run, "a") == [(step, float(step)) for step in range(3 if recovers else 1)]

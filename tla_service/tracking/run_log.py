@@ -76,7 +76,8 @@ class RunLog:
     def unsent_bytes(self) -> int:
         """Bytes on disk that the server has not confirmed yet."""
         with self._changed:
-            return 0 if self._file.closed else self._file.seek(0, os.SEEK_END) - self._sent_bytes
+            # Of the file itself: what a full disk refused stays in the buffer, and every seek raises again.
+            return 0 if self._file.closed else os.fstat(self._file.fileno()).st_size - self._sent_bytes
 
     def close(self, timeout_seconds: float = 30.0) -> bool:
         """Send what is left and stop; returns whether all was sent. The rest stays on disk for the next log."""
@@ -93,19 +94,21 @@ class RunLog:
                 self._path.unlink(missing_ok=True)
             else:
                 _log.warning("Metrics of run %s that could not be sent are kept in %s", self._run_id, self._path)
-            self._file.close()
+            with contextlib.suppress(OSError):  # what the disk had no room for
+                self._file.close()
         return done
 
     def _work(self) -> None:
         failures = 0
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closing or self.unsent_bytes() > 0)
-                if self._closing:
-                    return
-                points, end = self._read()
             try:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing or self.unsent_bytes() > 0)
+                    if self._closing:
+                        return
+                    points, end = self._read()
                 self._send(points)
+                self._confirm(end)
             except Exception as error:  # noqa: BLE001 - no error here may stop training
                 failures += 1
                 self._failed(error, failures)
@@ -113,7 +116,6 @@ class RunLog:
                 if failures > 1:
                     _log.warning("The tracking server %s is back; sending metrics again", self._address)
                 failures = 0
-                self._confirm(end)
 
     def _read(self) -> tuple[list[Point], int]:
         """The next lines of the file, and where they end."""
