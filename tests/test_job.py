@@ -9,7 +9,8 @@ from typing import IO
 
 import pytest
 
-from tla_service.job import next_command, run_job
+from tla_service import job
+from tla_service.job import code_version, next_command, run_job
 
 
 def test_the_next_command_can_be_typed_in_the_shell_of_this_one(
@@ -41,6 +42,20 @@ def test_commands_and_errors_show_no_credentials(
     assert "Traceback" in printed
     assert printed.endswith("error: request to http://mlflow:5000 failed\n")
     assert "hunter2" not in printed
+
+
+def test_the_repository_around_an_environment_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / ".venv" / "tla_service"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.com"]
+    for command in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message", "theirs"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(job, "__file__", str(package / "job.py"))
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    assert "tla.git_commit" not in code_version()
+    subprocess.run([*git, "add", str(package)], check=True)
+    assert "tla.git_commit" in code_version()
 
 
 def run(body: str, output: IO[bytes] | int) -> "subprocess.CompletedProcess[bytes]":

@@ -104,7 +104,8 @@ def log_as_json(labels: Mapping[str, Any], stream: TextIO | None = None) -> None
 def code_version() -> dict[str, str]:
     """Tags with the package version and, in a git checkout, the commit and whether it has local changes."""
     tags = {"tla.version": tla_service.__version__}
-    commit = _git("rev-parse", "HEAD")
+    # Not of a repository that merely contains the environment in which this package is installed.
+    commit = _git("rev-parse", "HEAD") if _git("ls-files", "__init__.py") else None
     if commit:
         changed = _git("status", "--porcelain", "--untracked-files=no")
         tags["tla.git_dirty"] = str(bool(changed)).lower()
