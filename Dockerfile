@@ -47,11 +47,13 @@ LABEL org.opencontainers.image.title="tla-service" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="docker.io/library/python:3.11.16-slim-bookworm"
-# KubeRay's health probes call wget. A pinned version would break with Debian's next security update.
+# KubeRay's health probes call wget. `ray up` calls ssh and rsync on the head, rsync on each node, and commands in login
+# shells, whose PATH /etc/profile sets. A pinned version would break with Debian's next security update.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends wget \
+    && apt-get install --yes --no-install-recommends openssh-client rsync wget \
     && rm -rf /var/lib/apt/lists/* \
+    && echo "PATH=/opt/tla/bin:\${PATH}" > /etc/profile.d/tla.sh \
     && useradd --create-home --uid 1000 --user-group tla \
     && install --directory --owner=1000 --group=1000 /cache /tmp/ray /home/tla/.mlflow /home/tla/service/runs
 COPY --from=dependencies /opt/tla /opt/tla

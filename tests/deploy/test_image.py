@@ -55,6 +55,13 @@ def test_everything_from_the_index_is_compared_with_a_hash() -> None:
     assert [re.findall(r'"(\w+==)', command) for command in unchecked] == [["torchvision=="]]
 
 
+def test_ray_up_finds_in_the_container_what_it_calls() -> None:
+    (installed,) = [rest for keyword, rest in LAST_STAGE if keyword == "RUN" and "apt-get install" in rest]
+    assert {"openssh-client", "rsync"} <= set(installed.split())
+    assert "PATH=/opt/tla/bin" in installed, "login shells reset PATH"
+    assert "> /etc/profile.d/tla.sh" in installed
+
+
 def test_torch_without_cuda_is_the_locked_torch() -> None:
     pins = (ROOT / "deploy" / "image" / "torch-cpu.txt").read_text()
     assert re.findall(r"^(\w+)==(\S+)", pins, flags=re.MULTILINE) == [("torch", f"{locked('torch')}+cpu")]
