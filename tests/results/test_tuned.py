@@ -90,7 +90,7 @@ def test_trials_of_other_searches_are_refused(tmp_path: Path, monkeypatch: pytes
     settings, found = settings_of(*FLAGS, "--state", str(tmp_path)), tuned.protocol("digits")
     open_state(settings)
     open_state(settings)
-    for change, fits in (({"full_seeds": 2}, True), ({"trials": 3}, False)):
+    for change, fits in (({"full_seeds": 2}, True), ({"trials": 3}, False), ({"repeated": 2}, False)):
         monkeypatch.setattr(tuned, "protocol", {"digits": found.model_copy(update=change)}.__getitem__)
         with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="other settings"):
             open_state(settings)
@@ -186,6 +186,10 @@ def test_the_page_has_corrected_verdicts_and_the_searches(tmp_path: Path, finish
     assert found[1:5] == ["| AT", "| ALP", "| TRADES", "| MART"]
     assert (tmp_path / "pictures" / "mnist-tuned-trials.png").stat().st_size > 1000
     assert f"| MART | {trials} |" in page
+    first = {arm: tuned.scored_trials("mnist", arm, state)[0] for arm in ("at", "tla")}
+    gain = 100 * (first["tla"].scores[0] - first["at"].scores[0])
+    (row,) = [line for line in page.splitlines() if line.startswith("| 0.0155 | 0.333 |")]
+    assert row.split(" | ")[6] == f"{gain:+.1f}"  # after ALP, TRADES and MART
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def _shared(settings: ReproduceSettings) -> RunConfig:
 
 def write_report_settings(settings: ReproduceSettings, run: TableRun, state: Path) -> Path:
     """Write the settings of a trained run's evaluation (`ReportSettings`) to a file in its folder, and return it."""
-    left_out = ("curves", "sparse", "certified", "corruptions", "audit", "transfer")
+    left_out = ("adaptive", "curves", "sparse", "certified", "corruptions", "audit", "transfer", "adversarial")
     folder, images = state / run.name, dict.fromkeys(left_out, 0)
     fields: dict[str, Any] = {"model": str(checkpoint_of(folder)), "output": str(folder / REPORT), "page": False}
     fields |= {"images": images, "data": {"root": settings.data.root}}

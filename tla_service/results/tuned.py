@@ -78,9 +78,9 @@ def protocol(table: str) -> Protocol:
 
 
 def searches_digest(table: str) -> str:
-    """Of all that decides what a numbered trial, or a run with its winner's settings, is."""
-    fields = {"preset", "flags", "trials", "trial_fields", "shared", "arms"}
-    return hashlib.sha256(protocol(table).model_dump_json(include=fields).encode()).hexdigest()[:16]
+    """Of all that decides what a numbered trial, or a run with its winner's settings, is and how it was measured."""
+    found = protocol(table).model_dump_json(exclude={"comparisons", "full_seeds"})
+    return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
 def trial_points(table: str, arm: str) -> list[dict[str, float]]:

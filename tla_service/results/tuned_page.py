@@ -1,5 +1,6 @@
 """Sections of a tuned table's page: the protocol, comparisons corrected for their number, what the searches found."""
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,9 +130,31 @@ def search_lines(table: str, state: Path, picture: Path) -> list[str]:
     if noise is not None:
         lines += ["", f"The score of one trial has a standard deviation of {100 * noise:.2f} points over seeds (pooled "
                   "over all repeated trials)."]  # fmt: skip
+    lines += _gain_by_trial(table, state)
     if _draw_map(table, state, picture):
         lines += ["", f"![Trials of TLA over weight and margin](pictures/{picture.name})"]
     return lines
+
+
+def _gain_by_trial(table: str, state: Path) -> list[str]:
+    """Each method less AT in the trials of one number, which share the shared settings and seeds."""
+    found = tuned.protocol(table)
+    trials = {arm: {each.number: each for each in tuned.scored_trials(table, arm, state)} for arm in found.searched}
+    at = trials.pop("at")
+    shared = [name.rpartition(".")[2] for name in found.shared]
+    titles = [*(f"`{name}`" for name in shared), "AT", *(f"{label(arm)} less AT" for arm in trials)]
+    lines = ["", "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for number, base in sorted(at.items(), key=lambda item: list(item[1].point.values())):
+        cells = [*(f"{value:g}" for value in base.point.values()), f"{100 * base.mean:.1f}"]
+        for each in trials.values():
+            scores = each[number].scores if number in each else ()
+            gains = [score - against for score, against in zip(scores, base.scores, strict=False)]  # shared seeds
+            cells.append(f"{100 * statistics.mean(gains):+.1f}" if gains else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        "Trials of one number differ only in the method and its own weights; means over their shared seeds, validation."
+    )
+    return [*lines, "", note]
 
 
 def _draw_map(table: str, state: Path, path: Path) -> bool:
