@@ -221,12 +221,18 @@ class Broken(Wavy):
         return ModelOutput(output.logits * math.nan, output.embeddings)
 
 
+class Choosy(Wavy):
+    def forward(self, images: Tensor) -> ModelOutput:  # noqa: ARG002
+        raise ValueError
+
+
 @pytest.mark.parametrize(
     ("network", "changes", "message"),
     [
         (Broken(), {}, "not finite"),
         (Wavy(classes=2), {}, "knows 2 classes"),
         (Wavy(), {"images": torch.zeros(40, 1, 5, 5)}, "cannot take 1x5x5 images"),
+        (Choosy(), {}, r"cannot take 1x4x4 images \(ValueError\)"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_message(network: nn.Module, changes: dict[str, Any], message: str) -> None:
