@@ -114,6 +114,26 @@ def test_l2_step_has_its_length_whatever_the_gradient_s_size(kind: str, scale: f
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_not_finite_breaks_nothing(kind: str, norm: str) -> None:
+    """Of two images, the first has a gradient of NaN in a pixel, the second an infinite one."""
+
+    def logits_fn(x: Tensor) -> Tensor:
+        pixel = x[:, 0, 0, 0]
+        still = pixel - pixel.detach()
+        spoilt = torch.stack([still[0].abs().sqrt(), still[1].sqrt()])
+        return torch.stack([1 - spoilt - x.flatten(1).sum(1) / 1000, 0 * pixel], 1)
+
+    attack = Attack(kind=kind, norm=norm, epsilon=0.1, step_size=0.05, num_steps=2, random_start=False)  # type: ignore[arg-type]
+    images, labels = torch.full((2, 1, 2, 2), 0.5), torch.zeros(2, dtype=torch.int64)
+    adversarial = craft(logits_fn, images, labels, attack)
+    assert_allowed(adversarial, images, attack)
+    if kind != "mim":  # which divides by the mean of the gradient
+        assert (adversarial - images)[1, 0, 0, 0] == pytest.approx(0.1)
+    assert attack_images(logits_fn, images, labels, attack).robust.all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_empty_batch_stays_empty(norm: str) -> None:
     images, labels = torch.zeros(0, 1, 2, 2), torch.zeros(0, dtype=torch.int64)
     attack = Attack(norm=norm)  # type: ignore[arg-type]

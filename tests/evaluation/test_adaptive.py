@@ -13,7 +13,6 @@ from tests.evaluation.test_detection import embedded, pair_auc
 from tests.report.subjects import digits, trained
 from tla_service.attacks import Attack
 from tla_service.data import Batch
-from tla_service.errors import ConfigError
 from tla_service.evaluation.adaptive import AdaptiveMeasurement, DetectionScore, attack_detector
 from tla_service.evaluation.detection import adaptive_detection, fit_detector, risk_curve, threshold_for
 from tla_service.evaluation.embedding import Embedded, attacked, embed
@@ -179,20 +178,3 @@ def test_figures_are_those_of_plain_counting() -> None:
     lowest = [min(score(part, at) for part in (natural, parts["unaware"], low)) for at in right]
     assert found.rejected.estimate == np.mean(np.array(lowest) < threshold)
     assert found.false_rejections.estimate == np.mean([clean_scores[at] < threshold for at in right])
-
-
-def test_attacks_of_different_images_are_refused() -> None:
-    own, natural = fit_detector(embedded([0, 1, 2] * 9)), embedded([0, 1, 2])
-    other = embedded([0, 2, 1])
-    with pytest.raises(ConfigError, match="not of the same images"):
-        adaptive_detection(
-            own,
-            0.0,
-            "validation",
-            natural=natural,
-            unaware=natural,
-            evasion=other,
-            rejection=natural,
-            epsilon=0.1,
-            seed=0,
-        )

@@ -116,6 +116,11 @@ def test_an_overconfident_network_has_the_error_of_its_excess() -> None:
     assert found.accuracy == wilson_interval(5, 10)
 
 
+def test_likelihoods_below_the_smallest_number_count() -> None:
+    sure = np.array([[1000, 0, 0], [1000, 0, 0]], np.float32)
+    assert calibrate(Embedded(sure, sure, np.array([0, 1]))).nll == pytest.approx(500)
+
+
 def test_pictures_are_drawn_even_if_bins_are_empty(tmp_path: Path) -> None:
     reliability_diagram({"clean": calibrate(logits()), "attacked": calibrate(logits(3))}, tmp_path / "a.png")
     corruption_lines(summarise_corruptions(np.ones((3, 76), dtype=bool)), tmp_path / "b.png")

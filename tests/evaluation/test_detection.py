@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.stats import multivariate_normal
 
 from tla_service.errors import ConfigError
+from tla_service.evaluation import detection
 from tla_service.evaluation.detection import (
     detect_misclassified,
     fit_detector,
@@ -134,10 +135,9 @@ def test_auc_counts_pairs(decimals: int) -> None:
     random = np.random.default_rng(2)
     correct = random.random(70) < 0.7
     scores = np.round(random.normal(size=70) + correct, decimals)
-    result = measure_detection(scores, correct, seed=0, num_resamples=0)
+    result = measure_detection(scores, correct, np.arange(70), seed=0)
     assert result.score.auc == pytest.approx(pair_auc(scores, correct), abs=1e-12)
     assert (result.num_correct, result.num_wrong) == (correct.sum(), (~correct).sum())
-    assert result.score.low is None
     points = set(zip(result.false_accepts.round(9).tolist(), result.true_accepts.round(9).tolist(), strict=True))
     every = {
         tuple(round(float((scores[side] >= threshold).mean()), 9) for side in (~correct, correct))
@@ -146,25 +146,26 @@ def test_auc_counts_pairs(decimals: int) -> None:
     assert {(0.0, 0.0), (1.0, 1.0)} <= points <= every
 
 
-def test_the_interval_resamples_images_with_all_their_rows() -> None:
+def test_the_interval_resamples_images_with_all_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "_RESAMPLES", 50)
     random = np.random.default_rng(3)
     images = np.tile(np.arange(30), 2)
     correct = random.random(60) < 0.6
     scores = np.round(random.normal(size=60) + correct, 1)
-    result = measure_detection(scores, correct, seed=5, images=images, num_resamples=50).score
+    result = measure_detection(scores, correct, images, seed=5).score
     draws, expected = np.random.default_rng(5), []
     for _ in range(50):
         rows = [row for image in draws.integers(30, size=30) for row in np.flatnonzero(images == image)]
         expected.append(pair_auc(scores[rows], correct[rows]))
     np.testing.assert_allclose((result.low, result.high), np.quantile(expected, [0.025, 0.975]), atol=1e-12)
     assert result.low < result.auc < result.high
-    again, other = (measure_detection(scores, correct, seed=s, images=images, num_resamples=50).score for s in (5, 6))
+    again, other = (measure_detection(scores, correct, images, seed=s).score for s in (5, 6))
     assert again.low == result.low != other.low
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_no_auc_without_both_outcomes(right: bool) -> None:
-    result = measure_detection(np.arange(4.0), np.full(4, right), seed=0)
+    result = measure_detection(np.arange(4.0), np.full(4, right), np.arange(4), seed=0)
     assert (result.score.auc, result.score.low) == (None, None)
     assert result.score.reason.startswith("every image is" if right else "none of the images is")
     assert len(result.false_accepts) == 0
@@ -190,7 +191,7 @@ def test_all_scores_on_natural_and_attacked_images_together() -> None:
     training = embedded([0, 1, 2] * 10)
     natural, attacked = embedded([0, 1, 2] * 8, seed=1), embedded([0, 1, 2] * 8, seed=2, spread=3)
     detector = fit_detector(training)
-    results = detect_misclassified(detector, training, natural, attacked, seed=0, k=5, num_resamples=20)
+    results = detect_misclassified(detector, training, natural, attacked, seed=0, k=5)
     both = Embedded.joined(natural, attacked)
     softmax = np.exp(both.logits) / np.exp(both.logits).sum(1, keepdims=True)
     units, bank = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (both.embeddings, training.embeddings))
@@ -204,6 +205,5 @@ def test_all_scores_on_natural_and_attacked_images_together() -> None:
     for name, scores in expected.items():
         assert results[name].score.auc == pytest.approx(pair_auc(scores, both.correct), abs=2e-3), name
         assert results[name].num_correct == both.correct.sum()
-    same = [*range(24), *range(24)]
-    paired = measure_detection(both.max_softmax, both.correct, seed=0, images=np.array(same), num_resamples=20)
+    paired = measure_detection(both.max_softmax, both.correct, np.array([*range(24), *range(24)]), seed=0)
     assert results["max_softmax"].score == paired.score

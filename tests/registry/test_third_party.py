@@ -122,6 +122,21 @@ def test_a_genuine_report_passes(check: Any, evaluated: tuple[str, Path]) -> Non
     assert (code, said.count("ok"), "FAILED" in said) == (0, 8, False), said
 
 
+def without_gate_images(arrays: dict[str, Any]) -> None:
+    kept = ~arrays["gate"]
+    arrays |= {name: values[kept] for name, values in arrays.items()}
+
+
+def test_a_report_whose_autoattack_met_no_gate_image_passes(check: Any) -> None:
+    def change(folder: Path) -> None:
+        change_images(without_gate_images)(folder)
+        change_report(folder, "adversarial", "images", value=len(load_arrays(folder / "adversarial.npz")["gate"]))
+        change_report(folder, "gate", "accuracy", "autoattack", "estimate", value=None)
+
+    code, said = check(change)
+    assert (code, said.count("ok"), "FAILED" in said) == (0, 8, False), said
+
+
 def one_pixel_far(arrays: dict[str, Any]) -> None:
     arrays["x_adv"][0, 0, 0, 0] = arrays["x_test"][0, 0, 0, 0] + (
         0.0801 if arrays["x_test"][0, 0, 0, 0] < 0.5 else -0.0801

@@ -211,6 +211,19 @@ def test_weak_attacks_are_told_apart_from_noise(ours: int, weak: bool) -> None:
     assert facts.gap.difference == pytest.approx(ours / 100 - 0.5)
 
 
+def test_the_curve_of_restarts_is_of_an_attack_of_its_kind() -> None:
+    attacks = {
+        "pgd50": {"num_steps": 50},
+        "pgd20x2": {"num_steps": 20, "num_restarts": 2},
+        "cw": {"kind": "cw", "num_restarts": 10},
+        "far": {"epsilon": 0.3, "num_restarts": 10},
+    }
+    results = {(MODEL, "columns"): outcome([True, False], "pgd20x2")}
+    steps, restarts = fd.gather(results, MODEL, plan(attacks=attacks)).curves
+    assert (steps.attack, steps.x) == ("pgd20x2: 2 starts of 20", (20.0, 40.0))
+    assert (restarts.attack, restarts.x) == ("pgd20x2: pgd20x2", (1.0, 2.0))
+
+
 def test_norm_curves_count_what_stands() -> None:
     found = minimum_norms_of(np.array([0.0, 1.0, 2.0, 2.0, np.inf]), "l0")
     assert (found.images, found.wrong, found.median) == (5, 1, 2.0)

@@ -39,6 +39,7 @@ def test_spreading_keeps_what_is_no_list(words: list[str]) -> None:
         (["--model", "a", "--attacks", '{"x": {"epsilon": 0.1, "step_size": 2}}'], "attacks.x.step_size", "2/255"),
         (["--model", "a", "--attacks", '{"x": {"kind": "deepfool"}}'], "attacks.x.kind", "fgsm"),
         (["--model", "a", "--attacks", '{"worst": {}}'], "attacks.worst", "rename"),
+        (["--model", "a", "--attacks", '{"last": {}}'], "attacks.last", "rename"),
         (["--model", "a", "--images.autoatack", "5"], "images.autoatack", "images.autoattack"),
         (["--model", "a", "--batch_size", "1"], "batch_size", "batch_size"),
     ],
@@ -80,14 +81,30 @@ def test_a_variable_of_the_training_job_is_passed_over(monkeypatch: pytest.Monke
 def test_lengths_are_checked_again_once_model_and_images_are_known() -> None:
     shape = (1, 8, 8)
     plan = make_plan(settings(norm="l2", epsilon=7.0), "digits", "linf", 0.15, has_surrogate=False)
-    check_plan(plan, shape)
+    check_plan(plan, shape, 10)
     plan = make_plan(settings(norm="l2", epsilon=9.0), "digits", "linf", 0.15, has_surrogate=False)
     with pytest.raises(ConfigError, match=r"^epsilon=9: longer than the diagonal of 1x8x8 images, 8; write 9/255"):
-        check_plan(plan, shape)
+        check_plan(plan, shape, 10)
     attacks = {"pgd": {}, "far": {"step_size": 0.5}}
     plan = make_plan(settings(attacks=attacks), "digits", "linf", 0.15, has_surrogate=False)
     with pytest.raises(ConfigError, match=r"^attacks\.far\.step_size=0\.5: over twice attacks\.far\.epsilon=0\.15"):
-        check_plan(plan, shape)
+        check_plan(plan, shape, 10)
     plan = make_plan(settings(detection={"step_size": 1.0}), "digits", "linf", 0.15, has_surrogate=False)
     with pytest.raises(ConfigError, match=r"^detection\.step_size=1: over twice"):
-        check_plan(plan, shape)
+        check_plan(plan, shape, 10)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "said"),
+    [
+        ({"tsne_class": 10}, r"^pictures\.tsne_class=10: there are classes 0 to 9; choose among them"),
+        ({"tsne_class": -1}, r"^pictures\.tsne_class=-1: there"),
+        ({"tsne_pair": (9, 10)}, r"^pictures\.tsne_pair=\(9, 10\): there"),
+    ],
+)
+def test_pictures_of_classes_that_are_not_there_are_refused_before_anything_is_measured(
+    pictures: dict[str, object], said: str
+) -> None:
+    plan = make_plan(settings(pictures=pictures), "digits", "linf", 0.15, has_surrogate=False)
+    with pytest.raises(ConfigError, match=said):
+        check_plan(plan, (1, 8, 8), 10)

@@ -271,6 +271,8 @@ def direction(gradient: Tensor, attack: Attack) -> Tensor:
     """The steepest step of length one under the attack's norm; zero where the gradient is zero."""
     if attack.norm == "linf":
         return gradient.sign()
+    # What is not a number moves nothing, as its sign above does: images that became NaN would count as broken.
+    gradient = gradient.nan_to_num()
     # A saturated network's gradient can be so small that its squares vanish: bring its largest entry to one first.
     scaled = gradient / _per_image(gradient.abs().amax((1, 2, 3)))
     return scaled / _per_image(scaled.flatten(1).norm(dim=1))

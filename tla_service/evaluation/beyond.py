@@ -131,11 +131,12 @@ def summarise_corruptions(correct: BoolArray) -> Corruptions:
 
 def calibrate(embedded: Embedded) -> Calibration:
     """Calibration of a network on images, one at least."""
-    from scipy.special import softmax
-    from sklearn.metrics import brier_score_loss, log_loss
+    from scipy.special import log_softmax, softmax
+    from sklearn.metrics import brier_score_loss
 
-    classes = np.arange(embedded.logits.shape[1])
-    chances = softmax(embedded.logits.astype(np.float64), axis=1)
+    classes, logits = np.arange(embedded.logits.shape[1]), embedded.logits.astype(np.float64)
+    # Of the logits: a probability that has vanished says no more how small it was.
+    of_labels = np.take_along_axis(log_softmax(logits, axis=1), embedded.labels[:, None], axis=1)
     confidence, correct = embedded.max_softmax, embedded.correct
     edges = np.linspace(0, 1, BINS + 1)
     place = np.searchsorted(edges[1:-1], confidence)
@@ -149,7 +150,7 @@ def calibrate(embedded: Embedded) -> Calibration:
         ece=sum(gaps) / len(embedded),
         confidence=float(confidence.mean()),
         accuracy=share_of(correct),
-        nll=float(log_loss(embedded.labels, chances, labels=classes)),
-        brier=float(brier_score_loss(embedded.labels, chances, labels=classes, scale_by_half=False)),
+        nll=-float(of_labels.mean()),
+        brier=float(brier_score_loss(embedded.labels, softmax(logits, axis=1), labels=classes, scale_by_half=False)),
         bins=tuple(bins),
     )

@@ -7,7 +7,6 @@ outcome is positive; these are arguments here, and their defaults are this proje
 """
 
 from dataclasses import dataclass
-from functools import partial
 from math import floor
 from typing import Literal
 
@@ -29,6 +28,7 @@ from tla_service.inference.detector import Detector, Integers, Rejector, Rule, S
 
 Covariance = Literal["full", "tied", "diagonal"]
 Shrinkage = Literal["ledoit_wolf", "none"]
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,12 @@ def threshold_for(scores: Scores, correct: BoolArray, false_rejection_rate: floa
     return float(accepted[min(rejected, len(accepted) - 1)])
 
 
-def measure_detection(
-    scores: Scores, correct: BoolArray, *, seed: int, images: Integers | None = None, num_resamples: int = 1000
-) -> RocCurve:
+def measure_detection(scores: Scores, correct: BoolArray, images: Integers, *, seed: int) -> RocCurve:
     """ROC curve and AUC of a score, with a 95% percentile bootstrap interval, or the reason why there is none.
 
-    Higher scores (N,) are more trustworthy; the positives are the rows that are classified correctly (N,). `images` is
-    which image each row shows (N,): rows of one image, clean and attacked, are drawn together, for they are not
-    independent; by default each row is an image of its own. `num_resamples` is 0 for no interval.
+    Higher scores (N,) are more trustworthy; the positives are the rows that are classified correctly (N,). `images`,
+    numbered from 0, is which one each row shows (N,): rows of one image, clean and attacked, are drawn together, for
+    they are not independent.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -115,7 +113,7 @@ def measure_detection(
         which = "every image is" if right else "none of the images is"
         reason = f"{which} classified correctly ({right} of {len(correct)}): there is nothing to tell apart"
         return RocCurve(DetectionScore(None, None, None, reason), right, wrong, np.empty(0), np.empty(0))
-    low, high = _bootstrap(scores, correct, images, num_resamples, seed)
+    low, high = _bootstrap(scores, correct, images, seed)
     false_accepts, true_accepts, _ = roc_curve(correct, scores)
     score = DetectionScore(float(roc_auc_score(correct, scores)), low, high)
     return RocCurve(score, right, wrong, false_accepts, true_accepts)
@@ -130,7 +128,6 @@ def detect_misclassified(
     seed: int,
     k: int = 50,
     metric: Metric = "angular",
-    num_resamples: int = 1000,
 ) -> dict[str, RocCurve]:
     """ROC curves on natural and attacked test images together, by score.
 
@@ -144,8 +141,7 @@ def detect_misclassified(
         "max_softmax": both.max_softmax,
         "neighbours": neighbour_score(both, bank, k=k, metric=metric),
     }
-    measured = partial(measure_detection, correct=both.correct, seed=seed, images=images, num_resamples=num_resamples)
-    return {name: measured(values) for name, values in scores.items()}
+    return {name: measure_detection(values, both.correct, images, seed=seed) for name, values in scores.items()}
 
 
 def shipped_detection(rejector: Rejector, both: Embedded, seed: int) -> ShippedDetection:
@@ -153,7 +149,7 @@ def shipped_detection(rejector: Rejector, both: Embedded, seed: int) -> ShippedD
     scores, images = rejector.detector.score(both.embeddings, both.predictions), np.tile(np.arange(len(both) // 2), 2)
     rejected = scores < rejector.threshold
     return ShippedDetection(
-        **vars(measure_detection(scores, both.correct, seed=seed, images=images).score),
+        **vars(measure_detection(scores, both.correct, images, seed=seed).score),
         threshold=rejector.threshold,
         false_rejections=share_of(rejected[both.correct]),
         detected=share_of(rejected[~both.correct]),
@@ -191,13 +187,9 @@ def adaptive_detection(
 
     The same N images, row by row: natural; under an attack that does not know the detector; attacked to evade; attacked
     to be rejected. The adversary has both attacks: under `adaptive` each image is the misclassified one of the higher
-    score, and as `unaware` leaves it where neither breaks it. ConfigError unless all show the same images.
+    score, and as `unaware` leaves it where neither breaks it.
     """
     parts = natural, unaware, evasion, rejection
-    if any(not np.array_equal(part.labels, natural.labels) for part in parts):
-        raise ConfigError(
-            "detection", None, "the attacks are not of the same images", "delete the folder of the report"
-        )
     clean, plain, evading, low = (detector.score(part.embeddings, part.predictions) for part in parts)
     evades = ~evasion.correct & (unaware.correct | (evading >= plain))
     found = {
@@ -209,7 +201,7 @@ def adaptive_detection(
 
     def area(name: str) -> DetectionScore:
         scores, correct = (np.concatenate(pair) for pair in zip(found["clean"], found[name], strict=True))
-        return measure_detection(scores, correct, seed=seed, images=images).score
+        return measure_detection(scores, correct, images, seed=seed).score
 
     lowest = np.minimum.reduce([clean, plain, low])
     measured = AdaptiveDetection(
@@ -240,22 +232,17 @@ def _factor(centred: Scores, covariance: Covariance, shrinkage: Shrinkage, lowes
     return inverse.T.contiguous().numpy()
 
 
-def _bootstrap(
-    scores: Scores, correct: BoolArray, images: Integers | None, num_resamples: int, seed: int
-) -> tuple[float, float] | tuple[None, None]:
+def _bootstrap(scores: Scores, correct: BoolArray, images: Integers, seed: int) -> tuple[float, float]:
     """The middle 95% of AUCs over images drawn anew; a draw without both outcomes is left out."""
-    groups = np.arange(len(scores)) if images is None else np.unique(images, return_inverse=True)[1]
     # AUC by ranks: sorting once instead of at every draw makes a thousand draws take seconds.
     values, ranks = np.unique(scores, return_inverse=True)
-    random, count, found = np.random.default_rng(seed), int(groups.max()) + 1, []
-    for _ in range(num_resamples):
-        weights = np.bincount(random.integers(count, size=count), minlength=count)[groups]
+    random, count, found = np.random.default_rng(seed), int(images.max()) + 1, []
+    for _ in range(_RESAMPLES):
+        weights = np.bincount(random.integers(count, size=count), minlength=count)[images]
         right = np.bincount(ranks, weights * correct, minlength=len(values))
         wrong = np.bincount(ranks, weights * ~correct, minlength=len(values))
         if right.sum() and wrong.sum():
             below = np.cumsum(wrong) - wrong / 2
             found.append(float((right * below).sum() / (right.sum() * wrong.sum())))
-    if not found:
-        return None, None
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)

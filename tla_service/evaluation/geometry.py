@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from tla_service.errors import ConfigError
 from tla_service.evaluation.embedding import Embedded
 from tla_service.evaluation.results import Share, Shift, share_of
 from tla_service.inference.detector import Floats, Integers, Scores, unit_rows
@@ -44,10 +43,8 @@ def distances(first: torch.Tensor, second: torch.Tensor, metric: Metric = "angul
 def nearest(queries: Floats, bank: Floats, count: int, *, metric: Metric = "angular") -> tuple[Integers, Floats]:
     """The `count` nearest rows of a bank (N, D) for queries (M, D), exactly: rows and distances, each (M, count).
 
-    Nearest first, the lower row first among equals. ConfigError if `count` is outside [1, N].
+    Nearest first, the lower row first among equals. `count` is in [1, N].
     """
-    if not 1 <= count <= len(bank):
-        raise ConfigError("neighbours", count, f"outside [1, {len(bank)}], the images of the bank", "ask for fewer")
     rows = max(1, _PAIRS_AT_ONCE // len(bank))
     held = torch.from_numpy(np.ascontiguousarray(bank))
     indices, found = np.empty((len(queries), count), np.int64), np.empty((len(queries), count), bank.dtype)
@@ -146,43 +143,29 @@ def mean_of(ratios: Scores) -> float | None:
     return float(found.mean()) if len(found) else None
 
 
-def select_class(
-    natural: Embedded, adversarial: Embedded, klass: int, *, max_natural: int = 500, max_adversarial: int = 1000
-) -> tuple[Embedded, Embedded]:
-    """The images of Fig. 1: the first natural and attacked ones of a true class; ConfigError if there are none."""
-    chosen = natural.subset(np.flatnonzero(natural.labels == klass)[:max_natural])
-    attacked = adversarial.subset(np.flatnonzero(adversarial.labels == klass)[:max_adversarial])
-    if not len(chosen) or not len(attacked):
-        raise ConfigError("class", klass, "has no natural or no attacked images", "choose another class")
-    return chosen, attacked
+def select_class(natural: Embedded, adversarial: Embedded, klass: int) -> tuple[Embedded, Embedded]:
+    """The images of Fig. 1: the first natural and attacked ones of a true class."""
+    rows, others = (np.flatnonzero(images.labels == klass) for images in (natural, adversarial))
+    return natural.subset(rows[:500]), adversarial.subset(others[:1000])
 
 
-def select_pair(
-    natural: Embedded, adversarial: Embedded, source: int, target: int, *, max_natural: int = 200
-) -> tuple[Embedded, Embedded]:
-    """The images of Fig. 2: natural of two classes (else ConfigError), attacked ones of one taken as the other."""
-    chosen = natural.subset(np.flatnonzero(np.isin(natural.labels, (source, target)))[:max_natural])
-    for klass in (source, target):
-        if not (chosen.labels == klass).any():
-            raise ConfigError("class", klass, "has no natural images among those to draw", "choose another pair")
+def select_pair(natural: Embedded, adversarial: Embedded, source: int, target: int) -> tuple[Embedded, Embedded]:
+    """The images of Fig. 2: the first natural ones of each of two classes, attacked ones of one taken as the other."""
+    # By class: in the order of a test set, all images of one may come before any of the other.
+    rows = np.concatenate([np.flatnonzero(natural.labels == klass)[:100] for klass in (source, target)])
     taken = (adversarial.labels == source) & (adversarial.predictions == target)
-    return chosen, adversarial.subset(np.flatnonzero(taken))
+    return natural.subset(rows), adversarial.subset(np.flatnonzero(taken))
 
 
-def project(natural: Embedded, adversarial: Embedded, *, seed: int, **settings: Any) -> Projection:
-    """Project natural and attacked embeddings into the plane together, by t-SNE; ConfigError if they are too few.
+def project(natural: Embedded, adversarial: Embedded, *, seed: int) -> Projection:
+    """Project natural and attacked embeddings, 16 at least together, into the plane by t-SNE.
 
-    The authors project all images, then select; 20,000 points take the better part of an hour. `settings` replace the
-    authors' for :class:`sklearn.manifold.TSNE`.
+    The authors project all images, then select; 20,000 points take the better part of an hour.
     """
     from sklearn.manifold import TSNE
 
     rows = unit_rows(np.concatenate([natural.embeddings, adversarial.embeddings])).astype(np.float32)
-    chosen = _TSNE | settings
-    if len(rows) <= chosen["perplexity"]:
-        reason = f"not below the {len(rows)} images to draw"
-        raise ConfigError("perplexity", chosen["perplexity"], reason, "draw more images, or lower it")
-    points = TSNE(n_components=2, random_state=seed, **chosen).fit_transform(rows)
+    points = TSNE(n_components=2, random_state=seed, **_TSNE).fit_transform(rows)
     return Projection(points[: len(natural)], points[len(natural) :], natural.labels, adversarial.predictions)
 
 

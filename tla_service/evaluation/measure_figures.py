@@ -91,8 +91,8 @@ def roc_curves(results: Mapping[str, RocCurve], path: Path) -> None:
         if score.auc is None:
             axes.plot([], [], linestyle="none", label=f"{name}: no AUC, {score.reason.partition(':')[0]}")
             continue
-        interval = "" if score.low is None else f" [{score.low:.3f}, {score.high:.3f}]"
-        style = _STYLES[place % len(_STYLES)] | {"marker": None, "label": f"{name}: AUC {score.auc:.3f}{interval}"}
+        label = f"{name}: AUC {score.auc:.3f} [{score.low:.3f}, {score.high:.3f}]"
+        style = _STYLES[place % len(_STYLES)] | {"marker": None, "label": label}
         axes.plot(result.false_accepts, result.true_accepts, linewidth=1.8, **style)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
     axes.set(xlabel="misclassified images accepted", ylabel="correctly classified images accepted")

@@ -19,19 +19,17 @@ import numpy as np
 
 from tla_service.attacks import Attack
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.radii import Norm, documented_radius, no_radius
+from tla_service.config.radii import Norm
 from tla_service.config.yaml_files import read_yaml
-from tla_service.errors import ConfigError
 from tla_service.evaluation.results import Curve, share_of
 from tla_service.evaluation.shards import ShardOutcome
 
 
 class Columns(NamedTuple):
-    """The attacks of one data set's table: white-box ones by name, transfer attacks, and the radius they share."""
+    """The attacks of one data set's table by name: white-box ones and transfer attacks."""
 
     attacks: dict[str, EvaluationAttack]
     transfer: dict[str, EvaluationAttack]
-    epsilon: float
 
 
 class _Table(NamedTuple):
@@ -68,17 +66,13 @@ def paper_figures() -> dict[str, Any]:
 
 
 def paper_columns(data_name: str, norm: Norm = "linf", epsilon: float | None = None) -> Columns:
-    """The paper's columns for a data set, at a radius, by default the documented one; steps keep their share of it.
+    """The paper's columns for a data set, at a radius above 0, by default its table's in L-infinity.
 
-    Fashion-MNIST takes MNIST's columns; data sets that the paper does not have take CIFAR-10's. ConfigError if the
-    radius is not above 0, or none is given or documented.
+    Steps keep their share of the radius. Fashion-MNIST takes MNIST's columns; data sets that the paper does not have
+    take CIFAR-10's.
     """
-    if epsilon is not None and not epsilon > 0:
-        raise ConfigError("epsilon", epsilon, "leaves nothing to attack with", "give a radius above 0, such as 8/255")
     table = _TABLES.get(_LIKE.get(data_name, data_name), _TABLES["cifar10"])
-    radius = documented_radius(data_name, norm) if epsilon is None else epsilon
-    if radius is None:
-        raise ConfigError("norm", norm, *no_radius(data_name, norm, "epsilon"))
+    radius = table.epsilon if epsilon is None else epsilon
     made = {}
     for name in table.columns.split():
         kind, steps, restarts = _COLUMN.fullmatch(name).groups()  # type: ignore[union-attr]
@@ -88,7 +82,7 @@ def paper_columns(data_name: str, norm: Norm = "linf", epsilon: float | None = N
         counts = {"num_steps": int(steps or 1), "num_restarts": int(restarts or 1)}
         made[name] = EvaluationAttack(kind=kind, norm=norm, epsilon=radius, step_size=length, **counts)
     transfer = {name: attack for name, attack in made.items() if name.startswith("transfer_")}
-    return Columns({name: attack for name, attack in made.items() if name not in transfer}, transfer, radius)
+    return Columns({name: attack for name, attack in made.items() if name not in transfer}, transfer)
 
 
 class PaperRow(NamedTuple):

@@ -17,7 +17,7 @@ from tla_service.attacks.minimum_norm import SparseNorm, minimum_norms
 from tla_service.config.adversary import AttackConfig, EvaluationAttack
 from tla_service.config.radii import no_radius
 from tla_service.data import Batch
-from tla_service.errors import ConfigError
+from tla_service.errors import ConfigError, one_line
 from tla_service.evaluation import shards as sh
 from tla_service.evaluation.evidence import adversarial_arrays
 from tla_service.evaluation.results import Curve, MinimumNorms, share_of
@@ -192,7 +192,7 @@ def clean_logits(logits_fn: LogitsFn, images: Tensor, labels: Tensor) -> Tensor:
     except (RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = f"cannot take {shape} images ({str(error).splitlines()[0]})"
+        reason = f"cannot take {shape} images ({one_line(error) or type(error).__name__})"
         raise ConfigError("model", None, reason, "evaluate it on images like those it was trained on") from error
     if logits.ndim != 2 or len(logits) != len(images):
         reason = f"gives {tuple(logits.shape)} for {len(images)} images"

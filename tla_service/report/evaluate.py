@@ -45,7 +45,7 @@ def evaluate(
     subject, dataset = models.subject, models.dataset
     threat = subject.facts.trained_for
     plan = pl.make_plan(settings, dataset.name, threat.norm, threat.epsilon, has_surrogate=models.surrogate is not None)
-    pl.check_plan(plan, dataset.image_shape)
+    pl.check_plan(plan, dataset.image_shape, len(dataset.class_names))
     output = report_folder(models, plan)
     measuring = Measuring(plan, models, output, terminal)
     tasks = measuring.tasks()

@@ -10,7 +10,6 @@ import torch
 from tla_service.data import Dataset
 from tla_service.data.augmentation import to_unit
 from tla_service.data.sources import ImageSource
-from tla_service.errors import ConfigError
 from tla_service.evaluation import measure_figures as mf
 from tla_service.evaluation.beyond_figures import corruption_lines, reliability_diagram
 from tla_service.evaluation.certified import certified_curve
@@ -153,10 +152,6 @@ class Figures:
             klass = _CIFAR_DEER if is_cifar else int(confusion.sum(1).argmax())
         if pair is None:
             pair = _CIFAR_TRUCK_AND_BIRD if is_cifar else divmod(int(confusion.argmax()), len(self._names))
-        for field, values, shown in (("tsne_class", (klass,), klass), ("tsne_pair", pair, pair)):
-            if not all(0 <= value < len(self._names) for value in values):
-                reason = f"there are classes 0 to {len(self._names) - 1}"
-                raise ConfigError(f"pictures.{field}", shown, reason, "choose among them")
         chosen = select_class(natural, attacked, klass)
         if sum(map(len, chosen)) >= _FEWEST_POINTS:
             caption = (

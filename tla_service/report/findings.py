@@ -176,7 +176,7 @@ def _curves(mine: Mapping[str, Any], outcome: ShardOutcome, plan: Plan) -> tuple
     name = plan.restarted
     if name is not None:
         steps, restarts = plan.columns[name].num_steps, plan.columns[name].num_restarts
-        total = f"{plan.iterative}: {restarts} starts of {steps}"
+        total = f"{name}: {restarts} starts of {steps}"
         curves.append(restart_curve(outcome, name, restarts, total, steps_each=steps))
         curves.append(restart_curve(outcome, name, restarts, f"{name}: {name}"))
     return tuple(curves)

@@ -71,8 +71,9 @@ class Plan:
 
     @property
     def restarted(self) -> str | None:
-        """The attack with the most restarts, or None where none has any."""
-        name = max(self.columns, key=lambda name: self.columns[name].num_restarts)
+        """The PGD under the threat model with the most restarts, or None where none has any."""
+        pgd = [name for name in self.within if self.columns[name].kind == "pgd"]
+        name = max(pgd, key=lambda name: self.columns[name].num_restarts)
         return name if self.columns[name].num_restarts > 1 else None
 
 
@@ -121,8 +122,16 @@ def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: flo
     )
 
 
-def check_plan(plan: Plan, shape: ImageShape) -> None:
-    """Raise ConfigError for radii and step sizes that make no sense on images of a shape (C, H, W)."""
+def check_plan(plan: Plan, shape: ImageShape, classes: int) -> None:
+    """Raise ConfigError for lengths that make no sense on images (C, H, W), and pictures of classes beyond theirs."""
+    pictures = plan.settings.pictures
+    for field, value, chosen in (
+        ("tsne_class", pictures.tsne_class, (pictures.tsne_class or 0,)),
+        ("tsne_pair", pictures.tsne_pair, pictures.tsne_pair or ()),
+    ):
+        if not all(0 <= klass < classes for klass in chosen):
+            reason = f"there are classes 0 to {classes - 1}"
+            raise ConfigError(f"pictures.{field}", value, reason, "choose among them")
     named = {f"attacks.{name}": attack for name, attack in plan.columns.items()} | {"detection": plan.detection}
     found = [length_trouble("", plan.norm, plan.epsilon, shape=shape)]
     for where, attack in named.items():

@@ -156,7 +156,9 @@ class ReportSettings(JobSettings):
     def _check(self) -> Self:
         if not self.model:
             raise wrong("model", "", "no model is named", "give --model with the path of a checkpoint folder")
-        refuse(attack_trouble("attacks", self.attacks, ("clean", "autoattack", "worst")))
+        # The latter are columns of the per-image results too: attacks crafted on relatives.
+        relatives = "pretrained", "last", "average", "natural"
+        refuse(attack_trouble("attacks", self.attacks, ("clean", "autoattack", "worst", *relatives)))
         # As far as they are given here; `check_plan` checks what they become.
         chosen = self.detection
         lengths: list[tuple[str, Norm | None, float | None, float | None, int | None]] = [
