@@ -143,7 +143,7 @@ def _stages(settings: BenchmarkSettings) -> dict[str, Stage]:
             "fast_steps": partial(
                 stages.measure_steps, base=gpu.FAST, title="Fast steps", suffix=", bfloat16 compiled", others=False
             ),
-            "parts": partial(parts.measure_parts, base={}),
+            "parts": parts.measure_parts,
             "settings": gpu.measure_settings,
             "accuracy": gpu.measure_accuracy_of_precisions,
         }
@@ -152,18 +152,17 @@ def _stages(settings: BenchmarkSettings) -> dict[str, Stage]:
     from benchmarks.startup import measure_startup
     from benchmarks.workers import measure_scaling
 
-    measured, compiled = switches.CPU_SWITCHES, switches.COMPILE_SWITCHES
     return {
         "steps": partial(stages.measure_steps, base={}),
         "attacks": stages.measure_attacks,
-        "switches": partial(switches.measure_switches, switches=measured, base={}),
-        "parts": partial(parts.measure_parts, base={}),
+        "switches": partial(switches.measure_switches, switches=switches.CPU_SWITCHES),
+        "parts": parts.measure_parts,
         "mining": lambda _work, settings, results: stages.measure_mining(settings, results),
         "scaling": measure_scaling,
         "checkpoints": lambda _work, settings, results: measure_checkpoints(settings, results),
         "startup": lambda _work, _settings, results: measure_startup(results),
         "evaluation": measure_evaluation,
-        "compile": partial(switches.measure_switches, switches=compiled, base={}, title="Compiled"),
+        "compile": partial(switches.measure_switches, switches=switches.COMPILE_SWITCHES, title="Compiled"),
     }
 
 

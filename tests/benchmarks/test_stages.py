@@ -65,7 +65,7 @@ def test_steps_and_attacks_are_measured_beside_other_libraries() -> None:
 @pytest.mark.slow
 def test_parts_are_measured() -> None:
     results = Results()
-    parts.measure_parts(WORK, quick(), results, {})
+    parts.measure_parts(WORK, quick(), results)
     rows = [row[1] for row in results.tables["Parts"]["rows"]]
     assert rows[:3] == ["wait for data", "augmentation", "attack"]
     shares = [float(row[3].rstrip(" %")) for row in results.tables["Parts"]["rows"] if "alone" not in row[1]]
@@ -99,7 +99,7 @@ def test_a_stage_that_takes_too_long_is_killed_and_leaves_the_file(tmp_path: Pat
 def test_a_switch_is_measured_against_the_step_without_it() -> None:
     results = Results()
     chosen = [switch for switch in switches.CPU_SWITCHES if switch[0].startswith(("speed", "mining"))]
-    switches.measure_switches(WORK, quick(), results, chosen, {})
+    switches.measure_switches(WORK, quick(), results, chosen)
     assert [row[1].strip("`") for row in results.tables["Switches"]["rows"]] == [name for name, _, _ in chosen]
 
 
