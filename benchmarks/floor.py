@@ -1,8 +1,5 @@
 """The theoretical cost of a step, and the matrix multiplication rate of the device."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -75,16 +72,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> Spread:
     """FLOP/s of one large matrix product on the device, a practical upper bound; with TF32, as convolutions have it."""
     size = 8192 if device.type == "cuda" else 1024
     first, second = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    with _tf32():
-        seconds = take_turns({"product": lambda: first @ second}, rounds=8, burn_in=3, repeats=4).wall["product"]
-    return Spread.of([2 * size**3 / value for value in seconds])
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
     try:
-        yield
+        seconds = take_turns({"product": lambda: first @ second}, rounds=8, burn_in=3, repeats=4).wall["product"]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+    return Spread.of([2 * size**3 / value for value in seconds])

@@ -12,9 +12,9 @@ from torch import nn
 
 from benchmarks.results import Results
 from benchmarks.settings import BenchmarkSettings
-from benchmarks.stages import Changes, context_of, merged
+from benchmarks.stages import context_of
 from benchmarks.timing import take_turns
-from benchmarks.workloads import FullStep, Workload
+from benchmarks.workloads import Changes, FullStep, Workload, merged
 from tla_service.attacks import Attack, attack_images
 from tla_service.attacks.autoattack import run_autoattack
 from tla_service.data import Batch

@@ -40,16 +40,19 @@ class Results:
         """Keep a ratio, with its threshold if it has one."""
         self.ratios[name] = {"median": spread.median, "low": spread.low, "high": spread.high, "bar": bar}
 
-    def on_top_of(self, earlier: "Results", stages: list[str]) -> "Results":
+    def on_top_of(self, earlier: "Results", stages: list[str], *, is_main: bool = False) -> "Results":
         """An earlier run's results, with these in place of what was measured again, network by network.
 
         Args:
             earlier: What is kept of: everything that these results have not.
             stages: What was measured again, for the facts.
+            is_main: These are all stages that run by default; the facts become this run's.
         """
-        again = {stage: {name: self.facts[name] for name in ("command", "commit", "device")} for stage in stages}
-        took = {name: value for name, value in self.facts.items() if name.startswith("seconds of ")}
-        facts = earlier.facts | took | {"again": earlier.facts.get("again", {}) | again}
+        origin = {name: self.facts[name] for name in ("command", "commit", "device")}
+        took = {name: value for name, value in self.facts.items() if is_main or name.startswith("seconds of ")}
+        again = earlier.facts.get("again", {})
+        again = {stage: run for stage, run in again.items() if stage.partition(" of ")[0] not in stages}
+        facts = earlier.facts | took | {"again": again | ({} if is_main else dict.fromkeys(stages, origin))}
         tables = earlier.tables | {
             name: _merged(earlier.tables.get(name), table) for name, table in self.tables.items()
         }
@@ -62,11 +65,15 @@ class Results:
 
 
 def _merged(earlier: dict[str, Any] | None, table: dict[str, Any]) -> dict[str, Any]:
-    """A table with the rows of other networks, which the first column names, from an earlier one."""
+    """A table with the rows of other networks, which the first column names, from an earlier one.
+
+    Of one network as well, rows of other settings are kept: each is measured for itself.
+    """
     if earlier is None or earlier["columns"] != table["columns"] or "network" not in table["columns"][:1]:
         return table
-    measured = {row[0] for row in table["rows"]}
-    return {**table, "rows": [row for row in earlier["rows"] if row[0] not in measured] + table["rows"]}
+    named = 2 if table["columns"][1] == "settings" else 1
+    measured = [row[:named] for row in table["rows"]]
+    return {**table, "rows": [row for row in earlier["rows"] if row[:named] not in measured] + table["rows"]}
 
 
 def read_results(path: Path) -> Results:

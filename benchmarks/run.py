@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch._dynamo
 
-from benchmarks import parts, stages, switches
+from benchmarks import gpu, parts, stages, switches
 from benchmarks.results import Results, facts, keep_ratios, read_ratios, read_results, worsened
 from benchmarks.settings import CPU_STAGES, GPU_STAGES, BenchmarkSettings
 from benchmarks.workloads import CPU_WORKLOADS, GPU_WORKLOADS, Workload
@@ -26,34 +26,28 @@ def run_benchmark(settings: BenchmarkSettings) -> int:
         0, or 1 when a ratio has worsened.
 
     Raises:
-        UserError: A stage or network is unknown, or there is no GPU.
+        UserError: A stage, network or variant is unknown, or there is no GPU.
     """
     work, offered = _workloads(settings), _stages(settings)
     wanted = settings.stages or list(GPU_STAGES if settings.device == "cuda" else CPU_STAGES)
-    for stage in wanted:
-        if stage not in offered:
-            raise ConfigError("stages", stage, "there is no such stage", f"choose from {', '.join(offered)}")
+    for name, given, known in (("stages", wanted, offered), ("variants", settings.variants, gpu.VARIANTS)):
+        for each in given:
+            if each not in known:
+                raise ConfigError(name, each, f"there is no such {name[:-1]}", f"choose from {'; '.join(known)}")
     if settings.device == "cpu":
-        return _guard(settings, measure(settings, wanted, again=bool(settings.stages or settings.workloads)))
-    deadline = time.monotonic() + settings.seconds
-    for index, (key, stage) in enumerate(itertools.product(work, wanted)):
-        again = index > 0 or bool(settings.stages or settings.workloads)
+        return _guard(settings, measure(settings, wanted).ratios)
+    deadline, before = time.monotonic() + settings.seconds, _kept(settings)
+    for key, stage in itertools.product(work, wanted):
         left = deadline - time.monotonic()
-        if left <= 0 or not _measure_elsewhere(
-            settings.model_copy(update={"workloads": [key]}), stage, left, again=again
-        ):
+        if left <= 0 or not _measure_elsewhere(settings.model_copy(update={"workloads": [key]}), stage, left):
             print(f"no time left for {stage} of {key}", flush=True)
-    return _guard(settings, read_results(settings.output))
+    # Of stages that were killed the file has the ratios of an earlier run, if any.
+    found = {name: spread for name, spread in _kept(settings).ratios.items() if spread != before.ratios.get(name)}
+    return _guard(settings, found)
 
 
-def measure(settings: BenchmarkSettings, wanted: list[str], *, again: bool) -> Results:
-    """Run stages in this process, and write the file after each.
-
-    Args:
-        settings: What to measure.
-        wanted: The stages.
-        again: Keep what the file holds of other stages and networks.
-    """
+def measure(settings: BenchmarkSettings, wanted: list[str]) -> Results:
+    """Run stages in this process, and write the file after each; it keeps results of other stages and networks."""
     began = time.monotonic()
     # All candidates of a stage compile the same code object, each with its own guards; past the limit, dynamo would
     # silently run it eagerly.
@@ -65,8 +59,7 @@ def measure(settings: BenchmarkSettings, wanted: list[str], *, again: bool) -> R
         torch.set_num_threads(1)
         keep_freed_memory()  # as a run does
     work, offered, results = _workloads(settings), _stages(settings), Results(facts())
-    earlier = read_results(settings.output) if again and settings.output.exists() else None
-    measured = [f"{stage} of {', '.join(settings.workloads)}" if settings.workloads else stage for stage in wanted]
+    earlier, measured = _kept(settings), list[str]()
     for stage in wanted:
         start = time.monotonic()
         with _one_core(stage):
@@ -74,11 +67,17 @@ def measure(settings: BenchmarkSettings, wanted: list[str], *, again: bool) -> R
         results.facts[f"seconds of {stage}"] = round(time.monotonic() - start, 1)
         results.facts["seconds"] = round(time.monotonic() - began)
         results.facts["load after"] = os.getloadavg()[0]
-        (results if earlier is None else results.on_top_of(earlier, measured)).write(settings.output)
+        measured.append(f"{stage} of {', '.join(settings.workloads)}" if settings.workloads else stage)
+        is_main = not earlier.facts or measured == list(CPU_STAGES)
+        results.on_top_of(earlier, measured, is_main=is_main).write(settings.output)
     return results
 
 
-def _measure_elsewhere(settings: BenchmarkSettings, stage: str, seconds: float, *, again: bool) -> bool:
+def _kept(settings: BenchmarkSettings) -> Results:
+    return read_results(settings.output) if settings.output.exists() else Results()
+
+
+def _measure_elsewhere(settings: BenchmarkSettings, stage: str, seconds: float) -> bool:
     """Run a stage in a new process, without what earlier ones compiled or hold in memory.
 
     Returns:
@@ -87,9 +86,7 @@ def _measure_elsewhere(settings: BenchmarkSettings, stage: str, seconds: float, 
     Raises:
         RuntimeError: It failed.
     """
-    process = multiprocessing.get_context("spawn").Process(
-        target=measure, args=(settings, [stage]), kwargs={"again": again}
-    )
+    process = multiprocessing.get_context("spawn").Process(target=measure, args=(settings, [stage]))
     process.start()
     process.join(seconds)
     if process.exitcode is None:
@@ -101,16 +98,16 @@ def _measure_elsewhere(settings: BenchmarkSettings, stage: str, seconds: float, 
     return True
 
 
-def _guard(settings: BenchmarkSettings, results: Results) -> int:
-    for name, spread in results.ratios.items():
+def _guard(settings: BenchmarkSettings, found: dict[str, dict[str, float | None]]) -> int:
+    for name, spread in found.items():
         bar, median = spread["bar"], spread["median"]
         if bar is not None and median is not None:
             verdict = "meets" if median <= bar else "misses"
             print(f"{name}: {median:.3f} {verdict} {bar:.3f}")
     if settings.keep_ratios:
-        keep_ratios(settings.ratios, results.ratios)
+        keep_ratios(settings.ratios, found)
         return 0
-    lines = worsened(results.ratios, read_ratios(settings.ratios))
+    lines = worsened(found, read_ratios(settings.ratios))
     for line in lines:
         print(f"worse: {line}")
     return 1 if lines else 0
@@ -135,15 +132,13 @@ Stage = Callable[[dict[str, Workload], BenchmarkSettings, Results], None]
 
 def _stages(settings: BenchmarkSettings) -> dict[str, Stage]:
     if settings.device == "cuda":
-        from benchmarks import gpu
-
         return {
             "numerics": gpu.check_numerics,
             "steps": partial(stages.measure_steps, base={}),
             "fast_steps": partial(
                 stages.measure_steps, base=gpu.FAST, title="Fast steps", suffix=", bfloat16 compiled", others=False
             ),
-            "parts": partial(parts.measure_parts, base={}),
+            "parts": parts.measure_parts,
             "settings": gpu.measure_settings,
             "accuracy": gpu.measure_accuracy_of_precisions,
         }
@@ -152,18 +147,17 @@ def _stages(settings: BenchmarkSettings) -> dict[str, Stage]:
     from benchmarks.startup import measure_startup
     from benchmarks.workers import measure_scaling
 
-    measured, compiled = switches.CPU_SWITCHES, switches.COMPILE_SWITCHES
     return {
         "steps": partial(stages.measure_steps, base={}),
         "attacks": stages.measure_attacks,
-        "switches": partial(switches.measure_switches, switches=measured, base={}),
-        "parts": partial(parts.measure_parts, base={}),
+        "switches": partial(switches.measure_switches, switches=switches.CPU_SWITCHES),
+        "parts": parts.measure_parts,
         "mining": lambda _work, settings, results: stages.measure_mining(settings, results),
         "scaling": measure_scaling,
         "checkpoints": lambda _work, settings, results: measure_checkpoints(settings, results),
         "startup": lambda _work, _settings, results: measure_startup(results),
         "evaluation": measure_evaluation,
-        "compile": partial(switches.measure_switches, switches=compiled, base={}, title="Compiled"),
+        "compile": partial(switches.measure_switches, switches=switches.COMPILE_SWITCHES, title="Compiled"),
     }
 
 

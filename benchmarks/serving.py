@@ -17,41 +17,18 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.results import markdown
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.job import run_job
 from tla_service.tracking.connection import tracking_uri
 
 _WARM_UP_SHARE = 0.2  # of the time, before it
-
-
-@dataclass(frozen=True)
-class Load:
-    """A constant load and its results.
-
-    Attributes:
-        clients: Concurrent requests.
-        images: Images per request.
-        requests: Requests answered in the time.
-        seconds: The time.
-        latencies: Seconds from request to answer: median, 95th and 99th percentile.
-    """
-
-    clients: int
-    images: int
-    requests: int
-    seconds: float
-    latencies: tuple[float, float, float]
-
-    @property
-    def images_per_second(self) -> float:
-        """Throughput."""
-        return self.requests * self.images / self.seconds
+_COLUMNS = ["clients", "images per request", "p50", "p95", "p99", "requests/s", "images/s"]
 
 
 @contextlib.contextmanager
@@ -89,8 +66,8 @@ def image_shape(address: str) -> tuple[int, ...]:
         raise UnavailableError("address", address, f"no model answers ({error})", "start the application") from error
 
 
-def measure(address: str, clients: int, images: int, seconds: float) -> Load:
-    """Send requests, each client one after another, and measure responses after a warm-up.
+def measure(address: str, clients: int, images: int, seconds: float) -> list[str]:
+    """A row of `_COLUMNS`: requests are sent, each client's one after another, and answers timed after a warm-up.
 
     Raises:
         UnavailableError: A request was not answered with 200.
@@ -120,20 +97,9 @@ def measure(address: str, clients: int, images: int, seconds: float) -> Load:
         taken = np.concatenate(list(pool.map(client, range(clients))))
     if not len(taken):
         raise UnavailableError("address", address, f"no answer within {seconds:g} s", "give --seconds more")
-    p50, p95, p99 = (float(value) for value in np.quantile(taken, [0.5, 0.95, 0.99]))
-    return Load(clients, images, len(taken), seconds, (p50, p95, p99))
-
-
-def table(loads: list[Load]) -> str:
-    """The measurements as a Markdown table, with the hardware."""
-    head = "| clients | images per request | p50 | p95 | p99 | requests/s | images/s |\n|---|---|---|---|---|---|---|"
-    rows = [
-        f"| {load.clients} | {load.images} | "
-        + " | ".join(f"{1000 * value:.1f} ms" for value in load.latencies)
-        + f" | {load.requests / load.seconds:.0f} | {load.images_per_second:.0f} |"
-        for load in loads
-    ]
-    return "\n".join([head, *rows, "", f"On {os.cpu_count()} CPU cores ({platform.machine()}), clients included."])
+    latencies = [f"{1000 * value:.1f} ms" for value in np.quantile(taken, [0.5, 0.95, 0.99])]
+    rate = len(taken) / seconds
+    return [str(clients), str(images), *latencies, f"{rate:.0f}", f"{rate * images:.0f}"]
 
 
 def main() -> int:
@@ -156,8 +122,9 @@ def main() -> int:
         local = local_service(options.model, uri, options.port, options.batch) if options.model else None
         address = stack.enter_context(local) if local is not None else options.address
         pairs = [(clients, images) for images in options.images for clients in options.clients]
-        loads = [measure(address, clients, images, options.seconds) for clients, images in pairs]
-    print(table(loads))
+        rows = [measure(address, clients, images, options.seconds) for clients, images in pairs]
+    print("\n".join(markdown(_COLUMNS, rows)))
+    print(f"\nOn {os.cpu_count()} CPU cores ({platform.machine()}), clients included.")
     return 0
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from benchmarks.peers import peers
 from benchmarks.results import Results
 from benchmarks.settings import BenchmarkSettings
 from benchmarks.timing import Times, peak_memory, take_turns
-from benchmarks.workloads import FullStep, Workload
+from benchmarks.workloads import Changes, FullStep, Workload, merged
 from tla_service.runtime import WorkerContext, generator
 from tla_service.triplets import mine_hardest
 
@@ -22,7 +21,6 @@ BURN_IN = {"cpu": 1, "cuda": 3}
 # Positives of the literal mode: one, as the bars' arithmetic and the authors' code for MNIST have it, or two.
 METHODS = {"ALP": "alp", "TRADES": "trades", "MART": "mart", "TLA-RN": "tla_rn", "TLA-SA": "tla_sa"}
 LITERAL = {"TLA, literal": "same_class", "TLA, literal, two positives": "both"}
-Changes = dict[str, Any]
 
 
 def literal(workload: Workload, positives: str) -> Changes:
@@ -154,14 +152,6 @@ def measure_mining(settings: BenchmarkSettings, results: Results) -> None:
     results.raw["mining"] = {"seconds": seconds.median, "bytes": memory[0]}
     row = ["10,000", "1,024", "640", f"{1000 * seconds.median:.0f}", f"{memory[0] / 2**20:.0f}"]
     results.table("Mining", ["pool", "batch", "dimensions", "ms", "peak MiB beyond the embeddings"], [row])
-
-
-def merged(base: Changes, changes: Changes) -> Changes:
-    """Configuration changes, section by section."""
-    both = dict(base)
-    for key, value in changes.items():
-        both[key] = {**both.get(key, {}), **value} if isinstance(value, dict) else value
-    return both
 
 
 def context_of(settings: BenchmarkSettings) -> WorkerContext:

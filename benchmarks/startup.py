@@ -56,18 +56,8 @@ def measure_startup(results: Results) -> None:
 
 def _measure_job(results: Results) -> None:
     with _cluster() as address, tempfile.TemporaryDirectory(prefix="tla-") as folder:
-        command = [
-            "ray",
-            "job",
-            "submit",
-            "--address",
-            address,
-            "--working-dir",
-            str(_ROOT / "jobs"),
-            "--",
-            sys.executable,
-        ]
-        command += [str(_ROOT / "jobs" / "train_tla.py"), *_QUICK.split(), "--log_format", "json"]
+        command = ["ray", "job", "submit", "--address", address, "--working-dir", str(_ROOT / "jobs"), "--"]
+        command += [sys.executable, str(_ROOT / "jobs" / "train_tla.py"), *_QUICK.split(), "--log_format", "json"]
         command += ["--output", f"{folder}/run", "--tracking.uri", f"sqlite:///{folder}/mlflow.db"]
         began = time.monotonic()
         process = subprocess.Popen(

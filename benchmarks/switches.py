@@ -6,14 +6,15 @@ from contextlib import ExitStack
 from benchmarks.elsewhere import Candidates, elsewhere
 from benchmarks.results import Results
 from benchmarks.settings import BenchmarkSettings
-from benchmarks.stages import BURN_IN, LEAST_SECONDS, Changes, context_of, merged
+from benchmarks.stages import BURN_IN, LEAST_SECONDS, context_of
 from benchmarks.timing import take_turns
-from benchmarks.workloads import FullStep, Workload
+from benchmarks.workloads import Changes, FullStep, Workload, merged
 from tla_service.runtime import WorkerContext, keep_freed_memory
 
 # (name, configuration with it, configuration without it).
 Switch = tuple[str, Changes, Changes]
-COMMON_SWITCHES: list[Switch] = [
+CPU_SWITCHES: list[Switch] = [
+    ("speed.keep_freed_memory: true", {"speed": {"keep_freed_memory": True}}, {"speed": {"keep_freed_memory": False}}),
     ("speed.fold_batchnorm: true", {}, {"speed": {"fold_batchnorm": False}}),
     ("speed.fused_optimizer: true", {}, {"speed": {"fused_optimizer": False}}),
     ("mining.pool: batch", {}, {"mining": {"pool": "separate"}}),
@@ -27,13 +28,7 @@ COMMON_SWITCHES: list[Switch] = [
     ("training.precision: bfloat16", {"training": {"precision": "bfloat16"}}, {}),
     ("data.residency: device", {}, {"data": {"residency": "stream", "loader_workers": 1}}),
 ]
-CPU_SWITCHES: list[Switch] = [
-    ("speed.keep_freed_memory: true", {"speed": {"keep_freed_memory": True}}, {"speed": {"keep_freed_memory": False}}),
-    *COMMON_SWITCHES,
-]
-COMPILE_SWITCHES: list[Switch] = [
-    ("speed.compile: attack", {"speed": {"compile": "attack"}}, {}),
-]
+COMPILE_SWITCHES: list[Switch] = [("speed.compile: attack", {"speed": {"compile": "attack"}}, {})]
 
 
 def measure_switches(
@@ -41,7 +36,6 @@ def measure_switches(
     settings: BenchmarkSettings,
     results: Results,
     switches: list[Switch],
-    base: Changes,
     title: str = "Switches",
 ) -> None:
     """Time of a TLA step without a setting over the time with it."""
@@ -50,12 +44,12 @@ def measure_switches(
         if workload.num_steps > 10:
             continue
         with ExitStack() as kept:
-            base_step = _step(kept, workload, context, base)
+            plain = _step(kept, workload, context, {})
             # Pair by pair: each compiled variant keeps graphs of gigabytes as long as it lives.
             for name, *sides in switches:
                 with ExitStack() as stack:
                     pair = {
-                        side: _step(stack, workload, context, merged(base, changes)) if changes else base_step
+                        side: _step(stack, workload, context, changes) if changes else plain
                         for side, changes in zip(("with", "without"), sides, strict=True)
                     }
                     least = LEAST_SECONDS[settings.device] / len(switches)

@@ -17,8 +17,17 @@ from tla_service.training.optimizer import build_optimizer
 from tla_service.training.precheck import training_batches
 from tla_service.training.step import TrainingStep
 
+Changes = dict[str, Any]
 CLASSES = 10
 _IMAGES = 4096
+
+
+def merged(base: Changes, changes: Changes) -> Changes:
+    """Configuration changes, section by section."""
+    both = dict(base)
+    for key, value in changes.items():
+        both[key] = {**both.get(key, {}), **value} if isinstance(value, dict) else value
+    return both
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,7 @@ class Workload:
             "attack": {"epsilon": self.epsilon, "step_size": self.step_size, "num_steps": self.num_steps},
             "training": {"global_batch_size": self.batch_size},
         }
-        for extra in (self.settings, changes):
-            for key, value in extra.items():
-                fields[key] = fields.get(key, {}) | value if isinstance(value, dict) else value
-        return RunConfig.model_validate(fields)
+        return RunConfig.model_validate(merged(merged(fields, self.settings), changes))
 
 
 _ADAM = {"optimizer": {"name": "adam", "learning_rate": 0.0001}}

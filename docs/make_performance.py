@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import markdown
 from benchmarks.scaling_model import GPUS, Cluster, efficiency
 
 HERE = Path(__file__).parent
@@ -45,12 +46,7 @@ def content(source: str, name: str, results: dict[str, dict[str, Any]]) -> str:
     if name == "bars":
         return bars(found["ratios"])
     table = found["tables"][name]
-    return lines(table["columns"], table["rows"])
-
-
-def lines(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows))
+    return "\n".join(markdown(table["columns"], table["rows"]))
 
 
 def facts(found: dict[str, Any]) -> str:
@@ -77,7 +73,7 @@ def bars(ratios: dict[str, dict[str, float | None]]) -> str:
         verdict = "met" if missed <= 0 else f"missed by {missed:.0f} %"
         rows.append([name, f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"])
         rows[-1] += [f"{ratio['bar']:.2f}", verdict]
-    return lines(["ratio (lower is better)", "median (quartiles)", "threshold", ""], rows)
+    return "\n".join(markdown(["ratio (lower is better)", "median (quartiles)", "threshold", ""], rows))
 
 
 def model(results: dict[str, dict[str, Any]]) -> str:
@@ -96,7 +92,7 @@ def model(results: dict[str, dict[str, Any]]) -> str:
         shares = [efficiency(seconds, 4 / passes * seconds, num_bytes, buckets, count, Cluster()) for count in GPUS]
         rows.append([f"`{name}`, K = {steps}, {batch} per GPU", f"{1000 * seconds:.0f} ({origin})"])
         rows[-1] += [f"{num_bytes / 1e6:.0f}", *(f"{100 * share:.1f} %" for share in shares)]
-    return lines(["run", "step, ms", "MB reduced", *(f"{count} GPUs" for count in GPUS)], rows)
+    return "\n".join(markdown(["run", "step, ms", "MB reduced", *(f"{count} GPUs" for count in GPUS)], rows))
 
 
 def load() -> dict[str, dict[str, Any]]:

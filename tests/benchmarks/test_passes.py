@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from benchmarks.stages import LITERAL, Changes, literal
-from benchmarks.workloads import FullStep
+from benchmarks.stages import LITERAL, literal
+from benchmarks.workloads import Changes, FullStep
 from tests.benchmarks.test_stages import TINY
 from tla_service.runtime import WorkerContext
 

@@ -57,21 +57,26 @@ def test_stages_that_are_measured_again_take_the_place_of_the_earlier_ones(tmp_p
     assert found.ratios["scaling"]["median"] == 3.0
     assert found.facts["commit"] == "aaa"
     assert {stage: run["commit"] for stage, run in found.facts["again"].items()} == {"scaling": "bbb", "mining": "ccc"}
+    results("ddd", steps=5.0, scaling=6.0).on_top_of(found, ["steps", "scaling"], is_main=True).write(path)
+    found = read_results(path)
+    assert found.raw == {"steps": 5.0, "scaling": 6.0, "mining": 4.0}
+    assert (found.facts["commit"], list(found.facts["again"])) == ("ddd", ["mining"])
     path.write_text('{"not": "results"}')
     with pytest.raises(UnavailableError, match="holds no results of a benchmark"):
         read_results(path)
 
 
-def test_another_network_keeps_the_rows_of_the_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("column", "kept"), [("step", []), ("settings", [["small", "1"], ["small", "2"]])])
+def test_another_network_keeps_the_rows_of_the_first(tmp_path: Path, column: str, kept: list[list[str]]) -> None:
     def results(*rows: list[str]) -> Results:
         facts = {"command": "python -m benchmarks", "commit": "a", "device": "one"}
-        return Results(facts, {"Steps": {"columns": ["network", "step"], "rows": list(rows)}})
+        return Results(facts, {"Steps": {"columns": ["network", column], "rows": list(rows)}})
 
     path = tmp_path / "found.json"
     results(["small", "1"], ["small", "2"]).write(path)
     results(["large", "3"]).on_top_of(read_results(path), ["steps"]).write(path)
     results(["small", "4"]).on_top_of(read_results(path), ["steps"]).write(path)
-    assert read_results(path).tables["Steps"]["rows"] == [["large", "3"], ["small", "4"]]
+    assert read_results(path).tables["Steps"]["rows"] == [*kept, ["large", "3"], ["small", "4"]]
 
 
 def test_ratios_are_taken_turn_by_turn() -> None:

@@ -16,7 +16,7 @@ from benchmarks import parts, peers, stages, switches, workers
 from benchmarks import run as run_module
 from benchmarks.floor import Floor
 from benchmarks.gpu import check_numerics
-from benchmarks.results import Results, read_results
+from benchmarks.results import Results, keep_ratios, read_results
 from benchmarks.run import run_benchmark
 from benchmarks.settings import BenchmarkSettings
 from benchmarks.workloads import CPU_WORKLOADS, FullStep, Workload
@@ -65,7 +65,7 @@ def test_steps_and_attacks_are_measured_beside_other_libraries() -> None:
 @pytest.mark.slow
 def test_parts_are_measured() -> None:
     results = Results()
-    parts.measure_parts(WORK, quick(), results, {})
+    parts.measure_parts(WORK, quick(), results)
     rows = [row[1] for row in results.tables["Parts"]["rows"]]
     assert rows[:3] == ["wait for data", "augmentation", "attack"]
     shares = [float(row[3].rstrip(" %")) for row in results.tables["Parts"]["rows"] if "alone" not in row[1]]
@@ -89,9 +89,9 @@ def test_a_step_is_freed_without_the_garbage_collector() -> None:
 def test_a_stage_that_takes_too_long_is_killed_and_leaves_the_file(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
     settings = quick("--workloads", '["small_cnn"]', "--output", str(path))
-    assert not run_module._measure_elsewhere(settings, "mining", 0.1, again=False)
+    assert not run_module._measure_elsewhere(settings, "mining", 0.1)
     assert not path.exists()
-    assert run_module._measure_elsewhere(settings, "mining", 100, again=False)
+    assert run_module._measure_elsewhere(settings, "mining", 100)
     assert set(read_results(path).tables) == {"Mining"}
 
 
@@ -99,7 +99,7 @@ def test_a_stage_that_takes_too_long_is_killed_and_leaves_the_file(tmp_path: Pat
 def test_a_switch_is_measured_against_the_step_without_it() -> None:
     results = Results()
     chosen = [switch for switch in switches.CPU_SWITCHES if switch[0].startswith(("speed", "mining"))]
-    switches.measure_switches(WORK, quick(), results, chosen, {})
+    switches.measure_switches(WORK, quick(), results, chosen)
     assert [row[1].strip("`") for row in results.tables["Switches"]["rows"]] == [name for name, _, _ in chosen]
 
 
@@ -145,15 +145,31 @@ def test_the_job_writes_results_and_says_what_worsened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_module, "CPU_WORKLOADS", WORK)
+    monkeypatch.setattr(run_module, "CPU_STAGES", ("attacks",))
     monkeypatch.setattr(stages, "peers", here)
-    paths = ["--output", str(tmp_path / "found.json"), "--ratios", str(tmp_path / "ratios.json")]
-    arguments = ["--stages", '["attacks"]', *paths]
+    arguments = ["--output", str(tmp_path / "found.json"), "--ratios", str(tmp_path / "ratios.json")]
+    Results({"commit": "old"}, {"Evaluation": {"columns": [], "rows": []}}).write(tmp_path / "found.json")
     assert run_benchmark(quick(*arguments, "--keep_ratios")) == 0
-    assert (tmp_path / "found.json").exists()
+    found = read_results(tmp_path / "found.json")
+    assert set(found.tables) == {"Evaluation", "Attacks"}
+    assert (found.facts["commit"] != "old", found.facts["again"]) == (True, {})
     ratios = tmp_path / "ratios.json"
     ratios.write_text(json.dumps({name: value / 100 for name, value in json.loads(ratios.read_text()).items()}))
     assert run_benchmark(quick(*arguments)) == 1
     assert "worse: cpu small_cnn: attack over backward() loop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", [True, False])
+def test_without_time_for_any_stage_no_ratio_is_judged(
+    file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(run_module, "_measure_elsewhere", lambda *_: False)
+    arguments = ["--output", str(tmp_path / "found.json"), "--ratios", str(tmp_path / "ratios.json")]
+    keep_ratios(tmp_path / "ratios.json", {"a": {"median": 1.0}})
+    if file:
+        Results(ratios={"a": {"median": 2.0, "low": 2.0, "high": 2.0, "bar": 1.0}}).write(tmp_path / "found.json")
+    assert run_benchmark(quick("--device", "cuda", *arguments)) == 0
 
 
 def test_unknown_stages_workloads_and_devices_are_refused() -> None:
@@ -161,6 +177,8 @@ def test_unknown_stages_workloads_and_devices_are_refused() -> None:
         run_benchmark(quick("--stages", '["lunch"]'))
     with pytest.raises(ConfigError, match="workloads=vgg"):
         run_benchmark(quick("--workloads", '["vgg"]'))
+    with pytest.raises(ConfigError, match=r"variants=float8: there is no such variant; choose from .*; default; "):
+        run_benchmark(quick("--variants", '["float8"]'))
     if not torch.cuda.is_available():
         with pytest.raises(UnavailableError, match="device=cuda"):
             run_benchmark(quick("--device", "cuda"))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.jobs.test_evaluate_refusals import checkpoint
 from tla_service.evaluation.shards import Shard, load_outcome
@@ -96,6 +97,25 @@ def test_the_detector_is_attacked_and_another_images_threshold_is_used(run: Run,
     assert code == 0
     assert found is not None
     assert found.adaptive is None
+
+
+def test_a_collapsed_network_is_evaluated_and_its_report_says_why_there_is_no_detection(
+    run: Run, tmp_path: Path
+) -> None:
+    model, output = Path(checkpoint(tmp_path / "model")), tmp_path / "report"
+    weights = load_file(model / "best.safetensors")
+    for name in ("hidden.weight", "hidden.bias"):
+        weights[name].zero_()
+    save_file(weights, model / "best.safetensors")
+    code, _, message = run("--model", str(model), "--output", str(output), "--images.representation", "40", "--page")
+    assert code == 0, message
+    report = read_report(output / "report.json")
+    for detection, rows in ((report.detection, 60), (report.gate.detection, 20)):
+        assert detection is not None
+        assert (detection.auc, detection.num_correct + detection.num_wrong) == (None, rows)
+        assert detection.reason.endswith("training embeddings do not vary within any class")
+    assert report.detection.reason in (output / "report.html").read_text()
+    assert not list(output.glob("shards/evasion*"))
 
 
 def test_addresses_that_name_no_checkpoint(run: Run, tmp_path: Path) -> None:

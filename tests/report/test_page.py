@@ -32,6 +32,7 @@ def test_page_shows_norms_corruptions_and_calibration(tmp_path: Path) -> None:
     assert "Trained for L-infinity 0.15: accuracy in each norm" in text
     assert "L0 1 value FMN, smallest perturbation found" in text
     assert f"The mean corruption error is {100 * made.corruptions.mean_error:.1f} %, not normalised" in text
+    assert "float32; in 1 s, without shards taken from an earlier start" in text
     for name in ("gaussian noise", "jpeg compression", "Expected calibration error over 15 bins"):
         assert name in text
 
@@ -120,9 +121,13 @@ def test_models_of_one_method_have_names_of_their_own() -> None:
     facts = report().model
     models = [
         facts.model_copy(update={"method": method, "weights_sha256": digit * 64})
-        for method, digit in (("tla", "a"), ("at", "b"), ("tla", "c"))
+        for method, digit in zip(
+            ("tla", "at", "tla", "tla_rn", "trades", "mart", "natural", "imported"), "abcdefgh", strict=True
+        )
     ]
-    assert model_names(models) == ["TLA aaaaaa", "AT", "TLA cccccc"]
+    assert model_names(models) == [
+        "TLA aaaaaa", "AT", "TLA cccccc", "TLA-RN", "TRADES", "MART", "natural training", "imported",
+    ]  # fmt: skip
 
 
 def test_page_says_which_images_are_the_gates(tmp_path: Path) -> None:

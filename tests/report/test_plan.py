@@ -8,7 +8,6 @@ import pytest
 from tests.report.measured import plan
 from tests.report.subjects import digits, settings
 from tla_service.errors import ConfigError
-from tla_service.report.page import size
 from tla_service.report.plan import (
     Plan,
     detection_name,
@@ -17,6 +16,7 @@ from tla_service.report.plan import (
     protocol,
     radius_name,
 )
+from tla_service.report.schema import size
 
 
 def test_detection_meets_a_larger_radius_than_training() -> None:
@@ -91,4 +91,5 @@ def test_the_other_norm_of_an_l2_model_is_l_infinity() -> None:
 
 
 def test_radii_read_as_people_write_them() -> None:
-    assert [size(8 / 255), size(0.3), size(0.15), size(8 / 255, "l2")] == ["8/255", "0.3", "0.15", "0.03137"]
+    found = [size(length) for length in (8 / 255, 0.3, 0.2, 1.5 * 0.4, 128 / 255, 0.3 / 7, 5)]
+    assert found == ["8/255", "0.3", "0.2", "0.6", "128/255", "0.0428571", "5"]

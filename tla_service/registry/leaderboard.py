@@ -18,7 +18,7 @@ from tla_service.config.explain import suggest
 from tla_service.errors import UnavailableError, one_line, without_credentials
 from tla_service.files import write_whole
 from tla_service.registry.evaluations import stored_reports
-from tla_service.report.page import NORMS, method_name, size, template
+from tla_service.report.page import NORMS, method_name, template
 from tla_service.report.schema import PAGE_FILE, Report
 from tla_service.tracking.connection import client, existing_store, retrying, search_all
 
@@ -194,7 +194,7 @@ def _ranked(entries: Sequence[Entry]) -> tuple[Entry, ...]:
 
 def _threat(entry: Entry) -> str:
     threat = entry.report.threat_model if entry.report is not None else None
-    return "" if threat is None else f"{NORMS[threat.norm]} {size(threat.epsilon, threat.norm)}"
+    return "" if threat is None else f"{NORMS[threat.norm]} {threat.radius}"
 
 
 def _data(entry: Entry, entries: Iterable[Entry]) -> str:

@@ -34,7 +34,8 @@ def write_images(
     Columns: ``index`` in the test set, ``label`` and ``label_name``, ``gate``, ``predicted`` without an attack; per
     attack ``correct/NAME`` and ``broken_at/NAME``: null where the image is correct, 0 where it is misclassified without
     an attack, else the start that broke it, or AutoAttack's stage by name. Both are null where the attack was not run.
-    ``correct/clean`` is without an attack, ``correct/worst`` under all attacks of the table and of relatives.
+    ``correct/clean`` is without an attack, ``correct/worst`` under all attacks of the table and of relatives: both of
+    the table's images, as in the report.
 
     Args:
         table: Outcome of the table's attacks, gate images marked.
@@ -64,7 +65,7 @@ def write_images(
         "gate": pa.array(of_all([each.gate for each in given])),
         "predicted": pa.array(of_all([each.per_image["predicted"] for each in given])),
     }
-    columns["correct/clean"] = pa.array(labels == columns["predicted"].to_numpy())
+    columns["correct/clean"] = column(table, table.standing("clean"))
     for outcome in given:
         for name in outcome.broken_at:
             if name == "clean":

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from tla_service.attacks.autoattack import ZERO_GRADIENT
 from tla_service.attacks.minimum_norm import SparseNorm
+from tla_service.errors import ConfigError
 from tla_service.evaluation import detection as dt
 from tla_service.evaluation import results as rs
 from tla_service.evaluation.adaptive import AIMS
@@ -144,7 +145,20 @@ def _detect(found: Findings, plan: Plan, rejector: Rejector | None) -> None:
     natural, bank, attacked = (found.embedded[name].embedded for name in ("natural", "bank", detection_name(plan)))
     chosen = plan.settings.detection.model_dump(include=_FITTED)
     k, metric = min(plan.settings.neighbours.k, len(bank)), plan.settings.neighbours.metric
-    detector = fitted_detector(found.embedded["bank"], plan)
+    try:
+        detector = fitted_detector(found.embedded["bank"], plan)
+    except ConfigError as error:
+        # A collapsed network embeds all images alike; the rest of its evaluation stands.
+        right = int(natural.correct.sum() + attacked.correct.sum())
+        found.detection = rs.Detection(
+            **vars(rs.DetectionScore(None, None, None, error.reason)),
+            epsilon=plan.detection.epsilon,
+            num_correct=right,
+            num_wrong=2 * len(natural) - right,
+            baselines={},
+            settings=chosen,
+        )
+        return
     adaptive = _adaptive(found, plan, detector, None)
     found.rocs = dt.detect_misclassified(detector, bank, natural, attacked, seed=plan.seed, k=k, metric=metric)
     main = found.rocs["gaussian"]

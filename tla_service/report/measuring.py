@@ -117,7 +117,10 @@ class Measuring:
             return self._transfer(Kin("natural", describe_surrogate(found.facts, natural=True), self._built(found)))
         if task.key == (key, "bank") and settings.images.adaptive:
             rejector = models.subject.rejector
-            detectors = [fitted_detector(found, plan), *([] if rejector is None else [rejector.detector])]
+            try:
+                detectors = [fitted_detector(found, plan), *([] if rejector is None else [rejector.detector])]
+            except ConfigError:
+                return []  # no detector to attack: the report says why
             return tl.adaptive_tasks(plan, dataset, key, detectors)
         if task.key == (key, "natural") and settings.page:
             shown = found.only(~dataset.gate.numpy()[found.rows])

@@ -9,7 +9,7 @@ from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.evaluation.results import DetectionScore, Share, SurrogateFacts, wilson_interval
 from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
-from tla_service.report.schema import PAGE_FILE, REPORT_FILE, ModelFacts, Report
+from tla_service.report.schema import PAGE_FILE, REPORT_FILE, ModelFacts, Report, size
 from tla_service.training.reporting import Terminal
 
 if TYPE_CHECKING:
@@ -17,14 +17,6 @@ if TYPE_CHECKING:
 
 NORMS = {"linf": "L-infinity", "l2": "L2", "l1": "L1", "l0": "L0"}
 _KINDS = {"bim": "BIM", "pgd": "PGD", "mim": "MIM", "cw": "C&W"}
-_METHODS = {
-    "natural": "natural training",
-    "at": "AT",
-    "alp": "ALP",
-    "tla": "TLA",
-    "tla_rn": "TLA-RN",
-    "tla_sa": "TLA-SA",
-}
 
 
 def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, same_attacks: bool) -> None:
@@ -96,16 +88,10 @@ def printed(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def size(epsilon: float, norm: str = "linf") -> str:
-    """A radius as people write it: 8/255, or a plain number."""
-    levels = epsilon * 255
-    whole = norm == "linf" and abs(levels - round(levels)) < 1e-6 and round(levels) < 128
-    return f"{round(levels)}/255" if whole else f"{epsilon:.4g}"
-
-
 def method_name(method: str) -> str:
-    """A method as tables write it."""
-    return _METHODS.get(method, method)
+    """A method as tables write it; imported weights have none."""
+    names = {"natural": "natural training", "imported": "imported"}
+    return names.get(method) or method.upper().replace("_", "-")
 
 
 def model_names(models: Sequence[ModelFacts]) -> list[str]:
@@ -124,12 +110,12 @@ def describe(report: Report, name: str) -> str:
         return "" if facts is None else f"{facts.version}: {', '.join(facts.stages)}"
     attack, threat = report.attacks[name], report.threat_model
     other = (attack.norm, attack.epsilon) != (threat.norm, threat.epsilon)
-    radius = f", up to {size(attack.epsilon, attack.norm)} in {NORMS[attack.norm]}" if other else ""
+    radius = f", up to {size(attack.epsilon)} in {NORMS[attack.norm]}" if other else ""
     if attack.kind == "fgsm":
         return f"FGSM, one step{radius}"
     restarts = f", {attack.num_restarts} starts" if attack.num_restarts > 1 else ""
     crafted = ", crafted on the surrogate" if attack.transfer else ""
-    steps = f"{attack.num_steps} steps of {size(attack.step_size, attack.norm)}"
+    steps = f"{attack.num_steps} steps of {size(attack.step_size)}"
     return f"{_KINDS.get(attack.kind, attack.kind)}, {steps}{restarts}{crafted}{radius}"
 
 

@@ -31,6 +31,13 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
 
 
+def size(length: float) -> str:
+    """A length as the command line takes it, to six digits: ``0.3``, or ``8/255`` where that says more."""
+    short, levels = f"{length:.6g}", round(length * 255)
+    is_rounded = not math.isclose(float(short), length, rel_tol=1e-9)
+    return f"{levels}/255" if is_rounded and math.isclose(length * 255, levels, rel_tol=1e-6) else short
+
+
 class ThreatModel(Part):
     """What the adversary may do: perturbations up to ``epsilon`` in ``norm``, pixels in [0, 1]."""
 
@@ -39,10 +46,8 @@ class ThreatModel(Part):
 
     @property
     def radius(self) -> str:
-        """The radius as the command line takes it, to six digits: ``8/255``, ``0.3``."""
-        short, levels = f"{self.epsilon:.6g}", round(self.epsilon * 255)
-        is_fraction = float(short) != self.epsilon and math.isclose(self.epsilon * 255, levels, rel_tol=1e-6)
-        return f"{levels}/255" if is_fraction else short
+        """The radius as the command line takes it: ``8/255``, ``0.3``."""
+        return size(self.epsilon)
 
     @property
     def slug(self) -> str:
@@ -148,7 +153,7 @@ class Report(Part):
 
     The audit alone is of both: it asks whether the attacks work. `accuracy` is by attack, with ``clean``,
     ``autoattack`` and ``worst``, for images that no attack of the table and no example of `relatives` breaks. Files are
-    beside the report.
+    beside the report. `seconds` is wall time without shards that an earlier start had measured.
     """
 
     format: Literal[1] = FORMAT
