@@ -110,11 +110,6 @@ def gather_objects(value: T, context: WorkerContext) -> list[T]:
     return values
 
 
-def shard_sizes(total: int, world_size: int) -> list[int]:
-    """Rows of `total` on each worker, as `torch.tensor_split` cuts them."""
-    return [total // world_size + (rank < total % world_size) for rank in range(world_size)]
-
-
 def gather_rows(rows: Tensor, sizes: Sequence[int], context: WorkerContext) -> Tensor:
     """Rows of all workers, in rank order: (n_r, ...) to (sum of sizes, ...). Gradients flow back to a row's owner."""
     if context.world_size == 1:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tla_service.config import RunConfig
 from tla_service.data import Batch, StepBatch
+from tla_service.data.order import shard_sizes
 from tla_service.models import ImageClassifier, ModelOutput
 from tla_service.models.classifier import seen_by_triplets
-from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, mixed_seed, shard_sizes, uniform_noise
+from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, mixed_seed, uniform_noise
 from tla_service.training.adversary import Adversary, moved_weights, restored, statistics_kept
 from tla_service.training.own import load_miner, load_term
 from tla_service.training.roles import RoleForward, Roles
@@ -187,7 +188,7 @@ class TrainingStep:
         rows = torch.arange(len(labels), device=self.context.device)
         pool, pool_labels = clean.embeddings, labels
         if mining.scope == "global":
-            sizes = shard_sizes(batch.global_size, self.context.world_size)
+            sizes = shard_sizes(batch.global_size, self.context.world_size, self.config.extra_per_step)
             pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))
             rows = rows + sum(sizes[: self.context.rank])
         mined = self._mine(random, mined, labels, pool_labels, lambda: (output.embeddings, pool))
