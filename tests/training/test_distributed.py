@@ -120,8 +120,9 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     results: dict[str, Any] = {name: run_case(changes, context) for name, changes in CASES.items()}
     norm = torch.nn.BatchNorm1d(2)
     norm.running_mean.fill_(float(rank))  # type: ignore[union-attr]
+    norm.register_buffer("constant", torch.tensor(float(rank)), persistent=False)
     average_buffers(norm, context)
-    results["buffers"] = norm.running_mean
+    results["buffers"], results["constant"] = norm.running_mean, norm.constant
     try:
         with failing_together(context):
             fail_on_rank_1(rank)
@@ -157,6 +158,7 @@ def test_workers_together_equal_one_process(gathered: list[dict[str, Any]], name
 def test_buffers_become_the_mean_over_workers(gathered: list[dict[str, Any]]) -> None:
     mean = (len(gathered) - 1) / 2
     assert all(results["buffers"].tolist() == [mean, mean] for results in gathered)
+    assert [results["constant"].item() for results in gathered] == [*range(len(gathered))]
 
 
 def test_one_workers_error_ends_all(gathered: list[dict[str, Any]]) -> None:

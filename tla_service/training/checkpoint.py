@@ -20,7 +20,7 @@ from tla_service.config.loading import same_run, to_yaml
 from tla_service.data.cache import disk_trouble
 from tla_service.errors import ConfigError, UnavailableError, readable
 from tla_service.files import sha256, whole_folder, write_whole
-from tla_service.runtime import WorkerContext, failing_together, gather_objects
+from tla_service.runtime import WorkerContext, failing_together, gather_objects, running_statistics
 from tla_service.training.average import WeightAverage
 
 MANIFEST = "manifest.json"
@@ -56,10 +56,9 @@ class TrainingState:
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """BatchNorm's running statistics by name, of the network and of the average: each worker has its own."""
+        """The `running_statistics` of the network and of the average: each worker has its own."""
         average = {} if self.average is None else {"average": self.average}
-        buffers = nn.ModuleDict({"network": self.network, **average}).named_buffers()
-        return {name: buffer for name, buffer in buffers if buffer.is_floating_point()}
+        return running_statistics(nn.ModuleDict({"network": self.network, **average}))
 
 
 def cpu_weights(network: nn.Module) -> dict[str, Tensor]:
