@@ -108,6 +108,17 @@ def test_an_own_function_that_does_what_the_built_in_one_does_changes_nothing(ow
     assert torch.equal(loss_of(TrainingStep(network(), with_term, WorkerContext()), random_batch())[0], plain)
 
 
+def test_both_passes_of_a_weight_perturbation_add_the_same_noise(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the miner, which draws, is called in the first alone."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+    forward = TrainingStep._forward
+    monkeypatch.setattr(TrainingStep, "_forward", lambda self, *images: seen.append(images) or forward(self, *images))
+    mining = {"pool": "separate", "pool_size": 12, "clean_noise": 0.1, "clean_noise_on": "all"}
+    config = digits_config(attack={"awp": True}, mining=mining | THREE["mining"])
+    TrainingStep(network(), config, WorkerContext()).backward(random_batch(pool=12), 0)
+    assert all(torch.equal(first, second) for first, second in zip(*seen, strict=True))
+
+
 def test_a_term_is_weighted_and_averaged_like_the_others(own: Any) -> None:
     own(
         "squares.py",

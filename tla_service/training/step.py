@@ -58,6 +58,7 @@ class TrainingStep:
             # statistics where a broadcast would drop all but rank 0's, and costs nothing inside a step.
             ddp = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.14 and later
+        self._drawn = torch.empty(0)  # the generator's state behind them: both passes draw the same noise next
             options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
             options["device_ids"] = [context.device.index] if context.device.type == "cuda" else None
             # A single bucket is full, and sent, only when the backward pass has ended.
@@ -249,14 +250,15 @@ class TrainingStep:
         if mining.keep_probability < 1:
             draw = torch.rand(len(labels), len(pool_labels), generator=random, device=labels.device)
             keep = draw < mining.keep_probability
-        if mined is None:  # only now: the noise drawn next is the same either way
+        if mined is None:
             anchors, pool = embedded()
             if self._own_miner is not None:
                 mined = self._own_miner(anchors, labels, pool, pool_labels, random)
             else:
                 absolute = mining.similarity == "absolute_cosine"
                 mined = mine_hardest(anchors, labels, pool.detach(), pool_labels, absolute=absolute, keep=keep)
-        self._mined = mined
+            self._mined, self._drawn = mined, random.get_state()
+        random.set_state(self._drawn)  # an own miner may have drawn
         return mined
 
     def _add_noise(self, images: Tensor, random: torch.Generator, *, apply: bool = True) -> Tensor:
