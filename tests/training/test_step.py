@@ -264,6 +264,12 @@ def test_an_attack_leaves_network_gradients_and_statistics_alone(mode: str) -> N
     assert not torch.equal(adversarial, batch.anchors.images)
 
 
+def test_a_step_leaves_no_setting_of_the_one_before() -> None:
+    for speed in ({"tune_kernels": True, "mode": "exact"}, {}):
+        TrainingStep(network(), digits_config(speed=speed), WorkerContext())
+        assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == (bool(speed), not speed)
+
+
 def test_batchnorm_sees_roles_together_or_apart() -> None:
     batch = random_batch()
     clean, adversarial = batch.anchors.images, shifted(batch.anchors.images)

@@ -47,10 +47,8 @@ class TrainingStep:
         self.network, self.config, self.context = network, config, context
         seen = seen_by_triplets(network, config.loss.triplet_layer)
         self.wrapped: nn.Module = RoleForward(seen, together=config.training.batchnorm_roles == "together")
-        if config.speed.tune_kernels:
-            torch.backends.cudnn.benchmark = True
-        if config.speed.mode == "exact":
-            torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = config.speed.tune_kernels
+        torch.backends.cudnn.allow_tf32 = config.speed.mode != "exact"
         if config.speed.compile == "all":
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
         if context.world_size > 1:
