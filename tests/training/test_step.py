@@ -187,7 +187,7 @@ def test_the_objective_is_what_plain_loops_compute(changes: dict[str, Any], redu
     expected = expected_total(config, net, batch)
     divisor = len(batch.anchors.labels) if reduction == "mean" else 1
     assert loss.item() == pytest.approx(expected / divisor, rel=1e-9)
-    assert totals[TOTALS.index("total")].item() == pytest.approx(expected, rel=1e-9)
+    assert totals[TOTALS.index("loss")].item() == pytest.approx(expected, rel=1e-9)
     assert totals[TOTALS.index("images")].item() == len(batch.anchors.labels)
 
 
@@ -199,7 +199,7 @@ def test_anchors_without_a_negative_are_counted_and_cost_nothing() -> None:
         sums = dict(zip(TOTALS, totals.tolist(), strict=True))
         assert sums["without_negative"] == sums["images"] == 24
         assert sums["triplet"] == sums["norm"] == sums["active_triplets"] == 0
-        assert sums["total"] == pytest.approx(sums["cross_entropy"])
+        assert sums["loss"] == pytest.approx(sums["cross_entropy"])
         assert loss.item() == pytest.approx(sums["cross_entropy"] / 24)
 
 

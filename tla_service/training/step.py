@@ -21,17 +21,10 @@ from tla_service.training.roles import RoleForward, Roles
 from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
 from tla_service.triplets import Negatives, mine_hardest, mine_random, norm_penalty, pick_positives, triplet_hinge
 
-METRIC_NAMES = {
-    "total": "train/loss",
-    "cross_entropy": "train/cross_entropy",
-    "triplet": "train/triplet",
-    "norm": "train/norm",
-    "pairing": "train/pairing",
-    "correct": "train/adversarial_accuracy",
-    "active_triplets": "train/active_triplets",
-    "without_negative": "train/without_negative",
-}
-TOTALS = (*METRIC_NAMES, "images")
+TOTALS = (
+    "loss", "cross_entropy", "triplet", "norm", "pairing", "adversarial_accuracy", "active_triplets",
+    "without_negative", "images",
+)  # fmt: skip
 """What a step adds up over its images, in this order; the user's own loss terms come before the last."""
 _EVERYTHING_MIB = 2**20
 _VIEW, _CUTMIX = 1, 2  # last part of the seeds of their draws
@@ -56,7 +49,6 @@ class TrainingStep:
             # statistics where a broadcast would drop all but rank 0's, and costs nothing inside a step.
             ddp = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.14 and later
-        self._drawn = torch.empty(0)  # the generator's state behind them: both passes draw the same noise next
             options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
             options["device_ids"] = [context.device.index] if context.device.type == "cuda" else None
             # A single bucket is full, and sent, only when the backward pass has ended.
@@ -66,6 +58,7 @@ class TrainingStep:
         self._extra = {path: (load_term(path, code), weight) for path, weight in config.loss.extra.items()}
         self._own_miner = load_miner(config.mining.miner, code) if config.mining.miner else None
         self._mined: Negatives | None = None  # hardest negatives of the last batch
+        self._drawn = torch.empty(0)  # the generator's state behind them: both passes draw the same noise next
         loss, pairs_logits = config.loss, config.method == "alp"
         self.clean_weight = 0.5 * pairs_logits if loss.clean_weight is None else loss.clean_weight
         # Terms that compare an image with its adversarial version, or use the clean image alone.
