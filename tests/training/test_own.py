@@ -256,15 +256,6 @@ def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], m
     assert str(raised.value).startswith(message)
 
 
-def test_after_a_collapse_training_goes_on_with_the_built_in_attack(own: Any) -> None:
-    config = digits_config(attack={"kind": "my_attacks:random_squares", "on_collapse": "pgd"})
-    step = TrainingStep(network(), config, WorkerContext())
-    step.adversary.kind = "pgd"
-    batch = random_batch().anchors
-    expected = TrainingStep(network(), digits_config(), WorkerContext()).adversary.craft(batch, generator(CPU, 1))
-    assert torch.equal(step.adversary.craft(batch, generator(CPU, 1)), expected)
-
-
 def test_functions_from_a_folder_travel_with_the_run(tmp_path: Path) -> None:
     folder, output = tmp_path / "code", tmp_path / "run"
     folder.mkdir()
