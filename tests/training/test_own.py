@@ -20,7 +20,7 @@ from tla_service.config import RunConfig
 from tla_service.config.loading import load_config
 from tla_service.errors import ConfigError, UnavailableError, UserError
 from tla_service.models.own_code import load_function, pack
-from tla_service.runtime import WorkerContext, generator
+from tla_service.runtime import WorkerContext
 from tla_service.training.fit import Run
 from tla_service.training.local import train
 from tla_service.training.step import TOTALS, TrainingStep
