@@ -64,7 +64,7 @@ def check_numerics(work: dict[str, Workload], settings: BenchmarkSettings, resul
             batch = eager.next_batch()
             expected = eager.adversary.craft(batch.anchors, generator(context.device, 1))
             _, sums = eager.step.objective(batch, expected, generator(context.device, 2))
-            loss = float(sums[TOTALS.index("total")])
+            loss = float(sums[TOTALS.index("loss")])
             for name, (changes, tolerance) in _VARIANTS.items():
                 if "cuda_graphs" in changes.get("speed", {}) and context.device.type != "cuda":
                     continue
@@ -73,7 +73,7 @@ def check_numerics(work: dict[str, Workload], settings: BenchmarkSettings, resul
                 # A sign that rounding has flipped moves a pixel by up to two steps: pixels are counted, not compared.
                 moved = float(((images - expected).abs() > workload.step_size / 2).float().mean())
                 _, totals = fast.step.objective(batch, expected, generator(context.device, 2))
-                error = abs(float(totals[TOTALS.index("total")]) - loss) / abs(loss)
+                error = abs(float(totals[TOTALS.index("loss")]) - loss) / abs(loss)
                 rows.append([workload.name, name, f"{100 * moved:.2f} %", f"{error:.1e}"])
                 inside = float((images - batch.anchors.images).abs().max()) <= workload.epsilon + 1e-6
                 if error > tolerance or not inside:

@@ -3,6 +3,7 @@
 python docs/make_configuration.py
 """
 
+import inspect
 import re
 import types
 import typing
@@ -128,7 +129,7 @@ def tables() -> str:
     for name, kind in sections.items():
         blocks.append(_block(f"`{name}`", kind.__doc__ or "", _rows(kind, list(kind.model_fields), f"{name}.")))
     attack = list(EvaluationAttack.model_fields)
-    text = f"{EvaluationAttack.__doc__} Fields of `evaluation.validation` and of each entry of `evaluation.test`."
+    text = f"{inspect.getdoc(EvaluationAttack)} Fields of `evaluation.validation` and each entry of `evaluation.test`."
     blocks.append(_block("Evaluation attacks", text, _rows(EvaluationAttack, attack)))
     networks = [_row(f"`{name}`", _plain(_NETWORKS[name])) for name in model_names()]
     networks.append(_row("`torchvision:NAME`", "a classifier of torchvision, such as `torchvision:resnet18`"))

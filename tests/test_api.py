@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import tla_service
 from tests.test_core_alone import run_python
 from tla_service import Attack, ConfigError, RunConfig, UserError, craft, evaluate, load_config, load_model, train
+from tla_service.config.sections import EvaluationConfig
 from tla_service.registry.packaging import _SHIPPED
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +137,11 @@ def test_adversarial_images_of_any_module() -> None:
 
 
 IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+WORST = EvaluationConfig.model_validate({"test": {"worst": {}}})
+
+
+def linear(pixels: int, classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes))
 
 
 @pytest.mark.parametrize(
@@ -168,6 +174,15 @@ IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
             {"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS, "model": nn.Flatten(0)},
             "model=(64,): its output is not logits (N, K)",
         ),
+        (
+            {"config": RunConfig(), "model": linear(64, 5)},
+            "outside the network's 5 classes, [0, 4]; pass the classes, or",
+        ),
+        (
+            {"config": RunConfig(), "model": linear(9, 10)},
+            "images=1x8x8: the network does not take them (mat1 and mat2",
+        ),
+        ({"config": RunConfig(evaluation=WORST)}, "attacks.worst: this name is reserved"),
     ],
 )
 def test_a_wrong_call_is_one_line(arguments: dict[str, Any], message: str) -> None:

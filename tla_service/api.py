@@ -15,8 +15,8 @@ from tla_service.config.explain import Explainer
 from tla_service.config.loading import load_config_file
 from tla_service.config.radii import length_trouble
 from tla_service.data import Batch, EvaluationBatches, load_dataset
-from tla_service.errors import ConfigError, UserError
-from tla_service.evaluation.shards import evaluating
+from tla_service.errors import ConfigError, UserError, one_line
+from tla_service.evaluation.shards import as_pixels, evaluating
 from tla_service.evaluation.suite import evaluation_attack, measure_accuracy
 from tla_service.models import ModelOutput
 from tla_service.registry.loading import load_with_folder
@@ -80,6 +80,8 @@ def evaluate(
         }
     else:
         raise ConfigError("attacks", None, "not given", "pass attacks={'pgd20': Attack(...)}, or config")
+    if "worst" in attacks:
+        raise ConfigError("attacks.worst", None, "this name is reserved", "rename the attack")
     classifier, context = _Classifier(network), WorkerContext(device=device)
     batches = _batches(classifier, images, labels, config, context)
     if seed is None:
@@ -108,11 +110,13 @@ def _batches(
         if config is None:
             raise ConfigError("images", None, "not given", "pass images and labels, or config for its test set")
         source = load_dataset(config.data).test
+        _check_network(classifier, source.fetch(torch.zeros(1, dtype=torch.int64)), source.labels, context.device)
         return EvaluationBatches(source, torch.arange(len(source)), context, batch_size=size)
     if images is None or labels is None:
         raise ConfigError("labels" if labels is None else "images", None, "not given", "pass images and labels")
     images, labels = torch.as_tensor(images), torch.as_tensor(labels)
-    _check_images(classifier, images, labels, context.device)
+    _check_images(images, labels)
+    _check_network(classifier, images[:1], labels, context.device)
     chunks = zip(images.float().split(size), labels.long().split(size), strict=True)
     return (Batch(some.to(context.device), classes.to(context.device)) for some, classes in chunks)
 
@@ -121,8 +125,6 @@ def _check_attacks(attacks: Mapping[str, Attack]) -> None:
     """Refuse what the attacks of a configuration are refused for."""
     for name, attack in attacks.items():
         where = f"attacks.{name}"
-        if name == "worst":
-            raise ConfigError(where, None, "this name is reserved", "rename the attack")
         fields = {field: getattr(attack, field) for field in EvaluationAttack.model_fields}
         if attack.function is not None:
             fields["kind"] = "pgd"  # any name will do
@@ -139,7 +141,7 @@ def _check_attacks(attacks: Mapping[str, Attack]) -> None:
             raise trouble
 
 
-def _check_images(classifier: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> None:
+def _check_images(images: Tensor, labels: Tensor) -> None:
     shape = tuple(images.shape)
     if images.dim() != 4 or not len(images) or not images.is_floating_point():
         raise ConfigError("images", f"{shape} {images.dtype}", "not (N, C, H, W), float", "pass images in [0, 1]")
@@ -150,12 +152,20 @@ def _check_images(classifier: nn.Module, images: Tensor, labels: Tensor, device:
     if labels.shape != shape[:1] or labels.is_floating_point():
         remedy = f"pass {len(images)} integer class indices"
         raise ConfigError("labels", f"{tuple(labels.shape)} {labels.dtype}", "not one class per image", remedy)
-    with evaluating(classifier), torch.no_grad():
-        logits = classifier(images[:1].float().to(device)).logits
+
+
+def _check_network(classifier: nn.Module, image: Tensor, labels: Tensor, device: torch.device) -> None:
+    """Refuse a network without logits for images such as this one (1, C, H, W), or for all labels (N,)."""
+    try:
+        with evaluating(classifier), torch.no_grad():
+            logits = classifier(as_pixels(image, device)).logits
+    except (RuntimeError, ValueError) as error:
+        shape, reason = "x".join(map(str, image.shape[1:])), f"the network does not take them ({one_line(error)})"
+        raise ConfigError("images", shape, reason, "pass images, or a config, that it was trained for") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError("model", shown, "its output is not logits (N, K)", "wrap it in a module that returns them")
     wrong = labels[(labels < 0) | (labels >= logits.shape[1])]
     if len(wrong):
         reason = f"outside the network's {logits.shape[1]} classes, [0, {logits.shape[1] - 1}]"
-        raise ConfigError("labels", int(wrong[0]), reason, "pass the class indices that the network was trained with")
+        raise ConfigError("labels", int(wrong[0]), reason, "pass the classes, or a config, that it was trained for")

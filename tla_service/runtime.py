@@ -110,11 +110,6 @@ def gather_objects(value: T, context: WorkerContext) -> list[T]:
     return values
 
 
-def shard_sizes(total: int, world_size: int) -> list[int]:
-    """Rows of `total` on each worker, as `torch.tensor_split` cuts them."""
-    return [total // world_size + (rank < total % world_size) for rank in range(world_size)]
-
-
 def gather_rows(rows: Tensor, sizes: Sequence[int], context: WorkerContext) -> Tensor:
     """Rows of all workers, in rank order: (n_r, ...) to (sum of sizes, ...). Gradients flow back to a row's owner."""
     if context.world_size == 1:
@@ -129,11 +124,17 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], context: WorkerContext) -> T
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
+def running_statistics(network: nn.Module) -> dict[str, Tensor]:
+    """BatchNorm's running statistics by name, which differ between workers within an epoch."""
+    # Buffers that are not saved are constants: the mean of three equal floats may be another one.
+    saved, buffers = network.state_dict(), network.named_buffers()
+    return {name: buffer for name, buffer in buffers if buffer.is_floating_point() and name in saved}
+
+
 def average_buffers(network: nn.Module, context: WorkerContext) -> None:
     """Make BatchNorm's running statistics the mean over workers: each has seen only its own shards."""
-    for buffer in network.buffers():
-        if buffer.is_floating_point():
-            all_reduce_sum(buffer, context).div_(context.world_size)
+    for buffer in running_statistics(network).values():
+        all_reduce_sum(buffer, context).div_(context.world_size)
 
 
 def hardware(device: torch.device) -> str:

@@ -14,10 +14,11 @@ import torch.multiprocessing as mp
 from tests.training.conftest import digits_config, random_batch
 from tests.training.test_watch import free_port
 from tla_service.data import Batch, StepBatch, load_dataset
+from tla_service.data.order import StepOrder, shard_sizes
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.job import run_job
 from tla_service.models import build_model
-from tla_service.runtime import WorkerContext, average_buffers, failing_together, generator, shard_sizes
+from tla_service.runtime import WorkerContext, average_buffers, failing_together, generator
 from tla_service.training import step as step_module
 from tla_service.training.__main__ import main
 from tla_service.training.precheck import training_batches
@@ -49,6 +50,12 @@ CASES: dict[str, dict[str, Any]] = {
     "free": {"mining": {"scope": "global"}, "loss": {"margin": 0.5}, "attack": {"kind": "free", "free_replays": 3}},
     "tla in the batch": {"mining": {"scope": "global", "positives": "both"}, "loss": {"margin": 0.5}},
     "tla in the batch, summed": {"mining": {"scope": "global"}, "loss": {"margin": 0.5, "reduction": "sum"}},
+    "tla in the batch with extra images": {  # over 4 workers 5, 6, 6, 5
+        "mining": {"scope": "global", "positives": "both"},
+        "data": {"extra": {"path": "unused", "share": 0.5}},
+        "training": {"global_batch_size": IMAGES},
+        "loss": {"margin": 0.5},
+    },
     "switched anchor": {"method": "tla_sa", "mining": {"scope": "global"}, "loss": {"margin": 0.5}},
     "separate pool": {
         "mining": {"scope": "global", "pool": "separate", "pool_size": POOL, "positives": "both"},
@@ -62,8 +69,9 @@ def fail_on_rank_1(rank: int) -> None:
         raise UnavailableError("data.root", "/x", "missing", "give it")
 
 
-def shard(batch: Batch, rank: int, world_size: int) -> Batch:
-    return Batch(batch.images.tensor_split(world_size)[rank], batch.labels.tensor_split(world_size)[rank])
+def shard(batch: Batch, context: WorkerContext, extra: int = 0) -> Batch:
+    sizes = shard_sizes(len(batch.labels), context.world_size, extra)
+    return Batch(batch.images.split(sizes)[context.rank], batch.labels.split(sizes)[context.rank])
 
 
 def run_case(changes: dict[str, Any], context: WorkerContext) -> dict[str, torch.Tensor]:
@@ -76,7 +84,8 @@ def run_case(changes: dict[str, Any], context: WorkerContext) -> dict[str, torch
     whole = random_batch(IMAGES, pool=POOL)
     assert whole.positives is not None
     assert whole.pool is not None
-    parts = [shard(part, context.rank, context.world_size) for part in (whole.anchors, whole.positives, whole.pool)]
+    parts = [shard(part, context, config.extra_per_step) for part in (whole.anchors, whole.positives)]
+    parts.append(shard(whole.pool, context))
     mined: list[torch.Tensor] = []
     original, noise = step_module.mine_hardest, step_module.uniform_noise
 
@@ -111,8 +120,9 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     results: dict[str, Any] = {name: run_case(changes, context) for name, changes in CASES.items()}
     norm = torch.nn.BatchNorm1d(2)
     norm.running_mean.fill_(float(rank))  # type: ignore[union-attr]
+    norm.register_buffer("constant", torch.tensor(float(rank)), persistent=False)
     average_buffers(norm, context)
-    results["buffers"] = norm.running_mean
+    results["buffers"], results["constant"] = norm.running_mean, norm.constant
     try:
         with failing_together(context):
             fail_on_rank_1(rank)
@@ -148,17 +158,21 @@ def test_workers_together_equal_one_process(gathered: list[dict[str, Any]], name
 def test_buffers_become_the_mean_over_workers(gathered: list[dict[str, Any]]) -> None:
     mean = (len(gathered) - 1) / 2
     assert all(results["buffers"].tolist() == [mean, mean] for results in gathered)
+    assert [results["constant"].item() for results in gathered] == [*range(len(gathered))]
 
 
 def test_one_workers_error_ends_all(gathered: list[dict[str, Any]]) -> None:
     assert {results["error"] for results in gathered} == {"data.root=/x: missing; give it"}
 
 
-def test_shards_are_cut_as_tensor_split_cuts() -> None:
-    for total in range(1, 30):
-        for world_size in range(1, 6):
-            expected = [len(part) for part in torch.arange(total).tensor_split(world_size)]
-            assert shard_sizes(total, world_size) == expected
+@pytest.mark.parametrize("extra", [0, 3, 75])
+@pytest.mark.parametrize("world_size", range(1, 6))
+def test_shard_sizes_are_what_the_order_of_steps_gives_each_worker(world_size: int, extra: int) -> None:
+    """Steps of 25 and 24 training images, and extra ones."""
+    labels, sizes = torch.zeros(97, dtype=torch.int64), {"global_batch_size": 25, "extra_per_step": extra}
+    ranks = [StepOrder(labels, seed=0, rank=r, world_size=world_size, extra=90, **sizes) for r in range(world_size)]
+    for step in zip(*(rank.epoch(0) for rank in ranks), strict=True):
+        assert shard_sizes(step[0].global_size, world_size, extra) == [len(share.anchors) for share in step]
 
 
 def command_line(rank: int, port: int, arguments: list[str], folder: Path) -> None:

@@ -18,8 +18,7 @@ from tla_service.errors import OutOfMemoryError
 from tla_service.models import ModelOutput
 from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.local import train
-from tla_service.training.memory import memory_remedy
-from tla_service.training.meter import NonFiniteLossError
+from tla_service.training.meter import NonFiniteLossError, memory_remedy
 
 AT_CALL = 11  # after two epochs of four steps, and a call before the first; the fault comes in step 10
 calls = itertools.count(1)

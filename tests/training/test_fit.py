@@ -15,7 +15,7 @@ from tla_service.training.checkpoint import load_checkpoint
 from tla_service.training.fit import Run
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.pretrained import checkpoint_weights
-from tla_service.training.step import METRIC_NAMES, TOTALS
+from tla_service.training.step import TOTALS
 from tla_service.training.validation import ImageSet
 
 NewReporter = Callable[..., KeepingReporter]
@@ -122,8 +122,8 @@ def test_a_stop_in_the_middle_of_an_epoch_keeps_its_sums(
     sums = dict(zip(TOTALS, (sum(column) for column in zip(*of_steps, strict=True)), strict=True))
     assert sums["images"] == 180
     (epoch,) = resumed.metrics
-    assert {metric: epoch[metric] for metric in METRIC_NAMES.values()} == pytest.approx(
-        {metric: sums[name] / 180 for name, metric in METRIC_NAMES.items()}
+    assert {name: epoch[f"train/{name}"] for name in TOTALS[:-1]} == pytest.approx(
+        {name: sums[name] / 180 for name in TOTALS[:-1]}
     )
 
 

@@ -20,7 +20,7 @@ from tla_service.config import RunConfig
 from tla_service.config.loading import load_config
 from tla_service.errors import ConfigError, UnavailableError, UserError
 from tla_service.models.own_code import load_function, pack
-from tla_service.runtime import WorkerContext, generator
+from tla_service.runtime import WorkerContext
 from tla_service.training.fit import Run
 from tla_service.training.local import train
 from tla_service.training.step import TOTALS, TrainingStep
@@ -106,6 +106,17 @@ def test_an_own_function_that_does_what_the_built_in_one_does_changes_nothing(ow
     with_term = digits_config(method="at", loss={"extra": {"same:nothing": 3.0}})
     plain = loss_of(TrainingStep(network(), digits_config(method="at"), WorkerContext()), random_batch())[0]
     assert torch.equal(loss_of(TrainingStep(network(), with_term, WorkerContext()), random_batch())[0], plain)
+
+
+def test_both_passes_of_a_weight_perturbation_add_the_same_noise(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the miner, which draws, is called in the first alone."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+    forward = TrainingStep._forward
+    monkeypatch.setattr(TrainingStep, "_forward", lambda self, *images: seen.append(images) or forward(self, *images))
+    mining = {"pool": "separate", "pool_size": 12, "clean_noise": 0.1, "clean_noise_on": "all"}
+    config = digits_config(attack={"awp": True}, mining=mining | THREE["mining"])
+    TrainingStep(network(), config, WorkerContext()).backward(random_batch(pool=12), 0)
+    assert all(torch.equal(first, second) for first, second in zip(*seen, strict=True))
 
 
 def test_a_term_is_weighted_and_averaged_like_the_others(own: Any) -> None:
@@ -243,15 +254,6 @@ def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], m
     with pytest.raises(ConfigError) as raised:
         load_config("digits", **changes)
     assert str(raised.value).startswith(message)
-
-
-def test_after_a_collapse_training_goes_on_with_the_built_in_attack(own: Any) -> None:
-    config = digits_config(attack={"kind": "my_attacks:random_squares", "on_collapse": "pgd"})
-    step = TrainingStep(network(), config, WorkerContext())
-    step.adversary.kind = "pgd"
-    batch = random_batch().anchors
-    expected = TrainingStep(network(), digits_config(), WorkerContext()).adversary.craft(batch, generator(CPU, 1))
-    assert torch.equal(step.adversary.craft(batch, generator(CPU, 1)), expected)
 
 
 def test_functions_from_a_folder_travel_with_the_run(tmp_path: Path) -> None:

@@ -69,6 +69,20 @@ def test_a_run_that_held_its_validation_images_out_goes_on_so_only_when_told(roo
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_a_run_goes_on_with_the_same_validation_images_only(root: Path, tmp_path: Path) -> None:
+    first = KeepingReporter(tmp_path)
+    fit(config_for(root), WorkerContext(), first)
+    changed = next((root / "val" / "dark").iterdir())
+    for validation, named in (("", "data.validation="), (None, "data.validation")):
+        with pytest.raises(ConfigError, match=f"{named}: the validation images are not those that this run began"):
+            fit(
+                config_for(root, validation=validation),
+                WorkerContext(),
+                KeepingReporter(tmp_path / "b", resume_from=first.checkpoints[0]),
+            )
+        changed.write_bytes(encoded(np.zeros((8, 8), np.uint8)))
+
+
 def test_a_finished_run_was_validated_on_other_images(root: Path, tmp_path: Path) -> None:
     write_config(config_for(root), tmp_path)
     write_summary(tmp_path, {"status": "finished"})

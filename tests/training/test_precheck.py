@@ -111,6 +111,11 @@ def test_a_network_without_batchnorm_takes_one_image() -> None:
     start(config, 9, 1)
 
 
+def test_a_test_attack_cannot_be_called_worst() -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.test\.worst=worst: this name is reserved"):
+        start(run_config(4, method="at", evaluation={"test": {"worst": {}}}), 8, 1)
+
+
 def test_the_check_draws_nothing() -> None:
     before = torch.random.get_rng_state()
     with pytest.raises(ConfigError):

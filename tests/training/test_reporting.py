@@ -65,6 +65,12 @@ def test_records_are_logged_in_their_order_and_shown(output: Output) -> None:
     assert not (output.folder / "checkpoints").exists()
 
 
+def test_a_run_may_take_longer_than_a_day(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    output.reporter.progress(STEP | {"seconds_left": 90_061.5})
+    assert output.printed.getvalue().endswith("25:01:01 left\n")
+
+
 def test_the_two_newest_checkpoints_are_kept_with_what_they_hold(output: Output) -> None:
     assert output.reporter.latest() is None
     for step in (8, 9, 10, 110):

@@ -187,7 +187,7 @@ def test_the_objective_is_what_plain_loops_compute(changes: dict[str, Any], redu
     expected = expected_total(config, net, batch)
     divisor = len(batch.anchors.labels) if reduction == "mean" else 1
     assert loss.item() == pytest.approx(expected / divisor, rel=1e-9)
-    assert totals[TOTALS.index("total")].item() == pytest.approx(expected, rel=1e-9)
+    assert totals[TOTALS.index("loss")].item() == pytest.approx(expected, rel=1e-9)
     assert totals[TOTALS.index("images")].item() == len(batch.anchors.labels)
 
 
@@ -199,7 +199,7 @@ def test_anchors_without_a_negative_are_counted_and_cost_nothing() -> None:
         sums = dict(zip(TOTALS, totals.tolist(), strict=True))
         assert sums["without_negative"] == sums["images"] == 24
         assert sums["triplet"] == sums["norm"] == sums["active_triplets"] == 0
-        assert sums["total"] == pytest.approx(sums["cross_entropy"])
+        assert sums["loss"] == pytest.approx(sums["cross_entropy"])
         assert loss.item() == pytest.approx(sums["cross_entropy"] / 24)
 
 
@@ -262,6 +262,12 @@ def test_an_attack_leaves_network_gradients_and_statistics_alone(mode: str) -> N
     assert all(module.training for module in net.modules())
     assert (adversarial - batch.anchors.images).abs().max() <= config.attack.epsilon + 1e-12
     assert not torch.equal(adversarial, batch.anchors.images)
+
+
+def test_a_step_leaves_no_setting_of_the_one_before() -> None:
+    for speed in ({"tune_kernels": True, "mode": "exact"}, {}):
+        TrainingStep(network(), digits_config(speed=speed), WorkerContext())
+        assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32) == (bool(speed), not speed)
 
 
 def test_batchnorm_sees_roles_together_or_apart() -> None:

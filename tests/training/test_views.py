@@ -45,7 +45,7 @@ def gradients(net: nn.Module, config: Any, batch: StepBatch) -> tuple[float, lis
     """The loss's sum and its gradients."""
     net.zero_grad()
     totals = TrainingStep(net, config, WorkerContext()).backward(batch, 0)  # type: ignore[arg-type]
-    return totals[TOTALS.index("total")].item(), [parameter.grad.clone() for parameter in net.parameters()]  # type: ignore[union-attr]
+    return totals[TOTALS.index("loss")].item(), [parameter.grad.clone() for parameter in net.parameters()]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -36,8 +36,7 @@ from tla_service.job import log_as_json
 from tla_service.runtime import WorkerContext, collective_timeout
 from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.fit import Run
-from tla_service.training.memory import memory_remedy
-from tla_service.training.meter import NonFiniteLossError
+from tla_service.training.meter import NonFiniteLossError, memory_remedy
 from tla_service.training.output import FitResult
 from tla_service.training.watch import START_SECONDS, watched
 

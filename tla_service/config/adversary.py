@@ -1,6 +1,6 @@
 """Attacks of a run: the one it trains against, and those it is evaluated with."""
 
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -67,14 +67,6 @@ class AttackConfig(Section):
         return self
 
 
-class Lengths(NamedTuple):
-    """Norm, radius and step size of an attack; the latter two are None where the norm has no default."""
-
-    norm: Norm
-    epsilon: float | None
-    step_size: float | None
-
-
 class EvaluationAttack(Section):
     """An evaluation attack; what is not given is taken from the training attack.
 
@@ -94,8 +86,8 @@ class EvaluationAttack(Section):
     num_steps: int = setting(20, "gradient steps", ge=1, le=10_000)
     num_restarts: int = setting(1, "random restarts; an image counts as broken if any of them breaks it", ge=1, le=1000)
 
-    def lengths(self, training: AttackConfig, data_name: str) -> Lengths:
-        """Norm, radius and step size, with defaults taken from the training attack and the data set."""
+    def lengths(self, training: AttackConfig, data_name: str) -> tuple[Norm, float | None, float | None]:
+        """Norm, radius and step size, by default the training attack's or data set's; None where the norm has none."""
         norm = self.norm or training.norm
         inherited = training.epsilon if norm == training.norm else documented_radius(data_name, norm)
         epsilon = self.epsilon if self.epsilon is not None else inherited
@@ -104,4 +96,4 @@ class EvaluationAttack(Section):
             same = norm == training.norm and epsilon == training.epsilon
             # Not through a division where the radius is the same, so that the step stays exactly what it is.
             step_size = training.step_size if same else training.step_size / training.epsilon * epsilon
-        return Lengths(norm, epsilon, step_size)
+        return norm, epsilon, step_size

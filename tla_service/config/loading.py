@@ -20,7 +20,7 @@ from pydantic_settings import (
 
 from tla_service.config import RunConfig, TrackingConfig
 from tla_service.config.explain import Explainer, suggest
-from tla_service.config.fields import attack_trouble, refuse
+from tla_service.config.fields import refuse
 from tla_service.config.radii import known_shape, without_lengths_of_other_norms
 from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError, without_credentials
@@ -100,7 +100,7 @@ class RunSettings(JobSettings, RunConfig):
     @model_validator(mode="after")
     def _check_attacks(self) -> Self:
         shape = known_shape(self.data.name, self.data.image_size)
-        refuse(self.attack_trouble(shape), attack_trouble("evaluation.test", self.evaluation.test))
+        refuse(self.attack_trouble(shape))
         return self
 
     @property

@@ -7,7 +7,7 @@ none. Naming another norm than the one that a radius was given for takes the rad
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tla_service.errors import ConfigError
 
@@ -126,8 +126,10 @@ def without_lengths_of_other_norms(values: Mapping[str, Any], above: Mapping[str
     attack, attack_above = _section(values, "attack"), _section(above, "attack")
     norm = attack.get("norm", "linf")
     final = attack_above.get("norm", norm)
+    if final not in get_args(Norm):
+        return dict(values)  # pydantic says what is wrong with it
     if final != norm and _LENGTHS & {*attack} and not {*attack_above} >= _LENGTHS:
-        name = _section(above, "data").get("name") or _section(values, "data").get("name") or "digits"
+        name = str(_section(above, "data").get("name") or _section(values, "data").get("name") or "digits")
         radius = documented_radius(name, final)
         hint = "" if radius is None else f" in {final}; the documented radius of {name} is {radius:.4g}"
         reason = f"radius and step size are given in {norm}"

@@ -96,6 +96,13 @@ class OptimizerConfig(Section):
     )
     grad_clip: float | None = setting(None, "clip the global L2 norm of the gradient; none: off", gt=0)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.nesterov and self.name == "sgd" and self.momentum == 0:
+            remedy = "leave it out, or set optimizer.momentum above 0"
+            raise wrong("optimizer.nesterov", "True", "there is no momentum to look ahead with", remedy)
+        return self
+
 
 class ScheduleConfig(Section):
     """The learning rate schedule."""

@@ -78,6 +78,12 @@ class ClassMates:
         return self._by_class[self._first[anchors] + pick]
 
 
+def shard_sizes(total: int, world_size: int, extra: int = 0) -> list[int]:
+    """Images of each worker in a step of `total` images, of which `extra` are extra ones, as `StepOrder` deals them."""
+    ranks, own = range(world_size), total - extra
+    return [len(range(rank, own, world_size)) + len(range(ranks[-1 - rank], extra, world_size)) for rank in ranks]
+
+
 class StepOrder:
     """The steps of every epoch, as one worker sees them.
 

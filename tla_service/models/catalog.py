@@ -149,7 +149,7 @@ class Architecture:
         if self.activation != "default":
             if not hasattr(built, "activation"):
                 reason = f"the activations of {self.name} are fixed"
-                remedy = "leave it out, or use wrn_*, preact_resnet_18 or cifar_cnn"
+                remedy = "leave it out, or use wrn_*, preact_resnet_18, cifar_cnn, small_cnn or digits_cnn"
                 raise ConfigError("model.activation", self.activation, reason, remedy)
             for module in built.modules():
                 if hasattr(module, "activation"):

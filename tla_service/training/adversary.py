@@ -107,8 +107,7 @@ class Adversary:
         if self.kind == "n_fgsm":
             noise = self._config.attack.noise
             return craft_noisy_step(logits_fn, anchors.images, anchors.labels, self.attack, noise, random)
-        attack = self.attack if self.kind == self._config.attack.kind else replace(self.attack, function=None)
-        return craft(logits_fn, anchors.images, anchors.labels, attack, random)
+        return craft(logits_fn, anchors.images, anchors.labels, self.attack, random)
 
     @property
     def uses_graphs(self) -> bool:

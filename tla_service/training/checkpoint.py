@@ -20,7 +20,7 @@ from tla_service.config.loading import same_run, to_yaml
 from tla_service.data.cache import disk_trouble
 from tla_service.errors import ConfigError, UnavailableError, readable
 from tla_service.files import sha256, whole_folder, write_whole
-from tla_service.runtime import WorkerContext, failing_together, gather_objects
+from tla_service.runtime import WorkerContext, failing_together, gather_objects, running_statistics
 from tla_service.training.average import WeightAverage
 
 MANIFEST = "manifest.json"
@@ -56,10 +56,9 @@ class TrainingState:
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """BatchNorm's running statistics by name, of the network and of the average: each worker has its own."""
+        """The `running_statistics` of the network and of the average: each worker has its own."""
         average = {} if self.average is None else {"average": self.average}
-        buffers = nn.ModuleDict({"network": self.network, **average}).named_buffers()
-        return {name: buffer for name, buffer in buffers if buffer.is_floating_point()}
+        return running_statistics(nn.ModuleDict({"network": self.network, **average}))
 
 
 def cpu_weights(network: nn.Module) -> dict[str, Tensor]:
@@ -155,13 +154,17 @@ def _check_facts(saved: Mapping[str, Any], now: Mapping[str, Any], config: RunCo
         raise ConfigError("data.extra.path", config.data.extra.path, reason, remedy)
     # Older checkpoints have one fingerprint of training and test images together.
     left_out = "fingerprint" if "training_fingerprint" in saved else "training_fingerprint"
-    if {**saved, left_out: None} != {**now, left_out: None}:
-        if "validation_fingerprint" in now.keys() - saved.keys():
-            reason = "this run began with validation images that were held out of the training set"
-            remedy = 'set it to "", or choose another --name'
-            raise ConfigError("data.validation", config.data.validation, reason, remedy)
+    own = "validation_fingerprint"
+    if {**saved, left_out: None, own: None} != {**now, left_out: None, own: None}:
         reason = "the data set is not the one that this run began with"
         raise ConfigError("data.root", config.data.root, reason, "bring the data back, or choose another --name")
+    if saved.get(own) != now.get(own):
+        reason = "the validation images are not those that this run began with"
+        remedy = "name their split again, bring them back, or choose another --name"
+        if own not in saved:
+            reason = "this run began with validation images that were held out of the training set"
+            remedy = 'set it to "", or choose another --name'
+        raise ConfigError("data.validation", config.data.validation, reason, remedy)
 
 
 def find_damage(folder: Path, required: Collection[str] = (), only: Collection[str] | None = None) -> str:

@@ -11,8 +11,7 @@ from torch import Tensor
 from tla_service.config import RunConfig
 from tla_service.errors import OutOfMemoryError, one_line
 from tla_service.runtime import WorkerContext, all_reduce_sum, hardware
-from tla_service.training.memory import memory_remedy
-from tla_service.training.step import METRIC_NAMES, TOTALS
+from tla_service.training.step import TOTALS
 
 ROBUST = "validation/robust_accuracy"
 COLLAPSED = "collapsed"
@@ -59,12 +58,23 @@ class Meter:
         """Means over the epoch's images so far."""
         sums = dict(zip(self._names, self.epoch_totals, strict=True))
         images = max(1.0, sums["images"])
-        return {METRIC_NAMES.get(name, f"train/{name}"): sums[name] / images for name in self._names[:-1]}
+        return {f"train/{name}": sums[name] / images for name in self._names[:-1]}
 
     @property
     def images_per_second(self) -> float:
         """Images trained on per second, over all workers, since the epoch began or resumed here."""
         return (self.epoch_totals[-1] - self._images_before) / (time.perf_counter() - self._begin)
+
+
+def memory_remedy(config: RunConfig, workers: int) -> str:
+    """What the memory of each of so many workers was needed for, and what to lower."""
+    mining, pool = config.mining, ""
+    if config.mines_triplets and mining.pool == "separate":
+        pool = f" and a pool of {mining.pool_size // (workers if mining.scope == 'global' else 1)}"
+    load = f"{-(-config.training.global_batch_size // workers)} images{pool}, for {config.model.name}"
+    lower = "training.global_batch_size, mining.pool_size or evaluation.batch_size, run fewer workers per node or GPU"
+    shares = "(scaling.cpus_per_worker, scaling.gpus_per_worker), or set training.precision to bfloat16"
+    return f"each worker had {load} in {config.training.precision}: lower {lower} {shares}"
 
 
 class Phases:

@@ -97,7 +97,8 @@ class Terminal:
         if not self._console.is_terminal:
             if time.monotonic() - self._last_line >= self.SECONDS_BETWEEN_LINES:
                 self._last_line = time.monotonic()
-                left = time.strftime("%H:%M:%S", time.gmtime(record["seconds_left"]))
+                minutes, seconds = divmod(int(record["seconds_left"]), 60)
+                left = f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
                 done = f"epoch {record['epoch']:>3}  step {record['step']}/{record['total_steps']}"
                 speed = f"{record['images_per_second']:.0f} images/s  {left} left"
                 self.say(f"{done}  loss {record['loss']:.4f}  {speed}")

@@ -11,26 +11,20 @@ from torch import Tensor, nn
 
 from tla_service.config import RunConfig
 from tla_service.data import Batch, StepBatch
+from tla_service.data.order import shard_sizes
 from tla_service.models import ImageClassifier, ModelOutput
 from tla_service.models.classifier import seen_by_triplets
-from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, mixed_seed, shard_sizes, uniform_noise
+from tla_service.runtime import WorkerContext, autocast, gather_rows, generator, mixed_seed, uniform_noise
 from tla_service.training.adversary import Adversary, moved_weights, restored, statistics_kept
 from tla_service.training.own import load_miner, load_term
 from tla_service.training.roles import RoleForward, Roles
 from tla_service.training.terms import cross_entropy, divergence, runner_up, squared_distance
 from tla_service.triplets import Negatives, mine_hardest, mine_random, norm_penalty, pick_positives, triplet_hinge
 
-METRIC_NAMES = {
-    "total": "train/loss",
-    "cross_entropy": "train/cross_entropy",
-    "triplet": "train/triplet",
-    "norm": "train/norm",
-    "pairing": "train/pairing",
-    "correct": "train/adversarial_accuracy",
-    "active_triplets": "train/active_triplets",
-    "without_negative": "train/without_negative",
-}
-TOTALS = (*METRIC_NAMES, "images")
+TOTALS = (
+    "loss", "cross_entropy", "triplet", "norm", "pairing", "adversarial_accuracy", "active_triplets",
+    "without_negative", "images",
+)  # fmt: skip
 """What a step adds up over its images, in this order; the user's own loss terms come before the last."""
 _EVERYTHING_MIB = 2**20
 _VIEW, _CUTMIX = 1, 2  # last part of the seeds of their draws
@@ -46,10 +40,8 @@ class TrainingStep:
         self.network, self.config, self.context = network, config, context
         seen = seen_by_triplets(network, config.loss.triplet_layer)
         self.wrapped: nn.Module = RoleForward(seen, together=config.training.batchnorm_roles == "together")
-        if config.speed.tune_kernels:
-            torch.backends.cudnn.benchmark = True
-        if config.speed.mode == "exact":
-            torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = config.speed.tune_kernels
+        torch.backends.cudnn.allow_tf32 = config.speed.mode != "exact"
         if config.speed.compile == "all":
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
         if context.world_size > 1:
@@ -66,6 +58,7 @@ class TrainingStep:
         self._extra = {path: (load_term(path, code), weight) for path, weight in config.loss.extra.items()}
         self._own_miner = load_miner(config.mining.miner, code) if config.mining.miner else None
         self._mined: Negatives | None = None  # hardest negatives of the last batch
+        self._drawn = torch.empty(0)  # the generator's state behind them: both passes draw the same noise next
         loss, pairs_logits = config.loss, config.method == "alp"
         self.clean_weight = 0.5 * pairs_logits if loss.clean_weight is None else loss.clean_weight
         # Terms that compare an image with its adversarial version, or use the clean image alone.
@@ -187,7 +180,7 @@ class TrainingStep:
         rows = torch.arange(len(labels), device=self.context.device)
         pool, pool_labels = clean.embeddings, labels
         if mining.scope == "global":
-            sizes = shard_sizes(batch.global_size, self.context.world_size)
+            sizes = shard_sizes(batch.global_size, self.context.world_size, self.config.extra_per_step)
             pool, pool_labels = (gather_rows(own, sizes, self.context) for own in (pool, pool_labels))
             rows = rows + sum(sizes[: self.context.rank])
         mined = self._mine(random, mined, labels, pool_labels, lambda: (output.embeddings, pool))
@@ -248,14 +241,15 @@ class TrainingStep:
         if mining.keep_probability < 1:
             draw = torch.rand(len(labels), len(pool_labels), generator=random, device=labels.device)
             keep = draw < mining.keep_probability
-        if mined is None:  # only now: the noise drawn next is the same either way
+        if mined is None:
             anchors, pool = embedded()
             if self._own_miner is not None:
                 mined = self._own_miner(anchors, labels, pool, pool_labels, random)
             else:
                 absolute = mining.similarity == "absolute_cosine"
                 mined = mine_hardest(anchors, labels, pool.detach(), pool_labels, absolute=absolute, keep=keep)
-        self._mined = mined
+            self._mined, self._drawn = mined, random.get_state()
+        random.set_state(self._drawn)  # an own miner may have drawn
         return mined
 
     def _add_noise(self, images: Tensor, random: torch.Generator, *, apply: bool = True) -> Tensor:

@@ -42,7 +42,7 @@ class Space:
         # Evaluation attacks get what they would take from the training attack: all trials are measured alike.
         for where, attack in run.evaluation.attacks.items():
             fields = functools.reduce(dict.__getitem__, where.split(".", 2), self._fields)  # a name may have dots
-            fields.update(attack.lengths(run.attack, run.data.name)._asdict())
+            fields |= zip(("norm", "epsilon", "step_size"), attack.lengths(run.attack, run.data.name), strict=True)
         self.axes = tuple(axis_of(name, dimension) for name, dimension in (sweep.space or default_space(run)).items())
         self.constraints = tuple(Constraint(text) for text in sweep.constraints)
         for constraint in self.constraints:

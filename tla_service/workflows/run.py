@@ -19,7 +19,6 @@ from tla_service.cluster.placement import place
 from tla_service.cluster.storage import RunFolder, check_storage, earlier_name
 from tla_service.cluster.train import Record, fetch_checkpoint, fit_on_ray
 from tla_service.config import RunConfig, TrackingConfig
-from tla_service.config.fields import attack_trouble
 from tla_service.data import Dataset, load_dataset
 from tla_service.errors import UnavailableError, without_credentials
 from tla_service.evaluation.figures import attack_panel, training_curves
@@ -61,8 +60,7 @@ class Facts:
 
 def check_before_start(config: RunConfig) -> Facts:
     """Load what the run starts from; raise UserError if its parts are missing, or do not fit together."""
-    trouble = config.tracking.trouble() or attack_trouble("evaluation.test", config.evaluation.test)
-    if trouble is not None:
+    if (trouble := config.tracking.trouble()) is not None:
         raise trouble
     dataset = load_dataset(config.data)
     architecture = Architecture.of(config.model)
