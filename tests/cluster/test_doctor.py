@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.util.placement_group import placement_group
 
-from tests.cluster.conftest import ROOT
+from tests.cluster.conftest import RAY, ROOT
 from tla_service.cluster.doctor import examine as checks
 from tla_service.cluster.doctor import node
 from tla_service.cluster.doctor.examine import GIB, Finding, Node, table, verdict
@@ -72,7 +74,7 @@ def test_storage_is_tried_by_writing_and_reading(tmp_path: Path, monkeypatch: py
 
 def test_storage_that_refuses_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UnavailableError, match=r"file/runs/: cannot be read or written"):
+    with pytest.raises(UnavailableError, match=r"file/runs: cannot be read or written"):
         node.use_storage(str(tmp_path / "file" / "runs"), 10)
 
 
@@ -105,6 +107,27 @@ def test_the_table_shows_remedies_and_the_verdict_counts() -> None:
 
 def test_shared_memory_is_written() -> None:
     assert node.use_shared_memory(1000) == ""
+
+
+def test_more_workers_than_fit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default batch would not divide among them."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 99.0}}])
+    finding = checks.workers(SETTINGS.model_copy(update={"workers": 100}))
+    assert finding.detail.startswith("scaling.num_workers: cannot be placed: ")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_a_busy_cluster_is_waited_for_no_longer_than_asked() -> None:
+    os.environ.update(RAY)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        ray.get(placement_group([{"CPU": 2}]).ready())
+        finding = checks.workers(SETTINGS.model_copy(update={"workers": 2, "timeout_seconds": 3}))
+    finally:
+        ray.shutdown()
+    assert (finding.state, "timed out after 3.0 seconds" in finding.detail) == ("FAIL", True)
+    assert "no other job holds the resources" in finding.remedy
 
 
 @pytest.mark.ray
