@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from tests.cluster.conftest import ROOT
 from tests.results.conftest import settings_of
+from tests.tuning.conftest import trial_of
 from tla_service.cluster.attempts import read_trials
 from tla_service.cluster.placement import Placement
 from tla_service.results import tuned
@@ -81,7 +83,9 @@ def test_a_tuned_table_goes_through_all_its_rounds(tmp_path: Path) -> None:
     assert "| TLA less AT |" in (tmp_path / "docs" / "results" / "digits-tuned.md").read_text()
 
 
-def test_a_trial_that_diverged_fails_no_later_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_are_scored_and_one_that_diverged_fails_no_later_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor does one whose checkpoints have gone: it is trained again."""
     settings = settings_of("--table", "digits", "--recipe", "tuned", "--state", str(tmp_path))
     trials = [
@@ -102,3 +106,10 @@ def test_a_trial_that_diverged_fails_no_later_round(tmp_path: Path, monkeypatch:
     assert is_trained(tmp_path / "at-t0-s1000")
     error = table_module._train(settings, space, runs, tmp_path, math.inf)
     assert str(error).startswith("run=at-t1-s1000: training failed (its process died 4 times)")
+    trials.append(trial_of(3, [0.4, 0.6, 0.5], point={"run": "tla-t1-s1000"}, status="finished"))
+    (tmp_path / "ray" / space.name / "trials" / space.trial(3, trials[3].point, 1).name / "step-8").mkdir(parents=True)
+    (tmp_path / "tla-t1-s1000").mkdir()
+    for name in ("fetch_checkpoint", "slim"):
+        monkeypatch.setattr(table_module, name, Mock())
+    table_module._train(settings, space, runs, tmp_path, math.inf)
+    assert tuned.scored_trials("digits", "tla", tmp_path)[0].scores == (0.6,)
