@@ -27,7 +27,7 @@ def main() -> int:
     output = (settings.output or Path("runs") / space.name).expanduser().absolute()
     code = run_sweep(run, space, output, resume=settings.resume, debug=settings.debug)
     if code == 0 and settings.then_train:
-        return train_winner(output, settings.then_train, debug=settings.debug)
+        return train_winner(space, output, settings.then_train, debug=settings.debug)
     if code == 0 and (output / WINNER).exists():
         print(next_command("train_tla.py", "--config", str(output / WINNER)))
     return code

@@ -70,6 +70,7 @@ def play(config: Any, plan: Plan) -> None:
     checkpoint = folder / "checkpoint"
     first = int(checkpoint.read_text()) if checkpoint.exists() else 0
     progress = Progress()
+    progress.add({"event": "placed"})
     history = [played(point, epoch) for epoch in range(first)]
     tune.report(progress.report(progress.add({"event": "start", "resumed": first > 0, "history": history}) or ""))
     for epoch in range(first, EPOCHS):
@@ -189,12 +190,13 @@ def test_a_grid_with_failures_is_walked_once_and_may_grow(run_played: Callable[.
     trials = read_trials(str(tmp_path))
     assert [trial.status for trial in trials] == ["finished", "failed", "finished", "failed"]
     assert [trial.attempts for trial in trials] == [1, 1, 1, 1]
-    # A grid that got another point in front keeps the numbers of the trials it knows, and may repeat failed ones.
-    other = space_of({"loss.margin": [0.02, 0.05, 0.1], "seed": [0, 666]}, **grid)
-    run_played(plan_of(other, tmp_path, repeat_failed=True))
+    # A grid that got another point in front keeps the numbers of the trials it knows, and may repeat failed ones; those
+    # that have finished are repeated in folders of their own.
+    other = space_of({"loss.margin": [0.02, 0.05], "seed": [0, 666]}, **grid)
+    run_played(plan_of(other, tmp_path, repeat=True))
     trials = read_trials(str(tmp_path))
-    assert [trial.point["loss.margin"] for trial in trials] == [0.05, 0.05, 0.1, 0.1, 0.02, 0.02]
-    assert [trial.attempts for trial in trials] == [1, 2, 1, 2, 1, 1]
+    assert [trial.point["loss.margin"] for trial in trials] == [0.05, 0.05, 0.1, 0.1, 0.02, 0.02, 0.05]
+    assert [trial.attempts for trial in trials] == [1, 2, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.ray

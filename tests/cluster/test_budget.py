@@ -31,6 +31,11 @@ def tune_trial(number: int, report: dict[str, Any], status: str = "RUNNING", dea
     )  # fmt: skip
 
 
+def placed() -> dict[str, Any]:
+    """The report of a trial whose workers have just been placed."""
+    return Progress().report() | {"worker_seconds": 0.001}
+
+
 def end(budget: Budget, number: int, outcome: Any) -> None:
     trial = tune_trial(number, Progress().report(outcome=outcome, reason="the loss is not finite by step 7"))
     budget.on_trial_result(0, [], trial, trial.last_result)
@@ -62,6 +67,9 @@ def test_gpu_hours_count_from_the_workers_start_to_now(tmp_path: Path, monkeypat
     assert budget.gpu_hours == pytest.approx(600 / 3600)  # as in its last report, which comes at its end
     assert not budget.stop_all()
     budget.on_trial_result(0, [], trial, trial.last_result)
+    now[0] += 10_000
+    assert not budget.stop_all()  # that trial waits for its workers
+    budget.on_trial_result(0, [], trial, placed())
     now[0] += 3000
     assert budget.stop_all()
     assert budget.used_up == "sweep.max_gpu_hours=1 are used"
@@ -82,9 +90,10 @@ def test_workers_that_are_never_placed_end_a_sweep(tmp_path: Path, monkeypatch: 
     now = [1000.0]
     monkeypatch.setattr(budget_module.time, "monotonic", lambda: now[0])
     space = space_of(SPACE, run=run_config(scaling={"wait_seconds": 60}), max_concurrent=1)
-    placed, waiting = (Budget(plan_of(space, tmp_path)) for _ in range(2))
-    trial = tune_trial(0, Progress().report())
-    placed.on_trial_result(0, [], trial, trial.last_result)
+    training, waiting = (Budget(plan_of(space, tmp_path)) for _ in range(2))
+    trial = tune_trial(0, Progress().report("waiting for 2 workers to be placed"))
+    training.on_trial_result(0, [], trial, placed())
+    waiting.on_trial_result(0, [], trial, trial.last_result)
     now[0] += 61
-    assert (placed.stop_all(), waiting.stop_all()) == (False, True)
+    assert (training.stop_all(), waiting.stop_all()) == (False, True)
     assert str(waiting.error).startswith("scaling.wait_seconds=60.0: the cluster has not placed any trial's workers")

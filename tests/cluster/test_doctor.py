@@ -1,18 +1,22 @@
 """Health checks: how each judges what nodes report, and all of them on a local cluster."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import ray
 
 from tests.cluster.conftest import ROOT
 from tla_service.cluster.doctor import examine as checks
 from tla_service.cluster.doctor import node
 from tla_service.cluster.doctor.examine import GIB, Finding, Node, table, verdict
 from tla_service.cluster.doctor.settings import CheckupSettings
+from tla_service.cluster.placement import Placement
 from tla_service.config import ScalingConfig, TrackingConfig
 from tla_service.errors import UnavailableError
 
@@ -72,7 +76,7 @@ def test_storage_is_tried_by_writing_and_reading(tmp_path: Path, monkeypatch: py
 
 def test_storage_that_refuses_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UnavailableError, match=r"file/runs/: cannot be read or written"):
+    with pytest.raises(UnavailableError, match=r"file/runs: cannot be read or written"):
         node.use_storage(str(tmp_path / "file" / "runs"), 10)
 
 
@@ -105,6 +109,23 @@ def test_the_table_shows_remedies_and_the_verdict_counts() -> None:
 
 def test_shared_memory_is_written() -> None:
     assert node.use_shared_memory(1000) == ""
+
+
+def test_more_workers_than_fit_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default batch would not divide among them."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 99.0}}])
+    finding = checks.workers(SETTINGS.model_copy(update={"workers": 100}))
+    assert finding.detail.startswith("scaling.num_workers: cannot be placed: ")
+
+
+def test_a_busy_cluster_is_waited_for_no_longer_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train would try again and again."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    monkeypatch.setattr(node, "own_dashboard", contextlib.nullcontext)
+    monkeypatch.setattr(node, "trainer_of", trainer_of := Mock())
+    node.use_workers(Placement(2, False, 1, 1), 10, 3)
+    assert trainer_of.call_args.kwargs["failure_config"].controller_failure_limit == 0
+    assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "3"
 
 
 @pytest.mark.ray

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import ray
+from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from tla_service.cluster.placement import Placement, check_room, max_concurrent, place, waiting, workers_per_trial
-from tla_service.cluster.tasks import Workers
+from tla_service.cluster.tasks import Workers, _result
 from tla_service.config import RunConfig, ScalingConfig
 from tla_service.errors import ConfigError, UnavailableError
 
@@ -100,6 +102,17 @@ def test_validation_beside_training_needs_the_room_of_one_more_worker(cluster: C
     assert place(RunConfig.model_validate({"scaling": beside})).num_workers == 3
 
 
+@pytest.mark.parametrize(
+    ("share", "cpus", "workers"),
+    [(0.3, 1, 12), (0.6, 1, 4), (1, 8, 2), (0.5, 1, 8)],
+)
+def test_as_many_workers_as_fit(cluster: Callable[..., None], share: float, cpus: float, workers: int) -> None:
+    """A share is on one GPU, and a GPU without free CPUs holds no worker."""
+    cluster(GPU_NODE)
+    scaling = {"gpus_per_worker": share, "cpus_per_worker": cpus}
+    assert place(RunConfig.model_validate({"scaling": scaling})).num_workers == workers
+
+
 def test_a_worker_that_fits_on_no_node_is_refused_though_the_cluster_has_as_much(cluster: Callable[..., None]) -> None:
     cluster({"CPU": 2.0}, {"CPU": 2.0})
     run = RunConfig.model_validate({"scaling": {"num_workers": 1, "cpus_per_worker": 3}})
@@ -142,6 +155,13 @@ def test_nodes_that_are_gone_have_no_room(monkeypatch: pytest.MonkeyPatch) -> No
     assert max_concurrent(ScalingConfig(), None, Placement(2, False, 1, 1)) == 4 + 1
     assert max_concurrent(ScalingConfig(), 3, Placement(2, False, 1, 1)) == 3
     assert max_concurrent(ScalingConfig(wait_seconds=60), 99, Placement(2, False, 1, 1)) == 99  # the cluster grows
+
+
+@pytest.mark.parametrize("error", [WorkerCrashedError(), NodeDiedError("gone"), OutOfMemoryError("killed")])
+def test_a_shard_whose_workers_die_again_and_again(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", Mock(side_effect=error))
+    with pytest.raises(UnavailableError, match=r"^shard=pgd-3: its worker died more often than scaling\.max_failures"):
+        _result(None, "pgd-3")
 
 
 @pytest.mark.parametrize(

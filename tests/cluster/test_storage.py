@@ -19,7 +19,7 @@ from tests.cluster.gate import Gate, gate_to
 from tests.conftest import S3Server
 from tla_service import errors as errors_module
 from tla_service.cluster import storage as storage_module
-from tla_service.cluster.storage import RunFolder, check_storage, earlier_name
+from tla_service.cluster.storage import Folder, RunFolder, check_storage, earlier_name
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
 from tla_service.errors import ConfigError, UnavailableError
@@ -80,6 +80,13 @@ def test_a_record_of_checkpoints_that_are_all_gone_ends_with_3(tmp_path: Path, r
     remedy = f"restore its files, or delete {tmp_path}/run to start over"
     assert str(caught.value) == f"scaling.storage={tmp_path}/run: {wrong}, and no other is left; {remedy}"
     assert (tmp_path / "run" / RECORD).read_text() == record
+
+
+def test_a_folder_has_an_absolute_path_for_processes_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert Folder("runs/mine").uri == Folder("runs/mine").path == f"{tmp_path}/runs/mine"
+    assert Folder("~/runs").path == "/home/me/runs"
 
 
 def test_a_storage_that_cannot_be_reached_is_named() -> None:

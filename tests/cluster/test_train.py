@@ -1,12 +1,19 @@
 """Training jobs that fail on a real Ray cluster; tests/jobs/test_end_to_end.py has those that end well."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import pytest
+from ray.train import ControllerError, WorkerGroupError
 
 from tests.cluster.conftest import ROOT, Job
 from tla_service.cluster import train
+from tla_service.cluster.placement import Placement
+from tla_service.config import RunConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -58,3 +65,46 @@ def test_no_process_is_started_for_nothing(monkeypatch: pytest.MonkeyPatch, dash
     assert "BackendSetupCallback" in names
     assert "DatasetsCallback" not in names
     assert ("PlacementGroupCleanerCallback" in names) == bool(dashboard)
+
+
+def played(monkeypatch: pytest.MonkeyPatch, *batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a run tells whose mailbox has these records, one batch at a time."""
+    told: list[dict[str, Any]] = []
+    left, future = list(batches), Future[Any]()
+
+    def fetch() -> list[dict[str, Any]]:
+        if len(left) == 1:
+            future.set_result(None)
+        return left.pop(0) if left else []
+
+    monkeypatch.setattr(train.ray, "get", lambda records: records)
+    monkeypatch.setattr(train, "FETCH_SECONDS", 0)
+    mailbox = SimpleNamespace(fetch=SimpleNamespace(remote=fetch), stop=SimpleNamespace(remote=None))
+    train._follow(future, mailbox, told.append, 0, Placement(2, False, 1, 1))
+    return told
+
+
+def test_a_failure_that_ray_repeats_until_the_other_workers_end_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failure() -> dict[str, Any]:
+        return {"event": "failure", "message": "workers failed: {1: 'gone'}", "lacks_memory": None}
+
+    told = played(monkeypatch, [{"event": "placed"}], [failure()], [failure()], [{"event": "placed"}], [failure()], [])
+    assert [record["event"] for record in told] == ["placed", "failure", "placed", "failure"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (WorkerGroupError("rank 1\ngone", {}), "training failed more than scaling.max_failures=3 times: gone"),
+        (ControllerError(ValueError("no such thing")), "Ray Train failed: no such thing"),
+    ],
+)
+def test_what_ray_train_does_not_retry_is_not_told_as_too_many_failures(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("start_mailbox", "trainer_of", "own_dashboard"):
+        monkeypatch.setattr(train, name, MagicMock())
+    monkeypatch.setattr(train.ray, "put", lambda value: value)
+    monkeypatch.setattr(train, "_follow", Mock(side_effect=error))
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
+        train.fit_on_ray(RunConfig(), Placement(2, False, 1, 1), str(tmp_path), print)

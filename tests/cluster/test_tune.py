@@ -122,7 +122,7 @@ def test_the_searcher_can_be_written_down_as_ray_tune_does(tmp_path: Path) -> No
 
 def stops(asha: Any, name: str, curve: list[float]) -> int | None:
     """The epoch at which a new trial is stopped; None if it is not."""
-    stub: Any = SimpleNamespace(trial_id=name)
+    stub: Any = SimpleNamespace(trial_id=name, config={"trial": {"number": 99}})
     asha.on_trial_add(None, stub)
     for epoch, value in enumerate(np.maximum.accumulate(curve)):
         result = {"epochs": epoch + 1, "robust_accuracy": float(value)}
@@ -151,6 +151,17 @@ def test_a_fresh_asha_would_let_a_trial_far_behind_go_on() -> None:
     ended = [trial_of(number, [0.8] * EPOCHS, status="finished") for number in range(3)]
     assert stops(scheduler(space, ended), "new", [0.1] * EPOCHS) == 3
     assert stops(scheduler(space, []), "new", [0.1] * EPOCHS) is None
+
+
+def test_a_resumed_trial_is_compared_where_it_was_and_not_where_it_resumes() -> None:
+    """What it had reached at epoch 20 would raise the bar for trials that get to epoch 9."""
+    before = [trial_of(0, list(np.linspace(0.01, 0.2, 20)))]
+    asha: Any = scheduler(space_of(SPACE, grace_epochs=3), before)
+    resumed: Any = SimpleNamespace(trial_id="a", config={"trial": {"number": 0}})
+    asha.on_trial_add(None, resumed)
+    asha.on_trial_result(None, resumed, {"epochs": 20, "robust_accuracy": 0.2})
+    rungs = {milestone: list(recorded.values()) for milestone, recorded in asha._brackets[0]._rungs}
+    assert rungs == {3: [pytest.approx(0.03)], 9: [pytest.approx(0.09)]}
 
 
 @pytest.mark.parametrize("grace", [1, 3, 9, 26])

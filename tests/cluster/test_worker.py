@@ -116,9 +116,11 @@ def test_a_worker_killed_for_lack_of_memory_is_told_with_what_to_lower() -> None
     callback.after_exception(None, {0: RuntimeError("closed"), 1: lacking})
     callback.after_exception(None, {1: killed})
     callback.after_exception(None, {1: RuntimeError("other")})
+    callback.after_exception(None, {1: AssertionError()})
     text = "training.global_batch_size=8: out of memory; lower it"
     assert [(record["message"], record["lacks_memory"]) for record in mailbox.records] == [
         (f"workers failed: {{0: 'closed', 1: '{text}'}}; if memory was the cause: lower the batch", lacking),
         (f"workers failed: {{1: '{low}'}}; if memory was the cause: lower the batch", None),
         ("workers failed: {1: 'other'}", None),
+        ("workers failed: {1: 'AssertionError'}", None),
     ]

@@ -46,6 +46,8 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("--scaling.wait_seconds", "60"),
         "sweep.max_concurrent: with scaling.wait_seconds the cluster may grow",
     ),
+    "log lines as JSON": (("--log_format", "json"), "log_format=json: sweeps print text; use text"),
+    "schema": (("--print_config", "schema"), "print_config=schema: there is one of runs, not of sweeps; use it with"),
     "unknown searcher": (("--sweep.searcher", "tpa"), "sweep.searcher=tpa: not one of tpe, random, grid"),
 }
 

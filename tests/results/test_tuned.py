@@ -90,10 +90,12 @@ def test_trials_of_other_searches_are_refused(tmp_path: Path, monkeypatch: pytes
     settings, found = settings_of(*FLAGS, "--state", str(tmp_path)), tuned.protocol("digits")
     open_state(settings)
     open_state(settings)
+    name = table_space(settings, table_runs(settings)).name
     for change, fits in (({"full_seeds": 2}, True), ({"trials": 3}, False), ({"repeated": 2}, False)):
         monkeypatch.setattr(tuned, "protocol", {"digits": found.model_copy(update=change)}.__getitem__)
         with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="other settings"):
             open_state(settings)
+        assert (table_space(settings, table_runs(settings)).name == name) == fits  # of the trials' storage
 
 
 def test_the_best_are_repeated_and_the_best_mean_of_two_seeds_wins(tmp_path: Path) -> None:
@@ -134,8 +136,7 @@ def test_with_two_seeds_the_mean_decides(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_only_a_trial_that_diverged_counts_as_zero(tmp_path: Path) -> None:
     run = TableRun("at-t0-s1000", "at", 1000, is_trial=True)
-    folder = tmp_path / run.name
-    folder.mkdir()
+    folder = tmp_path / run.name  # made with the record
     assert not record_if_diverged(folder, "training failed more than scaling.max_failures=3 times")
     assert not is_finished(run, tmp_path)
     reason = "training failed with exit code 1 (the loss is not finite by step 50; lower the rate)"

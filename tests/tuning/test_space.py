@@ -97,6 +97,8 @@ def test_a_point_of_the_runs_own_values_is_the_run() -> None:
     run = load_settings(["--preset", "cifar10", "--data.root", "/data"]).run_config
     space = space_of({BATCH: [50, 100], "loss.margin": {"low": 0.005, "high": 0.2}}, run=run)
     assert space.apply({BATCH: 50, "loss.margin": 0.03}, full_length=True) == run
+    assert space.own_point() == {BATCH: 50, "loss.margin": 0.03}
+    assert space_of({"optimizer.grad_clip": {"low": 0.5, "high": 5}}, run=run).own_point() is None  # it is off
 
 
 def test_variants_set_several_fields_together() -> None:
@@ -191,6 +193,11 @@ REFUSED = {
     ),
     "grid over a range": ({"loss.margin": {"low": 0, "high": 0.1}}, {"searcher": "grid"}, "a grid needs a list"),
     "test set in a search": ({}, {"measure_test": True}, "test images would take part in a search"),
+    "picture along a range": (
+        {"loss.margin": {"low": 0, "high": 0.1}},
+        {"picture": "margin"},
+        "sweep.picture=margin: its x axis is the first of the space, and loss.margin is a range",
+    ),
     "grace beyond the trial": ({}, {"grace_epochs": 28}, "sweep.grace_epochs=28: longer than a trial of 27 epochs"),
 }
 

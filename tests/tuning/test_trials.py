@@ -78,15 +78,18 @@ def test_a_failed_trial_is_worth_nothing_and_keeps_its_curve() -> None:
     assert len(report["curve"]) == 1
 
 
-def test_workers_time_runs_from_their_first_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_time_runs_from_when_they_are_first_placed(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(trials_module.time, "monotonic", lambda: now[0])
     progress = Progress()
     assert progress.report()["worker_seconds"] == 0
     now[0] = 130.0
+    progress.add({"event": "waiting", "message": "waiting for 2 workers"})
+    assert progress.report()["worker_seconds"] == 0
+    assert progress.add({"event": "placed"}) == ""  # told at once: a sweep waits for it
     progress.add(start())
     now[0] = 140.0
-    progress.add(start())
+    progress.add({"event": "placed"})
     now[0] = 150.0
     assert progress.report()["worker_seconds"] == 20
 

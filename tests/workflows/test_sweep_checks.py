@@ -1,5 +1,6 @@
 """What a sweep checks before its first trial."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,12 @@ import pytest
 
 from tests.tuning.conftest import run_config, space_of
 from tla_service.cluster.storage import Folder
+from tla_service.config import RunConfig
+from tla_service.config.loading import to_yaml
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
 from tla_service.models import Architecture
+from tla_service.workflows import sweep
 from tla_service.workflows.run import Facts
 from tla_service.workflows.sweep import _check_code, _check_ends
 
@@ -40,3 +44,17 @@ def test_a_sweep_goes_on_with_the_code_it_began_with(tmp_path: Path) -> None:
     for other in ("b" * 64, None):
         with pytest.raises(ConfigError, match=r"^model\.code.*choose another --sweep.name"):
             _check_code(run, storage, other)
+
+
+def test_the_winner_trains_with_the_credentials_that_its_file_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(sweep, "train_and_register", lambda run, *_, **__: seen.append(run) or 130)
+    space = space_of({"loss.margin": [0.1, 0.2]}, run=run_config(tracking={"uri": "http://me:secret@mlflow:5000"}))
+    (tmp_path / "sweep.json").write_text(json.dumps({"run_id": "abc", "winner": {"trial": 1, "loss.margin": 0.2}}))
+    (tmp_path / "best.yaml").write_text(to_yaml(run_config(scaling={"num_workers": 3})))
+    assert sweep.train_winner(space, tmp_path, 1) == 130
+    (run,) = seen
+    assert (run.loss.margin, run.scaling.num_workers, run.tracking.uri) == (0.2, 3, "http://me:secret@mlflow:5000")
+    assert run.tracking.tags == {"mlflow.parentRunId": "abc"}

@@ -38,7 +38,7 @@ class Plan:
     placement: Placement  # workers of a trial
     weights: Mapping[str, Tensor] | None  # state dict that trials start from
     max_concurrent: int
-    repeat_failed: bool = False  # run failed trials again
+    repeat: bool = False  # run given points of a grid again, those of failed and finished trials too
     code: bytes | None = None  # of a network of the user's
 
 
@@ -223,11 +223,12 @@ class Budget(Stopper, DriverCallback):
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Count its workers' time; the first report comes when they start."""
-        self._has_begun = True
+        """Count its workers' time, from when they are placed."""
         if result["error"]:
             self.fail(UnavailableError(*result["error"]))
-        self._running[trial.trial_id] = (result["worker_seconds"], time.monotonic())
+        if result["worker_seconds"]:  # else its workers are waited for
+            self._has_begun = True
+            self._running[trial.trial_id] = (result["worker_seconds"], time.monotonic())
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Count failures in a row."""

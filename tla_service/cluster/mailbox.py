@@ -65,7 +65,7 @@ class FailuresToMailbox(UserCallback):
 
 def reason_line(error: Exception) -> str:
     """The line of an error's text that says most: the last one, unless the worker was killed for lack of memory."""
-    lines = str(error).strip().splitlines()
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     return next((line for line in lines if _LOW_MEMORY in line), lines[-1])
 
 

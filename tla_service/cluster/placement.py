@@ -40,8 +40,8 @@ def place(config: RunConfig) -> Placement:
     if scaling.num_workers != "auto":
         workers, _ = scaling.bounds(auto=1)
     else:
-        gpus = sum(node.get("GPU", 0.0) for node in _nodes())
-        most = max(1, int(gpus / scaling.gpus_per_worker) - scaling.async_validation) if use_gpu else 2
+        fit, _ = room(Placement(1, use_gpu, scaling.cpus_per_worker, scaling.gpus_per_worker))
+        most = max(1, fit - scaling.async_validation) if use_gpu else 2
         # BatchNorm and mining need two images per worker.
         workers = min(most, config.training.global_batch_size // 2)
     placement = Placement(workers, use_gpu, scaling.cpus_per_worker, scaling.gpus_per_worker)
@@ -59,9 +59,7 @@ def place(config: RunConfig) -> Placement:
 
 def workers_per_trial(scaling: ScalingConfig) -> int:
     """Workers per trial; for `auto` few, so that more trials run in parallel: one on a GPU, else two."""
-    if isinstance(scaling.num_workers, int):
-        return scaling.num_workers
-    return 1 if uses_gpu(scaling) else 2
+    return scaling.bounds(auto=1 if uses_gpu(scaling) else 2)[0]
 
 
 def max_concurrent(scaling: ScalingConfig, most: int | None, placement: Placement) -> int:

@@ -46,14 +46,14 @@ T = TypeVar("T")
 
 
 class Folder:
-    """A folder (absolute path) or s3:// prefix; what cannot be read or written raises UnavailableError."""
+    """A folder or s3:// prefix; what cannot be read or written raises UnavailableError."""
 
     remedy: ClassVar[str] = "repair it, then give the command with --resume"
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
         with self._available():
-            self.filesystem, path = FileSystem.from_uri(uri)
+            self.filesystem, path = FileSystem.from_uri(self.uri)
         self.path = path.rstrip("/")
 
     def folders(self) -> list[str]:
@@ -131,7 +131,7 @@ class RunFolder(Folder):
     remedy = "check bucket, credentials and AWS_ENDPOINT_URL_S3, or the folder's permissions"
 
     def __init__(self, storage: str, name: str) -> None:
-        super().__init__(f"{storage if '://' in storage else Path(storage).expanduser().absolute()}/{name}")
+        super().__init__(f"{storage}/{name}")
 
     def checkpoints(self) -> list[StoredCheckpoint]:
         """All checkpoints, newest first, complete or not."""

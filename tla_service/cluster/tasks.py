@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 from torch import Tensor, nn
 
 from tla_service.cluster.placement import Placement, room, uses_gpu
@@ -82,7 +82,7 @@ def _result(reference: Any, name: str) -> Arrays:
         arrays: Arrays = ray.get(reference)
     except RayTaskError as error:
         raise error.cause from error  # what the measurement itself raised
-    except WorkerCrashedError as error:
+    except (WorkerCrashedError, NodeDiedError, OutOfMemoryError) as error:
         remedy = "check for lack of memory; the same command resumes from the saved shards"
         raise UnavailableError("shard", name, "its worker died more often than scaling.max_failures", remedy) from error
     return arrays

@@ -14,7 +14,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray._private.services import get_webui_url_from_internal_kv
-from ray.train import Checkpoint, FailureConfig, Result, ScalingConfig, TrainingFailedError
+from ray.train import Checkpoint, FailureConfig, Result, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -62,6 +62,39 @@ class _Trainer(TorchTrainer):
         return [each for each in callbacks if not isinstance(each, useless)]
 
 
+def trainer_of(
+    work: Callable[[dict[str, Any]], Any],
+    loop: dict[str, Any],
+    placement: Placement,
+    timeout_seconds: int,
+    *,
+    num_workers: int | tuple[int, int],
+    **run_config: Any,
+) -> TorchTrainer:
+    """Ray's trainer of workers that call `work(loop)`, to be fitted within `own_dashboard`.
+
+    `timeout_seconds` is that of collectives; `run_config` are further fields of Ray Train's.
+    """
+    ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # the controller's environment has no public setting
+    # NCCL refuses two workers on one GPU; gloo does not.
+    backend = "gloo" if placement.use_gpu and placement.gpus_per_worker < 1 else None
+    return _Trainer(
+        work,
+        train_loop_config=loop,
+        torch_config=TorchConfig(backend=backend, timeout_s=timeout_seconds),
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,  # type: ignore[arg-type]
+            use_gpu=placement.use_gpu,
+            resources_per_worker=placement.resources_per_worker,
+        ),
+        # Workers store checkpoints themselves: Ray Train would write marker files whenever workers start, and end the
+        # run if the storage is unavailable at that moment.
+        run_config=RayRunConfig(
+            storage_path="ray", storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())), **run_config
+        ),
+    )
+
+
 def fit_on_ray(
     config: RunConfig,
     placement: Placement,
@@ -96,7 +129,6 @@ def fit_on_ray(
     if most > 1:  # else Ray's check of a worker's health may come before `watched`, which says more
         os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(timeout))
         os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(timeout))
-    ENV_VARS_TO_PROPAGATE.add("RAY_API_SERVER_ADDRESS")  # the controller's environment has no public setting
     folder = RunFolder(storage, config.run_name)
     damage = folder.forget_record()
     if damage:
@@ -118,34 +150,19 @@ def fit_on_ray(
     callbacks: list[Any] = [FailuresToMailbox(mailbox, memory_remedy(config, most))]
     if elastic:
         callbacks.append(Resizes(mailbox, max_failures))
-    # NCCL refuses two workers on one GPU; gloo does not.
-    backend = "gloo" if placement.use_gpu and placement.gpus_per_worker < 1 else None
-    trainer = _Trainer(
-        train_worker,  # type: ignore[arg-type]
-        train_loop_config=loop,
-        torch_config=TorchConfig(backend=backend, timeout_s=timeout),
-        scaling_config=ScalingConfig(
-            num_workers=workers if elastic else placement.num_workers,  # type: ignore[arg-type]
-            use_gpu=placement.use_gpu,
-            resources_per_worker=placement.resources_per_worker,
-        ),
-        run_config=RayRunConfig(
-            name=config.run_name,
-            # Workers store checkpoints themselves: Ray Train would write marker files whenever workers start, and end
-            # the run if the storage is unavailable at that moment.
-            storage_path="ray",
-            storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
-            failure_config=FailureConfig(max_failures=-1 if elastic else max_failures),
-            callbacks=callbacks,
-        ),
-    )
+    failures = FailureConfig(max_failures=-1 if elastic else max_failures)
+    run_config = {"name": config.run_name, "failure_config": failures, "callbacks": callbacks}
+    number = workers if isinstance(workers, tuple) else placement.num_workers
+    trainer = trainer_of(train_worker, loop, placement, timeout, num_workers=number, **run_config)
     try:
         with own_dashboard():
             # This thread handles records and signals.
             result = _follow(in_background(trainer.fit), mailbox, follow, config.scaling.wait_seconds, placement)
     except TrainingFailedError as error:
-        message = f"training failed more than scaling.max_failures={max_failures} times: {reason_line(error)}"
-        raise RuntimeError(message) from error
+        what = "Ray Train failed"
+        if elastic or isinstance(error, WorkerGroupError):
+            what = f"training failed more than scaling.max_failures={max_failures} times"
+        raise RuntimeError(f"{what}: {reason_line(error)}") from error
     returned: dict[str, Any] | None = result.return_value  # type: ignore[attr-defined]
     if returned is None or "error" in returned:
         raise RuntimeError("the workers ended without a result") if returned is None else returned["error"]
@@ -163,7 +180,7 @@ def _follow(
     future: "Future[Result]", mailbox: Any, follow: Callable[[Record], None], wait_seconds: float, placement: Placement
 ) -> Result:
     """Pass records on until the run ends; say so where workers wait to be placed."""
-    began, started, has_stepped, is_hung = time.monotonic(), False, False, False
+    began, started, has_stepped, is_hung, failure = time.monotonic(), False, False, False, ""
     waits_since: float | None = time.time()
     tell_at = time.time() + WAIT_SECONDS
     with stop_on_signal("stopping after a checkpoint", mailbox.stop.remote):
@@ -175,8 +192,10 @@ def _follow(
                 if event == "placed":
                     started, has_stepped, is_hung, waits_since = True, False, False, None
                 elif event == "failure":
-                    if is_hung:
-                        record["message"] = "workers failed: they ended because one of them hung"
+                    told = "workers failed: they ended because one of them hung" if is_hung else record["message"]
+                    if waits_since is not None and told == failure:
+                        continue  # Ray tells of a worker on a node that is drained until all others have ended
+                    record["message"] = failure = told
                     waits_since, tell_at = time.time(), time.time() + WAIT_SECONDS
                 has_stepped, is_hung = has_stepped or event in ("step", "epoch"), is_hung or event == "hang"
                 follow(record)

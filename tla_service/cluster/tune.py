@@ -6,7 +6,7 @@ could change neither the number of trials nor the budget (ray/tune/search/search
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +38,7 @@ def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = 
     """Run the trials that are left, in a new attempt; `debug` shows Ray Tune's own tables."""
     space, sweep = plan.space, plan.space.sweep
     before = read_trials(plan.storage)
-    repeated = ("running", "failed") if plan.repeat_failed else ("running",)
+    repeated = ("running", "failed", "finished") if plan.repeat else ("running",)
     ended = [trial for trial in before if trial.status not in repeated]
     grid: list[dict[str, Any]] = []
     if sweep.searcher == "grid":
@@ -47,7 +47,9 @@ def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = 
         for point in space.grid()[: sweep.num_samples]:
             trial = known.get(key_of(point))
             if trial is None or trial.status in repeated:
-                grid.append({"number": next(new) if trial is None else trial.number, "point": point})
+                # A finished one trains in a new folder: that of before has a result, but no checkpoint.
+                number = next(new) if trial is None or trial.status == "finished" else trial.number
+                grid.append({"number": number, "point": point})
     num_left = len(grid) if sweep.searcher == "grid" else (sweep.num_samples or DEFAULT_SAMPLES) - len(ended)
     if num_left <= 0 or budget.stop_all():
         return
@@ -61,7 +63,7 @@ def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = 
         param_space={"trial": tune.grid_search(grid)} if grid else None,
         tune_config=tune.TuneConfig(
             search_alg=None if grid else Search(space, before),
-            scheduler=scheduler(space, ended),
+            scheduler=scheduler(space, before),
             num_samples=1 if grid else num_left,
             max_concurrent_trials=plan.max_concurrent,
             trial_name_creator=name_of,
@@ -95,11 +97,10 @@ class Search(OptunaSearch):
             first.append(own)
         storage, objectives = InMemoryStorage(), [*map(str, space.sweep.objectives)]
         study_of(space, ended, space.sweep.objectives, storage)
-        is_single = len(objectives) == 1
         super().__init__(
             space=distributions(space),
-            metric=objectives[0] if is_single else objectives,
-            mode="max" if is_single else ["max"] * len(objectives),
+            metric=objectives,  # of a list Optuna learns when a trial ends; until then ASHA compares
+            mode=["max"] * len(objectives),
             points_to_evaluate=[to_params(space, point) for point in first],
             sampler=sampler_of(space, len(before)),
             study_name=STUDY,
@@ -130,11 +131,20 @@ class Search(OptunaSearch):
             study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
         return Searcher.FINISHED
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: ASHA compares trials, and Optuna learns of them when they end."""
+
+class _Scheduler(ASHAScheduler):
+    """ASHA that knows of a trial's epochs in earlier attempts, which it would else record at a later rung."""
+
+    known: Mapping[int, Sequence[dict[str, float]]]  # results by the trial's number
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Fill the rungs that the trial has passed."""
+        super().on_trial_add(tune_controller, trial)
+        for result in self.known.get(trial.config["trial"]["number"], ()):
+            self.on_trial_result(tune_controller, trial, result)
 
 
-def scheduler(space: Space, ended: Sequence[Trial]) -> ASHAScheduler | None:
+def scheduler(space: Space, before: Sequence[Trial]) -> ASHAScheduler | None:
     """ASHA with the rungs that earlier attempts filled; None if every trial runs to its end."""
     sweep, epochs = space.sweep, space.sweep.trial_epochs or space.run.training.epochs
     grace = sweep.grace_epochs or max(1, epochs // 9)
@@ -142,12 +152,16 @@ def scheduler(space: Space, ended: Sequence[Trial]) -> ASHAScheduler | None:
         return None
     objective = sweep.objectives[0]
     # Below a whole trial: one that gets to its end is not stopped there.
-    asha = ASHAScheduler("epochs", objective, "max", epochs - 1, grace, sweep.reduction_factor, stop_last_trials=False)
-    controller: Any = None  # unused; and of a trial only its id is used
-    for trial in ended:
-        past: Any = SimpleNamespace(trial_id=f"earlier-{trial.number}")
-        asha.on_trial_add(controller, past)
-        for index, score in enumerate(trial.curve):
-            best = best_of(trial.curve[: index + 1])
-            asha.on_trial_result(controller, past, {"epochs": score.epochs, objective: getattr(best, objective)})
+    asha = _Scheduler("epochs", objective, "max", epochs - 1, grace, sweep.reduction_factor, stop_last_trials=False)
+    asha.known = {
+        trial.number: [
+            {"epochs": score.epochs, objective: getattr(best_of(trial.curve[: index + 1]), objective)}
+            for index, score in enumerate(trial.curve)
+        ]
+        for trial in before
+    }
+    for trial in before:
+        if trial.status != "running":  # those are added when they resume
+            config = {"trial": {"number": trial.number}}
+            asha.on_trial_add(None, SimpleNamespace(trial_id=f"earlier-{trial.number}", config=config))
     return asha

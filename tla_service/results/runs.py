@@ -128,8 +128,9 @@ def table_space(settings: ReproduceSettings, runs: Sequence[TableRun], **sweep: 
         if settings.recipe == "modern" and run.method not in TRIPLET_METHODS:
             modern = {"loss.robust_term": "auto", **modern}  # the preset's is that of TLA
         variants[run.name] = {"method": run.method, "seed": run.seed, **modern, **run.fields}
+    searches = f"-{tuned.searches_digest(settings.table)}" if settings.recipe == "tuned" else ""
     grid = SweepConfig(
-        name=f"{settings.table}-{settings.budget_name}",
+        name=f"{settings.table}-{settings.budget_name}{searches}",  # also of the folder that a cluster's trials are in
         space={AXIS: Dimension(variants=variants)},
         searcher="grid",
         scheduler="none",
@@ -221,6 +222,7 @@ def record_if_diverged(folder: Path, reason: object) -> bool:
     """Score a trial as one that withstands nothing if its loss was not finite; any other failure is to be repeated."""
     has_diverged = "the loss is not finite" in str(reason)
     if has_diverged:
+        folder.mkdir(parents=True, exist_ok=True)  # a trial on a cluster has left nothing there
         write_summary(folder, {"status": "failed", "validation": {ROBUST: 0.0}})
     return has_diverged
 

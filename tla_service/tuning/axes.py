@@ -65,7 +65,9 @@ class Axis:
 
     def holds(self, value: Any) -> bool:
         """Whether a value lies on this axis."""
-        return value in self.choices if self.choices else self.low <= value <= self.high
+        if self.choices:
+            return value in self.choices
+        return isinstance(value, int | float) and self.low <= value <= self.high  # not None, where a field is optional
 
     def ends(self, inset: float = 0.0) -> tuple[Any, ...]:
         """All choices, or the ends of the range; a range of reals is shortened by a fraction at both."""
@@ -148,11 +150,8 @@ def _paths(section: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _is_number(annotation: Any, kind: type) -> bool:
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
         return any(_is_number(member, kind) for member in typing.get_args(annotation))
-    if origin is typing.Annotated:
-        return _is_number(typing.get_args(annotation)[0], kind)
     return annotation is kind
 
 

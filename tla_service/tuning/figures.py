@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tla_service.evaluation.figures import BLUE, GREEN, ORANGE, legend, new_figure, plain, save
 from tla_service.evaluation.paper import paper_figures
+from tla_service.tuning.axes import shown
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Trial, study_of
 
@@ -74,7 +75,7 @@ def _draw_study(trials: Sequence[Trial], space: Space, path: Path) -> bool:
     finished = [trial for trial in trials if trial.status == "finished"]
     if not finished:
         return False
-    order = [_label(choice) for choice in axis.choices]
+    order = [shown(choice) for choice in axis.choices]
     figure = new_figure(10.4, 4.0)
     both = left, right = figure.subplots(1, 2)
     theirs = {name: {label: [value] for label, value in line.items()} for name, line in study["accuracies"].items()}
@@ -96,10 +97,6 @@ def _draw_study(trials: Sequence[Trial], space: Space, path: Path) -> bool:
     return True
 
 
-def _label(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _ours(trials: Sequence[Trial], axis: str) -> dict[str, dict[str, list[float]]]:
     """Accuracies by attack and value of the axis."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -109,7 +106,7 @@ def _ours(trials: Sequence[Trial], axis: str) -> dict[str, dict[str, list[float]
         if not measured and trial.best is not None:
             measured = {"validation attack": trial.best.robust_accuracy}
         for name, value in measured.items():
-            values[name][_label(trial.point[axis])].append(value)
+            values[name][shown(trial.point[axis])].append(value)
     return values
 
 

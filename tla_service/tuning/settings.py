@@ -1,12 +1,12 @@
 """Configuration of a sweep. Nothing here imports torch: an invalid space is refused within a second."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
 from tla_service.config import RunConfig
-from tla_service.config.fields import Pixels, Section, setting
+from tla_service.config.fields import Pixels, Section, setting, wrong
 from tla_service.config.loading import RunSettings, preset_names
 from tla_service.errors import without_credentials
 
@@ -85,6 +85,16 @@ class TuneSettings(RunSettings):
     study: str | None = Field(None, description="start from this sweep: " + ", ".join(preset_names("study")))
     resume: bool = Field(False, description="resume the sweep if it exists")
     then_train: int = Field(0, ge=0, description="train the winner at full length with this many seeds [>= 0]")
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        """Refuse what a training job has, and a sweep does not."""
+        if self.log_format == "json":
+            raise wrong("log_format", "json", "sweeps print text", "use text; log.jsonl in the output folder is JSON")
+        if self.print_config == "schema":
+            remedy = "use it with jobs/train_tla.py, or print yaml"
+            raise wrong("print_config", "schema", "there is one of runs, not of sweeps", remedy)
+        return self
 
 
 def sweep_yaml(run: RunConfig, sweep: SweepConfig) -> str:

@@ -155,6 +155,9 @@ class Space:
             if size > MOST_GRID_POINTS:
                 remedy = "use sweep.searcher=random or tpe"
                 raise ConfigError("sweep.searcher", "grid", f"{size} points are too many", remedy)
+        if sweep.picture and not self.axes[0].choices:
+            reason = f"its x axis is the first of the space, and {self.axes[0].name} is a range"
+            raise ConfigError("sweep.picture", sweep.picture, reason, "give that a list of values, or no picture")
         if sweep.measure_test and (sweep.searcher != "grid" or sweep.scheduler != "none"):
             remedy = "use it with sweep.searcher=grid and sweep.scheduler=none"
             raise ConfigError("sweep.measure_test", True, "test images would take part in a search", remedy)

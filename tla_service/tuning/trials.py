@@ -49,8 +49,10 @@ class Progress:
     def add(self, record: Mapping[str, Any]) -> str | None:
         """Add a record of `fit_on_ray`; returns a message, possibly empty, or None if there is nothing to report."""
         match record["event"]:
+            case "placed":
+                self._began = self._began or time.monotonic()
+                return ""
             case "start":
-                self._began = time.monotonic() if self._began is None else self._began
                 self.add_history(record["history"])
                 return "resumes from its last checkpoint" if record["resumed"] else "starts training"
             case "epoch":

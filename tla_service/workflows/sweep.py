@@ -30,7 +30,7 @@ from tla_service.training.reporting import Terminal
 from tla_service.tuning.axes import shown
 from tla_service.tuning.figures import draw_all
 from tla_service.tuning.settings import sweep_yaml
-from tla_service.tuning.space import Space
+from tla_service.tuning.space import Point, Space
 from tla_service.tuning.trials import Trial, as_csv, counts, table, winner
 from tla_service.workflows.run import Facts, check_before_start, check_disks
 from tla_service.workflows.train import train_and_register
@@ -47,9 +47,9 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
     with contextlib.ExitStack() as locks:
         locks.enter_context(locked_folder(output, "output"))
         open_output(run, output)
-        uri = f"{run.scaling.storage or output / 'ray'}/{space.name}"
-        check_storage(uri)
-        storage, lease = Folder(uri), Lease()
+        address = f"{run.scaling.storage or output / 'ray'}/{space.name}"
+        check_storage(address)
+        storage, lease = Folder(address), Lease()
         if run.scaling.storage is not None:  # else it is in the output folder, which is locked
             lease = locks.enter_context(held(storage, Terminal().say))
         run = _compare(run, space, storage, resume=resume)
@@ -58,13 +58,13 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
         _check_code(run, storage, facts.architecture.code_sha256)
         wanted = space.sweep.num_samples
         trials = len(space.grid()[:wanted]) if space.sweep.searcher == "grid" else wanted or DEFAULT_SAMPLES
-        check_disks(run, output, f"{uri}/trials", facts.checkpoint_bytes, trials)
+        check_disks(run, output, f"{storage.uri}/trials", facts.checkpoint_bytes, trials)
         with ray_session(run.scaling, debug=debug, dashboard=True):
             run = _workers(run, workers_per_trial(run.scaling))
             placement = place(run)
             _check_ends(space, facts, placement.num_workers)
             most = max_concurrent(run.scaling, space.sweep.max_concurrent, placement)
-            plan = Plan(space, uri, placement, facts.weights, most, code=facts.architecture.code)
+            plan = Plan(space, storage.uri, placement, facts.weights, most, code=facts.architecture.code)
             storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
             return _search(plan, run, facts, output, lease, debug=debug)
 
@@ -187,8 +187,7 @@ def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, o
         SUMMARY: json.dumps(summary, indent=2),
     }
     if best is not None:
-        found = space.apply(best.point, full_length=True).model_copy(update={"name": ""})
-        written[WINNER] = to_yaml(_workers(found, run.scaling.bounds(auto=1)[0]))
+        written[WINNER] = to_yaml(_winner_run(space, best.point, run.scaling.bounds(auto=1)[0]))
     for name, text in written.items():
         (output / name).write_text(text)
     files = {name: output / name for name in written}
@@ -207,20 +206,26 @@ def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, o
     log.say(f"tracking      {log.uri}  run {log.run_id}")
 
 
-def train_winner(output: Path, num_seeds: int, *, debug: bool = False) -> int:
+def _winner_run(space: Space, point: Point, num_workers: int) -> RunConfig:
+    return _workers(space.apply(point, full_length=True).model_copy(update={"name": ""}), num_workers)
+
+
+def train_winner(space: Space, output: Path, num_seeds: int, *, debug: bool = False) -> int:
     """Train, evaluate and register the winner once per seed, unless it has finished before.
 
     Seeds are counted from the run's own. Returns the exit code of the first run that did not finish, or 0.
     """
     if not (output / WINNER).exists():
         raise UnavailableError("then_train", num_seeds, "the sweep has no winner", "see its trials.csv")
-    config = load_config_file(output / WINNER)
-    parent = json.loads((output / SUMMARY).read_text())["run_id"]
-    terminal, summaries = Terminal(), []
+    found_by = json.loads((output / SUMMARY).read_text())
+    point = {axis.name: found_by["winner"][axis.name] for axis in space.axes}
+    # Of the file only the number of workers: addresses in it have lost their credentials.
+    config = _winner_run(space, point, load_config_file(output / WINNER).scaling.bounds(auto=1)[0])
+    tags, terminal, summaries = {"mlflow.parentRunId": found_by["run_id"]}, Terminal(), []
     for seed in range(config.seed, config.seed + num_seeds):
         terminal.say(f"\nthe winner, seed {seed}")
         folder = output / "winner" / f"seed-{seed}"
-        tracking = config.tracking.model_copy(update={"tags": config.tracking.tags | {"mlflow.parentRunId": parent}})
+        tracking = config.tracking.model_copy(update={"tags": config.tracking.tags | tags})
         code = train_and_register(config.model_copy(update={"seed": seed, "tracking": tracking}), folder, debug=debug)
         if code != 0:
             return code

@@ -71,10 +71,11 @@ def _train(
     settings: ReproduceSettings, space: Space, runs: Sequence[TableRun], state: Path, deadline: float
 ) -> UnavailableError | None:
     """Train the runs that are missing, and bring their best weights to the state folder; returns a failure."""
-    uri = f"{settings.scaling.storage or state / 'ray'}/{space.name}"
-    check_storage(uri)
-    terminal = Terminal()
-    with held(Folder(uri), terminal.say) as lease:
+    address = f"{settings.scaling.storage or state / 'ray'}/{space.name}"
+    check_storage(address)
+    storage, terminal = Folder(address), Terminal()
+    uri = storage.uri
+    with held(storage, terminal.say) as lease:
         placement = place(space.run)
         _fetch_trained(settings, space, runs, uri, state)
         missing = [run for run in runs if not is_trained(state / run.name)]
@@ -85,7 +86,7 @@ def _train(
             hours = max(1e-6, seconds_before(uri) + deadline - time.monotonic()) / 3600
         grid = table_space(settings, missing, max_hours=hours)
         concurrent = max_concurrent(space.run.scaling, settings.side_by_side, placement)
-        plan = Plan(grid, uri, placement, None, concurrent, repeat_failed=True)
+        plan = Plan(grid, uri, placement, None, concurrent, repeat=True)
         budget = Budget(plan, lease)
         log = contextlib.closing(TrialLines(terminal, state))
         with log as lines, stop_on_signal("stopping the sweep", budget.interrupt):
@@ -96,17 +97,19 @@ def _train(
         _fetch_trained(settings, space, runs, uri, state)
         if budget.interrupted:
             raise KeyboardInterrupt
-        trials, failures = {run.name for run in missing if run.is_trial}, []
+        left, failures = {run.name: run.is_trial for run in missing if not is_trained(state / run.name)}, []
         for trial in read_trials(uri):
             name = trial.point[AXIS]
-            if trial.status == "failed" and not (name in trials and record_if_diverged(state / name, trial.reason)):
+            if trial.status != "failed" or name not in left:
+                continue
+            if not (left[name] and record_if_diverged(state / name, trial.reason)):
                 reason = f"training failed ({trial.reason})"
                 failures.append(UnavailableError("run", name, reason, "give the same command again to repeat it"))
     return next(iter(failures), None)
 
 
 def _fetch_trained(settings: ReproduceSettings, space: Space, runs: Sequence[TableRun], uri: str, state: Path) -> None:
-    """Bring the best weights of finished trials to the state folder."""
+    """Bring the best weights of finished trials to the state folder; one without checkpoints is to be trained again."""
     trained = {trial.point[AXIS]: trial for trial in read_trials(uri) if trial.status == "finished"}
     for run in runs:
         trial = trained.get(run.name)
@@ -115,11 +118,11 @@ def _fetch_trained(settings: ReproduceSettings, space: Space, runs: Sequence[Tab
         folder, stored = state / run.name, RunFolder(f"{uri}/trials", space.trial(trial.number, trial.point, 1).name)
         newest = next(iter(stored.checkpoints()), None)
         if newest is None:
-            remedy = "restore them, or choose another --state and --scaling.storage"
-            raise UnavailableError("scaling.storage", stored.uri, "the run's checkpoints are missing", remedy)
+            continue
         fetch_checkpoint(newest, folder / "checkpoints" / Path(newest.path).name)
         slim(folder)
         write_config(run_config(space, run), folder)
-        write_summary(folder, {"status": "finished", **trial.test})
+        validation = {f"validation/{name}": value for name, value in trial.best_accuracies.items()}
+        write_summary(folder, {"status": "finished", **trial.test, "validation": validation})
         if settings.scaling.storage is None:  # it is in the state folder, which must stay small enough to copy
             stored.keep(())

@@ -17,6 +17,7 @@ from tla_service.config import RunConfig
 from tla_service.errors import UserError, without_credentials
 from tla_service.tracking.connection import probe_tracking, tracking_uri
 
+_MOST_WORKERS = 1024  # of `auto`
 GIB, MB = 2**30, 10**6
 _LEAST_SHARED_MEMORY, _LEAST_CACHE = 1 * GIB, 10 * GIB
 _SLOW_STORAGE = 20.0  # MB/s; checkpoints of a large network would delay training
@@ -65,9 +66,8 @@ def verdict(findings: Sequence[Finding]) -> str:
 
 def examine(settings: CheckupSettings) -> Iterator[Finding]:
     """Connect to or start the cluster and run all checks; raises `UserError` if the configured one is not there."""
-    config = RunConfig(scaling=settings.scaling, tracking=settings.tracking)
     yield tracking(settings)
-    with ray_session(config.scaling):
+    with ray_session(settings.scaling):
         alive = [entry for entry in ray.nodes() if entry["Alive"]]
         nodes = [Node(e["NodeID"], e["NodeManagerAddress"], int(e["Resources"].get("GPU", 0))) for e in alive]
         nodes.sort(key=lambda found: (found.address, found.id))
@@ -87,7 +87,7 @@ def examine(settings: CheckupSettings) -> Iterator[Finding]:
                 yield Finding("data.root", found.address, "FAIL" if data else "ok", data or settings.data.root)
             yield gpus(found, settings)
             yield storage(found, settings)
-        yield workers(config, settings)
+        yield workers(settings)
 
 
 def tracking(settings: CheckupSettings) -> Finding:
@@ -177,17 +177,20 @@ def storage(found: Node, settings: CheckupSettings) -> Finding:
     return found.judge("storage", f"{uri}: {write:.0f} MB/s written, {read:.0f} MB/s read", warn=slow)
 
 
-def workers(config: RunConfig, settings: CheckupSettings) -> Finding:
-    """An all-reduce over workers that are placed as in a run."""
+def workers(settings: CheckupSettings) -> Finding:
+    """An all-reduce over workers that are placed as in a run, of which each has two images."""
+    scaling = settings.scaling
     if settings.workers is not None:
-        config = RunConfig(scaling=settings.scaling.model_copy(update={"num_workers": settings.workers}))
+        scaling = scaling.model_copy(update={"num_workers": settings.workers})
     try:
-        placement = place(config)
+        batch = {"global_batch_size": 2 * scaling.bounds(auto=_MOST_WORKERS)[1]}
+        placement = place(RunConfig.model_validate({"method": "at", "training": batch, "scaling": scaling}))
         told = node.use_workers(placement, settings.megabytes * MB, settings.timeout_seconds)
     except UserError as error:
         return Finding("all-reduce", "workers", "FAIL", f"{error.subject}: {error.reason}", error.remedy)
     except Exception as error:  # noqa: BLE001 - any error is the finding
-        remedy = "set NCCL_DEBUG=INFO on every node; check that firewalls open all ports between nodes"
+        remedy = "check that no other job holds the resources, and that firewalls open all ports between nodes; set "
+        remedy += "NCCL_DEBUG=INFO on every node"
         return Finding("all-reduce", "workers", "FAIL", _last_line(error), remedy)
     rate, backend = told["gigabytes_per_second"], told["backend"]
     detail = f"{backend}, {placement.num_workers} workers: {settings.megabytes} MB in {told['seconds']:.3f} s"

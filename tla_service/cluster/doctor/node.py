@@ -11,14 +11,12 @@ from typing import Any
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from fsspec.implementations.memory import MemoryFileSystem
-from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.train import RunConfig as RayRunConfig
-from ray.train import ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import FailureConfig
 
 from tla_service.cluster.placement import Placement
+from tla_service.cluster.session import own_dashboard
 from tla_service.cluster.storage import RunFolder
+from tla_service.cluster.train import trainer_of
 from tla_service.data import check_root
 from tla_service.errors import UserError
 from tla_service.job import environment
@@ -103,20 +101,13 @@ def use_workers(placement: Placement, size: int, timeout_seconds: float) -> dict
     Returns `backend`, `seconds` of the fastest all-reduce, and `gigabytes_per_second`, its bus bandwidth:
     2 (n-1)/n * size / seconds.
     """
-    backend = "gloo" if placement.use_gpu and placement.gpus_per_worker < 1 else None
-    trainer = TorchTrainer(
-        _all_reduce,  # type: ignore[arg-type]
-        train_loop_config={"size": size},
-        torch_config=TorchConfig(backend=backend, timeout_s=int(timeout_seconds)),
-        scaling_config=ScalingConfig(
-            num_workers=placement.num_workers,
-            use_gpu=placement.use_gpu,
-            resources_per_worker=placement.resources_per_worker,
-        ),
-        # As in `fit_on_ray`: nothing is stored.
-        run_config=RayRunConfig(storage_path="ray", storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem()))),
-    )
-    return trainer.fit().return_value  # type: ignore[attr-defined]
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_seconds)
+    # Else workers that find no room are waited for without end.
+    once = FailureConfig(controller_failure_limit=0)  # type: ignore[call-arg] # of Ray Train's second version
+    number, timeout = placement.num_workers, max(1, int(timeout_seconds))
+    trainer = trainer_of(_all_reduce, {"size": size}, placement, timeout, num_workers=number, failure_config=once)
+    with own_dashboard():
+        return trainer.fit().return_value  # type: ignore[attr-defined]
 
 
 def _all_reduce(settings: dict[str, Any]) -> dict[str, Any]:
