@@ -22,7 +22,7 @@ def splits(train_labels: list[int], test_labels: list[int], names: tuple[str, ..
         images = torch.arange(len(labels) * 4).reshape(-1, 1, 2, 2) % 256
         return ArraySource(images.to(torch.uint8), torch.tensor(labels, dtype=torch.int64))
 
-    return Splits(source(train_labels), source(test_labels), names)
+    return Splits(names, source(train_labels), source(test_labels))
 
 
 @pytest.fixture

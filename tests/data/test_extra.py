@@ -161,7 +161,7 @@ def batches(dataset: Dataset, found: ExtraImages, rank: int = 0, world: int = 1,
     """Of 48 images, 12 training and 36 extra ones, from 50 training images."""
     data |= {"extra": {"path": "x", "share": 0.75}}
     config = RunConfig.model_validate({"data": data, "method": "at", "training": {"global_batch_size": 48}})
-    return training_batches(config, dataset.train, torch.arange(50), WorkerContext(rank, rank, world), found)
+    return training_batches(config, dataset.train, torch.arange(50), WorkerContext(rank, world), found)
 
 
 @pytest.mark.parametrize("balance", ["none", "sampling"])

@@ -206,7 +206,6 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         log_as_json({**loop["log_labels"], "rank": ray_context.get_world_rank()})
     context = WorkerContext(
         rank=ray_context.get_world_rank(),
-        local_rank=ray_context.get_local_rank(),
         world_size=ray_context.get_world_size(),
         device=ray.train.torch.get_device(),
     )

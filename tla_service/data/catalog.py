@@ -34,7 +34,7 @@ def load_digits(config: DataConfig) -> Splits:
     parts = model_selection.train_test_split(rows, test_size=0.25, random_state=0, stratify=labels.numpy())
     whole = ArraySource(pixels if config.image_size is None else resized(pixels, config.image_size), labels)
     train, test = (whole.subset(torch.tensor(sorted(part))) for part in parts)
-    return Splits(train, test, tuple(map(str, range(10))))
+    return Splits(tuple(map(str, range(10))), train, test)
 
 
 _LOADERS = {

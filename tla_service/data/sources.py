@@ -107,9 +107,9 @@ class JoinedSource:
 class Splits(NamedTuple):
     """What a loader returns to the catalog; without ``test``, a share of the training images is to be held out."""
 
-    train: ImageSource
-    test: ImageSource | None
     class_names: tuple[str, ...]
+    train: ImageSource
+    test: ImageSource | None = None
     validation: ImageSource | None = None
 
 
@@ -154,8 +154,7 @@ def build_splits(
     channels, height, width = decoder.image_shape
     size = len(images) * channels * height * width
     if config.residency == "stream" or (config.residency == "auto" and size >= RESIDENT_BYTES):
-        streamed = {name: FileSource(*part, decoder) for name, part in parts.items()}
-        return Splits(streamed["train"], streamed.get("test"), class_names, streamed.get("validation"))
+        return Splits(class_names, **{name: FileSource(*part, decoder) for name, part in parts.items()})
 
     def build() -> dict[str, torch.Tensor]:
         return {name: decode(blobs, range(len(blobs)), decoder) for name, (blobs, _) in parts.items()}
@@ -168,7 +167,7 @@ def build_splits(
         name: ArraySource(decoded[name], labels, content_digest(labels) + digests[name])
         for name, (_, labels) in parts.items()
     }
-    return Splits(made["train"], made.get("test"), class_names, made.get("validation"))
+    return Splits(class_names, **made)
 
 
 def tree_splits(
