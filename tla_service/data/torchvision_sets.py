@@ -120,6 +120,8 @@ def _unpacked(archives: list[Path], cache_dir: str) -> Path:
     folder = cache_folder(cache_dir, "unpacked", files_key(archives))
     with locked(folder / "lock"), disk_trouble("data.cache_dir", folder, MAKE_ROOM):
         for archive in archives if not (folder / "done").exists() else ():
+            with disk_trouble("data.root", archive, "let this user read it"):
+                archive.open("rb").close()
             size = 0
             try:
                 if archive.name.endswith(".tar.gz"):
