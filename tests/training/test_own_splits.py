@@ -69,6 +69,17 @@ def test_a_run_that_held_its_validation_images_out_goes_on_so_only_when_told(roo
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.parametrize("residencies", [("auto", "stream"), ("stream", "auto")])
+def test_a_run_resumes_with_another_residency(root: Path, tmp_path: Path, residencies: tuple[str, str]) -> None:
+    began, resumed = (config_for(root, residency=residency, loader_workers=0) for residency in residencies)
+    first = KeepingReporter(tmp_path)
+    fit(began, WorkerContext(), first)
+    assert fit(resumed, WorkerContext(), KeepingReporter(tmp_path / "b", resume_from=first.checkpoints[0])).history
+    (root / "val" / "dark" / "0.png").write_bytes((root / "val" / "light" / "1.png").read_bytes())
+    with pytest.raises(ConfigError, match=r"data\.root=.*: the data set is not the one that this run began with"):
+        fit(resumed, WorkerContext(), KeepingReporter(tmp_path / "c", resume_from=first.checkpoints[0]))
+
+
 def test_a_finished_run_was_validated_on_other_images(root: Path, tmp_path: Path) -> None:
     write_config(config_for(root), tmp_path)
     write_summary(tmp_path, {"status": "finished"})
