@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.cluster.conftest import ROOT, Job
+from tests.data.conftest import encoded
 from tla_service.cluster import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -45,6 +47,27 @@ def test_lack_of_memory_on_one_worker_ends_the_run_with_what_to_lower(
     last = printed.splitlines()[-1]
     assert last.startswith("error: training.global_batch_size=50: out of memory (rank 1, ")
     assert "each worker had 25 images, for digits_cnn in float32: lower training.global_batch_size, " in last
+    assert [record["event"] for record in job.records()].count("start") == 1
+    assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_image_that_one_worker_reads_ends_the_run_by_its_name(
+    start_job: Callable[..., Job], tmp_path: Path, split: str
+) -> None:
+    for number in range(40):
+        for part in ("train", "val", "test"):
+            path = tmp_path / "set" / part / ("cat", "dog")[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(np.full((8, 8), 6 * number, np.uint8)))
+    damaged = tmp_path / "set" / split / "dog" / "7.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    data = f"--data.name image_folder --data.root {tmp_path / 'set'} --data.image_size 8 --data.residency stream"
+    job = start_job(*data.split(), "--scaling.num_workers", "2")
+    printed = job.wait()
+    assert job.process.returncode == 3, printed
+    assert printed.splitlines()[-1].startswith(f"error: data.root={damaged}: not a readable image (")
     assert [record["event"] for record in job.records()].count("start") == 1
     assert "Traceback" not in printed
 
