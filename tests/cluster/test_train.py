@@ -1,7 +1,10 @@
 """Training jobs that fail on a real Ray cluster; tests/jobs/test_end_to_end.py has those that end well."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ import pytest
 from tests.cluster.conftest import ROOT, Job
 from tests.data.conftest import encoded
 from tla_service.cluster import train
+from tla_service.cluster.mailbox import Mailbox
+from tla_service.errors import UnavailableError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -70,6 +75,22 @@ def test_a_damaged_image_that_one_worker_reads_ends_the_run_by_its_name(
     assert printed.splitlines()[-1].startswith(f"error: data.root={damaged}: not a readable image (")
     assert [record["event"] for record in job.records()].count("start") == 1
     assert "Traceback" not in printed
+
+
+def test_the_error_of_a_worker_that_failed_alone_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Mailbox()
+    mailbox = SimpleNamespace(
+        **{name: SimpleNamespace(remote=getattr(here, name)) for name in ("push", "fetch", "stop")}
+    )
+    monkeypatch.setattr(train.ray, "get", lambda found: found)
+    monkeypatch.setattr(train, "ALONE_SECONDS", 0)
+    error, followed = UnavailableError("data.root", "x.png", "damaged", "remove it"), list[Any]()
+    train._tell_alone(mailbox, 1, error)
+    placement: Any = None
+    with pytest.raises(UnavailableError) as caught:
+        train._follow(Future(), mailbox, followed.append, 5, placement)
+    assert caught.value is error
+    assert followed == [{"event": "failure", "message": f"rank 1 failed alone: {error}"}]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # Ray copies it
