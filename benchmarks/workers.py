@@ -80,7 +80,7 @@ def _worker(rank: int, key: str, rounds: int, folder: str) -> None:
 
 def _measured(rank: int, workload: Workload, rounds: int) -> dict[str, Any]:
     """Turns of one worker, during which the other sleeps, and of both together; rank 0's times."""
-    context = WorkerContext(rank, rank, WORLD, _CPU)
+    context = WorkerContext(rank, WORLD, _CPU)
     alone, apart = FullStep(workload, WorkerContext()), FullStep(workload, WorkerContext())
     larger = {"global_batch_size": WORLD * workload.batch_size}
     same, half = FullStep(workload, context, training=larger), FullStep(workload, context)

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from tla_service.runtime import hardware
+from tla_service.errors import UnavailableError
+from tla_service.runtime import hardware, process_group
 
 _FAULTS = """
 import resource, torch
@@ -41,3 +42,12 @@ def test_a_processor_has_a_name_and_cores() -> None:
     name, _, cores = hardware(torch.device("cpu")).rpartition(", ")
     assert name
     assert cores == f"{os.cpu_count()} cores"
+
+
+def test_a_process_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    expected = r"scaling\.use_gpu: 3 processes or more .* sees 2 GPUs; start torchrun with --nproc-per-node 2, or"
+    with pytest.raises(UnavailableError, match=expected), process_group(torch.device("cuda"), 60):
+        pass

@@ -75,9 +75,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what killed processes left in a folder; only where no other process can be writing."""
-    for part in folder.glob(f".*{PART_SUFFIX}"):
+def remove_parts(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left of a folder's files, or of one; only where no other process can be writing."""
+    for part in folder.glob(f".{_mark(name)}*{PART_SUFFIX}"):
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:
@@ -93,7 +93,12 @@ def check_socket_path(variable: str, folder: str, tail: str, whose: str, remedy:
 
 
 def _part_of(path: Path) -> Path:
-    return path.with_name(f".{uuid.uuid4().hex}{PART_SUFFIX}")
+    return path.with_name(f".{_mark(path.name)}{uuid.uuid4().hex}{PART_SUFFIX}")
+
+
+def _mark(name: str) -> str:
+    # A digest: with the name itself, that of the part could be too long.
+    return name and hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
 def _sync(path: Path) -> None:

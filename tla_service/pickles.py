@@ -11,13 +11,8 @@ _CALLING = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "RED
 _SMALL_BYTES = 10_000_000
 
 
-def find_pickles(folder: Path) -> list[Path]:
-    """Files that contain Python pickles, by name or content: loading one can run arbitrary code."""
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and is_pickle(path)]
-
-
 def is_pickle(path: Path) -> bool:
-    """Whether a file contains a pickle, by its name or content."""
+    """Whether a file contains a Python pickle, by its name or content: loading one can run arbitrary code."""
     if path.suffix.lower() in _SUFFIXES:
         return True
     with path.open("rb") as file:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from tla_service.errors import UserError
+from tla_service.errors import UnavailableError, UserError
 
 # Parameters of glibc's mallopt(3): blocks mapped one by one at most, and what may lie free at the heap's end.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
@@ -26,10 +26,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """One process of a run, by its rank among all and on its node, and the device of its network and batches."""
+    """One process of a run, by its rank among all, and the device of its network and batches."""
 
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -67,9 +66,13 @@ def process_group(device: torch.device, hang_seconds: float) -> Iterator[WorkerC
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            reason = f"{local_rank + 1} processes or more were started on a node where torch sees {gpus} GPUs"
+            remedy = f"start torchrun with --nproc-per-node {gpus}, or set scaling.use_gpu=false"
+            raise UnavailableError("scaling.use_gpu", None, reason, remedy)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    context = WorkerContext(rank, local_rank, world_size, device)
+    context = WorkerContext(rank, world_size, device)
     if world_size == 1:
         yield context
         return

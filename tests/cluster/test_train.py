@@ -7,13 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, Mock
 
+import numpy as np
 import pytest
 from ray.train import ControllerError, WorkerGroupError
 
 from tests.cluster.conftest import ROOT, Job
+from tests.data.conftest import encoded
 from tla_service.cluster import train
+from tla_service.cluster.mailbox import Mailbox
 from tla_service.cluster.placement import Placement
 from tla_service.config import RunConfig
+from tla_service.errors import UnavailableError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -54,6 +58,43 @@ def test_lack_of_memory_on_one_worker_ends_the_run_with_what_to_lower(
     assert "each worker had 25 images, for digits_cnn in float32: lower training.global_batch_size, " in last
     assert [record["event"] for record in job.records()].count("start") == 1
     assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_image_that_one_worker_reads_ends_the_run_by_its_name(
+    start_job: Callable[..., Job], tmp_path: Path, split: str
+) -> None:
+    for number in range(40):
+        for part in ("train", "val", "test"):
+            path = tmp_path / "set" / part / ("cat", "dog")[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(np.full((8, 8), 6 * number, np.uint8)))
+    damaged = tmp_path / "set" / split / "dog" / "7.png"
+    damaged.write_bytes(b"no image")
+    data = f"--data.name image_folder --data.root {tmp_path / 'set'} --data.image_size 8 --data.residency stream"
+    job = start_job(*data.split(), "--scaling.num_workers", "2")
+    printed = job.wait()
+    assert job.process.returncode == 3, printed
+    assert printed.splitlines()[-1].startswith(f"error: data.root={damaged}: not a readable image (")
+    assert [record["event"] for record in job.records()].count("start") == 1
+    assert "Traceback" not in printed
+
+
+def test_the_error_of_a_worker_that_failed_alone_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Mailbox()
+    mailbox = SimpleNamespace(
+        **{name: SimpleNamespace(remote=getattr(here, name)) for name in ("push", "fetch", "stop")}
+    )
+    monkeypatch.setattr(train.ray, "get", lambda found: found)
+    monkeypatch.setattr(train, "ALONE_SECONDS", 0)
+    error, followed = UnavailableError("data.root", "x.png", "damaged", "remove it"), list[Any]()
+    train._tell_alone(mailbox, 1, error)
+    placement: Any = None
+    with pytest.raises(UnavailableError) as caught:
+        train._follow(Future(), mailbox, followed.append, 5, placement)
+    assert caught.value is error
+    assert followed == [{"event": "failure", "message": f"rank 1 failed alone: {error}"}]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # Ray copies it

@@ -49,6 +49,24 @@ def test_a_damaged_cache_file_is_built_again(tmp_path: Path) -> None:
     assert cache.cached_tensors(str(tmp_path), "k", lambda: {"a": torch.arange(3)})[0]["a"].tolist() == [0, 1, 2]
 
 
+def test_what_a_killed_process_left_is_removed(
+    tmp_path: Path, fork: Callable[..., ForkProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *_: os._exit(9))
+    for key in ("k", "other"):
+        fork(cache.cached_tensors, str(tmp_path), key, lambda: {"a": torch.arange(3)}).join(60)
+    assert len([*tmp_path.rglob("*.part")]) == 2
+    monkeypatch.undo()
+    cache.cached_tensors(str(tmp_path), "k", lambda: {"a": torch.arange(3)})
+    assert len([*tmp_path.rglob("*.part")]) == 1  # of the other file, which another process may be writing
+
+
+def test_a_path_need_not_be_text(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xe9")
+    path.touch()
+    assert cache.files_key([path]) != cache.files_key([])
+
+
 def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -22,7 +22,7 @@ def splits(train_labels: list[int], test_labels: list[int], names: tuple[str, ..
         images = torch.arange(len(labels) * 4).reshape(-1, 1, 2, 2) % 256
         return ArraySource(images.to(torch.uint8), torch.tensor(labels, dtype=torch.int64))
 
-    return Splits(source(train_labels), source(test_labels), names)
+    return Splits(names, source(train_labels), source(test_labels))
 
 
 @pytest.fixture
@@ -94,8 +94,19 @@ def test_limits_cut_both_parts_and_change_the_fingerprint(make_config: MakeConfi
 
 
 def test_a_limit_below_the_number_of_classes_is_refused(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"data\.train_limit=5: .*10 classes"):
+    with pytest.raises(ConfigError, match=r"data\.train_limit=5: .*10 classes.*; use at least 40"):
         catalog.load_dataset(make_config(train_limit=5))
+
+
+@pytest.mark.parametrize("counts", [[1000, 9], [3, 2000, 2000, 5], [500, 1], [40] * 9 + [7]])
+def test_the_limit_that_is_told_is_enough(load_made: Callable[..., Dataset], counts: list[int]) -> None:
+    made = splits(
+        [label for label, count in enumerate(counts) for _ in range(count)], [0], (*"abcdefghij"[: len(counts)],)
+    )
+    with pytest.raises(ConfigError, match=r"; use at least \d+$") as caught:
+        load_made(made, train_limit=len(counts))
+    enough = int(caught.value.remedy.split()[-1])
+    assert len(load_made(made, train_limit=enough).train) == enough
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,15 @@ def test_what_does_not_fit_is_refused(load: Any, tmp_path: Path, make: Any, kind
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("labels", [[*range(10)], [*range(1, 10)] * 2])
+def test_a_few_images_of_each_class_are_enough(
+    load: Any, tmp_path: Path, labels: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = hub(tmp_path / "hub", [encoded(image) for image in NOISE], few={"label": labels})
+    assert load(folder).source.labels.tolist() == labels
+    assert not caplog.messages
+
+
 def test_parquet_images_of_another_size_are_refused(load: Any, tmp_path: Path) -> None:
     folder = hub(tmp_path / "hub", [encoded(NOISE[0][:7])], train={"label": [0, 1] * 5})
     with pytest.raises(ConfigError, match=r"its images are \(1, 7, 8\), those of the data set \(1, 8, 8\)"):
@@ -161,7 +170,7 @@ def batches(dataset: Dataset, found: ExtraImages, rank: int = 0, world: int = 1,
     """Of 48 images, 12 training and 36 extra ones, from 50 training images."""
     data |= {"extra": {"path": "x", "share": 0.75}}
     config = RunConfig.model_validate({"data": data, "method": "at", "training": {"global_batch_size": 48}})
-    return training_batches(config, dataset.train, torch.arange(50), WorkerContext(rank, rank, world), found)
+    return training_batches(config, dataset.train, torch.arange(50), WorkerContext(rank, world), found)
 
 
 @pytest.mark.parametrize("balance", ["none", "sampling"])

@@ -93,6 +93,11 @@ def test_splits_are_named(write: Write) -> None:
     }
 
 
+def test_a_named_split_may_begin_like_a_usual_one(write: Write) -> None:
+    found = write(train=8, **{"train-more": 4, "test-hard": 6})(train="train-more", test="test-hard")
+    assert contents(found) == {"train": (4, [10]), "test": (6, [20])}
+
+
 def test_a_test_split_is_held_out(write: Write) -> None:
     load = write(train=20, val=4)
     found = load(test_fraction=0.2)

@@ -45,6 +45,12 @@ def test_published_layouts(tmp_path: Path, save: Any, names: tuple[str, str], la
         assert found["images"][number, channel, row, column] == IMAGES[number, row, column, channel]
 
 
+def test_labels_in_order_may_compress_further_than_images(tmp_path: Path) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (6000, 5, 4, 3), np.uint8)
+    whole = content(save=np.savez_compressed, image=images, label=np.arange(6000) // 3000)
+    assert read(tmp_path, whole)["labels"].bincount().tolist() == [3000, 3000]
+
+
 def test_grey_images_need_no_axis_of_channels_and_columns_may_come_first(tmp_path: Path) -> None:
     grey = IMAGES[..., 0]
     for images in (grey, grey[..., None], np.asfortranarray(grey)):

@@ -1,8 +1,10 @@
 """Parquet files as hubs publish them: real CIFAR-10, small ones, damaged ones."""
 
 import json
+import os
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +238,19 @@ def test_one_of_several_image_columns(tmp_path: Path, blobs: list[bytes], make_c
     masks = load_dataset(make_config(name="parquet", root=root, image_column="mask"))
     assert torch.equal(masks.train.fetch(torch.arange(2)), masks.train.fetch(torch.arange(2, 4)))
     assert not torch.equal(masks.train.fetch(torch.arange(2)), plain.train.fetch(torch.arange(2)))
+
+
+def test_what_a_killed_process_packed_is_removed(
+    folder: Path, make_config: MakeConfig, fork: Callable[..., ForkProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tla_service.data.parquet._read_images", lambda *_: os._exit(9))
+    config = make_config(name="parquet", root=str(folder))
+    fork(load_dataset, config).join(60)
+    parts = Path(config.cache_dir, "packed")
+    assert len([*parts.glob(".*.part")]) == 1
+    monkeypatch.undo()
+    load_dataset(config)
+    assert not [*parts.glob(".*.part")]
 
 
 def test_an_empty_file_among_others_does_no_harm(folder: Path, blobs: list[bytes], make_config: MakeConfig) -> None:

@@ -1,5 +1,6 @@
 """MNIST and CIFAR as torchvision stores them: real MNIST, and CIFAR files made on the spot."""
 
+import errno
 import gzip
 import pickle
 import shutil
@@ -217,6 +218,20 @@ def test_batches_whose_checksum_is_wrong_are_not_unpickled(
 def test_a_damaged_cifar_archive_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"rubbish")
     with pytest.raises(UnavailableError, match=r"data\.root=.*cifar-10-python\.tar\.gz: damaged"):
+        load_dataset(make_config(name="cifar10", root=str(tmp_path)))
+
+
+def test_an_archive_that_must_not_be_read_is_named(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may read everything, so the answer of the system is what is replaced.
+    def denied(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"rubbish")
+    whole = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *mode: (denied if path.suffix == ".gz" else whole)(path, *mode))
+    with pytest.raises(UnavailableError, match=r"data\.root=.*python\.tar\.gz: no permission; let this user read it"):
         load_dataset(make_config(name="cifar10", root=str(tmp_path)))
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tla_service.config import DataConfig
 from tla_service.data.catalog import load_dataset
+from tla_service.data.decoding import is_image
 from tla_service.data.trees import FolderTree
 from tla_service.data.zip_tree import ZipTree, open_tree
 from tla_service.errors import ConfigError, UnavailableError
@@ -94,13 +95,13 @@ def test_links_to_nothing_are_refused_where_they_are_used(tmp_path: Path, target
         (tmp_path / "folder" / "1.png").symlink_to(target)
         folder = FolderTree(tmp_path / "folder")
         folder.key(["0.png"])
-        for use in (lambda: folder.key(folder.names), lambda: folder.open("1.png")):
+        for use in (lambda: folder.key(folder.names), lambda: folder.read("1.png")):
             with pytest.raises(UnavailableError, match=r"1\.png: is a link to a file that is not there"):
                 use()
     links = {"1.png": "2.png", "2.png": "1.png"} if target == "1.png" else {"1.png": target}
     packed = ZipTree(pack(tmp_path / "x.zip", {"0.png": b"x"}, links))
     packed.key(["0.png"])
-    for use in (lambda: packed.key(packed.names), lambda: packed.open("1.png")):
+    for use in (lambda: packed.key(packed.names), lambda: packed.read("1.png")):
         with pytest.raises(UnavailableError, match=r"1\.png: is a link to a file that is not there"):
             use()
 
@@ -160,6 +161,29 @@ def test_unknown_compression_is_named(tmp_path: Path) -> None:
         tree.read("0.png")
 
 
+@pytest.mark.parametrize(
+    ("method", "header", "offset"),
+    [
+        (zipfile.ZIP_DEFLATED, b"PK\3\4", 30 + len("é.jfif".encode())),  # the data
+        (zipfile.ZIP_LZMA, b"PK\3\4", 30 + len("é.jfif".encode()) + 9),
+        (zipfile.ZIP_STORED, b"PK\3\4", 30),  # the name, which is UTF-8
+        (zipfile.ZIP_STORED, b"PK\1\2", 44),  # where the data lie
+    ],
+)
+def test_a_damaged_file_is_named_however_it_is_read(tmp_path: Path, method: int, header: bytes, offset: int) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("é.jfif", bytes(range(256)))
+    blob = bytearray(path.read_bytes())
+    blob[blob.index(header) + offset] = 0x7F if header == b"PK\1\2" else 0xFF
+    path.write_bytes(blob)
+    tree = ZipTree(path)
+    with pytest.raises(UnavailableError, match=r"é\.jfif: damaged \(.+\); fetch the data set again"):
+        tree.read("é.jfif")
+    with pytest.raises(UnavailableError, match=r"é\.jfif: damaged \("), tree.open("é.jfif") as handle:
+        is_image(handle)
+
+
 def test_the_last_of_two_entries_of_one_name_counts(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a", b"old")
@@ -184,7 +208,7 @@ def test_a_tree_can_be_read_in_part_and_after_pickling(tmp_path: Path) -> None:
     import pickle
 
     (tmp_path / "a").write_bytes(b"0123456789")
-    for tree in (FolderTree(tmp_path), ZipTree(pack(tmp_path / "x.zip", {"a": b"0123456789"}))):
+    for tree in (FolderTree(tmp_path), ZipTree(pack(tmp_path / os.fsdecode(b"\xe9.zip"), {"a": b"0123456789"}))):
         again = pickle.loads(pickle.dumps(tree))
         with again.open("a") as handle:
             assert handle.read(4) == b"0123"

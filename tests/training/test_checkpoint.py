@@ -66,7 +66,7 @@ def test_another_number_of_workers_starts_with_the_mean_of_the_statistics(tmp_pa
     for size in (1, 2, 3):
         for rank in range(size):
             other = small_state(1)
-            load_checkpoint(tmp_path / "c", other, digits_config(), FACTS, WorkerContext(rank, rank, size))
+            load_checkpoint(tmp_path / "c", other, digits_config(), FACTS, WorkerContext(rank, size))
             for name, value in other.own_statistics.items():
                 expected = saved[rank][name] if size == 2 else (saved[0][name] + saved[1][name]) / 2
                 assert torch.equal(value, expected)

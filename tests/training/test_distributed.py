@@ -116,7 +116,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     """One process: every case, then what else needs several; results go to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    context = WorkerContext(rank, rank, world_size, CPU)
+    context = WorkerContext(rank, world_size, CPU)
     results: dict[str, Any] = {name: run_case(changes, context) for name, changes in CASES.items()}
     norm = torch.nn.BatchNorm1d(2)
     norm.running_mean.fill_(float(rank))  # type: ignore[union-attr]
@@ -205,9 +205,7 @@ def test_workers_pools_are_the_whole_pool(workers: int) -> None:
     config = digits_config(mining={"scope": "global", "pool": "separate", "pool_size": 30})
     dataset = load_dataset(config.data)
     rows = torch.arange(len(dataset.train))
-    shares = [
-        training_batches(config, dataset.train, rows, WorkerContext(rank, rank, workers)) for rank in range(workers)
-    ]
+    shares = [training_batches(config, dataset.train, rows, WorkerContext(rank, workers)) for rank in range(workers)]
     pools = [next(share.epoch(0)).pool for share in shares]
     assert sum(len(pool.labels) for pool in pools if pool is not None) == 30
     with pytest.raises(ConfigError, match=r"mining\.pool_size=30: not divisible by 4 workers"):

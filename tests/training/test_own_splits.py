@@ -83,6 +83,17 @@ def test_a_run_goes_on_with_the_same_validation_images_only(root: Path, tmp_path
         changed.write_bytes(encoded(np.zeros((8, 8), np.uint8)))
 
 
+@pytest.mark.parametrize("residencies", [("auto", "stream"), ("stream", "auto")])
+def test_a_run_resumes_with_another_residency(root: Path, tmp_path: Path, residencies: tuple[str, str]) -> None:
+    began, resumed = (config_for(root, residency=residency, loader_workers=0) for residency in residencies)
+    first = KeepingReporter(tmp_path)
+    fit(began, WorkerContext(), first)
+    assert fit(resumed, WorkerContext(), KeepingReporter(tmp_path / "b", resume_from=first.checkpoints[0])).history
+    (root / "val" / "dark" / "0.png").write_bytes((root / "val" / "light" / "1.png").read_bytes())
+    with pytest.raises(ConfigError, match=r"data\.validation.*: the validation images are not those"):
+        fit(resumed, WorkerContext(), KeepingReporter(tmp_path / "c", resume_from=first.checkpoints[0]))
+
+
 def test_a_finished_run_was_validated_on_other_images(root: Path, tmp_path: Path) -> None:
     write_config(config_for(root), tmp_path)
     write_summary(tmp_path, {"status": "finished"})

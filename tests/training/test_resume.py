@@ -227,7 +227,7 @@ class OnRankZero(LocalCheckpoint):
 def worker(rank: int, folder: str) -> None:
     """One of two workers; the second cannot read the newest checkpoint."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    context = WorkerContext(rank, rank, 2)
+    context = WorkerContext(rank, 2)
     loaded: list[str] = []
 
     stored = [OnRankZero(f"{folder}/newest"), LocalCheckpoint(f"{folder}/older")]
@@ -263,7 +263,7 @@ def batchnorm_worker(rank: int, folder: str, stop_after: int | None, resume_from
     Path(folder, str(rank)).mkdir()
     reporter = KeepingReporter(Path(folder, str(rank)), stop_after, resume_from)
     training = {"epochs": 2, "ema_decay": 0.9, "log_every_steps": 1}
-    run = Run(digits_config(model={"name": "mnist_cnn"}, training=training), WorkerContext(rank, rank, 2), reporter)
+    run = Run(digits_config(model={"name": "mnist_cnn"}, training=training), WorkerContext(rank, 2), reporter)
     run.start(None)
     run.train(measure_test=False)
     dist.destroy_process_group()

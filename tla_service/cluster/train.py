@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from tla_service.training.watch import START_SECONDS, watched
 Record = Mapping[str, Any]
 FETCH_SECONDS = 0.2
 TELL_SECONDS = 30
+ALONE_SECONDS = 15  # within which the other workers end, too, with an error that they share
 WAIT_SECONDS, WAIT_AGAIN_SECONDS = 60, 600  # after which the log says what the run waits for, and says it again
 # How often Ray Train's controller polls its workers. The default of 2 s delays the end of a small run.
 POLL_SECONDS, FEW_WORKERS = "0.2", 8
@@ -189,6 +191,7 @@ def _follow(
             records: list[dict[str, Any]] = ray.get(mailbox.fetch.remote())
             for record in records:
                 event, lacks_memory = record["event"], record.pop("lacks_memory", None)
+                fatal = record.pop("fatal", None)
                 if event == "placed":
                     started, has_stepped, is_hung, waits_since = True, False, False, None
                 elif event == "failure":
@@ -199,8 +202,9 @@ def _follow(
                     waits_since, tell_at = time.time(), time.time() + WAIT_SECONDS
                 has_stepped, is_hung = has_stepped or event in ("step", "epoch"), is_hung or event == "hang"
                 follow(record)
-                if lacks_memory is not None and not has_stepped:
-                    raise lacks_memory  # a restart would end the same
+                fatal = fatal or (None if has_stepped else lacks_memory)
+                if fatal is not None:
+                    raise fatal  # a restart would end the same
             if done:
                 return future.result()
             if waits_since is not None and time.time() > tell_at:
@@ -224,7 +228,6 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
         log_as_json({**loop["log_labels"], "rank": ray_context.get_world_rank()})
     context = WorkerContext(
         rank=ray_context.get_world_rank(),
-        local_rank=ray_context.get_local_rank(),
         world_size=ray_context.get_world_size(),
         device=ray.train.torch.get_device(),
     )
@@ -254,8 +257,15 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
     except OutOfMemoryError:
         raise  # the other workers do not know of it, and are to be ended
     except (UserError, NonFiniteLossError) as error:
+        in_background(partial(_tell_alone, loop["mailbox"], context.rank, error))
         return {"error": error}
     finally:
         # Calls are ordered: once this one is answered, all records have arrived.
         ray.get(loop["mailbox"].asked.remote())
     return {"result": vars(result), "checkpoint": newest}
+
+
+def _tell_alone(mailbox: Any, rank: int, error: Exception) -> None:
+    """End the run if the other workers do not: they wait for this one, and Ray for them."""
+    time.sleep(ALONE_SECONDS)
+    mailbox.push.remote({"event": "failure", "message": f"rank {rank} failed alone: {error}", "fatal": error})

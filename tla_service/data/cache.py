@@ -5,13 +5,14 @@ import errno
 import fcntl
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from tla_service.errors import UnavailableError
-from tla_service.files import whole_file
+from tla_service.files import remove_parts, whole_file
 
 LOG = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
@@ -73,7 +74,7 @@ def files_key(paths: Iterable[Path], *settings: object) -> str:
     for path in paths:
         with disk_trouble("data.root", path, "check the folder"):
             stat = path.stat()
-            digest.update(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
     return digest.hexdigest()[:24]
 
 
@@ -100,8 +101,10 @@ def cached_tensors(cache_dir: str, key: str, build: Callable[[], Tensors]) -> tu
         if (found := _read_tensors(path)) is None:
             tensors = build()
             digests = {name: content_digest(tensor) for name, tensor in tensors.items()}
-            with disk_trouble("data.cache_dir", path.parent, MAKE_ROOM), whole_file(path) as part:
-                save_file(tensors, part, digests)
+            with disk_trouble("data.cache_dir", path.parent, MAKE_ROOM):
+                remove_parts(path.parent, path.name)
+                with whole_file(path) as part:
+                    save_file(tensors, part, digests)
             # Read back, so that the builder uses the shared mapping, too.
             del tensors
             found = _read_tensors(path)

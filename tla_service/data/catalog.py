@@ -34,7 +34,7 @@ def load_digits(config: DataConfig) -> Splits:
     parts = model_selection.train_test_split(rows, test_size=0.25, random_state=0, stratify=labels.numpy())
     whole = ArraySource(pixels if config.image_size is None else resized(pixels, config.image_size), labels)
     train, test = (whole.subset(torch.tensor(sorted(part))) for part in parts)
-    return Splits(train, test, tuple(map(str, range(10))))
+    return Splits(tuple(map(str, range(10))), train, test)
 
 
 _LOADERS = {
@@ -67,8 +67,10 @@ def load_dataset(config: DataConfig) -> Dataset:
     train, test = _limited(whole, config.train_limit), _limited(held_out, config.test_limit)
     gate = gate_images(held_out.labels)[stratified_subset(held_out.labels, len(test))]
     if config.train_limit is not None and len(torch.unique(train.labels)) < len(splits.class_names):
-        classes = len(splits.class_names)
-        reason, enough = f"leaves some of the {classes} classes without images", min(4 * classes, len(whole))
+        # The smallest class's first image comes after about N / 2n others; see `stratified_subset`.
+        classes, fewest = len(splits.class_names), int(whole.labels.bincount().min())
+        enough = min(len(whole), max(4 * classes, len(whole) // (2 * fewest) + classes))
+        reason = f"leaves some of the {classes} classes without images"
         raise ConfigError("data.train_limit", config.train_limit, reason, f"use at least {enough}")
     facts = [train.digest(), test.digest(), splits.class_names, train.image_shape]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

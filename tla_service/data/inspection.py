@@ -127,8 +127,8 @@ def inspect_dataset(config: DataConfig, seed: int = 0) -> Inspection:
 
 
 def _printable(text: str) -> str:
-    """Text without the surrogates that stand for bytes of file names that are no UTF-8."""
-    return text.encode("utf-8", "replace").decode()
+    """Text in one line, without the surrogates that stand for bytes of file names that are no UTF-8."""
+    return " ".join(text.encode("utf-8", "replace").decode().splitlines())
 
 
 def _look(source: ImageSource, rows: torch.Tensor) -> list[Seen | UserError]:

@@ -39,7 +39,8 @@ def _checked(arrays: Any, path: Path, image_shape: tuple[int, int, int]) -> dict
         raise ConfigError("data.root", path, "has no images", _LAYOUT)
     if not label:
         raise ConfigError("data.root", path, "has no labels", "label them with a model (docs/data.md, Extra images)")
-    (shape, kind), (count, label_kind) = (_header(arrays.zip, name) for name in (image, label))
+    most = _MOST_EXPANSION * path.stat().st_size  # of the whole file: sorted labels compress further than images
+    (shape, kind), (count, label_kind) = (_header(arrays.zip, name, most) for name in (image, label))
     wanted = (*count, height, width, channels)
     fits = shape == wanted or (channels == 1 and shape == wanted[:-1])
     if not fits or kind != np.uint8 or label_kind.kind not in "iu" or len(count) != 1 or count[0] == 0:
@@ -49,13 +50,13 @@ def _checked(arrays: Any, path: Path, image_shape: tuple[int, int, int]) -> dict
     return {"images": torch.from_numpy(pixels), "labels": torch.from_numpy(arrays[label].astype(np.int64))}
 
 
-def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of an array; ValueError unless reading it allocates about as much as the file holds."""
+def _header(archive: zipfile.ZipFile, name: str, most: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an array; ValueError unless reading it allocates what its entry holds, at most ``most``."""
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as stream:
         shape, _, kind = _HEADERS[npy.read_magic(stream)](stream)
         size = stream.tell() + math.prod(shape) * kind.itemsize
     # Arrays of objects are of any size, and refused by their type.
-    if not kind.hasobject and (size != info.file_size or size > _MOST_EXPANSION * info.compress_size):
+    if not kind.hasobject and (size != info.file_size or size > most):
         raise ValueError(f"{name} claims {size} bytes, where {info.compress_size} hold {info.file_size}")
     return shape, kind

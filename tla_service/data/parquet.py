@@ -26,7 +26,7 @@ from tla_service.data.roots import required_root
 from tla_service.data.sources import ImageSource, Splits, build_splits
 from tla_service.data.trees import MOST_BYTES, NO_TEST, FolderTree, choose_splits, listed, notice
 from tla_service.errors import UnavailableError
-from tla_service.files import whole_file
+from tla_service.files import remove_parts, whole_file
 
 LOG = logging.getLogger(__name__)
 COLUMNS = ("label_column", "image_column")  # the settings that name them
@@ -64,8 +64,7 @@ def load_parquet(config: DataConfig) -> Splits:
         if labels is not None:
             splits[role], taken = labels, name
             if role == "test" and name != possible[0]:
-                text = "%s has no labels; testing on the %s files (validation uses part of the training images)"
-                notice(text, found[possible[0]][0], name)
+                notice("%s has no labels; testing on the %s files", found[possible[0]][0], name)
         elif possible and (role == "test" or config.validation):
             nor = "".join(f", and neither have the {name} files" for name in possible[1:])
             remedy = "add labels in a column named as in the training files, or labelled validation-*.parquet files"
@@ -96,7 +95,7 @@ def load_unsplit(
     labels = _labels(config, shards)
     if labels is None:
         raise no_label_column(shards[0].schema, str(files[0]), config.label_column)
-    names, (classes,) = number_classes(labels)
+    names, (classes,) = number_classes(labels, checked=False)
     known = class_names if {*names} <= {*class_names} else [*map(str, range(len(class_names)))]
     numbers = torch.tensor([known.index(name) if name in known else len(known) for name in names])
     image = _image_column(config, shards)
@@ -171,11 +170,13 @@ def _packed(cache_dir: str, labels: Labels, image: str) -> _PackedBlobs:
 
     def build() -> dict[str, torch.Tensor]:
         offsets, digest = [0], hashlib.sha256()
-        with disk_trouble("data.cache_dir", path, MAKE_ROOM), whole_file(path) as part, part.open("wb") as handle:
-            for blob in chain.from_iterable(_read_images(file, image) for file in files):
-                handle.write(blob)
-                digest.update(blob)
-                offsets.append(offsets[-1] + len(blob))
+        with disk_trouble("data.cache_dir", path, MAKE_ROOM):
+            remove_parts(path.parent, path.name)  # the index's lock is held
+            with whole_file(path) as part, part.open("wb") as handle:
+                for blob in chain.from_iterable(_read_images(file, image) for file in files):
+                    handle.write(blob)
+                    digest.update(blob)
+                    offsets.append(offsets[-1] + len(blob))
         return {"offsets": torch.tensor(offsets), "digest": torch.tensor(list(digest.digest()), dtype=torch.uint8)}
 
     index = cached_tensors(cache_dir, f"{key}-index", build)[0]

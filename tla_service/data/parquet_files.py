@@ -36,7 +36,7 @@ class Shard:
 def find_splits(root: Path, config: DataConfig) -> dict[str, list[Path]]:
     """Files below a folder by split, sorted: ``train-*.parquet``, or else all in folders ``train``; others by name."""
     named = [config.train or "train", *TEST_SPLITS, *filter(None, (config.validation, config.test))]
-    pattern = re.compile(rf"({'|'.join(map(re.escape, named))})(-.*)?")
+    pattern = re.compile(rf"({'|'.join(map(re.escape, sorted(named, key=len, reverse=True)))})(-.*)?")
     names = FolderTree(root).names if root.is_dir() else []
     paths = sorted(path for name in names if (path := PurePosixPath(name)).suffix == ".parquet")
     matches = {path: match[1] for path in paths if (match := pattern.fullmatch(path.stem))}

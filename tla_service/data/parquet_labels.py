@@ -65,12 +65,12 @@ def read_labels(shards: list[Shard], column: str) -> Labels:
     return Labels(column, shards, values, torch.tensor([codes[value] for value in found], dtype=torch.int64))
 
 
-def number_classes(train: Labels, *others: Labels) -> tuple[tuple[str, ...], list[torch.Tensor]]:
+def number_classes(train: Labels, *others: Labels, checked: bool = True) -> tuple[tuple[str, ...], list[torch.Tensor]]:
     """Turn labels into class numbers, the same in all splits.
 
     Integers with class names in the metadata are positions in those names, whose order may differ between files.
     Other labels are classes by their distinct training values, sorted; the values become the class names. Returns the
-    class names, and the classes of each split's images (N,), int64.
+    class names, and the classes of each split's images (N,), int64. Unless ``checked``, any values are classes.
     """
     for labels in (train, *others):
         for code, value in enumerate(labels.values):
@@ -85,7 +85,8 @@ def number_classes(train: Labels, *others: Labels) -> tuple[tuple[str, ...], lis
         if first:
             notice("%s: labels start at 1; 1 is taken for class %r", train.shards[0].path, names[0])
         return names, [_by_name(labels, names, first) for labels in (train, *others)]
-    _check_values(train)
+    if checked:
+        _check_values(train)
     return tuple(map(str, train.values)), [train.codes, *(_by_value(labels, train) for labels in others)]
 
 

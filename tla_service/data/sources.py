@@ -20,12 +20,14 @@ RESIDENT_BYTES = 4 * 2**30
 
 
 class ArraySource:
-    """Images (N, C, H, W), uint8, in memory, not copied; classes (N,), int64; and a digest, if known already."""
+    """Images (N, C, H, W), uint8, in memory, not copied; classes (N,), int64; a digest, if known; and their files."""
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, digest: str | None = None) -> None:
+    def __init__(
+        self, images: torch.Tensor, labels: torch.Tensor, digest: str | None = None, files: "FileSource | None" = None
+    ) -> None:
         self.images, self.labels = images, labels.to(torch.int64)
         self.image_shape: tuple[int, int, int] = (images.shape[1], images.shape[2], images.shape[3])
-        self._digest = digest
+        self._digest, self._files = digest, files
 
     def __len__(self) -> int:
         return self.labels.numel()
@@ -42,13 +44,18 @@ class ArraySource:
 
     def subset(self, indices: torch.Tensor) -> "ArraySource":
         """The images at ``indices`` (n,), in that order."""
-        return ArraySource(self.images[indices], self.labels[indices])
+        files = None if self._files is None else self._files.subset(indices)
+        return ArraySource(self.images[indices], self.labels[indices], files=files)
 
     def digest(self) -> str:
         """SHA-256 of every pixel and label, in order."""
         if self._digest is None:
             self._digest = content_digest(self.images, self.labels)
         return self._digest
+
+    def files_digest(self) -> str:
+        """`FileSource.digest` of the files that were decoded; empty if the images are not from files of their own."""
+        return "" if self._files is None else self._files.digest()
 
 
 class FileSource:
@@ -85,6 +92,8 @@ class FileSource:
         content = content_digest(self._rows, self.labels)
         return hashlib.sha256(f"{self._blobs.stamp()}{self._decoder}{content}".encode()).hexdigest()
 
+    files_digest = digest
+
 
 ImageSource = ArraySource | FileSource
 SourceRows = tuple[ImageSource, torch.Tensor]  # some of its images: their numbers (n,), int64
@@ -107,9 +116,9 @@ class JoinedSource:
 class Splits(NamedTuple):
     """What a loader returns to the catalog; without ``test``, a share of the training images is to be held out."""
 
-    train: ImageSource
-    test: ImageSource | None
     class_names: tuple[str, ...]
+    train: ImageSource
+    test: ImageSource | None = None
     validation: ImageSource | None = None
 
 
@@ -153,9 +162,9 @@ def build_splits(
     decoder = probe(images, config.image_size, colour=colour)
     channels, height, width = decoder.image_shape
     size = len(images) * channels * height * width
+    streamed = {name: FileSource(*part, decoder) for name, part in parts.items()}
     if config.residency == "stream" or (config.residency == "auto" and size >= RESIDENT_BYTES):
-        streamed = {name: FileSource(*part, decoder) for name, part in parts.items()}
-        return Splits(streamed["train"], streamed.get("test"), class_names, streamed.get("validation"))
+        return Splits(class_names, **streamed)
 
     def build() -> dict[str, torch.Tensor]:
         return {name: decode(blobs, range(len(blobs)), decoder) for name, (blobs, _) in parts.items()}
@@ -165,10 +174,10 @@ def build_splits(
     full_key = f"{key}-{sizes}-{channels}x{height}x{width}{'r' if decoder.resize else ''}-{PIL_VERSION}"
     decoded, digests = cached_tensors(config.cache_dir, full_key, build)
     made = {
-        name: ArraySource(decoded[name], labels, content_digest(labels) + digests[name])
+        name: ArraySource(decoded[name], labels, content_digest(labels) + digests[name], streamed[name])
         for name, (_, labels) in parts.items()
     }
-    return Splits(made["train"], made.get("test"), class_names, made.get("validation"))
+    return Splits(class_names, **made)
 
 
 def tree_splits(

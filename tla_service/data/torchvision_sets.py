@@ -69,7 +69,7 @@ def load_torchvision_set(config: DataConfig) -> Splits:
     if is_idx:
         arrays = [read_idx(folder / name) for name in _IDX_FILES]
         train, test = (_source(arrays[place][:, None], arrays[place + 1], config) for place in (0, 2))
-        return Splits(train, test, _CLASS_NAMES[config.name])
+        return Splits(_CLASS_NAMES[config.name], train, test)
     return _read_cifar(folder, config)
 
 
@@ -120,6 +120,8 @@ def _unpacked(archives: list[Path], cache_dir: str) -> Path:
     folder = cache_folder(cache_dir, "unpacked", files_key(archives))
     with locked(folder / "lock"), disk_trouble("data.cache_dir", folder, MAKE_ROOM):
         for archive in archives if not (folder / "done").exists() else ():
+            with disk_trouble("data.root", archive, "let this user read it"):
+                archive.open("rb").close()
             size = 0
             try:
                 if archive.name.endswith(".tar.gz"):
@@ -160,7 +162,7 @@ def _read_cifar(root: Path, config: DataConfig) -> Splits:
         _source(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets), config)
         for part in loaded
     )
-    return Splits(train, test, tuple(loaded[0].classes))
+    return Splits(tuple(loaded[0].classes), train, test)
 
 
 def _download(root: Path, kind_name: str, cache_dir: str) -> None:

@@ -1,11 +1,12 @@
 """Files of a data set: which belong to it, for folders, zip files, buckets and Parquet; and folders of them."""
 
+import contextlib
 import hashlib
 import logging
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -95,15 +96,13 @@ def notice(text: str, *values: object) -> None:
 
 def notice_left_out(root: str | None, files: Mapping[str, list[str]]) -> None:
     """Log in one line how many files of each ending are not used, and some of them, by the reason why."""
-    parts = [f"{by_ending(names)} {reason}, such as {names[0]}" for reason, names in files.items() if names]
+    parts = []
+    for reason, names in files.items():
+        counts = Counter(posixpath.splitext(name)[1].lower() or "without ending" for name in names)
+        shown = listed([f"{count} {ending}" for ending, count in counts.most_common()])
+        parts += [f"{shown} {reason}, such as {names[0]}"] if names else []
     if parts:
         notice("data.root=%s: files left out: %s", root, "; ".join(parts))
-
-
-def by_ending(names: Iterable[str]) -> str:
-    """Files counted by ending, such as ``8 .heic, 2 without ending``; empty for no files."""
-    counts = Counter(posixpath.splitext(name)[1].lower() or "without ending" for name in names)
-    return listed([f"{count} {ending}" for ending, count in counts.most_common()])
 
 
 def listed(items: list[str]) -> str:
@@ -151,16 +150,20 @@ class FolderTree:
                     self._entries[name] = None
 
     def read(self, name: str) -> bytes:
-        """The content of one file; UnavailableError if it is missing, damaged, a broken link, or far too large."""
-        self._check_size(name)
-        with disk_trouble("data.root", self.path / name, FIX):
-            return (self.path / name).read_bytes()
+        """The content of one file; UnavailableError as for `open`, or if it is far too large."""
+        size, _ = self._entry(name)
+        if size > MOST_BYTES:  # such as a small zip file that unpacks to terabytes
+            reason = f"has {size} bytes, more than the {MOST_BYTES} of the largest file that is read"
+            raise UnavailableError("data.root", self.describe(name), reason, "remove the file, or make it smaller")
+        with self.open(name) as handle:
+            return handle.read()
 
-    def open(self, name: str) -> IO[bytes]:
-        """Open one file to read a part of it; UnavailableError as for `read`."""
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        """Open one file for the block; UnavailableError, also in it, if it is missing, damaged, or a broken link."""
         self._entry(name)
-        with disk_trouble("data.root", self.path / name, FIX):
-            return (self.path / name).open("rb", buffering=0)
+        with disk_trouble("data.root", self.path / name, FIX), (self.path / name).open("rb", buffering=0) as handle:
+            yield handle
 
     def stamp(self, names: Sequence[str]) -> str:
         """Hex digits that change with names, sizes, order, and the content of 256 files: more would take long."""
@@ -186,13 +189,6 @@ class FolderTree:
             remedy = "restore what it points at, or remove the link"
             raise UnavailableError("data.root", self.describe(name), "is a link to a file that is not there", remedy)
         return found
-
-    def _check_size(self, name: str) -> None:
-        """Refuse to read what would fill the memory, such as a small zip file that unpacks to terabytes."""
-        size = (self._entries.get(name) or (0, 0))[0]
-        if size > MOST_BYTES:
-            reason = f"has {size} bytes, more than the {MOST_BYTES} of the largest file that is read"
-            raise UnavailableError("data.root", self.describe(name), reason, "remove the file, or make it smaller")
 
     def _link_loop(self, name: str) -> UnavailableError:
         reason = "is a link to a folder that holds it"

@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+import lzma
 import os
 import posixpath
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +18,9 @@ from tla_service.data.trees import FIX, FolderTree, is_member
 from tla_service.errors import UnavailableError
 
 # What zipfile raises for a damaged or unknown member; NotImplementedError is a RuntimeError.
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError)
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, KeyError, ValueError,
+)  # fmt: skip
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _END_BYTES = 22  # of the record at the end, without the comment that follows it
 _LINKS = 40  # Linux's limit
@@ -120,23 +124,14 @@ class ZipTree(FolderTree):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": {}}
 
-    def read(self, name: str) -> bytes:
-        """See `FolderTree`; the content is checked against its checksum."""
-        self._check_size(name)
-        with self._readable(name), self.open(name) as handle:
-            return handle.read()
-
-    def open(self, name: str) -> IO[bytes]:
-        """See `FolderTree`."""
-        self._entry(name)
-        with self._readable(name):
-            return self._open().open(self._stored[name])
-
     @contextlib.contextmanager
-    def _readable(self, name: str) -> Iterator[None]:
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        """See `FolderTree`; content that is read to its end is checked against its checksum."""
+        self._entry(name)
         with disk_trouble("data.root", self.describe(name), FIX):
             try:
-                yield
+                with self._open().open(self._stored[name]) as handle:
+                    yield handle
             except NotImplementedError as error:
                 reason = f"cannot be unpacked ({error})"
                 raise UnavailableError("data.root", self.describe(name), reason, "unpack the zip file") from error
@@ -150,7 +145,7 @@ class ZipTree(FolderTree):
 
     def key(self, names: Sequence[str]) -> str:
         """Covers the zip file's path, and every file's name, size and checksum."""
-        return hashlib.sha256(f"{self.path.absolute()}{self.stamp(names)}".encode()).hexdigest()[:24]
+        return hashlib.sha256(os.fsencode(f"{self.path.absolute()}{self.stamp(names)}")).hexdigest()[:24]
 
 
 def open_tree(path: Path, zip_pattern: str = "*.zip") -> FolderTree:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tla_service.errors import UnavailableError
 from tla_service.files import sha256
-from tla_service.pickles import find_pickles
+from tla_service.pickles import is_pickle
 
 MANIFEST = "manifest.json"
 _ADDED_BY_MLFLOW = {"registered_model_meta"}  # written beside a version that MLflow itself downloads
@@ -41,10 +41,10 @@ def verify_package(folder: Path, name: str, expected: str | None) -> None:
         raise bad(reason, "give a model of this project, or a checkpoint folder") from error
     if expected is not None and hashlib.sha256(manifest).hexdigest() != expected:
         raise bad(f"{MANIFEST} was modified: its SHA-256 is not {expected[:12]}... as in the registry")
-    pickles = find_pickles(folder)
-    if pickles:
-        raise bad(f"contains a pickle file ({pickles[0].relative_to(folder)}), which could run arbitrary code")
     present = _files(folder)
+    pickles = [file for file, path in present.items() if path.is_file() and is_pickle(path)]
+    if pickles:
+        raise bad(f"contains a pickle file ({pickles[0]}), which could run arbitrary code")
     for file in sorted(set(present) - set(digests) - {MANIFEST} - _ADDED_BY_MLFLOW):
         if not _is_cache(present[file]):
             raise bad(f"contains a file that was not packaged ({file})")

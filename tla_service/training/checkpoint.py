@@ -152,16 +152,22 @@ def _check_facts(saved: Mapping[str, Any], now: Mapping[str, Any], config: RunCo
     if saved.get("extra_fingerprint") != now.get("extra_fingerprint"):
         reason = "the extra images are not those that this run began with"
         raise ConfigError("data.extra.path", config.data.extra.path, reason, remedy)
+
+    def same(part: str) -> bool:
+        """Whether images are the same; where one side had them in memory and the other had not, by their files."""
+        theirs, ours = saved.get(f"{part}_fingerprint"), now.get(f"{part}_fingerprint")
+        return theirs == ours or (theirs or "") == now.get(f"{part}_files") or (ours or "") == saved.get(f"{part}_files")
+
     # Older checkpoints have one fingerprint of training and test images together.
-    left_out = "fingerprint" if "training_fingerprint" in saved else "training_fingerprint"
-    own = "validation_fingerprint"
-    if {**saved, left_out: None, own: None} != {**now, left_out: None, own: None}:
+    is_whole = saved.get("fingerprint") == now.get("fingerprint")
+    is_same = same("training") if "training_fingerprint" in saved else is_whole
+    if not is_same or any(saved.get(name) != now.get(name) for name in ("class_names", "image_shape")):
         reason = "the data set is not the one that this run began with"
         raise ConfigError("data.root", config.data.root, reason, "bring the data back, or choose another --name")
-    if saved.get(own) != now.get(own):
+    if not same("validation"):
         reason = "the validation images are not those that this run began with"
         remedy = "name their split again, bring them back, or choose another --name"
-        if own not in saved:
+        if "validation_fingerprint" not in saved:
             reason = "this run began with validation images that were held out of the training set"
             remedy = 'set it to "", or choose another --name'
         raise ConfigError("data.validation", config.data.validation, reason, remedy)

@@ -63,10 +63,10 @@ class Run:
                 "class_names": list(self.dataset.class_names),
                 "image_shape": list(self.dataset.image_shape),
                 "fingerprint": self.dataset.fingerprint,
-                "training_fingerprint": self.dataset.train.digest(),
             }
-            if self.dataset.validation is not None:
-                self._data_facts["validation_fingerprint"] = self.dataset.validation.digest()
+            for name, part in (("training", self.dataset.train), ("validation", self.dataset.validation)):
+                if part is not None:
+                    self._data_facts |= {f"{name}_fingerprint": part.digest(), f"{name}_files": part.files_digest()}
             if self._extra_facts:
                 self._data_facts["extra_fingerprint"] = self._extra_facts["extra_fingerprint"]
             if self.architecture.code is not None:
