@@ -155,8 +155,9 @@ def _check_facts(saved: Mapping[str, Any], now: Mapping[str, Any], config: RunCo
 
     def same(part: str) -> bool:
         """Whether images are the same; where one side had them in memory and the other had not, by their files."""
-        theirs, ours = saved.get(f"{part}_fingerprint"), now.get(f"{part}_fingerprint")
-        return theirs == ours or (theirs or "") == now.get(f"{part}_files") or (ours or "") == saved.get(f"{part}_files")
+        images, files = f"{part}_fingerprint", f"{part}_files"
+        theirs, ours = saved.get(images), now.get(images)
+        return theirs == ours or now.get(files, "") == theirs or saved.get(files, "") == ours
 
     # Older checkpoints have one fingerprint of training and test images together.
     is_whole = saved.get("fingerprint") == now.get("fingerprint")
