@@ -63,7 +63,7 @@ def _read(config: DataConfig, dataset: Dataset) -> tuple[ImageSource, Callable[[
         else:
             key = f"{files_key([path], shape)}-npz"
             arrays, digests = cached_tensors(config.cache_dir, key, lambda: read_npz(path, shape))
-            source = ArraySource(**arrays, digest=digests["images"] + digests["labels"])
+            source = ArraySource(arrays["images"], arrays["labels"], digests["images"] + digests["labels"])
             name = "row {}".format
     except UserError as error:
         value, remedy = error.value, error.remedy
