@@ -19,4 +19,5 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match=r"^scaling\.storage=.*: cannot be read or written .*--resume"):
         storage.write("file/y.json", b"three")
     with pytest.raises(UnavailableError, match="cannot be read or written"):
-        Folder("relative/path")
+        Folder("nowhere://path")
+    assert Folder("a/b").uri == str(Path("a/b").absolute())

@@ -115,7 +115,8 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
         if mark.is_file():
             found = json.loads(mark.read_text())
             # Evaluations of earlier versions do not state the architecture.
-            differ = [name for name, value in mine.items() if found.get(name, value) != value]
+            found.setdefault("architecture", mine.get("architecture"))
+            differ = [name for name, value in mine.items() if found.get(name) != value]
             if differ:
                 reason = f"holds an evaluation that differs in {', '.join(differ)}"
                 raise ConfigError("output", output, reason, "choose another --output, or delete it")

@@ -103,7 +103,7 @@ def check_room(needs: Mapping[str, tuple[Path, int]]) -> None:
     """Raise UnavailableError if a filesystem is too small for the bytes to be added to its folders, by setting."""
     devices: dict[int, list[str]] = {}
     for field, (folder, _) in needs.items():
-        devices.setdefault(_existing(folder).stat().st_dev, []).append(field)
+        devices.setdefault(_device(folder), []).append(field)
     for fields in devices.values():
         folder = _existing(needs[fields[0]][0])
         wanted, free = sum(needs[field][1] for field in fields), shutil.disk_usage(folder).free
@@ -119,6 +119,10 @@ def kept_need(folder: Path, checkpoint: int, kept: int) -> tuple[Path, int]:
     # A new checkpoint is written before an old one goes.
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     return folder, max(checkpoint, (kept + 1) * checkpoint - there)
+
+
+def _device(folder: Path) -> int:
+    return _existing(folder).stat().st_dev
 
 
 def _existing(folder: Path) -> Path:
