@@ -64,6 +64,7 @@ class FileSource:
     def __init__(self, blobs: Blobs, labels: torch.Tensor, decoder: Decoder, rows: torch.Tensor | None = None) -> None:
         self._blobs, self._decoder = blobs, decoder
         self._rows = torch.arange(len(blobs)) if rows is None else rows
+        self._digest = ""
         self.labels = labels.to(torch.int64)
         self.image_shape = decoder.image_shape
 
@@ -89,8 +90,10 @@ class FileSource:
 
     def digest(self) -> str:
         """SHA-256 of the files' stamp (see each kind's ``stamp``), the rows, the labels and the decoding."""
-        content = content_digest(self._rows, self.labels)
-        return hashlib.sha256(f"{self._blobs.stamp()}{self._decoder}{content}".encode()).hexdigest()
+        if not self._digest:  # stamps read files
+            content = content_digest(self._rows, self.labels)
+            self._digest = hashlib.sha256(f"{self._blobs.stamp()}{self._decoder}{content}".encode()).hexdigest()
+        return self._digest
 
     files_digest = digest
 

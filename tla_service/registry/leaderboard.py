@@ -90,7 +90,8 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
         raise UnavailableError("models", missing, "is not registered", suggest(missing, sorted(registered)))
     # Without a filter, which cannot name a model with a quote in its name.
     versions = retrying("Reading the versions", lambda: search_all(made.search_model_versions))
-    wanted = [version for version in versions if version.name in (set(models) or registered)]
+    shown = set(models) or registered
+    wanted = [version for version in versions if version.name in shown]
     own = [version for version in wanted if "weights_sha256" in version.tags]
     read_run = functools.cache(lambda run_id: retrying("Reading the run", lambda: made.get_run(run_id)).info)
     read_reports = functools.cache(functools.partial(stored_reports, made))

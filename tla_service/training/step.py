@@ -58,7 +58,7 @@ class TrainingStep:
         self._extra = {path: (load_term(path, code), weight) for path, weight in config.loss.extra.items()}
         self._own_miner = load_miner(config.mining.miner, code) if config.mining.miner else None
         self._mined: Negatives | None = None  # hardest negatives of the last batch
-        self._drawn = torch.empty(0)  # the generator's state behind them: both passes draw the same noise next
+        self._drawn = torch.empty(0)  # the generator's state behind an own miner
         loss, pairs_logits = config.loss, config.method == "alp"
         self.clean_weight = 0.5 * pairs_logits if loss.clean_weight is None else loss.clean_weight
         # Terms that compare an image with its adversarial version, or use the clean image alone.
@@ -241,15 +241,18 @@ class TrainingStep:
         if mining.keep_probability < 1:
             draw = torch.rand(len(labels), len(pool_labels), generator=random, device=labels.device)
             keep = draw < mining.keep_probability
-        if mined is None:
-            anchors, pool = embedded()
+        if mined is not None:
             if self._own_miner is not None:
-                mined = self._own_miner(anchors, labels, pool, pool_labels, random)
-            else:
-                absolute = mining.similarity == "absolute_cosine"
-                mined = mine_hardest(anchors, labels, pool.detach(), pool_labels, absolute=absolute, keep=keep)
-            self._mined, self._drawn = mined, random.get_state()
-        random.set_state(self._drawn)  # an own miner may have drawn
+                random.set_state(self._drawn)  # it may have drawn: both passes draw the same noise next
+            return mined
+        anchors, pool = embedded()
+        if self._own_miner is not None:
+            mined = self._own_miner(anchors, labels, pool, pool_labels, random)
+            self._drawn = random.get_state()
+        else:
+            absolute = mining.similarity == "absolute_cosine"
+            mined = mine_hardest(anchors, labels, pool.detach(), pool_labels, absolute=absolute, keep=keep)
+        self._mined = mined
         return mined
 
     def _add_noise(self, images: Tensor, random: torch.Generator, *, apply: bool = True) -> Tensor:
