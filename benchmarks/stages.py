@@ -19,7 +19,14 @@ from tla_service.triplets import mine_hardest
 LEAST_SECONDS = {"cpu": 30.0, "cuda": 0.0}
 BURN_IN = {"cpu": 1, "cuda": 3}
 # Positives of the literal mode: one, as the bars' arithmetic and the authors' code for MNIST have it, or two.
-METHODS = {"ALP": "alp", "TRADES": "trades", "MART": "mart", "TLA-RN": "tla_rn", "TLA-SA": "tla_sa"}
+METHODS: dict[str, Changes] = {
+    "ALP": {"method": "alp"},
+    "TRADES": {"method": "trades"},
+    "MART": {"method": "mart"},
+    "TLA-RN": {"method": "tla_rn"},
+    "TLA-SA": {"method": "tla_sa"},
+    "TLA-TRADES": {"loss": {"robust_term": "trades"}},
+}
 LITERAL = {"TLA, literal": "same_class", "TLA, literal, two positives": "both"}
 
 
@@ -72,12 +79,12 @@ def measure_steps(
             "floor of TLA": floors[1],
             "TLA, pool: batch": tla,
         }
-        for label, method in METHODS.items() if others and workload.num_steps <= 10 else ():
-            ours[label] = FullStep(workload, context, **merged(base, {"method": method}))
+        for label, changes in METHODS.items() if others and workload.num_steps <= 10 else ():
+            ours[label] = FullStep(workload, context, **merged(base, changes))
         for mode, positives in LITERAL.items() if others else ():
             ours[mode] = FullStep(workload, context, **merged(base, literal(workload, positives)))
         with ExitStack() as stack:
-            beside = others and workload.num_steps <= 10
+            beside = others and workload.has_all_stages
             theirs = stack.enter_context(peers("steps", workload, context)) if beside else {}
             least, burn_in = LEAST_SECONDS[settings.device], BURN_IN[settings.device]
             times = take_turns({**ours, **theirs}, rounds=settings.rounds, least_seconds=least, burn_in=burn_in)
@@ -115,14 +122,15 @@ def keep_step_ratios(
     for name, (above, below, bar) in bars.items():
         if above not in times.wall:
             continue
-        results.ratio(f"{settings.device} {key}: {name}", times.ratio(above, below, settings.clock), bar)
+        ratio = times.ratio(above, below, settings.clock)
+        results.ratio(f"{settings.device} {key}: {name}", ratio, bar if workload.num_steps >= 7 else None)
 
 
 def measure_attacks(work: dict[str, Workload], settings: BenchmarkSettings, results: Results) -> None:
     """Images attacked per second, by us and other libraries."""
     context, rows = context_of(settings), []
     for key, workload in work.items():
-        if workload.num_steps > 10:
+        if not workload.has_all_stages:
             continue
         ours = FullStep(workload, context)
         batch = ours.next_batch().anchors

@@ -41,7 +41,7 @@ def measure_switches(
     """Time of a TLA step without a setting over the time with it."""
     context, rows, burn_in = context_of(settings), [], BURN_IN[settings.device]
     for workload in work.values():
-        if workload.num_steps > 10:
+        if not workload.has_all_stages:
             continue
         with ExitStack() as kept:
             plain = _step(kept, workload, context, {})

@@ -35,7 +35,7 @@ def measure_scaling(work: dict[str, Workload], settings: BenchmarkSettings, resu
     """Weak and strong scaling from one process to two, and the bytes of a step and their time."""
     rows, sent = [], []
     for key, workload in work.items():
-        if workload.num_steps > 10:
+        if not workload.has_all_stages:
             continue
         with tempfile.TemporaryDirectory(prefix="tla-benchmark-") as folder:
             spawn(_worker, args=(key, settings.rounds, folder), nprocs=WORLD)

@@ -24,7 +24,7 @@ from tla_service.config.loading import read_settings
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.runtime import WorkerContext
 
-TINY = replace(CPU_WORKLOADS["small_cnn"], image_shape=(1, 8, 8), batch_size=8, num_steps=2)
+TINY = replace(CPU_WORKLOADS["small_cnn"], image_shape=(1, 8, 8), batch_size=8)
 WORK = {"small_cnn": TINY}
 ALONE = WorkerContext()
 
@@ -131,8 +131,8 @@ def test_numerics_pass_where_they_can_run_and_catch_a_wrong_variant(monkeypatch:
 
 def test_the_floor_counts_its_arithmetic() -> None:
     forward = 2 * 8 * (4 * 4 * 16 * 16 + 2 * 2 * 32 * 16 * 16 + 128 * 128 + 128 * 10)
-    assert Floor(TINY, ALONE).flops() == forward * (2 * 2 + 3)
-    assert Floor(TINY, ALONE, with_clean=True).flops() == forward * (2 * 2 + 6)
+    assert Floor(TINY, ALONE).flops() == forward * (2 * 7 + 3)
+    assert Floor(TINY, ALONE, with_clean=True).flops() == forward * (2 * 7 + 6)
 
 
 @contextlib.contextmanager
