@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -91,6 +92,16 @@ def test_it_is_free_the_moment_the_first_is_killed(
         assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == os.getpid()
     if arguments:
         os.killpg(first.pid, signal.SIGKILL)
+
+
+def test_a_holder_whose_folder_was_deleted_leaves_the_lock_of_the_next(
+    tmp_path: Path, hold: Callable[..., Process]
+) -> None:
+    with locked_folder(tmp_path / "run", "output"):
+        shutil.rmtree(tmp_path / "run")
+        hold()
+    assert names(tmp_path / "run") == [LOCK_FILE]
+    refusal(tmp_path / "run")
 
 
 def test_of_many_that_start_together_one_at_a_time_gets_it(tmp_path: Path) -> None:

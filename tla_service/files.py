@@ -152,7 +152,8 @@ def locked_folder(folder: Path, setting: str) -> Iterator[None]:
             yield
         finally:
             _held.discard(path)
-            path.unlink(missing_ok=True)
+            if _is_same(path, file):
+                path.unlink()
 
 
 def _acquired(path: Path, folder: Path, setting: str) -> IO[str]:
@@ -170,10 +171,17 @@ def _acquired(path: Path, folder: Path, setting: str) -> IO[str]:
             raise in_use(setting, folder, _read_holder(path)) from None
         except OSError as error:
             _log.warning("%s: its file system has no locks (%s); use it from one process at a time", folder, error)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
+        if _is_same(path, file):
+            return file
         file.close()  # removed by its last holder in the meantime
+
+
+def _is_same(path: Path, file: IO[str]) -> bool:
+    """Whether an open file is still the one of that name: if the folder was deleted, another may be."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _read_holder(path: Path) -> Holder | None:

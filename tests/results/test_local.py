@@ -15,6 +15,7 @@ from tests.results.conftest import settings_of
 from tests.test_core_alone import WITHOUT
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import locked_folder
+from tla_service.results import runs as table
 from tla_service.results.local import _Local, _StoppedError, open_state, reproduce_here
 from tla_service.results.runs import TableRun, table_runs, table_space
 
@@ -116,6 +117,20 @@ def test_processes_end_well_fail_with_their_last_line_or_are_stopped(tmp_path: P
     assert said == [
         f"at-s0: {text}" for text in ("training", "training done", "training", "training failed", "training")
     ]
+
+
+def test_a_resumed_table_keeps_the_shards_of_an_unfinished_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "keep_best_only", lambda _checkpoint: None)
+    for path in (f"checkpoints/step-1/{table.MANIFEST}", "report/shards/autoattack.npz"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    table.slim(tmp_path)
+    assert (tmp_path / "report/shards/autoattack.npz").exists()
+    (tmp_path / "report/report.json").touch()
+    table.slim(tmp_path)
+    assert not (tmp_path / "report/shards").exists()
 
 
 def start(folder: Path, *more: str) -> "subprocess.Popen[str]":

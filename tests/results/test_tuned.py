@@ -20,6 +20,7 @@ from tla_service.results.page import write_page
 from tla_service.results.runs import (
     TableRun,
     is_finished,
+    read_row,
     record_if_diverged,
     rounds,
     run_config,
@@ -27,7 +28,7 @@ from tla_service.results.runs import (
     table_space,
 )
 from tla_service.results.settings import ReproduceSettings, TableName
-from tla_service.results.tuned_page import holm
+from tla_service.results.tuned_page import differences, holm
 from tla_service.training.output import SUMMARY
 
 Finished = Callable[..., None]
@@ -62,7 +63,7 @@ def test_every_method_has_as_many_trials_with_the_same_shared_settings() -> None
 
 @pytest.mark.parametrize(
     ("table", "images", "epochs", "short"),
-    [("mnist", 3000, 2, 2), ("cifar10", 3000, 15, 5), ("tiny_imagenet", 1000, 30, 10)],
+    [("mnist", 3000, 2, 2), ("cifar10", 3000, 15, 3), ("tiny_imagenet", 1000, 30, 10)],
 )
 def test_every_run_of_the_protocol_is_valid_and_selected_on_enough_validation_images(
     table: str, images: int, epochs: int, short: int, tmp_path: Path
@@ -191,6 +192,19 @@ def test_the_page_has_corrected_verdicts_and_the_searches(tmp_path: Path, finish
     gain = 100 * (first["tla"].scores[0] - first["at"].scores[0])
     (row,) = [line for line in page.splitlines() if line.startswith("| 0.0155 | 0.333 |")]
     assert row.split(" | ")[6] == f"{gain:+.1f}"  # after ALP, TRADES and MART
+
+
+def test_differences_that_agree_to_the_digit_are_no_evidence(tmp_path: Path, finished: Finished) -> None:
+    for seed, at in enumerate((0.6, 0.612)):
+        finished(tmp_path, f"at-s{seed}", 0.9, at)
+        finished(tmp_path, f"tla-s{seed}", 0.9, round(at + 0.01, 3))
+    rows = {
+        arm: read_row(arm, [TableRun(f"{arm}-s{seed}", arm, seed) for seed in range(2)], tmp_path)
+        for arm in tuned.protocol("mnist").arms
+    }
+    (found,) = [each for each in differences("mnist", rows) if each.measure == "pgd100"]
+    assert found.found.value == pytest.approx(0.01)
+    assert found.p == 1
 
 
 @pytest.mark.parametrize(

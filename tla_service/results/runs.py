@@ -210,12 +210,16 @@ def checkpoint_of(folder: Path) -> Path:
 
 
 def slim(folder: Path) -> None:
-    """Keep only the best weights and the report of a run, so that the state is small enough to copy."""
+    """Keep only the best weights and the report of a run, so that the state is small enough to copy.
+
+    Shards of an evaluation that has not finished are kept: it resumes from them.
+    """
     newest = checkpoint_of(folder)
     for old in set(newest.parent.glob("step-*")) - {newest}:
         shutil.rmtree(old)
     keep_best_only(newest)
-    shutil.rmtree(folder / REPORT / "shards", ignore_errors=True)
+    if (folder / REPORT / REPORT_FILE).exists():
+        shutil.rmtree(folder / REPORT / "shards", ignore_errors=True)
 
 
 def record_if_diverged(folder: Path, reason: object) -> bool:
