@@ -20,11 +20,10 @@ _COLUMNS = {"clean": "clean", "pgd100": "PGD-100", "pgd100 less AT": "PGD-100 le
 
 def table() -> str:
     """A row for each method that has been tuned and timed."""
+    steps = json.loads((RESULTS / "performance-cpu.json").read_text())["tables"]["Steps"]["rows"]
     times = {
-        {"TLA, pool: batch": "TLA"}.get(step, step): time.partition(" ")[0]
-        for network, step, _, time in json.loads((RESULTS / "performance-cpu.json").read_text())["tables"]["Steps"][
-            "rows"
-        ]
+        "TLA" if step == "TLA, pool: batch" else step: time.partition(" ")[0]
+        for network, step, _, time in steps
         if network == CPU_WORKLOADS["small_cnn_4"].name
     }
     page = (RESULTS / "mnist-tuned.md").read_text().partition("## Accuracy, %\n\n")[2].partition("\n\n")[0]

@@ -1,6 +1,7 @@
 """The page of a table: our results with intervals, the paper's beside them, comparisons, and what is missing."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row
     warnings: dict[str, list[str]] = {}
     for each in measured:
         for warning in each.report.autoattack.warnings if each.report.autoattack is not None else ():
-            warnings.setdefault(warning, []).append(f"`{each.run.name}`")
+            alike = re.sub(r"\d+ of \d+ ", "", warning)  # a line for all runs; their reports have the counts
+            warnings.setdefault(alike, []).append(f"`{each.run.name}`")
     for warning, names in warnings.items():
         lines += ["", f"AutoAttack warns about {', '.join(names)}: {warning}."]
     return lines
