@@ -18,7 +18,6 @@ from tla_service.triplets import mine_hardest
 # On a CPU runs of a quarter of a second vary by a tenth and more; this many seconds of them give a firm median.
 LEAST_SECONDS = {"cpu": 30.0, "cuda": 0.0}
 BURN_IN = {"cpu": 1, "cuda": 3}
-# Positives of the literal mode: one, as the bars' arithmetic and the authors' code for MNIST have it, or two.
 METHODS: dict[str, Changes] = {
     "ALP": {"method": "alp"},
     "TRADES": {"method": "trades"},
@@ -27,6 +26,7 @@ METHODS: dict[str, Changes] = {
     "TLA-SA": {"method": "tla_sa"},
     "TLA-TRADES": {"loss": {"robust_term": "trades"}},
 }
+# Positives of the literal mode: one, as the bars' arithmetic and the authors' code for MNIST have it, or two.
 LITERAL = {"TLA, literal": "same_class", "TLA, literal, two positives": "both"}
 
 

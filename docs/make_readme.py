@@ -26,8 +26,9 @@ def table() -> str:
         for network, step, _, time in steps
         if network == CPU_WORKLOADS["small_cnn_4"].name
     }
-    page = (RESULTS / "mnist-tuned.md").read_text().partition("## Accuracy, %\n\n")[2].partition("\n\n")[0]
-    titles, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines())
+    page = (RESULTS / "mnist-tuned.md").read_text(encoding="utf-8")
+    accuracy = page.partition("## Accuracy, %\n\n")[2].partition("\n\n")[0]
+    titles, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in accuracy.splitlines())
     found = [dict(zip(titles, line, strict=True)) for line in lines]
     rows = [
         [row["method"], *(row[column] for column in _COLUMNS), times[row["method"]]]
@@ -43,4 +44,4 @@ def filled(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
