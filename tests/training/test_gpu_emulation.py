@@ -103,7 +103,7 @@ GRAPHED: dict[str, dict[str, Any]] = {
     "average and a growing radius": {"training": {"ema_decay": 0.9}, "attack": {"warmup": 0.8}},
     "adversarial weights, BatchNorm": {"attack": {"awp": True}, "model": {"name": "mnist_cnn"}},
     "embeddings of the last step": {"mining": {"pool": "separate", "pool_size": 20, "queries": "last_step"}},
-    "bfloat16": {"training": {"precision": "bfloat16"}, "model": {"name": "mnist_cnn"}},
+    "bfloat16": {"training": {"precision": "bfloat16"}},
     "L2": {"attack": {"norm": "l2", "epsilon": 1.0, "step_size": 0.4, "warmup": 0.5}},
     "KL": {"loss": {"robust_term": "trades"}},
 }
