@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tla_service.config import RunConfig
-from tla_service.evaluation.figures import new_figure, plain, save
+from tla_service.evaluation.figures import BLUE, new_figure, plain, save
 from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.results import tuned
 from tla_service.results.runs import AUTOATTACK, Estimate, Row, TableRun, read_row, share_of_budget, table_runs
@@ -36,7 +36,7 @@ def write_page(settings: ReproduceSettings, space: Space, source: Path, state: P
         pgd = {name: attack for name, attack in first.attacks.items() if attack.kind == "pgd" and not attack.transfer}
         iterative = max(pgd, key=lambda name: pgd[name].num_steps)
         strong = [iterative, *autoattack]
-        _method_bars(finished, ["clean", *strong], path.parent / "pictures" / f"{settings.page_name}-methods.png")
+        _draw_methods(finished, ["clean", *strong], path.parent / "pictures" / f"{settings.page_name}-methods.png")
         lines += [f"![Methods](pictures/{settings.page_name}-methods.png)", "", "## Accuracy, %", ""]
         gain = iterative if is_tuned else ""
         lines += [*_table(settings, rows, ["clean", *first.attacks, *autoattack], gain), ""]
@@ -166,20 +166,17 @@ def _missing(settings: ReproduceSettings, finished: Sequence[Row]) -> list[str]:
     return ["## Not run yet", "", f"{runs}: {names}.", "", f"`{command(settings)}` resumes the table."]
 
 
-def _method_bars(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
-    """Means over seeds with every seed as a dot, a group of bars for each measure."""
-    width, drawn = 0.8 / len(rows), new_figure(8, 3.4)
-    axes = drawn.subplots()
-    for place, row in enumerate(rows):
-        left = [group - 0.4 + (place + 0.5) * width for group in range(len(names))]
-        found = [row.values(name) for name in names]
-        heights = [100 * estimate.value if (estimate := Estimate.over_seeds(values)) else 0.0 for values in found]
-        axes.bar(left, heights, width * 0.92, label=row.label)
-        for x, values in zip(left, found, strict=True):
-            axes.plot([x] * len(values), [100 * value for value in values], "k.", markersize=3)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylim(0, 100)
-    axes.set_ylabel("accuracy, %")
-    plain(axes, "y")
-    axes.legend(ncols=len(rows), loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False, fontsize=8)
+def _draw_methods(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
+    """Each seed as a dot, their mean with its 95% interval; one panel per measure, one line per method."""
+    drawn = new_figure(8, 1.2 + 0.24 * len(rows))
+    for name, axes in zip(names, drawn.subplots(1, len(names), sharey=True), strict=True):
+        for place, row in enumerate(rows):
+            values = [100 * value for value in row.values(name)]
+            axes.plot(values, [place] * len(values), "o", color=BLUE, markersize=3.5, alpha=0.35, markeredgewidth=0)
+            if estimate := Estimate.over_seeds(values):
+                axes.plot([estimate.low, estimate.high], [place, place], color=BLUE, linewidth=1.6)
+                axes.plot(estimate.value, place, "|", color=BLUE, markersize=10, markeredgewidth=1.6)
+        axes.set(xlabel=f"{name}, %", ylim=(len(rows) - 0.5, -0.5))
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        plain(axes)
     save(drawn, path)
