@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tla_service.config import RunConfig
-from tla_service.evaluation.figures import BLUE, new_figure, plain, save
+from tla_service.evaluation.figures import BLUE, ORANGE, new_figure, plain, save
 from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.results import tuned
 from tla_service.results.runs import AUTOATTACK, Estimate, Row, TableRun, read_row, share_of_budget, table_runs
@@ -172,7 +172,7 @@ def _draw_methods(rows: Sequence[Row], names: Sequence[str], path: Path) -> None
     for name, axes in zip(names, drawn.subplots(1, len(names), sharey=True), strict=True):
         for place, row in enumerate(rows):
             values = [100 * value for value in row.values(name)]
-            axes.plot(values, [place] * len(values), "o", color=BLUE, markersize=3.5, alpha=0.35, markeredgewidth=0)
+            axes.plot(values, [place] * len(values), "o", color=ORANGE, markersize=3.5, markeredgewidth=0)
             if estimate := Estimate.over_seeds(values):
                 axes.plot([estimate.low, estimate.high], [place, place], color=BLUE, linewidth=1.6)
                 axes.plot(estimate.value, place, "|", color=BLUE, markersize=10, markeredgewidth=1.6)
