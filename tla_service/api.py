@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tla_service.attacks import Attack
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.explain import Explainer
+from tla_service.config.explain import validated
 from tla_service.config.loading import load_config_file
 from tla_service.config.radii import length_trouble
 from tla_service.data import Batch, EvaluationBatches, load_dataset
@@ -131,9 +130,8 @@ def _check_attacks(attacks: Mapping[str, Attack]) -> None:
         elif ":" in attack.kind:
             raise ConfigError(f"{where}.kind", attack.kind, "names a function here", "pass it: Attack(function=...)")
         try:
-            EvaluationAttack.model_validate(fields)
-        except ValidationError as error:
-            found = Explainer(EvaluationAttack, "").explain(error.errors(include_url=False)[0])
+            validated(EvaluationAttack, fields)
+        except ConfigError as found:
             raise ConfigError(f"{where}.{found.subject}", found.value, found.reason, found.remedy) from None
         step_size = None if attack.kind == "fgsm" else attack.step_size
         trouble = length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps)

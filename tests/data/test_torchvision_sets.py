@@ -87,6 +87,9 @@ def test_parquet_files_of_another_set_are_refused(
     assert load_dataset(make_config(name="mnist", root=str(tmp_path / "grey"))).image_shape == (1, 8, 8)
     with pytest.raises(ConfigError, match=r"data\.root=.*hold 3-channel images, mnist has 1; point it at this set's"):
         load_dataset(make_config(name="mnist", root=str(tmp_path / "colour")))
+    # A registered model would resize other images another way than these files are.
+    with pytest.raises(ConfigError, match=r"data\.image_size=16: .*data\.name=parquet"):
+        load_dataset(make_config(name="mnist", root=str(tmp_path / "grey"), image_size=16))
     with pytest.raises(ConfigError, match=r"data\.root=.*hold 1-channel images, cifar10 has 3"):
         load_dataset(make_config(name="cifar10", root=str(tmp_path / "grey")))
 
@@ -121,6 +124,12 @@ def test_packed_unpacked_and_bare_folders_agree(small_mnist: Path, make_config: 
     assert torch.equal(packed.test.fetch(torch.arange(10))[:, 0], theirs.data)
     assert torch.equal(packed.test.labels, theirs.targets)
     assert load_dataset(make_config(name="mnist", root=str(small_mnist), image_size=32)).image_shape == (1, 32, 32)
+
+
+def test_the_missing_idx_file_is_named(small_mnist: Path, make_config: MakeConfig) -> None:
+    (small_mnist / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(UnavailableError, match=r"raw/t10k-labels-idx1-ubyte\.gz is missing"):
+        load_dataset(make_config(name="mnist", root=str(small_mnist)))
 
 
 def test_fashion_mnist_has_names(small_mnist: Path, make_config: MakeConfig) -> None:

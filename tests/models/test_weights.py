@@ -259,6 +259,14 @@ def test_a_file_without_a_head_serves_where_the_head_is_new(source: Wrapped) -> 
         fit({"": {**body, "denoiser.weight": torch.zeros(2)}}, ours, "x", new_head=True)
 
 
+def test_a_file_may_hold_the_weights_under_both_names(source: Wrapped) -> None:
+    ours = build_model("torchvision:resnet18", 2, (3, 32, 32))
+    theirs = source.model.state_dict()
+    ours.load_state_dict(fit({"": theirs}, ours, "x").state_dict)
+    found = fit({"": ours.state_dict() | theirs}, ours, "x")
+    assert all(torch.equal(found.state_dict[name], value) for name, value in ours.state_dict().items())
+
+
 def test_layers_before_the_network_are_not_dropped(source: Wrapped) -> None:
     """A denoiser before the classifier would change every prediction."""
     ours = build_model("torchvision:resnet18", 2, (3, 32, 32))

@@ -48,6 +48,10 @@ def test_the_job_registers_what_predicts_the_same(
         ["--attack.norm", "l2"],
         ["--norm", "l2", "--epsilon", "128"],
         ["--epsilon", "8"],
+        ["--model.pretrained", "other.pt"],
+        ["--model.head", "new"],
+        ["--model.code", "."],
+        ["--data.extra.path", "extra.npz"],
     ):
         assert call("--file", str(tmp_path / "w.pt"), *arguments) == 2, arguments
     assert call("--file", str(tmp_path / "w.pt"), "--tracking.uri", "http://127.0.0.1:1") == 3

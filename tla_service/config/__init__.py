@@ -236,6 +236,8 @@ class RunConfig(Section):
             yield "loss.robust_weight", reason, f"leave it out, or {remedy}"
         if loss.triplet_layer != "embedding" and not self.mines_triplets:
             yield "loss.triplet_layer", f"method {method} has no triplets", "leave it out, or use method tla"
+        if loss.triplet_layer in ("lower", "middle") and self.model.embedding is not None:
+            yield "loss.triplet_layer", "model.embedding names another layer for triplets", "leave one of them out"
         of_fine_tuning = {"model.head": "keep", "optimizer.body_rate": 1, "training.freeze_batchnorm": False}
         for field, default in of_fine_tuning.items():
             if self.model.pretrained is None and attrgetter(field)(self) != default:
@@ -260,6 +262,8 @@ class RunConfig(Section):
         attack, mining = self.attack, self.mining
         if self.attack_objective == "kl" and not attack.random_start and attack.kind == "pgd":
             yield "attack.random_start", _NO_GRADIENT, "set it to true, or attack.objective to cross_entropy"
+        if not attack.random_start and attack.kind in ("n_fgsm", "free"):
+            yield "attack.random_start", f"attack.kind {attack.kind} starts at noise", "leave it out"
         if self.attack_objective == "kl" and attack.noise == 0 and attack.kind == "n_fgsm":
             yield "attack.noise", _NO_GRADIENT, "set a value above 0, or attack.objective to cross_entropy"
         reuses = self.mines_triplets and mining.pool == "separate" and mining.queries == "last_step"

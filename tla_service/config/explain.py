@@ -7,9 +7,9 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tla_service.config.fields import Function
@@ -117,6 +117,17 @@ class Explainer:
     def _names_at(self, path: Sequence[str]) -> list[str]:
         section = self._section_at(path)
         return list(section.model_fields) if section is not None else []
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(kind: type[Model], fields: object) -> Model:
+    """An instance made of values that come from code rather than from a job's settings. Raises ConfigError."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise Explainer(kind, "").explain(error.errors(include_url=False)[0]) from error
 
 
 def suggest(word: str, choices: Sequence[str]) -> str:

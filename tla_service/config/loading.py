@@ -19,7 +19,7 @@ from pydantic_settings import (
 )
 
 from tla_service.config import RunConfig, TrackingConfig
-from tla_service.config.explain import Explainer, suggest
+from tla_service.config.explain import Explainer, suggest, validated
 from tla_service.config.fields import refuse
 from tla_service.config.radii import known_shape, without_lengths_of_other_norms
 from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
@@ -186,12 +186,12 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
 
 def load_config_file(path: Path) -> RunConfig:
     """Read a resolved configuration, as written by `to_yaml`; ConfigError if that is not possible."""
+    values = read_yaml(path, "config")
     try:
-        return RunConfig.model_validate(read_yaml(path, "config"))
-    except ValidationError as error:
-        found = Explainer(RunConfig, "").explain(error.errors(include_url=False)[0])
+        return validated(RunConfig, values)
+    except ConfigError as found:
         remedy = "correct the file, or read it with the version of tla-service that wrote it"
-        raise ConfigError("config", path, f"holds a wrong setting ({found.subject}: {found.reason})", remedy) from error
+        raise ConfigError("config", path, f"holds a wrong setting ({found.subject}: {found.reason})", remedy) from found
 
 
 def same_run(text: str, config: RunConfig) -> bool:

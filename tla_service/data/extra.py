@@ -43,7 +43,8 @@ def load_extra(config: DataConfig, dataset: Dataset, validation: SourceRows) -> 
         shown = listed([f"{name(row)} = {image}" for row, image in leaks.items()])
         text = f"{len(leaks)} of its {len(source)} images are near-duplicates of validation or test images: {shown}"
         if config.extra.duplicates == "refuse" or len(leaks) == len(source):
-            raise ConfigError(FIELD, config.extra.path, text, "leave them out, or set data.extra.duplicates=drop")
+            drop = ", or set data.extra.duplicates=drop" if len(leaks) < len(source) else ""
+            raise ConfigError(FIELD, config.extra.path, text, f"leave them out{drop}")
         notice("%s=%s: left out, since %s", FIELD, config.extra.path, text)
     kept = torch.ones(len(source), dtype=torch.bool)
     kept[[*leaks]] = False

@@ -79,7 +79,7 @@ def load_image_folder(config: DataConfig) -> Splits:
         parts[role] = found[name] = left[name]
         if role == "test" and name != names[0]:
             shown = tree.describe(f"{base}{names[0]}")
-            notice("%s has no images in the class folders of train/; testing on %s/ instead", shown, name)
+            notice("%s has no images in the class folders of %s/; testing on %s/ instead", shown, folders[0], name)
     for name, part in found.items():
         strange = sorted({inside for _, inside in part.images if _key(inside) not in numbers})
         if strange:

@@ -52,6 +52,7 @@ def load_torchvision_set(config: DataConfig) -> Splits:
     root = required_root(config)
     folder, missing = find(root, config)
     if missing and (config.train or "train") in find_splits(root, config):
+        refuse_settings(config, ("image_size",), "a registered model would not resize as its files are", "parquet")
         splits = load_parquet(config)
         if (there := splits.train.image_shape[0]) != (channels := 1 if is_idx else 3):
             # The root may hold another set, since files are found at any depth.
@@ -96,14 +97,17 @@ def _source(images: torch.Tensor, labels: torch.Tensor, config: DataConfig) -> A
 
 def _find_idx(root: Path, config: DataConfig) -> tuple[Path, Path | None]:
     """The folder of the four files, unpacked into the cache if need be, and the first that is missing."""
-    raw = root / _KINDS[config.name] / "raw"
-    for folder in (raw, root / "raw", root):
-        if all((folder / name).is_file() for name in _IDX_FILES):
-            return folder, None
-        packed = [folder / f"{name}.gz" for name in _IDX_FILES]
-        if all(path.is_file() for path in packed):
-            return _unpacked(packed, config.cache_dir), None
-    return raw, raw / _IDX_FILES[0]
+    folders = (root / _KINDS[config.name] / "raw", root / "raw", root)
+    missing: list[Path] = []
+    for folder in folders:
+        for packed in (False, True):
+            paths = [folder / f"{name}.gz" if packed else folder / name for name in _IDX_FILES]
+            absent = [path for path in paths if not path.is_file()]
+            if not absent:
+                return (_unpacked(paths, config.cache_dir) if packed else folder), None
+            if not missing or len(absent) < len(missing):
+                missing = absent
+    return folders[0], missing[0]
 
 
 def _find_cifar(root: Path, config: DataConfig) -> tuple[Path, Path | None]:

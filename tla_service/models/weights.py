@@ -86,7 +86,7 @@ def fit(entries: Entries, network: ImageClassifier, source: str, *, new_head: bo
     copies = [copy for entry, tensors in entries.items() for copy in _copies(entry, tensors, sought)]
     if not copies:
         raise _mismatch(entries, sought, source)
-    chosen = min(copies, key=lambda copy: ("ema" not in copy.name.lower(), copies.index(copy)))
+    chosen = min(copies, key=lambda copy: "ema" not in copy.name.lower())  # the first of equals
     _check_tensors(chosen, sought, source)
     notes = [_compare(chosen, other) for other in copies if other is not chosen]
     aside = _left_over(chosen, entries[chosen.entry], copies, sought, source)

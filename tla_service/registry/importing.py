@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from tla_service.config import RunConfig
 from tla_service.data import EvaluationBatches, load_dataset, split_training
 from tla_service.evaluation.suite import measure_accuracy
 from tla_service.files import sha256
@@ -40,9 +39,7 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     network.load_state_dict(found.state_dict)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device).eval()
-    attack = {"norm": settings.norm, "epsilon": settings.radius, "step_size": settings.radius / 4}
-    shared = settings.model_dump(include={"seed", "data", "model", "detection"})
-    config = RunConfig.model_validate(shared | {"attack": attack})
+    config = settings.run_config
     check_packaging(config, names, len(dataset.test), network.embedding_size)
     rows = torch.arange(len(dataset.test))
     alone = WorkerContext(device=device)

@@ -6,10 +6,12 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tla_service.config import DataConfig, DetectionConfig, ModelConfig, TrackingConfig
+from tla_service.config import DataConfig, DetectionConfig, ModelConfig, RunConfig, TrackingConfig
+from tla_service.config.explain import validated
 from tla_service.config.fields import Pixels, Section, model_trouble, refuse, setting, wrong
 from tla_service.config.loading import JobSettings
 from tla_service.config.radii import Norm, documented_radius, known_shape, length_trouble, no_radius
+from tla_service.errors import ConfigError
 from tla_service.report.schema import ThreatModel
 
 Format = Literal["pt2", "onnx"]
@@ -126,7 +128,21 @@ class ImportSettings(JobSettings):
         shape = known_shape(self.data.name, self.data.image_size)
         named = model_trouble("name", self.name) if self.name else None
         refuse(named, length_trouble("", self.norm, self.radius, shape=shape))
+        for field, default in {"pretrained": None, "head": "keep"}.items():
+            if (value := getattr(self.model, field)) != default:
+                raise wrong(f"model.{field}", value, "an import takes all weights from --file", "leave it out")
+        try:
+            _ = self.run_config
+        except ConfigError as error:
+            refuse(error)
         return self
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The run that the version is registered as. Raises ConfigError for settings that contradict one another."""
+        attack = {"norm": self.norm, "epsilon": self.radius, "step_size": self.radius / 4}
+        shared = {name: getattr(self, name) for name in ("seed", "data", "model", "detection")}
+        return validated(RunConfig, shared | {"attack": attack})
 
     @property
     def radius(self) -> float:

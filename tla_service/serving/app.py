@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
@@ -15,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from tla_service.config import TrackingConfig
-from tla_service.config.explain import Explainer
+from tla_service.config.explain import validated
 from tla_service.inference.images import BadImages
 from tla_service.registry.loading import open_package, pin_version
 from tla_service.serving.bodies import ENCODED, JSON, NPY, parse_body
@@ -135,10 +134,7 @@ def app(arguments: dict[str, Any]) -> Application:
     An alias is resolved once, here, so that replicas started later serve the same version; redeploy to follow it.
     Raises `UserError` for an invalid field or address, a version that does not exist and an unavailable registry.
     """
-    try:
-        settings = ServeSettings.model_validate(arguments)
-    except ValidationError as error:
-        raise Explainer(ServeSettings, "").explain(error.errors(include_url=False)[0]) from error
+    settings = validated(ServeSettings, arguments)
     uri = tracking_uri(TrackingConfig(uri=settings.tracking_uri))
     model = pin_version(settings.model, uri)
     classifier = Classifier.options(  # type: ignore[attr-defined]

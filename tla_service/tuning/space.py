@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from tla_service.config import RunConfig
-from tla_service.config.explain import Explainer
+from tla_service.config.explain import Explainer, validated
 from tla_service.config.radii import known_shape
 from tla_service.errors import ConfigError
 from tla_service.tuning.axes import Axis, Constraint, axis_of, shown
@@ -69,10 +69,7 @@ class Space:
         values = {path: value for axis in self.axes for path, value in axis.fields(point[axis.name]).items()}
         fields = _with(self._full if full_length else self._fields, values)
         self._follow_batch_size(fields, None if full_length else self.sweep.trial_epochs)
-        try:
-            return RunConfig.model_validate(fields)
-        except ValidationError as error:
-            raise Explainer(RunConfig, "").explain(error.errors(include_url=False)[0]) from error
+        return validated(RunConfig, fields)
 
     def trial(self, number: int, point: Point, num_workers: int) -> RunConfig:
         """The run of a trial, named by its number and point: checkpoints under that name are of this point."""
