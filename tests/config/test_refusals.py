@@ -165,6 +165,12 @@ WRONG_FLAGS = [
     ),
     ("--loss.robust_weight=3", "loss.robust_weight=3", "method tla has no divergence", "loss.robust_term to trades"),
     ("--method=mart --loss.clean_weight=0.5", "loss.clean_weight=0.5", "mart term has its own share", "robust_weight"),
+    (
+        "--method=tla --model.embedding=a --loss.triplet_layer=lower",
+        "loss.triplet_layer=lower",
+        "another layer",
+        "one of",
+    ),
     ("--attack.kind=n_fgsm --no-attack.random_start", "attack.random_start=False", "starts at noise", "leave it out"),
     ("--method=trades --no-attack.random_start", "attack.random_start=False", "no gradient", "set it to true"),
     ("--method=trades --attack.kind=n_fgsm --attack.noise=0", "attack.noise=0", "no gradient", "above 0"),

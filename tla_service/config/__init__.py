@@ -234,16 +234,20 @@ class RunConfig(Section):
         if loss.robust_weight is not None and term == "cross_entropy":
             reason, remedy = f"method {method} has no divergence to weight", "set loss.robust_term to trades or mart"
             yield "loss.robust_weight", reason, f"leave it out, or {remedy}"
-        if loss.triplet_layer != "embedding" and not self.mines_triplets:
-            yield "loss.triplet_layer", f"method {method} has no triplets", "leave it out, or use method tla"
-        if loss.triplet_layer in ("lower", "middle") and self.model.embedding is not None:
-            yield "loss.triplet_layer", "model.embedding names another layer for triplets", "leave one of them out"
         of_fine_tuning = {"model.head": "keep", "optimizer.body_rate": 1, "training.freeze_batchnorm": False}
         for field, default in of_fine_tuning.items():
             if self.model.pretrained is None and attrgetter(field)(self) != default:
                 yield field, "the network starts from random weights", "leave it out, or set model.pretrained"
+        yield from self._contradictions_of_layers()
         yield from self._contradictions_of_extra_images()
         yield from self._contradictions_of_the_attack()
+
+    def _contradictions_of_layers(self) -> Iterator[tuple[str, str, str]]:
+        layer = self.loss.triplet_layer
+        if layer != "embedding" and not self.mines_triplets:
+            yield "loss.triplet_layer", f"method {self.method} has no triplets", "leave it out, or use method tla"
+        if layer in ("lower", "middle") and self.model.embedding is not None:
+            yield "loss.triplet_layer", "model.embedding names another layer for triplets", "leave one of them out"
 
     def _contradictions_of_extra_images(self) -> Iterator[tuple[str, str, str]]:
         extra, batch = self.data.extra, self.training.global_batch_size
