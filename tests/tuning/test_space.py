@@ -198,6 +198,16 @@ REFUSED = {
         {"picture": "margin"},
         "sweep.picture=margin: its x axis is the first of the space, and loss.margin is a range",
     ),
+    "a group called like a column of the table": (
+        {"epochs": {"variants": {"one": {"loss.margin": 0.1}}}},
+        {},
+        "sweep.space.epochs: the table of trials has a column of this name",
+    ),
+    "lengths where all trials have one": (
+        {"schedule": {"variants": {"long": {"training.epochs": 54}}}},
+        {"trial_epochs": 3},
+        "sweep.trial_epochs=3: all trials have this length, and the space has training.epochs",
+    ),
     "grace beyond the trial": ({}, {"grace_epochs": 28}, "sweep.grace_epochs=28: longer than a trial of 27 epochs"),
 }
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests.tuning.conftest import space_of, trial_of
 from tla_service.tuning import trials as trials_module
+from tla_service.tuning.axes import COLUMNS
 from tla_service.tuning.trials import Progress, Score, Trial, as_csv, counts, table, winner
 
 
@@ -149,6 +150,7 @@ def test_the_table_has_a_row_per_trial_and_survives_as_csv() -> None:
     assert read[1]["validation/robust_accuracy"] == ""
     assert counts(trials) == "2 trials: 1 finished, 1 failed"
     assert counts([]) == "no trials"
+    assert [name for name in rows[0] if "." not in name and "/" not in name] == [*COLUMNS]
 
 
 def test_the_winner_is_a_finished_trial_if_there_is_one() -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,7 +12,7 @@ from tla_service.cluster.storage import Folder
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
 from tla_service.data import load_dataset
-from tla_service.errors import ConfigError
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import Architecture
 from tla_service.workflows import sweep
 from tla_service.workflows.run import Facts
@@ -40,10 +41,24 @@ def test_a_sweep_goes_on_with_the_code_it_began_with(tmp_path: Path) -> None:
     storage, run = Folder(str(tmp_path)), run_config()
     _check_code(run, storage, None)
     _check_code(run, storage, "a" * 64)
+    storage.write(sweep.CODE, b"a" * 64)
     _check_code(run, storage, "a" * 64)
     for other in ("b" * 64, None):
         with pytest.raises(ConfigError, match=r"^model\.code.*choose another --sweep.name"):
             _check_code(run, storage, other)
+
+
+def test_a_sweep_that_never_began_may_begin_with_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = space_of({"loss.margin": [0.1, 0.2]})
+    monkeypatch.setattr(sweep, "check_tracking", lambda _: None)
+    monkeypatch.setattr(
+        sweep, "check_disks", Mock(side_effect=UnavailableError("output", None, "is full", "free some"))
+    )
+    for sha256 in ("a" * 64, "b" * 64):
+        facts = Mock(architecture=Mock(code_sha256=sha256))
+        monkeypatch.setattr(sweep, "check_before_start", Mock(return_value=facts))
+        with pytest.raises(UnavailableError, match="is full"):
+            sweep.run_sweep(space.run, space, tmp_path, resume=False)
 
 
 def test_the_winner_trains_with_the_credentials_that_its_file_lacks(

@@ -23,6 +23,8 @@ _FIXED = (
     "name", "scaling", "tracking", "evaluation", "model.code", "data.name", "data.root", "data.train",
     "data.validation", "data.test", "data.validation_fraction", "data.test_fraction",
 )  # fmt: skip
+# Of the table of trials, beside the axes and the accuracies.
+COLUMNS = ("trial", "status", "best_epoch", "epochs", "attempts", "restarts", "seconds", "reason")
 _CONSTRAINTS = "sweep.constraints"
 _EXAMPLE = "write it like 'mining.pool_size >= 2 * training.global_batch_size'"
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -85,6 +87,8 @@ def axis_of(name: str, dimension: Dimension) -> Axis:
     if sum([(low, high) != (None, None), dimension.values is not None, dimension.variants is not None]) != 1:
         raise ConfigError(where, None, "needs one of: low and high; values; variants", "give exactly one of them")
     if dimension.variants is not None:
+        if name in COLUMNS or name.startswith(("validation/", "test/")):
+            raise ConfigError(where, None, "the table of trials has a column of this name", "give the group another")
         _check_some(where, dimension.variants)
         variants = {
             variant: {path: _as_field(_field(path, where), value) for path, value in fields.items()}

@@ -161,6 +161,10 @@ class Space:
         if self.run.scaling.wait_seconds > 0 and sweep.max_concurrent is None:
             reason = "with scaling.wait_seconds the cluster may grow, so its present size sets no limit"
             raise ConfigError("sweep.max_concurrent", None, reason, "set it to the trials that may run at a time")
+        searched = {path for axis in self.axes for value in axis.ends() for path in axis.fields(value)}
+        if sweep.trial_epochs is not None and "training.epochs" in searched:
+            reason = "all trials have this length, and the space has training.epochs"
+            raise ConfigError("sweep.trial_epochs", sweep.trial_epochs, reason, "leave out one of them")
         epochs = sweep.trial_epochs or self.run.training.epochs
         if sweep.scheduler == "asha" and sweep.grace_epochs is not None and sweep.grace_epochs > epochs:
             reason = f"longer than a trial of {epochs} epochs"

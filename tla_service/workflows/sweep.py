@@ -55,7 +55,8 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
         run = _compare(run, space, storage, resume=resume)
         check_tracking(run.tracking)
         facts = check_before_start(run)
-        _check_code(run, storage, facts.architecture.code_sha256)
+        code_sha256 = facts.architecture.code_sha256
+        _check_code(run, storage, code_sha256)
         wanted = space.sweep.num_samples
         trials = len(space.grid()[:wanted]) if space.sweep.searcher == "grid" else wanted or DEFAULT_SAMPLES
         check_disks(run, output, f"{storage.uri}/trials", facts.checkpoint_bytes, trials)
@@ -66,6 +67,8 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
             most = max_concurrent(run.scaling, space.sweep.max_concurrent, placement)
             plan = Plan(space, storage.uri, placement, facts.weights, most, code=facts.architecture.code)
             storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
+            if code_sha256 is not None:
+                storage.write(CODE, code_sha256.encode())
             return _search(plan, run, facts, output, lease, debug=debug)
 
 
@@ -75,8 +78,6 @@ def _check_code(run: RunConfig, storage: Folder, sha256: str | None) -> None:
     if before is not None and before.decode() != sha256:
         reason = "its files are not those that this sweep began with"
         raise ConfigError("model.code", run.model.code, reason, "bring them back, or choose another --sweep.name")
-    if sha256 is not None:
-        storage.write(CODE, sha256.encode())
 
 
 def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:
