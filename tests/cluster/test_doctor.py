@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -49,6 +50,21 @@ def test_a_full_cache_disk_is_a_warning() -> None:
 @pytest.mark.parametrize(("apart", "state"), [(0.1, "ok"), (-1.9, "ok"), (30.0, "warn"), (-4000.0, "FAIL")])
 def test_clocks(apart: float, state: str) -> None:
     assert checks.clock(HERE, apart).state == state
+
+
+def test_a_clock_that_does_not_answer_is_not_called_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {node.facts: {}, time.time: "no response within 120 s", node.use_shared_memory: ""}
+    monkeypatch.setattr(checks, "_on_node", lambda _node, call, *_: answers[call])
+    told: Any = checks._facts(HERE, SETTINGS)
+    finding = checks.clock(HERE, told["clock_seconds"])
+    assert (finding.state, finding.detail) == ("FAIL", "no response within 120 s")
+
+
+def test_an_error_of_the_workers_without_a_text_is_named_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 99.0}}])
+    monkeypatch.setattr(node, "use_workers", Mock(side_effect=AssertionError()))
+    finding = checks.workers(SETTINGS.model_copy(update={"workers": 2}))
+    assert (finding.state, finding.detail) == ("FAIL", "AssertionError")
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,14 @@ def test_records_become_metrics_of_the_run(recorded: dict[str, Recorder]) -> Non
     told.take({"event": "start", "resumed": False, "workers": 4})
     told.take({"event": "step", "epoch": 2, "step": 7, "total_steps": 9, "loss": 1.5, "images_per_second": 80.0})
     told.take({"event": "failure", "message": "workers failed: {0: 'gone'}"})
+    told.take({"event": "failure", "message": "rank 0 failed alone"})  # of the same group
+    told.take({"event": "placed"})
     told.take(
         {"event": "epoch", "metrics": {"epoch": 2.0, "step": 9.0, "train/loss": 1.0, "validation/robust_accuracy": 0.5}}
     )
     told.take({"event": "waiting", "message": "waiting for a node"})  # is no progress
+    told.take({"event": "placed"})  # of another size
+    told.take({"event": "failure", "message": "workers failed"})  # the last one, which ends the run
     told.unsent(120)
     told.ended("loss_not_finite")
     values = {name: [value for value, _ in metric.seen] for name, metric in recorded.items()}
@@ -62,7 +66,8 @@ def test_records_become_metrics_of_the_run(recorded: dict[str, Recorder]) -> Non
     assert values["tla_clean_accuracy"] == []
     assert values["tla_unsent_bytes"] == [120]
     assert all(before <= moment <= time.time() for moment in values["tla_last_progress_timestamp_seconds"])
-    assert len(values["tla_last_progress_timestamp_seconds"]) == 4
+    assert len(values["tla_last_progress_timestamp_seconds"]) == 8
+    assert told.restarts == 1
     labels = {"run": config.run_name, "method": "tla", "dataset": "digits"}
     assert recorded["tla_worker_restarts"].seen == [(1.0, labels | {"outcome": "restarted"})]
     assert recorded["tla_runs_ended"].seen == [(1.0, labels | {"outcome": "loss_not_finite"})]

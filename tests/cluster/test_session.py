@@ -1,13 +1,15 @@
 """What is checked before a cluster is started or asked."""
 
 import os
+import socket
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
-from tla_service.cluster.session import ray_session
+from tla_service.cluster.session import CONNECT_SECONDS, ray_session
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
 
@@ -36,6 +38,17 @@ def test_a_cluster_that_cannot_be_joined(
         pass
     assert caught.value.reason.startswith(reason)
     assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:6379", "[::1]:6379", "ray://[::1]:6379"])
+def test_an_address_is_tried_before_ray_is(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "init", connect := Mock())
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(socket, "create_connection", tried := Mock())
+    with ray_session(RunConfig.model_validate({"scaling": {"address": address}}).scaling):
+        pass
+    tried.assert_called_once_with(("::1" if "::1" in address else "10.0.0.1", 6379), timeout=CONNECT_SECONDS)
+    assert connect.call_args.kwargs["address"] == address
 
 
 def test_a_folder_too_deep_for_rays_sockets_is_refused_before_ray_starts(

@@ -26,13 +26,16 @@ GAUGES = {
     "tla_unsent_bytes": "metrics on disk that MLflow has not confirmed",
 }
 COUNTERS = {
-    "tla_worker_restarts_total": "worker failures followed by a restart",
+    "tla_worker_restarts_total": "restarts after worker failures",
     "tla_runs_ended_total": "runs that ended, by outcome",
 }
 
 
 class RunMetrics:
     """The metrics of one run, labelled with its name, method and data set. Needs a Ray session."""
+
+    restarts = 0  # how often workers failed and others were placed
+    _has_failed = False
 
     def __init__(self, config: RunConfig) -> None:
         labels = {"run": config.run_name, "method": config.method, "dataset": config.data.name}
@@ -45,10 +48,13 @@ class RunMetrics:
             metric.set_default_tags(labels)
 
     def take(self, record: Mapping[str, Any]) -> None:
-        """Update from a record: `start`, `step`, `epoch`, `validation` or `failure`."""
+        """Update from a record: `placed`, `start`, `step`, `epoch`, `validation` or `failure`."""
         if record["event"] != "waiting":
             self._gauges["tla_last_progress_timestamp_seconds"].set(time.time())
         if record["event"] == "failure":
+            self._has_failed = True
+        elif record["event"] == "placed" and self._has_failed:
+            self.restarts, self._has_failed = self.restarts + 1, False
             self._counters["tla_worker_restarts_total"].inc(tags={"outcome": "restarted"})
         for key, value in record.get("metrics", record).items():
             gauge = self._gauges.get(f"tla_{key.rpartition('/')[2]}")  # of "loss" as of "train/loss"

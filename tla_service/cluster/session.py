@@ -196,7 +196,8 @@ def _check_address(address: str) -> None:
     if not (host and port.isdecimal()):
         return  # "auto" or "local" fail at once
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        # An IPv6 address is in brackets.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         reason = f"no Ray cluster answers ({(error.strerror or str(error)).lower()})"
         raise UnavailableError("scaling.address", address, reason, "start one with: ray start --head") from error

@@ -102,13 +102,12 @@ class TrackedRun:
     def __init__(self, config: RunConfig, output: Path, run_id: str, terminal: Terminal) -> None:
         self.uri, self.run_id = tracking_uri(config.tracking), run_id
         self.outcome: Outcome = "finished"
-        self.restarts = 0  # how often workers failed and were restarted
         self._sizes: list[tuple[int, int]] = []  # steps and the number of workers from each on
         self._terminal = terminal
         self._stop_system_metrics = start_system_metrics(self.uri, run_id)
         self.metrics = RunLog(self.uri, run_id, output / "unsent")
         self._lines = JsonLines(output / LOG)
-        self._gauges = RunMetrics(config)
+        self.gauges = RunMetrics(config)
 
     def __enter__(self) -> Self:
         return self
@@ -118,7 +117,7 @@ class TrackedRun:
             self.outcome = "interrupted"
         elif error is not None:
             self.outcome = "loss_not_finite" if isinstance(error, NonFiniteLossError) else "failed"
-        self._gauges.ended(self.outcome)
+        self.gauges.ended(self.outcome)
         self._stop_system_metrics()
         self._terminal.close()
         self.metrics.close()
@@ -130,9 +129,11 @@ class TrackedRun:
 
     def __call__(self, record: Record) -> None:
         """Take one record from the workers."""
+        self.gauges.take(record)
+        if record["event"] == "placed":
+            return
         self._lines.write({name: value for name, value in record.items() if name != "history"})
-        self._gauges.take(record)
-        self._gauges.unsent(self.metrics.unsent_bytes())
+        self.gauges.unsent(self.metrics.unsent_bytes())
         self._terminal.show(record)
         for metrics in record.get("history", ()):
             self.metrics.log_epoch(metrics)
@@ -144,8 +145,6 @@ class TrackedRun:
             self.log_workers(current=record["checkpoint"])
         elif record["event"] == "validation":
             self.metrics.log_epoch(record["metrics"])
-        elif record["event"] == "failure":
-            self.restarts += 1
 
     def log_workers(self, *, current: bool = True) -> None:
         """Log from which step on how many workers trained; the `current` ones once a checkpoint has made it final."""
@@ -184,8 +183,7 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
                 lease.check()
                 if record["event"] == "placed":
                     start_seconds = start_seconds or time.monotonic() - began
-                    return
-                if record["event"] == "start":
+                elif record["event"] == "start":
                     write_config(config, output)
                 tracked(record)
 
@@ -269,7 +267,7 @@ def _conclude(
         "tracking_uri": without_credentials(tracked.uri),
         "model_uri": model_uri,
         "wall_seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "restarts": tracked.restarts,
+        "restarts": tracked.gauges.restarts,
         "figures": [str(path) for path in figures],
     }
 

@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tla_service.cluster.doctor import node
 from tla_service.cluster.doctor.settings import CheckupSettings
+from tla_service.cluster.mailbox import reason_line
 from tla_service.cluster.placement import place
 from tla_service.cluster.session import ray_session
 from tla_service.config import RunConfig
@@ -22,6 +23,7 @@ GIB, MB = 2**30, 10**6
 _LEAST_SHARED_MEMORY, _LEAST_CACHE = 1 * GIB, 10 * GIB
 _SLOW_STORAGE = 20.0  # MB/s; checkpoints of a large network would delay training
 _SLOW_NCCL = 1.0  # GB/s; NCCL probably uses the wrong network interface
+_RESTART = "see raylet.log on this node; restart it"
 _CLOCK_WARN_SECONDS, _CLOCK_FAIL_SECONDS = 2.0, 300.0  # S3 refuses requests that are 15 minutes off
 
 
@@ -76,7 +78,7 @@ def examine(settings: CheckupSettings) -> Iterator[Finding]:
         for found in nodes:
             told = _facts(found, settings)
             if isinstance(told, str):
-                yield found.judge("node", told, fail="see raylet.log on this node; restart it")
+                yield found.judge("node", told, fail=_RESTART)
                 continue
             yield versions(found, told["versions"])
             yield shared_memory(found, told, settings)
@@ -141,8 +143,10 @@ def cache(found: Node, free: int, folder: str) -> Finding:
     return found.judge("cache", f"{free / GIB:.0f} GiB free at {folder}", warn=remedy)
 
 
-def clock(found: Node, offset: float) -> Finding:
-    """A node's clock against the driver's, up to the latency of the call."""
+def clock(found: Node, offset: float | str) -> Finding:
+    """A node's clock against the driver's, up to the latency of the call; or why that is not known."""
+    if isinstance(offset, str):
+        return found.judge("clock", offset, fail=_RESTART)
     detail, remedy = f"{offset:+.2f} s from the driver's", "run an NTP service on every node"
     if abs(offset) >= _CLOCK_FAIL_SECONDS:
         return found.judge("clock", detail, fail=remedy)
@@ -191,7 +195,7 @@ def workers(settings: CheckupSettings) -> Finding:
     except Exception as error:  # noqa: BLE001 - any error is the finding
         remedy = "check that no other job holds the resources, and that firewalls open all ports between nodes; set "
         remedy += "NCCL_DEBUG=INFO on every node"
-        return Finding("all-reduce", "workers", "FAIL", _last_line(error), remedy)
+        return Finding("all-reduce", "workers", "FAIL", reason_line(error)[:300], remedy)
     rate, backend = told["gigabytes_per_second"], told["backend"]
     detail = f"{backend}, {placement.num_workers} workers: {settings.megabytes} MB in {told['seconds']:.3f} s"
     detail += f", {rate:.2f} GB/s"
@@ -209,7 +213,7 @@ def _facts(found: Node, settings: CheckupSettings) -> dict[str, Any] | str:
         # After the first call, whose imports would look like a wrong clock.
         before = time.time()
         now = _on_node(found, time.time, timeout)
-        told["clock_seconds"] = 0.0 if isinstance(now, str) else now - (before + time.time()) / 2
+        told["clock_seconds"] = now if isinstance(now, str) else now - (before + time.time()) / 2
         told["shared_memory_error"] = _on_node(found, node.use_shared_memory, timeout, settings.megabytes * MB)
     return told
 
@@ -226,8 +230,4 @@ def _on_node(found: Node, call: Callable[..., Any], seconds: float, *arguments: 
         return f"no response within {seconds:.0f} s"
     except RayError as error:
         cause = getattr(error, "cause", None)
-        return cause.reason if isinstance(cause, UserError) else _last_line(error)
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1][:300]
+        return cause.reason if isinstance(cause, UserError) else reason_line(error)[:300]
