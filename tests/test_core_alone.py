@@ -55,7 +55,7 @@ def start(job, *arguments):
 for name in names:
     importlib.import_module(name)
 start("training", *training)
-(checkpoint,) = Path(run, "checkpoints").iterdir()
+(checkpoint,) = Path(run, "checkpoints").glob("step-*")
 start("report", *report, "--model", str(checkpoint))
 import tla_service
 limits = {{"train_limit": 200, "test_limit": 40}}

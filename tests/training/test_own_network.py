@@ -40,7 +40,7 @@ def train(output: Path, config: RunConfig, *, epochs: int | None = None, code: b
 
 
 def newest(output: Path) -> Path:
-    return max((output / "checkpoints").iterdir())
+    return max((output / "checkpoints").glob("step-*"))
 
 
 @pytest.fixture

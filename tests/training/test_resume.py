@@ -67,7 +67,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 def half_done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("half")
     train(output, epochs=2)
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [OLDER, NEWEST]
+    assert sorted(path.name for path in (output / "checkpoints").glob("step-*")) == [OLDER, NEWEST]
     return output
 
 
@@ -105,6 +105,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "data.json is corrupted (its checksum differs)",
     ),
     "an empty folder": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "manifest.json is missing or cannot"),
+    "a missing folder": (shutil.rmtree, "it is missing"),
 }
 
 
@@ -126,13 +127,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_its_reason(
     assert f"warning: {told['message']}\n" in capsys.readouterr().out
     assert weights_of(output) == undisturbed
     assert [record["resumed_from"] for record in records(output, "start")][1:] == [str(newest.parent / OLDER)]
-    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-000000012", LAST]
-
-
-def test_without_the_newest_the_older_one_is_used(output: Path, undisturbed: list[bytes]) -> None:
-    shutil.rmtree(output / "checkpoints" / NEWEST)
-    train(output)
-    assert weights_of(output) == undisturbed
+    assert sorted(path.name for path in newest.parent.glob("step-*")) == ["step-000000012", LAST]
 
 
 @pytest.mark.parametrize("nth", range(1, 7))
@@ -175,7 +170,19 @@ def test_when_none_is_whole_the_run_ends_with_3_and_everything_stays(output: Pat
     assert told.startswith(f"checkpoint={output / 'checkpoints' / NEWEST}: model.safetensors is corrupted")
     assert ("none of the older ones can be used either" in told) == (len(damaged) == 2)
     assert told.endswith(f"restore its files, or delete {output / 'checkpoints'} to start over")
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == sorted(damaged)
+    assert sorted(path.name for path in (output / "checkpoints").glob("step-*")) == sorted(damaged)
+
+
+def test_when_all_are_gone_the_run_ends_with_3_until_their_folder_is_deleted(output: Path) -> None:
+    checkpoints = output / "checkpoints"
+    for name in (NEWEST, OLDER):
+        shutil.rmtree(checkpoints / name)
+    with pytest.raises(UnavailableError) as caught:
+        train(output)
+    remedy = f"restore its files, or delete {checkpoints} to start over"
+    assert str(caught.value) == f"checkpoint={checkpoints / NEWEST}: it is missing; {remedy}"
+    shutil.rmtree(checkpoints)
+    assert train(output, epochs=1).state.step == 4
 
 
 def test_a_damaged_checkpoint_never_pushes_out_the_good_one(output: Path) -> None:
@@ -192,7 +199,7 @@ def test_what_a_killed_process_left_half_written_is_removed(output: Path) -> Non
     (left / "model.safetensors").write_bytes(b"half")
     with contextlib.closing(LocalReporter(output)) as reporter:
         reporter.stored()
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [OLDER, NEWEST]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["latest", OLDER, NEWEST]
 
 
 def test_another_run_is_refused_rather_than_passed_over(output: Path) -> None:
@@ -203,7 +210,7 @@ def test_another_run_is_refused_rather_than_passed_over(output: Path) -> None:
 
 def test_a_checkpoint_of_an_earlier_version_resumes(output: Path, undisturbed: list[bytes]) -> None:
     """It has another digest of the same settings, and one fingerprint of all images."""
-    for folder in (output / "checkpoints").iterdir():
+    for folder in (output / "checkpoints").glob("step-*"):
         state, data = (json.loads((folder / name).read_text()) for name in ("state.json", "data.json"))
         state["config_digest"] = "0badcafe"
         del data["training_fingerprint"]
@@ -292,7 +299,10 @@ def test_checkpoints_are_saved_within_an_epoch_once_the_last_is_old(tmp_path: Pa
         run.train_epoch()
         run.finish_epoch()
         run.train_epoch()  # and dies
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000000006", "step-000000007"]
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == [
+        "step-000000006",
+        "step-000000007",
+    ]
     train(tmp_path, config)
     assert weights_of(tmp_path) == undisturbed
     assert [record["metrics"]["step"] for record in records(tmp_path, "epoch")] == [4.0, 8.0, 12.0, 16.0]

@@ -165,8 +165,8 @@ class RunFolder(Folder):
                 if name.startswith("step-"):
                     self.filesystem.delete_dir(f"{self.path}/{name}")
 
-    def forget_record(self) -> str:
-        """Delete the record of the newest checkpoint; returns what was wrong with it, or "".
+    def check_record(self) -> str:
+        """Whether the checkpoint that was recorded as the newest is there; returns what is wrong, or "".
 
         Raises UnavailableError if there is a record, but no checkpoint.
         """
@@ -183,7 +183,6 @@ class RunFolder(Folder):
         if wrong and not there:
             remedy = f"restore its files, or delete {self.path} to start over"
             raise UnavailableError("scaling.storage", self.uri, f"{wrong}, and no other is left", remedy)
-        self.delete(_LATEST)
         return f"{wrong}; falling back to {there[0]}" if wrong else ""
 
 

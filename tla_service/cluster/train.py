@@ -132,7 +132,7 @@ def fit_on_ray(
         os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(timeout))
         os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(timeout))
     folder = RunFolder(storage, config.run_name)
-    damage = folder.forget_record()
+    damage = folder.check_record()
     if damage:
         follow({"event": "damaged_checkpoint", "message": damage})
     mailbox = start_mailbox()

@@ -237,7 +237,7 @@ def restore(
             with failing_together(context):
                 try:
                     folder = Path(opened.enter_context(checkpoint.as_directory()))
-                    damage = find_damage(folder, RESUMABLE)
+                    damage = find_damage(folder, RESUMABLE) if folder.is_dir() else "it is missing"
                 except FileNotFoundError:
                     damage = "it is missing"
                 except OSError as error:

@@ -1,5 +1,6 @@
 """Progress of a run: the Reporter protocol, the terminal, JSON lines, and a reporter for one machine."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -12,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tla_service.errors import without_credentials
-from tla_service.files import remove_parts
+from tla_service.files import remove_parts, write_whole
 from tla_service.job import json_line
 from tla_service.training.checkpoint import MANIFEST, LocalCheckpoint, Stored
 
 LOG = "log.jsonl"
+LATEST = "latest"  # names the newest checkpoint, to notice when it is gone
 # The newest checkpoint is enough, since it holds the best weights too; one more in case it is damaged.
 KEPT = 2
 WARNINGS = ("failure", "damaged_checkpoint", "warning", "waiting", "hang")
@@ -164,9 +166,12 @@ class LocalReporter:
             self._terminal.show(record)
 
     def stored(self) -> list[LocalCheckpoint]:
-        """The checkpoints in the folder, newest first."""
+        """The checkpoints in the folder, newest first; and the last one written here, even if it is gone."""
         remove_parts(self.checkpoints)
-        return [LocalCheckpoint(str(path)) for path in sorted(self.checkpoints.glob("step-*"), reverse=True)]
+        paths = {*self.checkpoints.glob("step-*")}
+        with contextlib.suppress(FileNotFoundError):
+            paths.add(self.checkpoints / (self.checkpoints / LATEST).read_text(errors="replace"))
+        return [LocalCheckpoint(str(path)) for path in sorted(paths, reverse=True)]
 
     def destination(self, name: str) -> Path:
         """Its final path: it is written whole or not at all."""
@@ -179,6 +184,9 @@ class LocalReporter:
         if checkpoint is None:
             return
         self._kept = [*(kept for kept in self._kept if kept != name), name][-KEPT:]
+        if self._log is not None:
+            with contextlib.suppress(OSError):  # no harm: the last name written stays, and a newer one counts more
+                write_whole(self.checkpoints / LATEST, name)
         for path in self.checkpoints.glob("step-*"):
             if len(self._kept) == KEPT and path.name not in self._kept:
                 shutil.rmtree(path, ignore_errors=True)
