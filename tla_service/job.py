@@ -1,5 +1,6 @@
-"""What every job does: exit codes, one line per error, JSON log lines; and the code and packages that it runs on."""
+"""What every job does: exit codes, signals, one line per error, JSON log lines; the code and packages it runs on."""
 
+import contextlib
 import getpass
 import importlib.metadata
 import json
@@ -8,11 +9,13 @@ import os
 import platform
 import select
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,6 +57,30 @@ def _output_is_closed() -> bool:
     if is_closed:  # the interpreter flushes once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return is_closed
+
+
+@contextlib.contextmanager
+def stop_on_signal(message: str, stop: Callable[[], object]) -> Iterator[None]:
+    """First SIGINT or SIGTERM: show the message and call `stop`; second: KeyboardInterrupt. Only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def handle(_signal: int, _frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        os.write(2, f"{message}; interrupt again to stop at once\n".encode())
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def next_command(job: str, *arguments: str) -> str:

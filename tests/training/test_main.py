@@ -137,7 +137,7 @@ def test_a_refused_run_does_not_keep_the_folder_from_the_mended_one(start: Start
 
 def test_a_run_stopped_within_an_epoch_tells_each_epoch_once_and_whole(start: Start, tmp_path: Path) -> None:
     code, _, told = start("run", stop_at=5).wait()  # within the second epoch: each has four steps
-    assert (code, told) == (130, "interrupted\n")
+    assert (code, told) == (130, "stopping after a checkpoint; interrupt again to stop at once\ninterrupted\n")
     assert max((tmp_path / "run" / "checkpoints").glob("step-*")).name == "step-000000006"
     assert start("run").wait()[0] == 0
     assert start("whole").wait()[0] == 0

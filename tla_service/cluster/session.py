@@ -5,10 +5,8 @@ import importlib
 import logging
 import math
 import os
-import signal
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -164,30 +162,6 @@ def _check_dashboard() -> None:
             time.sleep(1)
         else:
             return
-
-
-@contextlib.contextmanager
-def stop_on_signal(message: str, stop: Callable[[], object]) -> Iterator[None]:
-    """First SIGINT or SIGTERM: show the message and call `stop`; second: KeyboardInterrupt. Only in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = False
-
-    def handle(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        os.write(2, f"{message}; interrupt again to stop at once\n".encode())
-        stop()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _check_address(address: str) -> None:

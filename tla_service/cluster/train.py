@@ -27,13 +27,13 @@ from tla_service.cluster.elastic import Resizes
 from tla_service.cluster.mailbox import FailuresToMailbox, reason_line, start_mailbox
 from tla_service.cluster.placement import Placement, waiting
 from tla_service.cluster.reporter import RayReporter, WarningsToMailbox
-from tla_service.cluster.session import own_dashboard, stop_on_signal
+from tla_service.cluster.session import own_dashboard
 from tla_service.cluster.storage import RunFolder, in_background
 from tla_service.cluster.validation import RayValidator
 from tla_service.config import RunConfig
 from tla_service.errors import OutOfMemoryError, UnavailableError, UserError
 from tla_service.files import whole_folder
-from tla_service.job import log_as_json
+from tla_service.job import log_as_json, stop_on_signal
 from tla_service.runtime import WorkerContext, collective_timeout
 from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.fit import Run

@@ -1,10 +1,8 @@
 """Training on one machine, without Ray or MLflow: one process, or one of a torchrun group."""
 
 import contextlib
-import signal
 import sys
-import threading
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
 from tla_service.files import locked_folder
-from tla_service.job import log_as_json
+from tla_service.job import log_as_json, stop_on_signal
 from tla_service.runtime import WorkerContext, failing_together, process_group
 from tla_service.training.fit import Run
 from tla_service.training.network import check_network
@@ -70,7 +68,8 @@ def train(config: RunConfig, output: str | Path, *, json_logs: bool = False) -> 
 
 def _train(config: RunConfig, output: Path, context: WorkerContext, terminal: Terminal) -> dict[str, Any]:
     reporter = LocalReporter(output, is_main=context.is_main, terminal=terminal)
-    with contextlib.closing(reporter), _stopping_on_signals(reporter):
+    stop = partial(setattr, reporter, "interrupted", True)
+    with contextlib.closing(reporter), stop_on_signal("stopping after a checkpoint", stop):
         seconds = config.scaling.hang_seconds
         with watched(context, max(START_SECONDS, seconds), _tell_error):
             run = Run(config, context, reporter)
@@ -98,24 +97,3 @@ def _train(config: RunConfig, output: Path, context: WorkerContext, terminal: Te
 
 def _tell_error(message: str) -> None:
     Terminal(sys.stderr).say(f"error: {message}")
-
-
-@contextlib.contextmanager
-def _stopping_on_signals(reporter: LocalReporter) -> Iterator[None]:
-    """First SIGINT or SIGTERM: stop after a checkpoint; second: as before this block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets only the main thread handle signals
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, _frame: object) -> None:
-        reporter.interrupted = True
-        signal.signal(number, before[signal.Signals(number)])
-
-    try:
-        for number in before:
-            signal.signal(number, handle)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

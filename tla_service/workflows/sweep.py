@@ -9,7 +9,7 @@ from typing import Any
 from tla_service.cluster.attempts import Budget, Plan, attempts, read_trials
 from tla_service.cluster.lease import Lease, held
 from tla_service.cluster.placement import max_concurrent, place, workers_per_trial
-from tla_service.cluster.session import ray_session, stop_on_signal
+from tla_service.cluster.session import ray_session
 from tla_service.cluster.storage import Folder, check_storage
 from tla_service.cluster.trial_log import RunStatus, TrialLog
 from tla_service.cluster.tune import DEFAULT_SAMPLES, run_trials
@@ -18,7 +18,7 @@ from tla_service.config.loading import load_config_file, to_yaml
 from tla_service.config.yaml_files import parse_yaml
 from tla_service.errors import ConfigError, UnavailableError, without_credentials
 from tla_service.files import locked_folder
-from tla_service.job import INTERRUPTED
+from tla_service.job import INTERRUPTED, stop_on_signal
 from tla_service.models import Architecture
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.runtime import WorkerContext

@@ -10,7 +10,7 @@ from pathlib import Path
 from tla_service.cluster.attempts import Budget, Plan, read_trials, seconds_before
 from tla_service.cluster.lease import held
 from tla_service.cluster.placement import max_concurrent, place
-from tla_service.cluster.session import ray_session, stop_on_signal
+from tla_service.cluster.session import ray_session
 from tla_service.cluster.storage import Folder, RunFolder, check_storage
 from tla_service.cluster.tasks import TimeIsUpError, Workers
 from tla_service.cluster.train import fetch_checkpoint
@@ -18,6 +18,7 @@ from tla_service.cluster.trial_log import TrialLines
 from tla_service.cluster.tune import run_trials
 from tla_service.config.loading import read_settings
 from tla_service.errors import UnavailableError
+from tla_service.job import stop_on_signal
 from tla_service.report.evaluate import evaluate
 from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import load_checkpoint_subject, load_models
