@@ -49,7 +49,8 @@ class Space:
             constraint.holds(self._fields)
         self._check_fields()
         self._check_sweep()
-        self._check_values()
+        for axis, value in self.ends():
+            self.alone(axis, value)
         self._check_lengths()
         self._check_not_empty()
 
@@ -83,12 +84,20 @@ class Space:
         """Whether the point's run is valid and satisfies all constraints."""
         return self._refusal(point, self.constraints) is None
 
+    def ends(self, inset: float = 0.0) -> list[tuple[Axis, Any]]:
+        """Each axis with each of its `ends`."""
+        return [(axis, value) for axis in self.axes for value in axis.ends(inset)]
+
     def alone(self, axis: Axis, value: Any) -> RunConfig | None:
-        """The run with one axis at a value and everything else as it was; None if these do not go together."""
+        """The run with one axis at a value, all else as it was; None if these do not go together, else ConfigError."""
         try:
             return RunConfig.model_validate(_with(self._fields, axis.fields(value)))
-        except ValidationError:
-            return None
+        except ValidationError as error:
+            found = next((one for one in error.errors(include_url=False) if one["type"] != "cross_field"), None)
+            if found is None:
+                return None
+            wrong = Explainer(RunConfig, "").explain(found)
+            raise ConfigError(f"sweep.space.{axis.name}", value, wrong.reason, wrong.remedy) from error
 
     def own_point(self) -> Point | None:
         """The run's own settings as a point; None if they lie outside the space, or match no single variant."""
@@ -131,7 +140,7 @@ class Space:
     def _check_fields(self) -> None:
         """No two axes set one field; and a radius counts in one norm only, so what changes the norm brings lengths."""
         owners, norm = dict[str, str](), self.run.attack.norm
-        for axis, value in [(each, value) for each in self.axes for value in each.ends()]:
+        for axis, value in self.ends():
             fields, where = axis.fields(value), f"sweep.space.{axis.name}"
             for path in fields:
                 owner = owners.setdefault(path, axis.name)
@@ -161,7 +170,7 @@ class Space:
         if self.run.scaling.wait_seconds > 0 and sweep.max_concurrent is None:
             reason = "with scaling.wait_seconds the cluster may grow, so its present size sets no limit"
             raise ConfigError("sweep.max_concurrent", None, reason, "set it to the trials that may run at a time")
-        searched = {path for axis in self.axes for value in axis.ends() for path in axis.fields(value)}
+        searched = {path for axis, value in self.ends() for path in axis.fields(value)}
         if sweep.trial_epochs is not None and "training.epochs" in searched:
             reason = "all trials have this length, and the space has training.epochs"
             raise ConfigError("sweep.trial_epochs", sweep.trial_epochs, reason, "leave out one of them")
@@ -170,21 +179,10 @@ class Space:
             reason = f"longer than a trial of {epochs} epochs"
             raise ConfigError("sweep.grace_epochs", sweep.grace_epochs, reason, "use fewer, or sweep.scheduler=none")
 
-    def _check_values(self) -> None:
-        """Each value alone: finds wrong types and ranges; fields that do not go together are left for later."""
-        for axis, value in [(each, value) for each in self.axes for value in each.ends()]:
-            try:
-                RunConfig.model_validate(_with(self._fields, axis.fields(value)))
-            except ValidationError as error:
-                found = next((one for one in error.errors(include_url=False) if one["type"] != "cross_field"), None)
-                if found is not None:
-                    wrong = Explainer(RunConfig, "").explain(found)
-                    raise ConfigError(f"sweep.space.{axis.name}", value, wrong.reason, wrong.remedy) from error
-
     def _check_lengths(self) -> None:
         """Refuse a radius or a step that makes no sense in any point: it would be left out of the search silently."""
         rng = np.random.default_rng(self.sweep.seed)
-        for axis, value in [(each, value) for each in self.axes for value in each.ends(_INSET)]:
+        for axis, value in self.ends(_INSET):
             if not any(path.startswith("attack.") for path in axis.fields(value)):
                 continue
             trouble: str | None = None

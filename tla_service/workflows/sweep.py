@@ -83,7 +83,7 @@ def _check_code(run: RunConfig, storage: Folder, sha256: str | None) -> None:
 def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:
     """Check that the data has enough images for batches, pools and networks at the ends of the space."""
     dataset, networks = facts.dataset, {(space.run.model, space.run.loss.triplet_layer)}
-    for axis, value in [(each, value) for each in space.axes for value in each.ends()]:
+    for axis, value in space.ends():
         found = space.alone(axis, value)
         if found is None:
             continue
