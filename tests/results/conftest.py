@@ -22,10 +22,19 @@ def settings_of(*flags: str) -> ReproduceSettings:
 
 @pytest.fixture
 def finished() -> Callable[..., None]:
-    """Writes a finished run of given accuracies; image i is right under PGD if i is below that share."""
+    """Writes a finished run of given accuracies; image i is right under PGD if i is below that share.
+
+    With `attacks_only` neither AutoAttack nor the representation was measured, as with later seeds of tuned tables.
+    """
 
     def write(
-        state: Path, name: str, clean: float, robust: float, auc: float = 0.8, warnings: Sequence[str] = ()
+        state: Path,
+        name: str,
+        clean: float,
+        robust: float,
+        auc: float = 0.8,
+        warnings: Sequence[str] = (),
+        attacks_only: bool = False,
     ) -> None:
         folder = state / name / REPORT
         folder.mkdir(parents=True)
@@ -56,11 +65,15 @@ def finished() -> Callable[..., None]:
                 "gate": {"images": 250, "accuracy": {name: share(value) for name, value in accuracy.items()}},
             }
         )  # fmt: skip
+        if attacks_only:
+            left_out = {"autoattack": None, "detection": None, "neighbours": None, "shift": ()}
+            report = report.model_copy(update=left_out)
         write_report(report, folder / REPORT_FILE)
         rows = np.arange(IMAGES)
         results = {name: np.where(rows < round(value * IMAGES), -1, 0) for name, value in accuracy.items()}
         strong = ShardOutcome(rows, rows % 10, {"autoattack": results.pop("autoattack")})
         save_outcome(ShardOutcome(rows, rows % 10, results), folder / OUTCOME_FILE)
-        save_outcome(strong, folder / AUTOATTACK_FILE)
+        if not attacks_only:
+            save_outcome(strong, folder / AUTOATTACK_FILE)
 
     return write
