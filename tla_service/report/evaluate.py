@@ -198,7 +198,7 @@ def _write_evidence(measuring: Measuring, report: rp.Report, outcomes: Mapping[s
         ev.write_sarif(report, measuring.output / rp.SARIF_FILE)
     if strong is None or "adversarial" not in strong.per_image:
         return report
-    facts = ev.write_adversarial(strong, report.threat_model, measuring.output)
+    facts = ev.write_adversarial(strong, measuring.output)
     if facts.file is None:
         measuring.terminal.say(f"{rp.ADVERSARIAL_FILE} was not written: {facts.reason}")
     return report.model_copy(update={"adversarial": facts})
