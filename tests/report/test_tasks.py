@@ -3,15 +3,18 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from torch import nn
 
 from tests.report.subjects import digits
 from tla_service.evaluation.shards import Arrays, Shard
 from tla_service.report.tasks import Inputs, MeasureHere, MissingShard, Task, run_tasks
+from tla_service.training.reporting import Terminal
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ class Noting(MeasureHere):
             yield shard, arrays
 
 
-def test_what_follows_is_measured_next_and_also_after_results_from_before(tmp_path: Path) -> None:
+def test_what_follows_is_measured_next_and_also_after_results_from_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, last = (Task(name, "model", "test", np.arange(5), 2, Labels()) for name in ("first", "last"))
     labels = digits().test.labels
 
@@ -48,7 +53,8 @@ def test_what_follows_is_measured_next_and_also_after_results_from_before(tmp_pa
         assert found == (int(labels[:5].sum()), False)
         return [replace(task, name="then", rows=np.arange(7, 9), surrogate=nn.Identity())]
 
-    inputs, said = Inputs({"model": nn.Identity()}, digits()), []
+    monkeypatch.setattr(Terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    inputs, printed = Inputs({"model": nn.Identity()}, digits()), StringIO()
     for kept, expected in [
         ("", ["first"] * 3 + ["then"] + ["last"] * 3),
         ("first", ["then"] + ["last"] * 3),
@@ -58,7 +64,7 @@ def test_what_follows_is_measured_next_and_also_after_results_from_before(tmp_pa
             if not kept or not path.name.startswith(kept):
                 path.unlink()
         here = Noting()
-        results, tasks = run_tasks([first, last], inputs, tmp_path, here, said.append, follow)
+        results, tasks = run_tasks([first, last], inputs, tmp_path, here, Terminal(printed), follow)
         assert here.measured == expected
         assert [task.name for task in tasks] == ["first", "last", "then"] or kept == "first"
         assert results == {
@@ -66,4 +72,4 @@ def test_what_follows_is_measured_next_and_also_after_results_from_before(tmp_pa
             ("model", "last"): (int(labels[:5].sum()), False),
             ("model", "then"): (int(labels[7:9].sum()), True),
         }
-        assert said[-1] == f"{len(expected)}/{len(expected)}  last"
+        assert printed.getvalue().splitlines()[-1] == f"{len(expected)}/{len(expected)}  last"

@@ -1,6 +1,5 @@
 """What an evaluation measures: the tasks, in their order, and those that follow from results."""
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -24,8 +23,6 @@ from tla_service.report.relatives import Kin
 from tla_service.report.subjects import Models
 from tla_service.report.tasks import Inputs, Measurer, Results, Task, run_tasks
 from tla_service.training.reporting import Terminal
-
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,9 @@ class Measuring:
         tasks = sorted(tasks, key=lambda task: (task.name != "bank", task.name != "autoattack"))
         with workers() as measure:
             self.terminal.say(f"measuring on {measure}")
-            say = _seldom(self.terminal.say)
-            results, run = run_tasks([*first, *tasks, *later], inputs, self.output, measure, say, self._follow)
+            results, run = run_tasks(
+                [*first, *tasks, *later], inputs, self.output, measure, self.terminal, self._follow
+            )
         return results, run, str(measure)
 
     def _no_surrogate(self) -> str:
@@ -140,16 +138,3 @@ class Measuring:
         if kin.network is None:
             return []
         return [tl.transfer_task(self.plan, self.models.dataset, self.models.subject.key, kin)]
-
-
-def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Passes progress on, a line every few seconds."""
-    last = 0.0
-
-    def said(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            say(text)
-
-    return said

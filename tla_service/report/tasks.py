@@ -18,6 +18,7 @@ from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.results import BoolArray
 from tla_service.evaluation.shards import Arrays, IntArray, Measurement, Shard, ShardOutcome, load_arrays, save_arrays
 from tla_service.runtime import hardware
+from tla_service.training.reporting import Terminal
 
 # Part of shards' names: one more when code gives other figures, so that an interrupted evaluation does not mix them.
 _NUMERICS = 2
@@ -108,10 +109,10 @@ def run_tasks(
     inputs: Inputs,
     folder: Path,
     measure: Measurer,
-    say: Callable[[str], None],
+    terminal: Terminal,
     follow: Callable[[Task, Any], Sequence[Task]],
 ) -> tuple[Results, list[Task]]:
-    """Measure, shard by shard, with progress passed to `say`; the merged results by model and task name, and the tasks.
+    """Measure, shard by shard; returns the merged results by model and task name, and the tasks.
 
     `follow` gets each task with its result and returns tasks that depend on it, which are measured next. Shards are
     saved under ``shards/`` in the folder as they come in; one that was saved before is not measured again.
@@ -140,13 +141,13 @@ def run_tasks(
     add(tasks)
     if waiting:
         done = sum(len(list(task.shards())) for task in known) - len(waiting)
-        say(f"{len(waiting)} shards to measure" + (f", {done} taken from before" if done else ""))
+        terminal.say(f"{len(waiting)} shards to measure" + (f", {done} taken from before" if done else ""))
     for count, (shard, arrays) in enumerate(measure(waiting, inputs), start=1):
         save_arrays(arrays, folder / "shards" / shard.name)
         missing[shard.task.key] -= 1
         if not missing[shard.task.key]:
             finish(shard.task)
-        say(f"{count}/{count + missing.total()}  {shard.task.name}")
+        terminal.seldom(f"{count}/{count + missing.total()}  {shard.task.name}")
     return {task.key: results[task.key] for task in known}, known
 
 
