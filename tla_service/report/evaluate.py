@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,14 +33,14 @@ _IDENTITY = "evaluation.json"
 def evaluate(
     settings: ReportSettings,
     models: Models,
-    workers: Callable[[], AbstractContextManager[Measurer]],
+    workers: Callable[[], Measurer],
     terminal: Terminal,
 ) -> tuple[rp.Report, Path]:
     """Evaluate models and write the report; returns it, and the folder it is in.
 
     Shards are saved as they come in: the same evaluation, under whatever address of the weights, resumes where it was
-    stopped or killed. `workers` starts what measures once everything is checked, and ends it. UserError if something is
-    wrong or missing, found before anything is measured as far as it can be.
+    stopped or killed. `workers` starts what measures once everything is checked. UserError if something is wrong or
+    missing, found before anything is measured as far as it can be.
     """
     subject, dataset = models.subject, models.dataset
     threat = subject.facts.trained_for

@@ -1,7 +1,6 @@
 """What an evaluation measures: the tasks, in their order, and those that follow from results."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,9 +61,7 @@ class Measuring:
                 raise ConfigError("images", None, reason, "take more images (images.*, data.test_limit)")
         return tasks
 
-    def measure(
-        self, tasks: Sequence[Task], workers: Callable[[], AbstractContextManager[Measurer]]
-    ) -> tuple[Results, list[Task], str]:
+    def measure(self, tasks: Sequence[Task], workers: Callable[[], Measurer]) -> tuple[Results, list[Task], str]:
         """Run all tasks, and those that depend on their results; also returns what was run, and on what hardware."""
         plan, models, counts = self.plan, self.models, self.plan.settings.images
         key, dataset = models.subject.key, models.dataset
@@ -89,11 +86,9 @@ class Measuring:
                 first.append(tl.surrogate_task(plan, dataset, key, natural=True))
         # First what others wait for, then the longest shards: at the end workers wait for a short one only.
         tasks = sorted(tasks, key=lambda task: (task.name != "bank", task.name != "autoattack"))
-        with workers() as measure:
-            self.terminal.say(f"measuring on {measure}")
-            results, run = run_tasks(
-                [*first, *tasks, *later], inputs, self.output, measure, self.terminal, self._follow
-            )
+        measure = workers()
+        self.terminal.say(f"measuring on {measure}")
+        results, run = run_tasks([*first, *tasks, *later], inputs, self.output, measure, self.terminal, self._follow)
         return results, run, str(measure)
 
     def _no_surrogate(self) -> str:
