@@ -80,8 +80,8 @@ class Plan:
 def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: float, *, has_surrogate: bool) -> Plan:
     """Decide on the attacks, from the settings and what the model was trained for.
 
-    Without a surrogate transfer attacks are left out. ConfigError if a norm has no radius, the radius makes no sense in
-    it, or none of the attacks is PGD under the threat model.
+    Without a surrogate transfer attacks are left out. ConfigError if a norm has no radius, or none of the attacks is
+    PGD under the threat model.
     """
     chosen = settings.norm or norm
     # The radius that the model was trained for counts in its own norm only.
@@ -89,10 +89,6 @@ def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: flo
     if radius is None:
         raise ConfigError("norm", chosen, *no_radius(data_name, chosen, "--epsilon"))
     norm, epsilon = chosen, radius
-    trouble = length_trouble("", norm, epsilon)
-    if trouble is not None:
-        other = ", or give --norm l2" if settings.norm is None else ""
-        raise ConfigError(trouble.subject, trouble.value, trouble.reason, trouble.remedy + other)
     detection = _detection_attack(settings, data_name, norm, epsilon)
     training = AttackConfig(norm=norm, epsilon=epsilon, step_size=epsilon / 10)
     small = _SHIFT.get(data_name) if norm == "linf" else None

@@ -10,7 +10,7 @@ from tla_service.config import DataConfig, ScalingConfig, TrackingConfig
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.fields import Pixels, Section, attack_trouble, refuse, setting, wrong
 from tla_service.config.loading import JobSettings
-from tla_service.config.radii import Norm
+from tla_service.config.radii import Norm, length_trouble
 from tla_service.config.sections import DatasetName
 from tla_service.errors import ConfigError
 
@@ -159,6 +159,20 @@ class ReportSettings(JobSettings):
         # The latter are columns of the per-image results too: attacks crafted on relatives.
         relatives = "pretrained", "last", "average", "natural"
         refuse(attack_trouble("attacks", self.attacks, ("clean", "autoattack", "worst", *relatives)))
+        # As far as they are given here; `check_plan` checks what they become.
+        chosen = self.detection
+        lengths: list[tuple[str, Norm | None, float | None, float | None, int | None]] = [
+            ("", self.norm, self.epsilon, None, None),
+            ("detection", self.norm, chosen.epsilon, chosen.step_size, chosen.num_steps),
+        ]
+        for name, attack in self.attacks.items():
+            step = None if attack.kind == "fgsm" else attack.step_size
+            lengths.append((f"attacks.{name}", attack.norm or self.norm, attack.epsilon, step, attack.num_steps))
+        for where, norm, epsilon, step_size, steps in lengths:
+            found = length_trouble(where, norm or "linf", epsilon, step_size, steps) if epsilon is not None else None
+            if found is not None:
+                other = ", or give --norm l2" if norm is None and str(found.subject).endswith("epsilon") else ""
+                raise wrong(str(found.subject), found.value, found.reason, found.remedy + other)
         return self
 
 
