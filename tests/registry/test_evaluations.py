@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tla_service.config import RunConfig, TrackingConfig
-from tla_service.evaluation.results import Accuracy, Difference, Share
+from tla_service.evaluation.results import Accuracy, Difference, Relative, Share
 from tla_service.registry.evaluations import evaluation_card, log_evaluation
 from tla_service.report import schema as rp
 from tla_service.report.schema import artifact_folder
@@ -136,6 +136,14 @@ def test_the_card_of_many_evaluations_fits(tmp_path: Path) -> None:
     threats = [rp.ThreatModel(norm="l2", epsilon=number) for number in range(1, 60)]
     others = {f"evaluation/aaaaaaaaaaaa/{threat.slug}": report("run", "a" * 64, threat) for threat in threats}
     card = evaluation_card(found, others)
+    assert "| worst | every attack above |" in card
     assert 4500 < len(card) <= 5000
     shown = card.count("| l2 ")
     assert f"{59 - shown} more" in card
+
+    relatives = (
+        Relative("last", "of the last epoch", Share(0.9, 0.8, 1.0, 10)),
+        Relative("natural", "natural", why="no"),
+    )
+    card = evaluation_card(found.model_copy(update={"relatives": relatives}), {})
+    assert "| worst | every attack above and every example transferred from relatives |" in card

@@ -51,9 +51,15 @@ def test_the_page_shows_relatives_and_planted_examples(tmp_path: Path) -> None:
     assert "fgsm 90.0 59.6 to 98.2 not judged: one step pgd 90.0 59.6 to 98.2 80" in text
     assert "random sampling 10.0" in text
     assert "10 of 12 test images" in text
+    assert "correct under every attack of the table and every transferred example" in text
+    assert "Transfer attacks were left out: no surrogate was given." in text
     why = rs.UnitTests(12, rs.wilson_interval(0, 0), (), 0.8, "the balls overlap")
-    write_page(report(unit_tests=why), [], tmp_path / "b.html", same_attacks=False)
-    assert "Attack unit tests were not run: the balls overlap." in (tmp_path / "b.html").read_text()
+    made = report(unit_tests=why, relatives=relatives[1:], surrogate=report().model)
+    write_page(made, [], tmp_path / "b.html", same_attacks=False)
+    text = " ".join((tmp_path / "b.html").read_text().split())
+    assert "Attack unit tests were not run: the balls overlap." in text
+    assert "and every transferred example" not in text
+    assert "Transfer attacks were left out: the table has the attacks that were chosen." in text
 
 
 def test_page_shows_outcomes_warnings_and_the_surrogate(tmp_path: Path) -> None:

@@ -1,17 +1,19 @@
-"""Tasks that follow from the results of others, and what is taken from before."""
+"""Tasks shard by shard, and what is taken from before."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pytest
 from torch import nn
 
 from tests.report.subjects import digits
 from tla_service.evaluation.shards import Arrays, Shard
 from tla_service.report.tasks import Inputs, MeasureHere, MissingShard, Task, run_tasks
+from tla_service.training.reporting import Terminal
 
 
 @dataclass(frozen=True)
@@ -38,32 +40,23 @@ class Noting(MeasureHere):
             yield shard, arrays
 
 
-def test_what_follows_is_measured_next_and_also_after_results_from_before(tmp_path: Path) -> None:
-    first, last = (Task(name, "model", "test", np.arange(5), 2, Labels()) for name in ("first", "last"))
+def test_what_was_measured_before_is_taken_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Task("first", "model", "test", np.arange(5), 2, Labels())
+    last = replace(first, name="last", rows=np.arange(7, 9), surrogate=nn.Identity())
     labels = digits().test.labels
-
-    def follow(task: Task, found: Any) -> list[Task]:
-        if task.name != "first":
-            return []
-        assert found == (int(labels[:5].sum()), False)
-        return [replace(task, name="then", rows=np.arange(7, 9), surrogate=nn.Identity())]
-
-    inputs, said = Inputs({"model": nn.Identity()}, digits()), []
-    for kept, expected in [
-        ("", ["first"] * 3 + ["then"] + ["last"] * 3),
-        ("first", ["then"] + ["last"] * 3),
-        ("then", ["first"] * 3 + ["last"] * 3),
-    ]:
+    monkeypatch.setattr(Terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    inputs = Inputs({"model": nn.Identity()}, digits())
+    for kept, expected in [("", ["first"] * 3 + ["last"]), ("first", ["last"]), ("last", ["first"] * 3)]:
         for path in tmp_path.glob("shards/model/*"):
             if not kept or not path.name.startswith(kept):
                 path.unlink()
-        here = Noting()
-        results, tasks = run_tasks([first, last], inputs, tmp_path, here, said.append, follow)
+        here, printed = Noting(), StringIO()
+        results = run_tasks([first, last], inputs, tmp_path, here, Terminal(printed))
         assert here.measured == expected
-        assert [task.name for task in tasks] == ["first", "last", "then"] or kept == "first"
         assert results == {
             ("model", "first"): (int(labels[:5].sum()), False),
-            ("model", "last"): (int(labels[:5].sum()), False),
-            ("model", "then"): (int(labels[7:9].sum()), True),
+            ("model", "last"): (int(labels[7:9].sum()), True),
         }
-        assert said[-1] == f"{len(expected)}/{len(expected)}  last"
+        lines = printed.getvalue().splitlines()
+        assert lines[0].startswith(f"{len(expected)} shards to measure")
+        assert lines[-1] == f"{len(expected)}/{len(expected)}  {expected[-1]}"

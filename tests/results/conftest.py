@@ -22,10 +22,19 @@ def settings_of(*flags: str) -> ReproduceSettings:
 
 @pytest.fixture
 def finished() -> Callable[..., None]:
-    """Writes a finished run of given accuracies; image i is right under PGD if i is below that share."""
+    """Writes a finished run of given accuracies; image i is right under PGD if i is below that share.
+
+    With `attacks_only` neither AutoAttack nor the representation was measured, as with later seeds of tuned tables.
+    """
 
     def write(
-        state: Path, name: str, clean: float, robust: float, auc: float = 0.8, warnings: Sequence[str] = ()
+        state: Path,
+        name: str,
+        clean: float,
+        robust: float,
+        auc: float = 0.8,
+        warnings: Sequence[str] = (),
+        attacks_only: bool = False,
     ) -> None:
         folder = state / name / REPORT
         folder.mkdir(parents=True)
@@ -33,7 +42,7 @@ def finished() -> Callable[..., None]:
         def share(value: float) -> dict[str, Any]:
             return {"estimate": value, "low": value - 0.1, "high": value + 0.1, "images": IMAGES}
 
-        accuracy = {"clean": clean, "pgd100": robust, "autoattack": robust - 0.05}
+        accuracy = {"clean": clean, "pgd100": robust, "worst": robust, "autoattack": robust - 0.05}
         threat: dict[str, Any] = {"norm": "linf", "epsilon": 0.3}
         attack = {"kind": "pgd", "step_size": 0.01, "num_steps": 100, "num_restarts": 1, **threat}
         gap = {"difference": 0.05, "low": 0.0, "high": 0.1, "p_value": 0.1, "images": IMAGES}
@@ -56,11 +65,16 @@ def finished() -> Callable[..., None]:
                 "gate": {"images": 250, "accuracy": {name: share(value) for name, value in accuracy.items()}},
             }
         )  # fmt: skip
+        if attacks_only:
+            left_out = {"autoattack": None, "detection": None, "neighbours": None, "shift": ()}
+            report = report.model_copy(update=left_out)
         write_report(report, folder / REPORT_FILE)
         rows = np.arange(IMAGES)
+        del accuracy["worst"]  # of all attacks together
         results = {name: np.where(rows < round(value * IMAGES), -1, 0) for name, value in accuracy.items()}
         strong = ShardOutcome(rows, rows % 10, {"autoattack": results.pop("autoattack")})
         save_outcome(ShardOutcome(rows, rows % 10, results), folder / OUTCOME_FILE)
-        save_outcome(strong, folder / AUTOATTACK_FILE)
+        if not attacks_only:
+            save_outcome(strong, folder / AUTOATTACK_FILE)
 
     return write

@@ -68,6 +68,15 @@ def test_the_reading_follows_the_intervals(tmp_path: Path, finished: Finished) -
     assert lines["ALP"].count("not separated") >= 3
 
 
+def test_figures_state_how_many_seeds_they_are_of(tmp_path: Path, finished: Finished) -> None:
+    for seed in range(3):
+        finished(tmp_path / "state", f"tla-s{seed}", 0.9, 0.5, attacks_only=seed > 1)
+    page = page_of(tmp_path)
+    accuracy, representation = (line for line in page.splitlines() if line.startswith("| TLA |"))
+    assert accuracy.startswith("| TLA | 3, autoattack 2 | 90.0 ")
+    assert representation.startswith("| TLA | 2 | 80.0 ")
+
+
 def test_warnings_of_autoattack_are_on_the_page(tmp_path: Path, finished: Finished) -> None:
     finished(tmp_path / "state", "at-s0", 0.9, 0.5)
     assert "AutoAttack warns" not in page_of(tmp_path)

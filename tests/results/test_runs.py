@@ -74,6 +74,7 @@ def test_a_budget_shortens_all_runs_alike(table: str, tmp_path: Path) -> None:
     report = report_of(settings, todo[0], tmp_path)
     assert (report.images.autoattack, report.images.bank, report.page) == (500, 5000, False)
     assert {attack.num_restarts for attack in report.attacks.values()} == {1}
+    assert {report.surrogate, *(run.surrogate for run in todo)} == {None}  # no transfer attack would use it
 
 
 def test_seeds_come_one_after_another_and_lend_surrogates() -> None:

@@ -1,5 +1,6 @@
 """An evaluation is known by weights, data and protocol: under another address of the weights it is the same one."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -144,6 +145,32 @@ def test_the_same_weights_in_another_network_are_another_evaluation(packaged: Pa
     _, other = prepared(packaged, "models:/corrected/1")
     with pytest.raises(ConfigError, match="differs in architecture; choose another --output"):
         open_folder(folder, other)
+
+
+def test_a_surrogate_is_compared_where_it_is_used(packaged: Packaged, tmp_path: Path) -> None:
+    for audit in (0, 100):
+        folder, mine = prepared(packaged, "models:/tla-digits/1", output=tmp_path / str(audit), images={"audit": audit})
+        open_folder(folder, mine | {"surrogate": "5" * 64})
+        with pytest.raises(ConfigError, match="differs in surrogate") if audit else contextlib.nullcontext():
+            open_folder(folder, mine)
+
+
+def test_an_own_attack_with_other_code_is_another_evaluation(
+    packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = tmp_path / "attack_of_this_test.py"
+    code.write_text("def stay(logits_fn, images, labels, attack, generator):\n    return images\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    attacks = {"pgd": {"num_steps": 20}, "own": {"kind": "attack_of_this_test:stay"}}
+    chosen = {"output": tmp_path / "report", "attacks": attacks}
+    folder, mine = prepared(packaged, "models:/tla-digits/1", **chosen)
+    open_folder(folder, {name: value for name, value in mine.items() if name != "code of attacks"})
+    assert not open_folder(folder, mine), "an earlier version did not state it"
+    code.write_text(code.read_text().replace("return images", "return 1 - images"))
+    _, other = prepared(packaged, "models:/tla-digits/1", **chosen)
+    with pytest.raises(ConfigError, match="differs in code of attacks; choose another --output"):
+        open_folder(folder, other)
+    assert "code of attacks" not in prepared(packaged, "models:/tla-digits/1")[1]
 
 
 def test_a_finished_evaluation_is_logged_for_another_address(

@@ -44,7 +44,13 @@ def test_the_page_is_made_of_the_runs_in_mlflow(
     experiment = made.get_experiment_by_name("tla-results")
     runs = {run.info.run_name: run for run in made.search_runs([experiment.experiment_id])}
     assert set(runs) == {"at-s0", "tla-s0", "tla-s1"}
-    assert runs["tla-s1"].data.metrics["test/pgd100"] == 0.7
+    logged = runs["tla-s1"].data.metrics
+    assert {name: logged[f"test/{name}"] for name in ("clean", "pgd100", "worst", "autoattack")} == {
+        "clean": 0.9,
+        "pgd100": 0.7,
+        "worst": 0.7,
+        "autoattack": 0.65,
+    }
     assert runs["tla-s1"].data.params["seed"] == "1"
     assert runs["tla-s1"].info.status == "FINISHED"
 

@@ -44,9 +44,10 @@ class Certified:
     the network itself, on the same images.
 
     An attack within its L2 radius changed the smoothed prediction of `smoothed_broken` certified images: the
-    certificates say that there are none. The other two contradict no certificate, which are not of the network itself:
-    `network_broken` correctly certified images on which an attack within their L2 radius breaks the network, and
-    `autoattack_broken` ones certified up to the report's radius that AutoAttack breaks.
+    certificates say that there are none. The other two contradict no certificate, which are not of the network itself,
+    and count images that it classifies correctly without an attack: `network_broken` correctly certified ones on which
+    an attack within their L2 radius breaks the network, and `autoattack_broken` ones certified up to the report's
+    radius that AutoAttack breaks.
     """
 
     images: int
@@ -81,7 +82,7 @@ def summarise(
     `norm` and `epsilon` are the report's threat model; `standing` tells of images, by their numbers, whether they stand
     under AutoAttack, and is None if that was not run.
     """
-    right = rows["predicted"] == rows["label"]
+    right, clean = rows["predicted"] == rows["label"], rows["clean"]
     radii = np.where(right, rows[norm], 0.0)
     at_threat = right & (radii >= epsilon)
     x = np.linspace(0, radii.max(initial=0.0), _POINTS if radii.any() else 1).tolist()
@@ -96,14 +97,14 @@ def summarise(
         accuracy=share_of(right),
         abstained=share_of(rows["predicted"] == ABSTAINED),
         at_threat=share_of(at_threat),
-        clean=share_of(rows["clean"]),
+        clean=share_of(clean),
         autoattack=share_of(stands[attacked]) if attacked.any() else None,
         median_radius=float(np.median(radii)) if len(rows) else None,
         median_l2=float(np.median(np.where(right, rows["l2"], 0.0))) if len(rows) else None,
         curve=curve,
         smoothed_broken=int((~rows["smoothed_stands"]).sum()),
-        network_broken=int((right & ~rows["network_stands"]).sum()),
-        autoattack_broken=int((at_threat & attacked & ~stands).sum()) if attacked.any() else None,
+        network_broken=int((right & clean & ~rows["network_stands"]).sum()),
+        autoattack_broken=int((at_threat & clean & attacked & ~stands).sum()) if attacked.any() else None,
     )
 
 

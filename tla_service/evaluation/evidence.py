@@ -2,16 +2,12 @@
 
 import math
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from tla_service.attacks.autoattack import AutoAttackNorm
-from tla_service.evaluation.results import BoolArray
 from tla_service.evaluation.shards import Arrays
 
-Images = npt.NDArray[np.float32]
 _ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 
 
@@ -30,11 +26,11 @@ def adversarial_arrays(
 
 
 def into_ball(clean: Tensor, adversarial: Tensor, norm: AutoAttackNorm, epsilon: float) -> Tensor:
-    """Move images (N, C, H, W), float32, into the ball and into [0, 1], so that `is_outside` is true of none.
+    """Move images (N, C, H, W), float32, into the ball and into [0, 1], as computed in float64 and without tolerance.
 
-    Attacks compute x + epsilon in float32, which rounds up for about half of all pixels.
+    Attacks compute x + epsilon in float32, which rounds up for about half of all pixels. NaN becomes the clean pixel.
     """
-    exact, moved = clean.double(), adversarial.clamp(0, 1)
+    exact, moved = clean.double(), torch.where(adversarial.isnan(), clean, adversarial).clamp(0, 1)
     if norm == "linf":
         moved = moved.clamp((exact - epsilon).float(), (exact + epsilon).float())
         return torch.where((moved.double() - exact).abs() > epsilon, moved.nextafter(clean), moved)
@@ -47,12 +43,3 @@ def into_ball(clean: Tensor, adversarial: Tensor, norm: AutoAttackNorm, epsilon:
         scaled = (exact + (1 - 2.0**power) * epsilon / lengths * delta).float()
         moved = torch.where(lengths > epsilon, scaled, moved)
     return moved
-
-
-def is_outside(clean: Images, adversarial: Images, norm: AutoAttackNorm, epsilon: float) -> BoolArray:
-    """Whether images (N, C, H, W), float32, are outside [0, 1] or the ball (N,), in float64 and without tolerance."""
-    exact = adversarial.astype(np.float64)
-    delta = (exact - clean.astype(np.float64)).reshape(len(exact), -1)
-    distance = np.linalg.norm(delta, ord=_ORDERS[norm], axis=1)
-    outside: BoolArray = ~(distance <= epsilon) | ~((exact >= 0) & (exact <= 1)).all((1, 2, 3))
-    return outside

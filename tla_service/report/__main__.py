@@ -5,7 +5,6 @@
 Takes the settings of `jobs/evaluate_tla.py` except those of the cluster and of the tracking server.
 """
 
-import contextlib
 import sys
 
 from tla_service.config.loading import read_settings
@@ -27,7 +26,7 @@ def main() -> int:
     keep_freed_memory()
     terminal = Terminal()
     models = load_models(settings, load_checkpoint_subject)
-    report, output = evaluate(settings, models, lambda: contextlib.nullcontext(MeasureHere()), terminal)
+    report, output = evaluate(settings, models, MeasureHere, terminal)
     show(report, output, terminal)
     return 0
 

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.shards import ShardOutcome, save_arrays, save_outcome
 from tla_service.files import LOCK_FILE, locked_folder, write_whole
 from tla_service.job import code_facts
+from tla_service.models.own_code import file_digest
 from tla_service.report import evidence as ev
 from tla_service.report import findings as fd
 from tla_service.report import plan as pl
@@ -33,14 +33,14 @@ _IDENTITY = "evaluation.json"
 def evaluate(
     settings: ReportSettings,
     models: Models,
-    workers: Callable[[], AbstractContextManager[Measurer]],
+    workers: Callable[[], Measurer],
     terminal: Terminal,
 ) -> tuple[rp.Report, Path]:
     """Evaluate models and write the report; returns it, and the folder it is in.
 
     Shards are saved as they come in: the same evaluation, under whatever address of the weights, resumes where it was
-    stopped or killed. `workers` starts what measures once everything is checked, and ends it. UserError if something is
-    wrong or missing, found before anything is measured as far as it can be.
+    stopped or killed. `workers` starts what measures once everything is checked. UserError if something is wrong or
+    missing, found before anything is measured as far as it can be.
     """
     subject, dataset = models.subject, models.dataset
     threat = subject.facts.trained_for
@@ -93,16 +93,18 @@ def report_folder(models: Models, plan: pl.Plan) -> Path:
 def identity(models: Models, plan: pl.Plan) -> dict[str, Any]:
     """What makes two evaluations the same one: networks, data and protocol, whatever the models' addresses."""
     built = [each.architecture for each in models.all]
-    surrogate = models.surrogate.facts.weights_sha256 if models.surrogate is not None else None
-    return {
+    facts: dict[str, Any] = {
         "weights": [each.facts.weights_sha256 for each in models.all],
         # Weights do not tell a normalization.
         "architecture": [[a.name, a.normalization, a.embedding, a.activation, a.code_sha256] for a in built],
-        "surrogate": surrogate,
         "data": models.dataset.fingerprint,
         "threat model": f"{plan.norm} {plan.epsilon!r}",
         "settings": pl.protocol(plan),
     }
+    if plan.transfer or plan.settings.images.audit:  # what uses a surrogate
+        facts["surrogate"] = models.surrogate.facts.weights_sha256 if models.surrogate is not None else None
+    own = sorted({attack.kind for attack in plan.columns.values() if ":" in attack.kind})
+    return facts | ({"code of attacks": {name: file_digest(name) for name in own}} if own else {})
 
 
 def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> bool:
@@ -114,9 +116,9 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
     try:
         if mark.is_file():
             found = json.loads(mark.read_text())
-            # Evaluations of earlier versions do not state the architecture.
-            found.setdefault("architecture", mine.get("architecture"))
-            differ = [name for name, value in mine.items() if found.get(name) != value]
+            # Evaluations of earlier versions do not state these two.
+            added = {name: mine[name] for name in ("architecture", "code of attacks") if name in mine}
+            differ = [name for name, value in mine.items() if (added | found).get(name) != value]
             if differ:
                 reason = f"holds an evaluation that differs in {', '.join(differ)}"
                 raise ConfigError("output", output, reason, "choose another --output, or delete it")
@@ -195,7 +197,7 @@ def _write_evidence(measuring: Measuring, report: rp.Report, outcomes: Mapping[s
         ev.write_sarif(report, measuring.output / rp.SARIF_FILE)
     if strong is None or "adversarial" not in strong.per_image:
         return report
-    facts = ev.write_adversarial(strong, report.threat_model, measuring.output)
+    facts = ev.write_adversarial(strong, measuring.output)
     if facts.file is None:
         measuring.terminal.say(f"{rp.ADVERSARIAL_FILE} was not written: {facts.reason}")
     return report.model_copy(update={"adversarial": facts})

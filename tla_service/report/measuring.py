@@ -1,11 +1,9 @@
 """What an evaluation measures: the tasks, in their order, and those that follow from results."""
 
-import time
+import contextlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,8 +22,6 @@ from tla_service.report.relatives import Kin
 from tla_service.report.subjects import Models
 from tla_service.report.tasks import Inputs, Measurer, Results, Task, run_tasks
 from tla_service.training.reporting import Terminal
-
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass(frozen=True)
@@ -65,38 +61,27 @@ class Measuring:
                 raise ConfigError("images", None, reason, "take more images (images.*, data.test_limit)")
         return tasks
 
-    def measure(
-        self, tasks: Sequence[Task], workers: Callable[[], AbstractContextManager[Measurer]]
-    ) -> tuple[Results, list[Task], str]:
+    def measure(self, tasks: Sequence[Task], workers: Callable[[], Measurer]) -> tuple[Results, list[Task], str]:
         """Run all tasks, and those that depend on their results; also returns what was run, and on what hardware."""
         plan, models, counts = self.plan, self.models, self.plan.settings.images
         key, dataset = models.subject.key, models.dataset
         inputs = Inputs({each.key: each.network for each in models.all}, dataset)
         without = self._no_surrogate()
-        first: list[Task] = []
-        if counts.audit and models.surrogate is not None:
-            first += tl.audit_tasks(plan, dataset, key, models.surrogate.network)
-        elif counts.audit and without:
-            self.terminal.say(why := f"no surrogate was given, and none could be trained ({without})")
-            first += tl.audit_tasks(plan, dataset, key, why)
-        elif counts.audit:
+        # First what others follow from, which is short.
+        early = [task for task in tasks if task.key in ((key, "bank"), (key, "natural"))]
+        if counts.audit and models.surrogate is None and not without:
             self.terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
-            first.append(tl.surrogate_task(plan, dataset, key))
-        later: list[Task] = []
-        if counts.transfer:
-            for kin in models.relatives:
-                later += self._transfer(kin)
-            if without:
-                later += self._transfer(Kin("natural", "a naturally trained surrogate", why=without))
-            else:
-                first.append(tl.surrogate_task(plan, dataset, key, natural=True))
-        # First what others wait for, then the longest shards: at the end workers wait for a short one only.
-        tasks = sorted(tasks, key=lambda task: (task.name != "bank", task.name != "autoattack"))
-        with workers() as measure:
-            self.terminal.say(f"measuring on {measure}")
-            say = _seldom(self.terminal.say)
-            results, run = run_tasks([*first, *tasks, *later], inputs, self.output, measure, say, self._follow)
-        return results, run, str(measure)
+            early.append(tl.surrogate_task(plan, dataset, key))
+        if counts.transfer and not without:
+            early.append(tl.surrogate_task(plan, dataset, key, natural=True))
+        measure = workers()
+        self.terminal.say(f"measuring on {measure}")
+        results = run_tasks(early, inputs, self.output, measure, self.terminal)
+        # Then the longest shards: at the end workers wait for a short one only.
+        rest = [task for task in tasks if task.key not in results]
+        rest = [*self._following(results, without), *sorted(rest, key=lambda task: task.name != "autoattack")]
+        results |= run_tasks(rest, inputs, self.output, measure, self.terminal)
+        return results, [*early, *rest], str(measure)
 
     def _no_surrogate(self) -> str:
         """Why no surrogate can be trained on such images; empty if one can."""
@@ -106,50 +91,43 @@ class Measuring:
             return str(error)
         return ""
 
-    def _follow(self, task: Task, found: Any) -> list[Task]:
-        """What is measured once a result is known."""
-        plan, settings, models = self.plan, self.plan.settings, self.models
-        dataset, key = models.dataset, models.subject.key
-        if task.key == (key, "surrogate"):
-            self.terminal.say(describe_surrogate(found.facts))
-            return tl.audit_tasks(plan, dataset, key, self._built(found))
-        if task.key == (key, "natural-surrogate"):
-            return self._transfer(Kin("natural", describe_surrogate(found.facts, natural=True), self._built(found)))
-        if task.key == (key, "bank") and settings.images.adaptive:
-            rejector = models.subject.rejector
-            try:
-                detectors = [fitted_detector(found, plan), *([] if rejector is None else [rejector.detector])]
-            except ConfigError:
-                return []  # no detector to attack: the report says why
-            return tl.adaptive_tasks(plan, dataset, key, detectors)
-        if task.key == (key, "natural") and settings.page:
-            shown = found.only(~dataset.gate.numpy()[found.rows])
-            rows = shown.rows[pick_queries(shown.embedded, settings.pictures.queries, plan.seed)]
-            return [tl.query_task(plan, key, rows)] if len(rows) else []
-        return []
+    def _following(self, found: Results, without: str) -> list[Task]:
+        """What is measured once the first results are known; `without` is why there is no surrogate."""
+        plan, models, counts = self.plan, self.models, self.plan.settings.images
+        dataset, key, rejector = models.dataset, models.subject.key, models.subject.rejector
+        tasks: list[Task] = []
+        if counts.audit:
+            surrogate: nn.Module | str
+            if models.surrogate is not None:
+                surrogate = models.surrogate.network
+            elif without:
+                self.terminal.say(surrogate := f"no surrogate was given, and none could be trained ({without})")
+            else:
+                self.terminal.say(describe_surrogate(found[key, "surrogate"].facts))
+                surrogate = self._built(found[key, "surrogate"])
+            tasks += tl.audit_tasks(plan, dataset, key, surrogate)
+        if (key, "bank") in found and counts.adaptive:
+            with contextlib.suppress(ConfigError):  # no detector to attack: the report says why
+                own = fitted_detector(found[key, "bank"], plan)
+                detectors = [own] if rejector is None else [own, rejector.detector]
+                tasks += tl.adaptive_tasks(plan, dataset, key, detectors)
+        if (key, "natural") in found and plan.settings.page:
+            shown = found[key, "natural"]
+            shown = shown.only(~dataset.gate.numpy()[shown.rows])
+            rows = shown.rows[pick_queries(shown.embedded, plan.settings.pictures.queries, plan.seed)]
+            tasks += [tl.query_task(plan, key, rows)] if len(rows) else []
+        if counts.transfer:
+            natural = Kin("natural", "a naturally trained surrogate", why=without)
+            if not without:
+                trained = found[key, "natural-surrogate"]
+                natural = Kin("natural", describe_surrogate(trained.facts, natural=True), self._built(trained))
+            for kin in (*models.relatives, natural):
+                self.relatives.append(Relative(kin.source, kin.about, why=kin.why))
+                tasks += [tl.transfer_task(plan, dataset, key, kin)] if kin.network is not None else []
+        return tasks
 
     def _built(self, trained: TrainedSurrogate) -> nn.Module:
         dataset = self.models.dataset
         network = build_model(trained.facts.architecture, len(dataset.class_names), dataset.image_shape)
         network.load_state_dict(trained.weights)
         return network.eval()
-
-    def _transfer(self, kin: Kin) -> list[Task]:
-        """The attack on the model through a relative, if there is one."""
-        self.relatives.append(Relative(kin.source, kin.about, why=kin.why))
-        if kin.network is None:
-            return []
-        return [tl.transfer_task(self.plan, self.models.dataset, self.models.subject.key, kin)]
-
-
-def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Passes progress on, a line every few seconds."""
-    last = 0.0
-
-    def said(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            say(text)
-
-    return said

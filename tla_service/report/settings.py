@@ -45,7 +45,7 @@ class ImageCounts(Section):
     )
     transfer: int = setting(500, "test images attacked through the model's relatives", unit="images", ge=0)
     representation: int = setting(
-        10_000, "test images for detection, k-NN, shift ratios and t-SNE", unit="images", ge=0
+        10_000, "test images for detection, calibration, k-NN, shift ratios and t-SNE", unit="images", ge=0
     )
     adaptive: int = setting(
         1000, "test images for the attacks on the detector; needs images.representation", unit="images", ge=0

@@ -1,8 +1,8 @@
 """Measurements cut into shards, each kept as a file: an evaluation that was stopped resumes from those it finds."""
 
 import contextlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -18,6 +18,7 @@ from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.results import BoolArray
 from tla_service.evaluation.shards import Arrays, IntArray, Measurement, Shard, ShardOutcome, load_arrays, save_arrays
 from tla_service.runtime import hardware
+from tla_service.training.reporting import Terminal
 
 # Part of shards' names: one more when code gives other figures, so that an interrupted evaluation does not mix them.
 _NUMERICS = 2
@@ -80,7 +81,7 @@ class Measurer(Protocol):
     """Where shards are measured; its string says on what hardware."""
 
     def __call__(self, waiting: deque[MissingShard], inputs: Inputs) -> Iterator[tuple[MissingShard, Arrays]]:
-        """Take shards from the left and yield each with its result, in any order; more may be added in between."""
+        """Take shards from the left and yield each with its result, in any order."""
 
 
 class MeasureHere:
@@ -103,51 +104,24 @@ class MeasureHere:
             yield shard, shard.task.measurement.run(loaded)
 
 
-def run_tasks(
-    tasks: Sequence[Task],
-    inputs: Inputs,
-    folder: Path,
-    measure: Measurer,
-    say: Callable[[str], None],
-    follow: Callable[[Task, Any], Sequence[Task]],
-) -> tuple[Results, list[Task]]:
-    """Measure, shard by shard, with progress passed to `say`; the merged results by model and task name, and the tasks.
+def run_tasks(tasks: Sequence[Task], inputs: Inputs, folder: Path, measure: Measurer, terminal: Terminal) -> Results:
+    """Measure, shard by shard; returns the merged results by model and task name.
 
-    `follow` gets each task with its result and returns tasks that depend on it, which are measured next. Shards are
-    saved under ``shards/`` in the folder as they come in; one that was saved before is not measured again.
+    Shards are saved under ``shards/`` in the folder as they come in; one that was saved before is not measured again.
     """
-    waiting: deque[MissingShard] = deque()
-    known: list[Task] = []
-    missing: Counter[tuple[str, str]] = Counter()
-    results: Results = {}
-
-    def add(more: Sequence[Task]) -> None:
-        known.extend(more)
-        for task in reversed(more):
-            shards = [MissingShard(task, name, rows) for name, rows in task.shards()]
-            shards = [shard for shard in shards if not _is_saved(folder / "shards" / shard.name)]
-            missing[task.key] = len(shards)
-            waiting.extendleft(reversed(shards))
-        for task in more:
-            if not missing[task.key]:
-                finish(task)
-
-    def finish(task: Task) -> None:
-        arrays = [load_arrays(folder / "shards" / name) for name, _ in task.shards()]
-        results[task.key] = task.measurement.merge(arrays)
-        add(follow(task, results[task.key]))
-
-    add(tasks)
-    if waiting:
-        done = sum(len(list(task.shards())) for task in known) - len(waiting)
-        say(f"{len(waiting)} shards to measure" + (f", {done} taken from before" if done else ""))
+    shards = [MissingShard(task, name, rows) for task in tasks for name, rows in task.shards()]
+    waiting = deque(shard for shard in shards if not _is_saved(folder / "shards" / shard.name))
+    missing, done = len(waiting), len(shards) - len(waiting)
+    if missing:
+        terminal.say(f"{missing} shards to measure" + (f", {done} taken from before" if done else ""))
     for count, (shard, arrays) in enumerate(measure(waiting, inputs), start=1):
         save_arrays(arrays, folder / "shards" / shard.name)
-        missing[shard.task.key] -= 1
-        if not missing[shard.task.key]:
-            finish(shard.task)
-        say(f"{count}/{count + missing.total()}  {shard.task.name}")
-    return {task.key: results[task.key] for task in known}, known
+        terminal.seldom(f"{count}/{missing}  {shard.task.name}")
+    results: Results = {}
+    for task in tasks:
+        arrays_of = [load_arrays(folder / "shards" / name) for name, _ in task.shards()]
+        results[task.key] = task.measurement.merge(arrays_of)
+    return results
 
 
 def _is_saved(path: Path) -> bool:

@@ -116,12 +116,19 @@ def _table(settings: ReproduceSettings, rows: Mapping[str, Row], names: Sequence
     for method, row in rows.items():
         cells = [_cell(Estimate.over_seeds(row.values(name)), name) for name in names]
         cells += [gains.get(method, "")] if gain else []
-        lines.append(f"| {row.label} | {len(row.runs)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row.label} | {_seeds(row, names)} | " + " | ".join(cells) + " |")
         paper = paper_row(settings.table, method) if settings.budget_name == "paper" and "clean" in names else None
         if paper is not None:
             printed = [f"{paper.accuracy[name]:.2f}" if name in paper.accuracy else "" for name in names]
             lines.append(f"| *{row.label}, paper* | | " + " | ".join(printed) + " |")
     return lines
+
+
+def _seeds(row: Row, names: Sequence[str]) -> str:
+    """How many seeds the first figure is of, and which of the others are of another number."""
+    counts = {name: len(row.values(name)) for name in names}
+    first = counts[names[0]]
+    return ", ".join([str(first), *(f"{name} {count}" for name, count in counts.items() if count not in (0, first))])
 
 
 def _cell(estimate: Estimate | None, name: str) -> str:

@@ -17,7 +17,7 @@ from tla_service.config.loading import RunSettings, read_settings
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.paper import paper_columns
 from tla_service.evaluation.results import CONFIDENCE, BoolArray, paired_difference
-from tla_service.evaluation.shards import load_outcome
+from tla_service.evaluation.shards import load_outcome, standing_under_all
 from tla_service.files import write_whole
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, Report, read_report
 from tla_service.results import tuned
@@ -90,8 +90,9 @@ def table_runs(settings: ReproduceSettings, state: Path | None = None) -> list[T
     if settings.recipe == "tuned":
         return _tuned_runs(settings, state)
     seeds = settings.num_seeds
+    has_transfer = seeds > 1 and settings.budget is None
     return [
-        TableRun(f"{method}-s{seed}", method, seed, f"{method}-s{(seed + 1) % seeds}" if seeds > 1 else None)
+        TableRun(f"{method}-s{seed}", method, seed, f"{method}-s{(seed + 1) % seeds}" if has_transfer else None)
         for seed in range(seeds)
         for method in settings.methods or RECIPE_METHODS[settings.recipe]
     ]
@@ -270,7 +271,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished run: its report, and whether each image is right when `clean` and under each attack (N,)."""
+    """A finished run: its report, and whether each image is right when `clean`, under each attack, and all (N,)."""
 
     run: TableRun
     report: Report
@@ -336,5 +337,6 @@ def read_row(label: str, runs: Sequence[TableRun], state: Path) -> Row:
         outcomes = [load_outcome(strong)] if strong.exists() else []
         outcomes.append(load_outcome(folder / OUTCOME_FILE))  # last: AutoAttack's `clean` is of fewer images
         standing = {name: outcome.standing(name) for outcome in outcomes for name in outcome.broken_at}
+        standing["worst"] = standing_under_all(outcomes[-1])
         found.append(Measured(run, read_report(folder / REPORT_FILE), standing))
     return Row(label, tuple(found))

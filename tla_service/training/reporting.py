@@ -79,6 +79,12 @@ class Terminal:
         """Print a line, without credentials in URLs."""
         self._console.print(without_credentials(text), markup=False)
 
+    def seldom(self, text: str) -> None:
+        """Print a line, unless one was printed in the last `SECONDS_BETWEEN_LINES`."""
+        if time.monotonic() - self._last_line >= self.SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self.say(text)
+
     def show(self, record: Mapping[str, Any]) -> None:
         """Show a record of a run."""
         if record["event"] == "step":
@@ -97,13 +103,11 @@ class Terminal:
 
     def _show_step(self, record: Mapping[str, Any]) -> None:
         if not self._console.is_terminal:
-            if time.monotonic() - self._last_line >= self.SECONDS_BETWEEN_LINES:
-                self._last_line = time.monotonic()
-                minutes, seconds = divmod(int(record["seconds_left"]), 60)
-                left = f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
-                done = f"epoch {record['epoch']:>3}  step {record['step']}/{record['total_steps']}"
-                speed = f"{record['images_per_second']:.0f} images/s  {left} left"
-                self.say(f"{done}  loss {record['loss']:.4f}  {speed}")
+            minutes, seconds = divmod(int(record["seconds_left"]), 60)
+            left = f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}"
+            done = f"epoch {record['epoch']:>3}  step {record['step']}/{record['total_steps']}"
+            speed = f"{record['images_per_second']:.0f} images/s  {left} left"
+            self.seldom(f"{done}  loss {record['loss']:.4f}  {speed}")
             return
         if self._bar is None:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,7 +1,6 @@
 """An evaluation on Ray, logged to MLflow."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from tla_service.cluster.session import starting, warm_session
@@ -34,10 +33,9 @@ def _evaluate(settings: EvaluateSettings, join: Callable[[], None]) -> int:
     uri = tracking_uri(settings.tracking)
     models = load_models(settings, lambda address, field: load_subject(address, field, uri))
 
-    @contextlib.contextmanager
-    def workers() -> Iterator[Workers]:
+    def workers() -> Workers:
         join()
-        yield Workers(settings.scaling)
+        return Workers(settings.scaling)
 
     report, output = evaluate(settings, models, workers, terminal)
     tagged: tuple[str, ...] = ()

@@ -59,7 +59,7 @@ def _make(
             path = write_report_settings(settings, run, state)
             report = read_settings(ReportSettings, ["--config", str(path)])
             models = load_models(report, load_checkpoint_subject)
-            evaluate(report, models, lambda: contextlib.nullcontext(workers), terminal)
+            evaluate(report, models, lambda: workers, terminal)
             slim(path.parent)
     except TimeIsUpError:
         return False
