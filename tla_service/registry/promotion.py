@@ -142,7 +142,7 @@ class Promotion:
         return tags.get(f"tla.{self._alias}.replaced") or None
 
     def _apply(self, decision: Decision, previous: str | None, lock: RegistryLock) -> Decision:
-        """Change the aliases. An interruption leaves a record with status RUNNING."""
+        """Change the aliases. A killed process leaves a record with status RUNNING."""
         before = previous_alias(self._alias)
         with self._recorded(decision):
             try:
@@ -194,7 +194,12 @@ class Promotion:
             return tagged_run(self._made, experiment, "tla.promotion.id", name, tags)
 
         run_id = retrying("Recording the decision", create)
-        yield
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(Exception):  # the first error says more
+                retrying("Closing the record", lambda: self._made.set_terminated(run_id, "FAILED"))
+            raise
         facts = {"decision": decision.verdict, "by": os.environ.get("MLFLOW_TRACKING_USERNAME") or "", "run": run_id}
         facts |= {"at": datetime.now(UTC).isoformat(timespec="seconds"), "findings": findings}
         for fact, value in facts.items():
