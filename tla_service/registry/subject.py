@@ -18,7 +18,7 @@ from tla_service.inference.detector import Rejector
 from tla_service.models import Architecture
 from tla_service.registry.loading import load_with_folder, pin_version
 from tla_service.report.schema import ModelFacts, ThreatModel
-from tla_service.report.subjects import WEIGHTS, Subject, load_checkpoint_subject, read_stored
+from tla_service.report.subjects import WEIGHTS, Subject, load_checkpoint_subject, read_checkpoint, read_stored
 from tla_service.tracking.connection import client
 from tla_service.tracking.runs import fetch_files
 
@@ -34,6 +34,8 @@ def load_subject(uri: str, field: str, tracking: str) -> Subject:
         network, folder = load_with_folder(pinned, tracking)
     except (ConfigError, UnavailableError) as error:
         raise type(error)(field, uri, error.reason, error.remedy) from error
+    if (folder / WEIGHTS).is_file():
+        return read_checkpoint(folder, uri, field)
     name, _, version = pinned.removeprefix("models:/").rpartition("/") if is_named else (None, "", None)
     with readable(field, uri, "load another version"):
         return _described(uri, tracking, network, folder, name, version)
