@@ -191,7 +191,7 @@ class Promotion:
 
         def create() -> str:
             experiment = experiment_id(self._made, EXPERIMENT, self._uri)
-            return tagged_run(self._made, experiment, "tla.promotion.id", name, tags)
+            return str(tagged_run(self._made, experiment, "tla.promotion.id", name, tags).info.run_id)
 
         run_id = retrying("Recording the decision", create)
         try:

@@ -78,7 +78,7 @@ def client(uri: str) -> "MlflowClient":
         _check_file(path)
         for name in ("mlflow.store.db.utils", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)  # they log every migration
-        with exclusive(uri):
+        with _exclusive(path):
             made = MlflowClient(tracking_uri=uri, registry_uri=uri)
             made.search_registered_models(max_results=1)  # creates the registry's tables as well
             return made
@@ -96,19 +96,12 @@ def _explained(uri: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exclusive(uri: str) -> Iterator[bool]:
-    """Hold a lock beside an SQLite file: two processes that create MLflow's tables at once crash each other.
-
-    Yields False, at once, for every other address: a server has no lock.
-    """
-    path = sqlite_path(uri)
-    if path is None:
-        yield False
-        return
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock beside an SQLite file: two processes that create MLflow's tables at once crash each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield True
+        yield
 
 
 def experiment_id(made: "MlflowClient", name: str, uri: str) -> str:
@@ -234,12 +227,11 @@ def unstorable(made: "MlflowClient", uri: str, run_id: str, error: Exception) ->
 
 
 def _check_file(path: Path) -> None:
-    uri = f"{_SQLITE}{path}"
-    with exclusive(uri):  # not while another process creates the tables
+    with _exclusive(path):  # not while another process creates the tables
         cause = sqlite_cause(path)
     if cause is not None:
         reason = f"cannot be opened for writing ({cause.reason})"
-        raise UnavailableError(FIELD, uri, reason, cause.remedy)
+        raise UnavailableError(FIELD, f"{_SQLITE}{path}", reason, cause.remedy)
 
 
 def _check_server(uri: str, experiment: str) -> None:
