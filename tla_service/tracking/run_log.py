@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlflow.entities import Metric
-from mlflow.exceptions import MlflowException
 
 from tla_service.errors import one_line, without_credentials
 from tla_service.tracking.connection import client
@@ -154,22 +153,9 @@ class RunLog:
             if step not in self._steps(key):
                 fresh.setdefault((key, step), Metric(key, value, timestamp, step))
         if fresh:
-            self._send_metrics(list(fresh.values()))
+            self._api.log_batch(self._run_id, metrics=list(fresh.values()))
         for key, step in fresh:
             self._steps(key).add(step)
-
-    def _send_metrics(self, metrics: list[Any]) -> None:
-        try:
-            self._api.log_batch(self._run_id, metrics=metrics)
-        except MlflowException as error:
-            if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
-                raise
-            if len(metrics) == 1:
-                # Retrying cannot succeed, and must not delay the points behind this one.
-                _log.warning("MLflow refuses metric %r (%s); it is left out", metrics[0].key, one_line(error))
-                return
-            for metric in metrics:
-                self._send_metrics([metric])
 
     def _steps(self, key: str) -> set[int]:
         """Steps of a metric that the server has, requested once."""
