@@ -14,7 +14,7 @@ from tla_service.config.explain import validated
 from tla_service.config.loading import load_config_file
 from tla_service.config.radii import length_trouble
 from tla_service.data import Batch, EvaluationBatches, load_dataset
-from tla_service.errors import ConfigError, UserError, one_line
+from tla_service.errors import ConfigError, one_line
 from tla_service.evaluation.shards import as_pixels, evaluating
 from tla_service.evaluation.suite import evaluation_attack, measure_accuracy
 from tla_service.models import ModelOutput
@@ -61,10 +61,7 @@ def evaluate(
         network, parameter = model, next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
     else:
-        try:
-            network, folder = load_with_folder(str(model))
-        except UserError as error:
-            raise type(error)("model", model, error.reason, error.remedy) from error
+        network, folder = load_with_folder(str(model))
         if config is None and (folder / "config.yaml").is_file():
             config = load_config_file(folder / "config.yaml")
             code = (folder / CODE).read_bytes() if (folder / CODE).is_file() else None

@@ -77,11 +77,11 @@ def test_default_store_is_the_environments(packaged: Packaged, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("address", "match"),
     [
-        ("models:/tla-digits@nobody", "models:/tla-digits@nobody: cannot be fetched .*nobody"),
-        ("models:/tla-digits/77", "cannot be fetched .*77"),
-        ("models:/no-such-model/1", "cannot be fetched .*no-such-model"),
-        ("models:/m-00000000000000000000000000000000", "cannot be fetched"),
-        ("runs:/00000000000000000000000000000000/model", "cannot be fetched"),
+        ("models:/tla-digits@nobody", "models:/tla-digits@nobody: cannot be read .*nobody"),
+        ("models:/tla-digits/77", "cannot be read .*77"),
+        ("models:/no-such-model/1", "cannot be read .*no-such-model"),
+        ("models:/m-00000000000000000000000000000000", "cannot be read"),
+        ("runs:/00000000000000000000000000000000/model", "cannot be read"),
         ("/no/such/folder", "there is no such folder"),
     ],
 )

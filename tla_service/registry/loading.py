@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 PACKAGE_DIGEST = "package_sha256"  # tag: the digest of the manifest
 FIELD = "model"
-_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 T = TypeVar("T")
 
 
@@ -138,17 +137,9 @@ def _store(uri: str, tracking: str | None) -> str:
 
 def _asking(uri: str, store: str, question: Callable[[], T]) -> T:
     """Query the store about an address; every error becomes a user's error."""
-    try:
+    remedy = f"check what {store} contains and that its files can be read from here, or set MLFLOW_TRACKING_URI"
+    with readable(FIELD, uri, remedy):
         return retrying(f"Fetching {uri}", question, seconds=4)
-    except ConfigError:
-        raise
-    except UnavailableError as error:
-        raise UnavailableError(FIELD, uri, error.reason, error.remedy) from error
-    except Exception as error:
-        remedy = "check that its files are readable from here, and see the log of the tracking store"
-        if getattr(error, "error_code", "") in _MISSING:
-            remedy = f"check what {store} contains, or set MLFLOW_TRACKING_URI"
-        raise UnavailableError(FIELD, uri, f"cannot be fetched ({one_line(error)})", remedy) from error
 
 
 def _locate(uri: str, made: "MlflowClient") -> tuple[str, str | None]:

@@ -13,7 +13,7 @@ from typing import Literal
 from mlflow.exceptions import MlflowException
 
 from tla_service.config import TrackingConfig
-from tla_service.errors import ConfigError, UnavailableError, one_line
+from tla_service.errors import ConfigError, one_line, readable
 from tla_service.job import code_version
 from tla_service.registry.evidence import examine_evaluation, examine_files, find_version, verify
 from tla_service.registry.gate import Evaluated, Finding, compare, judge
@@ -118,11 +118,8 @@ class Promotion:
         return [evaluated] if champion is None else compare(candidate, champion, self._alias, self._rules)
 
     def _holder(self) -> str | None:
-        try:
+        with readable("model", self._model, "name a registered model"):
             found = retrying("Reading the alias", lambda: self._made.get_registered_model(self._model)).aliases
-        except MlflowException as error:
-            reason = f"cannot be read ({one_line(error)})"
-            raise UnavailableError("model", self._model, reason, "name a registered model") from error
         return str(found[self._alias]) if self._alias in found else None
 
     def _is_holder(self, version: str | None) -> bool:

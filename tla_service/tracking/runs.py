@@ -13,7 +13,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
-from tla_service.errors import UnavailableError, UserError, one_line, without_credentials
+from tla_service.errors import UserError, one_line, readable, without_credentials
 from tla_service.job import code_version, environment
 from tla_service.tracking.connection import client, open_store, retrying, search_all, storing, unstorable
 
@@ -109,7 +109,7 @@ def find_finished(config: RunConfig, run_key: str) -> str | None:
 def fetch_files(made: MlflowClient, run_id: str, names: Sequence[str], target: Path, folder: str = "") -> None:
     """Download those of the named files that a folder of a run's artifacts has, replacing local ones of these names.
 
-    UnavailableError if one cannot be fetched, MlflowException if there is no such run.
+    UnavailableError if one cannot be read, MlflowException if there is no such run.
     """
     # By the artifacts' address: asked for them by the run's id, MLflow calls a file missing whatever the error was.
     home = str(retrying("Reading the run", lambda: made.get_run(run_id)).info.artifact_uri)
@@ -122,13 +122,9 @@ def fetch_files(made: MlflowClient, run_id: str, names: Sequence[str], target: P
             continue
         address = "/".join(filter(None, (home, folder, name)))
         where = {"artifact_uri": address, "dst_path": str(target), "tracking_uri": made.tracking_uri}
-        try:
+        remedy = "see that the run's files can be read from here, and what the tracking store's log says"
+        with readable("MLflow", address, remedy):
             retrying(f"Fetching {name}", functools.partial(download_artifacts, **where))
-        except UserError:
-            raise
-        except Exception as error:
-            remedy = "see that the run's files can be read from here, and what the tracking store's log says"
-            raise UnavailableError("MLflow", address, f"cannot be fetched ({one_line(error)})", remedy) from error
 
 
 def finish_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
