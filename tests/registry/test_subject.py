@@ -70,7 +70,7 @@ def test_a_lost_response_is_no_missing_file(packaged: Packaged, monkeypatch: pyt
 def test_an_alias_that_moves_meanwhile_does_not_change_the_version(
     packaged: Packaged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, load = client(packaged.uri), subject_module.load_with_folder
+    made, load = client(packaged.uri), subject_module.fetch_package
     made.set_registered_model_alias("tla-digits", "champion", "1")
     second = register_another(packaged)
 
@@ -79,6 +79,6 @@ def test_an_alias_that_moves_meanwhile_does_not_change_the_version(
         made.set_registered_model_alias("tla-digits", "champion", second)
         return found
 
-    monkeypatch.setattr(subject_module, "load_with_folder", load_and_move)
+    monkeypatch.setattr(subject_module, "fetch_package", load_and_move)
     facts = load_subject("models:/tla-digits@champion", "model", packaged.uri).facts
     assert (facts.uri, facts.name, facts.version) == ("models:/tla-digits@champion", "tla-digits", "1")

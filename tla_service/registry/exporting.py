@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tla_service.errors import UnavailableError, one_line
+from tla_service.inference.predictor import Predictor
 from tla_service.registry.job_settings import Format
-from tla_service.registry.loading import load_model, open_package
+from tla_service.registry.loading import open_package
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -29,7 +30,7 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
     files, each with the largest difference of its outputs, relative to the largest output.
     """
     artifacts, description = open_package(uri, tracking)
-    network = load_model(str(artifacts))
+    network = Predictor.load(artifacts, "cpu").network
     shape = tuple(description["image_shape"])
     folder = folder.expanduser()
     try:
