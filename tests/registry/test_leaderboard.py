@@ -194,7 +194,7 @@ def test_some_models_alone_and_what_cannot_be_shown(store: Store, local_uri: str
     with pytest.raises(UnavailableError, match="has no registered models"):
         read_leaderboard(TrackingConfig(uri=local_uri))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UnavailableError, match=r"cannot be written .*; choose another --output"):
+    with pytest.raises(UnavailableError, match=r"output=.*: File exists; choose another --output"):
         write_leaderboard(some, tmp_path / "file" / "page.html")
 
 

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from tla_service.config import TrackingConfig
 from tla_service.config.explain import suggest
+from tla_service.data.cache import disk_trouble
 from tla_service.errors import UnavailableError, one_line, without_credentials
 from tla_service.files import write_whole
 from tla_service.registry.evaluations import stored_reports
@@ -116,12 +117,9 @@ def write_leaderboard(found: Leaderboard, path: Path) -> Path:
         method=method_name,
         evaluated=sum(entry.report is not None for entry in found.entries),
     )
-    try:
+    with disk_trouble("output", path, "choose another --output"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)
-    except OSError as error:
-        reason = f"cannot be written ({one_line(error)})"
-        raise UnavailableError("output", path, reason, "choose another --output") from error
     return path
 
 

@@ -61,7 +61,6 @@ class Promotion:
 
     def promote(self, version: str) -> Decision:
         """Give the alias to a version if it passes the gate; records the decision either way."""
-        self._files(version, "version")
         while True:
             # Only the alias can change, so everything slow happens without the lock.
             holder = self._holder()
