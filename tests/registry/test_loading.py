@@ -170,12 +170,6 @@ def test_logits_alone_for_other_toolboxes(packaged: Packaged, folder: Path) -> N
     torch.testing.assert_close(bare(torch.from_numpy(images())).detach(), packaged.logits(images()), rtol=0, atol=0)
 
 
-def test_a_planted_pickle_is_refused(folder: Path) -> None:
-    (folder / "code" / "extra.dat").write_bytes(b"\x80\x04K\x01.")
-    with pytest.raises(UnavailableError, match=r"contains a pickle file \(code/extra.dat\)"):
-        load_model(str(folder))
-
-
 def test_foreign_and_future_models_are_refused(folder: Path) -> None:
     path = folder / "artifacts" / "model.json"
     description = json.loads(path.read_text())

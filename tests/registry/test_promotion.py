@@ -136,7 +136,7 @@ def test_tampered_files_are_refused(packaged: Packaged) -> None:
     content[-1] ^= 1
     weights.write_bytes(content)
     (Path(location) / "extra.pkl").write_bytes(b"")
-    assert "contains a pickle file" in failed(attempt(packaged, "1"))["version intact"]
+    assert "contains a file that was not packaged (extra.pkl)" in failed(attempt(packaged, "1"))["version intact"]
 
 
 def test_a_foreign_model_is_refused(packaged: Packaged, tmp_path: Path) -> None:

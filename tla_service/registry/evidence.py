@@ -74,7 +74,7 @@ def examine_files(
         package = verify(uri, found)
     except _RefusalError as error:
         return Finding(f"{subject} intact", False, f"{error.reason}; {error.remedy}", error.remedy), None
-    explanation = f"weights {package.sha256[:12]}, no pickle, all files unmodified"
+    explanation = f"weights {package.sha256[:12]}, all files unmodified"
     return Finding(f"{subject} intact", True, explanation), package
 
 
