@@ -130,16 +130,15 @@ def test_closing_while_the_server_is_away_keeps_the_points(
     assert history(local_uri, local_run, "a") == [(7, 1.5)]
 
 
-def test_files_of_a_living_log_and_of_other_runs_are_left_alone(local_uri: str, local_run: str, tmp_path: Path) -> None:
-    spill = tmp_path / "spill"
-    living = RunLog("http://127.0.0.1:9", local_run, spill)
-    living.log({"a": 1.0}, 0)
-    (spill / f"{'0' * 32}-1-00000000.jsonl").write_text('["a", 1.0, 1, 0]\n')
-    other = RunLog(local_uri, local_run, spill)
-    assert other.close()
-    assert history(local_uri, local_run, "a") == []
-    assert len(list(spill.iterdir())) == 2
-    assert not living.close(timeout_seconds=0)
+def test_what_a_process_of_an_earlier_version_left_is_sent(local_uri: str, local_run: str, tmp_path: Path) -> None:
+    (tmp_path / f"{local_run}-1-00000000.jsonl").write_text('["a", 1.0, 1, 0]\n["a", 2.0, 1, 1')
+    other = tmp_path / f"{'0' * 32}.jsonl"
+    other.write_text('["a", 1.0, 1, 0]\n')
+    log = RunLog(local_uri, local_run, tmp_path)
+    log.log({"a": 2.0}, 1)
+    assert log.close()
+    assert history(local_uri, local_run, "a") == [(0, 1.0), (1, 2.0)]
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".jsonl"] == [other]
 
 
 class Disk(io.FileIO):
@@ -157,8 +156,8 @@ class Disk(io.FileIO):
 def test_a_full_disk_ends_neither_the_log_nor_the_run(
     local_uri: str, local_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recovers: bool
 ) -> None:
-    disk = Disk(tmp_path / "points.jsonl", "a+")
-    monkeypatch.setattr(run_log_module, "_adopt", lambda *_: (tmp_path / "points.jsonl", io.BufferedRandom(disk)))
+    disk = Disk(tmp_path / f"{local_run}.jsonl", "a+")
+    monkeypatch.setattr(run_log_module, "_open", lambda _: io.BufferedRandom(disk))
     log = RunLog(local_uri, local_run, tmp_path)
     log.log({"a": 0.0}, 0)
     assert log.flush(20)

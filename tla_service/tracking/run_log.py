@@ -5,13 +5,11 @@ killed is sent by the next log of the same run.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import threading
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -31,14 +29,15 @@ Point = tuple[str, float, int, int]  # key, value, timestamp in ms, step
 class RunLog:
     """Sends metrics of one run from a background thread; the caller never waits for the server.
 
-    A point (key, step) is sent once: what the server has already, from before a restart, is skipped. Each metric of a
-    run must be logged by one process only. `spill_dir` has the unsent metrics, also those of an ended process.
+    A point (key, step) is sent once: what the server has already, from before a restart, is skipped. A run has
+    one log at a time. `spill_dir` has the unsent metrics, also those of an ended process.
     """
 
     def __init__(self, uri: str, run_id: str, spill_dir: str | Path) -> None:
         self._uri, self._address, self._run_id = uri, without_credentials(uri), run_id
         self._changed = threading.Condition()
-        self._path, self._file = _adopt(Path(spill_dir), run_id)
+        self._path = Path(spill_dir) / f"{run_id}.jsonl"
+        self._file = _open(self._path)
         self._sent_bytes = 0
         self._known: dict[str, set[int]] | None = None  # key -> steps on the server; None: unknown
         self._unasked: set[str] = set()  # keys on the server whose steps are not in `_known` yet
@@ -168,21 +167,14 @@ class RunLog:
         return self._known[key]
 
 
-def _adopt(folder: Path, run_id: str) -> tuple[Path, IO[bytes]]:
-    """Open a new file and move into it what ended processes left; files of running ones are locked."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{run_id}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-    hidden = path.with_suffix(".new")
-    own = hidden.open("a+b")
-    fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    hidden.rename(path)  # locked before others see it, or they would adopt it
-    for left in sorted(set(folder.glob(f"{run_id}-*.jsonl")) - {path}):
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), left.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            content = file.read()
-            # A process killed while writing leaves half a line, which must not be joined with the next.
-            own.write(content if content.endswith(b"\n") or not content else content + b"\n")
-            own.flush()
-            os.fsync(own.fileno())
-            left.unlink()
-    return path, own
+def _open(path: Path) -> IO[bytes]:
+    """Open the file of a run, with what an earlier process left in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+b")
+    if path.stat().st_size:
+        file.write(b"\n")  # a process killed while writing leaves half a line
+    for left in path.parent.glob(f"{path.stem}-*.jsonl"):  # earlier versions had a file for each process
+        file.write(left.read_bytes() + b"\n")
+        file.flush()
+        left.unlink()
+    return file
