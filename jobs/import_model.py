@@ -6,7 +6,7 @@ python jobs/import_model.py --file wrn.safetensors --model.name wrn_28_10 --data
 import sys
 
 from tla_service.config.loading import read_settings
-from tla_service.job import run_job
+from tla_service.job import next_command, run_job
 from tla_service.registry.job_settings import ImportSettings
 
 
@@ -20,7 +20,8 @@ def main() -> int:
     for note in notes:
         print(f"{settings.file}: {note}")
     print(f"{model_uri}: clean accuracy {clean_accuracy:.2%} on the test set")
-    print(f"measure its robustness: python jobs/evaluate_tla.py --model {model_uri}")
+    where = ["--tracking.uri", settings.tracking.uri] if settings.tracking.uri else []
+    print(next_command("evaluate_tla.py", "--model", model_uri, *where))
     return 0
 
 

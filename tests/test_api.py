@@ -158,8 +158,11 @@ def linear(pixels: int, classes: int) -> nn.Module:
         ({"attacks": {"a": WEAK}, "images": IMAGES / 0, "labels": LABELS}, "outside [0, 1]"),
         ({"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS[:2]}, "labels=(2,) torch.int64: not one class"),
         ({"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS / 4}, "labels=(4,) torch.float32: not one class"),
-        ({"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS + 7}, "labels=10: outside the network's 10 class"),
-        ({"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS - 1}, "labels=-1: outside the network's 10 class"),
+        (
+            {"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS + 7},
+            "model: knows 10 classes, the images have class 10",
+        ),
+        ({"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS - 1}, "pass 4 class indices, integers from 0"),
         ({"model": "nowhere"}, "model=nowhere: there is no such folder"),
         ({"attacks": {"worst": WEAK}}, "attacks.worst: this name is reserved"),
         ({"attacks": {"a": Attack(epsilon=8)}}, "attacks.a.epsilon=8: outside (0, 1]; write 8/255"),
@@ -172,15 +175,24 @@ def linear(pixels: int, classes: int) -> nn.Module:
         ({"attacks": {"a": Attack(num_restarts=0)}}, "attacks.a.num_restarts=0: input should be greater than or equal"),
         (
             {"attacks": {"a": WEAK}, "images": IMAGES, "labels": LABELS, "model": nn.Flatten(0)},
-            "model=(64,): its output is not logits (N, K)",
+            "model: gives (64,) for 1 images; give a classifier with logits (N, K)",
+        ),
+        (
+            {
+                "attacks": {"a": WEAK},
+                "images": IMAGES,
+                "labels": LABELS,
+                "model": nn.AdaptiveMaxPool2d(1, return_indices=True),
+            },
+            "model=tuple: its output is not logits (N, K)",
         ),
         (
             {"config": RunConfig(), "model": linear(64, 5)},
-            "outside the network's 5 classes, [0, 4]; pass the classes, or",
+            "model: knows 5 classes, the images have class 9; evaluate it on the classes",
         ),
         (
             {"config": RunConfig(), "model": linear(9, 10)},
-            "images=1x8x8: the network does not take them (mat1 and mat2",
+            "model: cannot take 1x8x8 images (mat1 and mat2",
         ),
         ({"config": RunConfig(evaluation=WORST)}, "attacks.worst: this name is reserved"),
     ],

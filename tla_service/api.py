@@ -14,9 +14,9 @@ from tla_service.config.explain import validated
 from tla_service.config.loading import load_config_file
 from tla_service.config.radii import length_trouble
 from tla_service.data import Batch, EvaluationBatches, load_dataset
-from tla_service.errors import ConfigError, UserError, one_line
-from tla_service.evaluation.shards import as_pixels, evaluating
-from tla_service.evaluation.suite import evaluation_attack, measure_accuracy
+from tla_service.errors import ConfigError
+from tla_service.evaluation.shards import as_pixels, evaluating, logits_of
+from tla_service.evaluation.suite import clean_logits, evaluation_attack, measure_accuracy
 from tla_service.models import ModelOutput
 from tla_service.registry.loading import load_with_folder
 from tla_service.runtime import WorkerContext, mixed_seed
@@ -61,10 +61,7 @@ def evaluate(
         network, parameter = model, next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
     else:
-        try:
-            network, folder = load_with_folder(str(model))
-        except UserError as error:
-            raise type(error)("model", model, error.reason, error.remedy) from error
+        network, folder = load_with_folder(str(model))
         if config is None and (folder / "config.yaml").is_file():
             config = load_config_file(folder / "config.yaml")
             code = (folder / CODE).read_bytes() if (folder / CODE).is_file() else None
@@ -98,6 +95,9 @@ class _Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> ModelOutput:
         output = self.network(images)
+        if not isinstance(output, ModelOutput | Tensor):
+            remedy = "wrap it in a module that returns them"
+            raise ConfigError("model", type(output).__name__, "its output is not logits (N, K)", remedy)
         return output if isinstance(output, ModelOutput) else ModelOutput(output, output)
 
 
@@ -147,23 +147,12 @@ def _check_images(images: Tensor, labels: Tensor) -> None:
     if not (low >= 0 and high <= 1):
         remedy = "divide 8-bit images by 255; normalize in the model"
         raise ConfigError("images", f"[{low:g}, {high:g}]", "outside [0, 1]", remedy)
-    if labels.shape != shape[:1] or labels.is_floating_point():
-        remedy = f"pass {len(images)} integer class indices"
+    if labels.shape != shape[:1] or labels.is_floating_point() or labels.min() < 0:
+        remedy = f"pass {len(images)} class indices, integers from 0"
         raise ConfigError("labels", f"{tuple(labels.shape)} {labels.dtype}", "not one class per image", remedy)
 
 
 def _check_network(classifier: nn.Module, image: Tensor, labels: Tensor, device: torch.device) -> None:
     """Refuse a network without logits for images such as this one (1, C, H, W), or for all labels (N,)."""
-    try:
-        with evaluating(classifier), torch.no_grad():
-            logits = classifier(as_pixels(image, device)).logits
-    except (RuntimeError, ValueError) as error:
-        shape, reason = "x".join(map(str, image.shape[1:])), f"the network does not take them ({one_line(error)})"
-        raise ConfigError("images", shape, reason, "pass images, or a config, that it was trained for") from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ConfigError("model", shown, "its output is not logits (N, K)", "wrap it in a module that returns them")
-    wrong = labels[(labels < 0) | (labels >= logits.shape[1])]
-    if len(wrong):
-        reason = f"outside the network's {logits.shape[1]} classes, [0, {logits.shape[1] - 1}]"
-        raise ConfigError("labels", int(wrong[0]), reason, "pass the classes, or a config, that it was trained for")
+    with evaluating(classifier):
+        clean_logits(logits_of(classifier), as_pixels(image, device), labels)

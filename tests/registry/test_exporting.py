@@ -104,7 +104,7 @@ def test_the_job(
     assert call("--model", "models:/tla-digits/1", "--formats", "tflite") == 2
     capsys.readouterr()
     assert call("--model", "models:/tla-digits/9") == 3
-    assert capsys.readouterr().err.startswith("error: model=models:/tla-digits/9: cannot be fetched")
+    assert capsys.readouterr().err.startswith("error: model=models:/tla-digits/9: cannot be read")
     (tmp_path / "file").touch()
     assert call("--model", "models:/tla-digits/1", "--output", str(tmp_path / "file" / "out")) == 3
     assert capsys.readouterr().err.endswith("; choose another --output\n")

@@ -28,7 +28,10 @@ def test_the_job_registers_what_predicts_the_same(
         return run_job(job.main)
 
     assert call("--file", str(tmp_path / "w.pt"), "--epsilon", "0.1", "--source", "a paper") == 0
-    assert "models:/tla-digits/1: clean accuracy" in capsys.readouterr().out
+    *_, told, following = capsys.readouterr().out.splitlines()
+    assert told.startswith("models:/tla-digits/1: clean accuracy")
+    assert following.startswith("next: ")
+    assert following.endswith(f"evaluate_tla.py --model models:/tla-digits/1 --tracking.uri {local_uri}")
     assert call("--file", str(tmp_path / "w.pt"), "--epsilon", "0.1") == 0, "again: the same version"
     versions = MlflowClient(local_uri).search_model_versions("name='tla-digits'")
     assert [(version.version, version.tags["method"]) for version in versions] == [(1, "imported")]

@@ -20,6 +20,7 @@ from tla_service.evaluation import results as rs
 from tla_service.job import run_job
 from tla_service.registry.evaluations import evaluation_tags
 from tla_service.registry.leaderboard import Leaderboard, read_leaderboard, write_leaderboard
+from tla_service.registry.lock import RegistryLock
 from tla_service.report import schema as rp
 from tla_service.tracking.connection import client
 from tla_service.tracking.runs import log_files, open_run
@@ -82,7 +83,7 @@ def store(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
             (folder / str(number) / "report.html").write_text("page")
         made.create_model_version(name, str(folder), run_id=run_id, tags=tags)
     log_files(uri, run_id, files)
-    made.create_registered_model("tla-cifar10-champion-lock-7")
+    assert RegistryLock(made, "tla-cifar10-champion").take(1)
     made.set_registered_model_alias("tla-cifar10", "champion", "3")
     made.set_registered_model_alias("tla-cifar10", "previous", "2")
     return Store(uri, run_id)
@@ -193,7 +194,7 @@ def test_some_models_alone_and_what_cannot_be_shown(store: Store, local_uri: str
     with pytest.raises(UnavailableError, match="has no registered models"):
         read_leaderboard(TrackingConfig(uri=local_uri))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UnavailableError, match=r"cannot be written .*; choose another --output"):
+    with pytest.raises(UnavailableError, match=r"output=.*: File exists; choose another --output"):
         write_leaderboard(some, tmp_path / "file" / "page.html")
 
 
@@ -215,17 +216,19 @@ def test_the_job_writes_the_page_and_says_what_is_in_it(
 def test_links_lead_to_a_servers_pages(server: TrackingServer, tmp_path: Path) -> None:
     run_id = open_run(RunConfig(tracking=TrackingConfig(uri=server.uri)), "key-leaderboard", facts={})
     made = client(server.uri)
-    made.create_registered_model("leader board")
+    made.create_registered_model("leader board-lock-2")
     source = str(made.get_run(run_id).info.artifact_uri)
-    version = made.create_model_version("leader board", source, run_id=run_id, tags={"weights_sha256": sha256(1)})
+    version = made.create_model_version(
+        "leader board-lock-2", source, run_id=run_id, tags={"weights_sha256": sha256(1)}
+    )
     rp.write_report(evaluated(run_id, 1), tmp_path / "report.json")
     home = rp.artifact_folder(sha256(1), LINF)
     log_files(server.uri, run_id, {f"{home}/report.json": tmp_path / "report.json"})
-    (entry,) = read_leaderboard(TrackingConfig(uri=server.uri), ["leader board"]).entries
+    (entry,) = read_leaderboard(TrackingConfig(uri=server.uri), ["leader board-lock-2"]).entries
     experiment = made.get_run(run_id).info.experiment_id
     run = f"{server.uri}/#/experiments/{experiment}/runs/{run_id}"
     assert entry.links == {
-        "version": f"{server.uri}/#/models/leader%20board/versions/{version.version}",
+        "version": f"{server.uri}/#/models/leader%20board-lock-2/versions/{version.version}",
         "run": run,
         "report": f"{run}/artifacts/{home}/report.html",
     }

@@ -136,7 +136,7 @@ def test_tampered_files_are_refused(packaged: Packaged) -> None:
     content[-1] ^= 1
     weights.write_bytes(content)
     (Path(location) / "extra.pkl").write_bytes(b"")
-    assert "contains a pickle file" in failed(attempt(packaged, "1"))["version intact"]
+    assert "contains a file that was not packaged (extra.pkl)" in failed(attempt(packaged, "1"))["version intact"]
 
 
 def test_a_foreign_model_is_refused(packaged: Packaged, tmp_path: Path) -> None:
@@ -144,6 +144,15 @@ def test_a_foreign_model_is_refused(packaged: Packaged, tmp_path: Path) -> None:
     (tmp_path / "foreign" / "MLmodel").write_text("flavors: {}")
     MlflowClient(packaged.uri).create_model_version("tla-digits", str(tmp_path / "foreign"), run_id=packaged.run_id)
     assert "was not registered by this project" in failed(attempt(packaged, "2"))["version intact"]
+
+
+def test_a_promotion_that_ends_with_an_error_is_recorded_as_failed(packaged: Packaged) -> None:
+    evaluate(packaged, "1", GOOD)
+    with pytest.raises(ConfigError, match="alias=v1: MLflow refuses it"):
+        Promotion(packaged.config.tracking, "tla-digits", "v1", RULES).promote("1")
+    made = MlflowClient(packaged.uri)
+    experiment = made.get_experiment_by_name("tla-promotions").experiment_id
+    assert [run.info.status for run in made.search_runs([experiment])] == ["FAILED"]
 
 
 def test_a_worse_version_does_not_replace_the_champion(packaged: Packaged) -> None:

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 
 from tests.registry.evaluations import register_another
 from tests.registry.tracking_server import Packaged
+from tla_service.config.loading import to_yaml
+from tla_service.errors import UnavailableError
 from tla_service.models import build_model
 from tla_service.registry import subject as subject_module
 from tla_service.registry.subject import load_subject
@@ -36,6 +38,21 @@ def test_the_last_epoch_of_a_version_is_among_the_artifacts_of_its_run(packaged:
     assert all(torch.equal(value, last[name]) for name, value in network.state_dict().items())
 
 
+def test_the_checkpoint_of_a_run_is_a_model_too(packaged: Packaged, tmp_path: Path) -> None:
+    save_file(packaged.network.state_dict(), tmp_path / "best.safetensors")
+    (tmp_path / "config.yaml").write_text(to_yaml(packaged.config))
+    (tmp_path / "data.json").write_text(
+        '{"class_names": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"], "image_shape": [1, 8, 8]}'
+    )
+    names = ("best.safetensors", "config.yaml", "data.json")
+    log_files(packaged.uri, packaged.run_id, {f"checkpoint/{name}": tmp_path / name for name in names})
+    subject = load_subject(f"runs:/{packaged.run_id}/checkpoint", "model", packaged.uri)
+    assert subject.facts.uri == f"runs:/{packaged.run_id}/checkpoint"
+    assert subject.config == packaged.config
+    with pytest.raises(UnavailableError, match=r"compare=.*/nothing: .*"):
+        load_subject(f"runs:/{packaged.run_id}/nothing", "compare", packaged.uri)
+
+
 def test_a_lost_response_is_no_missing_file(packaged: Packaged, monkeypatch: pytest.MonkeyPatch) -> None:
     download, lost = LocalArtifactRepository._download_file, []
 
@@ -53,7 +70,7 @@ def test_a_lost_response_is_no_missing_file(packaged: Packaged, monkeypatch: pyt
 def test_an_alias_that_moves_meanwhile_does_not_change_the_version(
     packaged: Packaged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, load = client(packaged.uri), subject_module.load_with_folder
+    made, load = client(packaged.uri), subject_module.fetch_package
     made.set_registered_model_alias("tla-digits", "champion", "1")
     second = register_another(packaged)
 
@@ -62,6 +79,6 @@ def test_an_alias_that_moves_meanwhile_does_not_change_the_version(
         made.set_registered_model_alias("tla-digits", "champion", second)
         return found
 
-    monkeypatch.setattr(subject_module, "load_with_folder", load_and_move)
+    monkeypatch.setattr(subject_module, "fetch_package", load_and_move)
     facts = load_subject("models:/tla-digits@champion", "model", packaged.uri).facts
     assert (facts.uri, facts.name, facts.version) == ("models:/tla-digits@champion", "tla-digits", "1")

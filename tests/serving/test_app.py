@@ -3,6 +3,7 @@
 `pytest -m slow tests/serving/test_app.py`
 """
 
+import asyncio
 import base64
 import json
 import os
@@ -13,10 +14,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from starlette.requests import Request
 
 from tests.inference.files import encoded
 from tests.registry.tracking_server import Packaged
@@ -146,6 +149,23 @@ def test_metrics_count_what_was_answered(address: str) -> None:
     assert figure("tla_serve_images_total") == before[1] + 7
     assert figure('tla_serve_requests_total{status="415"}') >= 1
     assert figure('tla_serve_model{uri="models:/tla-digits/1"}') == 1
+
+
+def test_an_error_is_counted_as_500() -> None:
+    from tla_service.serving.app import Classifier
+
+    class Broken(Classifier.func_or_class):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            self._meter = Mock()
+
+        async def _predict(self, _: Request) -> Any:
+            raise RuntimeError("out of memory")
+
+    broken = Broken()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(broken(Request({"type": "http", "method": "POST", "path": "/predict", "headers": []})))
+    ((status, _, accepted, rejected), _) = broken._meter.count.remote.call_args
+    assert (status, accepted, rejected) == (500, 0, 0)
 
 
 def test_wrong_settings_and_missing_models_are_refused(packaged: Packaged) -> None:

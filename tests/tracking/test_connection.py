@@ -29,9 +29,13 @@ def test_uri_given_wins_over_environment_wins_over_local_file(monkeypatch: pytes
 
 
 def test_server_is_accepted_and_gets_the_experiment(server: TrackingServer) -> None:
-    for _ in range(2):
+    made = MlflowClient(server.uri)
+    for project in ("tla-service", "another"):
         check_tracking(TrackingConfig(uri=server.uri, experiment="checked"))
-    assert MlflowClient(server.uri).get_experiment_by_name("checked") is not None
+        found = made.get_experiment_by_name("checked")
+        assert found is not None
+        assert found.tags["tla.project"] == project
+        made.set_experiment_tag(found.experiment_id, "tla.project", "another")
 
 
 def test_host_name_the_server_does_not_allow(server: TrackingServer) -> None:

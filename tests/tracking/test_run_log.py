@@ -53,16 +53,18 @@ def test_replayed_epochs_are_not_sent_twice(local_uri: str, local_run: str, tmp_
     assert history(local_uri, local_run, "b") == [(step, -float(step)) for step in range(5)]
 
 
-def test_a_name_mlflow_refuses_does_not_hold_up_the_others(
-    local_uri: str, local_run: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_run_that_is_deleted_meanwhile_keeps_its_points(
+    local_uri: str, local_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run_log_module, "_LAST_WAIT_SECONDS", 0.5)
+    MlflowClient(local_uri).delete_run(local_run)
     log = RunLog(local_uri, local_run, tmp_path)
-    log.log({"bad name!": 1.0, "nan": math.nan, "good": 2.0}, 0)
-    log.log({"good": 3.0}, 1)
+    log.log({"a": 1.0, "nan": math.nan}, 0)
+    assert not log.flush(1.0)
+    MlflowClient(local_uri).restore_run(local_run)
     assert log.close()
-    assert history(local_uri, local_run, "good") == [(0, 2.0), (1, 3.0)]
+    assert history(local_uri, local_run, "a") == [(0, 1.0)]
     assert math.isnan(history(local_uri, local_run, "nan")[0][1])
-    assert [record.getMessage()[:40] for record in caplog.records] == ["MLflow refuses metric 'bad name!' (Inval"]
 
 
 def test_a_server_away_and_back_loses_and_doubles_nothing(
@@ -128,16 +130,15 @@ def test_closing_while_the_server_is_away_keeps_the_points(
     assert history(local_uri, local_run, "a") == [(7, 1.5)]
 
 
-def test_files_of_a_living_log_and_of_other_runs_are_left_alone(local_uri: str, local_run: str, tmp_path: Path) -> None:
-    spill = tmp_path / "spill"
-    living = RunLog("http://127.0.0.1:9", local_run, spill)
-    living.log({"a": 1.0}, 0)
-    (spill / f"{'0' * 32}-1-00000000.jsonl").write_text('["a", 1.0, 1, 0]\n')
-    other = RunLog(local_uri, local_run, spill)
-    assert other.close()
-    assert history(local_uri, local_run, "a") == []
-    assert len(list(spill.iterdir())) == 2
-    assert not living.close(timeout_seconds=0)
+def test_what_a_process_of_an_earlier_version_left_is_sent(local_uri: str, local_run: str, tmp_path: Path) -> None:
+    (tmp_path / f"{local_run}-1-00000000.jsonl").write_text('["a", 1.0, 1, 0]\n["a", 2.0, 1, 1')
+    other = tmp_path / f"{'0' * 32}.jsonl"
+    other.write_text('["a", 1.0, 1, 0]\n')
+    log = RunLog(local_uri, local_run, tmp_path)
+    log.log({"a": 2.0}, 1)
+    assert log.close()
+    assert history(local_uri, local_run, "a") == [(0, 1.0), (1, 2.0)]
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".jsonl"] == [other]
 
 
 class Disk(io.FileIO):
@@ -155,8 +156,8 @@ class Disk(io.FileIO):
 def test_a_full_disk_ends_neither_the_log_nor_the_run(
     local_uri: str, local_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recovers: bool
 ) -> None:
-    disk = Disk(tmp_path / "points.jsonl", "a+")
-    monkeypatch.setattr(run_log_module, "_adopt", lambda *_: (tmp_path / "points.jsonl", io.BufferedRandom(disk)))
+    disk = Disk(tmp_path / f"{local_run}.jsonl", "a+")
+    monkeypatch.setattr(run_log_module, "_open", lambda _: io.BufferedRandom(disk))
     log = RunLog(local_uri, local_run, tmp_path)
     log.log({"a": 0.0}, 0)
     assert log.flush(20)

@@ -107,61 +107,29 @@ def test_run_that_was_left_half_described_is_completed(local_uri: str, monkeypat
         with pytest.raises(KeyboardInterrupt):
             open_run(config, "half", facts=FACTS)
     run_id = open_run(config, "half", facts=FACTS)
-    assert MlflowClient(local_uri).get_run(run_id).data.params["loss.margin"] == "0.05"
+    run = MlflowClient(local_uri).get_run(run_id)
+    assert run.data.params["loss.margin"] == "0.05"
+    assert "tla.resumed" not in run.data.tags
     assert RunConfig.model_validate(yaml.safe_load(text_of(local_uri, run_id, "config.yaml"))) == config
 
 
-@pytest.mark.parametrize("store", ["local", "server"])
-def test_opening_one_key_at_once_gives_one_run(
-    store: str, local_uri: str, server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+def test_a_run_whose_creation_was_not_confirmed_is_found_and_not_resumed(
+    local_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = tracking_module._find
+    create, lost = MlflowClient.create_run, list[str]()
 
-    def slow_find(*arguments: Any) -> Any:
-        found = find(*arguments)
-        time.sleep(0.3)  # so that all have looked before the first creates
-        return found
+    def lose_the_first(*arguments: Any, **options: Any) -> Any:
+        run = create(*arguments, **options)
+        if not lost:
+            lost.append(run.info.run_id)
+            raise ConnectionError("reset by peer")
+        return run
 
-    monkeypatch.setattr(tracking_module, "_find", slow_find)
-    config = config_for(local_uri if store == "local" else server.uri)
-    ids: list[str] = []
-    openers = [
-        threading.Thread(target=lambda: ids.append(open_run(config, f"race-{store}", facts={}))) for _ in range(4)
-    ]
-    for opener in openers:
-        opener.start()
-    for opener in openers:
-        opener.join()
-    assert len(ids) == 4
-    assert len(set(ids)) == 1
-
-
-def test_processes_that_describe_one_run_at_once_add_each_parameter_once(
-    server: TrackingServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Each opener has found no parameters and all write at once: the server refuses some of them.
-    log_batch, barrier, failures = MlflowClient.log_batch, threading.Barrier(8, timeout=30), list[Exception]()
-    config, client = config_for(server.uri), MlflowClient(server.uri)
-    run_id = client.create_run(client.create_experiment("described")).info.run_id
-
-    def log_together(*arguments: Any, **options: Any) -> None:
-        barrier.wait()
-        log_batch(*arguments, **options)
-
-    def describe() -> None:
-        try:
-            tracking_module._describe(MlflowClient(server.uri), run_id, config, config, FACTS, 0)
-        except Exception as error:  # noqa: BLE001 - told to the main thread
-            failures.append(error)
-
-    monkeypatch.setattr(MlflowClient, "log_batch", log_together)
-    openers = [threading.Thread(target=describe) for _ in range(8)]
-    for opener in openers:
-        opener.start()
-    for opener in openers:
-        opener.join()
-    assert not failures
-    assert client.get_run(run_id).data.params["loss.margin"] == "0.05"
+    monkeypatch.setattr(MlflowClient, "create_run", lose_the_first)
+    monkeypatch.setattr("tla_service.errors.time.sleep", lambda _: None)
+    assert [open_run(config_for(local_uri), "lost", facts=FACTS)] == lost
+    assert "tla.resumed" not in MlflowClient(local_uri).get_run(lost[0]).data.tags
+    assert json.loads(text_of(local_uri, lost[0], "environment.json"))["torch"]
 
 
 def test_files_are_stored_in_the_folders_asked_for(server: TrackingServer, tmp_path: Path) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
 from tla_service.attacks.autoattack import autoattack_stages
-from tla_service.errors import UnavailableError, UserError, one_line
+from tla_service.errors import UnavailableError, UserError, readable
 from tla_service.evaluation.shards import load_outcome
 from tla_service.registry.evaluations import stored_evaluations
 from tla_service.registry.gate import Evaluated, Finding
@@ -48,18 +47,14 @@ class Package:
 
 def find_version(made: MlflowClient, name: str, version: str) -> ModelVersion:
     """A registered version; raises `UnavailableError` if it does not exist."""
-    try:
+    with readable("version", f"{name}/{version}", "check the registered models, or correct it"):
         return retrying("Reading the version", lambda: made.get_model_version(name, version))
-    except MlflowException as error:
-        reason, remedy = f"does not exist ({one_line(error)})", "check the registered models, or correct it"
-        raise UnavailableError("version", f"{name}/{version}", reason, remedy) from error
 
 
 def verify(uri: str, version: ModelVersion) -> Package:
     """Raise `UserError` unless a registered version contains what this project packaged, unmodified."""
     address = f"models:/{version.name}/{version.version}"
-    registered = version.tags.get("weights_sha256")
-    if PACKAGE_DIGEST not in version.tags or registered is None:
+    if PACKAGE_DIGEST not in version.tags:
         reason = "was not registered by this project: it has no digests to compare its files with"
         raise _RefusalError("version", address, reason, "train it, or import its weights with jobs/import_model.py")
     folder, digest = fetch_package(address, uri)
@@ -67,11 +62,7 @@ def verify(uri: str, version: ModelVersion) -> Package:
         _, description = open_folder(folder, address, digest)
     except UserError as error:
         raise _RefusalError(error.subject, error.value, error.reason, error.remedy) from error
-    package = Package(address, str(version.version), str(version.run_id), description)
-    if package.sha256 != registered:
-        reason = f"its weights are {package.sha256[:12]}..., but {registered[:12]}... were registered"
-        raise _RefusalError("version", address, reason, "register the model again")
-    return package
+    return Package(address, str(version.version), str(version.run_id), description)
 
 
 def examine_files(
@@ -83,7 +74,7 @@ def examine_files(
         package = verify(uri, found)
     except _RefusalError as error:
         return Finding(f"{subject} intact", False, f"{error.reason}; {error.remedy}", error.remedy), None
-    explanation = f"weights {package.sha256[:12]}, no pickle, all files unmodified"
+    explanation = f"weights {package.sha256[:12]}, all files unmodified"
     return Finding(f"{subject} intact", True, explanation), package
 
 
@@ -107,13 +98,8 @@ def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Eva
     sha256, run_id = package.sha256, package.run_id
     flags = "" if threat.slug == package.trained_for.slug else f" --norm {threat.norm} --epsilon {threat.radius}"
     command = f"run jobs/evaluate_tla.py --model {package.address}{flags}"
-    try:
+    with readable("version", package.address, "register the model again"):
         stored = stored_evaluations(made, run_id, sha256)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = f"the run that trained it cannot be read ({one_line(error)})"
-        raise UnavailableError("version", package.address, reason, "register the model again") from error
     if threat.slug not in stored:
         # A slug, as the command line writes the threat model: linf 8/255.
         named = ", ".join(slug.replace("-", " ", 1).replace("_", "/") for slug in stored)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tla_service.errors import UnavailableError, one_line
+from tla_service.data.cache import disk_trouble
+from tla_service.errors import UnavailableError
+from tla_service.inference.predictor import Predictor
 from tla_service.registry.job_settings import Format
-from tla_service.registry.loading import load_model, open_package
+from tla_service.registry.loading import open_package
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -29,17 +31,14 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
     files, each with the largest difference of its outputs, relative to the largest output.
     """
     artifacts, description = open_package(uri, tracking)
-    network = load_model(str(artifacts))
+    network = Predictor.load(artifacts, "cpu").network
     shape = tuple(description["image_shape"])
     folder = folder.expanduser()
-    try:
+    with disk_trouble("output", folder, "choose another --output"):
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("model.json", "model_card.md", "detector.safetensors"):
             if (artifacts / name).is_file():
                 shutil.copy(artifacts / name, folder / name)
-    except OSError as error:
-        reason = f"cannot be written ({one_line(error)})"
-        raise UnavailableError("output", folder, reason, "choose another --output") from error
     example = torch.rand(2, *shape)  # torch.export would treat a batch size of 1 as a constant
     batches = {"images": {0: torch.export.Dim.AUTO}}
     program = torch.export.export(_Plain(network).eval(), (example,), dynamic_shapes=batches)

@@ -57,7 +57,7 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     key = f"import/{sha256(path)[:16]}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
     tags = {f"tla.{name}": value for name, value in facts.items()} | code_version()
     tags |= {RUN_KEY: key, "tla.method": _METHOD}
-    run_id = retrying("Opening the run", lambda: tagged_run(made, experiment, RUN_KEY, key, tags))
+    run_id = retrying("Opening the run", lambda: tagged_run(made, experiment, RUN_KEY, key, tags)).info.run_id
     made.log_metric(run_id, "test/clean_accuracy", clean_accuracy)
     model_uri = log_model(
         uri,

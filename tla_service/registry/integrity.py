@@ -1,4 +1,4 @@
-"""Verifies that a packaged model is unmodified: a manifest of its files with their digests, and no pickle."""
+"""Verifies that a packaged model is unmodified, by a manifest of its files with their digests."""
 
 import hashlib
 import json
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tla_service.errors import UnavailableError
 from tla_service.files import sha256
-from tla_service.pickles import is_pickle
 
 MANIFEST = "manifest.json"
 _ADDED_BY_MLFLOW = {"registered_model_meta"}  # written beside a version that MLflow itself downloads
@@ -23,7 +22,7 @@ def write_manifest(folder: Path) -> str:
 
 
 def verify_package(folder: Path, name: str, expected: str | None) -> None:
-    """Raise `UnavailableError` unless a folder contains exactly the files that were packaged, and no pickle.
+    """Raise `UnavailableError` unless a folder contains exactly the files that were packaged.
 
     `expected` is the SHA-256 of the manifest in the registry; None without a registry: the manifest is trusted then.
     `name` is the package's address, for messages.
@@ -42,9 +41,6 @@ def verify_package(folder: Path, name: str, expected: str | None) -> None:
     if expected is not None and hashlib.sha256(manifest).hexdigest() != expected:
         raise bad(f"{MANIFEST} was modified: its SHA-256 is not {expected[:12]}... as in the registry")
     present = _files(folder)
-    pickles = [file for file, path in present.items() if path.is_file() and is_pickle(path)]
-    if pickles:
-        raise bad(f"contains a pickle file ({pickles[0]}), which could run arbitrary code")
     for file in sorted(set(present) - set(digests) - {MANIFEST} - _ADDED_BY_MLFLOW):
         if not _is_cache(present[file]):
             raise bad(f"contains a file that was not packaged ({file})")

@@ -1,7 +1,6 @@
 """The leaderboard: every evaluation of every registered version on one page, from what MLflow holds alone."""
 
 import functools
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +14,11 @@ from mlflow.exceptions import MlflowException
 
 from tla_service.config import TrackingConfig
 from tla_service.config.explain import suggest
+from tla_service.data.cache import disk_trouble
 from tla_service.errors import UnavailableError, one_line, without_credentials
 from tla_service.files import write_whole
 from tla_service.registry.evaluations import stored_reports
+from tla_service.registry.lock import OWNER
 from tla_service.report.page import NORMS, method_name, template
 from tla_service.report.schema import PAGE_FILE, Report
 from tla_service.tracking.connection import client, existing_store, retrying, search_all
@@ -82,7 +83,7 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
     made = client(uri)
     found = retrying("Reading the models", lambda: search_all(made.search_registered_models))
     # The locks of promotions are registered models, too.
-    registered = {each.name: each for each in found if not re.search(r"-lock-\d+$", each.name)}
+    registered = {each.name: each for each in found if OWNER not in each.tags}
     if not registered:
         raise UnavailableError("tracking.uri", uri, "has no registered models", "train one, or correct the address")
     missing = next((name for name in models if name not in registered), None)
@@ -116,12 +117,9 @@ def write_leaderboard(found: Leaderboard, path: Path) -> Path:
         method=method_name,
         evaluated=sum(entry.report is not None for entry in found.entries),
     )
-    try:
+    with disk_trouble("output", path, "choose another --output"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)
-    except OSError as error:
-        reason = f"cannot be written ({one_line(error)})"
-        raise UnavailableError("output", path, reason, "choose another --output") from error
     return path
 
 

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tla_service.config import TrackingConfig
-from tla_service.errors import ConfigError, UnavailableError, one_line, readable
-from tla_service.registry.integrity import MANIFEST, verify_package
+from tla_service.errors import ConfigError, UnavailableError, readable
+from tla_service.registry.integrity import verify_package
 from tla_service.tracking.connection import client, retrying, sqlite_path, tracking_uri
 
 if TYPE_CHECKING:
     import torch
     from mlflow import MlflowClient
 
+    from tla_service.inference.predictor import Predictor
+
 FORMAT_VERSION = 2
 PACKAGE_DIGEST = "package_sha256"  # tag: the digest of the manifest
 FIELD = "model"
-_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 T = TypeVar("T")
 
 
@@ -60,25 +61,21 @@ def load_model(
 
 def load_with_folder(uri: str, tracking: str | None = None) -> tuple["torch.nn.Module", Path]:
     """As :func:`load_model`, on the CPU, and the local folder that it was loaded from."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from tla_service.models import Architecture  # imports torch, which settings in this package do without
-    from tla_service.report.subjects import WEIGHTS, read_checkpoint
+    from tla_service.report.subjects import WEIGHTS, read_checkpoint  # imports torch
 
     folder, digest = fetch_package(uri, tracking)
     if (folder / WEIGHTS).is_file():
         return read_checkpoint(folder, uri, FIELD).network, folder
-    home, facts = open_folder(folder, uri, digest)
+    return open_predictor(folder, uri, digest).network, folder
+
+
+def open_predictor(folder: Path, uri: str, digest: str | None) -> "Predictor":
+    """The verified content, on the CPU, of the packaged model that `fetch_package` returned; `uri` is for messages."""
+    from tla_service.inference.predictor import Predictor  # imports torch, which settings in this package do without
+
+    artifacts, _ = open_folder(folder, uri, digest)
     with readable(FIELD, uri, "load another version"):
-        architecture = Architecture.described(facts, home)
-        network = architecture.build(facts["num_classes"], tuple(facts["image_shape"]))
-    try:
-        network.load_state_dict(load_file(home / facts["weights"]["file"]))
-    except (SafetensorError, RuntimeError) as error:
-        reason = f"the weights are not those of {architecture.name} ({one_line(error)})"
-        raise UnavailableError(FIELD, uri, reason, "choose other weights") from error
-    return network.eval(), folder
+        return Predictor.load(artifacts, "cpu")
 
 
 def open_package(uri: str, tracking: str | None = None) -> tuple[Path, dict[str, Any]]:
@@ -138,17 +135,9 @@ def _store(uri: str, tracking: str | None) -> str:
 
 def _asking(uri: str, store: str, question: Callable[[], T]) -> T:
     """Query the store about an address; every error becomes a user's error."""
-    try:
+    remedy = f"check what {store} contains and that its files can be read from here, or set MLFLOW_TRACKING_URI"
+    with readable(FIELD, uri, remedy):
         return retrying(f"Fetching {uri}", question, seconds=4)
-    except ConfigError:
-        raise
-    except UnavailableError as error:
-        raise UnavailableError(FIELD, uri, error.reason, error.remedy) from error
-    except Exception as error:
-        remedy = "check that its files are readable from here, and see the log of the tracking store"
-        if getattr(error, "error_code", "") in _MISSING:
-            remedy = f"check what {store} contains, or set MLFLOW_TRACKING_URI"
-        raise UnavailableError(FIELD, uri, f"cannot be fetched ({one_line(error)})", remedy) from error
 
 
 def _locate(uri: str, made: "MlflowClient") -> tuple[str, str | None]:
@@ -186,13 +175,8 @@ def _named_version(uri: str, made: "MlflowClient") -> tuple[str, str]:
 
 def open_folder(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict[str, Any]]:
     """As :func:`open_package`, of what `fetch_package` returned; `uri` is for messages."""
-    # The folder of the artifacts is an address too; the manifest lies above it.
-    is_inner = folder.name == "artifacts" and (folder.parent / MANIFEST).is_file()
-    verify_package(folder.parent if is_inner else folder, uri, digest)
-    artifacts = folder if is_inner else folder / "artifacts"
-    if not (artifacts / "model.json").is_file():
-        reason = "contains no model.json, so it was not packaged by this project"
-        raise UnavailableError(FIELD, uri, reason, "give a model of this project, or a checkpoint folder")
+    verify_package(folder, uri, digest)
+    artifacts = folder / "artifacts"
     with readable(FIELD, uri, "load another version"):
         description: dict[str, Any] = dict(json.loads((artifacts / "model.json").read_text(encoding="utf-8")))
         if description.get("format_version") != FORMAT_VERSION:

@@ -24,7 +24,7 @@ from tla_service.tracking.connection import is_passing, retrying, search_all
 STALE_SECONDS = 90.0
 _TIMEOUT_SECONDS = 900.0
 _SHORTEST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.02, 10.0
-_OWNER, _RELEASED = "tla.lock.owner", "tla.lock.released"
+OWNER, _RELEASED = "tla.lock.owner", "tla.lock.released"  # tags; every lock has the first
 _DESCRIPTION = "Promotion lock of tla-service. It has no versions; the highest generation is kept on purpose."
 _log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class RegistryLock:
         """Create a generation; True if that makes this process the holder."""
         owner = uuid.uuid4().hex
         try:
-            self._made.create_registered_model(self._name(generation), {_OWNER: owner}, _DESCRIPTION)
+            self._made.create_registered_model(self._name(generation), {OWNER: owner}, _DESCRIPTION)
         except (MlflowException, OSError) as error:
             if not is_passing(error) and getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -81,7 +81,7 @@ class RegistryLock:
                 tags = self._made.get_registered_model(self._name(generation)).tags
             except (MlflowException, OSError):
                 return False
-            if tags.get(_OWNER) != owner:
+            if tags.get(OWNER) != owner:
                 return False
         found = retrying("Reading the lock", self._generations)
         if max(found) != generation:

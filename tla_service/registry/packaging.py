@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
     from mlflow.models.model import Model
 
-_EXAMPLE_IMAGES = 4
 _LARGEST_DETECTOR_BYTES = 4 * 10**9
 _FEWEST_IMAGES = 2  # a single image would fix the batch size
 _SHIPPED = ("__init__.py", "errors.py", "pickles.py", "pixels.py", "models", "inference")
@@ -89,7 +88,7 @@ def log_model(
     """Package a network, verify that the package loads, store it with its run and register it.
 
     Idempotent: a run that registered the same weights before keeps its version. `example` has images (n,C,H,W) in
-    [0, 1], n > 1, of which the first four become the input example. `facts` are shown on the model card. `method` is
+    [0, 1], n > 1, which become the input example. `facts` are shown on the model card. `method` is
     given if it is not that of the configuration, `code` if it is not that of the folder there.
 
     Returns ``models:/NAME/VERSION``, or ``models:/m-...`` without `registered_model`.
@@ -136,7 +135,7 @@ def log_model(
         earlier = storing("Finding versions", registered) if registered_model is not None else None
         if earlier is not None:
             return earlier
-        model_id, tags[PACKAGE_DIGEST] = _store(made, run.info, source, example[:_EXAMPLE_IMAGES], tags)
+        model_id, tags[PACKAGE_DIGEST] = _store(made, run.info, source, example, tags)
     if registered_model is None:
         return f"models:/{model_id}"
 

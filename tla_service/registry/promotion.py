@@ -13,7 +13,7 @@ from typing import Literal
 from mlflow.exceptions import MlflowException
 
 from tla_service.config import TrackingConfig
-from tla_service.errors import ConfigError, UnavailableError, one_line
+from tla_service.errors import ConfigError, one_line, readable
 from tla_service.job import code_version
 from tla_service.registry.evidence import examine_evaluation, examine_files, find_version, verify
 from tla_service.registry.gate import Evaluated, Finding, compare, judge
@@ -61,7 +61,6 @@ class Promotion:
 
     def promote(self, version: str) -> Decision:
         """Give the alias to a version if it passes the gate; records the decision either way."""
-        self._files(version, "version")
         while True:
             # Only the alias can change, so everything slow happens without the lock.
             holder = self._holder()
@@ -118,11 +117,8 @@ class Promotion:
         return [evaluated] if champion is None else compare(candidate, champion, self._alias, self._rules)
 
     def _holder(self) -> str | None:
-        try:
+        with readable("model", self._model, "name a registered model"):
             found = retrying("Reading the alias", lambda: self._made.get_registered_model(self._model)).aliases
-        except MlflowException as error:
-            reason = f"cannot be read ({one_line(error)})"
-            raise UnavailableError("model", self._model, reason, "name a registered model") from error
         return str(found[self._alias]) if self._alias in found else None
 
     def _is_holder(self, version: str | None) -> bool:
@@ -142,7 +138,7 @@ class Promotion:
         return tags.get(f"tla.{self._alias}.replaced") or None
 
     def _apply(self, decision: Decision, previous: str | None, lock: RegistryLock) -> Decision:
-        """Change the aliases. An interruption leaves a record with status RUNNING."""
+        """Change the aliases. A killed process leaves a record with status RUNNING."""
         before = previous_alias(self._alias)
         with self._recorded(decision):
             try:
@@ -191,10 +187,15 @@ class Promotion:
 
         def create() -> str:
             experiment = experiment_id(self._made, EXPERIMENT, self._uri)
-            return tagged_run(self._made, experiment, "tla.promotion.id", name, tags)
+            return str(tagged_run(self._made, experiment, "tla.promotion.id", name, tags).info.run_id)
 
         run_id = retrying("Recording the decision", create)
-        yield
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(Exception):  # the first error says more
+                retrying("Closing the record", lambda: self._made.set_terminated(run_id, "FAILED"))
+            raise
         facts = {"decision": decision.verdict, "by": os.environ.get("MLFLOW_TRACKING_USERNAME") or "", "run": run_id}
         facts |= {"at": datetime.now(UTC).isoformat(timespec="seconds"), "findings": findings}
         for fact, value in facts.items():

@@ -8,43 +8,42 @@ from functools import partial
 from pathlib import Path
 
 from mlflow.exceptions import MlflowException
-from safetensors.numpy import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
 from tla_service.errors import ConfigError, UnavailableError, one_line, readable
-from tla_service.inference.detector import Rejector
+from tla_service.inference.predictor import Predictor
 from tla_service.models import Architecture
-from tla_service.registry.loading import load_with_folder, pin_version
+from tla_service.registry.loading import fetch_package, open_predictor, pin_version
 from tla_service.report.schema import ModelFacts, ThreatModel
-from tla_service.report.subjects import WEIGHTS, Subject, load_checkpoint_subject, read_stored
+from tla_service.report.subjects import WEIGHTS, Subject, read_checkpoint, read_stored
 from tla_service.tracking.connection import client
 from tla_service.tracking.runs import fetch_files
 
 
 def load_subject(uri: str, field: str, tracking: str) -> Subject:
     """Load a model with what is known of it; addresses and errors as for `load_model`, about the setting `field`."""
-    if (Path(uri).expanduser() / WEIGHTS).is_file():
-        return load_checkpoint_subject(uri, field)
     is_named = re.fullmatch(r"models:/.+[@/].+", uri) is not None
     try:
         # The version that an alias names now: it may move while the files are fetched.
         pinned = pin_version(uri, tracking) if is_named else uri
-        network, folder = load_with_folder(pinned, tracking)
+        folder, digest = fetch_package(pinned, tracking)
+        predictor = None if (folder / WEIGHTS).is_file() else open_predictor(folder, pinned, digest)
     except (ConfigError, UnavailableError) as error:
         raise type(error)(field, uri, error.reason, error.remedy) from error
+    if predictor is None:
+        return read_checkpoint(folder, uri, field)
     name, _, version = pinned.removeprefix("models:/").rpartition("/") if is_named else (None, "", None)
     with readable(field, uri, "load another version"):
-        return _described(uri, tracking, network, folder, name, version)
+        return _described(uri, tracking, predictor, folder, name, version)
 
 
 def _described(
-    uri: str, tracking: str, network: nn.Module, folder: Path, name: str | None, version: str | None
+    uri: str, tracking: str, predictor: Predictor, folder: Path, name: str | None, version: str | None
 ) -> Subject:
     """A loaded model with what its folder and its run tell of it."""
-    inner = folder / "artifacts" if (folder / "artifacts").is_dir() else folder
-    described = read_yaml(inner / "model.json", "model")  # JSON is YAML
+    described = predictor.description
     run_id = config = None
     if uri.startswith(("models:/", "runs:/")):
         run_id = read_yaml(folder / "MLmodel", "model").get("run_id")
@@ -60,17 +59,16 @@ def _described(
         seed=config.seed if config is not None else None,
         trained_for=ThreatModel.model_validate(described["threat_model"]),
     )
-    detector = described.get("detector")
     return Subject(
         facts=facts,
-        architecture=Architecture.described(described, inner),
-        network=network,
-        image_shape=tuple(described["image_shape"]),
-        class_names=tuple(described["class_names"]),
+        architecture=Architecture.described(described, folder / "artifacts"),
+        network=predictor.network,
+        image_shape=predictor.image_shape,
+        class_names=predictor.class_names,
         config=config,
         trained_on=described.get("facts", {}).get("data_fingerprint"),
         stored=None if run_id is None else partial(_stored, tracking, run_id),
-        rejector=None if detector is None else Rejector.from_arrays(load_file(inner / detector["file"])),
+        rejector=predictor.rejector,
     )
 
 

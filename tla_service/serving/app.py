@@ -82,6 +82,9 @@ class Classifier:
             status = 200
         except HTTPException as error:
             answer, status = {"error": error.detail}, error.status_code
+        except Exception:  # Ray Serve logs it, and responds
+            self._meter.count.remote(500, time.perf_counter() - began, 0, 0)
+            raise
         self._meter.count.remote(status, time.perf_counter() - began, accepted, rejected)
         return JSONResponse(answer, status_code=status)
 

@@ -26,6 +26,7 @@ FIELD = "tracking.uri"
 _CHECK_TIMEOUT_SECONDS = 5
 _SQLITE = "sqlite:///"
 _OLDEST_SERVER = 3
+_PROJECT = {"key": "tla.project", "value": "tla-service"}  # a tag of the experiment
 _API = "/api/2.0/mlflow/experiments"
 _FILE_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -77,7 +78,7 @@ def client(uri: str) -> "MlflowClient":
         _check_file(path)
         for name in ("mlflow.store.db.utils", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)  # they log every migration
-        with exclusive(uri):
+        with _exclusive(path):
             made = MlflowClient(tracking_uri=uri, registry_uri=uri)
             made.search_registered_models(max_results=1)  # creates the registry's tables as well
             return made
@@ -95,19 +96,12 @@ def _explained(uri: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exclusive(uri: str) -> Iterator[bool]:
-    """Hold a lock beside an SQLite file: two processes that create MLflow's tables at once crash each other.
-
-    Yields False, at once, for every other address: a server has no lock.
-    """
-    path = sqlite_path(uri)
-    if path is None:
-        yield False
-        return
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock beside an SQLite file: two processes that create MLflow's tables at once crash each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield True
+        yield
 
 
 def experiment_id(made: "MlflowClient", name: str, uri: str) -> str:
@@ -197,8 +191,8 @@ def check_tracking(config: TrackingConfig) -> None:
             _check_file(path)
         made = client(uri)
         experiment = experiment_id(made, config.experiment, uri)
-        tag = made.get_experiment(experiment).tags.get("tla.project", "tla-service")
-        made.set_experiment_tag(experiment, "tla.project", tag)
+        key, value = _PROJECT.values()
+        made.set_experiment_tag(experiment, key, made.get_experiment(experiment).tags.get(key, value))
 
 
 def probe_tracking(config: TrackingConfig) -> float:
@@ -233,12 +227,11 @@ def unstorable(made: "MlflowClient", uri: str, run_id: str, error: Exception) ->
 
 
 def _check_file(path: Path) -> None:
-    uri = f"{_SQLITE}{path}"
-    with exclusive(uri):  # not while another process creates the tables
+    with _exclusive(path):  # not while another process creates the tables
         cause = sqlite_cause(path)
     if cause is not None:
         reason = f"cannot be opened for writing ({cause.reason})"
-        raise UnavailableError(FIELD, uri, reason, cause.remedy)
+        raise UnavailableError(FIELD, f"{_SQLITE}{path}", reason, cause.remedy)
 
 
 def _check_server(uri: str, experiment: str) -> None:
@@ -250,14 +243,16 @@ def _check_server(uri: str, experiment: str) -> None:
         raise UnavailableError(FIELD, uri, reason, f"upgrade the server to MLflow {_OLDEST_SERVER} or later")
     status, _, answer = _call(uri, "GET", f"{_API}/get-by-name", params={"experiment_name": experiment})
     if status == HTTPStatus.NOT_FOUND and answer.get("error_code") == "RESOURCE_DOES_NOT_EXIST":
-        status, _, answer = _call(uri, "POST", f"{_API}/create", json={"name": experiment})
+        status, _, answer = _call(uri, "POST", f"{_API}/create", json={"name": experiment, "tags": [_PROJECT]})
         if answer.get("error_code") == "RESOURCE_ALREADY_EXISTS":
             return
     elif status == HTTPStatus.OK:
         found = answer["experiment"]
         if found.get("lifecycle_stage") == "deleted":
             raise _deleted(experiment, found["experiment_id"], uri)
-        body = {"experiment_id": found["experiment_id"], "key": "tla.project", "value": "tla-service"}
+        # The tag stays as it is: writing it shows whether these credentials may write.
+        tag = next((each for each in found.get("tags", ()) if each["key"] == _PROJECT["key"]), _PROJECT)
+        body = {"experiment_id": found["experiment_id"], **tag}
         status, _, answer = _call(uri, "POST", f"{_API}/set-experiment-tag", json=body)
     if status != HTTPStatus.OK:
         cause = refusal(uri, status, str(answer.get("message", "")), is_mlflow="error_code" in answer)

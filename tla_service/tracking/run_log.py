@@ -5,19 +5,16 @@ killed is sent by the next log of the same run.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import threading
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from mlflow.entities import Metric
-from mlflow.exceptions import MlflowException
 
 from tla_service.errors import one_line, without_credentials
 from tla_service.tracking.connection import client
@@ -32,14 +29,15 @@ Point = tuple[str, float, int, int]  # key, value, timestamp in ms, step
 class RunLog:
     """Sends metrics of one run from a background thread; the caller never waits for the server.
 
-    A point (key, step) is sent once: what the server has already, from before a restart, is skipped. Each metric of a
-    run must be logged by one process only. `spill_dir` has the unsent metrics, also those of an ended process.
+    A point (key, step) is sent once: what the server has already, from before a restart, is skipped. A run has
+    one log at a time. `spill_dir` has the unsent metrics, also those of an ended process.
     """
 
     def __init__(self, uri: str, run_id: str, spill_dir: str | Path) -> None:
         self._uri, self._address, self._run_id = uri, without_credentials(uri), run_id
         self._changed = threading.Condition()
-        self._path, self._file = _adopt(Path(spill_dir), run_id)
+        self._path = Path(spill_dir) / f"{run_id}.jsonl"
+        self._file = _open(self._path)
         self._sent_bytes = 0
         self._known: dict[str, set[int]] | None = None  # key -> steps on the server; None: unknown
         self._unasked: set[str] = set()  # keys on the server whose steps are not in `_known` yet
@@ -154,22 +152,9 @@ class RunLog:
             if step not in self._steps(key):
                 fresh.setdefault((key, step), Metric(key, value, timestamp, step))
         if fresh:
-            self._send_metrics(list(fresh.values()))
+            self._api.log_batch(self._run_id, metrics=list(fresh.values()))
         for key, step in fresh:
             self._steps(key).add(step)
-
-    def _send_metrics(self, metrics: list[Any]) -> None:
-        try:
-            self._api.log_batch(self._run_id, metrics=metrics)
-        except MlflowException as error:
-            if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
-                raise
-            if len(metrics) == 1:
-                # Retrying cannot succeed, and must not delay the points behind this one.
-                _log.warning("MLflow refuses metric %r (%s); it is left out", metrics[0].key, one_line(error))
-                return
-            for metric in metrics:
-                self._send_metrics([metric])
 
     def _steps(self, key: str) -> set[int]:
         """Steps of a metric that the server has, requested once."""
@@ -182,21 +167,14 @@ class RunLog:
         return self._known[key]
 
 
-def _adopt(folder: Path, run_id: str) -> tuple[Path, IO[bytes]]:
-    """Open a new file and move into it what ended processes left; files of running ones are locked."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{run_id}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-    hidden = path.with_suffix(".new")
-    own = hidden.open("a+b")
-    fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    hidden.rename(path)  # locked before others see it, or they would adopt it
-    for left in sorted(set(folder.glob(f"{run_id}-*.jsonl")) - {path}):
-        with contextlib.suppress(BlockingIOError, FileNotFoundError), left.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            content = file.read()
-            # A process killed while writing leaves half a line, which must not be joined with the next.
-            own.write(content if content.endswith(b"\n") or not content else content + b"\n")
-            own.flush()
-            os.fsync(own.fileno())
-            left.unlink()
-    return path, own
+def _open(path: Path) -> IO[bytes]:
+    """Open the file of a run, with what an earlier process left in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+b")
+    if path.stat().st_size:
+        file.write(b"\n")  # a process killed while writing leaves half a line
+    for left in path.parent.glob(f"{path.stem}-*.jsonl"):  # earlier versions had a file for each process
+        file.write(left.read_bytes() + b"\n")
+        file.flush()
+        left.unlink()
+    return file

@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,20 +10,17 @@ from typing import Any, Literal
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
-from tla_service.errors import UnavailableError, UserError, one_line, without_credentials
+from tla_service.errors import UserError, one_line, readable, without_credentials
 from tla_service.job import code_version, environment
-from tla_service.tracking.connection import client, exclusive, open_store, retrying, search_all, storing, unstorable
+from tla_service.tracking.connection import client, open_store, retrying, search_all, storing, unstorable
 
 RUN_KEY = "tla.run_key"
 FINGERPRINT = "data_fingerprint"  # fact: the digest of the data set
 _RESUMED = "tla.resumed"
-_PARAMS_PER_REQUEST = 100  # MLflow's limits
-_PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH = 6000, 8000, 36
-_SETTLE_SECONDS = 0.5
+_PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH = 6000, 8000, 36  # MLflow's limits
 _SYSTEM_METRICS_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 
@@ -50,11 +46,10 @@ def open_run(
     tags |= {f"tla.{name}": str(value)[:_TAG_LENGTH] for name, value in facts.items()}
     tags |= code_version() | {RUN_KEY: run_key, "tla.method": config.method, "tla.config_digest": config.digest}
     tags |= {} if parent_run_id is None else {"mlflow.parentRunId": parent_run_id}
-    find = functools.partial(_find, made, experiment, run_key)
-    create = functools.partial(made.create_run, experiment, run_name=config.run_name, tags=tags)
-    run, is_new = retrying("Opening the run", lambda: _find_or_create(made, find, create, uri))
+    run = retrying("Opening the run", lambda: tagged_run(made, experiment, RUN_KEY, config.run_name, tags))
     run_id = str(run.info.run_id)
-    count = 0 if is_new else int(run.data.tags.get(_RESUMED, "0")) + 1
+    # A run without parameters is new, or was left before it was described.
+    count = int(run.data.tags.get(_RESUMED, "0")) + 1 if run.data.params else 0
     if count:
         retrying("Resuming the run", lambda: made.update_run(run_id, status="RUNNING"))
         retrying("Resuming the run", lambda: _set_tags(made, run_id, tags | {_RESUMED: str(count)}))
@@ -68,11 +63,13 @@ def open_run(
     return run_id
 
 
-def tagged_run(made: MlflowClient, experiment: str, key: str, name: str, tags: dict[str, str]) -> str:
-    """The id of the run whose tag `key` has this value; created with all tags if an earlier attempt did not."""
-    found = made.search_runs([experiment], f"tags.`{key}` = '{tags[key]}'", max_results=1)
-    run = found[0] if found else made.create_run(experiment, run_name=name, tags=tags)
-    return str(run.info.run_id)
+def tagged_run(made: MlflowClient, experiment: str, key: str, name: str, tags: dict[str, str]) -> Run:
+    """The run whose tag `key` has this value; created with all tags if an earlier attempt did not.
+
+    One process at a time: of two that create a run at once, each gets its own.
+    """
+    found = _find(made, experiment, key, tags[key])
+    return found[0] if found else made.create_run(experiment, run_name=name, tags=tags)
 
 
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -105,14 +102,14 @@ def log_files(uri: str, run_id: str, files: Mapping[str, Path]) -> None:
 def find_finished(config: RunConfig, run_key: str) -> str | None:
     """The finished MLflow run of a key, if there is one; of ``config``, only the tracking section is read."""
     _, made, experiment = open_store(config.tracking)
-    found = retrying("Finding the run", lambda: _find(made, experiment, run_key))
+    found = retrying("Finding the run", lambda: _find(made, experiment, RUN_KEY, run_key))
     return next((str(run.info.run_id) for run in found if run.info.status == "FINISHED"), None)
 
 
 def fetch_files(made: MlflowClient, run_id: str, names: Sequence[str], target: Path, folder: str = "") -> None:
     """Download those of the named files that a folder of a run's artifacts has, replacing local ones of these names.
 
-    UnavailableError if one cannot be fetched, MlflowException if there is no such run.
+    UnavailableError if one cannot be read, MlflowException if there is no such run.
     """
     # By the artifacts' address: asked for them by the run's id, MLflow calls a file missing whatever the error was.
     home = str(retrying("Reading the run", lambda: made.get_run(run_id)).info.artifact_uri)
@@ -125,13 +122,9 @@ def fetch_files(made: MlflowClient, run_id: str, names: Sequence[str], target: P
             continue
         address = "/".join(filter(None, (home, folder, name)))
         where = {"artifact_uri": address, "dst_path": str(target), "tracking_uri": made.tracking_uri}
-        try:
+        remedy = "see that the run's files can be read from here, and what the tracking store's log says"
+        with readable("MLflow", address, remedy):
             retrying(f"Fetching {name}", functools.partial(download_artifacts, **where))
-        except UserError:
-            raise
-        except Exception as error:
-            remedy = "see that the run's files can be read from here, and what the tracking store's log says"
-            raise UnavailableError("MLflow", address, f"cannot be fetched ({one_line(error)})", remedy) from error
 
 
 def finish_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
@@ -163,33 +156,14 @@ def start_system_metrics(uri: str, run_id: str) -> Callable[[], None]:
     return monitor.finish
 
 
-def _find(made: MlflowClient, experiment: str, run_key: str) -> list[Run]:
+def _find(made: MlflowClient, experiment: str, key: str, value: str) -> list[Run]:
+    """Runs whose tag `key` has this value, the earliest first."""
     # MLflow's filters have two kinds of quotes and no escape; a folder's name may contain both.
-    quote = next((sign for sign in "'\"" if sign not in run_key), None)
-    wanted = f"tags.`{RUN_KEY}` = {quote}{run_key}{quote}" if quote else f"tags.`{RUN_KEY}` LIKE '%/%'"
+    quote = next((sign for sign in "'\"" if sign not in value), None)
+    wanted = f"tags.`{key}` = {quote}{value}{quote}" if quote else f"tags.`{key}` LIKE '%'"
     order = ["attributes.start_time ASC", "attributes.run_id ASC"]
     found = search_all(made.search_runs, experiment_ids=[experiment], filter_string=wanted, order_by=order)
-    return [run for run in found if run.data.tags.get(RUN_KEY) == run_key]
-
-
-def _find_or_create(
-    made: MlflowClient, find: Callable[[], list[Run]], create: Callable[[], Run], uri: str
-) -> tuple[Run, bool]:
-    """The run of a key and whether it is new. Two processes that open the same key get the same run."""
-    with exclusive(uri) as is_locked:
-        found = find()
-        if found:
-            return found[0], False
-        run = create()
-    if is_locked:
-        return run, True
-    # Look again once concurrent runs are visible; all processes keep the earliest.
-    time.sleep(_SETTLE_SECONDS)
-    first = next(iter(find()), run)
-    if first.info.run_id == run.info.run_id:
-        return run, True
-    made.delete_run(run.info.run_id)
-    return first, False
+    return [run for run in found if run.data.tags.get(key) == value]
 
 
 def _set_tags(made: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
@@ -200,43 +174,20 @@ def _describe(
     made: MlflowClient, run_id: str, config: RunConfig, on_workers: RunConfig, facts: Mapping[str, str], resumed: int
 ) -> None:
     """Add the parameters and files that are missing; idempotent."""
-    there = made.get_run(run_id).data.params
+    run = made.get_run(run_id)
     fields = {name: without_credentials(value) for name, value in flatten(on_workers.model_dump(mode="json"))}
-    params = [Param(name, value[:_PARAM_LENGTH]) for name, value in fields.items() if name not in there]
-    for start in range(0, len(params), _PARAMS_PER_REQUEST):
-        batch = params[start : start + _PARAMS_PER_REQUEST]
-        has_params = functools.partial(_has_params, made, run_id, batch)
-        _add(functools.partial(made.log_batch, run_id, params=batch), has_params)
+    params = [Param(name, value[:_PARAM_LENGTH]) for name, value in fields.items() if name not in run.data.params]
+    made.log_batch(run_id, params=params)
     digest, source = facts.get(FINGERPRINT, "unknown")[:_DIGEST_LENGTH], {"uri": config.data.root or config.data.name}
     dataset = Dataset(config.data.name, digest, "local", json.dumps(source), profile=json.dumps(dict(facts)))
-    inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
-    has_inputs = functools.partial(_has_inputs, made, run_id)
-    if not has_inputs():
-        _add(functools.partial(made.log_inputs, run_id, inputs), has_inputs)
+    if not (run.inputs and run.inputs.dataset_inputs):
+        made.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
     files = {artifact.path for artifact in made.list_artifacts(run_id)}
     text = to_yaml(config)
     if "config.yaml" not in files:
         made.log_text(run_id, text, "config.yaml")
-    elif fields != {**fields, **there}:
+    elif fields != {**fields, **run.data.params}:
         made.log_text(run_id, text, f"config-resumed-{resumed}.yaml")
     if resumed or "environment.json" not in files:
         name = f"environment-resumed-{resumed}.json" if resumed else "environment.json"
         made.log_text(run_id, json.dumps(environment(), indent=1), name)
-
-
-def _has_params(made: MlflowClient, run_id: str, params: Sequence[Param]) -> bool:
-    return {param.key for param in params} <= made.get_run(run_id).data.params.keys()
-
-
-def _has_inputs(made: MlflowClient, run_id: str) -> bool:
-    inputs = made.get_run(run_id).inputs
-    return inputs is not None and bool(inputs.dataset_inputs)
-
-
-def _add(add: Callable[[], object], is_there: Callable[[], bool]) -> None:
-    """Add what was missing. Of two processes that describe a run concurrently, MLflow refuses the second."""
-    try:
-        add()
-    except MlflowException:
-        if not is_there():
-            raise
