@@ -101,11 +101,6 @@ def test_without_batch_statistics_one_image_trains(fields: dict[str, object]) ->
     start(run_config(2, method="natural", **fields), 9, 1)
 
 
-def test_a_test_attack_cannot_be_called_worst() -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.test\.worst=worst: this name is reserved"):
-        start(run_config(4, method="at", evaluation={"test": {"worst": {}}}), 8, 1)
-
-
 def test_the_check_draws_nothing() -> None:
     before = torch.random.get_rng_state()
     with pytest.raises(ConfigError):

@@ -60,8 +60,6 @@ class Facts:
 
 def check_before_start(config: RunConfig) -> Facts:
     """Load what the run starts from; raise UserError if its parts are missing, or do not fit together."""
-    if (trouble := config.tracking.trouble()) is not None:
-        raise trouble
     dataset = load_dataset(config.data)
     architecture = Architecture.of(config.model)
     # What one worker cannot have, more of them cannot have either.
