@@ -42,17 +42,18 @@ def measure_evaluation(_work: dict[str, Workload], settings: BenchmarkSettings, 
     verdicts: dict[str, torch.Tensor] = {}
 
     def ours() -> None:
-        twin_fn = logits_of(frozen(network, images[:_BATCH]))
-        verdicts["ours"] = run_autoattack(
-            logits_fn, images, labels, norm="linf", epsilon=epsilon, seed=0, batch_size=_BATCH, crafted_on=twin_fn
-        ).robust
+        with evaluating(network):
+            twin_fn = logits_of(frozen(network, images[:_BATCH]))
+            verdicts["ours"] = run_autoattack(
+                logits_fn, images, labels, norm="linf", epsilon=epsilon, seed=0, batch_size=_BATCH, crafted_on=twin_fn
+            ).robust
 
     def package() -> None:
         library = AutoAttack(logits_fn, eps=epsilon, norm="Linf", seed=0, version="standard")
         verdicts["package"] = library.run_standard_evaluation(images, labels, batch_size=_BATCH)[1] == labels
 
-    with evaluating(network):
-        times = take_turns({"ours": ours, "package": package}, rounds=1, burn_in=0)
+    network.eval()
+    times = take_turns({"ours": ours, "package": package}, rounds=1, burn_in=0)
     ratio = times.ratio("ours", "package", settings.clock)
     same = int((verdicts["ours"] == verdicts["package"]).sum())
     results.ratio(f"cpu {name}: AutoAttack over the package", ratio, _BAR)

@@ -136,7 +136,7 @@ def measure_accuracy_of_precisions(work: dict[str, Workload], settings: Benchmar
             while run.state.step < run.total_steps:
                 run.train_epoch()
                 run.finish_epoch()
-        network = LogitsOnly(run.state.network).eval()
+        network = LogitsOnly(run.state.network).eval().requires_grad_(requires_grad=False)
         test = _first_test_images(run, settings.accuracy_images, context.device)
         epsilon = work[key].epsilon
         with _exact_float32():

@@ -39,10 +39,8 @@ def measure_parts(work: dict[str, Workload], settings: BenchmarkSettings, result
 
 def _parts(step: FullStep, random: torch.Generator) -> Iterator[str]:
     """Run a step; yields the name of each part after it has run."""
-    raw = step.next_raw()
-    yield "wait for data"
-    batch = step.batches.augmented(raw)
-    yield "augmentation"
+    batch = step.next_batch()
+    yield "read and augment"
     images = step.adversary.craft(batch.anchors, random)
     yield "attack"
     step.optimizer.zero_grad(set_to_none=True)

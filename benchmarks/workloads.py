@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tla_service.config import RunConfig
-from tla_service.data import ArraySource, RawBatch, StepBatch, TrainingBatches
+from tla_service.data import ArraySource, StepBatch, TrainingBatches
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext
 from tla_service.training.adversary import Adversary
@@ -118,13 +118,9 @@ class FullStep:
         """The training attack."""
         return self.step.adversary
 
-    def next_raw(self) -> RawBatch:
-        """The next batch, read."""
-        return next(self._upcoming)
-
     def next_batch(self) -> StepBatch:
         """The next batch, read and augmented."""
-        return self.batches.augmented(self.next_raw())
+        return next(self._upcoming)
 
     def __call__(self) -> None:
         """One step."""
@@ -135,9 +131,9 @@ class FullStep:
         self._count += 1
 
 
-def _endless(batches: TrainingBatches) -> Iterator[RawBatch]:
+def _endless(batches: TrainingBatches) -> Iterator[StepBatch]:
     for epoch in itertools.count():
-        yield from batches.read(epoch)
+        yield from batches.epoch(epoch)
 
 
 def _synthetic_batches(workload: Workload, config: RunConfig, context: WorkerContext) -> TrainingBatches:

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import Function, parse_fraction
+from tla_service.config.fields import AttackName, Function, TagName, TagValue, parse_fraction
 from tla_service.config.loading import RunSettings, load_settings
 from tla_service.config.radii import RADII
 from tla_service.models.catalog import model_names
@@ -52,9 +52,9 @@ _TYPES = {
     str: "string",
     Path: "path",
     tuple[int, ...]: "list of integers",
-    dict[str, str]: "mapping of strings",
+    dict[TagName, TagValue]: "mapping of strings",
     dict[Function, float]: "mapping of `module:function` to numbers",
-    dict[str, EvaluationAttack]: "mapping of names to attacks",
+    dict[AttackName, EvaluationAttack]: "mapping of names to attacks",
     dict[str, Dimension]: "mapping of fields to dimensions",
     dict[str, dict[str, typing.Any]]: "mapping of names to fields",
     tuple[int, int]: "two integers",

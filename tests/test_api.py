@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import tla_service
 from tests.test_core_alone import run_python
 from tla_service import Attack, ConfigError, RunConfig, UserError, craft, evaluate, load_config, load_model, train
-from tla_service.config.sections import EvaluationConfig
 from tla_service.registry.packaging import _SHIPPED
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +136,6 @@ def test_adversarial_images_of_any_module() -> None:
 
 
 IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
-WORST = EvaluationConfig.model_validate({"test": {"worst": {}}})
 
 
 def linear(pixels: int, classes: int) -> nn.Module:
@@ -194,7 +192,6 @@ def linear(pixels: int, classes: int) -> nn.Module:
             {"config": RunConfig(), "model": linear(9, 10)},
             "model: cannot take 1x8x8 images (mat1 and mat2",
         ),
-        ({"config": RunConfig(evaluation=WORST)}, "attacks.worst: this name is reserved"),
     ],
 )
 def test_a_wrong_call_is_one_line(arguments: dict[str, Any], message: str) -> None:

@@ -67,7 +67,7 @@ def test_parts_are_measured() -> None:
     results = Results()
     parts.measure_parts(WORK, quick(), results)
     rows = [row[1] for row in results.tables["Parts"]["rows"]]
-    assert rows[:3] == ["wait for data", "augmentation", "attack"]
+    assert rows[:2] == ["read and augment", "attack"]
     shares = [float(row[3].rstrip(" %")) for row in results.tables["Parts"]["rows"] if "alone" not in row[1]]
     assert sum(shares) == pytest.approx(100, abs=0.5)
 

@@ -84,14 +84,6 @@ def test_batches_carry_the_right_pixels_labels_and_types() -> None:
     assert batches.steps_per_epoch == 3
 
 
-def test_reading_and_augmenting_by_hand_gives_the_same_batches_in_any_order() -> None:
-    batches = batches_of(array_source(), torch.arange(60), DataConfig(**AUGMENTED), WorkerContext(), **OPTIONS)
-    raw = list(batches.read(1, 1))
-    by_hand = [batches.augmented(one) for one in reversed(raw)]
-    assert all(role is not None and role[0].dtype == torch.uint8 for one in raw for role in one.roles)
-    assert same(by_hand[::-1], list(batches.epoch(1))[1:])
-
-
 def test_parts_that_are_not_asked_for_are_absent() -> None:
     source = array_source()
     batches = batches_of(source, torch.arange(60), DataConfig(), WorkerContext(), global_batch_size=16, seed=0)

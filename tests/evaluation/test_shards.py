@@ -1,8 +1,9 @@
-"""Evaluation computes in float32, whatever training has switched on."""
+"""Evaluation computes in float32 and without gradients to parameters, whatever training has switched on."""
 
 import torch
+from torch import nn
 
-from tla_service.evaluation.shards import float32
+from tla_service.evaluation.shards import evaluating, float32
 
 
 def test_fast_modes_are_off_meanwhile_and_on_again_afterwards() -> None:
@@ -18,3 +19,14 @@ def test_fast_modes_are_off_meanwhile_and_on_again_afterwards() -> None:
         assert matmul.allow_tf32
     finally:
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_parameters_get_no_gradient_meanwhile_and_want_theirs_again_afterwards() -> None:
+    network, images = nn.Linear(3, 2), torch.rand(4, 3, requires_grad=True)
+    network.bias.requires_grad_(requires_grad=False)
+    with evaluating(network):
+        assert not network.training
+        network(images).sum().backward()
+    assert images.grad is not None
+    assert network.weight.grad is None
+    assert (network.training, network.weight.requires_grad, network.bias.requires_grad) == (True, True, False)

@@ -73,10 +73,10 @@ WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
         ("--tracking.registered_model", "team/digits"),
         "tracking.registered_model=team/digits: a registered model's name cannot contain /",
     ),
-    "tag that MLflow refuses": (("--tracking.tags", '{"owner%": "x"}'), "tracking.tags=owner%: MLflow allows letters"),
+    "tag that MLflow refuses": (("--tracking.tags", '{"owner%": "x"}'), "tracking.tags=owner%: has more than"),
     "attack whose metric MLflow refuses": (
         ("--evaluation.test", '{"PGD-20, eps=8/255 (strong!)": {"kind": "fgsm"}}'),
-        "evaluation.test=PGD-20, eps=8/255 (strong!): MLflow allows letters",
+        "evaluation.test=PGD-20, eps=8/255 (strong!): has more than",
     ),
     "one test image": (
         ("--data.test_limit", "1"),

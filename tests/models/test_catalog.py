@@ -171,11 +171,6 @@ def test_smallest_image_that_is_not_refused_works(name: str) -> None:
         assert network(torch.zeros(2, 1, smallest, smallest)).logits.shape == (2, 10)
 
 
-def test_too_few_classes() -> None:
-    with pytest.raises(ConfigError, match=r"model\.num_classes=1: "):
-        build_model("digits_cnn", 1, (1, 8, 8))
-
-
 @pytest.mark.parametrize(
     ("name", "channels", "choice", "expected"),
     [

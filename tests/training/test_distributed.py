@@ -77,8 +77,10 @@ def shard(batch: Batch, context: WorkerContext, extra: int = 0) -> Batch:
 def run_case(changes: dict[str, Any], context: WorkerContext) -> dict[str, torch.Tensor]:
     """One step on this worker's share: sums, pool rows mined each time (times, N), gradients."""
     # Each worker draws for its own images: what several workers share with one is what is made without a draw.
-    still = {"objective": "cross_entropy", "random_start": False}
-    config = digits_config(**changes | {"attack": changes.get("attack", {}) | still})
+    attack = {"objective": "cross_entropy"} | changes.get("attack", {})
+    if "kind" not in attack:  # the others always start at noise
+        attack["random_start"] = False
+    config = digits_config(**changes | {"attack": attack})
     torch.manual_seed(3)
     network = build_model("digits_cnn", 4, (1, 8, 8)).double()
     whole = random_batch(IMAGES, pool=POOL)

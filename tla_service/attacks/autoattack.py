@@ -78,8 +78,8 @@ def run_autoattack(
 ) -> AutoAttackResult:
     """Run the standard version's stages one after another, each on the images that still stand.
 
-    Targeted stages take as many targets as there are other classes, nine at most. Global random states are restored,
-    and no parameter's ``.grad`` is touched.
+    Targeted stages take as many targets as there are other classes, nine at most. Global random states are restored.
+    Parameters that want a gradient get one in ``.grad``.
 
     Args:
         logits_fn: Images (N, C, H, W) in [0, 1] to logits (N, K); in eval mode, not a DDP wrapper.
@@ -106,12 +106,13 @@ def run_autoattack(
 
     def attack(stage: str, left: Tensor, on: LogitsFn) -> Tensor:
         """Attack the images `left` (n,) on a function; whether it alone calls each broken (n,)."""
-
-        def guarded(pixels: Tensor) -> Tensor:
-            return _ToImagesOnly.apply(pixels, on) if torch.is_grad_enabled() else on(pixels).float()
-
         library: Any = AutoAttack(
-            guarded, eps=epsilon, norm=_NORMS[norm], seed=seed, version=VERSION, device=images.device
+            lambda pixels: on(pixels).float(),
+            eps=epsilon,
+            norm=_NORMS[norm],
+            seed=seed,
+            version=VERSION,
+            device=images.device,
         )
         for targeted in (library.fab, library.apgd_targeted):
             targeted.n_target_classes = min(targeted.n_target_classes, logits.shape[1] - 1)
@@ -161,26 +162,6 @@ def autoattack_stages(
         stages.remove("square")
         left_out["square"] = f"needs images of {_SQUARE_FEWEST_ROWS} rows in {norm}, these have {rows}"
     return stages, left_out
-
-
-class _ToImagesOnly(torch.autograd.Function):
-    """Logits whose gradient goes to the images alone: the package calls ``backward``, which fills parameters too."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, logits_fn: LogitsFn) -> Tensor:
-        ctx.inner = images.detach().requires_grad_()
-        with torch.enable_grad():
-            ctx.logits = logits_fn(ctx.inner).float()
-        return ctx.logits.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        # A sum: given a vector to start from, torch would import a computer algebra system, which takes a second.
-        with torch.enable_grad():
-            total = (ctx.logits * gradient).sum()
-        # FAB asks for one class after another on the same graph.
-        (to_images,) = torch.autograd.grad(total, ctx.inner, retain_graph=True)
-        return to_images, None
 
 
 @contextmanager

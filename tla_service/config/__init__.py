@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from tla_service.config.adversary import AttackConfig
 from tla_service.config.cluster import ScalingConfig, TrackingConfig
-from tla_service.config.fields import Section, attack_trouble, setting, wrong
+from tla_service.config.fields import Section, setting, wrong
 from tla_service.config.radii import ImageShape, length_trouble, no_radius
 from tla_service.config.sections import DataConfig, DetectionConfig, EvaluationConfig, ModelConfig
 from tla_service.config.training import (
@@ -148,7 +148,7 @@ class RunConfig(Section):
         return self.method != "natural" and is_single_step and attack.on_collapse != "ignore"
 
     def attack_trouble(self, shape: ImageShape | None) -> ConfigError | None:
-        """What is wrong with attacks when a run begins: lengths on images (C, H, W), if that is known, and names."""
+        """What is wrong with attacks when a run begins: lengths on images (C, H, W), if that is known."""
         # Not when a configuration is read back: runs older than this check must still load.
         own, steps = self.attack, self.attack.num_steps if self.attack.kind == "pgd" else None
         trouble = length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)
@@ -159,7 +159,7 @@ class RunConfig(Section):
                 return trouble or ConfigError(f"{where}.norm", norm, reason, remedy)
             own_step = None if attack.kind == "fgsm" else step_size
             trouble = trouble or length_trouble(where, norm, epsilon, own_step, attack.num_steps, shape)
-        return trouble or attack_trouble("evaluation.test", self.evaluation.test)
+        return trouble
 
     def on_device(self, *, has_gpu: bool) -> Self:
         """This run on workers with or without GPUs: the settings left to `speed.mode` have their values."""

@@ -6,8 +6,7 @@ from typing import Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from tla_service.config.fields import Section, model_trouble, name_trouble, setting, tag_trouble, wrong
-from tla_service.errors import ConfigError
+from tla_service.config.fields import ExperimentName, ModelName, Section, TagName, TagValue, setting, wrong
 
 
 class ScalingConfig(Section):
@@ -73,15 +72,8 @@ class TrackingConfig(Section):
     """MLflow."""
 
     uri: str | None = setting(None, "tracking server; none: MLFLOW_TRACKING_URI, else the SQLite file mlflow.db")
-    experiment: str = setting("tla", "MLflow experiment", min_length=1)
-    registered_model: str | None = setting(
+    experiment: ExperimentName = setting("tla", "MLflow experiment")
+    registered_model: ModelName | None = setting(
         None, 'name to register the best weights under; none: tla-<data.name>; "": do not register'
     )
-    tags: dict[str, str] = setting({}, "additional tags of the run")
-
-    def trouble(self) -> ConfigError | None:
-        """What MLflow would refuse. Checked when a run begins, not when a configuration is read back."""
-        experiment = name_trouble("tracking.experiment", self.experiment)
-        tags = (tag_trouble("tracking.tags", key, value) for key, value in self.tags.items())
-        model = model_trouble("tracking.registered_model", self.registered_model or "")
-        return next(filter(None, (experiment, *tags, model)), None)
+    tags: dict[TagName, TagValue] = setting({}, "additional tags of the run")

@@ -90,7 +90,9 @@ class Explainer:
 
     def _locate(self, error: ErrorDetails) -> tuple[list[str], Any]:
         """The field at fault, as a path of names and as pydantic knows it."""
-        location = [str(part) for part in error["loc"] if part != "[key]"]
+        location = [str(part) for part in error["loc"]]
+        if location[-1] == "[key]":  # a wrong key is a wrong value of the dictionary
+            location = location[:-2]
         known = self._field_at(location)
         while known is None and len(location) > 1 and error["type"] != "extra_forbidden":
             known = self._field_at(location[:-1])

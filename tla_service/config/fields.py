@@ -7,24 +7,14 @@ import math
 import posixpath
 import re
 import typing
-from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from tla_service.errors import ConfigError
 
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-# MLflow's rules for keys (mlflow.utils.validation), and the lengths of its columns.
-_KEY = re.compile(r"[/\w.\- :]*")
-_KEY_RULE = "MLflow allows letters, digits, spaces and _ - . : / in names"
-_KEY_LENGTH, _TAG_LENGTH, _EXPERIMENT_LENGTH = 250, 8000, 256
-_ATTACK_LENGTH = 150  # attack names are parts of keys
-_MODEL_LENGTH = 200  # the promotion lock of a model is a registered model with a longer name
-# "/" and ":" are reserved by MLflow; "@" precedes an alias, and the others have a meaning in its filters.
-_NOT_IN_MODELS = re.compile(r"[/:@'\"`%\\#?]")
-_OURS = "tla."
 
 
 def parse_fraction(value: object) -> object:
@@ -43,6 +33,47 @@ def parse_fraction(value: object) -> object:
 
 Pixels = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | str)]
 
+
+def _key(name: str) -> str:
+    """A name by MLflow's rules for keys (mlflow.utils.validation)."""
+    if not re.fullmatch(r"[/\w.\- :]*", name):
+        raise PydanticCustomError("name", "has more than the letters, digits, spaces and _ - . : / that MLflow allows")
+    if posixpath.normpath(name) != name or name.startswith((".", "/")):
+        raise PydanticCustomError("name", "not normalized, as a/b is, and MLflow treats names as paths")
+    return name
+
+
+def _tag(name: str) -> str:
+    if name.startswith("tla."):
+        raise PydanticCustomError("name", "tags that begin with tla. are set by the run itself")
+    return _key(name)
+
+
+def _model(name: str) -> str:
+    # "/" and ":" are reserved by MLflow; "@" precedes an alias, and the others have a meaning in its filters.
+    found = re.search(r"[/:@'\"`%\\#?]", name)
+    if found is not None:
+        raise PydanticCustomError("name", "a registered model's name cannot contain {found}", {"found": found[0]})
+    if not name.isprintable() or name.strip() != name or name == "." or name.startswith(".."):
+        raise PydanticCustomError("name", "not a valid name of a registered model")
+    if name.startswith("m-"):
+        raise PydanticCustomError("name", "names that begin with m- are model ids in MLflow")
+    return name
+
+
+def _experiment(name: str) -> str:
+    if not name.isprintable() or not name.strip():
+        raise PydanticCustomError("name", "not a printable name")
+    return name
+
+
+# Names for MLflow, with the lengths of its columns. Names of attacks are parts of keys; tags are parameters, too; the
+# promotion lock of a model is a registered model with a longer name.
+AttackName = Annotated[str, Field(max_length=150), AfterValidator(_key)]
+TagName = Annotated[str, Field(max_length=250 - len("tracking.tags.")), AfterValidator(_tag)]
+TagValue = Annotated[str, Field(max_length=8000)]
+ModelName = Annotated[str, Field(max_length=200), AfterValidator(_model)]
+ExperimentName = Annotated[str, Field(max_length=256), AfterValidator(_experiment)]
 
 # A function from outside the package.
 Function = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")]
@@ -84,60 +115,3 @@ def refuse(*troubles: ConfigError | None) -> None:
     """Raise the first trouble, if there is any, as a cross-field error."""
     for trouble in filter(None, troubles):
         raise wrong(*trouble.args)
-
-
-def attack_trouble(section: str, names: Iterable[str], taken: Sequence[str] = ("worst",)) -> ConfigError | None:
-    """What is wrong with the names of attacks, which become names of metrics, parameters and tags."""
-    for name in names:
-        field = f"{section}.{name}"
-        if name in taken:
-            return ConfigError(field, name, "this name is reserved", "rename the attack")
-        reason = _key_trouble(name, _ATTACK_LENGTH)
-        if reason:
-            return ConfigError(section, name, reason, "rename the attack, to pgd20 for example")
-    return None
-
-
-def model_trouble(field: str, name: str) -> ConfigError | None:
-    """What is wrong with the name of a registered model."""
-    found = _NOT_IN_MODELS.search(name)
-    if found is not None:
-        reason = f"a registered model's name cannot contain {found[0]}"
-        return ConfigError(field, name, reason, "leave it out, or use -")
-    if not name.isprintable() or name.strip() != name or name == "." or name.startswith(".."):
-        return ConfigError(field, name, "not a valid name of a registered model", "use letters, digits, _ - .")
-    if name.startswith("m-"):
-        reason = "names that begin with m- are model ids in MLflow"
-        return ConfigError(field, name, reason, "start it with something else")
-    return _length_trouble(field, name, _MODEL_LENGTH)
-
-
-def name_trouble(field: str, name: str) -> ConfigError | None:
-    """What is wrong with the name of an experiment."""
-    if not name.isprintable() or not name.strip():
-        return ConfigError(field, name, "not a printable name", "use letters and digits")
-    return _length_trouble(field, name, _EXPERIMENT_LENGTH)
-
-
-def tag_trouble(field: str, key: str, value: str) -> ConfigError | None:
-    """What is wrong with a tag of a run."""
-    reason = _key_trouble(key, _KEY_LENGTH - len(field) - 1)  # also logged as a parameter of the run
-    if reason:
-        return ConfigError(field, key, reason, "rename the tag")
-    if key.startswith(_OURS):
-        return ConfigError(field, key, f"tags that begin with {_OURS} are set by the run itself", "rename the tag")
-    return _length_trouble(f"{field}.{key}", value, _TAG_LENGTH)
-
-
-def _key_trouble(name: str, most: int) -> str | None:
-    if not _KEY.fullmatch(name):
-        return _KEY_RULE
-    if posixpath.normpath(name) != name or name.startswith((".", "/")):
-        return "MLflow treats names as paths, and this one is not normalized"
-    return f"longer than {most} characters" if len(name) > most else None
-
-
-def _length_trouble(field: str, value: str, most: int) -> ConfigError | None:
-    if len(value) <= most:
-        return None
-    return ConfigError(field, f"{value[:30]}...", f"{len(value)} characters, MLflow allows {most}", "shorten it")

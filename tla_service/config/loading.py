@@ -18,7 +18,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from tla_service.config import RunConfig, TrackingConfig
+from tla_service.config import RunConfig
 from tla_service.config.explain import Explainer, suggest, validated
 from tla_service.config.fields import refuse
 from tla_service.config.radii import known_shape, without_lengths_of_other_norms
@@ -54,12 +54,6 @@ class JobSettings(BaseSettings):
 
     config: Path | None = Field(None, description="YAML file with any of these settings")
     debug: bool = Field(False, description="show tracebacks")
-
-    @model_validator(mode="after")
-    def _check_names(self) -> Self:
-        tracking = getattr(self, "tracking", None)
-        refuse(tracking.trouble() if isinstance(tracking, TrackingConfig) else None)
-        return self
 
     @classmethod
     def settings_customise_sources(

@@ -1,11 +1,11 @@
 """Sections of a run: data, network, evaluation and detection."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import Pixels, Section, setting, wrong
+from tla_service.config.fields import AttackName, Pixels, Section, setting, wrong
 
 DatasetName = Literal[
     "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "image_folder", "parquet"
@@ -127,10 +127,16 @@ class EvaluationConfig(Section):
         "alone overrates some settings",
     )
     every_epochs: int = setting(1, "validate every this many epochs, and after the last", unit="epochs", ge=1)
-    test: dict[str, EvaluationAttack] = setting(
+    test: dict[AttackName, EvaluationAttack] = setting(
         {"fgsm": EvaluationAttack(kind="fgsm"), "pgd20": EvaluationAttack()}, "attacks on the test set, by name"
     )
     batch_size: int = setting(500, "images per forward pass, per worker", unit="images", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "worst" in self.test:
+            raise wrong("evaluation.test.worst", "worst", "this name is reserved", "rename the attack")
+        return self
 
     @property
     def attacks(self) -> dict[str, EvaluationAttack]:

@@ -1,6 +1,6 @@
 """Where images come from: data sets by name, splits, batches."""
 
-from tla_service.data.batches import Batch, EvaluationBatches, RawBatch, StepBatch, TrainingBatches
+from tla_service.data.batches import Batch, EvaluationBatches, StepBatch, TrainingBatches
 from tla_service.data.catalog import load_dataset
 from tla_service.data.roots import check_root
 from tla_service.data.sources import ArraySource, Dataset, ImageSource
@@ -12,7 +12,6 @@ __all__ = [
     "Dataset",
     "EvaluationBatches",
     "ImageSource",
-    "RawBatch",
     "StepBatch",
     "TrainingBatches",
     "check_root",

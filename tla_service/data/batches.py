@@ -54,16 +54,6 @@ class StepBatch:
     view: Batch | None = None
 
 
-@dataclass(frozen=True)
-class RawBatch:
-    """A step before augmentation: pixels (N, C, H, W), uint8, and labels (N,) of anchors, positives and pool."""
-
-    epoch: int
-    step: int
-    roles: tuple[tuple[torch.Tensor, torch.Tensor] | None, ...]
-    global_size: int
-
-
 class TrainingBatches:
     """Training batches of one worker; `steps_per_epoch` is ceil(N / global_batch_size).
 
@@ -101,11 +91,6 @@ class TrainingBatches:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
         """Batches of an epoch (from 0), one per step, from ``start_step`` on; one epoch at a time."""
-        for raw in self.read(epoch, start_step):
-            yield self.augmented(raw)
-
-    def read(self, epoch: int, start_step: int = 0) -> Iterator[RawBatch]:
-        """As `epoch`, before augmentation."""
         device = self._context.device
         steps = self._order.epoch(epoch, start_step)
         read = ((indices, None) for indices in steps) if self._loader is None else self._loader.read(steps)
@@ -114,19 +99,15 @@ class TrainingBatches:
             pixels = self._resident[places] if images is None else images.to(device, non_blocking=True)
             sizes = [0 if role is None else len(role) for role in indices.roles]
             parts = zip(pixels.split(sizes), self._labels[places].split(sizes), strict=True)
-            roles = (None if role is None else part for role, part in zip(indices.roles, parts, strict=True))
-            yield RawBatch(epoch, step, tuple(roles), indices.global_size)
-
-    def augmented(self, raw: RawBatch) -> StepBatch:
-        """The batch of a step, the same one every time."""
-        roles = (*raw.roles, raw.roles[0] if self._second_view else None)
-        anchors, positives, pool, view = (
-            None if role is None else Batch(self._finished(role[0], draw, raw), role[1])
-            for draw, role in zip(_DRAWS, roles, strict=True)
-        )
-        assert anchors is not None
-        weights = None if self._class_weights is None else self._class_weights[anchors.labels]
-        return StepBatch(anchors, positives, pool, raw.global_size, weights, view)
+            roles = [None if role is None else part for role, part in zip(indices.roles, parts, strict=True)]
+            roles.append(roles[0] if self._second_view else None)
+            anchors, positives, pool, view = (
+                None if role is None else Batch(self._finished(role[0], draw, epoch, step), role[1])
+                for draw, role in zip(_DRAWS, roles, strict=True)
+            )
+            assert anchors is not None
+            weights = None if self._class_weights is None else self._class_weights[anchors.labels]
+            yield StepBatch(anchors, positives, pool, indices.global_size, weights, view)
 
     def close(self) -> None:
         """Stop the loader processes, if any. The object cannot be used afterwards."""
@@ -137,10 +118,10 @@ class TrainingBatches:
         """All training images on the device, as uint8; copied when the first epoch begins."""
         return self._source.fetch(self._indices).to(self._context.device)
 
-    def _finished(self, pixels: torch.Tensor, draw: Draw, raw: RawBatch) -> torch.Tensor:
+    def _finished(self, pixels: torch.Tensor, draw: Draw, epoch: int, step: int) -> torch.Tensor:
         if draw is Draw.AUGMENT_POOL and not self._augment_pool:
             return to_unit(pixels)
-        draws = generator(self._context.device, draw, self._order.seed, raw.epoch, raw.step, self._context.rank)
+        draws = generator(self._context.device, draw, self._order.seed, epoch, step, self._context.rank)
         return augment(pixels, self._config, draws, strongly=draw is Draw.AUGMENT_VIEW or not self._second_view)
 
 

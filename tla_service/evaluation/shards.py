@@ -47,16 +47,22 @@ def float32(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(*networks: nn.Module | None) -> Iterator[None]:
-    """Put networks in eval mode; afterwards every module is in the mode it was in, frozen ones too."""
+    """Put networks in eval mode, without gradients to parameters; afterwards everything is as it was.
+
+    The libraries of attacks call ``backward``, which would fill parameters too.
+    """
     given = [network for network in networks if network is not None]
     before = [(module, module.training) for network in given for module in network.modules()]
+    trained = [parameter for network in given for parameter in network.parameters() if parameter.requires_grad]
     for network in given:
-        network.eval()
+        network.eval().requires_grad_(requires_grad=False)
     try:
         yield
     finally:
         for module, was_training in before:
             module.training = was_training
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 def logits_of(network: nn.Module) -> LogitsFn:

@@ -1,6 +1,5 @@
 """Attacks on one shard of images at a time: per-image results, smallest perturbations, accuracy over all workers."""
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -105,11 +104,9 @@ class NormMeasurement:
 
     def run(self, shard: Shard) -> sh.Arrays:
         """See `Measurement`."""
-        # The library's backward pass reaches every parameter that wants a gradient: a copy wants none.
-        still = copy.deepcopy(shard.network).requires_grad_(requires_grad=False)
-        with evaluating(still), float32(shard.device):
+        with evaluating(shard.network), float32(shard.device):
             found = [
-                minimum_norms(LogitsOnly(still).eval(), batch.images, batch.labels, self.norm)
+                minimum_norms(LogitsOnly(shard.network).eval(), batch.images, batch.labels, self.norm)
                 for batch in shard.batches(self.batch_size)
             ]
         return {"norms": torch.cat(found).cpu().numpy()}

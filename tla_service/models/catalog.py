@@ -135,9 +135,6 @@ class Architecture:
         has no other activation.
         """
         network = self._find()
-        if num_classes < 2:
-            reason = "a classifier needs at least two classes"
-            raise ConfigError("model.num_classes", num_classes, reason, "check the labels of the data")
         _check_shape(self.name, network, image_shape)
         first = _build_normalization(self.normalization, network, image_shape[0])
         if network.foreign:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, DetectionConfig, ModelConfig, RunConfig, TrackingConfig
 from tla_service.config.explain import validated
-from tla_service.config.fields import Pixels, Section, model_trouble, refuse, setting, wrong
+from tla_service.config.fields import ModelName, Pixels, Section, refuse, setting, wrong
 from tla_service.config.loading import JobSettings
 from tla_service.config.radii import Norm, documented_radius, known_shape, length_trouble, no_radius
 from tla_service.errors import ConfigError
@@ -107,7 +107,7 @@ class ImportSettings(JobSettings):
     """Settings of an import."""
 
     file: str = setting("", "weights: .safetensors, or .pt that torch.load reads with weights_only=True")
-    name: str | None = setting(None, "registered model; none: tla-<data.name>", min_length=1)
+    name: ModelName | None = setting(None, "registered model; none: tla-<data.name>", min_length=1)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     norm: Norm = setting("linf", "norm of the threat model they were trained for")
@@ -126,8 +126,7 @@ class ImportSettings(JobSettings):
         if self.epsilon is None and documented_radius(self.data.name, self.norm) is None:
             raise wrong("norm", self.norm, *no_radius(self.data.name, self.norm, "--epsilon"))
         shape = known_shape(self.data.name, self.data.image_size)
-        named = model_trouble("name", self.name) if self.name else None
-        refuse(named, length_trouble("", self.norm, self.radius, shape=shape))
+        refuse(length_trouble("", self.norm, self.radius, shape=shape))
         for field, default in {"pretrained": None, "head": "keep"}.items():
             if (value := getattr(self.model, field)) != default:
                 raise wrong(f"model.{field}", value, "an import takes all weights from --file", "leave it out")

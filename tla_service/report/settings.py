@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tla_service.config import DataConfig, ScalingConfig, TrackingConfig
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import Pixels, Section, attack_trouble, refuse, setting, wrong
+from tla_service.config.fields import AttackName, Pixels, Section, setting, wrong
 from tla_service.config.loading import JobSettings
 from tla_service.config.radii import Norm, length_trouble
 from tla_service.config.sections import DatasetName
@@ -129,7 +129,9 @@ class ReportSettings(JobSettings):
         unit="pixels in [0, 1], or L2 length",
         gt=0,
     )
-    attacks: dict[str, EvaluationAttack] = setting({}, "attacks by name; none: the paper's columns for the data set")
+    attacks: dict[AttackName, EvaluationAttack] = setting(
+        {}, "attacks by name; none: the paper's columns for the data set"
+    )
     seed: int = setting(0, "seed of all random draws", ge=0, lt=2**31)
     batch_size: int = setting(200, "images per forward pass and shard; a killed worker repeats one shard", ge=2)
     page: bool = setting(True, "draw figures and write report.html; without it report.json and outcomes only")
@@ -156,9 +158,10 @@ class ReportSettings(JobSettings):
     def _check(self) -> Self:
         if not self.model:
             raise wrong("model", "", "no model is named", "give --model with the path of a checkpoint folder")
-        # The latter are columns of the per-image results too: attacks crafted on relatives.
-        relatives = "pretrained", "last", "average", "natural"
-        refuse(attack_trouble("attacks", self.attacks, ("clean", "autoattack", "worst", *relatives)))
+        # The last four are columns of the per-image results too: attacks crafted on relatives.
+        for name in ("clean", "autoattack", "worst", "pretrained", "last", "average", "natural"):
+            if name in self.attacks:
+                raise wrong(f"attacks.{name}", name, "this name is reserved", "rename the attack")
         # As far as they are given here; `check_plan` checks what they become.
         chosen = self.detection
         lengths: list[tuple[str, Norm | None, float | None, float | None, int | None]] = [

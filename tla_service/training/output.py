@@ -1,7 +1,6 @@
 """The result of a run, and its output folder, which no other run overwrites."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -35,22 +34,19 @@ class FitResult:
 
 
 def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
-    """Check that a run can use its folder, which is made if missing; its summary, if it has finished there before.
+    """Check that a locked folder is this run's, or new; its summary, if the run has finished there before.
 
     Raises:
         ConfigError: The folder holds another run, or one that has measured other things on the test set.
-        UnavailableError: It cannot be written.
+        UnavailableError: It cannot be read.
     """
     try:
         if (output / CONFIG).exists() and not same_run((output / CONFIG).read_text(), config):
             remedy = "choose another --output or --name"
             raise ConfigError("output", output, "holds a run with another configuration", remedy)
-        output.mkdir(parents=True, exist_ok=True)
-        # Without a name, since several workers may try at once.
-        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise UnavailableError("output", output, f"cannot be written ({reason})", "choose another --output") from error
+        raise UnavailableError("output", output, f"cannot be read ({reason})", "choose another --output") from error
     if not (output / SUMMARY).exists():
         return None
     summary: dict[str, Any] = json.loads((output / SUMMARY).read_text())

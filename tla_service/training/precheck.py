@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tla_service.config import RunConfig
-from tla_service.data import Batch, Dataset, ImageSource, StepBatch, TrainingBatches, split_training
+from tla_service.data import Dataset, ImageSource, TrainingBatches, split_training
 from tla_service.data.extra import ExtraImages, load_extra
 from tla_service.data.order import StepOrder
 from tla_service.data.sources import JoinedSource
@@ -16,8 +17,6 @@ from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import Architecture
 from tla_service.runtime import WorkerContext
 from tla_service.training.own import check_own
-from tla_service.training.pretrained import set_train_mode
-from tla_service.training.step import TrainingStep
 
 _GB = 10**9
 _SOME_IMAGES = 8  # that own functions are tried on
@@ -75,10 +74,10 @@ def check_start(config: RunConfig, dataset: Dataset, rows: Tensor, world_size: i
     batch, extra = config.training.global_batch_size, config.extra_per_step
     steps = -(-len(rows) // (batch - extra))
     least = smallest_share(len(rows), steps, world_size, extra)
-    if least == 1 and not _one_image_trains(config, dataset, rows, architecture):
+    if least == 1 and not config.training.freeze_batchnorm and _has_batchnorm(dataset, architecture):
         whom = "a worker" if world_size > 1 else "it"
         reason = f"{len(rows)} training images in {steps} steps leave {whom} with one image in some step"
-        reason += f", which the BatchNorm of {config.model.name} cannot normalize"
+        reason += f", too few for the BatchNorm of {config.model.name}"
         tried = range(steps, 0, -1) if not extra else ()
         enough = next((fewer for fewer in tried if smallest_share(len(rows), fewer, world_size) > 1), 0)
         remedy = f"use {-(-len(rows) // enough)}" if enough else "use fewer workers, or more images"
@@ -129,23 +128,7 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _one_image_trains(config: RunConfig, dataset: Dataset, rows: Tensor, architecture: Architecture) -> bool:
-    """Try a step with one image on a new network: which passes see it alone depends on method, attack and roles."""
+def _has_batchnorm(dataset: Dataset, architecture: Architecture) -> bool:
     with torch.random.fork_rng(devices=[]):
         network = architecture.build(len(dataset.class_names), dataset.image_shape)
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
-        return True
-    attack = config.attack.model_copy(update={"num_steps": 1})
-    speed = config.speed.model_copy(update={"compile": "none", "cuda_graphs": False, "tune_kernels": False})
-    plain = config.model_copy(update={"attack": attack, "speed": speed})
-    images, labels = dataset.train.fetch(rows[:2]).float() / 255, dataset.train.labels[rows[:2]]
-    one, few = Batch(images[:1], labels[:1]), Batch(images, labels)
-    set_train_mode(network, config)
-    step = TrainingStep(network, plain, WorkerContext(), architecture.code)
-    try:
-        next(step.updates(StepBatch(one, one, few, 1, view=one if config.loss.view_weight else None), config.seed))
-    except ValueError as error:
-        if "more than 1 value per channel" in str(error):
-            return False
-        raise
-    return True
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
