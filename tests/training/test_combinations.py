@@ -54,7 +54,7 @@ def reasons(method: str, attack: dict[str, Any], mining: dict[str, Any], **_: An
         "attack.kind": kind != "pgd" and attack["norm"] == "l2",
         "attack.awp": attack["awp"] and (kind == "free" or method == "natural"),
         "attack.noise": ascends_divergence and attack.get("noise") == 0,
-        "attack.random_start": (ascends_divergence or kind != "pgd") and not attack.get("random_start", True),
+        "attack.random_start": ascends_divergence and kind == "pgd" and not attack.get("random_start", True),
         "mining.queries": kind == "free" and mines_first and mining["queries"] == "last_step",
     }
     return {field for field, applies in found.items() if applies}

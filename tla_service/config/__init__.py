@@ -151,6 +151,8 @@ class RunConfig(Section):
         """What is wrong with attacks when a run begins: lengths on images (C, H, W), if that is known."""
         # Not when a configuration is read back: runs older than this check must still load.
         own, steps = self.attack, self.attack.num_steps if self.attack.kind == "pgd" else None
+        if not own.random_start and own.kind in ("n_fgsm", "free"):
+            return ConfigError("attack.random_start", False, f"attack.kind {own.kind} starts at noise", "leave it out")
         trouble = length_trouble("attack", own.norm, own.epsilon, own.step_size, steps, shape)
         for where, attack in self.evaluation.attacks.items():
             norm, epsilon, step_size = attack.lengths(own, self.data.name)
@@ -266,8 +268,6 @@ class RunConfig(Section):
         attack, mining = self.attack, self.mining
         if self.attack_objective == "kl" and not attack.random_start and attack.kind == "pgd":
             yield "attack.random_start", _NO_GRADIENT, "set it to true, or attack.objective to cross_entropy"
-        if not attack.random_start and attack.kind in ("n_fgsm", "free"):
-            yield "attack.random_start", f"attack.kind {attack.kind} starts at noise", "leave it out"
         if self.attack_objective == "kl" and attack.noise == 0 and attack.kind == "n_fgsm":
             yield "attack.noise", _NO_GRADIENT, "set a value above 0, or attack.objective to cross_entropy"
         reuses = self.mines_triplets and mining.pool == "separate" and mining.queries == "last_step"
