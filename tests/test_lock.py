@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -51,6 +52,10 @@ def hold(tmp_path: Path) -> Iterator[Callable[..., Process]]:
         process.communicate()
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def refusal(folder: Path) -> str:
     with pytest.raises(ConfigError) as caught, locked_folder(folder, "output"):
         pass
@@ -67,10 +72,11 @@ def test_the_second_is_told_who_the_first_is(tmp_path: Path, hold: Callable[...,
     assert told.endswith("; wait for it, end it, or choose another --output")
 
 
-def test_it_is_free_when_the_first_has_ended(tmp_path: Path, hold: Callable[..., Process]) -> None:
+def test_it_is_free_and_leaves_nothing_when_the_first_has_ended(tmp_path: Path, hold: Callable[..., Process]) -> None:
     hold().communicate()
     with locked_folder(tmp_path / "run", "output"):
-        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+        assert names(tmp_path / "run") == [LOCK_FILE]
+    assert names(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("arguments", [(), ("fork",)])
@@ -88,8 +94,18 @@ def test_it_is_free_the_moment_the_first_is_killed(
         os.killpg(first.pid, signal.SIGKILL)
 
 
+def test_a_holder_whose_folder_was_deleted_leaves_the_lock_of_the_next(
+    tmp_path: Path, hold: Callable[..., Process]
+) -> None:
+    with locked_folder(tmp_path / "run", "output"):
+        shutil.rmtree(tmp_path / "run")
+        hold()
+    assert names(tmp_path / "run") == [LOCK_FILE]
+    refusal(tmp_path / "run")
+
+
 def test_of_many_that_start_together_one_at_a_time_gets_it(tmp_path: Path) -> None:
-    """Each writes begin and end, and none comes between another's."""
+    """Each writes begin and end, and none comes between another's, although the file is made and removed each time."""
     work = """
 import sys
 from pathlib import Path

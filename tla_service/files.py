@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from tla_service.errors import ConfigError, UnavailableError, without_credentials
 
@@ -137,26 +137,13 @@ def locked_folder(folder: Path, setting: str) -> Iterator[None]:
     """Lock a folder against other processes, on other machines too if the file system supports it.
 
     The folder, named by `setting`, is created if missing; a ConfigError names the process that holds the lock. POSIX
-    locks belong to a process: children do not inherit them, and they end with it. The file stays: the next process
-    might have opened it already.
+    locks belong to a process: children do not inherit them, and they end with it.
     """
     path = folder.resolve() / LOCK_FILE
     if path in _held:
         # Opening and closing the file again would release the lock.
         raise in_use(setting, folder, Holder.here())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        reason = f"cannot be written ({(error.strerror or str(error)).lower()})"
-        raise UnavailableError(setting, folder, reason, f"choose another --{setting}") from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise in_use(setting, folder, _read_holder(path)) from None
-        except OSError as error:
-            _log.warning("%s: its file system has no locks (%s); use it from one process at a time", folder, error)
+    with _acquired(path, folder, setting) as file:
         _held.add(path)
         try:
             file.truncate(0)
@@ -165,6 +152,36 @@ def locked_folder(folder: Path, setting: str) -> Iterator[None]:
             yield
         finally:
             _held.discard(path)
+            if _is_same(path, file):
+                path.unlink()
+
+
+def _acquired(path: Path, folder: Path, setting: str) -> IO[str]:
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        except OSError as error:
+            reason = f"cannot be written ({(error.strerror or str(error)).lower()})"
+            raise UnavailableError(setting, folder, reason, f"choose another --{setting}") from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise in_use(setting, folder, _read_holder(path)) from None
+        except OSError as error:
+            _log.warning("%s: its file system has no locks (%s); use it from one process at a time", folder, error)
+        if _is_same(path, file):
+            return file
+        file.close()  # removed by its last holder in the meantime
+
+
+def _is_same(path: Path, file: IO[str]) -> bool:
+    """Whether an open file is still the one of that name: if the folder was deleted, another may be."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _read_holder(path: Path) -> Holder | None:
