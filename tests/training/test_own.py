@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_refused_before_the_run(
         ({"method": "tla_rn", "mining": {"miner": "a:b"}}, "mining.miner=a:b: method tla_rn mines no negatives"),
         ({"mining": {"miner": "a:b", "keep_probability": 0.5}}, "mining.keep_probability=0.5: your own miner"),
         ({"mining": {"miner": "hardest"}}, "mining.miner=hardest: "),
-        ({"loss": {"extra": {"agreement": 1}}}, "loss.extra.agreement="),
+        ({"loss": {"extra": {"agreement": 1}}}, "loss.extra=agreement: "),
     ],
     ids=str,
 )

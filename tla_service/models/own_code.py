@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from tla_service.errors import ConfigError, UnavailableError, one_line
-from tla_service.files import sha256
 from tla_service.models.libraries import ImageShape
 from tla_service.pickles import is_pickle
 
@@ -107,12 +106,6 @@ def load_function(field: str, name: str, code: bytes | None = None) -> Callable[
     """Import a function ``package.module:function``; UserError, naming the setting `field`, where that fails."""
     with contextlib.nullcontext() if code is None else _modules_of(code) as folder:
         return _function(field, name, folder)
-
-
-def file_digest(name: str) -> str:
-    """SHA-256 of the file of an imported function ``package.module:function``; empty if its module has none."""
-    file = sys.modules[name.partition(":")[0]].__file__
-    return "" if file is None else sha256(Path(file))
 
 
 def _function(field: str, name: str, folder: Path | None) -> Callable[..., Any]:

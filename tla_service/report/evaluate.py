@@ -1,6 +1,7 @@
 """From models to a report: check, measure, write."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,9 +12,8 @@ from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.evaluation.certified import ROW, Certificates
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.shards import ShardOutcome, save_arrays, save_outcome
-from tla_service.files import LOCK_FILE, locked_folder, write_whole
+from tla_service.files import LOCK_FILE, locked_folder, sha256, write_whole
 from tla_service.job import code_facts
-from tla_service.models.own_code import file_digest
 from tla_service.report import evidence as ev
 from tla_service.report import findings as fd
 from tla_service.report import plan as pl
@@ -104,7 +104,13 @@ def identity(models: Models, plan: pl.Plan) -> dict[str, Any]:
     if plan.transfer or plan.settings.images.audit:  # what uses a surrogate
         facts["surrogate"] = models.surrogate.facts.weights_sha256 if models.surrogate is not None else None
     own = sorted({attack.kind for attack in plan.columns.values() if ":" in attack.kind})
-    return facts | ({"code of attacks": {name: file_digest(name) for name in own}} if own else {})
+    return facts | ({"code of attacks": {name: _file_digest(name) for name in own}} if own else {})
+
+
+def _file_digest(name: str) -> str:
+    """SHA-256 of the file of an imported function ``package.module:function``; empty if its module has none."""
+    file = sys.modules[name.partition(":")[0]].__file__
+    return "" if file is None else sha256(Path(file))
 
 
 def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> bool:
