@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_ALREADY_EXISTS
 
 from tests.registry.tracking_server import TrackingServer
 from tla_service import errors
@@ -219,6 +221,13 @@ def test_errors_of_an_artifact_store_on_s3_may_pass() -> None:
     assert is_passing(uploading(503))
     assert not is_passing(answered(403))
     assert not is_passing(uploading(403))
+
+
+def test_a_tag_that_two_processes_add_at_once_may_pass() -> None:
+    refused = "(sqlite3.IntegrityError) UNIQUE constraint failed: model_version_tags.key"
+    assert is_passing(MlflowException(refused, error_code=BAD_REQUEST))
+    assert not is_passing(MlflowException(refused, error_code=RESOURCE_ALREADY_EXISTS)), "a model of this name"
+    assert not is_passing(MlflowException("bad value", error_code=BAD_REQUEST))
 
 
 def test_mlflow_prints_no_address_when_a_run_ends(server: TrackingServer, capsys: pytest.CaptureFixture[str]) -> None:

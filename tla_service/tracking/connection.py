@@ -165,6 +165,9 @@ def is_passing(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
+        # Of two processes that set a new tag at once, MLflow inserts it for both, and its database refuses the second.
+        if error.error_code == "BAD_REQUEST" and re.search("IntegrityError|UniqueViolation", str(error)):
+            return True
         return str(error.error_code) in {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
     if isinstance(error, OSError):  # includes the errors of requests; errors of local files are permanent
         return not isinstance(error, _FILE_ERRORS) and error.errno not in _DISK_ERRORS
