@@ -28,7 +28,6 @@ def test_what_holds(text: str, expected: bool) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "1 +", "mining.pool_size", "seed in (1, 2)", "open('x') == 1", "seed ** 9 > 1", "nothing > 1", "seed.bit > 1",
-     "seed.real > 1", "'a'.upper == 1", "training.__class__ != 1",
      "(lambda: 1)() == 1", "seed > [1]", "method > 1", "seed / 0 > 1", "(" * 500 + "1" + ")" * 500 + " > 1"],
 )  # fmt: skip
 def test_what_is_refused(text: str) -> None:
