@@ -299,3 +299,17 @@ def test_storage_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UnavailableError, match=r"file/runs: cannot be written \(not a directory\); give a folder that"):
         check_storage(str(tmp_path / "file" / "runs"))
+
+
+def test_a_storage_that_another_node_does_not_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two folders play a path that is on each node's own disk."""
+    monkeypatch.setattr(storage_module, "SHARED_SECONDS", 0)
+    driver, worker = RunFolder(str(tmp_path / "a"), "run"), RunFolder(str(tmp_path / "b"), "run")
+    token = driver.mark()
+    RunFolder(str(tmp_path / "a"), "run").check_shared(token)
+    for _ in range(2):
+        with pytest.raises(
+            UnavailableError, match=r"^scaling\.storage=.*/b/run: \S+ does not see what the driver wrote"
+        ):
+            worker.check_shared(token)
+        worker.mark()  # of another driver

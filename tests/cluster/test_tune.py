@@ -175,3 +175,14 @@ def test_a_trial_that_reaches_its_last_epoch_is_not_stopped_there(grace: int) ->
 def test_without_asha_every_trial_runs_to_its_end() -> None:
     assert scheduler(space_of(SPACE, scheduler="none"), []) is None
     assert scheduler(space_of(SPACE, grace_epochs=EPOCHS), []) is None
+
+
+def test_a_trial_whose_last_validation_comes_after_the_last_rung_is_not_stopped_there() -> None:
+    """Validated every fourth epoch, it passes the rungs of epochs 24 and 27 together, with its end."""
+    asha: Any = scheduler(space_of(SPACE, grace_epochs=EPOCHS - 3), [])
+    for number, value in enumerate((0.9, 0.9, 0.9, 0.1)):
+        stub: Any = SimpleNamespace(trial_id=f"t{number}", config={"trial": {"number": number}})
+        asha.on_trial_add(None, stub)
+        result = {"epochs": EPOCHS, "robust_accuracy": value}
+        assert asha.on_trial_result(None, stub, result) == TrialScheduler.CONTINUE
+    assert {*asha._brackets[0]._rungs[0][1].values()} == {0.9, 0.1}

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import pytest
 import yaml
 
 from tests.deploy import crd_schema
+from tla_service.config.loading import RunSettings, read_settings
+from tla_service.tuning.settings import TuneSettings
+from tla_service.tuning.space import Space
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
@@ -208,6 +212,23 @@ def test_jobs_go_on_after_a_new_cluster() -> None:
         # Kueue admits whole clusters: one that scales itself has no queue.
         assert ("kueue.x-k8s.io/queue-name" in job["metadata"].get("labels", {})) != is_sweep
         assert job["spec"]["rayClusterSpec"].get("enableInTreeAutoscaling", False) == is_sweep
+
+
+def test_jobs_read_the_settings_of_their_entrypoints() -> None:
+    commands = [resource["spec"]["entrypoint"] for _, resource in WRITTEN if resource["kind"] == "RayJob"]
+    for path in KUBERNETES.rglob("kustomization.yaml"):
+        for patch in yaml.safe_load(path.read_text()).get("patches", ()):
+            changes = yaml.safe_load(patch["patch"])
+            if isinstance(changes, list):
+                commands += [change["value"] for change in changes if change["path"] == "/spec/entrypoint"]
+    assert len(commands) == 4
+    for command in commands:
+        python, job, *flags = shlex.split(command)
+        assert (python, (ROOT / job).is_file()) == ("python", True)
+        is_sweep = job == "jobs/tune_tla.py"
+        settings = read_settings(TuneSettings if is_sweep else RunSettings, [*flags, "--data.root", "/data"])
+        if isinstance(settings, TuneSettings):
+            Space(settings.run_config, settings.sweep)
 
 
 def test_the_model_is_served_with_settings_that_serving_knows(built: dict[str, list[dict[str, Any]]]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.training.conftest import digits_config
@@ -14,6 +15,8 @@ from tla_service.runtime import WorkerContext
 from tla_service.training import checkpoint as checkpoint_module
 from tla_service.training.checkpoint import (
     MANIFEST,
+    STATISTICS,
+    VALIDATING,
     TrainingState,
     find_damage,
     load_checkpoint,
@@ -151,3 +154,14 @@ def test_a_manifest_or_a_file_that_is_none_is_damage(tmp_path: Path, kind: str) 
         path.rmdir() if kind == "folder" else path.unlink()
         path.write_bytes(whole)
     assert find_damage(tmp_path / "c") == ""
+
+
+def test_what_an_interrupted_upload_left_in_the_folder_is_not_loaded(tmp_path: Path) -> None:
+    """On S3 a checkpoint replaces one of the same name file by file."""
+    state = small_state(0)
+    save_checkpoint(tmp_path / "c", state, digits_config(), FACTS)
+    save_file({f"0.{name}": value + 1 for name, value in state.statistics.items()}, tmp_path / "c" / STATISTICS)
+    save_file(state.best_weights, tmp_path / "c" / VALIDATING)
+    other = small_state(1)
+    load_checkpoint(tmp_path / "c", other, digits_config(), FACTS, WorkerContext())
+    assert (other.own_statistics, other.validating_weights, other.validating) == ({}, {}, -1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tla_service.training.checkpoint import MANIFEST
-from tla_service.training.reporting import LocalReporter, Terminal
+from tla_service.training.reporting import JsonLines, LocalReporter, Terminal
 
 EPOCH = {"epoch": 0.0, "step": 4.0, "train/loss": 1.5, "images_per_second": 80.0}
 STEP = {
@@ -127,3 +127,14 @@ def test_it_asks_for_a_stop_once_it_was_interrupted(output: Output) -> None:
     assert not output.reporter.stop_requested()
     output.reporter.interrupted = True
     assert output.reporter.stop_requested()
+
+
+def test_a_full_disk_costs_records_and_not_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    lines = JsonLines(Path("/dev/full"))
+    lines.write(STEP)
+    lines.write(STEP)
+    lines.close()
+    (record,) = caplog.records
+    assert record.getMessage() == "/dev/full cannot be written (No space left on device): its records are lost"

@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -333,4 +334,25 @@ def test_a_run_says_from_where_it_starts(tmp_path: Path) -> None:
     assert (second["resumed"], second["message"]) == (
         True,
         f"resuming from {tmp_path}/checkpoints/step-000000004 on 1 worker",
+    )
+
+
+def unlike_worker(rank: int, folder: str) -> None:
+    """One of two workers on nodes whose copies of the data differ in one image."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    config = digits_config(data={"train_limit": 200 + rank})
+    try:
+        Run(config, WorkerContext(rank, 2), KeepingReporter(Path(folder, str(rank)))).start(None)
+    except ConfigError as error:
+        Path(folder, f"error-{rank}").write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_workers_with_other_data_than_rank_0_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    mp.start_processes(unlike_worker, args=(str(tmp_path),), nprocs=2, start_method="fork")  # type: ignore[no-untyped-call]
+    told = [(tmp_path / f"error-{rank}").read_text() for rank in range(2)]
+    assert told[0] == told[1]
+    assert re.match(
+        r"data\.root: its files on \S+ \(rank 1\) differ from those of rank 0; give all nodes the same", told[0]
     )

@@ -1,6 +1,7 @@
 """Points and the runs they stand for."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,15 +118,16 @@ def test_variants_set_several_fields_together() -> None:
 
 
 def test_constraints_and_the_runs_own_rules_thin_out_a_grid() -> None:
-    run = run_config(mining={"pool": "separate", "scope": "global"}, scaling={"num_workers": 4})
+    run = run_config(mining={"pool": "separate"}, scaling={"num_workers": 4})
     space = space_of(
-        {BATCH: [4, 64, 128], "mining.pool_size": [62, 64, 512]},
+        {BATCH: [64, 128], "mining.pool_size": [62, 512], "mining.scope": ["worker", "global"]},
         run=run,
         searcher="grid",
         constraints=[f"mining.pool_size <= 4 * {BATCH}"],
     )
-    # 4 images are under two a worker; 62 is not divisible by four workers; 512 is over 4 x 64.
-    assert [(point[BATCH], point["mining.pool_size"]) for point in space.grid()] == [(64, 64), (128, 64), (128, 512)]
+    # A pool of 62 is not divisible among four workers; 512 is over 4 x 64.
+    expected = [(64, 62, "worker"), (128, 62, "worker"), (128, 512, "worker"), (128, 512, "global")]
+    assert [tuple(point.values()) for point in space.grid()] == expected
 
 
 REFUSED = {
@@ -187,9 +189,9 @@ REFUSED = {
         r"sweep.constraints: none of 1000 random points is allowed; .* breaks: loss.margin > 0.5",
     ),
     "no grid point allowed": (
-        {"loss.triplet_weight": [0]},
-        {"searcher": "grid"},
-        "sweep.space: no point of the grid is allowed; .* breaks: loss.triplet_weight=0",
+        {"loss.margin": [0.1]},
+        {"searcher": "grid", "constraints": ["loss.margin > 0.5"]},
+        "sweep.constraints: no point of the grid is allowed; .* breaks: loss.margin > 0.5",
     ),
     "grid over a range": ({"loss.margin": {"low": 0, "high": 0.1}}, {"searcher": "grid"}, "a grid needs a list"),
     "test set in a search": ({}, {"measure_test": True}, "test images would take part in a search"),
@@ -263,3 +265,30 @@ def test_values_are_numbers_however_they_are_written() -> None:
     assert space_of({"attack.epsilon": ["4/255", "8/255"]}, run=run).own_point() == {"attack.epsilon": 4 / 255}
     variants = {"small": {"attack.epsilon": "4/255"}, "large": {"attack.epsilon": "8/255"}}
     assert space_of({"radius": {"variants": variants}}, run=run).own_point() == {"radius": "small"}
+
+
+@pytest.mark.parametrize(
+    ("own", "name", "values"),
+    [
+        ({"model": {"name": "network:build"}}, "model.name", ["network:build", "digits_cnn"]),
+        ({"mining": {"miner": "m:f"}}, "mining.miner", [None, "m:f"]),
+        ({"loss": {"extra": {"m:f": 0.5}}}, "loss.extra", [{}, {"m:f": 0.5}]),
+        ({"attack": {"kind": "m:f"}}, "attack.kind", ["pgd", "m:f"]),
+    ],
+    ids=str,
+)
+def test_own_code_is_compared_with_what_the_package_has(own: dict[str, Any], name: str, values: list[Any]) -> None:
+    own = {section: fields | {"code": "folder"} if section == "model" else fields for section, fields in own.items()}
+    run = run_config(**({"model": {"name": "digits_cnn", "code": "folder"}} | own))
+    space = space_of({name: values}, run=run, searcher="grid")
+    runs = [space.apply(point) for point in space.grid()]
+    assert [each.model.code for each in runs] == ["folder" if each.uses_own_code else None for each in runs]
+    assert len(runs) == 2
+
+
+def test_a_choice_that_no_point_can_have_is_refused() -> None:
+    run = run_config(loss={"robust_term": "trades"})
+    with pytest.raises(ConfigError, match=r"^sweep\.space\.method=at: no point can have this value \(loss.robust_term"):
+        space_of({"method": ["at", "tla"]}, run=run, searcher="grid")
+    space = space_of({"method": ["at", "tla"], "loss.robust_term": ["auto", "trades"]}, searcher="grid")
+    assert len(space.grid()) == 3

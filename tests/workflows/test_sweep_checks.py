@@ -9,15 +9,17 @@ import pytest
 
 from tests.tuning.conftest import run_config, space_of
 from tla_service.cluster.storage import Folder
-from tla_service.config import RunConfig
+from tla_service.config import RunConfig, ScalingConfig
 from tla_service.config.loading import to_yaml
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.models import Architecture
+from tla_service.tuning.settings import sweep_yaml
 from tla_service.workflows import sweep
-from tla_service.workflows.run import Facts
-from tla_service.workflows.sweep import _check_code, _check_ends
+from tla_service.workflows.run import Facts, check_before_start
+from tla_service.workflows.sweep import _check_began_with, _check_ends
 
+TWO = ScalingConfig(num_workers=2)
 FINE: dict[str, Any] = {"model": {"pretrained": "w.pt"}}
 
 
@@ -31,21 +33,28 @@ FINE: dict[str, Any] = {"model": {"pretrained": "w.pt"}}
 )
 def test_all_trials_start_from_the_same_weights(run: dict[str, Any], space: dict[str, Any]) -> None:
     config = run_config(**run)
-    facts = Facts(load_dataset(config.data), Architecture.of(config.model), {}, (), 0, {})
+    facts = Facts(load_dataset(config.data), Architecture.of(config.model), {}, (), 0, {}, {})
     with pytest.raises(ConfigError, match=r"sweep\.space\.(model\.\w+|start)=.*the same pretrained weights"):
         _check_ends(space_of(space, run=config), facts, 1)
     _check_ends(space_of({"loss.clean_weight": [0, 0.5]}, run=config), facts, 1)
 
 
-def test_a_sweep_goes_on_with_the_code_it_began_with(tmp_path: Path) -> None:
+def test_a_sweep_goes_on_with_the_data_code_and_weights_it_began_with(tmp_path: Path) -> None:
     storage, run = Folder(str(tmp_path)), run_config()
-    _check_code(run, storage, None)
-    _check_code(run, storage, "a" * 64)
-    storage.write(sweep.CODE, b"a" * 64)
-    _check_code(run, storage, "a" * 64)
-    for other in ("b" * 64, None):
-        with pytest.raises(ConfigError, match=r"^model\.code.*choose another --sweep.name"):
-            _check_code(run, storage, other)
+    began: dict[str, Any] = check_before_start(run).began_with | {"code_sha256": "a" * 64, "pretrained": "b" * 64}
+    _check_began_with(run, storage, began)
+    storage.write(sweep.BEGAN_WITH, json.dumps(began).encode())
+    _check_began_with(run, storage, json.loads(json.dumps(began)))
+    fields = {
+        "code_sha256": "model.code",
+        "pretrained": "model.pretrained",
+        "training_fingerprint": "data.root",
+        "extra_fingerprint": "data.extra.path",
+        "validation_fingerprint": "data.validation",
+    }
+    for name, field in fields.items():
+        with pytest.raises(ConfigError, match=rf"^{field}[=:].* sweep began with.*choose another --sweep.name"):
+            _check_began_with(run, storage, began | {name: "other"})
 
 
 def test_a_sweep_that_never_began_may_begin_with_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +64,7 @@ def test_a_sweep_that_never_began_may_begin_with_other_code(tmp_path: Path, monk
         sweep, "check_disks", Mock(side_effect=UnavailableError("output", None, "is full", "free some"))
     )
     for sha256 in ("a" * 64, "b" * 64):
-        facts = Mock(architecture=Mock(code_sha256=sha256))
+        facts = Mock(began_with={"code_sha256": sha256})
         monkeypatch.setattr(sweep, "check_before_start", Mock(return_value=facts))
         with pytest.raises(UnavailableError, match="is full"):
             sweep.run_sweep(space.run, space, tmp_path, resume=False)
@@ -73,3 +82,27 @@ def test_the_winner_trains_with_the_credentials_that_its_file_lacks(
     (run,) = seen
     assert (run.loss.margin, run.scaling.num_workers, run.tracking.uri) == (0.2, 3, "http://me:secret@mlflow:5000")
     assert run.tracking.tags == {"mlflow.parentRunId": "abc"}
+
+
+def test_another_winner_of_a_larger_sweep_is_trained_beside_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr(sweep, "train_and_register", lambda _, folder, **__: seen.append(folder) or 130)
+    space = space_of({"loss.margin": [0.1, 0.2]})
+    (tmp_path / "best.yaml").write_text(to_yaml(space.run))
+    for margin in (0.1, 0.2, 0.1):
+        (tmp_path / "sweep.json").write_text(json.dumps({"run_id": "a", "winner": {"loss.margin": margin}}))
+        assert sweep.train_winner(space, tmp_path, 1) == 130
+    assert (len({*seen}), seen[0]) == (2, seen[2])
+    assert {folder.name for folder in seen} == {"seed-0"}
+
+
+def test_trials_that_are_measured_go_on_under_the_same_test_attacks(tmp_path: Path) -> None:
+    storage, measured = Folder(str(tmp_path)), {"searcher": "grid", "scheduler": "none", "measure_test": True}
+    space = space_of({"loss.margin": [0.1, 0.2]}, **measured)
+    storage.write(sweep.SETTINGS, sweep_yaml(space.run.model_copy(update={"scaling": TWO}), space.sweep).encode())
+    sweep._compare(space.run, space, storage, resume=True)
+    other = space.run.model_copy(update={"data": space.run.data.model_copy(update={"test_limit": 20})})
+    with pytest.raises(ConfigError, match=r"^sweep\.name=.*has other settings"):
+        sweep._compare(other, space, storage, resume=True)

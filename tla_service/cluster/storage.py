@@ -4,10 +4,14 @@ import contextlib
 import errno
 import json
 import os
+import socket
 import tempfile
 import threading
+import time
+import uuid
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -22,6 +26,7 @@ from tla_service.errors import ConfigError, UnavailableError, retried
 from tla_service.files import whole_folder, write_whole
 
 RETRY_SECONDS = 300.0  # how long an unavailable storage is retried
+SHARED_SECONDS = 60.0  # after which a node sees what another wrote to a network file system, whatever it caches
 _LATEST = "latest.json"
 _CHUNK_BYTES = 64 * 2**20
 PROBE_SECONDS = 20
@@ -129,6 +134,7 @@ class RunFolder(Folder):
     """The folder of a run, by its name, in the storage of all runs (a folder or s3:// prefix)."""
 
     remedy = "check bucket, credentials and AWS_ENDPOINT_URL_S3, or the folder's permissions"
+    _ATTEMPT = "attempt"  # a file that the driver writes and every worker reads
 
     def __init__(self, storage: str, name: str) -> None:
         super().__init__(f"{storage}/{name}")
@@ -164,6 +170,22 @@ class RunFolder(Folder):
             for name in set(self.folders()) - set(kept):
                 if name.startswith("step-"):
                     self.filesystem.delete_dir(f"{self.path}/{name}")
+
+    def mark(self) -> str:
+        """Write what `check_shared` looks for, and return it."""
+        token = uuid.uuid4().hex
+        self.write(self._ATTEMPT, token.encode())
+        return token
+
+    def check_shared(self, token: str) -> None:
+        """Raise UnavailableError if another node's `mark` is not seen here, where checkpoints would be lost."""
+        deadline = time.monotonic() + SHARED_SECONDS
+        while patiently("Reading", self.uri, partial(self.read, self._ATTEMPT)) != token.encode():
+            if time.monotonic() > deadline:
+                reason = f"{socket.gethostname()} does not see what the driver wrote there"
+                remedy = "give s3://bucket/prefix, or a folder that all nodes share"
+                raise UnavailableError("scaling.storage", self.uri, reason, remedy)
+            time.sleep(1)
 
     def check_record(self) -> str:
         """Whether the checkpoint that was recorded as the newest is there; returns what is wrong, or "".

@@ -34,7 +34,7 @@ from tla_service.config import RunConfig
 from tla_service.errors import OutOfMemoryError, UnavailableError, UserError
 from tla_service.files import whole_folder
 from tla_service.job import log_as_json, stop_on_signal
-from tla_service.runtime import WorkerContext, collective_timeout
+from tla_service.runtime import WorkerContext, collective_timeout, failing_together
 from tla_service.training.checkpoint import verify_checkpoint
 from tla_service.training.fit import Run
 from tla_service.training.meter import NonFiniteLossError, memory_remedy
@@ -139,6 +139,7 @@ def fit_on_ray(
     loop = {
         "config": config.model_dump(mode="json"),
         "folder": folder,
+        "token": folder.mark(),
         "watched": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0",
         "mailbox": mailbox,
         "weights": ray.put(None if weights is None else dict(weights)),
@@ -249,6 +250,8 @@ def train_worker(loop: dict[str, Any]) -> dict[str, Any]:
             use_gpu = context.device.type == "cuda"
             validator = RayValidator(config, loop["code"], context.world_size, use_gpu=use_gpu)
         with watched(context, max(START_SECONDS, config.scaling.hang_seconds), tell):
+            with failing_together(context):
+                loop["folder"].check_shared(loop["token"])
             run = Run(config, context, reporter, code, validator)
             run.start(weights)
         with watched(context, config.scaling.hang_seconds, tell):

@@ -67,9 +67,7 @@ class TrialLines(DriverCallback):
     def _tell(self, trial: TuneTrial, event: str, text: str, **fields: Any) -> None:
         number = trial.config["trial"]["number"]
         self.say(f"trial {number:>3}  {text}")
-        # Only a log: a full disk ends the sweep with the next snapshot.
-        with contextlib.suppress(OSError):
-            self._lines.write({"event": event, "trial": number, "message": text, **fields})
+        self._lines.write({"event": event, "trial": number, "message": text, **fields})
 
 
 class TrialLog(TrialLines):

@@ -136,6 +136,12 @@ class _Scheduler(ASHAScheduler):
     """ASHA that knows of a trial's epochs in earlier attempts, which it would else record at a later rung."""
 
     known: Mapping[int, Sequence[dict[str, float]]]  # results by the trial's number
+    whole: int  # epochs of a trial that has finished, which is recorded but not stopped
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Record the result, and decide."""
+        decision = str(super().on_trial_result(tune_controller, trial, result))
+        return self.CONTINUE if result["epochs"] >= self.whole else decision
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Fill the rungs that the trial has passed."""
@@ -151,8 +157,8 @@ def scheduler(space: Space, before: Sequence[Trial]) -> ASHAScheduler | None:
     if sweep.scheduler == "none" or grace >= epochs:
         return None
     objective = sweep.objectives[0]
-    # Below a whole trial: one that gets to its end is not stopped there.
     asha = _Scheduler("epochs", objective, "max", epochs - 1, grace, sweep.reduction_factor, stop_last_trials=False)
+    asha.whole = epochs
     asha.known = {
         trial.number: [
             {"epochs": score.epochs, objective: getattr(best_of(trial.curve[: index + 1]), objective)}

@@ -114,6 +114,12 @@ class RunConfig(Section):
         return {where: path for where, path in named.items() if ":" in path}
 
     @property
+    def uses_own_code(self) -> bool:
+        """Whether its network or a function is from outside the package and its libraries."""
+        of_libraries = ":" not in self.model.name or self.model.name.startswith(("timm:", "torchvision:"))
+        return not of_libraries or bool(self.own_functions)
+
+    @property
     def digest(self) -> str:
         """Eight hex digits of everything that shapes the trained weights."""
         # Only of what differs from the defaults, so that a setting added by a later version changes no digest.
@@ -217,8 +223,7 @@ class RunConfig(Section):
     def _contradictions(self) -> Iterator[tuple[str, str, str]]:
         """Settings that contradict the method or one another: field, reason, remedy."""
         method, term, loss = self.method, self.robust_term, self.loss
-        of_libraries = ":" not in self.model.name or self.model.name.startswith(("timm:", "torchvision:"))
-        if self.model.code is not None and of_libraries and not self.own_functions:
+        if self.model.code is not None and not self.uses_own_code:
             reason = f"{self.model.name} is not a network of your own, and no attack, loss term or miner is"
             yield "model.code", reason, "leave it out, or set model.name to package.module:factory"
         if self.mines_triplets and loss.triplet_weight == 0:

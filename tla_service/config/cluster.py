@@ -40,6 +40,12 @@ class ScalingConfig(Section):
             return self.num_workers
         return (auto, auto) if self.num_workers == "auto" else (self.num_workers, self.num_workers)
 
+    @field_validator("storage")
+    @classmethod
+    def _without_slash(cls, value: str | None) -> str | None:
+        """Names are joined to it, and S3 has no empty ones in between."""
+        return value if value is None or value.endswith("://") else value.rstrip("/") or "/"
+
     @field_validator("num_workers", mode="before")
     @classmethod
     def _check_number(cls, value: object) -> object:

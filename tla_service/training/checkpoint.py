@@ -6,6 +6,7 @@ Random draws are functions of (seed, epoch, step, rank), so the position replace
 import contextlib
 import io
 import json
+import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import same_run, to_yaml
+from tla_service.data import Dataset
 from tla_service.data.cache import disk_trouble
 from tla_service.errors import ConfigError, UnavailableError, readable
 from tla_service.files import sha256, whole_folder, write_whole
+from tla_service.models import Architecture
 from tla_service.runtime import WorkerContext, failing_together, gather_objects, running_statistics
 from tla_service.training.average import WeightAverage
 
@@ -113,7 +116,7 @@ def load_checkpoint(
     if saved["config_digest"] != config.digest and not same_run((folder / "config.yaml").read_text(), config):
         reason = f"has checkpoints of another configuration ({folder / 'config.yaml'} differs)"
         raise ConfigError("name", config.run_name, reason, "choose another --name, or start from that config.yaml")
-    _check_facts(json.loads((folder / "data.json").read_text()), data_facts, config)
+    check_facts(json.loads((folder / "data.json").read_text()), data_facts, config)
     device = next(state.network.parameters()).device
     state.network.load_state_dict(load_file(folder / "model.safetensors"))
     if state.average is not None:
@@ -128,12 +131,14 @@ def load_checkpoint(
         for name, value in tensors.items():
             if torch.is_tensor(value) and value.shape == parameter.shape:
                 tensors[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    best, validating = folder / "best.safetensors", folder / VALIDATING
-    state.best_weights = load_file(best) if best.exists() else {}
-    state.validating_weights = load_file(validating) if validating.exists() else {}
+    # By the manifest: an upload that was interrupted may have left other files under the same name.
+    there = json.loads((folder / MANIFEST).read_text())
+    state.best_weights, state.validating_weights = (
+        load_file(folder / name) if name in there else {} for name in ("best.safetensors", VALIDATING)
+    )
     for name in saved.keys() & set(_POSITION):  # older versions did not save `workers`
         setattr(state, name, saved[name])
-    if (folder / STATISTICS).exists():
+    if STATISTICS in there:
         each = load_file(folder / STATISTICS)
         workers = 1 + max(int(name.partition(".")[0]) for name in each)
         # With another number of workers the mean over all, as at the end of an epoch.
@@ -143,14 +148,42 @@ def load_checkpoint(
         }
 
 
-def _check_facts(saved: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig) -> None:
-    """Raise ConfigError if a run began with other data, or with other code of its network."""
-    remedy = "bring them back, or choose another --name"
+def data_facts(dataset: Dataset, extra: Mapping[str, str], architecture: Architecture) -> dict[str, Any]:
+    """What `check_facts` compares, and a loader of the network needs; `extra` are facts on extra images, if any."""
+    facts: dict[str, Any] = {
+        "class_names": list(dataset.class_names),
+        "image_shape": list(dataset.image_shape),
+        "fingerprint": dataset.fingerprint,
+    }
+    for name, part in (("training", dataset.train), ("validation", dataset.validation)):
+        if part is not None:
+            facts |= {f"{name}_fingerprint": part.digest(), f"{name}_files": part.files_digest()}
+    if extra:
+        facts["extra_fingerprint"] = extra["extra_fingerprint"]
+    return facts if architecture.code is None else facts | {"code_sha256": architecture.code_sha256}
+
+
+def check_alike(facts: Mapping[str, Any], config: RunConfig, context: WorkerContext) -> None:
+    """Raise ConfigError on every worker if one has other data or code than rank 0: an old copy on its node, maybe."""
+    first = gather_objects(facts, context)[0]
+    with failing_together(context):
+        try:
+            check_facts(first, facts, config)
+        except ConfigError as error:
+            reason = f"its files on {socket.gethostname()} (rank {context.rank}) differ from those of rank 0"
+            raise ConfigError(error.subject, error.value, reason, "give all nodes the same files") from None
+
+
+def check_facts(
+    saved: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig, what: str = "run", flag: str = "--name"
+) -> None:
+    """Raise ConfigError if a run, or a sweep, began with other data, or with other code of its network."""
+    remedy = f"bring them back, or choose another {flag}"
     if saved.get("code_sha256") != now.get("code_sha256"):
-        reason = "its files are not those that this run began with"
+        reason = f"its files are not those that this {what} began with"
         raise ConfigError("model.code", config.model.code, reason, remedy)
     if saved.get("extra_fingerprint") != now.get("extra_fingerprint"):
-        reason = "the extra images are not those that this run began with"
+        reason = f"the extra images are not those that this {what} began with"
         raise ConfigError("data.extra.path", config.data.extra.path, reason, remedy)
 
     def same(part: str) -> bool:
@@ -163,14 +196,14 @@ def _check_facts(saved: Mapping[str, Any], now: Mapping[str, Any], config: RunCo
     is_whole = saved.get("fingerprint") == now.get("fingerprint")
     is_same = same("training") if "training_fingerprint" in saved else is_whole
     if not is_same or any(saved.get(name) != now.get(name) for name in ("class_names", "image_shape")):
-        reason = "the data set is not the one that this run began with"
-        raise ConfigError("data.root", config.data.root, reason, "bring the data back, or choose another --name")
+        reason = f"the data set is not the one that this {what} began with"
+        raise ConfigError("data.root", config.data.root, reason, f"bring the data back, or choose another {flag}")
     if not same("validation"):
-        reason = "the validation images are not those that this run began with"
-        remedy = "name their split again, bring them back, or choose another --name"
+        reason = f"the validation images are not those that this {what} began with"
+        remedy = f"name their split again, {remedy}"
         if "validation_fingerprint" not in saved:
-            reason = "this run began with validation images that were held out of the training set"
-            remedy = 'set it to "", or choose another --name'
+            reason = f"this {what} began with validation images that were held out of the training set"
+            remedy = f'set it to "", or choose another {flag}'
         raise ConfigError("data.validation", config.data.validation, reason, remedy)
 
 

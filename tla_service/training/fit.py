@@ -22,7 +22,15 @@ from tla_service.runtime import (
 )
 from tla_service.training.adversary import layout_of
 from tla_service.training.average import WeightAverage
-from tla_service.training.checkpoint import TrainingState, cpu_weights, load_checkpoint, restore, save_checkpoint
+from tla_service.training.checkpoint import (
+    TrainingState,
+    check_alike,
+    cpu_weights,
+    data_facts,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+)
 from tla_service.training.meter import COLLAPSED, ROBUST, Meter, Phases, collapses, has_collapsed
 from tla_service.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rate
 from tla_service.training.output import FitResult
@@ -59,18 +67,7 @@ class Run:
             parts = split_and_check(config, self.dataset, context, self.architecture)
             self.train_rows, self.validation, self.batches, self._extra_facts = parts
             self._validation_set = ImageSet.validation(config, self.validation, self.architecture.code)
-            self._data_facts = {
-                "class_names": list(self.dataset.class_names),
-                "image_shape": list(self.dataset.image_shape),
-                "fingerprint": self.dataset.fingerprint,
-            }
-            for name, part in (("training", self.dataset.train), ("validation", self.dataset.validation)):
-                if part is not None:
-                    self._data_facts |= {f"{name}_fingerprint": part.digest(), f"{name}_files": part.files_digest()}
-            if self._extra_facts:
-                self._data_facts["extra_fingerprint"] = self._extra_facts["extra_fingerprint"]
-            if self.architecture.code is not None:
-                self._data_facts["code_sha256"] = self.architecture.code_sha256
+            self._data_facts = data_facts(self.dataset, self._extra_facts, self.architecture)
         self.total_steps = config.training.epochs * self.batches.steps_per_epoch
         if config.training.max_steps is not None:
             self.total_steps = min(self.total_steps, config.training.max_steps)
@@ -96,6 +93,7 @@ class Run:
                 average = WeightAverage(network, config.training.ema_decay)
             self.state = TrainingState(network, build_optimizer(network, config), average)
         with self.phases("build"):
+            check_alike(self._data_facts, config, context)
             resumed_from = restore(
                 self.reporter.stored,
                 lambda folder: load_checkpoint(folder, self.state, config, self._data_facts, context),

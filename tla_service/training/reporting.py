@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import shutil
 import sys
 import time
@@ -21,6 +22,7 @@ LOG = "log.jsonl"
 LATEST = "latest"  # names the newest checkpoint, to notice when it is gone
 # The newest checkpoint is enough, since it holds the best weights too; one more in case it is damaged.
 KEPT = 2
+_log = logging.getLogger(__name__)
 WARNINGS = ("failure", "damaged_checkpoint", "warning", "waiting", "hang")
 
 
@@ -54,15 +56,21 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)
+        self._file, self._is_broken = path.open("a", buffering=1), False
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(without_credentials(json.dumps({"time": round(time.time(), 3), **record})) + "\n")
+        """Append one record; a full disk costs records, not the run."""
+        try:
+            self._file.write(without_credentials(json.dumps({"time": round(time.time(), 3), **record})) + "\n")
+        except OSError as error:
+            if not self._is_broken:
+                _log.warning("%s cannot be written (%s): its records are lost", self._file.name, error.strerror)
+            self._is_broken = True
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written
+            self._file.close()
 
 
 class Terminal:

@@ -51,7 +51,7 @@ class Space:
         self._check_sweep()
         for axis, value in self.ends():
             self.alone(axis, value)
-        self._check_lengths()
+        self._check_values()
         self._check_not_empty()
 
     @property
@@ -70,7 +70,8 @@ class Space:
         values = {path: value for axis in self.axes for path, value in axis.fields(point[axis.name]).items()}
         fields = _with(self._full if full_length else self._fields, values)
         self._follow_batch_size(fields, None if full_length else self.sweep.trial_epochs)
-        return validated(RunConfig, fields)
+        code = fields["model"].pop("code")
+        return _with_code(validated(RunConfig, fields), code)
 
     def trial(self, number: int, point: Point, num_workers: int) -> RunConfig:
         """The run of a trial, named by its number and point: checkpoints under that name are of this point."""
@@ -91,7 +92,9 @@ class Space:
     def alone(self, axis: Axis, value: Any) -> RunConfig | None:
         """The run with one axis at a value, all else as it was; None if these do not go together, else ConfigError."""
         try:
-            return RunConfig.model_validate(_with(self._fields, axis.fields(value)))
+            fields = _with(self._fields, axis.fields(value))
+            code = fields["model"].pop("code")
+            return _with_code(RunConfig.model_validate(fields), code)
         except ValidationError as error:
             found = next((one for one in error.errors(include_url=False) if one["type"] != "cross_field"), None)
             if found is None:
@@ -179,11 +182,12 @@ class Space:
             reason = f"longer than a trial of {epochs} epochs"
             raise ConfigError("sweep.grace_epochs", sweep.grace_epochs, reason, "use fewer, or sweep.scheduler=none")
 
-    def _check_lengths(self) -> None:
-        """Refuse a radius or a step that makes no sense in any point: it would be left out of the search silently."""
+    def _check_values(self) -> None:
+        """Refuse a choice, a radius or a step that no point can have: it would be left out of the search silently."""
         rng = np.random.default_rng(self.sweep.seed)
         for axis, value in self.ends(_INSET):
-            if not any(path.startswith("attack.") for path in axis.fields(value)):
+            is_choice = bool(self.sweep.space and axis.choices)
+            if not (is_choice or any(path.startswith("attack.") for path in axis.fields(value))):
                 continue
             trouble: str | None = None
             for point in itertools.islice(self._draws(rng), TRIES):
@@ -219,6 +223,13 @@ class Space:
         scale = shorter / ratio if schedule["unit"] == "step" else shorter
         schedule["warmup"] *= scale
         schedule["milestones"] = sorted({max(1, round(milestone * scale)) for milestone in schedule["milestones"]})
+
+
+def _with_code(run: RunConfig, code: str | None) -> RunConfig:
+    """A run with `model.code` if it uses any: points that do not are those that own code is compared with."""
+    if code is None or not run.uses_own_code:
+        return run
+    return run.model_copy(update={"model": run.model.model_copy(update={"code": code})})
 
 
 def key_of(point: Point) -> str:

@@ -5,11 +5,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from tla_service.attacks import craft
@@ -33,6 +34,7 @@ from tla_service.tracking.connection import check_tracking, sqlite_path, trackin
 from tla_service.tracking.run_log import RunLog
 from tla_service.tracking.runs import finish_run, log_files, open_run, run_page, start_system_metrics
 from tla_service.training.adversary import training_attack
+from tla_service.training.checkpoint import data_facts
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.network import check_network
 from tla_service.training.output import FitResult, show_summary, summarize, write_config, write_summary
@@ -56,6 +58,7 @@ class Facts:
     notes: tuple[str, ...]  # on what is used of them
     checkpoint_bytes: int  # estimated
     described: dict[str, str]  # the data set, for MLflow
+    began_with: dict[str, Any]  # what must be the same when a sweep goes on
 
 
 def check_before_start(config: RunConfig) -> Facts:
@@ -80,7 +83,11 @@ def check_before_start(config: RunConfig) -> Facts:
     }
     if architecture.code_sha256 is not None:
         described["code_sha256"] = architecture.code_sha256
-    return Facts(dataset, architecture, found.state_dict, found.notes, checkpoint_bytes(config, network), described)
+    began_with = data_facts(dataset, extra, architecture)
+    if found.state_dict:
+        began_with["pretrained"] = sha256(save(dict(found.state_dict))).hexdigest()
+    size = checkpoint_bytes(config, network)
+    return Facts(dataset, architecture, found.state_dict, found.notes, size, described, began_with)
 
 
 def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, runs: int = 1) -> None:

@@ -23,6 +23,7 @@ from tla_service.models import Architecture
 from tla_service.models.classifier import seen_by_triplets
 from tla_service.runtime import WorkerContext
 from tla_service.tracking.connection import check_tracking
+from tla_service.training.checkpoint import check_facts
 from tla_service.training.network import check_network
 from tla_service.training.output import open_output
 from tla_service.training.precheck import split_and_check
@@ -36,7 +37,7 @@ from tla_service.workflows.run import Facts, check_before_start, check_disks
 from tla_service.workflows.train import train_and_register
 
 SETTINGS, WINNER, SUMMARY, SEEDS = "sweep.yaml", "best.yaml", "sweep.json", "winner.json"
-CODE = "code_sha256"
+BEGAN_WITH = "began_with.json"
 
 
 def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug: bool = False) -> int:
@@ -55,8 +56,7 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
         run = _compare(run, space, storage, resume=resume)
         check_tracking(run.tracking)
         facts = check_before_start(run)
-        code_sha256 = facts.architecture.code_sha256
-        _check_code(run, storage, code_sha256)
+        _check_began_with(run, storage, facts.began_with)
         wanted = space.sweep.num_samples
         trials = len(space.grid()[:wanted]) if space.sweep.searcher == "grid" else wanted or DEFAULT_SAMPLES
         check_disks(run, output, f"{storage.uri}/trials", facts.checkpoint_bytes, trials)
@@ -67,17 +67,20 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
             most = max_concurrent(run.scaling, space.sweep.max_concurrent, placement)
             plan = Plan(space, storage.uri, placement, facts.weights, most, code=facts.architecture.code)
             storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
-            if code_sha256 is not None:
-                storage.write(CODE, code_sha256.encode())
+            storage.write(BEGAN_WITH, json.dumps(facts.began_with).encode())
             return _search(plan, run, facts, output, lease, debug=debug)
 
 
-def _check_code(run: RunConfig, storage: Folder, sha256: str | None) -> None:
-    """Trials that continue a sweep train the network that it began with."""
-    before = storage.read(CODE)
-    if before is not None and before.decode() != sha256:
-        reason = "its files are not those that this sweep began with"
-        raise ConfigError("model.code", run.model.code, reason, "bring them back, or choose another --sweep.name")
+def _check_began_with(run: RunConfig, storage: Folder, now: dict[str, Any]) -> None:
+    """Trials that continue a sweep train what it began with, on the same images."""
+    text = storage.read(BEGAN_WITH)
+    if text is None:
+        return
+    before = json.loads(text)
+    check_facts(before, now, run, "sweep", "--sweep.name")
+    if before.get("pretrained") != now.get("pretrained"):
+        reason, remedy = "its weights are not those that this sweep began with", "name them by version or file"
+        raise ConfigError("model.pretrained", run.model.pretrained, reason, f"{remedy}, or choose another --sweep.name")
 
 
 def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:
@@ -128,7 +131,10 @@ def _compare(run: RunConfig, space: Space, storage: Folder, *, resume: bool) -> 
     sweep_before = type(space.sweep).model_validate(before["sweep"])
     left_out = space.sweep.NOT_IDENTITY
     same_search = sweep_before.model_dump(exclude=left_out) == space.sweep.model_dump(exclude=left_out)
-    if run_before.digest != run.digest or not same_search:
+    # Of what shapes no weights, the test counts where trials are measured by it.
+    tests = [(each.evaluation.test, each.data.test_limit) for each in (run_before, run)]
+    same_test = tests[0] == tests[1] or not space.sweep.measure_test
+    if run_before.digest != run.digest or not (same_search and same_test):
         remedy = f"use the settings in {storage.uri}/{SETTINGS} (--config), or choose another --sweep.name"
         raise ConfigError("sweep.name", name, "this sweep has other settings", remedy)
     return _workers(run, workers)
@@ -225,7 +231,8 @@ def train_winner(space: Space, output: Path, num_seeds: int, *, debug: bool = Fa
     tags, terminal, summaries = {"mlflow.parentRunId": found_by["run_id"]}, Terminal(), []
     for seed in range(config.seed, config.seed + num_seeds):
         terminal.say(f"\nthe winner, seed {seed}")
-        folder = output / "winner" / f"seed-{seed}"
+        # A sweep that is enlarged may find another winner.
+        folder = output / "winner" / config.digest / f"seed-{seed}"
         tracking = config.tracking.model_copy(update={"tags": config.tracking.tags | tags})
         code = train_and_register(config.model_copy(update={"seed": seed, "tracking": tracking}), folder, debug=debug)
         if code != 0:
