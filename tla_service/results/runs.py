@@ -14,7 +14,7 @@ import yaml
 from tla_service.config import TRIPLET_METHODS, RunConfig
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.loading import RunSettings, read_settings
-from tla_service.errors import ConfigError, UnavailableError
+from tla_service.errors import UnavailableError
 from tla_service.evaluation.paper import paper_columns
 from tla_service.evaluation.results import CONFIDENCE, BoolArray, paired_difference
 from tla_service.evaluation.shards import load_outcome, standing_under_all
