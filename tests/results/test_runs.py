@@ -134,6 +134,4 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
     variants = {"a": {"mining.pool_size": 64}, "b": {"mining.pool_size": 62}}
     grid = SweepConfig.model_validate({"space": {"run": {"variants": variants}}, "searcher": "grid"})
     with pytest.raises(ConfigError, match=r"^sweep\.space\.run=b: no point .* \(mining\.pool_size=62: not divisible"):
-        ConfigError, match=r"^sweep\.space\.run=b: no point can .* \(mining\.pool_size=62: not divisible"
-    ):
         Space(base, grid)

@@ -41,13 +41,16 @@ def test_all_trials_start_from_the_same_weights(run: dict[str, Any], space: dict
 
 def test_a_sweep_goes_on_with_the_data_code_and_weights_it_began_with(tmp_path: Path) -> None:
     storage, run = Folder(str(tmp_path)), run_config()
-    began: dict[str, Any] = check_before_start(run).began_with | {"code_sha256": "a" * 64, "pretrained": "b" * 64}
+    began: dict[str, Any] = check_before_start(run).began_with | {
+        "code_sha256": "a" * 64,
+        "pretrained_sha256": "b" * 64,
+    }
     _check_began_with(run, storage, began)
     storage.write(sweep.BEGAN_WITH, json.dumps(began).encode())
     _check_began_with(run, storage, json.loads(json.dumps(began)))
     fields = {
         "code_sha256": "model.code",
-        "pretrained": "model.pretrained",
+        "pretrained_sha256": "model.pretrained",
         "training_fingerprint": "data.root",
         "extra_fingerprint": "data.extra.path",
         "validation_fingerprint": "data.validation",

@@ -85,7 +85,9 @@ def check_before_start(config: RunConfig) -> Facts:
         described["code_sha256"] = architecture.code_sha256
     began_with = data_facts(dataset, extra, architecture)
     if found.state_dict:
-        began_with["pretrained"] = sha256(save(dict(found.state_dict))).hexdigest()
+        described["pretrained_sha256"] = began_with["pretrained_sha256"] = sha256(
+            save(dict(found.state_dict))
+        ).hexdigest()
     size = checkpoint_bytes(config, network)
     return Facts(dataset, architecture, found.state_dict, found.notes, size, described, began_with)
 

@@ -78,7 +78,7 @@ def _check_began_with(run: RunConfig, storage: Folder, now: dict[str, Any]) -> N
         return
     before = json.loads(text)
     check_facts(before, now, run, "sweep", "--sweep.name")
-    if before.get("pretrained") != now.get("pretrained"):
+    if before.get("pretrained_sha256") != now.get("pretrained_sha256"):
         reason, remedy = "its weights are not those that this sweep began with", "name them by version or file"
         raise ConfigError("model.pretrained", run.model.pretrained, reason, f"{remedy}, or choose another --sweep.name")
 
