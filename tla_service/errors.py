@@ -10,11 +10,11 @@ from typing import ClassVar, TypeVar
 LONGEST_WAIT_SECONDS = 30.0
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-# user:password@ of an address, also of one whose scheme was forgotten (but not name:tag@sha256:...), and what a query
-# calls a password, key, token, secret or signature.
+# user:password@ of an address, also where the password has a slash (but not host:port/a@b), or the scheme was forgotten
+# (but not name:tag@sha256:...); and what a query calls a password, key, token, secret or signature.
 _CREDENTIALS = re.compile(
-    r"(?<=://)[^/?#\s]*@|(?<![\w@:])[\w.+-]+:[^\s/@:\"']+@(?!sha\d+:)(?=[\w-])|(?<=[?&])([\w-]*"
-    r"(?:password|key|token|secret|signature|credential)[\w-]*=)[^&\s\"']+",
+    r"(?<=://)[^/?#\s]*@|(?<=://)[^/?#\s:@\[]+:(?!\d+[/?#])[^\s@\"']+@(?=[\w.\[-])|(?<![\w@:])[\w.+-]+:[^\s/@:\"']+@(?!sha\d+:)(?=[\w-])|(?<=[?&])([\w-]*"
+    r"(?:password|passwd|pwd|key|token|secret|signature|sig|credential)[\w-]*=)[^&\s\"']+",
     re.IGNORECASE,
 )
 

@@ -158,12 +158,22 @@ def test_what_pods_read_from_is_there(built: dict[str, list[dict[str, Any]]]) ->
         assert set(re.findall(r"key: (\S+)\n\s+name: tla-secrets", text)) <= keys, name
 
 
+CLUSTER_SPECS = [
+    found
+    for _, resource in WRITTEN
+    for spec in [resource.get("spec", {})]
+    for found in (spec, spec.get("rayClusterSpec", {}), spec.get("rayClusterConfig", {}))
+]
+AUTOSCALING = [spec["headGroupSpec"]["template"] for spec in CLUSTER_SPECS if spec.get("enableInTreeAutoscaling")]
 PODS = [(name, pod) for name, resource in WRITTEN for pod in pods(resource)]
 
 
 @pytest.mark.parametrize(("name", "pod"), PODS, ids=[name for name, _ in PODS])
 def test_every_pod_is_restricted_and_has_limits(name: str, pod: dict[str, Any]) -> None:
     spec = pod["spec"]
+    # KubeRay lets the head of a cluster that scales itself change pods; code in other pods must not have its token.
+    is_autoscaling = any(pod is head for head in AUTOSCALING)
+    assert spec.get("automountServiceAccountToken", True) is is_autoscaling
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     for container in spec["containers"]:

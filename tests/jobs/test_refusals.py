@@ -1,5 +1,6 @@
 """What a user can get wrong: the right exit code and one message each, before Ray starts or a worker is claimed."""
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.jobs.conftest import Run
+from tla_service.config.loading import read_settings
+from tla_service.errors import ConfigError
+from tla_service.registry.job_settings import PromoteSettings
 
 JOB = "train_tla"
 
@@ -209,3 +213,10 @@ def test_an_unreachable_bucket_ends_with_3(run_in_process: Run) -> None:
     code, error = run_in_process(*arguments, AWS_ENDPOINT_URL_S3="http://127.0.0.1:1", **keys)
     assert code == 3, error
     assert error.startswith("error: data.root=s3://bucket/prefix: ")
+
+
+@pytest.mark.parametrize("version", ["03", "0", "\u0663", "1.0"])
+def test_a_version_is_written_as_mlflow_writes_it(version: str) -> None:
+    """MLflow takes 03 for 3, and a version promoted over itself would lose the one before it."""
+    with pytest.raises(ConfigError, match=f"^version={re.escape(version)}: "):
+        read_settings(PromoteSettings, ["--model", "x", "--version", version])

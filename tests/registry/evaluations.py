@@ -81,6 +81,10 @@ def report_on(sha256: str, outcome: ShardOutcome, threat: ThreatModel = TRAINED_
             "version": "standard",
         },
         "audit": {"trusted": True, "images": 100, "checks": []},
+        "unit_tests": {
+            "images": 64, "random": {"estimate": 0.0, "low": 0.0, "high": 0.1, "images": 64}, "attacks": [], "bar": 0.8,
+        },
+        "relatives": [{"source": "natural", "about": "small_cnn", "why": "is not here"}],
         "detection": detection,
         "seed": 0,
         "settings": "abc",

@@ -136,3 +136,22 @@ def test_the_papers_networks(local_uri: str, tmp_path: Path, name: str) -> None:
     for difference in export_model(made, tmp_path / "out", ("pt2", "onnx"), local_uri).values():
         assert difference < 1e-4
     assert pickles(tmp_path / "out" / "model.pt2") == []
+
+
+def test_an_export_into_a_used_folder_holds_one_model(
+    packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("model.onnx", "model.pt2", "detector.safetensors", "model.json", "own.txt"):
+        (tmp_path / name).write_text("another model")
+
+    def fails(*_: object) -> None:
+        raise OSError("no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(exporting, "_write_pt2", fails)
+        with pytest.raises(OSError, match="no space"):
+            export_model(packaged.model.model_uri, tmp_path, ("pt2",), packaged.uri)
+    assert [path.name for path in tmp_path.iterdir()] == ["own.txt"]
+    export_model(packaged.model.model_uri, tmp_path, ("pt2",), packaged.uri)
+    assert json.loads((tmp_path / "model.json").read_text())["architecture"] == "digits_cnn"
+    assert not (tmp_path / "model.onnx").exists()

@@ -41,7 +41,9 @@ def evaluated(outcome: ShardOutcome, run: AutoAttackRun | None = None, **changes
     """A version with this evaluation, as the registry would give it."""
     marked = replace(outcome, autoattack=run or AutoAttackRun("standard", "linf", 0.15, STANDARD))
     report = report_on("0" * 64, outcome, **changes)
-    return Evaluated("1", report, dict.fromkeys(outcome.broken_at, marked), STANDARD, "run jobs/evaluate_tla.py AGAIN")
+    return Evaluated(
+        "1", report, dict.fromkeys(outcome.broken_at, marked), "f00d", STANDARD, "run jobs/evaluate_tla.py AGAIN"
+    )
 
 
 def refusals(findings: list[Finding]) -> dict[str, Finding]:
@@ -138,6 +140,8 @@ WEAKER: dict[str, tuple[dict[str, Any], str, str]] = {
         {"run": AutoAttackRun("standard", "linf", 0.15, STANDARD[:3])}, "AutoAttack", "square was not run",
     ),
     "audit on few images": ({"audit": {"trusted": True, "images": 7, "checks": []}}, "audit", "used 7 images"),
+    "attacks not tested": ({"unit_tests": None}, "audit", "left out checks of the audit: images.unit_tests"),
+    "no relatives": ({"relatives": ()}, "audit", "left out checks of the audit: images.transfer"),
 }  # fmt: skip
 
 
@@ -268,3 +272,15 @@ def test_a_damaged_evaluation_is_made_again(packaged: Packaged) -> None:
             assert "run jobs/evaluate_tla.py --model models:/tla-digits/1 --output" in found
             (folder / name).write_bytes(content)
     assert attempt(packaged, "1").verdict == "promoted"
+
+
+def test_other_training_data_than_that_of_the_evaluation_is_told() -> None:
+    told = {}
+    for trained_on in ("f00d", "beef", None):
+        (told[trained_on],) = [
+            finding for finding in judge(replace(evaluated(GOOD), trained_on=trained_on), RULES)
+            if finding.rule == "training data"
+        ]  # fmt: skip
+    assert all(finding.passed for finding in told.values())
+    assert told["beef"].explanation.startswith("beef, but evaluated on f00d: make sure")
+    assert told["f00d"].explanation == told[None].explanation == "that of the evaluation, f00d"

@@ -12,6 +12,7 @@ from jobs import import_model as job
 from tla_service.job import run_job
 from tla_service.models import build_model
 from tla_service.registry.loading import load_model
+from tla_service.registry.subject import load_subject
 
 
 def test_the_job_registers_what_predicts_the_same(
@@ -38,6 +39,9 @@ def test_the_job_registers_what_predicts_the_same(
     batch = torch.from_numpy(np.random.default_rng(0).random((4, 1, 8, 8), dtype=np.float32))
     with torch.inference_mode():
         assert torch.equal(load_model("models:/tla-digits/1", tracking=local_uri)(batch).logits, network(batch).logits)
+    read = load_subject("models:/tla-digits/1", "model", local_uri).config
+    assert read is not None
+    assert (read.data.name, read.data.test_limit) == ("digits", 50), "an evaluation finds its data"
     # Weights do not tell a normalization or a detector.
     for corrected in (["--model.normalization", "per_image"], ["--detection.false_rejection_rate", "0.2"]):
         capsys.readouterr()

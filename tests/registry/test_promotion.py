@@ -322,3 +322,24 @@ def test_the_job_explains_itself(
     assert (code, error.count("\n")) == (2, 1)
     code, _, error = job("--model", "tla-digits", "--version", "1", "--rules.max_drop", "3")
     assert (code, error.startswith("error: rules.max_drop=3: ")) == (2, True)
+
+
+def test_the_same_command_completes_a_promotion_that_was_interrupted_between_its_aliases(
+    packaged: Packaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("1", register_another(packaged)):
+        evaluate(packaged, version, GOOD)
+    attempt(packaged, "1")
+    right, calls = Promotion._set_alias, list[str]()
+
+    def interrupted(promotion: Promotion, alias: str, version: str) -> None:
+        calls.append(alias)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        right(promotion, alias, version)
+
+    monkeypatch.setattr(Promotion, "_set_alias", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(packaged, "2")
+    assert attempt(packaged, "2").verdict == "promoted"
+    assert aliases(packaged) == {"champion": "2", "previous": "1"}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_ALREADY_EXISTS
@@ -234,3 +235,13 @@ def test_mlflow_prints_no_address_when_a_run_ends(server: TrackingServer, capsys
     made = client(server.uri.replace("://", "://me:hunter2@"))
     made.set_terminated(made.create_run("0").info.run_id)
     assert "hunter2" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("status", "passes"), [(401, False), (403, False), (413, False), (408, True), (429, True), (502, True)]
+)
+def test_an_answer_of_the_artifact_proxy_passes_by_its_status(status: int, passes: bool) -> None:
+    answer = requests.Response()
+    answer.status_code = status
+    assert is_passing(requests.HTTPError("refused", response=answer)) is passes
+    assert is_passing(requests.ConnectionError("reset"))

@@ -18,7 +18,7 @@ from tla_service.registry.gate import Evaluated, Finding
 from tla_service.registry.loading import PACKAGE_DIGEST, fetch_package, open_folder
 from tla_service.report.schema import AUTOATTACK_FILE, OUTCOME_FILE, REPORT_FILE, ThreatModel, read_report
 from tla_service.tracking.connection import retrying
-from tla_service.tracking.runs import fetch_files
+from tla_service.tracking.runs import FINGERPRINT, fetch_files
 
 
 class _RefusalError(UnavailableError):
@@ -125,4 +125,5 @@ def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Eva
     classes, (_, rows, _) = len(package.description["class_names"]), package.description["image_shape"]
     stages, _ = autoattack_stages(classes, threat.norm, rows)
     outcomes = {name: outcome for outcome in found for name in outcome.broken_at}
-    return Evaluated(package.version, report, outcomes, tuple(stages), again)
+    trained_on = package.description.get("facts", {}).get(FINGERPRINT)
+    return Evaluated(package.version, report, outcomes, trained_on, tuple(stages), again)

@@ -4,7 +4,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _BATCHES = (1, 2, 7)  # sizes to compare: the example's, others, and a single image
 _TOLERANCE = 1e-4  # float32 additions in another order, relative to the largest output
+_DESCRIPTION = ("model.json", "model_card.md", "detector.safetensors")
 _OUTPUTS = ("logits", "embeddings")
 Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
@@ -36,9 +37,8 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
     folder = folder.expanduser()
     with disk_trouble("output", folder, "choose another --output"):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("model.json", "model_card.md", "detector.safetensors"):
-            if (artifacts / name).is_file():
-                shutil.copy(artifacts / name, folder / name)
+        for name in (*_DESCRIPTION, *(f"model.{kind}" for kind in get_args(Format))):
+            (folder / name).unlink(missing_ok=True)  # of another model, maybe
     example = torch.rand(2, *shape)  # torch.export would treat a batch size of 1 as a constant
     batches = {"images": {0: torch.export.Dim.AUTO}}
     program = torch.export.export(_Plain(network).eval(), (example,), dynamic_shapes=batches)
@@ -54,6 +54,10 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
             path.unlink()
             raise RuntimeError(f"{path.name} differs from the network by {difference:.2g} of its largest output")
         found[path] = difference
+    with disk_trouble("output", folder, "choose another --output"):
+        for name in _DESCRIPTION:
+            if (artifacts / name).is_file():
+                shutil.copy(artifacts / name, folder / name)
     return found
 
 

@@ -34,6 +34,7 @@ class Evaluated:
     version: str
     report: Report
     outcomes: Mapping[str, ShardOutcome]  # by attack, with the gate images marked
+    trained_on: str | None  # fingerprint in the verified files
     stages: tuple[str, ...]  # of the standard AutoAttack for its network
     again: str  # the command that evaluates it again: run jobs/...
 
@@ -52,6 +53,7 @@ def judge(candidate: Evaluated, rules: GateRules) -> list[Finding]:
     """Apply the rules that concern a version alone."""
     return [
         _figures(candidate),
+        _training_data(candidate),
         _standard(candidate),
         _at_least(candidate, "clean", "clean accuracy", "min_clean_accuracy", rules),
         _at_least(candidate, "autoattack", "AutoAttack accuracy", "min_autoattack_accuracy", rules),
@@ -99,6 +101,15 @@ def _figures(candidate: Evaluated) -> Finding:
     return _finding("figures", "; ".join(dict.fromkeys(wrong)), "match the per-image results", candidate.again)
 
 
+def _training_data(candidate: Evaluated) -> Finding:
+    """A notice only: fingerprints differ by `data.test_limit`, too, and do not tell which images were trained on."""
+    trained, evaluated = candidate.trained_on, candidate.report.data.fingerprint
+    fine = f"that of the evaluation, {evaluated}"
+    if trained not in (None, evaluated):
+        fine = f"{trained}, but evaluated on {evaluated}: make sure that it holds none of these test images"
+    return _finding("training data", "", fine, "")
+
+
 def _standard(candidate: Evaluated) -> Finding:
     """Whether the complete standard AutoAttack was run under the report's threat model."""
     outcome, threat = candidate.outcomes.get("autoattack"), candidate.report.threat_model
@@ -143,12 +154,16 @@ def _audited(candidate: Evaluated, rules: GateRules) -> Finding:
         return _finding("audit", "", "not required", "")
     if audit is None:
         return _finding("audit", "the audit for gradient masking was not run", "", remedy)
-    fewest, problem = min(rules.min_images, ImageCounts().audit), ""
+    report, fewest, problem = candidate.report, min(rules.min_images, ImageCounts().audit), ""
+    switched_off = {"images.unit_tests": report.unit_tests is None, "images.transfer": not report.relatives}
     if audit.images < fewest:
         problem = f"the audit for gradient masking used {audit.images} images; at least {fewest} required"
     elif not audit.trusted:
         problem = f"the audit for gradient masking failed: {audit.summary}"
         remedy = "see the audit in its report: it may be less robust than measured; train another version"
+    elif any(switched_off.values()):
+        names = ", ".join(name for name, is_off in switched_off.items() if is_off)
+        problem = f"the evaluation left out checks of the audit: {names}"
     return _finding("audit", problem, f"passed on {audit.images} images: {audit.summary}", remedy)
 
 

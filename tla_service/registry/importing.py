@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tla_service.config.loading import to_yaml
 from tla_service.data import EvaluationBatches, load_dataset, split_training
 from tla_service.evaluation.suite import measure_accuracy
 from tla_service.files import sha256
@@ -16,8 +17,8 @@ from tla_service.models.weights import fit, read_entries
 from tla_service.registry.job_settings import ImportSettings
 from tla_service.registry.packaging import check_packaging, log_model
 from tla_service.runtime import WorkerContext
-from tla_service.tracking.connection import check_tracking, open_store, retrying
-from tla_service.tracking.runs import FINGERPRINT, RUN_KEY, tagged_run
+from tla_service.tracking.connection import check_tracking, open_store, retrying, storing
+from tla_service.tracking.runs import FINGERPRINT, RUN_KEY, finish_run, tagged_run
 from tla_service.training.rejector import fit_rejector
 
 _METHOD = "imported"
@@ -58,7 +59,9 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
     tags = {f"tla.{name}": value for name, value in facts.items()} | code_version()
     tags |= {RUN_KEY: key, "tla.method": _METHOD}
     run_id = retrying("Opening the run", lambda: tagged_run(made, experiment, RUN_KEY, key, tags)).info.run_id
-    made.log_metric(run_id, "test/clean_accuracy", clean_accuracy)
+    # What an evaluation reads of it: the data set above all.
+    storing("Storing config.yaml", lambda: made.log_text(run_id, to_yaml(config), "config.yaml"))
+    storing("Logging the accuracy", lambda: made.log_metric(run_id, "test/clean_accuracy", clean_accuracy))
     model_uri = log_model(
         uri,
         run_id,
@@ -74,5 +77,5 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
         method=_METHOD,
         code=architecture.code,
     )
-    made.set_terminated(run_id, "FINISHED")
+    finish_run(uri, run_id)
     return model_uri, clean_accuracy, found.notes

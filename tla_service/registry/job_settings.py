@@ -59,7 +59,7 @@ class PromoteSettings(JobSettings):
     """Settings of a promotion."""
 
     model: str = setting("", "registered model, without a version")
-    version: str = setting("", "version number to promote", pattern=r"^\d*$")
+    version: str = setting("", "version number to promote", pattern="^([1-9][0-9]*)?$")
     alias: str = setting("champion", "alias to give it", pattern=r"^[\w-]+$", max_length=200)
     rollback: bool = Field(False, description="give the alias back to its previous version")
     rules: GateRules = GateRules()

@@ -139,7 +139,7 @@ def _entries(
     bare = Entry(version.name, str(version.version), aliases, version.tags.get("method", ""), registered, run_id, links)
     try:
         run, reports = read_run(run_id), read_reports(run_id, sha256)
-    except MlflowException as error:
+    except (MlflowException, UnavailableError) as error:
         return [replace(bare, trouble=f"its run cannot be read ({one_line(error)})")]
     if "version" in links:
         links["run"] = f"{base}/#/experiments/{run.experiment_id}/runs/{run_id}"

@@ -146,13 +146,14 @@ class Promotion:
                     lock.check()
                     self._tag(decision.version, "replaced", decision.replaced or "")
                 lock.check()
-                self._set_alias(self._alias, decision.version)
-                lock.check()
+                # First, so that the same command completes what was interrupted.
                 if previous is not None:
                     self._set_alias(before, previous)
                 else:
                     delete = functools.partial(self._made.delete_registered_model_alias, self._model, before)
                     retrying("Deleting the alias", delete)  # no error if it does not exist
+                lock.check()
+                self._set_alias(self._alias, decision.version)
             except MlflowException as error:
                 if error.error_code != "INVALID_PARAMETER_VALUE":
                     raise

@@ -134,8 +134,9 @@ class Classifier:
 def app(arguments: dict[str, Any]) -> Application:
     """The application for the ``args`` of Serve's configuration.
 
-    An alias is resolved once, here, so that replicas started later serve the same version; redeploy to follow it.
-    Raises `UserError` for an invalid field or address, a version that does not exist and an unavailable registry.
+    An alias is resolved once, here, so that replicas started later serve the same version. Serve calls this
+    again only for other arguments: to follow the alias, deploy with the number of the version. Raises `UserError`
+    for an invalid field or address, a version that does not exist and an unavailable registry.
     """
     settings = validated(ServeSettings, arguments)
     uri = tracking_uri(TrackingConfig(uri=settings.tracking_uri))

@@ -29,6 +29,7 @@ _OLDEST_SERVER = 3
 _PROJECT = {"key": "tla.project", "value": "tla-service"}  # a tag of the experiment
 _API = "/api/2.0/mlflow/experiments"
 _FILE_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_BUSY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 _DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 T = TypeVar("T")
 
@@ -170,6 +171,9 @@ def is_passing(error: Exception) -> bool:
             return True
         return str(error.error_code) in {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
     if isinstance(error, OSError):  # includes the errors of requests; errors of local files are permanent
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:  # of a proxy in front of the artifacts
+            return status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _BUSY
         return not isinstance(error, _FILE_ERRORS) and error.errno not in _DISK_ERRORS
     # Artifacts on S3: boto3's connection errors, or an HTTP status, also in the context of a failed upload.
     names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "botocore.exceptions"}
