@@ -161,3 +161,20 @@ def test_narrow_logits_are_judged_in_float32(kind: str, norm: str, narrow: torch
     worst, robust = attacked.images, attacked.robust
     assert_allowed(worst, images, attack)
     assert torch.equal(robust, network(worst).to(narrow).argmax(1) == labels)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_logits_that_are_not_a_number_are_broken_whatever_the_class(label: int) -> None:
+    """Of NaN alone argmax is class 0."""
+    images = torch.full((4, 1, 6, 6), 0.5)
+
+    def network(pixels: Tensor) -> Tensor:
+        moved = (pixels - 0.5).abs().amax((1, 2, 3)) > 1e-6
+        right = 5.0 * torch.nn.functional.one_hot(torch.full((len(pixels),), label), 4) + pixels.mean()
+        return torch.where(moved[:, None], torch.nan, right)
+
+    labels = torch.full((4,), label)
+    found = attack_images(
+        network, images, labels, Attack("pgd", "linf", 0.1, 0.05, 2), torch.Generator().manual_seed(0)
+    )
+    assert not found.robust.any()

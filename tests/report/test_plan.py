@@ -76,11 +76,14 @@ def test_an_attack_in_another_norm_takes_the_documented_radius() -> None:
 
 
 def test_the_papers_columns_are_known_as_such() -> None:
-    papers = make_plan(settings(attacks={}), "cifar10", "linf", 8 / 255, has_surrogate=True)
+    papers_own: dict[str, object] = {"attacks": {}, "detection": {}, "neighbours": {}}
+    papers = make_plan(settings(**papers_own), "cifar10", "linf", 8 / 255, has_surrogate=True)
     assert papers.is_paper
     assert (papers.iterative, papers.restarted, list(papers.transfer)) == ("pgd20", "pgd20x20", ["transfer_pgd7"])
-    assert not make_plan(settings(attacks={}), "cifar10", "linf", 4 / 255, has_surrogate=True).is_paper
-    assert not make_plan(settings(attacks={}), "cifar10", "l2", 0.5, has_surrogate=True).is_paper
+    assert not make_plan(settings(**papers_own), "cifar10", "linf", 4 / 255, has_surrogate=True).is_paper
+    assert not make_plan(settings(**papers_own), "cifar10", "l2", 0.5, has_surrogate=True).is_paper
+    for other in ({"detection": {"epsilon": 0.05}}, {"neighbours": {"k": 1}}):
+        assert not make_plan(settings(**papers_own | other), "cifar10", "linf", 8 / 255, has_surrogate=True).is_paper
 
 
 def test_the_other_norm_of_an_l2_model_is_l_infinity() -> None:

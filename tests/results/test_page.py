@@ -83,3 +83,18 @@ def test_warnings_of_autoattack_are_on_the_page(tmp_path: Path, finished: Finish
     for name in ("tla-s0", "tla-s1"):
         finished(tmp_path / "state", name, 0.9, 0.5, warnings=["it seems random"])
     assert "AutoAttack warns about `tla-s0`, `tla-s1`: it seems random." in page_of(tmp_path)
+
+
+def test_equal_differences_over_seeds_separate_nothing(tmp_path: Path, finished: Finished) -> None:
+    for seed in range(2):
+        finished(tmp_path / "state", f"tla-s{seed}", 0.90, 0.70 + 0.01 * seed)
+        finished(tmp_path / "state", f"at-s{seed}", 0.90, 0.68 + 0.01 * seed)
+    (line,) = (line for line in page_of(tmp_path).splitlines() if line.startswith("- TLA minus AT"))
+    assert "pgd100 +2.0 [+2.0, +2.0] not separated (equal at every seed)" in line
+    assert "better" not in line
+
+
+def test_methods_without_a_shared_seed_are_not_compared(tmp_path: Path, finished: Finished) -> None:
+    finished(tmp_path / "state", "tla-s0", 0.9, 0.7)
+    finished(tmp_path / "state", "at-s1", 0.9, 0.6)
+    assert "There is no baseline to compare TLA with yet." in page_of(tmp_path)

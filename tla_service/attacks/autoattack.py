@@ -122,8 +122,8 @@ def run_autoattack(
         library.attacks_to_run = [stage]
         result, predicted = library.run_standard_evaluation(images[left], labels[left], batch_size=batch_size)
         with torch.no_grad():
-            judged = torch.cat([logits_fn(part).argmax(1) for part in result.split(batch_size)])
-        broken = judged != labels[left]
+            judged = torch.cat([logits_fn(part) for part in result.split(batch_size)])
+        broken = (judged.argmax(1) != labels[left]) | judged.isnan().any(1)  # argmax of NaN is class 0
         adversarial[left[broken]] = result[broken]
         broken_at[left[broken]] = 1 + ALL_STAGES.index(stage)
         return (predicted != labels[left]) & ~broken

@@ -233,7 +233,7 @@ def attack_images(
             raise ConfigError("attack", attack.kind, "returned pixels that are not finite", "correct the attack")
         with torch.no_grad():
             logits = logits_fn(adversarial)
-            broken = logits.argmax(1) != targets
+            broken = (logits.argmax(1) != targets) | logits.isnan().any(1)  # argmax of NaN is class 0
             loss = F.cross_entropy(logits, targets, reduction="none").to(highest.dtype)
         better = broken | (loss > highest[standing])
         worst[standing[better]] = adversarial[better]

@@ -31,7 +31,11 @@ def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, s
         figures=figures,
         describe=lambda name: describe(report, name),
         picture=lambda figure: "data:image/png;base64," + base64.b64encode(figure.path.read_bytes()).decode(),
-        paper=lambda method: None if apart else paper_row(report.data.name, method),
+        paper=lambda model: (
+            None
+            if apart or model.architecture != report.model.architecture
+            else paper_row(report.data.name, model.method)
+        ),
         apart=apart,
         split=split_sentence(report),
         whole=whole,

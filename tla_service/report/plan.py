@@ -106,6 +106,8 @@ def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: flo
         reason = f"none of them is PGD with norm {norm} and epsilon {epsilon:g}, which curves and audit need"
         remedy = 'add one, such as --attacks \'{"pgd50": {"num_steps": 50}}\''
         raise ConfigError("attacks", ", ".join(white), reason, remedy)
+    protocol = {name: getattr(settings, name) for name in ("attacks", "detection", "neighbours")}
+    is_default = protocol == {name: ReportSettings.model_fields[name].default for name in protocol}
     return Plan(
         settings=settings,
         norm=norm,
@@ -113,7 +115,7 @@ def make_plan(settings: ReportSettings, data_name: str, norm: Norm, epsilon: flo
         columns=white,
         within=tuple(within),
         transfer=black if has_surrogate else {},
-        is_paper=not settings.attacks and norm == "linf" and epsilon == documented_radius(data_name, norm),
+        is_paper=is_default and norm == "linf" and epsilon == documented_radius(data_name, norm),
         iterative=max(iterative, key=lambda name: iterative[name].num_steps),
         detection=detection,
         shift=dict(sorted(shift.items())),

@@ -130,7 +130,7 @@ class ReportSettings(JobSettings):
         gt=0,
     )
     attacks: dict[AttackName, EvaluationAttack] = setting(
-        {}, "attacks by name; none: the paper's columns for the data set"
+        {}, "attacks by name; none: the paper's columns for the data set. Without step_size, a tenth of the radius"
     )
     seed: int = setting(0, "seed of all random draws", ge=0, lt=2**31)
     batch_size: int = setting(200, "images per forward pass and shard; a killed worker repeats one shard", ge=2)

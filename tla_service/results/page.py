@@ -9,11 +9,21 @@ from tla_service.config import RunConfig
 from tla_service.evaluation.figures import BLUE, ORANGE, new_figure, plain, save
 from tla_service.evaluation.paper import differences_from_paper, paper_row
 from tla_service.results import tuned
-from tla_service.results.runs import AUTOATTACK, Estimate, Row, TableRun, read_row, share_of_budget, table_runs
+from tla_service.results.runs import (
+    AUTOATTACK,
+    Estimate,
+    Measured,
+    Row,
+    TableRun,
+    read_row,
+    share_of_budget,
+    table_runs,
+)
 from tla_service.results.settings import ReproduceSettings
 from tla_service.results.tuned_page import comparison_lines, gain_cells, label, protocol_text, search_lines
 from tla_service.tuning.space import Space
 
+_FLAT = 1e-9  # width of an interval over equal differences
 _TITLES = {
     "paper": "the paper's table",
     "modern": "the modern recipe and its baselines",
@@ -75,9 +85,7 @@ def command(settings: ReproduceSettings) -> str:
 def _settings(settings: ReproduceSettings, config: RunConfig, rows: Sequence[Row]) -> list[str]:
     measured = [each for row in rows for each in row.runs]
     devices = ", ".join(sorted({each.report.hardware for each in measured}))
-    data = {
-        f"{len(each.report.data.class_names)} classes, {each.report.data.images:,} test images" for each in measured
-    }
+    data = {f"{len(each.report.data.class_names)} classes, {_images(each)} test images" for each in measured}
     commits = ", ".join(sorted({each.report.code.get("commit", each.report.code["version"]) for each in measured}))
     made = f"; runs evaluated at {commits} on {devices}; {'; '.join(sorted(data))}." if commits else "."
     lines = [f"Made by `{command(settings)}`{made}"]
@@ -137,12 +145,17 @@ def _cell(estimate: Estimate | None, name: str) -> str:
     return estimate.text(".3f", scale=1) if name.split()[0] in ("r", "r'") else estimate.text(".1f")
 
 
+def _images(measured: Measured) -> str:
+    count, there = len(measured.standing["clean"]), measured.report.data.images
+    return f"{count:,}" if count == there else f"{count:,} of {there:,}"
+
+
 def _comparison(rows: Mapping[str, Row], names: Sequence[str]) -> list[str]:
     """TLA against each adversarially trained baseline, measure by measure."""
     if "tla" not in rows or not rows["tla"].runs:
         return ["TLA has not been measured yet."]
     ours = rows["tla"]
-    others = [row for method, row in rows.items() if method not in ("natural", "tla") and row.runs]
+    others = [row for method, row in rows.items() if method not in ("natural", "tla") and ours.paired(row)]
     if not others:
         return ["There is no baseline to compare TLA with yet."]
     lines = [f"- TLA minus {other.label}, in points {_compared(ours, other, names)}." for other in others]
@@ -157,7 +170,10 @@ def _compared(ours: Row, other: Row, names: Sequence[str]) -> str:
         found = ours.minus(other, name)
         if found is None:
             continue
+        # Equal differences have no variance to judge by, by chance: on few images accuracies tie.
+        is_flat = len(ours.paired(other)) > 1 and found.high - found.low < _FLAT
         says = "**better**" if found.low > 0 else "**worse**" if found.high < 0 else "not separated"
+        says = "not separated (equal at every seed)" if is_flat else says
         verdicts.append(f"{name} {found.text()} {'(one seed, no interval)' if math.isnan(found.low) else says}")
     seeds = len(ours.paired(other))
     over = f"{seeds} shared seeds" if seeds > 1 else "one shared seed: intervals are over test images"
