@@ -41,7 +41,7 @@ class Certified:
     as certified; for L-infinity that is divided by the square root of the number of pixel values, because no
     L-infinity perturbation of that size is longer. `accuracy` counts images that are classified correctly with a
     certificate of any radius, `at_threat` those certified up to the report's radius. `clean` and `autoattack` are of
-    the network itself, on the same images.
+    the network itself, on the same images; AutoAttack maybe on part of them.
 
     An attack within its L2 radius changed the smoothed prediction of `smoothed_broken` certified images: the
     certificates say that there are none. The other two contradict no certificate, which are not of the network itself,
