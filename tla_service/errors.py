@@ -13,7 +13,10 @@ T = TypeVar("T")
 # user:password@ of an address, also where the password has a slash (but not host:port/a@b), or the scheme was forgotten
 # (but not name:tag@sha256:...); and what a query calls a password, key, token, secret or signature.
 _CREDENTIALS = re.compile(
-    r"(?<=://)[^/?#\s]*@|(?<=://)[^/?#\s:@\[]+:(?!\d+[/?#])[^\s@\"']+@(?=[\w.\[-])|(?<![\w@:])[\w.+-]+:[^\s/@:\"']+@(?!sha\d+:)(?=[\w-])|(?<=[?&])([\w-]*"
+    r"(?<=://)[^/?#\s]*@"
+    r"|(?<=://)[^/?#\s:@\[]+:(?!\d+[/?#])[^\s@\"']+@(?=[\w.\[-])"
+    r"|(?<![\w@:])[\w.+-]+:[^\s/@:\"']+@(?!sha\d+:)(?=[\w-])"
+    r"|(?<=[?&])([\w-]*"
     r"(?:password|passwd|pwd|key|token|secret|signature|sig|credential)[\w-]*=)[^&\s\"']+",
     re.IGNORECASE,
 )

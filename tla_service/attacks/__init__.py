@@ -9,10 +9,11 @@ from tla_service.attacks.gradient import (
     craft,
     craft_freely,
     craft_noisy_step,
+    is_right,
     starting_point,
 )
 
 __all__ = [
     "UNBROKEN", "Attack", "LogitsFn", "attack_images", "climb", "craft", "craft_freely", "craft_noisy_step",
-    "starting_point",
+    "is_right", "starting_point",
 ]  # fmt: skip

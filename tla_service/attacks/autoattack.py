@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tla_service.attacks.gradient import UNBROKEN, LogitsFn
+from tla_service.attacks.gradient import UNBROKEN, LogitsFn, is_right
 from tla_service.attacks.shortcuts import project_linf, search_squares
 
 AutoAttackNorm = Literal["linf", "l2", "l1"]
@@ -101,7 +101,7 @@ def run_autoattack(
         logits = torch.cat([logits_fn(part) for part in images.split(batch_size)])
         again = logits_fn(images[:batch_size])
     stages, left_out = autoattack_stages(logits.shape[1], norm, images.shape[2], only)
-    broken_at = torch.where(logits.argmax(1) == labels, UNBROKEN, 0)
+    broken_at = torch.where(is_right(logits, labels), UNBROKEN, 0)
     adversarial = images.clone()
 
     def attack(stage: str, left: Tensor, on: LogitsFn) -> Tensor:
@@ -123,7 +123,7 @@ def run_autoattack(
         result, predicted = library.run_standard_evaluation(images[left], labels[left], batch_size=batch_size)
         with torch.no_grad():
             judged = torch.cat([logits_fn(part) for part in result.split(batch_size)])
-        broken = (judged.argmax(1) != labels[left]) | judged.isnan().any(1)  # argmax of NaN is class 0
+        broken = ~is_right(judged, labels[left])
         adversarial[left[broken]] = result[broken]
         broken_at[left[broken]] = 1 + ALL_STAGES.index(stage)
         return (predicted != labels[left]) & ~broken

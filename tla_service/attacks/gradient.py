@@ -203,6 +203,11 @@ class Attacked(NamedTuple):
         return self.broken_at == UNBROKEN
 
 
+def is_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether each image is classified correctly (N,), bool: not if its logits (N, K) have NaN, whose argmax is 0."""
+    return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+
+
 def attack_images(
     logits_fn: LogitsFn,
     images: Tensor,
@@ -219,7 +224,7 @@ def attack_images(
     """
     images = images.detach()
     with torch.no_grad():
-        broken_at = torch.where(logits_fn(images).argmax(1) == labels, UNBROKEN, 0)
+        broken_at = torch.where(is_right(logits_fn(images), labels), UNBROKEN, 0)
     worst = images.clone()
     highest = torch.full(labels.shape, -torch.inf, dtype=images.dtype, device=images.device)
     for restart in range(1, (attack.num_restarts if attack.starts_at_random else 1) + 1):
@@ -233,7 +238,7 @@ def attack_images(
             raise ConfigError("attack", attack.kind, "returned pixels that are not finite", "correct the attack")
         with torch.no_grad():
             logits = logits_fn(adversarial)
-            broken = (logits.argmax(1) != targets) | logits.isnan().any(1)  # argmax of NaN is class 0
+            broken = ~is_right(logits, targets)
             loss = F.cross_entropy(logits, targets, reduction="none").to(highest.dtype)
         better = broken | (loss > highest[standing])
         worst[standing[better]] = adversarial[better]

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tla_service.attacks.gradient import is_right
+
 SparseNorm = Literal["l0", "l1"]
 _MOST_PRUNED = 20
 
@@ -23,7 +25,7 @@ def minimum_norms(logits: nn.Module, images: Tensor, labels: Tensor, norm: Spars
     from foolbox.attacks import L0FMNAttack, L1FMNAttack
 
     with torch.no_grad():
-        wrong = logits(images).argmax(1) != labels
+        wrong = ~is_right(logits(images), labels)
     model = PyTorchModel(logits, bounds=(0, 1), device=images.device)
     attack = (L0FMNAttack if norm == "l0" else L1FMNAttack)(steps=steps)
     _, adversarial, broken = attack(model, images, labels, epsilons=None)
@@ -33,7 +35,7 @@ def minimum_norms(logits: nn.Module, images: Tensor, labels: Tensor, norm: Spars
         changed = (adversarial - images).flatten(1)
         sizes = (changed != 0).sum(1).float() if norm == "l0" else changed.abs().sum(1)
         # Checked here rather than trusted: the returned image must be misclassified.
-        broken = logits(adversarial).argmax(1) != labels
+        broken = ~is_right(logits(adversarial), labels)
     sizes = torch.where(broken, sizes, torch.inf)
     return torch.where(wrong, 0.0, sizes)
 
@@ -52,6 +54,6 @@ def _pruned(logits: nn.Module, images: Tensor, adversarial: Tensor, labels: Tens
     for column in order[:, :_MOST_PRUNED].T:
         tried = pruned.clone()
         tried[rows, column] = clean[rows, column]
-        misclassified = logits(tried.view_as(images)).argmax(1) != labels
+        misclassified = ~is_right(logits(tried.view_as(images)), labels)
         pruned = torch.where(misclassified[:, None], tried, pruned)
     return pruned.view_as(images)

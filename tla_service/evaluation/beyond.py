@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from tla_service.attacks import is_right
 from tla_service.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from tla_service.evaluation.embedding import Embedded
 from tla_service.evaluation.results import BoolArray, Share, share_of
@@ -102,7 +103,7 @@ class CorruptionMeasurement:
                     if version is not None:
                         seen = torch.from_numpy(corrupt(images[part], *version, shard.rows[part], self.seed))
                     pixels = as_pixels(seen, shard.device)
-                    correct[part, place] = (logits_fn(pixels).argmax(1) == truth).cpu().numpy()
+                    correct[part, place] = is_right(logits_fn(pixels), truth).cpu().numpy()
         return {"correct": correct}
 
     def merge(self, parts: Sequence[Arrays]) -> BoolArray:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tla_service.attacks import LogitsFn
+from tla_service.attacks import LogitsFn, is_right
 from tla_service.evaluation.certified import ABSTAINED, ROW, Certificates
 from tla_service.evaluation.shards import Arrays, Shard, evaluating, float32, logits_of
 from tla_service.runtime import generator
@@ -62,8 +62,8 @@ class CertificationMeasurement:
         silent = torch.zeros_like(images).unsqueeze(1)
         attacked = attack_within(logits_fn, images, labels, radii, silent, _STEPS["network"])
         with torch.no_grad():
-            rows["clean"] = (logits_fn(images).argmax(1) == labels).cpu().numpy()
-            rows["network_stands"] = rows["clean"] & (logits_fn(attacked).argmax(1) == labels).cpu().numpy()
+            rows["clean"] = is_right(logits_fn(images), labels).cpu().numpy()
+            rows["network_stands"] = rows["clean"] & is_right(logits_fn(attacked), labels).cpu().numpy()
         predicted = torch.as_tensor(rows["predicted"].copy(), device=images.device)
         noise = torch.stack(
             [_noise(image, self.sigma, _ATTACK_DRAWS, random) for image, random in zip(images, draws, strict=True)]

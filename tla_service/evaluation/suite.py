@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images
+from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images, is_right
 from tla_service.attacks.autoattack import VERSION, AutoAttackNorm, run_autoattack
 from tla_service.attacks.minimum_norm import SparseNorm, minimum_norms
 from tla_service.config.adversary import AttackConfig, EvaluationAttack
@@ -166,7 +166,7 @@ def count_right(
             images, labels = batch.images, batch.labels
             random = generator(context.device, seed, context.rank, index)
             with torch.no_grad():
-                clean = logits_fn(images).argmax(1) == labels
+                clean = is_right(logits_fn(images), labels)
             robust = [attack_images(logits_fn, images, labels, each, random).robust for each in attacks.values()]
             unbroken = torch.stack([clean, *robust]).all(0)
             counts += torch.stack([torch.ones_like(clean), clean, unbroken, *robust]).sum(1)

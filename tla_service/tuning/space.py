@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,7 @@ class Space:
         values = {path: value for axis in self.axes for path, value in axis.fields(point[axis.name]).items()}
         fields = _with(self._full if full_length else self._fields, values)
         self._follow_batch_size(fields, None if full_length else self.sweep.trial_epochs)
-        code = fields["model"].pop("code")
-        return _with_code(validated(RunConfig, fields), code)
+        return _run_of(fields, partial(validated, RunConfig))
 
     def trial(self, number: int, point: Point, num_workers: int) -> RunConfig:
         """The run of a trial, named by its number and point: checkpoints under that name are of this point."""
@@ -92,9 +92,7 @@ class Space:
     def alone(self, axis: Axis, value: Any) -> RunConfig | None:
         """The run with one axis at a value, all else as it was; None if these do not go together, else ConfigError."""
         try:
-            fields = _with(self._fields, axis.fields(value))
-            code = fields["model"].pop("code")
-            return _with_code(RunConfig.model_validate(fields), code)
+            return _run_of(_with(self._fields, axis.fields(value)), RunConfig.model_validate)
         except ValidationError as error:
             found = next((one for one in error.errors(include_url=False) if one["type"] != "cross_field"), None)
             if found is None:
@@ -225,8 +223,10 @@ class Space:
         schedule["milestones"] = sorted({max(1, round(milestone * scale)) for milestone in schedule["milestones"]})
 
 
-def _with_code(run: RunConfig, code: str | None) -> RunConfig:
-    """A run with `model.code` if it uses any: points that do not are those that own code is compared with."""
+def _run_of(fields: dict[str, Any], validate: Callable[[dict[str, Any]], RunConfig]) -> RunConfig:
+    """A run with `model.code` only if it uses any: points that do not are those that own code is compared with."""
+    code = fields["model"].pop("code")
+    run = validate(fields)
     if code is None or not run.uses_own_code:
         return run
     return run.model_copy(update={"model": run.model.model_copy(update={"code": code})})

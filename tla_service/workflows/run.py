@@ -85,9 +85,8 @@ def check_before_start(config: RunConfig) -> Facts:
         described["code_sha256"] = architecture.code_sha256
     began_with = data_facts(dataset, extra, architecture)
     if found.state_dict:
-        described["pretrained_sha256"] = began_with["pretrained_sha256"] = sha256(
-            save(dict(found.state_dict))
-        ).hexdigest()
+        described["pretrained_sha256"] = sha256(save(dict(found.state_dict))).hexdigest()
+        began_with["pretrained_sha256"] = described["pretrained_sha256"]
     size = checkpoint_bytes(config, network)
     return Facts(dataset, architecture, found.state_dict, found.notes, size, described, began_with)
 
