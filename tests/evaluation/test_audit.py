@@ -237,6 +237,38 @@ def test_thresholds_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed(result) == {check.name for check in result.checks}
 
 
+class Brightness(nn.Module):
+    """Class 1 where the mean pixel is above 0.3, by a linear readout; logits of so many nats."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        margin = self.scale * (images.mean((1, 2, 3)) - 0.3)[:, None]
+        return ModelOutput(torch.cat([-margin, margin], 1), images.flatten(1))
+
+
+def brightness_audited(scale: float) -> Audit:
+    """An audit of images that are dark or bright, far from the boundary."""
+    labels = torch.arange(20) % 2
+    images = (0.1 + 0.75 * labels[:, None, None, None] + 0.05 * torch.rand(20, 1, 8, 8)).clamp(0, 1)
+    measurement = AuditMeasurement(ATTACK, seed=0, batch_size=20, square_queries=5)
+    return measurement.merge([measurement.run(Shard(Brightness(scale), None, images, labels, np.arange(20), CPU))])
+
+
+def test_what_is_right_about_grey_may_stand_at_any_radius() -> None:
+    """No perturbation of half the range makes a bright image dark for this network; dark images fall."""
+    far = next(check for check in brightness_audited(10.0).checks if check.name == "accuracy_at_large_epsilon")
+    assert (far.outcome, far.figure) == ("passed", 0.0)
+
+
+def test_gradients_whose_squares_vanish_are_gradients() -> None:
+    found = next(check for check in brightness_audited(60.0).checks if check.name == "gradients_do_not_vanish")
+    assert found.outcome == "passed", found.statement
+    assert float(found.statement.rpartition(" ")[2]) < 1e-15
+
+
 def test_logits_that_are_not_finite_are_refused() -> None:
     class Nothing(Masked):
         def forward(self, images: Tensor) -> ModelOutput:

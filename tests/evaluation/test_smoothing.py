@@ -106,6 +106,20 @@ def test_attacks_stay_within_each_images_radius(draws: int) -> None:
         assert not broken.any() if not breaks else broken[inside & (radii < 0.2)].all()
 
 
+def test_logits_that_are_not_a_number_vote_for_no_class_and_move_no_image() -> None:
+    def roots(images: Tensor) -> Tensor:
+        dark = images.sqrt().mean((1, 2, 3))  # NaN where noise left [0, 1]
+        return torch.stack([dark, 1 - dark], 1)
+
+    image, random = torch.full((1, 3, 4), 0.01), torch.Generator().manual_seed(0)
+    assert certify(roots, image, SIGMA, 100, 0.001, random, 100) == (ABSTAINED, 0.0)
+    images, noise = torch.full((2, 1, 3, 4), 0.01), torch.zeros(2, 1, 1, 3, 4)
+    noise[1] = -1.0
+    attacked = attack_within(roots, images, torch.ones(2, dtype=torch.int64), torch.full((2,), 0.05), noise, 5)
+    assert attacked.isfinite().all()
+    assert (attacked[0] != images[0]).any()
+
+
 def measured(rows: list[int], network: nn.Module, **changes: object) -> Certificates:
     chosen = torch.tensor(rows)
     measurement = replace(CertificationMeasurement(0.15, 100, 0.001, seed=0, batch_size=25), **changes)  # type: ignore[arg-type]

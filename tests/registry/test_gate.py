@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mlflow import MlflowClient
 from pydantic import ValidationError
 
@@ -22,6 +23,7 @@ from tests.registry.evaluations import (
 from tests.registry.test_promotion import aliases, attempt, failed
 from tests.registry.tracking_server import Packaged, config_for
 from tla_service.attacks import UNBROKEN
+from tla_service.data.splits import gate_images, stratified_subset
 from tla_service.evaluation.shards import AutoAttackRun, ShardOutcome
 from tla_service.registry.gate import Evaluated, Finding, compare, judge
 from tla_service.registry.job_settings import GateRules
@@ -133,15 +135,21 @@ def test_a_report_in_another_ones_place_is_refused(packaged: Packaged) -> None:
     assert found["AutoAttack"] == "it was run with l2 1e-06, but the report is about linf 0.15"
 
 
-PGD = {"kind": "pgd", "step_size": 0.01, "num_restarts": 1}
+FEW = {"estimate": 0.0, "low": 0.0, "high": 0.8, "images": 1}
 WEAKER: dict[str, tuple[dict[str, Any], str, str]] = {
     "another version": ({"run": AutoAttackRun("rand", "linf", 0.15, STANDARD)}, "AutoAttack", "rand, not standard"),
     "a part left out": (
         {"run": AutoAttackRun("standard", "linf", 0.15, STANDARD[:3])}, "AutoAttack", "square was not run",
     ),
     "audit on few images": ({"audit": {"trusted": True, "images": 7, "checks": []}}, "audit", "used 7 images"),
-    "attacks not tested": ({"unit_tests": None}, "audit", "left out checks of the audit: images.unit_tests"),
-    "no relatives": ({"relatives": ()}, "audit", "left out checks of the audit: images.transfer"),
+    "attacks not tested": ({"unit_tests": None}, "audit", "audit were run on too few images: images.unit_tests 0"),
+    "few attacks tested": (
+        {"unit_tests": {"images": 9, "random": FEW, "attacks": [], "bar": 0.8}}, "audit", "images.unit_tests 9",
+    ),
+    "one image of relatives": (
+        {"relatives": [{"source": "natural", "about": "x", "accuracy": FEW}]}, "audit", "images.transfer 1",
+    ),
+    "no relatives": ({"relatives": ()}, "audit", "too few images: images.transfer 0"),
 }  # fmt: skip
 
 
@@ -158,6 +166,7 @@ def test_detection_on_few_images_is_refused() -> None:
     gate["detection"]["adaptive"]["images"] = 20
     found = refusals(judge(evaluated(GOOD, gate=gate), RULES))
     assert "on 20 images; at least 100 images required" in found["detection"].explanation
+    assert found["detection"].remedy == "run jobs/evaluate_tla.py AGAIN --images.adaptive 400"
 
 
 def test_the_holder_is_compared_under_the_same_threat_model(packaged: Packaged) -> None:
@@ -238,7 +247,7 @@ def test_an_evaluation_of_before_the_attack_on_the_detector_is_made_again() -> N
     found = refusals(judge(evaluated(GOOD, gate=gate), RULES))
     assert set(found) == {"detection"}
     assert found["detection"].explanation.startswith("the evaluation did not attack the detector")
-    assert found["detection"].remedy == "run jobs/evaluate_tla.py AGAIN"
+    assert found["detection"].remedy == "run jobs/evaluate_tla.py AGAIN --images.adaptive 400"
     assert not refusals(judge(evaluated(GOOD, gate=gate), RULES.model_copy(update={"min_detection_auc": 0.0})))
 
 
@@ -253,11 +262,19 @@ def test_a_test_set_with_few_images_says_so(images: int, fewest: int, remedy: st
 
 
 def test_too_few_images_of_many_are_mended_by_a_command() -> None:
-    data = {"name": "digits", "images": 4000, "fingerprint": "f00d", "class_names": []}
     outcome = fates(80, 80, images=80)
     gate = report_on("0" * 64, outcome).model_dump()["gate"] | {"images": 1000}
-    found = refusals(judge(evaluated(outcome, data=data, gate=gate), RULES))
-    assert found["images"].remedy.endswith("AGAIN --images.attacks 500 --images.autoattack 500")
+    for classes, count in ((10, 500), (700, 2800)):
+        data = {"name": "x", "images": 4000, "fingerprint": "f00d", "class_names": list(map(str, range(classes)))}
+        found = refusals(judge(evaluated(outcome, data=data, gate=gate), RULES))
+        assert found["images"].remedy.endswith(f"AGAIN --images.attacks {count} --images.autoattack {count}")
+
+
+def test_the_remedys_images_of_many_classes_hold_gate_images() -> None:
+    labels = torch.arange(700).repeat(6)
+    gate = gate_images(labels)
+    assert not gate[stratified_subset(labels, 500)].any()
+    assert gate[stratified_subset(labels, 2800)].sum() >= RULES.min_images
 
 
 def test_a_damaged_evaluation_is_made_again(packaged: Packaged) -> None:

@@ -206,6 +206,25 @@ def test_the_papers_figures_stand_beside_those_of_all_test_images(tmp_path: Path
     assert "90.0 0.0 to 100.0 7500 50.0 2500 80.00 99.52" in text
 
 
+@pytest.mark.parametrize(("images", "bank", "shown"), [(7500, 10_000, True), (375, 10_000, False), (7500, 100, False)])
+def test_the_papers_representation_stands_beside_that_of_all_images(
+    images: int, bank: int, shown: bool, tmp_path: Path
+) -> None:
+    share = rs.Share(0.9, 0.8, 1.0, images)
+    whole = {name: Accuracy(estimate=0.9, low=0, high=1, images=7500) for name in ("clean", "fgsm", "worst")}
+    rest = {name: Accuracy(estimate=0.9, low=0, high=1, images=2500) for name in whole}
+    page = report(
+        model=report().model.model_copy(update={"architecture": "mnist_cnn"}),
+        data=rp.DataFacts(name="mnist", images=10_000, fingerprint="f", class_names=digits().class_names),
+        accuracy=whole,
+        gate=rp.GateFacts(images=2500, accuracy=rest),
+        neighbours=rs.Neighbours(5, bank, share, share),
+        compared=(),
+    )
+    write_page(page, [], tmp_path / "report.html", same_attacks=True)
+    assert ("as the paper has it" in (tmp_path / "report.html").read_text()) == shown
+
+
 def test_page_shows_the_papers_figures_only_in_its_setting(tmp_path: Path) -> None:
     write_page(report(), [], tmp_path / "report.html", same_attacks=True)
     assert "the paper has no digits" in (tmp_path / "report.html").read_text()

@@ -17,6 +17,7 @@ from tla_service.report.plan import (
     radius_name,
 )
 from tla_service.report.schema import size
+from tla_service.report.tables import attack_facts
 
 
 def test_detection_meets_a_larger_radius_than_training() -> None:
@@ -24,6 +25,19 @@ def test_detection_meets_a_larger_radius_than_training() -> None:
     assert detection_name(plan()) == radius_name(0.225)
     assert make_plan(settings(), "mnist", "linf", 0.3, has_surrogate=False).detection.epsilon == 0.3
     assert make_plan(settings(), "cifar10", "linf", 8 / 255, has_surrogate=False).detection.epsilon == 25 / 255
+
+
+def test_a_detection_radius_that_is_written_alike_has_a_task_of_its_own() -> None:
+    near = make_plan(settings(detection={"epsilon": 0.0313725}), "cifar10", "linf", 8 / 255, has_surrogate=False)
+    assert radius_name(0.0313725) == radius_name(8 / 255) != detection_name(near)
+
+
+def test_attacks_are_described_as_they_run() -> None:
+    attacks = {"pgd": {"num_steps": 3, "num_restarts": 2}, "fgsm": {"kind": "fgsm"}, "bim": {"kind": "bim"}}
+    attacks["bim"]["num_restarts"] = attacks["fgsm"]["num_steps"] = 5
+    facts = attack_facts(plan(attacks=attacks))
+    assert [(each.num_steps, each.num_restarts) for each in facts.values()] == [(3, 2), (1, 1), (20, 1)]
+    assert facts["fgsm"].step_size == 0.15
 
 
 def test_protocol_names_what_shapes_the_figures_alone() -> None:

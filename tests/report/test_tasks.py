@@ -5,13 +5,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from torch import nn
 
+from tests.report.measured import plan
 from tests.report.subjects import digits
 from tla_service.evaluation.shards import Arrays, Shard
+from tla_service.report.measuring import Measuring
 from tla_service.report.tasks import Inputs, MeasureHere, MissingShard, Task, run_tasks
 from tla_service.training.reporting import Terminal
 
@@ -38,6 +42,17 @@ class Noting(MeasureHere):
         for shard, arrays in super().__call__(waiting, inputs):
             self.measured.append(shard.task.name)
             yield shard, arrays
+
+
+def test_autoattack_on_no_image_of_the_gate_is_told(tmp_path: Path) -> None:
+    """The first image of a class never is one, and a few of ten classes are such."""
+    subject = SimpleNamespace(key="model", config=None, network=nn.Identity())
+    models: Any = SimpleNamespace(subject=subject, all=(subject,), dataset=digits(), surrogate=None)
+    for count, told in ((5, True), (40, False)):
+        printed = StringIO()
+        few = plan(images={"autoattack": count, "representation": 0})
+        Measuring(few, models, tmp_path, Terminal(printed)).tasks()
+        assert ("to promote it, take 40 (images.autoattack)" in printed.getvalue()) == told
 
 
 def test_what_was_measured_before_is_taken_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

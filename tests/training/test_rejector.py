@@ -39,12 +39,13 @@ def test_the_threshold_rejects_the_stated_share_of_validation_images() -> None:
     assert np.isclose(found[right], rejector.threshold).any()
 
 
-def test_a_network_that_tells_nothing_apart_gets_no_detector(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("weight", [0.0, float("nan")])
+def test_a_network_that_tells_nothing_apart_gets_no_detector(weight: float, caplog: pytest.LogCaptureFixture) -> None:
     config = RunConfig()
     dataset = load_dataset(config.data)
     train, validation = split_validation(dataset.train.labels, 0.1, 0)
     network = build_model("digits_cnn", 10, (1, 8, 8)).eval()
-    torch.nn.init.zeros_(network.hidden.weight)
+    torch.nn.init.constant_(network.hidden.weight, weight)
     with caplog.at_level(logging.WARNING):
         assert fit_rejector(network, (dataset.train, train), (dataset.train, validation), config, CPU) == {}
     assert "without a detector" in caplog.text

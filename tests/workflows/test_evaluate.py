@@ -1,10 +1,12 @@
 """An evaluation is known by weights, data and protocol: under another address of the weights it is the same one."""
 
 import contextlib
+import io
 import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,12 @@ from tla_service.errors import ConfigError
 from tla_service.evaluation.shards import save_outcome
 from tla_service.job import run_job
 from tla_service.registry.subject import load_subject
-from tla_service.report.evaluate import identity, open_folder, report_folder
+from tla_service.report.evaluate import evaluate, identity, open_folder, report_folder
 from tla_service.report.plan import make_plan
 from tla_service.report.schema import OUTCOME_FILE, PAGE_FILE, REPORT_FILE, write_report
 from tla_service.report.settings import EvaluateSettings
 from tla_service.report.subjects import load_models
+from tla_service.training.reporting import Terminal
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -145,6 +148,32 @@ def test_the_same_weights_in_another_network_are_another_evaluation(packaged: Pa
     _, other = prepared(packaged, "models:/corrected/1")
     with pytest.raises(ConfigError, match="differs in architecture; choose another --output"):
         open_folder(folder, other)
+
+
+def test_the_same_weights_with_another_detector_are_another_evaluation(packaged: Packaged) -> None:
+    _, with_own = prepared(packaged, "models:/tla-digits/1")
+    packaged.log("without-detector", rejector=None)
+    packaged.log("other-threshold", rejector=replace(packaged.rejector, threshold=1.0))
+    folder, without = prepared(packaged, "models:/without-detector/1")
+    _, other = prepared(packaged, "models:/other-threshold/1")
+    for place, (first, second) in enumerate([(with_own, without), (without, with_own), (with_own, other)]):
+        open_folder(folder / str(place), first)
+        with pytest.raises(ConfigError, match="differs in detector; choose another --output"):
+            open_folder(folder / str(place), second)
+
+
+def test_a_detector_of_gigabytes_is_refused_before_anything_is_measured(
+    packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tla_service.evaluation.detection._LARGEST_BYTES", 10**4)
+    chosen = {"model": "models:/tla-digits/1", "data": {"name": "digits"}, "output": tmp_path / "report"}
+    settings = EvaluateSettings.model_validate(chosen)
+    models = load_models(settings, lambda uri, field: load_subject(uri, field, packaged.uri))
+    with pytest.raises(
+        ConfigError, match=r"detection\.covariance=full: 10 classes with .* need a detector of .*; use tied"
+    ):
+        evaluate(settings, models, lambda: pytest.fail("workers were started"), Terminal(io.StringIO()))
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_surrogate_is_compared_where_it_is_used(packaged: Packaged, tmp_path: Path) -> None:

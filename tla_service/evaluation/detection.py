@@ -29,6 +29,7 @@ from tla_service.inference.detector import Detector, Integers, Rejector, Rule, S
 Covariance = Literal["full", "tied", "diagonal"]
 Shrinkage = Literal["ledoit_wolf", "none"]
 _RESAMPLES = 1000
+_LARGEST_BYTES = 4 * 10**9
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,15 @@ def fit_detector(
     diagonals = [factor if factor.ndim == 1 else np.diagonal(factor) for factor in factors]
     log_determinants = np.resize([np.log(diagonal).sum() for diagonal in diagonals], len(classes))
     return Detector(classes, means, np.stack(factors), log_determinants, normalize, rule)
+
+
+def check_detector_size(covariance: Covariance, classes: int, width: int) -> None:
+    """ConfigError if a detector of embeddings (N, width) would take gigabytes."""
+    size = 8 * {"full": classes * width**2, "tied": width**2, "diagonal": classes * width}[covariance]
+    if size > _LARGEST_BYTES:
+        reason = f"{classes} classes with {width} dimensions each need a detector of {size / 1e9:.3g} GB"
+        remedy = "use tied" if covariance == "full" else "use diagonal"
+        raise ConfigError("detection.covariance", covariance, reason, remedy)
 
 
 def threshold_for(scores: Scores, correct: BoolArray, false_rejection_rate: float) -> float:
@@ -186,16 +196,18 @@ def adaptive_detection(
     """Figures of a detector that is attacked, and its risk curves (N,) by ``clean``, ``unaware`` and ``adaptive``.
 
     The same N images, row by row: natural; under an attack that does not know the detector; attacked to evade; attacked
-    to be rejected. The adversary has both attacks: under `adaptive` each image is the misclassified one of the higher
-    score, and as `unaware` leaves it where neither breaks it.
+    to be rejected. The adversary may choose: under `adaptive` each image is the misclassified one of the highest score
+    among the first three, and as `unaware` leaves it where none is misclassified.
     """
     parts = natural, unaware, evasion, rejection
     clean, plain, evading, low = (detector.score(part.embeddings, part.predictions) for part in parts)
-    evades = ~evasion.correct & (unaware.correct | (evading >= plain))
+    wrong = ~np.stack([each.correct for each in (natural, unaware, evasion)])
+    broken: BoolArray = np.logical_or.reduce(wrong)
+    highest = np.where(wrong, [clean, plain, evading], -np.inf).max(0)
     found = {
         "clean": (clean, natural.correct),
         "unaware": (plain, unaware.correct),
-        "adaptive": (np.where(evades, evading, plain), np.where(evades, evasion.correct, unaware.correct)),
+        "adaptive": (np.where(broken, highest, plain), ~broken),
     }
     images = np.tile(np.arange(len(natural)), 2)
 

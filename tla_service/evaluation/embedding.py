@@ -16,6 +16,8 @@ from tla_service.evaluation.shards import Arrays, IntArray, Shard, evaluating, f
 from tla_service.inference.detector import Floats, Integers, Scores
 from tla_service.runtime import generator, mixed_seed
 
+_REMEDY = "evaluate another checkpoint, or, if it is so under attack alone, no embeddings: images.representation=0"
+
 
 @dataclass(frozen=True)
 class Embedded:
@@ -33,7 +35,7 @@ class Embedded:
         broken: BoolArray = ~np.logical_and(*finite)
         if broken.any():
             reason = f"gives embeddings or logits that are not finite for {broken.sum()} of {len(broken)} images"
-            raise ConfigError("model", None, reason, "evaluate another checkpoint: this one has diverged")
+            raise ConfigError("model", None, reason, _REMEDY)
 
     def __len__(self) -> int:
         """Number of images, N."""

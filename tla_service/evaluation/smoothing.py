@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tla_service.attacks import LogitsFn, is_right
+from tla_service.attacks import Attack, LogitsFn, is_right
+from tla_service.attacks.gradient import direction
 from tla_service.evaluation.certified import ABSTAINED, ROW, Certificates
 from tla_service.evaluation.shards import Arrays, Shard, evaluating, float32, logits_of
 from tla_service.runtime import generator
@@ -21,6 +22,7 @@ from tla_service.runtime import generator
 SELECTION = 100  # draws that choose the class (n0 of the paper), and that vote on attacked images
 _STEPS = {"network": 20, "smoothed": 5}
 _ATTACK_DRAWS = 8
+_L2 = Attack(norm="l2")
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,7 @@ def attack_within(
         mean = logits.log_softmax(1).unflatten(0, noise.shape[:2]).logsumexp(1)
         loss = mean.gather(1, classes.view(-1, 1)).sum()
         (gradient,) = torch.autograd.grad(-loss, moved)
-        unit = torch.nn.functional.normalize(gradient.flatten(1), eps=1e-30).view_as(gradient)
-        offset = moved.detach() + 2.5 * sizes / steps * unit - images
+        offset = moved.detach() + 2.5 * sizes / steps * direction(gradient, _L2) - images
         lengths = offset.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         moved = (images + offset * (sizes / lengths.clamp(min=1e-12)).clamp(max=1)).clamp(0, 1)
     return moved.detach()
@@ -140,7 +141,7 @@ def _noise(image: Tensor, sigma: float, count: int, random: torch.Generator) -> 
 def _votes(
     logits_fn: LogitsFn, image: Tensor, sigma: float, count: int, random: torch.Generator, batch_size: int
 ) -> Tensor:
-    """How often each class is predicted under noise (K,)."""
+    """How often each class is predicted under noise (K,); logits with NaN vote for none."""
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
     logits = torch.cat([logits_fn(image + _noise(image, sigma, size, random)) for size in sizes])
-    return logits.argmax(1).bincount(minlength=logits.shape[1])
+    return logits[~logits.isnan().any(1)].argmax(1).bincount(minlength=logits.shape[1])

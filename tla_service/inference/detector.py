@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log, pi
 from typing import Any, Literal, Self
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,11 @@ def unit_rows(embeddings: Floats) -> Scores:
     """Embeddings (N, D) scaled to length one, in float64; all zeros stay so, as in the learned metric."""
     rows = embeddings.astype(np.float64)
     return rows / np.sqrt((rows**2).sum(1, keepdims=True) + SMALLEST_SQUARE)
+
+
+def digest_of(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Eight hex digits of the contents of arrays."""
+    return f"{crc32(b''.join(arrays[name].tobytes() for name in sorted(arrays))):08x}"
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,11 @@ class Rejector:
         rates = np.array([self.threshold, self.false_rejection_rate])
         counts = np.array([self.training_images, self.validation_images])
         return {**self.detector.to_arrays(), "rejection": rates, "images": counts}
+
+    @property
+    def digest(self) -> str:
+        """Eight hex digits that tell rejectors apart."""
+        return digest_of(self.to_arrays())
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:

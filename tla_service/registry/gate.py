@@ -1,6 +1,6 @@
 """The promotion gate: the rules that a version must satisfy before it may carry an alias."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tla_service.evaluation.results import paired_difference, share_of
@@ -135,17 +135,24 @@ def _at_least(candidate: Evaluated, attack: str, rule: str, setting: str, rules:
 
 
 def _enough(candidate: Evaluated, rules: GateRules) -> Finding:
-    images, there, data = candidate.images, candidate.report.gate.images, candidate.report.data
+    images, there = candidate.images, candidate.report.gate.images
     explanation = f"evaluated on {images} gate images; at least {rules.min_images} required"
     if there < rules.min_images:
         remedy = f"this test set has {there} gate images: lower rules.min_images"
     else:
-        # A subset contains about its share of them; a quarter more leaves room for rounding by class.
-        count = min(data.images, -(-5 * rules.min_images * data.images // (4 * there)))
         found = {name: len(candidate.gate[name].labels) for name in _COMPARED if name in candidate.gate}
-        short = [name for name, number in found.items() if number < rules.min_images]
-        remedy = candidate.again + "".join(f" --{_COUNTS[name]} {count}" for name in short)
+        short = [_COUNTS[name] for name, number in found.items() if number < rules.min_images]
+        remedy = _with_more(candidate, rules, short)
     return Finding("images", images >= rules.min_images, explanation, remedy)
+
+
+def _with_more(candidate: Evaluated, rules: GateRules, counts: Iterable[str]) -> str:
+    """The command that evaluates again, on enough images for these settings to have the gate images required."""
+    data, there = candidate.report.data, max(1, candidate.report.gate.images)
+    # A subset contains about its share of them, a quarter more leaves room for rounding by class; but the first image
+    # of a class is never one, and every subset begins with those.
+    count = max(-(-5 * rules.min_images * data.images // (4 * there)), 4 * len(data.class_names))
+    return candidate.again + "".join(f" --{name} {min(data.images, count)}" for name in counts)
 
 
 def _audited(candidate: Evaluated, rules: GateRules) -> Finding:
@@ -155,15 +162,21 @@ def _audited(candidate: Evaluated, rules: GateRules) -> Finding:
     if audit is None:
         return _finding("audit", "the audit for gradient masking was not run", "", remedy)
     report, fewest, problem = candidate.report, min(rules.min_images, ImageCounts().audit), ""
-    switched_off = {"images.unit_tests": report.unit_tests is None, "images.transfer": not report.relatives}
+    transferred = [each.accuracy.images for each in report.relatives if each.accuracy is not None]
+    measured = {
+        "unit_tests": 0 if report.unit_tests is None else report.unit_tests.images,
+        # Every relative may have been left out, for the reasons in the report.
+        "transfer": min(transferred, default=fewest if report.relatives else 0),
+    }
+    short = [name for name, count in measured.items() if count < min(fewest, getattr(ImageCounts(), name))]
     if audit.images < fewest:
         problem = f"the audit for gradient masking used {audit.images} images; at least {fewest} required"
     elif not audit.trusted:
         problem = f"the audit for gradient masking failed: {audit.summary}"
         remedy = "see the audit in its report: it may be less robust than measured; train another version"
-    elif any(switched_off.values()):
-        names = ", ".join(name for name, is_off in switched_off.items() if is_off)
-        problem = f"the evaluation left out checks of the audit: {names}"
+    elif short:
+        counts = ", ".join(f"images.{name} {measured[name]}" for name in short)
+        problem = f"checks of the audit were run on too few images: {counts}"
     return _finding("audit", problem, f"passed on {audit.images} images: {audit.summary}", remedy)
 
 
@@ -174,12 +187,14 @@ def _detects(candidate: Evaluated, rules: GateRules) -> Finding:
         return _finding("detection", "", "not required", "")
     score = None if measured is None else measured.attacked
     if measured is not None and score is None:
-        problem = f"the evaluation did not attack the detector (older ones, or images.adaptive 0); {required}"
-    elif score is None or score.auc is None:
+        problem = f"the evaluation did not attack the detector on gate images (images.adaptive); {required}"
+        return _finding("detection", problem, "", _with_more(candidate, rules, ["images.adaptive"]))
+    if score is None or score.auc is None:
         why = f" ({score.reason})" if score is not None else ""
         problem = f"AUC was not measured{why}; {required}"
     elif score.images < rules.min_images:
         problem = f"AUC {score.auc:.3f} on {score.images} images; at least {rules.min_images} images required"
+        return _finding("detection", problem, "", _with_more(candidate, rules, ["images.adaptive"]))
     else:
         explanation = f"AUC {score.auc:.3f} under an adaptive attack of radius {score.epsilon:g}; {required}"
         return Finding("detection", score.auc >= rules.min_detection_auc, explanation, _BETTER + "min_detection_auc")

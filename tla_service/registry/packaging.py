@@ -24,6 +24,7 @@ from mlflow.exceptions import MlflowException
 import tla_service
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
+from tla_service.evaluation.detection import check_detector_size
 from tla_service.files import sha256
 from tla_service.inference.detector import Rejector
 from tla_service.models import Architecture
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
     from mlflow.models.model import Model
 
-_LARGEST_DETECTOR_BYTES = 4 * 10**9
 _FEWEST_IMAGES = 2  # a single image would fix the batch size
 _SHIPPED = ("__init__.py", "errors.py", "pickles.py", "pixels.py", "models", "inference")
 _REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "torch", "torchvision")
@@ -60,13 +60,7 @@ def check_packaging(config: RunConfig, class_names: Sequence[str], test_images: 
         except UnicodeEncodeError as error:
             reason = f"the class name {name!r} is not valid UTF-8, which a package's files require"
             raise ConfigError("data.root", config.data.root, reason, "rename the class") from error
-    covariance, classes = config.detection.covariance, len(class_names)
-    numbers = {"full": classes * embedding_size**2, "tied": embedding_size**2, "diagonal": classes * embedding_size}
-    size = 8 * numbers[covariance]
-    if size > _LARGEST_DETECTOR_BYTES:
-        reason = f"{classes} classes with {embedding_size} dimensions each need a detector of {size / 1e9:.3g} GB"
-        remedy = "use tied" if covariance == "full" else "use diagonal"
-        raise ConfigError("detection.covariance", covariance, reason, remedy)
+    check_detector_size(config.detection.covariance, len(class_names), embedding_size)
 
 
 def log_model(

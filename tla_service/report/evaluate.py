@@ -10,6 +10,7 @@ from typing import Any
 
 from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.evaluation.certified import ROW, Certificates
+from tla_service.evaluation.detection import check_detector_size
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.shards import ShardOutcome, save_arrays, save_outcome
 from tla_service.files import LOCK_FILE, locked_folder, sha256, write_whole
@@ -46,6 +47,10 @@ def evaluate(
     threat = subject.facts.trained_for
     plan = pl.make_plan(settings, dataset.name, threat.norm, threat.epsilon, has_surrogate=models.surrogate is not None)
     pl.check_plan(plan, dataset.image_shape, len(dataset.class_names))
+    if settings.images.representation:
+        for each in models.all:
+            width = each.network.embedding_size
+            check_detector_size(settings.detection.covariance, len(dataset.class_names), width)
     output = report_folder(models, plan)
     measuring = Measuring(plan, models, output, terminal)
     tasks = measuring.tasks()
@@ -103,6 +108,8 @@ def identity(models: Models, plan: pl.Plan) -> dict[str, Any]:
     }
     if plan.transfer or plan.settings.images.audit:  # what uses a surrogate
         facts["surrogate"] = models.surrogate.facts.weights_sha256 if models.surrogate is not None else None
+    if any(each.rejector for each in models.all):
+        facts["detector"] = [each.rejector and each.rejector.digest for each in models.all]
     own = sorted({attack.kind for attack in plan.columns.values() if ":" in attack.kind})
     return facts | ({"code of attacks": {name: _file_digest(name) for name in own}} if own else {})
 
@@ -124,7 +131,7 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
             found = json.loads(mark.read_text())
             # Evaluations of earlier versions do not state these two.
             added = {name: mine[name] for name in ("architecture", "code of attacks") if name in mine}
-            differ = [name for name, value in mine.items() if (added | found).get(name) != value]
+            differ = [name for name in {**mine, "detector": None} if (added | found).get(name) != mine.get(name)]
             if differ:
                 reason = f"holds an evaluation that differs in {', '.join(differ)}"
                 raise ConfigError("output", output, reason, "choose another --output, or delete it")

@@ -10,6 +10,7 @@ from tla_service.evaluation.results import DetectionScore, Share, SurrogateFacts
 from tla_service.files import write_whole
 from tla_service.report.figures import ReportFigure
 from tla_service.report.schema import PAGE_FILE, REPORT_FILE, ModelFacts, Report, size
+from tla_service.report.settings import ImageCounts
 from tla_service.training.reporting import Terminal
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def write_page(report: Report, figures: Sequence[ReportFigure], path: Path, *, s
             else paper_row(report.data.name, model.method)
         ),
         apart=apart,
+        alike=_measured_as_in_the_paper(report),
         split=split_sentence(report),
         whole=whole,
         classes=by_class(report),
@@ -137,6 +139,13 @@ def _whole(report: Report, name: str) -> Share:
     parts = report.accuracy[name], report.gate.accuracy[name]
     right = sum(round(part.estimate * part.images) for part in parts if part.estimate is not None)
     return wilson_interval(right, sum(part.images for part in parts))
+
+
+def _measured_as_in_the_paper(report: Report) -> bool:
+    """Whether embeddings are of all test images, but the gate's, and of the usual number of training images."""
+    found = report.neighbours
+    shown = report.data.images - report.gate.images
+    return found is not None and found.clean.images == shown and found.bank >= ImageCounts().bank
 
 
 def by_class(report: Report) -> list[tuple[str, list[Share]]]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
-from zlib import crc32
 
 from tla_service.attacks import Attack
 from tla_service.config.adversary import AttackConfig, EvaluationAttack
@@ -23,7 +22,7 @@ from tla_service.errors import ConfigError
 from tla_service.evaluation.adaptive import Aim
 from tla_service.evaluation.paper import paper_columns
 from tla_service.evaluation.suite import evaluation_attack
-from tla_service.inference.detector import Detector
+from tla_service.inference.detector import Detector, digest_of
 from tla_service.report.settings import ReportSettings
 
 _DETECTION_FACTOR = 1.5
@@ -165,7 +164,8 @@ def radius_name(epsilon: float) -> str:
 
 def detection_name(plan: Plan) -> str:
     """Name of the task that embeds the attacked images of the detection test."""
-    return "larger" if plan.detection.epsilon == plan.epsilon else radius_name(plan.detection.epsilon)
+    name = radius_name(plan.detection.epsilon)
+    return "larger" if name == radius_name(plan.epsilon) else name
 
 
 def smoothing_sigma(plan: Plan) -> float:
@@ -186,8 +186,7 @@ def other_norm_attack(plan: Plan, data_name: str, shape: ImageShape) -> Attack:
 
 def adaptive_name(aim: Aim, detector: Detector) -> str:
     """Name of the task that attacks a detector: another detector is another task."""
-    tables = detector.to_arrays()
-    return f"{aim}-{crc32(b''.join(tables[name].tobytes() for name in sorted(tables))):08x}"
+    return f"{aim}-{digest_of(detector.to_arrays())}"
 
 
 def protocol(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import Tensor
 
 from tla_service.config import RunConfig
 from tla_service.config.yaml_files import read_yaml
@@ -21,7 +21,7 @@ from tla_service.errors import ConfigError, UnavailableError, one_line, readable
 from tla_service.evaluation.shards import logits_of
 from tla_service.evaluation.suite import clean_logits
 from tla_service.inference.detector import Rejector
-from tla_service.models import Architecture
+from tla_service.models import Architecture, ImageClassifier
 from tla_service.report.relatives import Kin, find_relatives
 from tla_service.report.schema import ModelFacts, ThreatModel
 from tla_service.report.settings import ReportSettings
@@ -37,7 +37,7 @@ class Subject:
 
     facts: ModelFacts
     architecture: Architecture
-    network: nn.Module
+    network: ImageClassifier
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     config: RunConfig | None

@@ -40,6 +40,7 @@ def norm_table(found: Findings, plan: Plan, data_name: str, shape: ImageShape) -
     own = source if radius == plan.epsilon else "threat model of this report"
 
     def row(attack: Attack, outcome: ShardOutcome, name: str, source: str) -> NormRow:
+        attack = _as_run(attack)
         steps = f"{attack.num_steps} step{'s' if attack.num_steps > 1 else ''}"
         starts = f"{attack.num_restarts} start{'s' if attack.num_restarts > 1 else ''}"
         shares = rs.share_of(outcome.standing(name)), rs.share_of(outcome.standing("clean"))
@@ -61,13 +62,20 @@ def norm_table(found: Findings, plan: Plan, data_name: str, shape: ImageShape) -
     return tuple(rows)
 
 
+def _as_run(attack: Attack) -> Attack:
+    """The attack with the steps and starts that it makes, whatever is set."""
+    if attack.kind == "fgsm":
+        attack = replace(attack, num_steps=1, step_size=attack.epsilon)
+    return attack if attack.starts_at_random else replace(attack, num_restarts=1)
+
+
 def attack_facts(plan: Plan) -> dict[str, AttackFacts]:
     """How the table's attacks were run."""
     shown = set(AttackFacts.model_fields)
     return {
         name: AttackFacts(**{key: value for key, value in vars(attack).items() if key in shown}, transfer=transfer)
         for attacks, transfer in ((plan.columns, False), (plan.transfer, True))
-        for name, attack in attacks.items()
+        for name, attack in zip(attacks, map(_as_run, attacks.values()), strict=True)
     }
 
 

@@ -38,8 +38,8 @@ def fit_rejector(
     settings, rows = config.detection, train[1]
     if len(rows) > settings.training_limit:
         rows = rows[torch.linspace(0, len(rows) - 1, settings.training_limit).long()]
-    training, held_out = embedded(train[0], rows), embedded(*validation)
     try:
+        training, held_out = embedded(train[0], rows), embedded(*validation)
         detector = fit_detector(training, covariance=settings.covariance)
         scores = detector.score(held_out.embeddings, held_out.predictions)
         threshold = threshold_for(scores, held_out.correct, settings.false_rejection_rate)
