@@ -14,6 +14,7 @@ from torch import nn
 
 from tests.report.measured import plan
 from tests.report.subjects import digits
+from tla_service.data.splits import gate_images
 from tla_service.evaluation.shards import Arrays, Shard
 from tla_service.report.measuring import Measuring
 from tla_service.report.tasks import Inputs, MeasureHere, MissingShard, Task, run_tasks
@@ -47,7 +48,8 @@ class Noting(MeasureHere):
 def test_autoattack_on_no_image_of_the_gate_is_told(tmp_path: Path) -> None:
     """The first image of a class never is one, and a few of ten classes are such."""
     subject = SimpleNamespace(key="model", config=None, network=nn.Identity())
-    models: Any = SimpleNamespace(subject=subject, all=(subject,), dataset=digits(), surrogate=None)
+    data = replace(digits(), gate=gate_images(digits().test.labels))
+    models: Any = SimpleNamespace(subject=subject, all=(subject,), dataset=data, surrogate=None)
     for count, told in ((5, True), (40, False)):
         printed = StringIO()
         few = plan(images={"autoattack": count, "representation": 0})
