@@ -1,6 +1,7 @@
 """What leaves this project computes the same, and asks for nothing of it when it is loaded."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,10 +13,12 @@ import torch
 
 from jobs import export_model as job
 from tests.registry.tracking_server import Packaged, config_for, images
+from tla_service.errors import ConfigError
 from tla_service.job import run_job
 from tla_service.models import build_model
 from tla_service.registry import exporting
 from tla_service.registry.exporting import export_model
+from tla_service.registry.loading import open_package
 from tla_service.registry.packaging import log_model
 
 
@@ -88,9 +91,22 @@ def test_an_export_that_computes_something_else_is_not_left_behind(
         return lambda batch: [output * factor for output in run(batch)]
 
     monkeypatch.setattr(exporting, "_write_pt2", wrong)
-    with pytest.raises(RuntimeError, match=r"model\.pt2 differs from the network"):
-        export_model(packaged.model.model_uri, tmp_path / "out", ("pt2",), packaged.uri)
-    assert not (tmp_path / "out" / "model.pt2").exists()
+    for kept in ({}, {"model.pt2": "earlier", "model.json": "its description"}):
+        for name, text in kept.items():
+            (tmp_path / name).write_text(text)
+        with pytest.raises(RuntimeError, match=r"model\.pt2 differs from the network"):
+            export_model(packaged.model.model_uri, tmp_path, ("pt2",), packaged.uri)
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == kept
+
+
+def test_a_model_is_not_exported_over_its_own_files(packaged: Packaged, tmp_path: Path) -> None:
+    artifacts, _ = open_package(packaged.model.model_uri, packaged.uri)
+    model = shutil.copytree(artifacts.parent, tmp_path / "model")
+    own = model / artifacts.name
+    before = sorted(own.iterdir())
+    with pytest.raises(ConfigError, match="is the folder of the model itself; choose another --output"):
+        export_model(str(model), own, ("pt2",))
+    assert sorted(own.iterdir()) == before
 
 
 def test_the_job(
@@ -151,7 +167,7 @@ def test_an_export_into_a_used_folder_holds_one_model(
         patched.setattr(exporting, "_write_pt2", fails)
         with pytest.raises(OSError, match="no space"):
             export_model(packaged.model.model_uri, tmp_path, ("pt2",), packaged.uri)
-    assert [path.name for path in tmp_path.iterdir()] == ["own.txt"]
+    assert len(list(tmp_path.iterdir())) == 5, "nothing is deleted before there is something in its place"
     export_model(packaged.model.model_uri, tmp_path, ("pt2",), packaged.uri)
     assert json.loads((tmp_path / "model.json").read_text())["architecture"] == "digits_cnn"
     assert not (tmp_path / "model.onnx").exists()

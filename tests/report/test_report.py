@@ -140,6 +140,9 @@ def test_the_shipped_detector_is_measured_at_its_own_threshold() -> None:
     assert shipped.false_rejections.estimate == pytest.approx(np.mean(right))
     assert shipped.detected.estimate == pytest.approx(np.mean(wrong))
     assert shipped.false_rejections.images + shipped.detected.images == 120
+    # An image counts twice, natural and attacked; its two rows together are no more evidence than half of them.
+    half = rs.wilson_interval(sum(wrong) // 2, len(wrong) // 2)
+    assert (shipped.detected.low, shipped.detected.high) == (half.low, half.high)
 
 
 def test_both_detectors_are_attacked_each_at_its_own_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

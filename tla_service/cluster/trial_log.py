@@ -98,10 +98,11 @@ class TrialLog(TrialLines):
 
     def close(self, status: RunStatus = "FINISHED") -> None:
         """Close the runs of unfinished trials, the parent run, and the log."""
+        self._work.put(self._close_unfinished)
         self._work.put(None)
         self._thread.join(CLOSE_SECONDS)
-        for number in list(self._runs):
-            self._finish(number, "KILLED")
+        if self._thread.is_alive():
+            self.say(f"warning: {self.uri} is slow: it may lack the last figures of trials")
         with contextlib.suppress(UserError):
             finish_run(self.uri, self.run_id, status)
         super().close()
@@ -148,6 +149,10 @@ class TrialLog(TrialLines):
         if number in self._runs:
             for metrics in history:
                 self._runs[number][1].log_epoch(metrics)
+
+    def _close_unfinished(self) -> None:
+        for number in list(self._runs):
+            self._finish(number, "KILLED")
 
     def _close(self, trial: Trial) -> None:
         if trial.number not in self._runs:

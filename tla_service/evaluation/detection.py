@@ -6,7 +6,7 @@ The paper leaves open what the Gaussians are fitted to, their covariance, whethe
 outcome is positive; these are arguments here, and their defaults are this project's choice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from typing import Literal
 
@@ -21,8 +21,10 @@ from tla_service.evaluation.results import (
     BoolArray,
     DetectionScore,
     Selective,
+    Share,
     ShippedDetection,
     share_of,
+    wilson_interval,
 )
 from tla_service.inference.detector import Detector, Integers, Rejector, Rule, Scores, unit_rows
 
@@ -161,9 +163,15 @@ def shipped_detection(rejector: Rejector, both: Embedded, seed: int) -> ShippedD
     return ShippedDetection(
         **vars(measure_detection(scores, both.correct, images, seed=seed).score),
         threshold=rejector.threshold,
-        false_rejections=share_of(rejected[both.correct]),
-        detected=share_of(rejected[~both.correct]),
+        false_rejections=_share_of_pairs(rejected[both.correct]),
+        detected=_share_of_pairs(rejected[~both.correct]),
     )
+
+
+def _share_of_pairs(flags: BoolArray) -> Share:
+    """The share of True among rows (N,) of which up to two show one image: its interval is that of half as many."""
+    half = wilson_interval(int(flags.sum()) // 2, len(flags) // 2)
+    return replace(share_of(flags), low=half.low, high=half.high)
 
 
 def risk_curve(scores: Scores, correct: BoolArray) -> Scores:

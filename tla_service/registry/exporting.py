@@ -1,6 +1,7 @@
 """Exports models as torch.export's ``pt2`` and as ONNX, and compares each with the network."""
 
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from tla_service.data.cache import disk_trouble
-from tla_service.errors import UnavailableError
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.inference.predictor import Predictor
 from tla_service.registry.job_settings import Format
 from tla_service.registry.loading import open_package
@@ -28,36 +29,41 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
     """Write a packaged model in other formats, and compare their outputs with the network's.
 
     Each takes images (N, C, H, W), float32 in [0, 1], with dynamic N, and returns logits and embeddings. Description,
-    model card and detector are copied to the same folder. A file that computes something else is removed. Returns the
-    files, each with the largest difference of its outputs, relative to the largest output.
+    model card and detector are copied to the same folder, in place of another model's; RuntimeError, and the folder
+    stays as it was, if a file computes something else. Returns the files, each with the largest difference of its
+    outputs, relative to the largest output.
     """
     artifacts, description = open_package(uri, tracking)
     network = Predictor.load(artifacts, "cpu").network
     shape = tuple(description["image_shape"])
     folder = folder.expanduser()
+    if folder.resolve() == artifacts.resolve():
+        raise ConfigError("output", folder, "is the folder of the model itself", "choose another --output")
     with disk_trouble("output", folder, "choose another --output"):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (*_DESCRIPTION, *(f"model.{kind}" for kind in get_args(Format))):
-            (folder / name).unlink(missing_ok=True)  # of another model, maybe
     example = torch.rand(2, *shape)  # torch.export would treat a batch size of 1 as a constant
     batches = {"images": {0: torch.export.Dim.AUTO}}
     program = torch.export.export(_Plain(network).eval(), (example,), dynamic_shapes=batches)
     program.example_inputs = None  # torch.export.save would pickle them
     writers = {"pt2": _write_pt2, "onnx": _write_onnx}
     found = {}
-    for kind in formats:
-        path = folder / f"model.{kind}"
-        run = writers[kind](program, path)
-        with torch.inference_mode():
-            difference = _compare(run, network, shape)
-        if not difference <= _TOLERANCE:
-            path.unlink()
-            raise RuntimeError(f"{path.name} differs from the network by {difference:.2g} of its largest output")
-        found[path] = difference
-    with disk_trouble("output", folder, "choose another --output"):
-        for name in _DESCRIPTION:
-            if (artifacts / name).is_file():
-                shutil.copy(artifacts / name, folder / name)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        for kind in formats:
+            path = Path(made, f"model.{kind}")
+            run = writers[kind](program, path)
+            with torch.inference_mode():
+                difference = _compare(run, network, shape)
+            if not difference <= _TOLERANCE:
+                raise RuntimeError(f"{path.name} differs from the network by {difference:.2g} of its largest output")
+            found[folder / path.name] = difference
+        with disk_trouble("output", folder, "choose another --output"):
+            for name in (*_DESCRIPTION, *(f"model.{kind}" for kind in get_args(Format))):
+                (folder / name).unlink(missing_ok=True)  # of another model, maybe
+            for path in found:
+                Path(made, path.name).replace(path)
+            for name in _DESCRIPTION:
+                if (artifacts / name).is_file():
+                    shutil.copy(artifacts / name, folder / name)
     return found
 
 

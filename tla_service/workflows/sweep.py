@@ -16,8 +16,9 @@ from tla_service.cluster.tune import DEFAULT_SAMPLES, run_trials
 from tla_service.config import RunConfig
 from tla_service.config.loading import load_config_file, to_yaml
 from tla_service.config.yaml_files import parse_yaml
+from tla_service.data.cache import disk_trouble
 from tla_service.errors import ConfigError, UnavailableError, without_credentials
-from tla_service.files import locked_folder
+from tla_service.files import locked_folder, write_whole
 from tla_service.job import INTERRUPTED, stop_on_signal
 from tla_service.models import Architecture
 from tla_service.models.classifier import seen_by_triplets
@@ -195,8 +196,9 @@ def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, o
     }
     if best is not None:
         written[WINNER] = to_yaml(_winner_run(space, best.point, run.scaling.bounds(auto=1)[0]))
-    for name, text in written.items():
-        (output / name).write_text(text)
+    with disk_trouble("output", output, "make room there, and start it again"):
+        for name, text in written.items():
+            write_whole(output / name, text)
     files = {name: output / name for name in written}
     metrics = {} if best is None else {f"best/{name}": value for name, value in best.best_accuracies.items()}
     figures = draw_all(trials, space, output / "figures")
