@@ -37,7 +37,7 @@ from tla_service.training.adversary import training_attack
 from tla_service.training.checkpoint import data_facts
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.network import check_network
-from tla_service.training.output import FitResult, show_summary, summarize, write_config, write_summary
+from tla_service.training.output import CHECKPOINT, FitResult, show_summary, summarize, write_config, write_summary
 from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need, split_and_check
 from tla_service.training.pretrained import find_pretrained
 from tla_service.training.reporting import KEPT, LOG, JsonLines, JsonTerminal, Terminal
@@ -193,7 +193,7 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
                     write_config(config, output)
                 tracked(record)
 
-            log_labels, copy = labels if json_logs else None, output / "checkpoint"
+            log_labels, copy = labels if json_logs else None, output / CHECKPOINT
             result, stored = fit_on_ray(
                 config,
                 placement,
@@ -240,7 +240,7 @@ def _conclude(
 ) -> dict[str, Any]:
     """Log what is left, draw, package and register; returns the summary."""
     begin = time.monotonic()
-    dataset, checkpoint = facts.dataset, output / "checkpoint"
+    dataset, checkpoint = facts.dataset, output / CHECKPOINT
     weights = load_file(checkpoint / "best.safetensors")
     for metrics in result.history:
         tracked.metrics.log_epoch(metrics)
