@@ -202,6 +202,20 @@ def normalization_with(mean: Sequence[float], std: Sequence[float]) -> str | Non
     return next((name for name, pair in known if torch.allclose(torch.tensor(pair), given, 0, 1e-3)), None)
 
 
+def normalization_of(network: nn.Module) -> str:
+    """Name of a network's normalization; ``default`` if only the network itself, one of timm, has it."""
+    first = getattr(network, "normalization", None)
+    if isinstance(first, ChannelNormalization):
+        mean, std = first.mean.flatten().tolist(), first.std.flatten().tolist()
+        return normalization_with(mean, std) or "default"
+    return "per_image" if isinstance(first, PerImageStandardization) else "none"
+
+
+def activation_of(network: nn.Module) -> str:
+    """Name of a network's activation; ``default`` if it is fixed, or the leaky ReLU of wrn_32_10."""
+    return next((name for name, each in _ACTIVATIONS.items() if getattr(network, "activation", None) is each), "default")
+
+
 def _check_shape(name: str, network: _Network, image_shape: ImageShape) -> None:
     channels, height, width = image_shape
     refused = f"it cannot take {channels}x{height}x{width} images"

@@ -73,7 +73,7 @@ def check_before_start(config: RunConfig) -> Facts:
     seen_by_triplets(network, config.loss.triplet_layer)
     check_packaging(config, dataset.class_names, len(dataset.test), network.embedding_size)
     uri = tracking_uri(config.tracking)
-    found = find_pretrained(config, network, lambda address: load_model(address, tracking=uri).state_dict())
+    found = find_pretrained(config, network, lambda address: load_model(address, tracking=uri))
     described = {
         "data_fingerprint": dataset.fingerprint,
         "classes": str(len(dataset.class_names)),
