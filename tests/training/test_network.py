@@ -161,6 +161,15 @@ class Unused(Good):
         self.auxiliary = nn.Linear(3, 3)
 
 
+class Double(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+    def forward(self, images: Tensor) -> Any:
+        return super().forward(images.double()).float()
+
+
 class Steep(Good):
     def forward(self, images: Tensor) -> Any:
         return super().forward((images - images).sqrt() + images)
@@ -187,6 +196,7 @@ class Infinite(Good):
         (Probabilities, "conv", "returns probabilities; return logits"),
         (TupleInTraining, None, "returns tuple in training mode; return one tensor of logits, in both modes"),
         (Unused, None, "its logits do not depend on auxiliary.weight and 1 more; remove parameters"),
+        (Double, "conv", "conv.weight has type float64; return a network with float32 parameters"),
         (Steep, None, "the gradient with respect to the images is not finite"),
         (Infinite, "conv", "not finite in eval mode"),
     ],

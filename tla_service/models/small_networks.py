@@ -35,11 +35,11 @@ class _StridedOnImages(nn.Conv2d):
         if not (images.is_cpu and images.requires_grad):
             return super().forward(images)
         maps = super().forward(images.detach())
-        result: Tensor = _ToImages.apply(maps, images, self.weight.detach().to(maps.dtype), self.stride, self.padding)
+        result: Tensor = ToImages.apply(maps, images, self.weight.detach().to(maps.dtype), self.stride, self.padding)
         return result
 
 
-class _ToImages(torch.autograd.Function):
+class ToImages(torch.autograd.Function):
     """The maps of a convolution as they are; their gradient goes on to the images, overlapping patches summed."""
 
     @staticmethod
