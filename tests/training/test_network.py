@@ -83,7 +83,9 @@ class Viewed(Good):
 def test_networks_are_checked_in_the_memory_format_that_is_asked_for() -> None:
     check(Viewed())
     config = digits_config(model=CONFIG.model.model_dump(), training={"channels_last": True})
-    with pytest.raises(ConfigError, match="view size .*; use reshape in place of view, or leave training.channels_last"):
+    with pytest.raises(
+        ConfigError, match=r"view size .*; use reshape in place of view, or leave training.channels_last"
+    ):
         check(Viewed(), config=config)
 
 

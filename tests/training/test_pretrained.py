@@ -79,11 +79,15 @@ def test_weights_of_another_function_are_refused(reporter: KeepingReporter, chan
 
 @pytest.mark.parametrize(("head", "rate"), [("new", 1), ("keep", 0.5)])
 def test_settings_of_the_head_need_one(tmp_path: Path, head: str, rate: float) -> None:
-    headless = wrap("network:build", nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), nn.Identity(), 10, (1, 8, 8), "0")
+    headless = wrap(
+        "network:build", nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), nn.Identity(), 10, (1, 8, 8), "0"
+    )
     save_file(headless.state_dict(), tmp_path / "w.safetensors")
     model = {"pretrained": str(tmp_path / "w.safetensors"), "head": head}
     config = digits_config(model=model, optimizer={"body_rate": rate})
-    with pytest.raises(ConfigError, match=r"^(model\.head=new|optimizer\.body_rate=0\.5): .*no linear head; leave it out"):
+    with pytest.raises(
+        ConfigError, match=r"^(model\.head=new|optimizer\.body_rate=0\.5): .*no linear head; leave it out"
+    ):
         find_pretrained(config, headless)
 
 

@@ -18,7 +18,6 @@ from tla_service.models.classifier import ChannelNormalization, ImageClassifier,
 from tla_service.models.libraries import (
     TIMM,
     TORCHVISION,
-    ImageShape,
     build_timm,
     build_torchvision,
     timm_normalization,
@@ -28,6 +27,7 @@ from tla_service.models.own_code import call_factory, code_requirements, distrib
 from tla_service.models.resnets import MadryWideResNet, PreActResNet18, TinyImageNetResNet, WideResNet
 from tla_service.models.small_networks import SmallCNN, build_mnist_cnn, build_mnist_mlp
 from tla_service.models.wrapped import take_embedding, wrap
+from tla_service.pixels import ImageShape
 
 if TYPE_CHECKING:
     from tla_service.config import ModelConfig  # not in a registered version
@@ -213,7 +213,9 @@ def normalization_of(network: nn.Module) -> str:
 
 def activation_of(network: nn.Module) -> str:
     """Name of a network's activation; ``default`` if it is fixed, or the leaky ReLU of wrn_32_10."""
-    return next((name for name, each in _ACTIVATIONS.items() if getattr(network, "activation", None) is each), "default")
+    return next(
+        (name for name, each in _ACTIVATIONS.items() if getattr(network, "activation", None) is each), "default"
+    )
 
 
 def _check_shape(name: str, network: _Network, image_shape: ImageShape) -> None:

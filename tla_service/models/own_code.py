@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
 from tla_service.errors import ConfigError, UnavailableError, one_line, readable
-from tla_service.models.libraries import ImageShape
 from tla_service.pickles import is_pickle
+from tla_service.pixels import ImageShape
 
 REQUIREMENTS = "requirements.txt"
 _FIELD = "model.code"

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from tla_service.errors import ConfigError
 from tla_service.models.classifier import ImageClassifier, Tap
-from tla_service.models.libraries import TIMM, TORCHVISION, ImageShape, size_error
+from tla_service.models.libraries import TIMM, TORCHVISION, size_error
 from tla_service.models.own_code import where
+from tla_service.pixels import ImageShape
 
 _TOLERANCE = 1e-4  # of the largest logit: where tokens are averaged after the head, the sums are in another order
 _SHOWN = 6

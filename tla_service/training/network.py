@@ -38,7 +38,7 @@ def check_network(config: RunConfig, architecture: Architecture, network: ImageC
     labels = torch.arange(len(images)) % len(dataset.class_names)
     try:
         with torch.random.fork_rng(devices=[]):
-            trial, random = copy.deepcopy(network).to(memory_format=layout), torch.Generator().manual_seed(0)  # type: ignore[call-overload]
+            trial, random = copy.deepcopy(network).to(memory_format=layout), torch.Generator().manual_seed(0)
             with torch.no_grad():
                 for weights in filter(torch.is_floating_point, trial.parameters()):
                     weights.add_(0.02 * torch.randn(weights.shape, generator=random, dtype=weights.dtype))

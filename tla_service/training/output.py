@@ -38,7 +38,8 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
     """Check that a locked folder is this run's, or new; its summary, if the run has finished there before.
 
     Raises:
-        ConfigError: The folder holds another run, a checkpoint of none, or one that has measured other things on the test set.
+        ConfigError: The folder holds another run, a checkpoint of none, or one that has measured other things on the
+            test set.
         UnavailableError: It cannot be read.
     """
     try:
