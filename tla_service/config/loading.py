@@ -26,6 +26,7 @@ from tla_service.config.fields import refuse
 from tla_service.config.radii import known_shape, without_lengths_of_other_norms
 from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError, without_credentials
+from tla_service.files import expanded
 
 _log = logging.getLogger(__name__)
 CONFIG = "config.yaml"  # in a run's output folder
@@ -222,7 +223,7 @@ def print_config(settings: RunSettings) -> str:
 def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
     """The run and its output folder, absolute; one that an earlier version named by another default keeps its own."""
     config = settings.run_config
-    output = (settings.output or Path("runs") / config.run_name).expanduser().absolute()
+    output = expanded("output", settings.output or Path("runs") / config.run_name).absolute()
     if config.name or settings.output is not None or output.exists():
         return config, output
     for path in sorted(output.parent.glob(f"{config.name_stem}-{'[0-9a-f]' * 8}/{CONFIG}")):

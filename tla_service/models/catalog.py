@@ -91,10 +91,15 @@ class Architecture:
 
     @classmethod
     def of(cls, settings: "ModelConfig", code: bytes | None = None) -> Self:
-        """The architecture that a configuration names, with this code or else that of the folder it names."""
+        """The architecture that a configuration names, with this code or else that of the folder it names.
+
+        UserError if the name is unknown, or the folder cannot be used.
+        """
         if code is None and settings.code is not None:
             code = pack(settings.code)
-        return cls(settings.name, settings.normalization, settings.embedding, code, settings.activation)
+        made = cls(settings.name, settings.normalization, settings.embedding, code, settings.activation)
+        made._find()
+        return made
 
     @classmethod
     def described(cls, facts: Mapping[str, Any], folder: Path) -> Self:

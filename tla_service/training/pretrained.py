@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tla_service.config import RunConfig
 from tla_service.config.loading import CONFIG, load_config_file
 from tla_service.errors import ConfigError, UnavailableError, UserError
+from tla_service.files import expanded
 from tla_service.models import Architecture, ImageClassifier
 from tla_service.models.catalog import activation_of, normalization_of
 from tla_service.models.published import published_entries
@@ -19,6 +19,7 @@ from tla_service.training.checkpoint import CODE, verify_checkpoint
 
 _FIELD = "model.pretrained"
 _MLFLOW = ("models:", "runs:")
+_NO_PATHS = {"models", "runs", "torchvision", "timm"}
 
 
 def checkpoint_weights(address: str) -> Mapping[str, Tensor]:
@@ -26,22 +27,32 @@ def checkpoint_weights(address: str) -> Mapping[str, Tensor]:
     if address.startswith(_MLFLOW):
         remedy = "give a file or a checkpoint folder, or use jobs/train_tla.py"
         raise ConfigError(_FIELD, address, "an address of MLflow, which is not used here", remedy)
-    path = Path(address).expanduser() / "best.safetensors"
+    path = expanded(_FIELD, address) / "best.safetensors"
     if not path.is_file():
         raise UnavailableError(_FIELD, address, "no best.safetensors in it", "give a checkpoint folder")
     verify_checkpoint(path.parent)
     return load_file(path)
 
 
-def checkpoint_network(address: str) -> nn.Module:
-    """The network of a checkpoint folder with its best weights; errors as `checkpoint_weights`."""
-    weights, folder = checkpoint_weights(address), Path(address).expanduser()
+def checkpoint_network(address: str) -> nn.Module | Mapping[str, Tensor]:
+    """The network of a checkpoint folder with its best weights, or these alone; errors as `checkpoint_weights`."""
+    weights, folder = checkpoint_weights(address), expanded(_FIELD, address)
+    if not (folder / CONFIG).is_file():
+        return weights
     code, facts = folder / CODE, json.loads((folder / "data.json").read_text())
     model = load_config_file(folder / CONFIG).model
     architecture = Architecture.of(model, code.read_bytes() if code.exists() else None)
     network = architecture.build(len(facts["class_names"]), tuple(facts["image_shape"]))
     network.load_state_dict(weights)
     return network
+
+
+def check_source(config: RunConfig) -> None:
+    """Raise UnavailableError, before any data is read, if `model.pretrained` is a path and nothing is there."""
+    source = config.model.pretrained
+    if source is not None and source.partition(":")[0] not in _NO_PATHS and not expanded(_FIELD, source).exists():
+        remedy = "give a file of weights, a checkpoint folder, models:/... or runs:/..."
+        raise UnavailableError(_FIELD, source, "there is no such file or folder", remedy)
 
 
 def find_pretrained(
@@ -58,13 +69,11 @@ def find_pretrained(
     source, head = config.model.pretrained, config.model.head
     if source is None:
         return Fit({}, ())
-    path = Path(source).expanduser()
+    check_source(config)
+    path = expanded(_FIELD, source)
     try:
         entries = published_entries(source, config.model.name)
         if entries is None:
-            if not (source.startswith(_MLFLOW) or path.exists()):
-                remedy = "give a file of weights, a checkpoint folder, models:/... or runs:/..."
-                raise UnavailableError(_FIELD, source, "there is no such file or folder", remedy)
             loaded = None if path.is_file() else load(source)
             if isinstance(loaded, nn.Module):
                 _check_function(loaded, network)
