@@ -166,9 +166,10 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
     terminal, labels = open_terminal(config, json_logs=json_logs)
     with contextlib.ExitStack() as stack:
         check_tracking(config.tracking)
-        storage = config.scaling.storage or str(output / "ray")
-        check_storage(storage)
+        if config.scaling.storage is not None:
+            check_storage(config.scaling.storage)
         facts = check_before_start(config)
+        storage = config.scaling.storage or str(output / "ray")
         config = earlier_name(config, storage)
         run_key = f"{storage}/{config.run_name}"
         lease = Lease()
