@@ -70,16 +70,16 @@ def find_pretrained(
     if source is None:
         return Fit({}, ())
     check_source(config)
-    path = expanded(_FIELD, source)
+    path, other = expanded(_FIELD, source), None
     try:
         entries = published_entries(source, config.model.name)
         if entries is None:
-            loaded = None if path.is_file() else load(source)
-            if isinstance(loaded, nn.Module):
-                _check_function(loaded, network)
-                loaded = loaded.state_dict()
-            entries = read_entries(path) if loaded is None else {"": dict(loaded)}
+            other = None if path.is_file() else load(source)
+            tensors = other.state_dict() if isinstance(other, nn.Module) else other
+            entries = read_entries(path) if tensors is None else {"": dict(tensors)}
         found = fit(entries, network, source, new_head=head == "new")
+        if isinstance(other, nn.Module):
+            _check_function(other, network)
     except UserError as error:
         raise type(error)(_FIELD, source, error.reason, error.remedy) from error
     if config.training.freeze_batchnorm and not any(isinstance(module, _BatchNorm) for module in network.modules()):
@@ -87,7 +87,7 @@ def find_pretrained(
         raise ConfigError(field, True, reason, "leave it out")
     of_head = {"model.head": (head, "keep"), "optimizer.body_rate": (config.optimizer.body_rate, 1)}
     for field, (value, default) in of_head.items():
-        if value != default and not any(True for _ in network.classifier.parameters()):
+        if value != default and not [*network.classifier.parameters()]:
             raise ConfigError(field, value, f"{config.model.name} has no linear head", "leave it out")
     kept = "its head" if head == "keep" else f"a new head for {network.classifier.out_features} classes"
     start = f"starting from {source} with {kept}"
