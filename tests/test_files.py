@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tla_service.files import remove_parts, whole_file, whole_folder, write_whole
+from tla_service.errors import UnavailableError
+from tla_service.files import expanded, remove_parts, whole_file, whole_folder, write_whole
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
@@ -33,6 +34,12 @@ def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
     write_whole(tmp_path / "a", b"\x00")
     assert (tmp_path / "a").read_bytes() == b"\x00"
     assert names(tmp_path) == ["a"]
+
+
+def test_a_home_folder_that_is_not_there() -> None:
+    assert expanded("output", "~/a") == Path.home() / "a"
+    with pytest.raises(UnavailableError, match="output=~nosuchuser/a: no home folder; give an absolute path"):
+        expanded("output", "~nosuchuser/a")
 
 
 def test_others_may_read_what_they_could_read_of_any_new_file(tmp_path: Path) -> None:

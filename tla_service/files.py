@@ -34,6 +34,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def expanded(setting: str, path: str | Path) -> Path:
+    """A path with the home folder in place of `~`; UnavailableError, naming the setting, if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # an unknown user, or no HOME, as in some containers
+        raise UnavailableError(setting, path, "no home folder", "give an absolute path") from error
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield an empty, hidden file beside `path`, which is renamed to it after the block, or removed if that raises."""

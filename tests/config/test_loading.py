@@ -110,6 +110,15 @@ def test_the_old_and_the_new_name_of_pretrained_weights(folder: Path, caplog: py
         load_settings([*write(folder, "model: {weights: a}"), "--model.pretrained=b"])
 
 
+@pytest.mark.parametrize("word", ["none", "None", "null"])
+def test_the_word_none_is_no_name(folder: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    monkeypatch.setenv("TLA_SCALING__STORAGE", word)
+    file = write(folder, f"data: {{train: {word}, augment: none}}")
+    found = load_settings([*file, "--tracking.registered_model", word, "--training.max_steps", word])
+    assert found.run_config.digest == RunConfig().digest
+    assert found.run_config == RunConfig()
+
+
 def test_attacks_of_a_file_replace_the_defaults(folder: Path) -> None:
     found = load_settings(write(folder, "evaluation: {test: {mine: {kind: cw}}}"))
     assert set(found.evaluation.test) == {"mine"}

@@ -77,6 +77,11 @@ def test_rubbish_is_reported_by_name(rubbish: bytes, cut: int) -> None:
             Decoder((3, 6, 5), resize=False)(blob, "bad.png")
 
 
+def test_what_a_program_would_run_is_not_opened() -> None:
+    with pytest.raises(UnavailableError, match=r"not a readable image \(UnidentifiedImageError"):
+        open_image(_saved(Image.fromarray(COLOUR), "EPS"), "x")
+
+
 def test_more_than_eight_bits_are_refused(encoded: Encode) -> None:
     with pytest.raises(UnavailableError, match="more than 8 bits"):
         open_image(encoded(GREY.astype(np.uint16) * 200), "deep.png")
@@ -164,6 +169,17 @@ def test_resized_arrays() -> None:
     assert larger.shape == (3, 1, 32, 32)
     assert larger.dtype == torch.uint8
     assert (larger == 77).all()
+
+
+def test_few_images_are_resized_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(0, 256, (7, 3, 5, 6), dtype=torch.uint8)
+    expected, sizes, interpolate = resized(images, 9), [], torch.nn.functional.interpolate
+    monkeypatch.setattr("tla_service.data.decoding._RESIZED", 3 * 3 * 9 * 9)
+    monkeypatch.setattr(
+        torch.nn.functional, "interpolate", lambda x, **how: sizes.append(len(x)) or interpolate(x, **how)
+    )
+    assert torch.equal(resized(images, 9), expected)
+    assert sizes == [3, 3, 1]
 
 
 @given(count=st.integers(0, 1000), wanted=st.integers(1, 100))

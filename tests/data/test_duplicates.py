@@ -60,6 +60,7 @@ def by_loops(images: np.ndarray, references: np.ndarray) -> dict[int, tuple[int,
 
 def test_the_nearest_reference_and_its_distance_are_those_of_plain_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CHUNK", 5)
+    monkeypatch.setattr(module, "_READ", 3 * 3 * 20 * 17)
     images = smooth(24)
     noise = 60 * torch.rand(images.shape, generator=torch.Generator().manual_seed(1))
     known, copies = images[:9], (images.flip(3) / 2 + noise).byte()

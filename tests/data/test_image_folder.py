@@ -85,8 +85,11 @@ def test_wrong_layouts_are_refused(folder: Path, make_config: MakeConfig) -> Non
     with pytest.raises(UnavailableError, match="no test/ or val/ beside it"):
         load_dataset(config)
     shutil.rmtree(folder / "train")
-    with pytest.raises(UnavailableError, match="no train/ folder"):
+    (folder / "all.tar.gz").touch()
+    with pytest.raises(UnavailableError, match=r"no train/ folder with files in it, but all\.tar\.gz; unpack all"):
         load_dataset(config)
+    with pytest.raises(UnavailableError, match=r"not a readable zip file \(.*\); unpack it, and point data\.root"):
+        load_dataset(config.model_copy(update={"root": str(folder / "all.tar.gz")}))
 
 
 def test_a_damaged_image_is_named(folder: Path, make_config: MakeConfig) -> None:
@@ -213,7 +216,9 @@ def test_a_test_set_without_labels_alone_is_refused(folder: Path, make_config: M
     shutil.rmtree(folder / "test")
     (folder / "test").mkdir()
     shutil.copy(folder / "train" / "dog" / "1.png", folder / "test")
-    with pytest.raises(UnavailableError, match=r"data\.root=.*/test: holds no images in class folders"):
+    with pytest.raises(
+        UnavailableError, match=r"/test: holds no images in class folders; .*or hold .*data\.test_fraction=0\.2"
+    ):
         load_dataset(make_config(name="image_folder", root=str(folder), image_size=6))
 
 

@@ -171,9 +171,10 @@ def test_many_classes_fit_on_the_sheet(tmp_path: Path, make_config: MakeConfig) 
 
 def test_names_that_are_no_text(tmp_path: Path, make_config: MakeConfig) -> None:
     for split in ("train", "test"):
-        for name in ("cat", "a\ndog", os.fsdecode(b"x\xe9")):
+        for name in ("cat", "a\ndog", os.fsdecode(b"x\xe9"), os.fsdecode(b"x\xe8")):
             for number in range(10):
                 put(tmp_path / "root" / split / name / f"{number}.png", encoded(noise(9, 9)))
-    found = inspect_dataset(make_config(name="image_folder", root=str(tmp_path / "root")))
-    assert [*found.facts["classes"]] == ["a dog", "cat", "x?"]
+    found = inspect_dataset(make_config(name="image_folder", root=str(tmp_path / "root"), image_size=200))
+    assert [*found.facts["classes"]] == ["a dog", "cat", "x? (class 2)", "x? (class 3)"]
+    assert found.sheet.size[1] == 4 * (128 + 4) + 24
     "\n".join(found.lines()).encode()

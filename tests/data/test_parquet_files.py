@@ -86,7 +86,9 @@ def test_without_any_test_labels_the_remedy_says_what_is_missing(
 ) -> None:
     splits = {"train": {"label": [0, 1] * 4}, "test": NO_LABELS[kind]}
     root = hub(tmp_path, blobs, **splits)
-    message = r"test-00000-of-00001\.parquet: has no labels; add labels in .*, or labelled validation-\*\.parquet files"
+    message = (
+        r"test-00000-of-00001\.parquet: has no labels; add labels in .*, or labelled validation-\*.* files, or hold"
+    )
     with pytest.raises(UnavailableError, match=message):
         load_dataset(make_config(name="parquet", root=root))
     hub(tmp_path, blobs, validation=NO_LABELS[kind])

@@ -123,7 +123,9 @@ def test_packed_unpacked_and_bare_folders_agree(small_mnist: Path, make_config: 
     theirs = MNIST(small_mnist, train=False)
     assert torch.equal(packed.test.fetch(torch.arange(10))[:, 0], theirs.data)
     assert torch.equal(packed.test.labels, theirs.targets)
-    assert load_dataset(make_config(name="mnist", root=str(small_mnist), image_size=32)).image_shape == (1, 32, 32)
+    for _ in range(2):
+        assert load_dataset(make_config(name="mnist", root=str(small_mnist), image_size=32)).image_shape == (1, 32, 32)
+    assert len([*(tmp_path / "cache" / "decoded").glob("*.safetensors")]) == 2  # which processes share
 
 
 def test_the_missing_idx_file_is_named(small_mnist: Path, make_config: MakeConfig) -> None:

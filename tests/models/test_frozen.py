@@ -128,6 +128,24 @@ def test_a_network_that_cannot_be_traced_is_left_as_it_is() -> None:
     assert torch.equal(twin(images).logits, network.eval()(images).logits)
 
 
+def test_what_is_computed_of_a_buffer_follows_it() -> None:
+    class Scaled(ValueDependent):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("variance", torch.ones(1))
+
+        def forward(self, images: Tensor) -> ModelOutput:
+            rows = (self.norm(self.convolution(images)) / self.variance.sqrt()).mean((2, 3))
+            return ModelOutput(rows, rows)
+
+    images = torch.rand(4, 1, 8, 8)
+    network = Scaled().eval()
+    twin = FrozenTwin(network)
+    assert len(twin._folds) == 1
+    network.variance.fill_(4)  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(twin(images).logits, network(images).logits)
+
+
 def test_a_convolution_with_a_second_reader_is_not_folded() -> None:
     class Shared(ValueDependent):
         def forward(self, images: Tensor) -> ModelOutput:

@@ -1,5 +1,6 @@
 """Factories from outside the package: found, refused in one line, and never mixed up."""
 
+import os
 import pickle
 import shutil
 import subprocess
@@ -147,6 +148,13 @@ BAD_MODULES: dict[str, tuple[str, type[UserError], str]] = {
         ConfigError,
         r"the factory failed: AttributeError.*network.py, line 3",
     ),
+    "lazy and fails forward": (
+        "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.head = nn.LazyLinear(10)\n    def forward(self, x):\n        return self.head(x).missing\n"
+        "def build(k, s): return Net()",
+        ConfigError,
+        r"fails on 1x8x8 images \(AttributeError: .*\(network.py, line 7\)\); correct its forward method",
+    ),
     "other arguments": ("def build(k): pass", ConfigError, "the factory failed: TypeError"),
     "no module": ("def build(k, s): return 1", ConfigError, "returned int, not a torch.nn.Module"),
     "no parameters": (
@@ -185,6 +193,10 @@ def test_names_that_have_no_such_form(name: str) -> None:
 def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="there is no such folder"):
         pack(str(tmp_path / "nowhere"))
+    with pytest.raises(UnavailableError, match=r"model\.code=~nosuchuser: cannot be read .*; give a folder"):
+        pack("~nosuchuser")
+    with pytest.raises(UnavailableError, match=r"cannot be read \(UnicodeEncodeError.*names in UTF-8"):
+        pack(str(folder_with(tmp_path / "latin", **{os.fsdecode(b"x\xe9"): ""})))
     pickled = folder_with(tmp_path / "pickled", network="")
     (pickled / "weights").mkdir()
     (pickled / "weights" / "best.txt").write_bytes(pickle.dumps(Path))

@@ -59,6 +59,7 @@ def test_torchvision_s_cached_weights_predict_as_torchvision_does(cache: Path, s
             ("models.get_model('resnet18', weights='IMAGENET1K",),
         ),
         ("torchvision:V9", "torchvision:resnet50", ConfigError, ("V9", "torchvision:IMAGENET1K_V2")),
+        ("torchvision", "torchvision:googlenet", ConfigError, ("auxiliary heads", "choose another network")),
         ("torchvision", "digits_cnn", ConfigError, ("torchvision has no weights of digits_cnn",)),
         ("timm", "torchvision:resnet18", ConfigError, ("timm has no weights of torchvision:resnet18",)),
     ],

@@ -94,7 +94,16 @@ class Functional(Convolutional):
         return nn.functional.linear(self.features(images).mean((2, 3)), self.head.weight)
 
 
-@pytest.mark.parametrize("make", [Scaled, Shared, Asking, Functional])
+class Hidden(Scaled):
+    """Its head of zeros hides that the logits are not the head's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+
+@pytest.mark.parametrize("make", [Scaled, Shared, Asking, Functional, Hidden])
 def test_where_logits_are_not_a_linear_layers_output_the_layers_are_listed(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     with pytest.raises(
@@ -207,7 +216,7 @@ class Small(Convolutional):
         (Classes, r"it maps 2 images of 5 classes to a tensor of shape \(2,\)"),
         (lambda: Convolutional(4), r"it maps 2 images of 5 classes to a tensor of shape \(2, 4\)"),
         (Integers, "the network returns int64 numbers"),
-        (Small, "it cannot take 3x8x8 images"),
+        (Small, r"fails on 3x8x8 images \(RuntimeError: .*; correct its forward method"),
     ],
 )
 def test_what_returns_no_logits_is_refused(make: Callable[[], nn.Module], reason: str) -> None:

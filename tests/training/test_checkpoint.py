@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.training.conftest import digits_config
@@ -58,6 +58,12 @@ def test_a_checkpoint_that_does_not_tell_its_workers_loads(tmp_path: Path) -> No
     other = small_state(1)
     load_checkpoint(tmp_path / "c", other, digits_config(), FACTS, WorkerContext())
     assert (other.step, other.workers) == (7, [])
+
+
+def test_statistics_may_be_channels_last(tmp_path: Path) -> None:
+    maps = torch.rand(1, 2, 3, 3).to(memory_format=torch.channels_last)
+    save_checkpoint(tmp_path / "c", small_state(), digits_config(), FACTS, statistics=[{"maps": maps}])
+    assert torch.equal(load_file(tmp_path / "c" / STATISTICS)["0.maps"], maps)
 
 
 def test_another_number_of_workers_starts_with_the_mean_of_the_statistics(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torchvision import models
 
 from tests.models.test_own_code import OWN
 from tests.training.conftest import digits_config
+from tla_service.config import RunConfig
 from tla_service.data import load_dataset
 from tla_service.errors import ConfigError
 from tla_service.models import Architecture
@@ -35,14 +36,14 @@ class Good(nn.Module):
         return self.head(self.dropout(self.norm(self.conv(images)).relu().mean((2, 3))))
 
 
-def check(network: nn.Module, embedding: str | None = None) -> None:
+def check(network: nn.Module, embedding: str | None = None, config: RunConfig = CONFIG) -> None:
     made = wrap("network:build", network, nn.Identity(), 10, SHAPE, embedding)
     if embedding is not None:
         take_embedding(made, embedding, SHAPE)
     before = {name: value.clone() for name, value in made.state_dict().items()}
     state = torch.random.get_rng_state()
     try:
-        check_network(CONFIG, Architecture.of(CONFIG.model), made, DATASET)
+        check_network(config, Architecture.of(config.model), made, DATASET)
     finally:
         assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
         assert torch.equal(torch.random.get_rng_state(), state)
@@ -72,6 +73,20 @@ def test_published_weights_fit_a_network_without_a_linear_head(tmp_path: Path) -
     torch.save(models.resnet18(num_classes=10).state_dict(), tmp_path / "w.pt")
     with pytest.raises(ConfigError, match=r"^model\.pretrained=.*does not match this network|contains none of"):
         find_pretrained(config, network)
+
+
+class Viewed(Good):
+    def forward(self, images: Tensor) -> Any:
+        return self.head(self.norm(self.conv(images)).relu().view(len(images), -1)[:, ::36])
+
+
+def test_networks_are_checked_in_the_memory_format_that_is_asked_for() -> None:
+    check(Viewed())
+    config = digits_config(model=CONFIG.model.model_dump(), training={"channels_last": True})
+    with pytest.raises(
+        ConfigError, match=r"view size .*; use reshape in place of view, or leave training.channels_last"
+    ):
+        check(Viewed(), config=config)
 
 
 class Detached(Good):
@@ -148,6 +163,15 @@ class Unused(Good):
         self.auxiliary = nn.Linear(3, 3)
 
 
+class Double(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+    def forward(self, images: Tensor) -> Any:
+        return super().forward(images.double()).float()
+
+
 class Steep(Good):
     def forward(self, images: Tensor) -> Any:
         return super().forward((images - images).sqrt() + images)
@@ -174,6 +198,7 @@ class Infinite(Good):
         (Probabilities, "conv", "returns probabilities; return logits"),
         (TupleInTraining, None, "returns tuple in training mode; return one tensor of logits, in both modes"),
         (Unused, None, "its logits do not depend on auxiliary.weight and 1 more; remove parameters"),
+        (Double, "conv", "conv.weight has type float64; return a network with float32 parameters"),
         (Steep, None, "the gradient with respect to the images is not finite"),
         (Infinite, "conv", "not finite in eval mode"),
     ],

@@ -78,6 +78,14 @@ def test_a_folder_is_the_runs_whose_configuration_it_holds(tmp_path: Path) -> No
         open_output(RunConfig(), tmp_path)
 
 
+def test_a_folder_checkpoint_of_no_run_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(ConfigError, match=r"holds a checkpoint/ that is not a run's.*; choose another --output"):
+        open_output(RunConfig(), tmp_path)
+    write_config(RunConfig(), tmp_path)
+    assert open_output(RunConfig(), tmp_path) is None
+
+
 @pytest.mark.parametrize("name", ["evaluation.test", "data.test_limit"])
 def test_a_finished_run_does_not_answer_for_another_test(tmp_path: Path, name: str) -> None:
     write_config(RunConfig(), tmp_path)

@@ -30,7 +30,7 @@ def images(count: int) -> Dataset:
     pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     source = ArraySource(pixels, torch.arange(count) % 2)
     gate = torch.zeros(count, dtype=torch.bool)
-    return Dataset("image_folder", source, source, gate, ("cat", "dog"), (3, 32, 32), "f")
+    return Dataset("image_folder", source, source, gate, ("cat", "dog"), "f")
 
 
 def run_config(batch: int, **fields: object) -> RunConfig:

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.training.conftest import KeepingReporter, digits_config, loss_of, random_batch
+from tests.training.conftest import KeepingReporter, digits_config, fit, loss_of, random_batch
 from tla_service.errors import ConfigError
 from tla_service.models import Architecture, ImageClassifier
 from tla_service.models.small_networks import SmallCNN
+from tla_service.models.wrapped import wrap
 from tla_service.runtime import WorkerContext, mixed_seed
 from tla_service.training.checkpoint import cpu_weights
 from tla_service.training.fit import Run
@@ -63,6 +64,31 @@ def test_a_head_of_the_same_size_can_be_drawn_anew(tmp_path: Path) -> None:
     save_file(network_of(10).state_dict(), tmp_path / "w.safetensors")
     config = digits_config(model={"pretrained": str(tmp_path / "w.safetensors"), "head": "new"})
     assert {"fc.weight", "fc.bias"}.isdisjoint(find_pretrained(config, network_of()).state_dict)
+
+
+@pytest.mark.parametrize("changed", [{"activation": "silu"}, {"normalization": "per_image"}], ids=str)
+def test_weights_of_another_function_are_refused(reporter: KeepingReporter, changed: dict[str, str]) -> None:
+    fit(digits_config(training={"epochs": 1, "max_steps": 1}, model=changed), WorkerContext(), reporter)
+    config = digits_config(model={"pretrained": str(reporter.checkpoints[-1])})
+    ((field, value),) = changed.items()
+    with pytest.raises(ConfigError, match=rf"^model\.pretrained=.*another {field}; set model\.{field} to {value}"):
+        find_pretrained(config, network_of())
+    same = config.model_copy(update={"model": config.model.model_copy(update=changed)})
+    assert find_pretrained(same, Architecture.of(same.model).build(10, (1, 8, 8))).state_dict
+
+
+@pytest.mark.parametrize(("head", "rate"), [("new", 1), ("keep", 0.5)])
+def test_settings_of_the_head_need_one(tmp_path: Path, head: str, rate: float) -> None:
+    headless = wrap(
+        "network:build", nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), nn.Identity(), 10, (1, 8, 8), "0"
+    )
+    save_file(headless.state_dict(), tmp_path / "w.safetensors")
+    model = {"pretrained": str(tmp_path / "w.safetensors"), "head": head}
+    config = digits_config(model=model, optimizer={"body_rate": rate})
+    with pytest.raises(
+        ConfigError, match=r"^(model\.head=new|optimizer\.body_rate=0\.5): .*no linear head; leave it out"
+    ):
+        find_pretrained(config, headless)
 
 
 @pytest.mark.parametrize("decay", ["kernels", "all"])

@@ -10,7 +10,8 @@ import torch
 
 from tla_service.config.loading import load_config
 from tla_service.data import load_dataset
-from tla_service.errors import ConfigError
+from tla_service.errors import ConfigError, UserError
+from tla_service.training.local import train
 from tla_service.training.reporting import Terminal
 from tla_service.workflows.run import check_before_start, show_end
 
@@ -40,6 +41,17 @@ def test_the_last_line_evaluates_the_model_wherever_it_is_tracked(
     assert told.endswith(f"evaluate_tla.py --model models:/tla-digits/3 --tracking.uri {server}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     assert last_line("models:/tla-digits/3", server).endswith("evaluate_tla.py --model models:/tla-digits/3")
+
+
+@pytest.mark.parametrize(
+    "model", [{"name": "digit_cnn"}, {"name": "a:b", "code": "~nosuchuser"}, {"pretrained": "~nosuchuser"}], ids=str
+)
+def test_typos_are_refused_before_the_data_is_read(tmp_path: Path, model: dict[str, str]) -> None:
+    config = load_config(model=model, data={"name": "mnist", "root": "s3://there-is-no-bucket/mnist"})
+    with pytest.raises(UserError, match=r"^model\."):
+        check_before_start(config)
+    with pytest.raises(UserError, match=r"^model\."):
+        train(config, tmp_path)
 
 
 def test_the_end_shows_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

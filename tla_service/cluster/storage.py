@@ -23,7 +23,7 @@ from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS
 from tla_service.config import RunConfig
 from tla_service.config.loading import same_run
 from tla_service.errors import ConfigError, UnavailableError, retried
-from tla_service.files import whole_folder, write_whole
+from tla_service.files import expanded, whole_folder, write_whole
 
 RETRY_SECONDS = 300.0  # how long an unavailable storage is retried
 SHARED_SECONDS = 60.0  # after which a node sees what another wrote to a network file system, whatever it caches
@@ -56,7 +56,7 @@ class Folder:
     remedy: ClassVar[str] = "repair it, then give the command with --resume"
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri if "://" in uri else str(Path(uri).expanduser().absolute())
+        self.uri = uri if "://" in uri else str(expanded("scaling.storage", uri).absolute())
         with self._available():
             self.filesystem, path = FileSystem.from_uri(self.uri)
         self.path = path.rstrip("/")
@@ -233,7 +233,7 @@ def _may_pass(error: Exception) -> bool:
 def check_storage(storage: str) -> None:
     """Write and delete a small file where checkpoints will be stored, within `PROBE_SECONDS`."""
     if "://" not in storage:
-        folder = Path(storage).expanduser()
+        folder = expanded("scaling.storage", storage)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()

@@ -172,12 +172,12 @@ class RunConfig(Section):
     def on_device(self, *, has_gpu: bool) -> Self:
         """This run on workers with or without GPUs: the settings left to `speed.mode` have their values."""
         fast = has_gpu and self.speed.mode == "auto"
-        # Networks and attacks from outside may do what a graph cannot capture.
+        # Networks and attacks from outside may do what a graph cannot capture, or rely on the usual memory format.
         foreign = ":" in self.model.name and not self.model.name.startswith("torchvision:")
         attacks = self.method != "natural" and self.attack.kind == "pgd" and self.attack.batchnorm == "eval"
         training, speed = self.training, self.speed
         if training.channels_last is None:
-            training = training.model_copy(update={"channels_last": fast})
+            training = training.model_copy(update={"channels_last": fast and not self.uses_own_code})
         if speed.cuda_graphs is None:
             speed = speed.model_copy(update={"cuda_graphs": fast and attacks and not (foreign or self.data.cutmix)})
         return self.model_copy(update={"training": training, "speed": speed})

@@ -27,7 +27,7 @@ class ScalingConfig(Section):
         False, "train on while a task on resources like a worker's validates the epoch; the result is the same"
     )
     storage: str | None = setting(
-        None, "storage of checkpoints: a shared folder or s3://bucket/prefix; none: the output folder"
+        None, "storage of checkpoints: a shared folder or s3://bucket/prefix; none: the output folder", min_length=1
     )
     wait_seconds: float = setting(
         0, "wait this long for an autoscaling cluster to add nodes; 0: fail at once", unit="seconds", ge=0

@@ -51,8 +51,8 @@ class Explainer:
         described = known.description if known is not None and known.description else "see --help"
         return ConfigError(name, value, reason, f"{_in_other_units(error, described)}expected: {described}")
 
-    def explain_source(self, message: str) -> ConfigError:
-        """Explain a complaint of pydantic-settings or its argument parser."""
+    def explain_source(self, message: str, arguments: Sequence[str]) -> ConfigError:
+        """Explain a complaint of pydantic-settings or its argument parser about these arguments."""
         # It does not say which variable of a section or a list is not JSON.
         for variable, path in self._variables():
             field = self._field_at(path)
@@ -63,15 +63,36 @@ class Explainer:
                 except ValueError:
                     remedy = "write it as JSON, or set its fields one by one"
                     return ConfigError(variable, os.environ[variable], "not valid JSON", remedy)
+        if of_mapping := re.search(r"Parsing error encountered for (\S+):", message):
+            return ConfigError(of_mapping[1], None, "not of the form name=value", "write name=value, or JSON")
+        if of_switch := re.search(r"argument --(\S+)/--no-\S+: ignored explicit argument '(.*)'", message):
+            return _takes_no_value(of_switch[1], of_switch[2])
         unknown = re.search(r"unrecognized arguments: (--)?(\S+)", message)
         if unknown is None:
             return ConfigError("command line", None, message.removeprefix("error parsing CLI: "), "see --help")
+        if not unknown[1] and (stray := self._stray(unknown[2], arguments)):
+            return stray
         flag = unknown[2].split("=")[0]
         top = list(self._root.model_fields)
         flags = [*top, *(f"{name}.{field}" for name in top for field in self._names_at([name]))]
         close = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
         remedy = f"did you mean --{close[0]}?" if close else "see --help"
         return ConfigError(f"{unknown[1] or ''}{flag}", None, "no such flag", remedy)
+
+    def _stray(self, word: str, arguments: Sequence[str]) -> ConfigError | None:
+        """A word that was meant for the flag before it, which takes no value, or all of them as one."""
+        end = arguments.index(word) + 1 if word in arguments else 0
+        start = max((place for place, each in enumerate(arguments[:end]) if each.startswith("--")), default=None)
+        if start is None:
+            return None
+        name, _, first = arguments[start].removeprefix("--").removeprefix("no-").partition("=")
+        annotation = getattr(self._field_at(name.split(".")), "annotation", None)
+        if {annotation, *typing.get_args(annotation)} <= {bool, bool | None, type(None)} and annotation is not None:
+            return _takes_no_value(name, word)
+        if typing.get_origin(annotation) is tuple:
+            value = ",".join(filter(None, (first, *arguments[start + 1 : end])))
+            return ConfigError(name, None, "its values are separated by commas", f"write {value}")
+        return None
 
     def check_variables(self, other: type[BaseModel]) -> None:
         """Refuse a variable that sets nothing, here or in `other`, or has a key twice: pydantic-settings takes both."""
@@ -130,6 +151,10 @@ def validated(kind: type[Model], fields: object) -> Model:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise Explainer(kind, "").explain(error.errors(include_url=False)[0]) from error
+
+
+def _takes_no_value(name: str, value: str) -> ConfigError:
+    return ConfigError(name, value, "takes no value", f"write --{name} or --no-{name}")
 
 
 def suggest(word: str, choices: Sequence[str]) -> str:

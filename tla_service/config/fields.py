@@ -99,6 +99,13 @@ class Section(BaseModel):
             raise PydanticCustomError("bool_as_value", "true and false are not valid here")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _none_is_a_word(cls, value: object, info: ValidationInfo) -> object:
+        """Take the word of the help, none, and YAML's null for nothing where a value may be left out."""
+        optional = type(None) in typing.get_args(cls.model_fields[str(info.field_name)].annotation)
+        return None if optional and str(value).lower() in ("none", "null") else value
+
 
 def _takes_bool(annotation: Any) -> bool:
     return annotation in (bool, Any) or any(map(_takes_bool, typing.get_args(annotation)))

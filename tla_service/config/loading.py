@@ -4,12 +4,14 @@ import functools
 import json
 import logging
 import sys
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -24,6 +26,7 @@ from tla_service.config.fields import refuse
 from tla_service.config.radii import known_shape, without_lengths_of_other_norms
 from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
 from tla_service.errors import ConfigError, without_credentials
+from tla_service.files import expanded
 
 _log = logging.getLogger(__name__)
 CONFIG = "config.yaml"  # in a run's output folder
@@ -54,6 +57,15 @@ class JobSettings(BaseSettings):
 
     config: Path | None = Field(None, description="YAML file with any of these settings")
     debug: bool = Field(False, description="show tracebacks")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _path_is_not_empty(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse what a shell makes of a variable that is not set: the working folder, to pathlib."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if value == "" and Path in (annotation, *typing.get_args(annotation)):
+            raise PydanticCustomError("path", "an empty path")
+        return value
 
     @classmethod
     def settings_customise_sources(
@@ -172,7 +184,7 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
         found = map(explainer.explain, error.errors(include_url=False))
         errors = list({str(one.subject): one for one in found}.values())
     except SettingsError as error:
-        errors = [explainer.explain_source(str(error))]
+        errors = [explainer.explain_source(str(error), arguments)]
     if len(errors) == 1:
         raise errors[0] from None
     raise ExceptionGroup("the configuration is wrong", errors) from None
@@ -211,7 +223,7 @@ def print_config(settings: RunSettings) -> str:
 def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
     """The run and its output folder, absolute; one that an earlier version named by another default keeps its own."""
     config = settings.run_config
-    output = (settings.output or Path("runs") / config.run_name).expanduser().absolute()
+    output = expanded("output", settings.output or Path("runs") / config.run_name).absolute()
     if config.name or settings.output is not None or output.exists():
         return config, output
     for path in sorted(output.parent.glob(f"{config.name_stem}-{'[0-9a-f]' * 8}/{CONFIG}")):

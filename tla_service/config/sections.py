@@ -24,9 +24,11 @@ class DataConfig(Section):
     """The data set, its splits and augmentation."""
 
     name: DatasetName = setting("digits", "data set; digits ships with the installation")
-    root: str | None = setting(None, "folder, zip file or s3://bucket/prefix with the data set")
+    root: str | None = setting(None, "folder, zip file or s3://bucket/prefix with the data set", min_length=1)
     download: bool = setting(False, "download the data set into data.root if it is missing (torchvision data sets)")
-    cache_dir: str = setting("~/.cache/tla-service", "cache of s3:// roots and unpacked archives, per node")
+    cache_dir: str = setting(
+        "~/.cache/tla-service", "cache of s3:// roots, unpacked archives and decoded images, per node", min_length=1
+    )
     train: str | None = setting(None, "name of the training split; none: train; .: the root itself", min_length=1)
     validation: str | None = setting(None, 'name of the validation split; none: a common name; "": hold one out')
     test: str | None = setting(None, "name of the test split; none: test, or a common name", min_length=1)
@@ -77,7 +79,9 @@ class ModelConfig(Section):
         "timm:NAME, or package.module:factory",
     )
     code: str | None = setting(
-        None, "folder with the modules of package.module:factory, which travels with the run; none: it is installed"
+        None,
+        "folder with the modules of package.module:factory, which travels with the run; none: it is installed",
+        min_length=1,
     )
     embedding: str | None = setting(
         None, "layer whose output is the embedding, such as layer4; none: the input of the last linear layer"

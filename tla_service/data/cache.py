@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tla_service.errors import UnavailableError
-from tla_service.files import remove_parts, whole_file
+from tla_service.files import expanded, remove_parts, whole_file
 
 LOG = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
@@ -45,10 +45,7 @@ def disk_trouble(field: str, folder: Path | str, remedy: str) -> Iterator[None]:
 def cache_folder(cache_dir: str, *parts: str) -> Path:
     """Make a folder of the cache; UnavailableError if it cannot be made."""
     with disk_trouble("data.cache_dir", cache_dir, "give a folder that can be written"):
-        try:
-            folder = Path(cache_dir).expanduser().joinpath(*parts)
-        except RuntimeError as error:  # No HOME, as in some containers.
-            raise UnavailableError("data.cache_dir", cache_dir, "no home folder", "give an absolute path") from error
+        folder = expanded("data.cache_dir", cache_dir).joinpath(*parts)
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -74,8 +74,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         raise ConfigError("data.train_limit", config.train_limit, reason, f"use at least {enough}")
     facts = [train.digest(), test.digest(), splits.class_names, train.image_shape]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    shape = train.image_shape
-    return Dataset(config.name, train, test, gate, splits.class_names, shape, fingerprint, splits.validation)
+    return Dataset(config.name, train, test, gate, splits.class_names, fingerprint, splits.validation)
 
 
 def _limited(source: ImageSource, limit: int | None) -> ImageSource:

@@ -22,6 +22,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000", "AVI
 # Two letters of text look like these; the whole header decides.
 _TEXT_LIKE = frozenset({"BMP", "PPM"})
 _MOST_PIXELS = 2**26  # of an image; decoding takes 4 bytes of each, and runs in several threads
+_RESIZED = 2**24  # values at a time, since they are float32 until they are rounded
 _PREFIX = 16  # bytes that Pillow's plugins look at
 _GREY_MODES = frozenset({"1", "L", "LA"})
 
@@ -79,7 +80,7 @@ def is_image(handle: IO[bytes]) -> bool:
 def open_image(blob: bytes, name: str) -> Image.Image:
     """Read an encoded image of 8 bits per channel; else UnavailableError."""
     try:
-        image = Image.open(io.BytesIO(blob))
+        image = Image.open(io.BytesIO(blob), formats=_FORMATS)  # EPS, for one, would be run by Ghostscript
         if image.width * image.height <= _MOST_PIXELS:  # before any is decoded, since a small file can hold many
             image.load()
     # Pillow's decoders raise errors of many kinds.
@@ -141,11 +142,12 @@ def resized(images: torch.Tensor, side: int) -> torch.Tensor:
     """Resize images (N, C, H, W) to (N, C, side, side), uint8; bilinear, antialiased."""
     if images.shape[2:] == (side, side):
         return images
-    chunks = []
-    for chunk in torch.split(images, 4096):
+    found = images.new_empty((*images.shape[:2], side, side))
+    size = max(1, _RESIZED // found[0].numel()) if len(found) else 1
+    for chunk, target in zip(images.split(size), found.split(size), strict=True):
         exact = functional.interpolate(chunk.float(), size=(side, side), mode="bilinear", antialias=True)
-        chunks.append(exact.round_().clamp_(0, 255).to(torch.uint8))
-    return torch.cat(chunks)
+        target.copy_(exact.round_().clamp_(0, 255))
+    return found
 
 
 def evenly_spread(count: int, wanted: int) -> list[int]:

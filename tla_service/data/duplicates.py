@@ -17,6 +17,7 @@ from tla_service.data.sources import ImageSource, SourceRows
 NEAR = 0.25
 _COARSE_SIDE, _FINE_SIDE, _SHIFTS = 6, 32, 16
 _CHUNK = 1024
+_READ = 2**24  # values at a time, as float32
 
 
 def near_duplicates(source: ImageSource, references: Sequence[SourceRows]) -> dict[str, Tensor]:
@@ -25,7 +26,7 @@ def near_duplicates(source: ImageSource, references: Sequence[SourceRows]) -> di
     Returns ``rows`` of images whose nearest reference is nearer than `NEAR`; ``references``, its position among all of
     them; and ``distances``; each (n,).
     """
-    known = torch.cat([_reduced(other, some) for other, rows in references for some in rows.split(_CHUNK)])
+    known = torch.cat([_reduced(other, rows) for other, rows in references])
     table = torch.cat([_coarse(known), _coarse(known.flip(3))]).T
     found = []
     for rows in torch.arange(len(source)).split(_CHUNK):
@@ -40,9 +41,10 @@ def near_duplicates(source: ImageSource, references: Sequence[SourceRows]) -> di
 
 
 def _reduced(source: ImageSource, rows: Tensor) -> Tensor:
-    images = source.fetch(rows).float()
-    sides = (min(_FINE_SIDE, images.shape[2]), min(_FINE_SIDE, images.shape[3]))
-    return adaptive_avg_pool2d(images, sides).round().byte()
+    channels, height, width = source.image_shape
+    sides = (min(_FINE_SIDE, height), min(_FINE_SIDE, width))
+    some = rows.split(max(1, _READ // (channels * height * width)))
+    return torch.cat([adaptive_avg_pool2d(source.fetch(each).float(), sides).round().byte() for each in some])
 
 
 def _coarse(images: Tensor) -> Tensor:

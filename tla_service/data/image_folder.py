@@ -12,6 +12,7 @@ from tla_service.data.decoding import is_image
 from tla_service.data.roots import required_root
 from tla_service.data.sources import Splits, tree_splits
 from tla_service.data.trees import (
+    HOLD_OUT,
     NO_TEST,
     TEST_SPLITS,
     FolderTree,
@@ -27,6 +28,7 @@ from tla_service.errors import ConfigError, UnavailableError
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"})
 # Left out unopened: opening a million annotation files would take minutes.
 _TEXT_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".log"})
+_ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst", ".7z", ".rar"})
 _TINY_FIX = "use the original layout: wnids.txt, train/<wnid>/images, val/images, val/val_annotations.txt"
 _FIX = (
     "use train/<class>/<image> and test/<class>/<image> (or val/), or name the folders by data.train (. is the root) "
@@ -56,11 +58,16 @@ def load_image_folder(config: DataConfig) -> Splits:
     train_folder = base if folders[0] == "." else f"{base}{folders[0]}/"
     train = _split(tree, train_folder, tuple(f"{base}{name}/" for name in folders[1:]))
     if not train.images:
-        raise _no_images(tree, train_folder)
+        raise _no_images(tree, train_folder, _FIX)
     below = (name.removeprefix(train_folder) for name in tree.folders if name.startswith(train_folder))
     others = {f"{base}{name}"[len(train_folder) :] for name in folders[1:] if f"{base}{name}".startswith(train_folder)}
-    classes = {_key(name): name for name in sorted(below) if "/" not in name and name not in others}  # empty ones, too
-    empty = sorted(set(classes) - {_key(name) for _, name in train.images})
+    full = {_key(name) for _, name in train.images}
+    # Empty ones, too, but not folders that only hold other splits.
+    tops = (
+        name for name in sorted(below) if "/" not in name and (_key(name) in full or name not in with_parents(others))
+    )
+    classes = {_key(name): name for name in tops}
+    empty = sorted(set(classes) - full)
     if empty:
         reason = f"class {classes[empty[0]]!r} has no training images"
         raise ConfigError("data.name", config.name, reason, "add some, or remove it")
@@ -75,7 +82,8 @@ def load_image_folder(config: DataConfig) -> Splits:
         if name is None:
             continue
         if not left[name].images:
-            raise _no_images(tree, f"{base}{name}/")
+            remedy = f"add class folders, or {HOLD_OUT}" if role == "test" else _FIX
+            raise _no_images(tree, f"{base}{name}/", remedy)
         parts[role] = found[name] = left[name]
         if role == "test" and name != names[0]:
             shown = tree.describe(f"{base}{names[0]}")
@@ -125,8 +133,10 @@ def _layout(tree: FolderTree, config: DataConfig) -> tuple[str, list[str], list[
     _, tests, validations = choose_splits(config, there)
     if not bases:
         folders = sorted(name for name in there if "/" not in name and name != ".")
-        reason = "no train/ folder with files in it" + (f", but {listed(folders)}" if folders else "")
-        raise UnavailableError("data.root", tree.path, reason, _FIX)
+        packed = [name for name in tree.names if "/" not in name and _ending(name) in _ARCHIVES]
+        reason = "no train/ folder with files in it"
+        reason += f", but {listed([*folders, *packed])}" if folders or packed else ""
+        raise UnavailableError("data.root", tree.path, reason, f"unpack {packed[0]}, and {_FIX}" if packed else _FIX)
     if not tests and config.test_fraction is None:
         raise UnavailableError("data.root", tree.path, f"has {train}/ but no test/ or val/ beside it", NO_TEST)
     others = {*TEST_SPLITS, *tests, *validations} & there - {train}
@@ -147,8 +157,8 @@ def _split(tree: FolderTree, folder: str, but: tuple[str, ...] = ()) -> _Part:
     return part
 
 
-def _no_images(tree: FolderTree, folder: str) -> UnavailableError:
-    return UnavailableError("data.root", tree.describe(folder), "holds no images in class folders", _FIX)
+def _no_images(tree: FolderTree, folder: str, remedy: str) -> UnavailableError:
+    return UnavailableError("data.root", tree.describe(folder), "holds no images in class folders", remedy)
 
 
 def _is_image(tree: FolderTree, name: str) -> bool:

@@ -22,7 +22,7 @@ from tla_service.data.trees import LOG, listed
 from tla_service.errors import UserError
 
 DEFAULT_SIDE = 64  # for image folders without data.image_size
-_ROWS, _COLUMNS, _GAP, _LETTERS = 40, 8, 4, 24  # of the contact sheet
+_ROWS, _COLUMNS, _GAP, _LETTERS, _MOST_SIDE = 40, 8, 4, 24, 128  # of the contact sheet
 
 
 class Seen(NamedTuple):
@@ -91,6 +91,9 @@ def inspect_dataset(config: DataConfig, seed: int = 0) -> Inspection:
     labels = {name: source.labels[own].tolist() for name, (source, own) in parts.items()}
     counts = {name: Counter(own) for name, own in labels.items()}
     class_names = [_printable(name) for name in dataset.class_names]
+    class_names = [
+        name if class_names.count(name) == 1 else f"{name} (class {number})" for number, name in enumerate(class_names)
+    ]
     held_out = f"held out of the training images (data.validation_fraction={config.validation_fraction:g})"
     if unsized:
         warnings.append(f"data.image_size is not set, which training requires; shown at {side}")
@@ -162,15 +165,20 @@ def _sizes(sizes: list[tuple[int, int]]) -> dict[str, str | int]:
 
 
 def _contact_sheet(source: ImageSource, rows: torch.Tensor, classes: Mapping[str, Mapping[str, int]]) -> Image.Image:
-    """A few training images of each class, a class per row, as the network sees them, enlarged without smoothing."""
+    """A few training images of each class, a class per row, as the network sees them.
+
+    Small images are enlarged without smoothing, large ones reduced to a side of 128.
+    """
     import matplotlib
 
     _, height, width = source.image_shape
-    zoom = max(1, round(72 / max(height, width)))
+    side = max(height, width)
+    zoom = max(1, round(72 / side)) if side <= _MOST_SIDE else _MOST_SIDE / side
+    width, height = max(1, round(zoom * width)), max(1, round(zoom * height))
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 14)
     shown = [f"{name:.{_LETTERS}} ({counts['train']})" for name, counts in [*classes.items()][:_ROWS]]
     left = round(max(font.getlength(text) for text in shown)) + 3 * _GAP
-    step_y, step_x = max(zoom * height, 20) + _GAP, zoom * width + _GAP
+    step_y, step_x = max(height, 20) + _GAP, width + _GAP
     sheet = Image.new("RGB", (left + _COLUMNS * step_x, len(shown) * step_y + 24), "white")
     draw = ImageDraw.Draw(sheet)
     labels = source.labels[rows]
@@ -179,7 +187,7 @@ def _contact_sheet(source: ImageSource, rows: torch.Tensor, classes: Mapping[str
         for column, row in enumerate(rows[labels == number][:_COLUMNS].tolist()):
             _, _, pixels = source.look(row)
             tile = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0).copy())
-            tile = tile.resize((zoom * width, zoom * height), Image.Resampling.NEAREST)
+            tile = tile.resize((width, height), Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.BOX)
             sheet.paste(tile, (left + column * step_x, number * step_y))
     more = f", {len(classes) - len(shown)} more classes are not shown" if len(classes) > len(shown) else ""
     draw.text((_GAP, len(shown) * step_y + 2), f"class (training images){more}", "grey", font=font)

@@ -24,7 +24,7 @@ from tla_service.data.parquet_files import (
 from tla_service.data.parquet_labels import Labels, number_classes, read_labels
 from tla_service.data.roots import required_root
 from tla_service.data.sources import ImageSource, Splits, build_splits
-from tla_service.data.trees import MOST_BYTES, NO_TEST, FolderTree, choose_splits, listed, notice
+from tla_service.data.trees import HOLD_OUT, MOST_BYTES, NO_TEST, FolderTree, choose_splits, listed, notice
 from tla_service.errors import UnavailableError
 from tla_service.files import remove_parts, whole_file
 
@@ -68,6 +68,7 @@ def load_parquet(config: DataConfig) -> Splits:
         elif possible and (role == "test" or config.validation):
             nor = "".join(f", and neither have the {name} files" for name in possible[1:])
             remedy = "add labels in a column named as in the training files, or labelled validation-*.parquet files"
+            remedy += f", or {HOLD_OUT}" if role == "test" else ""
             raise UnavailableError("data.root", found[possible[0]][0], f"has no labels{nor}", remedy)
     images = [_image_column(config, labels.shards) for labels in splits.values()]
     names, classes = number_classes(*splits.values())

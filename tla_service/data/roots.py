@@ -18,7 +18,7 @@ from tla_service.config import DataConfig
 from tla_service.data.cache import cache_folder, disk_trouble, locked
 from tla_service.data.trees import is_member
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.files import write_whole
+from tla_service.files import expanded, write_whole
 
 LOG = logging.getLogger(__name__)
 SCHEME = "s3://"
@@ -73,10 +73,7 @@ def required_root(config: DataConfig) -> Path:
 def _local(root: str, *, create: bool) -> Path:
     if "://" in root:
         raise ConfigError("data.root", root, "only local paths and s3:// can be read", "copy the data to one of them")
-    try:
-        path = Path(root).expanduser()
-    except RuntimeError as error:
-        raise UnavailableError("data.root", root, "no home folder", "give an absolute path") from error
+    path = expanded("data.root", root)
     with disk_trouble("data.root", root, "check the path and its permissions"):
         if create:
             path.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from tla_service.config import DataConfig
 from tla_service.data.cache import cached_tensors, content_digest
 from tla_service.data.decoding import Blobs, Decoder, decode, open_image, probe
 from tla_service.data.trees import FolderTree, TreeBlobs
+from tla_service.pixels import ImageShape
 
 # The largest training set, as decoded uint8 pixels, that data.residency=auto keeps in memory.
 RESIDENT_BYTES = 4 * 2**30
@@ -26,7 +27,7 @@ class ArraySource:
         self, images: torch.Tensor, labels: torch.Tensor, digest: str | None = None, files: "FileSource | None" = None
     ) -> None:
         self.images, self.labels = images, labels.to(torch.int64)
-        self.image_shape: tuple[int, int, int] = (images.shape[1], images.shape[2], images.shape[3])
+        self.image_shape: ImageShape = (images.shape[1], images.shape[2], images.shape[3])
         self._digest, self._files = digest, files
 
     def __len__(self) -> int:
@@ -143,9 +144,13 @@ class Dataset:
     test: ImageSource
     gate: torch.Tensor
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
     fingerprint: str
     validation: ImageSource | None = None
+
+    @property
+    def image_shape(self) -> ImageShape:
+        """(C, H, W) of all images."""
+        return self.train.image_shape
 
 
 def build_splits(

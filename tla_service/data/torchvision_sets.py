@@ -13,7 +13,15 @@ import numpy as np
 import torch
 
 from tla_service.config import DataConfig
-from tla_service.data.cache import MAKE_ROOM, cache_folder, disk_trouble, files_key, locked
+from tla_service.data.cache import (
+    MAKE_ROOM,
+    cache_folder,
+    cached_tensors,
+    content_digest,
+    disk_trouble,
+    files_key,
+    locked,
+)
 from tla_service.data.decoding import resized
 from tla_service.data.parquet import COLUMNS, load_parquet
 from tla_service.data.parquet_files import find_splits
@@ -92,7 +100,12 @@ def _source(images: torch.Tensor, labels: torch.Tensor, config: DataConfig) -> A
     if images.dim() != 4 or labels.dim() != 1 or len(images) != len(labels):
         reason = f"images of shape {tuple(images.shape)} do not match labels of shape {tuple(labels.shape)}"
         raise UnavailableError("data.root", config.root, reason, _AGAIN)
-    return ArraySource(images if config.image_size is None else resized(images, config.image_size), labels)
+    side = config.image_size
+    if side is not None and images.shape[2:] != (side, side):
+        key = f"{content_digest(images)[:24]}-{side}-{torch.__version__}"
+        decoded, _ = cached_tensors(config.cache_dir, key, lambda: {"images": resized(images, side)})
+        images = decoded["images"]
+    return ArraySource(images, labels)
 
 
 def _find_idx(root: Path, config: DataConfig) -> tuple[Path, Path | None]:

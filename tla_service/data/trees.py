@@ -22,7 +22,8 @@ LOG = logging.getLogger(__name__)
 # In order of preference: the first one with labels is the test set, the next one the validation set.
 TEST_SPLITS = ("test", "val", "validation", "valid", "dev")
 SPLITS = ("train", "validation", "test", "test_fraction")  # the settings that name them
-NO_TEST = "name one by data.test, or hold a share of the training images out by data.test_fraction=0.2"
+HOLD_OUT = "hold a share of the training images out by data.test_fraction=0.2"
+NO_TEST = f"name one by data.test, or {HOLD_OUT}"
 _SHOWN = 6
 _SAMPLED = 256
 MOST_BYTES = 2**28  # of a file that is read whole: an image, or a list of classes

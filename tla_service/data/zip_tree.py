@@ -118,7 +118,10 @@ class ZipTree(FolderTree):
                 try:
                     self._handles[process] = zipfile.ZipFile(self.path)
                 except _ZIP_ERRORS as error:
-                    raise UnavailableError("data.root", self.path, f"not a readable zip file ({error})", FIX) from error
+                    with self.path.open("rb") as file:
+                        remedy = FIX if file.read(2) == b"PK" else "unpack it, and point data.root at the folder"
+                    reason = f"not a readable zip file ({error})"
+                    raise UnavailableError("data.root", self.path, reason, remedy) from error
         return self._handles[process]
 
     def __getstate__(self) -> dict[str, Any]:

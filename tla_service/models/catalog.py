@@ -18,7 +18,6 @@ from tla_service.models.classifier import ChannelNormalization, ImageClassifier,
 from tla_service.models.libraries import (
     TIMM,
     TORCHVISION,
-    ImageShape,
     build_timm,
     build_torchvision,
     timm_normalization,
@@ -28,6 +27,7 @@ from tla_service.models.own_code import call_factory, code_requirements, distrib
 from tla_service.models.resnets import MadryWideResNet, PreActResNet18, TinyImageNetResNet, WideResNet
 from tla_service.models.small_networks import SmallCNN, build_mnist_cnn, build_mnist_mlp
 from tla_service.models.wrapped import take_embedding, wrap
+from tla_service.pixels import ImageShape
 
 if TYPE_CHECKING:
     from tla_service.config import ModelConfig  # not in a registered version
@@ -91,10 +91,15 @@ class Architecture:
 
     @classmethod
     def of(cls, settings: "ModelConfig", code: bytes | None = None) -> Self:
-        """The architecture that a configuration names, with this code or else that of the folder it names."""
+        """The architecture that a configuration names, with this code or else that of the folder it names.
+
+        UserError if the name is unknown, or the folder cannot be used.
+        """
         if code is None and settings.code is not None:
             code = pack(settings.code)
-        return cls(settings.name, settings.normalization, settings.embedding, code, settings.activation)
+        made = cls(settings.name, settings.normalization, settings.embedding, code, settings.activation)
+        made._find()
+        return made
 
     @classmethod
     def described(cls, facts: Mapping[str, Any], folder: Path) -> Self:
@@ -200,6 +205,22 @@ def normalization_with(mean: Sequence[float], std: Sequence[float]) -> str | Non
     given = torch.tensor([mean, std])
     known = _CHANNEL_STATISTICS.items()
     return next((name for name, pair in known if torch.allclose(torch.tensor(pair), given, 0, 1e-3)), None)
+
+
+def normalization_of(network: nn.Module) -> str:
+    """Name of a network's normalization; ``default`` if only the network itself, one of timm, has it."""
+    first = getattr(network, "normalization", None)
+    if isinstance(first, ChannelNormalization):
+        mean, std = first.mean.flatten().tolist(), first.std.flatten().tolist()
+        return normalization_with(mean, std) or "default"
+    return "per_image" if isinstance(first, PerImageStandardization) else "none"
+
+
+def activation_of(network: nn.Module) -> str:
+    """Name of a network's activation; ``default`` if it is fixed, or the leaky ReLU of wrn_32_10."""
+    return next(
+        (name for name, each in _ACTIVATIONS.items() if getattr(network, "activation", None) is each), "default"
+    )
 
 
 def _check_shape(name: str, network: _Network, image_shape: ImageShape) -> None:

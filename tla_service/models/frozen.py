@@ -3,15 +3,14 @@
 import copy
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tla_service.errors import one_line
 from tla_service.models.classifier import ModelOutput
+from tla_service.models.small_networks import ToImages
 from tla_service.models.wrapped import WrappedClassifier, noise
 
 _TOLERANCE = 1e-5
@@ -138,23 +137,10 @@ class _ImageConvolution(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 - torch's name
         is_needed = input.device.type == "cpu" and input.requires_grad and not weight.requires_grad
         if is_needed and torch.is_grad_enabled():
-            found: Tensor = _ByMatrix.apply(input, weight, bias, self.stride, self.padding)
+            maps = super()._conv_forward(input.detach(), weight, bias)
+            found: Tensor = ToImages.apply(maps, input, weight.to(maps.dtype), self.stride, self.padding)
             return found
         return super()._conv_forward(input, weight, bias)
-
-
-class _ByMatrix(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.geometry = {"output_size": images.shape[2:], "stride": stride, "padding": padding}
-        return F.conv2d(images, weight, bias, stride, padding)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        columns = weight.flatten(1).T @ gradient.flatten(2)
-        return F.fold(columns, kernel_size=weight.shape[2:], **ctx.geometry), None, None, None, None
 
 
 class _Fold:
@@ -183,6 +169,8 @@ class _Fold:
 
 class _BatchNormTracer(fx.Tracer):
     """Traces down to BatchNorms and to whatever holds none."""
+
+    proxy_buffer_attributes = True  # else what a forward method computes of a buffer would be a constant
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002 - torch's signature
         # Hooks, such as a tap's, do not run when a leaf is traced.

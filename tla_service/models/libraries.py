@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from tla_service.errors import ConfigError, UnavailableError, one_line
+from tla_service.pixels import ImageShape
 
-ImageShape = tuple[int, int, int]
 TORCHVISION, TIMM = "torchvision:", "timm:"
 
 

@@ -17,16 +17,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
-from tla_service.errors import ConfigError, UnavailableError, one_line
-from tla_service.models.libraries import ImageShape
+from tla_service.errors import ConfigError, UnavailableError, one_line, readable
 from tla_service.pickles import is_pickle
+from tla_service.pixels import ImageShape
 
 REQUIREMENTS = "requirements.txt"
 _FIELD = "model.code"
 _MOST_BYTES = 50_000_000
+_PREFIX = "tla-code-"
 _OURS = {"numpy", "timm", "tla_service", "torch", "torchvision"}
 _MEND = "correct the code; calling the factory with these arguments shows where it fails"
 _importing = threading.RLock()
@@ -41,9 +41,14 @@ def is_factory(name: str) -> bool:
 def pack(given: str) -> bytes:
     """A folder of code as an archive whose bytes depend on names and contents alone.
 
-    Hidden files and Python's caches are left out. UserError if the folder does not exist, is too large, contains a
-    link or a pickle, or hides modules that Python or this package needs.
+    Hidden files and Python's caches are left out. UserError if the folder does not exist, cannot be read, is too large,
+    contains a link or a pickle, or hides modules that Python or this package needs.
     """
+    with readable(_FIELD, given, "give a folder of files that can be read, with names in UTF-8"):
+        return _packed(given)
+
+
+def _packed(given: str) -> bytes:
     folder = Path(given).expanduser().resolve()
     if not folder.is_dir():
         raise UnavailableError(_FIELD, given, "there is no such folder", "give the folder that contains the module")
@@ -93,11 +98,11 @@ def call_factory(name: str, num_classes: int, image_shape: ImageShape, code: byt
         try:
             network = factory(num_classes, image_shape)
         except (Exception, SystemExit) as error:
-            raise ConfigError("model.name", name, f"the factory failed: {_where(error, folder)}", _MEND) from error
+            raise ConfigError("model.name", name, f"the factory failed: {where(error)}", _MEND) from error
     if not isinstance(network, nn.Module):
         reason = f"the factory returned {type(network).__name__}, not a torch.nn.Module"
         raise ConfigError("model.name", name, reason, "return the network")
-    if all(not torch.is_floating_point(parameter) for parameter in network.parameters()):
+    if not any(parameter.is_floating_point() for parameter in network.parameters()):
         raise ConfigError("model.name", name, "the network has no parameters to train", "return a network that has")
     return network
 
@@ -150,7 +155,7 @@ def code_requirements(archive: bytes) -> list[str]:
 @functools.cache
 def _unpacked(archive: bytes) -> Path:
     """A temporary folder with an archive's files, which lasts as long as the process: tracebacks show its lines."""
-    folder = tempfile.mkdtemp(prefix="tla-code-")
+    folder = tempfile.mkdtemp(prefix=_PREFIX)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     unpack(archive, Path(folder))
     return Path(folder)
@@ -186,18 +191,19 @@ def _modules_of(code: bytes) -> Iterator[Path]:
 def _refuse_import(field: str, name: str, module: str, folder: Path | None, error: BaseException) -> NoReturn:
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         if module == error.name or module.startswith(f"{error.name}."):
-            where = "is not installed" if folder is None else "is not in the folder model.code"
+            missing = "is not installed" if folder is None else "is not in the folder model.code"
             remedy = "set model.code to the folder that contains it"
-            raise UnavailableError(field, name, f"the module {error.name} {where}", remedy) from error
+            raise UnavailableError(field, name, f"the module {error.name} {missing}", remedy) from error
         remedy = "install its package, or put the module into model.code"
         raise UnavailableError(field, name, f"it imports {error.name}, which is not there", remedy) from error
-    raise ConfigError(field, name, f"does not import: {_where(error, folder)}", "correct the code") from error
+    raise ConfigError(field, name, f"does not import: {where(error)}", "correct the code") from error
 
 
-def _where(error: BaseException, folder: Path | None) -> str:
-    """An error in one line, with the last line of the folder's code that it came through."""
+def where(error: BaseException) -> str:
+    """An error in one line, with the last line of `model.code` that it came through."""
     text = f"{type(error).__name__}: {one_line(error)}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if folder is not None and frame.filename.startswith(f"{folder}/"):
-            return f"{text} ({frame.filename.removeprefix(f'{folder}/')}, line {frame.lineno})"
+        _, is_own, path = frame.filename.partition(f"/{_PREFIX}")
+        if is_own:
+            return f"{text} ({path.partition('/')[2]}, line {frame.lineno})"
     return text

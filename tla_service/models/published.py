@@ -36,6 +36,9 @@ def published_entries(source: str, name: str) -> Entries | None:
 def _torchvision(source: str, name: str, which: str) -> tuple[Entries, Any, Any]:
     from torchvision import models
 
+    if name in ("googlenet", "inception_v3"):
+        reason = f"torchvision's {name} has auxiliary heads and a normalization of its own, which are not supported"
+        raise ConfigError("model.pretrained", source, reason, "choose another network, or leave it out")
     kinds: Any = models.get_model_weights(name)
     try:
         weights = kinds[which or "DEFAULT"]

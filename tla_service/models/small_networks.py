@@ -35,15 +35,15 @@ class _StridedOnImages(nn.Conv2d):
         if not (images.is_cpu and images.requires_grad):
             return super().forward(images)
         maps = super().forward(images.detach())
-        result: Tensor = _ToImages.apply(maps, images, self.weight.detach().to(maps.dtype), self.stride, self.padding)
+        result: Tensor = ToImages.apply(maps, images, self.weight.detach().to(maps.dtype), self.stride, self.padding)
         return result
 
 
-class _ToImages(torch.autograd.Function):
+class ToImages(torch.autograd.Function):
     """The maps of a convolution as they are; their gradient goes on to the images, overlapping patches summed."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: D102 - torch's name, as below
         ctx: Any, maps: Tensor, images: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
     ) -> Tensor:
         ctx.save_for_backward(weight)
@@ -52,7 +52,7 @@ class _ToImages(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # noqa: D102
         (weight,) = ctx.saved_tensors
         patches = weight.flatten(1).t() @ gradient.flatten(2)
         images = F.fold(patches, ctx.shape[2:], weight.shape[2:], padding=ctx.padding, stride=ctx.stride)

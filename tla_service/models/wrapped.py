@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from tla_service.errors import ConfigError
 from tla_service.models.classifier import ImageClassifier, Tap
-from tla_service.models.libraries import ImageShape, size_error
+from tla_service.models.libraries import TIMM, TORCHVISION, size_error
+from tla_service.models.own_code import where
+from tla_service.pixels import ImageShape
 
 _TOLERANCE = 1e-4  # of the largest logit: where tokens are averaged after the head, the sums are in another order
 _SHOWN = 6
@@ -70,7 +72,7 @@ def wrap(
     head = next((path for path in reversed(ran) if isinstance(network.get_submodule(path), nn.Linear)), "")
     if embedding is not None and f"{head}.".startswith(f"{embedding}."):
         head = ""  # the embeddings asked for are the logits
-    fc = _take_out(network, head, images, output) if head else None
+    fc = _take_out(network, head, images) if head else None
     if fc is None and embedding is None:
         reason = "its logits are not the output of a linear layer, so it has no penultimate embedding"
         remedy = f"set model.embedding to a layer, such as {_listed(ran)}"
@@ -115,7 +117,11 @@ def _run(
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return ran, network(images.clone())
     except Exception as error:
-        raise size_error(name, image_shape, error) from error
+        if name.startswith((TIMM, TORCHVISION)):
+            raise size_error(name, image_shape, error) from error
+        reason = f"fails on {'x'.join(map(str, image_shape))} images ({where(error)})"
+        remedy = "correct its forward method, or choose other images (data.image_size)"
+        raise ConfigError("model.name", name, reason, remedy) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -133,15 +139,21 @@ def _check_logits(name: str, output: Any, num_classes: int) -> None:
         raise ConfigError("model.name", name, reason, remedy)
 
 
-def _take_out(network: nn.Module, path: str, images: Tensor, logits: Tensor) -> nn.Linear | None:
-    """Replace the linear layer by what passes its input through; None, with it back, if that changes the logits."""
+def _take_out(network: nn.Module, path: str, images: Tensor) -> nn.Linear | None:
+    """Replace the linear layer by what passes its input through; None, with it back, if that changes the logits.
+
+    Those of another layer in its place, since weights of zero would hide what follows them.
+    """
     fc = network.get_submodule(path)
     assert isinstance(fc, nn.Linear)
-    network.set_submodule(path, nn.Identity())
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trial = nn.Linear(fc.in_features, fc.out_features, device=fc.weight.device, dtype=fc.weight.dtype)
+            network.set_submodule(path, trial)
+            logits = network(images.clone())
+            network.set_submodule(path, nn.Identity())
             embeddings = network(images.clone()).flatten(1)
-            found = fc(embeddings)
+            found = trial(embeddings)
         fits = embeddings.shape == (2, fc.in_features) and found.shape == logits.shape
         if fits and (found.is_meta or (found - logits).abs().max() <= _TOLERANCE * logits.abs().max()):
             return fc

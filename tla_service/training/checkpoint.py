@@ -92,8 +92,9 @@ def save_checkpoint(
         if state.average is not None:
             save_file(cpu_weights(state.average), partial / "average.safetensors")
         if any(statistics):
-            flat = {f"{rank}.{name}": value for rank, own in enumerate(statistics) for name, value in own.items()}
-            save_file(flat, partial / STATISTICS)
+            each = ((rank, *pair) for rank, own in enumerate(statistics) for pair in own.items())
+            # safetensors takes no channels-last buffers.
+            save_file({f"{rank}.{name}": value.contiguous() for rank, name, value in each}, partial / STATISTICS)
         optimizer = io.BytesIO()  # torch.save to a file hides why it fails
         torch.save(state.optimizer.state_dict(), optimizer)
         (partial / "optimizer.pt").write_bytes(optimizer.getbuffer())

@@ -62,8 +62,8 @@ class Run:
             keep_freed_memory()
         with self.phases("data"), failing_together(context):
             config.check_device(has_gpu=context.device.type == "cuda")
-            self.dataset = load_dataset(config.data)
             self.architecture = Architecture.of(config.model, code)
+            self.dataset = load_dataset(config.data)
             parts = split_and_check(config, self.dataset, context, self.architecture)
             self.train_rows, self.validation, self.batches, self._extra_facts = parts
             self._validation_set = ImageSet.validation(config, self.validation, self.architecture.code)

@@ -10,14 +10,14 @@ import torch
 
 from tla_service.config import RunConfig
 from tla_service.errors import UnavailableError
-from tla_service.files import locked_folder
+from tla_service.files import expanded, locked_folder
 from tla_service.job import log_as_json, stop_on_signal
 from tla_service.runtime import WorkerContext, failing_together, process_group
 from tla_service.training.fit import Run
 from tla_service.training.network import check_network
 from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
 from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need
-from tla_service.training.pretrained import find_pretrained
+from tla_service.training.pretrained import check_source, find_pretrained
 from tla_service.training.reporting import KEPT, JsonTerminal, LocalReporter, Terminal
 from tla_service.training.watch import START_SECONDS, watched
 
@@ -42,7 +42,7 @@ def train(config: RunConfig, output: str | Path, *, json_logs: bool = False) -> 
         UnavailableError: The data, the GPU or the output folder is not available.
         KeyboardInterrupt: SIGINT or SIGTERM was received; a checkpoint has been saved.
     """
-    output = Path(output).expanduser().absolute()
+    output = expanded("output", output).absolute()
     use_gpu = torch.cuda.is_available() and config.scaling.use_gpu is not False
     if config.scaling.use_gpu is True and not use_gpu:
         remedy = "leave it out, or run where there is one"
@@ -52,6 +52,7 @@ def train(config: RunConfig, output: str | Path, *, json_logs: bool = False) -> 
     with process_group(device, hang_seconds) as context, contextlib.ExitStack() as locks:
         with failing_together(context):
             config.check_workers(context.world_size)
+            check_source(config)
             if context.is_main:
                 locks.enter_context(locked_folder(output, "output"))
             summary = open_output(config, output)

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from tla_service.config import RunConfig
 from tla_service.data import Dataset
-from tla_service.errors import ConfigError, UserError, one_line
+from tla_service.errors import ConfigError, UserError
 from tla_service.models import Architecture, ImageClassifier
+from tla_service.models.own_code import where
 from tla_service.models.wrapped import WrappedClassifier, noise
+from tla_service.training.adversary import layout_of
 
 _SAME = 1e-4  # of the largest logit: rounding, which depends on the size of a batch
 
@@ -27,11 +29,16 @@ def check_network(config: RunConfig, architecture: Architecture, network: ImageC
         return ConfigError("model.name", config.model.name, reason, remedy)
 
     architecture.requirements()
-    images = noise(dataset.image_shape)
+    for name, each in network.named_parameters():
+        if each.is_floating_point() and each.dtype != torch.float32:
+            kind = str(each.dtype).removeprefix("torch.")
+            raise bad(f"{name.removeprefix('body.')} has type {kind}", "return a network with float32 parameters")
+    layout = layout_of(config)
+    images = noise(dataset.image_shape).to(memory_format=layout)
     labels = torch.arange(len(images)) % len(dataset.class_names)
     try:
         with torch.random.fork_rng(devices=[]):
-            trial, random = copy.deepcopy(network), torch.Generator().manual_seed(0)
+            trial, random = copy.deepcopy(network).to(memory_format=layout), torch.Generator().manual_seed(0)
             with torch.no_grad():
                 for weights in filter(torch.is_floating_point, trial.parameters()):
                     weights.add_(0.02 * torch.randn(weights.shape, generator=random, dtype=weights.dtype))
@@ -42,7 +49,9 @@ def check_network(config: RunConfig, architecture: Architecture, network: ImageC
     except Exception as error:
         in_place = "in-place" in str(error) or "inplace" in str(error)
         remedy = "do not change tensors in place" if in_place else "correct its forward method"
-        raise bad(f"fails under attack or in training ({type(error).__name__}: {one_line(error)})", remedy) from error
+        if "view size is not compatible" in str(error):
+            remedy = "use reshape in place of view, or leave training.channels_last out"
+        raise bad(f"fails under attack or in training ({where(error)})", remedy) from error
 
 
 def _check_evaluation(network: ImageClassifier, images: Tensor, labels: Tensor, bad: Any) -> None:

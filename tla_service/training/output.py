@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # without torch, a job can look whether its run has finished 
     from tla_service.training.reporting import Terminal
 
 SUMMARY = "summary.json"
+CHECKPOINT = "checkpoint"  # folder of the newest one
 
 
 @dataclass
@@ -37,7 +38,8 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
     """Check that a locked folder is this run's, or new; its summary, if the run has finished there before.
 
     Raises:
-        ConfigError: The folder holds another run, or one that has measured other things on the test set.
+        ConfigError: The folder holds another run, a checkpoint of none, or one that has measured other things on the
+            test set.
         UnavailableError: It cannot be read.
     """
     try:
@@ -48,6 +50,9 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
         reason = (error.strerror or str(error)).lower()
         raise UnavailableError("output", output, f"cannot be read ({reason})", "choose another --output") from error
     if not (output / SUMMARY).exists():
+        if (output / CHECKPOINT).exists() and not (output / CONFIG).exists():
+            reason = f"holds a {CHECKPOINT}/ that is not a run's, which would be replaced"
+            raise ConfigError("output", output, reason, "choose another --output, or move it")
         return None
     summary: dict[str, Any] = json.loads((output / SUMMARY).read_text())
     if summary["status"] != "finished":

@@ -23,6 +23,7 @@ from tla_service.config import RunConfig, TrackingConfig
 from tla_service.data import Dataset, load_dataset
 from tla_service.errors import UnavailableError, without_credentials
 from tla_service.evaluation.figures import attack_panel, training_curves
+from tla_service.files import expanded
 from tla_service.inference.detector import Rejector
 from tla_service.job import INTERRUPTED, log_as_json, next_command
 from tla_service.models import Architecture
@@ -37,9 +38,9 @@ from tla_service.training.adversary import training_attack
 from tla_service.training.checkpoint import data_facts
 from tla_service.training.meter import NonFiniteLossError
 from tla_service.training.network import check_network
-from tla_service.training.output import FitResult, show_summary, summarize, write_config, write_summary
+from tla_service.training.output import CHECKPOINT, FitResult, show_summary, summarize, write_config, write_summary
 from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need, split_and_check
-from tla_service.training.pretrained import find_pretrained
+from tla_service.training.pretrained import check_source, find_pretrained
 from tla_service.training.reporting import KEPT, LOG, JsonLines, JsonTerminal, Terminal
 
 PANEL_IMAGES = 4
@@ -63,8 +64,9 @@ class Facts:
 
 def check_before_start(config: RunConfig) -> Facts:
     """Load what the run starts from; raise UserError if its parts are missing, or do not fit together."""
-    dataset = load_dataset(config.data)
     architecture = Architecture.of(config.model)
+    check_source(config)
+    dataset = load_dataset(config.data)
     # What one worker cannot have, more of them cannot have either.
     most = WorkerContext(world_size=config.scaling.bounds(auto=1)[1])
     *_, extra = split_and_check(config, dataset, most, architecture)
@@ -73,7 +75,7 @@ def check_before_start(config: RunConfig) -> Facts:
     seen_by_triplets(network, config.loss.triplet_layer)
     check_packaging(config, dataset.class_names, len(dataset.test), network.embedding_size)
     uri = tracking_uri(config.tracking)
-    found = find_pretrained(config, network, lambda address: load_model(address, tracking=uri).state_dict())
+    found = find_pretrained(config, network, lambda address: load_model(address, tracking=uri))
     described = {
         "data_fingerprint": dataset.fingerprint,
         "classes": str(len(dataset.class_names)),
@@ -95,7 +97,7 @@ def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, r
     """Check that local disks have room for checkpoints of so many bytes: those of the storage, and copies of one."""
     needs = {"output": (output, checkpoint), "TMPDIR": (Path(tempfile.gettempdir()), checkpoint)}
     if "://" not in folder:
-        needs["scaling.storage"] = kept_need(Path(folder).expanduser(), checkpoint, runs * KEPT)
+        needs["scaling.storage"] = kept_need(expanded("scaling.storage", folder), checkpoint, runs * KEPT)
     database = sqlite_path(tracking_uri(config.tracking))
     if database is not None:
         needs["tracking.uri"] = (database.parent, checkpoint)
@@ -164,9 +166,10 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
     terminal, labels = open_terminal(config, json_logs=json_logs)
     with contextlib.ExitStack() as stack:
         check_tracking(config.tracking)
+        if config.scaling.storage is not None:
+            check_storage(config.scaling.storage)
         facts = check_before_start(config)
         storage = config.scaling.storage or str(output / "ray")
-        check_storage(storage)
         config = earlier_name(config, storage)
         run_key = f"{storage}/{config.run_name}"
         lease = Lease()
@@ -193,7 +196,7 @@ def run_training(config: RunConfig, output: Path, join: Callable[[], None], *, j
                     write_config(config, output)
                 tracked(record)
 
-            log_labels, copy = labels if json_logs else None, output / "checkpoint"
+            log_labels, copy = labels if json_logs else None, output / CHECKPOINT
             result, stored = fit_on_ray(
                 config,
                 placement,
@@ -240,7 +243,7 @@ def _conclude(
 ) -> dict[str, Any]:
     """Log what is left, draw, package and register; returns the summary."""
     begin = time.monotonic()
-    dataset, checkpoint = facts.dataset, output / "checkpoint"
+    dataset, checkpoint = facts.dataset, output / CHECKPOINT
     weights = load_file(checkpoint / "best.safetensors")
     for metrics in result.history:
         tracked.metrics.log_epoch(metrics)
