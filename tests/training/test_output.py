@@ -73,8 +73,16 @@ def test_a_folder_is_the_runs_whose_configuration_it_holds(tmp_path: Path) -> No
     assert open_output(changed(RunConfig(), "evaluation.batch_size"), tmp_path) is None
     with pytest.raises(ConfigError, match="holds a run with another configuration; choose another --output or --name"):
         open_output(RunConfig(seed=1), tmp_path)
-    (tmp_path / CONFIG).write_text("of another program: 1")
-    with pytest.raises(ConfigError, match="holds a run with another configuration"):
+    for other in (b"of another program: 1", b"\xff"):
+        (tmp_path / CONFIG).write_bytes(other)
+        with pytest.raises(ConfigError, match="holds a run with another configuration"):
+            open_output(RunConfig(), tmp_path)
+
+
+@pytest.mark.parametrize("summary", ["{}", "[1]", '{"stat', '{"status": "finished"}'])
+def test_a_summary_of_another_program_does_not_answer_for_a_run(summary: str, tmp_path: Path) -> None:
+    (tmp_path / SUMMARY).write_text(summary)
+    with pytest.raises(ConfigError, match=r"holds .* summary\.json .*; choose another --output"):
         open_output(RunConfig(), tmp_path)
 
 
@@ -110,6 +118,10 @@ def test_a_run_begun_under_an_earlier_versions_name_keeps_it(tmp_path: Path, mon
     ):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / CONFIG).write_text(to_yaml(config))
+    damaged = tmp_path / "runs" / "digits-tla-s0-00000001"
+    (damaged / CONFIG).mkdir(parents=True)  # cannot be read
+    damaged.with_name("digits-tla-s0-00000002").mkdir()
+    damaged.with_name("digits-tla-s0-00000002").joinpath(CONFIG).write_bytes(b"\xff")
     config, output = find_output(settings)
     assert (config.name, output) == ("digits-tla-s0-0badcafe", tmp_path / "runs" / "digits-tla-s0-0badcafe")
     # Not where a name or a folder is given, nor where the new name is there.

@@ -1,5 +1,6 @@
 """Reading a job's configuration: defaults < preset < YAML file < environment < command line."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -227,8 +228,9 @@ def find_output(settings: RunSettings) -> tuple[RunConfig, Path]:
     if config.name or settings.output is not None or output.exists():
         return config, output
     for path in sorted(output.parent.glob(f"{config.name_stem}-{'[0-9a-f]' * 8}/{CONFIG}")):
-        if same_run(path.read_text(), config):
-            return config.model_copy(update={"name": path.parent.name}), path.parent
+        with contextlib.suppress(OSError):  # of others, maybe
+            if same_run(path.read_text(errors="replace"), config):
+                return config.model_copy(update={"name": path.parent.name}), path.parent
     return config, output
 
 

@@ -22,7 +22,7 @@ _ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, KeyError, ValueError,
 )  # fmt: skip
 _ENCRYPTED, _UTF8 = 0x1, 0x800
-_END_BYTES = 22  # of the record at the end, without the comment that follows it
+_END_MARK, _END_BYTES = b"PK\5\6", 22  # of the record at the end, without the comment that follows it
 _LINKS = 40  # Linux's limit
 _MOST_ALIASES = 10_000_000  # names looked at to follow links to folders; links to links can stand for 2^40
 
@@ -62,8 +62,10 @@ class ZipTree(FolderTree):
         archive = self._open()
         entries = archive.infolist()
         with disk_trouble("data.root", self.path, FIX), self.path.open("rb") as file:
-            file.seek(-_END_BYTES - len(archive.comment), os.SEEK_END)
-            end = file.read(_END_BYTES)
+            # Before a comment, and bytes that a transfer may have added.
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _END_BYTES - 2**16))
+            tail = file.read()
+            end = tail[tail.rfind(_END_MARK) :]
         number = int.from_bytes(end[10:12], "little")
         if number not in (len(entries) % 2**16, 2**16 - 1):  # the latter of files whose number does not fit
             raise UnavailableError("data.root", self.path, f"damaged (it lists {len(entries)} of {number} files)", FIX)

@@ -43,7 +43,7 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
         UnavailableError: It cannot be read.
     """
     try:
-        if (output / CONFIG).exists() and not same_run((output / CONFIG).read_text(), config):
+        if (output / CONFIG).exists() and not same_run((output / CONFIG).read_text(errors="replace"), config):
             remedy = "choose another --output or --name"
             raise ConfigError("output", output, "holds a run with another configuration", remedy)
     except OSError as error:
@@ -54,11 +54,17 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
             reason = f"holds a {CHECKPOINT}/ that is not a run's, which would be replaced"
             raise ConfigError("output", output, reason, "choose another --output, or move it")
         return None
-    summary: dict[str, Any] = json.loads((output / SUMMARY).read_text())
-    if summary["status"] != "finished":
+    try:
+        summary: dict[str, Any] = json.loads((output / SUMMARY).read_text(errors="replace"))
+        has_finished = summary["status"] == "finished"
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"holds a {SUMMARY} that is not a run's, or is damaged"
+        raise ConfigError("output", output, reason, "choose another --output, or delete it") from error
+    if not has_finished:
         return None
     if not (output / CONFIG).exists():
-        return summary
+        reason = f"holds the {SUMMARY} of a run, without its {CONFIG}"
+        raise ConfigError("output", output, reason, "choose another --output")
     before = load_config_file(output / CONFIG)
     for name in ("evaluation.test", "data.test_limit", "data.validation"):
         setting = attrgetter(name)
