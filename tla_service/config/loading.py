@@ -1,5 +1,6 @@
 """Reading a job's configuration: defaults < preset < YAML file < environment < command line."""
 
+import copy
 import functools
 import json
 import logging
@@ -12,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
+    CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -167,7 +169,8 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
     explainer.check_variables(RunSettings)
     arguments = [*_checked(sys.argv[1:] if arguments is None else arguments)]
     try:
-        return kind(_cli_parse_args=arguments, **values)
+        command_line = copy.copy(_command_line(kind))(args=arguments)  # a copy: it keeps what it has parsed
+        return kind(_cli_settings_source=command_line, **values)
     except ValidationError as error:
         found = map(explainer.explain, error.errors(include_url=False))
         errors = list({str(one.subject): one for one in found}.values())
@@ -176,6 +179,12 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
     if len(errors) == 1:
         raise errors[0] from None
     raise ExceptionGroup("the configuration is wrong", errors) from None
+
+
+@functools.cache
+def _command_line(kind: type[JobSettings]) -> CliSettingsSource[Any]:
+    """The parser of a job's flags: making it takes longer than all else that reading settings does."""
+    return CliSettingsSource(kind)
 
 
 def load_config_file(path: Path) -> RunConfig:
