@@ -11,12 +11,13 @@ BIN := .venv/bin
 train: .venv/installed
 	$(BIN)/python jobs/train_tla.py $(ARGS)
 
-# Two processes; a file stays on one of them, so that its tests share clusters and models.
+# Two processes; a file stays on one of them, so that its tests share clusters and models. Bytecode is kept even where
+# the environment says otherwise: hundreds of processes would compile the package again.
 test: .venv/installed check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fuzz tests/fuzz
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fuzz tests/fuzz
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

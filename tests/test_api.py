@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 import tla_service
 from tests.test_core_alone import run_python
 from tla_service import Attack, ConfigError, RunConfig, UserError, craft, evaluate, load_config, load_model, train
-from tla_service.registry.packaging import _SHIPPED
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -205,21 +202,6 @@ def test_a_configuration_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_the_package_that_ships_with_a_model_imports_alone(tmp_path: Path) -> None:
-    package = tmp_path / "tla_service"
-    package.mkdir()
-    for name in _SHIPPED:
-        source = Path(tla_service.__file__).parent / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, package / name)
-    code = (
-        "import pathlib, tla_service, tla_service.inference.predictor\n"
-        "print(pathlib.Path(tla_service.__file__).parent, tla_service.__version__, tla_service.ConfigError.exit_code)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == [str(package), tla_service.__version__, "2"], done.stderr
 
 
 def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

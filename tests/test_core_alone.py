@@ -43,30 +43,41 @@ def run_python(code: str, *arguments: str, cwd: Path | None = None) -> subproces
 ALONE = f"""{WITHOUT}
 import importlib, json, runpy
 from pathlib import Path
+import tla_service.data
+assert not {{"sklearn", "pyarrow", "torchvision"}} & set(sys.modules), "data imports what takes long"
+try:
+    tla_service.data.check_root("s3://b/x")
+except tla_service.UnavailableError as error:
+    print(error)
+import tla_service.training.fit
+from tla_service.models import build_model
+build_model("digits_cnn", 10, (1, 8, 8))
+assert "torchvision" not in sys.modules, "it takes as long to import as torch"
 names, training, report, run = json.loads(sys.argv[1])
 
 def start(job, *arguments):
     sys.argv = [job, *arguments]
     try:
-        runpy.run_module(f"tla_service.{{job}}", run_name="__main__")
+        runpy.run_module(job, run_name="__main__")
     except SystemExit as ended:
         assert ended.code == 0, job
 
 for name in names:
     importlib.import_module(name)
-start("training", *training)
+start("tla_service.training", *training)
 (checkpoint,) = Path(run, "checkpoints").glob("step-*")
-start("report", *report, "--model", str(checkpoint))
+start("tla_service.report", *report, "--model", str(checkpoint))
 import tla_service
 limits = {{"train_limit": 200, "test_limit": 40}}
 summary = tla_service.train(tla_service.load_config("digits", data=limits, training={{"epochs": 1}}), run)
 assert tla_service.evaluate(summary["checkpoint"])["clean_accuracy"] == summary["clean_accuracy"]
 print("the API agrees")
+start("jobs.inspect_data")
 """
 
 
 def test_the_core_imports_trains_and_evaluates_without_cluster_libraries(tmp_path: Path) -> None:
-    """Every module, then the jobs that are among them, and the API on what they left."""
+    """Every module, then the jobs that need no more, and the API on what they left."""
     root = Path(tla_service.__file__).parent
     names = [f"tla_service.{module.name}" for module in pkgutil.iter_modules([str(root)]) if not module.ispkg]
     for room in CORE_ROOMS:
@@ -98,6 +109,8 @@ def test_the_core_imports_trains_and_evaluates_without_cluster_libraries(tmp_pat
     assert f"report  {tmp_path}/report/report.html" in done.stdout
     assert "<img" in (tmp_path / "report" / "report.html").read_text()
     assert "the API agrees" in done.stdout
+    assert "data.root=s3://b/x: boto3 is not installed; pip install boto3\n" in done.stdout
+    assert "splits        train 1" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,10 @@ def test_there_are_commands_to_check() -> None:
     assert {name for name, _ in OURS} >= {"configuration.md", "operations.md"}
 
 
-@pytest.mark.parametrize(("page", "line"), OURS)
+READ_ELSEWHERE = "benchmarks.serving|--help"  # commands whose settings no job here reads
+
+
+@pytest.mark.parametrize(("page", "line"), [(page, line) for page, line in OURS if re.search(READ_ELSEWHERE, line)])
 def test_every_flag_of_a_command_exists(page: str, line: str) -> None:
     shown = {argument.split("=")[0] for argument in arguments(line) if argument.startswith("--")}
     assert shown <= flags(settings_of(line)) | flags_of_job(line) | {"--help"}, page
@@ -149,7 +152,7 @@ def test_every_flag_of_a_command_exists(page: str, line: str) -> None:
 
 @pytest.mark.parametrize(
     ("page", "line"),
-    [(page, line) for page, line in OURS if not re.search("benchmarks.serving|--help", line)],
+    [(page, line) for page, line in OURS if not re.search(READ_ELSEWHERE, line)],
 )
 def test_every_command_is_a_valid_configuration(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments(line)

@@ -20,10 +20,9 @@ def test_all_kinds_are_found() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [8, None, "8/255", Path("somewhere"), [1, 2], 0.5, ""])
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_survives_pickling(kind: type[UserError], value: object, protocol: int) -> None:
+def test_survives_pickling(kind: type[UserError], value: object) -> None:
     error = kind("attack.epsilon", value, "outside [0, 1]", "write 8/255")
-    found = pickle.loads(pickle.dumps(error, protocol))
+    found = pickle.loads(pickle.dumps(error))
     assert type(found) is kind
     assert (found.subject, found.value, found.reason, found.remedy) == (
         "attack.epsilon",
@@ -90,11 +89,6 @@ def test_credentials_are_removed_from_urls(text: str, expected: str) -> None:
 
 def test_credentials_are_removed_before_a_text_is_cut() -> None:
     assert one_line(RuntimeError("http://me:hunter2@host failed\nagain"), 18) == "http://host fai..."
-
-
-def test_kinds_can_be_caught_together() -> None:
-    with pytest.raises(UserError):
-        raise ConfigError("a", 1, "b", "c")
 
 
 def test_a_message_is_one_printable_line_of_bounded_length() -> None:

@@ -89,11 +89,10 @@ def test_ratios_are_taken_turn_by_turn() -> None:
 
 def test_turns_time_each_candidate_once_a_round() -> None:
     calls: list[str] = []
-    candidates = {"slow": lambda: (calls.append("slow"), time.sleep(0.02)), "quick": lambda: calls.append("quick")}
+    candidates = {"slow": lambda: (calls.append("slow"), time.sleep(0.2)), "quick": lambda: calls.append("quick")}
     times = take_turns(candidates, rounds=3, burn_in=1)
     assert calls == ["slow", "quick", "slow", "quick", "quick", "slow", "slow", "quick"]
-    assert times.seconds("slow").low >= 0.02 > times.seconds("quick").high
-    assert times.ratio("slow", "quick", "cpu").low >= 0
+    assert times.seconds("slow").low >= 0.2 > times.seconds("quick").high
 
 
 def test_short_runs_take_more_rounds() -> None:

@@ -20,8 +20,8 @@ from ray import tune
 
 from tests.cluster.conftest import RAY, ROOT
 from tests.cluster.test_budget import plan_of
-from tests.cluster.test_tune import EPOCHS, SPACE, goodness
-from tests.tuning.conftest import space_of
+from tests.cluster.test_tune import SPACE, goodness
+from tests.tuning.conftest import run_config, space_of
 from tla_service.cluster import attempts as attempts_module
 from tla_service.cluster import tune as ours
 from tla_service.cluster.attempts import SNAPSHOT, Budget, Plan, Snapshots, attempts, read_trials
@@ -73,7 +73,7 @@ def play(config: Any, plan: Plan) -> None:
     progress.add({"event": "placed"})
     history = [played(point, epoch) for epoch in range(first)]
     tune.report(progress.report(progress.add({"event": "start", "resumed": first > 0, "history": history}) or ""))
-    for epoch in range(first, EPOCHS):
+    for epoch in range(first, plan.space.run.training.epochs):
         if point.get("seed") == 666:
             tune.report(progress.report(outcome="failed", reason="the loss is not finite"))
             return
@@ -120,13 +120,14 @@ def outcome(trials: list[Trial]) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    os.environ.update(RAY)
-    path = sys.path[:]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})  # fmt: skip
-    yield
-    ray.shutdown()
-    sys.path[:] = path
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in RAY.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "path", sys.path[:])
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                 runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})  # fmt: skip
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture
@@ -150,7 +151,8 @@ def run_played(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 @pytest.mark.ray
 def test_attempts_add_up_to_one_sweep(run_played: Callable[..., Budget], tmp_path: Path) -> None:
-    space = space_of(SPACE, num_samples=2, grace_epochs=3)
+    run = run_config(training={"epochs": 10, "global_batch_size": 64})
+    space = space_of(SPACE, run=run, num_samples=2, grace_epochs=3)
     plan = plan_of(space, tmp_path)
     first = run_played(plan, (1, 8))
     seconds = first.wall_seconds
@@ -165,7 +167,7 @@ def test_attempts_add_up_to_one_sweep(run_played: Callable[..., Budget], tmp_pat
     assert outcome(after)[0] == outcome(before)[0]
     assert (after[1].point, after[1].attempts, after[0].attempts) == (before[1].point, 2, 1)
     assert all(trial.status in ("finished", "stopped") for trial in after)
-    assert trained(tmp_path)[0] == list(range(EPOCHS))
+    assert trained(tmp_path)[0] == list(range(10))
     assert trained(tmp_path)[1].count(0) == 1  # from its checkpoint, not from the start
     best = winner(after, "robust_accuracy")
     assert best is not None

@@ -55,7 +55,7 @@ def hold(tmp_path: Path) -> Iterator[Callable[[], Driver]]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(lease_module, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(lease_module, "SILENT_SECONDS", 10.0)
 
 
 def take_of(storage: str, say: Callable[[str], None] = pytest.fail) -> None:
@@ -78,7 +78,7 @@ def test_a_second_driver_on_this_machine_is_refused_at_once(tmp_path: Path, hold
     began = time.monotonic()
     with pytest.raises(ConfigError, match=rf"scaling\.storage=.*: in use by process {first.process.pid} on "):
         take(tmp_path)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     first.end()
     assert not (tmp_path / "run" / LEASE).exists()
     take(tmp_path)
@@ -104,7 +104,8 @@ def test_another_process_that_has_the_pid_of_the_dead_one_holds_nothing(tmp_path
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_driver_elsewhere_that_is_silent_is_taken_over(tmp_path: Path) -> None:
+def test_a_driver_elsewhere_that_is_silent_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "SILENT_SECONDS", 1.0)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LEASE).write_text(json.dumps(elsewhere()))
     told: list[str] = []
@@ -148,8 +149,10 @@ def test_a_storage_that_is_away_for_a_while_ends_nothing(tmp_path: Path) -> None
         (tmp_path / "run").unlink()
         (tmp_path / "away").rename(tmp_path / "run")
         before = json.loads((tmp_path / "run" / LEASE).read_text())["beat"]
-        time.sleep(0.3)
-        assert json.loads((tmp_path / "run" / LEASE).read_text())["beat"] > before
+        deadline = time.monotonic() + 10
+        while json.loads((tmp_path / "run" / LEASE).read_text())["beat"] == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"id": "a"}'])

@@ -249,14 +249,16 @@ def test_preset_is_valid_and_holds(name: str) -> None:
     assert RunConfig.model_validate(yaml.safe_load(to_yaml(config))) == config
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_preset_decides_which_attacks_test(name: str) -> None:
-    from importlib import resources
-
+def attacks_given(name: str) -> dict[str, Any] | None:
+    """The attacks on the test set that a preset's file names."""
     text = (resources.files("tla_service.config") / "presets" / f"{name}.yaml").read_text()
-    given_attacks = yaml.safe_load(text).get("evaluation", {}).get("test")
-    if given_attacks is not None:
-        assert set(preset_settings(name).evaluation.test) == set(given_attacks)
+    found: dict[str, Any] | None = yaml.safe_load(text).get("evaluation", {}).get("test")
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if attacks_given(name) is not None])
+def test_preset_decides_which_attacks_test(name: str) -> None:
+    assert preset_settings(name).evaluation.test.keys() == (attacks_given(name) or {}).keys()
 
 
 def test_json_schema_describes_every_setting_and_refuses_others() -> None:

@@ -1,11 +1,8 @@
 """What the data tests share: real data sets, and small sets made on the spot."""
 
-import contextlib
 import io
 import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -27,6 +24,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    # How long a loader that is closed early waits for its processes; nothing here is so slow that it must.
+    loading = torch.utils.data._utils
+    loading.MP_STATUS_CHECK_INTERVAL = loading.worker.MP_STATUS_CHECK_INTERVAL = 0.2
 
 
 @pytest.fixture(scope="session")
@@ -110,27 +110,3 @@ def fork() -> Iterator[Callable[..., ForkProcess]]:
         process.kill()
         process.join()
         process.close()
-
-
-@pytest.fixture
-def run_python() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
-    """Starts Python code of this repository in a process of its own."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(code: str, *arguments: str) -> "subprocess.Popen[str]":
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "error"}
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        with contextlib.suppress(OSError):
-            process.kill()
-        process.communicate()

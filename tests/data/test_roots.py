@@ -1,7 +1,6 @@
 """``data.root``: what is found, and what is refused."""
 
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,19 +56,3 @@ def test_unreadable_roots_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UnavailableError, match="no permission"):
         check_root(str(tmp_path))
-
-
-def test_the_package_imports_without_libraries_that_take_long(
-    run_python: Callable[..., "subprocess.Popen[str]"],
-) -> None:
-    code = (
-        "import sys\n"
-        "for name in ('boto3', 'botocore', 'ray', 'mlflow', 'sklearn', 'pyarrow', 'torchvision'):\n"
-        "    sys.modules[name] = None\n"
-        "import tla_service.data as data\n"
-        "from tla_service.errors import UnavailableError\n"
-        "try: data.check_root('s3://b/x')\n"
-        "except UnavailableError as error: print(error)\n"
-    )
-    output, errors = run_python(code).communicate(timeout=60)
-    assert output == "data.root=s3://b/x: boto3 is not installed; pip install boto3\n", errors

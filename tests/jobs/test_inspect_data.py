@@ -1,18 +1,19 @@
-"""The inspection as a command: output, files, exit codes, and that it needs neither Ray nor MLflow."""
+"""The inspection as a command: output, files, and exit codes."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from jobs import inspect_data
 from tests.data.conftest import encoded
 from tests.jobs.conftest import Run
-from tests.test_core_alone import WITHOUT, run_python
+from tla_service.job import run_job
 
 JOB = "inspect_data"
-PATH = str(Path(__file__).parents[2] / "jobs" / f"{JOB}.py")
 
 
 @pytest.fixture
@@ -26,13 +27,16 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def test_without_ray_and_mlflow(root: Path, tmp_path: Path) -> None:
-    code = f"{WITHOUT}import runpy\nrunpy.run_path({PATH!r}, run_name='__main__')"
-    flags = ["--data.name", "image_folder", "--data.root", str(root), "--output", str(tmp_path / "out")]
-    done = run_python(code, *flags, "--data.cache_dir", str(tmp_path / "cache"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "splits        train 63, validation 7, test 4" in done.stdout
-    assert "largest 9x9, most frequent 9x9 (0 differ)" in done.stdout
+def test_what_is_printed_and_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data.name", "image_folder", "--data.root", str(root), "--data.cache_dir", str(tmp_path / "cache")]
+    monkeypatch.setattr(sys, "argv", ["inspect_data.py", *flags, "--output", str(tmp_path / "out")])
+    assert run_job(inspect_data.main) == 0
+    printed, errors = capsys.readouterr()
+    assert errors == ""
+    assert "splits        train 63, validation 7, test 4" in printed
+    assert "largest 9x9, most frequent 9x9 (0 differ)" in printed
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
         assert sheet.size[1] == 2 * 68 + 24
     assert json.loads((tmp_path / "out" / "inspection.json").read_text())["classes"]["dog"]["test"] == 2

@@ -3,6 +3,7 @@
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from PIL import Image
 
 from tests.jobs.conftest import Run
-from tla_service.config.loading import read_settings
-from tla_service.errors import ConfigError
+from tla_service.config.loading import load_config, read_settings
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.registry.job_settings import PromoteSettings
+from tla_service.workflows.run import check_disks
 
 JOB = "train_tla"
 
@@ -27,16 +29,7 @@ def one_class_folder(folder: Path) -> str:
 
 WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown flag": (("--loss.margn", "0.1"), "--loss.margn: no such flag; did you mean --loss.margin?"),
-    "misspelt miner": (("--mining.pool", "bach"), "mining.pool=bach: not one of batch, separate; did you mean batch?"),
     "epsilon in 8-bit levels": (("--attack.epsilon", "8"), "attack.epsilon=8: outside (0, 1]; write 8/255"),
-    "step beyond the ball": (
-        ("--attack.epsilon", "0.01", "--attack.step_size", "0.5"),
-        "attack.step_size=0.5: over twice",
-    ),
-    "no such preset": (("--preset", "digit"), "preset=digit: no such preset; did you mean digits?"),
-    "no such file": (("--config", "nowhere.yaml"), "config=nowhere.yaml: cannot be read"),
-    "no epochs": (("--training.epochs", "0"), "training.epochs=0: "),
-    "a word for a number": (("--loss.margin", "wide"), "loss.margin=wide: "),
     "layer that the network lacks": (
         ("--loss.triplet_layer", "lower"),
         "loss.triplet_layer=lower: SmallCNN has no layer of this name; take embedding or logits",
@@ -44,27 +37,6 @@ WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
     "layer without triplets": (
         ("--method", "at", "--loss.triplet_layer", "logits"),
         "loss.triplet_layer=logits: method at has no triplets; leave it out",
-    ),
-    "method without its weight": (
-        ("--loss.triplet_weight", "0"),
-        "loss.triplet_weight=0: method tla trains a triplet term",
-    ),
-    "batch under the workers": (
-        ("--training.global_batch_size", "4", "--scaling.num_workers", "8"),
-        "training.global_batch_size=4: under 2 images for each of 8 workers",
-    ),
-    "unevenly shared pool": (
-        (
-            "--mining.pool",
-            "separate",
-            "--mining.pool_size",
-            "10",
-            "--mining.scope",
-            "global",
-            "--scaling.num_workers",
-            "4",
-        ),
-        "mining.pool_size=10: not divisible by 4 workers",
     ),
     "pool larger than the set": (
         ("--mining.pool", "separate", "--mining.pool_size", "5000"),
@@ -92,10 +64,6 @@ WRONG_SETTINGS: dict[str, tuple[tuple[str, ...], str]] = {
             *("--data.train_limit", "102", "--scaling.num_workers", "1", "--method", "at"),
         ),
         "training.global_batch_size=2: 91 training images in 46 steps leave it with one image in some step",
-    ),
-    "radius beyond the image": (
-        ("--attack.norm", "l2", "--attack.epsilon", "128", "--attack.step_size", "15"),
-        "attack.epsilon=128: longer than the diagonal of 1x8x8 images, 8; write 128/255",
     ),
     "storage that is none": (("--scaling.storage", "s4://a/b"), "scaling.storage=s4://a/b: no address of a storage"),
     "plain folder for tracking": (("--tracking.uri", "file:/tmp/mlruns"), "tracking.uri=file:/tmp/mlruns: "),
@@ -181,30 +149,46 @@ def test_what_is_missing_ends_with_3(run_in_process: Run, arguments: tuple[str, 
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("disk", ["output", "TMPDIR", "scaling.storage", "tracking.uri"])
-def test_a_disk_without_room_for_checkpoints_ends_with_3(
-    run_in_process: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, disk: str
-) -> None:
-    """The disk's size alone is pretended: a full one cannot be had without being root."""
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], dict[str, Path]]:
+    """A folder for each setting; the size of one's disk is pretended: a full one cannot be had without being root."""
     places = {name: tmp_path / name for name in ("output", "TMPDIR", "scaling.storage", "tracking.uri")}
     for place in places.values():
         place.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(places["TMPDIR"]))
     true = shutil.disk_usage
 
-    def usage(path: Path) -> Any:
-        return true(path)._replace(free=1000 if places[disk] in (path, *Path(path).parents) else 10**12)
+    def fill(disk: str) -> dict[str, Path]:
+        def usage(path: Path) -> Any:
+            return true(path)._replace(free=1000 if places[disk] in (path, *Path(path).parents) else 10**12)
 
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    monkeypatch.setattr("tla_service.training.precheck._device", lambda path: hash(str(path)))
+        monkeypatch.setattr(tempfile, "tempdir", str(places["TMPDIR"]))
+        monkeypatch.setattr(shutil, "disk_usage", usage)
+        monkeypatch.setattr("tla_service.training.precheck._device", lambda path: hash(str(path)))
+        return places
+
+    return fill
+
+
+def test_a_disk_without_room_for_checkpoints_ends_with_3(
+    run_in_process: Run, full: Callable[[str], dict[str, Path]]
+) -> None:
+    places = full("output")
     code, error = run_in_process(
         *("--output", str(places["output"]), "--scaling.storage", str(places["scaling.storage"])),
         *("--tracking.uri", f"sqlite:///{places['tracking.uri']}/mlflow.db"),
     )
     assert code == 3, error
-    assert error.startswith(f"error: {disk}={places[disk]}")
+    assert error.startswith(f"error: output={places['output']}")
     assert "its disk has 1e-06 GB free, the run needs 0.00" in error
-    assert f"point {disk} to another disk" in error
+    assert "point output to another disk" in error
+
+
+@pytest.mark.parametrize("disk", ["TMPDIR", "scaling.storage", "tracking.uri"])
+def test_the_other_disks_that_take_checkpoints_are_checked(full: Callable[[str], dict[str, Path]], disk: str) -> None:
+    places = full(disk)
+    config = load_config("digits", tracking={"uri": f"sqlite:///{places['tracking.uri']}/mlflow.db"})
+    with pytest.raises(UnavailableError, match=rf"^{disk}={places[disk]}.* point {disk} to another disk"):
+        check_disks(config, places["output"], str(places["scaling.storage"]), 10**6)
 
 
 def test_an_unreachable_bucket_ends_with_3(run_in_process: Run) -> None:

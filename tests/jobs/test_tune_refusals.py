@@ -114,7 +114,7 @@ def test_a_second_driver_is_refused(run_in_process: Run, tmp_path: Path, where: 
     arguments += ("--tracking.uri", "http://127.0.0.1:1")
     if where == "storage":
         arguments += ("--scaling.storage", str(tmp_path / "shared"))
-    other = context.Process(target=hold)
+    other = context.Process(target=hold, daemon=True)
     other.start()
     assert holds.wait(60)
     code_held, error = run_in_process(*arguments)

@@ -1,7 +1,5 @@
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -108,19 +106,6 @@ def test_compiles_without_a_graph_break(name: str) -> None:
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images).logits, network(images).logits)
     torch.compiler.reset()
-
-
-def test_networks_of_our_own_do_not_import_torchvision() -> None:
-    """It takes as long to import as torch, in the driver and in every worker."""
-    code = (
-        "import sys\n"
-        "from tla_service.models import build_model\n"
-        "import tla_service.training.fit\n"
-        "build_model('digits_cnn', 10, (1, 8, 8))\n"
-        "print('torchvision' in sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
 
 
 def test_same_seed_same_weights() -> None:

@@ -18,6 +18,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+import tla_service
 from tests.inference.files import encoded
 from tests.models.test_own_code import OWN
 from tests.registry.tracking_server import Packaged, TrackingServer, config_for, images
@@ -130,7 +131,8 @@ def test_fresh_process_without_this_project_predicts_the_same(packaged: Packaged
         "    model = mlflow.pyfunc.load_model(uri)\n"
         f"    out = model.predict(np.load({str(tmp_path / 'images.npy')!r}))\n"
         "    import tla_service\n"
-        "    found.append([tla_service.__file__, out['label'].tolist(), out['probabilities'].tolist()])\n"
+        "    home = [tla_service.__file__, tla_service.__version__, tla_service.ConfigError.exit_code]\n"
+        "    found.append([home, out['label'].tolist(), out['probabilities'].tolist()])\n"
         "print(json.dumps(found))\n"
     )
     variables = {
@@ -152,8 +154,9 @@ def test_fresh_process_without_this_project_predicts_the_same(packaged: Packaged
     for network, (home, label, probabilities) in zip(
         (packaged.network, own), json.loads(done.stdout.splitlines()[-1]), strict=True
     ):
-        assert "/code/tla_service/" in home
-        homes.append(home)
+        assert "/code/tla_service/" in home[0]
+        assert home[1:] == [tla_service.__version__, 2]
+        homes.append(home[0])
         expected = network(torch.from_numpy(images())).logits.softmax(1).detach().numpy()
         assert label == expected.argmax(axis=1).tolist()
         np.testing.assert_allclose(probabilities, expected, atol=1e-5)

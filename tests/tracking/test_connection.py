@@ -64,7 +64,8 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - start < 5
 
 
-def test_server_that_never_answers() -> None:
+def test_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tla_service.tracking.connection._CHECK_TIMEOUT_SECONDS", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -89,7 +90,7 @@ def answer() -> Iterator[dict[str, object]]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
+        threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True).start()
         said["uri"] = f"http://127.0.0.1:{made.server_port}"
         yield said
         made.shutdown()

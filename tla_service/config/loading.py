@@ -1,6 +1,7 @@
 """Reading a job's configuration: defaults < preset < YAML file < environment < command line."""
 
 import contextlib
+import copy
 import functools
 import json
 import logging
@@ -15,6 +16,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
+    CliSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -180,7 +182,8 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
     explainer.check_variables(RunSettings)
     arguments = [*_checked(sys.argv[1:] if arguments is None else arguments)]
     try:
-        return kind(_cli_parse_args=arguments, **values)
+        command_line = copy.copy(_command_line(kind))(args=arguments)  # a copy: it keeps what it has parsed
+        return kind(_cli_settings_source=command_line, **values)
     except ValidationError as error:
         found = map(explainer.explain, error.errors(include_url=False))
         errors = list({str(one.subject): one for one in found}.values())
@@ -189,6 +192,12 @@ def read_settings(kind: type[Settings], arguments: Sequence[str] | None = None, 
     if len(errors) == 1:
         raise errors[0] from None
     raise ExceptionGroup("the configuration is wrong", errors) from None
+
+
+@functools.cache
+def _command_line(kind: type[JobSettings]) -> CliSettingsSource[Any]:
+    """The parser of a job's flags: making it takes longer than all else that reading settings does."""
+    return CliSettingsSource(kind)
 
 
 def load_config_file(path: Path) -> RunConfig:
