@@ -61,7 +61,7 @@ def test_a_version_has_the_source_as_files_and_loads_without_the_folder(packaged
     assert (
         mlflow.pyfunc.load_model(str(folder)).predict(images(5))["label"].tolist() == expected.logits.argmax(1).tolist()
     )
-    assert not list(folder.rglob("__pycache__"))
+    assert not list((folder / "artifacts").rglob("__pycache__"))  # beside it MLflow writes one of its entry
     for difference in export_model(uri, tmp_path / "out", ("pt2",), packaged.uri).values():
         assert difference < 1e-5
 
