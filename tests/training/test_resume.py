@@ -96,7 +96,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a file cut short": (lambda folder: truncate(folder / "optimizer.pt"), "optimizer.pt is corrupted"),
     "an empty file": (lambda folder: empty(folder / "state.json"), "state.json is corrupted"),
     "a missing file": (lambda folder: (folder / "average.safetensors").unlink(), "average.safetensors is missing"),
-    "a flipped bit in the manifest": (lambda folder: flip(folder / "manifest.json"), "is "),
+    "a flipped bit in the manifest": (lambda folder: flip(folder / "manifest.json"), "its checksum differs"),
     "a manifest cut short": (lambda folder: truncate(folder / "manifest.json"), "manifest.json is missing or cannot"),
     "a missing manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing or cannot"),
     "a manifest of something else": (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json is"),
@@ -112,22 +112,24 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_newest_checkpoint_is_passed_over_with_its_reason(
-    output: Path,
-    undisturbed: list[bytes],
-    damage: Callable[[Path], Any],
-    reason: str,
-    capsys: pytest.CaptureFixture[str],
+    output: Path, damage: Callable[[Path], Any], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest = output / "checkpoints" / NEWEST
     damage(newest)
-    train(output)
+    assert train(output, epochs=0).state.step == 4
     (told,) = records(output, "damaged_checkpoint")
     assert told["message"].startswith(f"checkpoint {newest} cannot be used (")
     assert reason in told["message"]
     assert told["message"].endswith(f"; falling back to {output / 'checkpoints' / OLDER}")
     assert f"warning: {told['message']}\n" in capsys.readouterr().out
-    assert weights_of(output) == undisturbed
     assert [record["resumed_from"] for record in records(output, "start")][1:] == [str(newest.parent / OLDER)]
+
+
+def test_a_run_that_passed_over_a_damaged_checkpoint_ends_the_same(output: Path, undisturbed: list[bytes]) -> None:
+    newest = output / "checkpoints" / NEWEST
+    flip(newest / "model.safetensors")
+    train(output)
+    assert weights_of(output) == undisturbed
     assert sorted(path.name for path in newest.parent.glob("step-*")) == ["step-000000012", LAST]
 
 
@@ -270,8 +272,9 @@ def batchnorm_worker(rank: int, folder: str, stop_after: int | None, resume_from
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     Path(folder, str(rank)).mkdir()
     reporter = KeepingReporter(Path(folder, str(rank)), stop_after, resume_from)
-    training = {"epochs": 2, "ema_decay": 0.9, "log_every_steps": 1}
-    run = Run(digits_config(model={"name": "mnist_cnn"}, training=training), WorkerContext(rank, 2), reporter)
+    training = {"epochs": 2, "global_batch_size": 25, "ema_decay": 0.9, "log_every_steps": 1}
+    config = digits_config(data={"train_limit": 100}, model={"name": "mnist_cnn"}, training=training)
+    run = Run(config, WorkerContext(rank, 2), reporter)
     run.start(None)
     run.train(measure_test=False)
     dist.destroy_process_group()
