@@ -36,7 +36,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "free": {"attack": {"kind": "free", "free_replays": 2}},
     "BatchNorm in train mode": {"attack": {"batchnorm": "train"}, "model": {"name": "mnist_cnn"}},
     "roles apart": {"training": {"batchnorm_roles": "apart"}, "model": {"name": "mnist_cnn"}},
-    "bfloat16": {"training": {"precision": "bfloat16"}, "model": {"name": "mnist_cnn"}},
+    "bfloat16": {"training": {"precision": "bfloat16", "global_batch_size": 10}, "model": {"name": "mnist_cnn"}},
     "channels_last": {"training": {"channels_last": True}, "mining": POOL, "model": {"name": "mnist_cnn"}},
     "augmentation": {"data": {"crop_padding": 1, "flip": True}},
 }
@@ -114,7 +114,7 @@ def test_graphs_train_the_same_weights(
     new_reporter: NewReporter, emulated_graphs: type[EmulatedGraph], changes: dict[str, Any]
 ) -> None:
     data = {"train_limit": 190}
-    sections = {**changes, "data": data, "training": {"epochs": 2, **changes.get("training", {})}}
+    sections = {**changes, "data": data, "training": {"epochs": 1, **changes.get("training", {})}}
     weights = []
     for graphs in (False, True):
         reporter = new_reporter()

@@ -75,7 +75,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "POLL_SECONDS", 0.001)
 
 
-@pytest.mark.parametrize("questions", [1, 3, 20])
+@pytest.mark.parametrize("questions", [1, 20])
 def test_a_late_validation_changes_nothing_but_when_it_is_known(
     reporter: KeepingReporter, waited: tuple[list[bytes], FitResult, list[str]], questions: int
 ) -> None:
