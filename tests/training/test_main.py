@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.training.conftest import without_speed
 from tla_service.job import run_job
 from tla_service.training.__main__ import main
 from tla_service.training.reporting import LocalReporter
@@ -100,11 +101,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def epochs(output: Path) -> list[dict[str, Any]]:
-    """What the log tells of epochs, without times."""
+    """What the log tells of epochs."""
     path = output / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    told = [line["metrics"] for line in lines if line["event"] == "epoch"]
-    return [{name: value for name, value in metrics.items() if name != "images_per_second"} for metrics in told]
+    return without_speed([line["metrics"] for line in lines if line["event"] == "epoch"])
 
 
 def last_weights(output: Path) -> bytes:
