@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -57,6 +58,12 @@ def _same_seed() -> None:
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in [name for name in os.environ if name.upper().startswith("TLA_")]:
         monkeypatch.delenv(variable)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,12 @@ from torch import Tensor
 from tla_service.attacks import Attack, LogitsFn
 
 Image = list[float]
+SHAPE = (2, 2, 3)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Five random images, and labels of four classes."""
+    return torch.rand(5, *SHAPE, dtype=torch.float64), torch.randint(4, (5,))
 
 
 def cross_entropy(logits: Tensor, label: int, smoothing: float) -> Tensor:

@@ -7,14 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.attacks import oracle
+from tests.attacks.oracle import SHAPE, batch
 from tla_service.attacks import Attack, craft
 
-SHAPE = (2, 2, 3)
 NORMS = ("linf", "l2")
-
-
-def batch(classes: int = 4) -> tuple[Tensor, Tensor]:
-    return torch.rand(5, *SHAPE, dtype=torch.float64), torch.randint(classes, (5,))
 
 
 @pytest.mark.parametrize("random_start", [False, True])

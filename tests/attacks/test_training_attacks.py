@@ -2,16 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from tests.attacks import oracle
+from tests.attacks.oracle import SHAPE, batch
 from tla_service.attacks import Attack, craft, craft_noisy_step
-
-SHAPE = (2, 2, 3)
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    return torch.rand(5, *SHAPE, dtype=torch.float64), torch.randint(4, (5,))
 
 
 def test_the_divergence_is_ascended_from_a_hair_s_breadth_away() -> None:

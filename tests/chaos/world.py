@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.cluster.conftest import BIN, free_port
+from tests.cluster.conftest import BIN
 from tests.cluster.gate import Gate, gate_to
-from tests.conftest import S3Server, running_s3
+from tests.conftest import S3Server, free_port, running_s3
 from tests.registry.tracking_server import TrackingServer
 
 BRIDGE, NETWORK = "tla-chaos", "10.213.77"

@@ -19,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.conftest import free_port
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 # Ray's workers give way to every other process by default, and a test beside them would starve them.
@@ -107,12 +109,6 @@ class Job:
                     process.kill()
         self.process.wait()
         self._printed.close()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 class Cluster:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Job, free_port
+from tests.cluster.conftest import Job
+from tests.conftest import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 

@@ -24,8 +24,8 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from jobs import train_tla
-from tests.cluster.conftest import QUICK, RAY, ROOT, Cluster, Job, free_port
-from tests.conftest import S3Server
+from tests.cluster.conftest import QUICK, RAY, ROOT, Cluster, Job
+from tests.conftest import S3Server, free_port
 from tla_service.config.loading import load_config_file
 from tla_service.data import load_dataset
 from tla_service.evaluation.shards import load_outcome

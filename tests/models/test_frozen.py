@@ -54,28 +54,35 @@ def outputs(network: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return output.logits.detach(), output.embeddings.detach(), gradient
 
 
-@pytest.mark.parametrize("fold", [False, True])
+def compare(twins: list[FrozenTwin], network: nn.Module, images: Tensor) -> None:
+    expected = outputs(network.eval(), images)
+    for twin in twins:
+        for found, values in zip(outputs(twin, images), expected, strict=True):
+            torch.testing.assert_close(found, values, rtol=1e-9, atol=1e-9 * float(values.abs().max()))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_twin_is_the_network_in_eval_mode_before_and_after_updates(name: str, fold: bool) -> None:
+def test_the_twin_is_the_network_in_eval_mode_before_and_after_updates(name: str) -> None:
     build, shape, folds = NETWORKS[name]
     images = torch.rand(4, *shape, dtype=torch.float64)
     network = lived_in(build(), images)
-    twin = FrozenTwin(network, fold_batchnorm=fold)
-    assert len(twin._folds) >= folds if fold else len(twin._folds) == 0
+    plain, folded = twins = [FrozenTwin(network, fold_batchnorm=fold) for fold in (False, True)]
+    assert len(folded._folds) >= folds
+    assert len(plain._folds) == 0
     optimizer = torch.optim.SGD(network.parameters(), 0.01)
     for _ in range(2):
-        for expected, found in zip(outputs(network.eval(), images), outputs(twin, images), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+        compare(twins, network, images)
         network.train()
         optimizer.zero_grad()
         network(images).logits.square().mean().backward()
         optimizer.step()
-        twin.refresh()
+        for twin in twins:
+            twin.refresh()
     other = lived_in(build(), images)
     network.load_state_dict(other.state_dict())
-    twin.refresh()
-    for expected, found in zip(outputs(other.eval(), images), outputs(twin, images), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    for twin in twins:
+        twin.refresh()
+    compare(twins, other, images)
 
 
 def test_a_twin_that_was_not_refreshed_is_behind() -> None:

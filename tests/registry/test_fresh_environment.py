@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from tests.conftest import free_port
 from tests.inference.files import encoded
 from tests.models.test_own_code import OWN
 from tests.registry.tracking_server import config_for
@@ -211,11 +211,8 @@ def test_a_new_environment_builds_the_network_of_others(
 def address(shipped: Shipped, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`mlflow models serve` in that environment."""
     folder = tmp_path_factory.mktemp("serve")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [shipped.python.with_name("mlflow"), "models", "serve", "-m", "models:/tla-mnist/1"]
-    command += ["--env-manager", "local", "--port", str(port), "--workers", "1"]
+    command += ["--env-manager", "local", "--port", str(port := free_port()), "--workers", "1"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command, cwd=folder, env=variables(shipped), stdout=log, stderr=log, start_new_session=True

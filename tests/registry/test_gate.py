@@ -281,13 +281,15 @@ def test_a_damaged_evaluation_is_made_again(packaged: Packaged) -> None:
     evaluate(packaged, "1", GOOD)
     root = MlflowClient(packaged.uri).get_run(packaged.run_id).info.artifact_uri.removeprefix("file://")
     folder = Path(root, artifact_folder(sha256(packaged, "1"), TRAINED_FOR))
-    for name in ("report.json", "outcome.npz"):
-        content = (folder / name).read_bytes()
-        for damaged in (content[:40], content[:60] + b"\xff" * 60 + content[120:], b"{}", None):
-            (folder / name).unlink() if damaged is None else (folder / name).write_bytes(damaged)
-            found = failed(attempt(packaged, "1"))["version evaluated"]
-            assert "run jobs/evaluate_tla.py --model models:/tla-digits/1 --output" in found
-            (folder / name).write_bytes(content)
+    report, outcome = ((folder / name).read_bytes() for name in ("report.json", "outcome.npz"))
+    garbled = outcome[:60] + b"\xff" * 60 + outcome[120:]
+    for name, content, damaged in (
+        ("report.json", report, report[:40]), ("outcome.npz", outcome, garbled), ("outcome.npz", outcome, None)
+    ):  # fmt: skip
+        (folder / name).unlink() if damaged is None else (folder / name).write_bytes(damaged)
+        found = failed(attempt(packaged, "1"))["version evaluated"]
+        assert "run jobs/evaluate_tla.py --model models:/tla-digits/1 --output" in found
+        (folder / name).write_bytes(content)
     assert attempt(packaged, "1").verdict == "promoted"
 
 

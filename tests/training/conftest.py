@@ -1,6 +1,6 @@
 """A small run on real digits, and a reporter that keeps everything in memory and on disk."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,16 @@ def fit(config: RunConfig, context: WorkerContext, reporter: Any) -> FitResult:
     run = Run(config, context, reporter)
     run.start(None)
     return run.train()
+
+
+def weights_of(checkpoint: Path) -> dict[str, bytes]:
+    """Its files of weights: the network's, and where it has them the best and the average ones."""
+    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
+
+
+def without_speed(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What epochs were, but not how fast."""
+    return [{name: value for name, value in epoch.items() if name != "images_per_second"} for epoch in history]
 
 
 class KeepingReporter:

@@ -28,7 +28,7 @@ def batchnorm_network(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def crafted(config: RunConfig, network: nn.Module, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return Adversary(network, config, WorkerContext()).craft(random_batch(dtype=dtype).anchors, generator(CPU, 1))
+    return Adversary(network, config, WorkerContext()).craft(random_batch(8, dtype=dtype).anchors, generator(CPU, 1))
 
 
 def test_folding_changes_no_attacked_image() -> None:
@@ -36,17 +36,17 @@ def test_folding_changes_no_attacked_image() -> None:
     plain = crafted(digits_config(speed={"fold_batchnorm": False}), network)
     folded = crafted(digits_config(), network)
     torch.testing.assert_close(folded, plain, rtol=0, atol=1e-12)
-    assert not torch.equal(plain, random_batch().anchors.images)
+    assert not torch.equal(plain, random_batch(8).anchors.images)
 
 
 def test_the_attack_follows_updates() -> None:
     network = batchnorm_network()
     crafter = Adversary(network, digits_config(), WorkerContext())
-    crafter.craft(random_batch().anchors, generator(CPU, 1))
+    crafter.craft(random_batch(8).anchors, generator(CPU, 1))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    found = crafter.craft(random_batch().anchors, generator(CPU, 1))
+    found = crafter.craft(random_batch(8).anchors, generator(CPU, 1))
     assert torch.equal(found, crafted(digits_config(), network))
 
 
@@ -77,9 +77,9 @@ def test_an_attack_computes_no_weight_gradient(monkeypatch: pytest.MonkeyPatch, 
     speed = {"compile": "attack" if compiled else "none", "fold_batchnorm": fold}
     config = digits_config(speed=speed)
     crafter = Adversary(network, config, WorkerContext())
-    crafter.craft(random_batch().anchors, generator(CPU, 1))
+    crafter.craft(random_batch(8).anchors, generator(CPU, 1))
     with WeightGradients() as counts:
-        found = crafter.craft(random_batch().anchors, generator(CPU, 1))
+        found = crafter.craft(random_batch(8).anchors, generator(CPU, 1))
     assert counts.to_input == 4 * config.attack.num_steps
     assert counts.to_weights == 0
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -99,7 +99,7 @@ def test_the_last_steps_embeddings_are_those_the_attack_has_seen() -> None:
     network = batchnorm_network()
     one, two = (digits_config(attack={"num_steps": steps, "random_start": False}) for steps in (1, 2))
     crafter = Adversary(network, two, WorkerContext())
-    crafter.craft(random_batch().anchors, generator(CPU, 1))
+    crafter.craft(random_batch(8).anchors, generator(CPU, 1))
     after_one = crafted(one, network)
     assert crafter.last_embeddings is not None
     torch.testing.assert_close(crafter.last_embeddings, network.eval()(after_one).embeddings, rtol=1e-9, atol=1e-9)
@@ -120,9 +120,9 @@ def test_mining_with_them_saves_a_forward_pass(monkeypatch: pytest.MonkeyPatch) 
             patched.setattr(Adversary, "embed", embed)
             config = digits_config(mining={"pool": "separate", "pool_size": 12, "queries": queries})
             step = TrainingStep(batchnorm_network(), config, WorkerContext())
-            loss_of(step, random_batch(pool=12))
+            loss_of(step, random_batch(8, pool=12))
         counts[queries] = seen
-    assert counts == {"final": [24, 12], "last_step": [12]}
+    assert counts == {"final": [8, 12], "last_step": [12]}
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_images_are_embedded_for_mining_only_where_it_mines(changes: dict[str, A
         return forward(images)
 
     step.adversary._twin.module.forward = count  # type: ignore[method-assign]
-    step.backward(random_batch(pool=12), 0)
+    step.backward(random_batch(8, pool=12), 0)
     assert len(seen) == step.config.attack.num_steps + passes
 
 
@@ -190,7 +190,7 @@ def test_nothing_waits_for_the_device_inside_a_step(no_waiting: list[str], chang
     config = digits_config(**changes)
     step = TrainingStep(network, config, WorkerContext())
     no_waiting.clear()  # drawing initial weights waits
-    step.backward(random_batch(pool=12, dtype=torch.float32), 0)
+    step.backward(random_batch(8, pool=12, dtype=torch.float32), 0)
     assert no_waiting == []
     float(next(iter(network.parameters())).detach().sum())
     assert no_waiting  # the fixture sees what it is there to see

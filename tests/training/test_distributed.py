@@ -1,8 +1,8 @@
 """Several real gloo processes against one: the same global batch, the same loss, negatives and gradients."""
 
-import multiprocessing
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.conftest import free_port
 from tests.training.conftest import digits_config, random_batch
-from tests.training.test_watch import free_port
 from tla_service.data import Batch, StepBatch, load_dataset
 from tla_service.data.order import StepOrder, shard_sizes
 from tla_service.errors import ConfigError, UnavailableError
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.distributed
 
 CPU = torch.device("cpu")
 # 22 images over 4 workers are 6, 6, 5, 5: shards that differ in size must not change the mean.
-IMAGES, POOL = 22, 16
+WORKERS, IMAGES, POOL = 4, 22, 16
 CASES: dict[str, dict[str, Any]] = {
     "at": {"method": "at"},
     "alp": {"method": "alp"},
@@ -116,7 +116,7 @@ def run_case(changes: dict[str, Any], context: WorkerContext) -> dict[str, torch
 
 def worker(rank: int, world_size: int, folder: str) -> None:
     """One process: every case, then what else needs several; results go to a file."""
-    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # torch's own `all_gather`
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     context = WorkerContext(rank, world_size, CPU)
     results: dict[str, Any] = {name: run_case(changes, context) for name, changes in CASES.items()}
@@ -134,15 +134,12 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def gathered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp(f"world-{request.param}")
-    # The server imports torch and the rest once for all workers.
-    multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(  # type: ignore[no-untyped-call]
-        worker, args=(request.param, str(folder)), nprocs=request.param, start_method="forkserver"
-    )
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(request.param)]
+@pytest.fixture(scope="module")
+def gathered(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("world")
+    run_case({}, WorkerContext())  # imports what each worker would otherwise import
+    mp.start_processes(worker, args=(WORKERS, str(folder)), nprocs=WORKERS, start_method="fork")  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(WORKERS)]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,6 +1,5 @@
 """A run with the user's own network of two files: its checkpoints have the code, and belong to it."""
 
-import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -11,32 +10,18 @@ from safetensors.torch import load_file
 
 from tests.models.test_own_code import OWN
 from tests.training.conftest import digits_config
+from tests.training.test_resume import train
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
 from tla_service.job import run_job
 from tla_service.models import Architecture
 from tla_service.registry.loading import load_model
 from tla_service.report.subjects import load_checkpoint_subject
-from tla_service.runtime import WorkerContext
 from tla_service.training.__main__ import main
-from tla_service.training.fit import Run
-from tla_service.training.reporting import LocalReporter
 
 
 def config_with(code: Path, **changes: object) -> RunConfig:
     return digits_config(model={"name": "network:build", "code": str(code), **changes})
-
-
-def train(output: Path, config: RunConfig, *, epochs: int | None = None, code: bytes | None = None) -> Run:
-    with contextlib.closing(LocalReporter(output)) as reporter:
-        run = Run(config, WorkerContext(), reporter, code)
-        run.start(None)
-        if epochs is None:
-            run.train()
-        for _ in range(epochs or 0):
-            run.train_epoch()
-            run.finish_epoch()
-    return run
 
 
 def newest(output: Path) -> Path:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.training.conftest import KeepingReporter, digits_config
+from tests.training.conftest import KeepingReporter, digits_config, weights_of
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.runtime import WorkerContext
@@ -30,14 +30,13 @@ from tla_service.training.reporting import LocalReporter
 
 # Steps 4 and 8 of 16 are done: the run was stopped at the end of its second epoch.
 OLDER, NEWEST, LAST = "step-000000004", "step-000000008", "step-000000016"
-WEIGHTS = ("model.safetensors", "best.safetensors", "average.safetensors")
 CONFIG = digits_config(training={"ema_decay": 0.9})
 
 
-def train(output: Path, config: RunConfig = CONFIG, *, epochs: int | None = None) -> Run:
+def train(output: Path, config: RunConfig = CONFIG, *, epochs: int | None = None, code: bytes | None = None) -> Run:
     """Train to the end, or die after so many epochs."""
     with contextlib.closing(LocalReporter(output)) as reporter:
-        run = Run(config, WorkerContext(), reporter)
+        run = Run(config, WorkerContext(), reporter, code)
         run.start(None)
         if epochs is None:
             run.train()
@@ -47,21 +46,17 @@ def train(output: Path, config: RunConfig = CONFIG, *, epochs: int | None = None
     return run
 
 
-def weights_of(output: Path) -> list[bytes]:
-    return [(output / "checkpoints" / LAST / name).read_bytes() for name in WEIGHTS]
-
-
 def records(output: Path, event: str) -> list[dict[str, Any]]:
     lines = (json.loads(line) for line in (output / "log.jsonl").read_text().splitlines())
     return [record for record in lines if record["event"] == event]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Final weights of the run when nothing happens to it."""
     output = tmp_path_factory.mktemp("undisturbed")
     train(output)
-    return weights_of(output)
+    return weights_of(output / "checkpoints" / LAST)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +91,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a file cut short": (lambda folder: truncate(folder / "optimizer.pt"), "optimizer.pt is corrupted"),
     "an empty file": (lambda folder: empty(folder / "state.json"), "state.json is corrupted"),
     "a missing file": (lambda folder: (folder / "average.safetensors").unlink(), "average.safetensors is missing"),
-    "a flipped bit in the manifest": (lambda folder: flip(folder / "manifest.json"), "is "),
+    "a flipped bit in the manifest": (lambda folder: flip(folder / "manifest.json"), "its checksum differs"),
     "a manifest cut short": (lambda folder: truncate(folder / "manifest.json"), "manifest.json is missing or cannot"),
     "a missing manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing or cannot"),
     "a manifest of something else": (lambda folder: (folder / "manifest.json").write_text("[1]"), "manifest.json is"),
@@ -112,28 +107,30 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_newest_checkpoint_is_passed_over_with_its_reason(
-    output: Path,
-    undisturbed: list[bytes],
-    damage: Callable[[Path], Any],
-    reason: str,
-    capsys: pytest.CaptureFixture[str],
+    output: Path, damage: Callable[[Path], Any], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest = output / "checkpoints" / NEWEST
     damage(newest)
-    train(output)
+    assert train(output, epochs=0).state.step == 4
     (told,) = records(output, "damaged_checkpoint")
     assert told["message"].startswith(f"checkpoint {newest} cannot be used (")
     assert reason in told["message"]
     assert told["message"].endswith(f"; falling back to {output / 'checkpoints' / OLDER}")
     assert f"warning: {told['message']}\n" in capsys.readouterr().out
-    assert weights_of(output) == undisturbed
     assert [record["resumed_from"] for record in records(output, "start")][1:] == [str(newest.parent / OLDER)]
+
+
+def test_a_run_that_passed_over_a_damaged_checkpoint_ends_the_same(output: Path, undisturbed: dict[str, bytes]) -> None:
+    newest = output / "checkpoints" / NEWEST
+    flip(newest / "model.safetensors")
+    train(output)
+    assert weights_of(output / "checkpoints" / LAST) == undisturbed
     assert sorted(path.name for path in newest.parent.glob("step-*")) == ["step-000000012", LAST]
 
 
 @pytest.mark.parametrize("nth", range(1, 7))
 def test_a_process_killed_while_it_saves_leaves_nothing_that_blocks(
-    output: Path, undisturbed: list[bytes], nth: int, capfd: pytest.CaptureFixture[str]
+    output: Path, undisturbed: dict[str, bytes], nth: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Killed at the n-th file that it opens or renames there; temporary files are on another file system."""
 
@@ -155,7 +152,7 @@ def test_a_process_killed_while_it_saves_leaves_nothing_that_blocks(
     assert child.exitcode == -signal.SIGKILL
     train(output)
     assert records(output, "damaged_checkpoint") == []
-    assert weights_of(output) == undisturbed
+    assert weights_of(output / "checkpoints" / LAST) == undisturbed
 
 
 @pytest.mark.parametrize("damaged", [(NEWEST, OLDER), (NEWEST,)], ids=["both", "the only one"])
@@ -209,7 +206,7 @@ def test_another_run_is_refused_rather_than_passed_over(output: Path) -> None:
         train(output, other)
 
 
-def test_a_checkpoint_of_an_earlier_version_resumes(output: Path, undisturbed: list[bytes]) -> None:
+def test_a_checkpoint_of_an_earlier_version_resumes(output: Path, undisturbed: dict[str, bytes]) -> None:
     """It has another digest of the same settings, and one fingerprint of all images."""
     for folder in (output / "checkpoints").glob("step-*"):
         state, data = (json.loads((folder / name).read_text()) for name in ("state.json", "data.json"))
@@ -220,7 +217,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes(output: Path, undisturbed: l
         sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
         (folder / "manifest.json").write_text(json.dumps({k: v for k, v in sums.items() if k != "manifest.json"}))
     train(output)
-    assert weights_of(output) == undisturbed
+    assert weights_of(output / "checkpoints" / LAST) == undisturbed
 
 
 class OnRankZero(LocalCheckpoint):
@@ -270,8 +267,9 @@ def batchnorm_worker(rank: int, folder: str, stop_after: int | None, resume_from
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     Path(folder, str(rank)).mkdir()
     reporter = KeepingReporter(Path(folder, str(rank)), stop_after, resume_from)
-    training = {"epochs": 2, "ema_decay": 0.9, "log_every_steps": 1}
-    run = Run(digits_config(model={"name": "mnist_cnn"}, training=training), WorkerContext(rank, 2), reporter)
+    training = {"epochs": 2, "global_batch_size": 25, "ema_decay": 0.9, "log_every_steps": 1}
+    config = digits_config(data={"train_limit": 100}, model={"name": "mnist_cnn"}, training=training)
+    run = Run(config, WorkerContext(rank, 2), reporter)
     run.start(None)
     run.train(measure_test=False)
     dist.destroy_process_group()
@@ -288,11 +286,12 @@ def test_workers_stopped_within_an_epoch_keep_their_own_batchnorm_statistics(tmp
     stopped = run("stopped", stop_after=4)
     assert stopped.name == "step-000000006"
     whole, resumed = run("whole"), run("resumed", resume_from=stopped)
-    for name in WEIGHTS:
-        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    assert weights_of(resumed) == weights_of(whole)
 
 
-def test_checkpoints_are_saved_within_an_epoch_once_the_last_is_old(tmp_path: Path, undisturbed: list[bytes]) -> None:
+def test_checkpoints_are_saved_within_an_epoch_once_the_last_is_old(
+    tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
     config = digits_config(training={"ema_decay": 0.9, "checkpoint_minutes": 1e-9, "log_every_steps": 1})
     with contextlib.closing(LocalReporter(tmp_path)) as reporter:
         run = Run(config, WorkerContext(), reporter)
@@ -305,11 +304,11 @@ def test_checkpoints_are_saved_within_an_epoch_once_the_last_is_old(tmp_path: Pa
         "step-000000007",
     ]
     train(tmp_path, config)
-    assert weights_of(tmp_path) == undisturbed
+    assert weights_of(tmp_path / "checkpoints" / LAST) == undisturbed
     assert [record["metrics"]["step"] for record in records(tmp_path, "epoch")] == [4.0, 8.0, 12.0, 16.0]
 
 
-def test_a_change_of_the_number_of_workers_is_told_and_saved(output: Path, undisturbed: list[bytes]) -> None:
+def test_a_change_of_the_number_of_workers_is_told_and_saved(output: Path, undisturbed: dict[str, bytes]) -> None:
     """The checkpoint is made one of two workers."""
     newest = output / "checkpoints" / NEWEST
     state = json.loads((newest / "state.json").read_text())
@@ -323,7 +322,7 @@ def test_a_change_of_the_number_of_workers_is_told_and_saved(output: Path, undis
     assert told["message"] == f"resuming from {newest} on 1 worker (before: 2)"
     assert told["sizes"] == run.state.workers == [[0, 2], [8, 1]]
     assert json.loads((newest.parent / LAST / "state.json").read_text())["workers"] == [[0, 2], [8, 1]]
-    assert weights_of(output) == undisturbed
+    assert weights_of(output / "checkpoints" / LAST) == undisturbed
 
 
 def test_a_run_says_from_where_it_starts(tmp_path: Path) -> None:

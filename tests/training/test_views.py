@@ -9,26 +9,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.training.conftest import digits_config, random_batch
-from tests.training.test_resume import WEIGHTS, train
-from tests.training.test_step import expected_total, network, shifted
+from tests.training.conftest import digits_config, random_batch, weights_of
+from tests.training.test_resume import train
+from tests.training.test_step import expected_total, fixed_attack, network, shifted
 from tla_service.attacks import Attack, craft
 from tla_service.data import Batch, StepBatch, load_dataset, strong
 from tla_service.models import build_model
 from tla_service.runtime import WorkerContext
-from tla_service.training import adversary as adversary_module
 from tla_service.training.adversary import moved_weights
 from tla_service.training.precheck import training_batches
 from tla_service.training.step import TOTALS, TrainingStep
 from tla_service.training.terms import cross_entropy
 
+__all__ = ["fixed_attack"]
 SHARE = 0.3  # of the second view
 VIEW: dict[str, Any] = {"data": {"augment": "autoaugment"}, "training": {"batchnorm_roles": "apart"}}
-
-
-@pytest.fixture(autouse=True)
-def fixed_attack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adversary_module, "craft", lambda _logits, images, *_: shifted(images))
 
 
 def batch_with_view() -> StepBatch:
@@ -183,8 +178,7 @@ def test_a_run_with_two_views_resumes_exactly(tmp_path: Path) -> None:
     train(tmp_path / "stopped", config)
     whole, resumed = (max((tmp_path / name / "checkpoints").iterdir()) for name in ("whole", "stopped"))
     assert whole.name == resumed.name == "step-000000004"
-    for name in WEIGHTS:
-        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    assert weights_of(resumed) == weights_of(whole)
 
 
 def test_mixing_depends_on_the_step_alone() -> None:

@@ -14,19 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.conftest import free_port
 from tla_service.runtime import all_reduce_sum, process_group
 from tla_service.training.watch import watched
 
 pytestmark = pytest.mark.distributed
 
 SECONDS = 3.0  # that a rank may hold up the others
-PAUSE = 1.5  # a healthy one
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+PAUSE = 1.0  # a healthy one
 
 
 def stop(rank: int) -> None:
@@ -109,13 +104,12 @@ class Outcome(NamedTuple):
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Outcome]]:
     """All cases at once, since most of their time is waiting."""
-    multiprocessing.set_forkserver_preload([__name__])
     processes, folders = {}, {}
     for name, case in CASES.items():
         folders[name] = tmp_path_factory.mktemp("watch")
         port = free_port()
         processes[name] = [
-            multiprocessing.get_context("forkserver").Process(
+            multiprocessing.get_context("fork").Process(
                 target=work, args=(rank, case.world_size, port, str(folders[name]), case.event, case.victim)
             )
             for rank in range(case.world_size)
@@ -148,7 +142,7 @@ def test_the_hung_rank_is_named_and_the_others_end(outcomes: dict[str, Outcome],
     assert [found.codes[rank] for rank in others] == [1] * len(others)
     assert list(found.told) == others[:1]
     seconds, message = found.told[others[0]].split("\n")
-    assert SECONDS <= float(seconds) < 4 * SECONDS
+    assert SECONDS <= float(seconds) < 10 * SECONDS
     start = f"rank {case.victim} on {socket.gethostname()} (process {found.pids[case.victim]}) "
     assert message.startswith(start)
     is_blocked = case.event is read_slowly

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -29,11 +30,12 @@ def trials_of(space: Space, count: int, seed: int = 0) -> list[Trial]:
     return trials
 
 
-def test_every_picture_is_drawn(tmp_path: Path) -> None:
-    space = space_of(run=run_config(mining={"pool": "separate", "pool_size": 100}))
+def test_every_picture_is_drawn_and_the_style_of_others_left_alone(tmp_path: Path) -> None:
+    space, before = space_of(run=run_config(mining={"pool": "separate", "pool_size": 100})), dict(mpl.rcParams)
     paths = draw_all(trials_of(space, 12), space, tmp_path / "figures")
     assert {path.stem for path in paths} == {"parallel_coordinates", "clean_and_robust", "importance"}
     assert all(path.stat().st_size > 10_000 for path in paths)
+    assert dict(mpl.rcParams) == before
 
 
 def test_a_single_trial_and_none_are_drawn_too(tmp_path: Path) -> None:
@@ -50,26 +52,21 @@ def test_trials_that_do_not_differ_are_plotted_without_importances(tmp_path: Pat
     assert [path.stem for path in draw_all(trials, space, tmp_path)] == ["parallel_coordinates", "clean_and_robust"]
 
 
-def test_plots_leave_the_style_of_others_alone(tmp_path: Path) -> None:
-    import matplotlib as mpl
-
-    before = mpl.rcParams.copy()
-    space = space_of()
-    draw_all(trials_of(space, 5), space, tmp_path)
-    assert dict(mpl.rcParams) == dict(before)
-
-
 @pytest.mark.parametrize(
     "study", [name for name in preset_names("study") if name not in ("clean_weight", "ingredients")]
 )
-def test_each_study_covers_the_papers_values_and_ends_in_its_picture(study: str, tmp_path: Path) -> None:
+def test_each_study_covers_the_papers_values(study: str) -> None:
     settings = read_settings(TuneSettings, ["--study", study, "--data.root", "/data"])
     space = Space(settings.run_config, settings.sweep)
     paper = paper_figures()["studies"][settings.sweep.picture]["accuracies"]
     labels = [f"{choice:g}" if isinstance(choice, float) else str(choice) for choice in space.axes[0].choices]
     assert all(labels == list(line) for line in paper.values())
     assert len(settings.run_config.evaluation.test) >= len(paper)
-    trials = []
+
+
+def test_a_study_ends_in_its_picture(tmp_path: Path) -> None:
+    settings = read_settings(TuneSettings, ["--study", "margin", "--data.root", "/data"])
+    space, trials = Space(settings.run_config, settings.sweep), []
     for number, point in enumerate(space.grid()):
         trial = trial_of(number, [0.7], point=point, status="finished")
         trial.test = {f"robust_accuracy/{name}": 0.7 + number / 100 for name in settings.run_config.evaluation.test}
