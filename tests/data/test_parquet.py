@@ -97,7 +97,7 @@ def test_cifar10_as_hubs_publish_it(
     streamed = load_dataset(config.model_copy(update={"residency": "stream"}))
     opened: list[Any] = []
     original = Image.open
-    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or original(file))
+    monkeypatch.setattr(Image, "open", lambda file, **how: opened.append(file) or original(file, **how))
     again = load_dataset(config)
 
     assert (len(cifar.train), len(cifar.test), cifar.image_shape) == (100, 10, (3, 32, 32))
