@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tla_service.config.loading import read_settings
+from tla_service.files import expanded
 from tla_service.job import next_command, run_job
 from tla_service.tuning.settings import TuneSettings, sweep_yaml
 from tla_service.tuning.space import Space
@@ -24,7 +25,7 @@ def main() -> int:
     # Imported late: --help and a wrong space should not wait for torch, ray and mlflow.
     from tla_service.workflows.sweep import WINNER, run_sweep, train_winner
 
-    output = (settings.output or Path("runs") / space.name).expanduser().absolute()
+    output = expanded("output", settings.output or Path("runs") / space.name).absolute()
     code = run_sweep(run, space, output, resume=settings.resume, debug=settings.debug)
     if code == 0 and settings.then_train:
         return train_winner(space, output, settings.then_train, debug=settings.debug)

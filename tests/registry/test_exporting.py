@@ -13,7 +13,7 @@ import torch
 
 from jobs import export_model as job
 from tests.registry.tracking_server import Packaged, config_for, images
-from tla_service.errors import ConfigError
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.job import run_job
 from tla_service.models import build_model
 from tla_service.registry import exporting
@@ -165,7 +165,7 @@ def test_an_export_into_a_used_folder_holds_one_model(
 
     with monkeypatch.context() as patched:
         patched.setattr(exporting, "_write_pt2", fails)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(UnavailableError, match=r"no space.*; choose another --output"):
             export_model(packaged.model.model_uri, tmp_path, ("pt2",), packaged.uri)
     assert len(list(tmp_path.iterdir())) == 5, "nothing is deleted before there is something in its place"
     export_model(packaged.model.model_uri, tmp_path, ("pt2",), packaged.uri)

@@ -54,7 +54,7 @@ def test_autoattack_on_no_image_of_the_gate_is_told(tmp_path: Path) -> None:
         printed = StringIO()
         few = plan(images={"autoattack": count, "representation": 0})
         Measuring(few, models, tmp_path, Terminal(printed)).tasks()
-        assert ("to promote it, take 40 (images.autoattack)" in printed.getvalue()) == told
+        assert ("to promote the model, take 40 (images.autoattack)" in printed.getvalue()) == told
 
 
 def test_what_was_measured_before_is_taken_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

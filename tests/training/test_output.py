@@ -91,13 +91,17 @@ def test_a_folder_is_the_runs_whose_configuration_it_holds(tmp_path: Path) -> No
 @pytest.mark.parametrize("summary", ["{}", "[1]", '{"stat', '{"status": "finished"}'])
 def test_a_summary_of_another_program_does_not_answer_for_a_run(summary: str, tmp_path: Path) -> None:
     (tmp_path / SUMMARY).write_text(summary)
-    with pytest.raises(ConfigError, match=r"holds .* summary\.json .*; choose another --output"):
+    with pytest.raises(ConfigError, match=r"holds a summary\.json that is not a run's.*; choose another --output"):
         open_output(RunConfig(), tmp_path)
+    if "finished" not in summary:
+        write_config(RunConfig(), tmp_path)
+        with pytest.raises(ConfigError, match=r"its summary\.json is damaged; delete that file"):
+            open_output(RunConfig(), tmp_path)
 
 
 def test_a_folder_checkpoint_of_no_run_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
-    with pytest.raises(ConfigError, match=r"holds a checkpoint/ that is not a run's.*; choose another --output"):
+    with pytest.raises(ConfigError, match=r"holds a checkpoint that is not a run's.*; choose another --output"):
         open_output(RunConfig(), tmp_path)
     write_config(RunConfig(), tmp_path)
     assert open_output(RunConfig(), tmp_path) is None

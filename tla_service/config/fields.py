@@ -104,7 +104,7 @@ class Section(BaseModel):
     def _none_is_a_word(cls, value: object, info: ValidationInfo) -> object:
         """Take the word of the help, none, and YAML's null for nothing where a value may be left out."""
         optional = type(None) in typing.get_args(cls.model_fields[str(info.field_name)].annotation)
-        return None if optional and str(value).lower() in ("none", "null") else value
+        return None if optional and isinstance(value, str) and value.lower() in ("none", "null") else value
 
 
 def _takes_bool(annotation: Any) -> bool:

@@ -241,16 +241,15 @@ def _steps(subject: _Subject, iterative: float, attacked: Tensor) -> list[Check]
 
 
 def _gradients(subject: _Subject) -> Check:
-    def gradients(images: Tensor, labels: Tensor) -> Tensor:
+    def norms(images: Tensor, labels: Tensor) -> Tensor:
         images = images.detach().requires_grad_()
         with torch.enable_grad():
             total = F.cross_entropy(subject.logits_fn(images), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(total, images)
-        return gradient.flatten(1)
+        # In double: squares of small numbers, along whose signs attacks move all the same, vanish in float32.
+        return gradient.flatten(1).double().norm(dim=1)
 
-    found = torch.cat([gradients(x, y) for x, y in subject.batches()])
-    # In double: squares of small numbers, along whose signs attacks move all the same, vanish in float32.
-    lengths = found.double().norm(dim=1)
+    lengths = torch.cat([norms(x, y) for x, y in subject.batches()])
     share = _mean((lengths == 0) | ~lengths.isfinite())
     statement = f"{share:.1%} of the images have no gradient; the median length is {float(lengths.median()):.3g}"
     return _check("gradients_do_not_vanish", share, statement)

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tla_service.errors import one_line
 from tla_service.models.classifier import ModelOutput
-from tla_service.models.small_networks import ToImages
+from tla_service.models.small_networks import ConvolutionOfImages
 from tla_service.models.wrapped import WrappedClassifier, noise
 
 _TOLERANCE = 1e-5
@@ -128,19 +128,7 @@ def use_matrix_products(module: nn.Module) -> None:
             continue
         is_plain = convolution.groups == 1 and set(convolution.dilation) == {1}
         if is_plain and convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str):
-            convolution.__class__ = _ImageConvolution
-
-
-class _ImageConvolution(nn.Conv2d):
-    """A convolution whose gradient to its input is a matrix product with overlapping columns added up."""
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 - torch's name
-        is_needed = input.device.type == "cpu" and input.requires_grad and not weight.requires_grad
-        if is_needed and torch.is_grad_enabled():
-            maps = super()._conv_forward(input.detach(), weight, bias)
-            found: Tensor = ToImages.apply(maps, input, weight.to(maps.dtype), self.stride, self.padding)
-            return found
-        return super()._conv_forward(input, weight, bias)
+            convolution.__class__ = ConvolutionOfImages
 
 
 class _Fold:

@@ -25,25 +25,26 @@ class _Activated(nn.Module):
         return self.activation(features)
 
 
-class _StridedOnImages(nn.Conv2d):
+class ConvolutionOfImages(nn.Conv2d):
     """A convolution of few channels, fast under attack on CPUs.
 
     oneDNN takes three to four times as long for the gradient with respect to the images as a matrix product does.
     """
 
     def forward(self, images: Tensor) -> Tensor:
+        """As `nn.Conv2d`."""
         if not (images.is_cpu and images.requires_grad):
             return super().forward(images)
         maps = super().forward(images.detach())
-        result: Tensor = ToImages.apply(maps, images, self.weight.detach().to(maps.dtype), self.stride, self.padding)
+        result: Tensor = _ToImages.apply(maps, images, self.weight.detach().to(maps.dtype), self.stride, self.padding)
         return result
 
 
-class ToImages(torch.autograd.Function):
+class _ToImages(torch.autograd.Function):
     """The maps of a convolution as they are; their gradient goes on to the images, overlapping patches summed."""
 
     @staticmethod
-    def forward(  # noqa: D102 - torch's name, as below
+    def forward(
         ctx: Any, maps: Tensor, images: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
     ) -> Tensor:
         ctx.save_for_backward(weight)
@@ -52,7 +53,7 @@ class ToImages(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # noqa: D102
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
         patches = weight.flatten(1).t() @ gradient.flatten(2)
         images = F.fold(patches, ctx.shape[2:], weight.shape[2:], padding=ctx.padding, stride=ctx.stride)
@@ -82,7 +83,7 @@ class SmallCNN(ImageClassifier):
         channels, *sides = image_shape
         self.convolutions = nn.Sequential()
         for width, stride in zip(widths, strides, strict=True):
-            kind = _StridedOnImages if not self.convolutions and stride > 1 else nn.Conv2d
+            kind = ConvolutionOfImages if not self.convolutions and stride > 1 else nn.Conv2d
             self.convolutions.extend([kind(channels, width, kernel_size, stride, padding=1), _Activated()])
             channels, sides = width, [(side + 2 - kernel_size) // stride + 1 for side in sides]
         self.hidden = nn.Linear(channels * sides[0] * sides[1], 128)

@@ -11,6 +11,7 @@ import torch
 
 from tla_service.data.cache import disk_trouble
 from tla_service.errors import ConfigError, UnavailableError
+from tla_service.files import expanded
 from tla_service.inference.predictor import Predictor
 from tla_service.registry.job_settings import Format
 from tla_service.registry.loading import open_package
@@ -36,7 +37,7 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
     artifacts, description = open_package(uri, tracking)
     network = Predictor.load(artifacts, "cpu").network
     shape = tuple(description["image_shape"])
-    folder = folder.expanduser()
+    folder = expanded("output", folder)
     if folder.resolve() == artifacts.resolve():
         raise ConfigError("output", folder, "is the folder of the model itself", "choose another --output")
     with disk_trouble("output", folder, "choose another --output"):
@@ -47,7 +48,7 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
     program.example_inputs = None  # torch.export.save would pickle them
     writers = {"pt2": _write_pt2, "onnx": _write_onnx}
     found = {}
-    with tempfile.TemporaryDirectory(dir=folder) as made:
+    with disk_trouble("output", folder, "choose another --output"), tempfile.TemporaryDirectory(dir=folder) as made:
         for kind in formats:
             path = Path(made, f"model.{kind}")
             run = writers[kind](program, path)
@@ -56,14 +57,13 @@ def export_model(uri: str, folder: Path, formats: Sequence[Format], tracking: st
             if not difference <= _TOLERANCE:
                 raise RuntimeError(f"{path.name} differs from the network by {difference:.2g} of its largest output")
             found[folder / path.name] = difference
-        with disk_trouble("output", folder, "choose another --output"):
-            for name in (*_DESCRIPTION, *(f"model.{kind}" for kind in get_args(Format))):
-                (folder / name).unlink(missing_ok=True)  # of another model, maybe
-            for path in found:
-                Path(made, path.name).replace(path)
-            for name in _DESCRIPTION:
-                if (artifacts / name).is_file():
-                    shutil.copy(artifacts / name, folder / name)
+        for name in (*_DESCRIPTION, *(f"model.{kind}" for kind in get_args(Format))):
+            (folder / name).unlink(missing_ok=True)  # of another model, maybe
+        for path in found:
+            Path(made, path.name).replace(path)
+        for name in _DESCRIPTION:
+            if (artifacts / name).is_file():
+                shutil.copy(artifacts / name, folder / name)
     return found
 
 

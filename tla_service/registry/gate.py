@@ -186,19 +186,19 @@ def _detects(candidate: Evaluated, rules: GateRules) -> Finding:
     if not rules.min_detection_auc:
         return _finding("detection", "", "not required", "")
     score = None if measured is None else measured.attacked
+    remedy, more = candidate.again, _with_more(candidate, rules, ["images.adaptive"])
     if measured is not None and score is None:
-        problem = f"the evaluation did not attack the detector on gate images (images.adaptive); {required}"
-        return _finding("detection", problem, "", _with_more(candidate, rules, ["images.adaptive"]))
-    if score is None or score.auc is None:
+        problem, remedy = f"the evaluation did not attack the detector on gate images; {required}", more
+    elif score is None or score.auc is None:
         why = f" ({score.reason})" if score is not None else ""
         problem = f"AUC was not measured{why}; {required}"
     elif score.images < rules.min_images:
         problem = f"AUC {score.auc:.3f} on {score.images} images; at least {rules.min_images} images required"
-        return _finding("detection", problem, "", _with_more(candidate, rules, ["images.adaptive"]))
+        remedy = more
     else:
         explanation = f"AUC {score.auc:.3f} under an adaptive attack of radius {score.epsilon:g}; {required}"
         return Finding("detection", score.auc >= rules.min_detection_auc, explanation, _BETTER + "min_detection_auc")
-    return _finding("detection", problem, "", candidate.again)
+    return _finding("detection", problem, "", remedy)
 
 
 def _same_images(first: ShardOutcome | None, second: ShardOutcome | None) -> bool:

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-from pathlib import Path
 
 import torch
 
 from tla_service.config.loading import to_yaml
 from tla_service.data import EvaluationBatches, load_dataset, split_training
 from tla_service.evaluation.suite import measure_accuracy
-from tla_service.files import sha256
+from tla_service.files import expanded, sha256
 from tla_service.inference.detector import Rejector
 from tla_service.job import code_version
 from tla_service.models import Architecture
@@ -29,7 +28,7 @@ def import_model(settings: ImportSettings) -> tuple[str, float, tuple[str, ...]]
 
     Returns the version's address, its clean accuracy on the test set, and notes on which of the weights were used.
     """
-    path = Path(settings.file).expanduser()
+    path = expanded("file", settings.file)
     entries = read_entries(path)
     check_tracking(settings.tracking)
     dataset = load_dataset(settings.data)

@@ -13,7 +13,7 @@ from tla_service.evaluation.certified import ROW, Certificates
 from tla_service.evaluation.detection import check_detector_size
 from tla_service.evaluation.embedding import EmbeddedImages
 from tla_service.evaluation.shards import ShardOutcome, save_arrays, save_outcome
-from tla_service.files import LOCK_FILE, locked_folder, sha256, write_whole
+from tla_service.files import LOCK_FILE, expanded, locked_folder, sha256, write_whole
 from tla_service.job import code_facts
 from tla_service.report import evidence as ev
 from tla_service.report import findings as fd
@@ -92,7 +92,7 @@ def report_folder(models: Models, plan: pl.Plan) -> Path:
     subject = models.subject
     threat = rp.ThreatModel(norm=plan.norm, epsilon=plan.epsilon)
     name = subject.key if threat.slug == subject.facts.trained_for.slug else f"{subject.key}-{threat.slug}"
-    return (plan.settings.output or Path("reports") / name).expanduser().absolute()
+    return expanded("output", plan.settings.output or Path("reports") / name).absolute()
 
 
 def identity(models: Models, plan: pl.Plan) -> dict[str, Any]:

@@ -59,10 +59,10 @@ class Measuring:
                     f"{task.name} takes {len(task.rows)} test images, all of which are set aside for the promotion gate"
                 )
                 raise ConfigError("images", None, reason, "take more images (images.*, data.test_limit)")
-            if task.name == "autoattack" and dataset.gate.any() and not dataset.gate[task.rows].any():
+            if task.key == (subject.key, "autoattack") and dataset.gate.any() and not dataset.gate[task.rows].any():
                 self.terminal.say(
-                    f"none of AutoAttack's {len(task.rows)} images is set aside for the gate, which a class's "
-                    f"first image never is; to promote it, take {4 * len(dataset.class_names)} (images.autoattack)"
+                    f"none of AutoAttack's {len(task.rows)} images is set aside for the gate, which a class's first "
+                    f"image never is; to promote the model, take {4 * len(dataset.class_names)} (images.autoattack)"
                 )
         return tasks
 

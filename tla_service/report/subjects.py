@@ -20,6 +20,7 @@ from tla_service.data.augmentation import to_unit
 from tla_service.errors import ConfigError, UnavailableError, one_line, readable
 from tla_service.evaluation.shards import logits_of
 from tla_service.evaluation.suite import clean_logits
+from tla_service.files import expanded
 from tla_service.inference.detector import Rejector
 from tla_service.models import Architecture, ImageClassifier
 from tla_service.report.relatives import Kin, find_relatives
@@ -99,7 +100,7 @@ def load_checkpoint_subject(address: str, field: str) -> Subject:
     if address.startswith(("models:", "runs:")):
         remedy = "give a checkpoint folder, or use jobs/evaluate_tla.py"
         raise ConfigError(field, address, "an address of MLflow, which is not used here", remedy)
-    return read_checkpoint(Path(address).expanduser(), address, field)
+    return read_checkpoint(expanded(field, address), address, field)
 
 
 def read_checkpoint(folder: Path, address: str, field: str) -> Subject:

@@ -38,7 +38,7 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
     """Check that a locked folder is this run's, or new; its summary, if the run has finished there before.
 
     Raises:
-        ConfigError: The folder holds another run, a checkpoint of none, or one that has measured other things on the
+        ConfigError: The folder holds another run, what is no run's, or a run that has measured other things on the
             test set.
         UnavailableError: It cannot be read.
     """
@@ -49,22 +49,19 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UnavailableError("output", output, f"cannot be read ({reason})", "choose another --output") from error
-    if not (output / SUMMARY).exists():
-        if (output / CHECKPOINT).exists() and not (output / CONFIG).exists():
-            reason = f"holds a {CHECKPOINT}/ that is not a run's, which would be replaced"
-            raise ConfigError("output", output, reason, "choose another --output, or move it")
+    found = [name for name in (CHECKPOINT, SUMMARY) if (output / name).exists()]
+    if found and not (output / CONFIG).exists():
+        reason = f"holds a {found[0]} that is not a run's, which would be replaced"
+        raise ConfigError("output", output, reason, "choose another --output, or move it")
+    if SUMMARY not in found:
         return None
     try:
         summary: dict[str, Any] = json.loads((output / SUMMARY).read_text(errors="replace"))
         has_finished = summary["status"] == "finished"
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"holds a {SUMMARY} that is not a run's, or is damaged"
-        raise ConfigError("output", output, reason, "choose another --output, or delete it") from error
+        raise ConfigError("output", output, f"its {SUMMARY} is damaged", "delete that file") from error
     if not has_finished:
         return None
-    if not (output / CONFIG).exists():
-        reason = f"holds the {SUMMARY} of a run, without its {CONFIG}"
-        raise ConfigError("output", output, reason, "choose another --output")
     before = load_config_file(output / CONFIG)
     for name in ("evaluation.test", "data.test_limit", "data.validation"):
         setting = attrgetter(name)
