@@ -23,11 +23,16 @@ class Mailbox:
         self.push = SimpleNamespace(remote=self.records.append)
 
 
-def report(reporter: RayReporter, metrics: dict[str, float] | None, name: str) -> None:
+def begin(reporter: RayReporter, metrics: dict[str, float] | None, name: str) -> Path:
     checkpoint = reporter.destination(name)
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_text(name)
     reporter.report(metrics, checkpoint, name)
+    return checkpoint
+
+
+def report(reporter: RayReporter, metrics: dict[str, float] | None, name: str) -> None:
+    checkpoint = begin(reporter, metrics, name)
     assert reporter.finish() == name
     assert not checkpoint.parent.exists()
 
@@ -60,25 +65,24 @@ def test_the_last_two_checkpoints_stay_whoever_wrote_the_others(tmp_path: Path) 
 
 
 def test_checkpoints_are_stored_in_the_background_one_at_a_time(tmp_path: Path) -> None:
-    folder, may_write = RunFolder(str(tmp_path), "run"), threading.Event()
+    folder, may_write, events = RunFolder(str(tmp_path), "run"), threading.Event(), []
     save = folder.save
 
     def slow(checkpoint: Path, name: str) -> None:
+        events.append(f"begins {name}")
         assert may_write.wait(60)
         save(checkpoint, name)
+        events.append(f"ends {name}")
 
     folder.save = slow  # type: ignore[method-assign]
     reporter = RayReporter(Mailbox(), folder, is_main=True)
-    for name in ("step-2", "step-4"):
-        checkpoint = reporter.destination(name)
-        checkpoint.mkdir()
-        if name == "step-4":
-            threading.Timer(
-                0.2, may_write.set
-            ).start()  # meanwhile training has gone on; the second waits for the first
-        reporter.report({"epoch": 0.0}, checkpoint, name)
-        assert [path.name for path in (tmp_path / "run").glob("step-*")] == (["step-2"] if name == "step-4" else [])
+    begin(reporter, {"epoch": 0.0}, "step-2")
+    assert "ends step-2" not in events  # training goes on
+    threading.Timer(0.2, may_write.set).start()
+    begin(reporter, {"epoch": 0.0}, "step-4")
+    assert "ends step-2" in events
     assert reporter.finish() == "step-4"
+    assert events == ["begins step-2", "ends step-2", "begins step-4", "ends step-4"]
 
 
 def test_a_checkpoint_that_cannot_be_stored_ends_the_run_at_the_next(tmp_path: Path) -> None:
