@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 SECONDS = 400  # for a job that takes 20 to 40 on an idle machine
 # Long enough to be killed in the middle: five epochs, each with a checkpoint.
-RUN = ("--training.epochs", "5", "--attack.num_steps", "20")
+RUN = ("--training.epochs", "5", "--attack.num_steps", "60")
 EVALUATION = shlex.split(
     "--data.test_limit 40 --batch_size 20 --images.autoattack 8 --images.curves 4 --images.sparse 4 "
     "--images.corruptions 4 --images.certified 4 --images.adaptive 4 --images.audit 0 --images.unit_tests 0 "
@@ -86,8 +85,7 @@ def trained(start: Callable[..., Job]) -> Job:
     storage = ("--scaling.storage", "s3://images/runs")
     first = start(*RUN, *storage, joins=False)
     first.wait_for_epoch(1, SECONDS)
-    first.process.send_signal(signal.SIGKILL)
-    first.process.wait()
+    first.end()  # its workers too: they would finish the run
     assert not (first.output / "summary.json").exists()
     second = start(*RUN, *storage, folder=first.folder)
     second.printed = second.wait(SECONDS)
