@@ -23,9 +23,9 @@ from tla_service.evaluation.shards import load_arrays, save_arrays
 from tla_service.registry.evaluations import log_evaluation
 from tla_service.registry.subject import load_subject
 from tla_service.report.evaluate import evaluate
+from tla_service.report.loading import load_models
 from tla_service.report.schema import FILES, SCHEMA_FILE
 from tla_service.report.settings import ReportSettings
-from tla_service.report.subjects import load_models
 from tla_service.report.tasks import MeasureHere
 from tla_service.tracking.connection import client
 from tla_service.training.reporting import Terminal

@@ -20,10 +20,10 @@ from tla_service.evaluation.shards import save_outcome
 from tla_service.job import run_job
 from tla_service.registry.subject import load_subject
 from tla_service.report.evaluate import evaluate, identity, open_folder, report_folder
+from tla_service.report.loading import load_models
 from tla_service.report.plan import make_plan
 from tla_service.report.schema import OUTCOME_FILE, PAGE_FILE, REPORT_FILE, write_report
 from tla_service.report.settings import EvaluateSettings
-from tla_service.report.subjects import load_models
 from tla_service.training.reporting import Terminal
 
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -17,8 +17,9 @@ def main() -> int:
     settings = read_settings(ReportSettings, spread_lists(sys.argv[1:]))
     # Imported late: --help and wrong settings should not wait for torch.
     from tla_service.report.evaluate import evaluate
+    from tla_service.report.loading import load_models
     from tla_service.report.page import show
-    from tla_service.report.subjects import load_checkpoint_subject, load_models
+    from tla_service.report.subjects import load_checkpoint_subject
     from tla_service.report.tasks import MeasureHere
     from tla_service.runtime import keep_freed_memory
     from tla_service.training.reporting import Terminal

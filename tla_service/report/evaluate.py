@@ -21,10 +21,11 @@ from tla_service.report import plan as pl
 from tla_service.report import schema as rp
 from tla_service.report import tables as tb
 from tla_service.report.figures import Figures
+from tla_service.report.loading import Models
 from tla_service.report.measuring import Measuring
 from tla_service.report.page import model_names, write_page
 from tla_service.report.settings import ReportSettings
-from tla_service.report.subjects import Models, Subject
+from tla_service.report.subjects import Subject
 from tla_service.report.tasks import Measurer, select
 from tla_service.training.reporting import Terminal
 

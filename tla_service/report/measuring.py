@@ -16,10 +16,10 @@ from tla_service.evaluation.surrogate import ARCHITECTURE, TrainedSurrogate
 from tla_service.models import build_model
 from tla_service.report import task_list as tl
 from tla_service.report.findings import fitted_detector
+from tla_service.report.loading import Models
 from tla_service.report.page import describe_surrogate
 from tla_service.report.plan import Plan
 from tla_service.report.relatives import Kin
-from tla_service.report.subjects import Models
 from tla_service.report.tasks import Inputs, Measurer, Results, Task, run_tasks
 from tla_service.training.reporting import Terminal
 

@@ -6,7 +6,6 @@ An attacker who holds a relative need not follow the gradients of the model itse
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from zlib import crc32
 
 import torch
@@ -14,10 +13,8 @@ from torch import Tensor, nn
 
 from tla_service.errors import UserError, one_line
 from tla_service.models import ImageClassifier
+from tla_service.report.subjects import LoadSubject, Subject
 from tla_service.training.pretrained import find_pretrained
-
-if TYPE_CHECKING:
-    from tla_service.report.subjects import LoadSubject, Subject
 
 _AVERAGED = "module."  # prefix of the averaged network's tensors
 
@@ -41,7 +38,7 @@ class Kin:
         return f"{digest:08x}"
 
 
-def find_relatives(subject: "Subject", load_subject: "LoadSubject") -> tuple[Kin, ...]:
+def find_relatives(subject: Subject, load_subject: LoadSubject) -> tuple[Kin, ...]:
     """The network a model was fine-tuned from, its last epoch and its weight average; those missing with the reason."""
 
     def stored(name: str) -> Mapping[str, Tensor] | str:
@@ -77,7 +74,7 @@ def find_relatives(subject: "Subject", load_subject: "LoadSubject") -> tuple[Kin
     )
 
 
-def _kin(subject: "Subject", source: str, about: str, find: Callable[[], Mapping[str, Tensor] | str]) -> Kin:
+def _kin(subject: Subject, source: str, about: str, find: Callable[[], Mapping[str, Tensor] | str]) -> Kin:
     try:
         found = find()
     except UserError as error:

@@ -23,9 +23,9 @@ def _evaluate(settings: EvaluateSettings, join: Callable[[], None]) -> int:
     from tla_service.registry.evaluations import log_evaluation
     from tla_service.registry.subject import load_subject
     from tla_service.report.evaluate import evaluate
+    from tla_service.report.loading import load_models
     from tla_service.report.page import show
     from tla_service.report.schema import FILES, PAGE_FILE, REPORT_FILE
-    from tla_service.report.subjects import load_models
     from tla_service.tracking.connection import tracking_uri
     from tla_service.training.reporting import Terminal
 

@@ -20,8 +20,9 @@ from tla_service.config.loading import read_settings
 from tla_service.errors import UnavailableError
 from tla_service.job import stop_on_signal
 from tla_service.report.evaluate import evaluate
+from tla_service.report.loading import load_models
 from tla_service.report.settings import ReportSettings
-from tla_service.report.subjects import load_checkpoint_subject, load_models
+from tla_service.report.subjects import load_checkpoint_subject
 from tla_service.results.local import Say, Track, reproduce
 from tla_service.results.runs import (
     AXIS,
