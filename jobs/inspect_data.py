@@ -12,7 +12,7 @@ from pydantic import Field
 from tla_service.config import DataConfig
 from tla_service.config.fields import setting
 from tla_service.config.loading import JobSettings, read_settings
-from tla_service.files import whole_file, write_whole
+from tla_service.files import expanded, whole_file, write_whole
 from tla_service.job import run_job
 
 
@@ -31,7 +31,7 @@ def main() -> int:
     from tla_service.data.cache import disk_trouble
     from tla_service.data.inspection import inspect_dataset
 
-    output = settings.output.expanduser() if settings.output is not None else None
+    output = expanded("output", settings.output) if settings.output is not None else None
     if output is not None:
         with disk_trouble("output", output, "choose another --output"):
             output.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,6 @@ from tla_service.cluster.doctor.examine import GIB, Finding, Node, table, verdic
 from tla_service.cluster.doctor.settings import CheckupSettings
 from tla_service.cluster.placement import Placement
 from tla_service.config import ScalingConfig, TrackingConfig
-from tla_service.errors import UnavailableError
 
 HERE = Node("id", "10.0.0.1", gpus=2)
 SETTINGS = CheckupSettings(_cli_parse_args=[])  # type: ignore[call-arg]
@@ -92,8 +91,22 @@ def test_storage_is_tried_by_writing_and_reading(tmp_path: Path, monkeypatch: py
 
 def test_storage_that_refuses_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UnavailableError, match=r"file/runs: cannot be read or written"):
-        node.use_storage(str(tmp_path / "file" / "runs"), 10)
+    settings = SETTINGS.model_copy(update={"scaling": ScalingConfig(storage=str(tmp_path / "file" / "runs"))})
+    finding = checks.storage(HERE, settings)
+    assert (finding.where, finding.state) == ("driver", "FAIL")
+    assert finding.detail.startswith("cannot be read or written")
+
+
+def test_storage_that_is_each_nodes_own_folder_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(_node: Node, call: Any, _seconds: float, uri: str, *arguments: Any) -> Any:
+        return call(f"{uri}/of-another-node", *arguments)
+
+    monkeypatch.setattr(checks, "_on_node", elsewhere)
+    settings = SETTINGS.model_copy(update={"scaling": ScalingConfig(storage=str(tmp_path / "runs"))})
+    finding = checks.storage(HERE, settings)
+    assert finding.state == "FAIL"
+    assert finding.detail.endswith("what the driver wrote there is not seen")
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_mlflow_is_written_to_and_left_clean(local_uri: str) -> None:

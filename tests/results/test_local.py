@@ -89,6 +89,26 @@ def test_a_table_that_another_process_works_on_is_refused(tmp_path: Path, monkey
         reproduce_here(settings)
 
 
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("folder", "is a folder"),
+        ("file/page.md", "Not a directory|File exists"),
+        ("~nosuchuser/a.md", "no home folder"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_refused_before_anything_runs(
+    output: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    settings = settings_of("--table", "digits", "--state", str(tmp_path / "state"), "--output", output)
+    with pytest.raises(UnavailableError, match=rf"^output=.*{output}: ({reason})|^output=.*file: ({reason})"):
+        reproduce_here(settings)
+    assert not (tmp_path / "state").exists()
+
+
 def test_missing_data_is_reported_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     flags = ("--table", "mnist", "--state", str(tmp_path / "state"), "--output", str(tmp_path / "page.md"))

@@ -16,7 +16,7 @@ from tla_service.config import TrackingConfig
 from tla_service.config.explain import suggest
 from tla_service.data.cache import disk_trouble
 from tla_service.errors import UnavailableError, one_line, without_credentials
-from tla_service.files import write_whole
+from tla_service.files import expanded, write_whole
 from tla_service.registry.evaluations import stored_reports
 from tla_service.registry.lock import OWNER
 from tla_service.report.page import NORMS, method_name, template
@@ -107,7 +107,7 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
 
 def write_leaderboard(found: Leaderboard, path: Path) -> Path:
     """Write the page; returns its absolute path. UnavailableError if it cannot be written."""
-    path = path.expanduser().absolute()
+    path = expanded("output", path).absolute()
     rows = [(entry, _data(entry, found.entries), _threat(entry)) for entry in found.entries]
     content = template("leaderboard.html.j2").render(
         found=found,

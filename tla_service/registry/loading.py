@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError, readable
+from tla_service.files import expanded
 from tla_service.registry.integrity import verify_package
 from tla_service.tracking.connection import client, retrying, sqlite_path, tracking_uri
 
@@ -103,7 +104,7 @@ def fetch_package(uri: str, tracking: str | None) -> tuple[Path, str | None]:
         if uri.partition(":")[0] in ("models", "runs"):
             remedy = "write models:/NAME/VERSION or runs:/RUN_ID/model"
             raise ConfigError(FIELD, uri, "not an MLflow address", remedy)
-        folder = Path(uri).expanduser()
+        folder = expanded(FIELD, uri)
         if not folder.is_dir():
             remedy = "give a checkpoint folder, runs:/... or models:/..."
             raise UnavailableError(FIELD, uri, "there is no such folder", remedy)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import torch
 
 from tla_service.config.loading import to_yaml
 from tla_service.data import load_dataset
+from tla_service.data.cache import disk_trouble
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import locked_folder, write_whole
 from tla_service.job import INTERRUPTED
@@ -55,6 +57,13 @@ def reproduce(settings: ReproduceSettings, make: Make, track: Track | None = Non
     """
     # Runs are told to stop after a checkpoint, and none is left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    page = settings.page
+    with disk_trouble("output", page, "choose another --output"):  # before hours of training
+        if page.is_dir():
+            raise IsADirectoryError("is a folder")
+        page.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=page.parent):
+            pass
     with locked_folder(settings.state_folder, "state"):
         terminal, state = Terminal(), open_state(settings)
         deadline = math.inf if settings.minutes is None else time.monotonic() + 60 * settings.minutes

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from tla_service.config import Method, ScalingConfig, TrackingConfig
 from tla_service.config.fields import Section, setting, wrong
 from tla_service.config.loading import JobSettings
+from tla_service.files import expanded
 
 TableName = Literal["mnist", "cifar10", "tiny_imagenet", "digits"]
 RECIPE_METHODS: Mapping[str, tuple[Method, ...]] = {
@@ -85,12 +86,12 @@ class ReproduceSettings(JobSettings):
     @property
     def state_folder(self) -> Path:
         """Folder of the runs, an absolute path."""
-        return (self.state or Path("runs/tables") / f"{self.table}-{self.budget_name}").expanduser().absolute()
+        return expanded("state", self.state or Path("runs/tables") / f"{self.table}-{self.budget_name}").absolute()
 
     @property
     def page(self) -> Path:
         """Path of the page."""
-        return (self.output or Path("docs/results") / f"{self.page_name}.md").expanduser()
+        return expanded("output", self.output or Path("docs/results") / f"{self.page_name}.md")
 
     @property
     def on_cluster(self) -> bool:

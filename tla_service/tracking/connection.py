@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError, UserError, one_line, retried
+from tla_service.files import expanded
 from tla_service.tracking.store_errors import artifact_cause, connection_cause, database_cause, refusal, sqlite_cause
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def sqlite_path(uri: str) -> Path | None:
     """The absolute path of the database file of an ``sqlite:///`` address; None for every other address."""
     if not uri.startswith(_SQLITE):
         return None
-    return Path(uri.removeprefix(_SQLITE)).expanduser().absolute()
+    return expanded("tracking.uri", uri.removeprefix(_SQLITE)).absolute()
 
 
 def existing_store(config: TrackingConfig) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +15,10 @@ from tla_service.cluster.doctor.settings import CheckupSettings
 from tla_service.cluster.mailbox import reason_line
 from tla_service.cluster.placement import place
 from tla_service.cluster.session import ray_session
+from tla_service.cluster.storage import RunFolder
 from tla_service.config import RunConfig
 from tla_service.errors import UserError, without_credentials
+from tla_service.files import expanded
 from tla_service.tracking.connection import probe_tracking, tracking_uri
 
 _MOST_WORKERS = 1024  # of `auto`
@@ -68,6 +71,7 @@ def verdict(findings: Sequence[Finding]) -> str:
 
 def examine(settings: CheckupSettings) -> Iterator[Finding]:
     """Connect to or start the cluster and run all checks; raises `UserError` if the configured one is not there."""
+    expanded("data.cache_dir", settings.data.cache_dir)  # refuses an unknown user
     yield tracking(settings)
     with ray_session(settings.scaling):
         alive = [entry for entry in ray.nodes() if entry["Alive"]]
@@ -167,12 +171,21 @@ def gpus(found: Node, settings: CheckupSettings) -> Finding:
 
 
 def storage(found: Node, settings: CheckupSettings) -> Finding:
-    """An object written to and read from the checkpoint storage."""
+    """An object written to and read from the checkpoint storage, which has to be the driver's."""
     uri = settings.scaling.storage
     if uri is None:
         detail = "scaling.storage is not set; set it to s3://bucket/prefix, or a folder that all nodes share"
         return Finding("storage", found.address, "note", detail)
-    told = _on_node(found, node.use_storage, settings.timeout_seconds, uri, settings.megabytes * MB)
+    try:
+        folder, mark = RunFolder(uri, ""), f".checkup-{uuid.uuid4().hex}"
+        folder.write(mark, b"")
+        told = _on_node(found, node.use_storage, settings.timeout_seconds, folder.uri, settings.megabytes * MB, mark)
+        folder.delete(mark)
+    except UserError as error:
+        return Finding("storage", "driver", "FAIL", error.reason, error.remedy)
+    if told is None:
+        remedy = "give s3://bucket/prefix, or a folder that all nodes share"
+        return found.judge("storage", f"{folder.uri}: what the driver wrote there is not seen", fail=remedy)
     if isinstance(told, str):
         return found.judge("storage", told, fail="check the bucket, the credentials and AWS_ENDPOINT_URL_S3")
     write, read = (settings.megabytes / seconds for seconds in told)

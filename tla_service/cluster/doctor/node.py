@@ -19,6 +19,7 @@ from tla_service.cluster.storage import RunFolder
 from tla_service.cluster.train import trainer_of
 from tla_service.data import check_root
 from tla_service.errors import UserError
+from tla_service.files import expanded
 from tla_service.job import environment
 
 _PACKAGES = ("ray", "torch", "torchvision", "mlflow", "numpy", "pyarrow", "tla-service")
@@ -33,7 +34,7 @@ def facts(data_root: str | None, cache_dir: str) -> dict[str, Any]:
         check_root(data_root)
     except UserError as error:
         data = str(error)
-    free, cache_free = _free(_SHARED_MEMORY), _free(Path(cache_dir).expanduser())
+    free, cache_free = _free(_SHARED_MEMORY), _free(expanded("data.cache_dir", cache_dir))
     return {"versions": versions(), "shared_memory": free, "cache_free": cache_free, "data": data}
 
 
@@ -62,9 +63,14 @@ def use_shared_memory(size: int) -> str:
     return ""
 
 
-def use_storage(storage: str, size: int) -> tuple[float, float]:
-    """Write and read a file of that many bytes; returns the seconds of each, or raises UnavailableError."""
+def use_storage(storage: str, size: int, mark: str) -> tuple[float, float] | None:
+    """Write and read a file of that many bytes; returns the seconds of each, or raises UnavailableError.
+
+    None if `mark`, a file that the driver wrote there, is not: a folder of that name on the node's own disk.
+    """
     folder, name = RunFolder(storage, ""), f".checkup-{platform.node()}-{os.getpid()}"
+    if folder.read(mark) is None:
+        return None
     content = os.urandom(size)
     began = time.perf_counter()
     folder.write(name, content)
