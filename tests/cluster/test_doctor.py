@@ -13,12 +13,14 @@ import pytest
 import ray
 
 from tests.cluster.conftest import ROOT
+from tla_service.cluster import storage
 from tla_service.cluster.doctor import examine as checks
 from tla_service.cluster.doctor import node
 from tla_service.cluster.doctor.examine import GIB, Finding, Node, table, verdict
 from tla_service.cluster.doctor.settings import CheckupSettings
 from tla_service.cluster.placement import Placement
 from tla_service.config import ScalingConfig, TrackingConfig
+from tla_service.errors import UnavailableError
 
 HERE = Node("id", "10.0.0.1", gpus=2)
 SETTINGS = CheckupSettings(_cli_parse_args=[])  # type: ignore[call-arg]
@@ -99,13 +101,18 @@ def test_storage_that_refuses_fails(tmp_path: Path) -> None:
 
 def test_storage_that_is_each_nodes_own_folder_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def elsewhere(_node: Node, call: Any, _seconds: float, uri: str, *arguments: Any) -> Any:
-        return call(f"{uri}/of-another-node", *arguments)
+        try:
+            return call(f"{uri}/of-another-node", *arguments)
+        except UnavailableError as error:
+            return error.reason
 
+    monkeypatch.setattr(storage, "SHARED_SECONDS", 0.0)
     monkeypatch.setattr(checks, "_on_node", elsewhere)
     settings = SETTINGS.model_copy(update={"scaling": ScalingConfig(storage=str(tmp_path / "runs"))})
     finding = checks.storage(HERE, settings)
     assert finding.state == "FAIL"
-    assert finding.detail.endswith("what the driver wrote there is not seen")
+    assert finding.detail.endswith("does not see what the driver wrote there")
+    assert "a folder has to be shared by all nodes" in finding.remedy
     assert list((tmp_path / "runs").iterdir()) == []
 
 

@@ -93,7 +93,7 @@ def test_a_table_that_another_process_works_on_is_refused(tmp_path: Path, monkey
     ("output", "reason"),
     [
         ("folder", "is a folder"),
-        ("file/page.md", "Not a directory|File exists"),
+        ("file/page.md", "File exists"),
         ("~nosuchuser/a.md", "no home folder"),
     ],
 )

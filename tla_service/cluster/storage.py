@@ -134,7 +134,7 @@ class RunFolder(Folder):
     """The folder of a run, by its name, in the storage of all runs (a folder or s3:// prefix)."""
 
     remedy = "check bucket, credentials and AWS_ENDPOINT_URL_S3, or the folder's permissions"
-    _ATTEMPT = "attempt"  # a file that the driver writes and every worker reads
+    ATTEMPT = "attempt"  # a file that the driver writes and every worker reads
 
     def __init__(self, storage: str, name: str) -> None:
         super().__init__(f"{storage}/{name}")
@@ -174,13 +174,13 @@ class RunFolder(Folder):
     def mark(self) -> str:
         """Write what `check_shared` looks for, and return it."""
         token = uuid.uuid4().hex
-        self.write(self._ATTEMPT, token.encode())
+        self.write(self.ATTEMPT, token.encode())
         return token
 
     def check_shared(self, token: str) -> None:
         """Raise UnavailableError if another node's `mark` is not seen here, where checkpoints would be lost."""
         deadline = time.monotonic() + SHARED_SECONDS
-        while patiently("Reading", self.uri, partial(self.read, self._ATTEMPT)) != token.encode():
+        while patiently("Reading", self.uri, partial(self.read, self.ATTEMPT)) != token.encode():
             if time.monotonic() > deadline:
                 reason = f"{socket.gethostname()} does not see what the driver wrote there"
                 remedy = "give s3://bucket/prefix, or a folder that all nodes share"

@@ -2,7 +2,6 @@
 
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -177,17 +176,17 @@ def storage(found: Node, settings: CheckupSettings) -> Finding:
         detail = "scaling.storage is not set; set it to s3://bucket/prefix, or a folder that all nodes share"
         return Finding("storage", found.address, "note", detail)
     try:
-        folder, mark = RunFolder(uri, ""), f".checkup-{uuid.uuid4().hex}"
-        folder.write(mark, b"")
-        told = _on_node(found, node.use_storage, settings.timeout_seconds, folder.uri, settings.megabytes * MB, mark)
-        folder.delete(mark)
+        folder = RunFolder(uri, "")
+        token = folder.mark()
+        told = _on_node(found, node.use_storage, settings.timeout_seconds, folder.uri, settings.megabytes * MB, token)
+        folder.delete(RunFolder.ATTEMPT)
     except UserError as error:
         return Finding("storage", "driver", "FAIL", error.reason, error.remedy)
-    if told is None:
-        remedy = "give s3://bucket/prefix, or a folder that all nodes share"
-        return found.judge("storage", f"{folder.uri}: what the driver wrote there is not seen", fail=remedy)
     if isinstance(told, str):
-        return found.judge("storage", told, fail="check the bucket, the credentials and AWS_ENDPOINT_URL_S3")
+        remedy = (
+            "check the bucket, the credentials and AWS_ENDPOINT_URL_S3; a folder has to be shared by all nodes"
+        )
+        return found.judge("storage", told, fail=remedy)
     write, read = (settings.megabytes / seconds for seconds in told)
     remedy = "use storage in the same region, or an endpoint within the network"
     slow = remedy if min(write, read) < _SLOW_STORAGE else ""

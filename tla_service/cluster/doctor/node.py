@@ -63,14 +63,13 @@ def use_shared_memory(size: int) -> str:
     return ""
 
 
-def use_storage(storage: str, size: int, mark: str) -> tuple[float, float] | None:
-    """Write and read a file of that many bytes; returns the seconds of each, or raises UnavailableError.
+def use_storage(storage: str, size: int, token: str) -> tuple[float, float]:
+    """Write and read a file of that many bytes, and see the driver's mark.
 
-    None if `mark`, a file that the driver wrote there, is not: a folder of that name on the node's own disk.
+    Returns the seconds of each, or raises UnavailableError.
     """
     folder, name = RunFolder(storage, ""), f".checkup-{platform.node()}-{os.getpid()}"
-    if folder.read(mark) is None:
-        return None
+    folder.check_shared(token)
     content = os.urandom(size)
     began = time.perf_counter()
     folder.write(name, content)
