@@ -183,9 +183,7 @@ def storage(found: Node, settings: CheckupSettings) -> Finding:
     except UserError as error:
         return Finding("storage", "driver", "FAIL", error.reason, error.remedy)
     if isinstance(told, str):
-        remedy = (
-            "check the bucket, the credentials and AWS_ENDPOINT_URL_S3; a folder has to be shared by all nodes"
-        )
+        remedy = "check the bucket, the credentials and AWS_ENDPOINT_URL_S3; a folder has to be shared by all nodes"
         return found.judge("storage", told, fail=remedy)
     write, read = (settings.megabytes / seconds for seconds in told)
     remedy = "use storage in the same region, or an endpoint within the network"
