@@ -88,13 +88,14 @@ def test_checkpoints_are_stored_in_the_background_one_at_a_time(tmp_path: Path) 
 def test_a_checkpoint_that_cannot_be_stored_ends_the_run_at_the_next(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file, where a folder should be")
     reporter = RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), is_main=True)
-    for name, waits in (("step-2", False), ("step-4", True)):
-        checkpoint = reporter.destination(name)
+    checkpoints = [reporter.destination(name) for name in ("step-2", "step-4")]
+    for checkpoint, waits in zip(checkpoints, (False, True), strict=True):
         checkpoint.mkdir()
         with pytest.raises(UnavailableError, match=r"^scaling\.storage=") if waits else contextlib.nullcontext():
-            reporter.report({"epoch": 0.0}, checkpoint, name)
+            reporter.report({"epoch": 0.0}, checkpoint, checkpoint.name)
     with pytest.raises(UnavailableError, match=r"^scaling\.storage="):
         reporter.finish()
+    assert not any(checkpoint.parent.exists() for checkpoint in checkpoints)
 
 
 def test_a_warning_of_a_worker_reaches_the_driver() -> None:

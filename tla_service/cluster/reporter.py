@@ -13,6 +13,7 @@ import ray.train
 from ray.train import Checkpoint
 
 from tla_service.cluster.storage import RunFolder
+from tla_service.errors import UnavailableError
 from tla_service.training.reporting import KEPT
 
 
@@ -64,7 +65,11 @@ class RayReporter:
         Raises UnavailableError if the checkpoint before could not be stored.
         """
         if checkpoint is not None:
-            self.finish()
+            try:
+                self.finish()
+            except UnavailableError:
+                shutil.rmtree(checkpoint.parent)
+                raise
             asked, self._save = self._save, False
             self._upload = self._uploads.submit(self._store, checkpoint, name, asked=asked)
         if self._is_main and metrics is not None:
@@ -72,10 +77,12 @@ class RayReporter:
 
     def _store(self, checkpoint: Path, name: str, *, asked: bool) -> None:
         # A repeated epoch writes to the same name, so an interrupted upload leaves no orphan.
-        self._folder.save(checkpoint, name)
+        try:
+            self._folder.save(checkpoint, name)
+        finally:
+            shutil.rmtree(checkpoint.parent)
         if asked:
             self._mailbox.save.remote(done=True)
-        shutil.rmtree(checkpoint.parent)
         self._kept = [*(kept for kept in self._kept if kept != name), name][-KEPT:]
         if len(self._kept) == KEPT:
             self._folder.keep(self._kept)
