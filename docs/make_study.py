@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from scipy.stats import ttest_1samp
 
 from benchmarks.results import markdown
 from tla_service.results.runs import Estimate
-from tla_service.results.tuned_page import holm
+from tla_service.results.tuned_page import holm, paired_p
 
 RESULTS = Path(__file__).parent / "results"
 _SEARCHED, _ACCURACIES = "tla.searched.", {"test/clean_accuracy": "clean", "test/robust_accuracy/pgd20": "PGD-20"}
@@ -56,8 +55,7 @@ def page(study: str, trials: list[Any]) -> str:
         for metric in _ACCURACIES:
             own, base = values[name, metric], values[first, metric]
             differences[name, metric] = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
-    p = [float(ttest_1samp(pairs, 0).pvalue) for pairs in differences.values()]
-    corrected = dict(zip(differences, holm(p), strict=True))
+    corrected = dict(zip(differences, holm([paired_p(pairs) for pairs in differences.values()]), strict=True))
     rows = []
     for name, runs in variants.items():
         row = [name, str(len(runs))]
@@ -78,7 +76,7 @@ def page(study: str, trials: list[Any]) -> str:
             f"{int(trials[0].data.tags['tla.test_images']):,} test images.",
             "",
             "Cells are means over seeds with Student's 95% interval, for the weights chosen on validation; differences "
-            f"are taken seed by seed and are in points. Bold: p, corrected for the {len(p)} comparisons of this table "
+            f"are taken seed by seed and are in points. Bold: p, corrected for the {len(differences)} comparisons of this table "
             f"by Holm's method, is below {_LEVEL:g}.",
             "",
             *markdown(titles, rows),

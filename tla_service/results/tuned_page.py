@@ -1,7 +1,7 @@
 """Sections of a tuned table's page: the protocol, comparisons corrected for their number, what the searches found."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,19 +58,22 @@ class Difference:
 
 def differences(table: str, rows: Mapping[str, Row]) -> list[Difference]:
     """The protocol's comparisons, of which at least two seeds have been measured."""
-    from scipy.stats import ttest_1samp
-
     made = []
     for each in tuned.protocol(table).comparisons:
         for measure, claimed in each.measures.items():
             pairs = rows[each.row].differences(rows[each.less], measure)
             found = Estimate.over_seeds(pairs)
             if found is not None and len(pairs) > 1:
-                # Shares of images may agree to the digit over a few seeds, which says nothing of their spread.
-                p = float(ttest_1samp(pairs, 0).pvalue) if np.ptp(pairs) > _SAME else 1.0
-                made.append(Difference(each.row, each.less, measure, claimed, len(pairs), found, p))
+                made.append(Difference(each.row, each.less, measure, claimed, len(pairs), found, paired_p(pairs)))
     corrected = holm([each.p for each in made])
     return [replace(each, p=p) for each, p in zip(made, corrected, strict=True)]
+
+
+def paired_p(differences: Sequence[float]) -> float:
+    """The paired t test's p value; 1 for equal ones, as shares of images may agree over a few seeds by chance."""
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(differences, 0).pvalue) if np.ptp(differences) > _SAME else 1.0
 
 
 def holm(p_values: list[float]) -> list[float]:
