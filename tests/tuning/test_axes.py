@@ -24,7 +24,7 @@ FIELDS = {
         ("1 < seed < 3", False),
         ("-seed + 4 != 1", False),
         ("method == 'tla'", True),
-        ("1 - no <= 2", False),
+        ("1 - none <= 2", False),
         ("mining.pool_size - training.global_batch_size > 149", True),
     ],
 )
