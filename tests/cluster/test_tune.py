@@ -72,6 +72,13 @@ def test_no_point_is_tried_twice_and_a_space_may_run_out() -> None:
     assert [trial.number for trial in trials] == list(range(6))
 
 
+def test_a_group_may_have_a_slash_in_its_name() -> None:
+    """Ray Tune nests values at slashes."""
+    variants = {"low": {"loss.margin": 0.01}, "high": {"loss.margin": 0.1}}
+    trials = suggest(Search(space_of({"loss/margin": {"variants": variants}}), []), 3)
+    assert {trial.point["loss/margin"] for trial in trials} == {"low", "high"}
+
+
 def test_the_first_trial_is_the_run_itself() -> None:
     run = run_config(loss={"margin": 0.05, "triplet_weight": 2})
     space = {"loss.margin": {"low": 0.005, "high": 0.2}, "loss.triplet_weight": [1, 2]}

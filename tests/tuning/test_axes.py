@@ -5,7 +5,13 @@ import pytest
 from tla_service.errors import ConfigError
 from tla_service.tuning.axes import Constraint
 
-FIELDS = {"training": {"global_batch_size": 100}, "mining": {"pool_size": 250}, "method": "tla", "seed": 3}
+FIELDS = {
+    "training": {"global_batch_size": 100},
+    "mining": {"pool_size": 250},
+    "method": "tla",
+    "seed": 3,
+    "none": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -18,6 +24,7 @@ FIELDS = {"training": {"global_batch_size": 100}, "mining": {"pool_size": 250}, 
         ("1 < seed < 3", False),
         ("-seed + 4 != 1", False),
         ("method == 'tla'", True),
+        ("1 - none <= 2", False),
         ("mining.pool_size - training.global_batch_size > 149", True),
     ],
 )
@@ -28,7 +35,8 @@ def test_what_holds(text: str, expected: bool) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "1 +", "mining.pool_size", "seed in (1, 2)", "open('x') == 1", "seed ** 9 > 1", "nothing > 1", "seed.bit > 1",
-     "(lambda: 1)() == 1", "seed > [1]", "method > 1", "seed / 0 > 1", "(" * 500 + "1" + ")" * 500 + " > 1"],
+     "(lambda: 1)() == 1", "seed > [1]", "method > 1", "seed / 0 > 1", "5 < seed < nothing",
+     "(" * 500 + "1" + ")" * 500 + " > 1"],
 )  # fmt: skip
 def test_what_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^sweep\.constraints="):

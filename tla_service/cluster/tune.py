@@ -121,7 +121,8 @@ class Search(OptunaSearch):
                 if point is None:
                     break
                 study.enqueue_trial(to_params(self._where, point))
-            point = to_point(self._where, super().suggest(trial_id) or {})
+            super().suggest(trial_id)  # what it returns is nested where a name has a slash
+            point = to_point(self._where, self._ot_trials[trial_id].params)
             key = key_of(point)
             if key in self._numbers or (key not in self._tried and self._where.allows(point)):
                 self._tried.add(key)

@@ -1,6 +1,7 @@
 """What a sweep may try: searched settings with their values, and constraints that a point must satisfy."""
 
 import ast
+import itertools
 import math
 import operator
 import types
@@ -187,15 +188,12 @@ class Constraint:
             raise ConfigError(_CONSTRAINTS, self.text, f"cannot be computed ({error})", _EXAMPLE) from error
 
     def _compare(self, fields: Mapping[str, Any]) -> bool:
-        left = self._value(self._tree.left, fields)
-        for sign, node in zip(self._tree.ops, self._tree.comparators, strict=True):
-            right = self._value(node, fields)
-            if type(sign) not in _COMPARISONS:
-                raise ConfigError(_CONSTRAINTS, self.text, "uses a comparison other than < <= > >= == !=", _EXAMPLE)
-            if not _COMPARISONS[type(sign)](left, right):
-                return False
-            left = right
-        return True
+        tree = self._tree
+        if not all(type(sign) in _COMPARISONS for sign in tree.ops):
+            raise ConfigError(_CONSTRAINTS, self.text, "uses a comparison other than < <= > >= == !=", _EXAMPLE)
+        # All of them: a wrong field behind a false comparison would else be found in the middle of a search.
+        pairs = itertools.pairwise([self._value(node, fields) for node in (tree.left, *tree.comparators)])
+        return all(_COMPARISONS[type(sign)](*pair) for sign, pair in zip(tree.ops, pairs, strict=True))
 
     def _value(self, node: ast.expr, fields: Mapping[str, Any]) -> Any:
         match node:
@@ -216,4 +214,4 @@ class Constraint:
             if not (isinstance(value, Mapping) and name in value):
                 raise ConfigError(_CONSTRAINTS, self.text, f"the run has no field {path}", "see docs/configuration.md")
             value = value[name]
-        return value
+        return math.nan if value is None else value  # compares with nothing, but is no error

@@ -130,13 +130,13 @@ class Space:
         """What is wrong with a point, if anything is."""
         try:
             run = self.apply(point)
-        except ConfigError as error:
+            trouble = run.attack_trouble(known_shape(run.data.name, run.data.image_size))
+            if trouble is not None:
+                return str(trouble)
+            fields = run.model_dump(mode="json")
+            return next((constraint.text for constraint in constraints if not constraint.holds(fields)), None)
+        except ConfigError as error:  # of a constraint too, such as a division by zero here
             return str(error)
-        trouble = run.attack_trouble(known_shape(run.data.name, run.data.image_size))
-        if trouble is not None:
-            return str(trouble)
-        fields = run.model_dump(mode="json")
-        return next((constraint.text for constraint in constraints if not constraint.holds(fields)), None)
 
     def _check_fields(self) -> None:
         """No two axes set one field; and a radius counts in one norm only, so what changes the norm brings lengths."""
