@@ -1,6 +1,7 @@
 """The gate lets through what it should, explains itself, and undoes."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,9 @@ def test_the_job_explains_itself(
     command = out.splitlines()[-1]
     assert command.startswith("next: ")
     assert command.endswith(f" jobs/evaluate_tla.py --model models:/tla-digits/1 --tracking.uri {packaged.uri}")
+    packaged.log("my digits")
+    code, out, _ = job("--model", "my digits", "--version", "1")
+    assert (code, shlex.split(out.splitlines()[-1])[-3]) == (4, "models:/my digits/1")
     evaluate(packaged, "1", GOOD)
     code, out, _ = job("--model", "tla-digits", "--version", "1", "--rules.min_autoattack_accuracy", "0.9")
     assert (code, "REFUSED AutoAttack accuracy" in out) == (4, True)
