@@ -111,6 +111,23 @@ def test_answers_that_are_no_success(answer: dict[str, object], status: int, tex
         check_tracking(TrackingConfig(uri=str(answer["uri"])))
 
 
+@pytest.mark.parametrize(
+    ("status", "text", "match"),
+    [
+        (401, "You are not authenticated", r"reading the run failed \(.*; set MLFLOW_TRACKING_USERNAME"),
+        (403, "Permission denied", r"reading the run failed \(.*; ask for EDIT permission"),
+        (403, "Invalid Host header", r"reading the run failed \(.*; start the server with --allowed-hosts"),
+    ],
+)
+def test_a_refused_call_is_explained_by_the_credentials(
+    answer: dict[str, object], status: int, text: str, match: str
+) -> None:
+    answer.update(status=status, text=text)
+    made = client(str(answer["uri"]))
+    with pytest.raises(UnavailableError, match=match):
+        retrying("Reading the run", lambda: made.get_run("0" * 32))
+
+
 def test_plain_folders_are_explained() -> None:
     with pytest.raises(ConfigError, match="no longer supports plain folders; write sqlite"):
         check_tracking(TrackingConfig(uri="file:///tmp/mlruns"))
