@@ -121,6 +121,9 @@ def test_the_job(
     capsys.readouterr()
     assert call("--model", "models:/tla-digits/9") == 3
     assert capsys.readouterr().err.startswith("error: model=models:/tla-digits/9: cannot be read")
+    (tmp_path / "best.safetensors").touch()
+    assert call("--model", str(tmp_path)) == 2
+    assert "a checkpoint, not a packaged model" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert call("--model", "models:/tla-digits/1", "--output", str(tmp_path / "file" / "out")) == 3
     assert capsys.readouterr().err.endswith("; choose another --output\n")

@@ -1,6 +1,7 @@
 """The gate lets through what it should, explains itself, and undoes."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,10 @@ def test_a_champion_that_was_tampered_with_stops_the_gate(packaged: Packaged) ->
     assert attempt(packaged, "1").verdict == "promoted"
     location = MlflowClient(packaged.uri).get_model_version_download_uri("tla-digits", "1").removeprefix("file://")
     (Path(location) / "MLmodel").write_text("flavors: {}")
-    assert set(failed(attempt(packaged, second))) == {"champion intact"}
+    refused = attempt(packaged, second)
+    assert set(failed(refused)) == {"champion intact"}
+    assert "--rules.not_worse false" in refused.findings[-1].remedy
+    assert attempt(packaged, second, RULES.model_copy(update={"not_worse": False})).verdict == "promoted"
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "report.json"])
@@ -265,6 +269,15 @@ def test_rollback_walks_back_through_the_champions(packaged: Packaged, monkeypat
     assert [record["tla.promotion"] for record in records(packaged)] == 3 * ["promoted"] + 2 * ["rolled back"]
 
 
+def test_rollback_works_although_an_older_champion_was_deleted(packaged: Packaged) -> None:
+    for version in ("1", register_another(packaged), register_another(packaged, 3.0)):
+        evaluate(packaged, version, GOOD)
+        assert attempt(packaged, version).verdict == "promoted"
+    MlflowClient(packaged.uri).delete_model_version("tla-digits", "1")
+    assert Promotion(packaged.config.tracking, "tla-digits", "champion", RULES).roll_back().version == "2"
+    assert aliases(packaged) == {"champion": "2"}
+
+
 def test_rollback_does_not_bring_back_what_was_changed(packaged: Packaged) -> None:
     evaluate(packaged, "1", GOOD)
     second = register_another(packaged)
@@ -293,6 +306,9 @@ def test_the_job_explains_itself(
     command = out.splitlines()[-1]
     assert command.startswith("next: ")
     assert command.endswith(f" jobs/evaluate_tla.py --model models:/tla-digits/1 --tracking.uri {packaged.uri}")
+    packaged.log("my digits")
+    code, out, _ = job("--model", "my digits", "--version", "1")
+    assert (code, shlex.split(out.splitlines()[-1])[-3]) == (4, "models:/my digits/1")
     evaluate(packaged, "1", GOOD)
     code, out, _ = job("--model", "tla-digits", "--version", "1", "--rules.min_autoattack_accuracy", "0.9")
     assert (code, "REFUSED AutoAttack accuracy" in out) == (4, True)

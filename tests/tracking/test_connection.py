@@ -14,13 +14,21 @@ import pytest
 import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import BAD_REQUEST, RESOURCE_ALREADY_EXISTS
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, PERMISSION_DENIED, RESOURCE_ALREADY_EXISTS
 
 from tests.registry.tracking_server import TrackingServer
 from tla_service import errors
 from tla_service.config import TrackingConfig
 from tla_service.errors import ConfigError, UnavailableError
-from tla_service.tracking.connection import check_tracking, client, is_passing, retrying, storing, tracking_uri
+from tla_service.tracking.connection import (
+    check_tracking,
+    client,
+    is_passing,
+    probe_tracking,
+    retrying,
+    storing,
+    tracking_uri,
+)
 
 
 def test_uri_given_wins_over_environment_wins_over_local_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -109,6 +117,33 @@ def test_answers_that_are_no_success(answer: dict[str, object], status: int, tex
     answer.update(status=status, text=text)
     with pytest.raises(UnavailableError, match=match):
         check_tracking(TrackingConfig(uri=str(answer["uri"])))
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "match"),
+    [
+        (401, "You are not authenticated", r"reading the run failed \(.*; set MLFLOW_TRACKING_USERNAME"),
+        (403, "Permission denied", r"reading the run failed \(.*; ask for EDIT permission"),
+        (403, "Invalid Host header", r"reading the run failed \(.*; start the server with --allowed-hosts"),
+    ],
+)
+def test_a_refused_call_is_explained_by_the_credentials(
+    answer: dict[str, object], status: int, text: str, match: str
+) -> None:
+    answer.update(status=status, text=text)
+    made = client(str(answer["uri"]))
+    with pytest.raises(UnavailableError, match=match):
+        retrying("Reading the run", lambda: made.get_run("0" * 32))
+
+
+def test_an_account_that_may_not_delete_runs_passes_the_checkup(
+    local_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MlflowException("Permission denied", error_code=PERMISSION_DENIED)
+
+    monkeypatch.setattr(MlflowClient, "delete_run", refuse)
+    assert probe_tracking(TrackingConfig(uri=local_uri)) > 0
 
 
 def test_plain_folders_are_explained() -> None:

@@ -219,6 +219,23 @@ def test_a_finished_evaluation_is_logged_for_another_address(
     assert packaged.run_id in MlflowClient(packaged.uri).get_model_version("tla-digits", "1").description
 
 
+def test_a_model_of_a_deleted_run_is_refused_before_it_is_measured(
+    packaged: Packaged, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import evaluate_tla
+
+    made = MlflowClient(packaged.uri)
+    made.delete_run(packaged.run_id)
+    arguments = ["--data.name", "digits", "--model", "models:/tla-digits/1", f"--tracking.uri={packaged.uri}"]
+    monkeypatch.setattr(sys, "argv", ["evaluate_tla.py", *arguments])
+    try:
+        assert run_job(evaluate_tla.main) == 3
+    finally:
+        made.restore_run(packaged.run_id)
+    said = f"error: model=models:/tla-digits/1: the run that trained it, {packaged.run_id}, is deleted; restore it"
+    assert said in capsys.readouterr().err
+
+
 def test_what_cannot_be_promoted_is_to_be_read(
     packaged: Packaged, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

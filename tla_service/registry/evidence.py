@@ -1,6 +1,7 @@
 """The evidence for a registered version: its files, and the evaluation of exactly these files."""
 
 import functools
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Eva
     bad = functools.partial(_RefusalError, "version", package.address)
     sha256, run_id = package.sha256, package.run_id
     flags = "" if threat.slug == package.trained_for.slug else f" --norm {threat.norm} --epsilon {threat.radius}"
-    command = f"run jobs/evaluate_tla.py --model {package.address}{flags}"
+    command = f"run jobs/evaluate_tla.py --model {shlex.quote(package.address)}{flags}"
     with readable("version", package.address, "register the model again"):
         stored = stored_evaluations(made, run_id, sha256)
     if threat.slug not in stored:

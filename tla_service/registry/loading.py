@@ -84,15 +84,16 @@ def open_package(uri: str, tracking: str | None = None) -> tuple[Path, dict[str,
 
     Returns the local folder of its artifacts, deleted when the process ends, and the content of ``model.json``.
     """
+    from tla_service.report.subjects import WEIGHTS  # imports torch
+
     folder, digest = fetch_package(uri, tracking)
+    if (folder / WEIGHTS).is_file():
+        raise ConfigError(FIELD, uri, "a checkpoint, not a packaged model", "give models:/NAME/VERSION, or its folder")
     return open_folder(folder, uri, digest)
 
 
 def pin_version(uri: str, tracking: str | None = None) -> str:
     """Resolve ``models:/NAME@ALIAS`` to ``models:/NAME/VERSION``: an alias may move, a version does not."""
-    if not re.fullmatch(r"models:/(.+@[^@]+|[^/]+/\d+)", uri):
-        reason = "not the address of a registered version"
-        raise ConfigError("model", uri, reason, "write models:/NAME@ALIAS or models:/NAME/VERSION")
     store = _store(uri, tracking)
     name, version = _asking(uri, store, lambda: _named_version(uri, client(store)))
     return f"models:/{name}/{version}"
@@ -164,14 +165,12 @@ def _locate(uri: str, made: "MlflowClient") -> tuple[str, str | None]:
 
 def _named_version(uri: str, made: "MlflowClient") -> tuple[str, str]:
     """Name and number of ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``."""
-    rest = uri.removeprefix("models:/")
-    name, _, alias = rest.rpartition("@")
-    if name:
-        return name, str(made.get_model_version_by_alias(name, alias).version)
-    name, _, version = rest.rpartition("/")
-    if not name or not version.isdecimal():
+    # A name may contain "@" if it was changed in MLflow.
+    found = re.fullmatch(r"models:/(?:([^/]+)/([0-9]+)|([^/]+)@([^/@]+))", uri)
+    if found is None:
         raise ConfigError(FIELD, uri, "names no version", "write models:/NAME/VERSION or models:/NAME@ALIAS")
-    return name, version
+    name, version, model, alias = found.groups()
+    return (name, version) if name else (model, str(made.get_model_version_by_alias(model, alias).version))
 
 
 def open_folder(folder: Path, uri: str, digest: str | None) -> tuple[Path, dict[str, Any]]:

@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -70,8 +70,8 @@ class Promotion:
                 decision = Decision("unchanged" if is_passed else "refused", version, holder, findings)
                 with self._recorded(decision):
                     return decision
-            with self._lock(wanted=functools.partial(self._is_holder, holder)) as lock:
-                if lock is not None and self._is_holder(holder):
+            with self._lock(wanted=lambda holder=holder: self._holder() == holder) as lock:
+                if lock is not None and self._holder() == holder:
                     decision = Decision("promoted", version, holder, findings, lock.generation)
                     return self._apply(decision, holder, lock)
             # Another version was promoted meanwhile: compare with that one.
@@ -79,13 +79,13 @@ class Promotion:
     def roll_back(self) -> Decision:
         """Give the alias back to the version that carried it before, if its files are unmodified."""
         while True:
-            holder, target = found = self._last_change()
+            holder, target = self._last_change()
             if target is None:
                 reason = f"no version carried {self._alias!r} before"
                 raise ConfigError("rollback", f"{self._model}@{self._alias}", reason, "promote a version instead")
             verify(self._uri, find_version(self._made, self._model, target))
-            with self._lock(wanted=functools.partial(self._is_last_change, found)) as lock:
-                if lock is not None and self._is_last_change(found):
+            with self._lock(wanted=lambda found=(holder, target): self._last_change() == found) as lock:
+                if lock is not None and self._last_change() == (holder, target):
                     decision = Decision("rolled back", target, holder, (), lock.generation)
                     return self._apply(decision, self._replaced_by(target), lock)
 
@@ -105,7 +105,7 @@ class Promotion:
     def _compare(self, candidate: Evaluated, threat: ThreatModel, holder: str) -> list[Finding]:
         intact, theirs = self._files(holder, self._alias)
         if theirs is None:
-            return [intact]
+            return [replace(intact, remedy="to replace it without a comparison: --rules.not_worse false")]
         other = theirs.trained_for
         if self._rules.threat_model is None and other.slug != threat.slug:
             # A version must not replace the champion by being trained for a weaker threat model.
@@ -121,16 +121,10 @@ class Promotion:
             found = retrying("Reading the alias", lambda: self._made.get_registered_model(self._model)).aliases
         return str(found[self._alias]) if self._alias in found else None
 
-    def _is_holder(self, version: str | None) -> bool:
-        return self._holder() == version
-
     def _last_change(self) -> tuple[str | None, str | None]:
         """The holder, and the version that it took the alias from."""
         holder = self._holder()
         return holder, None if holder is None else self._replaced_by(holder)
-
-    def _is_last_change(self, found: tuple[str | None, str | None]) -> bool:
-        return self._last_change() == found
 
     def _replaced_by(self, version: str) -> str | None:
         """The version that another one took the alias from."""
@@ -147,9 +141,14 @@ class Promotion:
                     self._tag(decision.version, "replaced", decision.replaced or "")
                 lock.check()
                 # First, so that the same command completes what was interrupted.
-                if previous is not None:
-                    self._set_alias(before, previous)
-                else:
+                try:
+                    if previous is not None:
+                        self._set_alias(before, previous)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                        raise
+                    previous = None  # a version that was deleted since it carried the alias
+                if previous is None:
                     delete = functools.partial(self._made.delete_registered_model_alias, self._model, before)
                     retrying("Deleting the alias", delete)  # no error if it does not exist
                 lock.check()

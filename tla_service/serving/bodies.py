@@ -35,5 +35,4 @@ def parse_body(
     else:
         sent = [body]
     images = read_images(sent, image_shape, max_images=max_images, resize=resize)
-    unit = images.astype(np.float32) / np.float32(255) if images.dtype == np.uint8 else images
-    return unit.astype(np.float32, copy=False), embedding
+    return images / np.float32(255) if images.dtype == np.uint8 else images, embedding

@@ -31,6 +31,7 @@ _PROJECT = {"key": "tla.project", "value": "tla-service"}  # a tag of the experi
 _API = "/api/2.0/mlflow/experiments"
 _FILE_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _BUSY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+_REFUSALS = {"UNAUTHENTICATED": HTTPStatus.UNAUTHORIZED, "PERMISSION_DENIED": HTTPStatus.FORBIDDEN}
 _DISK_ERRORS = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 T = TypeVar("T")
 
@@ -135,15 +136,18 @@ def open_store(config: TrackingConfig) -> tuple[str, "MlflowClient", str]:
 def retrying(what: str, action: Callable[[], T], *, seconds: float = 16) -> T:
     """Call something that needs the server; retry with exponential backoff while it is unavailable or busy.
 
-    Raises `UnavailableError` if it stayed so for `seconds`, and what else the call raised.
+    Raises `UnavailableError` if it stayed so for `seconds` or refuses the credentials, and what else the call raised.
     """
     try:
         return retried(what, action, is_passing, seconds=seconds)
     except Exception as error:
-        if not is_passing(error):
+        status = _REFUSALS.get(str(getattr(error, "error_code", "")))
+        if status is None and not is_passing(error):
             raise
         reason = f"{what[0].lower()}{what[1:]} failed ({one_line(error)})"
         remedy = "bring the server back and give the same command again: completed work is not repeated"
+        if status is not None:
+            remedy = refusal("", status, str(error), is_mlflow=True).remedy
         raise UnavailableError("MLflow", None, reason, remedy) from error
 
 
@@ -204,7 +208,7 @@ def check_tracking(config: TrackingConfig) -> None:
 
 
 def probe_tracking(config: TrackingConfig) -> float:
-    """Create a run with a metric and a file, read the file back, and delete the run; returns the seconds it took."""
+    """Create a run with a metric and a file, read it back, delete the run if permitted; returns the seconds it took."""
     from mlflow.artifacts import download_artifacts
 
     check_tracking(config)
@@ -222,7 +226,8 @@ def probe_tracking(config: TrackingConfig) -> float:
     except Exception as error:
         raise unstorable(made, uri, run_id, error) from error
     finally:
-        made.delete_run(run_id)
+        with contextlib.suppress(Exception):  # EDIT permission, which a run needs, does not include it
+            made.delete_run(run_id)
     if text != "ok":
         reason = "returns a different file than was stored"
         raise UnavailableError(FIELD, uri, reason, "check the server's artifact store")

@@ -13,7 +13,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run, RunTag
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import to_yaml
-from tla_service.errors import UserError, one_line, readable, without_credentials
+from tla_service.errors import UnavailableError, UserError, one_line, readable, without_credentials
 from tla_service.job import code_version, environment
 from tla_service.tracking.connection import client, open_store, retrying, search_all, storing, unstorable
 
@@ -125,6 +125,15 @@ def fetch_files(made: MlflowClient, run_id: str, names: Sequence[str], target: P
         remedy = "see that the run's files can be read from here, and what the tracking store's log says"
         with readable("MLflow", address, remedy):
             retrying(f"Fetching {name}", functools.partial(download_artifacts, **where))
+
+
+def check_run(uri: str, run_id: str, address: str) -> None:
+    """Raise `UnavailableError`, about the model at `address`, if the run that trained it takes no more results."""
+    remedy = f"restore it (mlflow runs restore --run-id {run_id}), or give --log false"
+    with readable("model", address, remedy):
+        run = retrying("Reading the run", lambda: client(uri).get_run(run_id))
+    if run.info.lifecycle_stage == "deleted":
+        raise UnavailableError("model", address, f"the run that trained it, {run_id}, is deleted", remedy)
 
 
 def finish_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:

@@ -27,11 +27,14 @@ def _evaluate(settings: EvaluateSettings, join: Callable[[], None]) -> int:
     from tla_service.report.page import show
     from tla_service.report.schema import FILES, PAGE_FILE, REPORT_FILE
     from tla_service.tracking.connection import tracking_uri
+    from tla_service.tracking.runs import check_run
     from tla_service.training.reporting import Terminal
 
     terminal = Terminal()
     uri = tracking_uri(settings.tracking)
     models = load_models(settings, lambda address, field: load_subject(address, field, uri))
+    if settings.log and models.subject.facts.run_id is not None:
+        check_run(uri, models.subject.facts.run_id, settings.model)
 
     def workers() -> Workers:
         join()

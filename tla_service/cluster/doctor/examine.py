@@ -102,7 +102,7 @@ def tracking(settings: CheckupSettings) -> Finding:
         seconds = probe_tracking(settings.tracking)
     except UserError as error:
         return Finding("MLflow", "driver", "FAIL", f"{uri}: {error.reason}", error.remedy)
-    return Finding("MLflow", "driver", "ok", f"{uri}: created and deleted a run with a file in {seconds:.1f} s")
+    return Finding("MLflow", "driver", "ok", f"{uri}: stored a run with a file in {seconds:.1f} s")
 
 
 def token(count: int) -> Iterator[Finding]:
