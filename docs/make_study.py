@@ -76,8 +76,8 @@ def page(study: str, trials: list[Any]) -> str:
             f"{int(trials[0].data.tags['tla.test_images']):,} test images.",
             "",
             "Cells are means over seeds with Student's 95% interval, for the weights chosen on validation; differences "
-            f"are taken seed by seed and are in points. Bold: p, corrected for the {len(differences)} comparisons of this "
-            f"table by Holm's method, is below {_LEVEL:g}.",
+            f"are taken seed by seed and are in points. Bold: p, corrected for the {len(differences)} comparisons of "
+            f"this table by Holm's method, is below {_LEVEL:g}.",
             "",
             *markdown(titles, rows),
             "",

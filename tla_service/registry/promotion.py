@@ -70,8 +70,8 @@ class Promotion:
                 decision = Decision("unchanged" if is_passed else "refused", version, holder, findings)
                 with self._recorded(decision):
                     return decision
-            with self._lock(wanted=lambda holder=holder: self._holder() == holder) as lock:
-                if lock is not None and self._holder() == holder:
+            with self._lock(wanted=functools.partial(self._is_holder, holder)) as lock:
+                if lock is not None and self._is_holder(holder):
                     decision = Decision("promoted", version, holder, findings, lock.generation)
                     return self._apply(decision, holder, lock)
             # Another version was promoted meanwhile: compare with that one.
@@ -79,13 +79,13 @@ class Promotion:
     def roll_back(self) -> Decision:
         """Give the alias back to the version that carried it before, if its files are unmodified."""
         while True:
-            holder, target = self._last_change()
+            holder, target = found = self._last_change()
             if target is None:
                 reason = f"no version carried {self._alias!r} before"
                 raise ConfigError("rollback", f"{self._model}@{self._alias}", reason, "promote a version instead")
             verify(self._uri, find_version(self._made, self._model, target))
-            with self._lock(wanted=lambda found=(holder, target): self._last_change() == found) as lock:
-                if lock is not None and self._last_change() == (holder, target):
+            with self._lock(wanted=functools.partial(self._is_last_change, found)) as lock:
+                if lock is not None and self._is_last_change(found):
                     decision = Decision("rolled back", target, holder, (), lock.generation)
                     return self._apply(decision, self._replaced_by(target), lock)
 
@@ -121,10 +121,16 @@ class Promotion:
             found = retrying("Reading the alias", lambda: self._made.get_registered_model(self._model)).aliases
         return str(found[self._alias]) if self._alias in found else None
 
+    def _is_holder(self, version: str | None) -> bool:
+        return self._holder() == version
+
     def _last_change(self) -> tuple[str | None, str | None]:
         """The holder, and the version that it took the alias from."""
         holder = self._holder()
         return holder, None if holder is None else self._replaced_by(holder)
+
+    def _is_last_change(self, found: tuple[str | None, str | None]) -> bool:
+        return self._last_change() == found
 
     def _replaced_by(self, version: str) -> str | None:
         """The version that another one took the alias from."""
