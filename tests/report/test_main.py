@@ -38,6 +38,26 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
+def test_an_own_attack_that_does_not_fit_is_refused_before_anything_is_measured(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "def {name}(logits_fn, images, labels, attack, generator):\n    return {returned}\n\n\n"
+    cases = {
+        "fails": ("images / missing", "fails on 8 training images (NameError: name 'missing' is not defined); correct"),
+        "leaves": ("images + 2 * attack.epsilon", "returned pixels in ["),
+        "shape": ("images[:1]", "returned (1, 1, 8, 8) for images (8, 1, 8, 8)"),
+    }
+    (tmp_path / "unfit_attacks.py").write_text("".join(code.format(name=n, returned=r) for n, (r, _) in cases.items()))
+    model = checkpoint(tmp_path / "model")
+    for name, (_, said) in cases.items():
+        attacks = f'{{"pgd": {{}}, "own": {{"kind": "unfit_attacks:{name}"}}}}'
+        exit_code, _, message = run("--model", model, "--output", str(tmp_path / "out"), "--attacks", attacks)
+        assert (exit_code, message.count("\n")) == (2, 1), message
+        assert message.startswith(f"error: attacks.own.kind=unfit_attacks:{name}: {said}"), message
+        assert not (tmp_path / "out").exists()
+
+
 def test_an_interrupted_evaluation_resumes_from_its_shards(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ def finished() -> Callable[..., None]:
     """Writes a finished run of given accuracies; image i is right under PGD if i is below that share.
 
     With `attacks_only` neither AutoAttack nor the representation was measured, as with later seeds of tuned tables.
+    `transfer` is the accuracy under a transfer attack, None without one, as with a single seed.
     """
 
     def write(
@@ -35,6 +36,7 @@ def finished() -> Callable[..., None]:
         auc: float = 0.8,
         warnings: Sequence[str] = (),
         attacks_only: bool = False,
+        transfer: float | None = None,
     ) -> None:
         folder = state / name / REPORT
         folder.mkdir(parents=True)
@@ -45,6 +47,9 @@ def finished() -> Callable[..., None]:
         accuracy = {"clean": clean, "pgd100": robust, "worst": robust, "autoattack": robust - 0.05}
         threat: dict[str, Any] = {"norm": "linf", "epsilon": 0.3}
         attack = {"kind": "pgd", "step_size": 0.01, "num_steps": 100, "num_restarts": 1, **threat}
+        attacks = {"pgd100": attack}
+        if transfer is not None:
+            accuracy["transfer_pgd100"], attacks["transfer_pgd100"] = transfer, attack | {"transfer": True}
         gap = {"difference": 0.05, "low": 0.0, "high": 0.1, "p_value": 0.1, "images": IMAGES}
         autoattack = {"stages": ["apgd-ce"], "left_out": {}, "broken_by": {}, "strongest": "pgd100", "gap": gap}
         report = Report.model_validate(
@@ -54,7 +59,7 @@ def finished() -> Callable[..., None]:
                 "data": {"name": "mnist", "images": IMAGES, "fingerprint": "f00d", "class_names": []},
                 "threat_model": threat,
                 "accuracy": {name: share(value) for name, value in accuracy.items()},
-                "attacks": {"pgd100": attack},
+                "attacks": attacks,
                 "autoattack": {**autoattack, "version": "standard", "weak": False, "warnings": list(warnings)},
                 "detection": {"auc": auc, "low": 0.7, "high": 0.9, "epsilon": 0.3, "num_correct": 1, "num_wrong": 1,
                               "baselines": {}, "settings": {}},

@@ -16,7 +16,7 @@ from tests.test_core_alone import WITHOUT
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.files import locked_folder
 from tla_service.results import runs as table
-from tla_service.results.local import _Local, _StoppedError, open_state, reproduce_here
+from tla_service.results.local import _Local, _StoppedError, open_state, reproduce, reproduce_here
 from tla_service.results.runs import TableRun, table_runs, table_space
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +77,17 @@ def test_a_folder_of_another_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds another table or other settings"):
         open_state(settings_of("--table", "digits", "--state", str(tmp_path)))
     assert json.loads((tmp_path / "table.json").read_text()) == {"table": "digits", "settings": "5-minutes"}
+
+
+def test_runs_on_other_data_do_not_join_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("tla_service.results.local.write_page", lambda *_: "page.md")
+    flags = ("--table", "digits", "--state", str(tmp_path / "state"), "--output", str(tmp_path / "page.md"))
+    for made in (1, 2):  # no run finishes, so the data is read each time
+        assert reproduce(settings_of(*flags), lambda *_: True) == 0, made
+    (tmp_path / "state" / "data.txt").write_text("0123456789abcdef")
+    with pytest.raises(ConfigError, match=r"^data.root: is not the data that the runs in .*/state were made from"):
+        reproduce(settings_of(*flags), lambda *_: pytest.fail("ran"))
 
 
 def test_a_table_that_another_process_works_on_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,17 @@ def test_figures_state_how_many_seeds_they_are_of(tmp_path: Path, finished: Fini
     assert representation.startswith("| TLA | 2 | 80.0 ")
 
 
+def test_what_the_first_run_lacks_is_shown_of_the_others(tmp_path: Path, finished: Finished) -> None:
+    finished(tmp_path / "state", "at-s0", 0.9, 0.5, attacks_only=True)
+    finished(tmp_path / "state", "at-s1", 0.9, 0.5, transfer=0.75)
+    page = page_of(tmp_path)
+    assert "| method | seeds | clean | pgd100 | transfer_pgd100 | autoattack |" in page
+    accuracy, representation = (line for line in page.splitlines() if line.startswith("| AT |"))
+    cells = "| AT | 2, transfer_pgd100 1, autoattack 1 | 90.0 [90.0, 90.0] | 50.0 [50.0, 50.0] | 75.0 | 45.0 |"
+    assert accuracy == cells
+    assert representation.startswith("| AT | 1 | 80.0 ")
+
+
 def test_warnings_of_autoattack_are_on_the_page(tmp_path: Path, finished: Finished) -> None:
     finished(tmp_path / "state", "at-s0", 0.9, 0.5)
     assert "AutoAttack warns" not in page_of(tmp_path)

@@ -85,6 +85,15 @@ def test_seeds_come_one_after_another_and_lend_surrogates() -> None:
     assert alone.surrogate is None
 
 
+def test_an_unfinished_evaluation_with_another_surrogate_begins_anew(tmp_path: Path) -> None:
+    shards = tmp_path / "natural-s0" / "report" / "shards"
+    for count, is_kept in (("1", True), ("1", True), ("2", False), ("2", True)):
+        settings = settings_of("--table", "digits", "--seeds", count)
+        shards.mkdir(parents=True, exist_ok=True)
+        report_of(settings, table_runs(settings)[0], tmp_path)
+        assert shards.exists() == is_kept, "as many seeds give the same surrogate"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

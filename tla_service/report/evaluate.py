@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tla_service.data.augmentation import to_unit
 from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.evaluation.certified import ROW, Certificates
 from tla_service.evaluation.detection import check_detector_size
 from tla_service.evaluation.embedding import EmbeddedImages
-from tla_service.evaluation.shards import ShardOutcome, save_arrays, save_outcome
+from tla_service.evaluation.shards import ShardOutcome, evaluating, save_arrays, save_outcome
 from tla_service.files import LOCK_FILE, expanded, locked_folder, sha256, write_whole
 from tla_service.job import code_facts
 from tla_service.report import evidence as ev
@@ -27,9 +30,11 @@ from tla_service.report.page import model_names, write_page
 from tla_service.report.settings import ReportSettings
 from tla_service.report.subjects import Subject
 from tla_service.report.tasks import Measurer, select
+from tla_service.training.own import check_attack
 from tla_service.training.reporting import Terminal
 
 _IDENTITY = "evaluation.json"
+_TRIED_ON = 8  # training images that own attacks are called on before anything is measured
 
 
 def evaluate(
@@ -48,6 +53,12 @@ def evaluate(
     threat = subject.facts.trained_for
     plan = pl.make_plan(settings, dataset.name, threat.norm, threat.epsilon, has_surrogate=models.surrogate is not None)
     pl.check_plan(plan, dataset.image_shape, len(dataset.class_names))
+    rows = torch.linspace(0, len(dataset.train) - 1, _TRIED_ON).long()
+    for name, attack in plan.columns.items():
+        if attack.function is not None:
+            images, labels, draws = to_unit(dataset.train.fetch(rows)), dataset.train.labels[rows], torch.Generator()
+            with evaluating(subject.network):
+                check_attack(f"attacks.{name}.kind", attack.kind, attack, subject.network, images, labels, draws)
     if settings.images.representation:
         for each in models.all:
             width = each.network.embedding_size

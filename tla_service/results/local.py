@@ -40,7 +40,7 @@ from tla_service.training.reporting import Terminal
 from tla_service.tuning.space import Space
 
 UNFINISHED = 75
-IDENTITY, PRINTED = "table.json", "printed.txt"
+IDENTITY, DATA, PRINTED = "table.json", "data.txt", "printed.txt"
 _ON_ONE_GPU = 4  # small networks leave most of a large GPU idle
 _STOP_SECONDS = 60.0
 Say = Callable[[str], None]
@@ -73,7 +73,8 @@ def reproduce(settings: ReproduceSettings, make: Make, track: Track | None = Non
                 run_config(space, run)  # wrong settings are refused before anything runs
             missing = [run for run in runs if not is_finished(run, state)]
             if missing:
-                load_dataset(space.run.data)  # data that is missing is reported once, not by every run
+                # Data that is missing is reported once, not by every run.
+                claim(settings, load_dataset(space.run.data).fingerprint)
             terminal.say(f"{len(runs)} runs in {state}, {len(runs) - len(missing)} of them finished")
             try:
                 is_complete = not missing or make(space, missing, state, terminal.say, deadline)
@@ -101,6 +102,15 @@ def open_state(settings: ReproduceSettings) -> Path:
     except (OSError, ValueError) as error:
         raise UnavailableError("state", folder, f"cannot be used ({error})", "choose another --state") from error
     return folder
+
+
+def claim(settings: ReproduceSettings, fingerprint: str) -> None:
+    """Keep the folder of the runs for one data set; ConfigError if it was begun with another one."""
+    mark = settings.state_folder / DATA
+    if mark.exists() and mark.read_text() != fingerprint:
+        reason = f"is not the data that the runs in {settings.state_folder} were made from"
+        raise ConfigError("data.root", settings.data.root, reason, "give that data, or choose another --state")
+    write_whole(mark, fingerprint)
 
 
 def reproduce_here(settings: ReproduceSettings, track: Track | None = None) -> int:

@@ -41,18 +41,20 @@ def write_page(settings: ReproduceSettings, space: Space, source: Path, state: P
     finished = [row for row in rows.values() if row.runs]
     lines = [f"# {settings.table}: {_TITLES[settings.recipe]}", "", *_settings(settings, space.run, finished), ""]
     if finished:
-        first = finished[0].runs[0].report
-        autoattack = [AUTOATTACK] if first.autoattack is not None else []
-        pgd = {name: attack for name, attack in first.attacks.items() if attack.kind == "pgd" and not attack.transfer}
+        reports = [each.report for row in finished for each in row.runs]  # not all were measured alike
+        attacks = {name: attack for each in reports for name, attack in each.attacks.items()}
+        autoattack = [AUTOATTACK] if any(each.autoattack for each in reports) else []
+        pgd = {name: attack for name, attack in attacks.items() if attack.kind == "pgd" and not attack.transfer}
         iterative = max(pgd, key=lambda name: pgd[name].num_steps)
         strong = [iterative, *autoattack]
         _draw_methods(finished, ["clean", *strong], path.parent / "pictures" / f"{settings.page_name}-methods.png")
         lines += [f"![Methods](pictures/{settings.page_name}-methods.png)", "", "## Accuracy, %", ""]
         gain = iterative if is_tuned else ""
-        lines += [*_table(settings, rows, ["clean", *first.attacks, *autoattack], gain), ""]
-        if first.detection is not None:
+        lines += [*_table(settings, rows, ["clean", *attacks, *autoattack], gain), ""]
+        if any(each.detection for each in reports):
             names = ["detection", "neighbours clean", "neighbours attacked"]
-            names += [f"{kind} {each.epsilon:.3g}" for each in first.shift for kind in ("r", "r'")]
+            radii = dict.fromkeys(f"{at.epsilon:.3g}" for each in reports for at in each.shift)
+            names += [f"{kind} {radius}" for radius in radii for kind in ("r", "r'")]
             lines += ["## Representation", "", *_table(settings, rows, names), ""]
             lines += ["Detection is the area under the ROC curve, neighbours are accuracies, both in percent. Higher r "
                       "and lower r' are better. Test images set aside for the promotion gate are left out.",

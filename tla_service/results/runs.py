@@ -14,6 +14,7 @@ import yaml
 from tla_service.config import TRIPLET_METHODS, RunConfig
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.loading import RunSettings, read_settings
+from tla_service.config.yaml_files import read_yaml
 from tla_service.errors import UnavailableError
 from tla_service.evaluation.paper import paper_columns
 from tla_service.evaluation.results import CONFIDENCE, BoolArray, paired_difference
@@ -194,6 +195,8 @@ def write_report_settings(settings: ReproduceSettings, run: TableRun, state: Pat
         columns = {name: attack.model_dump() for name, attack in paper_columns(settings.table).attacks.items()}
         fields["attacks"] = {name: attack for name, attack in columns.items() if attack["num_restarts"] == 1}
     path = folder / "report.yaml"
+    if path.exists() and read_yaml(path, "state").get("surrogate") != fields.get("surrogate"):
+        shutil.rmtree(folder / REPORT, ignore_errors=True)  # of another number of seeds, unfinished
     write_whole(path, yaml.safe_dump(fields, sort_keys=False))
     return path
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tla_service.attacks import craft_freely
+from tla_service.attacks import Attack, craft_freely
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError, UserError, one_line
 from tla_service.evaluation.shards import logits_of
@@ -66,30 +66,43 @@ def check_own(config: RunConfig, network: nn.Module, images: Tensor, labels: Ten
             other = images if config.method == "natural" else torch.rand_like(images)
             flaws = _flaws_of_term(load_term(path, code), network(other), network(images), labels)
         else:
-            call = "(logits_fn, images, labels, attack, generator)"
-            flaws = _flaws_of_attack(config, field, network, images, labels, random, code)
-        try:
-            found = next((flaw for is_flawed, *flaw in flaws if is_flawed), None)
-        except UserError as error:
-            raise type(error)(field, path, error.reason, error.remedy) from error
-        except Exception as error:
-            reason = f"fails on {len(images)} training images ({type(error).__name__}: {one_line(error)})"
-            raise ConfigError(field, path, reason, f"correct it; it is called as {path.split(':')[1]}{call}") from error
-        if found is not None:
-            raise ConfigError(field, path, *found)
+            where = field.removesuffix(".kind")
+            if where == "attack":
+                attack = training_attack(config, code)
+            else:
+                each = config.evaluation.attacks[where]
+                attack = evaluation_attack(each, config.attack, config.data.name, where, code)
+            check_attack(field, path, attack, network, images, labels, random)
+            continue
+        _check(field, path, call, flaws, len(images))
+
+
+def check_attack(
+    field: str, path: str, attack: Attack, network: nn.Module, images: Tensor, labels: Tensor, random: torch.Generator
+) -> None:
+    """As `check_own`, for one attack."""
+    flaws = _flaws_of_attack(attack, network, images, labels, random)
+    _check(field, path, "(logits_fn, images, labels, attack, generator)", flaws, len(images))
 
 
 _Flaws = Iterator[tuple[Any, str, str]]
 
 
+def _check(field: str, path: str, call: str, flaws: _Flaws, count: int) -> None:
+    try:
+        found = next((flaw for is_flawed, *flaw in flaws if is_flawed), None)
+    except UserError as error:
+        raise type(error)(field, path, error.reason, error.remedy) from error
+    except Exception as error:
+        reason = f"fails on {count} training images ({type(error).__name__}: {one_line(error)})"
+        raise ConfigError(field, path, reason, f"correct it; it is called as {path.split(':')[1]}{call}") from error
+    if found is not None:
+        raise ConfigError(field, path, *found)
+
+
 def _flaws_of_attack(
-    config: RunConfig, field: str, network: nn.Module, images: Tensor, labels: Tensor, random: Any, code: bytes | None
+    attack: Attack, network: nn.Module, images: Tensor, labels: Tensor, random: torch.Generator
 ) -> _Flaws:
-    where = field.removesuffix(".kind")
-    if where == "attack":
-        attack = training_attack(config, code)
-    else:
-        attack = evaluation_attack(config.evaluation.attacks[where], config.attack, config.data.name, where, code)
     found = craft_freely(logits_of(network), images, labels, attack, random)
     yield not found.isfinite().all(), "returned pixels that are not finite", "correct it"
     low, high = float(found.min()), float(found.max())
