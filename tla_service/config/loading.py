@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
@@ -27,8 +26,8 @@ from tla_service.config import RunConfig
 from tla_service.config.explain import Explainer, suggest, validated
 from tla_service.config.fields import refuse
 from tla_service.config.radii import known_shape, without_lengths_of_other_norms
-from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
-from tla_service.errors import ConfigError, without_credentials
+from tla_service.config.yaml_files import check_json, dump_yaml, parse_yaml, read_yaml
+from tla_service.errors import ConfigError
 from tla_service.files import expanded
 
 _log = logging.getLogger(__name__)
@@ -220,7 +219,7 @@ def same_run(text: str, config: RunConfig) -> bool:
 
 def to_yaml(config: RunConfig) -> str:
     """The complete configuration as YAML, without credentials in URLs; `--config` reads it back to an equal one."""
-    return without_credentials(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def print_config(settings: RunSettings) -> str:
