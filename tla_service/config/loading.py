@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -153,7 +153,8 @@ def load_config(preset: str | None = None, config: str | Path | None = None, **s
     Args:
         preset: Preset to start from; see docs/configuration.md.
         config: YAML file with any of the settings.
-        settings: Settings of the run. A section is a dictionary; fields that it does not have keep their values.
+        settings: Settings of the run. A section is a dictionary or one of the classes, such as `LossConfig`; fields
+            that are not given keep their values.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -163,7 +164,8 @@ def load_config(preset: str | None = None, config: str | Path | None = None, **s
         if name not in RunConfig.model_fields:
             raise ConfigError(name, value, "no such setting", suggest(name, list(RunConfig.model_fields)))
     files = {name: value for name, value in (("preset", preset), ("config", config)) if value is not None}
-    return read_settings(RunSettings, [], **files, **settings).run_config
+    given = TypeAdapter(Any).dump_python(settings, exclude_unset=True)  # sections that are objects, too
+    return read_settings(RunSettings, [], **files, **given).run_config
 
 
 def load_settings(arguments: Sequence[str] | None = None) -> RunSettings:
