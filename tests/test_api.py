@@ -12,7 +12,19 @@ from torch import Tensor, nn
 
 import tla_service
 from tests.test_core_alone import run_python
-from tla_service import Attack, ConfigError, RunConfig, UserError, craft, evaluate, load_config, load_model, train
+from tla_service import (
+    Attack,
+    ConfigError,
+    EvaluationAttack,
+    LossConfig,
+    RunConfig,
+    UserError,
+    craft,
+    evaluate,
+    load_config,
+    load_model,
+    train,
+)
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -62,6 +74,14 @@ def test_a_configuration_is_made_of_preset_file_environment_and_arguments(
     assert load_config(training={"epochs": 6}).training.epochs == 6
     monkeypatch.delenv("TLA_TRAINING__EPOCHS")
     assert load_config() == RunConfig()
+
+
+def test_load_config_takes_sections_as_objects() -> None:
+    """Fields that an object does not set keep the preset's values, as with a dictionary."""
+    test = {"pgd50x3": EvaluationAttack(num_steps=5)}
+    found = load_config("digits", loss=LossConfig(margin=0.2), evaluation={"test": test})
+    assert found == load_config("digits", loss={"margin": 0.2}, evaluation={"test": {"pgd50x3": {"num_steps": 5}}})
+    assert (found.loss.margin, found.loss.label_smoothing) == (0.2, 0.1)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.fields import Section
 from tla_service.config.loading import load_settings, preset_names, to_yaml
 from tla_service.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
+from tla_service.config.yaml_files import parse_yaml
 from tla_service.errors import ConfigError
 from tla_service.models import model_names
 
@@ -228,6 +229,12 @@ def test_yaml_round_trip(config: RunConfig) -> None:
     found = RunConfig.model_validate(yaml.safe_load(to_yaml(config)))
     assert found == config
     assert found.digest == config.digest
+
+
+@pytest.mark.parametrize("text", ["1.5e3", "-.5", "+.5", "010", "1e-3", "1:30", "yes", "0x1f"])
+def test_text_like_a_number_stays_text(text: str) -> None:
+    config = RunConfig(tracking=TrackingConfig(tags={"version": text}))
+    assert RunConfig.model_validate(parse_yaml(to_yaml(config), "config", "config.yaml")) == config
 
 
 def test_yaml_is_complete() -> None:

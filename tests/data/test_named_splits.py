@@ -100,6 +100,7 @@ def test_a_named_split_may_begin_like_a_usual_one(write: Write) -> None:
 
 def test_a_test_split_is_held_out(write: Write) -> None:
     load = write(train=20, val=4)
+    assert contents(load()) == {"train": (20, [0]), "test": (4, [10])}  # the same files, in the cache under other names
     found = load(test_fraction=0.2)
     assert contents(found) == {"train": (16, [0]), "test": (4, [0]), "validation": (4, [10])}
     assert found.test.labels.tolist().count(0) == 2

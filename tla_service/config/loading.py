@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-import yaml
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
@@ -27,8 +26,8 @@ from tla_service.config import RunConfig
 from tla_service.config.explain import Explainer, suggest, validated
 from tla_service.config.fields import refuse
 from tla_service.config.radii import known_shape, without_lengths_of_other_norms
-from tla_service.config.yaml_files import check_json, parse_yaml, read_yaml
-from tla_service.errors import ConfigError, without_credentials
+from tla_service.config.yaml_files import check_json, dump_yaml, parse_yaml, read_yaml
+from tla_service.errors import ConfigError
 from tla_service.files import expanded
 
 _log = logging.getLogger(__name__)
@@ -154,7 +153,8 @@ def load_config(preset: str | None = None, config: str | Path | None = None, **s
     Args:
         preset: Preset to start from; see docs/configuration.md.
         config: YAML file with any of the settings.
-        settings: Settings of the run. A section is a dictionary; fields that it does not have keep their values.
+        settings: Settings of the run. A section is a dictionary or one of the classes, such as `LossConfig`; fields
+            that are not given keep their values.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -164,7 +164,8 @@ def load_config(preset: str | None = None, config: str | Path | None = None, **s
         if name not in RunConfig.model_fields:
             raise ConfigError(name, value, "no such setting", suggest(name, list(RunConfig.model_fields)))
     files = {name: value for name, value in (("preset", preset), ("config", config)) if value is not None}
-    return read_settings(RunSettings, [], **files, **settings).run_config
+    given = TypeAdapter(Any).dump_python(settings, exclude_unset=True)  # sections that are objects, too
+    return read_settings(RunSettings, [], **files, **given).run_config
 
 
 def load_settings(arguments: Sequence[str] | None = None) -> RunSettings:
@@ -220,7 +221,7 @@ def same_run(text: str, config: RunConfig) -> bool:
 
 def to_yaml(config: RunConfig) -> str:
     """The complete configuration as YAML, without credentials in URLs; `--config` reads it back to an equal one."""
-    return without_credentials(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def print_config(settings: RunSettings) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tla_service.errors import ConfigError
+from tla_service.errors import ConfigError, without_credentials
 
 _MOST_BYTES, _MOST_VALUES = 10_000_000, 1_000_000
 
@@ -28,8 +28,20 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would take for a number, such as `1.5e3`."""
+
+
 for _tag, _pattern in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list("-+.0123456789"))
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list("-+.0123456789"))
+
+
+def dump_yaml(fields: dict[str, Any]) -> str:
+    """Settings as YAML, without credentials in URLs; `parse_yaml` reads them back."""
+    return without_credentials(yaml.dump(fields, Dumper=_Dumper, sort_keys=False))
 
 
 def read_yaml(path: Path, subject: str) -> Any:

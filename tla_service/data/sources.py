@@ -179,7 +179,8 @@ def build_splits(
 
     # Labels are not cached, so the key need not cover how they are read. JPEG pixels depend on the decoder's version.
     sizes = "-".join(str(len(blobs)) for blobs, _ in parts.values())
-    full_key = f"{key}-{sizes}-{channels}x{height}x{width}{'r' if decoder.resize else ''}-{PIL_VERSION}"
+    untested = "" if "test" in parts else "-untested"  # else train and validation would share a key with train and test
+    full_key = f"{key}-{sizes}-{channels}x{height}x{width}{'r' if decoder.resize else ''}-{PIL_VERSION}{untested}"
     decoded, digests = cached_tensors(config.cache_dir, full_key, build)
     made = {
         name: ArraySource(decoded[name], labels, content_digest(labels) + digests[name], streamed[name])

@@ -2,13 +2,12 @@
 
 from typing import Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import Field, model_validator
 
 from tla_service.config import RunConfig
 from tla_service.config.fields import Pixels, Section, setting, wrong
 from tla_service.config.loading import RunSettings, preset_names
-from tla_service.errors import without_credentials
+from tla_service.config.yaml_files import dump_yaml
 
 Objective = Literal["robust_accuracy", "clean_accuracy"]
 
@@ -100,4 +99,4 @@ class TuneSettings(RunSettings):
 def sweep_yaml(run: RunConfig, sweep: SweepConfig) -> str:
     """All settings of a sweep, without credentials in URLs, as a file that the job takes with `--config`."""
     fields = run.model_dump(mode="json") | {"sweep": sweep.model_dump(mode="json", exclude_defaults=True)}
-    return without_credentials(yaml.safe_dump(fields, sort_keys=False))
+    return dump_yaml(fields)
