@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,6 +156,21 @@ def test_columns_are_for_parquet_only(make_config: MakeConfig, tmp_path: Any, na
     config = make_config(name=name, root=str(tmp_path), image_size=8, **{field: "x"})
     with pytest.raises(ConfigError, match=rf"data\.{field}=x: .*; leave it out"):
         catalog.load_dataset(config)
+
+
+@pytest.mark.parametrize("name", ["digits", "tiny_imagenet", "image_folder", "parquet"])
+def test_only_torchvisions_sets_are_downloaded(make_config: MakeConfig, tmp_path: Path, name: str) -> None:
+    config = make_config(name=name, root=str(tmp_path / "new"), download=True)
+    with pytest.raises(ConfigError, match=rf"^data\.download=True: data set {name} cannot be downloaded; leave it out"):
+        catalog.load_dataset(config)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_root_beside_the_digits_is_said_not_to_be_read(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalog.load_dataset(make_config(root="/data/birds"))
+    assert [message.partition(",")[0] for message in caplog.messages] == ["data.root=/data/birds: not read"]
 
 
 def test_parts_of_different_shapes_are_refused(load_made: Callable[..., Dataset]) -> None:

@@ -103,7 +103,29 @@ class Hidden(Scaled):
         nn.init.zeros_(self.head.bias)
 
 
-@pytest.mark.parametrize("make", [Scaled, Shared, Asking, Functional, Hidden])
+class Learned(Convolutional):
+    """Its scale is 1 before it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * super().forward(images)
+
+
+class Normed(Convolutional):
+    """New running statistics change nothing, either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.BatchNorm1d(self.head.out_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(super().forward(images))
+
+
+@pytest.mark.parametrize("make", [Scaled, Shared, Asking, Functional, Hidden, Learned, Normed])
 def test_where_logits_are_not_a_linear_layers_output_the_layers_are_listed(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     with pytest.raises(

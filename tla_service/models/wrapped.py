@@ -142,14 +142,18 @@ def _check_logits(name: str, output: Any, num_classes: int) -> None:
 def _take_out(network: nn.Module, path: str, images: Tensor) -> nn.Linear | None:
     """Replace the linear layer by what passes its input through; None, with it back, if that changes the logits.
 
-    Those of another layer in its place, since weights of zero would hide what follows them.
+    Those of another layer in its place, since weights of zero would hide what follows them. And with other scales and
+    shifts, of which a new network has 1 and 0 where a trained one has not.
     """
     fc = network.get_submodule(path)
     assert isinstance(fc, nn.Linear)
+    scales = {each: each.clone() for each in network.parameters() if each.shape in ((), (1,), (fc.out_features,))}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             trial = nn.Linear(fc.in_features, fc.out_features, device=fc.weight.device, dtype=fc.weight.dtype)
             network.set_submodule(path, trial)
+            for each in scales:
+                each.add_(0.1)
             logits = network(images.clone())
             network.set_submodule(path, nn.Identity())
             embeddings = network(images.clone()).flatten(1)
@@ -159,6 +163,10 @@ def _take_out(network: nn.Module, path: str, images: Tensor) -> nn.Linear | None
             return fc
     except Exception:  # noqa: BLE001 - the network may need what it no longer has
         pass
+    finally:
+        with torch.no_grad():
+            for each, value in scales.items():
+                each.copy_(value)
     network.set_submodule(path, fc)
     return None
 
