@@ -60,9 +60,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     if config.download and _LOADERS[config.name] is not load_torchvision_set:
         raise ConfigError("data.download", True, f"data set {config.name} cannot be downloaded", "leave it out")
     if config.root and config.name == "digits":
-        notice(
-            "data.root=%s: not read, digits are part of scikit-learn; set data.name for your data", config.root
-        )
+        notice("data.root=%s: not read, digits are part of scikit-learn; set data.name for your data", config.root)
     splits = _LOADERS[config.name](config)
     whole, held_out = splits.train, splits.test
     if held_out is None:
