@@ -3,94 +3,105 @@
     python jobs/tune_tla.py --study ingredients --data.root /data/cifar10
     python -m docs.make_study ingredients RUN_ID
 
-RUN_ID is the sweep's run in MLflow (MLFLOW_TRACKING_URI), which holds every figure: trials are its nested runs.
+RUN_ID is the sweep's run in MLflow (MLFLOW_TRACKING_URI), whose nested runs are the trials. Figures of finished trials
+are added to docs/results/ingredients.json, from which the page is written, so that a study may be run in parts.
 """
 
+import json
 import sys
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 
 from benchmarks.results import markdown
+from tla_service.config.yaml_files import read_yaml
 from tla_service.results.runs import Estimate
 from tla_service.results.tuned_page import holm, paired_p
 
 RESULTS = Path(__file__).parent / "results"
-_SEARCHED, _ACCURACIES = "tla.searched.", {"test/clean_accuracy": "clean", "test/robust_accuracy/pgd20": "PGD-20"}
+STUDIES = Path(__file__).parents[1] / "tla_service" / "config" / "presets" / "sweeps"
+_ACCURACIES = {"clean": "test/clean_accuracy", "PGD-20": "test/robust_accuracy/pgd20"}
 _LEVEL = 0.05
 
 
-def trials_of(client: MlflowClient, run_id: str) -> list[Any]:
-    """The finished trials of a sweep, in its order."""
-    parent = client.get_run(run_id)
+def finished_trials(client: MlflowClient, run_id: str, axis: str) -> Iterator[dict[str, Any]]:
+    """Variant, seed, commit and accuracies of a sweep's trials."""
     query = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.`tla.trial_status` = 'finished'"
-    found = client.search_runs([parent.info.experiment_id], query, max_results=1000)
-    return sorted(found, key=lambda run: int(run.data.tags["tla.trial"]))
+    for run in client.search_runs([client.get_run(run_id).info.experiment_id], query, max_results=1000):
+        tags = run.data.tags
+        yield {
+            "variant": tags[f"tla.searched.{axis}"],
+            "seed": int(tags["tla.searched.seed"]),
+            "commit": tags["tla.git_commit"][:12],
+            "test_images": int(tags["tla.test_images"]),
+            **{name: run.data.metrics[metric] for name, metric in _ACCURACIES.items()},
+        }
 
 
-def by_variant(trials: list[Any]) -> tuple[str, dict[str, dict[int, Mapping[str, float]]]]:
-    """The axis beside the seed, and for each of its values the metrics by seed."""
-    axes = {tag.removeprefix(_SEARCHED) for run in trials for tag in run.data.tags if tag.startswith(_SEARCHED)}
-    (axis,) = axes - {"seed"}
-    found: dict[str, dict[int, Mapping[str, float]]] = defaultdict(dict)
-    for run in trials:
-        found[run.data.tags[_SEARCHED + axis]][int(run.data.tags[f"{_SEARCHED}seed"])] = run.data.metrics
-    return axis, dict(found)
-
-
-def page(study: str, trials: list[Any]) -> str:
+def page(name: str, study: dict[str, Any], trials: Sequence[dict[str, Any]]) -> str:
     """The page; a verdict counts if p, by Holm's method over all comparisons of the page, is below 0.05."""
-    axis, variants = by_variant(trials)
-    first, *others = variants
+    axis, seeds = next(iter(study["sweep"]["space"])), study["sweep"]["space"]["seed"]
+    first, *others = variants = list(study["sweep"]["space"][axis]["variants"])
     values = {
-        (name, metric): {seed: metrics[metric] for seed, metrics in runs.items()}
-        for name, runs in variants.items()
-        for metric in _ACCURACIES
+        (variant, column): {each["seed"]: each[column] for each in trials if each["variant"] == variant}
+        for variant in variants
+        for column in _ACCURACIES
     }
     differences = {}
-    for name in others:
-        for metric in _ACCURACIES:
-            own, base = values[name, metric], values[first, metric]
-            differences[name, metric] = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
-    corrected = dict(zip(differences, holm([paired_p(pairs) for pairs in differences.values()]), strict=True))
+    for variant in others:
+        for column in _ACCURACIES:
+            own, base = values[variant, column], values[first, column]
+            differences[variant, column] = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
+    compared = [key for key, pairs in differences.items() if len(pairs) > 1]
+    p = dict(zip(compared, holm([paired_p(differences[key]) for key in compared]), strict=True))
     rows = []
-    for name, runs in variants.items():
-        row = [name, str(len(runs))]
-        row += [_shown(list(values[name, metric].values()), ".1f") for metric in _ACCURACIES]
-        for metric in _ACCURACIES:
-            pairs = differences.get((name, metric))
-            row.append("" if pairs is None else _shown(pairs, "+.1f", bold=corrected[name, metric] < _LEVEL))
+    for variant in variants:
+        row = [variant, str(len(values[variant, "clean"]))]
+        row += [_shown(list(values[variant, column].values()), ".1f") for column in _ACCURACIES]
+        for column in _ACCURACIES:
+            text = _shown(differences.get((variant, column), []), "+.1f")
+            row.append(f"**{text}**" if p.get((variant, column), 1) < _LEVEL else text)
         rows.append(row)
-    titles = [axis, "seeds", *_ACCURACIES.values(), *(f"{title} less {first}" for title in _ACCURACIES.values())]
-    commits = ", ".join(sorted({run.data.tags["tla.git_commit"][:12] for run in trials}))
-    params = trials[0].data.params
-    return "\n".join(
-        [
-            f"# {params['data.name']}: the study `{study}`",
-            "",
-            f"Made by `python jobs/tune_tla.py --study {study} --data.root /data/{params['data.name']}` at {commits}; "
-            f"network `{params['model.name']}`, {params['training.epochs']} epochs, one CPU core a run; "
-            f"{int(trials[0].data.tags['tla.test_images']):,} test images.",
-            "",
-            "Cells are means over seeds with Student's 95% interval, for the weights chosen on validation; differences "
-            f"are taken seed by seed and are in points. Bold: p, corrected for the {len(differences)} comparisons of "
-            f"this table by Holm's method, is below {_LEVEL:g}.",
-            "",
-            *markdown(titles, rows),
-            "",
-        ]
-    )
+    titles = [axis, "seeds", *_ACCURACIES, *(f"{column} less {first}" for column in _ACCURACIES)]
+    missing = len(variants) * len(seeds) - len(trials)
+    commits = ", ".join(sorted({each["commit"] for each in trials}))
+    lines = [
+        f"# The study `{name}`",
+        "",
+        f"Made by `python jobs/tune_tla.py --study {name}` at {commits}, one CPU core a run: preset "
+        f"`{study['preset']}` with {study['training']['epochs']} epochs, {trials[0]['test_images']:,} test images.",
+        "",
+        *([f"**{missing} of {len(variants) * len(seeds)} runs are missing.**", ""] if missing else []),
+        "Cells are means over seeds with Student's 95% interval, for the weights chosen on validation; differences are "
+        f"taken seed by seed and are in points. Bold: p, corrected for the {len(p)} comparisons of this table by "
+        f"Holm's method, is below {_LEVEL:g}.",
+        "",
+        *markdown(titles, rows),
+        "",
+    ]
+    return "\n".join(lines)
 
 
-def _shown(values: list[float], digits: str, *, bold: bool = False) -> str:
+def _shown(values: Sequence[float], digits: str) -> str:
     estimate = Estimate.over_seeds(values)
-    text = "" if estimate is None else estimate.text(digits)
-    return f"**{text}**" if bold else text
+    return "" if estimate is None else estimate.text(digits)
+
+
+def main(name: str, *run_ids: str) -> None:
+    """Add the trials of the runs, and write the page."""
+    study, kept = read_yaml(STUDIES / f"{name}.yaml", "study"), RESULTS / f"{name}.json"
+    axis = next(iter(study["sweep"]["space"]))
+    trials = json.loads(kept.read_text()) if kept.exists() else []
+    for run_id in run_ids:
+        trials += finished_trials(MlflowClient(), run_id, axis)
+    known = {(each["variant"], each["seed"]): each for each in trials}
+    order = list(study["sweep"]["space"][axis]["variants"])
+    trials = sorted(known.values(), key=lambda each: (order.index(each["variant"]), each["seed"]))
+    kept.write_text("[\n" + ",\n".join(map(json.dumps, trials)) + "\n]\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(page(name, study, trials), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    name, run_id = sys.argv[1:]
-    (RESULTS / f"{name}.md").write_text(page(name, trials_of(MlflowClient(), run_id)), encoding="utf-8")
+    main(*sys.argv[1:])
