@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from tla_service.data import ImageSource
 from tla_service.data.augmentation import to_unit
 from tla_service.errors import ConfigError, UnavailableError, one_line
 from tla_service.evaluation.certified import ROW, Certificates
@@ -53,12 +55,7 @@ def evaluate(
     threat = subject.facts.trained_for
     plan = pl.make_plan(settings, dataset.name, threat.norm, threat.epsilon, has_surrogate=models.surrogate is not None)
     pl.check_plan(plan, dataset.image_shape, len(dataset.class_names))
-    rows = torch.linspace(0, len(dataset.train) - 1, _TRIED_ON).long()
-    for name, attack in plan.columns.items():
-        if attack.function is not None:
-            images, labels, draws = to_unit(dataset.train.fetch(rows)), dataset.train.labels[rows], torch.Generator()
-            with evaluating(subject.network):
-                check_attack(f"attacks.{name}.kind", attack.kind, attack, subject.network, images, labels, draws)
+    _try_own_attacks(plan, subject.network, dataset.train)
     if settings.images.representation:
         for each in models.all:
             width = each.network.embedding_size
@@ -97,6 +94,17 @@ def evaluate(
         if settings.page:
             _draw(measuring, found, results.get((subject.key, "examples")), report)
     return report, output
+
+
+def _try_own_attacks(plan: pl.Plan, network: nn.Module, train: ImageSource) -> None:
+    own = {name: attack for name, attack in plan.columns.items() if attack.function is not None}
+    if not own:
+        return
+    rows = torch.linspace(0, len(train) - 1, _TRIED_ON).long()
+    images, labels = to_unit(train.fetch(rows)), train.labels[rows]
+    with evaluating(network):
+        for name, attack in own.items():
+            check_attack(f"attacks.{name}.kind", attack.kind, attack, network, images, labels, torch.Generator())
 
 
 def report_folder(models: Models, plan: pl.Plan) -> Path:

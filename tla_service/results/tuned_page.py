@@ -12,7 +12,7 @@ from tla_service.evaluation.figures import new_figure, plain, save
 from tla_service.results import tuned
 from tla_service.results.runs import Estimate, Row
 
-_LEVEL = 0.05
+LEVEL = 0.05
 _SAME = 1e-9  # rounding
 _MAP_AXES = ("loss.triplet_weight", "loss.margin")
 
@@ -88,7 +88,7 @@ def holm(p_values: list[float]) -> list[float]:
 def gain_cells(table: str, rows: Mapping[str, Row], measure: str) -> dict[str, str]:
     """Each row's difference from AT in a measure, bold where the corrected p value separates them."""
     return {
-        each.row: f"**{each.found.text()}**" if each.p < _LEVEL else each.found.text()
+        each.row: f"**{each.found.text()}**" if each.p < LEVEL else each.found.text()
         for each in differences(table, rows)
         if (each.less, each.measure) == ("at", measure)
     }
@@ -103,7 +103,7 @@ def comparison_lines(table: str, rows: Mapping[str, Row]) -> list[str]:
     lines.append("|---" * 8 + "|")
     for each in found:
         better = "better" if each.found.value > 0 else "worse"
-        verdict = f"**{better}**" if each.p < _LEVEL else "not separated"
+        verdict = f"**{better}**" if each.p < LEVEL else "not separated"
         claimed = "" if each.claimed is None else f"{each.claimed:+.2f}"
         low, high = 100 * each.found.low, 100 * each.found.high
         lines.append(
@@ -112,7 +112,7 @@ def comparison_lines(table: str, rows: Mapping[str, Row]) -> list[str]:
         )
     note = (
         f"In points, seed by seed; intervals are Student's and not corrected. A verdict counts if p, corrected for the "
-        f"{len(found)} comparisons of this table by Holm's method, is below {_LEVEL:g}. *Claimed*: the authors' poster."
+        f"{len(found)} comparisons of this table by Holm's method, is below {LEVEL:g}. *Claimed*: the authors' poster."
     )
     return [*lines, "", note]
 

@@ -59,22 +59,18 @@ def check_own(config: RunConfig, network: nn.Module, images: Tensor, labels: Ten
     random = generator(images.device, config.seed)
     for field, path in config.own_functions.items():
         if field == "mining.miner":
-            call = "(anchors, anchor_labels, pool, pool_labels, generator)"
             flaws = _flaws_of_miner(load_miner(path, code), network(images).embeddings, labels, random)
+            _check(field, path, "(anchors, anchor_labels, pool, pool_labels, generator)", flaws, len(images))
         elif field.startswith("loss."):
-            call = "(adversarial, clean, labels)"
             other = images if config.method == "natural" else torch.rand_like(images)
             flaws = _flaws_of_term(load_term(path, code), network(other), network(images), labels)
+            _check(field, path, "(adversarial, clean, labels)", flaws, len(images))
+        elif field == "attack.kind":
+            check_attack(field, path, training_attack(config, code), network, images, labels, random)
         else:
-            where = field.removesuffix(".kind")
-            if where == "attack":
-                attack = training_attack(config, code)
-            else:
-                each = config.evaluation.attacks[where]
-                attack = evaluation_attack(each, config.attack, config.data.name, where, code)
+            name = field.removesuffix(".kind")
+            attack = evaluation_attack(config.evaluation.attacks[name], config.attack, config.data.name, name, code)
             check_attack(field, path, attack, network, images, labels, random)
-            continue
-        _check(field, path, call, flaws, len(images))
 
 
 def check_attack(
