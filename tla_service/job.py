@@ -1,6 +1,8 @@
 """What every job does: exit codes, signals, one line per error, JSON log lines; the code and packages it runs on."""
 
+import atexit
 import contextlib
+import gc
 import getpass
 import importlib.metadata
 import json
@@ -33,6 +35,8 @@ def run_job(main: Callable[[], int | None]) -> int:
     2 for an invalid configuration, 3 if something is missing or unavailable, 130 if interrupted, 141 if nobody reads
     the output to its end (as in ``| head``), 1 for other errors.
     """
+    # Else the interpreter examines every object of torch, Ray and MLflow again while it ends, which takes seconds.
+    atexit.register(gc.freeze)
     # Read here and not from the settings, because reading those may be what fails.
     debug = "--debug" in sys.argv or os.environ.get("TLA_DEBUG", "").lower() in ("1", "true", "yes", "on")
     try:

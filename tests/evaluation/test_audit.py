@@ -106,8 +106,8 @@ def test_an_honest_network_is_trusted() -> None:
     result = audited(network, surrogate=trained(1, robust=False))
     assert failed(result) == set()
     assert result.trusted
-    assert len(result.checks) == 11
-    assert len({check.name for check in result.checks}) == 11
+    assert len(result.checks) == 10
+    assert len({check.name for check in result.checks}) == 10
     assert all(check.statement and check.meaning for check in result.checks)
     assert not network.training
     assert result.images == IMAGES

@@ -304,7 +304,7 @@ def test_the_audit_counts_what_autoattack_objects_to() -> None:
     assert judged(autoattacked(())) == (
         True,
         "passed",
-        "2 of 5 checks passed, 3 not run (b, attacks_find_planted_examples, white_box_against_relatives)",
+        "3 of 6 checks passed, 3 not run (b, attacks_find_planted_examples, white_box_against_relatives)",
     )
     assert judged(autoattacked((ZERO_GRADIENT,)))[:2] == (True, "passed")
     assert judged(autoattacked(("it seems random",)))[:2] == (False, "failed")
@@ -312,6 +312,21 @@ def test_the_audit_counts_what_autoattack_objects_to() -> None:
     assert tb.autoattack_warnings(autoattacked((), by_square=1))[0].startswith(
         "Square, which sees no gradients, breaks 1"
     )
+
+
+@pytest.mark.parametrize(("late", "outcome"), [(0, "passed"), (1, "passed"), (4, "failed")])
+def test_the_audit_counts_images_that_only_later_starts_break(late: int, outcome: str) -> None:
+    """Most of 60 images stand, or fall at the first start; more than one in twenty are too many."""
+    name = plan().restarted
+    assert name is not None
+    broken_at = np.full(60, UNBROKEN)
+    broken_at[:20], broken_at[20 : 20 + late] = 1, 2
+    table = replace(found().outcome, indices=np.arange(60), labels=np.zeros(60, int), broken_at={name: broken_at})
+    check = fd._restarts_check(table, plan())
+    assert (check.name, check.outcome, check.figure) == ("restarts_gain_little", outcome, pytest.approx(late / 60))
+    assert f"{40 / 60:.1%} stand after one start, {(40 - late) / 60:.1%} after" in check.statement
+    single = plan(attacks={"pgd5": {"num_steps": 5}})
+    assert fd._restarts_check(table, single).outcome == "not run"
 
 
 def test_the_surrogate_of_the_audit_is_trained_and_kept_as_any_shard(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,8 @@ def test_what_was_measured_before_is_taken_from_there(tmp_path: Path, monkeypatc
             if not kept or not path.name.startswith(kept):
                 path.unlink()
         here, printed = Noting(), StringIO()
-        results = run_tasks([first, last], inputs, tmp_path, here, Terminal(printed))
+        results, tasks = run_tasks([first, last], inputs, tmp_path, here, Terminal(printed))
+        assert tasks == [first, last]
         assert here.measured == expected
         assert results == {
             ("model", "first"): (int(labels[:5].sum()), False),
@@ -77,3 +78,33 @@ def test_what_was_measured_before_is_taken_from_there(tmp_path: Path, monkeypatc
         lines = printed.getvalue().splitlines()
         assert lines[0].startswith(f"{len(expected)} shards to measure")
         assert lines[-1] == f"{len(expected)}/{len(expected)}  {expected[-1]}"
+
+
+def test_what_follows_is_measured_once_the_first_results_are_there(tmp_path: Path) -> None:
+    """Before what waits, whether the results are new or taken from before."""
+    first = Task("first", "model", "test", np.arange(4), 2, Labels())
+    other, following = replace(first, name="other"), replace(first, name="following")
+    told: list[Any] = []
+
+    def then(results: Any) -> list[Task]:
+        told.append(dict(results))
+        return [following]
+
+    inputs = Inputs({"model": nn.Identity()}, digits())
+    expected = {("model", "first"): (int(digits().test.labels[:4].sum()), False)}
+    for kept, measured in [
+        ("none", ["first"] * 2 + ["following"] * 2 + ["other"] * 2),
+        ("first", ["following", "other"]),
+    ]:
+        for path in tmp_path.glob("shards/model/*-0000000-*"):
+            if not path.name.startswith(kept):
+                path.unlink()
+        here = Noting()
+        results, tasks = run_tasks([other], inputs, tmp_path, here, Terminal(StringIO()), [first], then)
+        assert here.measured == measured
+        assert tasks == [first, other, following]
+        assert told.pop() == expected
+        assert not told
+        assert {name for _, name in results} == {"first", "other", "following"}
+    run_tasks([other], inputs, tmp_path, Noting(), Terminal(StringIO()), (), then)
+    assert len(told) == 1

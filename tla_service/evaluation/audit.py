@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images, starting_point
+from tla_service.attacks import Attack, LogitsFn, is_right, starting_point
 from tla_service.attacks.autoattack import run_autoattack
 from tla_service.attacks.gradient import climb_until_repeated
 from tla_service.evaluation.results import Audit, Check
@@ -45,10 +45,6 @@ CHECKS = {
     "more_steps_gain_little": (0.03, "the attack was stopped early; with more steps the reported robustness falls"),
     "loss_has_settled": (0.25, "the loss still rises steeply when the attack ends; use more or longer steps"),
     "gradients_do_not_vanish": (0.01, "gradient attacks stand still on these images and call them robust"),
-    "restarts_gain_little": (
-        0.05,
-        "where the attack begins decides what it finds: the loss surface is rough, and one start overstates robustness",
-    ),
     "cross_entropy_against_margin": (
         0.05,
         "the softmax saturates and hides the gradient; large logits make the cross-entropy a poor guide",
@@ -84,10 +80,10 @@ class AuditMeasurement:
             subject = _Subject(logits_fn, own_fn, pixels, labels, one, self.seed, size)
             for batch in subject.batches():
                 clean_logits(logits_fn, *batch)
-            standing = subject.broken_at(one) == UNBROKEN
+            attacked = subject.attacked(one)
+            standing = subject.standing(attacked)
             iterative = _mean(standing)
             single_step = f"{{:.1%}} stand after {one.num_steps} steps, {{:.1%}} after one"
-            attacked = subject.attacked(one)
             margin = "{:.1%} stand when the cross-entropy is ascended, {:.1%} when the logit margin is"
             results = [
                 _other_kind(subject, "iterative_against_single_step", "fgsm", iterative, single_step),
@@ -96,7 +92,6 @@ class AuditMeasurement:
                 _far(subject),
                 *_steps(subject, iterative, attacked),
                 _gradients(subject),
-                _restarts(subject),
                 _other_kind(subject, "cross_entropy_against_margin", "cw", iterative, margin),
                 _bfloat16(subject, attacked),
             ]
@@ -126,24 +121,21 @@ class _Subject:
         images = self.images if images is None else images
         return list(zip(images.split(self.batch_size), self.labels.split(self.batch_size), strict=True))
 
-    def broken_at(self, attack: Attack, crafted_on: LogitsFn | None = None) -> Tensor:
-        """Which restart breaks each image first (N,)."""
-        # In the same state each time: attacks that are compared begin at the same points.
-        random, source = generator(self.images.device, self.seed), crafted_on or self.frozen_fn
-        found = [attack_images(self.logits_fn, x, y, attack, random, source) for x, y in self.batches()]
-        return torch.cat([each.broken_at for each in found])
-
-    def standing(self, attack: Attack, crafted_on: LogitsFn | None = None) -> float:
-        """Share of images that stand."""
-        return _mean(self.broken_at(attack, crafted_on) == UNBROKEN)
-
-    def attacked(self, attack: Attack, start: Tensor | None = None) -> Tensor:
+    def attacked(self, attack: Attack, start: Tensor | None = None, crafted_on: LogitsFn | None = None) -> Tensor:
         """Images (N, C, H, W) after the attack's steps from other images, by default from one random start."""
+        # In the same state each time: attacks that are compared begin at the same points.
         random, batches = generator(self.images.device, self.seed), self.batches()
         if start is None:
             start = torch.cat([starting_point(x, attack, random) for x, _ in batches])
-        starts = zip(start.split(self.batch_size), batches, strict=True)
-        return torch.cat([climb_until_repeated(self.frozen_fn, x, begin, y, attack) for begin, (x, y) in starts])
+        starts, source = start.split(self.batch_size), crafted_on or self.frozen_fn
+        pairs = zip(starts, batches, strict=True)
+        return torch.cat([climb_until_repeated(source, x, begin, y, attack) for begin, (x, y) in pairs])
+
+    def standing(self, attacked: Tensor) -> Tensor:
+        """Which images are classified correctly, clean and attacked (N,)."""
+        with torch.no_grad():
+            right = [is_right(self.logits_fn(x), y) for each in (None, attacked) for x, y in self.batches(each)]
+        return torch.cat(right).view(2, -1).all(0)
 
     def loss(self, images: Tensor) -> float:
         """Mean cross-entropy of the images that have one: attacked ones may give NaN, which counts as broken."""
@@ -160,7 +152,7 @@ def _check(name: str, figure: float | None, statement: str) -> Check:
 
 def _other_kind(subject: _Subject, name: str, kind: Literal["fgsm", "cw"], iterative: float, statement: str) -> Check:
     """An attack of another kind in place of the iterative one; `statement` takes the shares that stand under both."""
-    other = subject.standing(replace(subject.attack, kind=kind))
+    other = _mean(subject.standing(subject.attacked(replace(subject.attack, kind=kind))))
     return _check(name, iterative - other, statement.format(iterative, other))
 
 
@@ -178,7 +170,7 @@ def _transfer(subject: _Subject, iterative: float, surrogate: nn.Module | str) -
     if other < _LEAST_SURROGATE * right:
         why = f"the surrogate classifies only {other:.1%} of the images correctly, the model {right:.1%}"
         return _check(name, None, why)
-    transferred = subject.standing(subject.attack, crafted_on)
+    transferred = _mean(subject.standing(subject.attacked(subject.attack, crafted_on=crafted_on)))
     statement = (
         f"{iterative:.1%} stand in the white box, {transferred:.1%} after transfer from a surrogate with "
         f"{other:.1%} clean accuracy"
@@ -214,10 +206,10 @@ def _far(subject: _Subject) -> Check:
     attack, pixels = subject.attack, math.prod(subject.images.shape[1:])
     radius = max(attack.epsilon, 0.5 if attack.norm == "linf" else 0.5 * math.sqrt(pixels))
     steps = max(50, attack.num_steps)
-    broken_at = subject.broken_at(replace(attack, epsilon=radius, step_size=radius / 10, num_steps=steps))
+    far = subject.attacked(replace(attack, epsilon=radius, step_size=radius / 10, num_steps=steps))
     with torch.no_grad():
         grey = subject.logits_fn(torch.full_like(subject.images[:1], 0.5)).argmax(1)
-    share = _mean((broken_at == UNBROKEN) & (subject.labels != grey))
+    share = _mean(subject.standing(far) & (subject.labels != grey))
     statement = f"{share:.1%} stand at epsilon {radius:.3g}, where they can be turned grey, which is of another class"
     return _check("accuracy_at_large_epsilon", share, statement)
 
@@ -225,12 +217,11 @@ def _far(subject: _Subject) -> Check:
 def _steps(subject: _Subject, iterative: float, attacked: Tensor) -> list[Check]:
     """`attacked` are the images after the attack."""
     steps = subject.attack.num_steps
-    longer = replace(subject.attack, num_steps=4 * steps)
-    more = subject.standing(longer)
-    further = subject.attacked(replace(longer, num_steps=3 * steps), attacked)
+    further = subject.attacked(replace(subject.attack, num_steps=3 * steps), attacked)
+    more = _mean(subject.standing(further))
     clean, now, then = map(subject.loss, (subject.images, attacked, further))
     rise = (then - now) / max(now - clean, 1e-12) if then > now else 0.0
-    counts = f"{steps} and {longer.num_steps} steps"
+    counts = f"{steps} and {4 * steps} steps"
     statement = f"{iterative:.1%} and {more:.1%} stand after {counts}"
     losses = f"mean loss {clean:.3g} clean, {now:.3g} and {then:.3g} after {counts}"
     return [
@@ -253,13 +244,6 @@ def _gradients(subject: _Subject) -> Check:
     share = _mean((lengths == 0) | ~lengths.isfinite())
     statement = f"{share:.1%} of the images have no gradient; the median length is {float(lengths.median()):.3g}"
     return _check("gradients_do_not_vanish", share, statement)
-
-
-def _restarts(subject: _Subject) -> Check:
-    broken_at = subject.broken_at(replace(subject.attack, num_restarts=10, random_start=True))
-    first, last = _mean((broken_at == UNBROKEN) | (broken_at > 1)), _mean(broken_at == UNBROKEN)
-    statement = f"{first:.1%} stand after one start, {last:.1%} after ten"
-    return _check("restarts_gain_little", first - last, statement)
 
 
 def _bfloat16(subject: _Subject, attacked: Tensor) -> Check:

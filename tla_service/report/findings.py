@@ -88,7 +88,12 @@ def gather(
         )
     if "audit" in mine:
         found.unit_tests = mine.get("unit-tests")
-        more = unit_test_check(found.unit_tests), _transfer_check(found, plan), _objection_check(strong)
+        more = (
+            _restarts_check(found.outcome, plan),
+            unit_test_check(found.unit_tests),
+            _transfer_check(found, plan),
+            _objection_check(strong),
+        )
         surrogate = mine["surrogate"].facts if "surrogate" in mine else None
         found.audit = rs.Audit.of((*mine["audit"].checks, *more), mine["audit"].images, surrogate)
     if "natural" in found.embedded and len(found.embedded["natural"].rows):
@@ -194,6 +199,18 @@ def _curves(mine: Mapping[str, Any], outcome: ShardOutcome, plan: Plan) -> tuple
         curves.append(restart_curve(outcome, name, restarts, total, steps_each=steps))
         curves.append(restart_curve(outcome, name, restarts, f"{name}: {name}"))
     return tuple(curves)
+
+
+def _restarts_check(outcome: ShardOutcome, plan: Plan) -> rs.Check:
+    """Whether one start of the table's restarted PGD finds about as much as all of them."""
+    name, most = "restarts_gain_little", 0.05
+    meaning = "where the attack begins decides what it finds: the loss surface is rough, and one start says little"
+    if plan.restarted is None:
+        return rs.Check.of(name, None, most, "no PGD of the table has restarts", meaning)
+    first, last = (float(outcome.standing(plan.restarted, count).mean()) for count in (1, None))
+    count = plan.columns[plan.restarted].num_restarts
+    statement = f"{plan.restarted}: {first:.1%} stand after one start, {last:.1%} after {count}"
+    return rs.Check.of(name, first - last, most, statement, meaning)
 
 
 def _objection_check(strong: ShardOutcome | None) -> rs.Check:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,21 +73,21 @@ class Measuring:
         key, dataset = models.subject.key, models.dataset
         inputs = Inputs({each.key: each.network for each in models.all}, dataset)
         without = self._no_surrogate()
-        # First what others follow from, which is short.
-        early = [task for task in tasks if task.key in ((key, "bank"), (key, "natural"))]
+        # First what others follow from.
+        early = []
         if counts.audit and models.surrogate is None and not without:
             self.terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
             early.append(tl.surrogate_task(plan, dataset, key))
         if counts.transfer and not without:
             early.append(tl.surrogate_task(plan, dataset, key, natural=True))
+        early += [task for task in tasks if task.key in ((key, "bank"), (key, "natural"))]
+        # Then the longest shards: at the end workers wait for a short one only.
+        rest = sorted((task for task in tasks if task not in early), key=lambda task: task.name != "autoattack")
         measure = workers()
         self.terminal.say(f"measuring on {measure}")
-        results = run_tasks(early, inputs, self.output, measure, self.terminal)
-        # Then the longest shards: at the end workers wait for a short one only.
-        rest = [task for task in tasks if task.key not in results]
-        rest = [*self._following(results, without), *sorted(rest, key=lambda task: task.name != "autoattack")]
-        results |= run_tasks(rest, inputs, self.output, measure, self.terminal)
-        return results, [*early, *rest], str(measure)
+        then = partial(self._following, without=without)
+        results, run = run_tasks(rest, inputs, self.output, measure, self.terminal, early, then)
+        return results, run, str(measure)
 
     def _no_surrogate(self) -> str:
         """Why no surrogate can be trained on such images; empty if one can."""

@@ -36,7 +36,7 @@ class ImageCounts(Section):
     attacks: int | None = setting(None, "test images for the table of attacks; none: all", unit="images", ge=1)
     autoattack: int = setting(1000, "test images for AutoAttack", unit="images", ge=0)
     adversarial: bool = setting(True, "write AutoAttack's images to adversarial.npz, for others to check")
-    curves: int = setting(500, "test images for accuracy versus radius and steps", unit="images", ge=0)
+    curves: int = setting(200, "test images for accuracy versus radius and steps", unit="images", ge=0)
     sparse: int = setting(100, "test images for attacks in the other norms", unit="images", ge=0)
     corruptions: int = setting(1000, "test images for the corruptions of CIFAR-10-C", unit="images", ge=0)
     audit: int = setting(256, "test images for the audit", unit="images", ge=0)

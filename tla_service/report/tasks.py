@@ -1,8 +1,8 @@
 """Measurements cut into shards, each kept as a file: an evaluation that was stopped resumes from those it finds."""
 
 import contextlib
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -21,7 +21,7 @@ from tla_service.runtime import hardware
 from tla_service.training.reporting import Terminal
 
 # Part of shards' names: one more when code gives other figures, so that an interrupted evaluation does not mix them.
-_NUMERICS = 2
+_NUMERICS = 3
 Results = dict[tuple[str, str], Any]  # merged, by model and task name
 
 
@@ -104,24 +104,67 @@ class MeasureHere:
             yield shard, shard.task.measurement.run(loaded)
 
 
-def run_tasks(tasks: Sequence[Task], inputs: Inputs, folder: Path, measure: Measurer, terminal: Terminal) -> Results:
-    """Measure, shard by shard; returns the merged results by model and task name.
+class _Run:
+    """Tasks that are measured: their shards that wait, and the merged results by model and task name."""
 
-    Shards are saved under ``shards/`` in the folder as they come in; one that was saved before is not measured again.
+    def __init__(self, folder: Path, terminal: Terminal) -> None:
+        self.folder, self.terminal = folder / "shards", terminal
+        self.tasks: list[Task] = []
+        self.waiting: deque[MissingShard] = deque()
+        self.left: Counter[tuple[str, str]] = Counter()
+        self.results: Results = {}
+
+    def add(self, tasks: Sequence[Task]) -> None:
+        """Queue shards that are missing, before those that wait; a task without is complete."""
+        shards = [MissingShard(task, name, rows) for task in tasks for name, rows in task.shards()]
+        missing = [shard for shard in shards if not _is_saved(self.folder / shard.name)]
+        if missing:
+            taken = f", {len(shards) - len(missing)} taken from before" if len(missing) < len(shards) else ""
+            self.terminal.say(f"{len(missing)} shards to measure{taken}")
+        self.tasks.extend(tasks)
+        self.waiting.extendleft(reversed(missing))
+        self.left.update(shard.task.key for shard in missing)
+        for task in tasks:
+            self._merge(task)
+
+    def save(self, shard: MissingShard, arrays: Arrays) -> None:
+        """Keep the result of a shard."""
+        save_arrays(arrays, self.folder / shard.name)
+        self.left[shard.task.key] -= 1
+        self._merge(shard.task)
+
+    def _merge(self, task: Task) -> None:
+        if not self.left[task.key]:
+            parts = [load_arrays(self.folder / name) for name, _ in task.shards()]
+            self.results[task.key] = task.measurement.merge(parts)
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    inputs: Inputs,
+    folder: Path,
+    measure: Measurer,
+    terminal: Terminal,
+    first: Sequence[Task] = (),
+    then: Callable[[Results], Sequence[Task]] = lambda _: (),
+) -> tuple[Results, list[Task]]:
+    """Measure, shard by shard; returns the merged results by model and task name, and all tasks.
+
+    What follows from the results of `first`, `then`, is measured as soon as they are there. Shards are saved under
+    ``shards/`` in the folder as they come in; one that was saved before is not measured again.
     """
-    shards = [MissingShard(task, name, rows) for task in tasks for name, rows in task.shards()]
-    waiting = deque(shard for shard in shards if not _is_saved(folder / "shards" / shard.name))
-    missing, done = len(waiting), len(shards) - len(waiting)
-    if missing:
-        terminal.say(f"{missing} shards to measure" + (f", {done} taken from before" if done else ""))
-    for count, (shard, arrays) in enumerate(measure(waiting, inputs), start=1):
-        save_arrays(arrays, folder / "shards" / shard.name)
-        terminal.seldom(f"{count}/{missing}  {shard.task.name}")
-    results: Results = {}
-    for task in tasks:
-        arrays_of = [load_arrays(folder / "shards" / name) for name, _ in task.shards()]
-        results[task.key] = task.measurement.merge(arrays_of)
-    return results
+    run, awaited = _Run(folder, terminal), {task.key for task in first}
+    run.add([*first, *tasks])
+    if awaited <= run.results.keys():
+        run.add(then(run.results))
+        awaited = set()
+    for count, (shard, arrays) in enumerate(measure(run.waiting, inputs), start=1):
+        run.save(shard, arrays)
+        terminal.seldom(f"{count}/{count + run.left.total()}  {shard.task.name}")
+        if awaited and awaited <= run.results.keys():
+            run.add(then(run.results))
+            awaited = set()
+    return run.results, run.tasks
 
 
 def _is_saved(path: Path) -> bool:
