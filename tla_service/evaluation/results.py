@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -263,6 +264,7 @@ class Relative:
     why: str = ""
 
 
+@cache
 def wilson_interval(successes: int, count: int) -> Share:
     """Wilson's score interval of a binomial share; unlike the normal one it stays inside [0, 1] and works at 0 and 1.
 
