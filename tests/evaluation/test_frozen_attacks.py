@@ -90,6 +90,36 @@ def test_a_twin_that_computes_something_else_is_not_used(
     assert sh.frozen(network, pictures[0] / 255) is network
 
 
+def test_a_twin_with_other_gradients_is_not_used(
+    network: nn.Module, pictures: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Misleading(nn.Module):
+        def __init__(self, twin: nn.Module) -> None:
+            super().__init__()
+            self.twin = twin
+
+        def forward(self, batch: Tensor) -> ModelOutput:
+            return self.twin(batch.detach() + (batch - batch.detach()) / 2)
+
+    class Wrong(FrozenTwin):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.module = Misleading(self.module)
+
+    monkeypatch.setattr(sh, "FrozenTwin", Wrong)
+    assert sh.frozen(network, pictures[0] / 255) is network
+
+
+def test_activations_that_work_in_place_are_attacked() -> None:
+    """As in most networks of torchvision, whose BatchNorm is folded into the first convolution."""
+    network = build_model("torchvision:resnet18", 4, (3, 32, 32)).eval()
+    pictures = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    labels = network(pictures / 255).logits.argmax(1)
+    measurement = AttackMeasurement({"pgd": Attack(num_steps=2)}, {}, None, 0, 4)
+    assert sh.frozen(network, pictures / 255) is not network
+    assert len(fates(network, (pictures, labels), measurement)["pgd"]) == 4
+
+
 def test_a_network_that_cannot_be_copied_is_attacked_itself() -> None:
     class Single(nn.Module):
         def __deepcopy__(self, memo: Any) -> "Single":

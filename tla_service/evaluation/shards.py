@@ -24,8 +24,8 @@ from tla_service.runtime import autocast
 IntArray = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray[Any]]
 
-# Width of the noise on images, and the largest difference of logits as a share of the largest logit.
-_PROBE, _ROUNDING = 0.2, 1e-4
+# Width of the noise on images, and the largest difference of logits as a share of the largest logit, and of gradients.
+_PROBE, _ROUNDING, _KINKS = 0.2, 1e-4, 0.01
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def frozen(network: nn.Module, images: Tensor) -> nn.Module:
     """The frozen twin of a network in eval mode, which attacks take less time on; else the network itself.
 
     The twin is not trusted: it is used if it gives the network's logits, up to rounding, on these images (N, C, H, W)
-    in [0, 1], clean and with noise; and what attacks find on it is judged by the network.
+    in [0, 1], clean and with noise, and nearly its gradients; and what attacks find on it is judged by the network.
     """
     random = torch.Generator().manual_seed(0)
     noise = torch.rand(images.shape, generator=random).to(images.device) - 0.5
@@ -82,13 +82,23 @@ def frozen(network: nn.Module, images: Tensor) -> nn.Module:
         twin = FrozenTwin(network, check=False).module
         use_matrix_products(twin)
         for probe in (images, (images + _PROBE * noise).clamp(0, 1)):
-            with torch.no_grad():
-                expected, found = network(probe).logits, twin(probe).logits
-            if not torch.allclose(found, expected, rtol=0, atol=_ROUNDING * float(expected.abs().max())):
+            expected, wanted = _logits_and_gradient(network, probe)
+            found, gradient = _logits_and_gradient(twin, probe)
+            # Rounding may switch a ReLU, so single entries of the gradient differ.
+            same = torch.allclose(found, expected, rtol=0, atol=_ROUNDING * float(expected.abs().max()))
+            if not same or (gradient - wanted).norm() > _KINKS * wanted.norm():
                 return network
     except Exception:  # noqa: BLE001 - a network of others may refuse to be copied, in any way
         return network
     return twin
+
+
+def _logits_and_gradient(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    images = images.clone().requires_grad_()
+    with torch.enable_grad():
+        logits = network(images).logits
+        (gradient,) = torch.autograd.grad(logits.square().sum(), images)
+    return logits.detach(), gradient
 
 
 def as_pixels(images: Tensor, device: torch.device) -> Tensor:

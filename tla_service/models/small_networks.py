@@ -49,7 +49,8 @@ class _ToImages(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.stride, ctx.padding = images.shape, stride, padding
-        return maps.view_as(maps)
+        ctx.mark_dirty(maps)  # no view of them: an activation may work in place
+        return maps
 
     @staticmethod
     @once_differentiable
