@@ -1,5 +1,6 @@
 """What a sweep checks before its first trial."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,25 @@ def test_another_winner_of_a_larger_sweep_is_trained_beside_the_first(
         assert sweep.train_winner(space, tmp_path, 1) == 130
     assert (len({*seen}), seen[0]) == (2, seen[2])
     assert {folder.name for folder in seen} == {"seed-0"}
+
+
+def test_the_winners_figures_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(_run: RunConfig, folder: Path, **_: Any) -> int:
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = {"clean_accuracy": 0.9, "robust_accuracy": {"pgd": 0.5}, "model_uri": "models:/m/1"}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+    monkeypatch.setattr(sweep, "train_and_register", train)
+    space = space_of({"loss.margin": [0.1, 0.2]})
+    (tmp_path / "sweep.json").write_text(json.dumps({"run_id": "a", "winner": {"loss.margin": 0.2}}))
+    (tmp_path / "best.yaml").write_text(to_yaml(space.run))
+    assert sweep.train_winner(space, tmp_path, 2) == 0
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(UnavailableError, match=r"^output="):
+            sweep.train_winner(space, tmp_path, 3)
+    assert json.loads((tmp_path / sweep.SEEDS).read_text())["seeds"] == 2
 
 
 def test_trials_that_are_measured_go_on_under_the_same_test_attacks(tmp_path: Path) -> None:

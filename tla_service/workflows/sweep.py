@@ -248,7 +248,8 @@ def train_winner(space: Space, output: Path, num_seeds: int, *, debug: bool = Fa
         deviation = statistics.stdev(each) if num_seeds > 1 else 0.0
         found[name] = {"mean": statistics.mean(each), "standard_deviation": deviation, "values": each}
     models = [summary["model_uri"] for summary in summaries]
-    (output / SEEDS).write_text(json.dumps({"seeds": num_seeds, "test": found, "models": models}, indent=2))
+    with disk_trouble("output", output, "make room there, and start it again"):
+        write_whole(output / SEEDS, json.dumps({"seeds": num_seeds, "test": found, "models": models}, indent=2))
     terminal.say(f"\nthe winner on the test set, {num_seeds} seeds:")
     for name, each in found.items():
         terminal.say(f"  {name:<28} {each['mean']:7.2%} ± {each['standard_deviation']:.2%}")
