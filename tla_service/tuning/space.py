@@ -220,7 +220,8 @@ class Space:
             training["max_steps"] = max(1, round(training["max_steps"] * shorter / ratio))
         scale = shorter / ratio if schedule["unit"] == "step" else shorter
         schedule["warmup"] *= scale
-        schedule["milestones"] = sorted({max(1, round(milestone * scale)) for milestone in schedule["milestones"]})
+        # Two that meet stay two: the rate falls as often as in the run.
+        schedule["milestones"] = [max(1, round(milestone * scale)) for milestone in schedule["milestones"]]
 
 
 def _run_of(fields: dict[str, Any], validate: Callable[[dict[str, Any]], RunConfig]) -> RunConfig:
