@@ -19,7 +19,10 @@ def plan_of(space: Space, storage: Path, **changes: Any) -> Plan:
     return Plan(
         space,
         str(storage),
-        **({"placement": Placement(2, False, 1, 1), "weights": None, "max_concurrent": 1} | changes),
+        **(
+            {"placement": Placement(2, False, 1, 1), "weights": None, "max_concurrent": 1, "epochs": space.epochs()}
+            | changes
+        ),
     )
 
 

@@ -34,7 +34,7 @@ FINE: dict[str, Any] = {"model": {"pretrained": "w.pt"}}
 )
 def test_all_trials_start_from_the_same_weights(run: dict[str, Any], space: dict[str, Any]) -> None:
     config = run_config(**run)
-    facts = Facts(load_dataset(config.data), Architecture.of(config.model), {}, (), 0, {}, {})
+    facts = Facts(load_dataset(config.data), Architecture.of(config.model), {}, (), 0, {}, {}, 1)
     with pytest.raises(ConfigError, match=r"sweep\.space\.(model\.\w+|start)=.*the same pretrained weights"):
         _check_ends(space_of(space, run=config), facts, 1)
     _check_ends(space_of({"loss.clean_weight": [0, 0.5]}, run=config), facts, 1)

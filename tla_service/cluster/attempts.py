@@ -38,6 +38,7 @@ class Plan:
     placement: Placement  # workers of a trial
     weights: Mapping[str, Tensor] | None  # state dict that trials start from
     max_concurrent: int
+    epochs: int  # of a trial
     repeat: bool = False  # run given points of a grid again, those of failed and finished trials too
     code: bytes | None = None  # of a network of the user's
 

@@ -57,6 +57,7 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
         run = _compare(run, space, storage, resume=resume)
         check_tracking(run.tracking)
         facts = check_before_start(run)
+        epochs = space.epochs(facts.steps_per_epoch)
         _check_began_with(run, storage, facts.began_with)
         wanted = space.sweep.num_samples
         trials = len(space.grid()[:wanted]) if space.sweep.searcher == "grid" else wanted or DEFAULT_SAMPLES
@@ -66,7 +67,7 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
             placement = place(run)
             _check_ends(space, facts, placement.num_workers)
             most = max_concurrent(run.scaling, space.sweep.max_concurrent, placement)
-            plan = Plan(space, storage.uri, placement, facts.weights, most, code=facts.architecture.code)
+            plan = Plan(space, storage.uri, placement, facts.weights, most, epochs, code=facts.architecture.code)
             storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
             storage.write(BEGAN_WITH, json.dumps(facts.began_with).encode())
             return _search(plan, run, facts, output, lease, debug=debug)
