@@ -40,6 +40,13 @@ def test_all_trials_start_from_the_same_weights(run: dict[str, Any], space: dict
     _check_ends(space_of({"loss.clean_weight": [0, 0.5]}, run=config), facts, 1)
 
 
+def test_what_has_no_effect_on_the_pretrained_network_is_not_searched() -> None:
+    config, name = run_config(**FINE), "training.freeze_batchnorm"
+    facts = Facts(load_dataset(config.data), Architecture.of(config.model), {}, (), 0, {}, {}, 1)
+    with pytest.raises(ConfigError, match=rf"^sweep\.space\.{name}=True: .*digits_cnn has no BatchNorm; leave it out"):
+        _check_ends(space_of({name: [False, True]}, run=config), facts, 1)
+
+
 def test_a_sweep_goes_on_with_the_data_code_and_weights_it_began_with(tmp_path: Path) -> None:
     storage, run = Folder(str(tmp_path)), run_config()
     began: dict[str, Any] = check_before_start(run).began_with | {

@@ -28,6 +28,7 @@ from tla_service.training.checkpoint import check_facts
 from tla_service.training.network import check_network
 from tla_service.training.output import open_output
 from tla_service.training.precheck import split_and_check
+from tla_service.training.pretrained import check_fine_tuning
 from tla_service.training.reporting import Terminal
 from tla_service.tuning.axes import shown
 from tla_service.tuning.figures import draw_all
@@ -88,6 +89,7 @@ def _check_began_with(run: RunConfig, storage: Folder, now: dict[str, Any]) -> N
 def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:
     """Check that the data has enough images for batches, pools and networks at the ends of the space."""
     dataset, networks = facts.dataset, {(space.run.model, space.run.loss.triplet_layer)}
+    own = facts.architecture.build(len(dataset.class_names), dataset.image_shape)
     for axis, value in space.ends():
         found = space.alone(axis, value)
         if found is None:
@@ -99,6 +101,7 @@ def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:
         architecture = Architecture.of(model, facts.architecture.code)
         try:
             split_and_check(found, dataset, WorkerContext(world_size=num_workers), architecture)
+            check_fine_tuning(found, own)  # which all trials that start from weights have
             if (model, layer) not in networks:
                 networks.add((model, layer))
                 network = architecture.build(len(dataset.class_names), dataset.image_shape)
