@@ -64,6 +64,18 @@ def test_the_last_two_checkpoints_stay_whoever_wrote_the_others(tmp_path: Path) 
     assert (run / "held_by.json").exists()
 
 
+def test_what_a_killed_worker_left_of_an_upload_is_removed(tmp_path: Path) -> None:
+    mine, other = (
+        RayReporter(Mailbox(), RunFolder(str(tmp_path), name), is_main=True).destination("step-2").parent
+        for name in ("run", "another")
+    )
+    RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), is_main=False)
+    assert mine.exists()
+    RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), is_main=True)
+    assert (mine.exists(), other.exists()) == (False, True)
+    other.rmdir()
+
+
 def test_checkpoints_are_stored_in_the_background_one_at_a_time(tmp_path: Path) -> None:
     folder, may_write, events = RunFolder(str(tmp_path), "run"), threading.Event(), []
     save = folder.save
