@@ -72,8 +72,9 @@ def play(config: Any, plan: Plan) -> None:
     progress = Progress()
     progress.add({"event": "placed"})
     history = [played(point, epoch) for epoch in range(first)]
-    tune.report(progress.report(progress.add({"event": "start", "resumed": first > 0, "history": history}) or ""))
-    for epoch in range(first, plan.space.run.training.epochs):
+    start = {"event": "start", "epochs": plan.epochs, "resumed": first > 0, "history": history}
+    tune.report(progress.report(progress.add(start) or ""))
+    for epoch in range(first, plan.epochs):
         if point.get("seed") == 666:
             tune.report(progress.report(outcome="failed", reason="the loss is not finite"))
             return

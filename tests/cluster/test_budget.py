@@ -9,7 +9,7 @@ import pytest
 from tests.cluster.test_tune import SPACE
 from tests.tuning.conftest import run_config, space_of
 from tla_service.cluster import attempts as budget_module
-from tla_service.cluster.attempts import Budget, Plan
+from tla_service.cluster.attempts import Budget, Plan, add_attempt
 from tla_service.cluster.placement import Placement
 from tla_service.tuning.space import Space
 from tla_service.tuning.trials import Progress
@@ -19,7 +19,10 @@ def plan_of(space: Space, storage: Path, **changes: Any) -> Plan:
     return Plan(
         space,
         str(storage),
-        **({"placement": Placement(2, False, 1, 1), "weights": None, "max_concurrent": 1} | changes),
+        **(
+            {"placement": Placement(2, False, 1, 1), "weights": None, "max_concurrent": 1, "epochs": space.epochs()}
+            | changes
+        ),
     )
 
 
@@ -27,7 +30,7 @@ def tune_trial(number: int, report: dict[str, Any], status: str = "RUNNING", dea
     return SimpleNamespace(
         trial_id=str(number), status=status, num_failures=deaths, storage=None,
         config={"trial": {"number": number, "point": {"loss.margin": 0.1}}},
-        last_result=report and report | {"time_total_s": 1.0, "done": True},
+        last_result=report and {"time_total_s": 1.0, "done": True} | report,
     )  # fmt: skip
 
 
@@ -73,6 +76,25 @@ def test_gpu_hours_count_from_the_workers_start_to_now(tmp_path: Path, monkeypat
     now[0] += 3000
     assert budget.stop_all()
     assert budget.used_up == "sweep.max_gpu_hours=1 are used"
+
+
+def test_what_a_process_that_died_had_used_counts_in_a_resumed_sweep_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(budget_module.time, "monotonic", lambda: now[0])
+    budget, trial = Budget(plan_of(space_of(SPACE), tmp_path)), tune_trial(0, {})
+    for _ in range(3):
+        report = Progress().report() | {"worker_seconds": 600.0, "restarts": 1, "time_total_s": 700.0}
+        budget.on_trial_result(0, [], trial, report)
+        trial.last_result = report
+        now[0] += 60
+        budget.on_trial_recover(0, [], trial)
+        budget.on_trial_recover(0, [], trial)  # before it reports
+    now[0] += 10_000
+    assert budget.gpu_hours == pytest.approx(2 * 3 * 660 / 3600)
+    ended = add_attempt({}, trial)
+    assert (ended.worker_seconds, ended.seconds, ended.restarts) == (3 * 660, 3 * 700, 3)
 
 
 def test_wall_time_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from tests.tuning.conftest import run_config, space_of, trial_of
 from tla_service.cluster.tune import Search, scheduler
+from tla_service.errors import ConfigError
 from tla_service.tuning.trials import Trial
 
 SPACE = {"loss.margin": {"low": 0.005, "high": 0.2}, "loss.triplet_weight": {"low": 0.1, "high": 8, "log": True}}
@@ -128,11 +129,11 @@ def test_the_searcher_can_be_written_down_as_ray_tune_does(tmp_path: Path) -> No
 
 
 def stops(asha: Any, name: str, curve: list[float]) -> int | None:
-    """The epoch at which a new trial is stopped; None if it is not."""
+    """The epoch at which a new trial, whose last is that of its curve, is stopped; None if it is not."""
     stub: Any = SimpleNamespace(trial_id=name, config={"trial": {"number": 99}})
     asha.on_trial_add(None, stub)
     for epoch, value in enumerate(np.maximum.accumulate(curve)):
-        result = {"epochs": epoch + 1, "robust_accuracy": float(value)}
+        result = {"epochs": epoch + 1, "total_epochs": len(curve), "robust_accuracy": float(value)}
         if asha.on_trial_result(None, stub, result) == TrialScheduler.STOP:
             return epoch + 1
     return None
@@ -142,11 +143,11 @@ def stops(asha: Any, name: str, curve: list[float]) -> int | None:
 def test_asha_that_is_fed_earlier_curves_decides_like_one_that_saw_them(seed: int) -> None:
     space, rng = space_of(SPACE, grace_epochs=3), np.random.default_rng(seed)
     curves = rng.random((12, EPOCHS))
-    live = scheduler(space, [])
+    live = scheduler(space, [], EPOCHS)
     ended = []
     for number, curve in enumerate(curves):
         epoch = stops(live, f"live-{number}", list(curve))
-        assert stops(scheduler(space, ended), "new", list(curve)) == epoch
+        assert stops(scheduler(space, ended, EPOCHS), "new", list(curve)) == epoch
         ended.append(trial_of(number, list(curve[:epoch]), status="stopped" if epoch else "finished"))
     assert 0 < sum(trial.status == "stopped" for trial in ended) < 12
 
@@ -154,17 +155,17 @@ def test_asha_that_is_fed_earlier_curves_decides_like_one_that_saw_them(seed: in
 def test_a_fresh_asha_would_let_a_trial_far_behind_go_on() -> None:
     space = space_of(SPACE, grace_epochs=3)
     ended = [trial_of(number, [0.8] * EPOCHS, status="finished") for number in range(3)]
-    assert stops(scheduler(space, ended), "new", [0.1] * EPOCHS) == 3
-    assert stops(scheduler(space, []), "new", [0.1] * EPOCHS) is None
+    assert stops(scheduler(space, ended, EPOCHS), "new", [0.1] * EPOCHS) == 3
+    assert stops(scheduler(space, [], EPOCHS), "new", [0.1] * EPOCHS) is None
 
 
 def test_a_resumed_trial_is_compared_where_it_was_and_not_where_it_resumes() -> None:
     """What it had reached at epoch 20 would raise the bar for trials that get to epoch 9."""
     before = [trial_of(0, list(np.linspace(0.01, 0.2, 20)))]
-    asha: Any = scheduler(space_of(SPACE, grace_epochs=3), before)
+    asha: Any = scheduler(space_of(SPACE, grace_epochs=3), before, EPOCHS)
     resumed: Any = SimpleNamespace(trial_id="a", config={"trial": {"number": 0}})
     asha.on_trial_add(None, resumed)
-    asha.on_trial_result(None, resumed, {"epochs": 20, "robust_accuracy": 0.2})
+    asha.on_trial_result(None, resumed, {"epochs": 20, "total_epochs": EPOCHS, "robust_accuracy": 0.2})
     rungs = {milestone: list(recorded.values()) for milestone, recorded in asha._brackets[0]._rungs}
     assert rungs == {3: [pytest.approx(0.03)], 9: [pytest.approx(0.09)]}
 
@@ -174,20 +175,38 @@ def test_a_trial_that_reaches_its_last_epoch_is_not_stopped_there(grace: int) ->
     """With 27 epochs and a factor of 3 the last epoch would be a rung."""
     space = space_of(SPACE, grace_epochs=grace)
     ended = [trial_of(number, [0.1] * (EPOCHS - 1) + [0.9], status="finished") for number in range(3)]
-    assert stops(scheduler(space, ended), "new", [0.1] * EPOCHS) is None
+    assert stops(scheduler(space, ended, EPOCHS), "new", [0.1] * EPOCHS) is None
+
+
+@pytest.mark.parametrize("epochs", [3, 9])
+def test_a_trial_that_is_shorter_than_the_run_is_not_stopped_at_its_end(epochs: int) -> None:
+    ended = [trial_of(number, [0.9] * EPOCHS, status="finished") for number in range(3)]
+    asha = scheduler(space_of(SPACE, grace_epochs=epochs), ended, EPOCHS)
+    assert stops(asha, "short", [0.1] * epochs) is None
+    assert stops(asha, "long", [0.1] * (epochs + 1)) == epochs
+
+
+def test_the_grace_period_is_a_ninth_of_what_max_steps_leaves_of_a_trial() -> None:
+    run = run_config(training={"epochs": 1000, "max_steps": 1790, "global_batch_size": 64})
+    space = space_of(SPACE, run=run)
+    assert (space.epochs(100), space.epochs(1), space_of(SPACE, run=run, trial_epochs=500).epochs(100)) == (18, 1000, 9)
+    ended = [trial_of(number, [0.9] * 18, status="finished") for number in range(3)]
+    assert stops(scheduler(space, ended, space.epochs(100)), "new", [0.1] * 18) == 2
+    with pytest.raises(ConfigError, match=r"^sweep\.grace_epochs=20: longer than a trial of 18 epochs"):
+        space_of(SPACE, run=run, grace_epochs=20).epochs(100)
 
 
 def test_without_asha_every_trial_runs_to_its_end() -> None:
-    assert scheduler(space_of(SPACE, scheduler="none"), []) is None
-    assert scheduler(space_of(SPACE, grace_epochs=EPOCHS), []) is None
+    assert scheduler(space_of(SPACE, scheduler="none"), [], EPOCHS) is None
+    assert scheduler(space_of(SPACE, grace_epochs=EPOCHS), [], EPOCHS) is None
 
 
 def test_a_trial_whose_last_validation_comes_after_the_last_rung_is_not_stopped_there() -> None:
     """Validated every fourth epoch, it passes the rungs of epochs 24 and 27 together, with its end."""
-    asha: Any = scheduler(space_of(SPACE, grace_epochs=EPOCHS - 3), [])
+    asha: Any = scheduler(space_of(SPACE, grace_epochs=EPOCHS - 3), [], EPOCHS)
     for number, value in enumerate((0.9, 0.9, 0.9, 0.1)):
         stub: Any = SimpleNamespace(trial_id=f"t{number}", config={"trial": {"number": number}})
         asha.on_trial_add(None, stub)
-        result = {"epochs": EPOCHS, "robust_accuracy": value}
+        result = {"epochs": EPOCHS, "total_epochs": EPOCHS, "robust_accuracy": value}
         assert asha.on_trial_result(None, stub, result) == TrialScheduler.CONTINUE
     assert {*asha._brackets[0]._rungs[0][1].values()} == {0.9, 0.1}

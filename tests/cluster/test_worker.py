@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -62,6 +63,30 @@ def test_the_last_two_checkpoints_stay_whoever_wrote_the_others(tmp_path: Path) 
     assert there == [["step-2", "step-4"], ["step-2", "step-4"], ["step-4", "step-6"], ["step-6", "step-8"]]
     assert (run / "step-8" / "model.safetensors").read_text() == "step-8"
     assert (run / "held_by.json").exists()
+
+
+def test_what_a_killed_worker_left_of_an_upload_is_removed(tmp_path: Path) -> None:
+    mine, other = (
+        RayReporter(Mailbox(), RunFolder(str(tmp_path), name), is_main=True).destination("step-2").parent
+        for name in ("run", "another")
+    )
+    RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), is_main=False)
+    assert mine.exists()
+    RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), is_main=True)
+    assert (mine.exists(), other.exists()) == (False, True)
+    other.rmdir()
+
+
+def test_a_repeated_upload_removes_what_a_killed_one_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reporter = RayReporter(Mailbox(), RunFolder(str(tmp_path), "run"), is_main=True)
+    with monkeypatch.context() as killed:
+        killed.setattr("shutil.rmtree", lambda *_, **__: None)
+        killed.setattr("tla_service.cluster.storage.copy_files", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder(str(tmp_path), "run").save(tmp_path, "step-2")
+    assert len([*(tmp_path / "run").glob(".*.part")]) == 1
+    report(reporter, {"epoch": 0.0}, "step-2")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"step-2", "latest.json"}
 
 
 def test_checkpoints_are_stored_in_the_background_one_at_a_time(tmp_path: Path) -> None:

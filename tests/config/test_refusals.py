@@ -88,7 +88,6 @@ WRONG_FLAGS = [
     ('--evaluation.test={"a": {"num_step": 3}}', "evaluation.test.a.num_step=3", "no such", "did you mean num_steps?"),
     ('--evaluation.test={"a": {"epsilon": 8}}', "evaluation.test.a.epsilon=8", "outside (0, 1]", "write 8/255"),
     ("--schedule.milestones=5,2", "schedule.milestones=(5, 2)", "ascending order", "sort them"),
-    ("--schedule.milestones=2,2", "schedule.milestones=(2, 2)", "ascending order", "without repeats"),
     ("--schedule.milestones=soon", "schedule.milestones", "valid integer", "multiply by factor"),
     ("--schedule.name=piecewise", "schedule.milestones=()", "needs milestones", "constant"),
     ("--scaling.num_workers=0", "scaling.num_workers=0", "from 1 up", "a range as [2, 8], or auto"),

@@ -118,6 +118,12 @@ def test_a_node_compares_them_once(load: Any, monkeypatch: pytest.MonkeyPatch) -
     load()
 
 
+def test_a_files_name_may_be_in_capitals(load: Any, tmp_path: Path) -> None:
+    load()
+    (tmp_path / "extra.npz").rename(tmp_path / "EXTRA.NPZ")
+    assert len(load(tmp_path / "EXTRA.NPZ").rows) == len(NOISE)
+
+
 def test_a_file_in_a_bucket(load: Any, s3: Any, tmp_path: Path) -> None:
     load()
     s3.put("synthetic/extra.npz", (tmp_path / "extra.npz").read_bytes())

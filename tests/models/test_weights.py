@@ -170,6 +170,22 @@ def test_the_imported_network_predicts_as_the_source_does(
     assert found.notes == notes.get(kind, ())
 
 
+@pytest.mark.parametrize("name", ["ema", "model_ema", "EMA", "modelEMA", "netEma", "ema_model.module", "ema2"])
+def test_an_average_is_preferred(name: str) -> None:
+    assert preferred("net", name) == name
+
+
+@pytest.mark.parametrize("name", ["schema", "SCHEMA", "old_schema", "remainder", "Emanuel"])
+def test_an_average_is_known_by_a_word_of_its_name(name: str) -> None:
+    assert preferred("net", name) == "net"
+
+
+def preferred(*names: str) -> str:
+    """Which of several copies is used."""
+    network = build_model("digits_cnn", 10, (1, 8, 8))
+    return fit(dict.fromkeys(names, network.state_dict()), network, "w.pt").notes[0].partition(" is used")[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(source: Wrapped, dtype: torch.dtype) -> None:
     """The normalisation too is stored in the lower precision, and must still count as the network's own."""

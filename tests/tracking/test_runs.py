@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 
 from tests.registry.tracking_server import TrackingServer, config_for
 from tla_service.config import RunConfig
+from tla_service.errors import UnavailableError
 from tla_service.tracking import runs as tracking_module
 from tla_service.tracking.runs import finish_run, log_files, open_run, run_page, start_system_metrics
 
@@ -130,6 +131,13 @@ def test_a_run_whose_creation_was_not_confirmed_is_found_and_not_resumed(
     assert [open_run(config_for(local_uri), "lost", facts=FACTS)] == lost
     assert "tla.resumed" not in MlflowClient(local_uri).get_run(lost[0]).data.tags
     assert json.loads(text_of(local_uri, lost[0], "environment.json"))["torch"]
+
+
+def test_a_run_that_is_deleted_meanwhile_is_named_with_what_restores_it(local_uri: str) -> None:
+    run_id = open_run(config_for(local_uri), "run", facts={})
+    MlflowClient(local_uri).delete_run(run_id)
+    with pytest.raises(UnavailableError, match=rf"is deleted.*again.*mlflow runs restore --run-id {run_id}"):
+        finish_run(local_uri, run_id)
 
 
 def test_files_are_stored_in_the_folders_asked_for(server: TrackingServer, tmp_path: Path) -> None:

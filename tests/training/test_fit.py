@@ -149,6 +149,7 @@ def test_with_an_average_the_average_is_what_counts(reporter: KeepingReporter) -
 
 def test_max_steps_ends_a_run_within_an_epoch(reporter: KeepingReporter) -> None:
     result = fit(digits_config(training={"max_steps": 6}), WorkerContext(), reporter)
+    assert next(record["epochs"] for record in reporter.records if record["event"] == "start") == len(result.history)
     assert [epoch["step"] for epoch in result.history] == [4, 6]
     assert result.test
 

@@ -12,6 +12,7 @@ from tla_service.config.loading import load_settings, read_settings
 from tla_service.errors import ConfigError
 from tla_service.results.runs import table_space
 from tla_service.results.settings import ReproduceSettings
+from tla_service.training.optimizer import learning_rate_factor
 
 BATCH = "training.global_batch_size"
 
@@ -81,6 +82,15 @@ def test_what_is_counted_in_steps_follows_batch_size_and_length() -> None:
     full = space.apply({BATCH: 100}, full_length=True)
     assert (full.training.epochs, full.training.max_steps) == (10, 500)
     assert full.schedule.milestones == (400, 450)
+
+
+def test_milestones_that_meet_in_a_short_trial_lower_the_rate_as_often_as_in_the_run() -> None:
+    run = run_config(
+        training={"epochs": 100}, schedule={"name": "piecewise", "milestones": [75, 80, 90], "factor": 0.1}
+    )
+    schedule = space_of({"loss.margin": [0.1]}, run=run, trial_epochs=5).apply({"loss.margin": 0.1}).schedule
+    assert schedule.milestones == (4, 4, 4)
+    assert learning_rate_factor(schedule, 40, steps_per_epoch=10, total_steps=50) == pytest.approx(1e-3)
 
 
 def test_all_trials_are_measured_by_the_attack_of_the_run() -> None:

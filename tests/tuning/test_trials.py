@@ -18,7 +18,7 @@ def metrics(epoch: int, robust: float | None = None) -> dict[str, float]:
 
 
 def start(*history: dict[str, float]) -> dict[str, Any]:
-    return {"event": "start", "workers": 2, "resumed": bool(history), "history": list(history)}
+    return {"event": "start", "workers": 2, "epochs": 5, "resumed": bool(history), "history": list(history)}
 
 
 def epoch(number: int, robust: float | None = None) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def test_reports_are_complete_and_hold_the_best_so_far() -> None:
     assert progress.add(epoch(0)) is None
     assert progress.add(epoch(1, 0.6)) == ""
     report = progress.report()
-    assert (report["epochs"], report["robust_accuracy"]) == (2, 0.6)
+    assert (report["epochs"], report["total_epochs"], report["robust_accuracy"]) == (2, 5, 0.6)
     assert [each["epoch"] for each in report["metrics"]] == [0, 1]
     progress.add(epoch(3, 0.5))
     report = progress.report()

@@ -1,5 +1,6 @@
 """What a sweep checks before its first trial."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,17 @@ FINE: dict[str, Any] = {"model": {"pretrained": "w.pt"}}
 )
 def test_all_trials_start_from_the_same_weights(run: dict[str, Any], space: dict[str, Any]) -> None:
     config = run_config(**run)
-    facts = Facts(load_dataset(config.data), Architecture.of(config.model), {}, (), 0, {}, {})
+    facts = Facts(load_dataset(config.data), Architecture.of(config.model), {}, (), 0, {}, {}, 1)
     with pytest.raises(ConfigError, match=r"sweep\.space\.(model\.\w+|start)=.*the same pretrained weights"):
         _check_ends(space_of(space, run=config), facts, 1)
     _check_ends(space_of({"loss.clean_weight": [0, 0.5]}, run=config), facts, 1)
+
+
+def test_what_has_no_effect_on_the_pretrained_network_is_not_searched() -> None:
+    config, name = run_config(**FINE), "training.freeze_batchnorm"
+    facts = Facts(load_dataset(config.data), Architecture.of(config.model), {}, (), 0, {}, {}, 1)
+    with pytest.raises(ConfigError, match=rf"^sweep\.space\.{name}=True: .*digits_cnn has no BatchNorm; leave it out"):
+        _check_ends(space_of({name: [False, True]}, run=config), facts, 1)
 
 
 def test_a_sweep_goes_on_with_the_data_code_and_weights_it_began_with(tmp_path: Path) -> None:
@@ -99,6 +107,25 @@ def test_another_winner_of_a_larger_sweep_is_trained_beside_the_first(
         assert sweep.train_winner(space, tmp_path, 1) == 130
     assert (len({*seen}), seen[0]) == (2, seen[2])
     assert {folder.name for folder in seen} == {"seed-0"}
+
+
+def test_the_winners_figures_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(_run: RunConfig, folder: Path, **_: Any) -> int:
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = {"clean_accuracy": 0.9, "robust_accuracy": {"pgd": 0.5}, "model_uri": "models:/m/1"}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+    monkeypatch.setattr(sweep, "train_and_register", train)
+    space = space_of({"loss.margin": [0.1, 0.2]})
+    (tmp_path / "sweep.json").write_text(json.dumps({"run_id": "a", "winner": {"loss.margin": 0.2}}))
+    (tmp_path / "best.yaml").write_text(to_yaml(space.run))
+    assert sweep.train_winner(space, tmp_path, 2) == 0
+    with monkeypatch.context() as full:
+        full.setattr("os.fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(UnavailableError, match=r"^output="):
+            sweep.train_winner(space, tmp_path, 3)
+    assert json.loads((tmp_path / sweep.SEEDS).read_text())["seeds"] == 2
 
 
 def test_trials_that_are_measured_go_on_under_the_same_test_attacks(tmp_path: Path) -> None:

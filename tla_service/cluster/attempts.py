@@ -38,6 +38,7 @@ class Plan:
     placement: Placement  # workers of a trial
     weights: Mapping[str, Tensor] | None  # state dict that trials start from
     max_concurrent: int
+    epochs: int  # of a trial
     repeat: bool = False  # run given points of a grid again, those of failed and finished trials too
     code: bytes | None = None  # of a network of the user's
 
@@ -171,6 +172,7 @@ class Budget(Stopper, DriverCallback):
         self._worker_seconds = sum(trial.worker_seconds for trial in read_trials(plan.storage))
         self._seconds_before = seconds_before(plan.storage)
         self._running: dict[str, tuple[float, float]] = {}  # worker seconds, and when they were reported
+        self._before: dict[str, dict[str, Any]] = {}  # last report of a trial whose process died
         self._has_begun, self._failures = False, 0
         self.interrupted = False
         self.error: UserError | None = None
@@ -229,15 +231,24 @@ class Budget(Stopper, DriverCallback):
         if result["worker_seconds"]:  # else its workers are waited for
             self._has_begun = True
             self._running[trial.trial_id] = (result["worker_seconds"], time.monotonic())
+        if trial.trial_id in self._before:
+            before = self._before[trial.trial_id]
+            result |= {name: result[name] + before[name] for name in ("worker_seconds", "time_total_s", "restarts")}
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         """Count failures in a row."""
-        self.on_trial_recover(iteration, trials, trial)
+        self._worker_seconds += self._running.pop(trial.trial_id, (0.0, 0.0))[0]
         ended = add_attempt({}, trial)
         self._failures = self._failures + 1 if ended.status == "failed" else 0
         if self._failures >= self._plan.space.sweep.failures_in_a_row:
             self.gave_up = f"{self._failures} trials failed one after another, the last: {ended.reason}"
 
     def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        """Its process died and is restarted; its workers' time starts from 0."""
-        self._worker_seconds += self._running.pop(trial.trial_id, (0.0, 0.0))[0]
+        """Its process died and is restarted; the next one counts from 0."""
+        if trial.trial_id in self._running:
+            seconds, told = self._running.pop(trial.trial_id)
+            since = time.monotonic() - told
+            self._worker_seconds += seconds + since
+            trial.last_result["worker_seconds"] += since
+        if "worker_seconds" in trial.last_result:
+            self._before[trial.trial_id] = trial.last_result

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ class RayReporter:
         self._leaving: set[str] = set()  # nodes whose end Ray has announced
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._upload: Future[None] | None = None
+        self._copies = f"tla-checkpoint-{sha256(folder.uri.encode()).hexdigest()[:16]}-"
+        if is_main:  # what a worker of this run left that was killed in an upload
+            for left in Path(tempfile.gettempdir()).glob(f"{self._copies}*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def finish(self) -> str:
         """Wait until all checkpoints are stored; returns the name of the newest on rank 0, "" if there is none.
@@ -57,7 +62,7 @@ class RayReporter:
 
     def destination(self, name: str) -> Path:
         """A temporary folder, which `report` stores."""
-        return Path(tempfile.mkdtemp(prefix="tla-checkpoint-"), name)
+        return Path(tempfile.mkdtemp(prefix=self._copies), name)
 
     def report(self, metrics: dict[str, float] | None, checkpoint: Path | None, name: str) -> None:
         """Store the checkpoint in the background, after the one before; then report the epoch.

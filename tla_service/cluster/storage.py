@@ -23,7 +23,7 @@ from ray.train.v2._internal.constants import AWS_RETRYABLE_TOKENS
 from tla_service.config import RunConfig
 from tla_service.config.loading import same_run
 from tla_service.errors import ConfigError, UnavailableError, retried
-from tla_service.files import expanded, whole_folder, write_whole
+from tla_service.files import expanded, remove_parts, whole_folder, write_whole
 
 RETRY_SECONDS = 300.0  # how long an unavailable storage is retried
 SHARED_SECONDS = 60.0  # after which a node sees what another wrote to a network file system, whatever it caches
@@ -154,6 +154,7 @@ class RunFolder(Folder):
 
         def write() -> None:
             if isinstance(self.filesystem, LocalFileSystem):
+                remove_parts(Path(self.path), name)
                 with whole_folder(Path(target)) as part:
                     copy_files(str(checkpoint), str(part))
             else:

@@ -63,7 +63,7 @@ def run_trials(plan: Plan, budget: Budget, log: tune.Callback, *, debug: bool = 
         param_space={"trial": tune.grid_search(grid)} if grid else None,
         tune_config=tune.TuneConfig(
             search_alg=None if grid else Search(space, before),
-            scheduler=scheduler(space, before),
+            scheduler=scheduler(space, before, plan.epochs),
             num_samples=1 if grid else num_left,
             max_concurrent_trials=plan.max_concurrent,
             trial_name_creator=name_of,
@@ -137,29 +137,27 @@ class _Scheduler(ASHAScheduler):
     """ASHA that knows of a trial's epochs in earlier attempts, which it would else record at a later rung."""
 
     known: Mapping[int, Sequence[dict[str, float]]]  # results by the trial's number
-    whole: int  # epochs of a trial that has finished, which is recorded but not stopped
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Record the result, and decide."""
+        """Record the result, and decide; a trial at its end is not stopped."""
         decision = str(super().on_trial_result(tune_controller, trial, result))
-        return self.CONTINUE if result["epochs"] >= self.whole else decision
+        return self.CONTINUE if result["epochs"] >= result["total_epochs"] else decision
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Fill the rungs that the trial has passed."""
         super().on_trial_add(tune_controller, trial)
         for result in self.known.get(trial.config["trial"]["number"], ()):
-            self.on_trial_result(tune_controller, trial, result)
+            super().on_trial_result(tune_controller, trial, result)
 
 
-def scheduler(space: Space, before: Sequence[Trial]) -> ASHAScheduler | None:
-    """ASHA with the rungs that earlier attempts filled; None if every trial runs to its end."""
-    sweep, epochs = space.sweep, space.sweep.trial_epochs or space.run.training.epochs
+def scheduler(space: Space, before: Sequence[Trial], epochs: int) -> ASHAScheduler | None:
+    """ASHA for trials of so many epochs, with rungs filled by earlier attempts; None if all run to their end."""
+    sweep = space.sweep
     grace = sweep.grace_epochs or max(1, epochs // 9)
     if sweep.scheduler == "none" or grace >= epochs:
         return None
     objective = sweep.objectives[0]
     asha = _Scheduler("epochs", objective, "max", epochs - 1, grace, sweep.reduction_factor, stop_last_trials=False)
-    asha.whole = epochs
     asha.known = {
         trial.number: [
             {"epochs": score.epochs, objective: getattr(best_of(trial.curve[: index + 1]), objective)}

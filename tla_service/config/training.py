@@ -118,8 +118,8 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise wrong("schedule.milestones", self.milestones, "not in ascending order", "sort them, without repeats")
+        if list(self.milestones) != sorted(self.milestones):  # a repeated one counts twice, as in torch's MultiStepLR
+            raise wrong("schedule.milestones", self.milestones, "not in ascending order", "sort them")
         if self.name == "piecewise" and not self.milestones:
             raise wrong("schedule.milestones", "()", "a piecewise schedule needs milestones", "give some, or constant")
         return self

@@ -59,7 +59,7 @@ def _read(config: DataConfig, dataset: Dataset) -> tuple[ImageSource, Callable[[
     given, shape, classes = config.extra.path, dataset.image_shape, len(dataset.class_names)
     try:
         path = required_root(config.model_copy(update={"root": given, "download": False}))
-        if path.suffix != ".npz":
+        if path.suffix.lower() != ".npz":
             source, name = load_unsplit(config, path, dataset.class_names, colour=shape[0] == 3)
         else:
             key = f"{files_key([path], shape)}-npz"

@@ -113,13 +113,13 @@ def _find_idx(root: Path, config: DataConfig) -> tuple[Path, Path | None]:
     folders = (root / _KINDS[config.name] / "raw", root / "raw", root)
     missing: list[Path] = []
     for folder in folders:
-        for packed in (False, True):
-            paths = [folder / f"{name}.gz" if packed else folder / name for name in _IDX_FILES]
-            absent = [path for path in paths if not path.is_file()]
-            if not absent:
-                return (_unpacked(paths, config.cache_dir) if packed else folder), None
-            if not missing or len(absent) < len(missing):
-                missing = absent
+        plain = [folder / name for name in _IDX_FILES]
+        paths = [path if path.is_file() else path.with_suffix(".gz") for path in plain]
+        absent = [path for path in paths if not path.is_file()]
+        if not absent:
+            return (folder if paths == plain else _unpacked(paths, config.cache_dir)), None
+        if not missing or len(absent) < len(missing):
+            missing = absent
     return folders[0], missing[0]
 
 
@@ -148,7 +148,7 @@ def _unpacked(archives: list[Path], cache_dir: str) -> Path:
                             _check_size(size, archive)
                             opened.extract(member, folder, filter="data")
                 else:
-                    with gzip.open(archive, "rb") as source:
+                    with (gzip.open if archive.suffix == ".gz" else open)(archive, "rb") as source:
                         content = source.read(_MOST_BYTES + 1)
                     _check_size(len(content), archive)
                     write_whole(folder / archive.stem, content)

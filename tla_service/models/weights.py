@@ -27,6 +27,7 @@ _NEW_HEAD = "set model.head to new, which draws the last linear layer"
 _NORMALIZATION = {
     "mu": "mean", "mean": "mean", "new_mean": "mean", "sigma": "std", "std": "std", "new_std": "std",
 }  # fmt: skip
+_AVERAGE = re.compile(r"(?<![A-Za-z])ema(?![a-z])|Ema(?![a-z])|(?<![A-Z])EMA")  # a word of a name; not in schema
 _LAYER = ("weight", "bias", "running_mean", "running_var")
 _SHOWN = 3
 
@@ -86,7 +87,7 @@ def fit(entries: Entries, network: ImageClassifier, source: str, *, new_head: bo
     copies = [copy for entry, tensors in entries.items() for copy in _copies(entry, tensors, sought)]
     if not copies:
         raise _mismatch(entries, sought, source)
-    chosen = min(copies, key=lambda copy: "ema" not in copy.name.lower())  # the first of equals
+    chosen = min(copies, key=lambda copy: not _AVERAGE.search(copy.name))  # the first of equals
     _check_tensors(chosen, sought, source)
     notes = [_compare(chosen, other) for other in copies if other is not chosen]
     aside = _left_over(chosen, entries[chosen.entry], copies, sought, source)

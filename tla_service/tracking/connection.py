@@ -136,18 +136,23 @@ def open_store(config: TrackingConfig) -> tuple[str, "MlflowClient", str]:
 def retrying(what: str, action: Callable[[], T], *, seconds: float = 16) -> T:
     """Call something that needs the server; retry with exponential backoff while it is unavailable or busy.
 
-    Raises `UnavailableError` if it stayed so for `seconds` or refuses the credentials, and what else the call raised.
+    Raises `UnavailableError` if it stayed so for `seconds`, refuses the credentials, or has deleted the run, and what
+    else the call raised.
     """
     try:
         return retried(what, action, is_passing, seconds=seconds)
     except Exception as error:
         status = _REFUSALS.get(str(getattr(error, "error_code", "")))
-        if status is None and not is_passing(error):
+        deleted = re.search(r"The run (\w+) must be in the 'active' state", str(error))
+        if status is None and deleted is None and not is_passing(error):
             raise
         reason = f"{what[0].lower()}{what[1:]} failed ({one_line(error)})"
         remedy = "bring the server back and give the same command again: completed work is not repeated"
         if status is not None:
             remedy = refusal("", status, str(error), is_mlflow=True).remedy
+        if deleted is not None:
+            again = "give the same command again, which begins another run unless this one is restored"
+            remedy = f"{again} (mlflow runs restore --run-id {deleted[1]})"
         raise UnavailableError("MLflow", None, reason, remedy) from error
 
 

@@ -138,7 +138,7 @@ class RunLog:
     def _failed(self, error: Exception, failures: int) -> None:
         self._known = None  # the request may have arrived all the same
         if failures == 2:  # a single failure is often a closed connection
-            message = "The tracking server %s is unavailable (%s); metrics are kept in %s until it is back"
+            message = "The tracking server %s takes no metrics (%s); they are kept in %s until it does"
             _log.warning(message, self._address, one_line(error), self._path)
         wait = min(_FIRST_WAIT_SECONDS * 2 ** min(failures - 1, 10), _LAST_WAIT_SECONDS)
         with self._changed:

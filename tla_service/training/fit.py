@@ -121,6 +121,7 @@ class Run:
             event="start",
             workers=context.world_size,
             sizes=sizes,
+            epochs=-(-self.total_steps // self.batches.steps_per_epoch),
             speed=speed | {"compile": config.speed.compile, "precision": config.training.precision},
             resumed=bool(resumed_from),
             resumed_from=resumed_from,

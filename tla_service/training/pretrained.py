@@ -82,16 +82,21 @@ def find_pretrained(
             _check_function(other, network)
     except UserError as error:
         raise type(error)(_FIELD, source, error.reason, error.remedy) from error
-    if config.training.freeze_batchnorm and not any(isinstance(module, _BatchNorm) for module in network.modules()):
-        field, reason = "training.freeze_batchnorm", f"{config.model.name} has no BatchNorm"
-        raise ConfigError(field, True, reason, "leave it out")
-    of_head = {"model.head": (head, "keep"), "optimizer.body_rate": (config.optimizer.body_rate, 1)}
-    for field, (value, default) in of_head.items():
-        if value != default and not [*network.classifier.parameters()]:
-            raise ConfigError(field, value, f"{config.model.name} has no linear head", "leave it out")
+    check_fine_tuning(config, network)
     kept = "its head" if head == "keep" else f"a new head for {network.classifier.out_features} classes"
     start = f"starting from {source} with {kept}"
     return Fit(found.state_dict, (start, *(f"{source}: {note}" for note in found.notes)))
+
+
+def check_fine_tuning(config: RunConfig, network: ImageClassifier) -> None:
+    """Raise ConfigError for a setting of fine-tuning that would have no effect on this network."""
+    if config.training.freeze_batchnorm and not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        field, reason = "training.freeze_batchnorm", f"{config.model.name} has no BatchNorm"
+        raise ConfigError(field, True, reason, "leave it out")
+    of_head = {"model.head": (config.model.head, "keep"), "optimizer.body_rate": (config.optimizer.body_rate, 1)}
+    for field, (value, default) in of_head.items():
+        if value != default and not [*network.classifier.parameters()]:
+            raise ConfigError(field, value, f"{config.model.name} has no linear head", "leave it out")
 
 
 def _check_function(theirs: nn.Module, ours: nn.Module) -> None:

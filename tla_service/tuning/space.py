@@ -81,6 +81,17 @@ class Space:
         digest = hashlib.sha256(key_of(point).encode()).hexdigest()[:6]
         return run.model_copy(update={"name": f"{self.name}-{number:04d}-{digest}", "scaling": scaling})
 
+    def epochs(self, steps_per_epoch: int | None = None) -> int:
+        """Epochs of a trial of the run's own settings, which `max_steps` may end first; checks ASHA's grace period."""
+        sweep, training = self.sweep, self.run.training
+        epochs = sweep.trial_epochs or training.epochs
+        if training.max_steps is not None and steps_per_epoch is not None:
+            epochs = min(epochs, math.ceil(training.max_steps * epochs / training.epochs / steps_per_epoch))
+        if sweep.scheduler == "asha" and sweep.grace_epochs is not None and sweep.grace_epochs > epochs:
+            reason = f"longer than a trial of {epochs} epochs"
+            raise ConfigError("sweep.grace_epochs", sweep.grace_epochs, reason, "use fewer, or sweep.scheduler=none")
+        return epochs
+
     def allows(self, point: Point) -> bool:
         """Whether the point's run is valid and satisfies all constraints."""
         return self._refusal(point, self.constraints) is None
@@ -175,10 +186,7 @@ class Space:
         if sweep.trial_epochs is not None and "training.epochs" in searched:
             reason = "all trials have this length, and the space has training.epochs"
             raise ConfigError("sweep.trial_epochs", sweep.trial_epochs, reason, "leave out one of them")
-        epochs = sweep.trial_epochs or self.run.training.epochs
-        if sweep.scheduler == "asha" and sweep.grace_epochs is not None and sweep.grace_epochs > epochs:
-            reason = f"longer than a trial of {epochs} epochs"
-            raise ConfigError("sweep.grace_epochs", sweep.grace_epochs, reason, "use fewer, or sweep.scheduler=none")
+        self.epochs()
 
     def _check_values(self) -> None:
         """Refuse a choice, a radius or a step that no point can have: it would be left out of the search silently."""
@@ -220,7 +228,8 @@ class Space:
             training["max_steps"] = max(1, round(training["max_steps"] * shorter / ratio))
         scale = shorter / ratio if schedule["unit"] == "step" else shorter
         schedule["warmup"] *= scale
-        schedule["milestones"] = sorted({max(1, round(milestone * scale)) for milestone in schedule["milestones"]})
+        # Two that meet stay two: the rate falls as often as in the run.
+        schedule["milestones"] = [max(1, round(milestone * scale)) for milestone in schedule["milestones"]]
 
 
 def _run_of(fields: dict[str, Any], validate: Callable[[dict[str, Any]], RunConfig]) -> RunConfig:

@@ -43,7 +43,7 @@ class Progress:
     def __init__(self) -> None:
         self._curve: list[Score] = []
         self._metrics: list[Mapping[str, float]] = []  # not reported yet
-        self._epochs = self._restarts = 0
+        self._epochs = self._total_epochs = self._restarts = 0
         self._began: float | None = None
 
     def add(self, record: Mapping[str, Any]) -> str | None:
@@ -53,6 +53,7 @@ class Progress:
                 self._began = self._began or time.monotonic()
                 return ""
             case "start":
+                self._total_epochs = record["epochs"]
                 self.add_history(record["history"])
                 return "resumes from its last checkpoint" if record["resumed"] else "starts training"
             case "epoch":
@@ -92,6 +93,7 @@ class Progress:
         metrics, self._metrics = self._metrics, []
         return {
             "epochs": self._curve[-1].epochs if best is not None else 0,
+            "total_epochs": self._total_epochs,
             "robust_accuracy": 0.0 if best is None else best.robust_accuracy,
             "clean_accuracy": 0.0 if best is None else best.clean_accuracy,
             "curve": [list(score) for score in self._curve],

@@ -60,6 +60,7 @@ class Facts:
     checkpoint_bytes: int  # estimated
     described: dict[str, str]  # the data set, for MLflow
     began_with: dict[str, Any]  # what must be the same when a sweep goes on
+    steps_per_epoch: int
 
 
 def check_before_start(config: RunConfig) -> Facts:
@@ -69,7 +70,7 @@ def check_before_start(config: RunConfig) -> Facts:
     dataset = load_dataset(config.data)
     # What one worker cannot have, more of them cannot have either.
     most = WorkerContext(world_size=config.scaling.bounds(auto=1)[1])
-    *_, extra = split_and_check(config, dataset, most, architecture)
+    *_, batches, extra = split_and_check(config, dataset, most, architecture)
     network = architecture.build(len(dataset.class_names), dataset.image_shape)
     check_network(config, architecture, network, dataset)
     seen_by_triplets(network, config.loss.triplet_layer)
@@ -90,7 +91,8 @@ def check_before_start(config: RunConfig) -> Facts:
         described["pretrained_sha256"] = sha256(save(dict(found.state_dict))).hexdigest()
         began_with["pretrained_sha256"] = described["pretrained_sha256"]
     size = checkpoint_bytes(config, network)
-    return Facts(dataset, architecture, found.state_dict, found.notes, size, described, began_with)
+    steps = batches.steps_per_epoch
+    return Facts(dataset, architecture, found.state_dict, found.notes, size, described, began_with, steps)
 
 
 def check_disks(config: RunConfig, output: Path, folder: str, checkpoint: int, runs: int = 1) -> None:

@@ -28,6 +28,7 @@ from tla_service.training.checkpoint import check_facts
 from tla_service.training.network import check_network
 from tla_service.training.output import open_output
 from tla_service.training.precheck import split_and_check
+from tla_service.training.pretrained import check_fine_tuning
 from tla_service.training.reporting import Terminal
 from tla_service.tuning.axes import shown
 from tla_service.tuning.figures import draw_all
@@ -57,6 +58,7 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
         run = _compare(run, space, storage, resume=resume)
         check_tracking(run.tracking)
         facts = check_before_start(run)
+        epochs = space.epochs(facts.steps_per_epoch)
         _check_began_with(run, storage, facts.began_with)
         wanted = space.sweep.num_samples
         trials = len(space.grid()[:wanted]) if space.sweep.searcher == "grid" else wanted or DEFAULT_SAMPLES
@@ -66,7 +68,7 @@ def run_sweep(run: RunConfig, space: Space, output: Path, *, resume: bool, debug
             placement = place(run)
             _check_ends(space, facts, placement.num_workers)
             most = max_concurrent(run.scaling, space.sweep.max_concurrent, placement)
-            plan = Plan(space, storage.uri, placement, facts.weights, most, code=facts.architecture.code)
+            plan = Plan(space, storage.uri, placement, facts.weights, most, epochs, code=facts.architecture.code)
             storage.write(SETTINGS, sweep_yaml(run, space.sweep).encode())
             storage.write(BEGAN_WITH, json.dumps(facts.began_with).encode())
             return _search(plan, run, facts, output, lease, debug=debug)
@@ -87,6 +89,7 @@ def _check_began_with(run: RunConfig, storage: Folder, now: dict[str, Any]) -> N
 def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:
     """Check that the data has enough images for batches, pools and networks at the ends of the space."""
     dataset, networks = facts.dataset, {(space.run.model, space.run.loss.triplet_layer)}
+    own = facts.architecture.build(len(dataset.class_names), dataset.image_shape)
     for axis, value in space.ends():
         found = space.alone(axis, value)
         if found is None:
@@ -98,6 +101,7 @@ def _check_ends(space: Space, facts: Facts, num_workers: int) -> None:
         architecture = Architecture.of(model, facts.architecture.code)
         try:
             split_and_check(found, dataset, WorkerContext(world_size=num_workers), architecture)
+            check_fine_tuning(found, own)  # which all trials that start from weights have
             if (model, layer) not in networks:
                 networks.add((model, layer))
                 network = architecture.build(len(dataset.class_names), dataset.image_shape)
@@ -248,7 +252,8 @@ def train_winner(space: Space, output: Path, num_seeds: int, *, debug: bool = Fa
         deviation = statistics.stdev(each) if num_seeds > 1 else 0.0
         found[name] = {"mean": statistics.mean(each), "standard_deviation": deviation, "values": each}
     models = [summary["model_uri"] for summary in summaries]
-    (output / SEEDS).write_text(json.dumps({"seeds": num_seeds, "test": found, "models": models}, indent=2))
+    with disk_trouble("output", output, "make room there, and start it again"):
+        write_whole(output / SEEDS, json.dumps({"seeds": num_seeds, "test": found, "models": models}, indent=2))
     terminal.say(f"\nthe winner on the test set, {num_seeds} seeds:")
     for name, each in found.items():
         terminal.say(f"  {name:<28} {each['mean']:7.2%} ± {each['standard_deviation']:.2%}")

@@ -88,7 +88,7 @@ def _train(
             hours = max(1e-6, seconds_before(uri) + deadline - time.monotonic()) / 3600
         grid = table_space(settings, missing, max_hours=hours)
         concurrent = max_concurrent(space.run.scaling, settings.side_by_side, placement)
-        plan = Plan(grid, uri, placement, None, concurrent, repeat=True)
+        plan = Plan(grid, uri, placement, None, concurrent, grid.epochs(), repeat=True)
         budget = Budget(plan, lease)
         log = contextlib.closing(TrialLines(terminal, state))
         with log as lines, stop_on_signal("stopping the sweep", budget.interrupt):
