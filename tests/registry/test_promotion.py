@@ -14,10 +14,11 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from jobs import promote_model
 from tests.registry.evaluations import evaluate, fates, register_another, report_on
 from tests.registry.tracking_server import Packaged
+from tla_service.config.loading import read_settings
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.job import run_job
 from tla_service.registry.evidence import verify
-from tla_service.registry.job_settings import GateRules
+from tla_service.registry.job_settings import GateRules, PromoteSettings
 from tla_service.registry.promotion import Decision, Promotion
 
 RULES = GateRules(min_clean_accuracy=0.9, min_autoattack_accuracy=0.5, min_detection_auc=0.7)
@@ -213,8 +214,9 @@ def test_a_champion_that_was_tampered_with_stops_the_gate(packaged: Packaged) ->
     (Path(location) / "MLmodel").write_text("flavors: {}")
     refused = attempt(packaged, second)
     assert set(failed(refused)) == {"champion intact"}
-    assert "--rules.not_worse false" in refused.findings[-1].remedy
-    assert attempt(packaged, second, RULES.model_copy(update={"not_worse": False})).verdict == "promoted"
+    *_, flag = refused.findings[-1].remedy.split()
+    rules = read_settings(PromoteSettings, ["--model", "x", "--version", "1", flag]).rules
+    assert attempt(packaged, second, RULES.model_copy(update={"not_worse": rules.not_worse})).verdict == "promoted"
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "report.json"])

@@ -105,7 +105,7 @@ class Promotion:
     def _compare(self, candidate: Evaluated, threat: ThreatModel, holder: str) -> list[Finding]:
         intact, theirs = self._files(holder, self._alias)
         if theirs is None:
-            return [replace(intact, remedy="to replace it without a comparison: --rules.not_worse false")]
+            return [replace(intact, remedy="to replace it without a comparison: --no-rules.not_worse")]
         other = theirs.trained_for
         if self._rules.threat_model is None and other.slug != threat.slug:
             # A version must not replace the champion by being trained for a weaker threat model.
