@@ -7,9 +7,12 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from jobs.leaderboard import main
 from tests.registry.test_evaluations import report
@@ -245,6 +248,35 @@ def test_an_unreadable_report_and_one_of_other_weights_are_named(local_uri: str,
     troubles = {entry.version: entry.trouble for entry in read_leaderboard(TrackingConfig(uri=uri)).entries}
     assert troubles["1"].endswith("cannot be read")
     assert troubles["2"] == "the report is of other weights"
+
+
+def test_a_run_that_is_gone_has_a_row_and_a_server_that_fails_meanwhile_ends_the_job(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, is_down = tmp_path / "board.html", False
+
+    def lose(*_: object) -> None:
+        nonlocal is_down
+        is_down = True
+        raise MlflowException("no such run", RESOURCE_DOES_NOT_EXIST)
+
+    def search(self: MlflowClient, *arguments: Any, **options: Any) -> object:
+        if is_down:
+            raise ConnectionError("connection refused")
+        return models(self, *arguments, **options)
+
+    models = MlflowClient.search_registered_models
+    monkeypatch.setattr(MlflowClient, "get_run", lose)
+    assert {entry.trouble for entry in read_leaderboard(TrackingConfig(uri=store.uri)).entries} == {
+        "its run cannot be read (no such run)"
+    }
+    is_down = False
+    monkeypatch.setattr(MlflowClient, "search_registered_models", search)
+    monkeypatch.setattr("tla_service.errors.time.sleep", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["leaderboard.py", "--tracking.uri", store.uri, "--output", str(output)])
+    assert run_job(main) == 3
+    assert capsys.readouterr().err.startswith("error: MLflow: reading the models failed (connection refused); ")
+    assert not output.exists()
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
