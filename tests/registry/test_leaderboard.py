@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,6 +196,12 @@ def test_some_models_alone_and_what_cannot_be_shown(store: Store, local_uri: str
     assert not (tmp_path / "none.db").exists()
     with pytest.raises(UnavailableError, match="has no registered models"):
         read_leaderboard(TrackingConfig(uri=local_uri))
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{other.server_port}"
+        with pytest.raises(UnavailableError, match=rf"tracking\.uri={address}: cannot .*; correct the address"):
+            read_leaderboard(TrackingConfig(uri=address))
+        other.shutdown()
     (tmp_path / "file").write_text("")
     with pytest.raises(UnavailableError, match=r"output=.*: File exists; choose another --output"):
         write_leaderboard(some, tmp_path / "file" / "page.html")

@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from tla_service.config import TrackingConfig
 from tla_service.config.explain import suggest
 from tla_service.data.cache import disk_trouble
-from tla_service.errors import UnavailableError, one_line, without_credentials
+from tla_service.errors import UnavailableError, one_line, readable, without_credentials
 from tla_service.files import expanded, write_whole
 from tla_service.registry.evaluations import stored_reports
 from tla_service.registry.lock import OWNER
@@ -82,7 +82,8 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
     """
     uri = existing_store(tracking)
     made = client(uri)
-    found = retrying("Reading the models", lambda: search_all(made.search_registered_models))
+    with readable("tracking.uri", uri, "correct the address"):
+        found = retrying("Reading the models", lambda: search_all(made.search_registered_models))
     # The locks of promotions are registered models, too.
     registered = {each.name: each for each in found if OWNER not in each.tags}
     if not registered:
