@@ -5,11 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from jobs.leaderboard import main
 from tests.registry.test_evaluations import report
@@ -191,6 +196,12 @@ def test_some_models_alone_and_what_cannot_be_shown(store: Store, local_uri: str
     assert not (tmp_path / "none.db").exists()
     with pytest.raises(UnavailableError, match="has no registered models"):
         read_leaderboard(TrackingConfig(uri=local_uri))
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{other.server_port}"
+        with pytest.raises(UnavailableError, match=rf"tracking\.uri={address}: cannot .*; correct the address"):
+            read_leaderboard(TrackingConfig(uri=address))
+        other.shutdown()
     (tmp_path / "file").write_text("")
     with pytest.raises(UnavailableError, match=r"output=.*: File exists; choose another --output"):
         write_leaderboard(some, tmp_path / "file" / "page.html")
@@ -245,6 +256,35 @@ def test_an_unreadable_report_and_one_of_other_weights_are_named(local_uri: str,
     troubles = {entry.version: entry.trouble for entry in read_leaderboard(TrackingConfig(uri=uri)).entries}
     assert troubles["1"].endswith("cannot be read")
     assert troubles["2"] == "the report is of other weights"
+
+
+def test_a_run_that_is_gone_has_a_row_and_a_server_that_fails_meanwhile_ends_the_job(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, is_down = tmp_path / "board.html", False
+
+    def lose(*_: object) -> None:
+        nonlocal is_down
+        is_down = True
+        raise MlflowException("no such run", RESOURCE_DOES_NOT_EXIST)
+
+    def search(self: MlflowClient, *arguments: Any, **options: Any) -> object:
+        if is_down:
+            raise ConnectionError("connection refused")
+        return models(self, *arguments, **options)
+
+    models = MlflowClient.search_registered_models
+    monkeypatch.setattr(MlflowClient, "get_run", lose)
+    assert {entry.trouble for entry in read_leaderboard(TrackingConfig(uri=store.uri)).entries} == {
+        "its run cannot be read (no such run)"
+    }
+    is_down = False
+    monkeypatch.setattr(MlflowClient, "search_registered_models", search)
+    monkeypatch.setattr("tla_service.errors.time.sleep", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["leaderboard.py", "--tracking.uri", store.uri, "--output", str(output)])
+    assert run_job(main) == 3
+    assert capsys.readouterr().err.startswith("error: MLflow: reading the models failed (connection refused); ")
+    assert not output.exists()
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)

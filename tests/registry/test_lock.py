@@ -48,6 +48,16 @@ def test_different_names_do_not_wait_for_each_other(local_uri: str, monkeypatch:
         pass
 
 
+@pytest.mark.parametrize("name", ["o'brien", "a'b\"c", "100%", "a\\b", "a_b"])
+def test_any_name_of_a_model_can_be_locked(local_uri: str, name: str) -> None:
+    made = client(local_uri)
+    for generation in (1, 2):
+        with registry_lock(made, name) as held:
+            assert held is not None
+            held.check()
+            assert held.generation == generation
+
+
 def test_a_dead_holder_is_passed_over_and_finds_out(local_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = client(local_uri)
     dead = RegistryLock(made, "x")

@@ -10,15 +10,18 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.tracking._tracking_service.utils import _get_store
 
 from jobs import promote_model
 from tests.registry.evaluations import evaluate, fates, register_another, report_on
 from tests.registry.tracking_server import Packaged
+from tla_service.config.loading import read_settings
 from tla_service.errors import ConfigError, UnavailableError
 from tla_service.job import run_job
 from tla_service.registry.evidence import verify
-from tla_service.registry.job_settings import GateRules
+from tla_service.registry.job_settings import GateRules, PromoteSettings
 from tla_service.registry.promotion import Decision, Promotion
+from tla_service.tracking.runs import open_run
 
 RULES = GateRules(min_clean_accuracy=0.9, min_autoattack_accuracy=0.5, min_detection_auc=0.7)
 GOOD = fates(clean=390, autoattack=300)
@@ -213,7 +216,23 @@ def test_a_champion_that_was_tampered_with_stops_the_gate(packaged: Packaged) ->
     (Path(location) / "MLmodel").write_text("flavors: {}")
     refused = attempt(packaged, second)
     assert set(failed(refused)) == {"champion intact"}
-    assert "--rules.not_worse false" in refused.findings[-1].remedy
+    *_, flag = refused.findings[-1].remedy.split()
+    rules = read_settings(PromoteSettings, ["--model", "x", "--version", "1", flag]).rules
+    assert attempt(packaged, second, RULES.model_copy(update={"not_worse": rules.not_worse})).verdict == "promoted"
+
+
+def test_a_purged_run_is_no_evidence_and_its_champion_can_be_replaced(packaged: Packaged) -> None:
+    evaluate(packaged, "1", GOOD)
+    assert attempt(packaged, "1").verdict == "promoted"
+    purged, packaged.run_id = packaged.run_id, open_run(packaged.config, "key-2", facts={})
+    second = register_another(packaged)
+    evaluate(packaged, second, GOOD)
+    MlflowClient(packaged.uri).delete_run(purged)
+    _get_store(packaged.uri)._hard_delete_run(purged)  # `mlflow gc`
+    assert f"the run that trained it, {purged}, is gone" in failed(attempt(packaged, "1"))["version evaluated"]
+    refused = attempt(packaged, second)
+    assert set(failed(refused)) == {"champion evaluated"}
+    assert refused.findings[-1].remedy == "to replace it without a comparison: --no-rules.not_worse"
     assert attempt(packaged, second, RULES.model_copy(update={"not_worse": False})).verdict == "promoted"
 
 

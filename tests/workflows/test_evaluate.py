@@ -233,7 +233,9 @@ def test_a_model_of_a_deleted_run_is_refused_before_it_is_measured(
     finally:
         made.restore_run(packaged.run_id)
     said = f"error: model=models:/tla-digits/1: the run that trained it, {packaged.run_id}, is deleted; restore it"
-    assert said in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.endswith("or give --no-log\n")
 
 
 def test_what_cannot_be_promoted_is_to_be_read(

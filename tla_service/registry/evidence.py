@@ -10,6 +10,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from tla_service.attacks.autoattack import autoattack_stages
 from tla_service.errors import UnavailableError, UserError, readable
@@ -99,8 +100,14 @@ def _evaluated(made: MlflowClient, package: Package, threat: ThreatModel) -> Eva
     sha256, run_id = package.sha256, package.run_id
     flags = "" if threat.slug == package.trained_for.slug else f" --norm {threat.norm} --epsilon {threat.radius}"
     command = f"run jobs/evaluate_tla.py --model {shlex.quote(package.address)}{flags}"
-    with readable("version", package.address, "register the model again"):
-        stored = stored_evaluations(made, run_id, sha256)
+    with readable("version", package.address, "see that its run's files can be read from here"):
+        try:
+            stored = stored_evaluations(made, run_id, sha256)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            reason = f"the run that trained it, {run_id}, is gone, and its evaluations with it"
+            raise bad(reason, "train it again, or import its weights with jobs/import_model.py") from error
     if threat.slug not in stored:
         # A slug, as the command line writes the threat model: linf 8/255.
         named = ", ".join(slug.replace("-", " ", 1).replace("_", "/") for slug in stored)

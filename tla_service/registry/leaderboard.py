@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+from mlflow import MlflowClient
 from mlflow.entities import RunInfo
 from mlflow.exceptions import MlflowException
 
 from tla_service.config import TrackingConfig
 from tla_service.config.explain import suggest
 from tla_service.data.cache import disk_trouble
-from tla_service.errors import UnavailableError, one_line, without_credentials
+from tla_service.errors import UnavailableError, one_line, readable, without_credentials
 from tla_service.files import expanded, write_whole
 from tla_service.registry.evaluations import stored_reports
 from tla_service.registry.lock import OWNER
@@ -81,7 +82,8 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
     """
     uri = existing_store(tracking)
     made = client(uri)
-    found = retrying("Reading the models", lambda: search_all(made.search_registered_models))
+    with readable("tracking.uri", uri, "correct the address"):
+        found = retrying("Reading the models", lambda: search_all(made.search_registered_models))
     # The locks of promotions are registered models, too.
     registered = {each.name: each for each in found if OWNER not in each.tags}
     if not registered:
@@ -94,13 +96,12 @@ def read_leaderboard(tracking: TrackingConfig, models: Sequence[str] = ()) -> Le
     shown = set(models) or registered
     wanted = [version for version in versions if version.name in shown]
     own = [version for version in wanted if "weights_sha256" in version.tags]
-    read_run = functools.cache(lambda run_id: retrying("Reading the run", lambda: made.get_run(run_id)).info)
-    read_reports = functools.cache(functools.partial(stored_reports, made))
+    read = functools.cache(functools.partial(_read, made))
     entries: list[Entry] = []
     for version in own:
         aliases = registered[version.name].aliases.items()
         carried = sorted(alias for alias, number in aliases if str(number) == str(version.version))
-        entries += _entries(version, tuple(carried), without_credentials(uri), read_run, read_reports)
+        entries += _entries(version, tuple(carried), without_credentials(uri), read)
     names, foreign = sorted({entry.name for entry in entries}), len(wanted) - len(own)
     return Leaderboard(tuple(names), len(own), foreign, _ranked(entries))
 
@@ -123,12 +124,20 @@ def write_leaderboard(found: Leaderboard, path: Path) -> Path:
     return path
 
 
+def _read(made: MlflowClient, run_id: str, sha256: str) -> tuple[RunInfo, Mapping[str, Report | None]] | str:
+    """A run with the reports on these weights, or why it cannot be read; UnavailableError if the server is why."""
+    try:
+        return retrying("Reading the run", lambda: made.get_run(run_id)).info, stored_reports(made, run_id, sha256)
+    except (MlflowException, UnavailableError) as error:
+        retrying("Reading the models", lambda: made.search_registered_models(max_results=1))
+        return f"its run cannot be read ({one_line(error)})"
+
+
 def _entries(
     version: Any,
     aliases: tuple[str, ...],
     base: str,
-    read_run: Callable[[str], RunInfo],
-    read_reports: Callable[[str, str], Mapping[str, Report | None]],
+    read: Callable[[str, str], tuple[RunInfo, Mapping[str, Report | None]] | str],
 ) -> list[Entry]:
     """An entry for each evaluation of a version in the store at `base`, or one that says why there is none."""
     run_id, sha256 = str(version.run_id or ""), version.tags["weights_sha256"]
@@ -137,24 +146,24 @@ def _entries(
     if base.startswith(("http://", "https://")):
         links["version"] = f"{base}/#/models/{quote(version.name, safe='')}/versions/{version.version}"
     bare = Entry(version.name, str(version.version), aliases, version.tags.get("method", ""), registered, run_id, links)
-    try:
-        run, reports = read_run(run_id), read_reports(run_id, sha256)
-    except (MlflowException, UnavailableError) as error:
-        return [replace(bare, trouble=f"its run cannot be read ({one_line(error)})")]
+    found = read(run_id, sha256)
+    if isinstance(found, str):
+        return [replace(bare, trouble=found)]
+    run, reports = found
     if "version" in links:
         links["run"] = f"{base}/#/experiments/{run.experiment_id}/runs/{run_id}"
     if not reports:
         return [replace(bare, trouble="not evaluated")]
-    found = []
+    entries = []
     for folder, report in reports.items():
         if report is None:
-            found.append(replace(bare, trouble=f"the report in {folder} cannot be read"))
+            entries.append(replace(bare, trouble=f"the report in {folder} cannot be read"))
         elif report.model.weights_sha256 != sha256:
-            found.append(replace(bare, trouble="the report is of other weights"))
+            entries.append(replace(bare, trouble="the report is of other weights"))
         else:
             page = _page(run, folder, links.get("run"))
-            found.append(replace(bare, report=report, links=links | ({"report": page} if page else {})))
-    return found
+            entries.append(replace(bare, report=report, links=links | ({"report": page} if page else {})))
+    return entries
 
 
 def _page(run: RunInfo, folder: str, address: str | None) -> str | None:

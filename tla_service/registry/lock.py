@@ -105,7 +105,9 @@ class RegistryLock:
 
     def _generations(self) -> dict[int, bool]:
         """Existing generations, and whether each is released."""
-        found = search_all(self._made.search_registered_models, filter_string=f"name LIKE '{self._prefix}%'")
+        # MLflow's filters have no escape for a quote; "_" matches any character.
+        like = self._prefix.replace("'", "_")
+        found = search_all(self._made.search_registered_models, filter_string=f"name LIKE '{like}%'")
         pattern = re.compile(re.escape(self._prefix) + r"(\d{8})")
         matches = ((pattern.fullmatch(model.name), model) for model in found)
         return {int(match[1]): _RELEASED in model.tags for match, model in matches if match}

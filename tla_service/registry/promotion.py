@@ -104,8 +104,9 @@ class Promotion:
 
     def _compare(self, candidate: Evaluated, threat: ThreatModel, holder: str) -> list[Finding]:
         intact, theirs = self._files(holder, self._alias)
+        uncompared = "to replace it without a comparison: --no-rules.not_worse"
         if theirs is None:
-            return [replace(intact, remedy="to replace it without a comparison: --rules.not_worse false")]
+            return [replace(intact, remedy=uncompared)]
         other = theirs.trained_for
         if self._rules.threat_model is None and other.slug != threat.slug:
             # A version must not replace the champion by being trained for a weaker threat model.
@@ -114,7 +115,10 @@ class Promotion:
             remedy = f"give the same command with --rules.norm {other.norm} --rules.epsilon {other.radius}"
             return [Finding("comparable", False, explanation, remedy)]
         evaluated, champion = self._evaluation(theirs, threat, self._alias)
-        return [evaluated] if champion is None else compare(candidate, champion, self._alias, self._rules)
+        if champion is not None:
+            return compare(candidate, champion, self._alias, self._rules)
+        can_be = evaluated.remedy.startswith("run jobs/")
+        return [evaluated if can_be else replace(evaluated, remedy=uncompared)]
 
     def _holder(self) -> str | None:
         with readable("model", self._model, "name a registered model"):

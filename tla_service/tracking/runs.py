@@ -129,7 +129,7 @@ def fetch_files(made: MlflowClient, run_id: str, names: Sequence[str], target: P
 
 def check_run(uri: str, run_id: str, address: str) -> None:
     """Raise `UnavailableError`, about the model at `address`, if the run that trained it takes no more results."""
-    remedy = f"restore it (mlflow runs restore --run-id {run_id}), or give --log false"
+    remedy = f"restore it (mlflow runs restore --run-id {run_id}), or give --no-log"
     with readable("model", address, remedy):
         run = retrying("Reading the run", lambda: client(uri).get_run(run_id))
     if run.info.lifecycle_stage == "deleted":
