@@ -150,6 +150,21 @@ def test_the_same_weights_in_another_network_are_another_evaluation(packaged: Pa
         open_folder(folder, other)
 
 
+def test_the_same_weights_in_another_surrogate_are_another_evaluation(packaged: Packaged) -> None:
+    weights = {name: value + 1 for name, value in packaged.network.state_dict().items()}
+    found = []
+    for normalization in ("default", "per_image"):
+        config = packaged.config.model_copy(update={"model": ModelConfig(normalization=normalization)})
+        packaged.log(f"surrogate-{normalization}", config=config, state_dict=weights, rejector=None)
+        surrogate = f"models:/surrogate-{normalization}/1"
+        found.append(prepared(packaged, "models:/tla-digits/1", surrogate=surrogate, output=Path("surrogates")))
+    (folder, mine), (_, other) = found
+    open_folder(folder, {name: value for name, value in mine.items() if name != "architecture of the surrogate"})
+    assert not open_folder(folder, mine), "an earlier version did not state it"
+    with pytest.raises(ConfigError, match="differs in architecture of the surrogate; choose another --output"):
+        open_folder(folder, other)
+
+
 def test_the_same_weights_with_another_detector_are_another_evaluation(packaged: Packaged) -> None:
     _, with_own = prepared(packaged, "models:/tla-digits/1")
     packaged.log("without-detector", rejector=None)
