@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from tests.registry.evaluations import fates, report_on
 from tests.registry.tracking_server import Packaged
 from tla_service.config import ModelConfig
-from tla_service.errors import ConfigError
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.shards import save_outcome
 from tla_service.job import run_job
 from tla_service.registry.subject import load_subject
@@ -137,6 +137,13 @@ def test_another_evaluation_is_refused_by_what_differs(
     _, other = prepared(packaged, "models:/tla-digits/1", **changes)
     with pytest.raises(ConfigError, match=rf"differs in {said}; choose another --output"):
         open_folder(folder, other)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "null", "\xff"])
+def test_a_damaged_identity_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UnavailableError, match=r"cannot be used \(.*\); choose another --output"):
+        open_folder(tmp_path, {"weights": []})
 
 
 def test_the_same_weights_in_another_network_are_another_evaluation(packaged: Packaged) -> None:

@@ -153,7 +153,7 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
     mark = output / _IDENTITY
     try:
         if mark.is_file():
-            found = json.loads(mark.read_text())
+            found = dict(json.loads(mark.read_text()))
             # Evaluations of earlier versions do not state these.
             later = ("architecture", "architecture of the surrogate", "code of attacks")
             added = {name: mine[name] for name in later if name in mine}
@@ -165,8 +165,8 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
             raise ConfigError("output", output, "holds other files", "choose another --output")
         output.mkdir(parents=True, exist_ok=True)
         write_whole(mark, json.dumps(mine, indent=1))
-    except (OSError, ValueError) as error:
-        reason = f"cannot be written ({one_line(error)})"
+    except (OSError, ValueError, TypeError) as error:
+        reason = f"cannot be used ({one_line(error)})"
         raise UnavailableError("output", output, reason, "choose another --output") from error
     return (output / (rp.PAGE_FILE if page else rp.REPORT_FILE)).is_file()
 
