@@ -151,9 +151,10 @@ class GateFacts(Part):
 class Report(Part):
     """An evaluation of one model. Its figures are of the test images that are not set aside for the promotion gate.
 
-    The audit alone is of both: it asks whether the attacks work. `accuracy` is by attack, with ``clean``,
-    ``autoattack`` and ``worst``, for images that no attack of the table and no example of `relatives` breaks. Files are
-    beside the report. `seconds` is wall time without shards that an earlier start had measured.
+    The audit alone, but for its checks of restarts and relatives, is of both: it asks whether the attacks work.
+    `accuracy` is by attack, with ``clean``, ``autoattack`` and ``worst``, for images that no attack of the table and no
+    example of `relatives` breaks. Files are beside the report. `seconds` is wall time without shards that an earlier
+    start had measured.
     """
 
     format: Literal[1] = FORMAT
