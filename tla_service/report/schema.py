@@ -209,7 +209,8 @@ def read_report(path: Path) -> Report:
         return Report.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         reason = f"cannot be read ({one_line(error)})"
-        raise UnavailableError("report", path, reason, "evaluate the model again") from error
+        remedy = f"delete {path.parent} and give the same command again"
+        raise UnavailableError("report", path, reason, remedy) from error
 
 
 def write_report(report: Report, path: Path) -> None:
