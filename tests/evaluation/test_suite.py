@@ -212,7 +212,7 @@ def test_damaged_files_are_named(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "0.npz"
     save_outcome(evaluate(network, *pictures(network, 10)), path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UnavailableError, match=r"shard=.*0\.npz: cannot be read"):
+    with pytest.raises(UnavailableError, match=r"outcome=.*0\.npz: cannot be read"):
         load_outcome(path)
 
 

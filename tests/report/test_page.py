@@ -140,9 +140,13 @@ def test_page_says_which_images_are_the_gates(tmp_path: Path) -> None:
     rest = tb.accuracies(of_the_gate(False), plan(), 10)
     count = int(digits().gate.sum())
     gate = rp.GateFacts(images=count, accuracy=tb.accuracies(of_the_gate(True), plan(), 10))
-    write_page(report(accuracy=rest, gate=gate), [], tmp_path / "report.html", same_attacks=False)
+    audit = {"trusted": True, "images": 9, "checks": []}
+    write_page(report(accuracy=rest, gate=gate, audit=audit), [], tmp_path / "report.html", same_attacks=False)
     text = " ".join(re.sub(r"<[^>]+>", " ", (tmp_path / "report.html").read_text()).split())
-    assert f"Figures are of {60 - count} of the 60 test images. The other {count} are set aside" in text
+    assert f"Figures are of up to {60 - count} of the 60 test images. The other {count} are set aside" in text
+    assert (
+        "On 9 test images, those set aside for the gate among them; restarts_gain_little and white_box_against" in text
+    )
     assert "gate, % gate images" in text
     clean, own = rest["clean"], gate.accuracy["clean"]
     assert own.estimate is not None

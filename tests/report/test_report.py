@@ -401,7 +401,7 @@ def test_report_is_read_back_and_is_plain_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 99}'])
 def test_a_damaged_report_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(content)
-    with pytest.raises(UnavailableError, match="evaluate the model again"):
+    with pytest.raises(UnavailableError, match=rf"delete {tmp_path} and give the same command"):
         rp.read_report(tmp_path / "report.json")
 
 

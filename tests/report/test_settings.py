@@ -42,6 +42,8 @@ def test_spreading_keeps_what_is_no_list(words: list[str]) -> None:
         (["--model", "a", "--attacks", '{"last": {}}'], "attacks.last", "rename"),
         (["--model", "a", "--images.autoatack", "5"], "images.autoatack", "images.autoattack"),
         (["--model", "a", "--batch_size", "1"], "batch_size", "batch_size"),
+        (["--model", "a", "--compare"], "--compare", "expected one argument"),
+        (["--model", "a", "--compare", "b", "c", "--compare", "--no-page"], "--compare", "expected one argument"),
     ],
 )
 def test_refuses(arguments: list[str], field: str, remedy: str) -> None:

@@ -80,6 +80,19 @@ def test_what_was_measured_before_is_taken_from_there(tmp_path: Path, monkeypatc
         assert lines[-1] == f"{len(expected)}/{len(expected)}  {expected[-1]}"
 
 
+def test_results_are_in_the_order_of_the_tasks(tmp_path: Path) -> None:
+    """On a cluster they are complete in any order, and what is written in theirs should not differ."""
+    tasks = [Task(name, "model", "test", np.arange(2), 2, Labels()) for name in ("first", "second", "third")]
+    inputs = Inputs({"model": nn.Identity()}, digits())
+
+    def backwards(waiting: deque[MissingShard], inputs: Inputs) -> Iterator[tuple[MissingShard, Arrays]]:
+        while waiting:
+            yield from MeasureHere()(deque([waiting.pop()]), inputs)
+
+    results, _ = run_tasks(tasks, inputs, tmp_path, backwards, Terminal(StringIO()))
+    assert [name for _, name in results] == ["first", "second", "third"]
+
+
 def test_what_follows_is_measured_once_the_first_results_are_there(tmp_path: Path) -> None:
     """Before what waits, whether the results are new or taken from before."""
     first = Task("first", "model", "test", np.arange(4), 2, Labels())

@@ -1,6 +1,7 @@
 """What a table trains and measures, in which order, and what is refused."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,17 @@ import pytest
 from tests.results.conftest import settings_of
 from tla_service.config import RunConfig
 from tla_service.config.loading import load_settings, read_settings
-from tla_service.errors import ConfigError
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.report.settings import ReportSettings
-from tla_service.results.runs import TableRun, run_config, table_runs, table_space, write_report_settings
+from tla_service.results.runs import (
+    REPORT,
+    TableRun,
+    read_row,
+    run_config,
+    table_runs,
+    table_space,
+    write_report_settings,
+)
 from tla_service.results.settings import ReproduceSettings
 from tla_service.training.checkpoint import MANIFEST
 from tla_service.tuning.settings import SweepConfig
@@ -92,6 +101,28 @@ def test_an_unfinished_evaluation_with_another_surrogate_begins_anew(tmp_path: P
         shards.mkdir(parents=True, exist_ok=True)
         report_of(settings, table_runs(settings)[0], tmp_path)
         assert shards.exists() == is_kept, "as many seeds give the same surrogate"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("report.json", b"["),
+        ("outcome.npz", b"["),
+        ("outcome.npz", None),
+        ("autoattack.npz", b"["),
+        ("autoattack.npz", None),
+    ],
+)
+def test_a_result_that_is_damaged_or_gone_says_how_it_is_made_again(
+    name: str, content: bytes | None, finished: Callable[..., None], tmp_path: Path
+) -> None:
+    finished(tmp_path, "tla-s0", clean=0.9, robust=0.5)
+    run, path = TableRun("tla-s0", "tla", 0), tmp_path / "tla-s0" / REPORT / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UnavailableError, match=rf"{name}: cannot be read .*; delete {path.parent} and give the same"):
+        read_row("TLA", [run], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,16 @@ def test_the_best_are_repeated_and_the_best_mean_of_two_seeds_wins(tmp_path: Pat
     }
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", '{"validation": null}'])
+def test_a_trial_whose_summary_is_damaged_is_named(text: str, tmp_path: Path) -> None:
+    found = settings_of(*FLAGS)
+    trial = next(iter(rounds(found, tmp_path)))[0]
+    (tmp_path / trial.name).mkdir()
+    (tmp_path / trial.name / SUMMARY).write_text(text)
+    with pytest.raises(UnavailableError, match=rf"{trial.name}/{SUMMARY}: cannot be read .*; delete it"):
+        tuned.scored_trials("digits", trial.row.rpartition("-t")[0], tmp_path)
+
+
 def test_with_two_seeds_the_mean_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = tuned.protocol("digits").model_copy(update={"repeated": 2})
     monkeypatch.setattr(tuned, "protocol", lambda _: both)

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from tests.registry.evaluations import fates, report_on
 from tests.registry.tracking_server import Packaged
 from tla_service.config import ModelConfig
-from tla_service.errors import ConfigError
+from tla_service.errors import ConfigError, UnavailableError
 from tla_service.evaluation.shards import save_outcome
 from tla_service.job import run_job
 from tla_service.registry.subject import load_subject
@@ -139,6 +139,13 @@ def test_another_evaluation_is_refused_by_what_differs(
         open_folder(folder, other)
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "null", "\xff"])
+def test_a_damaged_identity_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UnavailableError, match=r"cannot be used \(.*\); choose another --output"):
+        open_folder(tmp_path, {"weights": []})
+
+
 def test_the_same_weights_in_another_network_are_another_evaluation(packaged: Packaged) -> None:
     folder, mine = prepared(packaged, "models:/tla-digits/1")
     open_folder(folder, {name: value for name, value in mine.items() if name != "architecture"})
@@ -147,6 +154,21 @@ def test_the_same_weights_in_another_network_are_another_evaluation(packaged: Pa
     packaged.log("corrected", config=config)
     _, other = prepared(packaged, "models:/corrected/1")
     with pytest.raises(ConfigError, match="differs in architecture; choose another --output"):
+        open_folder(folder, other)
+
+
+def test_the_same_weights_in_another_surrogate_are_another_evaluation(packaged: Packaged) -> None:
+    weights = {name: value + 1 for name, value in packaged.network.state_dict().items()}
+    found = []
+    for normalization in ("default", "per_image"):
+        config = packaged.config.model_copy(update={"model": ModelConfig(normalization=normalization)})
+        packaged.log(f"surrogate-{normalization}", config=config, state_dict=weights, rejector=None)
+        surrogate = f"models:/surrogate-{normalization}/1"
+        found.append(prepared(packaged, "models:/tla-digits/1", surrogate=surrogate, output=Path("surrogates")))
+    (folder, mine), (_, other) = found
+    open_folder(folder, {name: value for name, value in mine.items() if name != "architecture of the surrogate"})
+    assert not open_folder(folder, mine), "an earlier version did not state it"
+    with pytest.raises(ConfigError, match="differs in architecture of the surrogate; choose another --output"):
         open_folder(folder, other)
 
 

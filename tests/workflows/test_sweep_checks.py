@@ -66,6 +66,10 @@ def test_a_sweep_goes_on_with_the_data_code_and_weights_it_began_with(tmp_path: 
     for name, field in fields.items():
         with pytest.raises(ConfigError, match=rf"^{field}[=:].* sweep began with.*choose another --sweep.name"):
             _check_began_with(run, storage, began | {name: "other"})
+    for text in (b"{", b"[1]", b"3"):
+        storage.write(sweep.BEGAN_WITH, text)
+        with pytest.raises(UnavailableError, match=r"cannot be read .*; choose another --sweep.name"):
+            _check_began_with(run, storage, began)
 
 
 def test_a_sweep_that_never_began_may_begin_with_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,24 +10,23 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tla_service.attacks.gradient import UNBROKEN, LogitsFn, is_right
 from tla_service.attacks.shortcuts import project_linf, search_squares
+from tla_service.config.radii import Norm
 
-AutoAttackNorm = Literal["linf", "l2", "l1"]
-
-_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+_NORMS = {"linf": "Linf", "l2": "L2"}
 VERSION = "standard"
 _STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 # Stages by their numbers in per-image results, from 1 on; files of earlier versions rest on this order.
 ALL_STAGES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 # The DLR loss divides by the distance of the 1st to the 3rd logit; its targeted form reads the 4th.
 _FEWEST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
-_SQUARE_FEWEST_ROWS = 5  # in L2 and L1 it lays tiles of a fifth of the image's height
+_SQUARE_FEWEST_ROWS = 5  # in L2 it lays tiles of a fifth of the image's height
 # What the package warns of, by words of its message, and what it means; its own advice names options and a file that
 # this project does not have.
 _WARNINGS = {
@@ -68,7 +67,7 @@ def run_autoattack(
     images: Tensor,
     labels: Tensor,
     *,
-    norm: AutoAttackNorm,
+    norm: Norm,
     epsilon: float,
     seed: int,
     batch_size: int,
@@ -140,7 +139,7 @@ def run_autoattack(
 
 
 def autoattack_stages(
-    classes: int, norm: AutoAttackNorm, rows: int, only: Collection[str] | None = None
+    classes: int, norm: Norm, rows: int, only: Collection[str] | None = None
 ) -> tuple[list[str], dict[str, str]]:
     """Stages of the standard version that run on a network of `classes` and images of `rows`; those left out, and why.
 
@@ -158,7 +157,7 @@ def autoattack_stages(
             if classes >= _FEWEST_CLASSES["apgd-dlr"]:
                 left_out[stage] += "; apgd-dlr runs in its place"
                 stages.append("apgd-dlr")
-    if "square" in stages and norm != "linf" and rows < _SQUARE_FEWEST_ROWS:
+    if "square" in stages and norm == "l2" and rows < _SQUARE_FEWEST_ROWS:
         stages.remove("square")
         left_out["square"] = f"needs images of {_SQUARE_FEWEST_ROWS} rows in {norm}, these have {rows}"
     return stages, left_out

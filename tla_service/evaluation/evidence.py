@@ -1,19 +1,13 @@
 """AutoAttack's images for others to check: moved into the ball to the last bit, and classified once more as stored."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from tla_service.attacks.autoattack import AutoAttackNorm
+from tla_service.config.radii import Norm
 from tla_service.evaluation.shards import Arrays
 
-_ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 
-
-def adversarial_arrays(
-    network: nn.Module, clean: Tensor, adversarial: Tensor, norm: AutoAttackNorm, epsilon: float
-) -> Arrays:
+def adversarial_arrays(network: nn.Module, clean: Tensor, adversarial: Tensor, norm: Norm, epsilon: float) -> Arrays:
     """What is published of adversarial and clean images (N, C, H, W), float32 in [0, 1], by name.
 
     ``adversarial`` are those moved into the ball, ``clean`` the clean images, and ``attacked`` the classes (N,) that
@@ -25,7 +19,7 @@ def adversarial_arrays(
     return {"clean": clean.cpu().numpy(), "adversarial": inside.cpu().numpy(), "attacked": attacked.cpu().numpy()}
 
 
-def into_ball(clean: Tensor, adversarial: Tensor, norm: AutoAttackNorm, epsilon: float) -> Tensor:
+def into_ball(clean: Tensor, adversarial: Tensor, norm: Norm, epsilon: float) -> Tensor:
     """Move images (N, C, H, W), float32, into the ball and into [0, 1], as computed in float64 and without tolerance.
 
     Attacks compute x + epsilon in float32, which rounds up for about half of all pixels. NaN becomes the clean pixel.
@@ -37,7 +31,7 @@ def into_ball(clean: Tensor, adversarial: Tensor, norm: AutoAttackNorm, epsilon:
     # Float32 may round a scaled image out of the ball again: from one try to the next it is scaled twice as much.
     for power in range(-24, 1):
         delta = moved.double() - exact
-        lengths = delta.flatten(1).norm(_ORDERS[norm], dim=1)[:, None, None, None]
+        lengths = delta.flatten(1).norm(dim=1)[:, None, None, None]
         if not (lengths > epsilon).any():
             break
         scaled = (exact + (1 - 2.0**power) * epsilon / lengths * delta).float()

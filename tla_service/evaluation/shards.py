@@ -244,9 +244,13 @@ def save_arrays(arrays: Arrays, path: Path) -> None:
 
 def load_arrays(path: Path) -> Arrays:
     """Read arrays that :func:`save_arrays` wrote; UnavailableError if there is no such file, or it is damaged."""
-    refused = readable("shard", path, "delete it; it is made again")
+    with readable("shard", path, "delete it; it is made again"):
+        return _arrays(path)
+
+
+def _arrays(path: Path) -> Arrays:
     # Opened here, because numpy leaves the file of a damaged archive open.
-    with refused, path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         return {name: file[name] for name in file}
 
 
@@ -257,5 +261,5 @@ def save_outcome(outcome: ShardOutcome, path: Path) -> None:
 
 def load_outcome(path: Path) -> ShardOutcome:
     """Read an outcome that :func:`save_outcome` wrote; UnavailableError if there is no such file, or it is damaged."""
-    with readable("outcome", path, "delete it; it is made again"):
-        return outcome_from(load_arrays(path))
+    with readable("outcome", path, f"delete {path.parent} and give the same command again"):
+        return outcome_from(_arrays(path))

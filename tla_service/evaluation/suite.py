@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tla_service.attacks import UNBROKEN, Attack, LogitsFn, attack_images, is_right
-from tla_service.attacks.autoattack import VERSION, AutoAttackNorm, run_autoattack
+from tla_service.attacks.autoattack import VERSION, run_autoattack
 from tla_service.attacks.minimum_norm import SparseNorm, minimum_norms
 from tla_service.config.adversary import AttackConfig, EvaluationAttack
-from tla_service.config.radii import no_radius
+from tla_service.config.radii import Norm, no_radius
 from tla_service.data import Batch
 from tla_service.errors import ConfigError, one_line
 from tla_service.evaluation import shards as sh
@@ -40,7 +40,7 @@ class AttackMeasurement:
 
     attacks: Mapping[str, Attack]
     transfer: Mapping[str, Attack]
-    autoattack: tuple[AutoAttackNorm, float] | None
+    autoattack: tuple[Norm, float] | None
     seed: int
     batch_size: int
     keep_images: bool = False

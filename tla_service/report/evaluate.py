@@ -117,17 +117,22 @@ def report_folder(models: Models, plan: pl.Plan) -> Path:
 
 def identity(models: Models, plan: pl.Plan) -> dict[str, Any]:
     """What makes two evaluations the same one: networks, data and protocol, whatever the models' addresses."""
-    built = [each.architecture for each in models.all]
+
+    def built(each: Subject) -> list[str | None]:  # weights do not tell a normalization
+        a = each.architecture
+        return [a.name, a.normalization, a.embedding, a.activation, a.code_sha256]
+
     facts: dict[str, Any] = {
         "weights": [each.facts.weights_sha256 for each in models.all],
-        # Weights do not tell a normalization.
-        "architecture": [[a.name, a.normalization, a.embedding, a.activation, a.code_sha256] for a in built],
+        "architecture": [built(each) for each in models.all],
         "data": models.dataset.fingerprint,
         "threat model": f"{plan.norm} {plan.epsilon!r}",
         "settings": pl.protocol(plan),
     }
     if plan.transfer or plan.settings.images.audit:  # what uses a surrogate
         facts["surrogate"] = models.surrogate.facts.weights_sha256 if models.surrogate is not None else None
+        if models.surrogate is not None:
+            facts["architecture of the surrogate"] = built(models.surrogate)
     if any(each.rejector for each in models.all):
         facts["detector"] = [each.rejector and each.rejector.digest for each in models.all]
     own = sorted({attack.kind for attack in plan.columns.values() if ":" in attack.kind})
@@ -148,9 +153,10 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
     mark = output / _IDENTITY
     try:
         if mark.is_file():
-            found = json.loads(mark.read_text())
-            # Evaluations of earlier versions do not state these two.
-            added = {name: mine[name] for name in ("architecture", "code of attacks") if name in mine}
+            found = dict(json.loads(mark.read_text()))
+            # Evaluations of earlier versions do not state these.
+            later = ("architecture", "architecture of the surrogate", "code of attacks")
+            added = {name: mine[name] for name in later if name in mine}
             differ = [name for name in {**mine, "detector": None} if (added | found).get(name) != mine.get(name)]
             if differ:
                 reason = f"holds an evaluation that differs in {', '.join(differ)}"
@@ -159,8 +165,8 @@ def open_folder(output: Path, mine: Mapping[str, Any], *, page: bool = True) -> 
             raise ConfigError("output", output, "holds other files", "choose another --output")
         output.mkdir(parents=True, exist_ok=True)
         write_whole(mark, json.dumps(mine, indent=1))
-    except (OSError, ValueError) as error:
-        reason = f"cannot be written ({one_line(error)})"
+    except (OSError, ValueError, TypeError) as error:
+        reason = f"cannot be used ({one_line(error)})"
         raise UnavailableError("output", output, reason, "choose another --output") from error
     return (output / (rp.PAGE_FILE if page else rp.REPORT_FILE)).is_file()
 

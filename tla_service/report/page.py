@@ -127,10 +127,11 @@ def describe(report: Report, name: str) -> str:
 
 def split_sentence(report: Report) -> str:
     """Which test images the figures are of, and why not of all."""
+    images, gate = report.data.images, report.gate.images
     return (
-        f"Figures are of {report.data.images - report.gate.images} of the {report.data.images} test images. The other "
-        f"{report.gate.images} are set aside for the promotion gate: one in four of each class, the same for every "
-        "model. No figure is of an image that a champion was chosen on."
+        f"Figures are of up to {images - gate} of the {images} test images. The other {gate} are set aside for the "
+        "promotion gate: one in four of each class, the same for every model. Only the gate's own figures and the "
+        "audit are of images that a champion was chosen on."
     )
 
 

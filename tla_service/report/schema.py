@@ -151,9 +151,10 @@ class GateFacts(Part):
 class Report(Part):
     """An evaluation of one model. Its figures are of the test images that are not set aside for the promotion gate.
 
-    The audit alone is of both: it asks whether the attacks work. `accuracy` is by attack, with ``clean``,
-    ``autoattack`` and ``worst``, for images that no attack of the table and no example of `relatives` breaks. Files are
-    beside the report. `seconds` is wall time without shards that an earlier start had measured.
+    The audit alone, but for its checks of restarts and relatives, is of both: it asks whether the attacks work.
+    `accuracy` is by attack, with ``clean``, ``autoattack`` and ``worst``, for images that no attack of the table and no
+    example of `relatives` breaks. Files are beside the report. `seconds` is wall time without shards that an earlier
+    start had measured.
     """
 
     format: Literal[1] = FORMAT
@@ -208,7 +209,8 @@ def read_report(path: Path) -> Report:
         return Report.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         reason = f"cannot be read ({one_line(error)})"
-        raise UnavailableError("report", path, reason, "evaluate the model again") from error
+        remedy = f"delete {path.parent} and give the same command again"
+        raise UnavailableError("report", path, reason, remedy) from error
 
 
 def write_report(report: Report, path: Path) -> None:

@@ -195,7 +195,7 @@ def spread_lists(arguments: Sequence[str], names: Sequence[str] = ("compare",)) 
     for argument in arguments:
         if argument.startswith("--"):
             flag = argument if argument.removeprefix("--") in names else ""
-            if flag:
-                continue
-        spread += [flag, argument] if flag else [argument]
+        elif flag and spread[-1] != flag:
+            spread.append(flag)
+        spread.append(argument)
     return spread

@@ -164,7 +164,8 @@ def run_tasks(
         if awaited and awaited <= run.results.keys():
             run.add(then(run.results))
             awaited = set()
-    return run.results, run.tasks
+    # In the tasks' order, not the one in which they were complete: some is written in the order of results.
+    return {task.key: run.results[task.key] for task in run.tasks}, run.tasks
 
 
 def _is_saved(path: Path) -> bool:

@@ -332,10 +332,10 @@ def read_row(label: str, runs: Sequence[TableRun], state: Path) -> Row:
         if not is_finished(run, state):
             continue
         folder = state / run.name / REPORT
-        strong = folder / AUTOATTACK_FILE
-        outcomes = [load_outcome(strong)] if strong.exists() else []
+        report = read_report(folder / REPORT_FILE)
+        outcomes = [load_outcome(folder / AUTOATTACK_FILE)] if report.autoattack is not None else []
         outcomes.append(load_outcome(folder / OUTCOME_FILE))  # last: AutoAttack's `clean` is of fewer images
         standing = {name: outcome.standing(name) for outcome in outcomes for name in outcome.broken_at}
         standing["worst"] = standing_under_all(outcomes[-1])
-        found.append(Measured(run, read_report(folder / REPORT_FILE), standing))
+        found.append(Measured(run, report, standing))
     return Row(label, tuple(found))

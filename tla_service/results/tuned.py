@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from tla_service.config import Method
 from tla_service.config.adversary import EvaluationAttack
 from tla_service.config.yaml_files import read_yaml
-from tla_service.errors import UnavailableError
+from tla_service.errors import UnavailableError, readable
 from tla_service.training.meter import ROBUST
 from tla_service.training.output import SUMMARY
 from tla_service.tuning.axes import axis_of
@@ -125,10 +125,15 @@ def scored_trials(table: str, arm: str, state: Path) -> list[Scored]:
     found = []
     for number, point in enumerate(trial_points(table, arm)):
         paths = [state / trial_name(arm, number, seed) / SUMMARY for seed in _TRIAL_SEEDS]
-        scores = [json.loads(path.read_text())["validation"][ROBUST] for path in paths if path.exists()]
+        scores = [_score(path) for path in paths if path.exists()]
         if scores:
             found.append(Scored(number, point, tuple(scores)))
     return found
+
+
+def _score(path: Path) -> float:
+    with readable("state", path, "delete it to train the trial again"):
+        return float(json.loads(path.read_text())["validation"][ROBUST])
 
 
 def winner(table: str, arm: str, state: Path) -> Scored:

@@ -17,7 +17,7 @@ from tla_service.config import RunConfig
 from tla_service.config.loading import load_config_file, to_yaml
 from tla_service.config.yaml_files import parse_yaml
 from tla_service.data.cache import disk_trouble
-from tla_service.errors import ConfigError, UnavailableError, without_credentials
+from tla_service.errors import ConfigError, UnavailableError, readable, without_credentials
 from tla_service.files import locked_folder, write_whole
 from tla_service.job import INTERRUPTED, stop_on_signal
 from tla_service.models import Architecture
@@ -79,7 +79,8 @@ def _check_began_with(run: RunConfig, storage: Folder, now: dict[str, Any]) -> N
     text = storage.read(BEGAN_WITH)
     if text is None:
         return
-    before = json.loads(text)
+    with readable("sweep.name", f"{storage.uri}/{BEGAN_WITH}", "choose another --sweep.name"):
+        before = dict(json.loads(text))
     check_facts(before, now, run, "sweep", "--sweep.name")
     if before.get("pretrained_sha256") != now.get("pretrained_sha256"):
         reason, remedy = "its weights are not those that this sweep began with", "name them by version or file"
