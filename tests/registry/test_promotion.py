@@ -297,6 +297,24 @@ def test_rollback_works_although_an_older_champion_was_deleted(packaged: Package
     assert aliases(packaged) == {"champion": "2"}
 
 
+def test_a_copy_does_not_roll_back_as_its_original_does(packaged: Packaged) -> None:
+    made = MlflowClient(packaged.uri)
+    for version in ("1", register_another(packaged)):
+        evaluate(packaged, version, GOOD)
+        assert attempt(packaged, version).verdict == "promoted"
+    made.rename_registered_model("tla-digits", "renamed")
+    for version in ("1", "2"):
+        made.copy_model_version(f"models:/renamed/{version}", "copies")
+    made.set_registered_model_alias("copies", "champion", "2")
+    with pytest.raises(ConfigError, match="no version carried 'champion' before"):
+        Promotion(packaged.config.tracking, "copies", "champion", RULES).roll_back()
+    rules = RULES.model_copy(update={"not_worse": False})
+    assert Promotion(packaged.config.tracking, "copies", "champion", rules).promote("1").replaced == "2"
+    assert Promotion(packaged.config.tracking, "copies", "champion", RULES).roll_back().version == "2"
+    assert set(made.get_registered_model("copies").aliases) == {"champion"}
+    assert Promotion(packaged.config.tracking, "renamed", "champion", RULES).roll_back().version == "1"
+
+
 def test_rollback_does_not_bring_back_what_was_changed(packaged: Packaged) -> None:
     evaluate(packaged, "1", GOOD)
     second = register_another(packaged)

@@ -138,8 +138,11 @@ class Promotion:
 
     def _replaced_by(self, version: str) -> str | None:
         """The version that another one took the alias from."""
-        tags = retrying("Reading the version", lambda: self._made.get_model_version(self._model, version)).tags
-        return tags.get(f"tla.{self._alias}.replaced") or None
+        found = retrying("Reading the version", lambda: self._made.get_model_version(self._model, version))
+        created = str(found.creation_timestamp)
+        # MLflow copies a version with all its tags, to which its original's promotion means nothing.
+        is_copy = found.tags.get(f"tla.{self._alias}.version_created", created) != created
+        return None if is_copy else found.tags.get(f"tla.{self._alias}.replaced") or None
 
     def _apply(self, decision: Decision, previous: str | None, lock: RegistryLock) -> Decision:
         """Change the aliases. A killed process leaves a record with status RUNNING."""
@@ -147,8 +150,10 @@ class Promotion:
         with self._recorded(decision):
             try:
                 if decision.verdict == "promoted":
+                    created = find_version(self._made, self._model, decision.version).creation_timestamp
                     lock.check()
                     self._tag(decision.version, "replaced", decision.replaced or "")
+                    self._tag(decision.version, "version_created", str(created))
                 lock.check()
                 # First, so that the same command completes what was interrupted.
                 try:
