@@ -74,15 +74,15 @@ class Measuring:
         inputs = Inputs({each.key: each.network for each in models.all}, dataset)
         without = self._no_surrogate()
         # First what others follow from.
-        early = []
+        embedded = ((key, "bank"), (key, "natural"))
+        early = [task for task in tasks if task.key in embedded]
         if counts.audit and models.surrogate is None and not without:
             self.terminal.say("no --surrogate is given: training a small one for the audit's transfer check")
-            early.append(tl.surrogate_task(plan, dataset, key))
+            early.insert(0, tl.surrogate_task(plan, dataset, key))
         if counts.transfer and not without:
-            early.append(tl.surrogate_task(plan, dataset, key, natural=True))
-        early += [task for task in tasks if task.key in ((key, "bank"), (key, "natural"))]
+            early.insert(0, tl.surrogate_task(plan, dataset, key, natural=True))
         # Then the longest shards: at the end workers wait for a short one only.
-        rest = sorted((task for task in tasks if task not in early), key=lambda task: task.name != "autoattack")
+        rest = sorted((task for task in tasks if task.key not in embedded), key=lambda task: task.name != "autoattack")
         measure = workers()
         self.terminal.say(f"measuring on {measure}")
         then = partial(self._following, without=without)
