@@ -35,6 +35,7 @@ _NETWORKS = {
     "digits_cnn": "two convolutions without BatchNorm for the 8x8 digits; embedding 128",
     "small_cnn": "two strided convolutions without BatchNorm for 28x28 or 32x32 on a CPU; embedding 128",
     "cifar_cnn": "three strided convolutions without BatchNorm for 32x32 on a CPU; embedding 128",
+    "cifar_cnn_bn": "the same with BatchNorm after each convolution; embedding 128",
     "mnist_cnn": "the paper's MNIST network (Mao et al. 2019, Table 5); embedding 1024",
     "mnist_mlp": "the authors' MNIST multilayer perceptron; embedding 1024",
     "wrn_32_10": "the paper's CIFAR-10 network, Madry et al.'s wide ResNet (Table 6); embedding 640",

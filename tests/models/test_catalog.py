@@ -15,6 +15,7 @@ _EMBEDDING_SIZES = {
     "digits_cnn": 128,
     "small_cnn": 128,
     "cifar_cnn": 128,
+    "cifar_cnn_bn": 128,
     "mnist_cnn": 1024,
     "mnist_mlp": 1024,
     "wrn_32_10": 640,
@@ -30,6 +31,7 @@ _CPU_SHAPES = {
     "digits_cnn": (1, 8, 8),
     "small_cnn": (3, 32, 32),
     "cifar_cnn": (3, 32, 32),
+    "cifar_cnn_bn": (3, 32, 32),
     "mnist_cnn": (1, 12, 12),
     "mnist_mlp": (1, 12, 12),
     "madry_8_1": (3, 8, 8),
@@ -150,7 +152,8 @@ def test_impossible_image_shape(name: str, shape: tuple[int, int, int], match: s
 
 @pytest.mark.parametrize("name", [name for name in model_names() if name != "mnist_mlp"])
 def test_smallest_image_that_is_not_refused_works(name: str) -> None:
-    smallest = {"digits_cnn": 2, "small_cnn": 4, "cifar_cnn": 8, "mnist_cnn": 4, "wrn_32_10": 4}.get(name, 1)
+    sizes = {"digits_cnn": 2, "small_cnn": 4, "cifar_cnn": 8, "cifar_cnn_bn": 8, "mnist_cnn": 4, "wrn_32_10": 4}
+    smallest = sizes.get(name, 1)
     with torch.device("meta"):
         network = build_model(name, 10, (1, smallest, smallest)).eval()
         assert network(torch.zeros(2, 1, smallest, smallest)).logits.shape == (2, 10)
@@ -190,7 +193,9 @@ def test_impossible_normalization() -> None:
         build_model("small_cnn", 10, (1, 8, 8), "imagenet")
 
 
-@pytest.mark.parametrize("name", ["wrn_28_10", "wrn_34_10", "wrn_32_10", "preact_resnet_18", "cifar_cnn"])
+@pytest.mark.parametrize(
+    "name", ["wrn_28_10", "wrn_34_10", "wrn_32_10", "preact_resnet_18", "cifar_cnn", "cifar_cnn_bn"]
+)
 def test_an_activation_is_part_of_what_is_built_and_kept(name: str, tmp_path: Path) -> None:
     made = Architecture(name, activation="silu")
     facts = json.loads(json.dumps(made.write(tmp_path)))

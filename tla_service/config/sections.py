@@ -74,9 +74,9 @@ class ModelConfig(Section):
 
     name: str = setting(
         "digits_cnn",
-        "network: digits_cnn, small_cnn, cifar_cnn, mnist_cnn, mnist_mlp, wrn_32_10, wrn_28_10, wrn_34_10, "
-        "preact_resnet_18, tiny_resnet50_stride2, tiny_resnet50_stride1, tiny_resnet20_stride1, torchvision:NAME, "
-        "timm:NAME, or package.module:factory",
+        "network: digits_cnn, small_cnn, cifar_cnn, cifar_cnn_bn, mnist_cnn, mnist_mlp, wrn_32_10, wrn_28_10, "
+        "wrn_34_10, preact_resnet_18, tiny_resnet50_stride2, tiny_resnet50_stride1, tiny_resnet20_stride1, "
+        "torchvision:NAME, timm:NAME, or package.module:factory",
     )
     code: str | None = setting(
         None,
@@ -91,7 +91,7 @@ class ModelConfig(Section):
     )
     activation: Literal["default", "relu", "silu"] = setting(
         "default",
-        "activation of wrn_*, preact_resnet_18, cifar_cnn, small_cnn and digits_cnn; default: ReLU, of wrn_32_10 leaky",
+        "activation of wrn_*, preact_resnet_18, cifar_cnn*, small_cnn, digits_cnn; default: ReLU (wrn_32_10: leaky)",
     )
     pretrained: str | None = setting(
         None,
@@ -122,7 +122,8 @@ class EvaluationConfig(Section):
     """Model selection (on the validation split) and testing (once, at the end). Always in float32."""
 
     validation: EvaluationAttack = setting(
-        EvaluationAttack(), "attack on the validation split, selects the best weights"
+        EvaluationAttack(),
+        "attack on the validation split; selects the best weights (of natural training, clean accuracy does)",
     )
     validation_limit: int | None = setting(None, "attack only this many validation images", unit="images", ge=1)
     validation_margin: bool = setting(

@@ -62,6 +62,7 @@ _NETWORKS = {
     "digits_cnn": _Network(partial(SmallCNN, (32, 64), 3, (1, 2)), one_size=True),
     "small_cnn": _Network(partial(SmallCNN, (16, 32), 4, (2, 2)), one_size=True, min_size=4),
     "cifar_cnn": _Network(partial(SmallCNN, (32, 64, 128), 4, (2, 2, 2)), one_size=True, min_size=8),
+    "cifar_cnn_bn": _Network(partial(SmallCNN, (32, 64, 128), 4, (2, 2, 2), batchnorm=True), one_size=True, min_size=8),
     "mnist_cnn": _Network(build_mnist_cnn, one_size=True, min_size=4),
     "mnist_mlp": _Network(build_mnist_mlp, one_size=True),
     # Its average-pooled shortcuts and its convolutions disagree on odd sizes, twice.
@@ -151,7 +152,7 @@ class Architecture:
         if self.activation != "default":
             if not hasattr(built, "activation"):
                 reason = f"the activations of {self.name} are fixed"
-                remedy = "leave it out, or use wrn_*, preact_resnet_18, cifar_cnn, small_cnn or digits_cnn"
+                remedy = "leave it out, or use wrn_*, preact_resnet_18, cifar_cnn*, small_cnn or digits_cnn"
                 raise ConfigError("model.activation", self.activation, reason, remedy)
             for module in built.modules():
                 if hasattr(module, "activation"):

@@ -64,8 +64,8 @@ class _ToImages(torch.autograd.Function):
 class SmallCNN(ImageClassifier):
     """Square convolutions padded by one, each with ReLUs, then 128 ReLUs: the embedding (>= 0 with the default).
 
-    Without BatchNorm, so an image's output and gradient do not depend on its batch. With two 4x4 convolutions (16, 32)
-    of stride 2, the convolutions are those of Wong and Kolter 2018 (arXiv 1711.00851) for MNIST.
+    Without BatchNorm, its default, an image's output and gradient do not depend on its batch. With two 4x4 convolutions
+    (16, 32) of stride 2, the convolutions are those of Wong and Kolter 2018 (arXiv 1711.00851) for MNIST.
     """
 
     activation: Activation = staticmethod(F.relu)
@@ -76,6 +76,7 @@ class SmallCNN(ImageClassifier):
         kernel_size: int,
         strides: Sequence[int],
         *,
+        batchnorm: bool = False,
         num_classes: int,
         image_shape: tuple[int, int, int],
         normalization: nn.Module,
@@ -85,7 +86,8 @@ class SmallCNN(ImageClassifier):
         self.convolutions = nn.Sequential()
         for width, stride in zip(widths, strides, strict=True):
             kind = ConvolutionOfImages if not self.convolutions and stride > 1 else nn.Conv2d
-            self.convolutions.extend([kind(channels, width, kernel_size, stride, padding=1), _Activated()])
+            norms = [nn.BatchNorm2d(width)] if batchnorm else []
+            self.convolutions.extend([kind(channels, width, kernel_size, stride, padding=1), *norms, _Activated()])
             channels, sides = width, [(side + 2 - kernel_size) // stride + 1 for side in sides]
         self.hidden = nn.Linear(channels * sides[0] * sides[1], 128)
         self.fc = nn.Linear(128, num_classes)

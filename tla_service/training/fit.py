@@ -41,7 +41,7 @@ from tla_service.training.reporting import Reporter
 from tla_service.training.step import TrainingStep
 from tla_service.training.validation import ImageSet, Validator, taken
 
-_rank = itemgetter(ROBUST, "validation/clean_accuracy")
+_CLEAN = "validation/clean_accuracy"
 
 
 class Run:
@@ -228,7 +228,9 @@ class Run:
     def _add_validated(self, metrics: dict[str, float], measured: Mapping[str, float]) -> bool:
         """Add its validation to an epoch's metrics; whether it is the best so far, whose weights are to be kept."""
         metrics |= {f"validation/{name}": value for name, value in measured.items()}
-        is_best = not self.state.best or _rank(metrics) > _rank(self.state.best)
+        # Under attack, natural training is best before it has learned anything.
+        score = itemgetter(*((_CLEAN, ROBUST) if self.config.method == "natural" else (ROBUST, _CLEAN)))
+        is_best = not self.state.best or score(metrics) > score(self.state.best)
         if is_best:
             self.state.best = metrics
         return is_best
