@@ -23,7 +23,11 @@ from tla_service.runtime import hardware
 
 RESULTS = Path(__file__).parent / "results"
 _SEARCHED, _SEED = "tla.searched.", "tla.searched.seed"
-_ACCURACIES = {"clean": "test/clean_accuracy", "PGD-20": "test/robust_accuracy/pgd20"}
+_ACCURACIES = {
+    "clean": "test/clean_accuracy",
+    "PGD-20": "test/robust_accuracy/pgd20",
+    "PGD-20, margin": "test/robust_accuracy/margin20",  # of the studies that have it
+}
 
 
 def trials_of(client: MlflowClient, run_id: str) -> list[Any]:
@@ -42,27 +46,30 @@ def page(study: str, trials: Sequence[Any], device: str) -> str:
     variants: dict[str, dict[str, Mapping[str, float]]] = defaultdict(dict)
     for run in trials:
         variants[run.data.tags[_SEARCHED + axis]][run.data.tags[_SEED]] = run.data.metrics
+    accuracies = {column: metric for column, metric in _ACCURACIES.items() if metric in trials[0].data.metrics}
     first, *others = variants
     differences = {
         (name, column): [metrics[metric] - variants[first][seed][metric] for seed, metrics in variants[name].items()]
         for name in others
-        for column, metric in _ACCURACIES.items()
+        for column, metric in accuracies.items()
     }
     p = dict(zip(differences, holm([paired_p(pairs) for pairs in differences.values()]), strict=True))
     rows = []
     for name, runs in variants.items():
         row = [name, str(len(runs))]
-        row += [_shown([metrics[metric] for metrics in runs.values()], ".1f") for metric in _ACCURACIES.values()]
-        for column in _ACCURACIES:
+        row += [_shown([metrics[metric] for metrics in runs.values()], ".1f") for metric in accuracies.values()]
+        for column in accuracies:
             text = _shown(differences.get((name, column), []), "+.1f")
             row.append(f"**{text}**" if p.get((name, column), 1) < LEVEL else text)
         rows.append(row)
-    titles = [axis, "seeds", *_ACCURACIES, *(f"{column} less {first}" for column in _ACCURACIES)]
+    titles = [axis, "seeds", *accuracies, *(f"{column} less {first}" for column in accuracies)]
     commits = ", ".join(sorted({run.data.tags["tla.git_commit"][:12] for run in trials}))
+    extra = any(run.data.params.get("data.extra.path", "None") != "None" for run in trials)
     lines = [
         f"# {params['data.name']}: the study `{study}`",
         "",
-        f"Made by `python jobs/tune_tla.py --study {study} --data.root /data/{params['data.name']}` at {commits} on "
+        f"Made by `python jobs/tune_tla.py --study {study} --data.root /data/{params['data.name']}"
+        f"{' --data.extra.path /data/extra.npz' if extra else ''}` at {commits} on "
         f"{device}; network `{params['model.name']}`, {params['training.epochs']} epochs, "
         f"{int(tags['tla.test_images']):,} test images.",
         "",

@@ -20,7 +20,7 @@ from tla_service.results.runs import (
     table_runs,
 )
 from tla_service.results.settings import ReproduceSettings
-from tla_service.results.tuned_page import comparison_lines, gain_cells, label, protocol_text, search_lines
+from tla_service.results.tuned_page import comparison_lines, cost_text, gain_cells, label, protocol_text, search_lines
 from tla_service.tuning.space import Space
 
 _FLAT = 1e-9  # width of an interval over equal differences
@@ -65,6 +65,7 @@ def write_page(settings: ReproduceSettings, space: Space, source: Path, state: P
     if is_tuned:
         picture = path.parent / "pictures" / f"{settings.page_name}-trials.png"
         lines += ["## Searches", "", *search_lines(settings.table, state, picture), ""]
+        lines += [cost_text(settings.table, state, finished), ""]
     lines += _missing(settings, finished)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n")

@@ -136,6 +136,13 @@ def _score(path: Path) -> float:
         return float(json.loads(path.read_text())["validation"][ROBUST])
 
 
+def training_seconds(folder: Path) -> float:
+    """What a run's training took, all phases; 0 of one that has not finished."""
+    path = folder / SUMMARY
+    with readable("state", path, "delete it to train the run again"):
+        return sum(json.loads(path.read_text()).get("wall_seconds", {}).values()) if path.exists() else 0.0
+
+
 def winner(table: str, arm: str, state: Path) -> Scored:
     """The best trial of an arm over two seeds, of equals the first; UnavailableError while trials are missing."""
     found = protocol(table)

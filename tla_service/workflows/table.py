@@ -125,6 +125,7 @@ def _fetch_trained(settings: ReproduceSettings, space: Space, runs: Sequence[Tab
         slim(folder)
         write_config(run_config(space, run), folder)
         validation = {f"validation/{name}": value for name, value in trial.best_accuracies.items()}
-        write_summary(folder, {"status": "finished", **trial.test, "validation": validation})
+        clock = {"all": trial.worker_seconds}
+        write_summary(folder, {"status": "finished", **trial.test, "validation": validation, "wall_seconds": clock})
         if settings.scaling.storage is None:  # it is in the state folder, which must stay small enough to copy
             stored.keep(())
