@@ -64,13 +64,15 @@ def page(study: str, trials: Sequence[Any], device: str) -> str:
         rows.append(row)
     titles = [axis, "seeds", *accuracies, *(f"{column} less {first}" for column in accuracies)]
     commits = ", ".join(sorted({run.data.tags["tla.git_commit"][:12] for run in trials}))
-    extra = any(run.data.params.get("data.extra.path", "None") != "None" for run in trials)
+    steps = params["training.max_steps"]
+    length = f"{params['training.epochs']} epochs" if steps == "null" else f"{steps} steps"
+    extra = any(run.data.params.get("data.extra.path", "null") != "null" for run in trials)
     lines = [
         f"# {params['data.name']}: the study `{study}`",
         "",
         f"Made by `python jobs/tune_tla.py --study {study} --data.root /data/{params['data.name']}"
         f"{' --data.extra.path /data/extra.npz' if extra else ''}` at {commits} on "
-        f"{device}; network `{params['model.name']}`, {params['training.epochs']} epochs, "
+        f"{device}; network `{params['model.name']}`, {length}, "
         f"{int(tags['tla.test_images']):,} test images.",
         "",
         "Cells are means over seeds with Student's 95% interval, for the weights chosen on validation; differences are "
