@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,11 @@ def test_a_champion_that_was_tampered_with_stops_the_gate(packaged: Packaged) ->
     (Path(location) / "MLmodel").write_text("flavors: {}")
     refused = attempt(packaged, second)
     assert set(failed(refused)) == {"champion intact"}
+    shutil.rmtree(location)
+    with pytest.raises(UnavailableError) as lost:
+        attempt(packaged, second)
     *_, flag = refused.findings[-1].remedy.split()
+    assert lost.value.remedy.endswith(refused.findings[-1].remedy)
     rules = read_settings(PromoteSettings, ["--model", "x", "--version", "1", flag]).rules
     assert attempt(packaged, second, RULES.model_copy(update={"not_worse": rules.not_worse})).verdict == "promoted"
 

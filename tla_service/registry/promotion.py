@@ -13,7 +13,7 @@ from typing import Literal
 from mlflow.exceptions import MlflowException
 
 from tla_service.config import TrackingConfig
-from tla_service.errors import ConfigError, one_line, readable
+from tla_service.errors import ConfigError, UnavailableError, one_line, readable
 from tla_service.job import code_version
 from tla_service.registry.evidence import examine_evaluation, examine_files, find_version, verify
 from tla_service.registry.gate import Evaluated, Finding, compare, judge
@@ -103,8 +103,11 @@ class Promotion:
         return [*findings, *self._compare(candidate, threat, holder)]
 
     def _compare(self, candidate: Evaluated, threat: ThreatModel, holder: str) -> list[Finding]:
-        intact, theirs = self._files(holder, self._alias)
         uncompared = "to replace it without a comparison: --no-rules.not_worse"
+        try:
+            intact, theirs = self._files(holder, self._alias)
+        except UnavailableError as error:  # those of the candidate could be read
+            raise UnavailableError(error.subject, error.value, error.reason, f"{error.remedy}; {uncompared}") from error
         if theirs is None:
             return [replace(intact, remedy=uncompared)]
         other = theirs.trained_for
