@@ -1,5 +1,6 @@
 """The documentation agrees with the code: generated tables, links, commands, and the presets' values."""
 
+import json
 import re
 import runpy
 import shlex
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+import tla_service
 from benchmarks.settings import BenchmarkSettings
 from jobs.inspect_data import InspectSettings
 from tla_service.cluster.doctor.settings import CheckupSettings
@@ -254,3 +256,25 @@ def test_a_study_is_compared_seed_by_seed() -> None:
     assert "| none | 3 | 51.0 [48.5, 53.5] | 32.0 [27.0, 37.0] |  |  |" in text
     assert "| more | 3 | 51.0 [48.5, 53.5] | 34.0 [29.0, 39.0] | +0.0 [+0.0, +0.0] | **+2.0 [+2.0, +2.0]** |" in text
     assert "| +0.7 [-9.4, +10.7] |" in text
+
+
+def test_trials_are_attacked_on_the_margin_from_their_own_weights(tmp_path: Path) -> None:
+    """A run that has the figure is left alone; one whose accuracy the weights do not have is an error."""
+    made = runpy.run_path(str(ROOT / "docs" / "make_study.py"))
+    small = {"data": {"train_limit": 100, "test_limit": 50}, "training": {"max_steps": 2, "global_batch_size": 50}}
+    trained = tla_service.train(tla_service.load_config("digits", **small), tmp_path / "trial")
+    (tmp_path / "trial" / "latest.json").write_text(json.dumps({"checkpoint": trained["checkpoint"]}))
+    clean = {"test/clean_accuracy": trained["clean_accuracy"]}
+    runs = [
+        SimpleNamespace(info=SimpleNamespace(run_id=run, run_name="trial"), data=SimpleNamespace(metrics=metrics))
+        for run, metrics in {"has": clean | {"test/robust_accuracy/margin20": 0.1}, "lacks": clean}.items()
+    ]
+    logged: list[tuple[str, str, float]] = []
+    client = SimpleNamespace(log_metric=lambda *each: logged.append(each))
+    made["attack_margins"](client, runs, tmp_path)
+    ((run, name, value),) = logged
+    assert (run, name) == ("lacks", "test/robust_accuracy/margin20")
+    assert 0 <= value <= trained["clean_accuracy"]
+    runs[1].data.metrics["test/clean_accuracy"] += 0.1
+    with pytest.raises(ValueError, match="not that of run lacks"):
+        made["attack_margins"](client, runs, tmp_path)
