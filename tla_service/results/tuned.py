@@ -79,7 +79,8 @@ def protocol(table: str) -> Protocol:
 
 def searches_digest(table: str) -> str:
     """Of all that decides what a numbered trial, or a run with its winner's settings, is and how it was measured."""
-    found = protocol(table).model_dump_json(exclude={"comparisons", "full_seeds"})
+    left_out = {"comparisons": True, "full_seeds": True, "arms": {"__all__": {"seeds"}}}
+    found = protocol(table).model_dump_json(exclude=left_out)
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
