@@ -93,7 +93,9 @@ def test_trials_of_other_searches_are_refused(tmp_path: Path, monkeypatch: pytes
     open_state(settings)
     open_state(settings)
     name = table_space(settings, table_runs(settings)).name
-    for change, fits in (({"full_seeds": 2}, True), ({"trials": 3}, False), ({"repeated": 2}, False)):
+    arms = {arm: each.model_copy(update={"seeds": 9}) for arm, each in found.arms.items()}
+    changes = [({"full_seeds": 2}, True), ({"arms": arms}, True), ({"trials": 3}, False), ({"repeated": 2}, False)]
+    for change, fits in changes:
         monkeypatch.setattr(tuned, "protocol", {"digits": found.model_copy(update=change)}.__getitem__)
         with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="other settings"):
             open_state(settings)

@@ -35,7 +35,7 @@ class Arm(BaseModel, frozen=True, extra="forbid"):
     fields: dict[str, Any] = Field({})
     space: dict[str, Dimension] = Field({})
     tuned_as: str | None = None  # takes the settings found for another arm instead of searching
-    seeds: int | None = None  # none: those of the table
+    seeds: int | None = Field(None, exclude=True)  # none: those of the table; no part of `searches_digest`
     autoattack: bool = False
 
 
@@ -79,8 +79,7 @@ def protocol(table: str) -> Protocol:
 
 def searches_digest(table: str) -> str:
     """Of all that decides what a numbered trial, or a run with its winner's settings, is and how it was measured."""
-    left_out = {"comparisons": True, "full_seeds": True, "arms": {"__all__": {"seeds"}}}
-    found = protocol(table).model_dump_json(exclude=left_out)
+    found = protocol(table).model_dump_json(exclude={"comparisons", "full_seeds"})
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
