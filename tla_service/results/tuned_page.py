@@ -44,7 +44,7 @@ def protocol_text(table: str, run: RunConfig, seeds: int) -> str:
 
 
 def cost_text(table: str, state: Path, rows: Sequence[Row]) -> str:
-    """What the trials and the finished runs took, one worker each."""
+    """What the trials and the finished runs took, in hours."""
     trials = [name for name, *_ in (*tuned.first_trials(table), *tuned.repeated_trials(table, state))]
     runs = [each for row in rows for each in row.runs]
     searched = sum(tuned.training_seconds(state / name) for name in trials)
