@@ -47,16 +47,17 @@ def dots_per_inch(path: Path) -> float:
     return float(struct.unpack(">I", content[at : at + 4])[0]) * 0.0254
 
 
-def test_curves_mark_the_first_best_epoch(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_curves_mark_the_best_epoch(tmp_path: Path, drawn: list[Figure]) -> None:
     path = tmp_path / "new" / "curves.png"
-    training_curves(history(0.2, 0.7, 0.6, 0.7), path)
+    rows = history(0.2, 0.7, 0.6, 0.7)
+    training_curves(rows, rows[1], path)
     assert dots_per_inch(path) >= 150
     losses, accuracies = drawn[0].axes
     assert [line.get_label() for line in losses.lines] == ["total", "cross-entropy", "triplet", "norm"]
     assert len({(line.get_linestyle(), line.get_marker()) for line in losses.lines}) == 4, "told apart without colours"
     star = next(line for line in accuracies.lines if line.get_marker() == "*")
-    assert list(star.get_xydata()[0]) == [1, 0.7]
-    assert "best: 70.0%, epoch 1" in accuracies.get_legend_handles_labels()[1]
+    assert star.get_xydata().tolist() == [[1, rows[1]["validation/clean_accuracy"]], [1, 0.7]]
+    assert "best weights, epoch 1" in accuracies.get_legend_handles_labels()[1]
     drawn[0].canvas.draw()
     assert "100%" in [label.get_text() for label in accuracies.get_yticklabels()]
     assert losses.get_xlabel() == "epoch"
@@ -74,13 +75,13 @@ def test_curves_mark_the_first_best_epoch(tmp_path: Path, drawn: list[Figure]) -
     ids=["one epoch", "natural training", "nothing measured", "not finite", "long"],
 )
 def test_curves_at_the_edges(rows: list[dict[str, float]], tmp_path: Path) -> None:
-    training_curves(rows, tmp_path / "curves.png")
+    training_curves(rows, rows[0], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
 def test_an_empty_history_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="empty"):
-        training_curves([], tmp_path / "curves.png")
+        training_curves([], {}, tmp_path / "curves.png")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

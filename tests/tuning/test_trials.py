@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.tuning.conftest import space_of, trial_of
+from tests.tuning.conftest import run_config, space_of, trial_of
 from tla_service.tuning import trials as trials_module
 from tla_service.tuning.axes import COLUMNS
 from tla_service.tuning.trials import Progress, Score, Trial, as_csv, counts, table, winner
@@ -131,7 +131,24 @@ def test_a_trial_whose_process_died_too_often_has_failed() -> None:
 def test_the_best_score_is_the_one_whose_weights_a_run_keeps() -> None:
     trial = Trial(0, {}, curve=[Score(1, 0.5, 0.8), Score(2, 0.5, 0.9), Score(3, 0.5, 0.9), Score(4, 0.4, 1.0)])
     assert trial.best == Score(2, 0.5, 0.9)
+    trial.selected_by = "clean_accuracy"
+    assert trial.best == Score(4, 0.4, 1.0)
     assert Trial(0, {}).best is None
+
+
+def test_a_natural_trial_is_worth_its_clean_accuracy() -> None:
+    run = run_config(method="natural")
+    assert (space_of(run=run).objectives, space_of().objectives) == (("clean_accuracy",), ("robust_accuracy",))
+    progress = Progress()
+    progress.selected_by = run.selected_by
+    progress.add(start())
+    for number, (robust, clean) in enumerate([(0.3, 0.2), (0.0, 0.9), (0.1, 0.8)]):
+        accuracies = {"validation/robust_accuracy": robust, "validation/clean_accuracy": clean}
+        progress.add({"event": "epoch", "metrics": metrics(number) | accuracies})
+    report, trial = progress.report(outcome="finished"), Trial(0, {})
+    assert (report["robust_accuracy"], report["clean_accuracy"]) == (0.0, 0.9)
+    trial.add_attempt(told(report))
+    assert trial.best == Score(2, 0.0, 0.9)
 
 
 def test_the_table_has_a_row_per_trial_and_survives_as_csv() -> None:

@@ -59,6 +59,7 @@ def run_trial(config: Mapping[str, Any], plan: Plan) -> None:
 
     try:
         run = plan.space.trial(config["trial"]["number"], config["trial"]["point"], plan.placement.num_workers)
+        progress.selected_by = run.selected_by
         storage, measure_test = f"{plan.storage}/trials", plan.space.sweep.measure_test
         result, _ = fit_on_ray(
             run, plan.placement, storage, follow, plan.weights, measure_test=measure_test, code=plan.code

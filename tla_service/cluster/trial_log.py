@@ -57,7 +57,8 @@ class TrialLines(DriverCallback):
         """Show how it ended."""
         ended = add_attempt({}, trial)
         reason = f" ({ended.reason})" if ended.reason else ""
-        best = f", best validation robust {ended.best.robust_accuracy:.1%}" if ended.best is not None else ""
+        accuracies = [f"{name.removesuffix('_accuracy')} {value:.1%}" for name, value in ended.best_accuracies.items()]
+        best = f", best validation {'  '.join(accuracies)}" if accuracies else ""
         self._tell(trial, "ended", f"{ended.status}{reason}{best}", status=ended.status, reason=ended.reason)
 
     def on_trial_recover(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:

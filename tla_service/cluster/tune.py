@@ -6,7 +6,7 @@ could change neither the number of trials nor the budget (ray/tune/search/search
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,8 +95,8 @@ class Search(OptunaSearch):
         own = space.own_point() if space.sweep.own_first else None
         if own is not None and own not in [trial.point for trial in before]:
             first.append(own)
-        storage, objectives = InMemoryStorage(), [*map(str, space.sweep.objectives)]
-        study_of(space, ended, space.sweep.objectives, storage)
+        storage, objectives = InMemoryStorage(), [*map(str, space.objectives)]
+        study_of(space, ended, space.objectives, storage)
         super().__init__(
             space=distributions(space),
             metric=objectives,  # of a list Optuna learns when a trial ends; until then ASHA compares
@@ -150,21 +150,22 @@ class _Scheduler(ASHAScheduler):
             super().on_trial_result(tune_controller, trial, result)
 
 
+def _results(trial: Trial, objective: str) -> Iterator[dict[str, float]]:
+    """What the trial reported: its best score so far, after each validation."""
+    for index, score in enumerate(trial.curve):
+        best = best_of(trial.curve[: index + 1], trial.selected_by)
+        yield {"epochs": score.epochs, objective: getattr(best, objective)}
+
+
 def scheduler(space: Space, before: Sequence[Trial], epochs: int) -> ASHAScheduler | None:
     """ASHA for trials of so many epochs, with rungs filled by earlier attempts; None if all run to their end."""
     sweep = space.sweep
     grace = sweep.grace_epochs or max(1, epochs // 9)
     if sweep.scheduler == "none" or grace >= epochs:
         return None
-    objective = sweep.objectives[0]
+    objective = space.objectives[0]
     asha = _Scheduler("epochs", objective, "max", epochs - 1, grace, sweep.reduction_factor, stop_last_trials=False)
-    asha.known = {
-        trial.number: [
-            {"epochs": score.epochs, objective: getattr(best_of(trial.curve[: index + 1]), objective)}
-            for index, score in enumerate(trial.curve)
-        ]
-        for trial in before
-    }
+    asha.known = {trial.number: list(_results(trial, objective)) for trial in before}
     for trial in before:
         if trial.status != "running":  # those are added when they resume
             config = {"trial": {"number": trial.number}}

@@ -93,6 +93,14 @@ class RunConfig(Section):
         return _ROBUST_WEIGHTS[self.robust_term] if given is None else given
 
     @property
+    def selected_by(self) -> Literal["robust_accuracy", "clean_accuracy"]:
+        """The validation accuracy that selects the best weights; the other one decides between equals.
+
+        Under attack, natural training is best before it has learned anything.
+        """
+        return "clean_accuracy" if self.method == "natural" else "robust_accuracy"
+
+    @property
     def attack_objective(self) -> Literal["cross_entropy", "kl"]:
         """The loss that the training attack maximizes."""
         if self.attack.objective != "auto":

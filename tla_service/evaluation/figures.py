@@ -32,10 +32,9 @@ _ACCURACIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 _MOST_MARKERS = 40  # more would touch each other
 
 
-def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw losses and validation accuracies over the epochs, with the epoch marked whose weights are the best.
+def training_curves(history: Sequence[Mapping[str, float]], best: Mapping[str, float], path: Path) -> None:
+    """Draw losses and validation accuracies over the epochs, with the one marked, `best`, whose weights are kept.
 
-    That is the one with the highest validation accuracy under attack, then on clean images; the first of equals.
     `history` has a mapping per epoch with ``epoch`` (0, 1, ...) and metrics by their names in a run; what is missing or
     not finite is not drawn. ValueError if it is empty.
     """
@@ -56,7 +55,7 @@ def training_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     accuracies.set(ylabel="validation accuracy [%]", ylim=(-0.02, 1.02))
     accuracies.set_title("Accuracy on held-out images", fontsize=11)
     accuracies.yaxis.set_major_formatter(PERCENT)
-    _mark_best(accuracies, history)
+    _mark_best(accuracies, best)
     room = 0.5 + 0.02 * len(history)
     losses.set_xlim(history[0]["epoch"] - room, history[-1]["epoch"] + room)
     for axes in (losses, accuracies):
@@ -170,16 +169,15 @@ def _points(history: Sequence[Mapping[str, float]], key: str) -> list[tuple[floa
     return [(row["epoch"], row[key]) for row in history if key in row and np.isfinite(row[key])]
 
 
-def _mark_best(axes: "Axes", history: Sequence[Mapping[str, float]]) -> None:
-    points = _points(history, "validation/robust_accuracy")
+def _mark_best(axes: "Axes", best: Mapping[str, float]) -> None:
+    points = [point for key, *_ in _ACCURACIES for point in _points([best], key)]
     if not points:
         return
-    clean = dict(_points(history, "validation/clean_accuracy"))
-    epoch, accuracy = max(points, key=lambda point: (point[1], clean.get(point[0], 0.0), -point[0]))
+    epoch = best["epoch"]
     axes.axvline(epoch, color=PURPLE, linewidth=1, linestyle=(0, (1, 2)), zorder=0)
     style: dict[str, Any] = {"markersize": 16, "markerfacecolor": "none", "markeredgewidth": 1.6, "zorder": 5}
-    label = f"best: {accuracy:.1%}, epoch {epoch:.0f}"
-    axes.plot(epoch, accuracy, marker="*", color=PURPLE, linestyle="none", label=label, **style)
+    label = f"best weights, epoch {epoch:.0f}"
+    axes.plot(*zip(*points, strict=True), marker="*", color=PURPLE, linestyle="none", label=label, **style)
 
 
 def plain(axes: "Axes", grid: Any = "both") -> None:

@@ -228,8 +228,7 @@ class Run:
     def _add_validated(self, metrics: dict[str, float], measured: Mapping[str, float]) -> bool:
         """Add its validation to an epoch's metrics; whether it is the best so far, whose weights are to be kept."""
         metrics |= {f"validation/{name}": value for name, value in measured.items()}
-        # Under attack, natural training is best before it has learned anything.
-        score = itemgetter(*((_CLEAN, ROBUST) if self.config.method == "natural" else (ROBUST, _CLEAN)))
+        score = itemgetter(f"validation/{self.config.selected_by}", ROBUST, _CLEAN)
         is_best = not self.state.best or score(metrics) > score(self.state.best)
         if is_best:
             self.state.best = metrics

@@ -34,7 +34,7 @@ def draw_all(trials: Sequence[Trial], space: Space, folder: Path) -> list[Path]:
     if not measured:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    objective = space.sweep.objectives[0]
+    objective = space.objectives[0]
     target = f"validation {objective.replace('_', ' ')}"
     study = study_of(space, measured, [objective])
     both = study_of(space, measured, ["clean_accuracy", "robust_accuracy"])

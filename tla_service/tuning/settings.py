@@ -51,9 +51,9 @@ class SweepConfig(Section):
     startup_trials: int = setting(10, "tpe: random trials before the model is used", unit="trials", ge=1)
     own_first: bool = setting(True, "start with the run's own settings, if they lie in the space; not for a grid")
     objectives: tuple[Objective, ...] = setting(
-        ("robust_accuracy",),
-        "validation accuracies to maximize; the first ranks trials and is used by asha",
-        min_length=1,
+        (),
+        "validation accuracies to maximize, of which the first ranks trials and is used by asha; none: the one that "
+        "selects the run's best weights",
     )
     scheduler: Literal["asha", "none"] = setting("asha", "early stopping: asha, or none")
     grace_epochs: int | None = setting(

@@ -38,6 +38,7 @@ class Space:
             reason = "trials are decided by each epoch's validation, and share the cluster"
             raise ConfigError("scaling.async_validation", True, reason, "leave it out")
         self.run, self.sweep = run, sweep
+        self.objectives = sweep.objectives or (run.selected_by,)
         self._full = run.model_dump(mode="json")
         self._fields = copy.deepcopy(self._full)
         # Evaluation attacks get what they would take from the training attack: all trials are measured alike.

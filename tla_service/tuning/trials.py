@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -32,15 +33,17 @@ class Score(NamedTuple):
     clean_accuracy: float
 
 
-def best_of(curve: Sequence[Score]) -> Score | None:
+def best_of(curve: Sequence[Score], selected_by: Objective) -> Score | None:
     """The best score, chosen as training chooses its best weights; None if the curve is empty."""
-    return max(curve, key=lambda score: (score.robust_accuracy, score.clean_accuracy, -score.epochs), default=None)
+    key = attrgetter(selected_by, "robust_accuracy", "clean_accuracy")
+    return max(curve, key=key, default=None)  # the first of equals
 
 
 class Progress:
     """Turns the records of a training run into the reports of its trial, of which each describes the whole trial."""
 
     def __init__(self) -> None:
+        self.selected_by: Objective = "robust_accuracy"  # of the run
         self._curve: list[Score] = []
         self._metrics: list[Mapping[str, float]] = []  # not reported yet
         self._epochs = self._total_epochs = self._restarts = 0
@@ -89,7 +92,7 @@ class Progress:
         Accuracies are those of the best score so far, 0 before the first validation and for a failed trial. A failed
         trial has 0 epochs, so that the scheduler compares no other with it.
         """
-        best = best_of(self._curve) if outcome in ("running", "finished") else None
+        best = best_of(self._curve, self.selected_by) if outcome in ("running", "finished") else None
         metrics, self._metrics = self._metrics, []
         return {
             "epochs": self._curve[-1].epochs if best is not None else 0,
@@ -97,6 +100,7 @@ class Progress:
             "robust_accuracy": 0.0 if best is None else best.robust_accuracy,
             "clean_accuracy": 0.0 if best is None else best.clean_accuracy,
             "curve": [list(score) for score in self._curve],
+            "selected_by": self.selected_by,
             "metrics": [dict(each) for each in metrics],
             "worker_seconds": 0.0 if self._began is None else time.monotonic() - self._began,
             "restarts": self._restarts,
@@ -116,6 +120,7 @@ class Trial:
     point: Point
     status: Status = "running"  # or interrupted
     curve: list[Score] = field(default_factory=list)
+    selected_by: Objective = "robust_accuracy"  # what chooses the best score, as it chooses the run's best weights
     reason: str = ""  # why it was stopped or failed
     test: dict[str, float] = field(default_factory=dict)  # accuracies on the test set, if the sweep measures them
     restarts: int = 0  # of its workers
@@ -128,6 +133,7 @@ class Trial:
         self.attempts += 1
         if "outcome" in report:
             self.curve = [Score(*each) for each in report["curve"]] or self.curve
+            self.selected_by = report.get("selected_by", self.selected_by)  # an older version's lack it
             outcome: Outcome = report["outcome"]
             self.status = "running" if outcome == "unavailable" else outcome
             self.reason, self.test = report["reason"], dict(report["test"])
@@ -147,7 +153,7 @@ class Trial:
     @property
     def best(self) -> Score | None:
         """The best score; None before the first validation."""
-        return best_of(self.curve)
+        return best_of(self.curve, self.selected_by)
 
     @property
     def best_accuracies(self) -> dict[str, float]:

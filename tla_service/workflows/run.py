@@ -289,7 +289,7 @@ def _draw(
     """Draw the training curves, and a few test images before and after the training attack."""
     folder.mkdir(parents=True, exist_ok=True)
     curves, panel = folder / "training_curves.png", folder / "attack.png"
-    training_curves(result.history, curves)
+    training_curves(result.history, result.best, curves)
     dataset = facts.dataset
     network = facts.architecture.build(len(dataset.class_names), dataset.image_shape)
     network.load_state_dict(weights)

@@ -183,7 +183,7 @@ def _search(plan: Plan, run: RunConfig, facts: Facts, output: Path, lease: Lease
 def _conclude(plan: Plan, budget: Budget, trials: list[Trial], run: RunConfig, output: Path, log: TrialLog) -> None:
     """Write, plot, track and show the results so far."""
     space = plan.space
-    rows, best = table(trials, space), winner(trials, space.sweep.objectives[0])
+    rows, best = table(trials, space), winner(trials, space.objectives[0])
     summary = {
         "name": space.name,
         "trials": counts(trials),
