@@ -170,10 +170,11 @@ start_cluster() {
     say "Ray's head at $ADDRESS, a worker at $WORKER"
 }
 
-# The client has a token and an MLflow account, but no credentials for the store.
+# The client has a token and an MLflow account, but no credentials for the store; MLflow would load models straight from it.
 client() {
     "${AT_CLIENT[@]}" env -i HOME="$WORK/client" PATH="$BIN:/usr/bin:/bin" RAY_AUTH_MODE=token "${ACCOUNT[@]}" \
-        RAY_AUTH_TOKEN_PATH="$WORK/secrets/token" MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 "$@"
+        RAY_AUTH_TOKEN_PATH="$WORK/secrets/token" MLFLOW_DISABLE_TELEMETRY=true OMP_NUM_THREADS=1 \
+        MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD=false "$@"
 }
 submit() {
     local name="$1"; shift

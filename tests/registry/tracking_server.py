@@ -28,8 +28,9 @@ START_SECONDS = 240  # 10 on an idle machine
 class TrackingServer:
     """`mlflow server` on a port of its own; started, killed and started again over the same database."""
 
-    def __init__(self, folder: Path, store: str = "", allowed: str = "") -> None:
+    def __init__(self, folder: Path, store: str = "", allowed: str = "", files: str = "") -> None:
         self.folder, self.store = folder, store or f"sqlite:///{folder}/server.db"
+        self.files = files or str(folder / "store")
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.allowed = allowed or "127.0.0.1:*"  # the server's port, and those of gates to it
@@ -48,7 +49,7 @@ class TrackingServer:
             "--backend-store-uri",
             self.store,
             "--artifacts-destination",
-            str(self.folder / "store"),
+            self.files,
             "--allowed-hosts",
             self.allowed,
         ]

@@ -3,6 +3,7 @@
 import http.server
 import json
 import multiprocessing
+import shutil
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST, PERMISSION_DENIED, RESOURCE_ALREADY_EXISTS
 
+from tests.conftest import S3Server
 from tests.registry.tracking_server import TrackingServer
 from tla_service import errors
 from tla_service.config import TrackingConfig
@@ -47,6 +49,17 @@ def test_server_is_accepted_and_gets_the_experiment(server: TrackingServer) -> N
         assert found is not None
         assert found.tags["tla.project"] == project
         made.set_experiment_tag(found.experiment_id, "tla.project", "another")
+
+
+def test_files_of_a_store_that_only_the_server_reaches(s3: S3Server, template: Path, tmp_path: Path) -> None:
+    """MLflow's client would read them from the store itself; this one answers requests without a key with an error."""
+    server = TrackingServer(tmp_path, files="s3://images/mlflow")
+    shutil.copy(template, tmp_path / "server.db")
+    server.start()
+    try:
+        assert probe_tracking(TrackingConfig(uri=server.uri)) < 60
+    finally:
+        server.kill()
 
 
 def test_host_name_the_server_does_not_allow(server: TrackingServer) -> None:
