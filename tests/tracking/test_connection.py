@@ -159,9 +159,11 @@ def test_an_account_that_may_not_delete_runs_passes_the_checkup(
     assert probe_tracking(TrackingConfig(uri=local_uri)) > 0
 
 
-def test_plain_folders_are_explained() -> None:
-    with pytest.raises(ConfigError, match="no longer supports plain folders; write sqlite"):
-        check_tracking(TrackingConfig(uri="file:///tmp/mlruns"))
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "mlruns"])
+def test_plain_folders_are_explained(uri: str) -> None:
+    for question in (lambda: check_tracking(TrackingConfig(uri=uri)), lambda: client(uri)):
+        with pytest.raises(ConfigError, match=r"no longer supports plain folders, such as .*mlruns; write sqlite"):
+            question()
 
 
 def test_sqlite_path_that_cannot_be_written(tmp_path: Path) -> None:

@@ -66,12 +66,12 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def files_key(paths: Iterable[Path], *settings: object) -> str:
-    """A name for what is derived from files: it changes with their paths, sizes, times or the settings."""
+    """A name for what is derived from files: it changes with their paths, sizes, times of change or the settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for path in paths:
         with disk_trouble("data.root", path, "check the folder"):
             stat = path.stat()
-            digest.update(os.fsencode(f"{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
+            digest.update(os.fsencode(f"{path.absolute()}\0{stat.st_size}\0{stat.st_ctime_ns}\n"))
     return digest.hexdigest()[:24]
 
 

@@ -146,7 +146,7 @@ class FolderTree:
                     self._scan(f"{name}/", (*above, here))
                 elif entry.is_file():
                     found = entry.stat()
-                    self._entries[name] = (found.st_size, found.st_mtime_ns)
+                    self._entries[name] = (found.st_size, found.st_ctime_ns)  # copies may keep the time of modification
                 elif entry.is_symlink():
                     self._entries[name] = None
 
@@ -176,7 +176,7 @@ class FolderTree:
         return digest.hexdigest()
 
     def key(self, names: Sequence[str]) -> str:
-        """As ``stamp``, for caches on this machine: by paths, sizes and times, without reading content."""
+        """As ``stamp``, for caches on this machine: by paths, sizes and times of change, without reading content."""
         lines = ("\0".join(map(str, (name, *self._entry(name)))) for name in names)
         return hashlib.sha256(os.fsencode("\n".join([str(self.path.absolute()), *lines]))).hexdigest()[:24]
 

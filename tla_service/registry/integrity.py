@@ -37,7 +37,7 @@ def verify_package(folder: Path, name: str, expected: str | None) -> None:
         digests = {str(file): str(digest) for file, digest in dict(json.loads(manifest)).items()}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = f"contains no readable {MANIFEST}, so it was not packaged by this project"
-        raise bad(reason, "give a model of this project, or a checkpoint folder") from error
+        raise bad(reason, "give a packaged model, or, to load or evaluate one, a checkpoint folder") from error
     if expected is not None and hashlib.sha256(manifest).hexdigest() != expected:
         raise bad(f"{MANIFEST} was modified: its SHA-256 is not {expected[:12]}... as in the registry")
     present = _files(folder)

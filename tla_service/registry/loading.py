@@ -131,7 +131,8 @@ def _store(uri: str, tracking: str | None) -> str:
     store = tracking or (mlflow.get_tracking_uri() if is_chosen else tracking_uri(TrackingConfig()))
     database = sqlite_path(store)
     if database is not None and not database.is_file():
-        raise UnavailableError(FIELD, uri, f"there is no tracking store at {database}", "set MLFLOW_TRACKING_URI")
+        remedy = "give --tracking.uri, or set MLFLOW_TRACKING_URI"
+        raise UnavailableError(FIELD, uri, f"there is no tracking store at {database}", remedy)
     return store
 
 

@@ -68,6 +68,10 @@ def client(uri: str) -> "MlflowClient":
     MLflow retries silently for four minutes. That is turned off for this process, unless the environment sets it:
     see `retrying`. A server is not contacted yet.
     """
+    is_folder = ":" not in uri or uri.startswith("file:")
+    if is_folder and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() != "true":
+        remedy = "write sqlite:////folder/mlflow.db, or the http:// address of a server"
+        raise ConfigError(FIELD, uri, f"MLflow 3 no longer supports plain folders, such as {uri}", remedy)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -198,13 +202,9 @@ def is_passing(error: Exception) -> bool:
 def check_tracking(config: TrackingConfig) -> None:
     """Raise `UserError` within seconds if runs cannot be tracked; creates the experiment if it does not exist."""
     uri = tracking_uri(config)
-    scheme = uri.partition(":")[0] if ":" in uri else "file"
-    if scheme in ("http", "https"):
+    if uri.partition(":")[0] in ("http", "https"):
         _check_server(uri, config.experiment)
         return
-    if scheme == "file" and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() != "true":
-        remedy = "write sqlite:////folder/mlflow.db, or the http:// address of a server"
-        raise ConfigError(FIELD, uri, "MLflow 3 no longer supports plain folders", remedy)
     path = sqlite_path(uri)
     with _explained(uri):
         if path is not None:
