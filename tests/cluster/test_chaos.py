@@ -197,6 +197,9 @@ def test_the_same_command_started_twice_is_refused_and_changes_nothing(
     storage = ("--scaling.storage", str(tmp_path / "storage"))
     first = start_job(*SLOWER, *storage)
     first.wait_for_epoch(1, SECONDS)
+    workers = train_workers(first)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)  # it is not to end before the others have started
     for folder, named in ((None, "output"), (tmp_path / "elsewhere", "scaling.storage")):
         second = start_job(*SLOWER, *storage, output=folder)
         printed = second.wait(SECONDS)
@@ -204,6 +207,8 @@ def test_the_same_command_started_twice_is_refused_and_changes_nothing(
         (told,) = [line for line in printed.splitlines() if line.startswith("error: ")]
         assert told.startswith(f"error: {named}=")
         assert f"in use by process {first.process.pid} on " in told
+    for worker in workers:
+        os.kill(worker, signal.SIGCONT)
     printed = first.wait(SECONDS)
     assert first.process.returncode == 0, printed
     assert outcome(first) == undisturbed
