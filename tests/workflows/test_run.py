@@ -14,6 +14,7 @@ from tla_service.errors import ConfigError, UserError
 from tla_service.training.local import train
 from tla_service.training.reporting import Terminal
 from tla_service.workflows.run import check_before_start, show_end
+from tla_service.workflows.train import train_and_register
 
 SUMMARY: dict[str, Any] = {
     "clean_accuracy": 0.9, "robust_accuracy": {"worst": 0.8}, "run_id": "r", "checkpoint": "c",
@@ -52,6 +53,14 @@ def test_typos_are_refused_before_the_data_is_read(tmp_path: Path, model: dict[s
         check_before_start(config)
     with pytest.raises(UserError, match=r"^model\."):
         train(config, tmp_path)
+
+
+def test_the_folder_of_a_run_without_tracking_is_refused(tmp_path: Path) -> None:
+    """Both have the same folder by default, and its summary names no model."""
+    config = load_config("digits", training={"max_steps": 1}, data={"train_limit": 100, "test_limit": 20})
+    train(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"^output=.*: holds a run of python -m tla_service\.training"):
+        train_and_register(config, tmp_path)
 
 
 def test_the_end_shows_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
