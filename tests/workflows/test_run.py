@@ -82,6 +82,7 @@ def test_extra_images_are_checked_before_the_job_starts_and_are_among_its_facts(
     noise = np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8)
     np.savez(path, image=noise, label=np.arange(30) % 10)
     facts = check_before_start(config).described
+    assert (facts["training_images"], facts["validation_images"]) == ("1212", "135")  # as in a run's summary
     assert (facts["extra_images"], facts["extra_duplicates_left_out"]) == ("30", "0")
     assert len(facts["extra_fingerprint"]) == 16
 
