@@ -163,6 +163,7 @@ def linear(pixels: int, classes: int) -> nn.Module:
     ("arguments", "message"),
     [
         ({"images": IMAGES, "labels": LABELS}, "attacks: not given"),
+        ({"attacks": {}, "config": RunConfig()}, "attacks={}: not given"),
         ({"attacks": {"a": WEAK}}, "images: not given; pass images and labels, or config"),
         ({"attacks": {"a": WEAK}, "images": IMAGES}, "labels: not given"),
         ({"attacks": {"a": WEAK}, "labels": LABELS}, "images: not given"),

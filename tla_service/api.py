@@ -67,15 +67,16 @@ def evaluate(
             code = (folder / CODE).read_bytes() if (folder / CODE).is_file() else None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = network.to(device)
-    if attacks is not None:
-        _check_attacks(attacks)
-    elif config is not None:
+    if attacks:
+        for name, attack in attacks.items():
+            _check_attack(f"attacks.{name}", attack)
+    elif attacks is None and config is not None:
         attacks = {
             name: evaluation_attack(attack, config.attack, config.data.name, f"evaluation.test.{name}", code)
             for name, attack in config.evaluation.test.items()
         }
     else:
-        raise ConfigError("attacks", None, "not given", "pass attacks={'pgd20': Attack(...)}, or config")
+        raise ConfigError("attacks", attacks, "not given", "pass attacks={'pgd20': Attack(...)}, or config")
     if "worst" in attacks:
         raise ConfigError("attacks.worst", None, "this name is reserved", "rename the attack")
     classifier, context = _Classifier(network), WorkerContext(device=device)
@@ -120,23 +121,21 @@ def _batches(
     return (Batch(some.to(context.device), classes.to(context.device)) for some, classes in chunks)
 
 
-def _check_attacks(attacks: Mapping[str, Attack]) -> None:
-    """Refuse what the attacks of a configuration are refused for."""
-    for name, attack in attacks.items():
-        where = f"attacks.{name}"
-        fields = {field: getattr(attack, field) for field in EvaluationAttack.model_fields}
-        if attack.function is not None:
-            fields["kind"] = "pgd"  # any name will do
-        elif ":" in attack.kind:
-            raise ConfigError(f"{where}.kind", attack.kind, "names a function here", "pass it: Attack(function=...)")
-        try:
-            validated(EvaluationAttack, fields)
-        except ConfigError as found:
-            raise ConfigError(f"{where}.{found.subject}", found.value, found.reason, found.remedy) from None
-        step_size = None if attack.kind == "fgsm" else attack.step_size
-        trouble = length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps)
-        if trouble is not None:
-            raise trouble
+def _check_attack(where: str, attack: Attack) -> None:
+    """Refuse what an attack of a configuration is refused for."""
+    fields = {field: getattr(attack, field) for field in EvaluationAttack.model_fields}
+    if attack.function is not None:
+        fields["kind"] = "pgd"  # any name will do
+    elif ":" in attack.kind:
+        raise ConfigError(f"{where}.kind", attack.kind, "names a function here", "pass it: Attack(function=...)")
+    try:
+        validated(EvaluationAttack, fields)
+    except ConfigError as found:
+        raise ConfigError(f"{where}.{found.subject}", found.value, found.reason, found.remedy) from None
+    step_size = None if attack.kind == "fgsm" else attack.step_size
+    trouble = length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps)
+    if trouble is not None:
+        raise trouble
 
 
 def _check_images(images: Tensor, labels: Tensor) -> None:

@@ -139,6 +139,9 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if not self.test:
+            reason = "without an attack, accuracy under attack would be that on clean images"
+            raise wrong("evaluation.test", {}, reason, "give one, or leave it out")
         if "worst" in self.test:
             raise wrong("evaluation.test.worst", "worst", "this name is reserved", "rename the attack")
         return self
