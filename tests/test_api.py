@@ -114,6 +114,7 @@ def test_a_checkpoint_evaluates_to_the_figures_of_its_summary(trained: dict[str,
     assert found == {name: trained[name] for name in ("clean_accuracy", "robust_accuracy")}
     assert [*found["robust_accuracy"]] == ["fgsm", "pgd50x3", "cw5", "worst"]
     network = load_model(trained["checkpoint"])
+    assert craft(network, IMAGES, LABELS, WEAK).shape == IMAGES.shape  # as it is, with logits and embeddings
     assert evaluate(network, config=load_config("digits", **TINY)) == found
 
 
@@ -150,6 +151,17 @@ def test_adversarial_images_of_any_module() -> None:
     assert 0 <= adversarial.min() <= adversarial.max() <= 1
     loss = nn.functional.cross_entropy
     assert loss(network(adversarial), labels) > loss(network(images), labels)
+
+
+def test_craft_refuses_what_evaluate_refuses() -> None:
+    for images, attack, message in (
+        (IMAGES * 255, WEAK, "outside [0, 1]; divide 8-bit images"),
+        (IMAGES, Attack(kind="apgd"), "attack.kind=apgd: not one of"),
+        (IMAGES, Attack(norm="l1"), "attack.norm=l1: not one of"),  # type: ignore[arg-type]
+        (IMAGES, Attack(epsilon=8), "attack.epsilon=8: outside (0, 1]; write 8/255"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            craft(Linear().eval(), images, LABELS, attack)
 
 
 IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tla_service import attacks as adversaries
 from tla_service.attacks import Attack
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
@@ -87,10 +88,32 @@ def evaluate(
     return by_attack(measure_accuracy(classifier, batches, attacks, context, mixed_seed(seed, 3)))
 
 
+def craft(network: Any, images: Any, labels: Any, attack: Attack, generator: torch.Generator | None = None) -> Tensor:
+    """Attack images once, from one start. Neither the network's mode nor any `.grad` is touched.
+
+    Args:
+        network: Images (N, C, H, W) in [0, 1] to logits (N, K), or a network of `load_model`; in eval mode.
+        images: Tensor or array (N, C, H, W), float, in [0, 1], on the network's device.
+        labels: True classes, integers (N,).
+        attack: The attack, of which restarts are left out.
+        generator: Source of the random start, on the images' device.
+
+    Returns:
+        Adversarial images (N, C, H, W) in [0, 1], within `attack.epsilon` of `images`; detached.
+
+    Raises:
+        ConfigError: An argument is invalid.
+    """
+    _check_attack("attack", attack)
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    _check_images(images, labels)
+    return adversaries.craft(logits_of(_Classifier(network)), images, labels.long(), attack, generator)
+
+
 class _Classifier(nn.Module):
     """Wraps a network that may return logits alone."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
