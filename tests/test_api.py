@@ -99,12 +99,15 @@ def test_a_wrong_configuration_is_one_line(arguments: dict[str, Any], message: s
         load_config(**arguments)
 
 
-def test_training_returns_its_summary_and_does_not_repeat_itself(trained: dict[str, Any]) -> None:
+def test_training_returns_its_summary_and_does_not_repeat_itself(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     output = Path(trained["checkpoint"]).parents[1]
     assert trained == json.loads((output / "summary.json").read_text())
     written = (output / "log.jsonl").stat().st_mtime_ns
     assert train(load_config("digits", **TINY), str(output)) == trained
     assert (output / "log.jsonl").stat().st_mtime_ns == written
+    assert capsys.readouterr().out.startswith("this run has finished before; ")
     with pytest.raises(ConfigError, match="holds a run with another configuration"):
         train(load_config("digits", **TINY, seed=1), output)
 

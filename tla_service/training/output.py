@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # without torch, a job can look whether its run has finished 
 
 SUMMARY = "summary.json"
 CHECKPOINT = "checkpoint"  # folder of the newest one
+FINISHED = "this run has finished before; to train again choose another --name, --seed or --output"
 
 
 @dataclass

@@ -7,7 +7,7 @@ from tla_service.cluster.session import ray_session, starting
 from tla_service.config import RunConfig
 from tla_service.errors import ConfigError
 from tla_service.files import locked_folder
-from tla_service.training.output import open_output
+from tla_service.training.output import FINISHED, open_output
 
 
 def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, json_logs: bool = False) -> int:
@@ -26,6 +26,6 @@ def train_and_register(config: RunConfig, output: Path, *, debug: bool = False, 
     from tla_service.workflows.run import open_terminal, show_end
 
     terminal, _ = open_terminal(config, json_logs=json_logs)
-    terminal.say("this run has finished before; to train again choose another --name, --seed or --output")
+    terminal.say(FINISHED)
     show_end(finished, terminal)
     return 0
