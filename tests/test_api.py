@@ -99,12 +99,15 @@ def test_a_wrong_configuration_is_one_line(arguments: dict[str, Any], message: s
         load_config(**arguments)
 
 
-def test_training_returns_its_summary_and_does_not_repeat_itself(trained: dict[str, Any]) -> None:
+def test_training_returns_its_summary_and_does_not_repeat_itself(
+    trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     output = Path(trained["checkpoint"]).parents[1]
     assert trained == json.loads((output / "summary.json").read_text())
     written = (output / "log.jsonl").stat().st_mtime_ns
     assert train(load_config("digits", **TINY), str(output)) == trained
     assert (output / "log.jsonl").stat().st_mtime_ns == written
+    assert capsys.readouterr().out.startswith("this run has finished before; ")
     with pytest.raises(ConfigError, match="holds a run with another configuration"):
         train(load_config("digits", **TINY, seed=1), output)
 
@@ -114,6 +117,7 @@ def test_a_checkpoint_evaluates_to_the_figures_of_its_summary(trained: dict[str,
     assert found == {name: trained[name] for name in ("clean_accuracy", "robust_accuracy")}
     assert [*found["robust_accuracy"]] == ["fgsm", "pgd50x3", "cw5", "worst"]
     network = load_model(trained["checkpoint"])
+    assert craft(network, IMAGES, LABELS, WEAK).shape == IMAGES.shape  # as it is, with logits and embeddings
     assert evaluate(network, config=load_config("digits", **TINY)) == found
 
 
@@ -152,6 +156,17 @@ def test_adversarial_images_of_any_module() -> None:
     assert loss(network(adversarial), labels) > loss(network(images), labels)
 
 
+def test_craft_refuses_what_evaluate_refuses() -> None:
+    for images, attack, message in (
+        (IMAGES * 255, WEAK, "outside [0, 1]; divide 8-bit images"),
+        (IMAGES, Attack(kind="apgd"), "attack.kind=apgd: not one of"),
+        (IMAGES, Attack(norm="l1"), "attack.norm=l1: not one of"),  # type: ignore[arg-type]
+        (IMAGES, Attack(epsilon=8), "attack.epsilon=8: outside (0, 1]; write 8/255"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            craft(Linear().eval(), images, LABELS, attack)
+
+
 IMAGES, LABELS = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
 
 
@@ -163,6 +178,7 @@ def linear(pixels: int, classes: int) -> nn.Module:
     ("arguments", "message"),
     [
         ({"images": IMAGES, "labels": LABELS}, "attacks: not given"),
+        ({"attacks": {}, "config": RunConfig()}, "attacks={}: not given"),
         ({"attacks": {"a": WEAK}}, "images: not given; pass images and labels, or config"),
         ({"attacks": {"a": WEAK}, "images": IMAGES}, "labels: not given"),
         ({"attacks": {"a": WEAK}, "labels": LABELS}, "images: not given"),

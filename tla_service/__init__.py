@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tla_service.api import evaluate
-    from tla_service.attacks import Attack, craft
+    from tla_service.api import craft, evaluate
+    from tla_service.attacks import Attack
     from tla_service.config import (
         AttackConfig,
         DataConfig,
@@ -67,7 +67,7 @@ _HOMES = {
     "EvaluationAttack": "config.adversary",
     "UnavailableError": "errors",
     "UserError": "errors",
-    "craft": "attacks",
+    "craft": "api",
     "evaluate": "api",
     "load_config": "config.loading",
     "load_model": "registry.loading",

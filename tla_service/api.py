@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tla_service import attacks as adversaries
 from tla_service.attacks import Attack
 from tla_service.config import RunConfig
 from tla_service.config.adversary import EvaluationAttack
@@ -67,15 +68,16 @@ def evaluate(
             code = (folder / CODE).read_bytes() if (folder / CODE).is_file() else None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = network.to(device)
-    if attacks is not None:
-        _check_attacks(attacks)
-    elif config is not None:
+    if attacks:
+        for name, attack in attacks.items():
+            _check_attack(f"attacks.{name}", attack)
+    elif attacks is None and config is not None:
         attacks = {
             name: evaluation_attack(attack, config.attack, config.data.name, f"evaluation.test.{name}", code)
             for name, attack in config.evaluation.test.items()
         }
     else:
-        raise ConfigError("attacks", None, "not given", "pass attacks={'pgd20': Attack(...)}, or config")
+        raise ConfigError("attacks", attacks, "not given", "pass attacks={'pgd20': Attack(...)}, or config")
     if "worst" in attacks:
         raise ConfigError("attacks.worst", None, "this name is reserved", "rename the attack")
     classifier, context = _Classifier(network), WorkerContext(device=device)
@@ -86,10 +88,32 @@ def evaluate(
     return by_attack(measure_accuracy(classifier, batches, attacks, context, mixed_seed(seed, 3)))
 
 
+def craft(network: Any, images: Any, labels: Any, attack: Attack, generator: torch.Generator | None = None) -> Tensor:
+    """Attack images once, from one start. Neither the network's mode nor any `.grad` is touched.
+
+    Args:
+        network: Images (N, C, H, W) in [0, 1] to logits (N, K), or a network of `load_model`; in eval mode.
+        images: Tensor or array (N, C, H, W), float, in [0, 1], on the network's device.
+        labels: True classes, integers (N,).
+        attack: The attack, of which restarts are left out.
+        generator: Source of the random start, on the images' device.
+
+    Returns:
+        Adversarial images (N, C, H, W) in [0, 1], within `attack.epsilon` of `images`; detached.
+
+    Raises:
+        ConfigError: An argument is invalid.
+    """
+    _check_attack("attack", attack)
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    _check_images(images, labels)
+    return adversaries.craft(logits_of(_Classifier(network)), images, labels.long(), attack, generator)
+
+
 class _Classifier(nn.Module):
     """Wraps a network that may return logits alone."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
@@ -120,23 +144,21 @@ def _batches(
     return (Batch(some.to(context.device), classes.to(context.device)) for some, classes in chunks)
 
 
-def _check_attacks(attacks: Mapping[str, Attack]) -> None:
-    """Refuse what the attacks of a configuration are refused for."""
-    for name, attack in attacks.items():
-        where = f"attacks.{name}"
-        fields = {field: getattr(attack, field) for field in EvaluationAttack.model_fields}
-        if attack.function is not None:
-            fields["kind"] = "pgd"  # any name will do
-        elif ":" in attack.kind:
-            raise ConfigError(f"{where}.kind", attack.kind, "names a function here", "pass it: Attack(function=...)")
-        try:
-            validated(EvaluationAttack, fields)
-        except ConfigError as found:
-            raise ConfigError(f"{where}.{found.subject}", found.value, found.reason, found.remedy) from None
-        step_size = None if attack.kind == "fgsm" else attack.step_size
-        trouble = length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps)
-        if trouble is not None:
-            raise trouble
+def _check_attack(where: str, attack: Attack) -> None:
+    """Refuse what an attack of a configuration is refused for."""
+    fields = {field: getattr(attack, field) for field in EvaluationAttack.model_fields}
+    if attack.function is not None:
+        fields["kind"] = "pgd"  # any name will do
+    elif ":" in attack.kind:
+        raise ConfigError(f"{where}.kind", attack.kind, "names a function here", "pass it: Attack(function=...)")
+    try:
+        validated(EvaluationAttack, fields)
+    except ConfigError as found:
+        raise ConfigError(f"{where}.{found.subject}", found.value, found.reason, found.remedy) from None
+    step_size = None if attack.kind == "fgsm" else attack.step_size
+    trouble = length_trouble(where, attack.norm, attack.epsilon, step_size, attack.num_steps)
+    if trouble is not None:
+        raise trouble
 
 
 def _check_images(images: Tensor, labels: Tensor) -> None:

@@ -39,6 +39,13 @@ def write(folder: Path, text: str, name: str = "run.yaml") -> list[str]:
     return ["--config", str(folder / name)]
 
 
+def test_relative_paths_of_data_are_those_of_the_driver(folder: Path) -> None:
+    """Ray's workers and trials have working directories of their own."""
+    flags = ["--data.name=mnist", "--data.root=mnist", "--data.cache_dir=~/cache", "--data.extra.path=s3://b/extra"]
+    data = load_settings([*flags, "--data.extra.share=0.5"]).run_config.data
+    assert (data.root, data.cache_dir, data.extra.path) == (str(folder / "mnist"), "~/cache", "s3://b/extra")
+
+
 # -------------------------------------------------------------------------------------------- precedence
 
 DIGITS = yaml.safe_load((resources.files("tla_service.config") / "presets" / "digits.yaml").read_text())

@@ -87,6 +87,7 @@ WRONG_FLAGS = [
     ('--evaluation.test={"a": {"kind": "pgdd"}}', "evaluation.test.a.kind=pgdd", "not one of", "did you mean pgd?"),
     ('--evaluation.test={"a": {"num_step": 3}}', "evaluation.test.a.num_step=3", "no such", "did you mean num_steps?"),
     ('--evaluation.test={"a": {"epsilon": 8}}', "evaluation.test.a.epsilon=8", "outside (0, 1]", "write 8/255"),
+    ("--evaluation.test={}", "evaluation.test={}", "would be that on clean images", "give one, or leave it out"),
     ("--schedule.milestones=5,2", "schedule.milestones=(5, 2)", "ascending order", "sort them"),
     ("--schedule.milestones=soon", "schedule.milestones", "valid integer", "multiply by factor"),
     ("--schedule.name=piecewise", "schedule.milestones=()", "needs milestones", "constant"),

@@ -64,6 +64,12 @@ def test_version_is_registered_with_what_finds_it_again(packaged: Packaged) -> N
     assert MlflowClient(packaged.uri).get_logged_model(packaged.model.model_id).status == "READY"
 
 
+def test_the_card_of_natural_training_claims_no_training_under_attack(packaged: Packaged) -> None:
+    logged = packaged.log(None, config=config_for(packaged.uri, method="natural"))
+    card = (Path(open_package(logged.model_uri, packaged.uri)[0]) / "model_card.md").read_text()
+    assert "Trained without an attack; tested against perturbations of L-infinity norm" in card
+
+
 def test_folder_describes_the_model_and_leaks_no_local_path(packaged: Packaged, tmp_path: Path) -> None:
     folder = downloaded(packaged)
     description = json.loads((folder / "artifacts" / "model.json").read_text())
@@ -72,7 +78,7 @@ def test_folder_describes_the_model_and_leaks_no_local_path(packaged: Packaged, 
     assert description["threat_model"] == {"norm": "linf", "epsilon": 0.15}
     card = (folder / "artifacts" / "model_card.md").read_text()
     assert "| robust_accuracy/pgd20 | 75.00% |" in card
-    assert "L-infinity norm up to 0.15" in card
+    assert "Trained against perturbations of L-infinity norm up to 0.15" in card
     mlmodel = (folder / "MLmodel").read_text()
     assert "cloudpickle" not in mlmodel
     lines = [line for line in mlmodel.splitlines() if "artifact_path" not in line]

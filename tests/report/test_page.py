@@ -37,6 +37,14 @@ def test_page_shows_norms_corruptions_and_calibration(tmp_path: Path) -> None:
         assert name in text
 
 
+def test_natural_training_is_for_no_threat_model(tmp_path: Path) -> None:
+    natural = report().model.model_copy(update={"method": "natural"})
+    write_page(report(model=natural), [], tmp_path / "report.html", same_attacks=False)
+    text = " ".join((tmp_path / "report.html").read_text().split())
+    assert "Trained without an attack: accuracy in each norm" in text
+    assert "Trained for" not in text
+
+
 def test_the_page_shows_relatives_and_planted_examples(tmp_path: Path) -> None:
     relatives = (
         rs.Relative("last", "its weights after the last epoch", rs.wilson_interval(30, 40)),
@@ -118,7 +126,7 @@ def test_page_holds_every_figure_and_fetches_nothing(tmp_path: Path) -> None:
         assert figure.path.stat().st_size > 5000
         assert figure.title in page.text
     assert "<b>digits</b>" in page.text  # a name is text, never markup
-    assert re.search(r"TLA minus AT", page.text)
+    assert re.search(r"TLA minus AT\s+other", page.text)  # its address: two of one method are told apart
     assert "Not audited" in page.text
 
 

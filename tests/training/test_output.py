@@ -11,10 +11,11 @@ import pytest
 from tests.config.test_identity import SHAPES_NOTHING, with_setting
 from tests.training.conftest import digits_config
 from tests.training.test_resume import LAST, NEWEST, records, train
-from tla_service.config import RunConfig
+from tla_service.config import ModelConfig, RunConfig
 from tla_service.config.loading import CONFIG, find_output, load_settings, to_yaml
 from tla_service.errors import ConfigError
-from tla_service.training.output import SUMMARY, open_output, write_config
+from tla_service.models.own_code import pack
+from tla_service.training.output import SUMMARY, open_output, write_config, write_summary
 
 ROUNDING = {"speed.fold_batchnorm", "speed.fused_optimizer", "training.channels_last"}
 NOT_HERE = {"speed.compile", "speed.cuda_graphs", "data.root", "data.download", "data.cache_dir", "model.code",
@@ -117,6 +118,21 @@ def test_a_finished_run_does_not_answer_for_another_test(tmp_path: Path, name: s
     ) as caught:
         open_output(changed(RunConfig(), name), tmp_path)
     assert "evaluate its model with jobs/evaluate_tla.py" in str(caught.value)
+
+
+def test_a_finished_run_does_not_answer_for_other_code(tmp_path: Path) -> None:
+    own, output = tmp_path / "own", tmp_path / "run"
+    for folder in (own, output):
+        folder.mkdir()
+    (own / "network.py").write_text("def build(): ...")
+    (output / "code.zip").write_bytes(pack(str(own)))
+    config = RunConfig(model=ModelConfig(name="network:build", code=str(own)))
+    write_config(config, output)
+    write_summary(output, {"status": "finished", "checkpoint": str(output)})
+    assert open_output(config, output) is not None
+    (own / "network.py").write_text("def build(): return 1")
+    with pytest.raises(ConfigError, match=r"^model.code=.*: its files are not those of the run that has finished in"):
+        open_output(config, output)
 
 
 def test_a_run_begun_under_an_earlier_versions_name_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_a_trial_that_ray_tune_ended_was_stopped() -> None:
     progress.add(epoch(2, 0.4))
     trial = Trial(0, {})
     trial.add_attempt(told(progress.report(), done=True))
-    assert (trial.status, trial.reason) == ("stopped", "behind the others at epoch 3")
+    assert (trial.status, trial.reason) == ("stopped", "behind the others after epoch 2")
 
 
 def test_a_trial_whose_process_died_too_often_has_failed() -> None:

@@ -14,6 +14,7 @@ from tla_service.errors import ConfigError, UserError
 from tla_service.training.local import train
 from tla_service.training.reporting import Terminal
 from tla_service.workflows.run import check_before_start, show_end
+from tla_service.workflows.train import train_and_register
 
 SUMMARY: dict[str, Any] = {
     "clean_accuracy": 0.9, "robust_accuracy": {"worst": 0.8}, "run_id": "r", "checkpoint": "c",
@@ -54,6 +55,14 @@ def test_typos_are_refused_before_the_data_is_read(tmp_path: Path, model: dict[s
         train(config, tmp_path)
 
 
+def test_the_folder_of_a_run_without_tracking_is_refused(tmp_path: Path) -> None:
+    """Both have the same folder by default, and its summary names no model."""
+    config = load_config("digits", training={"max_steps": 1}, data={"train_limit": 100, "test_limit": 20})
+    train(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"^output=.*: holds a run of python -m tla_service\.training"):
+        train_and_register(config, tmp_path)
+
+
 def test_the_end_shows_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A summary of an earlier version may contain them."""
     monkeypatch.chdir(tmp_path)
@@ -73,6 +82,7 @@ def test_extra_images_are_checked_before_the_job_starts_and_are_among_its_facts(
     noise = np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8)
     np.savez(path, image=noise, label=np.arange(30) % 10)
     facts = check_before_start(config).described
+    assert (facts["training_images"], facts["validation_images"]) == ("1212", "135")  # as in a run's summary
     assert (facts["extra_images"], facts["extra_duplicates_left_out"]) == ("30", "0")
     assert len(facts["extra_fingerprint"]) == 16
 

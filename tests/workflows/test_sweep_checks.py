@@ -113,7 +113,9 @@ def test_another_winner_of_a_larger_sweep_is_trained_beside_the_first(
     assert {folder.name for folder in seen} == {"seed-0"}
 
 
-def test_the_winners_figures_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_winners_figures_are_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def train(_run: RunConfig, folder: Path, **_: Any) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         summary = {"clean_accuracy": 0.9, "robust_accuracy": {"pgd": 0.5}, "model_uri": "models:/m/1"}
@@ -130,6 +132,10 @@ def test_the_winners_figures_are_written_whole_or_not_at_all(tmp_path: Path, mon
         with pytest.raises(UnavailableError, match=r"^output="):
             sweep.train_winner(space, tmp_path, 3)
     assert json.loads((tmp_path / sweep.SEEDS).read_text())["seeds"] == 2
+    assert "±" in capsys.readouterr().out
+    assert sweep.train_winner(space, tmp_path, 1) == 0  # one seed has no spread
+    assert json.loads((tmp_path / sweep.SEEDS).read_text())["test"]["clean_accuracy"]["standard_deviation"] is None
+    assert "±" not in capsys.readouterr().out
 
 
 def test_trials_that_are_measured_go_on_under_the_same_test_attacks(tmp_path: Path) -> None:

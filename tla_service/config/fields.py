@@ -7,6 +7,7 @@ import math
 import posixpath
 import re
 import typing
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
@@ -32,6 +33,14 @@ def parse_fraction(value: object) -> object:
 
 
 Pixels = Annotated[float, BeforeValidator(parse_fraction, json_schema_input_type=float | str)]
+
+
+def _absolute(path: str) -> str:
+    """A path that stays the same on Ray's workers, whose working directories are others; `~` is each node's own."""
+    return path if "://" in path or path.startswith(("/", "~")) else str(Path.cwd() / path)
+
+
+DataPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
 
 
 def _key(name: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from tla_service.config.adversary import EvaluationAttack
-from tla_service.config.fields import AttackName, Pixels, Section, setting, wrong
+from tla_service.config.fields import AttackName, DataPath, Pixels, Section, setting, wrong
 
 DatasetName = Literal[
     "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "image_folder", "parquet"
@@ -15,7 +15,7 @@ DatasetName = Literal[
 class ExtraConfig(Section):
     """Synthetic or other additional images with labels, in every training batch."""
 
-    path: str | None = setting(None, "npz file, Parquet file or folder of them, or s3://...; none: off", min_length=1)
+    path: DataPath | None = setting(None, "npz file, Parquet file or folder of them, or s3://...; none: off")
     share: float | None = setting(None, "share of each batch that is extra images; published: 0.7", gt=0, lt=1)
     duplicates: Literal["refuse", "drop"] = setting("refuse", "near-duplicates of validation and test images")
 
@@ -24,10 +24,10 @@ class DataConfig(Section):
     """The data set, its splits and augmentation."""
 
     name: DatasetName = setting("digits", "data set; digits ships with the installation")
-    root: str | None = setting(None, "folder, zip file or s3://bucket/prefix with the data set", min_length=1)
+    root: DataPath | None = setting(None, "folder, zip file or s3://bucket/prefix with the data set")
     download: bool = setting(False, "download the data set into data.root if it is missing (torchvision data sets)")
-    cache_dir: str = setting(
-        "~/.cache/tla-service", "cache of s3:// roots, unpacked archives and decoded images, per node", min_length=1
+    cache_dir: DataPath = setting(
+        "~/.cache/tla-service", "cache of s3:// roots, unpacked archives and decoded images, per node"
     )
     train: str | None = setting(None, "name of the training split; none: train; .: the root itself", min_length=1)
     validation: str | None = setting(None, 'name of the validation split; none: a common name; "": hold one out')
@@ -139,6 +139,9 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if not self.test:
+            reason = "without an attack, accuracy under attack would be that on clean images"
+            raise wrong("evaluation.test", {}, reason, "give one, or leave it out")
         if "worst" in self.test:
             raise wrong("evaluation.test.worst", "worst", "this name is reserved", "rename the attack")
         return self

@@ -15,7 +15,7 @@ from tla_service.job import log_as_json, stop_on_signal
 from tla_service.runtime import WorkerContext, failing_together, process_group
 from tla_service.training.fit import Run
 from tla_service.training.network import check_network
-from tla_service.training.output import open_output, show_summary, summarize, write_config, write_summary
+from tla_service.training.output import FINISHED, open_output, show_summary, summarize, write_config, write_summary
 from tla_service.training.precheck import check_room, checkpoint_bytes, kept_need
 from tla_service.training.pretrained import check_source, find_pretrained
 from tla_service.training.reporting import KEPT, JsonTerminal, LocalReporter, Terminal
@@ -62,6 +62,8 @@ def train(config: RunConfig, output: str | Path, *, json_logs: bool = False) -> 
             terminal = JsonTerminal(labels)
         if summary is None:
             summary = _train(config, output, context, terminal)
+        elif context.is_main:
+            terminal.say(FINISHED)
         if context.is_main:
             show_summary(summary, terminal)
     return summary

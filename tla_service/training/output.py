@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # without torch, a job can look whether its run has finished 
 
 SUMMARY = "summary.json"
 CHECKPOINT = "checkpoint"  # folder of the newest one
+FINISHED = "this run has finished before; to train again choose another --name, --seed or --output"
 
 
 @dataclass
@@ -38,8 +39,8 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
     """Check that a locked folder is this run's, or new; its summary, if the run has finished there before.
 
     Raises:
-        ConfigError: The folder holds another run, what is no run's, or a run that has measured other things on the
-            test set.
+        ConfigError: The folder holds another run, what is no run's, or a run that has finished with other code, or
+            has measured other things on the test set.
         UnavailableError: It cannot be read.
     """
     try:
@@ -62,6 +63,12 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
         raise ConfigError("output", output, f"its {SUMMARY} is damaged", "delete that file") from error
     if not has_finished:
         return None
+    _check_finished(config, output, Path(summary.get("checkpoint", output)))
+    return summary
+
+
+def _check_finished(config: RunConfig, output: Path, checkpoint: Path) -> None:
+    """Refuse what is no part of a run's identity, but of its results."""
     before = load_config_file(output / CONFIG)
     for name in ("evaluation.test", "data.test_limit", "data.validation"):
         setting = attrgetter(name)
@@ -69,7 +76,13 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
             reason = f"a run that has finished in {output} was measured with another {name}"
             remedy = "evaluate its model with jobs/evaluate_tla.py, or choose another --output"
             raise ConfigError(name, None, reason, remedy)
-    return summary
+    if config.model.code is not None:
+        from tla_service.models.own_code import pack  # late, since it imports torch
+
+        code = checkpoint / "code.zip"
+        if code.is_file() and code.read_bytes() != pack(config.model.code):
+            reason = f"its files are not those of the run that has finished in {output}"
+            raise ConfigError("model.code", config.model.code, reason, "bring them back, or choose another --output")
 
 
 def write_config(config: RunConfig, output: Path) -> None:

@@ -141,7 +141,7 @@ class Trial:
             self.seconds += report["time_total_s"]
             self.worker_seconds += report["worker_seconds"]
             if outcome == "running" and report.get("done"):
-                self.status, self.reason = "stopped", f"behind the others at epoch {self.epochs}"
+                self.status, self.reason = "stopped", f"behind the others after epoch {self.epochs - 1}"
         if deaths and self.status == "running":
             self.status, self.reason = "failed", f"its process died {deaths} times (killed, or its node was lost)"
 

@@ -70,7 +70,7 @@ def check_before_start(config: RunConfig) -> Facts:
     dataset = load_dataset(config.data)
     # What one worker cannot have, more of them cannot have either.
     most = WorkerContext(world_size=config.scaling.bounds(auto=1)[1])
-    *_, batches, extra = split_and_check(config, dataset, most, architecture)
+    rows, (_, held_out), batches, extra = split_and_check(config, dataset, most, architecture)
     network = architecture.build(len(dataset.class_names), dataset.image_shape)
     check_network(config, architecture, network, dataset)
     seen_by_triplets(network, config.loss.triplet_layer)
@@ -80,7 +80,8 @@ def check_before_start(config: RunConfig) -> Facts:
     described = {
         "data_fingerprint": dataset.fingerprint,
         "classes": str(len(dataset.class_names)),
-        "training_images": str(len(dataset.train)),
+        "training_images": str(len(rows)),
+        "validation_images": str(len(held_out)),
         "test_images": str(len(dataset.test)),
         **extra,
     }

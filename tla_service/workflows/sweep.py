@@ -250,12 +250,13 @@ def train_winner(space: Space, output: Path, num_seeds: int, *, debug: bool = Fa
         values[f"robust_accuracy/{name}"] = [summary["robust_accuracy"][name] for summary in summaries]
     found: dict[str, Any] = {}
     for name, each in values.items():
-        deviation = statistics.stdev(each) if num_seeds > 1 else 0.0
+        deviation = statistics.stdev(each) if num_seeds > 1 else None
         found[name] = {"mean": statistics.mean(each), "standard_deviation": deviation, "values": each}
     models = [summary["model_uri"] for summary in summaries]
     with disk_trouble("output", output, "make room there, and start it again"):
         write_whole(output / SEEDS, json.dumps({"seeds": num_seeds, "test": found, "models": models}, indent=2))
     terminal.say(f"\nthe winner on the test set, {num_seeds} seeds:")
     for name, each in found.items():
-        terminal.say(f"  {name:<28} {each['mean']:7.2%} ± {each['standard_deviation']:.2%}")
+        spread = f" ± {each['standard_deviation']:.2%}" if num_seeds > 1 else ""
+        terminal.say(f"  {name:<28} {each['mean']:7.2%}{spread}")
     return 0
