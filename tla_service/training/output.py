@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import CONFIG, load_config_file, same_run, to_yaml
-from tla_service.errors import ConfigError, UnavailableError
-from tla_service.files import write_whole
+from tla_service.errors import ConfigError, UnavailableError, without_credentials
+from tla_service.files import expanded, write_whole
 
 if TYPE_CHECKING:  # without torch, a job can look whether its run has finished before
     from tla_service.training.reporting import Terminal
@@ -38,8 +38,8 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
     """Check that a locked folder is this run's, or new; its summary, if the run has finished there before.
 
     Raises:
-        ConfigError: The folder holds another run, what is no run's, or a run that has measured other things on the
-            test set.
+        ConfigError: The folder holds another run, what is no run's, or a run that has finished on other data, with
+            another network's code, or has measured other things on the test set.
         UnavailableError: It cannot be read.
     """
     try:
@@ -63,13 +63,18 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
     if not has_finished:
         return None
     before = load_config_file(output / CONFIG)
-    for name in ("evaluation.test", "data.test_limit", "data.validation"):
-        setting = attrgetter(name)
-        if setting(before) != setting(config):
-            reason = f"a run that has finished in {output} was measured with another {name}"
-            remedy = "evaluate its model with jobs/evaluate_tla.py, or choose another --output"
+    for name in ("evaluation.test", "data.test_limit", "data.validation", "data.root", "data.extra.path", "model.code"):
+        was, now = (_located(name, attrgetter(name)(each)) for each in (before, config))
+        if was != now:
+            reason = f"a run that has finished in {output} had another {name}"
+            remedy = "choose another --output, or evaluate its model with jobs/evaluate_tla.py"
             raise ConfigError(name, None, reason, remedy)
     return summary
+
+
+def _located(name: str, value: Any) -> Any:
+    """A setting; a path however it is given, without the credentials that the file lacks."""
+    return expanded(name, without_credentials(value)).resolve() if isinstance(value, str) and value else value
 
 
 def write_config(config: RunConfig, output: Path) -> None:
