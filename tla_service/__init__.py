@@ -78,7 +78,16 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'config')}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'config')}"), name)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith(f"{__name__}."):
+            raise
+        from tla_service.errors import UnavailableError
+
+        reason = "this is the copy in a version that MLflow has loaded, which only predicts"
+        remedy = "import tla_service before mlflow.pyfunc.load_model is called"
+        raise UnavailableError(f"tla_service.{name}", None, reason, remedy) from error
 
 
 def __dir__() -> list[str]:

@@ -142,6 +142,9 @@ WEAKER: dict[str, tuple[dict[str, Any], str, str]] = {
         {"run": AutoAttackRun("standard", "linf", 0.15, STANDARD[:3])}, "AutoAttack", "square was not run",
     ),
     "audit on few images": ({"audit": {"trusted": True, "images": 7, "checks": []}}, "audit", "used 7 images"),
+    "failed audit on few images": (
+        {"audit": {"trusted": False, "images": 7, "checks": []}}, "audit", "7 images; at least 100 required; it failed",
+    ),
     "attacks not tested": ({"unit_tests": None}, "audit", "audit were run on too few images: images.unit_tests 0"),
     "few attacks tested": (
         {"unit_tests": {"images": 9, "random": FEW, "attacks": [], "bar": 0.8}}, "audit", "images.unit_tests 9",

@@ -94,6 +94,14 @@ def test_folder_describes_the_model_and_leaks_no_local_path(packaged: Packaged, 
     assert (code / "models" / "catalog.py").is_file()
 
 
+def test_the_copy_of_the_package_in_a_version_says_what_it_is(packaged: Packaged) -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(downloaded(packaged) / 'code')!r}); from tla_service import load_model"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=False)
+    assert "tla_service.load_model: this is the copy in a version that MLflow has loaded" in done.stderr
+
+
 def test_no_file_is_a_pickle_and_the_scan_would_find_one(packaged: Packaged, tmp_path: Path) -> None:
     assert not any(map(is_pickle, filter(Path.is_file, downloaded(packaged).rglob("*"))))
     for name, content in (

@@ -108,15 +108,14 @@ def test_a_folder_checkpoint_of_no_run_is_not_replaced(tmp_path: Path) -> None:
     assert open_output(RunConfig(), tmp_path) is None
 
 
-@pytest.mark.parametrize("name", ["evaluation.test", "data.test_limit"])
-def test_a_finished_run_does_not_answer_for_another_test(tmp_path: Path, name: str) -> None:
-    write_config(RunConfig(), tmp_path)
+@pytest.mark.parametrize("name", ["evaluation.test", "data.test_limit", "data.root", "data.extra.path"])
+def test_a_finished_run_does_not_answer_for_another_test_or_other_data(tmp_path: Path, name: str) -> None:
+    config = RunConfig.model_validate({"data": {"extra": {"path": "/d.npz", "share": 0.5}}})
+    write_config(config, tmp_path)
     (tmp_path / SUMMARY).write_text(json.dumps({"status": "finished", "clean_accuracy": 0.9}))
-    assert open_output(changed(RunConfig(), "evaluation.batch_size"), tmp_path) is not None
-    with pytest.raises(
-        ConfigError, match=rf"{name}: a run that has finished in .* was measured with another"
-    ) as caught:
-        open_output(changed(RunConfig(), name), tmp_path)
+    assert open_output(changed(config, "evaluation.batch_size"), tmp_path) is not None
+    with pytest.raises(ConfigError, match=rf"{name}: a run that has finished in .* had another {name}") as caught:
+        open_output(changed(config, name), tmp_path)
     assert "evaluate its model with jobs/evaluate_tla.py" in str(caught.value)
 
 
@@ -158,3 +157,13 @@ def test_a_run_begun_under_an_earlier_versions_name_keeps_it(tmp_path: Path, mon
         assert find_output(load_settings(["--preset", "digits", *arguments]))[0].run_name != "digits-tla-s0-0badcafe"
     new.mkdir()
     assert find_output(settings)[1] == new
+
+
+def test_a_finished_run_answers_for_its_data_however_the_path_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for before, now in (("birds/", str(tmp_path / "birds")), ("s3://key:secret@bucket/x", "s3://key:secret@bucket/x")):
+        write_config(RunConfig.model_validate({"data": {"root": before}}), tmp_path)
+        (tmp_path / SUMMARY).write_text(json.dumps({"status": "finished"}))
+        assert open_output(RunConfig.model_validate({"data": {"root": now}}), tmp_path) is not None

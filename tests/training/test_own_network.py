@@ -39,7 +39,7 @@ def test_a_moved_folder_resumes_to_identical_weights_and_a_changed_one_is_refuse
     moved = code.rename(tmp_path / "moved")
     original = (moved / "network.py").read_text()
     (moved / "network.py").write_text(original + "# changed\n")
-    with pytest.raises(ConfigError, match="its files are not those that this run began with; bring them back"):
+    with pytest.raises(ConfigError, match="this run began with; bring them back, or choose another --name or --output"):
         train(tmp_path / "run", config_with(moved))
     (moved / "network.py").write_text(original)
     train(tmp_path / "run", config_with(moved))

@@ -98,5 +98,5 @@ def test_a_finished_run_was_validated_on_other_images(root: Path, tmp_path: Path
     write_config(config_for(root), tmp_path)
     write_summary(tmp_path, {"status": "finished"})
     assert open_output(config_for(root), tmp_path) == {"status": "finished"}
-    with pytest.raises(ConfigError, match=r"data\.validation: .* measured with another data\.validation"):
+    with pytest.raises(ConfigError, match=r"data\.validation: .* had another data\.validation"):
         open_output(config_for(root, validation=""), tmp_path)

@@ -171,6 +171,7 @@ def _audited(candidate: Evaluated, rules: GateRules) -> Finding:
     short = [name for name, count in measured.items() if count < min(fewest, getattr(ImageCounts(), name))]
     if audit.images < fewest:
         problem = f"the audit for gradient masking used {audit.images} images; at least {fewest} required"
+        problem += "" if audit.trusted else f"; it failed: {audit.summary}"
     elif not audit.trusted:
         problem = f"the audit for gradient masking failed: {audit.summary}"
         remedy = "see the audit in its report: it may be less robust than measured; train another version"

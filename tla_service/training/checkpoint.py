@@ -116,7 +116,9 @@ def load_checkpoint(
     # The digest of an earlier version may count other settings.
     if saved["config_digest"] != config.digest and not same_run((folder / "config.yaml").read_text(), config):
         reason = f"has checkpoints of another configuration ({folder / 'config.yaml'} differs)"
-        raise ConfigError("name", config.run_name, reason, "choose another --name, or start from that config.yaml")
+        raise ConfigError(
+            "name", config.run_name, reason, "choose another --name or --output, or start from that config.yaml"
+        )
     check_facts(json.loads((folder / "data.json").read_text()), data_facts, config)
     device = next(state.network.parameters()).device
     state.network.load_state_dict(load_file(folder / "model.safetensors"))
@@ -176,7 +178,11 @@ def check_alike(facts: Mapping[str, Any], config: RunConfig, context: WorkerCont
 
 
 def check_facts(
-    saved: Mapping[str, Any], now: Mapping[str, Any], config: RunConfig, what: str = "run", flag: str = "--name"
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    config: RunConfig,
+    what: str = "run",
+    flag: str = "--name or --output",
 ) -> None:
     """Raise ConfigError if a run, or a sweep, began with other data, or with other code of its network."""
     remedy = f"bring them back, or choose another {flag}"

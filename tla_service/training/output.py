@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from tla_service.config import RunConfig
 from tla_service.config.loading import CONFIG, load_config_file, same_run, to_yaml
-from tla_service.errors import ConfigError, UnavailableError
-from tla_service.files import write_whole
+from tla_service.errors import ConfigError, UnavailableError, without_credentials
+from tla_service.files import expanded, write_whole
 
 if TYPE_CHECKING:  # without torch, a job can look whether its run has finished before
     from tla_service.training.reporting import Terminal
@@ -39,8 +39,8 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
     """Check that a locked folder is this run's, or new; its summary, if the run has finished there before.
 
     Raises:
-        ConfigError: The folder holds another run, what is no run's, or a run that has finished with other code, or
-            has measured other things on the test set.
+        ConfigError: The folder holds another run, what is no run's, or a run that has finished on other data, with
+            other code, or has measured other things on the test set.
         UnavailableError: It cannot be read.
     """
     try:
@@ -70,11 +70,11 @@ def open_output(config: RunConfig, output: Path) -> dict[str, Any] | None:
 def _check_finished(config: RunConfig, output: Path, checkpoint: Path) -> None:
     """Refuse what is no part of a run's identity, but of its results."""
     before = load_config_file(output / CONFIG)
-    for name in ("evaluation.test", "data.test_limit", "data.validation"):
-        setting = attrgetter(name)
-        if setting(before) != setting(config):
-            reason = f"a run that has finished in {output} was measured with another {name}"
-            remedy = "evaluate its model with jobs/evaluate_tla.py, or choose another --output"
+    for name in ("evaluation.test", "data.test_limit", "data.validation", "data.root", "data.extra.path"):
+        was, now = (_located(name, attrgetter(name)(each)) for each in (before, config))
+        if was != now:
+            reason = f"a run that has finished in {output} had another {name}"
+            remedy = "choose another --output, or evaluate its model with jobs/evaluate_tla.py"
             raise ConfigError(name, None, reason, remedy)
     if config.model.code is not None:
         from tla_service.models.own_code import pack  # late, since it imports torch
@@ -83,6 +83,11 @@ def _check_finished(config: RunConfig, output: Path, checkpoint: Path) -> None:
         if code.is_file() and code.read_bytes() != pack(config.model.code):
             reason = f"its files are not those of the run that has finished in {output}"
             raise ConfigError("model.code", config.model.code, reason, "bring them back, or choose another --output")
+
+
+def _located(name: str, value: Any) -> Any:
+    """A setting; a path however it is given, without the credentials that the file lacks."""
+    return expanded(name, without_credentials(value)).resolve() if isinstance(value, str) and value else value
 
 
 def write_config(config: RunConfig, output: Path) -> None:
