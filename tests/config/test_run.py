@@ -218,7 +218,7 @@ configs = st.builds(
     st.sets(st.integers(0, 10**6), max_size=4),
     st.integers(1, 64) | st.just("auto"),
     st.dictionaries(st.from_regex(r"[a-z ]+", fullmatch=True), st.text(), max_size=3),
-    st.sets(st.text("abcdefgh0123456789_", min_size=1), max_size=3),
+    st.sets(st.text("abcdefgh0123456789_", min_size=1), min_size=1, max_size=3),
     st.none() | st.integers(1, 10**9),
 )
 

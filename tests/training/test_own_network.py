@@ -86,7 +86,7 @@ def test_the_log_says_once_where_the_embedding_is(tmp_path: Path, code: Path) ->
         ),
         (("--model.code", "/not/there"), 3, "error: model.code=/not/there: there is no such folder"),
         (("--model.embedding", "layer4"), 2, "error: model.embedding=layer4: no layer of this name"),
-        (("--model.name", "digits_cnn"), 2, "digits_cnn is not a network of your own"),
+        (("--model.name", "digits_cnn"), 2, "loss term or miner is; leave it out, or name one of its functions"),
         (("--model.name", "argmax:build"), 2, "its logits are not the output of a linear layer"),
         (("--model.name", "argmax:build", "--model.embedding", "0"), 2, "no gradient with respect to the images"),
     ],

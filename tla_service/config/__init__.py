@@ -233,7 +233,7 @@ class RunConfig(Section):
         method, term, loss = self.method, self.robust_term, self.loss
         if self.model.code is not None and not self.uses_own_code:
             reason = f"{self.model.name} is not a network of your own, and no attack, loss term or miner is"
-            yield "model.code", reason, "leave it out, or set model.name to package.module:factory"
+            yield "model.code", reason, "leave it out, or name one of its functions, as in model.name or attack.kind"
         if self.mines_triplets and loss.triplet_weight == 0:
             reason = f"method {method} trains a triplet term"
             yield "loss.triplet_weight", reason, "give a weight above 0, or use method at"
