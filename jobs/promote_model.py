@@ -37,7 +37,7 @@ def main() -> int:
         elif remedy:
             print(f"next: {remedy}")
         return REFUSED
-    was = f"; before: version {decision.replaced}" if decision.replaced else ""
+    was = f"; before: version {decision.replaced}" if decision.replaced not in (None, decision.version) else ""
     print(f"{decision.verdict}: models:/{model}@{alias} is version {decision.version}{was}")
     if decision.verdict == "promoted" and decision.replaced:
         print(f"version {decision.replaced} is models:/{model}@{previous_alias(alias)}; --rollback restores it")

@@ -361,6 +361,8 @@ def test_the_job_explains_itself(
     assert load == (
         f'next: mlflow.set_tracking_uri("{packaged.uri}"); mlflow.pyfunc.load_model("models:/tla-digits@champion")'
     )
+    out = job("--model", "tla-digits", "--version", "1")[1]
+    assert out.splitlines()[-2] == "unchanged: models:/tla-digits@champion is version 1"
     assert job("--model", "tla-digits", "--version", "9")[0] == 3
     assert job("--model", "nobody", "--version", "1")[0] == 3
     code, _, error = job("--model", "nobody", "--rollback")
