@@ -96,12 +96,14 @@ def readable(subject: str, value: object, remedy: str) -> Iterator[None]:
 
 
 def retried(what: str, action: Callable[[], T], may_pass: Callable[[Exception], bool], *, seconds: float) -> T:
-    """Call `action`; for some seconds, repeat it after errors that `may_pass`, waiting longer each time."""
-    deadline, wait = time.monotonic() + seconds, 1.0
+    """Call `action`; for some seconds after a first error, repeat it if errors `may_pass`, waiting longer each time."""
+    deadline, wait = None, 1.0
     while True:
         try:
             return action()
         except Exception as error:
+            if deadline is None:  # not before, as a busy server's first time-out may take longer than that
+                deadline = time.monotonic() + seconds
             if not may_pass(error) or time.monotonic() + wait > deadline:
                 raise
             _log.warning("%s failed (%s); trying again in %.0f s", what, one_line(error), wait)

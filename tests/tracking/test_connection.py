@@ -241,6 +241,22 @@ def test_questions_wait_seconds_for_a_server_and_results_wait_minutes(
     assert shortest < clock.now < longest
 
 
+def test_a_first_time_out_is_repeated_though_it_takes_longer_than_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(errors, "time", clock)
+
+    def busy_until(free: float) -> str:
+        if clock.now < free:
+            clock.now += 30
+            raise TimeoutError("timed out")
+        return "done"
+
+    assert retrying("it", lambda: busy_until(20)) == "done"
+    with pytest.raises(UnavailableError):
+        retrying("it", lambda: busy_until(1e9))
+    assert clock.now < 100
+
+
 def test_errors_of_an_artifact_store_on_s3_may_pass() -> None:
     import boto3
     from botocore.config import Config
