@@ -77,9 +77,10 @@ def _check_finished(config: RunConfig, output: Path, checkpoint: Path) -> None:
             remedy = "choose another --output, or evaluate its model with jobs/evaluate_tla.py"
             raise ConfigError(name, None, reason, remedy)
     if config.model.code is not None:
-        from tla_service.models.own_code import pack  # late, since it imports torch
+        from tla_service.models.own_code import pack  # late, since both import torch
+        from tla_service.training.checkpoint import CODE
 
-        code = checkpoint / "code.zip"
+        code = checkpoint / CODE
         if code.is_file() and code.read_bytes() != pack(config.model.code):
             reason = f"its files are not those of the run that has finished in {output}"
             raise ConfigError("model.code", config.model.code, reason, "bring them back, or choose another --output")
